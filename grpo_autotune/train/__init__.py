@@ -1,0 +1,1 @@
+"""From a RunConfig to a trained adapter: data, rewards, the trainer, checkpoints."""
