@@ -78,6 +78,20 @@ def test_broken_torchvision_is_mended_and_told(broken: Path) -> None:
     assert lines[1] == "0.0"
 
 
+def test_broken_siblings_are_hidden_and_whole_ones_kept(broken: Path) -> None:
+    for name, text in {"torchaudio": "raise OSError('Could not load this library')\n", "torchcodec": "x = 1\n"}.items():
+        (broken / name).mkdir()
+        (broken / name / "__init__.py").write_text(text)
+    lines = run_python(
+        "from grpo_autotune.seams.compat import ensure_torchvision as e\n"
+        "print(e())\nfrom importlib.util import find_spec\nprint(find_spec('torchaudio'))\n"
+        "import torchcodec\nprint(torchcodec.x)\nprint('torchaudio' in e())",
+        broken,
+    )
+    assert "hid torchaudio (" in lines[0]
+    assert lines[1:] == ["None", "1", "True"]
+
+
 def test_schemas_survive_collection_and_calls_repeat(broken: Path) -> None:
     lines = run_python(
         "import gc\nfrom grpo_autotune.seams.compat import ensure_torchvision as e\n"
@@ -104,18 +118,22 @@ def test_mended_after_an_import_that_failed_twice(broken: Path) -> None:
 def test_whole_torchvision_is_left_alone(tmp_path: Path) -> None:
     stand_in(tmp_path, {"__init__.py": "__version__ = '9.9'\n"})
     lines = run_python(
-        "from grpo_autotune.seams import compat\nprint(compat.ensure_torchvision())\nprint(compat._kept)", tmp_path
+        "from grpo_autotune.seams import compat\n"
+        "print(compat.ensure_torchvision())\nprint(compat._kept, compat._hidden)",
+        tmp_path,
     )
-    assert lines == ["None", "[]"]
+    assert lines == ["None", "[] []"]
 
 
 def test_other_failures_are_told_and_nothing_is_declared(tmp_path: Path) -> None:
     stand_in(tmp_path, {"__init__.py": "raise RuntimeError('Detected different CUDA major versions')\n"})
     lines = run_python(
-        "from grpo_autotune.seams import compat\nprint(compat.ensure_torchvision())\nprint(compat._kept)", tmp_path
+        "from grpo_autotune.seams import compat\n"
+        "print(compat.ensure_torchvision())\nprint(compat._kept, compat._hidden)",
+        tmp_path,
     )
     assert "Detected different CUDA major versions" in lines[0] and "install the torchvision build" in lines[0]
-    assert lines[1] == "[]"
+    assert lines[1] == "[] []"
 
 
 def test_absent_torchvision_is_no_finding() -> None:

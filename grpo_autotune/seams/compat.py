@@ -4,7 +4,8 @@ A torchvision wheel built for CUDA cannot load its C library beside a CPU build 
 Its `_meta_registrations.py` then registers fake kernels for `torchvision::nms` and `torchvision::qnms` without asking
 whether the operators exist, and `import torchvision` dies; with it die transformers' image processors, TRL's trainers
 and vLLM. None of them calls the two operators: declaring the schemas lets the import through, and a call still fails
-with torch's own message.
+with torch's own message. In such an environment torchaudio and torchcodec are usually in the same state, and
+transformers and vLLM import them wherever they are installed; nothing here reads sound or video, so they are hidden.
 """
 
 from __future__ import annotations
@@ -18,60 +19,75 @@ SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-"""As torchvision declares them (torchvision/csrc/ops/nms.cpp and quantized/cpu/qnms_kernel.cpp)."""
+"""As torchvision's C library declares them (`torchvision/csrc/ops`)."""
+
+SIBLINGS = ("torchaudio", "torchcodec")
+"""Hidden, when torchvision had to be mended and their own C library cannot load beside this torch either."""
 
 REMEDY = "install the torchvision build that belongs to your torch (same release, same CPU or CUDA index)"
 
 _kept: list[Any] = []
 """The library object: torch forgets the schemas when it is collected."""
 
+_hidden: list[str] = []
+
 
 def ensure_torchvision() -> str | None:
     """Make `import torchvision` work in this process; to be called before transformers, TRL or vLLM are imported.
 
-    Does nothing where torchvision is absent (transformers has its own message for that) or imports as it is. May be
-    called again, and after an import of torchvision failed.
+    Does nothing where torchvision is absent (transformers has its own message for that) or imports as it is. Where it
+    had to be mended, `SIBLINGS` that cannot load are made to look absent. May be called again, and after an import of
+    torchvision failed.
 
     Returns:
         None where nothing was wrong, else one line saying what was found and done about it.
     """
     if _kept:
-        return _declared_line()
-    if importlib.util.find_spec("torch") is None or not _installed():
+        return _mended_line()
+    if not (_installed("torch") and _installed("torchvision")):
         return None
-    error = _import_error()
+    error = _import_error("torchvision")
+    if error is not None and _is_missing_schema(error):
+        _declare_schemas()
+        error = _import_error("torchvision")
+        if error is None:
+            _hidden.extend(name for name in SIBLINGS if _hide_if_broken(name))
+            return _mended_line()
     if error is None:
         return None
-    if not _is_missing_schema(error):
-        return f"torchvision cannot be imported beside this torch ({_first_line(error)}): {REMEDY}"
-    _declare_schemas()
-    error = _import_error()
-    if error is not None:
-        return f"torchvision cannot be imported beside this torch ({_first_line(error)}): {REMEDY}"
-    return _declared_line()
+    return f"torchvision cannot be imported beside this torch ({' '.join(str(error).split())}): {REMEDY}"
 
 
-def _installed() -> bool:
-    if "torchvision" in sys.modules:
-        return sys.modules["torchvision"] is not None
-    return importlib.util.find_spec("torchvision") is not None
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
-def _import_error() -> Exception | None:
-    """Import torchvision afresh unless it is already whole; the error it raised, if any."""
-    if "torchvision" not in sys.modules:
-        _forget_submodules()
+def _import_error(package: str) -> Exception | None:
+    """Import `package` afresh unless it is already whole; the error it raised, if any."""
+    if package not in sys.modules:
+        _forget_submodules(package)
     try:
-        importlib.import_module("torchvision")
+        importlib.import_module(package)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         return error
     return None
 
 
-def _forget_submodules() -> None:
+def _forget_submodules(package: str) -> None:
     """Drop what a failed import left: Python removes only the package, whose next import then lacks attributes."""
-    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         del sys.modules[name]
+
+
+def _hide_if_broken(package: str) -> bool:
+    """Make an installed package that cannot be imported look absent to `find_spec` and `import`; whether it was one."""
+    if not _installed(package) or _import_error(package) is None:
+        return False
+    _forget_submodules(package)
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to say "not there"
+    return True
 
 
 def _is_missing_schema(error: Exception) -> bool:
@@ -90,12 +106,9 @@ def _declare_schemas() -> None:
     _kept.append(library)
 
 
-def _declared_line() -> str:
+def _mended_line() -> str:
+    hidden = f", hid {' and '.join(_hidden)} (they cannot load either)" if _hidden else ""
     return (
-        "torchvision's C operators cannot load beside this torch ('operator torchvision::nms does not exist'); "
-        f"declared the two schemas its import needs, box operators stay unusable: {REMEDY}"
+        "torchvision's C operators cannot load beside this torch ('operator torchvision::nms does not exist'): "
+        f"declared the two schemas its import needs{hidden}; box operators stay unusable. To mend it, {REMEDY}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
