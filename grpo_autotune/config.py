@@ -1,0 +1,347 @@
+"""RunConfig: one YAML file that says what to train, in the ecosystem's own keys.
+
+Sections hold the keys of the library that uses them, verbatim. Validators judge and never rewrite; what follows from
+the keys is a property. Every mistake is a `ConfigError` that names the key path. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config_problems import from_validation, unknown_key
+from grpo_autotune.config_rules import BatchPlan, batch_plan
+from grpo_autotune.config_sources import read_source, resolve_source
+from grpo_autotune.config_text import parse_yaml, write_yaml
+from grpo_autotune.errors import ConfigError
+
+__all__ = ["RunConfig", "load_config", "resolve_source"]
+
+VLLM_TO_TRL = {
+    "mode": "vllm_mode",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "max_model_len": "vllm_max_model_length",
+    "tensor_parallel_size": "vllm_tensor_parallel_size",
+    "enable_sleep_mode": "vllm_enable_sleep_mode",
+    "model_impl": "vllm_model_impl",
+    "server_base_url": "vllm_server_base_url",
+    "server_host": "vllm_server_host",
+    "server_port": "vllm_server_port",
+    "server_timeout": "vllm_server_timeout",
+    "group_port": "vllm_group_port",
+    "structured_outputs_regex": "vllm_structured_outputs_regex",
+}
+"""Keys of the `vllm` section -> the `GRPOConfig` key that carries each (trl/trainer/grpo_config.py, TRL 1.16)."""
+
+OWNED_ELSEWHERE = {
+    "output_dir": "output.dir",
+    "run_name": "output.name",
+    "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
+    "trust_remote_code": "model.trust_remote_code",
+    "reward_weights": "rewards[].weight",
+    "resume_from_checkpoint": "the option --resume",
+    **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
+}
+"""`GRPOConfig` keys that another section holds -> where."""
+
+PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
+"""`LoraConfig` fields that PEFT fills in by itself."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys fail, and no value is converted to another type."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    """The model to train."""
+
+    name_or_path: str | None = None
+    """Folder, hub id, or registered model name (`demo`). Exactly one of this and `random_init`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    random_init: str | None = None
+    """Architecture to build with random weights (`qwen3-vl-2b`), to measure a model before downloading it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type; `auto` takes the checkpoint's own."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`, ...)."""
+    load_in_4bit: bool = False
+    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft`."""
+    freeze_vision_tower: bool = False
+    """Do not train the vision tower of a vision-language model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.random_init is None):
+            raise ConfigError(
+                "give exactly one of model.name_or_path and model.random_init",
+                where="model",
+                fix="Set the one that is not wanted to null." if self.name_or_path else "Name a model to train.",
+            )
+        return self
+
+
+class DataSection(Section):
+    """The prompts, and what rewards need to judge the answers."""
+
+    path: str
+    """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, or hub id."""
+    name: str | None = None
+    """Configuration of a hub data set (`main` of openai/gsm8k)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    split: str = "train"
+    """Split to train on; slices as in `datasets` (`train[:90%]`). A file has the one split `train`."""
+    eval_path: str | None = None
+    """Held-out data, where it is not a split of `path`."""
+    eval_split: str | None = None
+    """Held-out split of `eval_path`, or of `path` (`test`, `train[90%:]`)."""
+    columns: dict[str, str] = {}
+    """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
+    prompt_template: str | None = None
+    """Prompt as a format string over columns: `"{question} Answer with a number."`"""
+    system_prompt: str | None = None
+    """System message put before every prompt."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Use the first so many rows."""
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    """The same for held-out data."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
+    params: dict[str, Any] = {}
+    """Arguments of a registered data-set function."""
+
+
+class RewardItem(Section):
+    """One reward function."""
+
+    name: str
+    """Registered name, or `package.module:function`."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum."""
+    params: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+
+class VllmSection(Section):
+    """Rollout engine under vLLM's own names, for `grpo.use_vllm: true`. TRL's defaults hold for keys left out."""
+
+    mode: Literal["colocate", "server"] | None = None
+    """In the training process, or behind `trl vllm-serve`."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of the GPU's memory that the engine takes."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt and completion together, in tokens."""
+    tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """GPUs that share one engine."""
+    enable_sleep_mode: bool | None = None
+    """Free the engine's memory while weights are trained."""
+    model_impl: Literal["vllm", "transformers"] | None = None
+    """Whose model code the engine runs."""
+    server_base_url: str | None = None
+    """URL of the server; takes the place of host and port."""
+    server_host: str | None = None
+    """Host of the server."""
+    server_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the server."""
+    server_timeout: float | None = Field(default=None, gt=0)
+    """Seconds to wait for the server."""
+    group_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port over which weights are pushed to the server."""
+    structured_outputs_regex: str | None = None
+    """Pattern that every completion must match."""
+
+    def grpo_kwargs(self) -> dict[str, Any]:
+        """The `GRPOConfig` arguments for the keys that were given."""
+        given = ((trl, getattr(self, ours)) for ours, trl in VLLM_TO_TRL.items())
+        return {trl: value for trl, value in given if value is not None}
+
+
+class OutputSection(Section):
+    """Where a run is written."""
+
+    dir: str | None = None
+    """Run folder; `runs/<name>` by default."""
+    name: str | None = None
+    """Name of the run; the configuration file's name by default."""
+
+
+class RunConfig(Section):
+    """Everything that decides a training run. Frozen; equal after a trip through YAML or JSON."""
+
+    model: ModelSection
+    peft: dict[str, Any] | None = None
+    data: DataSection
+    rewards: list[RewardItem] = Field(min_length=1)
+    grpo: dict[str, Any] = {}
+    vllm: VllmSection = VllmSection()
+    output: OutputSection = OutputSection()
+
+    @field_validator("grpo")
+    @classmethod
+    def _grpo_keys(cls, grpo: dict[str, Any]) -> dict[str, Any]:
+        for name in grpo:
+            if name in OWNED_ELSEWHERE:
+                raise ConfigError(
+                    "this key lives in another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
+                )
+            if name not in grpo_keys():
+                raise unknown_key(("grpo", name), known_paths())
+        check_values("grpo", grpo, grpo_keys())
+        batch_plan(grpo)
+        return grpo
+
+    @field_validator("peft")
+    @classmethod
+    def _peft_keys(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in peft or {}:
+            if name in PEFT_FIXED:
+                raise ConfigError("PEFT fills this in by itself", where=f"peft.{name}", fix="Remove it.")
+            if name not in peft_keys():
+                raise unknown_key(("peft", name), known_paths())
+        check_values("peft", peft or {}, peft_keys())
+        return peft
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.model.load_in_4bit and self.peft is None:
+            raise ConfigError(
+                "weights in 4 bits cannot be trained without an adapter",
+                where="model.load_in_4bit",
+                fix="Add a peft section.",
+            )
+        if self.batch.eval_batch is not None and self.data.eval_path is None and self.data.eval_split is None:
+            raise ConfigError(
+                "evaluation is on, and there is no held-out data",
+                where="grpo.eval_strategy",
+                fix="Set data.eval_split or data.eval_path.",
+            )
+        return self
+
+    @property
+    def batch(self) -> BatchPlan:
+        """The batch arithmetic, with TRL's defaults for keys left out and the world size of this process."""
+        return batch_plan(self.grpo)
+
+    @property
+    def run_dir(self) -> Path:
+        """`output.dir`, else `runs/<name>`."""
+        return Path(self.output.dir) if self.output.dir else Path("runs") / (self.output.name or "run")
+
+    @property
+    def use_vllm(self) -> bool:
+        """Whether vLLM generates the completions."""
+        return bool(self.grpo.get("use_vllm", False))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build from plain values; a section that is null counts as left out.
+
+        Raises:
+            ConfigError: For the first mistake, naming its key path.
+        """
+        try:
+            return cls.model_validate({key: value for key, value in values.items() if value is not None})
+        except ValidationError as error:
+            raise from_validation(error, known_paths()) from error
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "YAML text") -> RunConfig:
+        """Build from YAML text; `where` names it in messages. Raises as `from_dict`."""
+        return cls.from_dict(_mapping(parse_yaml(text, where), where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; keys that hold their default are left out."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back to an equal configuration."""
+        return write_yaml(self.to_dict())
+
+
+def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration.
+
+    Args:
+        source: Path, or name of a shipped profile; None takes `./grpo.yaml` if it is there, else the profile `demo`.
+        overrides: Items of the form `section.key=value`, the value in YAML; later ones win. `rewards.0.weight=2`
+            reaches into a list.
+
+    Returns:
+        The configuration; `output.name` is the file's name without its ending, unless it is given.
+
+    Raises:
+        ConfigError: If the source is not there, is not YAML, or is not a legal configuration.
+    """
+    label, path = resolve_source(source)
+    values = _mapping(parse_yaml(read_source(path), label), label)
+    for item in overrides:
+        _override(values, item)
+    output = values.get("output") or {}
+    if isinstance(output, dict) and output.get("name") is None:
+        values["output"] = {**output, "name": path.stem}
+    return RunConfig.from_dict(values)
+
+
+def known_paths() -> list[str]:
+    """Every key path a configuration may hold, for instance `grpo.beta`."""
+    paths = list(RunConfig.model_fields)
+    for name, section in (
+        ("model", ModelSection),
+        ("data", DataSection),
+        ("rewards", RewardItem),
+        ("vllm", VllmSection),
+        ("output", OutputSection),
+    ):
+        paths += [f"{name}.{key}" for key in section.model_fields]
+    paths += [f"grpo.{key}" for key in grpo_keys() if key not in OWNED_ELSEWHERE]
+    return paths + [f"peft.{key}" for key in peft_keys() if key not in PEFT_FIXED]
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            "a configuration is a mapping of sections",
+            where=where,
+            fix=f"Sections: {', '.join(RunConfig.model_fields)}.",
+        )
+    return values
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    """Put one `a.b=value` into nested plain values, making the sections on its way."""
+    path, equals, text = item.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{item!r} is not of the form section.key=value", where="--set")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                raise ConfigError(
+                    f"the list {'.'.join(keys[:depth])} has {len(here)} items",
+                    where=f"--set {path}",
+                    fix="Count from 0.",
+                )
+            index: Any = int(key)
+        elif isinstance(here, dict):
+            index = key
+        else:
+            raise ConfigError(f"{'.'.join(keys[:depth])} holds {here!r}, which has no keys", where=f"--set {path}")
+        if last:
+            here[index] = parse_yaml(text, f"--set {path}")
+        else:
+            if isinstance(here, dict) and here.get(index) is None:
+                here[index] = {}
+            here = here[index]

@@ -1,0 +1,198 @@
+"""The keys of sections that belong to another library, read from its installed source text.
+
+`GRPOConfig` and `LoraConfig` change with every release, so a copied list would be wrong soon; importing them costs
+seconds and loads torch. Reading the class bodies with `ast` gives names, accepted types and defaults as *installed*.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+
+GRPO_SOURCES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+)
+"""Bases first: a later class overrides annotation and default of an earlier one."""
+
+PEFT_SOURCES = (
+    ("peft", "config.py", "PeftConfigMixin"),
+    ("peft", "config.py", "PeftConfig"),
+    ("peft", "tuners/lora/config.py", "LoraConfig"),
+)
+
+ANYTHING = "anything"
+
+WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "None": "null",
+}
+"""How a message names the Python types that YAML can write."""
+
+ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType({"scale_rewards": frozenset({"bool"})})
+"""What a class takes beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    """One key of another library's configuration class.
+
+    Attributes:
+        name: The key, verbatim.
+        accepts: Names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`.
+        default: The default as Python source, for instance `"8"` or `"None"`; null where the class computes it.
+    """
+
+    name: str
+    accepts: frozenset[str]
+    default: str | None
+
+    def default_value(self) -> object:
+        """The default as a value; None where the class computes it."""
+        return None if self.default is None else ast.literal_eval(self.default)
+
+    def accepted(self) -> str:
+        """What may be written, in words."""
+        order = [WORDS[name] for name in WORDS if name in self.accepts]
+        literals = sorted(word for word in self.accepts if word not in WORDS)
+        return " or ".join(dict.fromkeys([*literals, *order]))
+
+    def allows(self, value: object) -> bool:
+        """Whether a value read from YAML has an accepted type (a whole number is a number; true is not)."""
+        if ANYTHING in self.accepts or repr(value) in self.accepts:
+            return True
+        if isinstance(value, bool):
+            return "bool" in self.accepts
+        if isinstance(value, int):
+            return bool({"int", "float"} & self.accepts)
+        if isinstance(value, (list, tuple)):
+            return bool({"list", "tuple"} & self.accepts)
+        return ("None" if value is None else type(value).__name__) in self.accepts
+
+
+@lru_cache(maxsize=1)
+def grpo_keys() -> Mapping[str, ForeignKey]:
+    """Keys of the installed `GRPOConfig`, its bases included.
+
+    Raises:
+        EnvironmentProblem: If trl or transformers is missing, or no longer has the class where it was.
+    """
+    return _keys(GRPO_SOURCES)
+
+
+@lru_cache(maxsize=1)
+def peft_keys() -> Mapping[str, ForeignKey]:
+    """Keys of the installed `LoraConfig`, its bases included. Raises as `grpo_keys`."""
+    return _keys(PEFT_SOURCES)
+
+
+def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
+    """Judge the types of known keys; unknown ones are left to the caller.
+
+    Raises:
+        ConfigError: For the first value of a wrong type, naming its path, the value and what is accepted.
+    """
+    for name, value in values.items():
+        key = keys.get(name)
+        if key is not None and not key.allows(value):
+            raise wrong_type(f"{section}.{name}", value, key.accepted())
+
+
+def wrong_type(where: str, value: object, accepted: str) -> ConfigError:
+    """The one wording for a value of a wrong type."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return ConfigError(f"{shown} is not accepted", where=where, fix=f"Accepted: {accepted}.")
+
+
+def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
+    found: dict[str, ForeignKey] = {}
+    for package, path, class_name in sources:
+        for key in _class_keys(_source_file(package, path), class_name):
+            found[key.name] = key
+    return MappingProxyType(found)
+
+
+def _source_file(package: str, path: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise EnvironmentProblem(f"the package {package} is not installed", fix=f"Install it: pip install {package}.")
+    return Path(spec.origin).parent / path
+
+
+def _class_keys(source: Path, class_name: str) -> list[ForeignKey]:
+    tree = ast.parse(source.read_text(encoding="utf-8")) if source.is_file() else ast.Module(body=[], type_ignores=[])
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return [key for entry in node.body if (key := _field(entry)) is not None]
+    raise EnvironmentProblem(
+        f"{source} has no class {class_name}",
+        fix="Install the versions that grpo-autotune's package metadata asks for.",
+    )
+
+
+def _field(entry: ast.stmt) -> ForeignKey | None:
+    """The key that a class-body line such as `beta: float = field(default=0.0)` declares."""
+    if not isinstance(entry, ast.AnnAssign) or not isinstance(entry.target, ast.Name):
+        return None
+    name, value = entry.target.id, entry.value
+    if name.startswith("_"):
+        return None
+    if isinstance(value, ast.Call):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        init = given.get("init")
+        if isinstance(init, ast.Constant) and init.value is False:
+            return None
+        value = given.get("default")
+    accepts = frozenset(_accepts(entry.annotation)) | ALSO_ACCEPTED.get(name, frozenset())
+    return ForeignKey(name, accepts, _literal(value))
+
+
+def _literal(node: ast.expr | None) -> str | None:
+    if node is None:
+        return None
+    text = ast.unparse(node)
+    try:
+        ast.literal_eval(text)
+    except ValueError:
+        return None
+    return text
+
+
+def _accepts(node: ast.expr) -> set[str]:
+    """Type names in an annotation. Enumerations are written as text; other foreign classes accept anything."""
+    if isinstance(node, ast.BinOp):
+        accepted = _accepts(node.left) | _accepts(node.right)
+    elif isinstance(node, ast.Subscript):
+        accepted = _subscript(ast.unparse(node.value).rpartition(".")[2], node.slice)
+    else:
+        name = ast.unparse(node).rpartition(".")[2]
+        accepted = {name} if name in WORDS else {ANYTHING}
+    return accepted - {ANYTHING} if "str" in accepted else accepted
+
+
+def _subscript(outer: str, inner: ast.expr) -> set[str]:
+    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    if outer == "Literal":
+        words = {repr(ast.literal_eval(part)) for part in parts}
+        # a bracket marks a placeholder, such as "pissa_niter_[number of iters]"
+        return {"str" if "[" in word else word for word in words}
+    if outer == "Optional":
+        return _accepts(inner) | {"None"}
+    if outer == "Union":
+        union = set().union(*(_accepts(part) for part in parts))
+        return union - {ANYTHING} if "str" in union else union
+    return {outer} if outer in WORDS else {ANYTHING}
