@@ -1,0 +1,46 @@
+"""Fixtures that are dear to build: each once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny(kind)`: path of a saved tiny model (qwen2_5_vl, qwen3_vl, qwen3 or llama)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    built: dict[str, Path] = {}
+
+    def path(kind: str) -> Path:
+        if kind not in built:
+            built[kind] = tiny_model(kind, folder)
+        return built[kind]
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture_rows() -> list[dict[str, Any]]:
+    """Four rows of a vision data set: `prompt` (conversational), `image` (PIL, 56 px, one colour each), `answer`."""
+    from PIL import Image
+
+    question = [{"role": "user", "content": "What is shown?"}]
+    return [
+        {"prompt": question, "image": Image.new("RGB", (56, 56), (40 * row, 90, 200 - 40 * row)), "answer": str(row)}
+        for row in range(4)
+    ]
+
+
+@pytest.fixture(scope="session")
+def text_rows() -> list[dict[str, Any]]:
+    """Four rows of a text data set: `prompt` (conversational), `answer`."""
+    return [
+        {"prompt": [{"role": "user", "content": f"What is {row} plus three?"}], "answer": str(row + 3)}
+        for row in range(4)
+    ]
