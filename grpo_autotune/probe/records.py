@@ -119,7 +119,7 @@ class ImageFacts(Frozen):
     Attributes:
         pixels: Width times height as the trainer receives them.
         per_prompt: Mean images a prompt.
-        tokens: Language-model tokens an image takes now.
+        tokens: Language-model tokens an image takes now; null where the processor gives no patch grid.
         tokens_at: The same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept;
             empty where the processor cannot tell.
         distinct_per_step: Distinct images an optimizer step.
@@ -129,7 +129,7 @@ class ImageFacts(Frozen):
 
     pixels: Spread
     per_prompt: float
-    tokens: Spread
+    tokens: Spread | None
     tokens_at: dict[str, float]
     distinct_per_step: float
     decodes_per_image: float
@@ -159,7 +159,8 @@ class Utilisation(Frozen):
 
 
 class Phase(Frozen):
-    """One phase of start-up: `import`, `model`, `engine`, `data`, `trainer`, `first_step`."""
+    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
+    (`before_attach` stands for all that a script did before `attach`)."""
 
     name: str
     seconds: float

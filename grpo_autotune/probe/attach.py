@@ -1,0 +1,259 @@
+"""The probe of one trainer: it puts layers on TRL's seams, closes a tree of spans each optimizer step, and reads facts.
+
+It draws no random numbers and changes no value, so training with and without it logs the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from grpo_autotune.probe.facts import FidelityCollector, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.gauges import gauges_for
+from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageTimings
+from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
+from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
+from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
+from grpo_autotune.probe.startup import Startup
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
+from grpo_autotune.probe.wiring import install
+from grpo_autotune.seams.table import CALLBACKS, TABLE
+
+SPANS_FILE = "spans.jsonl"
+
+
+class Probe:
+    """Measures `trainer` from now until `detach`.
+
+    Args:
+        trainer: A `trl.GRPOTrainer`; nothing else of TRL's has these seams.
+        startup: Phases measured before; None begins with what this process did until now.
+        out_dir: Folder that gets `spans.jsonl`, a line a step (rank 0; other ranks add their number); None writes nothing.
+        warmup: Steps put aside at the start; by default one cycle of generating and reusing.
+
+    Raises:
+        SeamError: The installed TRL lacks a method that holds a stage.
+    """
+
+    def __init__(
+        self, trainer: Any, *, startup: Startup | None = None, out_dir: Path | None = None, warmup: int | None = None
+    ) -> None:
+        self.trainer = trainer
+        self.startup = startup or _born_now()
+        self.cycle = cycle_of(trainer.args)
+        self.warmup = self.cycle if warmup is None else warmup
+        timer, memory = gauges_for(trainer.args.device)
+        self.recorder = SpanRecorder(timer=timer, memory=memory)
+        self.tokens, self.images = TokenCollector(), ImageCollector()
+        self.rewards, self.fidelity = RewardCollector(), FidelityCollector()
+        self.weight_sync_bytes: int | None = None
+        self.closed = 0
+        self._last_step = trainer.state.global_step
+        self._steps: list[StepStages] = []
+        self._pending: list[StepSpans] = []
+        self._ranks: list[RankTimings] = []
+        self._file = self._open_spans(out_dir) if out_dir is not None else None
+        self._sampler = Sampler(self._stage_now, _readers(trainer.args.device))
+        self._handles = install(self)
+        self._callback = _Edges(self)
+        trainer.add_callback(self._callback)
+
+    def detach(self) -> None:
+        """Take every layer out; the trainer is as it was, and what was measured stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.trainer.remove_callback(self._callback)
+        self._sampler.stop()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def counting(self) -> bool:
+        """Whether a training step is under way, outside evaluation."""
+        return self.recorder.is_open and not self.recorder.inside(APART)
+
+    def now(self) -> str | None:
+        """What is under way, in words, for a heartbeat."""
+        span = self.recorder.current()
+        if span is None:
+            return self.startup.now()
+        stage = self._stage_now() or "step"
+        state = self.trainer.state
+        seconds = self.recorder.clock() - span.start_s
+        return f"step {state.global_step + 1}/{state.max_steps}: {stage}, {seconds:.0f} s"
+
+    def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
+        """Take the facts of one training generation."""
+        trainer = self.trainer
+        self.tokens.see_output(self.closed, output, trainer.eos_token_ids)
+        self.images.see(self.closed, inputs, output, _merge_size(trainer))
+        self.fidelity.see(output)
+
+    def train_began(self) -> None:
+        """Open the first step's tree."""
+        self._last_step = self.trainer.state.global_step
+        self._sampler.start()
+        self.recorder.open_root()
+
+    def step_ended(self) -> None:
+        """Close the tree if an optimizer step is complete, and open the next one's."""
+        step = self.trainer.state.global_step
+        if self.recorder.is_open:
+            if step <= self._last_step:
+                return
+            self._keep(self.recorder.close_root(step))
+        self._last_step = step
+        self.recorder.open_root()
+
+    def train_ended(self) -> None:
+        """Stop sampling and let every rank know the others' means."""
+        self.recorder.abandon()
+        self._sampler.stop()
+        timings = self._timings()
+        mine = RankTimings(
+            rank=self.trainer.accelerator.process_index,
+            step_s=_mean(timings.step_s),
+            stages={row.name: _mean(row.per_step_s) for row in timings.stages},
+        )
+        if self.trainer.accelerator.num_processes > 1:
+            self._ranks = gather_object([mine])
+        else:
+            self._ranks = [mine]
+
+    def record(self) -> ProbeRecord:
+        """Everything measured so far; can be called at any time, also after `detach`."""
+        timings = self._timings()
+        first = self.closed - len(timings.steps)
+        facts, steps = facts_of(self.trainer), len(timings.steps)
+        return ProbeRecord(
+            timings=timings,
+            trainer=facts,
+            tokens=self.tokens.facts(first, steps, facts.num_generations, facts.reward_weights),
+            images=self.images.facts(first, steps, self._tokens_of_size),
+            rewards=self.rewards.facts(),
+            utilisation=self._sampler.summary(),
+            startup=self.startup.phases(),
+            fidelity=self.fidelity.facts(facts.dtype),
+            weight_sync_bytes=self.weight_sync_bytes,
+            rank=self.trainer.accelerator.process_index,
+            ranks=self._ranks,
+            versions=versions(),
+        )
+
+    def _keep(self, spans: StepSpans) -> None:
+        if not self.closed:
+            self.startup.add("first_step", spans.spans[0].host_s)
+        self.closed += 1
+        self._pending.append(spans)
+        timer = self.recorder.timer
+        while self._pending and (timer is None or timer.done(self._pending[0].spans[0].end_mark)):
+            self._settle(self._pending.pop(0))
+
+    def _settle(self, spans: StepSpans) -> None:
+        self._steps.append(stages_of(spans, self.recorder.timer))
+        if self._file is not None:
+            self._file.write(json.dumps(_line(spans)) + "\n")
+            self._file.flush()
+
+    def _timings(self) -> StageTimings:
+        timer = self.recorder.timer
+        while self._pending:
+            if timer is not None:
+                timer.wait(self._pending[0].spans[0].end_mark)
+            self._settle(self._pending.pop(0))
+        return summarise(
+            self._steps, warmup=self.warmup, cycle=self.cycle, on_device=timer is not None, seams=_seam_names()
+        )
+
+    def _stage_now(self) -> str | None:
+        if self.recorder.inside(APART):
+            return APART
+        span = self.recorder.current()
+        return None if span is None else span.stage or "other"
+
+    def _tokens_of_size(self, width: int, height: int) -> int | None:
+        processor = getattr(self.trainer.processing_class, "image_processor", None)
+        if not hasattr(processor, "get_number_of_image_patches"):
+            return None
+        patches = int(processor.get_number_of_image_patches(height, width, {}))
+        return patches // _merge_size(self.trainer) ** 2
+
+    def _open_spans(self, folder: Path) -> IO[str]:
+        rank = self.trainer.accelerator.process_index
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl"), "a", encoding="utf-8")
+
+
+class _Edges(TrainerCallback):  # type: ignore[misc]
+    """The edges of a step that no method holds."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._optimizer: Span | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._probe.train_began()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._probe.train_ended()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe.recorder.is_open:
+            self._optimizer = self._probe.recorder.begin("optimizer", "step")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._optimizer is not None:
+            self._probe.recorder.end(self._optimizer)
+            self._optimizer = None
+
+
+def _born_now() -> Startup:
+    startup = Startup()
+    startup.since_birth("before_attach")
+    return startup
+
+
+def _readers(device: Any) -> list[Any]:
+    readers: list[Any] = [ProcessReader()]
+    if device.type == "cuda":
+        import pynvml
+        import torch
+
+        try:
+            readers.append(NvmlDevice(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
+        except pynvml.NVMLError:
+            return readers
+    return readers
+
+
+def _merge_size(trainer: Any) -> int:
+    return int(getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _seam_names() -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for row in TABLE:
+        if row.stage:
+            names.setdefault(row.stage, []).append(f"{row.owner}.{row.attribute}")
+    for stage, name in CALLBACKS.items():
+        names.setdefault(stage, []).append(name)
+    names["reference_logprob"] = ["trainer._get_per_token_logps_and_entropies"]
+    names["reward"].append("trainer.reward_funcs[i]")
+    return names
+
+
+def _line(spans: StepSpans) -> dict[str, Any]:
+    """One step as JSON: spans as [stage, part, parent, start, seconds], other threads' with their thread in place of the parent."""
+    origin = spans.spans[0].start_s
+    rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
+    others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]
+    return {"step": spans.step, "spans": rows, "other_threads": others}

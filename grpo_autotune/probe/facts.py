@@ -1,0 +1,234 @@
+"""What the measured generations were made of: tokens, rewards, images, and how far the engine is from the trainer.
+
+Each collector keeps one small entry a generation, tagged with the number of optimizer steps finished before it, so that
+the warm-up can be left out when the facts are read.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from grpo_autotune.probe.records import Fidelity, ImageFacts, RewardCall, Spread, TokenFacts
+
+KEEP = 4096
+LIVE_SPREAD = 1e-6
+PASSED = 0.5
+SIZES = (384, 512, 768, 1024)
+SIZE_SAMPLE = 64
+FIDELITY_THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, percentiles and maximum of a non-empty sequence."""
+    array = np.asarray(values, dtype=float)
+    p50, p90, p99 = np.percentile(array, [50, 90, 99])
+    return Spread(mean=float(array.mean()), p50=float(p50), p90=float(p90), p99=float(p99), max=float(array.max()))
+
+
+@dataclass(slots=True)
+class _Generation:
+    step: int
+    prompt: list[int]
+    completion: list[int]
+    grid: int
+    truncated: int
+
+
+@dataclass(slots=True)
+class TokenCollector:
+    """Lengths, padding, truncation and rewards of each training generation."""
+
+    generations: deque[_Generation] = field(default_factory=lambda: deque(maxlen=KEEP))
+    rewards: deque[tuple[int, Any]] = field(default_factory=lambda: deque(maxlen=KEEP))
+
+    def see_output(self, step: int, output: dict[str, Any], ends: Sequence[int]) -> None:
+        """Take lengths from `_generate_and_score_completions`' output: masks of shapes (B, P) and (B, C)."""
+        prompt, ids = output["prompt_mask"].sum(1).tolist(), output["completion_ids"]
+        completion_mask = output["completion_mask"]
+        lengths = completion_mask.sum(1)
+        last = ids.gather(1, (lengths - 1).clamp(min=0).long().unsqueeze(1)).squeeze(1).tolist()
+        counts = [int(n) for n in lengths.tolist()]
+        truncated = sum(n == 0 or token not in ends for n, token in zip(counts, last, strict=True))
+        grid = output["prompt_mask"].numel() + completion_mask.numel()
+        self.generations.append(_Generation(step, [int(n) for n in prompt], counts, grid, truncated))
+
+    def see_rewards(self, step: int, rewards_per_function: Any) -> None:
+        """Take `_calculate_rewards`' result, shape (all completions of all ranks, functions)."""
+        self.rewards.append((step, rewards_per_function.detach().float().cpu().numpy()))
+
+    def facts(self, first: int, steps: int, group: int, weights: Sequence[float]) -> TokenFacts | None:
+        """Facts of the generations from step `first` on, over `steps` optimizer steps."""
+        seen = [g for g in self.generations if g.step >= first] or list(self.generations)
+        if not seen:
+            return None
+        prompt = [n for g in seen for n in g.prompt]
+        completion = [n for g in seen for n in g.completion]
+        grid = sum(g.grid for g in seen)
+        scored = [r for step, r in self.rewards if step >= first] or [r for _, r in self.rewards]
+        live, rates, mean = _group_facts(scored, group, np.asarray(weights, dtype=float))
+        per_step = max(1, steps)
+        return TokenFacts(
+            prompt=spread(prompt),
+            completion=spread(completion),
+            prompt_per_step=sum(prompt) / per_step,
+            completion_per_step=sum(completion) / per_step,
+            padding_share=1.0 - (sum(prompt) + sum(completion)) / grid if grid else 0.0,
+            truncated_share=sum(g.truncated for g in seen) / len(completion),
+            groups=len(rates),
+            dead_groups=len(rates) - live,
+            pass_rates=rates,
+            reward_mean=mean,
+        )
+
+
+def _group_facts(scored: Iterable[Any], group: int, weights: Any) -> tuple[int, list[float], float]:
+    """Number of groups with reward spread, pass rate of each group, mean weighted reward. NaN is "no reward"."""
+    live, rates, totals = 0, [], []
+    for rewards in scored:
+        weighted = np.nansum(rewards * weights[None, :], axis=1)
+        totals.extend(weighted.tolist())
+        for start in range(0, len(weighted) - group + 1, group):
+            rows = weighted[start : start + group]
+            live += bool(rows.max() - rows.min() > LIVE_SPREAD)
+            rates.append(float(np.mean(np.nan_to_num(rewards[start : start + group, 0]) >= PASSED)))
+    return live, rates, float(np.mean(totals)) if totals else 0.0
+
+
+@dataclass(slots=True)
+class _Pictures:
+    step: int
+    sizes: list[tuple[int, int]]
+    prompts: int
+    distinct: int
+    tokens: list[int]
+
+
+@dataclass(slots=True)
+class ImageCollector:
+    """Images of each training generation, and how often they were decoded and processed."""
+
+    generations: deque[_Pictures] = field(default_factory=lambda: deque(maxlen=KEEP))
+    decoded: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    processed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    def see(self, step: int, inputs: Sequence[dict[str, Any]], output: dict[str, Any], merge: int) -> None:
+        """Take the rows that went into a generation and the patch grid that came out (`image_grid_thw`, shape (N, 3))."""
+        images = [image for row in inputs for image in _images_of(row)]
+        if not images:
+            return
+        grid = output.get("image_grid_thw")
+        tokens = [] if grid is None else [int(n) // merge**2 for n in grid.prod(dim=-1).tolist()]
+        distinct = len({_fingerprint(image) for image in images})
+        sizes = [image.size for image in images]
+        self.generations.append(_Pictures(step, sizes, len(inputs), distinct, tokens))
+
+    def facts(self, first: int, steps: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
+        """Facts from step `first` on; `patches(width, height)` gives the tokens of an image of that size, or None."""
+        measured = [g for g in self.generations if g.step >= first]
+        seen = measured or list(self.generations)
+        if not seen:
+            return None
+        sizes = [size for g in seen for size in g.sizes]
+        distinct = sum(g.distinct for g in seen)
+        tokens = [n for g in seen for n in g.tokens]
+        counted = (lambda counts: sum(n for step, n in counts.items() if step >= first or not measured))
+        return ImageFacts(
+            pixels=spread([width * height for width, height in sizes]),
+            per_prompt=len(sizes) / sum(g.prompts for g in seen),
+            tokens=spread(tokens) if tokens else None,
+            tokens_at=_tokens_at(sizes, patches),
+            distinct_per_step=distinct / max(1, steps),
+            decodes_per_image=counted(self.decoded) / distinct,
+            processings_per_image=counted(self.processed) / distinct,
+        )
+
+
+def _images_of(row: dict[str, Any]) -> list[Any]:
+    found = row.get("images") if "images" in row else row.get("image")
+    found = found if isinstance(found, list) else [found]
+    return [image for image in found if hasattr(image, "size") and hasattr(image, "tobytes")]
+
+
+def _fingerprint(image: Any) -> tuple[Any, int]:
+    return image.size, zlib.crc32(image.tobytes())
+
+
+def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], int | None]) -> dict[str, float]:
+    """Mean tokens of a sample of the images if their longest side were each of `SIZES` pixels, aspect kept."""
+    stride = max(1, len(sizes) // SIZE_SAMPLE)
+    found = {}
+    for side in SIZES:
+        counts = [patches(*(max(1, round(s * side / max(size))) for s in size)) for size in sizes[::stride]]
+        known = [n for n in counts if n is not None]
+        if known:
+            found[str(side)] = sum(known) / len(known)
+    return found
+
+
+@dataclass(slots=True)
+class RewardCollector:
+    """Seconds of each reward function's calls."""
+
+    calls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    awaited: dict[str, bool] = field(default_factory=dict)
+
+    def see(self, name: str, is_async: bool, seconds: float) -> None:
+        """Book one call."""
+        self.calls[name].append(seconds)
+        self.awaited[name] = is_async
+
+    def facts(self) -> list[RewardCall]:
+        """One row a function, slowest first."""
+        rows = [
+            RewardCall(name=name, is_async=self.awaited[name], calls=len(s), mean_s=sum(s) / len(s), max_s=max(s))
+            for name, s in self.calls.items()
+        ]
+        return sorted(rows, key=lambda row: -row.mean_s)
+
+
+@dataclass(slots=True)
+class FidelityCollector:
+    """Differences between the rollout engine's log-probs and the trainer's, over sampled tokens."""
+
+    total: float = 0.0
+    largest: float = 0.0
+    tokens: int = 0
+    kept: int = 0
+    ratios: int = 0
+
+    def see(self, output: dict[str, Any]) -> None:
+        """Compare `sampling_per_token_logps` with `old_per_token_logps`, both (B, C), where both were computed."""
+        ours, theirs = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
+        if ours is None or theirs is None:
+            return
+        gap = (ours - theirs).abs()[output["completion_mask"].bool()]
+        gap = gap[~gap.isnan()]
+        if gap.numel():
+            self.total += float(gap.sum())
+            self.largest = max(self.largest, float(gap.max()))
+            self.tokens += gap.numel()
+        ratio = output.get("importance_sampling_ratio")
+        if ratio is not None:
+            self.kept += int((ratio != 0).sum())
+            self.ratios += ratio.numel()
+
+    def facts(self, dtype: str) -> Fidelity | None:
+        """None where no engine took part. The threshold on the mean is by the dtype of the trainer's weights."""
+        if not self.tokens:
+            return None
+        threshold = FIDELITY_THRESHOLD_NATS.get(dtype, FIDELITY_THRESHOLD_NATS["bfloat16"])
+        mean = self.total / self.tokens
+        return Fidelity(
+            mean_nats=mean,
+            max_nats=self.largest,
+            tokens=self.tokens,
+            threshold_nats=threshold,
+            ok=mean <= threshold,
+            dropped_share=1.0 - self.kept / self.ratios if self.ratios else None,
+        )

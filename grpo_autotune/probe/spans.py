@@ -1,0 +1,170 @@
+"""A timed tree: spans opened and closed on the main thread nest, spans of other threads are kept beside them.
+
+The clock, the device's timer and the memory gauge are handed in, so that the tree can be tested without a GPU and without
+sleeping. One tree (`StepSpans`) covers one optimizer step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+
+class DeviceTimer(Protocol):
+    """Marks moments on the accelerator's stream without waiting for it."""
+
+    def mark(self) -> Any:
+        """A mark at the present end of the stream."""
+
+    def done(self, mark: Any) -> bool:
+        """Whether the stream has passed the mark."""
+
+    def wait(self, mark: Any) -> None:
+        """Wait until it has."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks that the stream has passed."""
+
+
+@dataclass(slots=True)
+class Span:
+    """One stretch of time. `start_s` is on the recorder's clock; `parent` is an index into the step's spans, -1 at the root."""
+
+    stage: str
+    part: str
+    parent: int
+    index: int
+    start_s: float
+    host_s: float = 0.0
+    thread: int = 0
+    peak_bytes: int = 0
+    begin_mark: Any = None
+    end_mark: Any = None
+
+
+@dataclass(slots=True)
+class StepSpans:
+    """The spans of one optimizer step; `spans[0]` is the step itself."""
+
+    step: int
+    spans: list[Span]
+    others: list[Span] = field(default_factory=list)
+
+
+class SpanRecorder:
+    """Records spans while a root is open, and costs a comparison while none is.
+
+    Args:
+        clock: Seconds, monotonic.
+        timer: The accelerator's timer; None on CPU.
+        memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        timer: DeviceTimer | None = None,
+        memory: Callable[[], int] | None = None,
+    ) -> None:
+        self.clock, self.timer, self.memory = clock, timer, memory
+        self._spans: list[Span] = []
+        self._stack: list[Span] = []
+        self._others: list[Span] = []
+        self._thread = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an optimizer step is under way."""
+        return bool(self._stack)
+
+    def current(self) -> Span | None:
+        """The innermost open span of the main thread; safe to call from any thread."""
+        stack = self._stack
+        return stack[-1] if stack else None
+
+    def inside(self, stage: str, part: str | None = None) -> bool:
+        """Whether a span of `stage` (and `part`) is open on the main thread."""
+        return any(span.stage == stage and (part is None or span.part == part) for span in self._stack)
+
+    def open_root(self) -> None:
+        """Begin an optimizer step on this thread; what was open and never closed is dropped."""
+        self.abandon()
+        self._thread = threading.get_ident()
+        self.begin("", "step")
+
+    def close_root(self, step: int) -> StepSpans:
+        """End the optimizer step and hand out its spans."""
+        self.end(self._stack[0])
+        done = StepSpans(step, self._spans, self._others)
+        self._spans, self._others = [], []
+        return done
+
+    def abandon(self) -> None:
+        """Drop the step under way."""
+        self._spans, self._stack, self._others = [], [], []
+
+    def begin(self, stage: str, part: str = "") -> Span:
+        """Open a span under the innermost open one."""
+        self._gauge()
+        parent = self._stack[-1].index if self._stack else -1
+        span = Span(stage, part, parent, len(self._spans), self.clock())
+        if self.timer is not None:
+            span.begin_mark = self.timer.mark()
+        self._spans.append(span)
+        self._stack.append(span)
+        return span
+
+    def end(self, span: Span) -> None:
+        """Close `span` and whatever an exception left open inside it."""
+        self._gauge()
+        now = self.clock()
+        mark = self.timer.mark() if self.timer is not None else None
+        while self._stack:
+            inner = self._stack.pop()
+            inner.host_s = now - inner.start_s
+            inner.end_mark = mark
+            if inner is span:
+                return
+
+    def span(self, stage: str, part: str = "") -> _Timed:
+        """A context manager around `begin` and `end`; does nothing while no step is under way."""
+        return _Timed(self, stage, part)
+
+    def begin_elsewhere(self, stage: str, part: str) -> Span:
+        """Open a span of another thread, or of a coroutine on the main one; it nests in nothing."""
+        return Span(stage, part, -1, -1, self.clock(), thread=threading.get_ident())
+
+    def end_elsewhere(self, span: Span) -> None:
+        """Close a span of `begin_elsewhere`."""
+        span.host_s = self.clock() - span.start_s
+        self._others.append(span)
+
+    def on_main_thread(self) -> bool:
+        """Whether the caller is the thread that runs the optimizer step."""
+        return threading.get_ident() == self._thread
+
+    def _gauge(self) -> None:
+        if self.memory is not None:
+            used = self.memory()
+            if self._stack and used > self._stack[-1].peak_bytes:
+                self._stack[-1].peak_bytes = used
+
+
+class _Timed:
+    __slots__ = ("_part", "_recorder", "_span", "_stage")
+
+    def __init__(self, recorder: SpanRecorder, stage: str, part: str) -> None:
+        self._recorder, self._stage, self._part = recorder, stage, part
+        self._span: Span | None = None
+
+    def __enter__(self) -> None:
+        if self._recorder.is_open and self._recorder.on_main_thread():
+            self._span = self._recorder.begin(self._stage, self._part)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._span is not None and self._recorder.is_open:
+            self._recorder.end(self._span)

@@ -1,0 +1,135 @@
+"""From spans to stages: a stage's seconds are self time (children taken out), so the stages of a step sum to the step.
+
+Evaluation runs the same methods as training does, so whatever happens inside logging, saving or evaluating counts there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from grpo_autotune.probe.records import STAGES, StageRow, StageTimings
+from grpo_autotune.probe.spans import DeviceTimer, Span, StepSpans
+
+APART = "log_save_eval"
+Interval = tuple[float, float]
+
+
+@dataclass(slots=True)
+class StepStages:
+    """One optimizer step by stage. Keys of `parts` are (stage, part); `self_s` sums to `wall_s`."""
+
+    step: int
+    wall_s: float
+    self_s: dict[str, float]
+    host_s: dict[str, float]
+    parts: dict[tuple[str, str], float]
+    hidden_s: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def stages_of(step: StepSpans, timer: DeviceTimer | None = None) -> StepStages:
+    """Sum one step's spans by stage; with `timer`, seconds are the device's and the host's stand beside them."""
+    host = _self_seconds(step.spans, [span.host_s for span in step.spans])
+    if timer is None:
+        seconds = host
+    else:
+        device = [timer.seconds(span.begin_mark, span.end_mark) for span in step.spans]
+        seconds = _self_seconds(step.spans, device)
+    found = StepStages(step.step, math.fsum(seconds), defaultdict(float), defaultdict(float), defaultdict(float))
+    calls: dict[str, int] = defaultdict(int)
+    for span, own_s, host_s, (stage, part) in zip(step.spans, seconds, host, _classify(step.spans), strict=True):
+        found.self_s[stage] += own_s
+        found.host_s[stage] += host_s
+        if part:
+            found.parts[stage, part] += own_s
+        found.peak_bytes[stage] = max(found.peak_bytes.get(stage, 0), span.peak_bytes)
+        calls[stage] += stage != "other"
+    found.calls = calls
+    found.hidden_s = _hidden(step)
+    return found
+
+
+def _self_seconds(spans: Sequence[Span], totals: Sequence[float]) -> list[float]:
+    """Each span's seconds less its children's."""
+    own = list(totals)
+    for span, total in zip(spans, totals, strict=True):
+        if span.parent >= 0:
+            own[span.parent] -= total
+    return own
+
+
+def _classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
+    """Stage and part of each span's self time. Parents come before children in the list."""
+    found: list[tuple[str, str]] = []
+    for span in spans:
+        above = found[span.parent] if span.parent >= 0 else ("other", "")
+        if above[0] == APART:
+            found.append((APART, span.part if span.stage == APART and above[1] != "evaluate" else above[1]))
+        else:
+            found.append((span.stage or "other", span.part))
+    return found
+
+
+def _hidden(step: StepSpans) -> dict[str, float]:
+    """Seconds of other threads' spans during which the main thread was not itself inside that stage."""
+    hidden: dict[str, float] = {}
+    for stage in {span.stage for span in step.others}:
+        busy = _union((s.start_s, s.start_s + s.host_s) for s in step.others if s.stage == stage)
+        waited = _union((s.start_s, s.start_s + s.host_s) for s in step.spans if s.stage == stage)
+        hidden[stage] = _length(busy) - _length(_intersection(busy, waited))
+    return hidden
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
+    pairs = ((max(x[0], y[0]), min(x[1], y[1])) for x, y in itertools.product(a, b))
+    return [(begin, end) for begin, end in pairs if end > begin]
+
+
+def _length(intervals: Iterable[Interval]) -> float:
+    return math.fsum(end - begin for begin, end in intervals)
+
+
+def summarise(
+    steps: Sequence[StepStages], *, warmup: int, cycle: int, on_device: bool, seams: dict[str, list[str]]
+) -> StageTimings:
+    """The measured steps as one table; `warmup` steps are put aside unless that would leave none."""
+    warmup = warmup if len(steps) > warmup else 0
+    kept = steps[warmup:]
+    rows = []
+    for stage in STAGES:
+        parts = sorted({part for step in kept for of, part in step.parts if of == stage})
+        calls = sum(step.calls.get(stage, 0) for step in kept)
+        rows.append(
+            StageRow(
+                name=stage,
+                per_step_s=[step.self_s.get(stage, 0.0) for step in kept],
+                host_s=[step.host_s.get(stage, 0.0) for step in kept] if on_device else None,
+                hidden_s=math.fsum(step.hidden_s.get(stage, 0.0) for step in kept) / max(1, len(kept)),
+                parts={part: [step.parts.get((stage, part), 0.0) for step in kept] for part in parts},
+                calls=calls / max(1, len(kept)),
+                seams=seams.get(stage, []),
+                peak_bytes=max((step.peak_bytes.get(stage, 0) for step in kept), default=0) or None,
+            )
+        )
+    return StageTimings(
+        steps=[step.step for step in kept],
+        step_s=[step.wall_s for step in kept],
+        warmup_s=[step.wall_s for step in steps[:warmup]],
+        stages=rows,
+        cycle=cycle,
+    )

