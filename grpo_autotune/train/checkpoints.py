@@ -1,0 +1,131 @@
+"""A checkpoint is whole when every file that was written is there at its full size; a marker, written last, says so.
+
+A run that was killed while saving leaves a torn folder. `survey` finds the newest whole one beneath it, in a folder
+of `checkpoint-<step>` folders as transformers names them. A checkpoint that plain transformers wrote has no marker:
+it counts as whole when what a resumed run loads from it opens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+MARKER = "complete.json"
+TORN_PREFIX = "torn-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "adapter_model.bin", "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARDED_OPTIMIZER = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")
+"""Folders that DeepSpeed and FSDP write in place of `optimizer.pt`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder `checkpoint-<step>`, saved after `step` optimizer steps; `flaw` says why it cannot be resumed from."""
+
+    path: Path
+    step: int
+    flaw: str | None
+
+
+def survey(folder: Path) -> list[Checkpoint]:
+    """All checkpoints in a folder, newest first, each judged."""
+    found = [(int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))]
+    return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(found, reverse=True)]
+
+
+def seal(folder: Path, world_size: int) -> None:
+    """Write the marker: every file below `folder` with its size in bytes, and the number of processes that wrote it."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(MARKER, None)
+    draft = folder / f".{MARKER}"
+    files.pop(draft.name, None)
+    draft.write_text(json.dumps({"world_size": world_size, "files": files}, indent=1), encoding="utf-8")
+    draft.replace(folder / MARKER)
+
+
+def set_aside(checkpoint: Checkpoint) -> Path:
+    """Rename a torn checkpoint so that a later save of the same step starts from an empty folder; its new path."""
+    target = checkpoint.path.with_name(TORN_PREFIX + checkpoint.path.name)
+    number = 1
+    while target.exists():
+        number += 1
+        target = checkpoint.path.with_name(f"{TORN_PREFIX}{checkpoint.path.name}-{number}")
+    checkpoint.path.rename(target)
+    return target
+
+
+def find_flaw(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
+    marker = _read_json(folder / MARKER)
+    return _sealed_flaw(folder, marker) if marker else _plain_flaw(folder)
+
+
+def _sealed_flaw(folder: Path, marker: dict[str, Any]) -> str | None:
+    for name, size in marker.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    if not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and not _sharded(folder):
+        return "it holds weights without the optimizer's state (grpo.save_only_model)"
+    return None
+
+
+def _plain_flaw(folder: Path) -> str | None:
+    """Judge a folder without a marker: `trainer_state.json` is the last file that transformers writes."""
+    if _read_json(folder / "trainer_state.json") is None:
+        return "trainer_state.json is missing or cut short"
+    if _sharded(folder):
+        return None
+    weights = _weight_files(folder)
+    if not weights:
+        return "it holds no weights"
+    for path in [*weights, folder / "optimizer.pt", folder / "scheduler.pt"]:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not _opens(path):
+            return f"{path.name} is cut short"
+    return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in _INDEXES:
+        index = _read_json(folder / name)
+        if index is not None:
+            return [folder / shard for shard in sorted(set(index.get("weight_map", {}).values()))]
+    return [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file is complete: safetensors checks its length against its header, a zip's directory is at its end."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    try:
+        with safe_open(str(path), framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _sharded(folder: Path) -> bool:
+    return any(path.is_dir() for pattern in _SHARDED_OPTIMIZER for path in folder.glob(pattern))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

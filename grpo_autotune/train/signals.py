@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM ask for a stop; the trainer honours it at the end of the step, with a checkpoint.
+
+Only the request is kept here. The trainer makes it collective: a signal may reach one rank and not the others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+REPEAT_S = 0.5
+"""A launcher may forward a Ctrl-C that the terminal has sent already: within this time both are one wish."""
+
+
+class StopRequest:
+    """While entered, turns the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C ends the process at once.
+
+    Args:
+        say: Tells the user, from inside a signal handler: it must not print through a buffered stream.
+        clock: Seconds, monotonic.
+        die: Ends the process by a signal whose default action was put back.
+
+    Attributes:
+        signum: The signal that came, 0 for none.
+        agreed: The signal that some rank has received, as all ranks know since the last step; 0 for none.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(
+        self,
+        say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        die: Callable[[int], None] | None = None,
+    ) -> None:
+        self.signum = 0
+        self.agreed = 0
+        self._say = say or _write_line
+        self._clock = clock
+        self._die = die or _die_by
+        self._pid = os.getpid()
+        self._at_s = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a forked loader worker inherits the handler; its parent decides
+            return
+        now = self._clock()
+        if self.signum == 0:
+            self.signum, self._at_s = signum, now
+            self._say(
+                f"{signal.Signals(signum).name}: saving a checkpoint at the end of this step, then stopping "
+                "(Ctrl-C again ends at once, without saving)"
+            )
+        elif signum == signal.SIGINT and now - self._at_s > REPEAT_S:
+            self._say("stopped at once: this step was not saved")
+            self._die(signum)
+
+
+def exit_code(signum: int) -> int:
+    """The shell's convention for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 0 for none."""
+    return 128 + signum if signum else 0
+
+
+def _write_line(line: str) -> None:
+    os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
+
+
+def _die_by(signum: int) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)

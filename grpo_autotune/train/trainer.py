@@ -1,0 +1,229 @@
+"""From a `RunConfig` to a `GRPOTrainer`, and from there to a trained model in a run folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from grpo_autotune.config import RunConfig
+from grpo_autotune.probe.records import Frozen
+from grpo_autotune.train.arguments import as_config_errors, grpo_arguments
+from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
+from grpo_autotune.train.datasets import load_data
+from grpo_autotune.train.models import load_model, load_processor, lora_config, model_source
+from grpo_autotune.train.quiet import quieten
+from grpo_autotune.train.resumable import ResumableTrainer
+from grpo_autotune.train.rewards import build_rewards
+from grpo_autotune.train.runs import RunFolder, Start, enter, find_start
+from grpo_autotune.train.signals import StopRequest, exit_code
+
+Phase = Callable[[str], AbstractContextManager[None]]
+Say = Callable[[str], None]
+
+
+class TrainResult(Frozen):
+    """How a training run ended.
+
+    Attributes:
+        folder: The run folder.
+        steps: Optimizer steps done, those before a resume included.
+        total_steps: Optimizer steps the run has in all.
+        seconds: Wall time of this process's training loop.
+        metrics: The newest train line of `train_log.jsonl` (loss, reward, kl, ...); empty if there was no log event.
+        eval_metrics: The newest evaluation line; empty without one.
+        resumed_from: Step of the checkpoint this process began at; null for a fresh run.
+        signum: The signal that ended the run early, 0 if none did.
+    """
+
+    folder: str
+    steps: int
+    total_steps: int
+    seconds: float
+    metrics: dict[str, Any]
+    eval_metrics: dict[str, Any]
+    resumed_from: int | None
+    signum: int
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 130 and 143 after Ctrl-C and SIGTERM."""
+        return exit_code(self.signum)
+
+    def line(self) -> str:
+        """The closing line for a person."""
+        if self.signum:
+            return f"stopped after step {self.steps} of {self.total_steps}, saved; go on with --resume ({self.folder})"
+        told = [f"trained {self.steps} steps in {duration(self.seconds)}"]
+        told += [f"{name} {self.metrics[name]:.4f}" for name in ("reward", "kl") if self.metrics.get(name) is not None]
+        if self.eval_metrics.get("eval_reward") is not None:
+            told.append(f"held-out reward {self.eval_metrics['eval_reward']:.4f}")
+        return f"{', '.join(told)}: {self.folder}"
+
+
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """A `phase` that measures nothing."""
+    return nullcontext()
+
+
+def say_on(console: Console) -> Say:
+    """Prints a line on rank 0, and nothing on the others."""
+
+    def say(line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+def build_trainer(
+    config: RunConfig,
+    *,
+    phase: Phase = no_phase,
+    grpo_overrides: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Say | None = None,
+) -> ResumableTrainer:
+    """Build the trainer that a configuration describes.
+
+    Args:
+        config: The run.
+        phase: Brackets the start-up phases `data`, `model` and `trainer`.
+        grpo_overrides: `GRPOConfig` keys that take precedence, such as a trial's `max_steps`.
+        callbacks: Given to the trainer beside its own.
+        say: Told, line by line, what is under way and what was derived; standard error by default.
+
+    Returns:
+        A `trl.GRPOTrainer` without transformers' own progress output.
+
+    Raises:
+        ConfigError: The configuration cannot be used; the message says which key.
+        DataError: A row cannot be used.
+        EnvironmentProblem: A package that it needs is missing.
+    """
+    say = say or say_on(Console(stderr=True))
+    quieten(bars=sys.stderr.isatty())
+    with phase("data"):
+        train_data, eval_data = load_data(config, say)
+        functions, weights, _ = build_rewards(config)
+    arguments = grpo_arguments(
+        config,
+        output_dir=str(RunFolder(config.run_dir).checkpoints),
+        reward_weights=weights,
+        overrides=grpo_overrides or {},
+    )
+    for note in arguments.notes:
+        say(note)
+    if eval_data is not None and arguments.grpo.eval_strategy == "no":
+        say("held-out data is configured, and grpo.eval_strategy is no: it will not be evaluated")
+    with phase("model"):
+        source = model_source(config, say)
+        processor = load_processor(config, source)
+        model = load_model(config, source)
+        adapter = lora_config(config, model)
+    with phase("trainer"), as_config_errors("grpo"):
+        trainer = ResumableTrainer(
+            model=model,
+            reward_funcs=functions,
+            args=arguments.grpo,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=processor,
+            peft_config=adapter,
+            callbacks=list(callbacks),
+        )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def run_training(
+    config: RunConfig,
+    out_dir: str | Path,
+    resume: bool = False,
+    *,
+    phase: Phase = no_phase,
+    prepare: Callable[[ResumableTrainer], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    grpo_overrides: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train in a run folder until the end, or until Ctrl-C or SIGTERM asks for a stop.
+
+    Args:
+        config: The run.
+        out_dir: Its folder.
+        resume: Go on at the newest whole checkpoint there; from the beginning where there is none yet.
+        phase: As in `build_trainer`.
+        prepare: Called with the trainer before its first step (to attach a probe, for instance).
+        callbacks: As in `build_trainer`.
+        grpo_overrides: As in `build_trainer`.
+        console: Where progress goes; standard error by default.
+
+    Raises:
+        ConfigError: As `build_trainer`, or the folder holds a run and `resume` is false.
+        TrainingError: The loss or its gradient is not a number.
+        RewardError: A reward function failed.
+    """
+    console = console or Console(stderr=True)
+    say = say_on(console)
+    folder = RunFolder(Path(out_dir))
+    start = find_start(folder, resume)
+    overrides = {**(grpo_overrides or {}), "output_dir": str(folder.checkpoints)}
+    trainer = build_trainer(config, phase=phase, grpo_overrides=overrides, callbacks=callbacks, say=say)
+    trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
+    if trainer.is_world_process_zero():
+        enter(folder, config, start, say)
+    if resume:
+        say(_start_line(folder, start))
+    if prepare is not None:
+        prepare(trainer)
+    log = TrainLog(folder.log)
+    trainer.add_callback(log)
+    begun = time.monotonic()
+    signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
+    if not signum:
+        trainer.save_model(str(folder.model))
+    return TrainResult(
+        folder=str(folder.path),
+        steps=trainer.state.global_step,
+        total_steps=trainer.state.max_steps,
+        seconds=time.monotonic() - begun,
+        metrics=log.last.get("train", {}),
+        eval_metrics=log.last.get("eval", {}),
+        resumed_from=start.step if start.checkpoint else None,
+        signum=signum,
+    )
+
+
+def _train(trainer: ResumableTrainer, start: Start, progress: ProgressLine) -> int:
+    """Run the loop; the signal that ended it early, or 0."""
+    if start.checkpoint is not None:
+        trainer.args.eval_on_start = False  # it was done when the run began
+    trainer.add_callback(progress)
+    quieten(bars=False)  # those of saving would break the progress line
+    with StopRequest() as trainer.stop_request, _closing(progress):
+        trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
+        agreed: int = trainer.stop_request.agreed
+    return agreed if trainer.state.global_step < trainer.state.max_steps else 0
+
+
+@contextmanager
+def _closing(progress: ProgressLine) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        progress.close()
+
+
+def _start_line(folder: RunFolder, start: Start) -> str:
+    if start.checkpoint is None:
+        return f"no whole checkpoint in {folder.checkpoints} yet: starting at step 0"
+    return f"resuming at step {start.step} ({start.checkpoint.path.name})"
