@@ -1,0 +1,143 @@
+"""A guard around each reward function: a mistake in it is one line that names it and shows the first sample.
+
+Without it a reward of the wrong length or of nothing but None shows up as a shape error or as a flat line, hours later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from grpo_autotune.errors import AutotuneError, ConfigError, RewardError
+
+PATIENCE = 10
+"""Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
+
+SHOWN = 160
+"""Characters of a sample shown in a message."""
+
+GIVEN_BY_TRL = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+
+
+def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
+    """Wrap a reward function: params bound, name kept, its result judged.
+
+    Args:
+        function: Sync or async, of TRL's reward signature; the wrapper is of the same kind.
+        name: What logs call it.
+        params: Keywords that win over columns of the same name.
+        alone: Whether it is the only reward, so that a batch of nothing but None cannot be learned from.
+
+    Returns:
+        A function whose calls raise `RewardError` if it raises, returns the wrong number of values, values that are not
+        numbers, or only None.
+    """
+    judge = _Judge(name, patience=1 if alone else PATIENCE)
+    if _is_async(function):
+
+        async def guarded_async(**batch: Any) -> list[float | None]:
+            with _Blame(name, batch):
+                values = await function(**{**batch, **params})
+            return judge(values, batch)
+
+        return _named(guarded_async, name)
+
+    def guarded(**batch: Any) -> list[float | None]:
+        with _Blame(name, batch):
+            values = function(**{**batch, **params})
+        return judge(values, batch)
+
+    return _named(guarded, name)
+
+
+def check_params(function: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+    """Judge that every parameter is named in the signature: `**kwargs` is for columns, and would hide a slip.
+
+    Raises:
+        ConfigError: For the first that is not; with the nearest that is.
+    """
+    signature = inspect.signature(function).parameters
+    settable = [
+        name
+        for name, parameter in signature.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in GIVEN_BY_TRL
+    ]
+    for name in params:
+        if name not in settable:
+            near = difflib.get_close_matches(name, settable, n=1)
+            hint = f"Nearest: {near[0]}." if near else f"Parameters: {', '.join(settable) or 'none'}."
+            raise ConfigError("the function has no such parameter", where=f"{where}.{name}", fix=hint)
+
+
+class _Judge:
+    """Judges what one reward function returns, over its life."""
+
+    def __init__(self, name: str, patience: int) -> None:
+        self.name, self.patience = name, patience
+        self.abstained: int | None = 0  # calls so far, all of them of nothing but None; None once it gave a value
+
+    def __call__(self, values: Any, batch: Mapping[str, Any]) -> list[float | None]:
+        if not hasattr(values, "__len__") or isinstance(values, (str, Mapping)):
+            raise self._error(f"returned {type(values).__name__}, not a list of numbers", batch)
+        rewards, expected = list(values), len(batch["completions"])
+        if len(rewards) != expected:
+            raise self._error(f"returned {len(rewards)} values for {expected} completions", batch)
+        strange = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
+        if strange is not None:
+            raise self._error(f"returned {strange!r}, which is not a number", batch)
+        if any(value is not None for value in rewards):
+            self.abstained = None
+        elif self.abstained is not None:
+            self.abstained += 1
+            if self.abstained >= self.patience:
+                raise self._error("returned only None, so there is nothing to learn from", batch)
+        return rewards
+
+    def _error(self, what: str, batch: Mapping[str, Any]) -> RewardError:
+        return RewardError(what, where=f"reward {self.name}", fix=_first_sample(batch))
+
+
+class _Blame:
+    """Turns whatever somebody's reward function raises into a `RewardError` that names it; our own errors pass."""
+
+    def __init__(self, name: str, batch: Mapping[str, Any]) -> None:
+        self.name, self.batch = name, batch
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, AutotuneError):
+            raise RewardError(
+                f"raised {type(error).__name__}: {error}", where=f"reward {self.name}", fix=_first_sample(self.batch)
+            ) from error
+
+
+def _first_sample(batch: Mapping[str, Any]) -> str:
+    """Prompt, completion and columns of the first row, each cut short; images and settings left out."""
+    shown = []
+    for key, values in batch.items():
+        if isinstance(values, list) and values and key != "completion_ids" and key not in {"image", "images"}:
+            text = " ".join(str(values[0]).split())
+            shown.append(f"{key.removesuffix('s')} {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
+    return f"First sample: {'; '.join(shown)}."
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine, as TRL judges it: a partial by its function, an instance by `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
