@@ -38,7 +38,7 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def final_answer(text: str) -> str:
-    """What a text gives as its answer: what is tagged, and boxed in that; else the line after `####`, else all of it."""
+    """The text of a completion as TRL gives it to rewards: plain text, or that of the assistant's last message."""
     tagged = ANSWER_TAG.findall(text)
     if tagged:
         text = str(tagged[-1])
