@@ -1,3 +1,25 @@
-"""Measure, tune and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it."""
+"""Measure and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it.
+
+`attach(trainer)` measures any `trl.GRPOTrainer`; `load_config(path)` reads a configuration. Both load on first use, so that
+importing this package costs nothing.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_autotune.config import load_config
+    from grpo_autotune.plugin import attach
+
+_HOMES = {"attach": "grpo_autotune.plugin", "load_config": "grpo_autotune.config"}
+
+__all__ = ["attach", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -18,7 +18,7 @@ from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
-from grpo_autotune.probe.startup import Startup
+from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
 from grpo_autotune.probe.wiring import install
 from grpo_autotune.seams.table import CALLBACKS, TABLE
@@ -32,7 +32,7 @@ class Probe:
     Args:
         trainer: A `trl.GRPOTrainer`; nothing else of TRL's has these seams.
         startup: Phases measured before; None begins with what this process did until now.
-        out_dir: Folder that gets `spans.jsonl`, a line a step (rank 0; other ranks add their number); None writes nothing.
+        out_dir: Folder that gets `spans.jsonl`, a line a step (other ranks than 0 add their number); None writes none.
         warmup: Steps put aside at the start; by default one cycle of generating and reusing.
 
     Raises:
@@ -78,14 +78,15 @@ class Probe:
         return self.recorder.is_open and not self.recorder.inside(APART)
 
     def now(self) -> str | None:
-        """What is under way, in words, for a heartbeat."""
-        span = self.recorder.current()
+        """What is under way, in words, for a heartbeat; None while steps are too short to be worth one."""
+        span, age_s = self.recorder.current(), self.recorder.age_s()
         if span is None:
             return self.startup.now()
-        stage = self._stage_now() or "step"
+        if age_s < HEARTBEAT_S:
+            return None
         state = self.trainer.state
-        seconds = self.recorder.clock() - span.start_s
-        return f"step {state.global_step + 1}/{state.max_steps}: {stage}, {seconds:.0f} s"
+        step = f"step {state.global_step + 1} of {state.max_steps}"
+        return f"{step}: {self._stage_now()}, {age_s:.0f} s since the step began"
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
@@ -178,15 +179,16 @@ class Probe:
 
     def _tokens_of_size(self, width: int, height: int) -> int | None:
         processor = getattr(self.trainer.processing_class, "image_processor", None)
-        if not hasattr(processor, "get_number_of_image_patches"):
+        count = getattr(processor, "get_number_of_image_patches", None)
+        if count is None:
             return None
-        patches = int(processor.get_number_of_image_patches(height, width, {}))
+        patches = int(count(height, width, {}))
         return patches // _merge_size(self.trainer) ** 2
 
     def _open_spans(self, folder: Path) -> IO[str]:
         rank = self.trainer.accelerator.process_index
         folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl"), "a", encoding="utf-8")
+        return (folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")).open("a", encoding="utf-8")
 
 
 class _Edges(TrainerCallback):  # type: ignore[misc]
@@ -252,7 +254,7 @@ def _seam_names() -> dict[str, list[str]]:
 
 
 def _line(spans: StepSpans) -> dict[str, Any]:
-    """One step as JSON: spans as [stage, part, parent, start, seconds], other threads' with their thread in place of the parent."""
+    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread."""
     origin = spans.spans[0].start_s
     rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
     others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]

@@ -118,7 +118,7 @@ class ImageCollector:
     processed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def see(self, step: int, inputs: Sequence[dict[str, Any]], output: dict[str, Any], merge: int) -> None:
-        """Take the rows that went into a generation and the patch grid that came out (`image_grid_thw`, shape (N, 3))."""
+        """Take the rows of a generation and the patch grid that came out (`image_grid_thw`, shape (N, 3))."""
         images = [image for row in inputs for image in _images_of(row)]
         if not images:
             return
@@ -137,16 +137,19 @@ class ImageCollector:
         sizes = [size for g in seen for size in g.sizes]
         distinct = sum(g.distinct for g in seen)
         tokens = [n for g in seen for n in g.tokens]
-        counted = (lambda counts: sum(n for step, n in counts.items() if step >= first or not measured))
         return ImageFacts(
             pixels=spread([width * height for width, height in sizes]),
             per_prompt=len(sizes) / sum(g.prompts for g in seen),
             tokens=spread(tokens) if tokens else None,
             tokens_at=_tokens_at(sizes, patches),
             distinct_per_step=distinct / max(1, steps),
-            decodes_per_image=counted(self.decoded) / distinct,
-            processings_per_image=counted(self.processed) / distinct,
+            decodes_per_image=_since(self.decoded, first if measured else 0) / distinct,
+            processings_per_image=_since(self.processed, first if measured else 0) / distinct,
         )
+
+
+def _since(counts: dict[int, int], first: int) -> int:
+    return sum(count for step, count in counts.items() if step >= first)
 
 
 def _images_of(row: dict[str, Any]) -> list[Any]:

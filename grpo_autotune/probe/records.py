@@ -1,6 +1,7 @@
 """What a probe hands to whoever reads it: frozen, free of torch, and equal after a trip through JSON.
 
-Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists "one a step" are in step order.
+Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry a step are
+in step order.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class ImageFacts(Frozen):
         tokens_at: The same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept;
             empty where the processor cannot tell.
         distinct_per_step: Distinct images an optimizer step.
-        decodes_per_image: Decodings a distinct image and step in this process (0 with loader workers: theirs are not seen).
+        decodes_per_image: Decodings a distinct image and step in this process (those of loader workers are not seen).
         processings_per_image: Runs of the image processor a distinct image and step.
     """
 

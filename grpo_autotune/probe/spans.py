@@ -1,7 +1,7 @@
 """A timed tree: spans opened and closed on the main thread nest, spans of other threads are kept beside them.
 
-The clock, the device's timer and the memory gauge are handed in, so that the tree can be tested without a GPU and without
-sleeping. One tree (`StepSpans`) covers one optimizer step.
+The clock, the device's timer and the memory gauge are handed in, so that the tree can be tested without a GPU and
+without sleeping. One tree (`StepSpans`) covers one optimizer step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DeviceTimer(Protocol):
 
 @dataclass(slots=True)
 class Span:
-    """One stretch of time. `start_s` is on the recorder's clock; `parent` is an index into the step's spans, -1 at the root."""
+    """One stretch of time; `start_s` is on the recorder's clock, `parent` an index into the step's spans (-1: root)."""
 
     stage: str
     part: str
@@ -85,6 +85,11 @@ class SpanRecorder:
         """The innermost open span of the main thread; safe to call from any thread."""
         stack = self._stack
         return stack[-1] if stack else None
+
+    def age_s(self) -> float:
+        """Seconds since the step under way began, 0 without one; safe to call from any thread."""
+        stack = self._stack
+        return self.clock() - stack[0].start_s if stack else 0.0
 
     def inside(self, stage: str, part: str | None = None) -> bool:
         """Whether a span of `stage` (and `part`) is open on the main thread."""
@@ -165,6 +170,8 @@ class _Timed:
         if self._recorder.is_open and self._recorder.on_main_thread():
             self._span = self._recorder.begin(self._stage, self._part)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._span is not None and self._recorder.is_open:
             self._recorder.end(self._span)

@@ -1,6 +1,6 @@
-"""From spans to stages: a stage's seconds are self time (children taken out), so the stages of a step sum to the step.
+"""From spans to stages: a stage's seconds are self time (children taken out), so the stages sum to the step.
 
-Evaluation runs the same methods as training does, so whatever happens inside logging, saving or evaluating counts there.
+Evaluation runs the same methods as training, so whatever happens inside logging, saving or evaluating counts there.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import psutil
 from grpo_autotune.probe.records import Phase
 
 HEARTBEAT_S = 5.0
+REPEAT_S = 15.0
 
 
 class Startup:
@@ -63,20 +64,40 @@ class Startup:
 
 
 class Heartbeat:
-    """Says `describe()` through `say` every few seconds, on a daemon thread, as long as there is something to say."""
+    """Says what is under way through `say`, on a daemon thread.
+
+    Args:
+        describe: What is under way, as "what, how long"; None when there is nothing worth a line.
+        say: Takes the line.
+        every_s: Seconds between looks; what was said already is said again only after `REPEAT_S`.
+        clock: Seconds, monotonic.
+    """
 
     def __init__(
-        self, describe: Callable[[], str | None], say: Callable[[str], None], every_s: float = HEARTBEAT_S
+        self,
+        describe: Callable[[], str | None],
+        say: Callable[[str], None],
+        every_s: float = HEARTBEAT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._describe, self._say, self._every_s = describe, say, every_s
+        self._describe, self._say, self._every_s, self._clock = describe, say, every_s, clock
+        self._said, self._said_at = "", 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="grpo-autotune-heartbeat", daemon=True)
 
+    def beat(self) -> None:
+        """Look once."""
+        line = self._describe()
+        if line is None:
+            return
+        what, now = line.rpartition(",")[0], self._clock()
+        if what != self._said or now - self._said_at >= REPEAT_S:
+            self._said, self._said_at = what, now
+            self._say(line)
+
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
-            line = self._describe()
-            if line is not None:
-                self._say(line)
+            self.beat()
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()

@@ -30,7 +30,8 @@ def cycle_of(args: Any) -> int:
     `gradient_accumulation_steps` of them.
     """
     every = args.steps_per_generation * args.num_iterations
-    return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+    micro_steps: int = args.gradient_accumulation_steps
+    return math.lcm(every, micro_steps) // micro_steps
 
 
 def compute_dtype(trainer: Any) -> str:
@@ -86,5 +87,9 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
     if not isinstance(configs, dict) or not configs:
         return None
     config = next(iter(configs.values())).to_dict()
-    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    found: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
     return found
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

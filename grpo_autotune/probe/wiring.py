@@ -86,7 +86,7 @@ def _logps_layer(probe: Probe, row: Seam) -> Layer:
 
 
 def _adapter_state(model: Any) -> Callable[[], str]:
-    """A function that tells whether the model's adapters are `disabled`, or which one is active ("" without adapters)."""
+    """A function that tells whether the model's adapters are `disabled`, or which one is active ("" without any)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)

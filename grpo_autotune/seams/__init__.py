@@ -1,1 +1,1 @@
-"""The one owner of every patch on TRL and vLLM: a table of seams, and one wrapper a seam that holds an ordered list of layers."""
+"""The one owner of every patch on TRL and vLLM: a table of seams, and one wrapper a seam that holds ordered layers."""

@@ -1,14 +1,15 @@
 """One wrapper a seam, holding an ordered list of layers, so that whoever needs a seam can come and go in any order.
 
-A *slot* is a place that holds a callable: an attribute of an object, class or module, an item of a list, or a method that
-Python looks up on the class (a processor's `__call__`). The first layer put on a slot installs the wrapper; when the last
-one leaves, the slot is as it was before.
+A *slot* is a place that holds a callable: an attribute of an object, class or module, an item of a list, or a method
+that Python looks up on the class (a processor's `__call__`). The first layer put on a slot installs the wrapper; when
+the last one leaves, the slot is as it was before.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class Slot(Protocol):
 
 
 class AttributeSlot:
-    """An attribute of an instance, a class or a module; an attribute that was inherited is deleted again, not copied."""
+    """An attribute of an instance, a class or a module; one that was inherited is deleted again, not copied."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -96,7 +97,7 @@ class ClassSlot:
         cls = type(self.owner)
         if "_seam_base" not in vars(cls):
             kept = {"_seam_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-            cls = type(cls)(cls.__name__, (cls,), kept)
+            cls = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(kept))
             self.owner.__class__ = cls
         setattr(cls, self.name, staticmethod(wrapper))
 
@@ -125,16 +126,15 @@ class Point:
         return target(*args, **kwargs)
 
     def _wrapper(self) -> Callable[..., Any]:
-        wraps = functools.wraps(self.original) if hasattr(self.original, "__name__") else lambda f: f
         if is_async(self.original):
 
-            @wraps
+            @functools.wraps(self.original)
             async def awaited(*args: Any, **kwargs: Any) -> Any:
                 return await self.call(*args, **kwargs)
 
             return awaited
 
-        @wraps
+        @functools.wraps(self.original)
         def called(*args: Any, **kwargs: Any) -> Any:
             return self.call(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """The table of seams: which method of TRL, transformers, accelerate or vLLM holds which stage of an optimizer step.
 
 Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generation.py`) and transformers 5
-(`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global name is replaced.
+(`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GRPO_MODULE = "trl.trainer.grpo_trainer"
 
 
 class Seam(NamedTuple):
-    """One row: `key` names it, `stage` is the stage its time belongs to ("" for a container), `part` the stage's part."""
+    """One row: `key` names it; its time belongs to `stage` ("" for a container) and there to `part`."""
 
     key: str
     stage: str
@@ -94,7 +94,7 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
             return None
         holder = row.owner if owner is None else f"{type(owner).__module__}.{type(owner).__qualname__}"
         raise SeamError(
-            f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which the installed version lacks",
+            f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there",
             fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.",
         )
     return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)

@@ -1,0 +1,10 @@
+"""`python -m grpo_autotune`, and `torchrun ... -m grpo_autotune`: the same as the command `grpo-autotune`."""
+
+from __future__ import annotations
+
+import sys
+
+from grpo_autotune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

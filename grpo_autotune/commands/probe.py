@@ -1,0 +1,75 @@
+"""`grpo-autotune probe`: a short real trial of a configuration, and where its seconds went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.reporting import report_of
+from grpo_autotune.config import RunConfig
+from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.report import Report
+
+DEFAULT_STEPS = 5
+
+
+def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> Report:
+    """Train `config` for a warm-up and `steps` measured optimizer steps, and report; nothing of the training is kept.
+
+    Raises:
+        AutotuneError: The configuration, the data, a reward or this machine stood in the way.
+    """
+    startup = Startup()
+    watched: list[Callable[[], str | None]] = [startup.now]
+    with Heartbeat(lambda: watched[-1](), say):
+        with startup.phase("import"):
+            from grpo_autotune.commands.stopping import StopAfter
+            from grpo_autotune.commands.trial import quiet_trainer
+            from grpo_autotune.probe.attach import Probe
+        startup.since_birth("import")
+        trainer = quiet_trainer(config, startup)
+        probe = Probe(trainer, startup=startup, out_dir=out_dir)
+        watched.append(probe.now)
+        total = probe.warmup + steps
+        progress = _Progress(total, probe.warmup)
+        trainer.add_callback(StopAfter(total, progress))
+        try:
+            trainer.train()
+        finally:
+            progress.close()
+            watched.pop()
+            probe.detach()
+    return report_of(probe.record(), config.model_dump(mode="json"), out_dir)
+
+
+class _Progress:
+    """A bar on a terminal, a line a step elsewhere; both with the time left."""
+
+    def __init__(self, total: int, warmup: int) -> None:
+        self._total, self._warmup = total, warmup
+        self._begun = time.monotonic()
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal and is_first_rank():
+            columns = (TextColumn("probing"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+
+    def __call__(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+            return
+        seconds = (time.monotonic() - self._begun) / done
+        kind = "warm-up" if done <= self._warmup else "measured"
+        say(f"step {done} of {self._total} ({kind}), about {(self._total - done) * seconds:.0f} s left")
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()

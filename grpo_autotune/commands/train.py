@@ -1,0 +1,53 @@
+"""`grpo-autotune train`: train a configuration, and tell what is under way and where time went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.reporting import report_of
+from grpo_autotune.commands.trial import time_engine_start
+from grpo_autotune.config import RunConfig
+from grpo_autotune.probe.startup import Heartbeat, Startup
+
+LARGEST = 3
+
+
+def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
+    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal).
+
+    Raises:
+        AutotuneError: As `train.trainer.run_training`.
+    """
+    startup = Startup()
+    watched: list[Callable[[], str | None]] = [startup.now]
+    probes: list[Any] = []
+    with Heartbeat(lambda: watched[-1](), say):
+        with startup.phase("import"):
+            from grpo_autotune.probe.attach import Probe
+            from grpo_autotune.train.trainer import run_training
+        startup.since_birth("import")
+        time_engine_start(startup)
+
+        def prepare(trainer: Any) -> None:
+            probes.append(Probe(trainer, startup=startup))
+            watched.append(probes[0].now)
+
+        result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare)
+        watched.pop()
+    say(result.line())
+    _tell_time(probes[0], config, out_dir)
+    return result.exit_code
+
+
+def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
+    probe.detach()
+    record = probe.record()
+    if not (is_first_rank() and record.timings.step_s):
+        return
+    report = report_of(record, config.model_dump(mode="json"), out_dir)
+    largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
+    shares = ", ".join(f"{stage.name} {stage.share:.0%}" for stage in largest)
+    say(f"{report.step_s:.2f} s a step: {shares}; the whole breakdown: `grpo-autotune report {out_dir}`")

@@ -1,0 +1,75 @@
+"""The plug-in for somebody's own script: `probe = attach(trainer)`, `trainer.train()`, `print(probe.report())`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.commands.reporting import report_of
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.attach import Probe
+from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.render.terminal import render
+from grpo_autotune.report import Report
+
+
+class PrintableReport:
+    """A `Report` that prints itself; `data` is the report, `to_dict()` what `report.json` holds."""
+
+    def __init__(self, data: Report) -> None:
+        self.data = data
+
+    def __str__(self) -> str:
+        return render(self.data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return self.data.model_dump(mode="json")
+
+
+class AttachedProbe:
+    """What `attach` returns."""
+
+    def __init__(self, probe: Probe, out_dir: Path | None) -> None:
+        self._probe, self._out_dir = probe, out_dir
+
+    def record(self) -> ProbeRecord:
+        """The raw measurements so far."""
+        return self._probe.record()
+
+    def report(self) -> PrintableReport:
+        """The report so far, saved as `report.json` too where `attach` was given a folder.
+
+        Raises:
+            ConfigError: No optimizer step was finished yet.
+        """
+        record = self._probe.record()
+        if not record.timings.step_s:
+            raise ConfigError("nothing was measured: no optimizer step has ended since attach(trainer)")
+        return PrintableReport(report_of(record, None, self._out_dir))
+
+    def detach(self) -> None:
+        """Leave the trainer as it was; the report stays available."""
+        self._probe.detach()
+
+
+def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
+    """Measure every optimizer step of `trainer`, a `trl.GRPOTrainer`, from now on.
+
+    Args:
+        trainer: The trainer, before or during `train()`.
+        out_dir: Folder for `report.json` and `spans.jsonl`; nothing is written without it.
+
+    Returns:
+        A probe with `report()`, `record()` and `detach()`.
+
+    Raises:
+        ConfigError: `trainer` is not a `GRPOTrainer`.
+        SeamError: The installed TRL lacks a method that holds a stage.
+    """
+    from trl import GRPOTrainer
+
+    if not isinstance(trainer, GRPOTrainer):
+        raise ConfigError(f"attach() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
+    folder = None if out_dir is None else Path(out_dir)
+    return AttachedProbe(Probe(trainer, out_dir=folder), folder)
