@@ -1,0 +1,69 @@
+"""What bounds the step, in one sentence, and what a reader must know before trusting the numbers."""
+
+from __future__ import annotations
+
+from grpo_autotune.verdict.breakdown import Limit
+from grpo_autotune.verdict.facts import Facts
+from grpo_autotune.verdict.words import STAGE_WORDS, percent, seconds
+
+ALONE = 0.4
+FEW_STEPS = 3
+LARGE_OTHER = 0.02
+LARGE_SPREAD = 0.2
+CEILINGS = {"matrix": "matrix rate", "memory": "memory bandwidth"}
+
+
+def bound(facts: Facts) -> str:
+    """Name the stage that takes most of the step (two, where none takes `ALONE`), and how near the machine's ceiling
+    it is."""
+    ranked = sorted(facts.breakdown.shares.items(), key=lambda item: -item[1])
+    (first, share), *rest = ranked
+    step = seconds(facts.breakdown.step_s)
+    if share >= ALONE or not rest:
+        text = f"{STAGE_WORDS[first]} bounds the step: {percent(share)} of {step}"
+    else:
+        second, less = rest[0]
+        both = f"{STAGE_WORDS[first]} ({percent(share)}) and {STAGE_WORDS[second]} ({percent(less)})"
+        text = f"{both} bound the step of {step}"
+    text = text[0].upper() + text[1:]
+    limit = facts.limits.get(first)
+    if limit is None:
+        return f"{text}."
+    name = "It runs" if share >= ALONE or not rest else "The first of them runs"
+    return f"{text}. {name} at {percent(limit.share)} of this machine's {CEILINGS[limit.by]}{_meaning(limit)}."
+
+
+def _meaning(limit: Limit) -> str:
+    if limit.share < 0.3:
+        return ": most of its time goes into starting many small operations, or into work that the count leaves out"
+    if limit.share > 0.6:
+        return ": near the limit, so only less work makes it faster"
+    return ""
+
+
+def warnings(facts: Facts) -> list[str]:
+    """Lines to read first: the engine samples from another distribution, or the measurement is thin."""
+    found: list[str] = []
+    fidelity, b, record = facts.record.fidelity, facts.breakdown, facts.record
+    if fidelity is not None and not fidelity.ok:
+        found.append(
+            "vLLM does not sample from the policy that is trained: its log-probs are "
+            f"{fidelity.mean_nats:.3g} nats off on average (at most {fidelity.threshold_nats:.3g} is rounding). "
+            "What is learned from such samples is wrong; do not train before this is solved."
+        )
+    if b.shares.get("other", 0.0) > LARGE_OTHER:
+        found.append(
+            f"{percent(b.shares['other'])} of the step is outside every function that the probe measures: "
+            "look at what the script or its callbacks do between them."
+        )
+    count = len(record.timings.step_s)
+    if count < FEW_STEPS:
+        found.append(
+            f"Only {count} step{'s were' if count > 1 else ' was'} measured: treat the seconds as a first guess."
+        )
+    elif b.step_spread_s > LARGE_SPREAD * b.step_s:
+        found.append(
+            f"The steps differ much from each other (± {seconds(b.step_spread_s)} around {seconds(b.step_s)}): "
+            "measure more of them, and see that nothing else uses this machine."
+        )
+    return found
