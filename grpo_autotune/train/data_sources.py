@@ -1,0 +1,121 @@
+"""Reading rows from wherever they are: a registered function, a file, an image folder, a saved data set, the hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from grpo_autotune.errors import ConfigError, DataError
+from grpo_autotune.registry import is_reference, names, resolve
+
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def read_rows(
+    path: str,
+    split: str | None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    where: str = "data.path",
+) -> datasets.Dataset:
+    """Read one split.
+
+    Args:
+        path: Registered name, `package.module:function`, file, image folder, saved `datasets` folder, or hub id.
+        split: Split, perhaps with a slice (`train[:90%]`); None takes a file's one split, and `test` of anything else.
+        name: Configuration of a hub data set.
+        revision: Branch, tag or commit on the hub.
+        params: Arguments of a registered function.
+        where: Key path for messages.
+
+    Raises:
+        ConfigError: If there is nothing of that name, or no such split.
+        DataError: If it is there and cannot be read.
+    """
+    place = Path(path)
+    if path in names("dataset") or is_reference(path):
+        rows = resolve("dataset", path)(split or "test", **(params or {}))
+        if not isinstance(rows, datasets.Dataset):
+            raise ConfigError(f"{path} returned {type(rows).__name__}, not a datasets.Dataset", where=where)
+        return rows
+    if params:
+        raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
+    if place.is_file():
+        builder = FILE_BUILDERS.get(place.suffix.lower())
+        if builder is None:
+            endings = ", ".join(FILE_BUILDERS)
+            raise ConfigError(
+                f"a file ending in {place.suffix or 'nothing'} cannot be read", where=where, fix=f"Accepted: {endings}."
+            )
+        if place.stat().st_size == 0:
+            raise DataError("the file is empty", where=path)
+        return _load(builder, split or "train", where, path, data_files={"train": str(place)})
+    if place.is_dir():
+        return _read_folder(place, split, where, name)
+    if not HUB_ID.fullmatch(path) or place.suffix.lower() in FILE_BUILDERS:
+        raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
+    near = difflib.get_close_matches(path, names("dataset"), n=1)
+    if near:
+        raise ConfigError(f"there is no data set {path}", where=where, fix=f"Nearest: {near[0]}.")
+    return _load(path, split or "test", where, path, name=name, revision=revision)
+
+
+def _read_folder(folder: Path, split: str | None, where: str, name: str | None) -> datasets.Dataset:
+    if (folder / "dataset_dict.json").is_file():
+        return _slice(dict(_from_disk(folder)), split or "test", where)
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        return _slice({"train": _from_disk(folder)}, split or "train", where)
+    if any(file.suffix.lower() in IMAGE_ENDINGS for file in folder.rglob("*")):
+        return _class_names(_load("imagefolder", split or "test", where, str(folder), data_dir=str(folder)))
+    return _load(str(folder), split or "test", where, str(folder), name=name)
+
+
+def _load(builder: str, split: str, where: str, path: str, **arguments: Any) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(builder, split=split, **arguments)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(f"cannot be read: {error.__cause__ or error}", where=path) from error
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ConfigError(
+            f"no data set {path}: {error}",
+            where=where,
+            fix=f"Registered: {', '.join(names('dataset'))}; or give a path.",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"cannot load {path}: {error}", where=where) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error}", where=path) from error
+
+
+def _from_disk(folder: Path) -> Any:
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"this saved data set cannot be read: {error}", where=str(folder)) from error
+
+
+def _slice(splits: Mapping[str, datasets.Dataset], spec: str, where: str) -> datasets.Dataset:
+    """`datasets`' split notation on data sets that are already there."""
+    try:
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except ValueError as error:
+        raise ConfigError(f"split {spec}: {error}", where=where.replace("path", "split")) from error
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _class_names(rows: datasets.Dataset) -> datasets.Dataset:
+    """Sub-folders of an image folder are its classes: give rewards their names, not their numbers."""
+    label = rows.features.get("label")
+    if not isinstance(label, datasets.ClassLabel):
+        return rows
+    labels = [None if number is None else label.int2str(number) for number in rows["label"]]
+    return rows.remove_columns("label").add_column("label", labels)
