@@ -1,0 +1,181 @@
+"""A report's facts as sentences, for any renderer."""
+
+from __future__ import annotations
+
+from grpo_autotune.report import Report
+from grpo_autotune.verdict.words import LEGEND, amount, listing, percent, seconds, size
+
+PHASE_WORDS = {
+    "import": "importing libraries",
+    "data": "preparing the data",
+    "model": "loading the model",
+    "engine": "starting vLLM",
+    "trainer": "building the trainer",
+    "first_step": "the first step",
+    "before_attach": "the script before attach()",
+}
+
+
+def header_lines(report: Report) -> list[str]:
+    """What ran, on what, how fast."""
+    count = len(report.steps)
+    timed = f"median of {count} steps" if count > 1 else "one step"
+    warm = f" after {len(report.warmup_s)} for warming up" if report.warmup_s else ""
+    lines = [f"{seconds(report.step_s)} per optimizer step ({timed}{warm})"]
+    rates = report.rates
+    if rates is not None:
+        lines.append(
+            f"{amount(rates.tokens_per_s)} tokens/s, {amount(rates.completion_tokens_per_s)} of them generated"
+        )
+    if rates is not None and rates.useful_completions_per_s is not None:
+        useful = amount(rates.useful_completions_per_s)
+        lines.append(f"{useful} useful completions/s (those in groups whose rewards differ, less one a group)")
+    return [*lines, "", f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
+
+
+def _model(report: Report) -> str:
+    t = report.trainer
+    trained = "all trained" if t.trainable_parameters == t.parameters else f"{_count(t.trainable_parameters)} trained"
+    adapter = "" if t.peft is None else f" by {t.peft.get('peft_type') or 'an adapter'}".replace("PeftType.", "")
+    engine = f"vLLM ({t.vllm_mode})" if t.use_vllm else "generate()"
+    return f"{t.model_class}, {_count(t.parameters)} parameters, {trained}{adapter}, {t.dtype}; sampling by {engine}"
+
+
+def _batch(report: Report) -> str:
+    t = report.trainer
+    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.world_size
+    micro = f"{t.gradient_accumulation_steps} micro batches of {t.per_device_train_batch_size}"
+    ranks = f" on each of {t.world_size} ranks" if t.world_size > 1 else ""
+    reuse = f"; each generated batch serves {report.cycle} steps" if report.cycle > 1 else ""
+    return f"{rows} completions a step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
+
+
+def _machine(report: Report) -> str:
+    machine = report.machine or {}
+    gpus = machine.get("gpus") or []
+    cpu = f"{machine.get('cpu') or 'CPU'}, {machine.get('cores')} cores" if machine else ""
+    memory = f", {size(machine['memory_bytes'])} memory" if machine.get("memory_bytes") else ""
+    cards = listing([f"{gpu['name']} ({size(gpu['memory_bytes'])})" for gpu in gpus]) if gpus else ""
+    known = "; ".join(text for text in (cards, cpu + memory) if text) or "not known"
+    return f"{known}; the model is on {report.trainer.device}"
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def legend(report: Report) -> str:
+    """What the stages that ran, and the columns, mean."""
+    ran = [f"{row.name}: {LEGEND[row.name]}" for row in report.stages if row.self_s != 0.0 or row.calls > 0.0]
+    text = (
+        "; ".join(ran)
+        + ". Spread: half of the distance between the quartiles over steps. Per token: completion tokens "
+    )
+    text += "for generation, all tokens elsewhere."
+    if any(row.limit_share is not None for row in report.stages):
+        text += " Of limit: how near to the matrix rate or memory bandwidth that was measured on this machine."
+    return text
+
+
+def startup_line(report: Report) -> str:
+    """Seconds of each phase before the steps."""
+    phases = [f"{PHASE_WORDS.get(phase.name, phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
+    return f"{seconds(sum(phase.seconds for phase in report.startup))}: {listing(phases)}."
+
+
+def facts_lines(report: Report) -> list[str]:
+    """Tokens, images, rewards, devices, weights and fidelity."""
+    return [*_tokens(report), *_images(report), *_rewards(report), *_devices(report), *_engine(report)]
+
+
+def _tokens(report: Report) -> list[str]:
+    tokens = report.tokens
+    if tokens is None:
+        return []
+    p, c = tokens.prompt, tokens.completion
+    lines = [
+        f"Prompts have {amount(p.p50)} tokens (median; longest {amount(p.max)}), completions {amount(c.p50)} "
+        f"(longest {amount(c.max)}, at most {report.trainer.max_completion_length} allowed).",
+        f"{percent(tokens.truncated_share)} of the completions were cut off before they ended; "
+        f"{percent(tokens.padding_share)} of what the log-prob passes compute is padding.",
+    ]
+    if tokens.groups:
+        lines.append(
+            f"Mean reward {tokens.reward_mean:.3g}. {tokens.dead_groups} of {tokens.groups} groups had equal rewards, "
+            "and teach nothing."
+        )
+    return lines
+
+
+def _images(report: Report) -> list[str]:
+    images = report.images
+    if images is None:
+        return []
+    px = images.pixels
+    side = f"{amount(px.p50)} pixels (median; 90% have at most {amount(px.p90)}, 99% at most {amount(px.p99)})"
+    lines = [
+        f"Images have {side}"
+        + ("." if images.tokens is None else f" and take {amount(images.tokens.mean)} tokens each.")
+    ]
+    if images.tokens_at:
+        sizes = [f"{amount(count)} at {side} px" for side, count in images.tokens_at.items()]
+        lines.append(f"Tokens an image by the length of its longest side: {listing(sizes)}.")
+    decoded = (
+        "not seen (loader workers)"
+        if report.trainer.dataloader_num_workers
+        else f"{images.decodes_per_image:.3g} times"
+    )
+    lines.append(
+        f"Each of {amount(images.distinct_per_step)} distinct images a step is decoded {decoded} and processed "
+        f"{images.processings_per_image:.3g} times."
+    )
+    return lines
+
+
+def _rewards(report: Report) -> list[str]:
+    rows = [
+        f"{call.name} {seconds(call.mean_s)} (slowest {seconds(call.max_s)}{', asynchronous' if call.is_async else ''})"
+        for call in report.rewards
+    ]
+    return [f"Reward functions, per call: {listing(rows)}."] if rows else []
+
+
+def _devices(report: Report) -> list[str]:
+    used = [row.utilisation for row in report.stages if row.utilisation is not None]
+    total = sum(u.samples for u in used)
+    if not total:
+        return []
+    cpu = [(u.samples, u.cpu_percent) for u in used if u.cpu_percent is not None]
+    gpu = [(u.samples, u.gpu_percent) for u in used if u.gpu_percent is not None]
+    power = [(u.samples, u.power_w) for u in used if u.power_w is not None]
+    words = []
+    if gpu:
+        words.append(f"the GPU was busy {_mean(gpu):.0f}% of the time")
+    if power:
+        words.append(f"drew {_mean(power):.0f} W")
+    if cpu:
+        words.append(f"this process used {_mean(cpu) / 100.0:.2g} processor cores")
+    return [f"On average {listing(words)}."] if words else []
+
+
+def _mean(pairs: list[tuple[int, float]]) -> float:
+    return sum(samples * value for samples, value in pairs) / sum(samples for samples, _ in pairs)
+
+
+def _engine(report: Report) -> list[str]:
+    lines = []
+    if report.weight_sync_bytes is not None:
+        lines.append(f"A weight sync pushes {size(report.weight_sync_bytes)} to vLLM.")
+    f = report.fidelity
+    if f is not None:
+        word = "good" if f.ok else "BAD"
+        dropped = "" if f.dropped_share is None else f"; {percent(f.dropped_share)} of the samples got weight zero"
+        lines.append(
+            f"Fidelity of vLLM's samples: {word}. Its log-probs and the trainer's differ by {f.mean_nats:.2g} nats on "
+            "average, "
+            f"{f.max_nats:.2g} at most, over {amount(f.tokens)} tokens (good up to {f.threshold_nats:.2g}){dropped}."
+        )
+    return lines

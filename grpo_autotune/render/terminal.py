@@ -1,0 +1,154 @@
+"""A report as text for a terminal; everything comes from the report alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
+from grpo_autotune.report import Report
+from grpo_autotune.report.schema import PartRow, StageReport
+from grpo_autotune.verdict.facts import Advice
+from grpo_autotune.verdict.words import percent, seconds, size
+
+BAR_CELLS = 16
+LEAST_PART_SHARE = 0.005
+
+
+def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
+    """The report as text.
+
+    Args:
+        report: What to print.
+        width: Columns of the terminal.
+        colour: Whether to put in ANSI escapes.
+    """
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=colour,
+        no_color=not colour,
+        highlight=False,
+        legacy_windows=False,
+    )
+    with console.capture() as captured:
+        console.print(Group(*_sections(report)))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    kept = [line for before, line in zip(["", *lines], lines, strict=False) if line or before]
+    return "\n".join(kept).rstrip() + "\n"
+
+
+def _sections(report: Report) -> Iterator[RenderableType]:
+    for line in header_lines(report):
+        yield Text(line)
+    for line in report.warnings:
+        yield Text(f"\nWARNING: {line}", style="bold red")
+    yield Text("")
+    yield _stage_table(report)
+    yield Padding(Text(legend(report), style="dim"), (0, 0, 0, 2))
+    yield from _section("What bounds it", [report.bound])
+    yield from _section("Before the first step", [startup_line(report)] if report.startup else [])
+    yield from _section("Tokens, images and rewards", facts_lines(report))
+    if report.ranks is not None:
+        yield Text("\nRanks", style="bold")
+        yield _rank_table(report)
+        for straggler in report.ranks.stragglers:
+            yield Text(
+                f"Straggler: rank {straggler.rank} works {seconds(straggler.extra_s)} a step longer than the others, "
+                f"most of it in {straggler.stage}."
+            )
+    yield from _verdict(report)
+
+
+def _section(title: str, lines: list[str]) -> Iterator[RenderableType]:
+    if lines:
+        yield Text(f"\n{title}", style="bold")
+        for line in lines:
+            yield Padding(Text(line), (0, 0, 0, 2))
+
+
+def _stage_table(report: Report) -> Table:
+    """One row a stage that ran, slowest first, its parts indented below it."""
+    with_limit = any(row.limit_share is not None for row in report.stages)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("stage" if report.ranks is None else f"stage (rank {report.rank})", "one step", no_wrap=True)
+    table.add_column("time", seconds(report.step_s), justify="right", no_wrap=True)
+    table.add_column("spread", f"± {seconds(report.step_spread_s)}", justify="right", no_wrap=True)
+    table.add_column("share", percent(1.0), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("per token", justify="right", no_wrap=True)
+    if with_limit:
+        table.add_column("of limit", justify="right", no_wrap=True)
+    table.add_column("peak memory", justify="right", no_wrap=True)
+    for row in sorted(report.stages, key=lambda stage: -stage.self_s):
+        if row.self_s == 0.0 and row.calls == 0.0:
+            continue
+        table.add_row(*_stage_cells(row, with_limit))
+        for part in _parts_worth_a_row(row):
+            table.add_row(f"  {part.name}", seconds(part.self_s), "", percent(part.share), style="dim")
+        if row.hidden_s > 0.0:
+            table.add_row("  beside the step", seconds(row.hidden_s), style="dim")
+    return table
+
+
+def _parts_worth_a_row(row: StageReport) -> list[PartRow]:
+    """The two log-prob passes always; other stages' parts where there are several and they are large enough."""
+    if row.name == "policy_logprob":
+        return row.parts
+    large = [part for part in row.parts if part.share >= LEAST_PART_SHARE]
+    return large if len(large) > 1 else []
+
+
+def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
+    per_token = "" if row.ms_per_token is None else f"{row.ms_per_token:.3f} ms"
+    limit = "" if row.limit_share is None else f"{percent(row.limit_share)} {row.limited_by}"
+    return [
+        row.name,
+        seconds(row.self_s),
+        f"± {seconds(row.spread)}",
+        percent(row.share),
+        "█" * max(0, round(row.share * BAR_CELLS)),
+        per_token,
+        *([limit] if with_limit else []),
+        "" if row.peak_bytes is None else size(row.peak_bytes),
+    ]
+
+
+def _rank_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("stage", "mean of ranks", "longest", "on"):
+        table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
+    for row in report.ranks.stages if report.ranks else []:
+        if row.slowest_s > 0.0:
+            table.add_row(row.name, seconds(row.mean_s), seconds(row.slowest_s), f"rank {row.slowest_rank}")
+    return table
+
+
+def _verdict(report: Report) -> Iterator[RenderableType]:
+    titles = {
+        "exact": "What to change: same learning (each line predicted for that change alone)",
+        "learning": "What to change: alters what is learned, so check the reward (each line for that change alone)",
+    }
+    for kind, title in titles.items():
+        yield from _advice(title, [advice for advice in report.verdict if advice.kind == kind])
+    if not report.verdict:
+        text = "Nothing: no change that this tool knows is predicted to save one percent of the step."
+        yield from _section("What to change", [text])
+
+
+def _advice(title: str, entries: list[Advice]) -> Iterator[RenderableType]:
+    if entries:
+        yield Text(f"\n{title}", style="bold")
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for number, advice in enumerate(entries, start=1):
+        table.add_row(f"{number}.", Text(advice.text))
+    if entries:
+        yield Padding(table, (0, 0, 0, 1))

@@ -1,0 +1,156 @@
+"""From a probe's record to a report: pure arithmetic on what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageRow
+from grpo_autotune.report.limits import limits_of
+from grpo_autotune.report.metrics import flat_metrics
+from grpo_autotune.report.schema import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
+from grpo_autotune.verdict.bound import bound, warnings
+from grpo_autotune.verdict.breakdown import break_down
+from grpo_autotune.verdict.facts import Facts
+from grpo_autotune.verdict.judge import judge
+from grpo_autotune.verdict.ranks import excesses
+
+if TYPE_CHECKING:
+    from grpo_autotune.hardware import Ceilings, Machine
+
+STRAGGLER_SHARE = 0.05
+"""A rank is named when it works longer than the others' mean by this share of the step."""
+
+
+def build_report(
+    record: ProbeRecord,
+    machine: Machine | None = None,
+    ceilings: Ceilings | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Report:
+    """Account for a probe, judge it, and put everything a reader needs beside it.
+
+    Args:
+        record: What was measured.
+        machine: The machine it was measured on; without it, advice that needs its memory or cores is left out.
+        ceilings: The machine's measured matrix rate and memory bandwidth; without them no `limit_share`.
+        config: The run's configuration as a dict; null for a trainer that somebody else built.
+
+    Raises:
+        NothingSucceeded: No optimizer step was measured.
+    """
+    facts = Facts(
+        record=record,
+        breakdown=break_down(record.timings),
+        limits={},
+        machine=machine.model_dump(mode="json") if machine else None,
+        config=dict(config) if config is not None else None,
+    )
+    facts = Facts(**{**vars(facts), "limits": limits_of(record, facts.breakdown, ceilings)})
+    return report_of_facts(facts)
+
+
+def report_of_facts(facts: Facts) -> Report:
+    """The report of facts that are already accounted for."""
+    record, b = facts.record, facts.breakdown
+    return Report(
+        step_s=b.step_s,
+        step_spread_s=b.step_spread_s,
+        steps=record.timings.steps,
+        step_seconds=record.timings.step_s,
+        warmup_s=record.timings.warmup_s,
+        cycle=record.timings.cycle,
+        stages=[_stage(row, facts) for row in record.timings.stages],
+        bound=bound(facts),
+        verdict=judge(facts),
+        warnings=warnings(facts),
+        fidelity=record.fidelity,
+        startup=record.startup,
+        images=record.images,
+        tokens=record.tokens,
+        rates=_rates(facts),
+        rewards=record.rewards,
+        weight_sync_bytes=record.weight_sync_bytes,
+        rank=record.rank,
+        ranks=_ranks(record.ranks, b.step_s),
+        metrics=flat_metrics(record, b),
+        trainer=record.trainer,
+        machine=dict(facts.machine) if facts.machine is not None else None,
+        config=dict(facts.config) if facts.config is not None else None,
+        versions=record.versions,
+    )
+
+
+def _stage(row: StageRow, facts: Facts) -> StageReport:
+    b, limit = facts.breakdown, facts.limits.get(row.name)
+    self_s = b.self_s[row.name]
+    return StageReport(
+        name=row.name,
+        self_s=self_s,
+        mean_s=b.mean_s[row.name],
+        host_s=statistics.fmean(row.host_s) if row.host_s else None,
+        share=b.shares[row.name],
+        spread=b.spread_s[row.name],
+        ms_per_token=_ms_per_token(row.name, self_s, facts.record),
+        limit_share=limit.share if limit else None,
+        limited_by=limit.by if limit else None,
+        peak_bytes=row.peak_bytes,
+        hidden_s=row.hidden_s,
+        calls=row.calls,
+        parts=[
+            PartRow(name=part, self_s=b.parts_s[row.name, part], share=b.parts_s[row.name, part] / b.step_s)
+            for part in row.parts
+        ],
+        seams=row.seams,
+        utilisation=next((u for u in facts.record.utilisation if u.stage == row.name), None),
+    )
+
+
+def _ms_per_token(stage: str, self_s: float, record: ProbeRecord) -> float | None:
+    """Milliseconds per completion token for generation, per token of prompt and completion elsewhere."""
+    tokens = record.tokens
+    if tokens is None:
+        return None
+    count = tokens.completion_per_step + (0.0 if stage == "generation" else tokens.prompt_per_step)
+    return self_s * 1000.0 / count if count > 0.0 else None
+
+
+def _rates(facts: Facts) -> Rates | None:
+    """Work a second over all ranks. Token counts are one rank's, and the ranks' batches are equally large.
+
+    Useful completions: G - 1 degrees of freedom in each group whose rewards differ, less the truncated completions
+    where the trainer masks them.
+    """
+    tokens, t, step_s = facts.record.tokens, facts.record.trainer, facts.breakdown.step_s
+    if tokens is None:
+        return None
+    dead = facts.dead_share()
+    masked = tokens.truncated_share if facts.setting("grpo", "mask_truncated_completions") else 0.0
+    per_group = max(0.0, t.num_generations * (1.0 - masked) - 1.0)
+    completion = tokens.completion_per_step * t.world_size / step_s
+    return Rates(
+        tokens_per_s=tokens.prompt_per_step * t.world_size / step_s + completion,
+        completion_tokens_per_s=completion,
+        useful_completions_per_s=None if dead is None else facts.groups_per_step() * (1.0 - dead) * per_group / step_s,
+    )
+
+
+def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
+    """Mean and slowest rank of each stage; null for a run of one rank."""
+    if len(rows) < 2:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row.stages))
+    by_stage = {"step": {row.rank: row.step_s for row in rows}}
+    by_stage |= {name: {row.rank: row.stages.get(name, 0.0) for row in rows} for name in names}
+    stages = []
+    for name, spent in by_stage.items():
+        slowest = max(spent, key=lambda rank: spent[rank])
+        mean_s = statistics.fmean(spent.values())
+        stages.append(RankStage(name=name, mean_s=mean_s, slowest_s=spent[slowest], slowest_rank=slowest))
+    found = [
+        Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage)
+        for e in excesses(rows)
+        if e.extra_s > STRAGGLER_SHARE * step_s
+    ]
+    return Ranks(world_size=len(rows), stages=stages, stragglers=found)
