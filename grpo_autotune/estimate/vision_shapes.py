@@ -50,6 +50,8 @@ class VisionShape:
         positions: Rows of the learned position embedding (0: none).
         window: Side of an attention window in merged tokens; null if every block attends to the whole image.
         full_blocks: Number of blocks that attend to the whole image.
+        input_hooked: Whether transformers takes the patch embedding for an input embedding. Gradient checkpointing then
+            makes its output require a gradient (`enable_input_require_grads`), and a frozen tower is in the backward.
     """
 
     depth: int
@@ -67,6 +69,7 @@ class VisionShape:
     positions: int
     window: int | None
     full_blocks: int
+    input_hooked: bool
 
     @property
     def patch_weights(self) -> int:
@@ -145,6 +148,7 @@ def vision_shape(family: str, config: Mapping[str, Any]) -> VisionShape:
         positions=int(keys.get("num_position_embeddings", 0)),
         window=int(keys["window_size"]) // merge // patch if windowed else None,
         full_blocks=sum(index < depth for index in keys["fullatt_block_indexes"]) if windowed else depth,
+        input_hooked=windowed,
     )
 
 

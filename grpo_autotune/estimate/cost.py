@@ -1,0 +1,207 @@
+"""What one optimizer step has to compute and move, stage by stage, and the least time a machine needs for it.
+
+The step is TRL 1.16's: prompts are generated from and scored once a copy, nothing is shared inside a group. The limit
+is the roofline of Williams, Waterman and Patterson 2009 (doi:10.1145/1498765.1498785): a phase takes at least the
+longer of its operations over the matrix rate and its bytes over the memory bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo_autotune.estimate.adapters import NO_ADAPTERS, AdapterSizes, adapter_sizes
+from grpo_autotune.estimate.passes import Batch, Training, Work, attention_flops, backward, forward, square_grid
+from grpo_autotune.estimate.shapes import ModelShape
+
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+PACKED_BYTES = {"load_in_4bit": 0.5, "load_in_8bit": 1.0}
+"""Bytes of a weight under bitsandbytes, by the key of `quantization_config` that asks for it; block scales left out."""
+
+ADAM_VALUES_MOVED = 7
+"""A parameter: it, its gradient and both moments are read, all but the gradient written (Kingma, Ba 2015, alg. 1)."""
+
+ADAM_FLOPS = 14
+"""A parameter: first moment 3, second 4, bias corrections and quotient 4, step 2, decay 1 (same source)."""
+
+
+@dataclass(frozen=True)
+class WorkFacts:
+    """Plain numbers of a run, on this process; means over steps unless said otherwise.
+
+    Attributes:
+        micro_batch: Sequences of one training pass.
+        passes: Training passes an optimizer step (gradient accumulation).
+        generation_rows: Sequences generated at a time.
+        iterations: Times each generated sequence is trained on.
+        group: Completions of each prompt.
+        prompt_tokens: Tokens of a prompt, image tokens included.
+        completion_tokens: Tokens of a completion.
+        longest_completion: Tokens of the longest completion generated at a time.
+        padding_share: Share of the log-prob passes' tokens that is padding, 0 to 1.
+        images: Images of a prompt.
+        image_tokens: Language-model tokens of an image.
+        use_vllm: vLLM generates: finished sequences leave the batch, and a group's prompt is prefilled once.
+        old_policy: Whether the no-grad pass of the old policy runs.
+        reference: Whether the reference pass runs (with adapters off, or on a model of its own).
+        compact_head: The LM head projects completion positions only (CUDA with Triton), else every position.
+        training: What is trained, and in how many bytes.
+    """
+
+    micro_batch: int
+    passes: int
+    generation_rows: int
+    iterations: int
+    group: int
+    prompt_tokens: float
+    completion_tokens: float
+    longest_completion: float
+    padding_share: float
+    images: float
+    image_tokens: float
+    use_vllm: bool
+    old_policy: bool
+    reference: bool
+    compact_head: bool
+    training: Training
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a row of a log-prob pass, padding included."""
+        return (self.prompt_tokens + self.completion_tokens) / (1 - min(self.padding_share, 0.99))
+
+
+def stage_work(shape: ModelShape, facts: WorkFacts) -> dict[str, Work]:
+    """Work of one optimizer step on this process, by stage; stages that only wait or run user code have none."""
+    parts = policy_parts(shape, facts)
+    batch = training_batch(shape, facts)
+    values = ADAM_VALUES_MOVED * facts.training.trainable
+    work = {
+        "generation": generation_work(shape, facts),
+        "policy_logprob": sum(parts.values(), Work()),
+        "backward": backward(shape, batch, facts.training) * facts.passes,
+        "optimizer": Work(((ADAM_FLOPS * facts.training.trainable, values * facts.training.trainable_bytes),)),
+    }
+    if facts.reference:
+        scored = forward(shape, batch, facts.training, adapters=False)
+        work["reference_logprob"] = scored * (facts.passes / facts.iterations)
+    return work
+
+
+def policy_parts(shape: ModelShape, facts: WorkFacts) -> dict[str, Work]:
+    """Work of `policy_logprob` by part: `training_forward`, and `old_policy` where that pass runs."""
+    one = forward(shape, training_batch(shape, facts), facts.training)
+    parts = {"training_forward": one * facts.passes}
+    if facts.old_policy:
+        parts["old_policy"] = one * (facts.passes / facts.iterations)
+    return parts
+
+
+def training_batch(shape: ModelShape, facts: WorkFacts) -> Batch:
+    """Batch of one log-prob pass: prompt and completion of each row, image included."""
+    return Batch(
+        rows=facts.micro_batch,
+        length=facts.row_tokens,
+        scored=facts.completion_tokens if facts.compact_head else facts.row_tokens - 1,
+        images=facts.images,
+        grid=square_grid(shape.vision, facts.image_tokens) if shape.vision else (0, 0),
+    )
+
+
+def generation_work(shape: ModelShape, facts: WorkFacts) -> Work:
+    """Prefill of the prompts and decoding of the completions, a token of every sequence at a time.
+
+    A decoding step reads every weight once and the keys and values of all sequences so far. `generate` of transformers
+    decodes all rows until the longest is done; vLLM drops those that are.
+    """
+    copies = facts.generation_rows / facts.group if facts.use_vllm else facts.generation_rows
+    prompts = replace(training_batch(shape, facts), rows=copies, length=facts.prompt_tokens, scored=1)
+    steps = max(facts.longest_completion - 1, 0.0)
+    decoded = max(facts.completion_tokens - 1, 0.0) if facts.use_vllm else steps
+    prefill, decode = forward(shape, prompts, facts.training), _decode(shape, facts, steps, decoded)
+    return (prefill + decode) * (facts.micro_batch * facts.passes / facts.generation_rows / facts.iterations)
+
+
+def _decode(shape: ModelShape, facts: WorkFacts, steps: float, decoded: float) -> Work:
+    """`steps` decoding steps, in which every row computes `decoded` tokens."""
+    training = facts.training
+    adapters = training.adapters.text
+    weights = shape.layers * shape.layer_weights + shape.head_weights + adapters
+    attended = decoded * facts.prompt_tokens + decoded * (decoded + 1) / 2
+    flops = 2 * weights * facts.generation_rows * decoded + attention_flops(shape, facts.generation_rows, attended)
+    read = shape.layers * shape.layer_parameters * training.weight_bytes + shape.head_weights * training.value_bytes
+    read += adapters * training.trainable_bytes
+    cache = facts.generation_rows * attended * shape.kv_bytes_per_token(training.value_bytes)
+    return Work(((flops, steps * read + cache),))
+
+
+def limit_seconds(work: Work, matrix_flops_s: float, memory_bytes_s: float) -> float:
+    """Least seconds for `work` at a matrix rate (operations a second) and a memory bandwidth (bytes a second)."""
+    return sum(max(flops / matrix_flops_s, moved / memory_bytes_s) for flops, moved in work.phases)
+
+
+def facts_from_records(
+    shape: ModelShape,
+    trainer: Mapping[str, Any],
+    tokens: Mapping[str, Any],
+    images: Mapping[str, Any] | None = None,
+    *,
+    old_policy: bool | None = None,
+) -> WorkFacts:
+    """Read the facts off a probe's records in their JSON form.
+
+    Args:
+        shape: The model's sizes.
+        trainer: What the run had (`TrainerFacts`).
+        tokens: Token counts (`TokenFacts`).
+        images: Image counts (`ImageFacts`); null without images.
+        old_policy: Whether the old policy's pass was seen to run; by TRL's own rule where not given.
+    """
+    generates_every = trainer["steps_per_generation"] * trainer["num_iterations"]
+    misaligned = trainer["gradient_accumulation_steps"] % generates_every != 0
+    return WorkFacts(
+        micro_batch=trainer["per_device_train_batch_size"],
+        passes=trainer["gradient_accumulation_steps"],
+        generation_rows=trainer["per_device_train_batch_size"] * trainer["steps_per_generation"],
+        iterations=trainer["num_iterations"],
+        group=trainer["num_generations"],
+        prompt_tokens=tokens["prompt"]["mean"],
+        completion_tokens=tokens["completion"]["mean"],
+        longest_completion=tokens["completion"]["max"],
+        padding_share=tokens["padding_share"],
+        images=images["per_prompt"] if images else 0.0,
+        image_tokens=images["tokens"]["mean"] if images else 0.0,
+        use_vllm=trainer["use_vllm"],
+        old_policy=misaligned or trainer["use_vllm"] if old_policy is None else old_policy,
+        reference=trainer["beta"] != 0,
+        compact_head=str(trainer["device"]).startswith(("cuda", "xpu")),
+        training=training_of(shape, trainer),
+    )
+
+
+def training_of(shape: ModelShape, trainer: Mapping[str, Any]) -> Training:
+    """What is trained, from the trainer's facts.
+
+    A tower is taken as frozen in full fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in
+    float32 (`autocast_adapter_dtype`); other weights have the dtype that the model's config names, activations the
+    run's.
+    """
+    peft, trained = trainer["peft"], trainer["trainable_parameters"]
+    adapters: AdapterSizes = adapter_sizes(shape, peft) if peft else NO_ADAPTERS
+    config = trainer["model_config_json"]
+    quantization = config.get("quantization_config") or {}
+    stored_bytes = VALUE_BYTES.get(config.get("dtype") or trainer["dtype"], 4)
+    weight_bytes = next((size for key, size in PACKED_BYTES.items() if quantization.get(key)), stored_bytes)
+    return Training(
+        text_weights=not peft,
+        vision_weights=not peft and trained > shape.text_parameters,
+        adapters=adapters,
+        checkpointing=trainer["gradient_checkpointing"],
+        attention_backward=2.0 if trainer["attn_implementation"] == "eager" else 2.5,
+        value_bytes=VALUE_BYTES.get(trainer["dtype"], 4),
+        weight_bytes=weight_bytes,
+        trainable_bytes=4 if peft else stored_bytes,
+        trainable=trained,
+    )
