@@ -47,6 +47,13 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 *or* 1.2 would read as something other than text, so that every reader agrees."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text with one of Unicode's own line breaks in double quotes: in other styles it would be read back as a space."""
+    style = '"' if any(line_break in text for line_break in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 for _tag, _pattern, _first in SCALARS:
     _compiled, _starts = re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
     _Loader.add_implicit_resolver(_tag, _compiled, _starts)
