@@ -1,19 +1,29 @@
-"""What vLLM's CPU build needs before TRL can train with it, put into every Python process of the vLLM tests, children too.
+"""What vLLM's CPU build needs before TRL can train with it, in every Python process of the vLLM tests, children too.
 
-Python runs this file at start-up where its folder is on PYTHONPATH (`make test-vllm` puts it there). Two things are mended, each
-as soon as the module concerned has been imported:
+Python runs this file at start-up where its folder is on PYTHONPATH (`make test-vllm` puts it there). It says which
+engine is wanted (below), and mends two things, each as soon as the module concerned has been imported:
 
 * torchvision beside a torch it was not built for, in the child processes in which vLLM looks at model classes;
-* vLLM packs linear weights on CPU into a layout of their own and drops the plain ones, so TRL's in-place push of trained weights
-  fails ('Parameter' object has no attribute 'weight_loader'). With packing off the weights stay where the push expects them.
+* vLLM packs linear weights on CPU into a layout of their own and drops the plain ones, so TRL's in-place push of
+  trained weights fails ('Parameter' object has no attribute 'weight_loader'). With packing off the weights stay where
+  the push expects them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+ENGINE = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # TRL pushes weights into the engine of its own process
+    "VLLM_USE_AOT_COMPILE": "0",  # with the next: eager, since compiling a two-layer model takes longer than the tests
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 def _mend_torchvision(_: ModuleType) -> None:
@@ -56,4 +66,6 @@ class AfterImport:
         return spec
 
 
+for key, value in ENGINE.items():
+    os.environ.setdefault(key, value)
 sys.meta_path.insert(0, AfterImport())
