@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_autotune.errors import ConfigError, NothingSucceeded
+from grpo_autotune.estimate.passes import Work
+from grpo_autotune.hardware import Ceilings, detect
 from grpo_autotune.probe.records import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
+from grpo_autotune.render.terminal import render
 from grpo_autotune.report import SCHEMA, Report, build_report, load_report, save_report
+from grpo_autotune.report.limits import limit_of
 from grpo_autotune.report.schema import StageReport
+from grpo_autotune.verdict.breakdown import Limit
 from tests.sample_records import demo_record, timings, token_facts, trainer_facts, two_rank_record, vllm_record
 
 REPORT_PAGE = Path(__file__).parent.parent / "docs" / "report.md"
@@ -34,6 +39,7 @@ def any_timings(draw: st.DrawFn) -> StageTimings:
     )
 
 
+@settings(deadline=None, max_examples=50)
 @given(any_timings())
 def test_stages_sum_to_the_step(times: StageTimings) -> None:
     report = build_report(demo_record(timings=times))
@@ -43,6 +49,7 @@ def test_stages_sum_to_the_step(times: StageTimings) -> None:
     assert min(times.step_s) - 1e-9 <= report.step_s <= max(times.step_s) + 1e-9
 
 
+@settings(deadline=None, max_examples=50)
 @given(any_timings())
 def test_a_report_is_equal_after_json(times: StageTimings) -> None:
     report = build_report(demo_record(timings=times))
@@ -193,3 +200,60 @@ def test_every_key_of_the_report_is_documented() -> None:
 def test_a_stage_that_never_ran_is_listed_with_zero() -> None:
     row = build_report(demo_record(timings=timings({"backward": 1.0}))).stage("engine")
     assert (row.self_s, row.share, row.calls, row.peak_bytes) == (0.0, 0.0, 0.0, None)
+
+
+FULL_SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 300,
+}
+
+
+def test_limits_need_ceilings_tokens_and_a_known_shape() -> None:
+    slow = Ceilings(matrix_flops_s=1e9, memory_bytes_s=1e8, dtype="float32", device="cpu", measured_s=2.0)
+    text = demo_record(trainer=trainer_facts(model_config_json=FULL_SHAPE, peft=None), images=None)
+    limited = {row.name for row in build_report(text, ceilings=slow).stages if row.limit_share is not None}
+    assert limited == {"generation", "policy_logprob", "reference_logprob", "backward", "optimizer"}
+    for record, ceilings in (
+        (text, None),
+        (text.model_copy(update={"tokens": None}), slow),
+        (demo_record(trainer=trainer_facts(model_config_json={"hidden_size": 8})), slow),
+    ):
+        assert all(row.limit_share is None for row in build_report(record, ceilings=ceilings).stages)
+
+
+def test_a_limit_is_the_longer_of_arithmetic_and_traffic_in_each_phase() -> None:
+    ceilings = Ceilings(matrix_flops_s=10.0, memory_bytes_s=100.0, dtype="float32", device="cpu", measured_s=2.0)
+    # The first phase needs 2 s for its operations, the second 3 s for its bytes.
+    work = Work(((20.0, 50.0), (1.0, 300.0)))
+    assert limit_of(work, 10.0, ceilings) == Limit(0.5, "memory")
+    assert limit_of(Work(((20.0, 50.0),)), 10.0, ceilings) == Limit(pytest.approx(0.2), "matrix")
+    assert limit_of(work, 1.0, ceilings) == Limit(1.0, "memory")
+    assert limit_of(work, 0.0, ceilings) is None and limit_of(Work(), 1.0, ceilings) is None
+
+
+def test_a_real_probe_end_to_end(tiny: Any, tmp_path: Path, picture_rows: Any) -> None:
+    from grpo_autotune.probe.attach import Probe
+    from tests.trainers import make_trainer
+
+    trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path, beta=0.05)
+    probe = Probe(trainer)
+    trainer.train()
+    record = probe.record()
+    probe.detach()
+    fast = Ceilings(matrix_flops_s=1e12, memory_bytes_s=1e11, dtype="float32", device="cpu", measured_s=2.0)
+    report = build_report(record, detect(), fast, {"grpo": {"beta": 0.05}})
+    assert sum(row.self_s for row in report.stages) == pytest.approx(report.step_s, abs=1e-6)
+    assert sum(part.self_s for part in report.stage("policy_logprob").parts) == pytest.approx(
+        report.stage("policy_logprob").self_s, rel=1e-6
+    )
+    for name in ("generation", "policy_logprob", "reference_logprob", "backward"):
+        share = report.stage(name).limit_share
+        assert share is not None and 0.0 < share < 0.5
+    assert load_report(save_report(report, tmp_path)) == report
+    text = render(report)
+    assert "Qwen3VLForConditionalGeneration" in text and "grpo.beta" in text

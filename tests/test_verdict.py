@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_autotune.probe.records import ProbeRecord, RankTimings, RewardCall, Utilisation
@@ -69,6 +69,12 @@ def test_micro_batch_saves_the_idle_share_of_the_passes() -> None:
     assert idea and idea.kind == "exact"
     idle = 1 - 240 / 100 / 4
     assert idea.saving_s == pytest.approx((0.9 + 0.7 + 1.6) * idle * (1 - 1 / 4))
+
+
+def test_ranks_share_the_cores() -> None:
+    assert facts().busy_share("backward") == pytest.approx(0.6)
+    two = demo_record(trainer=trainer_facts(world_size=2))
+    assert facts(two, machine=CPU_MACHINE | {"cores": 8}).busy_share("backward") == pytest.approx(0.6)
 
 
 def test_micro_batch_saves_reading_the_weights_where_memory_binds() -> None:
@@ -180,12 +186,24 @@ def test_the_straggler_is_named_with_its_stage() -> None:
     assert exact.straggler(facts()) is None
 
 
+def three_ranks(rank: int) -> Facts:
+    """Ranks that work for 1, 4 and 2 seconds of a step of 4, seen from one of them."""
+    work = (1.0, 4.0, 2.0)
+    rows = [RankTimings(rank=r, step_s=4.0, stages={"backward": s, "sync_wait": 4.0 - s}) for r, s in enumerate(work)]
+    seen = timings({"backward": work[rank], "sync_wait": 4.0 - work[rank]})
+    return facts(demo_record(ranks=rows, rank=rank, timings=seen))
+
+
 def test_three_ranks_are_compared_with_the_mean_of_the_others() -> None:
-    rows = [
-        RankTimings(rank=r, step_s=4.0, stages={"backward": s, "sync_wait": 4.0 - s}) for r, s in enumerate((1, 4, 2))
-    ]
-    idea = exact.straggler(facts(demo_record(ranks=rows)))
-    assert idea and "rank 1" in idea.action and idea.saving_s == pytest.approx(4.0 - 1.5)
+    idea = exact.straggler(three_ranks(0))
+    assert idea and "rank 1" in idea.action and idea.stages == ("sync_wait",)
+    assert idea.saving_s == pytest.approx(4.0 - 1.5)
+
+
+def test_seen_from_the_slowest_rank_the_saving_is_in_its_own_stage() -> None:
+    idea = exact.straggler(three_ranks(1))
+    assert idea and "rank 1" in idea.action and idea.stages == ("backward",)
+    assert idea.saving_s == pytest.approx(4.0 - 1.5)
 
 
 def test_evaluating_half_as_often_saves_half() -> None:
@@ -282,6 +300,7 @@ def test_where_no_rewards_differ_no_key_is_named() -> None:
     assert idea and not idea.changes and "rewards" in idea.action
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(2, 16), st.integers(2, 32))
 def test_larger_groups_live_oftener(rates: list[float], seen: int, generations: int) -> None:
     small, large = living_share(rates, seen, generations), living_share(rates, seen, generations + 1)

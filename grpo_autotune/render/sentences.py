@@ -115,21 +115,16 @@ def _images(report: Report) -> list[str]:
     if images is None:
         return []
     px = images.pixels
-    side = f"{amount(px.p50)} pixels (median; 90% have at most {amount(px.p90)}, 99% at most {amount(px.p99)})"
-    lines = [
-        f"Images have {side}"
-        + ("." if images.tokens is None else f" and take {amount(images.tokens.mean)} tokens each.")
-    ]
+    many = f"have {amount(px.p50)} pixels (median; 90% at most {amount(px.p90)}, 99% at most {amount(px.p99)})"
+    pixels = f"Images {many}" if px.max > px.mean else f"All images have {amount(px.mean)} pixels"
+    lines = [f"{pixels}." if images.tokens is None else f"{pixels} and take {amount(images.tokens.mean)} tokens each."]
     if images.tokens_at:
         sizes = [f"{amount(count)} at {side} px" for side, count in images.tokens_at.items()]
         lines.append(f"Tokens an image by the length of its longest side: {listing(sizes)}.")
-    decoded = (
-        "not seen (loader workers)"
-        if report.trainer.dataloader_num_workers
-        else f"{images.decodes_per_image:.3g} times"
-    )
+    workers = report.trainer.dataloader_num_workers
+    decoded = "decoded by loader workers" if workers else f"decoded {images.decodes_per_image:.3g} times"
     lines.append(
-        f"Each of {amount(images.distinct_per_step)} distinct images a step is decoded {decoded} and processed "
+        f"Each of {amount(images.distinct_per_step)} distinct images a step is {decoded} and processed "
         f"{images.processings_per_image:.3g} times."
     )
     return lines

@@ -19,6 +19,7 @@ from grpo_autotune.verdict.words import percent, seconds, size
 
 BAR_CELLS = 16
 LEAST_PART_SHARE = 0.005
+EVEN_RANKS = 1.02
 
 
 def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
@@ -98,11 +99,11 @@ def _stage_table(report: Report) -> Table:
 
 
 def _parts_worth_a_row(row: StageReport) -> list[PartRow]:
-    """The two log-prob passes always; other stages' parts where there are several and they are large enough."""
+    """The two log-prob passes always; other stages' parts where they are large enough and tell more than the stage."""
     if row.name == "policy_logprob":
         return row.parts
     large = [part for part in row.parts if part.share >= LEAST_PART_SHARE]
-    return large if len(large) > 1 else []
+    return large if len(large) > 1 or row.name == "log_save_eval" else []
 
 
 def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
@@ -126,7 +127,8 @@ def _rank_table(report: Report) -> Table:
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for row in report.ranks.stages if report.ranks else []:
         if row.slowest_s > 0.0:
-            table.add_row(row.name, seconds(row.mean_s), seconds(row.slowest_s), f"rank {row.slowest_rank}")
+            which = f"rank {row.slowest_rank}" if row.slowest_s > EVEN_RANKS * row.mean_s else "all alike"
+            table.add_row(row.name, seconds(row.mean_s), seconds(row.slowest_s), which)
     return table
 
 

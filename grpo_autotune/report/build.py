@@ -40,14 +40,14 @@ def build_report(
     Raises:
         NothingSucceeded: No optimizer step was measured.
     """
+    breakdown = break_down(record.timings)
     facts = Facts(
         record=record,
-        breakdown=break_down(record.timings),
-        limits={},
+        breakdown=breakdown,
+        limits=limits_of(record, breakdown, ceilings),
         machine=machine.model_dump(mode="json") if machine else None,
         config=dict(config) if config is not None else None,
     )
-    facts = Facts(**{**vars(facts), "limits": limits_of(record, facts.breakdown, ceilings)})
     return report_of_facts(facts)
 
 

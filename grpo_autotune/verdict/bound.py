@@ -53,8 +53,8 @@ def warnings(facts: Facts) -> list[str]:
         )
     if b.shares.get("other", 0.0) > LARGE_OTHER:
         found.append(
-            f"{percent(b.shares['other'])} of the step is outside every function that the probe measures: "
-            "look at what the script or its callbacks do between them."
+            f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
+            "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
         )
     count = len(record.timings.step_s)
     if count < FEW_STEPS:

@@ -152,16 +152,18 @@ def straggler(facts: Facts) -> Idea | None:
     """A rank that works longer than the others makes all of them wait.
 
     A rank's work is its step less `sync_wait`. If the slowest rank worked no longer than the mean of the others, a step
-    would be shorter by the difference.
+    would be shorter by the difference. Seen from another rank that comes out of its waiting, seen from the slowest
+    out of the stage in which it is slower, and no more than that can be saved.
     """
     slowest = next(iter(excesses(facts.record.ranks)), None)
     if slowest is None:
         return None
+    stage = slowest.stage if slowest.rank == facts.record.rank else "sync_wait"
     return Idea(
         kind="exact",
-        stages=("sync_wait",),
+        stages=(stage,),
         action=f"find out why rank {slowest.rank} is slower than the others",
-        saving_s=slowest.extra_s,
+        saving_s=min(slowest.extra_s, facts.breakdown.seconds(stage)),
         because=f"The other ranks wait for it; {seconds(slowest.stage_s)} a step of the difference is in "
         f"{STAGE_WORDS.get(slowest.stage, slowest.stage)}. Longer prompts or completions on that rank, or another "
         "process "

@@ -116,10 +116,9 @@ class Facts:
         return None if total is None or peak is None else int(HEADROOM * total) - peak
 
     def busy_share(self, *stages: str) -> float | None:
-        """How busy the device is while these stages run, 0 to 1: the GPU, or this machine's cores. Weighted by
-        samples."""
+        """How busy the device is while these stages run, 0 to 1: the GPU, or this rank's part of the cores."""
         rows = [row for row in self.record.utilisation if row.stage in stages]
-        cores = (self.machine or {}).get("cores") or 0
+        cores = ((self.machine or {}).get("cores") or 0) / self.record.trainer.world_size
         if self.on_gpu:
             seen = [(row.samples, row.gpu_percent / 100.0) for row in rows if row.gpu_percent is not None]
         else:

@@ -33,18 +33,20 @@ LEGEND = {
     "sync_wait": "waiting for other ranks",
     "optimizer": "clipping the gradient and updating the weights",
     "log_save_eval": "logging, checkpoints and evaluation",
-    "other": "everything between these",
+    "other": "everything between these (score: in TRL's generate-and-score; step: in the training loop)",
 }
 
 
 def seconds(value: float) -> str:
-    """Seconds, milliseconds or minutes with two or three figures."""
+    """Minutes, seconds, milliseconds or microseconds, with two or three figures."""
     size = abs(value)
     if size >= 120:
         return f"{value / 60:.1f} min"
     if size >= 1:
         return f"{value:.2f} s" if size < 10 else f"{value:.1f} s"
-    return f"{value * 1000:.0f} ms" if size >= 0.00995 else f"{value * 1000:.1f} ms"
+    if size >= 0.0000995:
+        return f"{value * 1000:.0f} ms" if size >= 0.00995 else f"{value * 1000:.1f} ms"
+    return f"{value * 1e6:.0f} µs"
 
 
 def percent(share: float) -> str:
