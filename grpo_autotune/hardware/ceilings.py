@@ -1,0 +1,136 @@
+"""What this machine really reaches: the matrix rate in the run's dtype, and the memory bandwidth; measured once, kept.
+
+A stage's share of its limit is told against these, not against a data sheet. Measuring takes about two seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from grpo_autotune.hardware.folders import cache_dir, write_whole
+from grpo_autotune.hardware.machine import detect, package_version
+
+MATRIX_BUDGET_S = 1.2
+COPY_BUDGET_S = 0.6
+LONGEST_PRODUCT_S = 0.3
+SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Well beyond the caches: the copy has to reach memory."""
+
+
+class Ceilings(BaseModel):
+    """Measured limits of one device.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: Name of the matrices' dtype.
+        threads: Threads torch used (1 on a GPU).
+        matrix_flops_s: Best rate of a square matrix product, operations a second.
+        memory_bytes_s: Best rate of a large copy, bytes read and written a second.
+        matrix_side: Side of the product that reached the best rate.
+        measured_s: Seconds the measurement took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    dtype: str
+    threads: int
+    matrix_flops_s: float
+    memory_bytes_s: float
+    matrix_side: int
+    measured_s: float
+
+
+def measure_ceilings(
+    device: str, dtype: str, *, clock: Callable[[], float] = time.perf_counter, fresh: bool = False
+) -> Ceilings:
+    """This machine's ceilings, from its cache file or measured now.
+
+    Args:
+        device: As torch names it ("cpu", "cuda", "cuda:1").
+        dtype: "float32", "bfloat16" or "float16".
+        clock: Seconds that only grow.
+        fresh: Measure even if there is a cache file. One that cannot be read is measured again anyway.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    key = f"{detect().fingerprint}-{kind}-{dtype}-{threads}-torch{package_version('torch')}"
+    path = cache_dir() / "ceilings" / f"{key}.json"
+    if path.is_file() and not fresh:
+        try:
+            return Ceilings.model_validate_json(path.read_bytes())
+        except ValidationError:
+            path.unlink(missing_ok=True)
+    start = clock()
+    side, rate = matrix_rate(device, dtype, clock)
+    found = Ceilings(
+        device=kind,
+        dtype=dtype,
+        threads=threads,
+        matrix_flops_s=rate,
+        memory_bytes_s=copy_rate(device, COPY_BYTES["cpu" if kind == "cpu" else "cuda"], clock),
+        matrix_side=side,
+        measured_s=clock() - start,
+    )
+    write_whole(path, found.model_dump_json(indent=2))
+    return found
+
+
+def matrix_rate(device: str, dtype: str, clock: Callable[[], float]) -> tuple[int, float]:
+    """Side and rate of the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
+    import torch
+
+    side, best_side, best = SMALLEST_SIDE, SMALLEST_SIDE, 0.0
+    start = clock()
+    while True:
+        left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        out = torch.empty_like(left)
+        product = _Timed(partial(torch.mm, left, right, out=out), device, clock)
+        seconds = product.shortest(MATRIX_BUDGET_S / 8)
+        rate = 2 * side**3 / seconds
+        if rate > best:
+            best_side, best = side, rate
+        if 8 * seconds > LONGEST_PRODUCT_S or side >= LARGEST_SIDE or clock() - start > MATRIX_BUDGET_S:
+            return best_side, best
+        side *= 2
+
+
+def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float:
+    """Bytes read and written a second by the fastest copy of `size_bytes`."""
+    import torch
+
+    source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size_bytes / _Timed(lambda: target.copy_(source), device, clock).shortest(COPY_BUDGET_S)
+
+
+class _Timed:
+    """An operation that can be run again and again, timed to its end on its device."""
+
+    def __init__(self, operation: Callable[[], object], device: str, clock: Callable[[], float]) -> None:
+        self.operation, self.device, self.clock = operation, device, clock
+
+    def once(self) -> float:
+        """Seconds of one run."""
+        start = self.clock()
+        self.operation()
+        if not self.device.startswith("cpu"):
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        return self.clock() - start
+
+    def shortest(self, budget_s: float) -> float:
+        """Seconds of the shortest of three or more runs within the budget, after one that is not counted."""
+        self.once()
+        runs = [self.once() for _ in range(3)]
+        while sum(runs) < budget_s:
+            runs.append(self.once())
+        return min(runs)
