@@ -15,7 +15,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.reward_guard import check_params, guard
+from grpo_autotune.train.reward_guard import GIVEN_BY_TRL, check_params, guard
 
 ANSWER_LAST = r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*"
 """One answer between tags, not empty, at the end of the text."""
@@ -49,14 +49,15 @@ def exact_match(
 
 
 def numeric_match(
-    *, completions: Sequence[Completion], column: str = "answer", relative_tolerance: float = 1e-6, **columns: Any
+    *, completions: Sequence[Completion], column: str = "answer", relative_tolerance: float = 1e-9, **columns: Any
 ) -> list[float | None]:
     """1 where the last number of the answer is the reference's; None where the reference holds no number.
 
     Args:
         completions: B completions.
         column: Column that holds the reference: a number, or text such as GSM8K's, whose number stands after `####`.
-        relative_tolerance: Largest difference that still counts as equal, as a share of the reference.
+        relative_tolerance: Largest difference that still counts as equal, as a share of the reference; the default
+            forgives rounding in the machine's arithmetic and nothing else.
         columns: The data's columns, B values each.
 
     Raises:
@@ -169,7 +170,7 @@ def build_rewards(config: RunConfig) -> tuple[list[Callable[..., Any]], list[flo
 
 def _column(columns: Mapping[str, Any], name: str) -> Sequence[object]:
     if name not in columns:
-        there = ", ".join(key for key, value in columns.items() if isinstance(value, list))
+        there = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
         raise ConfigError(
             f"the data has no column {name}, which a reward reads",
             where="rewards[].params.column",
