@@ -213,8 +213,20 @@ FULL_SHAPE = {
 }
 
 
+def ceilings_of(matrix_flops_s: float, memory_bytes_s: float) -> Ceilings:
+    return Ceilings(
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        matrix_flops_s=matrix_flops_s,
+        memory_bytes_s=memory_bytes_s,
+        matrix_side=512,
+        measured_s=2.0,
+    )
+
+
 def test_limits_need_ceilings_tokens_and_a_known_shape() -> None:
-    slow = Ceilings(matrix_flops_s=1e9, memory_bytes_s=1e8, dtype="float32", device="cpu", measured_s=2.0)
+    slow = ceilings_of(1e9, 1e8)
     text = demo_record(trainer=trainer_facts(model_config_json=FULL_SHAPE, peft=None), images=None)
     limited = {row.name for row in build_report(text, ceilings=slow).stages if row.limit_share is not None}
     assert limited == {"generation", "policy_logprob", "reference_logprob", "backward", "optimizer"}
@@ -227,7 +239,7 @@ def test_limits_need_ceilings_tokens_and_a_known_shape() -> None:
 
 
 def test_a_limit_is_the_longer_of_arithmetic_and_traffic_in_each_phase() -> None:
-    ceilings = Ceilings(matrix_flops_s=10.0, memory_bytes_s=100.0, dtype="float32", device="cpu", measured_s=2.0)
+    ceilings = ceilings_of(10.0, 100.0)
     # The first phase needs 2 s for its operations, the second 3 s for its bytes.
     work = Work(((20.0, 50.0), (1.0, 300.0)))
     assert limit_of(work, 10.0, ceilings) == Limit(0.5, "memory")
@@ -245,7 +257,7 @@ def test_a_real_probe_end_to_end(tiny: Any, tmp_path: Path, picture_rows: Any) -
     trainer.train()
     record = probe.record()
     probe.detach()
-    fast = Ceilings(matrix_flops_s=1e12, memory_bytes_s=1e11, dtype="float32", device="cpu", measured_s=2.0)
+    fast = ceilings_of(1e12, 1e11)
     report = build_report(record, detect(), fast, {"grpo": {"beta": 0.05}})
     assert sum(row.self_s for row in report.stages) == pytest.approx(report.step_s, abs=1e-6)
     assert sum(part.self_s for part in report.stage("policy_logprob").parts) == pytest.approx(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageRow
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
@@ -15,9 +16,6 @@ from grpo_autotune.verdict.breakdown import break_down
 from grpo_autotune.verdict.facts import Facts
 from grpo_autotune.verdict.judge import judge
 from grpo_autotune.verdict.ranks import excesses
-
-if TYPE_CHECKING:
-    from grpo_autotune.hardware import Ceilings, Machine
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""

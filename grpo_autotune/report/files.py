@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.folders import write_whole
 from grpo_autotune.report.schema import SCHEMA, Report
 
 REPORT_FILE = "report.json"
@@ -17,10 +17,7 @@ REPORT_FILE = "report.json"
 def save_report(report: Report, folder: str | Path) -> Path:
     """Write `report.json` into `folder`, which is created where it is missing; returns the file's path."""
     path = Path(folder) / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{REPORT_FILE}.{os.getpid()}")
-    draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, report.model_dump_json(indent=2) + "\n")
     return path
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import facts_from_records, limit_seconds, stage_work
 from grpo_autotune.estimate.passes import Work
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.hardware import Ceilings
 from grpo_autotune.probe.records import ProbeRecord
 from grpo_autotune.verdict.breakdown import Breakdown, Limit
-
-if TYPE_CHECKING:
-    from grpo_autotune.hardware import Ceilings
 
 
 def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | None) -> dict[str, Limit]:

@@ -166,8 +166,7 @@ def straggler(facts: Facts) -> Idea | None:
         saving_s=min(slowest.extra_s, facts.breakdown.seconds(stage)),
         because=f"The other ranks wait for it; {seconds(slowest.stage_s)} a step of the difference is in "
         f"{STAGE_WORDS.get(slowest.stage, slowest.stage)}. Longer prompts or completions on that rank, or another "
-        "process "
-        "on its device, are the usual reasons",
+        "process on its device, are the usual reasons",
     )
 
 
