@@ -20,7 +20,7 @@ from tests.tiny import CONFIGS, TEXTS
 ENV_FOLDER = Path(__file__).parent.parent / "tests" / "env"
 
 HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-"""vLLM's attention on CPU has no kernel for heads of 16, and its Qwen2.5 derives their size from hidden size and count."""
+"""vLLM's attention on CPU has no kernel for heads of 16; its Qwen2.5 derives that size from hidden size and count."""
 SECTIONS = {"qwen2_5_vl": [4, 6, 6], "qwen3_vl": [8, 4, 4]}
 """Rotary sections of the vision models, which must sum to half a head."""
 LARGEST_IMAGE = 112 * 112

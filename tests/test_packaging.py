@@ -1,0 +1,84 @@
+"""What somebody gets who installs the package instead of cloning the repository, and what the build files promise."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.readme_tree import tree, with_tree
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in the built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as built:
+        return set(built.namelist())
+
+
+def test_wheel_holds_every_module_and_profile(wheel: set[str]) -> None:
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_autotune").rglob("*.py")}
+    profiles = {f"grpo_autotune/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")}
+    assert profiles and modules | profiles | {"grpo_autotune/py.typed"} <= wheel
+    assert not [name for name in wheel if name.startswith(("tests", "docs"))]
+    assert [name for name in wheel if name.endswith("licenses/LICENSE")]
+
+
+def project() -> dict[str, object]:
+    found: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def test_the_package_leaves_the_choice_of_torch_to_the_user() -> None:
+    requirements = [str(line) for line in project()["dependencies"]]  # type: ignore[attr-defined]
+    assert not [line for line in requirements if "==" in line]
+    assert [line for line in requirements if line.startswith("torch>=")]
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^torch==", pinned, re.MULTILINE)
+
+
+def test_the_installed_version_is_the_one_written_down() -> None:
+    assert importlib.metadata.version("grpo-autotune") == project()["version"]
+
+
+def test_make_help_lists_every_target() -> None:
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None
+    for target in declared[1].split():
+        assert re.search(rf"^make {target} +\w", told, re.MULTILINE), target
+
+
+def test_readme_has_a_line_for_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_tree(readme), "bring it up to date: python -m tests.readme_tree"
+    assert "cli.py" in tree()
+
+
+def test_readme_commands_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    told = subprocess.run(
+        [sys.executable, "-m", "grpo_autotune", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    used = set(re.findall(r"grpo-autotune ([a-z]+)\b", readme))
+    assert used >= {"probe", "train", "report", "run", "doctor"}
+    for command in used:
+        assert re.search(rf"^\W*{command}\b", told, re.MULTILINE), command
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
