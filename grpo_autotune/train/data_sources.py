@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpo_autotune.registry import is_reference, names, resolve
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -81,7 +83,8 @@ def _read_folder(folder: Path, split: str | None, where: str, name: str | None) 
 
 def _load(builder: str, split: str, where: str, path: str, **arguments: Any) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(builder, split=split, **arguments)
+        with _hushed():
+            return datasets.load_dataset(builder, split=split, **arguments)
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"cannot be read: {error.__cause__ or error}", where=path) from error
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -91,9 +94,22 @@ def _load(builder: str, split: str, where: str, path: str, **arguments: Any) -> 
             fix=f"Registered: {', '.join(names('dataset'))}; or give a path.",
         ) from error
     except ValueError as error:
+        if NO_ROWS in str(error):
+            raise DataError("the data set is empty", where=path) from error
         raise ConfigError(f"cannot load {path}: {error}", where=where) from error
     except OSError as error:
         raise DataError(f"cannot be read: {error}", where=path) from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep `datasets` from logging an error that is raised as well, and told in our own line."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _from_disk(folder: Path) -> Any:

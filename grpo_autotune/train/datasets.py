@@ -94,9 +94,10 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> datasets.
     prompts = [
         _messages(prompt, data.system_prompt, f"{where}, row {row}") for row, prompt in _prompts(rows, renamed, data)
     ]
-    if "prompt" in renamed.column_names:
-        renamed = renamed.remove_columns("prompt")
-    return renamed.add_column("prompt", prompts)
+    finished = renamed.add_column("_prompt", prompts)  # before the old one goes: rows without a column have no number
+    if "prompt" in finished.column_names:
+        finished = finished.remove_columns("prompt")
+    return finished.rename_column("_prompt", "prompt")
 
 
 def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
