@@ -39,7 +39,6 @@ VLLM_TO_TRL = {
 
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
-    "run_name": "output.name",
     "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
     "trust_remote_code": "model.trust_remote_code",
     "reward_weights": "rewards[].weight",
@@ -105,7 +104,7 @@ class DataSection(Section):
     eval_path: str | None = None
     """Held-out data, where it is not a split of `path`."""
     eval_split: str | None = None
-    """Held-out split of `eval_path`, or of `path` (`test`, `train[90%:]`)."""
+    """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
     columns: dict[str, str] = {}
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
     prompt_template: str | None = None

@@ -317,3 +317,22 @@ def test_reading_a_configuration_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_committed_reference_page_is_up_to_date() -> None:
+    from grpo_autotune.config_reference import markdown
+
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == markdown(), (
+        "python -m grpo_autotune.config_reference > docs/configuration.md"
+    )
+
+
+def test_the_reference_example_is_legal_and_every_key_has_a_meaning() -> None:
+    from grpo_autotune.config_reference import markdown
+
+    page = markdown()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    assert RunConfig.from_yaml(example).batch.generation_batch == 8
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 40 and all(row[-1].strip(" |") not in {"", "None"} for row in rows)
