@@ -124,33 +124,46 @@ def ticking(step_s: float) -> Any:
 
 
 def test_rates_follow_from_the_clock() -> None:
-    side, rate = ceilings.matrix_rate("cpu", "float32", ticking(0.25))
-    assert (side, rate) == (256, 2 * 256**3 / 0.25)
+    found = ceilings.matrix_rate("cpu", "float32", ticking(0.25), ticking(3.0))
+    assert (found.side, found.flops_s) == (256, 2 * 256**3 / 0.25)
+    assert found.cores == pytest.approx(3.0 / (0.25 * 9))
     assert ceilings.copy_rate("cpu", 1000, ticking(0.25)) == 8000.0
 
 
 def test_sides_grow_while_products_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "LARGEST_SIDE", 512)
-    side, rate = ceilings.matrix_rate("cpu", "bfloat16", ticking(0.005))
-    assert (side, rate) == (512, pytest.approx(2 * 512**3 / 0.005))
+    found = ceilings.matrix_rate("cpu", "bfloat16", ticking(0.005), ticking(1.0))
+    assert (found.side, found.flops_s) == (512, pytest.approx(2 * 512**3 / 0.005))
+
+
+def measure(tick_s: float, dtype: str = "float32", cpu_s: float = 1e9, fresh: bool = False) -> hardware.Ceilings:
+    clocks = {"clock": ticking(tick_s), "cpu_clock": ticking(cpu_s)}
+    return hardware.measure_ceilings("cpu", dtype, fresh=fresh, **clocks)
 
 
 def test_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1000})
-    first = hardware.measure_ceilings("cpu", "float32", clock=ticking(0.25))
-    assert hardware.measure_ceilings("cpu", "float32", clock=ticking(99.0)) == first
-    assert hardware.measure_ceilings("cpu", "bfloat16", clock=ticking(0.125)) != first
-    assert hardware.measure_ceilings("cpu", "float32", clock=ticking(0.5), fresh=True).memory_bytes_s == 4000.0
+    first = measure(0.25)
+    assert measure(99.0) == first
+    assert measure(0.125, "bfloat16") != first
+    assert measure(0.5, fresh=True).memory_bytes_s == 4000.0
     assert len(list((cache / "ceilings").iterdir())) == 2
+
+
+def test_a_busy_machine_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1000})
+    busy = measure(0.25, cpu_s=0.1)
+    assert not busy.quiet and not (cache / "ceilings").exists()
+    quiet = measure(0.125)
+    assert quiet.quiet and quiet.memory_bytes_s == 2 * busy.memory_bytes_s
 
 
 def test_a_torn_file_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1000})
-    whole = hardware.measure_ceilings("cpu", "float32", clock=ticking(0.25))
+    whole = measure(0.25)
     (path,) = (cache / "ceilings").iterdir()
     path.write_text(path.read_text()[:20])
-    again = hardware.measure_ceilings("cpu", "float32", clock=ticking(0.5))
-    assert again.memory_bytes_s == whole.memory_bytes_s / 2
+    assert measure(0.5).memory_bytes_s == whole.memory_bytes_s / 2
     assert json.loads(path.read_text())["device"] == "cpu"
 
 

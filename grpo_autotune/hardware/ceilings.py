@@ -1,6 +1,7 @@
 """What this machine really reaches: the matrix rate in the run's dtype, and the memory bandwidth; measured once, kept.
 
-A stage's share of its limit is told against these, not against a data sheet. Measuring takes about two seconds.
+A stage's share of its limit is told against these, not against a data sheet. Measuring takes about two seconds. On a
+machine whose cores were busy with something else the result is used, but not kept.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +19,9 @@ from grpo_autotune.hardware.machine import detect, package_version
 MATRIX_BUDGET_S = 1.2
 COPY_BUDGET_S = 0.6
 LONGEST_PRODUCT_S = 0.3
+QUIET_SHARE = 0.75
+"""Share of its threads' time that the process must have got for the processor to count as quiet."""
+
 SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 """Well beyond the caches: the copy has to reach memory."""
@@ -32,6 +37,7 @@ class Ceilings(BaseModel):
         matrix_flops_s: Best rate of a square matrix product, operations a second.
         memory_bytes_s: Best rate of a large copy, bytes read and written a second.
         matrix_side: Side of the product that reached the best rate.
+        quiet: Whether the process had its threads' cores to itself (true on a GPU, where it cannot be told).
         measured_s: Seconds the measurement took.
     """
 
@@ -43,11 +49,17 @@ class Ceilings(BaseModel):
     matrix_flops_s: float
     memory_bytes_s: float
     matrix_side: int
+    quiet: bool
     measured_s: float
 
 
 def measure_ceilings(
-    device: str, dtype: str, *, clock: Callable[[], float] = time.perf_counter, fresh: bool = False
+    device: str,
+    dtype: str,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = time.process_time,
+    fresh: bool = False,
 ) -> Ceilings:
     """This machine's ceilings, from its cache file or measured now.
 
@@ -55,6 +67,7 @@ def measure_ceilings(
         device: As torch names it ("cpu", "cuda", "cuda:1").
         dtype: "float32", "bfloat16" or "float16".
         clock: Seconds that only grow.
+        cpu_clock: Seconds of processor time this process has used, over all threads.
         fresh: Measure even if there is a cache file. One that cannot be read is measured again anyway.
     """
     import torch
@@ -69,36 +82,47 @@ def measure_ceilings(
         except ValidationError:
             path.unlink(missing_ok=True)
     start = clock()
-    side, rate = matrix_rate(device, dtype, clock)
+    products = matrix_rate(device, dtype, clock, cpu_clock)
     found = Ceilings(
         device=kind,
         dtype=dtype,
         threads=threads,
-        matrix_flops_s=rate,
+        matrix_flops_s=products.flops_s,
         memory_bytes_s=copy_rate(device, COPY_BYTES["cpu" if kind == "cpu" else "cuda"], clock),
-        matrix_side=side,
+        matrix_side=products.side,
+        quiet=kind != "cpu" or products.cores >= QUIET_SHARE * threads,
         measured_s=clock() - start,
     )
-    write_whole(path, found.model_dump_json(indent=2))
+    if found.quiet:
+        write_whole(path, found.model_dump_json(indent=2))
     return found
 
 
-def matrix_rate(device: str, dtype: str, clock: Callable[[], float]) -> tuple[int, float]:
-    """Side and rate of the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
+class Products(NamedTuple):
+    """Fastest square product: its side, its rate, and the cores the process had while products ran."""
+
+    side: int
+    flops_s: float
+    cores: float
+
+
+def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: Callable[[], float]) -> Products:
+    """Find the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
     import torch
 
     side, best_side, best = SMALLEST_SIDE, SMALLEST_SIDE, 0.0
-    start = clock()
+    wall_s = cpu_s = 0.0
     while True:
         left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(left)
-        product = _Timed(partial(torch.mm, left, right, out=out), device, clock)
+        product = _Timed(partial(torch.mm, left, right, out=torch.empty_like(left)), device, clock)
+        started, cpu_started = clock(), cpu_clock()
         seconds = product.shortest(MATRIX_BUDGET_S / 8)
+        wall_s, cpu_s = wall_s + clock() - started, cpu_s + cpu_clock() - cpu_started
         rate = 2 * side**3 / seconds
         if rate > best:
             best_side, best = side, rate
-        if 8 * seconds > LONGEST_PRODUCT_S or side >= LARGEST_SIDE or clock() - start > MATRIX_BUDGET_S:
-            return best_side, best
+        if 8 * seconds > LONGEST_PRODUCT_S or side >= LARGEST_SIDE or wall_s > MATRIX_BUDGET_S:
+            return Products(best_side, best, cpu_s / wall_s)
         side *= 2
 
 
