@@ -24,7 +24,6 @@ from grpo_autotune.config import (
 )
 from grpo_autotune.config_keys import WORDS
 from grpo_autotune.config_rules import COUNTS
-from grpo_autotune.registry import names
 
 TRL_DOCS = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
 TRAINING_ARGUMENTS_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer"
@@ -52,6 +51,7 @@ grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length
 """
 
 DATA_NOTES = """\
+- `digits` is the one registered data set that comes with the package (the demo's).
 - Relative paths start from the current folder; image paths inside a data file start from that file's folder.
 - A prompt is text (it becomes a user message) or a list of messages. `columns` renames: the column keeps our name only.
   Every column that is not mapped is passed to the rewards as it is.
@@ -71,11 +71,9 @@ def markdown() -> str:
             *_section("model", ModelSection),
             *_peft(),
             *_section("data", DataSection),
-            f"Registered data sets: {_codes(names('dataset'))}.\n",
             DATA_NOTES,
             *_section("rewards", RewardItem, "A list; each item:"),
-            f"Registered rewards: {_codes(names('reward'))}.",
-            "What each does, and how to add one: [rewards.md](rewards.md).\n",
+            "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
             *_grpo(),
             *_section("vllm", VllmSection, VllmSection.__doc__),
             *_section("output", OutputSection),
