@@ -29,7 +29,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         clock: Unix seconds.
 
     Attributes:
-        last: The newest line of each kind, as written.
+        last: The newest line of each kind, those of before a resume included.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -37,7 +37,8 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self._clock = clock
         self._since_s = 0.0
         self._since_step = 0
-        self.last: dict[str, dict[str, Any]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.last: dict[str, dict[str, Any]] = {line["kind"]: line for line in map(json.loads, lines)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since_s, self._since_step = self._clock(), state.global_step

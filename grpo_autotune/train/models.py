@@ -101,16 +101,14 @@ def check_padding(processor: Any, source: str) -> None:
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     side = tokenizer.padding_side
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     if side == "left" and tokenizer.pad_token is not None:
-        shorter = processor(text=["a", "a b c d e f g h"], padding=True)["attention_mask"][0]
-        side = "left" if int(shorter[-1]) == 1 else "right"
+        shorter = tokenizer(["a", "a b c d e f g h"], padding=True)["attention_mask"][0]
+        side = "left" if shorter[-1] else "right"
     if side != "left":
         raise ConfigError(
             f"the processor of {source} pads on the {side}, and GRPO needs prompts padded on the left",
             where="model.name_or_path",
-            fix='Set "padding_side": "left" in its tokenizer_config.json and processor_config.json',
+            fix="It ignores padding_side='left': mend its tokenizer class, or use another one",
         )
 
 

@@ -8,12 +8,14 @@ uninterrupted one. Engines outside this process (vLLM) start their own random st
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
@@ -26,10 +28,17 @@ from grpo_autotune.train.signals import StopRequest
 REFERENCE_FILE = "reference_model.pt"
 """Weights of a reference model that follows the policy (`sync_ref_model`)."""
 
+BROKEN_SAMPLING = "probability tensor contains either `inf`, `nan` or element < 0"
+"""What `torch.multinomial` says about the probabilities of a model whose weights ran away."""
+
 
 def rank_file(rank: int) -> str:
     """Name of the file in which a rank keeps its part of the state between two steps."""
     return f"grpo_state_{rank}.pt"
+
+
+class NothingLeft(Exception):
+    """Raised before the first step of a run that was resumed at its end: transformers would train one step more."""
 
 
 class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -54,6 +63,14 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.losses = self.losses + loss
         return loss
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._generate_and_score_completions(*args, **kwargs)
+        except RuntimeError as error:
+            if BROKEN_SAMPLING not in str(error):
+                raise
+            raise self._not_finite("the model's probabilities are not finite numbers") from error
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self.grad_norm = super()._clip_grad_norm(model)
@@ -80,12 +97,27 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights and keep their types: PEFT casts a loaded bfloat16 adapter to float32."""
+        if is_peft_model(self.model) or self._sharded():
+            self._load_adapter(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_adapter(self, checkpoint: str, model: Any) -> None:
+        """Load as transformers does, and keep the types: PEFT casts a loaded bfloat16 adapter to float32."""
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(checkpoint, model)
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_weights(self, checkpoint: str) -> None:
+        """Load by `from_pretrained`: it renames weights that a model saves under older names (Qwen2.5-VL's, for one).
+
+        transformers' own resumption does not, and goes on with the weights of the start after a warning.
+        """
+        widest = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
+        loaded = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        self.model.load_state_dict(loaded.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -93,7 +125,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             return
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else {}
+        device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch cannot restore to "cpu:0"
+        state = torch.load(path, map_location=device, weights_only=True) if path.is_file() else {}
         if state.get("world_size") != self.args.world_size:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
@@ -125,17 +158,19 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         wish = self.stop_request.signum if self.stop_request else 0
         bad_anywhere, signum = self._largest(float(bad), float(wish))
         if bad_anywhere:
-            raise TrainingError(
-                "the loss or its gradient is not a number",
-                where=f"step {self.state.global_step + 1}",
-                fix="Try a smaller grpo.learning_rate, a smaller grpo.max_grad_norm, or model.dtype float32 or "
-                "bfloat16 in place of float16; checkpoints are from before it",
-            )
+            raise self._not_finite("the loss or its gradient is not a finite number")
         self._agree(int(signum))
 
     def check_stop(self) -> None:
         """Learn whether any rank was asked to stop, outside a step."""
         self._agree(int(self._largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
+
+    def _not_finite(self, what: str) -> TrainingError:
+        return TrainingError(
+            what,
+            where=f"step {self.state.global_step + 1}",
+            fix="Try a smaller grpo.learning_rate or grpo.max_grad_norm, or bfloat16 in place of float16",
+        )
 
     def _agree(self, signum: int) -> None:
         if self.stop_request is not None:
@@ -196,8 +231,11 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
 
     def _reference_moves(self) -> bool:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return bool(self.args.sync_ref_model and self.ref_model is not None and not sharded)
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
+
+    def _sharded(self) -> bool:
+        """Whether weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
 
 class _StepBoundary(TrainerCallback):  # type: ignore[misc]
@@ -208,6 +246,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.restore_losses()
+        if 0 < state.max_steps <= state.global_step:
+            raise NothingLeft
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_step()

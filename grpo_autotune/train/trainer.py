@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
 from grpo_autotune.train.datasets import load_data
 from grpo_autotune.train.models import load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.quiet import quieten
-from grpo_autotune.train.resumable import ResumableTrainer
+from grpo_autotune.train.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.rewards import build_rewards
 from grpo_autotune.train.runs import RunFolder, Start, enter, find_start
 from grpo_autotune.train.signals import StopRequest, exit_code
@@ -210,7 +210,8 @@ def _train(trainer: ResumableTrainer, start: Start, progress: ProgressLine) -> i
     trainer.add_callback(progress)
     quieten(bars=False)  # those of saving would break the progress line
     with StopRequest() as trainer.stop_request, _closing(progress):
-        trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
+        with suppress(NothingLeft):
+            trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
         agreed: int = trainer.stop_request.agreed
     return agreed if trainer.state.global_step < trainer.state.max_steps else 0
 
