@@ -275,7 +275,7 @@ def _patches_by_matmul(tower: Any) -> Iterator[None]:
 def _learn_to_see(
     model: Any, processor: Any, digits: Digits, recipe: Recipe, random: np.random.Generator, told: Progress
 ) -> None:
-    """Train the vision tower to tell which digit is in the image, wherever: a linear layer over each feature's maximum."""
+    """Train the vision tower to tell which digit is in the image: a linear layer over each feature's maximum."""
     import torch
 
     tower = model.model.visual
