@@ -136,6 +136,12 @@ def test_sides_grow_while_products_are_short(monkeypatch: pytest.MonkeyPatch) ->
     assert (found.side, found.flops_s) == (512, pytest.approx(2 * 512**3 / 0.005))
 
 
+def test_a_full_device_gets_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ceilings.free_bytes("cpu") > 0
+    monkeypatch.setattr(ceilings, "free_bytes", lambda _: 64 * 300**2)
+    assert ceilings.matrix_rate("cpu", "float32", ticking(0.005), ticking(1.0)).side == 256
+
+
 def measure(tick_s: float, dtype: str = "float32", cpu_s: float = 1e9, fresh: bool = False) -> hardware.Ceilings:
     clocks = {"clock": ticking(tick_s), "cpu_clock": ticking(cpu_s)}
     return hardware.measure_ceilings("cpu", dtype, fresh=fresh, **clocks)

@@ -6,6 +6,7 @@ machine whose cores were busy with something else the result is used, but not ke
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,8 +38,8 @@ class Ceilings(BaseModel):
         matrix_flops_s: Best rate of a square matrix product, operations a second.
         memory_bytes_s: Best rate of a large copy, bytes read and written a second.
         matrix_side: Side of the product that reached the best rate.
-        quiet: Whether the process had its threads' cores to itself (true on a GPU, where it cannot be told).
         measured_s: Seconds the measurement took.
+        quiet: Whether the process had its threads' cores to itself (true on a GPU, where it cannot be told).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,8 +50,8 @@ class Ceilings(BaseModel):
     matrix_flops_s: float
     memory_bytes_s: float
     matrix_side: int
-    quiet: bool
     measured_s: float
+    quiet: bool = True
 
 
 def measure_ceilings(
@@ -72,7 +73,7 @@ def measure_ceilings(
     """
     import torch
 
-    kind = torch.device(device).type
+    kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
     threads = torch.get_num_threads() if kind == "cpu" else 1
     key = f"{detect().fingerprint}-{kind}-{dtype}-{threads}-torch{package_version('torch')}"
     path = cache_dir() / "ceilings" / f"{key}.json"
@@ -88,7 +89,7 @@ def measure_ceilings(
         dtype=dtype,
         threads=threads,
         matrix_flops_s=products.flops_s,
-        memory_bytes_s=copy_rate(device, COPY_BYTES["cpu" if kind == "cpu" else "cuda"], clock),
+        memory_bytes_s=copy_rate(device, min(COPY_BYTES[kind], free_bytes(device) // 8), clock),
         matrix_side=products.side,
         quiet=kind != "cpu" or products.cores >= QUIET_SHARE * threads,
         measured_s=clock() - start,
@@ -111,6 +112,7 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
     import torch
 
     side, best_side, best = SMALLEST_SIDE, SMALLEST_SIDE, 0.0
+    largest = min(LARGEST_SIDE, math.isqrt(free_bytes(device) // 64))
     wall_s = cpu_s = 0.0
     while True:
         left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
@@ -121,9 +123,21 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
         rate = 2 * side**3 / seconds
         if rate > best:
             best_side, best = side, rate
-        if 8 * seconds > LONGEST_PRODUCT_S or side >= LARGEST_SIDE or wall_s > MATRIX_BUDGET_S:
+        if 8 * seconds > LONGEST_PRODUCT_S or 2 * side > largest or wall_s > MATRIX_BUDGET_S:
             return Products(best_side, best, cpu_s / wall_s)
         side *= 2
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can be had on the device now; a run may be holding most of it."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float:
