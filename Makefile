@@ -24,7 +24,7 @@ check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
-	PYTHONPATH=tests/env $(VLLM_BIN)/python -m pytest tests_vllm
+	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
