@@ -20,8 +20,7 @@ class Architecture:
     Attributes:
         config: Its config.json (in the nested form that transformers 5 writes).
         source: URL of that file.
-        published_parameters: Parameters of the model, in billions, shared embeddings counted once: the sum over the
-            published weight files.
+        published_parameters: Parameters in billions as the model's page gives them, shared embeddings counted once.
     """
 
     config: Mapping[str, Any]
