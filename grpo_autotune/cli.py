@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from grpo_autotune.commands.console import say, show
 from grpo_autotune.errors import AutotuneError, ConfigError
 
 INTERRUPTED_EXIT = 128 + signal.SIGINT
+UsageError = typer.BadParameter.__mro__[1]
+"""Typer's own copy of Click's, which it does not export."""
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -137,9 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error), error.exit_code)
-    except click.UsageError as error:
-        return _fail(error.format_message(), ConfigError.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except UsageError as error:
+        return _fail(str(error), ConfigError.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped by Ctrl-C", INTERRUPTED_EXIT)
     return outcome if isinstance(outcome, int) else 0
 

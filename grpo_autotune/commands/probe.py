@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Heartbeat, Startup
@@ -28,6 +29,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> Report:
     watched: list[Callable[[], str | None]] = [startup.now]
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
+            mend_torchvision()
             from grpo_autotune.commands.stopping import StopAfter
             from grpo_autotune.commands.trial import quiet_trainer
             from grpo_autotune.probe.attach import Probe

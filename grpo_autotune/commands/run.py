@@ -5,6 +5,7 @@ TRL is not imported before the script does it, so that environment variables whi
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,6 +22,7 @@ from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
+from grpo_autotune.seams.compat import import_mended
 
 TRAINER_MODULE = "trl.trainer.grpo_trainer"
 ENGINE_MODULE = "trl.generation.vllm_generation"
@@ -34,40 +36,54 @@ class EnoughSteps(SystemExit):
         super().__init__(0)
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function with a module as soon as it has been imported."""
+Execute = Callable[[ModuleType], None]
+Hook = Callable[[Execute, ModuleType], None]
 
-    def __init__(self, hooks: dict[str, Callable[[ModuleType], None]]) -> None:
+
+class _Importing(importlib.abc.MetaPathFinder):
+    """Hands the import of some modules to hooks, each of which runs the module's body and does its work around it."""
+
+    def __init__(self, hooks: dict[str, Hook]) -> None:
         self._hooks = dict(hooks)
+        self._asking: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        hook = self._hooks.pop(name, None)
-        if hook is None:
+        hook = self._hooks.get(name)
+        if hook is None or name in self._asking:
             return None
-        spec = importlib.util.find_spec(name)
+        self._asking.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking.discard(name)
         if spec is None or spec.loader is None:
             return None
-        execute = spec.loader.exec_module
-
-        def exec_then_hook(module: ModuleType) -> None:
-            execute(module)
-            hook(module)
-
-        spec.loader.exec_module = exec_then_hook  # type: ignore[method-assign]
+        spec.loader.exec_module = functools.partial(hook, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 
 
-def after_import(hooks: dict[str, Callable[[ModuleType], None]]) -> importlib.abc.MetaPathFinder:
-    """Call each hook with its module: now if it is imported already, else when it is."""
-    waiting = {}
-    for name, hook in hooks.items():
-        if name in sys.modules:
-            hook(sys.modules[name])
-        else:
-            waiting[name] = hook
-    finder = _AfterImport(waiting)
+def after_import(then: Callable[[ModuleType], None]) -> Hook:
+    """A hook that calls `then` with the imported module."""
+
+    def hook(execute: Execute, module: ModuleType) -> None:
+        execute(module)
+        then(module)
+
+    return hook
+
+
+def hook_imports(hooks: dict[str, Hook]) -> importlib.abc.MetaPathFinder:
+    """Put each hook around its module's import; around nothing where the module is imported already.
+
+    Returns:
+        The finder that was put first on `sys.meta_path`; whoever put it there takes it out.
+    """
+    waiting = dict(hooks)
+    for name in hooks.keys() & sys.modules.keys():
+        waiting.pop(name)(lambda module: None, sys.modules[name])
+    finder = _Importing(waiting)
     sys.meta_path.insert(0, finder)
     return finder
 
@@ -80,12 +96,12 @@ class ScriptProbes:
         self.probes: list[Any] = []
         self.folders: list[Path] = []
 
-    def hooks(self) -> dict[str, Callable[[ModuleType], None]]:
-        """What to do once the script has imported which module."""
+    def hooks(self) -> dict[str, Hook]:
+        """What to do around the script's import of which module."""
         return {
-            "torch": lambda module: _mend_torchvision(),
-            TRAINER_MODULE: self._on_trainer_module,
-            ENGINE_MODULE: self._on_engine_module,
+            "torchvision": _mending,
+            TRAINER_MODULE: after_import(self._on_trainer_module),
+            ENGINE_MODULE: after_import(self._on_engine_module),
         }
 
     def reports(self) -> list[Report]:
@@ -170,7 +186,7 @@ def run_script(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
         )
     probes = ScriptProbes(Startup(), out_dir, steps)
-    finder = after_import(probes.hooks())
+    finder = hook_imports(probes.hooks())
     before = sys.argv, sys.path[0]
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.resolve().parent)
@@ -185,12 +201,10 @@ def run_script(
         finish(probes)
 
 
-def _mend_torchvision() -> None:
-    from grpo_autotune.seams.compat import ensure_torchvision
-
-    finding = ensure_torchvision()
+def _mending(execute: Execute, module: ModuleType) -> None:
+    finding = import_mended(execute, module)
     if finding is not None:
-        say(finding)
+        say(f"note: {finding}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.commands.trial import time_engine_start
 from grpo_autotune.config import RunConfig
@@ -26,6 +27,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     probes: list[Any] = []
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
+            mend_torchvision()
             from grpo_autotune.probe.attach import Probe
             from grpo_autotune.train.trainer import run_training
         startup.since_birth("import")

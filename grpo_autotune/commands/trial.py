@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_autotune.commands.console import say
-from grpo_autotune.commands.run import ENGINE_MODULE, after_import
+from grpo_autotune.commands.run import ENGINE_MODULE, after_import, hook_imports
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.layers import AttributeSlot, wrap
@@ -43,4 +43,4 @@ def time_engine_start(startup: Startup) -> None:
     def imported(module: ModuleType) -> None:
         wrap(AttributeSlot(module.VLLMGeneration, "__init__"), engine)
 
-    after_import({ENGINE_MODULE: imported})
+    hook_imports({ENGINE_MODULE: after_import(imported)})

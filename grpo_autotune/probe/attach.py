@@ -97,9 +97,7 @@ class Probe:
 
     def train_began(self) -> None:
         """Open the first step's tree."""
-        self._last_step = self.trainer.state.global_step
-        self._sampler.start()
-        self.recorder.open_root()
+        self._open(self.trainer.state.global_step)
 
     def step_ended(self) -> None:
         """Close the tree if an optimizer step is complete, and open the next one's."""
@@ -108,8 +106,7 @@ class Probe:
             if step <= self._last_step:
                 return
             self._keep(self.recorder.close_root(step))
-        self._last_step = step
-        self.recorder.open_root()
+        self._open(step)
 
     def train_ended(self) -> None:
         """Stop sampling and let every rank know the others' means."""
@@ -145,6 +142,11 @@ class Probe:
             ranks=self._ranks,
             versions=versions(),
         )
+
+    def _open(self, step: int) -> None:
+        self._last_step = step
+        self._sampler.start()
+        self.recorder.open_root()
 
     def _keep(self, spans: StepSpans) -> None:
         if not self.closed:

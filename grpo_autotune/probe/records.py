@@ -1,7 +1,7 @@
 """What a probe hands to whoever reads it: frozen, free of torch, and equal after a trip through JSON.
 
-Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry a step are
-in step order.
+Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry a step
+are in step order.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 SCHEMAS = (
@@ -56,6 +58,29 @@ def ensure_torchvision() -> str | None:
     if error is None:
         return None
     return f"torchvision cannot be imported beside this torch ({' '.join(str(error).split())}): {REMEDY}"
+
+
+def import_mended(execute: Callable[[ModuleType], None], module: ModuleType) -> str | None:
+    """Run the body of torchvision's import, and once more with the schemas declared where it fails for want of them.
+
+    Args:
+        execute: The loader's `exec_module`.
+        module: The module `torchvision`, still empty.
+
+    Returns:
+        As `ensure_torchvision`.
+    """
+    try:
+        execute(module)
+    except RuntimeError as error:
+        if _kept or not _is_missing_schema(error):
+            raise
+        _forget_submodules(module.__name__)
+        _declare_schemas()
+        execute(module)
+        _hidden.extend(name for name in SIBLINGS if _hide_if_broken(name))
+        return _mended_line()
+    return None
 
 
 def _installed(package: str) -> bool:

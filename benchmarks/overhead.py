@@ -1,0 +1,97 @@
+"""What the probe costs: the demo's optimizer steps with and without it, in turns, within one run.
+
+    python -m benchmarks.overhead [CONFIG] [PAIRS]
+
+Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which
+of the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by
+a callback that is there in both cases.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from benchmarks.result import ratio, write
+from grpo_autotune.commands.imports import mend_torchvision
+from grpo_autotune.config import load_config
+
+mend_torchvision()
+
+from transformers import TrainerCallback  # noqa: E402
+
+from grpo_autotune.commands.trial import quiet_trainer  # noqa: E402
+from grpo_autotune.probe.attach import Probe  # noqa: E402
+from grpo_autotune.probe.startup import Startup  # noqa: E402
+
+WARMUP = 2
+PAIRS = 40
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Attaches and detaches between steps, and times each step from outside."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.trainer: Any = None
+        self.probe: Probe | None = None
+        self.begun = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self.other: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = len(self.rows) >= 2 * self.pairs
+
+    def step_ended(self) -> None:
+        """Close the books on the step that ends, and set the stage for the next."""
+        if self.probe is not None:
+            self.probe.step_ended()
+        step, now = self.trainer.state.global_step, time.perf_counter()
+        if step > WARMUP:
+            self.rows.append({"step": step, "probe": self.probe is not None, "seconds": now - self.begun})
+        if self.probe is not None:
+            self.other += self._other_shares()
+            self.probe.detach()
+            self.probe = None
+        place = (step - WARMUP) % 4 if step >= WARMUP else 0
+        if place in (1, 2):
+            self.probe = Probe(self.trainer, warmup=0)
+            self.probe.step_ended()
+        self.begun = time.perf_counter()
+
+    def _other_shares(self) -> list[float]:
+        timings = self.probe.record().timings if self.probe is not None else None
+        if timings is None or not timings.step_s:
+            return []
+        other = next(row for row in timings.stages if row.name == "other")
+        return [seconds / whole for seconds, whole in zip(other.per_step_s, timings.step_s, strict=True)]
+
+
+def main() -> None:
+    """Run the pairs and write `docs/benchmarks/overhead.json`."""
+    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", ["grpo.eval_strategy=no", "grpo.max_steps=1000"])
+    turns = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
+    turns.trainer = quiet_trainer(config, Startup())
+    turns.trainer.add_callback(turns)
+    original = turns.trainer._maybe_log_save_evaluate
+
+    def log_then_turn(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        turns.step_ended()
+
+    turns.trainer._maybe_log_save_evaluate = log_then_turn
+    turns.trainer.train()
+    rows = turns.rows
+    pairs = [rows[i : i + 2] for i in range(0, len(rows) - 1, 2)]
+    ratios = []
+    for pair in pairs:
+        by = {row["probe"]: row["seconds"] for row in pair}
+        ratios.append(by[True] / by[False])
+    found = {"step_with_probe_over_without": ratio(ratios), "other_share_of_step": ratio(turns.other)}
+    path = write("overhead", "python -m benchmarks.overhead", rows, found)
+    sys.stdout.write(f"{found}\n{path}\n")
+
+
+if __name__ == "__main__":
+    main()
