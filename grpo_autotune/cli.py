@@ -15,8 +15,8 @@ from grpo_autotune.commands.console import say, show
 from grpo_autotune.errors import AutotuneError, ConfigError
 
 INTERRUPTED_EXIT = 128 + signal.SIGINT
-UsageError = typer.BadParameter.__mro__[1]
-"""Typer's own copy of Click's, which it does not export."""
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error), error.exit_code)
-    except UsageError as error:
+    except USAGE_ERROR as error:
         return _fail(str(error), ConfigError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped by Ctrl-C", INTERRUPTED_EXIT)
