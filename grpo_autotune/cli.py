@@ -56,7 +56,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
     loaded = _load(config, set_)
     folder = out or loaded.run_dir / "probe"
     report = probe_config(loaded, steps=steps, out_dir=folder)
-    _print(report, json_)
+    _print([report], json_)
     say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
 
 
@@ -79,7 +79,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
     """Print a stored report again."""
     from grpo_autotune.report import load_report
 
-    _print(load_report(run_dir), json_)
+    _print([load_report(run_dir)], json_)
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
@@ -96,11 +96,11 @@ def run(
     from grpo_autotune.commands.run import ScriptProbes, run_script
 
     def finish(probes: ScriptProbes) -> None:
-        for found in probes.reports():
-            _print(found, json_)
+        _print(probes.reports(), json_)
         say(probes.closing_line())
 
-    run_script(script, arguments or [], steps=steps, out_dir=out, finish=finish)
+    script_output = sys.stderr if json_ else sys.stdout
+    run_script(script, arguments or [], steps=steps, out_dir=out, finish=finish, script_output=script_output)
 
 
 @app.command()
@@ -119,13 +119,16 @@ def _load(source: str | None, overrides: list[str] | None) -> Any:
     return load_config(source, overrides or [])
 
 
-def _print(found: Any, as_json: bool) -> None:
+def _print(reports: Sequence[Any], as_json: bool) -> None:
+    """Reports as text, or as one JSON document: an object, or a list where a script built several trainers."""
     if as_json:
-        show(json.dumps(found.model_dump(mode="json"), indent=2))
-    else:
-        from grpo_autotune.render.terminal import render
+        found = [report.model_dump(mode="json") for report in reports]
+        show(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        return
+    from grpo_autotune.render.terminal import render
 
-        show(render(found))
+    for report in reports:
+        show(render(report))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

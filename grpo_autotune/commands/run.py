@@ -5,6 +5,7 @@ TRL is not imported before the script does it, so that environment variables whi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.commands.reporting import report_of
@@ -173,9 +174,23 @@ class ScriptProbes:
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], *, steps: int | None, out_dir: Path, finish: Callable[[ScriptProbes], None]
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    steps: int | None,
+    out_dir: Path,
+    finish: Callable[[ScriptProbes], None],
+    script_output: TextIO,
 ) -> None:
     """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first.
+
+    Args:
+        script: A Python file.
+        arguments: The rest of the script's `sys.argv`.
+        steps: End the script after so many measured steps of one trainer; None lets it run.
+        out_dir: Folder of the first trainer's report; those of further ones lie in it.
+        finish: Given the probes once the script has ended.
+        script_output: Where the script's standard output goes.
 
     Raises:
         ConfigError: There is no such script.
@@ -192,7 +207,7 @@ def run_script(
     sys.path[0] = str(script.resolve().parent)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Heartbeat(probes.now, say):
+        with Heartbeat(probes.now, say), contextlib.redirect_stdout(script_output):
             runpy.run_path(str(script), run_name="__main__")
     finally:
         signal.signal(signal.SIGTERM, previous)
