@@ -44,14 +44,14 @@ def killed(config: RunConfig, out: Path, folder: Path, call: int) -> None:
 
 
 KILLED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
-    "plain": ({}, {"max_steps": 5, "save_steps": 2}, 4, 2),
+    "plain": ({}, {"max_steps": 4, "save_steps": 2}, 3, 2),
     "reused": (
         {
             "data": {"eval_split": "train", "max_eval_samples": 2},
             "peft": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.2},
         },
         {
-            "max_steps": 10,
+            "max_steps": 8,
             "num_iterations": 2,
             "steps_per_generation": 3,
             "save_steps": 4,
@@ -60,8 +60,8 @@ KILLED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
             "eval_steps": 5,
             "per_device_eval_batch_size": 4,
         },
-        6,
-        8,
+        5,
+        4,
     ),
 }
 """Changes, grpo keys, the reward call (evaluation's count too) at which to kill, the newest checkpoint's step then."""
@@ -77,34 +77,26 @@ def test_killed_and_resumed(name: str, tiny: Tiny, tmp_path: Path) -> None:
     result = run_training(config, tmp_path / "cut", resume=True)
     assert result.resumed_from == step and result.signum == 0
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
-    assert len(set(losses(tmp_path / "whole"))) > 2
+    assert len(set(losses(tmp_path / "whole"))) > 1  # the runs learned something that could differ
 
 
 STOPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
-    "second epoch": ("qwen3", {}, {"max_steps": 7}, 6),
-    "between log lines": ("qwen3", {}, {"max_steps": 4, "logging_steps": 4}, 3),
-    "all weights": ("llama", {"peft": None}, {"learning_rate": 1e-3}, 3),
-    "moving reference": (
+    "second epoch, between log lines": ("qwen3", {}, {"max_steps": 6, "logging_steps": 3}, 5),
+    "all weights, moving reference": (
         "llama",
         {"peft": None},
         {"learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 1},
-        3,
+        2,
     ),
-    "four bits": ("qwen3", {"model": {"load_in_4bit": True}}, {}, 3),
-    "with completions": (
-        "qwen3",
-        {},
-        {"num_iterations": 2, "log_completions": True, "num_completions_to_print": 1},
-        1,
-    ),
+    "four bits": ("qwen3", {"model": {"load_in_4bit": True}}, {"max_steps": 3}, 2),
+    "with completions": ("qwen3", {}, {"num_iterations": 2, "log_completions": True, "num_completions_to_print": 1}, 1),
     "pictures, reused": (
         "qwen3_vl",
         {"model": {"freeze_vision_tower": True}},
-        {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 5},
+        {"num_iterations": 2, "steps_per_generation": 4},
         1,
     ),
-    "pictures": ("qwen2_5_vl", {}, {"max_steps": 3}, 2),
-    "whole vision model": ("qwen2_5_vl", {"peft": None}, {"learning_rate": 1e-3}, 2),
+    "pictures, all weights": ("qwen2_5_vl", {"peft": None}, {"learning_rate": 1e-3, "max_steps": 3}, 2),
 }
 
 
