@@ -245,7 +245,7 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
     processor = build_processor(config, tokenizer, min_pixels=32 * 32)
     digits, random = load_digits("train"), np.random.default_rng(recipe.seed)
     total = recipe.see_steps + recipe.say_steps
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(recipe.seed)
         model = random_model(config, seed=recipe.seed)
         model.train()
@@ -255,6 +255,19 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
                 model, processor, digits, recipe, random, lambda step: progress((recipe.see_steps + step) / total)
             )
     return model.eval(), processor
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The steps are small: threads would mostly wait for each other, and on a busy machine for a long time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
