@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -223,13 +224,30 @@ def demo_model_path(recipe: Recipe | None = None, progress: Progress | None = No
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
+    """A bar with the time left on a terminal, a line at each fifth of the way elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Fifths(console.print)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=console) as bars:
         task = bars.add_task("building the demo model (once)", total=1.0)
         yield lambda share: bars.update(task, completed=share)
+
+
+class _Fifths:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._told, self._begun = say, 0, time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        fifths = int(share * 5)
+        if fifths > self._told:
+            self._told = fifths
+            left_s = (time.monotonic() - self._begun) * (1 - share) / share
+            self._say(f"building the demo model (once): {share:.0%} done, about {left_s:.0f} s left")
 
 
 def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ TRIAL = {
     "save_strategy": "no",
     "report_to": "none",
     "push_to_hub": False,
+    "eval_on_start": False,
     "logging_strategy": "steps",
     "logging_steps": 1,
 }

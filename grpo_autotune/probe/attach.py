@@ -19,7 +19,7 @@ from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
-from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
+from grpo_autotune.probe.trainer_facts import cycle_of, engine_dtype, facts_of, versions
 from grpo_autotune.probe.wiring import install
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 
@@ -136,7 +136,7 @@ class Probe:
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),
-            fidelity=self.fidelity.facts(facts.dtype),
+            fidelity=self.fidelity.facts([facts.dtype, *engine_dtype(self.trainer)]),
             weight_sync_bytes=self.weight_sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks,

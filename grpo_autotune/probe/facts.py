@@ -22,6 +22,7 @@ PASSED = 0.5
 SIZES = (384, 512, 768, 1024)
 SIZE_SAMPLE = 64
 FIDELITY_THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+COARSEST_NATS = max(FIDELITY_THRESHOLD_NATS.values())
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -221,11 +222,11 @@ class FidelityCollector:
             self.kept += int((ratio != 0).sum())
             self.ratios += ratio.numel()
 
-    def facts(self, dtype: str) -> Fidelity | None:
-        """None where no engine took part. The threshold on the mean is by the dtype of the trainer's weights."""
+    def facts(self, dtypes: Iterable[str]) -> Fidelity | None:
+        """None where no engine took part. The threshold on the mean is the coarser of the two dtypes'."""
         if not self.tokens:
             return None
-        threshold = FIDELITY_THRESHOLD_NATS.get(dtype, FIDELITY_THRESHOLD_NATS["bfloat16"])
+        threshold = max(FIDELITY_THRESHOLD_NATS.get(dtype, COARSEST_NATS) for dtype in dtypes)
         mean = self.total / self.tokens
         return Fidelity(
             mean_nats=mean,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.probe.stages import APART
@@ -24,6 +25,8 @@ def install(probe: Probe) -> list[Handle]:
         "score": _score_layer,
         "logps": _logps_layer,
         "rewards": _rewards_layer,
+        "adapter": _switch_layer,
+        "checkpointing": _switch_layer,
         "processor": _prompt_layer,
         "chat_template": _prompt_layer,
         "prepare_messages": _prompt_layer,
@@ -100,6 +103,24 @@ def _adapter_state(model: Any) -> Callable[[], str]:
         return active if isinstance(active, str) else ",".join(active)
 
     return state
+
+
+def _switch_layer(probe: Probe, row: Seam) -> Layer:
+    """Entering and leaving a context around the no-grad log-prob passes; without a reference, the old policy's."""
+    recorder = probe.recorder
+    stage = row.stage if probe.trainer.beta != 0.0 else "policy_logprob"
+
+    @contextmanager
+    def switched(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        context = call_next(*args, **kwargs)
+        with ExitStack() as stack:
+            with recorder.span(stage, row.part):
+                found = stack.enter_context(context)
+            yield found
+            with recorder.span(stage, row.part):
+                stack.close()
+
+    return switched
 
 
 def _score_layer(probe: Probe, row: Seam) -> Layer:
