@@ -4,7 +4,8 @@
 
 Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which
 of the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by
-a callback that is there in both cases.
+a callback that is there in both cases. torch runs on one thread, so that a core is left for whatever else the machine
+does: with all cores busy, the noise of a step is several times what the probe costs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from grpo_autotune.config import load_config
 
 mend_torchvision()
 
+import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from grpo_autotune.commands.trial import quiet_trainer  # noqa: E402
@@ -26,7 +28,15 @@ from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 
 WARMUP = 2
-PAIRS = 40
+PAIRS = 100
+OVERRIDES = [
+    "grpo.eval_strategy=no",
+    "grpo.max_steps=1000",
+    "grpo.max_completion_length=12",
+    "grpo.generation_kwargs={min_new_tokens: 12}",
+    "grpo.learning_rate=0.0",
+]
+"""Completions of one length, so that both steps of a pair do the same work."""
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
@@ -37,6 +47,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.trainer: Any = None
         self.probe: Probe | None = None
         self.begun = 0.0
+        self.last_step = 0
         self.rows: list[dict[str, Any]] = []
         self.other: list[float] = []
 
@@ -44,7 +55,10 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = len(self.rows) >= 2 * self.pairs
 
     def step_ended(self) -> None:
-        """Close the books on the step that ends, and set the stage for the next."""
+        """Close the books on the step that ends, and set the stage for the next; an epoch's end ends no step."""
+        if self.trainer.state.global_step == self.last_step:
+            return
+        self.last_step = self.trainer.state.global_step
         if self.probe is not None:
             self.probe.step_ended()
         step, now = self.trainer.state.global_step, time.perf_counter()
@@ -70,7 +84,8 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 
 def main() -> None:
     """Run the pairs and write `docs/benchmarks/overhead.json`."""
-    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", ["grpo.eval_strategy=no", "grpo.max_steps=1000"])
+    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", OVERRIDES)
+    torch.set_num_threads(1)
     turns = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
     turns.trainer = quiet_trainer(config, Startup())
     turns.trainer.add_callback(turns)

@@ -132,7 +132,7 @@ class Probe:
             timings=timings,
             trainer=facts,
             tokens=self.tokens.facts(first, steps, facts.num_generations, facts.reward_weights),
-            images=self.images.facts(first, steps, self._tokens_of_size),
+            images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),

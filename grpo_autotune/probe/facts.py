@@ -21,6 +21,8 @@ LIVE_SPREAD = 1e-6
 PASSED = 0.5
 SIZES = (384, 512, 768, 1024)
 SIZE_SAMPLE = 64
+IMAGE_GENERATIONS = 16
+"""Generations whose images are looked at: telling distinct ones apart reads every pixel."""
 FIDELITY_THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 COARSEST_NATS = max(FIDELITY_THRESHOLD_NATS.values())
 
@@ -112,14 +114,16 @@ class _Pictures:
 
 @dataclass(slots=True)
 class ImageCollector:
-    """Images of each training generation, and how often they were decoded and processed."""
+    """Images of the first training generations, and how often they were decoded and processed."""
 
-    generations: deque[_Pictures] = field(default_factory=lambda: deque(maxlen=KEEP))
+    generations: list[_Pictures] = field(default_factory=list)
     decoded: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     processed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def see(self, step: int, inputs: Sequence[dict[str, Any]], output: dict[str, Any], merge: int) -> None:
         """Take the rows of a generation and the patch grid that came out (`image_grid_thw`, shape (N, 3))."""
+        if len(self.generations) >= IMAGE_GENERATIONS:
+            return
         images = [image for row in inputs for image in _images_of(row)]
         if not images:
             return
@@ -129,12 +133,20 @@ class ImageCollector:
         sizes = [image.size for image in images]
         self.generations.append(_Pictures(step, sizes, len(inputs), distinct, tokens))
 
-    def facts(self, first: int, steps: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
-        """Facts from step `first` on; `patches(width, height)` gives the tokens of an image of that size, or None."""
+    def facts(self, first: int, steps: int, cycle: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
+        """Facts of the generations that were looked at, from step `first` on and over at most `steps` steps.
+
+        Args:
+            first: Optimizer steps to leave out.
+            steps: Optimizer steps after them.
+            cycle: Optimizer steps between two generations, at least 1.
+            patches: Tokens of an image of (width, height), or None where that is not known.
+        """
         measured = [g for g in self.generations if g.step >= first]
-        seen = measured or list(self.generations)
+        seen = measured or self.generations
         if not seen:
             return None
+        window = range(first if measured else 0, seen[-1].step + cycle)
         sizes = [size for g in seen for size in g.sizes]
         distinct = sum(g.distinct for g in seen)
         tokens = [n for g in seen for n in g.tokens]
@@ -143,14 +155,10 @@ class ImageCollector:
             per_prompt=len(sizes) / sum(g.prompts for g in seen),
             tokens=spread(tokens) if tokens else None,
             tokens_at=_tokens_at(sizes, patches),
-            distinct_per_step=distinct / max(1, steps),
-            decodes_per_image=_since(self.decoded, first if measured else 0) / distinct,
-            processings_per_image=_since(self.processed, first if measured else 0) / distinct,
+            distinct_per_step=distinct / max(1, min(steps, len(window))),
+            decodes_per_image=sum(self.decoded[step] for step in window) / distinct,
+            processings_per_image=sum(self.processed[step] for step in window) / distinct,
         )
-
-
-def _since(counts: dict[int, int], first: int) -> int:
-    return sum(count for step, count in counts.items() if step >= first)
 
 
 def _images_of(row: dict[str, Any]) -> list[Any]:

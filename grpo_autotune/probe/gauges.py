@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+RESIDENT_EVERY_S = 1e-3
 
 
 class CudaTimer:
@@ -35,18 +38,20 @@ def cuda_peak() -> int:
 
 
 def resident_gauge() -> Callable[[], int] | None:
-    """A function that reads this process's resident bytes in about a microsecond; None where there is no /proc."""
+    """A function that tells this process's resident bytes, read at most once a millisecond; None without /proc."""
     try:
         handle = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
         return None
     page = os.sysconf("SC_PAGE_SIZE")
-    owner = os.getpid()
+    read_at, last = 0.0, 0
 
     def resident() -> int:
-        if os.getpid() != owner:
-            return 0
-        return int(os.pread(handle, 128, 0).split()[1]) * page
+        nonlocal read_at, last
+        now = time.perf_counter()
+        if now - read_at >= RESIDENT_EVERY_S:
+            read_at, last = now, int(os.pread(handle, 128, 0).split()[1]) * page
+        return last
 
     return resident
 

@@ -115,15 +115,16 @@ class Point:
         self.slot = slot
         self.original = slot.get()
         self.layers: list[tuple[int, Layer]] = []
+        self.call: Callable[..., Any] = self.original
         self.wrapper = self._wrapper()
         setattr(self.wrapper, _MARK, self)
         slot.put(self.wrapper)
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        target = self.original
-        for _, layer in reversed(self.layers):
-            target = functools.partial(layer, target)
-        return target(*args, **kwargs)
+    def arrange(self, layers: list[tuple[int, Layer]]) -> None:
+        """Take `layers`, outermost first, in place of those there are."""
+        self.layers, self.call = layers, self.original
+        for _, layer in reversed(layers):
+            self.call = functools.partial(layer, self.call)
 
     def _wrapper(self) -> Callable[..., Any]:
         if is_async(self.original):
@@ -141,7 +142,7 @@ class Point:
         return called
 
     def remove(self, layer: Layer) -> None:
-        self.layers = [entry for entry in self.layers if entry[1] is not layer]
+        self.arrange([entry for entry in self.layers if entry[1] is not layer])
         still_ours = getattr(self.slot.get(), _MARK, None) is self
         if not self.layers and still_ours:
             self.slot.restore()
@@ -167,7 +168,7 @@ def wrap(slot: Slot, layer: Layer, order: int = OUTER) -> Handle:
     if not isinstance(point, Point) or not _same_place(point.slot, slot):
         point = Point(slot)
     index = next((i for i, (other, _) in enumerate(point.layers) if other >= order), len(point.layers))
-    point.layers = [*point.layers[:index], (order, layer), *point.layers[index:]]
+    point.arrange([*point.layers[:index], (order, layer), *point.layers[index:]])
     return Handle(point, layer)
 
 
