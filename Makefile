@@ -12,8 +12,9 @@ help: ## list the targets
 install: .venv/.installed ## create .venv with the package (editable) and what its tests need
 
 demo: .venv/.installed ## probe and train the built-in demo on this machine: a few minutes on two CPU cores
-	$(BIN)/grpo-autotune probe demo
-	$(BIN)/grpo-autotune train demo
+	$(eval RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S))
+	$(BIN)/grpo-autotune probe demo --out $(RUN)/probe
+	$(BIN)/grpo-autotune train demo --out $(RUN)
 
 test: .venv/.installed ## run the whole test suite
 	$(BIN)/python -m pytest tests

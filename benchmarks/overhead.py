@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead [CONFIG] [PAIRS]
 
-Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which
-of the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by
-a callback that is there in both cases. torch runs on one thread, so that a core is left for whatever else the machine
-does: with all cores busy, the noise of a step is several times what the probe costs.
+Every pair is two neighbouring blocks of `BLOCK` optimizer steps of one training run, one with the probe attached and
+one without; which of the two comes first alternates from pair to pair. A step is timed from the end of the step before
+to its own end, by a callback that is there in both cases. A pair's ratio is that of its blocks' mean seconds. torch
+runs on one thread, so that a core is left for whatever else the machine does: with all cores busy, the noise of a step
+is several times what the probe costs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 
 WARMUP = 2
-PAIRS = 100
+BLOCK = 8
+"""Steps of a usual probe, and a few."""
+PAIRS = 16
 OVERRIDES = [
     "grpo.eval_strategy=no",
     "grpo.max_steps=1000",
@@ -52,7 +55,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.other: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = len(self.rows) >= 2 * self.pairs
+        control.should_training_stop = len(self.rows) >= 2 * BLOCK * self.pairs
 
     def step_ended(self) -> None:
         """Close the books on the step that ends, and set the stage for the next; an epoch's end ends no step."""
@@ -64,12 +67,13 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         step, now = self.trainer.state.global_step, time.perf_counter()
         if step > WARMUP:
             self.rows.append({"step": step, "probe": self.probe is not None, "seconds": now - self.begun})
-        if self.probe is not None:
+        attached = self.probe is not None
+        wanted = step >= WARMUP and ((step - WARMUP) // BLOCK) % 4 in (1, 2)
+        if self.probe is not None and not wanted:
             self.other += self._other_shares()
             self.probe.detach()
             self.probe = None
-        place = (step - WARMUP) % 4 if step >= WARMUP else 0
-        if place in (1, 2):
+        if wanted and not attached:
             self.probe = Probe(self.trainer, warmup=0)
             self.probe.step_ended()
         self.begun = time.perf_counter()
@@ -98,11 +102,12 @@ def main() -> None:
     turns.trainer._maybe_log_save_evaluate = log_then_turn
     turns.trainer.train()
     rows = turns.rows
-    pairs = [rows[i : i + 2] for i in range(0, len(rows) - 1, 2)]
     ratios = []
-    for pair in pairs:
-        by = {row["probe"]: row["seconds"] for row in pair}
-        ratios.append(by[True] / by[False])
+    for begin in range(0, len(rows) - 2 * BLOCK + 1, 2 * BLOCK):
+        by: dict[bool, list[float]] = {True: [], False: []}
+        for row in rows[begin : begin + 2 * BLOCK]:
+            by[row["probe"]].append(row["seconds"])
+        ratios.append(sum(by[True]) / sum(by[False]))
     found = {"step_with_probe_over_without": ratio(ratios), "other_share_of_step": ratio(turns.other)}
     path = write("overhead", "python -m benchmarks.overhead", rows, found)
     sys.stdout.write(f"{found}\n{path}\n")

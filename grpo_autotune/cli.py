@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from grpo_autotune.commands.console import say, show
-from grpo_autotune.errors import AutotuneError, ConfigError
+from grpo_autotune.commands.console import INTERRUPTED_EXIT, complain, output_aside, say, show
+from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem
 
-INTERRUPTED_EXIT = 128 + signal.SIGINT
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
+
+Action = Callable[[], int]
+"""What a command does once its words are understood; returns the exit code."""
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -49,15 +51,21 @@ def options(
 
 
 @app.command()
-def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = None, json_: Json = False) -> None:
+def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = None, json_: Json = False) -> Action:
     """Run a short real trial and print where its seconds went."""
-    from grpo_autotune.commands.probe import probe_config
 
-    loaded = _load(config, set_)
-    folder = out or loaded.run_dir / "probe"
-    report = probe_config(loaded, steps=steps, out_dir=folder)
-    _print([report], json_)
-    say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
+    def action() -> int:
+        from grpo_autotune.commands.probe import probe_config
+
+        loaded = _load(config, set_)
+        folder = out or loaded.run_dir / "probe"
+        with output_aside() if json_ else nullcontext():
+            found, code = probe_config(loaded, steps=steps, out_dir=folder)
+        _print([found], json_)
+        say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
+        return code
+
+    return action
 
 
 @app.command()
@@ -66,20 +74,29 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     out: Out = None,
     set_: Set = None,
-) -> int:
+) -> Action:
     """Train a configuration."""
-    from grpo_autotune.commands.train import train_config
 
-    loaded = _load(config, set_)
-    return train_config(loaded, out_dir=out or loaded.run_dir, resume=resume)
+    def action() -> int:
+        from grpo_autotune.commands.train import train_config
+
+        loaded = _load(config, set_)
+        return train_config(loaded, out_dir=out or loaded.run_dir, resume=resume)
+
+    return action
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: Json = False) -> None:
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: Json = False) -> Action:
     """Print a stored report again."""
-    from grpo_autotune.report import load_report
 
-    _print([load_report(run_dir)], json_)
+    def action() -> int:
+        from grpo_autotune.report import load_report
+
+        _print([load_report(run_dir)], json_)
+        return 0
+
+    return action
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
@@ -91,24 +108,33 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("runs/run"),
     json_: Json = False,
-) -> None:
+) -> Action:
     """Run an unchanged TRL script and print where its seconds went."""
-    from grpo_autotune.commands.run import ScriptProbes, run_script
 
-    def finish(probes: ScriptProbes) -> None:
-        _print(probes.reports(), json_)
-        say(probes.closing_line())
+    def action() -> int:
+        from grpo_autotune.commands.run import ScriptProbes, run_script
 
-    script_output = sys.stderr if json_ else sys.stdout
-    run_script(script, arguments or [], steps=steps, out_dir=out, finish=finish, script_output=script_output)
+        def finish(probes: ScriptProbes) -> None:
+            _print(probes.reports(), json_)
+            say(probes.closing_line())
+
+        output = output_aside() if json_ else nullcontext()
+        run_script(script, arguments or [], steps=steps, out_dir=out, finish=finish, output=output)
+        return 0
+
+    return action
 
 
 @app.command()
-def doctor(json_: Json = False) -> int:
+def doctor(json_: Json = False) -> Action:
     """Check this machine and the installed packages, with a remedy for each finding."""
-    from grpo_autotune.commands.doctor import show_findings
 
-    return show_findings(as_json=json_)
+    def action() -> int:
+        from grpo_autotune.commands.doctor import show_findings
+
+        return show_findings(as_json=json_)
+
+    return action
 
 
 def _load(source: str | None, overrides: list[str] | None) -> Any:
@@ -132,22 +158,23 @@ def _print(reports: Sequence[Any], as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (1 error, 2 configuration, 3 environment, 4 nothing succeeded)."""
+    """Run one command; returns its exit code (1 error, 2 configuration, 3 environment, 4 nothing succeeded).
+
+    Typer only parses: it would make something else of a Ctrl-C, or of an end of input in somebody's script.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = words[:1] == ["--debug"]
     try:
-        outcome = app(words, standalone_mode=False)
+        action = app(words, standalone_mode=False)
+        return action() if callable(action) else int(action or 0)
     except AutotuneError as error:
         if debug:
             raise
-        return _fail(str(error), error.exit_code)
+        complain(f"grpo-autotune: {error}", everywhere=not isinstance(error, ConfigError | EnvironmentProblem))
+        return error.exit_code
     except USAGE_ERROR as error:
-        return _fail(str(error), ConfigError.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped by Ctrl-C", INTERRUPTED_EXIT)
-    return outcome if isinstance(outcome, int) else 0
-
-
-def _fail(line: str, code: int) -> int:
-    say(f"grpo-autotune: {line}")
-    return code
+        complain(f"grpo-autotune: {error}", everywhere=False)
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        complain("grpo-autotune: stopped by Ctrl-C", everywhere=False)
+        return INTERRUPTED_EXIT

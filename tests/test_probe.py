@@ -177,3 +177,37 @@ def test_attach_refuses_what_is_no_grpo_trainer():
 
     with pytest.raises(ConfigError, match="GRPOTrainer"):
         attach(object())
+
+
+def test_a_report_in_mid_run_changes_nothing(tiny, tmp_path, text_rows, monkeypatch):
+    from transformers import TrainerCallback
+
+    from grpo_autotune import attach
+
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "cache"))
+
+    def train(ask: bool) -> list[float]:
+        trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.05, max_steps=4)
+        probe = attach(trainer)
+
+        class Ask(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2 and ask:
+                    assert "generation" in str(probe.report())
+
+        trainer.add_callback(Ask())
+        trainer.train()
+        return losses(trainer)
+
+    assert train(True) == train(False)
+
+
+def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
+    from pathlib import Path
+
+    handles = Path("/proc/self/fd")
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    before = len(list(handles.iterdir()))
+    for _ in range(5):
+        Probe(trainer, out_dir=tmp_path / "probe").detach()
+    assert len(list(handles.iterdir())) == before

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+INTERRUPTED_EXIT = 128 + signal.SIGINT
 
 
 def is_first_rank() -> bool:
@@ -16,6 +21,29 @@ def say(line: str) -> None:
     if is_first_rank():
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+
+
+def complain(line: str, *, everywhere: bool) -> None:
+    """Why a command failed: from the first rank, and `everywhere` from each, since another rank may fail alone."""
+    if is_first_rank():
+        say(line)
+    elif everywhere:
+        sys.stderr.write(f"rank {os.environ['RANK']}: {line}\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def output_aside() -> Iterator[None]:
+    """Lead standard output to standard error meanwhile, that of other libraries and of child processes included."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def show(text: str) -> None:

@@ -9,23 +9,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.console import INTERRUPTED_EXIT, is_first_rank, say
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
 
-DEFAULT_STEPS = 5
 
-
-def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> Report:
+def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Report, int]:
     """Train `config` for a warm-up and `steps` measured optimizer steps, and report; nothing of the training is kept.
+
+    Returns:
+        The report, and the exit code: 0, or 130 where Ctrl-C ended the trial early.
 
     Raises:
         AutotuneError: The configuration, the data, a reward or this machine stood in the way.
     """
-    startup = Startup()
+    startup, code = Startup(), 0
     watched: list[Callable[[], str | None]] = [startup.now]
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
@@ -37,16 +38,21 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> Report:
         trainer = quiet_trainer(config, startup)
         probe = Probe(trainer, startup=startup, out_dir=out_dir)
         watched.append(probe.now)
-        total = probe.warmup + steps
+        total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
         progress = _Progress(total, probe.warmup)
         trainer.add_callback(StopAfter(total, progress))
         try:
             trainer.train()
+        except KeyboardInterrupt:
+            if probe.closed <= probe.warmup:
+                raise
+            code = INTERRUPTED_EXIT
+            say("stopped by Ctrl-C: this is what was measured until then")
         finally:
             progress.close()
             watched.pop()
             probe.detach()
-    return report_of(probe.record(), config.model_dump(mode="json"), out_dir)
+    return report_of(probe.record(), config.model_dump(mode="json"), out_dir), code
 
 
 class _Progress:

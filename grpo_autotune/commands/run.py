@@ -5,7 +5,6 @@ TRL is not imported before the script does it, so that environment variables whi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -13,10 +12,12 @@ import importlib.util
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.commands.reporting import report_of
@@ -128,7 +129,8 @@ class ScriptProbes:
         """What the newest trainer, or else the script, is doing."""
         for probe in reversed(self.probes):
             if probe.recorder.is_open:
-                return str(probe.now())
+                found: str | None = probe.now()
+                return found
         return self.startup.now()
 
     def _on_trainer_module(self, module: ModuleType) -> None:
@@ -151,6 +153,8 @@ class ScriptProbes:
         return timed
 
     def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+        if self.probes:
+            self.startup = Startup(born_s=time.time())
         self.startup.since_birth("script")
         with self.startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
@@ -180,7 +184,7 @@ def run_script(
     steps: int | None,
     out_dir: Path,
     finish: Callable[[ScriptProbes], None],
-    script_output: TextIO,
+    output: AbstractContextManager[None],
 ) -> None:
     """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first.
 
@@ -190,7 +194,7 @@ def run_script(
         steps: End the script after so many measured steps of one trainer; None lets it run.
         out_dir: Folder of the first trainer's report; those of further ones lie in it.
         finish: Given the probes once the script has ended.
-        script_output: Where the script's standard output goes.
+        output: Held while the script runs, to lead its standard output elsewhere.
 
     Raises:
         ConfigError: There is no such script.
@@ -207,7 +211,7 @@ def run_script(
     sys.path[0] = str(script.resolve().parent)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Heartbeat(probes.now, say), contextlib.redirect_stdout(script_output):
+        with Heartbeat(probes.now, say), output:
             runpy.run_path(str(script), run_name="__main__")
     finally:
         signal.signal(signal.SIGTERM, previous)

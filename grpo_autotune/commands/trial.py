@@ -17,6 +17,7 @@ TRIAL = {
     "report_to": "none",
     "push_to_hub": False,
     "eval_on_start": False,
+    "load_best_model_at_end": False,
     "logging_strategy": "steps",
     "logging_steps": 1,
 }

@@ -111,11 +111,13 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
     """Find the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
     import torch
 
+    random = torch.Generator(device)  # a run may be under way: its own stream of random numbers stays untouched
     side, best_side, best = SMALLEST_SIDE, SMALLEST_SIDE, 0.0
     largest = min(LARGEST_SIDE, math.isqrt(free_bytes(device) // 64))
     wall_s = cpu_s = 0.0
     while True:
-        left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        draws = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
+        left, right = (draw.to(getattr(torch, dtype)) for draw in draws)
         product = _Timed(partial(torch.mm, left, right, out=torch.empty_like(left)), device, clock)
         started, cpu_started = clock(), cpu_clock()
         seconds = product.shortest(MATRIX_BUDGET_S / 8)

@@ -5,14 +5,16 @@ It draws no random numbers and changes no value, so training with and without it
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from grpo_autotune.probe.facts import FidelityCollector, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.exchange import collect, publish
+from grpo_autotune.probe.facts import KEEP, FidelityCollector, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
 from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
@@ -24,6 +26,7 @@ from grpo_autotune.probe.wiring import install
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 
 SPANS_FILE = "spans.jsonl"
+_NUMBERS = itertools.count()
 
 
 class Probe:
@@ -46,16 +49,18 @@ class Probe:
         self.startup = startup or _born_now()
         self.cycle = cycle_of(trainer.args)
         self.warmup = self.cycle if warmup is None else warmup
-        timer, memory = gauges_for(trainer.args.device)
-        self.recorder = SpanRecorder(timer=timer, memory=memory)
+        timer, self._gauge = gauges_for(trainer.args.device)
+        self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards, self.fidelity = RewardCollector(), FidelityCollector()
+        self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
         self.closed = 0
         self._last_step = trainer.state.global_step
-        self._steps: list[StepStages] = []
+        self._steps: deque[StepStages] = deque(maxlen=KEEP)
         self._pending: list[StepSpans] = []
-        self._ranks: list[RankTimings] = []
+        self._ended = False
+        self._topic = f"grpo-autotune/probe-{next(_NUMBERS)}"
         self._file = self._open_spans(out_dir) if out_dir is not None else None
         self._sampler = Sampler(self._stage_now, _readers(trainer.args.device))
         self._handles = install(self)
@@ -69,6 +74,10 @@ class Probe:
         self._handles = []
         self.trainer.remove_callback(self._callback)
         self._sampler.stop()
+        if self._gauge is not None:
+            self.recorder.memory = None
+            self._gauge.close()
+            self._gauge = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -91,7 +100,7 @@ class Probe:
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
         trainer = self.trainer
-        self.tokens.see_output(self.closed, output, trainer.eos_token_ids)
+        self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
         self.images.see(self.closed, inputs, output, _merge_size(trainer))
         self.fidelity.see(output)
 
@@ -112,16 +121,8 @@ class Probe:
         """Stop sampling and let every rank know the others' means."""
         self.recorder.abandon()
         self._sampler.stop()
-        timings = self._timings()
-        mine = RankTimings(
-            rank=self.trainer.accelerator.process_index,
-            step_s=_mean(timings.step_s),
-            stages={row.name: _mean(row.per_step_s) for row in timings.stages},
-        )
-        if self.trainer.accelerator.num_processes > 1:
-            self._ranks = gather_object([mine])
-        else:
-            self._ranks = [mine]
+        publish(self._means(self._timings()), self._topic)
+        self._ended = True
 
     def record(self) -> ProbeRecord:
         """Everything measured so far; can be called at any time, also after `detach`."""
@@ -131,7 +132,7 @@ class Probe:
         return ProbeRecord(
             timings=timings,
             trainer=facts,
-            tokens=self.tokens.facts(first, steps, facts.num_generations, facts.reward_weights),
+            tokens=self.tokens.facts(first, steps, self.cycle, facts),
             images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
@@ -139,7 +140,7 @@ class Probe:
             fidelity=self.fidelity.facts([facts.dtype, *engine_dtype(self.trainer)]),
             weight_sync_bytes=self.weight_sync_bytes,
             rank=self.trainer.accelerator.process_index,
-            ranks=self._ranks,
+            ranks=self._ranks(timings),
             versions=versions(),
         )
 
@@ -147,6 +148,20 @@ class Probe:
         self._last_step = step
         self._sampler.start()
         self.recorder.open_root()
+
+    def _means(self, timings: StageTimings) -> RankTimings:
+        return RankTimings(
+            rank=self.trainer.accelerator.process_index,
+            step_s=_mean(timings.step_s),
+            stages={row.name: _mean(row.per_step_s) for row in timings.stages},
+        )
+
+    def _ranks(self, timings: StageTimings) -> list[RankTimings]:
+        """All ranks once training has ended (to the first rank, the only one that reports them), else this one."""
+        mine, others = self._means(timings), self.trainer.accelerator.num_processes
+        if not (self._ended and others > 1 and mine.rank == 0):
+            return [mine]
+        return collect(self._topic, others) or [mine]
 
     def _keep(self, spans: StepSpans) -> None:
         if not self.closed:
@@ -169,8 +184,13 @@ class Probe:
             if timer is not None:
                 timer.wait(self._pending[0].spans[0].end_mark)
             self._settle(self._pending.pop(0))
+        dropped = self.closed - len(self._steps)
         return summarise(
-            self._steps, warmup=self.warmup, cycle=self.cycle, on_device=timer is not None, seams=_seam_names()
+            list(self._steps),
+            warmup=max(0, self.warmup - dropped),
+            cycle=self.cycle,
+            on_device=timer is not None,
+            seams=_seam_names(),
         )
 
     def _stage_now(self) -> str | None:
@@ -190,7 +210,7 @@ class Probe:
     def _open_spans(self, folder: Path) -> IO[str]:
         rank = self.trainer.accelerator.process_index
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")).open("a", encoding="utf-8")
+        return (folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")).open("w", encoding="utf-8")
 
 
 class _Edges(TrainerCallback):  # type: ignore[misc]

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from grpo_autotune.probe.records import Fidelity, ImageFacts, RewardCall, Spread, TokenFacts
+from grpo_autotune.probe.records import Fidelity, ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
 
 KEEP = 4096
 LIVE_SPREAD = 1e-6
 PASSED = 0.5
 SIZES = (384, 512, 768, 1024)
 SIZE_SAMPLE = 64
-IMAGE_GENERATIONS = 16
-"""Generations whose images are looked at: telling distinct ones apart reads every pixel."""
+IMAGE_STEPS = 4
+"""Generating steps whose images are looked at: telling distinct ones apart reads every pixel."""
 FIDELITY_THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 COARSEST_NATS = max(FIDELITY_THRESHOLD_NATS.values())
 
@@ -42,6 +42,9 @@ class _Generation:
     grid: int
     truncated: int
 
+    def tokens(self) -> int:
+        return sum(self.prompt) + sum(self.completion)
+
 
 @dataclass(slots=True)
 class TokenCollector:
@@ -50,38 +53,54 @@ class TokenCollector:
     generations: deque[_Generation] = field(default_factory=lambda: deque(maxlen=KEEP))
     rewards: deque[tuple[int, Any]] = field(default_factory=lambda: deque(maxlen=KEEP))
 
-    def see_output(self, step: int, output: dict[str, Any], ends: Sequence[int]) -> None:
-        """Take lengths from `_generate_and_score_completions`' output: masks of shapes (B, P) and (B, C)."""
-        prompt, ids = output["prompt_mask"].sum(1).tolist(), output["completion_ids"]
-        completion_mask = output["completion_mask"]
-        lengths = completion_mask.sum(1)
-        last = ids.gather(1, (lengths - 1).clamp(min=0).long().unsqueeze(1)).squeeze(1).tolist()
-        counts = [int(n) for n in lengths.tolist()]
-        truncated = sum(n == 0 or token not in ends for n, token in zip(counts, last, strict=True))
-        grid = output["prompt_mask"].numel() + completion_mask.numel()
-        self.generations.append(_Generation(step, [int(n) for n in prompt], counts, grid, truncated))
+    def see_output(
+        self,
+        step: int,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        output: dict[str, Any],
+        ends: Sequence[int],
+    ) -> None:
+        """Take one generation: B lists of token ids each, and the padded tensors (B, P) and (B, C) made of them."""
+        grid = output["prompt_ids"].numel() + output["completion_ids"].numel()
+        truncated = sum(not ids or ids[-1] not in ends for ids in completion_ids)
+        lengths = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
+        self.generations.append(_Generation(step, *lengths, grid, truncated))
 
     def see_rewards(self, step: int, rewards_per_function: Any) -> None:
         """Take `_calculate_rewards`' result, shape (all completions of all ranks, functions)."""
         self.rewards.append((step, rewards_per_function.detach().float().cpu().numpy()))
 
-    def facts(self, first: int, steps: int, group: int, weights: Sequence[float]) -> TokenFacts | None:
-        """Facts of the generations from step `first` on, over `steps` optimizer steps."""
+    def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
+        """Facts of the generations from step `first` on.
+
+        Tokens a step are counted over whole cycles of generating and reusing, so that each generation is divided by all
+        the steps that it serves; of very long runs, over the last `KEEP` generations.
+
+        Args:
+            first: Optimizer steps to leave out.
+            steps: Optimizer steps after them.
+            cycle: Optimizer steps of one cycle.
+            trainer: Group size and reward weights.
+        """
         seen = [g for g in self.generations if g.step >= first] or list(self.generations)
         if not seen:
             return None
+        begin, end = max(first, seen[0].step) if seen[0].step >= first else 0, first + steps
+        window = range(begin, begin + max(1, (end - begin) // cycle) * cycle)
+        inside = [g for g in seen if g.step in window] or seen
         prompt = [n for g in seen for n in g.prompt]
         completion = [n for g in seen for n in g.completion]
         grid = sum(g.grid for g in seen)
         scored = [r for step, r in self.rewards if step >= first] or [r for _, r in self.rewards]
-        live, rates, mean = _group_facts(scored, group, np.asarray(weights, dtype=float))
-        per_step = max(1, steps)
+        weights = np.asarray(trainer.reward_weights, dtype=float)
+        live, rates, mean = _group_facts(scored, trainer.num_generations, weights)
         return TokenFacts(
             prompt=spread(prompt),
             completion=spread(completion),
-            prompt_per_step=sum(prompt) / per_step,
-            completion_per_step=sum(completion) / per_step,
-            padding_share=1.0 - (sum(prompt) + sum(completion)) / grid if grid else 0.0,
+            prompt_per_step=sum(sum(g.prompt) for g in inside) / len(window),
+            completion_per_step=sum(sum(g.completion) for g in inside) / len(window),
+            padding_share=1.0 - sum(g.tokens() for g in seen) / grid if grid else 0.0,
             truncated_share=sum(g.truncated for g in seen) / len(completion),
             groups=len(rates),
             dead_groups=len(rates) - live,
@@ -91,14 +110,18 @@ class TokenCollector:
 
 
 def _group_facts(scored: Iterable[Any], group: int, weights: Any) -> tuple[int, list[float], float]:
-    """Number of groups with reward spread, pass rate of each group, mean weighted reward. NaN is "no reward"."""
+    """Number of groups with reward spread, pass rate of each group, mean weighted reward.
+
+    A row of NaN alone has no reward and counts nowhere, as in TRL's group means.
+    """
     live, rates, totals = 0, [], []
     for rewards in scored:
+        judged = ~np.isnan(rewards).all(axis=1)
         weighted = np.nansum(rewards * weights[None, :], axis=1)
-        totals.extend(weighted.tolist())
+        totals.extend(weighted[judged].tolist())
         for start in range(0, len(weighted) - group + 1, group):
-            rows = weighted[start : start + group]
-            live += bool(rows.max() - rows.min() > LIVE_SPREAD)
+            rows = weighted[start : start + group][judged[start : start + group]]
+            live += bool(rows.size and rows.max() - rows.min() > LIVE_SPREAD)
             rates.append(float(np.mean(np.nan_to_num(rewards[start : start + group, 0]) >= PASSED)))
     return live, rates, float(np.mean(totals)) if totals else 0.0
 
@@ -114,15 +137,21 @@ class _Pictures:
 
 @dataclass(slots=True)
 class ImageCollector:
-    """Images of the first training generations, and how often they were decoded and processed."""
+    """Images of the first generating steps, and how often they were decoded and processed.
+
+    `full` once a generation has come that is not looked at any more.
+    """
 
     generations: list[_Pictures] = field(default_factory=list)
+    full: bool = False
     decoded: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     processed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def see(self, step: int, inputs: Sequence[dict[str, Any]], output: dict[str, Any], merge: int) -> None:
         """Take the rows of a generation and the patch grid that came out (`image_grid_thw`, shape (N, 3))."""
-        if len(self.generations) >= IMAGE_GENERATIONS:
+        steps = {generation.step for generation in self.generations}
+        if len(steps) >= IMAGE_STEPS and step not in steps:
+            self.full = True
             return
         images = [image for row in inputs for image in _images_of(row)]
         if not images:
@@ -164,7 +193,7 @@ class ImageCollector:
 def _images_of(row: dict[str, Any]) -> list[Any]:
     found = row.get("images") if "images" in row else row.get("image")
     found = found if isinstance(found, list) else [found]
-    return [image for image in found if hasattr(image, "size") and hasattr(image, "tobytes")]
+    return [image for image in found if isinstance(getattr(image, "size", None), tuple) and hasattr(image, "tobytes")]
 
 
 def _fingerprint(image: Any) -> tuple[Any, int]:
@@ -187,21 +216,19 @@ def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], i
 class RewardCollector:
     """Seconds of each reward function's calls."""
 
-    calls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    awaited: dict[str, bool] = field(default_factory=dict)
+    rows: dict[str, RewardCall] = field(default_factory=dict)
 
     def see(self, name: str, is_async: bool, seconds: float) -> None:
         """Book one call."""
-        self.calls[name].append(seconds)
-        self.awaited[name] = is_async
+        before = self.rows.get(name)
+        calls, total_s, max_s = (before.calls, before.calls * before.mean_s, before.max_s) if before else (0, 0.0, 0.0)
+        mean_s = (total_s + seconds) / (calls + 1)
+        row = RewardCall(name=name, is_async=is_async, calls=calls + 1, mean_s=mean_s, max_s=max(max_s, seconds))
+        self.rows[name] = row
 
     def facts(self) -> list[RewardCall]:
         """One row a function, slowest first."""
-        rows = [
-            RewardCall(name=name, is_async=self.awaited[name], calls=len(s), mean_s=sum(s) / len(s), max_s=max(s))
-            for name, s in self.calls.items()
-        ]
-        return sorted(rows, key=lambda row: -row.mean_s)
+        return sorted(self.rows.values(), key=lambda row: -row.mean_s)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,34 +29,47 @@ class CudaTimer:
         return float(begin.elapsed_time(end)) / 1000.0
 
 
-def cuda_peak() -> int:
-    """Most bytes the allocator held since the last call, on the current device."""
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return int(peak)
+class ResidentGauge:
+    """This process's resident bytes, read from /proc at most once a millisecond.
 
+    Raises:
+        OSError: There is no /proc.
+    """
 
-def resident_gauge() -> Callable[[], int] | None:
-    """A function that tells this process's resident bytes, read at most once a millisecond; None without /proc."""
-    try:
-        handle = os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return None
-    page = os.sysconf("SC_PAGE_SIZE")
-    read_at, last = 0.0, 0
+    def __init__(self) -> None:
+        self._handle = os.open("/proc/self/statm", os.O_RDONLY)
+        self._page = os.sysconf("SC_PAGE_SIZE")
+        self._read_at, self._last = 0.0, 0
 
-    def resident() -> int:
-        nonlocal read_at, last
+    def __call__(self) -> int:
         now = time.perf_counter()
-        if now - read_at >= RESIDENT_EVERY_S:
-            read_at, last = now, int(os.pread(handle, 128, 0).split()[1]) * page
-        return last
+        if now - self._read_at >= RESIDENT_EVERY_S:
+            self._read_at = now
+            self._last = int(os.pread(self._handle, 128, 0).split()[1]) * self._page
+        return self._last
 
-    return resident
+    def close(self) -> None:
+        """Give the file back; the gauge cannot be read any more."""
+        os.close(self._handle)
 
 
-def gauges_for(device: torch.device) -> tuple[CudaTimer | None, Callable[[], int] | None]:
+class CudaGauge:
+    """Most bytes the allocator held since the last reading, on the current device."""
+
+    def __call__(self) -> int:
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return int(peak)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def gauges_for(device: torch.device) -> tuple[CudaTimer | None, CudaGauge | ResidentGauge | None]:
     """Timer and memory gauge of `device`; the timer is None where the host's clock tells the truth."""
     if device.type == "cuda":
-        return CudaTimer(), cuda_peak
-    return None, resident_gauge()
+        return CudaTimer(), CudaGauge()
+    try:
+        return None, ResidentGauge()
+    except OSError:
+        return None, None

@@ -23,6 +23,7 @@ def install(probe: Probe) -> list[Handle]:
     """
     special: dict[str, Callable[[Probe, Seam], Layer]] = {
         "score": _score_layer,
+        "rollout": _rollout_layer,
         "logps": _logps_layer,
         "rewards": _rewards_layer,
         "adapter": _switch_layer,
@@ -137,6 +138,19 @@ def _score_layer(probe: Probe, row: Seam) -> Layer:
     return score
 
 
+def _rollout_layer(probe: Probe, row: Seam) -> Layer:
+    """Prompt and completion ids as they were sampled: later TRL masks truncated completions away."""
+    recorder = probe.recorder
+
+    def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span(row.stage, row.part):
+            found = call_next(*args, **kwargs)
+        probe.rollout = found[0], found[1]
+        return found
+
+    return rollout
+
+
 def _rewards_layer(probe: Probe, row: Seam) -> Layer:
     recorder = probe.recorder
 
@@ -193,12 +207,12 @@ def _counters(probe: Probe) -> list[Handle]:
         from datasets import Image
 
         def preprocess(call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
-            if probe.counting():
+            if probe.counting() and not probe.images.full:
                 probe.images.processed[probe.closed] += _count(images)
             return call_next(images, *args, **kwargs)
 
         def decode(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            if probe.counting():
+            if probe.counting() and not probe.images.full:
                 probe.images.decoded[probe.closed] += 1
             return call_next(*args, **kwargs)
 
