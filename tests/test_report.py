@@ -101,6 +101,19 @@ def test_ms_per_token_counts_completion_tokens_for_generation_only() -> None:
     assert build_report(demo_record(tokens=None)).stage("backward").ms_per_token is None
 
 
+def test_tokens_trained_on_several_times_count_as_often() -> None:
+    report = build_report(demo_record(trainer=trainer_facts(num_iterations=4)))
+    trained, generated = 4 * (2560 + 192), 2560 + 192
+    assert report.stage("policy_logprob").ms_per_token == pytest.approx(900 / trained)
+    assert report.stage("backward").ms_per_token == pytest.approx(1600 / trained)
+    assert report.stage("optimizer").ms_per_token == pytest.approx(20 / trained)
+    assert report.stage("generation").ms_per_token == pytest.approx(1200 / 192)
+    assert report.stage("reference_logprob").ms_per_token == pytest.approx(700 / generated)
+    # verl divides the seconds of all its epochs by the tokens of the generated batch.
+    assert report.metrics["timing_per_token_ms/update_actor"] == pytest.approx((900 + 1600 + 20) / generated)
+    assert "each counts 4 times" in " ".join(render(report).split())
+
+
 def test_rates_over_all_ranks() -> None:
     rates = build_report(two_rank_record()).rates
     assert rates is not None

@@ -75,7 +75,11 @@ def legend(report: Report) -> str:
         "; ".join(ran)
         + ". Spread: half of the distance between the quartiles over steps. Per token: completion tokens "
     )
-    text += "for generation, all tokens elsewhere."
+    text += "for generation, all tokens elsewhere"
+    if report.trainer.num_iterations > 1:
+        text += f" (in policy_logprob, backward and optimizer each counts {report.trainer.num_iterations} times, as "
+        text += "often as it is trained on)"
+    text += "."
     if any(row.limit_share is not None for row in report.stages):
         text += " Of limit: how near to the matrix rate or memory bandwidth that was measured on this machine."
     return text

@@ -19,6 +19,8 @@ from grpo_autotune.verdict.ranks import excesses
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
+TRAINED = ("policy_logprob", "backward", "optimizer")
+"""Stages whose work follows the tokens trained on: each generated token `num_iterations` times."""
 
 
 def build_report(
@@ -106,11 +108,13 @@ def _stage(row: StageRow, facts: Facts) -> StageReport:
 
 
 def _ms_per_token(stage: str, self_s: float, record: ProbeRecord) -> float | None:
-    """Milliseconds per completion token for generation, per token of prompt and completion elsewhere."""
+    """Milliseconds per completion token for generation, per token trained on for `TRAINED`, per token of prompt and
+    completion elsewhere; a step trains on `num_iterations` times the tokens that are generated a step."""
     tokens = record.tokens
     if tokens is None:
         return None
     count = tokens.completion_per_step + (0.0 if stage == "generation" else tokens.prompt_per_step)
+    count *= record.trainer.num_iterations if stage in TRAINED else 1
     return self_s * 1000.0 / count if count > 0.0 else None
 
 

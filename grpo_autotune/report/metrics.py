@@ -3,7 +3,8 @@
 `timing_s/*`, `timing_per_token_ms/*`, `perf/total_num_tokens`, `perf/time_per_step`, `perf/throughput`,
 `prompt_length/*` and `response_length/*` are verl's (`verl/trainer/ppo/metric_utils.py`); the other `perf/*` are
 those of TRL's asynchronous GRPO trainer (`trl/experimental/async_grpo/async_grpo_trainer.py`). Token counts of
-`timing_per_token_ms` are this rank's, as its seconds are; `perf/total_num_tokens` counts all ranks, and
+`timing_per_token_ms` are this rank's, as its seconds are, and count a token once however often it is trained on: verl
+divides all epochs' `update_actor` by the tokens of the generated batch. `perf/total_num_tokens` counts all ranks, and
 `perf/throughput` is tokens a second and device.
 """
 

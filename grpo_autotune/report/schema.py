@@ -39,7 +39,9 @@ class StageReport(Frozen):
         host_s: Mean host seconds where `self_s` is the GPU's; null on a CPU.
         share: The stage's part of all measured seconds.
         spread: Half the interquartile range over steps, seconds.
-        ms_per_token: Milliseconds per token of this rank: completion tokens for `generation`, all tokens elsewhere.
+        ms_per_token: Milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and
+            completion trained on (`num_iterations` times those generated) for `policy_logprob`, `backward` and
+            `optimizer`; tokens of prompt and completion generated elsewhere.
         limit_share: Time that this machine's ceiling would allow over time taken; null where it is not known.
         limited_by: The ceiling that binds.
         peak_bytes: Most memory while the stage ran.
