@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.probe.records import ProbeRecord, RankTimings, RewardCall, Utilisation
+from grpo_autotune.probe.records import ProbeRecord, RankTimings, RewardCall, TrainerFacts, Utilisation
 from grpo_autotune.verdict import exact, learning
 from grpo_autotune.verdict.bound import bound, warnings
 from grpo_autotune.verdict.breakdown import Limit, break_down
@@ -86,6 +86,46 @@ def test_micro_batch_saves_reading_the_weights_where_memory_binds() -> None:
 def test_micro_batch_keeps_steps_per_generation_in_step() -> None:
     idea = exact.micro_batch(facts(demo_record(trainer=trainer_facts(steps_per_generation=16))))
     assert changes(idea)["grpo.steps_per_generation"] == 4
+
+
+def generation_batch(trainer: TrainerFacts, changed: dict[str, Any], given: dict[str, Any]) -> int:
+    """Rows of a generation after the changes, by the rules of TRL's `GRPOConfig.__post_init__`."""
+    after = given | {key.removeprefix("grpo."): value for key, value in changed.items()}
+    micro = after.get("per_device_train_batch_size", trainer.per_device_train_batch_size) * trainer.world_size
+    accumulation = after.get("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
+    assert not {"generation_batch_size", "steps_per_generation"} <= set(after)
+    return int(after.get("generation_batch_size", micro * after.get("steps_per_generation", accumulation)))
+
+
+GIVEN = [{}, {"steps_per_generation": 8}, {"generation_batch_size": 16}]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_micro_batch_leaves_the_generation_batch_as_it_is(given: dict[str, Any]) -> None:
+    changed = changes(exact.micro_batch(facts(config={"grpo": given})))
+    assert generation_batch(trainer_facts(), changed, given) == 16
+    assert changed.get("grpo.steps_per_generation") == (2 if "steps_per_generation" in given else None)
+
+
+@pytest.mark.parametrize(
+    "given", [{"steps_per_generation": 16, "num_iterations": 2}, {"generation_batch_size": 32, "num_iterations": 2}]
+)
+def test_micro_batch_leaves_a_larger_generation_batch_as_it_is(given: dict[str, Any]) -> None:
+    trainer = trainer_facts(steps_per_generation=16, generation_batch_size=32, num_iterations=2)
+    idea = exact.micro_batch(facts(demo_record(trainer=trainer), config={"grpo": given}))
+    assert generation_batch(trainer, changes(idea), given) == 32
+
+
+@pytest.mark.parametrize("given", [{}, {"steps_per_generation": 16}, {"generation_batch_size": 32}])
+def test_fewer_generations_halve_the_generation_batch(given: dict[str, Any]) -> None:
+    trainer = trainer_facts(
+        num_generations=32, gradient_accumulation_steps=16, steps_per_generation=16, generation_batch_size=32
+    )
+    slow = timings({"generation": 0.4, "policy_logprob": 4.0, "backward": 5.0})
+    record = demo_record(trainer=trainer, timings=slow)
+    changed = changes(learning.fewer_generations(facts(record, config={"grpo": given})))
+    assert changed["grpo.num_generations"] == 16 and changed["grpo.gradient_accumulation_steps"] == 8
+    assert generation_batch(trainer, changed, given) == 16
 
 
 @pytest.mark.parametrize(

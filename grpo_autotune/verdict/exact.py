@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_autotune.verdict.batch import generation_changes
 from grpo_autotune.verdict.facts import PASSES, Change, Facts, Idea
 from grpo_autotune.verdict.ranks import excesses
 from grpo_autotune.verdict.words import STAGE_WORDS, listing, percent, seconds, size
@@ -39,9 +40,6 @@ def micro_batch(facts: Facts) -> Idea | None:
         memory = limit.share if limit and limit.by == "memory" else 0.0
         saving += facts.breakdown.seconds(stage) * (idle + memory) * (1.0 - 1.0 / factor)
     why_not = _partition_matters(facts)
-    steps = (
-        Change(key="grpo.steps_per_generation", before=t.steps_per_generation, after=t.steps_per_generation // factor),
-    )
     return Idea(
         kind="learning" if why_not else "exact",
         stages=PASSES,
@@ -56,7 +54,7 @@ def micro_batch(facts: Facts) -> Idea | None:
                 before=t.gradient_accumulation_steps,
                 after=t.gradient_accumulation_steps // factor,
             ),
-            *(steps if t.steps_per_generation != t.gradient_accumulation_steps else ()),
+            *generation_changes(facts, fewer_steps=factor),
         ),
         saving_s=saving,
         because=f"The same {t.per_device_train_batch_size * t.gradient_accumulation_steps} completions go through the "

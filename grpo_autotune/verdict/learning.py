@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from grpo_autotune.verdict.batch import generation_changes
 from grpo_autotune.verdict.facts import PASSES, Change, Facts, Idea
 from grpo_autotune.verdict.words import amount, percent, seconds
 
@@ -108,21 +109,18 @@ def fewer_generations(facts: Facts) -> Idea | None:
     worth = (then * (half - 1) / (step_s - saving)) / max(1e-12, now * (t.num_generations - 1) / step_s)
     if now <= 0.0 or worth < 0.9:
         return None
-    changes = [
-        Change(key="grpo.num_generations", before=t.num_generations, after=half),
-        Change(
-            key="grpo.gradient_accumulation_steps",
-            before=t.gradient_accumulation_steps,
-            after=t.gradient_accumulation_steps // 2,
-        ),
-    ]
-    if t.steps_per_generation != t.gradient_accumulation_steps:
-        after = t.steps_per_generation // 2
-        changes.append(Change(key="grpo.steps_per_generation", before=t.steps_per_generation, after=after))
     return Idea(
         kind="learning",
         stages=stages,
-        changes=tuple(changes),
+        changes=(
+            Change(key="grpo.num_generations", before=t.num_generations, after=half),
+            Change(
+                key="grpo.gradient_accumulation_steps",
+                before=t.gradient_accumulation_steps,
+                after=t.gradient_accumulation_steps // 2,
+            ),
+            *generation_changes(facts, fewer_steps=2, fewer_rows=2),
+        ),
         saving_s=saving,
         because="The same prompts with half the completions; work on rows is assumed to halve",
         caveat=f"It changes learning: groups without reward spread are predicted to go from {percent(1 - now)} to "
