@@ -79,7 +79,9 @@ def test_steps_that_take_turns_are_counted_by_whole_cycles() -> None:
         steps=[1, 2, 3, 4, 5],
         step_s=[5.0, 1.0, 5.0, 1.0, 5.0],
         stages=[
-            StageRow(name="generation", per_step_s=[4.0, 0.0, 4.0, 0.0, 4.0]),
+            StageRow(
+                name="generation", per_step_s=[4.0, 0.0, 4.0, 0.0, 4.0], host_s=[0.4, 0.0, 0.4, 0.0, 0.4], calls=0.6
+            ),
             StageRow(name="backward", per_step_s=[1.0] * 5),
         ],
         cycle=2,
@@ -87,6 +89,21 @@ def test_steps_that_take_turns_are_counted_by_whole_cycles() -> None:
     report = build_report(demo_record(timings=turns))
     assert report.step_s == pytest.approx(3.0) and report.step_spread_s == 0.0
     assert report.stages[0].self_s == pytest.approx(2.0) and report.stages[0].spread == 0.0
+    # The fifth step begins a third cycle that is not whole.
+    assert report.stages[0].mean_s == pytest.approx(2.0)
+    assert report.stages[0].host_s == pytest.approx(0.2)
+    assert "3.00 s per optimizer step (median of 2 cycles of 2 steps)" in render(report)
+
+
+def test_less_than_a_whole_cycle_is_said() -> None:
+    def cycle(length: int) -> Report:
+        return build_report(demo_record(timings=timings({"backward": 1.0}, cycle=length)))
+
+    assert not any("whole cycle" in line for line in [*cycle(1).warnings, *cycle(3).warnings])
+    assert "one cycle of 3 steps" in render(cycle(3))
+    (warning,) = cycle(4).warnings
+    assert "do not hold a whole cycle" in warning and "4 steps here (3 measured)" in warning
+    assert "median of 3 steps" in render(cycle(4))
 
 
 def test_nothing_measured_is_said() -> None:

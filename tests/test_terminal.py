@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.probe.records import Phase, ProbeRecord
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report import Report, load_report, save_report
 from grpo_autotune.report.build import report_of_facts
@@ -87,6 +87,20 @@ def test_nothing_to_change_is_said() -> None:
     record = demo_record(timings=timings({"optimizer": 1.0}), tokens=None, images=None, rewards=[], startup=[])
     text = render(report_of(record))
     assert "Nothing: no change that this tool knows is predicted to save one percent of the step." in text
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [("script", "the script before it built the trainer"), ("before_attach", "the script before attach()")],
+)
+def test_what_a_script_did_before_is_said_in_words(phase: str, words: str) -> None:
+    text = render(report_of(demo_record(startup=[Phase(name=phase, seconds=12.0), Phase(name="trainer", seconds=1.0)])))
+    assert f"13.0 s: {words} 12.0 s and building the trainer 1.00 s." in " ".join(text.split())
+
+
+def test_waiting_inside_the_gradient_all_reduce_is_explained_where_there_are_ranks() -> None:
+    assert "waiting inside DDP's all-reduce" in " ".join(render(REPORTS["two_ranks"]).split())
+    assert "DDP" not in render(REPORTS["demo"])
 
 
 def test_without_colour_there_are_no_escapes() -> None:

@@ -12,16 +12,15 @@ PHASE_WORDS = {
     "engine": "starting vLLM",
     "trainer": "building the trainer",
     "first_step": "the first step",
+    "script": "the script before it built the trainer",
     "before_attach": "the script before attach()",
 }
 
 
 def header_lines(report: Report) -> list[str]:
     """What ran, on what, how fast."""
-    count = len(report.steps)
-    timed = f"median of {count} steps" if count > 1 else "one step"
     warm = f" after {len(report.warmup_s)} for warming up" if report.warmup_s else ""
-    lines = [f"{seconds(report.step_s)} per optimizer step ({timed}{warm})"]
+    lines = [f"{seconds(report.step_s)} per optimizer step ({_timed(report)}{warm})"]
     rates = report.rates
     if rates is not None:
         lines.append(
@@ -31,6 +30,15 @@ def header_lines(report: Report) -> list[str]:
         useful = amount(rates.useful_completions_per_s)
         lines.append(f"{useful} useful completions/s (those in groups whose rewards differ, less one a group)")
     return [*lines, "", f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
+
+
+def _timed(report: Report) -> str:
+    """Of how many steps the step's seconds are the median, or of how many whole cycles of steps that take turns."""
+    count, cycle = len(report.steps), report.cycle
+    cycles = count // cycle
+    if cycle > 1 and cycles:
+        return f"median of {cycles} cycles of {cycle} steps" if cycles > 1 else f"mean of one cycle of {cycle} steps"
+    return f"median of {count} steps" if count > 1 else "one step"
 
 
 def _model(report: Report) -> str:
@@ -80,6 +88,9 @@ def legend(report: Report) -> str:
         text += f" (in policy_logprob, backward and optimizer each counts {report.trainer.num_iterations} times, as "
         text += "often as it is trained on)"
     text += "."
+    if report.trainer.world_size > 1:
+        text += " With several ranks: waiting inside DDP's all-reduce of the gradients happens within backward and is "
+        text += "counted there; sync_wait holds the gathers, reduces and barriers of TRL and accelerate."
     if any(row.limit_share is not None for row in report.stages):
         text += " Of limit: how near to the matrix rate or memory bandwidth that was measured on this machine."
     return text

@@ -12,7 +12,7 @@ from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
 from grpo_autotune.report.schema import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.verdict.bound import bound, warnings
-from grpo_autotune.verdict.breakdown import break_down
+from grpo_autotune.verdict.breakdown import break_down, cycle_means
 from grpo_autotune.verdict.facts import Facts
 from grpo_autotune.verdict.judge import judge
 from grpo_autotune.verdict.ranks import excesses
@@ -89,7 +89,7 @@ def _stage(row: StageRow, facts: Facts) -> StageReport:
         name=row.name,
         self_s=self_s,
         mean_s=b.mean_s[row.name],
-        host_s=statistics.fmean(row.host_s) if row.host_s else None,
+        host_s=statistics.fmean(cycle_means(row.host_s, facts.record.timings.cycle)) if row.host_s else None,
         share=b.shares[row.name],
         spread=b.spread_s[row.name],
         ms_per_token=_ms_per_token(row.name, self_s, facts.record),

@@ -35,7 +35,7 @@ class StageReport(Frozen):
     Attributes:
         name: Stage, as in `grpo_autotune.probe.records.STAGES`.
         self_s: `share * step_s`.
-        mean_s: Plain mean over the measured steps.
+        mean_s: Plain mean over the measured steps (over whole cycles of them).
         host_s: Mean host seconds where `self_s` is the GPU's; null on a CPU.
         share: The stage's part of all measured seconds.
         spread: Half the interquartile range over steps, seconds.

@@ -56,7 +56,13 @@ def warnings(facts: Facts) -> list[str]:
             f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
             "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
         )
-    count = len(record.timings.step_s)
+    count, cycle = len(record.timings.step_s), record.timings.cycle
+    if count < cycle:
+        found.append(
+            f"The measured steps do not hold a whole cycle of generating and reusing, which is {cycle} steps here "
+            f"({count} measured): the seconds and shares are not those of a long run. Measure {cycle} steps or a "
+            "multiple of it."
+        )
     if count < FEW_STEPS:
         found.append(
             f"Only {count} step{'s were' if count > 1 else ' was'} measured: treat the seconds as a first guess."

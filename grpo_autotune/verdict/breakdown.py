@@ -34,7 +34,7 @@ class Breakdown:
         step_spread_s: Half the interquartile range of the same.
         shares: Stage to its part of all measured seconds; they sum to 1.
         self_s: Stage to `share * step_s`; they sum to `step_s`.
-        mean_s: Stage to its plain mean over the measured steps.
+        mean_s: Stage to its plain mean over the measured steps (over whole cycles of them).
         spread_s: Stage to half the interquartile range of its seconds over steps (over cycles).
         parts_s: (stage, part) to seconds, scaled as `self_s` is.
     """
@@ -94,7 +94,7 @@ def break_down(timings: StageTimings) -> Breakdown:
         step_spread_s=half_quartile_range(cycles),
         shares=shares,
         self_s={name: share * step_s for name, share in shares.items()},
-        mean_s={row.name: statistics.fmean(row.per_step_s) if row.per_step_s else 0.0 for row in timings.stages},
+        mean_s={name: statistics.fmean(values) if values else 0.0 for name, values in per_cycle.items()},
         spread_s={name: half_quartile_range(values) for name, values in per_cycle.items()},
         parts_s=parts,
     )
