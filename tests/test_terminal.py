@@ -26,7 +26,7 @@ LIMITS = {
     "reference_logprob": Limit(0.31, "matrix"),
     "backward": Limit(0.35, "matrix"),
 }
-VLLM_CONFIG = {"vllm": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}, "grpo": {"eval_steps": 50}}
+VLLM_CONFIG = {"vllm": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}, "grpo": {"eval_steps": 1}}
 DEMO_CONFIG = {"data": {"image_size": 384}}
 
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.probe.records import ProbeRecord, RankTimings, RewardCall, TrainerFacts, Utilisation
+from grpo_autotune.probe.records import (
+    ProbeRecord,
+    RankTimings,
+    RewardCall,
+    StageRow,
+    StageTimings,
+    TrainerFacts,
+    Utilisation,
+)
 from grpo_autotune.verdict import exact, learning
 from grpo_autotune.verdict.bound import bound, warnings
 from grpo_autotune.verdict.breakdown import Limit, break_down
@@ -246,12 +254,44 @@ def test_seen_from_the_slowest_rank_the_saving_is_in_its_own_stage() -> None:
     assert idea.saving_s == pytest.approx(4.0 - 1.5)
 
 
-def test_evaluating_half_as_often_saves_half() -> None:
-    idea = exact.log_save_eval(facts(vllm_record(), config={"grpo": {"eval_steps": 50}}))
+def rare(part: str, spent: list[float]) -> ProbeRecord:
+    """Steps of 2 s and what is given on top, the first of them step 8."""
+    steps = list(range(8, 8 + len(spent)))
+    times = StageTimings(
+        steps=steps,
+        step_s=[2.0 + s for s in spent],
+        stages=[
+            StageRow(name="backward", per_step_s=[2.0] * len(steps)),
+            StageRow(name="log_save_eval", per_step_s=spent, parts={part: spent}),
+        ],
+    )
+    return demo_record(timings=times)
+
+
+def test_evaluating_half_as_often_saves_half_of_what_it_takes_in_a_long_run() -> None:
+    # One evaluation of 10 s in four measured steps, but one in fifty of the run.
+    f = facts(rare("evaluate", [0.0, 0.0, 10.0, 0.0]), config={"grpo": {"eval_steps": 50}})
+    idea = exact.log_save_eval(f)
     assert changes(idea) == {"grpo.eval_steps": 100}
-    assert idea and idea.saving_s == pytest.approx(1.9 / 2)
-    unknown = exact.log_save_eval(facts(vllm_record(), config=None))
-    assert unknown and not unknown.changes and "eval_steps" in unknown.action
+    scale = 2.0 / ((4 * 2.0 + 10.0) / 4)  # the median step over the mean
+    assert idea and idea.saving_s == pytest.approx(10.0 / 50 / 2 * scale)
+
+
+def test_the_distance_between_evaluations_is_read_from_the_steps_without_a_configuration() -> None:
+    twice = exact.log_save_eval(facts(rare("evaluate", [0.0, 4.0, 0.0, 4.0, 0.0]), config=None))
+    assert twice and not twice.changes and "eval_steps" in twice.action
+    assert twice.saving_s == pytest.approx(4.0 / 2 / 2 * 2.0 / (2.0 + 8.0 / 5))
+    assert exact.log_save_eval(facts(rare("evaluate", [0.0, 4.0, 0.0, 0.0]), config=None)) is None
+
+
+def test_logging_is_counted_at_its_own_steps() -> None:
+    # Steps 8 to 11, logged at step 10; the others hold the look whether to log.
+    record = rare("log", [1e-5, 1e-5, 2.0, 1e-5])
+    idea = exact.log_save_eval(facts(record, config={"grpo": {"logging_steps": 5}}))
+    assert changes(idea) == {"grpo.logging_steps": 10}
+    assert idea and idea.saving_s == pytest.approx(2.0 / 5 / 2 * 2.0 / (2.0 + 2.0 / 4), rel=1e-4)
+    for settings_of_log in ({}, {"logging_steps": 20}, {"logging_steps": 5, "logging_strategy": "epoch"}):
+        assert exact.log_save_eval(facts(record, config={"grpo": settings_of_log})) is None
 
 
 @pytest.mark.parametrize(("share", "fits"), [(0.5, True), (0.99, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ MICRO_FACTORS = (8, 4, 2)
 NUMBERS_SAVED_PER_HIDDEN = 17.0
 """Numbers that backward needs per layer, token and hidden unit without checkpointing: 34 bytes at 2 bytes a number in
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 1."""
+
+CADENCE_KEYS = {"log": "logging_steps", "save": "save_steps", "evaluate": "eval_steps"}
 
 
 def micro_batch(facts: Facts) -> Idea | None:
@@ -169,24 +172,26 @@ def straggler(facts: Facts) -> Idea | None:
 
 
 def log_save_eval(facts: Facts) -> Idea | None:
-    """Doing the dearest of logging, saving and evaluating half as often saves half of its seconds."""
-    parts = {part: spent for (stage, part), spent in facts.breakdown.parts_s.items() if stage == "log_save_eval"}
-    keys = {"log": "logging_steps", "save": "save_steps", "evaluate": "eval_steps"}
-    verbs = {"log": "log", "save": "save checkpoints", "evaluate": "evaluate"}
-    part = max((name for name in parts if name in keys), key=lambda name: parts[name], default=None)
+    """Doing the dearest of logging, saving and evaluating half as often saves half of its seconds in a long run.
+
+    One of them that happens every N steps takes (seconds of one) / N of a step, however many of them a short probe
+    happened to hold. Silent where N is not known (see `_long_run_s`), or none was measured.
+    """
+    costs = {part: cost for part in CADENCE_KEYS if (cost := _long_run_s(facts, part)) is not None}
+    part = max(costs, key=lambda name: costs[name][0], default=None)
     if part is None:
         return None
-    now = facts.setting("grpo", keys[part])
-    known = isinstance(now, int) and not isinstance(now, bool)
+    (cost_s, every), key = costs[part], CADENCE_KEYS[part]
+    known = _configured(facts, part) is not None
+    verbs = {"log": "log", "save": "save checkpoints", "evaluate": "evaluate"}
     return Idea(
         kind="exact",
         stages=("log_save_eval",),
-        changes=(Change(key=f"grpo.{keys[part]}", before=now, after=2 * now),) if known else (),
-        action="" if known else f"{verbs[part]} half as often (`{keys[part]}`)",
-        saving_s=parts[part] / 2.0,
-        because=f"It takes {seconds(parts[part])} of each measured step on average. A short probe may hold more or "
-        "fewer of "
-        "them than a long run",
+        changes=(Change(key=f"grpo.{key}", before=every, after=2 * every),) if known else (),
+        action="" if known else f"{verbs[part]} half as often (`{key}`)",
+        saving_s=min(cost_s / 2.0, facts.part_s("log_save_eval", part)),
+        because=f"It takes {seconds(cost_s * every)} each time, which is {seconds(cost_s)} of a step where it happens "
+        + (f"every {every} steps" if every > 1 else "at every step"),
     )
 
 
@@ -238,6 +243,41 @@ def activation_bytes(facts: Facts) -> float | None:
             NUMBERS_SAVED_PER_HIDDEN * (vision.get("hidden_size") or 0) * (vision.get("depth") or 0) * rows * patches
         )
     return float(numbers * facts.element_bytes)
+
+
+def _configured(facts: Facts, part: str) -> int | None:
+    """Optimizer steps between two of `part` by the configuration; null where it gives no number of steps."""
+    every = facts.setting("grpo", CADENCE_KEYS[part])
+    strategy = facts.setting("grpo", CADENCE_KEYS[part].replace("_steps", "_strategy"))
+    counted = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    return every if counted and strategy in (None, "steps") else None
+
+
+def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
+    """Seconds of a step that a part of `log_save_eval` takes in a long run, and the steps between two of it; null where
+    none was measured or the steps between are not known.
+
+    They come from the configuration, or, for saving and evaluating, from the distance between the measured steps in
+    which it happened. Logging has a few microseconds in every step, so its steps are the multiples of the configured
+    number.
+    """
+    timings = facts.record.timings
+    row = next((row for row in timings.stages if row.name == "log_save_eval"), None)
+    if row is None or part not in row.parts:
+        return None
+    spent, configured = row.parts[part], _configured(facts, part)
+    if part == "log":
+        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if step % (configured or 1) == 0]
+    else:
+        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if s > 0.0]
+    every = configured
+    if every is None and part != "log" and len(times) > 1:
+        every = round((times[-1][0] - times[0][0]) / (len(times) - 1))
+    total_s = math.fsum(timings.step_s)
+    if not times or not every or total_s <= 0.0:
+        return None
+    scale = facts.breakdown.step_s * len(timings.step_s) / total_s
+    return math.fsum(s for _, s in times) / len(times) / every * scale, every
 
 
 def _divides(factor: int, facts: Facts) -> bool:
