@@ -95,7 +95,7 @@ def _load(kind: str, reference: str) -> Function:
         sys.path.insert(0, folder)
     try:
         found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"cannot import {module_name} for this {kind}: {error}",
             where=reference,

@@ -52,6 +52,7 @@ def test_a_third_party_registers_by_the_same_door(monkeypatch: pytest.MonkeyPatc
         ),
         ("qqq", "Known: box_iou, choice_letter"),
         ("absent_module_xyz:f", "cannot import absent_module_xyz for this reward"),
+        ("my_broken:f", "cannot import my_broken for this reward: invalid syntax (my_broken.py, line 2)"),
         ("my_rewards:absent", "my_rewards has no absent. Functions there: good."),
         ("my_rewards:NUMBER", "my_rewards:NUMBER: this is not a function"),
     ],
@@ -60,6 +61,7 @@ def test_a_name_that_cannot_be_resolved(
     name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rewards.py").write_text("NUMBER = 3\ndef good(completions, **columns):\n    return [2.0]\n")
+    (tmp_path / "my_broken.py").write_text("A = 1\nB = = 2\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
