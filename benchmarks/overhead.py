@@ -4,7 +4,8 @@
 
 Every pair is two neighbouring blocks of `BLOCK` optimizer steps of one training run, one with the probe attached and
 one without; which of the two comes first alternates from pair to pair. A step is timed from the end of the step before
-to its own end, by a callback that is there in both cases. A pair's ratio is that of its blocks' mean seconds. torch
+to its own end, by a callback that is there in both cases. A pair's ratio is that of its blocks' mean seconds,
+by the wall clock and by the process's CPU time (all threads), which a busy machine disturbs less. torch
 runs on one thread, so that a core is left for whatever else the machine does: with all cores busy, the noise of a step
 is several times what the probe costs.
 """
@@ -29,9 +30,8 @@ from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 
 WARMUP = 2
-BLOCK = 8
-"""Steps of a usual probe, and a few."""
-PAIRS = 16
+BLOCK = 2
+PAIRS = 40
 OVERRIDES = [
     "grpo.eval_strategy=no",
     "grpo.max_steps=1000",
@@ -49,7 +49,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.pairs = pairs
         self.trainer: Any = None
         self.probe: Probe | None = None
-        self.begun = 0.0
+        self.begun = self.cpu = 0.0
         self.last_step = 0
         self.rows: list[dict[str, Any]] = []
         self.other: list[float] = []
@@ -66,7 +66,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]
             self.probe.step_ended()
         step, now = self.trainer.state.global_step, time.perf_counter()
         if step > WARMUP:
-            self.rows.append({"step": step, "probe": self.probe is not None, "seconds": now - self.begun})
+            self.rows.append(
+                {
+                    "step": step,
+                    "probe": self.probe is not None,
+                    "seconds": now - self.begun,
+                    "cpu_s": time.process_time() - self.cpu,
+                }
+            )
         attached = self.probe is not None
         wanted = step >= WARMUP and ((step - WARMUP) // BLOCK) % 4 in (1, 2)
         if self.probe is not None and not wanted:
@@ -76,7 +83,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         if wanted and not attached:
             self.probe = Probe(self.trainer, warmup=0)
             self.probe.step_ended()
-        self.begun = time.perf_counter()
+        self.begun, self.cpu = time.perf_counter(), time.process_time()
 
     def _other_shares(self) -> list[float]:
         timings = self.probe.record().timings if self.probe is not None else None
@@ -102,15 +109,24 @@ def main() -> None:
     turns.trainer._maybe_log_save_evaluate = log_then_turn
     turns.trainer.train()
     rows = turns.rows
-    ratios = []
+    found = {
+        "step_with_probe_over_without": ratio(_ratios(rows, "seconds")),
+        "cpu_time_with_probe_over_without": ratio(_ratios(rows, "cpu_s")),
+        "other_share_of_step": ratio(turns.other),
+    }
+    path = write("overhead", "python -m benchmarks.overhead", rows, found)
+    sys.stdout.write(f"{found}\n{path}\n")
+
+
+def _ratios(rows: list[dict[str, Any]], what: str) -> list[float]:
+    """With the probe over without it, pair by pair."""
+    found = []
     for begin in range(0, len(rows) - 2 * BLOCK + 1, 2 * BLOCK):
         by: dict[bool, list[float]] = {True: [], False: []}
         for row in rows[begin : begin + 2 * BLOCK]:
-            by[row["probe"]].append(row["seconds"])
-        ratios.append(sum(by[True]) / sum(by[False]))
-    found = {"step_with_probe_over_without": ratio(ratios), "other_share_of_step": ratio(turns.other)}
-    path = write("overhead", "python -m benchmarks.overhead", rows, found)
-    sys.stdout.write(f"{found}\n{path}\n")
+            by[row["probe"]].append(row[what])
+        found.append(sum(by[True]) / sum(by[False]))
+    return found
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ OWNED_ELSEWHERE = {
     "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
     "trust_remote_code": "model.trust_remote_code",
     "reward_weights": "rewards[].weight",
+    "logging_nan_inf_filter": "nowhere: a loss that is not a number always stops the run",
     "resume_from_checkpoint": "the option --resume",
     **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
 }
@@ -219,11 +220,25 @@ class RunConfig(Section):
                 where="model.load_in_4bit",
                 fix="Add a peft section.",
             )
-        if self.batch.eval_batch is not None and self.data.eval_path is None and self.data.eval_split is None:
+        held_out = self.data.eval_path is not None or self.data.eval_split is not None
+        on_start = bool(self.grpo.get("eval_on_start"))
+        if not held_out and (on_start or self.batch.eval_batch is not None):
             raise ConfigError(
                 "evaluation is on, and there is no held-out data",
-                where="grpo.eval_strategy",
+                where="grpo.eval_on_start" if on_start else "grpo.eval_strategy",
                 fix="Set data.eval_split or data.eval_path.",
+            )
+        if not held_out and self.data.max_eval_samples is not None:
+            raise ConfigError(
+                "there is no held-out data to take rows of",
+                where="data.max_eval_samples",
+                fix="Set data.eval_split or data.eval_path.",
+            )
+        if self.vllm != VllmSection() and not self.use_vllm:
+            raise ConfigError(
+                "the vllm section has keys, and vLLM is off",
+                where="vllm",
+                fix="Set grpo.use_vllm to true, or remove the section.",
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,7 +184,9 @@ def test_batch_arithmetic_agrees_with_trl() -> None:
 
 
 def test_vllm_keys_become_existing_grpo_arguments() -> None:
-    config = RunConfig.from_dict(minimal(vllm={"max_model_len": 512, "enable_sleep_mode": True}))
+    config = RunConfig.from_dict(
+        minimal(vllm={"max_model_len": 512, "enable_sleep_mode": True}, grpo={"use_vllm": True})
+    )
     assert config.vllm.grpo_kwargs() == {"vllm_max_model_length": 512, "vllm_enable_sleep_mode": True}
     assert set(VLLM_TO_TRL.values()) <= set(grpo_keys())
     assert set(OWNED_ELSEWHERE) <= set(grpo_keys()) and set(COUNTS) <= set(grpo_keys())
@@ -336,3 +339,22 @@ def test_the_reference_example_is_legal_and_every_key_has_a_meaning() -> None:
     assert RunConfig.from_yaml(example).batch.generation_batch == 8
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 40 and all(row[-1].strip(" |") not in {"", "None"} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"grpo": {"eval_on_start": True}}, "grpo.eval_on_start: evaluation is on"),
+        ({"vllm": {"max_model_len": 64}}, "vllm: the vllm section has keys"),
+        ({"data": {"path": "rows.jsonl", "max_eval_samples": 3}}, "data.max_eval_samples"),
+        ({"grpo": {"logging_nan_inf_filter": True}}, "grpo.logging_nan_inf_filter"),
+    ],
+)
+def test_a_key_that_would_be_ignored_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        RunConfig.from_dict(minimal(**changes))
+
+
+def test_a_key_of_a_mapping_is_a_plain_word() -> None:
+    with pytest.raises(ConfigError, match="plain word"):
+        parse_yaml("{[a]: 1}", "--set")

@@ -15,7 +15,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError, RewardError
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.reward_guard import PATIENCE
+from grpo_autotune.train.reward_guard import PATIENCE, guard
 from grpo_autotune.train.rewards import build_rewards
 
 GSM8K = Path(__file__).parents[1] / "../shared/data/gsm8k/test.jsonl"
@@ -364,6 +364,14 @@ def test_a_broken_reward_is_named_with_the_first_sample(name: str, expected: str
     text = str(caught.value)
     assert text.startswith(expected) and "\n" not in text
     assert "two plus two?" in text and "completion four" in text and "answer 4" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "told"), [([float("inf"), 0.0], "infinite reward"), ([float("nan"), None], "returned only None")]
+)
+def test_rewards_that_are_no_numbers_are_refused(values: list[float | None], told: str) -> None:
+    with pytest.raises(RewardError, match=told):
+        guard(lambda **batch: values, "odd", {}, alone=True)(**BATCH)
 
 
 def test_a_broken_async_reward_is_named_too() -> None:

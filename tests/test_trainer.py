@@ -228,3 +228,29 @@ def test_a_checkpoint_of_weights_alone_is_no_start(tiny: Tiny, tmp_path: Path) -
     run_training(config, tmp_path / "run")
     flaw = find_flaw(tmp_path / "run" / "checkpoints" / "checkpoint-1")
     assert flaw is not None and "save_only_model" in flaw
+
+
+def test_nothing_that_was_trained_is_trained_over(tiny: Tiny, tmp_path: Path) -> None:
+    from grpo_autotune.train.runs import RunFolder, find_start
+
+    config = text_config(tiny("qwen3"), tmp_path, max_steps=1, save_steps=1, save_only_model=True)
+    run_training(config, tmp_path / "weights")
+    with pytest.raises(ConfigError, match="without the optimizer's state"):
+        find_start(RunFolder(tmp_path / "weights"), resume=True)
+    (tmp_path / "model_only" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        find_start(RunFolder(tmp_path / "model_only"), resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="this is a file"):
+        find_start(RunFolder(tmp_path / "file"), resume=False)
+
+
+def test_weights_that_are_cut_short_are_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    import shutil
+
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny("qwen3"), torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ConfigError, match="cannot load"):
+        build_trainer(text_config(torn, tmp_path))

@@ -24,6 +24,9 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARDED_OPTIMIZER = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")
 """Folders that DeepSpeed and FSDP write in place of `optimizer.pt`."""
 
+WEIGHTS_ONLY = "it holds weights without the optimizer's state (grpo.save_only_model)"
+"""The flaw of a checkpoint that is whole but for what training needs to go on."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,7 +78,7 @@ def _sealed_flaw(folder: Path, marker: dict[str, Any]) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
     if not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and not _sharded(folder):
-        return "it holds weights without the optimizer's state (grpo.save_only_model)"
+        return WEIGHTS_ONLY
     return None
 
 

@@ -125,7 +125,11 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSectio
             raise _missing(field, rows, "data.prompt_template")
         values[field] = there[field][:]
     for row in range(len(rows)):
-        yield row, data.prompt_template.format(**{field: column[row] for field, column in values.items()})
+        try:
+            prompt = data.prompt_template.format(**{field: column[row] for field, column in values.items()})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"does not fit row {row}: {error}", where="data.prompt_template") from error
+        yield row, prompt
 
 
 def _fields(template: str) -> list[str]:

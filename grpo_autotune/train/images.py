@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -123,7 +124,8 @@ def _check(
             side = _longest_side(column.content(image))
         except READ_ERRORS as error:
             file = f" {column.path(image)}" if image["path"] else ""
-            raise DataError(f"cannot read the image{file}: {error}", where=f"{column.where}, row {row}") from error
+            reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))  # Pillow names the buffer it read from
+            raise DataError(f"cannot read the image{file}: {reason}", where=f"{column.where}, row {row}") from error
         relative = image["bytes"] is None and not Path(image["path"]).is_absolute()
         return image_size is not None and side > image_size, relative
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoProcessor, BitsAndBytesConfig
 from trl.trainer.utils import create_model_from_path
 
@@ -91,6 +92,21 @@ def load_processor(config: RunConfig, source: str) -> Any:
         )
     check_padding(processor, source)
     return processor
+
+
+def check_images(processor: Any, columns: Sequence[str]) -> None:
+    """Refuse images for a model that cannot see.
+
+    Raises:
+        ConfigError: The data has an image column, and the processor has nothing for images.
+    """
+    column = next((name for name in ("image", "images") if name in columns), None)
+    if column is not None and not hasattr(processor, "image_processor"):
+        raise ConfigError(
+            f"the data has the column {column}, and this model takes no images",
+            where="model",
+            fix="Take a vision-language model, or data without images.",
+        )
 
 
 def check_padding(processor: Any, source: str) -> None:
@@ -176,7 +192,7 @@ def _four_bit(config: RunConfig) -> BitsAndBytesConfig:
 def _load_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(
             f"cannot load {source}: {_first_line(error)}",
             where="model.name_or_path",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -91,7 +92,10 @@ class _Judge:
         strange = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
         if strange is not None:
             raise self._error(f"returned {strange!r}, which is not a number", batch)
-        if any(value is not None for value in rewards):
+        numbers = [float(value) for value in rewards if value is not None]
+        if any(math.isinf(number) for number in numbers):
+            raise self._error("returned an infinite reward", batch)
+        if not all(math.isnan(number) for number in numbers):
             self.abstained = None
         elif self.abstained is not None:
             self.abstained += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.train.checkpoints import Checkpoint, set_aside, survey
+from grpo_autotune.train.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,11 @@ def find_start(folder: RunFolder, resume: bool) -> Start:
     """Decide where to begin; reads only, so that every rank finds the same.
 
     Raises:
-        ConfigError: The folder holds a run already, and `resume` was not asked for.
+        ConfigError: The folder holds a run already and `resume` was not asked for; or it was, and what the folder holds
+            cannot be gone on with. Or there is a file in its place.
     """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError("this is a file, not a folder", where=str(folder.path), fix="Give another folder with --out.")
     found = survey(folder.checkpoints)
     if not resume:
         if found or folder.model.exists():
@@ -66,6 +69,19 @@ def find_start(folder: RunFolder, resume: bool) -> Start:
                 fix="Go on with --resume, or give another folder with --out",
             )
         return Start(None, ())
+    weights_only = next((checkpoint for checkpoint in found if checkpoint.flaw == WEIGHTS_ONLY), None)
+    if weights_only is not None and all(checkpoint.flaw is not None for checkpoint in found):
+        raise ConfigError(
+            f"{weights_only.path.name}: {WEIGHTS_ONLY}, so training cannot go on from it",
+            where=str(folder.path),
+            fix="Start a new run in another folder with --out; its model.name_or_path may be that checkpoint.",
+        )
+    if not found and folder.model.exists():
+        raise ConfigError(
+            "this folder holds a trained model and no checkpoint to go on from; training again would overwrite it",
+            where=str(folder.path),
+            fix="Give another folder with --out.",
+        )
     whole = next((index for index, checkpoint in enumerate(found) if checkpoint.flaw is None), len(found))
     return Start(found[whole] if whole < len(found) else None, tuple(found[:whole]))
 

@@ -18,7 +18,7 @@ from grpo_autotune.probe.records import Frozen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments
 from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
 from grpo_autotune.train.datasets import load_data
-from grpo_autotune.train.models import load_model, load_processor, lora_config, model_source
+from grpo_autotune.train.models import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.quiet import quieten
 from grpo_autotune.train.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.rewards import build_rewards
@@ -126,6 +126,7 @@ def build_trainer(
     with phase("model"):
         source = model_source(config, say)
         processor = load_processor(config, source)
+        check_images(processor, train_data.column_names)
         model = load_model(config, source)
         adapter = lora_config(config, model)
     with phase("trainer"), as_config_errors("grpo"):
