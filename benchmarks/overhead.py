@@ -2,12 +2,13 @@
 
     python -m benchmarks.overhead [CONFIG] [PAIRS]
 
-Every pair is two neighbouring blocks of `BLOCK` optimizer steps of one training run, one with the probe attached and
-one without; which of the two comes first alternates from pair to pair. A step is timed from the end of the step before
-to its own end, by a callback that is there in both cases. A pair's ratio is that of its blocks' mean seconds,
-by the wall clock and by the process's CPU time (all threads), which a busy machine disturbs less. torch
-runs on one thread, so that a core is left for whatever else the machine does: with all cores busy, the noise of a step
-is several times what the probe costs.
+Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which of
+the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by a
+callback that is there in both cases. A pair's ratio is that of its seconds, by the wall clock and by the process's CPU
+time (all threads). Neighbouring steps of the demo on torch's one thread differ by 6 % from each other for reasons
+of the machine, so that it takes hundreds of pairs to tell 1 % from nothing; `PAIRS` was set for that before measuring.
+The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
+it, and their collector is handed on.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from transformers import TrainerCallback  # noqa: E402
 
 from grpo_autotune.commands.trial import quiet_trainer  # noqa: E402
 from grpo_autotune.probe.attach import Probe  # noqa: E402
+from grpo_autotune.probe.facts import IMAGE_STEPS, ImageCollector  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 
-WARMUP = 2
-BLOCK = 2
-PAIRS = 40
+WARMUP = IMAGE_STEPS
+PAIRS = 400
 OVERRIDES = [
     "grpo.eval_strategy=no",
     "grpo.max_steps=1000",
@@ -49,13 +50,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.pairs = pairs
         self.trainer: Any = None
         self.probe: Probe | None = None
+        self.images: ImageCollector | None = None
         self.begun = self.cpu = 0.0
         self.last_step = 0
         self.rows: list[dict[str, Any]] = []
         self.other: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = len(self.rows) >= 2 * BLOCK * self.pairs
+        control.should_training_stop = len(self.rows) >= 2 * self.pairs
 
     def step_ended(self) -> None:
         """Close the books on the step that ends, and set the stage for the next; an epoch's end ends no step."""
@@ -74,16 +76,23 @@ class Turns(TrainerCallback):  # type: ignore[misc]
                     "cpu_s": time.process_time() - self.cpu,
                 }
             )
-        attached = self.probe is not None
-        wanted = step >= WARMUP and ((step - WARMUP) // BLOCK) % 4 in (1, 2)
+        wanted = step < WARMUP or (step - WARMUP) % 4 in (1, 2)
         if self.probe is not None and not wanted:
             self.other += self._other_shares()
+            self.images = self.images or self.probe.images
             self.probe.detach()
             self.probe = None
-        if wanted and not attached:
-            self.probe = Probe(self.trainer, warmup=0)
-            self.probe.step_ended()
+        if self.probe is None and wanted:
+            self.attach().step_ended()
         self.begun, self.cpu = time.perf_counter(), time.process_time()
+
+    def attach(self) -> Probe:
+        """Put a probe in; the images seen before stay seen."""
+        probe = Probe(self.trainer, warmup=0)
+        if self.images is not None:
+            probe.images, probe.closed = self.images, WARMUP
+        self.probe = probe
+        return probe
 
     def _other_shares(self) -> list[float]:
         timings = self.probe.record().timings if self.probe is not None else None
@@ -107,6 +116,7 @@ def main() -> None:
         turns.step_ended()
 
     turns.trainer._maybe_log_save_evaluate = log_then_turn
+    turns.attach()
     turns.trainer.train()
     rows = turns.rows
     found = {
@@ -121,11 +131,9 @@ def main() -> None:
 def _ratios(rows: list[dict[str, Any]], what: str) -> list[float]:
     """With the probe over without it, pair by pair."""
     found = []
-    for begin in range(0, len(rows) - 2 * BLOCK + 1, 2 * BLOCK):
-        by: dict[bool, list[float]] = {True: [], False: []}
-        for row in rows[begin : begin + 2 * BLOCK]:
-            by[row["probe"]].append(row[what])
-        found.append(sum(by[True]) / sum(by[False]))
+    for begin in range(0, len(rows) - 1, 2):
+        by = {row["probe"]: row[what] for row in rows[begin : begin + 2]}
+        found.append(by[True] / by[False])
     return found
 
 

@@ -167,6 +167,27 @@ class VllmSection(Section):
         return {trl: value for trl, value in given if value is not None}
 
 
+class SearchSection(Section):
+    """What `grpo-autotune search` may change, and what it must prove."""
+
+    knobs: dict[str, list[Any] | None] = {}
+    """Knob (a key path such as `data.image_size`) -> the values it may take; null takes a knob out of the search."""
+    accept: list[str] = []
+    """Knobs that change what is learned and may enter `tuned.yaml` although the measurements do not prove them."""
+    max_reward_drop: float = Field(default=0.03, ge=0, allow_inf_nan=False)
+    """Largest loss of mean reward that a knob which changes what is learned may cost."""
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    """Confidence of every interval, and of the test against `max_reward_drop`."""
+    allow_longer_run: bool = False
+    """Whether the predicted wall time of the configured run may rise for more useful completions a second."""
+    steps: int = Field(default=3, ge=1)
+    """Optimizer steps that a trial measures at first; more where intervals overlap."""
+    trial_limit_s: float | None = Field(default=None, gt=0)
+    """Longest a trial may run, in seconds; by default what the models predict for it, with a margin."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the search itself; trials keep `grpo.seed`."""
+
+
 class OutputSection(Section):
     """Where a run is written."""
 
@@ -185,6 +206,7 @@ class RunConfig(Section):
     rewards: list[RewardItem] = Field(min_length=1)
     grpo: dict[str, Any] = {}
     vllm: VllmSection = VllmSection()
+    search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
 
     @field_validator("grpo")
@@ -315,6 +337,7 @@ def known_paths() -> list[str]:
         ("data", DataSection),
         ("rewards", RewardItem),
         ("vllm", VllmSection),
+        ("search", SearchSection),
         ("output", OutputSection),
     ):
         paths += [f"{name}.{key}" for key in section.model_fields]

@@ -19,6 +19,7 @@ from grpo_autotune.config import (
     ModelSection,
     OutputSection,
     RewardItem,
+    SearchSection,
     Section,
     VllmSection,
 )
@@ -76,6 +77,7 @@ def markdown() -> str:
             "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
             *_grpo(),
             *_section("vllm", VllmSection, VllmSection.__doc__),
+            *_section("search", SearchSection, SearchSection.__doc__),
             *_section("output", OutputSection),
         ]
     )

@@ -1,0 +1,97 @@
+"""What a trial is asked to do and what came of it: two files, the whole of what parent and child say to each other.
+
+Both are frozen, free of torch, and equal after a trip through JSON. Times are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from grpo_autotune.probe.records import Frozen, ProbeRecord
+
+Status = Literal["ok", "oom", "hang", "timeout", "killed", "crashed", "invalid", "reward_failed"]
+"""How a trial ended.
+
+`oom`: memory ran out, on the device or the host; `hang`: no span edge for too long; `timeout`: over its own limit;
+`killed`: by a signal that nobody here sent; `invalid`: the configuration or the machine refuses it; `reward_failed`: a
+reward raised or returned what cannot be used; `crashed`: any other error.
+"""
+
+Purpose = Literal["probe", "timed", "worst_case", "rewards"]
+"""What a trial measures.
+
+`probe`: the configuration as it is, free completion lengths; `timed`: the same prompts for every trial and completion
+lengths fixed at `completion_lengths`; `worst_case`: one step with the longest prompts, the largest images and
+full-length completions, optimizer state in place; `rewards`: generation and rewards alone, free lengths, no training.
+"""
+
+
+class TrialSpec(Frozen):
+    """One trial.
+
+    Attributes:
+        number: Number in the study; its folder is `trials/0007`.
+        purpose: See `Purpose`.
+        config: The whole configuration, as `RunConfig.to_dict` gives it.
+        knobs: Key path -> value, where it differs from the user's configuration or belongs to the space.
+        steps: Optimizer steps to measure (for `rewards`: generation batches).
+        warmup: Optimizer steps before them that are put aside.
+        completion_lengths: Lengths in tokens to draw each completion's length from (repeatable, by row and seed);
+            null leaves lengths free.
+        limit_s: Wall-clock limit of the whole trial, start-up included.
+        hang_s: Longest age of the heartbeat after start-up.
+        script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides.
+    """
+
+    number: int
+    purpose: Purpose = "timed"
+    config: dict[str, Any]
+    knobs: dict[str, Any] = {}
+    steps: int = 3
+    warmup: int = 1
+    completion_lengths: list[int] | None = None
+    limit_s: float = 600.0
+    hang_s: float = 120.0
+    script: list[str] | None = None
+
+
+class PromptReward(Frozen):
+    """Rewards of one prompt's completions in a `rewards` trial; prompts are numbered as the data set numbers them."""
+
+    prompt: int
+    rewards: list[float]
+    truncated: int
+
+
+class TrialOutcome(Frozen):
+    """What came of a trial.
+
+    Attributes:
+        number: The trial's.
+        status: See `Status`.
+        why: One line for a trial that did not end well: error type and message, or what was seen from outside.
+        error_type: Name of the exception's class, where there was one.
+        record: The probe's record; null where no step was measured.
+        step_s: Seconds of each measured step.
+        peak_bytes: Most memory over the trial (CUDA allocator's reserved, or resident set of the process).
+        idle_bytes: The same before the model was loaded; `peak_bytes - idle_bytes` is what the trial needed.
+        overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
+        startup_s: Seconds from the request to the first step's begin.
+        elapsed_s: Seconds of the whole trial, as the parent saw them.
+        warm: Whether a process that had served another trial served this one.
+        rewards: Of a `rewards` trial.
+    """
+
+    number: int
+    status: Status
+    why: str | None = None
+    error_type: str | None = None
+    record: ProbeRecord | None = None
+    step_s: list[float] = []
+    peak_bytes: int | None = None
+    idle_bytes: int | None = None
+    overshoot_bytes: int | None = None
+    startup_s: float | None = None
+    elapsed_s: float = 0.0
+    warm: bool = False
+    rewards: list[PromptReward] = []
