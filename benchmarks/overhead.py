@@ -2,11 +2,11 @@
 
     python -m benchmarks.overhead [CONFIG] [PAIRS]
 
-Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which of
-the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by a
-callback that is there in both cases. A pair's ratio is that of its seconds, by the wall clock and by the process's CPU
-time (all threads). Neighbouring steps of the demo on torch's one thread differ by 6 % from each other for reasons
-of the machine, so that it takes hundreds of pairs to tell 1 % from nothing; `PAIRS` was set for that before measuring.
+Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which
+of the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by
+a callback that is there in both cases. A pair's ratio is that of its seconds, by the wall clock and by the process's
+CPU time (all threads). Neighbouring steps differ by several per cent for reasons of the machine, so it takes hundreds
+of pairs to tell 1 % from nothing. torch runs on one thread, so that a core is left for whatever else the machine does.
 The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
 it, and their collector is handed on.
 """

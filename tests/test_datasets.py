@@ -179,6 +179,9 @@ def test_real_gsm8k() -> None:
             "column completions has a name that TRL uses itself",
         ),
         ({"columns": {"prompt": "question"}, "params": {"a": 1}}, "data.params: params are for a registered"),
+        ({"columns": {"prompt": "question"}, "name": "main"}, "data.name: this is for a data set on the hub"),
+        ({"columns": {"prompt": "question"}, "revision": "v2"}, "data.revision: this is for a data set on the hub"),
+        ({"prompt_template": "{question:d}"}, "data.prompt_template: does not fit row 0"),
     ],
 )
 def test_a_wrong_column_or_split(lines: str, data: dict[str, Any], expected: str) -> None:
@@ -318,6 +321,19 @@ def test_an_unreadable_image_is_named_with_its_row(
     )
     text = problem(DataError, path=path, image_size=size)
     assert text.startswith(f"{path}, row 3: cannot read the image") and name in text
+    assert "BytesIO" not in text
+
+
+def test_an_image_size_without_images_is_told(lines: str) -> None:
+    told: list[str] = []
+    data = {"path": lines, "columns": {"prompt": "question"}, "image_size": 64}
+    values = {"model": {"name_or_path": "m"}, "rewards": [{"name": "format"}], "grpo": GRPO, "data": data}
+    load_data(RunConfig.from_dict(values), told.append)
+    assert f"data.image_size is 64, and {lines} has no images" in told
+
+
+def test_a_registered_data_set_has_no_revision() -> None:
+    assert "data.revision: this is for a data set on the hub" in problem(ConfigError, path="digits", revision="v1")
 
 
 def test_a_whole_jpeg_with_something_behind_it_is_read(tmp_path: Path) -> None:

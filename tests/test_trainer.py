@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerState
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem, TrainingError
 from grpo_autotune.registry import register
-from grpo_autotune.train.callbacks import duration
+from grpo_autotune.train.callbacks import ProgressLine, duration
 from grpo_autotune.train.checkpoints import find_flaw
 from grpo_autotune.train.models import load_processor
 from grpo_autotune.train.signals import StopRequest
@@ -152,6 +152,23 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[AutotuneError], st
         r"Target modules .*nothing.* not found",
     ),
 }
+
+
+def test_images_for_a_model_that_cannot_see(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model: the data has the column image, and this model takes no images"):
+        build_trainer(picture_config(tiny("qwen3"), tmp_path))
+
+
+def test_an_evaluation_before_the_first_step_is_not_in_its_time() -> None:
+    now, text = [0.0], io.StringIO()
+    line = ProgressLine(dict, Console(file=text), clock=lambda: now[0])
+    state = TrainerState(global_step=0, max_steps=5, is_world_process_zero=True)
+    line.on_train_begin(None, state, None)
+    now[0] = 100.0
+    line.on_evaluate(None, state, None, metrics={"eval_reward": 0.5})
+    now[0], state.global_step = 102.0, 1
+    line.on_step_end(None, state, None)
+    assert "2.00 s/step  8 s left" in text.getvalue()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 from trl.generation.vllm_client import VLLMClient
 
+from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.train.trainer import build_trainer
 from tests.trainers import make_trainer
+from tests.training import text_config
 from tests_vllm.test_probe_vllm import probed, ran
 
 START_LIMIT_S = 240.0
@@ -93,3 +96,13 @@ def test_server_mode_is_measured(
         assert ran(stages[name]) == [True, True], name
     assert record.fidelity is not None and record.fidelity.ok
     assert record.fidelity.max_nats < 1e-4
+
+
+def test_a_server_that_is_not_there_is_one_line(served: Callable[[str], Path], tmp_path: Path) -> None:
+    with socket.socket() as held:  # bound, and nobody listens
+        held.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{held.getsockname()[1]}"
+        vllm = {"mode": "server", "server_base_url": address, "server_timeout": 1.0}
+        with pytest.raises(EnvironmentProblem, match=f"^grpo: .*{address}") as caught:
+            build_trainer(text_config(served("qwen3"), tmp_path, {"vllm": vllm}, use_vllm=True))
+    assert "\n" not in str(caught.value)

@@ -161,7 +161,7 @@ class Utilisation(Frozen):
 
 class Phase(Frozen):
     """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
-    (`before_attach` stands for all that a script did before `attach`)."""
+    (`script` and `before_attach`: what a script did before its trainer was built, or before `attach`)."""
 
     name: str
     seconds: float

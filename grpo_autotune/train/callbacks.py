@@ -114,6 +114,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        if len(self._ends) == 1:  # an evaluation before the first step is no part of it
+            self._ends[0] = self._clock()
         reward = (metrics or {}).get("eval_reward")
         if state.is_world_process_zero and reward is not None:
             self._print(f"evaluation at step {state.global_step}: reward {reward:.4f}")

@@ -45,12 +45,19 @@ def read_rows(
     """
     place = Path(path)
     if path in names("dataset") or is_reference(path):
+        for key, value in (("name", name), ("revision", revision)):
+            if value is not None:
+                raise ConfigError("this is for a data set on the hub", where=f"data.{key}", fix="Remove it.")
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
             raise ConfigError(f"{path} returned {type(rows).__name__}, not a datasets.Dataset", where=where)
         return rows
     if params:
         raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
+    local = place.is_file() or (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file()
+    if (revision is not None and (local or place.is_dir())) or (name is not None and local):
+        key = "revision" if revision is not None else "name"
+        raise ConfigError("this is for a data set on the hub", where=f"data.{key}", fix=f"Remove it: {path} is here.")
     if place.is_file():
         builder = FILE_BUILDERS.get(place.suffix.lower())
         if builder is None:

@@ -80,6 +80,8 @@ def prepare_images(
     Raises:
         DataError: For the first image that cannot be read, naming its row (counted from 0).
     """
+    if image_size is not None and not {"image", "images"}.intersection(rows.column_names):
+        progress(f"data.image_size is {image_size}, and {where} has no images")
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for name in ("image", "images"):
             if name in rows.column_names:
