@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config_problems import from_validation, unknown_key
+from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_rules import BatchPlan, batch_plan
 from grpo_autotune.config_sources import read_source, resolve_source
 from grpo_autotune.config_text import parse_yaml, write_yaml
@@ -208,6 +209,7 @@ class RunConfig(Section):
     vllm: VllmSection = VllmSection()
     search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
+    receipt: Receipt | None = None
 
     @field_validator("grpo")
     @classmethod
@@ -339,6 +341,7 @@ def known_paths() -> list[str]:
         ("vllm", VllmSection),
         ("search", SearchSection),
         ("output", OutputSection),
+        ("receipt", Receipt),
     ):
         paths += [f"{name}.{key}" for key in section.model_fields]
     paths += [f"grpo.{key}" for key in grpo_keys() if key not in OWNED_ELSEWHERE]

@@ -1,0 +1,73 @@
+"""The receipt that a tuned configuration carries: what was measured, where, and what was changed for it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ChangedKnob(_Part):
+    """One key that differs from the configuration the search began with."""
+
+    key: str
+    """Key path."""
+    before: Any = None
+    """Its value there (TRL's default where it was left out)."""
+    after: Any = None
+    """Its value here."""
+    kind: Literal["exact", "learning"]
+    """Whether the change leaves the mathematics of an optimizer step as it was."""
+    proof: Literal["exact", "proven", "accepted", "unproven"]
+    """Why it may be here: exact; a learning knob that measurements prove harmless; accepted by the user; or neither."""
+    reward_difference: float | None = None
+    """Mean reward with the change less that without, on the same prompts; null where it was not measured."""
+    reward_low: float | None = None
+    """Lower end of its interval."""
+    reward_high: float | None = None
+    """Upper end of its interval."""
+    prompts_needed: int | None = None
+    """Prompts that would settle an unproven change, if the difference stays as it was seen."""
+
+
+class Receipt(_Part):
+    """What `grpo-autotune search` measured of this configuration; `train` compares it with what it finds."""
+
+    machine: str
+    """Fingerprint of the hardware."""
+    hardware: str
+    """The same for people."""
+    versions: dict[str, str] = {}
+    """Versions of the packages."""
+    step_s: float
+    """Median seconds of an optimizer step."""
+    step_s_low: float
+    """Lower end of its interval."""
+    step_s_high: float
+    """Upper end of its interval."""
+    steps: int
+    """Steps it was measured on."""
+    predicted_step_s: float | None = None
+    """What the models said before it was measured."""
+    baseline_step_s: float
+    """Median seconds of a step of the configuration that the search began with."""
+    speedup: float
+    """Useful completions a second over those of that configuration."""
+    speedup_low: float
+    """Lower end of its interval."""
+    speedup_high: float
+    """Upper end of its interval."""
+    raced: bool
+    """Whether the two were measured in turns on the same prompts."""
+    confidence: float
+    """Confidence of the intervals."""
+    peak_bytes: int | None = None
+    """Most memory it took."""
+    worst_case: Literal["passed", "not run"] = "not run"
+    """The step with the longest prompts, the largest images and full-length completions."""
+    changed: list[ChangedKnob] = []
+    """What differs from that configuration."""
