@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from benchmarks.result import ratio, write
+from grpo_autotune.commands.console import say
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.config import load_config
 
@@ -26,10 +27,10 @@ mend_torchvision()
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from grpo_autotune.commands.trial import quiet_trainer  # noqa: E402
 from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.facts import IMAGE_STEPS, ImageCollector  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
 
 WARMUP = IMAGE_STEPS
 PAIRS = 400
@@ -107,7 +108,7 @@ def main() -> None:
     config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", OVERRIDES)
     torch.set_num_threads(1)
     turns = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
-    turns.trainer = quiet_trainer(config, Startup())
+    turns.trainer = quiet_trainer(config, Startup(), say)
     turns.trainer.add_callback(turns)
     original = turns.trainer._maybe_log_save_evaluate
 

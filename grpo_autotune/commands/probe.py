@@ -31,11 +31,11 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
             mend_torchvision()
-            from grpo_autotune.commands.stopping import StopAfter
-            from grpo_autotune.commands.trial import quiet_trainer
             from grpo_autotune.probe.attach import Probe
+            from grpo_autotune.train.stopping import StopAfter
+            from grpo_autotune.train.trials import quiet_trainer
         startup.since_birth("import")
-        trainer = quiet_trainer(config, startup)
+        trainer = quiet_trainer(config, startup, say)
         probe = Probe(trainer, startup=startup, out_dir=out_dir)
         watched.append(probe.now)
         total = probe.warmup + -(-steps // probe.cycle) * probe.cycle

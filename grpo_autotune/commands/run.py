@@ -5,10 +5,6 @@ TRL is not imported before the script does it, so that environment variables whi
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import runpy
 import signal
 import sys
@@ -25,9 +21,9 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
 from grpo_autotune.seams.compat import import_mended
+from grpo_autotune.speedups.table import chosen
+from grpo_autotune.seams.importing import ENGINE_MODULE, TRAINER_MODULE, Execute, Hook, after_import, hook_imports
 
-TRAINER_MODULE = "trl.trainer.grpo_trainer"
-ENGINE_MODULE = "trl.generation.vllm_generation"
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -38,63 +34,13 @@ class EnoughSteps(SystemExit):
         super().__init__(0)
 
 
-Execute = Callable[[ModuleType], None]
-Hook = Callable[[Execute, ModuleType], None]
-
-
-class _Importing(importlib.abc.MetaPathFinder):
-    """Hands the import of some modules to hooks, each of which runs the module's body and does its work around it."""
-
-    def __init__(self, hooks: dict[str, Hook]) -> None:
-        self._hooks = dict(hooks)
-        self._asking: set[str] = set()
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        hook = self._hooks.get(name)
-        if hook is None or name in self._asking:
-            return None
-        self._asking.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._asking.discard(name)
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader.exec_module = functools.partial(hook, spec.loader.exec_module)  # type: ignore[method-assign]
-        return spec
-
-
-def after_import(then: Callable[[ModuleType], None]) -> Hook:
-    """A hook that calls `then` with the imported module."""
-
-    def hook(execute: Execute, module: ModuleType) -> None:
-        execute(module)
-        then(module)
-
-    return hook
-
-
-def hook_imports(hooks: dict[str, Hook]) -> importlib.abc.MetaPathFinder:
-    """Put each hook around its module's import; around nothing where the module is imported already.
-
-    Returns:
-        The finder that was put first on `sys.meta_path`; whoever put it there takes it out.
-    """
-    waiting = dict(hooks)
-    for name in hooks.keys() & sys.modules.keys():
-        waiting.pop(name)(lambda module: None, sys.modules[name])
-    finder = _Importing(waiting)
-    sys.meta_path.insert(0, finder)
-    return finder
-
-
 class ScriptProbes:
     """The probes of one script's trainers."""
 
-    def __init__(self, startup: Startup, out_dir: Path, steps: int | None) -> None:
-        self.startup, self.out_dir, self.steps = startup, out_dir, steps
+    def __init__(
+        self, startup: Startup, out_dir: Path, steps: int | None, speedups: str | Sequence[str] = "none"
+    ) -> None:
+        self.startup, self.out_dir, self.steps, self.speedups = startup, out_dir, steps, speedups
         self.probes: list[Any] = []
         self.folders: list[Path] = []
 
@@ -158,8 +104,8 @@ class ScriptProbes:
         self.startup.since_birth("script")
         with self.startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
-        from grpo_autotune.commands.stopping import StopAfter
         from grpo_autotune.probe.attach import Probe
+        from grpo_autotune.train.stopping import StopAfter
 
         number = len(self.probes) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
@@ -185,6 +131,7 @@ def run_script(
     out_dir: Path,
     finish: Callable[[ScriptProbes], None],
     output: AbstractContextManager[None],
+    speedups: str | Sequence[str] = "none",
 ) -> None:
     """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first.
 
@@ -195,16 +142,18 @@ def run_script(
         out_dir: Folder of the first trainer's report; those of further ones lie in it.
         finish: Given the probes once the script has ended.
         output: Held while the script runs, to lead its standard output elsewhere.
+        speedups: Put on every trainer, as `speed_up` takes them.
 
     Raises:
-        ConfigError: There is no such script.
+        ConfigError: There is no such script, or no such speed-up.
         BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
     if not script.is_file():
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
         )
-    probes = ScriptProbes(Startup(), out_dir, steps)
+    chosen(speedups)
+    probes = ScriptProbes(Startup(), out_dir, steps, speedups)
     finder = hook_imports(probes.hooks())
     before = sys.argv, sys.path[0]
     sys.argv = [str(script), *arguments]

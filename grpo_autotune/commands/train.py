@@ -9,7 +9,6 @@ from typing import Any
 from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
-from grpo_autotune.commands.trial import time_engine_start
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Heartbeat, Startup
 
@@ -30,14 +29,15 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             mend_torchvision()
             from grpo_autotune.probe.attach import Probe
             from grpo_autotune.train.trainer import run_training
+            from grpo_autotune.train.trials import EngineTime
         startup.since_birth("import")
-        time_engine_start(startup)
 
         def prepare(trainer: Any) -> None:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare)
+        with EngineTime(startup):
+            result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare)
         watched.pop()
     say(result.line())
     _tell_time(probes[0], config, out_dir)
