@@ -1,4 +1,4 @@
-"""Models of middling size for the benchmarks: Qwen3-VL's architecture with random weights, 14 or 100 million parameters.
+"""Models of middling size for the benchmarks: Qwen3-VL with random weights, about 16 or 116 million parameters.
 
     python -m benchmarks.midsize [14m|100m] [FOLDER]
 
@@ -70,7 +70,7 @@ def midsize_config(
     size: str = "14m", *, pixels: int = 768, completion: int = 64, grpo: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Digits on a canvas of `pixels` a side, LoRA on the text model, answers of `completion` tokens at most."""
-    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return RunConfig.from_dict(
         {
             "model": {"name_or_path": str(midsize_model(size))},
