@@ -1,7 +1,7 @@
 """Measure and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it.
 
-`attach(trainer)` measures any `trl.GRPOTrainer`; `load_config(path)` reads a configuration. Both load on first use, so
-that importing this package costs nothing.
+`attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `load_config(path)` reads a
+configuration. They load on first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_autotune.config import load_config
     from grpo_autotune.plugin import attach
+    from grpo_autotune.speedups.install import speed_up
 
-_HOMES = {"attach": "grpo_autotune.plugin", "load_config": "grpo_autotune.config"}
+_HOMES = {
+    "attach": "grpo_autotune.plugin",
+    "load_config": "grpo_autotune.config",
+    "speed_up": "grpo_autotune.speedups.install",
+}
 
-__all__ = ["attach", "load_config"]
+__all__ = ["attach", "load_config", "speed_up"]
 
 
 def __getattr__(name: str) -> Any:

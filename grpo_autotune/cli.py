@@ -107,6 +107,9 @@ def run(
         int | None, typer.Option("--steps", min=1, help="End the script after so many measured optimizer steps.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("runs/run"),
+    speedups: Annotated[
+        str, typer.Option("--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, or names with commas.")
+    ] = "none",
     json_: Json = False,
 ) -> Action:
     """Run an unchanged TRL script and print where its seconds went."""
@@ -119,7 +122,15 @@ def run(
             say(probes.closing_line())
 
         output = output_aside() if json_ else nullcontext()
-        run_script(script, arguments or [], steps=steps, out_dir=out, finish=finish, output=output)
+        run_script(
+            script,
+            arguments or [],
+            steps=steps,
+            out_dir=out,
+            finish=finish,
+            output=output,
+            speedups=speedups if speedups in ("auto", "none") else speedups.split(","),
+        )
         return 0
 
     return action

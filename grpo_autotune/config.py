@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys, wrong_type
 from grpo_autotune.config_problems import from_validation, unknown_key
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_rules import BatchPlan, batch_plan
@@ -207,6 +207,8 @@ class RunConfig(Section):
     rewards: list[RewardItem] = Field(min_length=1)
     grpo: dict[str, Any] = {}
     vllm: VllmSection = VllmSection()
+    speedups: str | list[str] = "none"
+    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names."""
     search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None
@@ -235,6 +237,13 @@ class RunConfig(Section):
                 raise unknown_key(("peft", name), known_paths())
         check_values("peft", peft or {}, peft_keys())
         return peft
+
+    @field_validator("speedups")
+    @classmethod
+    def _speedups_word(cls, speedups: str | list[str]) -> str | list[str]:
+        if isinstance(speedups, str) and speedups not in ("auto", "none"):
+            raise wrong_type("speedups", speedups, "auto, none, or a list of names")
+        return speedups
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -19,6 +19,7 @@ from grpo_autotune.config import (
     ModelSection,
     OutputSection,
     RewardItem,
+    RunConfig,
     SearchSection,
     Section,
     VllmSection,
@@ -77,6 +78,7 @@ def markdown() -> str:
             "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
             *_grpo(),
             *_section("vllm", VllmSection, VllmSection.__doc__),
+            *_speedups(),
             *_section("search", SearchSection, SearchSection.__doc__),
             *_section("output", OutputSection),
         ]
@@ -98,6 +100,11 @@ def _peft() -> Iterator[str]:
     yield "## `peft`\n"
     yield f"Null (full fine-tuning), or keys of PEFT's [`LoraConfig`]({PEFT_DOCS}) as installed.\n"
     yield f"Filled in by PEFT itself, and refused here: {_codes(sorted(PEFT_FIXED))}.\n"
+
+
+def _speedups() -> Iterator[str]:
+    yield "## `speedups`\n"
+    yield f"{RunConfig.model_fields['speedups'].description} Default: `none`.\n"
 
 
 def _grpo() -> Iterator[str]:

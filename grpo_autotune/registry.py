@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from grpo_autotune.errors import ConfigError
 
-Kind = Literal["reward", "dataset", "model"]
+Kind = Literal["reward", "dataset", "model", "speedup"]
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
@@ -33,6 +33,7 @@ _TABLE: dict[str, dict[str, str | Function]] = {
     },
     "dataset": {"digits": f"{_DEMO}:digits_dataset"},
     "model": {"demo": f"{_DEMO}:demo_model_path"},
+    "speedup": {},  # those that come with the package: speedups/table.py
 }
 
 
@@ -41,7 +42,8 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
 
     Args:
         kind: `reward`: TRL's reward signature, parameters as keywords; `dataset`: `fn(split, **params)` ->
-            `datasets.Dataset`; `model`: `fn()` -> a folder that `from_pretrained` reads.
+            `datasets.Dataset`; `model`: `fn()` -> a folder that `from_pretrained` reads; `speedup`: a class, as
+            `speedups.base.SpeedUp`.
         name: What a configuration calls it.
 
     Raises:

@@ -21,8 +21,8 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
 from grpo_autotune.seams.compat import import_mended
-from grpo_autotune.speedups.table import chosen
 from grpo_autotune.seams.importing import ENGINE_MODULE, TRAINER_MODULE, Execute, Hook, after_import, hook_imports
+from grpo_autotune.speedups.table import chosen
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
@@ -105,8 +105,12 @@ class ScriptProbes:
         with self.startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
         from grpo_autotune.probe.attach import Probe
+        from grpo_autotune.speedups.install import speed_up
         from grpo_autotune.train.stopping import StopAfter
 
+        if self.speedups != "none":
+            for line in speed_up(trainer, self.speedups).lines():
+                say(line)
         number = len(self.probes) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
         probe = Probe(trainer, startup=self.startup, out_dir=folder)

@@ -15,6 +15,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.records import Frozen
+from grpo_autotune.speedups.install import speed_up
+from grpo_autotune.speedups.table import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments
 from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
 from grpo_autotune.train.datasets import load_data
@@ -110,6 +112,7 @@ def build_trainer(
     """
     say = say or say_on(Console(stderr=True))
     quieten(bars=sys.stderr.isatty())
+    chosen(config.speedups)
     with phase("data"):
         train_data, eval_data = load_data(config, say)
         functions, weights, _ = build_rewards(config)
@@ -142,6 +145,9 @@ def build_trainer(
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if config.speedups != "none":
+        for line in speed_up(trainer, config.speedups).lines():
+            say(line)
     return trainer
 
 

@@ -1,0 +1,58 @@
+"""What a speed-up is: it says whether it can run on a trainer, puts layers on seams, and takes them off again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from grpo_autotune.seams.layers import Handle
+
+_logger = logging.getLogger("grpo_autotune.speedups")
+
+
+class Installed:
+    """A speed-up that is on.
+
+    Attributes:
+        fell_back: Why it left the work to TRL after all; None while it does its work.
+    """
+
+    def __init__(self, name: str, handles: Iterable[Handle] = ()) -> None:
+        self.name = name
+        self.handles = list(handles)
+        self.fell_back: str | None = None
+
+    def fall_back(self, reason: str) -> None:
+        """Leave the work to TRL from now on, and warn once."""
+        if self.fell_back is None:
+            self.fell_back = reason
+            _logger.warning("speed-up %s is off from here on, training goes on without it: %s", self.name, reason)
+
+    def remove(self) -> None:
+        """Take every layer out; may be called twice."""
+        for handle in reversed(self.handles):
+            handle.remove()
+        self.handles = []
+
+    def facts(self) -> dict[str, float]:
+        """What it did so far, by name."""
+        return {}
+
+
+class SpeedUp(Protocol):
+    """One speed-up; its class is named in `speedups.table`, and built without arguments.
+
+    Attributes:
+        name: What configurations call it.
+        summary: What it does, in one line.
+    """
+
+    name: str
+    summary: str
+
+    def applies(self, trainer: Any) -> str | None:
+        """None where it can run on this trainer, else why not: one sentence that names the key."""
+
+    def install(self, trainer: Any) -> Installed:
+        """Put its layers on the trainer's seams, `INNER`, so that a probe stays outside them."""

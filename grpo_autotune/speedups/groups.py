@@ -1,0 +1,77 @@
+"""Which rows of a batch are completions of one prompt: carried along in the generation batch, never guessed from ids.
+
+Two images of one size with one question have the same prompt ids and grids, so that ids cannot tell two prompts apart.
+TRL lays a generation batch out as G neighbouring rows a prompt, over all processes (`RepeatSampler`; its advantages
+rely on the same). A `group_id` put into the generation batch goes through TRL's shuffle and split as any other column.
+
+B: rows of this process.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, Handle, wrap
+from grpo_autotune.seams.table import find, slot_of
+
+KEY = "group_id"
+
+_of_trainer: weakref.WeakKeyDictionary[Any, Groups] = weakref.WeakKeyDictionary()
+
+
+class Groups:
+    """Puts `group_id` into every generation batch of a trainer, and knows the groups of the rows under way."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.current: torch.Tensor | None = None
+        self._handles: list[Handle] = []
+        for key, layer in (("score", self._score), ("loss", self._loss)):
+            slot = slot_of(trainer, find(key))
+            if slot is not None:
+                self._handles.append(wrap(slot, layer, INNER))
+        _of_trainer[trainer] = self
+
+    def remove(self) -> None:
+        """Leave the trainer as it was; may be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _of_trainer.pop(self.trainer, None)
+
+    def of_generation(self, rows: int) -> torch.Tensor:
+        """The group of each of this process's rows of a generation batch, (B,), on the trainer's device."""
+        trainer = self.trainer
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        first = trainer.accelerator.process_index * rows
+        groups_B: torch.Tensor = torch.arange(first, first + rows, device=trainer.accelerator.device) // size
+        return groups_B
+
+    def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        groups_B = self.of_generation(len(inputs))
+        with self._under_way(groups_B):
+            output = call_next(inputs, *args, **kwargs)
+        return {**output, KEY: groups_B}
+
+    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = inputs.get(KEY) if isinstance(inputs, Mapping) else None
+        with self._under_way(found):
+            return call_next(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def _under_way(self, groups_B: torch.Tensor | None) -> Iterator[None]:
+        before, self.current = self.current, groups_B
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def groups_of(trainer: Any) -> Groups:
+    """The `Groups` of a trainer that speed-ups are being put on."""
+    return _of_trainer[trainer]

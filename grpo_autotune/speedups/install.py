@@ -1,0 +1,106 @@
+"""`speed_up(trainer)`: puts the speed-ups that fit on a trainer, and tells which are on and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.groups import Groups
+from grpo_autotune.speedups.table import AUTO, chosen, load, names
+
+_MARK = "_grpo_autotune_speed_ups"
+
+
+class Row(NamedTuple):
+    """One line of the table: a speed-up, whether it is on, and why not (or what it does)."""
+
+    name: str
+    on: bool
+    reason: str
+
+
+class SpeedUps:
+    """The speed-ups of one trainer."""
+
+    def __init__(self, trainer: Any, wanted: Sequence[str]) -> None:
+        self._trainer = trainer
+        self._installed: dict[str, Installed] = {}
+        self._rows: list[Row] = []
+        self._groups = Groups(trainer)
+        try:
+            for name in dict.fromkeys([*names(), *wanted]):
+                self._rows.append(self._take(name, name in wanted))
+        except BaseException:
+            self.remove()
+            raise
+        if not self._installed:
+            self._groups.remove()
+        setattr(trainer, _MARK, self)
+
+    def _take(self, name: str, wanted: bool) -> Row:
+        if not wanted:
+            return Row(name, False, "not asked for")
+        speedup = load(name)
+        why_not = speedup.applies(self._trainer)
+        if why_not is not None:
+            return Row(name, False, why_not)
+        self._installed[name] = speedup.install(self._trainer)
+        return Row(name, True, speedup.summary)
+
+    def table(self) -> list[Row]:
+        """Every known speed-up: on or not, and why."""
+        return [self._row_as_it_is(row) for row in self._rows]
+
+    def _row_as_it_is(self, row: Row) -> Row:
+        installed = self._installed.get(row.name)
+        if installed is None or installed.fell_back is None:
+            return row
+        return Row(row.name, False, installed.fell_back)
+
+    def lines(self) -> list[str]:
+        """The table as text, a line a speed-up."""
+        width = max((len(row.name) for row in self.table()), default=0)
+        return [f"speed-up {row.name:<{width}}  {'on ' if row.on else 'off'}  {row.reason}" for row in self.table()]
+
+    def facts(self) -> dict[str, dict[str, float]]:
+        """What each installed speed-up did so far."""
+        return {name: installed.facts() for name, installed in self._installed.items()}
+
+    def remove(self) -> None:
+        """Leave the trainer as it was; may be called twice."""
+        for installed in reversed(list(self._installed.values())):
+            installed.remove()
+        self._groups.remove()
+        if getattr(self._trainer, _MARK, None) is self:
+            delattr(self._trainer, _MARK)
+
+
+def speed_up(trainer: Any, names: str | Sequence[str] = AUTO) -> SpeedUps:
+    """Make the steps of `trainer` faster without changing what is learned.
+
+    Args:
+        trainer: A `trl.GRPOTrainer` that has not begun to train.
+        names: `auto` for all that fit, `none`, a name, or a list of names.
+
+    Returns:
+        What was put on: `table()` tells what is on and why the rest is not, `facts()` what it did, `remove()` takes
+        it off again.
+
+    Raises:
+        ConfigError: An unknown name, not a `GRPOTrainer`, installed already, or training has begun.
+        SeamError: The installed TRL lacks a method that a speed-up wraps.
+    """
+    from trl import GRPOTrainer
+
+    wanted = chosen(names)
+    if not isinstance(trainer, GRPOTrainer):
+        raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
+    if hasattr(trainer, _MARK):
+        raise ConfigError(
+            "speed_up() was called on this trainer before", fix="Call remove() on what the first call returned."
+        )
+    if trainer.is_in_train or trainer._step > 0:
+        raise ConfigError("speed_up() was called after training began", fix="Call it before trainer.train().")
+    return SpeedUps(trainer, wanted)
