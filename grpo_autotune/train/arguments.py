@@ -87,13 +87,13 @@ def as_config_errors(where: str) -> Iterator[None]:
 
     Raises:
         ConfigError: For a `ValueError`, `TypeError` or `NotImplementedError`.
-        EnvironmentProblem: For an `ImportError`, or a vLLM server that cannot be reached.
+        EnvironmentProblem: For an `ImportError`, or an `OSError`: a vLLM server that cannot be reached, a full disk.
     """
     try:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(str(error).strip() or type(error).__name__, where=where) from error
-    except (ImportError, ConnectionError) as error:
+    except (ImportError, OSError) as error:  # what requests raises is an OSError, not a ConnectionError
         raise EnvironmentProblem(str(error).strip(), where=where) from error
 
 
