@@ -1,0 +1,109 @@
+"""A budget of wall-clock seconds that is kept: what is left, what is set aside, and what the next trial will take."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.search.trial import TrialOutcome
+
+END_SHARE = 0.2
+"""Kept for the worst-case step and the race."""
+CLOSING_S = 2.0
+"""Kept for ending the last process and writing the files; at most a tenth of the budget."""
+SURE = 1.15
+"""A trial is begun where its estimate and this much more fit."""
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of `90s`, `30m`, `1h30m` or `0`.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    words = text.strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", words)
+    if words == "0":
+        return 0.0
+    if not parts or "".join(number + unit for number, unit in parts) != words:
+        raise ConfigError(
+            f"{text!r} is not a length of time",
+            where="--budget",
+            fix="Accepted: 90s, 30m, 1h30m, and 0 for a prediction.",
+        )
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+class Budget:
+    """Seconds of one search.
+
+    Args:
+        total_s: All of it.
+        spent_s: What earlier processes of the same search spent.
+        clock: Seconds, monotonic; a wall clock that is set meanwhile changes nothing.
+    """
+
+    def __init__(self, total_s: float, spent_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_s, self._spent_s, self._clock = total_s, spent_s, clock
+        self._begun = clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent, over all processes."""
+        return self._spent_s + self._clock() - self._begun
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until everything has to be over, those for closing taken out."""
+        return self.total_s - min(CLOSING_S, 0.1 * self.total_s) - self.elapsed_s
+
+    @property
+    def search_left_s(self) -> float:
+        """Seconds left for trials, with the end's share kept."""
+        return self.left_s - END_SHARE * self.total_s
+
+
+class Costs:
+    """What a trial takes beside its measured steps, learnt from those that ended well."""
+
+    def __init__(self) -> None:
+        self._cold: list[float] = []
+        self._warm: list[float] = []
+
+    def learn(self, outcome: TrialOutcome) -> None:
+        """Take one more trial into account."""
+        if outcome.status != "ok" or not outcome.step_s:
+            return
+        beside = max(0.0, outcome.elapsed_s - sum(outcome.step_s))
+        (self._warm if outcome.warm else self._cold).append(beside)
+
+    @property
+    def beside_s(self) -> float:
+        """Start-up and warm-up of the next trial: a warm one's where there were any, and now and then a cold one's."""
+        if self._warm:
+            cold = max(self._cold, default=0.0)
+            share = len(self._cold) / (len(self._cold) + len(self._warm))
+            return statistics.median(self._warm) + share * cold
+        return statistics.median(self._cold) if self._cold else 0.0
+
+    @property
+    def cold_s(self) -> float:
+        """The same of a fresh process."""
+        return max(self._cold, default=self.beside_s)
+
+    def trial_s(self, step_s: float, steps: int) -> float:
+        """Seconds of a whole trial."""
+        return self.beside_s + steps * step_s
+
+
+def words(seconds: float) -> str:
+    """A length of time for people: `1h05m`, `4m10s`, `35s`."""
+    whole = round(max(0.0, seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

@@ -1,0 +1,154 @@
+"""The folder of a search: readable by hand, used by one process at a time, and enough to go on from after any kill.
+
+config.yaml  machine.json  study.journal  state.json  search.json  tuned.exact.yaml  tuned.yaml  tuned.fast.yaml
+trials/0007/{spec.json, outcome.json, ...}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+from pydantic import ValidationError
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.folders import write_whole
+from grpo_autotune.probe.records import Frozen
+from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+
+SEARCH_FILE = "search.json"
+Record = TypeVar("Record", bound=Frozen)
+
+
+class State(Frozen):
+    """How far a search is.
+
+    Attributes:
+        fingerprint: Of its configuration and space.
+        budget_s: Budget it was given last.
+        elapsed_s: Seconds spent, over all processes.
+        finished: Whether it came to its end.
+    """
+
+    fingerprint: str
+    budget_s: float
+    elapsed_s: float = 0.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """The places in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def machine(self) -> Path:
+        return self.path / "machine.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "study.journal"
+
+    @property
+    def report(self) -> Path:
+        return self.path / SEARCH_FILE
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    def tuned(self, which: str) -> Path:
+        """`tuned.yaml`, or `tuned.exact.yaml` and `tuned.fast.yaml`."""
+        return self.path / ("tuned.yaml" if which == "tuned" else f"tuned.{which}.yaml")
+
+    def trial(self, number: int) -> Path:
+        """The folder of one trial."""
+        return self.path / "trials" / f"{number:04d}"
+
+    def trials(self) -> list[tuple[TrialSpec, TrialOutcome | None]]:
+        """Every trial that was begun, by number; one that was killed with its parent has no outcome."""
+        found = []
+        for place in sorted((self.path / "trials").glob("[0-9]*")):
+            spec = _read(place / "spec.json", TrialSpec)
+            if spec is not None:
+                found.append((spec, _read(place / "outcome.json", TrialOutcome)))
+        return found
+
+    def next_number(self) -> int:
+        """Smallest number above those that were used."""
+        used = [int(place.name) for place in (self.path / "trials").glob("[0-9]*") if place.name.isdecimal()]
+        return max(used, default=-1) + 1
+
+    def state(self) -> State | None:
+        """How far the search in this folder is; null where there is none."""
+        return _read(self.state_file, State)
+
+    def save_state(self, state: State) -> None:
+        """Remember how far it is."""
+        write_whole(self.state_file, state.model_dump_json(indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other searches out of this folder meanwhile.
+
+        Raises:
+            ConfigError: One is in it, or it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("this is a file, not a folder", where=str(self.path), fix="Give another --run-dir.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                "another search is running in this folder", where=str(self.path), fix="Give another --run-dir."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check(self, fingerprint: str, *, resume: bool) -> State | None:
+        """The state to go on from; null for a new search.
+
+        Raises:
+            ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
+        """
+        state = self.state()
+        if state is None:
+            if not resume and self.report.exists():
+                raise ConfigError("this folder holds a search", where=str(self.path), fix="Give another --run-dir.")
+            return None
+        if not resume:
+            raise ConfigError(
+                "this folder holds a search that was "
+                + ("finished" if state.finished else f"stopped after {state.elapsed_s:.0f} s"),
+                where=str(self.path),
+                fix="Go on with --resume (a finished one with a larger --budget), or give another --run-dir.",
+            )
+        if state.fingerprint != fingerprint:
+            raise ConfigError(
+                "the search in this folder was begun with another configuration, or with other knobs",
+                where=str(self.path),
+                fix="Give another --run-dir, or the configuration it was begun with.",
+            )
+        return state
+
+
+def _read(path: Path, kind: type[Record]) -> Record | None:
+    """A record, or null where it is missing or torn: what a full disk or a kill left half written says nothing."""
+    try:
+        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
