@@ -141,7 +141,7 @@ def test_modules_and_public_functions_tell_their_idea() -> None:
 
 
 def test_nothing_is_caught_blindly() -> None:
-    """A handler for everything may only add to the error: it ends by raising."""
+    """A handler for everything may only add to the error: it ends by raising. A trial's boundary is the one exception."""
     swallowed = []
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -151,7 +151,7 @@ def test_nothing_is_caught_blindly() -> None:
                 )
                 if caught & {"all", "Exception", "BaseException"}:
                     swallowed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert not swallowed
+    assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/search/serve.py"]
 
 
 @pytest.mark.parametrize("entrance", [["-c", "import grpo_autotune"], ["-m", "grpo_autotune", "--help"]])

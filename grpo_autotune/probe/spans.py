@@ -62,6 +62,7 @@ class SpanRecorder:
         clock: Seconds, monotonic.
         timer: The accelerator's timer; None on CPU.
         memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
+        edge: Called at every begin and end, on whichever thread it happens; None calls nothing.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class SpanRecorder:
         clock: Callable[[], float] = time.perf_counter,
         timer: DeviceTimer | None = None,
         memory: Callable[[], int] | None = None,
+        edge: Callable[[], None] | None = None,
     ) -> None:
-        self.clock, self.timer, self.memory = clock, timer, memory
+        self.clock, self.timer, self.memory, self.edge = clock, timer, memory, edge
         self._spans: list[Span] = []
         self._stack: list[Span] = []
         self._others: list[Span] = []
@@ -121,6 +123,8 @@ class SpanRecorder:
             span.begin_mark = self.timer.mark()
         self._spans.append(span)
         self._stack.append(span)
+        if self.edge is not None:
+            self.edge()
         return span
 
     def end(self, span: Span) -> None:
@@ -133,7 +137,9 @@ class SpanRecorder:
             inner.host_s = now - inner.start_s
             inner.end_mark = mark
             if inner is span:
-                return
+                break
+        if self.edge is not None:
+            self.edge()
 
     def span(self, stage: str, part: str = "") -> _Timed:
         """A context manager around `begin` and `end`; does nothing while no step is under way."""
@@ -147,6 +153,8 @@ class SpanRecorder:
         """Close a span of `begin_elsewhere`."""
         span.host_s = self.clock() - span.start_s
         self._others.append(span)
+        if self.edge is not None:
+            self.edge()
 
     def on_main_thread(self) -> bool:
         """Whether the caller is the thread that runs the optimizer step."""

@@ -5,7 +5,7 @@ Both are frozen, free of torch, and equal after a trip through JSON. Times are s
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.probe.records import Frozen, ProbeRecord
 
@@ -26,6 +26,20 @@ full-length completions, optimizer state in place; `rewards`: generation and rew
 """
 
 
+SPEC_FILE = "spec.json"
+OUTCOME_FILE = "outcome.json"
+HEARTBEAT_FILE = "heartbeat"
+LOG_FILE = "log.txt"
+
+
+class Progress(NamedTuple):
+    """What a trial is doing: a phase of start-up or a stage, and the step it belongs to (0 before the first)."""
+
+    stage: str
+    step: int
+    of: int
+
+
 class TrialSpec(Frozen):
     """One trial.
 
@@ -40,7 +54,10 @@ class TrialSpec(Frozen):
             null leaves lengths free.
         limit_s: Wall-clock limit of the whole trial, start-up included.
         hang_s: Longest age of the heartbeat after start-up.
-        script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides.
+        script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
+            (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
+        world_size: Processes; more than one are started by `torchrun`.
+        source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`; for the record alone.
     """
 
     number: int
@@ -53,6 +70,8 @@ class TrialSpec(Frozen):
     limit_s: float = 600.0
     hang_s: float = 120.0
     script: list[str] | None = None
+    world_size: int = 1
+    source: str = "user"
 
 
 class PromptReward(Frozen):
@@ -80,6 +99,7 @@ class TrialOutcome(Frozen):
         elapsed_s: Seconds of the whole trial, as the parent saw them.
         warm: Whether a process that had served another trial served this one.
         rewards: Of a `rewards` trial.
+        notes: What could not be done as asked, a sentence each (lengths that an engine leaves free, for instance).
     """
 
     number: int
@@ -95,3 +115,4 @@ class TrialOutcome(Frozen):
     elapsed_s: float = 0.0
     warm: bool = False
     rewards: list[PromptReward] = []
+    notes: list[str] = []

@@ -1,0 +1,74 @@
+"""Memory of one trial inside a process that serves several: what is idle, the peak since then, and what is left after.
+
+On the CPU `ru_maxrss` never falls, so the kernel's high-water mark is reset before each trial (proc(5): 5 into
+`clear_refs`) and read as `VmHWM`. On CUDA both figures are the caching allocator's reserved bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class MemoryMeter:
+    """Idle bytes as they were on construction, and the peak since."""
+
+    def __init__(self) -> None:
+        release()
+        self._cuda = torch.cuda.is_available()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # a kernel without it: then the peak is the process's own
+                _CLEAR_REFS.write_text("5")
+        self.idle_bytes = in_use()
+
+    def peak_bytes(self) -> int:
+        """Most bytes since construction."""
+        if self._cuda:
+            return int(torch.cuda.max_memory_reserved())
+        return max(_of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, self.idle_bytes)
+
+
+def in_use() -> int:
+    """Bytes held now: the CUDA allocator's reserved, or the resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_reserved())
+    return int(psutil.Process().memory_info().rss)
+
+
+def release() -> None:
+    """Give back what nothing refers to any more: to the device, and from the C library to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_bytes() -> int | None:
+    """Bytes that this process could still allocate on the host: the machine's, or what `RLIMIT_AS` leaves."""
+    left = int(psutil.virtual_memory().available)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        left = min(left, max(0, limit - int(psutil.Process().memory_info().vms)))
+    return left
+
+
+def _of_status(field: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith(f"{field}:")), None)
+    return int(found.split()[1]) * 1024 if found else None

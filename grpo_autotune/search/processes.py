@@ -1,0 +1,134 @@
+"""Workers as the parent holds them: a guardian's session each, a pipe for orders, and a pipe whose end ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+END_S = 10.0
+"""What a guardian has to tidy up before it is killed with its group."""
+
+
+class Worker(Protocol):
+    """What a runner needs of a worker."""
+
+    @property
+    def pid(self) -> int: ...
+    def order(self, folder: Path) -> bool:
+        """Name a trial to run; whether there is still somebody to hear it."""
+
+    def poll(self) -> int | None:
+        """Exit code (negative: a signal), None while it runs."""
+
+    def end(self) -> None:
+        """Kill it and all it started, and wait until they are gone."""
+
+
+class GuardedWorker:
+    """A worker behind its guardian.
+
+    Args:
+        folder: Of its first trial; its log gets what is written before the trial begins.
+        log: Standard output and error.
+        world_size: More than one are ranks under `torchrun`, which serve that one trial.
+    """
+
+    def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
+        read, self._lifeline = os.pipe()
+        words = [sys.executable, "-m", "grpo_autotune.search.worker"]
+        if world_size > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+            words = [sys.executable, *launch, "-m", "grpo_autotune.search.worker", str(folder.absolute())]
+        guardian = [sys.executable, "-m", "grpo_autotune.search.guardian", str(read)]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [*guardian, *words],
+                stdin=subprocess.PIPE, stdout=file, stderr=file,
+                pass_fds=(read,), start_new_session=True, env=_environment(),
+            )  # fmt: skip
+        os.close(read)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def order(self, folder: Path) -> bool:
+        if self._process.stdin is None or self._process.poll() is not None:
+            return False
+        try:
+            self._process.stdin.write(f"{folder.absolute()}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def end(self) -> None:
+        descendants = _descendants(self.pid)
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for process in descendants:  # still there only if the guardian was killed before it could do this
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(descendants, timeout=END_S)
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for memory so far: in this cgroup, or in the system where that is unknown."""
+    for path, key in _counters():
+        try:
+            found = re.search(rf"^{key} (\d+)$", path.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if found is not None:
+            return int(found[1])
+    return 0
+
+
+def _counters() -> list[tuple[Path, str]]:
+    """Where the kernel counts them: cgroup v2's `memory.events`, v1's `memory.oom_control`, and `/proc/vmstat`."""
+    try:
+        rows = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = [
+        (Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events", "oom_kill") for _, of, path in rows if not of
+    ]
+    v1 = Path("/sys/fs/cgroup/memory")
+    found += [
+        (v1 / path.lstrip("/") / "memory.oom_control", "oom_kill") for _, of, path in rows if "memory" in of.split(",")
+    ]
+    return [*found, (Path("/proc/vmstat"), "oom_kill")]
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, less what makes a rank: a search may itself have been started by a launcher."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
