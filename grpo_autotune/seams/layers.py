@@ -62,9 +62,9 @@ class AttributeSlot:
 
 
 class ItemSlot:
-    """An item of a list, such as one reward function of `trainer.reward_funcs`."""
+    """An item of a list or mapping, such as one reward function of `trainer.reward_funcs`."""
 
-    def __init__(self, owner: list[Any], index: int) -> None:
+    def __init__(self, owner: Any, index: int | str) -> None:
         self.owner, self.index = owner, index
         self.before = owner[index]
 

@@ -25,11 +25,17 @@ _of_trainer: weakref.WeakKeyDictionary[Any, Groups] = weakref.WeakKeyDictionary(
 
 
 class Groups:
-    """Puts `group_id` into every generation batch of a trainer, and knows the groups of the rows under way."""
+    """Puts `group_id` into every generation batch of a trainer.
+
+    Attributes:
+        current: The group of each row under way in TRL's scoring or loss, (B,); None outside, or where it is not known.
+        newest: The `group_id` of the newest generation batch.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.current: torch.Tensor | None = None
+        self.newest: torch.Tensor | None = None
         self._handles: list[Handle] = []
         for key, layer in (("score", self._score), ("loss", self._loss)):
             slot = slot_of(trainer, find(key))
@@ -56,6 +62,7 @@ class Groups:
         groups_B = self.of_generation(len(inputs))
         with self._under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
+        self.newest = groups_B
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

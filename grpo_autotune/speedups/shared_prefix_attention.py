@@ -1,0 +1,115 @@
+"""Attention over a flat sequence in which several completions follow one prompt.
+
+The sequence goes through the model as one row, so that every projection, norm and gradient-checkpointed layer sees each
+prompt once. Only attention has to know who may look at whom: a prompt at itself, a completion at its prompt and itself.
+The attention function that the model is configured with does the work, on the prompt as one row, and on the completions
+as a batch whose keys are the prompt's followed by their own. No token is computed for a mask to throw away, unlike with
+one mask over the whole sequence, (P + G C)^2 against P^2 + G C (P + C).
+
+T: tokens of the flat sequence, S: width of a group's completions, P: its prompt's length, H: heads, D: width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, Handle, ItemSlot, wrap
+from grpo_autotune.speedups.shared_prefix_layout import Layout, Span
+
+ARGUMENT = "shared_prefix"
+"""Keyword that carries the layout through the model: gradient checkpointing computes a layer again in the backward
+pass, when nothing but the layer's own arguments is left to tell."""
+
+SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Values of `attn_implementation` that can be served. Flash kernels align a causal mask to the last query."""
+
+Attention = Callable[..., tuple[torch.Tensor, Any]]
+
+
+def wrap_attention(implementation: str) -> Handle:
+    """Put the layer on the attention function called `implementation`, which all models share; it acts on a layout."""
+    from transformers import AttentionInterface
+
+    return wrap(ItemSlot(AttentionInterface._global_mapping, implementation), _layer(implementation), INNER)
+
+
+def _layer(implementation: str) -> Callable[..., Any]:
+    masked = not implementation.startswith("flash")
+
+    def attention(
+        call_next: Attention,
+        /,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        layout = kwargs.pop(ARGUMENT, None)
+        if layout is None or not _is_decoder(module):
+            return call_next(module, query, key, value, attention_mask, **kwargs)
+        kwargs.pop("position_ids", None)  # flash kernels would look for packed sequences in them
+        return _attend(call_next, module, (query, key, value), layout, masked, kwargs), None
+
+    return attention
+
+
+def _is_decoder(module: Any) -> bool:
+    """A vision tower gets the keyword too, and attends both ways."""
+    return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
+
+
+def _attend(
+    attention: Attention,
+    module: Any,
+    states: tuple[torch.Tensor, ...],
+    layout: Layout,
+    masked: bool,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """The output for states (1, H, T, D), as (1, T, H, D)."""
+    window = kwargs.get("sliding_window")
+    outputs = []
+    for span in layout.spans:
+        query, key, value = (state[:, :, span.start : span.prompt_end] for state in states)
+        mask = window_mask(0, query.shape[2], query.shape[2], window, query.device) if masked else None
+        outputs.append(attention(module, query, key, value, mask, **kwargs)[0])
+        if not span.width:
+            continue
+        query, key, value = (_as_batch(state, span) for state in states)
+        key, value = (
+            torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), own], dim=2)
+            for state, own in ((states[1], key), (states[2], value))
+        )
+        prompt = span.prompt_end - span.start
+        mask = causal_mask(prompt, span.width, window, query.device) if masked else None
+        found = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
+        outputs.append((found if span.back is None else found[span.back])[None])
+    return torch.cat(outputs, dim=1)
+
+
+def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
+    """The completions' part of (1, H, T, D) as (rows, H, S, D)."""
+    own = state[0, :, span.prompt_end : span.end] if span.spread is None else state[0].index_select(1, span.spread)
+    return own.view(own.shape[0], span.rows, span.width, -1).transpose(0, 1)
+
+
+def causal_mask(prompt: int, width: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Who looks at whom among `width` tokens after a prompt: (1, 1, S, P + S), true where they do."""
+    return _looks(prompt, width, prompt + width, window, device)
+
+
+def window_mask(prompt: int, width: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The same where a sliding window is shorter than the sequence; None where plain causal attention does."""
+    return _looks(prompt, width, keys, window, device) if window is not None and keys > window else None
+
+
+def _looks(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    at = torch.arange(first, first + queries, device=device)[:, None]
+    to = torch.arange(keys, device=device)
+    looks = to <= at
+    return (looks if window is None else looks & (to > at - window))[None, None]

@@ -1,0 +1,90 @@
+"""The images of a batch, row by row: whether two rows show the same pixels, and the tensors of some rows alone.
+
+TRL hands a batch's images over as one tensor over all rows: patches with a grid an image (Qwen), or one entry an image
+(LLaVA). Layouts beside these two are left to TRL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
+"""Keys with one value a token, (B, P + C)."""
+
+_OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
+
+
+class Media:
+    """What `_get_per_token_logps_and_entropies` got beside ids and mask.
+
+    Args:
+        given: Its keyword arguments, as TRL names them.
+        rows: Rows of the batch.
+    """
+
+    def __init__(self, given: Mapping[str, Any], rows: int) -> None:
+        self.given = {key: value for key, value in given.items() if value is not None}
+        pixels, grids = self.given.get("pixel_values"), self.given.get("image_grid_thw")
+        counts = list(self.given.get("num_images") or [0] * rows)
+        self.images = [0, *accumulate(counts)]
+        if pixels is None:
+            self.patches = [0] * (rows + 1)
+        elif grids is not None:
+            by_image = [0, *accumulate(grids.prod(-1).tolist())]
+            self.patches = [by_image[image] for image in self.images]
+        else:
+            self.patches = self.images
+
+    def why_not(self, completion_width: int) -> str | None:
+        """Why these images cannot be told apart by row; None where they can."""
+        other = [key for key in _OTHER_LAYOUTS if key in self.given]
+        if other:
+            return f"images of this kind ({', '.join(other)}) are not served"
+        pixels = self.given.get("pixel_values")
+        if pixels is not None and self.patches[-1] != len(pixels):
+            return "images laid out one row a prompt are not served"
+        kinds = self.given.get("mm_token_type_ids")
+        if kinds is not None and bool(kinds[:, -completion_width:].any()):
+            return "completions hold images"
+        return None
+
+    def same(self, row: int, other: int) -> bool:
+        """Whether two rows have the same images, pixel for pixel."""
+        return all(torch.equal(ours, theirs) for ours, theirs in zip(self._of(row), self._of(other), strict=True))
+
+    def of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The image tensors of some rows, in this order, as the model takes them."""
+        found: dict[str, Any] = {}
+        if "pixel_values" in self.given:
+            found["pixel_values"] = _rows(self.given["pixel_values"], self.patches, rows)
+        for key in ("image_grid_thw", "image_sizes"):
+            if key in self.given:
+                found[key] = _rows(self.given[key], self.images, rows)
+        return found if any(self.images[row + 1] > self.images[row] for row in rows) else {}
+
+    def as_given(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What TRL would be given for a batch of these rows alone."""
+        found = self.of(rows)
+        if "num_images" in self.given:
+            found["num_images"] = [self.given["num_images"][row] for row in rows]
+        return found | {key: self.given[key][list(rows)] for key in BY_TOKEN if key in self.given}
+
+    def _of(self, row: int) -> list[torch.Tensor]:
+        tensors = []
+        if "pixel_values" in self.given:
+            tensors.append(self.given["pixel_values"][self.patches[row] : self.patches[row + 1]])
+        tensors += [
+            self.given[key][self.images[row] : self.images[row + 1]]
+            for key in ("image_grid_thw", "image_sizes")
+            if key in self.given
+        ]
+        return tensors
+
+
+def _rows(values: torch.Tensor, edges: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    pieces = [values[edges[row] : edges[row + 1]] for row in rows]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,0 +1,77 @@
+"""Completions of one prompt into one micro batch, as far as that changes nothing.
+
+TRL shuffles a generation batch before it cuts it into micro batches. Its own permutation is drawn first, so that the
+random stream and every later rollout stay as they are; then rows are sorted by group, stably, inside the micro batches
+of one optimizer step, whose gradients are summed anyhow. Where the loss of a micro batch depends on which rows are in
+it, nothing is moved. Metrics that TRL averages over micro batches (entropy, kl, clip ratios) are averages of other
+parts of the same rows then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, Handle, wrap
+from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.speedups.groups import KEY, groups_of
+
+ADDITIVE = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
+"""Values of `loss_type` whose sum over equal micro batches is the same however rows are dealt (TRL 1.16,
+`_compute_loss`); `bnpo` divides by the tokens of the micro batch."""
+
+
+def depends_on_partition(trainer: Any) -> bool:
+    """Whether the loss of an optimizer step depends on which rows share a micro batch."""
+    return bool(
+        trainer.loss_type not in ADDITIVE
+        or trainer.top_entropy_quantile < 1.0
+        or trainer._entropy_bonus_enabled
+        or trainer.aux_loss_enabled
+    )
+
+
+def window(trainer: Any) -> int:
+    """Micro batches, from the first of a generation, that always belong to one optimizer step; 1 if none do."""
+    generation, step = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
+    if step % generation == 0:
+        return int(generation)
+    return int(step) if generation % step == 0 else 1
+
+
+def sorted_inside(groups: list[int], size: int) -> list[int]:
+    """The order of rows that brings groups together within each `size` rows; groups in order of appearance."""
+    order: list[int] = []
+    for begin in range(0, len(groups), size):
+        members: dict[int, list[int]] = {}
+        for row in range(begin, min(begin + size, len(groups))):
+            members.setdefault(groups[row], []).append(row)
+        order += [row for rows in members.values() for row in rows]
+    return order
+
+
+def wrap_shuffle(trainer: Any) -> list[Handle]:
+    """Put the layer on TRL's shuffle; none where the loss depends on the partition."""
+    slot = slot_of(trainer, find("shuffle"))
+    if slot is None or depends_on_partition(trainer):
+        return []
+    groups = groups_of(trainer)
+
+    def shuffle(call_next: Callable[..., Any], /, rows: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ours = rows.get(KEY) is not None and rows[KEY] is groups.newest  # the function is one for all trainers
+        found = call_next(rows, *args, **kwargs)
+        if not ours:
+            return found
+        micro_batch = len(found[KEY]) // trainer.args.steps_per_generation
+        order = sorted_inside(found[KEY].tolist(), micro_batch * window(trainer))
+        return {key: _in_order(value, order) for key, value in found.items()}
+
+    return [wrap(slot, shuffle, INNER)]
+
+
+def _in_order(value: Any, order: list[int]) -> Any:
+    if value is None or (isinstance(value, torch.Tensor) and value.ndim == 0):
+        return value
+    return value[order] if isinstance(value, torch.Tensor) else [value[row] for row in order]
