@@ -1,0 +1,245 @@
+"""How much memory an optimizer step takes beyond an idle process: what stays, and what each phase adds to it.
+
+Counted in numbers kept, from the code that runs (transformers 5 modelling files, TRL 1.16). A step's peak is its
+largest phase. Allocators round up and keep what was freed, so a measured peak is about the formula times a factor near
+one plus a constant, and whoever predicts fits both.
+
+Names: h hidden channels, w channels of all query heads, m channels of the MLP, S tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo_autotune.estimate.cost import WorkFacts
+from grpo_autotune.estimate.passes import Batch, Training, square_grid
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.estimate.vision_shapes import VisionShape
+
+TILE_TOKENS, TILE_VOCAB = 4096, 32768
+"""Largest tile of logits that TRL's fused head holds: the V logits of a row are never materialised in training
+(`TOKEN_CHUNK_SIZE` in trl/kernels/chunked_logprob.py, `_CHUNKED_LOGPROB_CHUNK_SIZE` in trl/trainer/utils.py)."""
+
+TILE_COPIES = 5
+"""Float32 tiles beside the product itself where torch folds it (no Triton): scaled logits, exponentials, probabilities,
+gradient and one temporary (`_forward_tile`, `_backward_tile` in trl/kernels/chunked_logprob.py)."""
+
+SAMPLED_COPIES = 3
+"""Float32 copies of the newest logits of every row while a token is drawn: logits, processed scores, probabilities
+(`_sample` in transformers/generation/utils.py)."""
+
+PIXEL_COPIES = 2
+"""Copies of the image processor's float32 output: the batch's, and its shuffled and split copy (`_prepare_inputs` in
+trl/trainer/grpo_trainer.py)."""
+
+PIXEL_BYTES = 4
+STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Longest sequences and the settings that decide memory, beside `WorkFacts`.
+
+    Attributes:
+        prompt: Tokens of the longest prompt, image included.
+        completion: Tokens of the longest completion.
+        image_tokens: Language-model tokens of the largest image.
+        eager: Attention keeps its scores (`attn_implementation: eager`).
+        moments_bytes: Bytes of optimizer state a trained parameter (AdamW: two moments in the parameter's type).
+        reference_model: A second model is held for the reference (full fine-tuning with a KL term).
+        engine_bytes: vLLM's share of the device, 0 without an engine in this process.
+        engine_sleeps: Whether it gives that back while weights are trained.
+        fused: Whether kernels fold the head's tiles in place (CUDA with Triton).
+    """
+
+    prompt: float
+    completion: float
+    image_tokens: float
+    eager: bool = False
+    moments_bytes: float = 8.0
+    reference_model: bool = False
+    engine_bytes: float = 0.0
+    engine_sleeps: bool = False
+    fused: bool = False
+
+    @property
+    def row(self) -> float:
+        """Tokens of a row of a log-prob pass, padding included."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they hold.
+
+    Attributes:
+        weights: The model, its adapters, and the reference model where there is one.
+        moments: Optimizer state, from the first step on.
+        gradients: Of what is trained.
+        activations: What one training pass keeps for its backward pass, with the layer under way.
+        forward: Largest intermediate of a pass without gradients.
+        head: The tile of logits in training.
+        pixels: The image processor's output for a generation.
+        cache: Keys and values of `generate`.
+        prefill: Largest intermediate of the prefill; decoding's logits where they are larger.
+        update: Temporaries of the optimizer's update.
+        engine: vLLM's share.
+        engine_sleeps: Whether the engine's share is free in training.
+    """
+
+    weights: float
+    moments: float
+    gradients: float
+    activations: float
+    forward: float
+    head: float
+    pixels: float
+    cache: float
+    prefill: float
+    update: float
+    engine: float
+    engine_sleeps: bool
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Bytes beyond an idle process in each phase of a step."""
+        stays = self.weights + self.moments
+        engine = 0.0 if self.engine_sleeps else self.engine
+        return {
+            "generation": stays + self.pixels + self.cache + self.prefill + self.engine,
+            "scoring": stays + self.pixels + self.forward + self.head + engine,
+            "training": stays + self.pixels + self.gradients + self.activations + self.head + engine,
+            "optimizer": stays + self.pixels + self.gradients + self.update + engine,
+        }
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest phase."""
+        return max(self.phases.values())
+
+
+def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
+    """Memory of a step on this process."""
+    training = facts.training
+    grid = square_grid(shape.vision, sizes.image_tokens) if shape.vision and facts.images else (0, 0)
+    micro = Batch(facts.micro_batch, sizes.row, sizes.row, facts.images, grid)
+    copies = facts.generation_rows
+    prompts = Batch(copies, sizes.prompt, 1, facts.images, grid)
+    weights = weight_bytes(shape, training)
+    fills = not facts.use_vllm
+    sampled = SAMPLED_COPIES * STATE_BYTES * copies * shape.vocab
+    return Memory(
+        weights=weights * (2 if sizes.reference_model else 1) + _adapters(training) * training.trainable_bytes,
+        moments=training.trainable * sizes.moments_bytes,
+        gradients=training.trainable * training.trainable_bytes,
+        activations=activation_bytes(shape, micro, training, eager=sizes.eager),
+        forward=largest_intermediate(shape, micro, training, eager=sizes.eager),
+        head=head_bytes(shape, _scored(facts, sizes), training, fused=sizes.fused),
+        pixels=PIXEL_COPIES * _pixel_bytes(shape.vision, prompts),
+        cache=copies * sizes.row * shape.kv_bytes_per_token(training.value_bytes) if fills else 0.0,
+        prefill=max(largest_intermediate(shape, prompts, training, eager=sizes.eager), sampled) if fills else 0.0,
+        update=training.trainable * training.trainable_bytes,
+        engine=sizes.engine_bytes,
+        engine_sleeps=sizes.engine_sleeps,
+    )
+
+
+def weight_bytes(shape: ModelShape, training: Training) -> float:
+    """The base model: layers as they are stored (4-bit: half a byte), embeddings, norms and vision tower in the run's
+    type, since bitsandbytes packs the decoder's linear layers only."""
+    layers = shape.layers * shape.layer_weights
+    return layers * training.weight_bytes + (shape.parameters - layers) * training.value_bytes
+
+
+def layer_numbers(shape: ModelShape, length: float, *, eager: bool, value_bytes: float) -> float:
+    """Numbers a token leaves in one decoder layer for its backward pass.
+
+    Both norms keep their input and their output, and in half precision a float32 copy of the input: 4 h (+ 4 h). The
+    attention keeps queries, keys and values as projected, normalised, rotated, and keys and values repeated for every
+    query head; its output; and that output laid out for the projection. The MLP keeps the gate, its activation, the up
+    projection and the product of both: 4 m (`modeling_qwen3_vl.py`: RMSNorm, TextAttention, TextMLP;
+    `sdpa_attention.py`). `eager` keeps the softmax of every head and pair of tokens in float32, and its copy in the
+    run's type.
+    """
+    h, w, kv, m = shape.hidden, shape.attention_width, shape.kv_width, shape.mlp
+    norms = 4 * h + (4 * h if value_bytes < STATE_BYTES else 0)
+    attention = (3 if shape.qk_norm else 2) * (w + kv) + kv + 2 * w + 2 * w
+    scores = (
+        shape.heads * length * (STATE_BYTES / value_bytes + (1 if value_bytes < STATE_BYTES else 0)) if eager else 0
+    )
+    return norms + attention + 4 * m + scores
+
+
+def block_numbers(vision: VisionShape, patches: float, *, eager: bool) -> float:
+    """Numbers a patch leaves in one block of the vision tower: as `layer_numbers`, without rotary copies of values."""
+    h, m = vision.hidden, vision.mlp
+    scores = vision.heads * patches if eager else 0
+    return 4 * h + 9 * h + (4 if vision.gated else 2) * m + scores
+
+
+def activation_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool) -> float:
+    """Bytes that one pass keeps for its backward pass.
+
+    With checkpointing each layer keeps its input, and one layer at a time is computed again (Chen et al. 2016,
+    arXiv:1604.06174). A tower that no gradient reaches keeps nothing.
+    """
+    value = training.value_bytes
+    a_layer = layer_numbers(shape, batch.length, eager=eager, value_bytes=value) * batch.tokens * value
+    inputs = shape.hidden * batch.tokens * value
+    kept = shape.layers * inputs + a_layer if training.checkpointing else shape.layers * a_layer
+    kept += inputs  # embeddings with image features in their place
+    vision = shape.vision
+    if vision is None or not batch.patches:
+        return kept
+    if not training.through_tower(vision):
+        return kept
+    an_image = batch.grid[0] * batch.grid[1]
+    a_block = block_numbers(vision, an_image, eager=eager) * batch.patches * value
+    tower_inputs = vision.hidden * batch.patches * value
+    return kept + (vision.depth * tower_inputs + a_block if training.checkpointing else vision.depth * a_block)
+
+
+def largest_intermediate(shape: ModelShape, batch: Batch, training: Training, *, eager: bool) -> float:
+    """Bytes of the largest moment of a pass without gradients: the MLP's three matrices or attention's copies beside
+    the residual, in the decoder or in the tower, whichever is more. Scores count three times: product, masked, softmax.
+    """
+    value = training.value_bytes
+    h, w, m = shape.hidden, shape.attention_width, shape.mlp
+    scores = 3 * shape.heads * batch.length if eager else 0
+    decoder = (2 * h + max(3 * m, 6 * w + scores)) * batch.tokens
+    vision = shape.vision
+    if vision is None or not batch.patches:
+        return decoder * value
+    an_image = batch.grid[0] * batch.grid[1]
+    own = 3 * vision.heads * an_image * an_image if eager else 0  # images go through attention one after another
+    tower = (2 * vision.hidden + max((3 if vision.gated else 2) * vision.mlp, 8 * vision.hidden)) * batch.patches + own
+    return max(decoder, tower) * value
+
+
+def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: bool) -> float:
+    """The tile of logits, and the float32 gradient of the hidden states.
+
+    A fused kernel works inside a tile that is allocated whole; torch makes copies of the part that the vocabulary
+    fills.
+    """
+    rows, columns = min(scored, TILE_TOKENS), min(shape.vocab, TILE_VOCAB)
+    tile = rows * (TILE_VOCAB if fused else columns) * training.value_bytes
+    copies = 0.0 if fused else TILE_COPIES * rows * columns * STATE_BYTES
+    own = shape.head_weights * STATE_BYTES if training.text_weights else 0.0
+    return tile + copies + scored * shape.hidden * STATE_BYTES + own
+
+
+def _scored(facts: WorkFacts, sizes: Sizes) -> float:
+    return facts.micro_batch * (sizes.completion if facts.compact_head else sizes.row - 1)
+
+
+def _pixel_bytes(vision: VisionShape | None, batch: Batch) -> float:
+    """One copy of the patches' pixels: channels x frames x side^2 of each."""
+    if vision is None:
+        return 0.0
+    return batch.patches * vision.channels * vision.temporal_patch * vision.patch**2 * PIXEL_BYTES
+
+
+def _adapters(training: Training) -> float:
+    """Trained parameters that are no part of the base model."""
+    return training.adapters.text + training.adapters.blocks + training.adapters.mergers

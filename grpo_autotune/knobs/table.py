@@ -1,0 +1,245 @@
+"""What may be searched: one row a knob, which says whether it changes what is learned, its values, and why it matters.
+
+Exact knobs change an optimizer step's time and memory and leave its mathematics alone; learning knobs change what is
+learned. The split is the one that decides into which tuned file a change may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from grpo_autotune.config import RunConfig
+from grpo_autotune.config_keys import grpo_keys, peft_keys
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.knobs import rules, values
+from grpo_autotune.knobs.given import Given
+
+Kind = Literal["exact", "learning"]
+
+PROMPTS = "prompts_per_step"
+"""The one knob that is no key of the configuration: distinct prompts an optimizer step."""
+
+
+class Knob(NamedTuple):
+    """One row.
+
+    Attributes:
+        key: Key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`).
+        kind: `exact` or `learning`; see `kind_of` for the knob that can be either.
+        why: What turning it does to a step.
+        own: The user's own value, TRL's default where it is left out.
+        values: Values tried when the user names none, the own first; empty where the knob does not apply.
+        rule: What stands in the way of a value.
+        searched: Whether it is searched without being named in `search.knobs`.
+    """
+
+    key: str
+    kind: Kind
+    why: str
+    own: Callable[[RunConfig], Any]
+    values: Callable[[Given], tuple[Any, ...]]
+    rule: rules.Rule = rules.no_rule
+    searched: bool = False
+
+
+def _grpo(name: str, config: RunConfig) -> Any:
+    return config.grpo[name] if name in config.grpo else grpo_keys()[name].default_value()
+
+
+def _vllm(name: str, default: Any, config: RunConfig) -> Any:
+    given = getattr(config.vllm, name)
+    return default if given is None else given
+
+
+def _rank(config: RunConfig) -> Any:
+    return (config.peft or {}).get("r", peft_keys()["r"].default_value())
+
+
+def _prompts(config: RunConfig) -> int | None:
+    whole, rest = divmod(config.batch.completions_per_step, config.batch.num_generations)
+    return None if rest else whole
+
+
+def _key(
+    key: str,
+    kind: Kind,
+    why: str,
+    find: Callable[..., tuple[Any, ...]],
+    *,
+    rule: rules.Rule = rules.no_rule,
+    searched: bool = False,
+    own: Callable[[RunConfig], Any] | None = None,
+) -> Knob:
+    """A row whose values are found around the user's own."""
+    read = own or partial(_grpo, key.removeprefix("grpo."))
+    return Knob(key, kind, why, read, lambda given: find(given, read(given.config)), rule, searched)
+
+
+TABLE: tuple[Knob, ...] = (
+    Knob(
+        "data.image_size",
+        "learning",
+        "an image's tokens go with the square of its longest side",
+        lambda config: config.data.image_size,
+        values.image_sizes,
+        rules.image_rule,
+        searched=True,
+    ),
+    Knob(
+        "grpo.num_generations",
+        "learning",
+        "the size of a group, at the same completions a step",
+        lambda config: config.batch.num_generations,
+        values.group_sizes,
+        searched=True,
+    ),
+    Knob(
+        "grpo.per_device_train_batch_size",
+        "exact",
+        "fewer, larger calls; accumulation follows, so that a step trains on the same completions",
+        lambda config: config.batch.micro_batch,
+        values.micro_batches,
+        searched=True,
+    ),
+    _key(
+        "vllm.gpu_memory_utilization",
+        "exact",
+        "memory for the engine's keys and values, taken from the trainer",
+        values.memory_shares,
+        rule=rules.memory_share_rule,
+        searched=True,
+        own=partial(_vllm, "gpu_memory_utilization", 0.3),
+    ),
+    _key(
+        "grpo.gradient_checkpointing",
+        "exact",
+        "activations are kept instead of computed twice",
+        lambda given, own: values.switch(own),
+        searched=True,
+    ),
+    Knob(
+        "model.attn_implementation",
+        "exact",
+        "the kernel that computes attention",
+        lambda config: config.model.attn_implementation,
+        values.kernels,
+        rules.kernel_rule,
+        searched=True,
+    ),
+    _key(
+        "vllm.enable_sleep_mode",
+        "exact",
+        "the engine gives its memory back while weights are trained, for the time of falling asleep and waking",
+        values.sleep_modes,
+        rule=rules.colocate_rule,
+        searched=True,
+        own=partial(_vllm, "enable_sleep_mode", False),
+    ),
+    _key(
+        "vllm.tensor_parallel_size",
+        "exact",
+        "GPUs that share one engine",
+        values.tensor_parallel_sizes,
+        rule=rules.tensor_parallel_rule,
+        searched=True,
+        own=partial(_vllm, "tensor_parallel_size", 1),
+    ),
+    Knob(
+        "grpo.use_vllm",
+        "learning",
+        "another engine samples, and TRL weighs its samples by how far its log-probs are off",
+        lambda config: config.use_vllm,
+        values.engines,
+        rules.engine_rule,
+        searched=True,
+    ),
+    _key(
+        "grpo.dataloader_num_workers",
+        "exact",
+        "rows are read and images decoded beside the step",
+        values.workers,
+        rule=rules.worker_rule,
+        searched=True,
+    ),
+    _key(
+        "grpo.torch_compile",
+        "exact",
+        "fewer kernels a step, for a compilation at the start and at every new shape",
+        values.compiling,
+        rule=rules.compile_rule,
+        searched=True,
+    ),
+    Knob(
+        "speedups",
+        "exact",
+        "work that TRL does twice is done once",
+        lambda config: getattr(config, "speedups", None),
+        lambda given: (
+            values.speed_ups(given, getattr(given.config, "speedups", None))
+            if "speedups" in RunConfig.model_fields
+            else ()
+        ),
+        searched=True,
+    ),
+    _key("grpo.max_completion_length", "learning", "the longest answer allowed", values.completion_lengths),
+    _key("grpo.beta", "learning", "without a KL term no reference pass is made", values.betas),
+    _key("peft.r", "learning", "the adapter's rank", values.ranks, rule=rules.adapter_rule, own=_rank),
+    Knob(
+        "grpo.steps_per_generation",
+        "learning",
+        "completions generated at a time, in the user's own micro steps; the later ones are from an older policy",
+        lambda config: config.batch.steps_per_generation,
+        values.steps_per_generation,
+    ),
+    _key("grpo.num_iterations", "learning", "times a completion is trained on", values.iterations),
+    _key(
+        "model.load_in_4bit",
+        "learning",
+        "base weights in 4 bits: less memory, more arithmetic",
+        values.precisions,
+        rule=rules.four_bit_rule,
+        own=lambda config: config.model.load_in_4bit,
+    ),
+    Knob(
+        PROMPTS,
+        "learning",
+        "distinct prompts an optimizer step; accumulation follows",
+        _prompts,
+        values.prompts_per_step,
+    ),
+)
+
+BY_KEY = {row.key: row for row in TABLE}
+
+
+def knob(key: str) -> Knob:
+    """The row of a key.
+
+    Raises:
+        ConfigError: There is none; names the nearest.
+    """
+    if key in BY_KEY:
+        return BY_KEY[key]
+    near = nearest(key)
+    raise ConfigError(
+        "this knob does not exist",
+        where=key,
+        fix=f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}.",
+    )
+
+
+def nearest(key: str) -> str | None:
+    """The known knob that was probably meant: the same last name in another section, else a similar one."""
+    import difflib
+
+    last = {known.rpartition(".")[2]: known for known in BY_KEY}
+    name = key.rpartition(".")[2]
+    if name in last:
+        return last[name]
+    for words, choices in ((key, {known: known for known in BY_KEY}), (name, last)):
+        found = difflib.get_close_matches(words, choices, n=1)
+        if found:
+            return choices[found[0]]
+    return None
