@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, Status, TrialOutcome, TrialSpec
+from grpo_autotune.search.trial import HEARTBEAT_FILE, LOG_FILE, OUTCOME_FILE, Status, TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import CANNOT_WRITE_EXIT
 
 OWN_FAULT = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -63,7 +63,7 @@ def read_outcome(folder: Path, spec: TrialSpec, ending: Ending) -> TrialOutcome:
 
 def clear(folder: Path) -> None:
     """Take away what an earlier run of the trial left, so that nothing old is read as new."""
-    for name in (OUTCOME_FILE, "outcome.rank*.json", "heartbeat", "turn", "spans*.jsonl"):
+    for name in (OUTCOME_FILE, "outcome.rank*.json", HEARTBEAT_FILE, LOG_FILE, "turn", "spans*.jsonl"):
         for path in folder.glob(name):
             path.unlink()
 

@@ -14,7 +14,8 @@ from grpo_autotune.search.lengths import FixedLengths
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.rewards import measure_rewards
 from grpo_autotune.search.trial import PromptReward, TrialSpec
-from grpo_autotune.search.turns import Turns
+from grpo_autotune.search.turn_file import in_turns
+from grpo_autotune.search.turns import WITHOUT_END, Turns
 from grpo_autotune.search.worst_case import keep_worst_rows
 from grpo_autotune.train.stopping import StopAfter
 
@@ -61,9 +62,10 @@ def _measure_steps(
         lengths, warmup = [trainer.max_completion_length], max(1, spec.warmup)  # the first step makes the moments
     fixed = FixedLengths(trainer, lengths, trainer.args.seed) if lengths else None
     probe = Probe(trainer, startup=startup, out_dir=folder)
-    probe.warmup = _whole_cycles(warmup, probe.cycle)
-    total = probe.warmup + _whole_cycles(spec.steps, probe.cycle)
-    turns = Turns(trainer, folder, probe, pulse)
+    probe.warmup = _whole_cycles(max(1, warmup) if in_turns(folder) else warmup, probe.cycle)
+    block = _whole_cycles(spec.steps, probe.cycle)
+    turns = Turns(trainer, folder, probe, pulse, block) if in_turns(folder) else None
+    total = WITHOUT_END if turns else probe.warmup + block
     outlast(trainer, total)
     stop = StopAfter(total, lambda done: setattr(pulse, "step", done))
     trainer.add_callback(stop)
@@ -75,8 +77,9 @@ def _measure_steps(
     finally:
         probe.recorder.edge = None
         trainer.remove_callback(stop)
-        turns.remove()
         probe.detach()
+        if turns is not None:
+            turns.remove()
         if fixed is not None:
             fixed.remove()
     record = probe.record()

@@ -94,10 +94,10 @@ class GuardedWorker:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has killed for memory so far: in this cgroup, or in the system where that is unknown."""
-    for path, key in _counters():
+    """Processes that the kernel has killed for memory so far: in this cgroup, or in the system if that is unknown."""
+    for path in _counters():
         try:
-            found = re.search(rf"^{key} (\d+)$", path.read_text(), re.MULTILINE)
+            found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
         except OSError:
             continue
         if found is not None:
@@ -105,20 +105,16 @@ def oom_kills() -> int:
     return 0
 
 
-def _counters() -> list[tuple[Path, str]]:
+def _counters() -> list[Path]:
     """Where the kernel counts them: cgroup v2's `memory.events`, v1's `memory.oom_control`, and `/proc/vmstat`."""
     try:
         rows = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    found = [
-        (Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events", "oom_kill") for _, of, path in rows if not of
-    ]
     v1 = Path("/sys/fs/cgroup/memory")
-    found += [
-        (v1 / path.lstrip("/") / "memory.oom_control", "oom_kill") for _, of, path in rows if "memory" in of.split(",")
-    ]
-    return [*found, (Path("/proc/vmstat"), "oom_kill")]
+    found = [v1.parent / path.lstrip("/") / "memory.events" for _, of, path in rows if not of]
+    found += [v1 / path.lstrip("/") / "memory.oom_control" for _, of, path in rows if "memory" in of.split(",")]
+    return [*found, Path("/proc/vmstat")]
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -1,47 +1,30 @@
-"""The parent of trials: it starts a worker, watches three facts, kills what it started, and names every ending.
-
-The facts are the outcome file, the exit code and the age of the heartbeat. The runner's own clock measures all ages; a
-jump of it counts as one look.
-"""
+"""The parent of trials: it gives each to a worker, kills what it started when it must, and names every ending."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
-from grpo_autotune.search.endings import Ending, clear, ending_of_exit, read_outcome
+from grpo_autotune.search.attempt import LOOK_S, Attempt, Seen, Watch, prepare_folder
+from grpo_autotune.search.endings import ending_of_exit, read_outcome
 from grpo_autotune.search.processes import GuardedWorker, Worker, oom_kills
-from grpo_autotune.search.pulse import PulseReader
-from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, Progress, TrialOutcome, TrialSpec
+from grpo_autotune.search.race import Race, fits_together, one_after_another
+from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import write_whole
 
-LOOK_S = 0.02
-JUMP_S = 10.0
-"""More than this between two looks is a clock that jumped, or a machine that slept."""
-
-Watch = Callable[[Progress], None]
 Spawn = Callable[[Path, Path, int], Worker]
 
-
-class Stopwatch:
-    """Seconds since construction by a clock that may jump either way."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._last = clock()
-        self.seconds = 0.0
-
-    def look(self) -> float:
-        """Seconds so far."""
-        now = self._clock()
-        passed = now - self._last
-        self._last = now
-        self.seconds += passed if 0.0 <= passed <= JUMP_S else 0.0
-        return self.seconds
+ENGINE_SIZES = (
+    "per_device_train_batch_size",
+    "steps_per_generation",
+    "generation_batch_size",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+)
+"""`grpo` keys that TRL sizes a colocated engine by."""
 
 
 class Runner(AbstractContextManager["Runner"]):
@@ -66,7 +49,7 @@ class Runner(AbstractContextManager["Runner"]):
     ) -> None:
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
         self._worker: Worker | None = None
-        self._key = ""
+        self._key: str | None = None
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is.
@@ -82,20 +65,57 @@ class Runner(AbstractContextManager["Runner"]):
             OSError: The run folder cannot be written.
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone.
         """
-        folder = prepare_folder(self._run_dir, spec)
-        stopwatch, kills = Stopwatch(self._clock), oom_kills()
+        folder, kills = prepare_folder(self._run_dir, spec), oom_kills()
         try:
-            seen = self._run(spec, folder, stopwatch, watch or (lambda progress: None))
-            ending = ending_of_exit(seen.code, oom_kills() > kills) if seen.code is not None else seen.ending
-            outcome = read_outcome(folder, spec, ending)
-            if outcome.status != "ok" or not self._warm or worker_key(spec) is None:
+            attempt, warm = self._give(spec, folder, watch)
+            seen = self._until_seen(attempt)
+            if warm and not seen.heard:  # the worker ended before it took the trial up
+                self.close()
+                attempt, _ = self._give(spec, folder, watch)
+                seen = self._until_seen(attempt)
+            if seen.ending.status is not None:
+                self.close()
+            outcome = self._outcome(attempt, seen, kills)
+            if outcome.status != "ok" or self._key is None or not self._warm:
                 self.close()
         except BaseException:
             self.close()
             raise
-        outcome = outcome.model_copy(update={"elapsed_s": stopwatch.look(), "startup_s": seen.startup_s})
-        write_whole(folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
         return outcome
+
+    def race(
+        self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float, watch: Watch | None = None
+    ) -> list[TrialOutcome]:
+        """Measure trials against each other: all alive at once, one running at a time, blocks in the order ABBA.
+
+        A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing. Where
+        memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
+        notes say so.
+
+        Args:
+            specs: The trials; they should see the same prompts.
+            rounds: Blocks that each gets at most.
+            deadline_s: Seconds for the whole race; a round that would not end in time is not begun.
+            watch: As in `run`.
+
+        Returns:
+            An outcome for each, in the order of `specs`; `step_s` holds the mean of each round, and all that went well
+            have as many rounds.
+
+        Raises:
+            As `run`.
+        """
+        kills = oom_kills()
+        if fits_together(specs):
+            with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
+                outcomes = [self._outcome(attempt, seen, kills) for attempt, seen in race.run(rounds, deadline_s)]
+                key = worker_key(specs[0])
+                if outcomes[0].status == "ok" and self._warm and key is not None:
+                    self._worker, self._key = race.keep(0), key
+            if not race.began_without_memory(outcomes):
+                return race.by_round(outcomes)
+            deadline_s -= race.elapsed_s
+        return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
     def close(self) -> None:
         """End the worker and all it started, and wait until they are gone."""
@@ -106,68 +126,40 @@ class Runner(AbstractContextManager["Runner"]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _run(self, spec: TrialSpec, folder: Path, stopwatch: Stopwatch, watch: Watch) -> Seen:
-        if self._take(spec, folder):
-            seen = self._watch(spec, folder, stopwatch, watch)
-            if seen.heard:
-                return seen
-            self.close()  # it ended before it took the trial up
-            self._take(spec, folder)
-        return self._watch(spec, folder, stopwatch, watch)
-
-    def _take(self, spec: TrialSpec, folder: Path) -> bool:
+    def _give(self, spec: TrialSpec, folder: Path, watch: Watch | None) -> tuple[Attempt, bool]:
         """Give the trial to the worker there is, or to a new one; whether it is a warm one."""
+        before = self._worker
+        self._worker = self._start(spec, folder)
+        self._key = worker_key(spec)
+        return Attempt(self._worker, spec, folder, self._clock, watch or ignore), self._worker is before
+
+    def _start(self, spec: TrialSpec, folder: Path) -> Worker:
+        """A worker that has the order to run the trial: the one there is, which then is ours no more, or a new one."""
         key = worker_key(spec)
-        if self._worker is not None and key is not None and key == self._key and self._worker.order(folder):
-            return True
-        self.close()
-        self._worker = self._spawn(folder, folder / LOG_FILE, spec.world_size)
-        self._key = key or ""
-        self._worker.order(folder)
-        return False
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            if key is not None and key == self._key and worker.order(folder):
+                return worker
+            worker.end()
+        worker = self._spawn(folder, folder / LOG_FILE, spec.world_size)
+        worker.order(folder)
+        return worker
 
-    def _watch(self, spec: TrialSpec, folder: Path, stopwatch: Stopwatch, watch: Watch) -> Seen:
-        """Look until the trial ends or must be ended."""
-        assert self._worker is not None
-        pulse, moved_s, startup_s = PulseReader(folder), stopwatch.look(), None
-        while True:
-            code = self._worker.poll()
-            now_s = stopwatch.look()
-            if pulse.moved():
-                moved_s = now_s
-                startup_s = now_s if startup_s is None and pulse.began else startup_s
-                watch(pulse.progress)
-            if (folder / OUTCOME_FILE).exists() and (spec.world_size == 1 or code is not None):
-                return Seen(startup_s)
-            if code is not None:
-                return Seen(startup_s, code=code, heard=pulse.seen)
-            overdue = _overdue(spec, pulse, now_s, now_s - moved_s)
-            if overdue is not None:
-                self.close()
-                return Seen(startup_s, overdue)
+    def _until_seen(self, attempt: Attempt) -> Seen:
+        while (seen := attempt.look()) is None:
             self._wait(LOOK_S)
+        return seen
+
+    def _outcome(self, attempt: Attempt, seen: Seen, kills: int) -> TrialOutcome:
+        ending = ending_of_exit(seen.code, oom_kills() > kills) if seen.code is not None else seen.ending
+        found = read_outcome(attempt.folder, attempt.spec, ending)
+        outcome = found.model_copy(update={"elapsed_s": attempt.elapsed_s, "startup_s": attempt.startup_s})
+        write_whole(attempt.folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
+        return outcome
 
 
-class Seen(NamedTuple):
-    """What the parent saw of a trial: seconds until its first step, and how it went if no outcome lies there."""
-
-    startup_s: float | None
-    ending: Ending = Ending()
-    code: int | None = None
-    heard: bool = True
-
-
-def prepare_folder(run_dir: Path, spec: TrialSpec) -> Path:
-    """Make the trial's folder, and put the spec into it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    folder = run_dir / "trials" / f"{spec.number:04d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    write_whole(folder / SPEC_FILE, spec.model_dump_json(indent=1))
-    return folder
+def ignore(progress: object) -> None:
+    """A watch that looks away."""
 
 
 def worker_key(spec: TrialSpec) -> str | None:
@@ -180,25 +172,6 @@ def worker_key(spec: TrialSpec) -> str | None:
         return None
     model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})
     if not grpo.get("use_vllm"):
-        model = {name: model.get(name) for name in ("name_or_path", "random_init", "revision", "trust_remote_code")}
-        return json.dumps(model, sort_keys=True)
-    sizes = {name: grpo.get(name) for name in _ENGINE_SIZES}
+        return json.dumps({name: model.get(name) for name in ("name_or_path", "random_init", "revision")})
+    sizes = {name: grpo.get(name) for name in ENGINE_SIZES}
     return json.dumps([model, spec.config.get("vllm"), sizes], sort_keys=True, default=str)
-
-
-_ENGINE_SIZES = (
-    "per_device_train_batch_size",
-    "steps_per_generation",
-    "generation_batch_size",
-    "gradient_accumulation_steps",
-    "max_completion_length",
-)
-
-
-def _overdue(spec: TrialSpec, pulse: PulseReader, now_s: float, silent_s: float) -> Ending | None:
-    stage = pulse.progress.stage
-    if now_s > spec.limit_s:
-        return Ending("timeout", f"over its limit of {spec.limit_s:g} s, in {stage}")
-    if pulse.began and silent_s > spec.hang_s:
-        return Ending("hang", f"no sign of life for {spec.hang_s:g} s, in {stage}")
-    return None

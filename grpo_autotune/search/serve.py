@@ -1,7 +1,7 @@
 """One trial in this process, from its spec to its outcome: the worker's boundary, where every error becomes a status.
 
-After it the process is as a new one would be: no trainer, memory given back, and before the next trial the random stream
-set by that trial's own seed, so that a warm worker trains as a fresh one does.
+After it the process is as a new one would be: no trainer, memory given back, and before the next trial the random
+stream set by that trial's own seed, so that a warm worker trains as a fresh one does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grpo_autotune.search.measure import Measured, measure
 from grpo_autotune.search.memory import MemoryMeter, available_bytes, in_use, release
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle memory, no trial's
 from grpo_autotune.train.trials import quiet_trainer
 
 LEFT_OVER = 0.25

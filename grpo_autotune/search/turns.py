@@ -1,12 +1,10 @@
-"""Trials that take turns: each goes on only to the step it was last allowed, and waits outside its own steps' time.
+"""Trials that take turns: each runs only as many blocks as it was allowed, and waits outside its own steps' time.
 
-The parent writes the number of optimizer steps that a trial may have done (or the word to stop) into the file `turn` of
-its folder; the child looks there after each step. A waiting child holds its memory and leaves the processor alone.
+A waiting child holds its memory and leaves the processor alone.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +15,11 @@ from transformers import TrainerCallback
 from grpo_autotune.seams.layers import Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.search.pulse import Pulse
+from grpo_autotune.search.turn_file import WAITING, allowed
 
-TURN_FILE = "turn"
-STOP = "stop"
-WAITING = "waiting for its turn"
 LOOK_S = 0.01
-
-
-def allow(folder: Path, steps: int | None) -> None:
-    """Let the trial in `folder` go on until it has done `steps` steps in all; None ends it."""
-    part = folder / f"{TURN_FILE}.part"
-    part.write_text(STOP if steps is None else str(steps))
-    part.replace(folder / TURN_FILE)
+WITHOUT_END = 1_000_000
+"""Optimizer steps that no race reaches."""
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
@@ -36,21 +27,26 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 
     Args:
         trainer: The trainer.
-        folder: The trial's folder; without a `turn` file there when training begins, the trial goes through at once.
+        folder: The trial's folder.
         probe: Its probe; a step's time begins anew after a wait.
-        pulse: The heartbeat, which tells the parent that a block is done.
+        pulse: The heartbeat, which tells the parent how many blocks are done.
+        block: Optimizer steps of a block.
+        wait: Sleeps.
     """
 
     def __init__(
-        self, trainer: Any, folder: Path, probe: Any, pulse: Pulse, wait: Callable[[float], None] = time.sleep
-    ):
-        self._trainer, self._path, self._probe, self._pulse, self._wait = (
-            trainer, folder / TURN_FILE, probe, pulse, wait,
-        )  # fmt: skip
+        self,
+        trainer: Any,
+        folder: Path,
+        probe: Any,
+        pulse: Pulse,
+        block: int,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._trainer, self._folder, self._probe, self._pulse = trainer, folder, probe, pulse
+        self._block, self._wait = block, wait
         self._handles: list[Handle] = []
         self._first = self._last = 0
-        if not self._path.exists():
-            return
         slot = slot_of(trainer, find("log_save_evaluate"))
         if slot is not None:
             self._handles.append(wrap(slot, self._after_step))
@@ -60,9 +56,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         """Leave the trainer as it was."""
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            self._trainer.remove_callback(self)
-        self._handles = []
+        self._trainer.remove_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first = self._last = state.global_step
@@ -76,27 +70,28 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         return found
 
     def _hold(self) -> None:
-        """Wait until the next step is allowed; then the step begins."""
-        waited = False
-        while True:
-            allowed = self._path.read_text()
-            if allowed == STOP:
-                self._trainer.control.should_training_stop = True
-                break
-            if int(allowed) > self._last - self._first:
-                break
-            if not waited:
-                self._drain()
-                self._pulse.beat(WAITING)
-                waited = True
+        """At a block's end, wait until the next is allowed; then its first step begins."""
+        done = self._last - self._first
+        beyond, within = divmod(done - self._probe.warmup, self._block)
+        if done and (beyond < 0 or within):
+            self._stop_if_told()
+            return
+        blocks = beyond + 1 if done else 0
+        self._drain()
+        self._pulse.beat(f"{WAITING}{blocks}")
+        while (limit := allowed(self._folder)) is not None and limit <= blocks:
             self._wait(LOOK_S)
-        if waited:
-            self._probe.recorder.open_root()
+        self._stop_if_told()
+        self._pulse.beat("step")
+        self._probe.recorder.open_root()
+
+    def _stop_if_told(self) -> None:
+        if allowed(self._folder) is None:
+            self._trainer.control.should_training_stop = True
 
     def _drain(self) -> None:
-        """Let the device finish: what this trial has still queued must not run in another's turn."""
+        """Let the device finish: what this trial has queued must not run in another's turn."""
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        os.sched_yield()
