@@ -1,0 +1,83 @@
+"""Rows of a TRL batch: some of them taken out, and the padding that no row of a micro batch needs cut off.
+
+Legend: B rows, P prompt columns (padded on the left), C completion columns (padded on the right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+Batch = dict[str, Any]
+
+PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+BOTH_KEYS = ("token_type_ids", "mm_token_type_ids")
+COMPLETION_KEYS = (
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "advantages",
+)
+
+
+def take(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch made of `rows` alone, images included; single numbers of the whole generation stay as they are."""
+    parts = split_pixel_values_by_grid(batch)
+    taken = {key: _rows_of(value, rows) for key, value in parts.items()}
+    whole: Batch = unsplit_pixel_values_by_grid(taken)
+    return whole
+
+
+def _rows_of(value: Any, rows: Sequence[int]) -> Any:
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    if value is None or value.ndim == 0:
+        return value
+    return value[list(rows)]
+
+
+def lengths(batch: Batch) -> Any:
+    """Prompt and completion tokens of each row together, shape (B,)."""
+    return batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
+
+
+def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> Batch:
+    """Cut off the columns that are padding in every row.
+
+    Args:
+        batch: Tensors of a micro batch.
+        multiple: P and C stay multiples of this (`pad_to_multiple_of`).
+        prompts: Whether the prompts' padding may go as well: not where positions are absolute.
+    """
+    width_P, width_C = batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
+    keep_P = _longest(batch["prompt_mask"], multiple) if prompts else width_P
+    keep_C = _longest(batch["completion_mask"].flip(1), multiple)
+    if keep_P == width_P and keep_C == width_C:
+        return batch
+    found = dict(batch)
+    for key in PROMPT_KEYS:
+        found[key] = batch[key][:, width_P - keep_P :]
+    for key in COMPLETION_KEYS:
+        value = batch.get(key)
+        if value is not None and value.ndim == 2 and value.shape[1] == width_C:
+            found[key] = value[:, :keep_C]
+    for key in BOTH_KEYS:
+        if batch.get(key) is not None:
+            found[key] = batch[key][:, width_P - keep_P : width_P + keep_C]
+    return found
+
+
+def _longest(mask_left_padded: Any, multiple: int | None) -> int:
+    """Columns from the first one that some row uses to the end, at least one."""
+    used = mask_left_padded.any(dim=0).int()
+    width = int(used.numel())
+    longest = max(1, width - int(used.argmax())) if bool(used.any()) else 1
+    if multiple:
+        longest = -(-longest // multiple) * multiple
+    return min(width, longest)

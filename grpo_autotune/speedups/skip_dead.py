@@ -1,0 +1,180 @@
+"""Rows that teach nothing are left out of the training pass; every denominator stays that of the whole micro batch.
+
+With `beta = 0` and neither an entropy bonus nor a router loss, a row's loss is a product with its advantage: a row of
+zero advantage, or whose completion is masked as a whole, adds nothing to loss or gradient. Whether a group is dead is
+decided by its rewards' spread (max - min, at most `SPREAD`): a mean of equal float32 rewards is off by 1e-8, which TRL
+divides by 1e-4 and trains on. One row is always kept, since every rank must run one wrapped forward a micro step.
+
+TRL's metrics of the loss then speak of the rows that are left, so they are logged as `living/<name>`.
+
+Legend: B rows of this process, N rows of all processes, G generations a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, wrap
+from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.dropout import active_dropout
+from grpo_autotune.speedups.rows import Batch, lengths, take
+
+SPREAD = 1e-6
+"""Largest max - min of a group's weighted rewards that counts as none, relative to the largest of them (at least 1)."""
+
+KEY = "living"
+
+ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
+"""Losses that TRL divides by the rows of the micro batch."""
+
+TOKEN_MEANS = ("bnpo",)
+"""Losses that it divides by the tokens of the micro batch."""
+
+WHOLE_MEANS = ("dapo", "cispo", "vespo")
+"""Losses that it divides by the tokens of the whole generation batch, which travel in the batch."""
+
+
+class SkipDead:
+    """The speed-up."""
+
+    name = "skip_dead"
+    summary = "completions without a gradient are left out of the training pass"
+
+    def applies(self, trainer: Any) -> str | None:
+        """None where a zero advantage means a zero gradient."""
+        if trainer.beta != 0.0:
+            return f"grpo.beta is {trainer.beta:g}: the KL term gives every completion a gradient"
+        if trainer._entropy_bonus_enabled:
+            return "grpo.entropy_coef or grpo.use_adaptive_entropy gives every completion a gradient"
+        if trainer.aux_loss_enabled:
+            return "grpo.router_aux_loss_coef gives every completion a gradient"
+        if trainer.top_entropy_quantile < 1.0:
+            return "grpo.top_entropy_quantile takes its threshold from all completions"
+        if trainer.multi_objective_aggregation != "sum_then_normalize":
+            return "grpo.multi_objective_aggregation couples the advantages of all groups"
+        if trainer.loss_type not in (*ROW_MEANS, *TOKEN_MEANS, *WHOLE_MEANS):
+            return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
+        dropout = active_dropout(trainer.model)
+        return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
+
+    def install(self, trainer: Any) -> Installed:
+        """Put layers on the rewards, the generation batch and the loss."""
+        installed = _Skipping(self.name, trainer)
+        for key, layer in (("rewards", installed.rewards), ("score", installed.score), ("loss", installed.loss)):
+            slot = slot_of(trainer, find(key))
+            if slot is not None:
+                installed.handles.append(wrap(slot, layer, INNER))
+        return installed
+
+
+def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
+    """Which completions have a reward, in a group whose rewards differ; boolean, shape (N,).
+
+    Args:
+        rewards: One column a reward function, shape (N, functions); NaN where it has none.
+        weights: Of the functions.
+        group: G.
+    """
+    scored_NG = ~torch.isnan(rewards).all(dim=1).view(-1, group)
+    total_NG = (rewards * weights.to(rewards.device)).nansum(dim=1).view(-1, group)
+    highest = total_NG.masked_fill(~scored_NG, -torch.inf).amax(dim=1)
+    lowest = total_NG.masked_fill(~scored_NG, torch.inf).amin(dim=1)
+    largest = torch.maximum(highest.abs(), lowest.abs()).clamp(min=1.0)
+    lives = highest - lowest > SPREAD * largest
+    return (lives[:, None] & scored_NG).flatten()
+
+
+class _Skipping(Installed):
+    """Layers of one trainer, and what they left out."""
+
+    def __init__(self, name: str, trainer: Any) -> None:
+        super().__init__(name)
+        self.trainer = trainer
+        self._living_B: torch.Tensor | None = None
+        self._rows = self._skipped = 0
+
+    def facts(self) -> dict[str, float]:
+        """Rows that came to the training pass, and how many of them were left out."""
+        return {"rows": float(self._rows), "skipped_rows": float(self._skipped)}
+
+    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        """Learn which groups have a spread; rewards come from all processes, in their order."""
+        rewards = call_next(inputs, prompts, *args, **kwargs)
+        trainer = self.trainer
+        if trainer.model.training:
+            living_N = living_rows(rewards, trainer.reward_weights, trainer.num_generations)
+            first = trainer.accelerator.process_index * len(prompts)
+            self._living_B = living_N[first : first + len(prompts)]
+        return rewards
+
+    def score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Let the batch carry it through TRL's shuffle and split."""
+        self._living_B = None
+        output = call_next(*args, **kwargs)
+        return output if self._living_B is None else {**output, KEY: self._living_B}
+
+    def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """The micro batch's loss, computed on the rows that have one."""
+        if self.fell_back or not self.trainer.model.training:
+            return call_next(model, inputs, *args, **kwargs)
+        kept = _gradient_rows(inputs).nonzero().flatten().tolist()
+        rows = len(inputs["completion_ids"])
+        self._rows += rows
+        self._skipped += rows - len(kept)
+        with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
+            if len(kept) == rows:
+                return call_next(model, inputs, *args, **kwargs)
+            part = take(inputs, kept or [int(lengths(inputs).argmin())])
+            if not kept:
+                part["advantages"] = torch.zeros_like(part["advantages"])
+            share = _share(self.trainer.loss_type, part, inputs)
+            return call_next(model, part, *args, **kwargs) * share
+
+
+def _gradient_rows(batch: Batch) -> torch.Tensor:
+    """Which rows of a micro batch have a gradient; boolean, shape (B,)."""
+    advantages = batch["advantages"]
+    found = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
+    if KEY in batch:
+        found = found & batch[KEY]
+    alive: torch.Tensor = found & _loss_mask(batch).any(dim=1)
+    return alive
+
+
+def _loss_mask(batch: Batch) -> torch.Tensor:
+    mask: torch.Tensor = batch["completion_mask"]
+    return mask if "tool_mask" not in batch else mask * batch["tool_mask"]
+
+
+def _share(loss_type: str, part: Batch, whole: Batch) -> float | torch.Tensor:
+    """What turns the loss of `part` into that of `whole`: the quotient of what TRL divides the two by."""
+    if loss_type in WHOLE_MEANS:
+        return 1.0
+    if loss_type in ROW_MEANS:
+        return len(part["completion_ids"]) / len(whole["completion_ids"])
+    return _loss_mask(part).sum().clamp(min=1.0) / _loss_mask(whole).sum().clamp(min=1.0)
+
+
+class _Relabelled:
+    """Inside it, what TRL adds to its metrics is filed under `living/`, beside the share of rows it was taken over."""
+
+    def __init__(self, metrics: Any, share: float) -> None:
+        self._metrics, self._share = metrics, share
+        self._before: Mapping[str, int] = {}
+
+    def __enter__(self) -> None:
+        self._before = {name: len(values) for name, values in self._metrics.items()}
+
+    def __exit__(self, *error: object) -> None:
+        for name in list(self._metrics):
+            values, before = self._metrics[name], self._before.get(name, 0)
+            if len(values) > before:
+                self._metrics[f"{KEY}/{name}"].extend(values[before:])
+                del values[before:]
+                if not values:
+                    del self._metrics[name]
+        self._metrics[f"{KEY}/share"].append(self._share)
