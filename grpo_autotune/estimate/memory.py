@@ -76,7 +76,7 @@ class Memory:
         weights: The model, its adapters, and the reference model where there is one.
         moments: Optimizer state, from the first step on.
         gradients: Of what is trained.
-        activations: What one training pass keeps for its backward pass, with the layer under way.
+        activations: What one training pass keeps for its backward pass, with the gradients of the layer under way.
         forward: Largest intermediate of a pass without gradients.
         head: The tile of logits in training.
         pixels: The image processor's output for a generation.
@@ -132,7 +132,8 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
         weights=weights * (2 if sizes.reference_model else 1) + _adapters(training) * training.trainable_bytes,
         moments=training.trainable * sizes.moments_bytes,
         gradients=training.trainable * training.trainable_bytes,
-        activations=activation_bytes(shape, micro, training, eager=sizes.eager),
+        activations=activation_bytes(shape, micro, training, eager=sizes.eager)
+        + largest_intermediate(shape, micro, training, eager=sizes.eager),
         forward=largest_intermediate(shape, micro, training, eager=sizes.eager),
         head=head_bytes(shape, _scored(facts, sizes), training, fused=sizes.fused),
         pixels=PIXEL_COPIES * _pixel_bytes(shape.vision, prompts),

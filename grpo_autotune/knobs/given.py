@@ -74,14 +74,14 @@ def model_config(config: RunConfig) -> Mapping[str, Any]:
             return architecture(section.random_init).config
         except ConfigError:
             return {}
-    return _stored_config(str(section.name_or_path), section.revision)
+    return _stored(str(section.name_or_path), section.revision, "config.json")
 
 
 @lru_cache(maxsize=16)
-def _stored_config(name: str, revision: str | None) -> Mapping[str, Any]:
-    path: Path | None = Path(name).expanduser() / "config.json"
+def _stored(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
+    path: Path | None = Path(name).expanduser() / file
     if path is not None and not path.is_file():
-        path = _cached(name, revision) if name.count("/") <= 1 and name not in names("model") else None
+        path = _cached(name, revision, file) if name.count("/") <= 1 and name not in names("model") else None
     if path is None:
         return {}
     try:
@@ -91,12 +91,26 @@ def _stored_config(name: str, revision: str | None) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def _cached(name: str, revision: str | None, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
+    """Least and most pixels that the image processor leaves an image, where its file is in a folder or in the hub's
+    cache: smaller images are enlarged, larger ones shrunk."""
+    name, revision = str(config.model.name_or_path), config.model.revision
+    whole = _stored(name, revision, "processor_config.json").get("image_processor") or {}
+    found = whole or _stored(name, revision, "preprocessor_config.json")
+    size = found.get("size") or {}
+    least, most = (
+        found.get("min_pixels") or size.get("shortest_edge"),
+        found.get("max_pixels") or size.get("longest_edge"),
+    )
+    return (int(least), int(most)) if least and most else None

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,27 @@ TERM_SPREAD = 0.08
 
 TERM_REACH = 1.5
 """Doublings of a number after which what was learnt about it no longer holds."""
+
+
+class Solved(NamedTuple):
+    """Coefficients in units of their first guess, and their covariance with the bound at zero left aside."""
+
+    coefficients: Floats
+    scatter: Floats
+
+
+def solve(rows: Floats, spreads: Floats, noise: float) -> Solved:
+    """Non-negative coefficients x with rows @ x near 1 and x near 1.
+
+    Args:
+        rows: An observation a row: each feature's share of what was measured, at the first guess.
+        spreads: Standard deviation of each coefficient around 1.
+        noise: Relative standard deviation of an observation.
+    """
+    system = np.vstack([rows / noise, np.diag(1.0 / spreads)])
+    target = np.concatenate([np.full(len(rows), 1.0 / noise), 1.0 / spreads])
+    found, _ = nnls(system, target)
+    return Solved(found, np.asarray(np.linalg.inv(system.T @ system), dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -80,22 +102,15 @@ class Fit:
     @cached_property
     def coefficients(self) -> dict[str, float]:
         """Non-negative coefficients; a feature that no observation has keeps its first guess."""
-        names = self.names
-        guess = np.array([self.prior[name] for name in names])
-        rows = np.array([[one.features.get(name, 0.0) / one.seconds for name in names] for one in self.seen]) * guess
-        system = np.vstack([rows / NOISE, np.eye(len(names)) / PRIOR_SPREAD])
-        target = np.concatenate([np.full(len(self.seen), 1.0 / NOISE), np.full(len(names), 1.0 / PRIOR_SPREAD)])
-        found, _ = nnls(system, target)
-        return dict(zip(names, (found * guess).tolist(), strict=True))
+        guess = np.array([self.prior[name] for name in self.names])
+        return dict(zip(self.names, (self._solved.coefficients * guess).tolist(), strict=True))
 
     @cached_property
-    def _scatter(self) -> Floats:
-        """Covariance of the coefficients in units of their first guess, the bound at zero left aside."""
+    def _solved(self) -> Solved:
+        """Coefficients in units of their first guess."""
         guess = np.array([self.prior[name] for name in self.names])
         rows = np.array([[one.features.get(name, 0.0) / one.seconds for name in self.names] for one in self.seen])
-        rows = rows * guess / NOISE
-        found: Floats = np.linalg.inv(rows.T @ rows + np.eye(len(self.names)) / PRIOR_SPREAD**2)
-        return found
+        return solve(rows * guess, np.full(len(guess), PRIOR_SPREAD), NOISE)
 
     @cached_property
     def _left(self) -> Floats:
@@ -120,7 +135,7 @@ class Fit:
         terms = max(0.0, likeness(place, place) - float(weights @ near))
         scaled = np.array([features.get(name, 0.0) * self.prior[name] for name in self.names]) / plain
         unseen = sum(count * self._guess(name) for name, count in features.items() if name not in self.prior) / plain
-        scatter = float(scaled @ self._scatter @ scaled) + (PRIOR_SPREAD * unseen) ** 2
+        scatter = float(scaled @ self._solved.scatter @ scaled) + (PRIOR_SPREAD * unseen) ** 2
         return Estimate(plain * factor, math.sqrt(scatter + terms + NOISE**2))
 
     def _sum(self, features: Features) -> float:

@@ -170,7 +170,7 @@ class Models:
 
     def _load(self, config: RunConfig, *, worst_case: bool = False) -> Workload:
         return workload(
-            config, self.base, self.record, self.machine, image_tokens=self._image_tokens, worst_case=worst_case
+            config, self.base, self.record, self.machine, seen_tokens=self._image_tokens, worst_case=worst_case
         )
 
     @cached_property

@@ -61,9 +61,10 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
             type, or no combination is legal.
     """
     known, asked = given(config, machine, record), config.search.knobs
-    for where, keys in (("knobs", asked), ("accept", config.search.accept)):
-        for key in keys:
-            _known(key, f"search.{where}")
+    for key in asked:
+        _known(key, "search.knobs")
+    for key in config.search.accept:
+        _known(key, "search.accept")
     values = {row.key: _axis(known, row.key) for row in TABLE if _wanted(config, row.key)}
     values = {key: axis for key, axis in values.items() if axis and (len(axis) > 1 or key in asked)}
     keys = tuple(values)

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
+from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import Sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import knobs_of
+from grpo_autotune.knobs.given import pixel_bounds
 from grpo_autotune.knobs.turn import same_value
 from grpo_autotune.probe.records import ProbeRecord, Spread
 
@@ -60,7 +62,7 @@ def workload(
     machine: Machine,
     *,
     measured: bool = False,
-    image_tokens: Mapping[str, float] | None = None,
+    seen_tokens: Mapping[str, float] | None = None,
     worst_case: bool = False,
 ) -> Workload:
     """The work of `config`.
@@ -71,12 +73,12 @@ def workload(
         record: The probe of `base`.
         machine: What it runs on.
         measured: `record` is of `config` itself, so its padding is known.
-        image_tokens: Tokens of an image at sizes that trials have seen (keys as in `data.image_size`).
+        seen_tokens: Tokens of an image at sizes that trials have seen (keys as in `data.image_size`).
         worst_case: Longest prompts, largest images and full-length completions.
     """
     shape = _shape(record)
     trainer = _trainer(config, base, record)
-    tokens, images, pixels = _tokens(config, base, record, image_tokens or {})
+    tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
     cap = trainer["max_completion_length"]
     plan = config.batch
     rows = plan.micro_batch * plan.steps_per_generation
@@ -142,7 +144,7 @@ def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str
     """Tokens of an image whose longest side is at most `side` pixels; null where images have no grid.
 
     A size that was seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is
-    scaled on the grid of the model's tokens.
+    scaled as the processor would scale a square.
     """
     images = record.images
     if images is None or images.tokens is None:
@@ -157,9 +159,9 @@ def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str
     known = {now_side: images.tokens.mean, **{float(s): n for s, n in images.tokens_at.items()}}
     near = min(known, key=lambda s: abs(math.log(s / side)))
     vision = record.trainer.model_config_json.get("vision_config") or {}
-    unit = float(vision.get("patch_size") or 16) * float(vision.get("spatial_merge_size") or 2)
-    cells, near_cells = max(1, round(side / unit)), max(1.0, near / unit)
-    return max(1.0, known[near] * (cells / near_cells) ** 2)
+    unit = int(vision.get("patch_size") or 16) * int(vision.get("spatial_merge_size") or 2)
+    bounds = pixel_bounds(base)
+    return known[near] * image_tokens(side, side, unit, bounds) / image_tokens(near, near, unit, bounds)
 
 
 def _shape(record: ProbeRecord) -> ModelShape | None:
