@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-import torch
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.search.trial import Status
@@ -57,13 +56,18 @@ def failure_of(error: BaseException, available: Callable[[], int | None]) -> Fai
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` itself says that memory ran out, on the device or the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or _is_of_device(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     if type(error) is RuntimeError:
         return CPU_ALLOCATOR in str(error) or str(error).startswith(BAD_ALLOC)
     return type(error).__module__.startswith("safetensors") and ENOMEM_IN_RUST in str(error)
+
+
+def _is_of_device(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # without it no device can have run out
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def overshoot(error: BaseException, available: Callable[[], int | None]) -> int | None:

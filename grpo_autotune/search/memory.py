@@ -1,7 +1,8 @@
 """Memory of one trial inside a process that serves several: what is idle, the peak since then, and what is left after.
 
 On the CPU `ru_maxrss` never falls, so the kernel's high-water mark is reset before each trial (proc(5): 5 into
-`clear_refs`) and read as `VmHWM`. On CUDA both figures are the caching allocator's reserved bytes.
+`clear_refs`) and read as `VmHWM`. On CUDA both figures are the caching allocator's reserved bytes. torch is never
+imported here: a script may set environment variables before it does.
 """
 
 from __future__ import annotations
@@ -10,23 +11,27 @@ import contextlib
 import ctypes
 import gc
 import resource
+import sys
 from pathlib import Path
 
 import psutil
-import torch
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
 class MemoryMeter:
-    """Idle bytes as they were on construction, and the peak since."""
+    """Idle bytes as they were on construction or at the last `restart`, and the peak since."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Take what is held now for idle."""
         release()
-        self._cuda = torch.cuda.is_available()
+        self._cuda = _on_cuda()
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            sys.modules["torch"].cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(OSError):  # a kernel without it: then the peak is the process's own
                 _CLEAR_REFS.write_text("5")
@@ -35,23 +40,23 @@ class MemoryMeter:
     def peak_bytes(self) -> int:
         """Most bytes since construction."""
         if self._cuda:
-            return int(torch.cuda.max_memory_reserved())
+            return int(sys.modules["torch"].cuda.max_memory_reserved())
         return max(_of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, self.idle_bytes)
 
 
 def in_use() -> int:
     """Bytes held now: the CUDA allocator's reserved, or the resident set."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_reserved())
+    if _on_cuda():
+        return int(sys.modules["torch"].cuda.memory_reserved())
     return int(psutil.Process().memory_info().rss)
 
 
 def release() -> None:
     """Give back what nothing refers to any more: to the device, and from the C library to the system."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    if _on_cuda():
+        sys.modules["torch"].cuda.synchronize()
+        sys.modules["torch"].cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -63,6 +68,11 @@ def available_bytes() -> int | None:
     if limit != resource.RLIM_INFINITY:
         left = min(left, max(0, limit - int(psutil.Process().memory_info().vms)))
     return left
+
+
+def _on_cuda() -> bool:
+    """Whether torch is here and has a GPU; a script may import torch later, once it has chosen one."""
+    return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
 
 
 def _of_status(field: str) -> int | None:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-
-from accelerate.state import AcceleratorState, GradientState
-from transformers import set_seed
+from typing import TYPE_CHECKING
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Startup
+from grpo_autotune.seams.compat import ensure_torchvision
 from grpo_autotune.search.failures import failure_of, log_of
-from grpo_autotune.search.measure import Measured, measure
 from grpo_autotune.search.memory import MemoryMeter, available_bytes, in_use, release
 from grpo_autotune.search.pulse import Pulse
+from grpo_autotune.search.script_trial import run_script
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
-from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle memory, no trial's
-from grpo_autotune.train.trials import quiet_trainer
+
+if TYPE_CHECKING:
+    from grpo_autotune.search.measure import Measured
 
 LEFT_OVER = 0.25
 """Share of what a trial took that may stay behind; above it the process is not used again."""
@@ -35,11 +35,12 @@ DEFAULT_SEED = 42
 
 def serve(spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> TrialOutcome:
     """Run the trial; whatever it raises becomes its outcome, and a traceback in the log."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     meter = MemoryMeter()
     try:
-        measured = _measured(spec, folder, startup, pulse)
+        if spec.script is None:
+            measured = _run_config(spec, folder, startup, pulse, meter)
+        else:
+            measured = run_script(spec, folder, startup, pulse, meter.restart)
     except Exception as error:  # noqa: BLE001 - the one boundary: a failed trial is data
         failure = failure_of(error, available_bytes)
         _forget_frames(error)  # they hold the trainer
@@ -55,15 +56,27 @@ def serve(spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> Tria
     )
 
 
-def reusable(outcome: TrialOutcome) -> bool:
-    """Whether what the trial left behind is little beside what it took."""
-    if outcome.peak_bytes is None or outcome.idle_bytes is None:
+def reusable(spec: TrialSpec, outcome: TrialOutcome) -> bool:
+    """Whether what the trial left behind is little beside what it took; a script leaves everything."""
+    if spec.script is not None or outcome.peak_bytes is None or outcome.idle_bytes is None:
         return False
     return in_use() - outcome.idle_bytes <= max(LEFT_OVER * (outcome.peak_bytes - outcome.idle_bytes), FIRST_USE_BYTES)
 
 
-def _measured(spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> Measured:
+def _run_config(spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, meter: MemoryMeter) -> Measured:
     config = RunConfig.from_dict(spec.config)
+    with startup.phase("import"):
+        ensure_torchvision()
+        from accelerate.state import AcceleratorState, GradientState
+        from transformers import set_seed
+
+        from grpo_autotune.search.measure import measure
+        from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle, no trial's
+        from grpo_autotune.train.trials import quiet_trainer
+    startup.since_birth("import")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    meter.restart()
     set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
     trainer = quiet_trainer(config, startup, _say)
     return measure(trainer, spec, folder, startup, pulse, trainer.train)

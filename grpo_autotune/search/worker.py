@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_autotune.seams.compat import ensure_torchvision
 from grpo_autotune.search.guardian import die_with_parent
-from grpo_autotune.search.pulse import BeatingStartup, Pulse
+from grpo_autotune.search.pulse import STARTING, BeatingStartup, Pulse
+from grpo_autotune.search.serve import reusable, serve
 from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
 
 CANNOT_WRITE_EXIT = 74
@@ -46,12 +46,8 @@ def _serve_one(folder: Path, *, warm: bool) -> int:
     _log_to(folder / LOG_FILE)
     spec = TrialSpec.model_validate_json((folder / SPEC_FILE).read_text(encoding="utf-8"))
     pulse = Pulse(folder, silent=rank > 0)
+    pulse.beat(STARTING)
     startup = BeatingStartup(pulse, born_s=time.time() if warm else None)
-    with startup.phase("import"):
-        ensure_torchvision()
-        from grpo_autotune.search.serve import reusable, serve
-    if not warm:
-        startup.since_birth("import")
     outcome = serve(spec, folder, startup, pulse)
     pulse.close()
     try:
@@ -59,7 +55,7 @@ def _serve_one(folder: Path, *, warm: bool) -> int:
     except OSError as error:
         sys.stderr.write(f"the outcome cannot be written: {error}\n")
         return CANNOT_WRITE_EXIT
-    return 0 if outcome.status == "ok" and reusable(outcome) else RETIRED_EXIT
+    return 0 if outcome.status == "ok" and reusable(spec, outcome) else RETIRED_EXIT
 
 
 def outcome_path(folder: Path, rank: int) -> Path:

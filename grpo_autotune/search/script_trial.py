@@ -1,0 +1,198 @@
+"""A trial of somebody's own TRL script: its `GRPOConfig` takes the trial's values, and its first `train()` is measured.
+
+Nothing of TRL is imported before the script does it. The overrides enter just before TRL checks its arguments
+(`GRPOConfig.__post_init__`), so they win over whatever the script gives, by keyword, from a command line or in a
+subclass. The script ends where its first training would.
+"""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from grpo_autotune.config import VLLM_TO_TRL
+from grpo_autotune.config_keys import grpo_keys
+from grpo_autotune.errors import AutotuneError, ConfigError, RewardError
+from grpo_autotune.probe.startup import Startup
+from grpo_autotune.seams.compat import import_mended
+from grpo_autotune.seams.importing import CONFIG_MODULE, ENGINE_MODULE, TRAINER_MODULE, after_import, hook_imports
+from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.search.pulse import Pulse
+from grpo_autotune.search.trial import TrialSpec
+
+if TYPE_CHECKING:
+    from grpo_autotune.search.measure import Measured
+
+IMAGE_SIZE = "data.image_size"
+
+
+class _Finished(SystemExit):
+    """Ends the script once its training was measured."""
+
+
+def run_script(
+    spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
+) -> Measured:
+    """Run `spec.script` as `python script arguments...` would, up to the end of its first training.
+
+    Args:
+        spec: The trial.
+        folder: Its folder.
+        startup: Gets the phases `script`, `model`, `engine` and `trainer`.
+        pulse: The heartbeat.
+        trl_imported: Called once TRL's trainer was imported, before any model is there.
+
+    Raises:
+        ConfigError: There is no such script, it trains nothing, or TRL has no such key or refuses its value.
+        RewardError: A reward function raised.
+        Exception: Whatever the script raises.
+    """
+    path, *arguments = spec.script or [""]
+    if not Path(path).is_file():
+        raise ConfigError("no such script", where=path, fix="Give the path of a Python file that builds a GRPOTrainer.")
+    trial = _ScriptTrial(spec, folder, startup, pulse, trl_imported)
+    hook_imports(
+        {
+            "torchvision": _mend,
+            CONFIG_MODULE: after_import(trial.on_config_module),
+            TRAINER_MODULE: after_import(trial.on_trainer_module),
+            ENGINE_MODULE: after_import(trial.on_engine_module),
+        }
+    )
+    sys.argv = [path, *arguments]
+    sys.path[0] = str(Path(path).resolve().parent)
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if trial.measured is None and end.code not in (None, 0):
+            raise ConfigError(f"the script ended with {end.code!r} before it trained", where=path) from end
+    if trial.measured is None:
+        raise ConfigError("the script trained no GRPOTrainer", where=path, fix="Call train() of a GRPOTrainer in it.")
+    return trial.measured
+
+
+def grpo_overrides(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs as `GRPOConfig` keys: `grpo.` is dropped, vLLM's names become TRL's.
+
+    Raises:
+        ConfigError: A knob is no key of `GRPOConfig`, in kind.
+    """
+    found = {}
+    for knob, value in knobs.items():
+        section, _, key = knob.rpartition(".")
+        name = VLLM_TO_TRL.get(key) if section == "vllm" else key if section in ("", "grpo") else None
+        if name is None and knob != IMAGE_SIZE:
+            raise ConfigError("a script has no such knob", where=knob, fix="Only GRPOConfig's keys reach a script.")
+        if name is not None and name not in grpo_keys():
+            raise ConfigError("GRPOConfig has no such key", where=knob)
+        if name is not None:
+            found[name] = value
+    return found
+
+
+class _ScriptTrial:
+    """The patches on TRL, and what came of the first training."""
+
+    def __init__(
+        self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
+    ) -> None:
+        self._spec, self._folder, self._startup, self._pulse = spec, folder, startup, pulse
+        self._overrides, self._trl_imported = grpo_overrides(spec.knobs), trl_imported
+        self.measured: Measured | None = None
+
+    def on_config_module(self, module: ModuleType) -> None:
+        wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+
+    def on_trainer_module(self, module: ModuleType) -> None:
+        self._trl_imported()
+        wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._built)
+        wrap(AttributeSlot(module.GRPOTrainer, "train"), self._trained)
+        wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
+
+    def on_engine_module(self, module: ModuleType) -> None:
+        wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._phase("engine"))
+
+    def _phase(self, name: str) -> Any:
+        def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            with self._startup.phase(name):
+                return call_next(*args, **kwargs)
+
+        return timed
+
+    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
+        from grpo_autotune.train.arguments import as_config_errors
+        from grpo_autotune.train.trials import TRIAL
+
+        for name, value in {**TRIAL, **self._overrides}.items():
+            setattr(config, name, value)
+        with as_config_errors("grpo"):
+            call_next(config)
+
+    def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+        size = self._spec.knobs.get(IMAGE_SIZE)
+        if size is not None:
+            kwargs["train_dataset"] = _resized(kwargs.get("train_dataset"), int(size))
+        self._startup.since_birth("script")
+        with self._startup.phase("trainer"):
+            call_next(trainer, *args, **kwargs)
+
+    def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+        from grpo_autotune.seams.table import reward_slots
+        from grpo_autotune.search.measure import measure
+
+        for name, is_async, slot in reward_slots(trainer):
+            wrap(slot, _blaming_async(name) if is_async else _blaming(name))
+        train = functools.partial(call_next, trainer, *args, **kwargs)
+        self.measured = measure(trainer, self._spec, self._folder, self._startup, self._pulse, train)
+        raise _Finished
+
+
+def _resized(rows: Any, size: int) -> Any:
+    import datasets
+
+    from grpo_autotune.train.images import prepare_images
+
+    if not isinstance(rows, datasets.Dataset) or not {"image", "images"}.intersection(rows.column_names):
+        raise ConfigError(
+            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
+            where=IMAGE_SIZE,
+            fix="Take this knob out of the search (search.knobs).",
+        )
+    return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)
+
+
+def _blaming(name: str) -> Any:
+    def reward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call_next(*args, **kwargs)
+        except Exception as error:
+            raise _blame(name, error) from error
+
+    return reward
+
+
+def _blaming_async(name: str) -> Any:
+    async def reward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await call_next(*args, **kwargs)
+        except Exception as error:
+            raise _blame(name, error) from error
+
+    return reward
+
+
+def _blame(name: str, error: Exception) -> AutotuneError:
+    if isinstance(error, AutotuneError):
+        return error
+    return RewardError(f"raised {type(error).__name__}: {error}", where=f"reward {name}")
+
+
+def _mend(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    finding = import_mended(execute, module)
+    if finding is not None:
+        sys.stderr.write(f"note: {finding}\n")
