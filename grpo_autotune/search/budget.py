@@ -45,11 +45,18 @@ class Budget:
         total_s: All of it.
         spent_s: What earlier processes of the same search spent.
         clock: Seconds, monotonic; a wall clock that is set meanwhile changes nothing.
+        begun: Its reading when this process began.
     """
 
-    def __init__(self, total_s: float, spent_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total_s: float,
+        spent_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None,
+    ) -> None:
         self.total_s, self._spent_s, self._clock = total_s, spent_s, clock
-        self._begun = clock()
+        self._begun = clock() if begun is None else begun
 
     @property
     def elapsed_s(self) -> float:

@@ -1,0 +1,78 @@
+"""The race for the end: a combination against the user's configuration in turns on the same prompts, so that what slows
+the machine slows both.
+
+Each round gives one ratio of their seconds a step; the speed-up is the median ratio with its bootstrap interval. Rounds
+go on while the interval holds 1 and there is time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo_autotune.search.book import Entry, scaled
+from grpo_autotune.search.lab import Lab
+from grpo_autotune.search.objective import Interval, median_interval
+
+FIRST_ROUNDS = 7
+MORE_ROUNDS = 7
+MOST_ROUNDS = 21
+LEAST_ROUNDS = 3
+"""Fewer pairs than this have no interval worth the name."""
+SPEED_MARGIN = 1.2
+"""A round may take this much longer than both trials' medians say."""
+
+
+def race(lab: Lab, rival: Entry, room_s: float) -> Interval | None:
+    """Race a combination against the user's configuration; its score over the user's, or null where there was no time.
+
+    The entry keeps the result and the seconds a step of the race. A rival that fails is marked as failing.
+    """
+    book = lab.book
+    end_s, ratios, seconds = lab.budget.elapsed_s + room_s, list[float](), list[float]()
+    wanted = FIRST_ROUNDS
+    while len(ratios) < MOST_ROUNDS:
+        left_s = end_s - lab.budget.elapsed_s
+        rounds = min(wanted, rounds_that_fit(lab, rival, left_s))
+        if rounds < LEAST_ROUNDS:
+            break
+        found, rival_s, why = _rounds(lab, rival, rounds, left_s)
+        if why is not None:
+            rival.fails, rival.raced = why, None
+            return None
+        ratios, seconds = ratios + found, seconds + rival_s
+        if len(ratios) < LEAST_ROUNDS:
+            break
+        rival.raced = scaled(median_interval(ratios, book.confidence), book.worth(rival.config))
+        rival.raced_s = median_interval(seconds, book.confidence)
+        if rival.raced.low > 1.0 or rival.raced.high < 1.0:
+            break
+        wanted = MORE_ROUNDS
+    return rival.raced
+
+
+def rounds_that_fit(lab: Lab, rival: Entry, room_s: float) -> int:
+    """Rounds after both have started and made a step to warm up."""
+    pair_s = SPEED_MARGIN * (lab.book.baseline.step.value + rival.step.value) * rival.cycle
+    return max(0, int((room_s - 2 * lab.costs.cold_s) / pair_s))
+
+
+def paired_ratios(before_s: Sequence[float], after_s: Sequence[float]) -> list[float]:
+    """Seconds before over seconds after, round by round; the last round may have been cut short."""
+    return [before / after for before, after in zip(before_s, after_s, strict=False)]
+
+
+def _rounds(lab: Lab, rival: Entry, rounds: int, left_s: float) -> tuple[list[float], list[float], str | None]:
+    """Ratios and the rival's seconds of so many rounds, or why the rival failed."""
+    book = lab.book
+    first = lab.spec("timed", book.baseline.config, book.own, left_s, steps=1, source="race")
+    second = lab.spec("timed", rival.config, rival.knobs, left_s, steps=1, source="race")
+    second = second.model_copy(update={"number": first.number + 1})
+    lab.show(second)
+    own, other = lab.runner.race([first, second], rounds=rounds, deadline_s=left_s)
+    lab.write(first, own)
+    lab.write(second, other)
+    lab.remember()
+    if own.status == "ok" and other.status not in ("ok", "timeout"):
+        return [], [], f"failed in the race: {other.why or other.status}"
+    ratios = paired_ratios(own.step_s, other.step_s)
+    return ratios, list(other.step_s[: len(ratios)]), None

@@ -1,0 +1,143 @@
+"""How a search begins: the configuration as it is, what follows from it, and what an earlier process left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from grpo_autotune.config import RunConfig
+from grpo_autotune.errors import ConfigError, NothingSucceeded
+from grpo_autotune.hardware import Machine
+from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.search.book import Book
+from grpo_autotune.search.budget import END_SHARE, SURE, words
+from grpo_autotune.search.lab import Lab
+from grpo_autotune.search.proof import Rewards
+from grpo_autotune.search.propose import Models, Pool, memory_of
+from grpo_autotune.search.schema import TrialRow
+from grpo_autotune.search.space import Space, space
+from grpo_autotune.search.storage import journal_storage, shared_storage
+from grpo_autotune.search.study import Axes, Sampler, Study, name_of
+from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
+
+PROBE_GROUPS = 16
+"""Groups that the probe should see: their pass rates tell how group size matters."""
+MOST_PROBE_STEPS = 6
+UNBOUNDED_PROBE_S = 1800.0
+
+Recalled = Sequence[tuple[TrialSpec, TrialOutcome | None]]
+Fit = Callable[[RunConfig, ProbeRecord, Machine, TrialOutcome], Models]
+
+
+def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sampler: Sampler) -> tuple[Space, Pool]:
+    """Measure the configuration as it is, or recall that; then space, models and study are known.
+
+    Raises:
+        ConfigError: The budget is too small, the space is empty, or the study is another one's.
+        NothingSucceeded: The configuration cannot be measured.
+    """
+    outcome = next((o for spec, o in recalled if spec.purpose == "probe" and o and o.status == "ok"), None)
+    if outcome is None:
+        outcome = _run_probe(lab)
+    record = outcome.record
+    if record is None:
+        raise NothingSucceeded("the probe of your configuration measured no step", where="search")
+    found = space(lab.config, lab.machine, record)
+    lab.memory_bytes = memory_of(lab.machine, record.trainer)
+    values = {key: _with_own(found.own[key], axis) for key, axis in found.values.items()}
+    fingerprint = hashlib.sha256(f"{lab.fingerprint}{name_of(values)}".encode()).hexdigest()[:16]
+    study = Study(
+        shared_storage(storage) if storage else journal_storage(lab.folder.journal),
+        Axes.of(values),
+        fingerprint,
+        where=storage or str(lab.folder.journal),
+        seed=lab.config.search.seed,
+        sampler=sampler,
+    )
+    if not storage:
+        study.fail_abandoned()
+    lab.begin(Book(lab.config, dict(found.own), record), fit(lab.config, record, lab.machine, outcome), study)
+    return found, Pool(found, lab.config, lab.machine)
+
+
+def recall(lab: Lab, rewards: Rewards, recalled: Recalled) -> None:
+    """Learn from what an earlier process measured, in its order; races and what was lost are run again."""
+    for spec, outcome in recalled:
+        if outcome is None or spec.source == "race":
+            continue
+        if spec.purpose == "timed":
+            lab.learn(spec, outcome)
+            lab.tell_again(spec, outcome)
+        else:
+            lab.write(spec, outcome)
+            lab.costs.learn(outcome)
+        if spec.purpose == "rewards" and outcome.rewards:
+            rewards.recall(spec, outcome.rewards)
+        entry = lab.book.entries.get(name_of(spec.knobs))
+        if spec.purpose == "worst_case" and outcome.status == "ok" and entry is not None:
+            entry.worst_case = "passed"
+
+
+def measure_own(lab: Lab) -> None:
+    """The user's configuration with fixed lengths: what everything is compared with.
+
+    Raises:
+        ConfigError: No trial fits into the budget.
+        NothingSucceeded: It cannot be measured.
+    """
+    own = lab.book.own
+    if name_of(own) in lab.book.entries:
+        return
+    needed_s = SURE * lab.expected_s(own)
+    if needed_s > lab.budget.search_left_s:
+        total_s = (lab.budget.elapsed_s + 2.0 * needed_s) / (1.0 - END_SHARE)
+        _too_small(lab, total_s, "no trial fits after the probe")
+    asked = None if name_of(own) in lab.study.taken() else lab.study.ask(own)
+    while asked is not None and name_of(asked.knobs) != name_of(own):
+        lab.study.release(asked)  # another machine's; it comes back once our own is known
+        asked = lab.study.ask(own)
+    if lab.timed(own, "user", lab.budget.left_s, asked) is None:
+        _not_measured(lab, lab.rows[-1])
+
+
+def _run_probe(lab: Lab) -> TrialOutcome:
+    plan = lab.config.batch
+    groups = max(1, plan.completions_per_step // plan.num_generations)
+    steps = min(MOST_PROBE_STEPS, max(lab.config.search.steps, -(-PROBE_GROUPS // groups)))
+    limit_s = lab.budget.left_s if lab.budget.total_s else UNBOUNDED_PROBE_S
+    spec = lab.spec("probe", lab.config, {}, limit_s, steps=steps)
+    seen = [Progress("start-up", 0, 0)]
+    outcome = lab.run(spec, seen.append)
+    lab.write(spec, outcome)
+    lab.costs.learn(outcome)
+    if outcome.status == "timeout" and lab.budget.total_s:
+        step, whole = seen[-1].step, spec.steps + spec.warmup
+        at = f"in step {step} of {whole}" if step else f"in {seen[-1].stage}"
+        least_s = outcome.elapsed_s * whole / max(1, step)
+        _too_small(lab, 3.0 * least_s, f"the probe of your configuration was {at} when it was over")
+    if outcome.status != "ok":
+        _not_measured(lab, lab.rows[-1])
+    return outcome
+
+
+def _too_small(lab: Lab, needed_s: float, why: str) -> NoReturn:
+    raise ConfigError(
+        f"a budget of {words(lab.budget.total_s)} is too small: {why}",
+        where="--budget",
+        fix=f"Give about {words(needed_s)} or more; --budget 0 predicts from a probe alone.",
+    )
+
+
+def _not_measured(lab: Lab, row: TrialRow) -> NoReturn:
+    raise NothingSucceeded(
+        f"your configuration itself cannot be measured ({row.status}): {row.why or 'no reason given'}",
+        where=f"trial {row.number}",
+        fix=f"The whole log: {lab.folder.trial(row.number) / 'log.txt'}",
+    )
+
+
+def _with_own(own: Any, axis: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The axis, with the user's own value where `search.knobs` left it out: it is measured first all the same."""
+    return axis if json.dumps(own) in {json.dumps(value) for value in axis} else (own, *axis)

@@ -1,0 +1,133 @@
+"""What has to be shown before a combination may win: rewards for learning knobs, and the worst step it may meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from grpo_autotune.knobs import Knobs
+from grpo_autotune.search.book import GROUP, Book, Entry
+from grpo_autotune.search.guards import LEAST_PROMPTS, Guard, judge_generations, judge_rewards
+from grpo_autotune.search.lab import Lab
+from grpo_autotune.search.objective import living_ratio
+from grpo_autotune.search.propose import JUDGED_BY_REWARDS
+from grpo_autotune.search.trial import PromptReward, TrialSpec
+
+MOST_PROMPTS = 256
+MARGIN = 1.3
+"""Free lengths vary, and a trial of rewards that is cut short has none."""
+GENERATING = ("generation", "prompt", "reward", "data", "engine", "weight_sync")
+"""Stages of a step that a trial of rewards alone goes through."""
+
+
+def open_questions(book: Book, entry: Entry) -> list[tuple[str, Any]]:
+    """The learning knobs of an entry, with their values, that rewards could judge and have not."""
+    changed = book.changed(entry.knobs)
+    return [
+        (key, value)
+        for key, value in changed.items()
+        if key in JUDGED_BY_REWARDS and book.kind(key) == "learning" and book.guard(key, value) is None
+        and key not in book.config.search.accept
+    ]  # fmt: skip
+
+
+class Rewards:
+    """Rewards by value of a knob, on the same prompts; the user's own are measured once."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._own: list[PromptReward] | None = None
+        self._batches = 0
+
+    def cost_s(self, prompts: int) -> float:
+        """Seconds of one trial over so many prompts."""
+        lab = self._lab
+        stages = lab.models.stages_s(lab.config)
+        step_s = sum(stages[name].value for name in GENERATING if name in stages)
+        return lab.costs.cold_s + MARGIN * self._count(prompts) * step_s * _generations_per_batch(lab.book)
+
+    def judge(self, key: str, value: Any, room_s: float) -> Guard:
+        """Compare a value with the user's own in at most `room_s` seconds."""
+        lab, before = self._lab, self._lab.book.own[key]
+        missing = 1 if self._own is not None else 2
+        prompts = next((n for n in (MOST_PROMPTS, 128, 64, 32, 16) if missing * self.cost_s(n) <= room_s), None)
+        if self._own is not None:
+            prompts = self._batches * self._per_batch if missing * self.cost_s(LEAST_PROMPTS) <= room_s else None
+        if prompts is None:
+            why = "there was no time to compare rewards"
+            return Guard(key=key, before=before, after=value, proven=False, why=why, prompts_needed=LEAST_PROMPTS)
+        if self._own is None:
+            self._batches = self._count(prompts)
+            self._own = self._measure({}, room_s / 2)
+        rewards = self._measure({key: value}, room_s / missing)
+        search = lab.config.search
+        guard = judge_rewards(
+            key, before, value, self._own, rewards, margin=search.max_reward_drop, confidence=search.confidence
+        )
+        lab.book.note(guard)
+        return guard
+
+    def recall(self, spec: TrialSpec, rewards: list[PromptReward]) -> None:
+        """Take a trial of an earlier process into account."""
+        book, search = self._lab.book, self._lab.config.search
+        if not spec.knobs:
+            self._own, self._batches = rewards, spec.steps
+        elif self._own is not None:
+            ((key, value),) = spec.knobs.items()
+            book.note(
+                judge_rewards(
+                    key, book.own[key], value, self._own, rewards,
+                    margin=search.max_reward_drop, confidence=search.confidence,
+                )
+            )  # fmt: skip
+
+    @property
+    def _per_batch(self) -> int:
+        return self._lab.config.batch.prompts_per_generation
+
+    def _count(self, prompts: int) -> int:
+        return max(1, math.ceil(prompts / self._per_batch))
+
+    def _measure(self, knobs: Knobs, limit_s: float) -> list[PromptReward]:
+        lab = self._lab
+        config = lab.book.config_of({**lab.book.own, **knobs})
+        spec = lab.spec("rewards", config, knobs, limit_s, steps=self._batches, warmup=0, source="guard")
+        outcome = lab.run(spec)
+        lab.write(spec, outcome)
+        return outcome.rewards
+
+
+def judge_group(lab: Lab, entry: Entry) -> None:
+    """Judge an entry's group size, once its speed is known."""
+    book = lab.book
+    after = book.changed(entry.knobs).get(GROUP)
+    if after is None or GROUP in book.config.search.accept:
+        return
+    living = living_ratio(book.record, book.own[GROUP], after, book.confidence)
+    guard = judge_generations(book.own[GROUP], after, living, book.speedup(entry), None)
+    known = book.guard(GROUP, after)
+    if known is None or not known.proven:
+        book.note(guard)
+
+
+def stand_worst_case(lab: Lab, entry: Entry, room_s: float) -> bool | None:
+    """One step with the longest prompts, largest images and full-length completions; null where there is no time."""
+    needed_s = lab.costs.cold_s + 3.0 * entry.step.value
+    if needed_s > room_s:
+        return None
+    spec = lab.spec("worst_case", entry.config, entry.knobs, room_s, steps=1, warmup=1, source="proof")
+    outcome = lab.run(spec)
+    lab.write(spec, outcome)
+    if outcome.status == "ok":
+        entry.worst_case = "passed"
+        return True
+    if outcome.status == "timeout":
+        return None
+    entry.fails = f"the worst-case step ended with {outcome.status}: {outcome.why or 'no reason given'}"
+    return False
+
+
+def _generations_per_batch(book: Book) -> float:
+    """How many steps' worth of generation one generation batch is."""
+    plan = book.config.batch
+    return plan.steps_per_generation * plan.num_iterations / plan.accumulation

@@ -1,0 +1,352 @@
+"""A whole search on a machine on paper: what it measures, in which order, and what is left when it is cut short."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_autotune.config import RunConfig, load_config
+from grpo_autotune.errors import ConfigError, NothingSucceeded
+from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
+from grpo_autotune.search.folder import SearchFolder
+from grpo_autotune.search.lab import completion_lengths
+from grpo_autotune.search.schema import SearchReport
+from grpo_autotune.search.session import search
+from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from tests.imagined import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
+from tests.sample_records import demo_record, spread, token_facts
+
+
+class Paper:
+    """Searches in one folder with one kind of trials."""
+
+    def __init__(self, folder: Path, config: RunConfig | None = None, **trials: Any) -> None:
+        self.folder, self.config = folder, config or user_config()
+        self.trials = PaperTrials(folder, **trials)
+        self.view = Listener()
+        self.error = 1.1
+
+    def search(self, budget_s: float = 300.0, **more: Any) -> SearchReport:
+        return search(
+            self.config,
+            budget_s=budget_s,
+            out=more.pop("out", None),
+            run_dir=self.folder,
+            view=self.view,
+            runner=lambda folder: self.trials,
+            fit=lambda *probe: PaperModels(self.error),
+            clock=self.trials.clock,
+            machine=MACHINE,
+            **more,
+        )
+
+    def tuned(self, which: str = "tuned") -> RunConfig:
+        return load_config(SearchFolder(self.folder).tuned(which))
+
+    def timed(self) -> list[TrialSpec]:
+        return [spec for spec in self.trials.specs if spec.purpose == "timed" and spec.source != "race"]
+
+
+def test_a_slow_configuration_becomes_the_best_that_fits(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    report = paper.search(out=tmp_path / "out.yaml")
+    assert report.best.changed["grpo.per_device_train_batch_size"] in (8, 16)
+    assert report.best.changed["data.image_size"] == 256
+    assert report.best.raced and report.best.ci[0] > 1.0 and report.best.worst_case == "passed"
+    assert report.best.speedup == pytest.approx(report.baseline.step_s / report.best.step_s, rel=0.05)
+    assert report.best_exact.changed.keys() <= {"grpo.per_device_train_batch_size", "grpo.gradient_checkpointing"}
+    assert paper.timed()[0].knobs["grpo.per_device_train_batch_size"] == 2
+    assert paper.trials.closed
+    assert (tmp_path / "out.yaml").read_text() == (tmp_path / "tuned.yaml").read_text()
+    stored = SearchReport.model_validate_json((tmp_path / "search.json").read_text())
+    assert stored == report
+    assert {"schema", "baseline", "best", "best_exact", "trials", "model_error", "budget_s", "elapsed_s"} <= set(
+        json.loads((tmp_path / "search.json").read_text())
+    )
+
+
+def test_what_cannot_fit_or_win_never_runs(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    report = paper.search()
+    assert not [row for row in report.trials if row.status == "oom"]
+    assert any("memory" in row.why and row.count > 0 for row in report.skipped)
+    names = [json.dumps(spec.knobs, sort_keys=True) for spec in paper.timed()]
+    assert len(names) == len(set(names))
+
+
+def test_the_tuned_files_load_and_say_what_was_measured(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    report = paper.search()
+    tuned, exact = paper.tuned(), paper.tuned("exact")
+    assert tuned.receipt is not None and exact.receipt is not None
+    assert tuned.receipt.speedup == report.best.speedup and tuned.receipt.step_s == report.best.step_s
+    assert tuned.receipt.machine == "paper" and tuned.receipt.versions == {"trl": "1.16"}
+    assert {knob.key for knob in tuned.receipt.changed} == set(report.best.changed)
+    assert exact.data.image_size == 512 and exact.batch.num_generations == 8
+    assert tuned.batch.completions_per_step == exact.batch.completions_per_step == 16
+    assert tuned.output.name == "paper-tuned"
+    assert RunConfig.from_yaml(tuned.to_yaml()) == tuned
+
+
+def test_a_size_that_costs_reward_stays_out_of_the_tuned_file(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, rewards={512: 0.5, 256: 0.3})
+    report = paper.search(budget_s=400.0)
+    assert report.best.knobs["data.image_size"] == 512
+    assert report.best_fast.knobs["data.image_size"] == 256
+    guard = next(guard for guard in report.guards if guard.key == "data.image_size")
+    assert not guard.proven and guard.reward_difference == pytest.approx(-0.2, abs=0.02)
+    fast = paper.tuned("fast").receipt
+    assert fast is not None
+    size = next(knob for knob in fast.changed if knob.key == "data.image_size")
+    assert size.proof == "unproven" and size.reward_difference == guard.reward_difference
+
+
+def test_a_size_that_keeps_its_reward_is_proven(tmp_path: Path) -> None:
+    report = Paper(tmp_path).search(budget_s=400.0)
+    assert next(guard for guard in report.guards if guard.key == "data.image_size").proven
+    assert report.best.knobs["data.image_size"] == 256
+    assert report.exact_share is not None and 0.0 < report.exact_share < 1.0
+
+
+def test_what_the_user_accepts_needs_no_proof(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, user_config(accept=["data.image_size"]), rewards={512: 0.5, 256: 0.3})
+    report = paper.search()
+    assert report.best.knobs["data.image_size"] == 256
+    assert not [spec for spec in paper.trials.specs if spec.purpose == "rewards"]
+    receipt = paper.tuned().receipt
+    assert receipt is not None
+    assert {knob.proof for knob in receipt.changed if knob.key == "data.image_size"} == {"accepted"}
+
+
+def test_contributions_are_measured_and_multiply_to_the_gain(tmp_path: Path) -> None:
+    report = Paper(tmp_path).search(budget_s=900.0)
+    assert {row.key for row in report.contributions} == set(report.best.changed)
+    assert all(row.measured and row.factor is not None for row in report.contributions)
+    checkpointing = [row for row in report.contributions if row.key == "grpo.gradient_checkpointing"]
+    assert not checkpointing or checkpointing[0].factor == pytest.approx(1.25, rel=0.05)
+
+
+@pytest.mark.parametrize("budget_s", [60.0, 100.0, 180.0, 300.0])
+def test_the_budget_is_kept_and_most_of_it_is_used(tmp_path: Path, budget_s: float) -> None:
+    paper = Paper(tmp_path)
+    report = paper.search(budget_s)
+    assert paper.trials.now <= budget_s
+    assert report.elapsed_s <= budget_s
+    assert report.best.speedup >= 1.0
+
+
+def test_a_budget_too_small_for_one_trial_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--budget: a budget of 8s is too small.*Give about \d+") as caught:
+        Paper(tmp_path / "a").search(8.0)
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match=r"too small: no trial fits after the probe"):
+        Paper(tmp_path / "b").search(22.0)
+
+
+def test_a_budget_of_nothing_predicts_from_the_probe(tmp_path: Path) -> None:
+    paper = Paper(tmp_path)
+    report = paper.search(0.0)
+    assert [spec.purpose for spec in paper.trials.specs] == ["probe"]
+    assert report.ended == "prediction" and report.predicted
+    assert report.best.speedup > 1.5 and report.best.number is None
+    assert report.best.knobs["data.image_size"] == 512, "nothing is proven of a smaller image"
+    assert report.best_fast.knobs["data.image_size"] == 256
+    assert "predicted, not measured" in (tmp_path / "tuned.yaml").read_text()
+
+
+def test_nothing_better_is_a_valid_answer(tmp_path: Path) -> None:
+    knobs = {"grpo.gradient_checkpointing": [True, False], "grpo.per_device_train_batch_size": [16, 4]}
+    best = user_config().to_dict()
+    best["grpo"] |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    best["search"]["knobs"] |= {**knobs, "data.image_size": None, "grpo.num_generations": None}
+    report = Paper(tmp_path, RunConfig.from_dict(best)).search()
+    assert report.best.changed == {} and report.best.speedup == 1.0 and report.contributions == []
+    assert report.ended == "exhausted"
+    assert "your own configuration" in (tmp_path / "tuned.yaml").read_text()
+
+
+def test_noise_is_not_sold_as_speed(tmp_path: Path) -> None:
+    config = user_config().to_dict()
+    config["search"]["knobs"] = dict.fromkeys(config["search"]["knobs"]) | {"grpo.num_generations": [8, 4]}
+    report = Paper(tmp_path, RunConfig.from_dict(config), noise=0.3).search(400.0)
+    assert report.best.changed == {} or report.best.ci[0] > 1.0
+
+
+def test_ctrl_c_ends_with_the_best_so_far(tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return None
+
+    paper = Paper(tmp_path, act=act)
+    report = paper.search()
+    assert report.ended == "interrupted" and report.best_fast.speedup > 1.0
+    assert paper.trials.closed and paper.tuned("exact").receipt is not None
+
+
+def test_ctrl_c_before_anything_was_measured_is_a_ctrl_c(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Paper(tmp_path, act=act).search()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 6])
+def test_after_a_kill_at_most_the_running_trial_is_run_again(tmp_path: Path, at: int) -> None:
+    calls = itertools.count()
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if next(calls) == at:
+            raise Killed
+        return None
+
+    first = Paper(tmp_path, act=act)
+    with pytest.raises(Killed):
+        first.search()
+    begun = list(first.trials.specs)
+    second = Paper(tmp_path)
+    report = second.search(resume=True)
+    assert [row.number for row in report.trials[:at]] == [spec.number for spec in begun[:at]]
+    again = {json.dumps([spec.purpose, spec.knobs], sort_keys=True) for spec in begun[:at]}
+    timed = [spec for spec in second.trials.specs if spec.purpose in ("probe", "timed") and spec.source != "race"]
+    assert not again & {json.dumps([spec.purpose, spec.knobs], sort_keys=True) for spec in timed}
+    assert report.elapsed_s > second.trials.now, "the time of the first process counts"
+
+
+def test_a_lost_journal_is_built_again_from_the_trials(tmp_path: Path) -> None:
+    first = Paper(tmp_path)
+    report = first.search()
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(journal.read_bytes()[: journal.stat().st_size // 2])
+    second = Paper(tmp_path)
+    again = second.search(600.0, resume=True)
+    known = [row.knobs for row in report.trials if row.purpose == "timed"]
+    assert not [spec for spec in second.timed() if spec.source in ("models", "sampler") and spec.knobs in known]
+    assert again.best.speedup == pytest.approx(report.best.speedup, rel=0.1)
+
+
+def test_a_finished_folder_is_not_entered_by_mistake(tmp_path: Path) -> None:
+    Paper(tmp_path).search()
+    with pytest.raises(ConfigError, match=r"finished.*--resume"):
+        Paper(tmp_path).search()
+    with pytest.raises(ConfigError, match="spent"):
+        Paper(tmp_path).search(30.0, resume=True)
+
+
+def test_another_configuration_is_not_gone_on_with(tmp_path: Path) -> None:
+    Paper(tmp_path).search()
+    other = user_config().to_dict()
+    other["model"]["name_or_path"] = "other"
+    with pytest.raises(ConfigError, match="another configuration"):
+        Paper(tmp_path, RunConfig.from_dict(other)).search(600.0, resume=True)
+
+
+def test_two_searches_in_one_folder(tmp_path: Path) -> None:
+    with SearchFolder(tmp_path).locked(), pytest.raises(ConfigError, match="another search is running"):
+        Paper(tmp_path).search()
+    Paper(tmp_path).search()
+
+
+def test_a_configuration_that_cannot_be_measured_is_said_so(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        return TrialOutcome(number=spec.number, status="reward_failed", why="r raised ValueError", elapsed_s=3.0)
+
+    with pytest.raises(NothingSucceeded, match=r"reward_failed.*r raised ValueError") as caught:
+        Paper(tmp_path, act=act).search()
+    assert caught.value.exit_code == 4
+
+
+def test_a_reward_that_starts_to_fail_ends_the_search_with_what_there_is(tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if next(calls) >= 4 and spec.source != "race":
+            return TrialOutcome(number=spec.number, status="reward_failed", why="r raised", elapsed_s=5.0)
+        return None
+
+    report = Paper(tmp_path, act=act).search(600.0)
+    assert report.ended == "failing" and "reward_failed" in report.why_ended
+    assert len([row for row in report.trials if row.status == "reward_failed" and row.purpose == "timed"]) <= 6
+    assert report.best_exact.speedup >= 1.0
+
+
+def test_a_winner_that_dies_in_the_worst_case_does_not_win(tmp_path: Path) -> None:
+    died: list[dict[str, Any]] = []
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if spec.purpose == "worst_case" and not died:
+            died.append(spec.knobs)
+            return TrialOutcome(number=spec.number, status="oom", why="out of memory", elapsed_s=5.0)
+        return None
+
+    report = Paper(tmp_path, act=act).search()
+    assert died and report.best.knobs != died[0]
+    assert any("worst-case" in note for note in report.notes)
+
+
+def test_no_spread_of_rewards_leaves_the_group_alone(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if spec.purpose != "probe":
+            return None
+        dead = token_facts(groups=8, dead_groups=8, pass_rates=[0.0] * 8)
+        record = record_of(user_config()).model_copy(update={"tokens": dead})
+        return TrialOutcome(number=0, status="ok", record=record, step_s=[1.2] * 3, elapsed_s=8.0)
+
+    paper = Paper(tmp_path, act=act)
+    report = paper.search()
+    assert {spec.knobs["grpo.num_generations"] for spec in paper.timed()} == {8}
+    assert any("spread" in note for note in report.notes)
+
+
+def test_a_run_may_not_take_longer_for_more_useful_completions(tmp_path: Path) -> None:
+    report = Paper(tmp_path).search()
+    assert all(row.knobs.get("grpo.num_generations", 8) in (4, 8) for row in report.trials)
+    assert report.best.step_s < report.baseline.step_s
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("0", 0), ("1.5m", 90)])
+def test_budgets_as_people_write_them(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "-3s", "3d", "1h 30m x", "0s0"])
+def test_budgets_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--budget"):
+        parse_budget(text)
+
+
+def test_words_of_time() -> None:
+    assert [words(s) for s in (35, 250, 3900, -2)] == ["35s", "4m10s", "1h05m", "0s"]
+
+
+def test_the_budget_and_the_costs_learn() -> None:
+    now = [100.0]
+    budget = Budget(100.0, 20.0, lambda: now[0])
+    now[0] = 130.0
+    assert budget.elapsed_s == 50.0 and budget.left_s == 48.0 and budget.search_left_s == 28.0
+    costs = Costs()
+    assert costs.trial_s(2.0, 3) == 6.0
+    costs.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=22.0))
+    assert costs.trial_s(1.0, 2) == 22.0
+    costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
+    assert costs.beside_s == 2.0 + 0.5 * 20.0
+
+
+def test_lengths_are_drawn_as_the_probe_saw_them() -> None:
+    seen = spread(12, 20, 30).model_copy(update={"mean": 13.0})
+    lengths = completion_lengths(demo_record(tokens=token_facts(completion=seen)))
+    assert lengths is not None and len(lengths) == 200
+    assert sum(lengths) / 200 == pytest.approx(13.0, abs=0.3)
+    assert sorted(lengths)[100] == pytest.approx(12, abs=1) and max(lengths) <= 30 and min(lengths) >= 1
+    assert completion_lengths(demo_record(tokens=None)) is None
