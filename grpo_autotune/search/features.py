@@ -34,9 +34,6 @@ PARTS = {
 }
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
 
-FIXED = ("calls", "rows", "steps")
-"""Features that count occasions, not work: their share of a first guess is `fit.FIXED_SHARE`."""
-
 
 class Rates(NamedTuple):
     """How many operations the machine does in the time it moves a byte; only this exchange rate matters here."""
@@ -56,11 +53,12 @@ def _generation(load: Workload, rates: Rates) -> Features:
     found = {"calls": load.generations, "steps": steps}
     if load.shape is None:
         tokens = facts.generation_rows * facts.prompt_tokens * load.generations
-        found |= {"prefill": tokens, "decode": facts.generation_rows * decoded}
+        found |= {"prompt_tokens": tokens, "tokens": facts.generation_rows * decoded}
     else:
         *prefill, decode = generation_work(load.shape, facts).phases
         found |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
         found |= _work("decode", decode, rates)
+        found |= _shared(load, found, facts.prompt_tokens, 0.0)
     return {f"{name}{suffix}": count for name, count in found.items()}
 
 
@@ -70,7 +68,8 @@ def _pass(load: Workload, rates: Rates, passes: float, *, adapters: bool = True)
     if load.shape is None:
         return found | _plain(load, passes)
     one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
-    return found | _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
+    found |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
+    return found | _shared(load, found, facts.prompt_tokens, facts.completion_tokens)
 
 
 def _training_forward(load: Workload, rates: Rates) -> Features:
@@ -90,7 +89,7 @@ def _backward(load: Workload, rates: Rates) -> Features:
     facts = load.facts
     found = {"calls": float(facts.passes), "rows": float(facts.passes * facts.micro_batch)}
     if facts.training.checkpointing:
-        found["calls@again"] = float(facts.passes)
+        found["calls_again"] = float(facts.passes)
     if load.shape is None:
         return found | _plain(load, facts.passes * (1.5 if facts.training.checkpointing else 1.0))
     work = backward(load.shape, training_batch(load.shape, facts), facts.training) * facts.passes
@@ -98,7 +97,19 @@ def _backward(load: Workload, rates: Rates) -> Features:
     found |= _work("head", head, rates) | _work("text", text, rates)
     if len(rest) > 1:
         found |= _work("tower", rest[0], rates)
-    return found | _scores(load, load.shape, facts.passes)
+    found |= _scores(load, load.shape, facts.passes)
+    return found | _shared(load, found, facts.prompt_tokens, facts.completion_tokens)
+
+
+def _shared(load: Workload, found: Features, prompt: float, completion: float) -> Features:
+    """Under speed-ups, the same operations with each prompt and its images counted once a group: which of the two a
+    stage follows is for the fit to find out."""
+    if not load.speedups:
+        return {}
+    group = load.facts.group
+    text = (prompt / group + completion) / max(prompt + completion, 1.0)
+    shares = {"text_flops": text, "tower_flops": 1.0 / group}
+    return {f"{name}_shared": found[name] * share for name, share in shares.items() if name in found}
 
 
 def _plain(load: Workload, passes: float) -> Features:
@@ -118,7 +129,7 @@ def _scores(load: Workload, shape: ModelShape, passes: float) -> Features:
     tower = 0.0
     if shape.vision is not None:
         tower = shape.vision.depth * shape.vision.heads * batch.patches * batch.grid[0] * batch.grid[1]
-    return {"scores": (text + tower) * passes}
+    return {"attention_scores": (text + tower) * passes}
 
 
 def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], Features]:

@@ -9,7 +9,7 @@ that what was learnt about one knob holds whatever the others are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,14 +22,12 @@ from scipy.optimize import nnls
 from grpo_autotune.search.features import Features
 
 Floats = NDArray[np.float64]
-Place = Mapping[str, float | str]
-"""A setting's place among others: a number (compared on a log scale) or a word (equal or not) a dimension."""
 
-FIXED_SHARES = {"calls": 0.05, "rows": 0.05, "steps": 0.3, "calls@again": 0.02}
+OCCASION_SHARES = {"calls": 0.05, "rows": 0.05, "steps": 0.3, "calls_again": 0.02}
 """First guess, before trials tell: share of a stage's seconds that goes into occasions rather than work. Decoding has
 the largest: it starts hundreds of small operations a step."""
 
-WORK_ENDINGS = ("_flops", "_bytes", "scores")
+WORK_ENDINGS = ("_flops", "_bytes", "_scores", "_shared")
 """Features counted in operations: before trials tell, all of them cost the same."""
 
 NOISE = 0.03
@@ -43,6 +41,33 @@ TERM_SPREAD = 0.08
 
 TERM_REACH = 1.5
 """Doublings of a number after which what was learnt about it no longer holds."""
+
+STRANGE_SPREAD = 0.5
+"""Relative standard deviation of seconds under speed-ups that no trial had yet."""
+
+LEAST = 1e-15
+
+
+class Place(NamedTuple):
+    """Where a setting stands among others: numbers as logarithms to base 2, words for what no formula describes."""
+
+    numbers: tuple[float, ...]
+    words: tuple[str, ...]
+
+
+class Seen(NamedTuple):
+    """One observation: features, seconds, where it was made."""
+
+    features: Features
+    seconds: float
+    place: Place
+
+
+class Estimate(NamedTuple):
+    """A mean and its relative standard deviation."""
+
+    mean: float
+    spread: float
 
 
 class Solved(NamedTuple):
@@ -67,27 +92,30 @@ def solve(rows: Floats, spreads: Floats, noise: float) -> Solved:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One observation: features, seconds, where it was made."""
-
-    features: Features
-    seconds: float
-    place: Place
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its relative standard deviation."""
-
-    mean: float
-    spread: float
-
-
-@dataclass(frozen=True)
 class Fit:
-    """Coefficients and terms fitted to observations, the first of which is the probe."""
+    """Coefficients and terms fitted to observations.
+
+    Attributes:
+        seen: The observations; the first sets the first guess.
+        base: A fit to draw the first guess from: the same stage under other speed-ups.
+    """
 
     seen: tuple[Seen, ...]
+    base: Fit | None = None
+
+    def predict(self, features: Features, place: Place) -> Estimate:
+        """Seconds at a setting, and how sure that is: the coefficients' scatter and the terms' variance."""
+        shares = {name: count * self._coefficient(name) for name, count in features.items()}
+        plain = math.fsum(shares.values())
+        if plain <= 0.0:
+            return Estimate(0.0, 0.0)
+        near = likeness(place, self._numbers, self._words)
+        factor = math.exp(float(near @ self._pulls))
+        terms = max(0.0, _most(place) - float(near @ self._inverse @ near))
+        known = np.array([features.get(name, 0.0) * self._guesses[name] for name in self.names]) / plain
+        unseen = math.fsum(share for name, share in shares.items() if name not in self._guesses) / plain
+        scatter = float(known @ self._solved.scatter @ known) + (PRIOR_SPREAD * unseen) ** 2
+        return Estimate(plain * factor, math.sqrt(scatter + terms + NOISE**2))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -95,92 +123,89 @@ class Fit:
         return tuple(sorted({name for one in self.seen for name in one.features}))
 
     @cached_property
-    def prior(self) -> dict[str, float]:
-        """First guess of each coefficient, from the first observation."""
-        return first_guess(self.seen[0], self.names)
+    def coefficients(self) -> dict[str, float]:
+        """Seconds a unit of each feature."""
+        return {
+            name: float(x) * self._guesses[name] for name, x in zip(self.names, self._solved.coefficients, strict=True)
+        }
+
+    def _coefficient(self, name: str) -> float:
+        """Of a feature that no observation has: the first guess."""
+        return self.coefficients[name] if name in self._guesses else self._first_guess((*self.names, name))[name]
 
     @cached_property
-    def coefficients(self) -> dict[str, float]:
-        """Non-negative coefficients; a feature that no observation has keeps its first guess."""
-        guess = np.array([self.prior[name] for name in self.names])
-        return dict(zip(self.names, (self._solved.coefficients * guess).tolist(), strict=True))
+    def _guesses(self) -> dict[str, float]:
+        return self._first_guess(self.names)
+
+    def _first_guess(self, names: Sequence[str]) -> dict[str, float]:
+        probe = self.seen[0]
+        if self.base is None:
+            return first_guess(probe, names)
+        told = {name: self.base._coefficient(name) for name in names}
+        whole = math.fsum(told[name] * probe.features.get(name, 0.0) for name in names)
+        scale = probe.seconds / whole if whole > 0.0 else 1.0
+        return {name: max(value * scale, LEAST) for name, value in told.items()}
 
     @cached_property
     def _solved(self) -> Solved:
-        """Coefficients in units of their first guess."""
-        guess = np.array([self.prior[name] for name in self.names])
+        guess = np.array([self._guesses[name] for name in self.names])
         rows = np.array([[one.features.get(name, 0.0) / one.seconds for name in self.names] for one in self.seen])
         return solve(rows * guess, np.full(len(guess), PRIOR_SPREAD), NOISE)
 
     @cached_property
-    def _left(self) -> Floats:
-        """Logarithm of measured over summed seconds, an observation."""
-        return np.array([math.log(one.seconds / max(self._sum(one.features), 1e-12)) for one in self.seen])
+    def _numbers(self) -> Floats:
+        return np.array([one.place.numbers for one in self.seen])
 
     @cached_property
-    def _kernel(self) -> Floats:
-        places = [one.place for one in self.seen]
-        noise = NOISE**2 * np.eye(len(places))
-        found: Floats = np.array([[likeness(a, b) for b in places] for a in places]) + noise
-        return found
+    def _words(self) -> NDArray[np.str_]:
+        return np.array([one.place.words for one in self.seen])
 
-    def predict(self, features: Features, place: Place) -> Estimate:
-        """Seconds at a setting, and how sure that is: the coefficients' scatter and the terms' variance."""
-        plain = self._sum(features)
-        if plain <= 0.0:
-            return Estimate(0.0, 0.0)
-        near = np.array([likeness(place, one.place) for one in self.seen])
-        weights = np.linalg.solve(self._kernel, near)
-        factor = math.exp(float(weights @ self._left))
-        terms = max(0.0, likeness(place, place) - float(weights @ near))
-        scaled = np.array([features.get(name, 0.0) * self.prior[name] for name in self.names]) / plain
-        unseen = sum(count * self._guess(name) for name, count in features.items() if name not in self.prior) / plain
-        scatter = float(scaled @ self._solved.scatter @ scaled) + (PRIOR_SPREAD * unseen) ** 2
-        return Estimate(plain * factor, math.sqrt(scatter + terms + NOISE**2))
+    @cached_property
+    def _inverse(self) -> Floats:
+        rows = [likeness(one.place, self._numbers, self._words) for one in self.seen]
+        return np.asarray(np.linalg.inv(np.array(rows) + NOISE**2 * np.eye(len(rows))), dtype=np.float64)
 
-    def _sum(self, features: Features) -> float:
-        return sum(count * self._guess(name) for name, count in features.items())
-
-    def _guess(self, name: str) -> float:
-        """A coefficient; for a feature that nobody has seen, its first guess."""
-        if name in self.coefficients:
-            return self.coefficients[name]
-        return first_guess(self.seen[0], (*self.names, name))[name]
+    @cached_property
+    def _pulls(self) -> Floats:
+        """What each observation adds to the logarithm of the factor, where the likeness to it is one."""
+        sums = [math.fsum(count * self.coefficients[name] for name, count in one.features.items()) for one in self.seen]
+        left = [math.log(one.seconds / max(plain, LEAST)) for one, plain in zip(self.seen, sums, strict=True)]
+        return np.asarray(self._inverse @ np.array(left), dtype=np.float64)
 
 
 def first_guess(probe: Seen, names: Sequence[str]) -> dict[str, float]:
     """Coefficients that give the probe's seconds: fixed shares for occasions, one price for all operations, and an
     equal share for every other count."""
-    fixed = {n: s for n, s in ((name, FIXED_SHARES.get(name.partition("@vllm")[0])) for name in names) if s is not None}
-    rest = 1.0 - sum(share for name, share in fixed.items() if probe.features.get(name))
-    work = [name for name in names if name.endswith(WORK_ENDINGS) or (name.endswith("@vllm") and name not in fixed)]
-    others = [name for name in names if name not in fixed and name not in work]
-    worked = sum(probe.features.get(name, 0.0) for name in work)
-    present = [name for name in others if probe.features.get(name)]
+    counts = {name: probe.features.get(name, 0.0) for name in names}
+    shares = {name: OCCASION_SHARES[kind] for name in names if (kind := name.partition("@")[0]) in OCCASION_SHARES}
+    rest = 1.0 - math.fsum(share for name, share in shares.items() if counts[name])
+    worked = math.fsum(count for name, count in counts.items() if is_work(name))
+    others = [name for name in names if name not in shares and not is_work(name)]
+    present = sum(counts[name] > 0.0 for name in others)
     if not worked and not present:
-        rest = 0.0
-    shares = {name: (0.0 if worked else rest / max(1, len(present))) for name in others}
-    found = {name: share * probe.seconds / max(probe.features.get(name, 0.0), 1.0) for name, share in fixed.items()}
-    found |= {name: shares[name] * probe.seconds / max(probe.features.get(name, 0.0), 1.0) for name in others}
+        scale = 1.0 / max(1.0 - rest, LEAST)
+        shares = {name: share * scale for name, share in shares.items()}
+    shares |= {name: 0.0 if worked else rest / max(1, present) for name in others}
+    found = {name: share * probe.seconds / max(counts[name], 1.0) for name, share in shares.items()}
     price = rest * probe.seconds / worked if worked else 0.0
-    found |= dict.fromkeys(work, price)
-    if rest == 0.0 and fixed:
-        told = sum(found[name] * probe.features.get(name, 0.0) for name in fixed)
-        found = {name: value * (probe.seconds / told if told else 1.0) for name, value in found.items()}
-    return {name: max(value, 1e-15) for name, value in found.items()}
+    found |= {name: price for name in names if is_work(name)}
+    return {name: max(found[name], LEAST) for name in names}
 
 
-def likeness(left: Place, right: Place) -> float:
-    """Covariance of two settings' factors: one term a dimension."""
-    total = 0.0
-    for name in left.keys() & right.keys():
-        a, b = left[name], right[name]
-        if isinstance(a, str) or isinstance(b, str):
-            total += TERM_SPREAD**2 * (a == b)
-        else:
-            apart = math.log2(max(a, 1e-9) / max(b, 1e-9)) / TERM_REACH
-            total += TERM_SPREAD**2 * math.exp(-0.5 * apart * apart)
-    return total
+def is_work(name: str) -> bool:
+    """Whether a feature is counted in operations."""
+    return name.partition("@")[0].endswith(WORK_ENDINGS)
+
+
+def likeness(place: Place, numbers: Floats, words: NDArray[np.str_]) -> Floats:
+    """Covariance of a setting's factor with each of the others': one term a dimension."""
+    apart = (numbers - np.array(place.numbers)) / TERM_REACH
+    terms = np.exp(-0.5 * apart**2).sum(axis=1) + (words == np.array(place.words)).sum(axis=1)
+    return np.asarray(TERM_SPREAD**2 * terms, dtype=np.float64)
+
+
+def _most(place: Place) -> float:
+    return TERM_SPREAD**2 * (len(place.numbers) + len(place.words))
 
 
 def wide(confidence: float, freedom: int) -> float:

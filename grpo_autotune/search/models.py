@@ -22,7 +22,7 @@ from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import knobs_of
 from grpo_autotune.probe.records import ProbeRecord, StageTimings
 from grpo_autotune.search.features import PARTS, Rates, features
-from grpo_autotune.search.fit import Fit, Place, Seen, wide
+from grpo_autotune.search.fit import STRANGE_SPREAD, Fit, Place, Seen, wide
 from grpo_autotune.search.peak import PeakFit, PeakSeen, increment
 from grpo_autotune.search.trial import TrialOutcome
 from grpo_autotune.search.workload import Workload, workload
@@ -174,9 +174,10 @@ class Models:
         )
 
     @cached_property
-    def _fits(self) -> dict[str, Fit]:
-        """A fit for every part of a stage that any trial had."""
-        seen: dict[str, list[Seen]] = {}
+    def _fits(self) -> dict[tuple[str, str], Fit]:
+        """A fit for every part of a stage and every choice of speed-ups that any trial had; those without the probe's
+        own choice begin from it."""
+        seen: dict[tuple[str, str], list[Seen]] = {}
         for config, outcome in self.outcomes:
             record = outcome.record
             if outcome.status != "ok" or record is None or record.tokens is None:
@@ -185,8 +186,11 @@ class Models:
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > 0.0:
-                    seen.setdefault(part, []).append(Seen(made[part], seconds, place))
-        return {part: Fit(tuple(several)) for part, several in seen.items()}
+                    seen.setdefault((part, family(config)), []).append(Seen(made[part], seconds, place))
+        own = family(self.base)
+        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == own}
+        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != own}
+        return {(part, own): fit for part, fit in first.items()} | others
 
     def _parts(self, config: RunConfig) -> dict[str, tuple[float, float]]:
         """Mean and relative standard deviation of every part that is predicted to run."""
@@ -194,14 +198,22 @@ class Models:
         made, place = features(load, self._rates), place_of(config, load)
         found = {}
         for part, wanted in made.items():
-            fit = self._fits.get(part)
+            fit, doubt = self._fit_for(part, family(config))
             if fit is not None:
                 guess = fit.predict(wanted, place)
-                found[part] = (guess.mean, guess.spread)
-            elif part in PASSES and "training_forward" in self._fits:
-                guess = self._fits["training_forward"].predict(wanted, place)
-                found[part] = (guess.mean, 2.0 * guess.spread)  # a pass that nobody has timed, priced as one that was
+                found[part] = (guess.mean, math.hypot(guess.spread, doubt))
         return found
+
+    def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
+        """The fit that knows most about a part, and the doubt that comes with taking another's."""
+        own = family(self.base)
+        also = ["training_forward"] if part in PASSES else []
+        for name in (part, *also):
+            for there in (choice, own):
+                if (name, there) in self._fits:
+                    strange = STRANGE_SPREAD if there != choice or name != part else 0.0
+                    return self._fits[name, there], strange
+        return None, 0.0
 
     @cached_property
     def _peaks(self) -> PeakFit:
@@ -238,16 +250,21 @@ PASSES = ("old_policy", "reference_logprob")
 
 def place_of(config: RunConfig, load: Workload) -> Place:
     """Where a setting stands: numbers that work grows with, words for what no formula describes."""
-    own = knobs_of(config, ["grpo.torch_compile", "speedups", "grpo.dataloader_num_workers"])
-    return {
-        "micro_batch": float(load.facts.micro_batch),
-        "row_tokens": load.facts.row_tokens,
-        "generation_rows": float(load.facts.generation_rows),
-        "kernel": str(load.trainer["attn_implementation"]),
-        "checkpointing": str(load.facts.training.checkpointing),
-        "engine": str(load.facts.use_vllm),
-        **{key: str(value) for key, value in own.items()},
-    }
+    facts = load.facts
+    numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
+    words = (
+        load.trainer["attn_implementation"],
+        facts.training.checkpointing,
+        facts.use_vllm,
+        knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"],
+        load.trainer["dataloader_num_workers"],
+    )
+    return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
+
+
+def family(config: RunConfig) -> str:
+    """Configurations whose stages follow the same features: those with the same speed-ups."""
+    return str(config.speedups)
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:

@@ -44,6 +44,7 @@ class Workload:
         pixels: Pixels of an image as the data set holds it.
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
+        speedups: Whether any speed-up is on.
     """
 
     shape: ModelShape | None
@@ -53,6 +54,7 @@ class Workload:
     pixels: float
     rows_loaded: float
     generations: float
+    speedups: bool
 
 
 def workload(
@@ -114,6 +116,7 @@ def workload(
         pixels=pixels,
         rows_loaded=float(rows * plan.accumulation),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
+        speedups=config.speedups not in ("none", []),
     )
 
 
