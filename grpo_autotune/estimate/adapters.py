@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from grpo_autotune.estimate.shapes import ModelShape
@@ -49,7 +50,17 @@ NO_ADAPTERS = AdapterSizes()
 
 def adapter_sizes(shape: ModelShape, peft: Mapping[str, Any]) -> AdapterSizes:
     """Count LoRA parameters from a PEFT config (its dictionary form: `r`, `target_modules`, `exclude_modules`)."""
-    rank = int(peft.get("r") or 8)
+    rules = (_frozen(peft.get("target_modules")), _frozen(peft.get("exclude_modules")))
+    return _sizes(shape, int(peft.get("r") or 8), *rules)
+
+
+def _frozen(rule: Any) -> Any:
+    return rule if rule is None or isinstance(rule, str) else tuple(rule)
+
+
+@lru_cache(maxsize=256)
+def _sizes(shape: ModelShape, rank: int, targets: Any, excluded: Any) -> AdapterSizes:
+    peft = {"target_modules": targets, "exclude_modules": excluded}
     text = [m for m in text_matrices(shape) if _is_target(m.path, peft)]
     tower = [m for m in vision_matrices(shape.vision) if _is_target(m.path, peft)] if shape.vision else []
     blocks = [m for m in tower if ".blocks." in m.path]
