@@ -6,9 +6,14 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from grpo_autotune.seams.layers import Handle
-
 _logger = logging.getLogger("grpo_autotune.speedups")
+
+
+class Removable(Protocol):
+    """What an installed speed-up holds, such as a `seams.layers.Handle`."""
+
+    def remove(self) -> None:
+        """Take it out; may be called twice."""
 
 
 class Installed:
@@ -18,9 +23,9 @@ class Installed:
         fell_back: Why it left the work to TRL after all; None while it does its work.
     """
 
-    def __init__(self, name: str, handles: Iterable[Handle] = ()) -> None:
+    def __init__(self, name: str, handles: Iterable[Removable] = ()) -> None:
         self.name = name
-        self.handles = list(handles)
+        self.handles: list[Removable] = list(handles)
         self.fell_back: str | None = None
 
     def fall_back(self, reason: str) -> None:

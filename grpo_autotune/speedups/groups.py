@@ -29,13 +29,11 @@ class Groups:
 
     Attributes:
         current: The group of each row under way in TRL's scoring or loss, (B,); None outside, or where it is not known.
-        newest: The `group_id` of the newest generation batch.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.current: torch.Tensor | None = None
-        self.newest: torch.Tensor | None = None
         self._handles: list[Handle] = []
         for key, layer in (("score", self._score), ("loss", self._loss)):
             slot = slot_of(trainer, find(key))
@@ -62,7 +60,6 @@ class Groups:
         groups_B = self.of_generation(len(inputs))
         with self._under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
-        self.newest = groups_B
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.groups import Groups, groups_of
 from grpo_autotune.speedups.selfcheck import SelfCheck
-from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT, wrap_attention
+from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix_fit import base_of, models_of, why_not
 from grpo_autotune.speedups.shared_prefix_layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix_media import BY_TOKEN
@@ -62,7 +62,7 @@ class _SharedPrefix(Installed):
             self.handles += [wrap(_slot(trainer, "logps"), self._scores_layer(groups), INNER)]
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
-            self.handles += [wrap_attention(kind) for kind in sorted(kinds)]
+            self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
             self.handles += wrap_shuffle(trainer)
         except BaseException:
             self.remove()

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
-from grpo_autotune.speedups.groups import KEY, groups_of
+from grpo_autotune.speedups.groups import KEY
 
 ADDITIVE = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
 """Values of `loss_type` whose sum over equal micro batches is the same however rows are dealt (TRL 1.16,
@@ -53,22 +53,31 @@ def sorted_inside(groups: list[int], size: int) -> list[int]:
 
 
 def wrap_shuffle(trainer: Any) -> list[Handle]:
-    """Put the layer on TRL's shuffle; none where the loss depends on the partition."""
-    slot = slot_of(trainer, find("shuffle"))
-    if slot is None or depends_on_partition(trainer):
-        return []
-    groups = groups_of(trainer)
+    """Have TRL's shuffle end in groups for this trainer; nothing where the loss depends on the partition.
 
-    def shuffle(call_next: Callable[..., Any], /, rows: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ours = rows.get(KEY) is not None and rows[KEY] is groups.newest  # the function is one for all trainers
-        found = call_next(rows, *args, **kwargs)
-        if not ours:
+    The shuffle is a function of TRL's module, so the layer is on it only while this trainer prepares its inputs.
+    """
+    if depends_on_partition(trainer):
+        return []
+
+    def shuffle(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        found = call_next(*args, **kwargs)
+        if found.get(KEY) is None:
             return found
         micro_batch = len(found[KEY]) // trainer.args.steps_per_generation
         order = sorted_inside(found[KEY].tolist(), micro_batch * window(trainer))
         return {key: _in_order(value, order) for key, value in found.items()}
 
-    return [wrap(slot, shuffle, INNER)]
+    def prepare(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        slot = slot_of(trainer, find("shuffle"))
+        handle = None if slot is None else wrap(slot, shuffle, INNER)
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    return [wrap(AttributeSlot(trainer, "_prepare_inputs"), prepare, INNER)]
 
 
 def _in_order(value: Any, order: list[int]) -> Any:
