@@ -19,6 +19,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Action = Callable[[], int]
 """What a command does once its words are understood; returns the exit code."""
+SEARCH_FILE = "search.json"
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -87,12 +88,61 @@ def train(
 
 
 @app.command()
+def search(
+    config: Config = None,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", metavar="TIME", help="Time for everything: 90s, 30m, 1h30m; 0 predicts."),
+    ] = "30m",
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Copy tuned.yaml there.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the search.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in the folder.")] = False,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="A database that several machines search with.")
+    ] = None,
+    script: Annotated[
+        str | None,
+        typer.Option("--script", metavar="SCRIPT", help="Search the GRPOConfig of a TRL script."),
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> Action:
+    """Find a faster configuration that learns the same, within a budget."""
+
+    def action() -> int:
+        from grpo_autotune.commands.search import search_config
+        from grpo_autotune.render.search import render_search
+        from grpo_autotune.search.budget import parse_budget
+
+        budget_s = parse_budget(budget)
+        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_), None)
+        folder = run_dir or loaded.run_dir / "search"
+        with output_aside() if json_ else nullcontext():
+            found, code = search_config(
+                loaded, budget_s=budget_s, out=out, run_dir=folder, resume=resume, storage=storage, script=words
+            )
+        show(json.dumps(found.model_dump(mode="json"), indent=2) if json_ else render_search(found))
+        return code
+
+    return action
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: Json = False) -> Action:
     """Print a stored report again."""
 
     def action() -> int:
         from grpo_autotune.report import load_report
 
+        if run_dir.name == SEARCH_FILE or (
+            (run_dir / SEARCH_FILE).is_file() and not (run_dir / "report.json").is_file()
+        ):
+            from grpo_autotune.render.search import render_search
+            from grpo_autotune.search.stored import load_search
+
+            found = load_search(run_dir)
+            show(json.dumps(found.model_dump(mode="json"), indent=2) if json_ else render_search(found))
+            return 0
         _print([load_report(run_dir)], json_)
         return 0
 
@@ -154,6 +204,18 @@ def _load(source: str | None, overrides: list[str] | None) -> Any:
     label, _ = resolve_source(source)
     say(f"Configuration: {label}")
     return load_config(source, overrides or [])
+
+
+def _load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
+    """The stand-in of a script, and its words; only the `search` and `output` sections can be set for it."""
+    import shlex
+
+    from grpo_autotune.search.scripts import load_stand_in
+
+    words = shlex.split(script)
+    if config is not None:
+        raise ConfigError("a script takes the place of a configuration", where="--script", fix="Give one of the two.")
+    return load_stand_in(words, overrides or []), words
 
 
 def _print(reports: Sequence[Any], as_json: bool) -> None:

@@ -333,7 +333,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     label, path = resolve_source(source)
     values = _mapping(parse_yaml(read_source(path), label), label)
     for item in overrides:
-        _override(values, item)
+        override(values, item)
     output = values.get("output") or {}
     if isinstance(output, dict) and output.get("name") is None:
         values["output"] = {**output, "name": path.stem}
@@ -367,7 +367,7 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], item: str) -> None:
+def override(values: dict[str, Any], item: str) -> None:
     """Put one `a.b=value` into nested plain values, making the sections on its way."""
     path, equals, text = item.partition("=")
     keys = path.strip().split(".")

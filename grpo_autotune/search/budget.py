@@ -11,7 +11,8 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.search.trial import TrialOutcome
 
 END_SHARE = 0.2
-"""Kept for the worst-case step and the race."""
+"""Kept for the worst-case step and the race; more where starting two processes takes more, up to `MOST_END_SHARE`."""
+MOST_END_SHARE = 0.4
 CLOSING_S = 2.0
 """Kept for ending the last process and writing the files; at most a tenth of the budget."""
 SURE = 1.15
@@ -46,6 +47,9 @@ class Budget:
         spent_s: What earlier processes of the same search spent.
         clock: Seconds, monotonic; a wall clock that is set meanwhile changes nothing.
         begun: Its reading when this process began.
+
+    Attributes:
+        end_s: What is kept for the worst-case step and the race.
     """
 
     def __init__(
@@ -57,11 +61,16 @@ class Budget:
     ) -> None:
         self.total_s, self._spent_s, self._clock = total_s, spent_s, clock
         self._begun = clock() if begun is None else begun
+        self.end_s = END_SHARE * total_s
 
     @property
     def elapsed_s(self) -> float:
         """Seconds spent, over all processes."""
         return self._spent_s + self._clock() - self._begun
+
+    def keep(self, needed_s: float) -> None:
+        """Keep so much for the end, within its bounds."""
+        self.end_s = max(END_SHARE * self.total_s, min(MOST_END_SHARE * self.total_s, needed_s))
 
     @property
     def left_s(self) -> float:
@@ -71,7 +80,7 @@ class Budget:
     @property
     def search_left_s(self) -> float:
         """Seconds left for trials, with the end's share kept."""
-        return self.left_s - END_SHARE * self.total_s
+        return self.left_s - self.end_s
 
 
 class Costs:

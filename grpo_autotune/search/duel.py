@@ -18,6 +18,8 @@ MORE_ROUNDS = 7
 MOST_ROUNDS = 21
 LEAST_ROUNDS = 3
 """Fewer pairs than this have no interval worth the name."""
+STARTS = 1.5
+"""Cold starts that the two take who start side by side."""
 SPEED_MARGIN = 1.2
 """A round may take this much longer than both trials' medians say."""
 
@@ -50,10 +52,15 @@ def race(lab: Lab, rival: Entry, room_s: float) -> Interval | None:
     return rival.raced
 
 
+def race_s(lab: Lab, rival_s: float) -> float:
+    """Seconds of the shortest race: both start side by side, warm up, and run the first rounds."""
+    return STARTS * lab.costs.cold_s + (FIRST_ROUNDS + 1) * (lab.book.baseline.step.value + rival_s)
+
+
 def rounds_that_fit(lab: Lab, rival: Entry, room_s: float) -> int:
     """Rounds after both have started and made a step to warm up."""
     pair_s = SPEED_MARGIN * (lab.book.baseline.step.value + rival.step.value) * rival.cycle
-    return max(0, int((room_s - 2 * lab.costs.cold_s) / pair_s))
+    return max(0, int((room_s - STARTS * lab.costs.cold_s) / pair_s) - 1)
 
 
 def paired_ratios(before_s: Sequence[float], after_s: Sequence[float]) -> list[float]:

@@ -13,6 +13,7 @@ from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import words
 from grpo_autotune.search.lab import Lab, plain
 from grpo_autotune.search.schema import Candidate, SearchReport
+from grpo_autotune.search.scripts import overrides
 
 TITLES = {
     "exact": "the fastest found with everything that decides what is learned as it was",
@@ -34,7 +35,7 @@ def emit(lab: Lab, report: SearchReport) -> None:
 def tuned_text(lab: Lab, report: SearchReport, which: str, candidate: Candidate) -> str:
     """One file: a head for people, then the configuration."""
     receipt = receipt_of(lab.book, lab.machine, report, candidate)
-    values = script_values(candidate, receipt) if lab.script else tuned_config(lab, candidate, receipt).to_dict()
+    values = script_values(lab, candidate, receipt) if lab.script else tuned_config(lab, candidate, receipt).to_dict()
     return "".join(f"# {line}\n" for line in _head(report, which, candidate, lab.script)) + write_yaml(values)
 
 
@@ -47,12 +48,12 @@ def tuned_config(lab: Lab, candidate: Candidate, receipt: Receipt) -> RunConfig:
     return RunConfig.from_dict({**values, "receipt": receipt.model_dump()})
 
 
-def script_values(candidate: Candidate, receipt: Receipt) -> dict[str, Any]:
-    """For a script: what changes, by section, and the receipt."""
+def script_values(lab: Lab, candidate: Candidate, receipt: Receipt) -> dict[str, Any]:
+    """For a script: what its `GRPOConfig` has to be given, by section, and the receipt."""
     values: dict[str, Any] = {}
-    for key, value in candidate.changed.items():
+    for key, value in overrides(lab.config, lab.book.config_of(candidate.knobs)).items():
         section, _, name = key.rpartition(".")
-        (values.setdefault(section, {}) if section else values)[name] = value
+        values.setdefault(section, {})[name] = value
     return {**values, "receipt": receipt.model_dump(exclude_defaults=True)}
 
 

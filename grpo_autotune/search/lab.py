@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import Knobs
+from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.probe.records import ProbeRecord, Spread
 from grpo_autotune.search.book import Book, Entry
 from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.folder import SearchFolder, State
 from grpo_autotune.search.propose import Models
 from grpo_autotune.search.schema import Skipped, TrialRow
+from grpo_autotune.search.scripts import overrides
 from grpo_autotune.search.study import Asked, Study, name_of
 from grpo_autotune.search.trial import Progress, Purpose, TrialOutcome, TrialSpec
 
@@ -29,6 +30,8 @@ LEAST_LIMIT_S = 60.0
 PATIENCE = 3.0
 """A trial is stopped after this many times what it was expected to take."""
 HANG_S = 120.0
+CHEAP = 0.3
+MOST_STEPS = 10
 LENGTHS = 200
 """Completion lengths handed to a trial: quantiles of what the probe saw."""
 
@@ -125,7 +128,7 @@ class Lab:
             number=self.folder.next_number(),
             purpose=purpose,
             config=plain(config),
-            knobs=knobs,
+            knobs=knobs if self.script is None else overrides(self.config, config),
             limit_s=max(1.0, limit_s),
             hang_s=min(HANG_S, max(5.0, limit_s)),
             script=self.script,
@@ -146,16 +149,27 @@ class Lab:
         self.remember()
         return outcome
 
+    def knobs_of(self, spec: TrialSpec) -> Knobs:
+        """The combination that a trial is of; a script is told of keys that follow from it, too."""
+        if spec.script is None or self._book is None or spec.purpose in ("probe", "rewards"):
+            return spec.knobs
+        return knobs_of(RunConfig.from_dict(spec.config), self.book.own)
+
     def expected_s(self, knobs: Knobs) -> float:
         """What a timed trial of these knobs is expected to take."""
-        search = self.config.search
-        return self.costs.trial_s(self.models.step_s(self.book.config_of(knobs)).value, search.steps)
+        step_s = self.models.step_s(self.book.config_of(knobs)).value
+        return self.costs.trial_s(step_s, self.steps(step_s))
+
+    def steps(self, step_s: float) -> int:
+        """Steps to measure: those of `search.steps`, and more while they are cheap beside starting the trial."""
+        cheap = int(CHEAP * self.costs.beside_s / max(step_s, 1e-3))
+        return max(self.config.search.steps, min(MOST_STEPS, cheap))
 
     def timed(self, knobs: Knobs, source: str, room_s: float, asked: Asked | None = None) -> Entry | None:
         """Measure a combination in at most `room_s` seconds; null where it did not end well."""
         config = self.book.config_of(knobs)
         own_limit = self.config.search.trial_limit_s or max(LEAST_LIMIT_S, PATIENCE * self.expected_s(knobs))
-        steps = self.config.search.steps
+        steps = self.steps(self.models.step_s(config).value)
         spec = self.spec("timed", config, knobs, min(own_limit, room_s), source=source, steps=steps)
         try:
             outcome = self.run(spec)
@@ -170,11 +184,12 @@ class Lab:
 
     def learn(self, spec: TrialSpec, outcome: TrialOutcome) -> Entry | None:
         """Take a timed trial into account, a recalled one too."""
-        config = self.book.config_of(spec.knobs)
+        knobs = self.knobs_of(spec)
+        config = self.book.config_of(knobs)
         predicted = self.models.step_s(config).value
         entry = None
         if outcome.status == "ok" and outcome.step_s:
-            entry = self.book.add(spec.knobs, outcome, predicted)
+            entry = self.book.add(knobs, outcome, predicted)
         self._models = self.models.learn(config, outcome)
         self.costs.learn(outcome)
         self.write(spec, outcome, predicted, entry)
@@ -190,7 +205,7 @@ class Lab:
             TrialRow(
                 number=spec.number,
                 purpose=spec.purpose,
-                knobs=spec.knobs,
+                knobs=self.knobs_of(spec),
                 status=outcome.status,
                 step_s=step_s,
                 predicted_s=predicted_s,
@@ -206,8 +221,9 @@ class Lab:
     def tell_again(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
         """Tell a journal what it lost of a trial that has an outcome."""
         if spec.number not in self.study.numbers():
-            entry = self.book.entries.get(name_of(spec.knobs))
-            self._tell(self.study.ask(spec.knobs), outcome, entry, cut_short=outcome.status == "timeout")
+            knobs = self.knobs_of(spec)
+            entry = self.book.entries.get(name_of(knobs))
+            self._tell(self.study.ask(knobs), outcome, entry, cut_short=outcome.status == "timeout")
 
     def remember(self, *, finished: bool = False) -> None:
         """Write down how far the search is."""
@@ -230,7 +246,7 @@ class Lab:
                 total_s=self.budget.total_s,
                 trial=spec,
                 progress=progress,
-                changed={} if book is None or spec is None else book.changed({**book.own, **spec.knobs}),
+                changed={} if book is None or spec is None else book.changed({**book.own, **self.knobs_of(spec)}),
                 done=len(self.rows),
                 own=book.baseline if book is not None and entries else None,
                 best=entries[0] if entries else None,

@@ -17,6 +17,7 @@ from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.proof import Rewards
 from grpo_autotune.search.propose import Models, Pool, memory_of
 from grpo_autotune.search.schema import TrialRow
+from grpo_autotune.search.scripts import config_of_script
 from grpo_autotune.search.space import Space, space
 from grpo_autotune.search.storage import journal_storage, shared_storage
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
@@ -44,6 +45,8 @@ def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sam
     record = outcome.record
     if record is None:
         raise NothingSucceeded("the probe of your configuration measured no step", where="search")
+    if lab.script is not None:
+        lab.config = config_of_script(lab.config, record)
     found = space(lab.config, lab.machine, record)
     lab.memory_bytes = memory_of(lab.machine, record.trainer)
     values = {key: _with_own(found.own[key], axis) for key, axis in found.values.items()}
@@ -75,7 +78,7 @@ def recall(lab: Lab, rewards: Rewards, recalled: Recalled) -> None:
             lab.costs.learn(outcome)
         if spec.purpose == "rewards" and outcome.rewards:
             rewards.recall(spec, outcome.rewards)
-        entry = lab.book.entries.get(name_of(spec.knobs))
+        entry = lab.book.entries.get(name_of(lab.knobs_of(spec)))
         if spec.purpose == "worst_case" and outcome.status == "ok" and entry is not None:
             entry.worst_case = "passed"
 

@@ -44,7 +44,7 @@ class Rewards:
         lab = self._lab
         stages = lab.models.stages_s(lab.config)
         step_s = sum(stages[name].value for name in GENERATING if name in stages)
-        return lab.costs.cold_s + MARGIN * self._count(prompts) * step_s * _generations_per_batch(lab.book)
+        return lab.costs.beside_s + MARGIN * self._count(prompts) * step_s * _generations_per_batch(lab.book)
 
     def judge(self, key: str, value: Any, room_s: float) -> Guard:
         """Compare a value with the user's own in at most `room_s` seconds."""
@@ -112,7 +112,7 @@ def judge_group(lab: Lab, entry: Entry) -> None:
 
 def stand_worst_case(lab: Lab, entry: Entry, room_s: float) -> bool | None:
     """One step with the longest prompts, largest images and full-length completions; null where there is no time."""
-    needed_s = lab.costs.cold_s + 3.0 * entry.step.value
+    needed_s = lab.costs.beside_s + 3.0 * entry.step.value
     if needed_s > room_s:
         return None
     spec = lab.spec("worst_case", entry.config, entry.knobs, room_s, steps=1, warmup=1, source="proof")

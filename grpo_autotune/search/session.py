@@ -19,8 +19,8 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.hardware.folders import write_whole
 from grpo_autotune.search.book import Entry, Level
-from grpo_autotune.search.budget import END_SHARE, SURE, Budget, words
-from grpo_autotune.search.duel import race
+from grpo_autotune.search.budget import SURE, Budget, words
+from grpo_autotune.search.duel import race, race_s
 from grpo_autotune.search.emit import emit
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import Lab, Trials, View, plain
@@ -110,6 +110,8 @@ class Session:
         lab = self.lab
         while True:
             ranking = self._rank()
+            leader_s = lab.book.ranking("fast")[0].step.value
+            lab.budget.keep(race_s(lab, leader_s) + lab.costs.beside_s + 3.0 * leader_s)
             if self._questions() and (not ranking.proposals or self._spent_share() > QUESTIONS_AT):
                 self._prove()
                 continue
@@ -166,7 +168,7 @@ class Session:
         return asked, "queue"
 
     def _needs_s(self, proposal: Proposal) -> float:
-        return SURE * self.lab.costs.trial_s(proposal.step_s, self.lab.config.search.steps)
+        return SURE * self.lab.costs.trial_s(proposal.step_s, self.lab.steps(proposal.step_s))
 
     def _questions(self) -> list[tuple[str, object]]:
         """Values of the leader's learning knobs that rewards have to judge."""
@@ -176,7 +178,7 @@ class Session:
     def _spent_share(self) -> float:
         """Part of the time for trials that is over."""
         budget = self.lab.budget
-        return 1.0 - budget.search_left_s / ((1.0 - END_SHARE) * budget.total_s)
+        return 1.0 - budget.search_left_s / (budget.total_s - budget.end_s)
 
     def _set_aside_s(self) -> float:
         """Seconds for comparing rewards, where the best so far needs that."""

@@ -1,0 +1,166 @@
+"""A search's report as text for a terminal; everything comes from the report alone."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from grpo_autotune.search.budget import words
+from grpo_autotune.search.guards import Guard
+from grpo_autotune.search.schema import Candidate, Contribution, SearchReport
+from grpo_autotune.verdict.words import percent, seconds, size
+
+MOST_ROWS = 8
+
+
+def render_search(report: SearchReport, width: int = 100, *, colour: bool = False) -> str:
+    """The report as text.
+
+    Args:
+        report: What to print.
+        width: Columns of the terminal.
+        colour: Whether to put in ANSI escapes.
+    """
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, no_color=not colour, highlight=False,
+        legacy_windows=False,
+    )  # fmt: skip
+    with console.capture() as captured:
+        console.print(Group(*_sections(report)))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip() + "\n"
+
+
+def _sections(report: SearchReport) -> Iterator[RenderableType]:
+    for line in headline(report):
+        yield Text(line, style="bold")
+    yield from _section("How the gain comes about", list(_gain_lines(report)))
+    if report.contributions:
+        yield Padding(_contribution_table(report.contributions), (0, 0, 0, 2))
+        if len(report.contributions) > 1:
+            text = (
+                "Each: the winner's speed over its speed with that change alone taken back; together they may be less."
+            )
+            yield Padding(Text(text, style="dim"), (0, 0, 0, 2))
+    yield from _section("What changes what is learned", [guard_line(guard) for guard in report.guards])
+    if report.pareto:
+        yield Text("\nSpeed against reward and memory: nothing here is beaten in all three", style="bold")
+        yield Padding(_pareto_table(report), (0, 0, 0, 2))
+    yield from _section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
+    yield from _section("Trials that failed", list(_failures(report)))
+    yield from _section("The models", list(_errors(report)))
+    yield from _section("Notes", report.notes)
+    yield from _section("Files", [f"{name}: {path}" for name, path in report.files.items()])
+
+
+def headline(report: SearchReport) -> list[str]:
+    """The outcome in a few sentences."""
+    best, own = report.best, report.baseline
+    timed = sum(row.purpose == "timed" for row in report.trials)
+    time = f"{words(report.elapsed_s)} of {words(report.budget_s)}"
+    spent = f"{time}, {timed} timed trials for {report.points} legal combinations"
+    if report.predicted:
+        spent = f"a probe alone; {report.points} legal combinations judged by the models"
+    end = f"Search: {spent}; ended since {report.why_ended}."
+    if not best.changed:
+        lines = [end, f"Your configuration is already the best that was found: {seconds(own.step_s)} a step."]
+    else:
+        how = "Predicted" if report.predicted else "Raced" if best.raced else "Measured"
+        lines = [
+            end,
+            f"{how}: x {best.speedup:.2f} ({best.ci[0]:.2f} to {best.ci[1]:.2f}) useful completions a second, "
+            f"{seconds(own.step_s)} -> {seconds(best.step_s)} a step.",
+            f"tuned.yaml changes {changes(best.changed, own.knobs)}.",
+        ]
+    for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
+        if other.knobs != best.knobs:
+            lines.append(f"{name}: {_speed(other)}, changes {changes(other.changed, own.knobs)}.")
+    return lines
+
+
+def changes(changed: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """`data.image_size 512 -> 256, grpo.num_generations 8 -> 4`; "nothing" of nothing."""
+    told = (f"{key} {value_words(own[key])} -> {value_words(value)}" for key, value in changed.items())
+    return ", ".join(told) or "nothing"
+
+
+def value_words(value: Any) -> str:
+    """A knob's value as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def guard_line(guard: Guard) -> str:
+    """What was found out about one value of a learning knob."""
+    verdict = "proven" if guard.proven else "not proven"
+    more = "" if guard.prompts_needed is None else f"; about {guard.prompts_needed} prompts would settle it"
+    return f"{guard.key} {value_words(guard.before)} -> {value_words(guard.after)}: {verdict}, {guard.why}{more}."
+
+
+def _gain_lines(report: SearchReport) -> Iterator[str]:
+    if report.exact_share is None:
+        return
+    gain = math.log(report.best.speedup)
+    exact, learning = math.exp(gain * report.exact_share), math.exp(gain * (1.0 - report.exact_share))
+    yield (
+        f"x {report.best.speedup:.2f} = x {exact:.2f} from exact knobs ({percent(report.exact_share)} of the gain) "
+        f"times x {learning:.2f} from knobs that change what is learned."
+    )
+
+
+def _contribution_table(rows: list[Contribution]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("change", "kind", "brings", ""):
+        table.add_column(title, justify="right" if title == "brings" else "left")
+    for row in rows:
+        brings = "" if row.factor is None else f"x {row.factor:.2f}"
+        if row.low is not None and row.high is not None:
+            brings += f" ({row.low:.2f} to {row.high:.2f})"
+        how = "measured" if row.measured else f"unknown: {row.why}" if row.factor is None else "predicted"
+        table.add_row(changes({row.key: row.after}, {row.key: row.before}), row.kind, brings, how)
+    return table
+
+
+def _pareto_table(report: SearchReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("speed", "reward", "memory", "changes"):
+        table.add_column(title, justify="left" if title == "changes" else "right")
+    for row in report.pareto[:MOST_ROWS]:
+        reward = "not measured" if row.reward_difference is None else f"{row.reward_difference:+.3f}"
+        reward = "the same" if row.reward_difference == 0.0 else reward
+        memory = "" if row.peak_bytes is None else size(row.peak_bytes)
+        table.add_row(f"x {row.speedup:.2f}", reward, memory, changes(row.changed, report.baseline.knobs))
+    return table
+
+
+def _failures(report: SearchReport) -> Iterator[str]:
+    failed = [row for row in report.trials if row.status != "ok"]
+    for status, count in Counter(row.status for row in failed).most_common():
+        first = next(row for row in failed if row.status == status)
+        numbers = ", ".join(str(row.number) for row in failed if row.status == status)
+        yield f"{status} ({count}): trial {numbers}; the first: {first.why or 'no reason given'}"
+
+
+def _errors(report: SearchReport) -> Iterator[str]:
+    for stage, error in report.model_error.items():
+        yield f"{stage}: off by {percent(error.median)} at the median, {percent(error.p90)} at p90 ({error.n} trials)"
+
+
+def _speed(candidate: Candidate) -> str:
+    return f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f})"
+
+
+def _section(title: str, lines: list[str]) -> Iterator[RenderableType]:
+    if lines:
+        yield Text(f"\n{title}", style="bold")
+        for line in lines:
+            yield Padding(Text(line), (0, 0, 0, 2))
