@@ -80,18 +80,34 @@ def test_five_steps_end_in_the_same_weights(tiny, tmp_path, picture_rows, text_r
     assert gap(weights_of(mine), weights_of(plain)) < 1e-6
 
 
-def test_a_micro_batch_of_dead_rows_still_runs_one_forward(tiny, tmp_path, text_rows):
-    forwards = []
-    trainer = make_trainer(tiny("llama"), text_rows, tmp_path, rewards=[all_dead], lora=False, **BATCH)
+@pytest.mark.parametrize(
+    ("kind", "lora", "tokens"), [("llama", False, 2), ("qwen3_vl", True, 2), ("qwen3_vl", False, None)]
+)
+def test_a_micro_batch_of_dead_rows_still_runs_one_forward(tiny, tmp_path, text_rows, picture_rows, kind, lora, tokens):
+    """Of two tokens, unless the images' own weights are trained; every trained weight gets its zero gradient."""
+    shapes, missing = [], []
+    rows = picture_rows if kind.endswith("vl") else text_rows
+    trainer = make_trainer(tiny(kind), rows, tmp_path, rewards=[all_dead], lora=lora, **BATCH)
     speedups = speed_up(trainer, ["skip_dead"])
-    trainer.model.register_forward_hook(
-        lambda module, args, kwargs, output: forwards.append(len(kwargs["input_ids"])) if module.training else None,
-        with_kwargs=True,
-    )
+    score = trainer._get_per_token_logps_and_entropies
+
+    def scored(model, input_ids, *args, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return score(model, input_ids, *args, **kwargs)
+
+    def backward(call_next, loss, *args, **kwargs):
+        call_next(loss, *args, **kwargs)
+        missing.extend(name for name, w in trainer.model.named_parameters() if w.requires_grad and w.grad is None)
+
+    trainer._get_per_token_logps_and_entropies = scored
+    wrap(AttributeSlot(trainer.accelerator, "backward"), backward, INNER)
     before = weights_of(trainer)
     trainer.train()
-    assert forwards.count(1) == 6 and speedups.facts()["skip_dead"]["skipped_rows"] == 24.0
+    assert speedups.facts()["skip_dead"]["skipped_rows"] == 24.0
+    assert [rows for rows, _ in shapes] == [1] * 6 and (tokens is None or {width for _, width in shapes} == {tokens})
     assert gap(weights_of(trainer), before) == 0.0
+    assert not missing
+    assert not any("living/entropy" in line for line in trainer.state.log_history)
 
 
 def test_masked_completions_are_skipped_whatever_their_reward(tiny, tmp_path, text_rows):

@@ -169,9 +169,13 @@ def _reward_function_layer(probe: Probe, name: str, is_async: bool) -> Layer:
 
     def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
+        counted = recorder.is_open and not recorder.inside(APART)
+        span = None if recorder.on_main_thread() else recorder.begin_elsewhere("reward" if counted else APART, name)
         with recorder.span("reward", name):
             found = call_next(*args, **kwargs)
-        if recorder.is_open and not recorder.inside(APART):
+        if span is not None:
+            recorder.end_elsewhere(span)
+        if counted:
             probe.rewards.see(name, False, time.perf_counter() - begin)
         return found
 

@@ -24,6 +24,16 @@ COMPLETION_KEYS = (
     "importance_sampling_ratio",
     "advantages",
 )
+IMAGE_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "num_tiles",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -70,6 +80,23 @@ def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> 
     for key in BOTH_KEYS:
         if batch.get(key) is not None:
             found[key] = batch[key][:, width_P - keep_P : width_P + keep_C]
+    return found
+
+
+def one_token(row: Batch, *, whole_prompt: bool) -> Batch:
+    """A batch of one row cut to its first completion token, behind the whole prompt or behind its last token."""
+    width_P, width_C = row["prompt_ids"].shape[1], row["completion_ids"].shape[1]
+    keep_P = width_P if whole_prompt else 1
+    found = {name: value for name, value in row.items() if whole_prompt or name not in IMAGE_KEYS}
+    for key in PROMPT_KEYS:
+        found[key] = row[key][:, width_P - keep_P :]
+    for key in COMPLETION_KEYS:
+        value = row.get(key)
+        if value is not None and value.ndim == 2 and value.shape[1] == width_C:
+            found[key] = value[:, :1]
+    for key in BOTH_KEYS:
+        if row.get(key) is not None:
+            found[key] = row[key][:, width_P - keep_P : width_P + 1]
     return found
 
 

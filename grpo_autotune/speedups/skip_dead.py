@@ -3,7 +3,8 @@
 With `beta = 0` and neither an entropy bonus nor a router loss, a row's loss is a product with its advantage: a row of
 zero advantage, or whose completion is masked as a whole, adds nothing to loss or gradient. Whether a group is dead is
 decided by its rewards' spread (max - min, at most `SPREAD`): a mean of equal float32 rewards is off by 1e-8, which TRL
-divides by 1e-4 and trains on. One row is always kept, since every rank must run one wrapped forward a micro step.
+divides by 1e-4 and trains on. Every rank must run one wrapped forward a micro step, so where nothing is left it runs on
+two tokens of one row, times zero; on the whole prompt where that is needed to reach all trained weights.
 
 TRL's metrics of the loss then speak of the rows that are left, so they are logged as `living/<name>`.
 
@@ -21,7 +22,7 @@ from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
-from grpo_autotune.speedups.rows import Batch, lengths, take
+from grpo_autotune.speedups.rows import Batch, lengths, one_token, take
 
 SPREAD = 1e-6
 """Largest max - min of a group's weighted rewards that counts as none, relative to the largest of them (at least 1)."""
@@ -96,6 +97,11 @@ class _Skipping(Installed):
         self.trainer = trainer
         self._living_B: torch.Tensor | None = None
         self._rows = self._skipped = 0
+        tower = ("visual", "vision", "image", "multi_modal_projector")
+        self._images_train = any(
+            weight.requires_grad and any(part in name for part in tower)
+            for name, weight in trainer.model.named_parameters()
+        )
 
     def facts(self) -> dict[str, float]:
         """Rows that came to the training pass, and how many of them were left out."""
@@ -128,11 +134,19 @@ class _Skipping(Installed):
         with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
             if len(kept) == rows:
                 return call_next(model, inputs, *args, **kwargs)
-            part = take(inputs, kept or [int(lengths(inputs).argmin())])
             if not kept:
-                part["advantages"] = torch.zeros_like(part["advantages"])
-            share = _share(self.trainer.loss_type, part, inputs)
-            return call_next(model, part, *args, **kwargs) * share
+                return call_next(model, self._stand_in(inputs), *args, **kwargs) * 0.0
+            part = take(inputs, kept)
+            return call_next(model, part, *args, **kwargs) * _share(self.trainer.loss_type, part, inputs)
+
+    def _stand_in(self, inputs: Batch) -> Batch:
+        """One completion token after as little of a prompt as reaches every trained weight."""
+        row = take(inputs, [int(lengths(inputs).argmin())])
+        row["advantages"] = torch.zeros_like(row["advantages"])
+        if self.trainer.tools:
+            return row  # tools may have put images into the completion
+        row["completion_mask"] = torch.ones_like(row["completion_mask"])
+        return one_token(row, whole_prompt="pixel_values" in row and self._images_train)
 
 
 def _gradient_rows(batch: Batch) -> torch.Tensor:
@@ -173,7 +187,8 @@ class _Relabelled:
         for name in list(self._metrics):
             values, before = self._metrics[name], self._before.get(name, 0)
             if len(values) > before:
-                self._metrics[f"{KEY}/{name}"].extend(values[before:])
+                if self._share:
+                    self._metrics[f"{KEY}/{name}"].extend(values[before:])
                 del values[before:]
                 if not values:
                     del self._metrics[name]

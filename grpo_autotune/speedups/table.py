@@ -9,7 +9,16 @@ from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.speedups.base import SpeedUp
 
-TABLE: dict[str, str] = {}
+TABLE: dict[str, str] = {
+    "shared_prefix": "grpo_autotune.speedups.shared_prefix:SharedPrefix",
+    "shared_prefill": "grpo_autotune.speedups.shared_prefill:SharedPrefill",
+    "images_once": "grpo_autotune.speedups.images_once:ImagesOnce",
+    "vision_cache": "grpo_autotune.speedups.vision_cache:VisionCache",
+    "length_sort": "grpo_autotune.speedups.length_sort:LengthSort",
+    "skip_dead": "grpo_autotune.speedups.skip_dead:SkipDead",
+    "patch_embed": "grpo_autotune.speedups.patch_embed:PatchEmbed",
+    "reward_overlap": "grpo_autotune.speedups.reward_overlap:RewardOverlap",
+}
 """Name -> the class, imported when it is asked for."""
 
 AUTO, NONE = "auto", "none"

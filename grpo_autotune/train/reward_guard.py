@@ -47,14 +47,14 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
                 values = await function(**{**batch, **params})
             return judge(values, batch)
 
-        return _named(guarded_async, name)
+        return _named(guarded_async, name, function)
 
     def guarded(**batch: Any) -> list[float | None]:
         with _Blame(name, batch):
             values = function(**{**batch, **params})
         return judge(values, batch)
 
-    return _named(guarded, name)
+    return _named(guarded, name, function)
 
 
 def check_params(function: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
@@ -142,6 +142,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    function.__name__ = function.__qualname__ = name
-    return function
+def _named(guarded: Callable[..., Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The guard under the function's name, with the attributes that its author gave the function."""
+    guarded.__dict__.update(getattr(function, "__dict__", {}))
+    guarded.__name__ = guarded.__qualname__ = name
+    return guarded
