@@ -10,6 +10,7 @@ from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
+from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat, Startup
 
 LARGEST = 3
@@ -28,20 +29,29 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
         with startup.phase("import"):
             mend_torchvision()
             from grpo_autotune.probe.attach import Probe
+            from grpo_autotune.train.receipt import SpeedWatch, differences
             from grpo_autotune.train.trainer import run_training
             from grpo_autotune.train.trials import EngineTime
         startup.since_birth("import")
+        watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
+        for sentence in differences(config.receipt, detect()) if config.receipt else ():
+            warn(sentence)
 
         def prepare(trainer: Any) -> None:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
         with EngineTime(startup):
-            result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare)
+            result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch)
         watched.pop()
     say(result.line())
     _tell_time(probes[0], config, out_dir)
     return result.exit_code
+
+
+def warn(sentence: str) -> None:
+    """A sentence that the user should not miss."""
+    say(f"warning: {sentence}")
 
 
 def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
