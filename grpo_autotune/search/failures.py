@@ -19,6 +19,12 @@ from grpo_autotune.search.trial import Status
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: "
 BAD_ALLOC = "std::bad_alloc"
+NO_THREAD = "can't start new thread"
+"""CPython's words (Modules/_threadmodule.c) for a stack that could not be mapped, or for too many threads."""
+
+STACK_BYTES = 16 << 20
+"""A thread's stack is 8 MiB by default."""
+
 ENOMEM_IN_RUST = f"os error {errno.ENOMEM}"
 """How safetensors, which is written in Rust, words the kernel's refusal in the error that it raises itself."""
 
@@ -43,7 +49,7 @@ def failure_of(error: BaseException, available: Callable[[], int | None]) -> Fai
         error: What was raised.
         available: Bytes that this process could still have, for errors that name only what was asked for.
     """
-    memory = next((cause for cause in _chain(error) if is_out_of_memory(cause)), None)
+    memory = next((cause for cause in _chain(error) if is_out_of_memory(cause, available)), None)
     if memory is not None:
         return Failure("oom", one_line(memory), _name(memory), overshoot(memory, available))
     status: Status = "crashed"
@@ -54,12 +60,17 @@ def failure_of(error: BaseException, available: Callable[[], int | None]) -> Fai
     return Failure(status, one_line(error), _name(error), None)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` itself says that memory ran out, on the device or the host."""
+def is_out_of_memory(error: BaseException, available: Callable[[], int | None]) -> bool:
+    """Whether `error` itself says that memory ran out, on the device or the host.
+
+    A thread that cannot be started counts only where there is no room for its stack.
+    """
     if isinstance(error, MemoryError) or _is_of_device(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
+    if type(error) is RuntimeError and str(error) == NO_THREAD:
+        return (available() or 0) < STACK_BYTES
     if type(error) is RuntimeError:
         return CPU_ALLOCATOR in str(error) or str(error).startswith(BAD_ALLOC)
     return type(error).__module__.startswith("safetensors") and ENOMEM_IN_RUST in str(error)

@@ -6,6 +6,7 @@ stream set by that trial's own seed, so that a warm worker trains as a fresh one
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -45,7 +46,8 @@ def serve(spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> Tria
         failure = failure_of(error, available_bytes)
         _forget_frames(error)  # they hold the trainer
         release()
-        sys.stderr.write(log_of(error))
+        with contextlib.suppress(OSError):  # a full disk, which may be what went wrong
+            sys.stderr.write(log_of(error))
         return TrialOutcome(
             number=spec.number, **failure._asdict(), peak_bytes=meter.peak_bytes(), idle_bytes=meter.idle_bytes
         )

@@ -52,8 +52,7 @@ def _serve_one(folder: Path, *, warm: bool) -> int:
     pulse.close()
     try:
         write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
-    except OSError as error:
-        sys.stderr.write(f"the outcome cannot be written: {error}\n")
+    except OSError:  # nor can the log
         return CANNOT_WRITE_EXIT
     return 0 if outcome.status == "ok" and reusable(spec, outcome) else RETIRED_EXIT
 

@@ -1,0 +1,193 @@
+"""The runner with real worker processes: warm and fresh, races, ranks, clocks that jump, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.search.attempt import Stopwatch
+from grpo_autotune.search.race import ALONE, one_after_another, turn_order
+from grpo_autotune.search.runner import Runner, worker_key
+from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
+from tests.trials import marked, processes, spec_of, wait_until_none
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tests" / "scripts" / "train_grpo.py"
+
+
+class JumpingClock:
+    """The real clock, until it leaps a day ahead and later two days back."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        leap = 86400.0 if self.calls > 5 else 0.0
+        return time.monotonic() + leap - (172800.0 if self.calls > 10 else 0.0)
+
+
+def remembered(path: Path) -> list[dict[str, list[float]]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_warm_worker_trains_as_a_fresh_one_did_whatever_its_clock(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials in one process: equal losses and completions; then the runner is interrupted, and nothing is left."""
+    said: list[Progress] = []
+    notes = [tmp_path / "fresh", tmp_path / "warm"]
+    found = []
+    monkeypatch.setenv("REMEMBERED", str(tmp_path / "both"))
+    with marked(monkeypatch) as mark, Runner(tmp_path, clock=JumpingClock()) as runner:
+        for number, note in enumerate(notes):
+            spec = spec_of(tiny("qwen3"), tmp_path, number, "tests.faults:remembers", steps=3, hang_s=60, limit_s=300)
+            found.append(runner.run(spec, said.append))
+            (tmp_path / "both").rename(note)
+        assert [outcome.status for outcome in found] == ["ok", "ok"], found
+        assert [outcome.warm for outcome in found] == [False, True]
+        pids = processes(mark)
+        assert pids
+
+        def interrupt(progress: Progress) -> None:
+            if progress.step == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(spec_of(tiny("qwen3"), tmp_path, 2), interrupt)
+        assert processes(mark) == []
+    assert len(remembered(notes[0])) == 4 and len(remembered(notes[0])[3]["losses"]) == 3
+    assert remembered(notes[0]) == remembered(notes[1])
+    stages = {progress.stage for progress in said}
+    assert "start-up: model" in stages and stages & {"generation", "reward", "backward", "optimizer"}
+    assert (said[-1].step, said[-1].of) == (4, 4)
+    _check_outcome(found[1], tmp_path)
+
+
+def _check_outcome(outcome: TrialOutcome, run_dir: Path) -> None:
+    assert outcome.record is not None and outcome.record.timings.warmup_s and len(outcome.step_s) == 3
+    assert outcome.peak_bytes is not None and outcome.idle_bytes is not None
+    assert outcome.peak_bytes >= outcome.idle_bytes > 0
+    assert outcome.startup_s is not None and 0 < outcome.startup_s <= outcome.elapsed_s < 3600
+    folder = run_dir / "trials" / "0001"
+    assert TrialOutcome.model_validate_json((folder / "outcome.json").read_text()) == outcome
+    assert {path.name for path in folder.iterdir()} == {
+        "spec.json", "heartbeat", "log.txt", "spans.jsonl", "outcome.json",
+    }  # fmt: skip
+
+
+def test_a_race_runs_in_turns_on_the_same_prompts(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.stage.startswith("waiting"):
+            turns.append(progress.stage[-1])
+
+    lengths = {"completion_lengths": [6]}
+    specs = [
+        spec_of(tiny("qwen3"), tmp_path, number, "tests.faults:remembers", grpo=grpo, **lengths)
+        for number, grpo in enumerate(({}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}))
+    ]
+    monkeypatch.setenv("REMEMBERED", str(tmp_path / "calls"))
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        outcomes = runner.race(specs, rounds=2, deadline_s=280, watch=watch)
+        assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
+        warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
+    assert processes(mark) == []
+    assert [len(outcome.step_s) for outcome in outcomes] == [2, 2]
+    assert turns == ["0", "0", "1", "1", "2", "2", "3", "3"]
+    for outcome in outcomes:
+        assert outcome.record is not None and outcome.notes == []
+        steps = outcome.record.timings.step_s[:4]
+        assert outcome.step_s == pytest.approx([(steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2])
+    assert warm.warm and [row.prompt for row in warm.rewards] == [0, 1, 2, 3]
+    assert all(len(row.rewards) == 4 and row.truncated <= 4 for row in warm.rewards)
+
+
+def test_two_processes_under_torchrun(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tiny("qwen3"), tmp_path, world_size=2, grpo={"gradient_accumulation_steps": 1})
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        outcome = runner.run(spec)
+        assert processes(mark) == []
+    assert outcome.status == "ok", outcome.why
+    assert outcome.record is not None and outcome.record.trainer.world_size == 2
+    assert len(outcome.record.ranks) == 2 and len(outcome.step_s) == 2
+    assert not outcome.warm and worker_key(spec) is None
+
+
+def test_a_script_takes_the_trials_values(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "model"))
+    knobs = {"grpo.num_generations": 4, "per_device_train_batch_size": 4}
+    script = [str(SCRIPT), str(tiny("qwen3")), "500"]
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        outcome = runner.run(TrialSpec(number=0, config={}, script=script, knobs=knobs, completion_lengths=[3]))
+        assert outcome.status == "ok", outcome.why
+        assert processes(mark) == []
+        unknown = runner.run(TrialSpec(number=1, config={}, script=script, knobs={"grpo.num_generation": 4}))
+    assert outcome.record is not None and outcome.record.tokens is not None
+    assert outcome.record.trainer.num_generations == 4 and outcome.record.trainer.per_device_train_batch_size == 4
+    assert outcome.record.tokens.completion.max == 3
+    assert (unknown.status, unknown.why) == ("invalid", "grpo.num_generation: GRPOConfig has no such key")
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from grpo_autotune.search.runner import Runner
+from grpo_autotune.search.trial import TrialSpec
+Runner(Path(sys.argv[1])).run(TrialSpec.model_validate_json(Path(sys.argv[2]).read_text()))
+"""
+
+
+def test_nothing_outlives_a_parent_that_is_killed(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward hangs, and has started a process in a session of its own."""
+    (tmp_path / "spec.json").write_text(spec_of(tiny("qwen3"), tmp_path, reward="tests.faults:hangs").model_dump_json())
+    with marked(monkeypatch) as mark:
+        parent = subprocess.Popen([sys.executable, "-c", PARENT, tmp_path, tmp_path / "spec.json"], cwd=ROOT)
+        while len(processes(mark)) < 4:  # parent, guardian, worker, and what the reward started
+            assert parent.poll() is None
+            time.sleep(0.2)
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        assert wait_until_none(mark) == []
+
+
+def test_a_clock_that_jumps_counts_for_nothing() -> None:
+    times = iter([0.0, 1.0, 90000.0, 90002.0, 3.0, 4.0])
+    stopwatch = Stopwatch(lambda: next(times))
+    assert [stopwatch.look() for _ in range(5)] == [1.0, 1.0, 3.0, 3.0, 4.0]
+
+
+def test_turns_go_there_and_back() -> None:
+    assert [turn_order(2, number) for number in range(4)] == [[0, 1], [1, 0], [0, 1], [1, 0]]
+    assert turn_order(3, 1) == [2, 1, 0]
+
+
+def test_one_after_another_where_memory_is_short() -> None:
+    order = []
+
+    def run(spec: TrialSpec, watch: object) -> TrialOutcome:
+        order.append(spec.number)
+        return TrialOutcome(number=spec.number, status="ok", step_s=[float(len(order)), float(len(order) + 1)])
+
+    specs = [TrialSpec(number=number, config={}) for number in (3, 4)]
+    outcomes = one_after_another(run, specs, rounds=2, deadline_s=60)
+    assert order == [3, 4, 4, 3]
+    assert [outcome.step_s for outcome in outcomes] == [[1.5, 4.5], [2.5, 3.5]]
+    assert outcomes[0].notes == [ALONE]
