@@ -96,7 +96,7 @@ class _Sorting(Installed):
         """TRL's permutation, and within each optimizer step the longest rows first."""
         batch: Batch = call_next(*args, **kwargs)
         window = _window(self.trainer)
-        if not self._preparing or window is None or self._regrouped():
+        if not self._preparing or window is None:
             return batch
         rows = len(batch["completion_mask"])
         size = rows // self.trainer.args.steps_per_generation * window
@@ -116,11 +116,6 @@ class _Sorting(Installed):
         self._cells += batch["prompt_ids"].numel() + batch["completion_ids"].numel()
         self._kept += cut["prompt_ids"].numel() + cut["completion_ids"].numel()
         return cut
-
-    def _regrouped(self) -> bool:
-        """Whether rows were laid side by side by their prompt: sorting them would undo it."""
-        others = getattr(self.trainer, "_grpo_autotune_speed_ups", None)
-        return others is not None and "shared_prefix" in others.facts()
 
 
 def _reordered(value: Any, order: list[int]) -> Any:
