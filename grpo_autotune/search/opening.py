@@ -39,6 +39,9 @@ def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sam
         ConfigError: The budget is too small, the space is empty, or the study is another one's.
         NothingSucceeded: The configuration cannot be measured.
     """
+    if lab.script is None:
+        space(lab.config, lab.machine)  # a mistake in it is told before anything is measured
+    place = shared_storage(storage) if storage else journal_storage(lab.folder.journal)
     outcome = next((o for spec, o in recalled if spec.purpose == "probe" and o and o.status == "ok"), None)
     if outcome is None:
         outcome = _run_probe(lab)
@@ -52,7 +55,7 @@ def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sam
     values = {key: _with_own(found.own[key], axis) for key, axis in found.values.items()}
     fingerprint = hashlib.sha256(f"{lab.fingerprint}{name_of(values)}".encode()).hexdigest()[:16]
     study = Study(
-        shared_storage(storage) if storage else journal_storage(lab.folder.journal),
+        place,
         Axes.of(values),
         fingerprint,
         where=storage or str(lab.folder.journal),
