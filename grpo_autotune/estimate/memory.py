@@ -20,9 +20,10 @@ TILE_TOKENS, TILE_VOCAB = 4096, 32768
 """Largest tile of logits that TRL's fused head holds: the V logits of a row are never materialised in training
 (`TOKEN_CHUNK_SIZE` in trl/kernels/chunked_logprob.py, `_CHUNKED_LOGPROB_CHUNK_SIZE` in trl/trainer/utils.py)."""
 
-TILE_COPIES = 5
-"""Float32 tiles beside the product itself where torch folds it (no Triton): scaled logits, exponentials, probabilities,
-gradient and one temporary (`_forward_tile`, `_backward_tile` in trl/kernels/chunked_logprob.py)."""
+FORWARD_TILES, BACKWARD_TILES = 3, 7
+"""Float32 tiles beside the product itself where torch folds it (no Triton). Forward: scaled logits, a temporary, their
+exponentials. Backward: logits, scaled logits, log-probabilities, probabilities, gradient, and two temporaries
+(`_forward_tile`, `_backward_tile` in trl/kernels/chunked_logprob.py)."""
 
 SAMPLED_COPIES = 3
 """Float32 copies of the newest logits of every row while a token is drawn: logits, processed scores, probabilities
@@ -32,7 +33,14 @@ PIXEL_COPIES = 2
 """Copies of the image processor's float32 output: the batch's, and its shuffled and split copy (`_prepare_inputs` in
 trl/trainer/grpo_trainer.py)."""
 
+MERGER_NUMBERS = 5
+"""Numbers that a merger keeps per channel of a merged token: normalised input and its parts, both sides of the
+activation, input of the last product (`Qwen3VLVisionPatchMerger` in modeling_qwen3_vl.py); none is checkpointed."""
+
 PIXEL_BYTES = 4
+DECODED_BYTES = 4
+"""Bytes of a pixel in an RGB image that Pillow decoded: three channels in a word (Imaging.h, `IMAGING_TYPE_UINT8`)."""
+
 STATE_BYTES = 4
 
 
@@ -50,6 +58,9 @@ class Sizes:
         engine_bytes: vLLM's share of the device, 0 without an engine in this process.
         engine_sleeps: Whether it gives that back while weights are trained.
         fused: Whether kernels fold the head's tiles in place (CUDA with Triton).
+        loaded_pixels: Pixels of all images that the loader decodes for a step; 0 where the model is on a GPU. TRL loads
+            a whole generation batch for every micro step, and the trainer holds those of one optimizer step at a time
+            (`get_batch_samples` in transformers/trainer.py).
     """
 
     prompt: float
@@ -61,6 +72,7 @@ class Sizes:
     engine_bytes: float = 0.0
     engine_sleeps: bool = False
     fused: bool = False
+    loaded_pixels: float = 0.0
 
     @property
     def row(self) -> float:
@@ -76,40 +88,54 @@ class Memory:
         weights: The model, its adapters, and the reference model where there is one.
         moments: Optimizer state, from the first step on.
         gradients: Of what is trained.
-        activations: What one training pass keeps for its backward pass, with the gradients of the layer under way.
-        forward: Largest intermediate of a pass without gradients.
-        head: The tile of logits in training.
+        activations: What one training pass keeps for its backward pass.
+        backward: The layer under way in the backward pass.
+        forward: A pass without gradients at its most, in a layer or in the head.
+        head: The tiles of logits in training.
         pixels: The image processor's output for a generation.
+        images: Decoded images of a step's rows.
         cache: Keys and values of `generate`.
         prefill: Largest intermediate of the prefill; decoding's logits where they are larger.
         update: Temporaries of the optimizer's update.
         engine: vLLM's share.
         engine_sleeps: Whether the engine's share is free in training.
+        accumulates: Whether gradients of earlier passes are held during a pass.
     """
 
     weights: float
     moments: float
     gradients: float
     activations: float
+    backward: float
     forward: float
     head: float
     pixels: float
+    images: float
     cache: float
     prefill: float
     update: float
     engine: float
     engine_sleeps: bool
+    accumulates: bool
+
+    @property
+    def training(self) -> float:
+        """Bytes of a training pass at its most, gradients included: in the head's turn everything is kept, and in the
+        last layer's all gradients are there."""
+        if self.accumulates:
+            return self.gradients + self.activations + max(self.head, self.backward)
+        return max(self.activations + max(self.head, self.backward), self.gradients + self.backward)
 
     @property
     def phases(self) -> dict[str, float]:
         """Bytes beyond an idle process in each phase of a step."""
-        stays = self.weights + self.moments
+        stays = self.weights + self.moments + self.pixels + self.images
         engine = 0.0 if self.engine_sleeps else self.engine
         return {
-            "generation": stays + self.pixels + self.cache + self.prefill + self.engine,
-            "scoring": stays + self.pixels + self.forward + self.head + engine,
-            "training": stays + self.pixels + self.gradients + self.activations + self.head + engine,
-            "optimizer": stays + self.pixels + self.gradients + self.update + engine,
+            "generation": stays + self.cache + self.prefill + self.engine,
+            "scoring": stays + self.forward + engine,
+            "training": stays + self.training + engine,
+            "optimizer": stays + self.gradients + self.update + engine,
         }
 
     @property
@@ -126,22 +152,28 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
     copies = facts.generation_rows
     prompts = Batch(copies, sizes.prompt, 1, facts.images, grid)
     weights = weight_bytes(shape, training)
-    fills = not facts.use_vllm
+    scored = _scored(facts, sizes)
+    fills, padded = not facts.use_vllm, facts.padding_share > 0.0
     sampled = SAMPLED_COPIES * STATE_BYTES * copies * shape.vocab
     return Memory(
         weights=weights * (2 if sizes.reference_model else 1) + _adapters(training) * training.trainable_bytes,
         moments=training.trainable * sizes.moments_bytes,
         gradients=training.trainable * training.trainable_bytes,
-        activations=activation_bytes(shape, micro, training, eager=sizes.eager)
-        + largest_intermediate(shape, micro, training, eager=sizes.eager),
-        forward=largest_intermediate(shape, micro, training, eager=sizes.eager),
-        head=head_bytes(shape, _scored(facts, sizes), training, fused=sizes.fused),
+        activations=kept_bytes(shape, micro, training, eager=sizes.eager, padded=padded),
+        backward=backward_bytes(shape, micro, training, eager=sizes.eager, padded=padded),
+        forward=max(
+            largest_intermediate(shape, micro, training, eager=sizes.eager),
+            head_bytes(shape, scored, training, fused=sizes.fused, tiles=FORWARD_TILES),
+        ),
+        head=head_bytes(shape, scored, training, fused=sizes.fused, tiles=BACKWARD_TILES),
         pixels=PIXEL_COPIES * _pixel_bytes(shape.vision, prompts),
+        images=DECODED_BYTES * sizes.loaded_pixels,
         cache=copies * sizes.row * shape.kv_bytes_per_token(training.value_bytes) if fills else 0.0,
         prefill=max(largest_intermediate(shape, prompts, training, eager=sizes.eager), sampled) if fills else 0.0,
         update=training.trainable * training.trainable_bytes,
         engine=sizes.engine_bytes,
         engine_sleeps=sizes.engine_sleeps,
+        accumulates=facts.passes > 1,
     )
 
 
@@ -152,52 +184,69 @@ def weight_bytes(shape: ModelShape, training: Training) -> float:
     return layers * training.weight_bytes + (shape.parameters - layers) * training.value_bytes
 
 
-def layer_numbers(shape: ModelShape, length: float, *, eager: bool, value_bytes: float) -> float:
+def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager: bool, padded: bool) -> float:
     """Numbers a token leaves in one decoder layer for its backward pass.
 
-    Both norms keep their input and their output, and in half precision a float32 copy of the input: 4 h (+ 4 h). The
-    attention keeps queries, keys and values as projected, normalised, rotated, and keys and values repeated for every
-    query head; its output; and that output laid out for the projection. The MLP keeps the gate, its activation, the up
-    projection and the product of both: 4 m (`modeling_qwen3_vl.py`: RMSNorm, TextAttention, TextMLP;
-    `sdpa_attention.py`). `eager` keeps the softmax of every head and pair of tokens in float32, and its copy in the
-    run's type.
+    A norm keeps its input and its output, which the projections' adapters read: 2 h; in half precision the input is
+    kept in float32, and a trained weight keeps the normalised input too. Queries and keys are kept as projected where
+    they are normalised, and as rotated; values as projected; under a mask (padded rows) or `eager` keys and values are
+    kept repeated for every query head; then the output of attention. The MLP keeps the gate, its activation, the up
+    projection and their product: 4 m. `eager` keeps the softmax of every head and pair of tokens in float32, and its
+    copy in the run's type (RMSNorm, TextAttention and TextMLP in `modeling_qwen3_vl.py`; `sdpa_attention.py`).
     """
     h, w, kv, m = shape.hidden, shape.attention_width, shape.kv_width, shape.mlp
-    norms = 4 * h + (4 * h if value_bytes < STATE_BYTES else 0)
-    attention = (3 if shape.qk_norm else 2) * (w + kv) + kv + 2 * w + 2 * w
-    scores = (
-        shape.heads * length * (STATE_BYTES / value_bytes + (1 if value_bytes < STATE_BYTES else 0)) if eager else 0
-    )
-    return norms + attention + 4 * m + scores
+    half = training.value_bytes < STATE_BYTES
+    norm = 2 + half + training.text_weights
+    projected = (w + kv) * (norm - 1) if shape.qk_norm else 0
+    attended = 2 * w if padded or eager else 2 * kv
+    scores = shape.heads * length * (STATE_BYTES / training.value_bytes + half) if eager else 0
+    return 2 * norm * h + projected + w + attended + w + 4 * m + scores
 
 
 def block_numbers(vision: VisionShape, patches: float, *, eager: bool) -> float:
-    """Numbers a patch leaves in one block of the vision tower: as `layer_numbers`, without rotary copies of values."""
+    """Numbers a patch leaves in one block of the vision tower, as `layer_numbers` counts them."""
     h, m = vision.hidden, vision.mlp
     scores = vision.heads * patches if eager else 0
     return 4 * h + 9 * h + (4 if vision.gated else 2) * m + scores
 
 
-def activation_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool) -> float:
-    """Bytes that one pass keeps for its backward pass.
-
-    With checkpointing each layer keeps its input, and one layer at a time is computed again (Chen et al. 2016,
-    arXiv:1604.06174). A tower that no gradient reaches keeps nothing.
-    """
+def kept_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool, padded: bool = False) -> float:
+    """Bytes that one pass keeps for its backward pass: with checkpointing each layer's input (Chen et al. 2016,
+    arXiv:1604.06174). A tower that no gradient reaches keeps nothing."""
     value = training.value_bytes
-    a_layer = layer_numbers(shape, batch.length, eager=eager, value_bytes=value) * batch.tokens * value
     inputs = shape.hidden * batch.tokens * value
-    kept = shape.layers * inputs + a_layer if training.checkpointing else shape.layers * a_layer
-    kept += inputs  # embeddings with image features in their place
+    layer = inputs if training.checkpointing else layer_bytes(shape, batch, training, eager=eager, padded=padded)
+    found = shape.layers * layer + 3 * inputs  # embeddings, and the last norm's input and output
     vision = shape.vision
-    if vision is None or not batch.patches:
-        return kept
-    if not training.through_tower(vision):
-        return kept
-    an_image = batch.grid[0] * batch.grid[1]
-    a_block = block_numbers(vision, an_image, eager=eager) * batch.patches * value
-    tower_inputs = vision.hidden * batch.patches * value
-    return kept + (vision.depth * tower_inputs + a_block if training.checkpointing else vision.depth * a_block)
+    if vision is None or not batch.patches or not training.through_tower(vision):
+        return found
+    block_inputs = vision.hidden * batch.patches * value
+    found += MERGER_NUMBERS * vision.mergers * vision.merged * batch.patches / vision.merge**2 * value
+    block = block_inputs if training.checkpointing else block_bytes(vision, batch, training, eager=eager)
+    return found + vision.depth * block
+
+
+def layer_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool, padded: bool = False) -> float:
+    """Bytes that one decoder layer keeps for its backward pass."""
+    numbers = layer_numbers(shape, batch.length, training, eager=eager, padded=padded)
+    return numbers * batch.tokens * training.value_bytes
+
+
+def block_bytes(vision: VisionShape, batch: Batch, training: Training, *, eager: bool) -> float:
+    """Bytes that one block of the vision tower keeps."""
+    numbers = block_numbers(vision, batch.grid[0] * batch.grid[1], eager=eager)
+    return numbers * batch.patches * training.value_bytes
+
+
+def backward_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool, padded: bool = False) -> float:
+    """Bytes of one layer under way in the backward pass. Without checkpointing, its gradients; with it, what the layer
+    computes again and the first of its gradients, since each frees what it was computed from."""
+    if not training.checkpointing:
+        return largest_intermediate(shape, batch, training, eager=eager)
+    again = layer_bytes(shape, batch, training, eager=eager, padded=padded)
+    if shape.vision is not None and batch.patches and training.through_tower(shape.vision):
+        again = max(again, block_bytes(shape.vision, batch, training, eager=eager))
+    return again + shape.mlp * batch.tokens * training.value_bytes
 
 
 def largest_intermediate(shape: ModelShape, batch: Batch, training: Training, *, eager: bool) -> float:
@@ -217,16 +266,16 @@ def largest_intermediate(shape: ModelShape, batch: Batch, training: Training, *,
     return max(decoder, tower) * value
 
 
-def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: bool) -> float:
-    """The tile of logits, and the float32 gradient of the hidden states.
+def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: bool, tiles: int) -> float:
+    """The tile of logits with `tiles` copies, and the float32 gradient of the hidden states.
 
     A fused kernel works inside a tile that is allocated whole; torch makes copies of the part that the vocabulary
     fills.
     """
     rows, columns = min(scored, TILE_TOKENS), min(shape.vocab, TILE_VOCAB)
     tile = rows * (TILE_VOCAB if fused else columns) * training.value_bytes
-    copies = 0.0 if fused else TILE_COPIES * rows * columns * STATE_BYTES
-    own = shape.head_weights * STATE_BYTES if training.text_weights else 0.0
+    copies = 0.0 if fused else tiles * rows * columns * STATE_BYTES
+    own = shape.head_weights * STATE_BYTES if training.text_weights and tiles == BACKWARD_TILES else 0.0
     return tile + copies + scored * shape.hidden * STATE_BYTES + own
 
 

@@ -33,7 +33,8 @@ class Guess(NamedTuple):
 
 HOST = {
     "stays": Guess(1.0, 0.3),
-    "pixels": Guess(2.5, 0.6),
+    "images": Guess(1.0, 0.5),
+    "pixels": Guess(2.0, 0.6),
     "generation": Guess(0.7, 0.7),
     "activations": Guess(0.7, 0.6),
     "head": Guess(3.0, 1.3),
@@ -116,9 +117,10 @@ def components(load: Workload) -> dict[str, float]:
     found = memory(load.shape, load.facts, load.sizes)
     return {
         "stays": found.weights + found.moments + found.gradients,
+        "images": found.images,
         "pixels": found.pixels,
         "generation": found.prefill + found.cache,
-        "activations": found.activations,
+        "activations": found.activations + found.backward,
         "head": found.head,
         "peak": found.peak,
     }

@@ -107,6 +107,7 @@ def workload(
         engine_bytes=_engine_bytes(config, machine),
         engine_sleeps=bool(knobs_of(config, ["vllm.enable_sleep_mode"])["vllm.enable_sleep_mode"]),
         fused=facts.compact_head,
+        loaded_pixels=_loaded_pixels(config, trainer, pixels * (images["per_prompt"] if images else 0.0)),
     )
     return Workload(
         shape=shape,
@@ -116,7 +117,7 @@ def workload(
         pixels=pixels,
         rows_loaded=float(rows * plan.accumulation),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
-        speedups=config.speedups not in ("none", []),
+        speedups=speeds_up(config),
     )
 
 
@@ -252,6 +253,21 @@ def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool
 def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
     optim = str(config.grpo.get("optim") or "")
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
+
+
+def _loaded_pixels(config: RunConfig, trainer: Mapping[str, Any], row_pixels: float) -> float:
+    """Pixels of the rows that are loaded for a step; under speed-ups those of one generation batch, as
+    `images_once` has it."""
+    if trainer["device"] != "cpu":
+        return 0.0
+    plan = config.batch
+    rows = plan.micro_batch * plan.steps_per_generation
+    return rows * row_pixels * (1 if speeds_up(config) else plan.accumulation)
+
+
+def speeds_up(config: RunConfig) -> bool:
+    """Whether any speed-up is on."""
+    return config.speedups not in ("none", [])
 
 
 def _engine_bytes(config: RunConfig, machine: Machine) -> float:
