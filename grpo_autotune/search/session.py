@@ -40,6 +40,7 @@ SAMPLER_TURN = 3
 """Every third proposal is the sampler's."""
 SAMPLER: Sampler = "tpe"
 FINALISTS = 3
+BORROWED = 2
 QUESTIONS_AT = 0.4
 """Part of the time for trials after which rewards of the leader's values are compared, so that what is left goes to
 values that hold; and how much of the time left each comparison may take."""
@@ -84,6 +85,7 @@ class Session:
             measure_own(lab)
             self._save_best()
             self._loop()
+            self._borrow()
             self._final()
         except KeyboardInterrupt:
             if lab._book is None or name_of(lab.book.own) not in lab.book.entries:
@@ -198,6 +200,14 @@ class Session:
     def _save_best(self) -> None:
         report = report_of_search(self.lab, self.space, self.pool, self.ended, "under way", self.sampler)
         emit(self.lab, report)
+
+    def _borrow(self) -> None:
+        """Measure here what other machines of a shared study found best."""
+        lab = self.lab
+        for knobs, _ in lab.study.scores()[:BORROWED] if self.storage else ():
+            known = set(lab.book.entries) | self._tried()
+            if name_of(knobs) not in known and SURE * lab.expected_s(knobs) <= lab.budget.search_left_s:
+                lab.timed(knobs, "shared", lab.budget.search_left_s)
 
     # The end
 

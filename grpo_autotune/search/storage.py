@@ -47,7 +47,7 @@ def mend_journal(path: Path) -> int:
     return len(data) - good
 
 
-def shared_storage(url: str, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_S) -> RDBStorage:
+def shared_storage(url: str) -> RDBStorage:
     """A database for several machines.
 
     Raises:
@@ -60,8 +60,8 @@ def shared_storage(url: str, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRAC
         with quiet():
             return RDBStorage(
                 driver_url(url),
-                heartbeat_interval=heartbeat_s,
-                grace_period=grace_s,
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2),
             )
     except ImportError as error:
