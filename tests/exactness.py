@@ -82,7 +82,7 @@ def differences(
     found["metrics"] = max(
         abs(fast._metrics["train"][name][-1] - values[-1]) / max(1.0, abs(values[-1]))
         for name, values in plain._metrics["train"].items()
-        if name != "step_time" and values[-1] == values[-1]
+        if name != "step_time" and name in fast._metrics["train"] and values[-1] == values[-1]
     )
     found |= {f"fact.{key}": value for name in installed.facts() for key, value in installed.facts()[name].items()}
     installed.remove()

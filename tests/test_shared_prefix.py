@@ -356,11 +356,14 @@ def why(trainer) -> str:
 def test_refusals_name_the_key(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     for name, module in trainer.model.named_modules():
-        if "lora_dropout" in name and name.endswith("default"):
-            setattr(trainer.model.get_submodule(name.rpartition(".")[0]), "default", torch.nn.Dropout(0.1))
+        if name.endswith("lora_dropout"):
+            module["default"] = torch.nn.Dropout(0.1)
     assert why(trainer).startswith("peft.lora_dropout is 0.1")
     eager = make_trainer(tiny("qwen3"), text_rows, tmp_path, model_init_kwargs={"attn_implementation": "eager"})
-    assert why(eager) == "model.attn_implementation eager is not served (served: sdpa, flash_attention_2, flash_attention_3)"
+    assert (
+        why(eager)
+        == "model.attn_implementation eager is not served (served: sdpa, flash_attention_2, flash_attention_3)"
+    )
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     trainer.args.torch_compile = True
     assert "grpo.torch_compile" in why(trainer)

@@ -1,0 +1,174 @@
+"""The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
+
+    python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix]
+                               [--steps 50] [--skip batches runs ranks]
+
+*Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
+gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
+largest value. *Runs*: 50 optimizer steps by plain gradient descent; rewards must be equal, and final weights within the tolerance.
+*Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further off than
+the tolerance. Models are those of the tests (two layers, float32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import write
+from grpo_autotune.commands.imports import mend_torchvision
+
+mend_torchvision()
+
+from grpo_autotune.speedups.install import speed_up  # noqa: E402
+from tests.exactness import apart, differences, ready  # noqa: E402
+from tests.ranks import rows_of  # noqa: E402
+from tests.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
+from tests.trainers import GRPOTrainer, make_trainer  # noqa: E402
+
+TOLERANCE = 1e-5
+LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+CONTEXT = ("fact.",)
+
+
+class Models:
+    """Saved tiny models, each built once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths: dict[str, Path] = {}
+
+    def of(self, kind: str) -> tuple[Path, list[dict[str, Any]]]:
+        """Path and data of an architecture."""
+        if kind not in self._paths:
+            self._paths[kind] = tiny_model(kind, self.folder)
+        return self._paths[kind], rows_of("picture" if kind in VISION_KINDS else "text")
+
+
+def batches(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination: how far one batch's numbers are apart."""
+    switches = itertools.product(options.architectures, [True, False], [True, False], options.losses, [0.05, 0.0])
+    for kind, lora, checkpointing, loss, beta in switches:
+        path, data = models.of(kind)
+
+        def build(
+            path: Path = path, data: Any = data, lora: bool = lora, on: bool = checkpointing, loss: str = loss,
+            beta: float = beta,
+        ) -> GRPOTrainer:  # fmt: skip
+            out = models.folder / "out"
+            twice = {"num_iterations": 2, "loss_type": loss, "beta": beta, "gradient_checkpointing": on}
+            return ready(path, data, out, lora=lora, **GROUPS, **twice)
+
+        for names in options.speedups:
+            found = differences(build, names)
+            yield {
+                "part": "batches", "architecture": kind, "lora": lora, "checkpointing": checkpointing,
+                "loss_type": loss, "beta": beta, "speedups": names,
+                **{key: value for key, value in found.items() if not key.startswith(CONTEXT)},
+            }  # fmt: skip
+
+
+def runs(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a run: rewards equal or not, and how far the final weights are apart."""
+    for kind, lora, names in itertools.product(options.architectures, [True, False], options.speedups):
+        path, data = models.of(kind)
+        found = []
+        for wanted in ("none", names):
+            trainer = make_trainer(
+                path, data, models.folder / "out", lora=lora, max_steps=options.steps, beta=0.05, optim="sgd",
+                learning_rate=0.02, num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+            )  # fmt: skip
+            speedups = speed_up(trainer, wanted)
+            trainer.train()
+            speedups.remove()
+            rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+            found.append((rewards, {name: value.detach() for name, value in trainer.model.named_parameters()}))
+        (rewards, weights), (fast_rewards, fast) = found
+        yield {
+            "part": "runs", "architecture": kind, "lora": lora, "speedups": names, "steps": len(rewards),
+            "equal_rewards": sum(a == b for a, b in zip(rewards, fast_rewards, strict=True)) / len(rewards),
+            "weights": max(apart(fast[name], weights[name]) for name in weights),
+        }  # fmt: skip
+
+
+def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination under torchrun."""
+    for kind, lora, names in itertools.product(options.architectures, [True, False], options.speedups):
+        path, _ = models.of(kind)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        grpo = {"max_steps": 3, "beta": 0.05, "num_generations": 4, "per_device_train_batch_size": 4}
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        data = "picture" if kind in VISION_KINDS else "text"
+        words = [str(path), str(models.folder / "out"), data, str(int(lora)), json.dumps(grpo), names]
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "tests.ranks", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for line in done.stdout.splitlines():
+            if line.startswith('{"ranks'):
+                told = json.loads(line)
+                yield {
+                    "part": "ranks", "architecture": kind, "lora": lora, "speedups": names, "ranks": told["ranks"],
+                    "equal_rewards": float(told["rewards"]), "weights": told["apart"], "on": told["on"],
+                }  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median and range of each difference over all rows that have it, by part."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float) and key != "beta":
+                found.setdefault(f"{row['part']}: {key}", []).append(value)
+    return {
+        name: {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
+        for name, values in found.items()
+    }
+
+
+def main() -> int:
+    """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than the tolerance."""
+    parts = {"batches": batches, "runs": runs, "ranks": ranks}
+    parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
+    parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
+    parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix"])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = Models(Path(folder))
+        for name, part in parts.items():
+            if name not in options.skip:
+                for row in part(models, options):
+                    rows.append(row)
+                    sys.stderr.write(f"{json.dumps(row)}\n")
+    ratios = summary(rows)
+    command = f"python -m benchmarks.{' '.join(['exact', *sys.argv[1:]])}"
+    write("exact", command, rows, ratios)
+    worst = {name: value["low"] if "equal_rewards" in name else value["high"] for name, value in ratios.items()}
+    wrong = [name for name, value in worst.items() if (value < 1.0 if "equal_rewards" in name else value > TOLERANCE)]
+    for name, value in worst.items():
+        sys.stdout.write(f"{'WRONG' if name in wrong else 'ok':<6}{value:.1e}  {name}\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
