@@ -63,9 +63,15 @@ class SkipDead:
         return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
 
     def install(self, trainer: Any) -> Installed:
-        """Put layers on the rewards, the generation batch and the loss."""
+        """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""
         installed = _Skipping(self.name, trainer)
-        for key, layer in (("rewards", installed.rewards), ("score", installed.score), ("loss", installed.loss)):
+        layers = {
+            "rewards": installed.rewards,
+            "score": installed.score,
+            "loss": installed.loss,
+            "gather": installed.gather,
+        }
+        for key, layer in layers.items():
             slot = slot_of(trainer, find(key))
             if slot is not None:
                 installed.handles.append(wrap(slot, layer, INNER))
@@ -96,7 +102,7 @@ class _Skipping(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._living_B: torch.Tensor | None = None
-        self._rows = self._skipped = 0
+        self._rows = self._skipped = self._left_out = 0
         tower = ("visual", "vision", "image", "multi_modal_projector")
         self._images_train = any(
             weight.requires_grad and any(part in name for part in tower)
@@ -134,10 +140,19 @@ class _Skipping(Installed):
         with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
             if len(kept) == rows:
                 return call_next(model, inputs, *args, **kwargs)
-            if not kept:
-                return call_next(model, self._stand_in(inputs), *args, **kwargs) * 0.0
-            part = take(inputs, kept)
-            return call_next(model, part, *args, **kwargs) * _share(self.trainer.loss_type, part, inputs)
+            part = take(inputs, kept) if kept else self._stand_in(inputs)
+            share = _share(self.trainer.loss_type, part, inputs) if kept else 0.0
+            self._left_out = rows - len(part["completion_ids"])
+            try:
+                return call_next(model, part, *args, **kwargs) * share
+            finally:
+                self._left_out = 0
+
+    def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL gathers a number a row for its metrics, and every rank must give as many: NaN, which they leave out."""
+        if self._left_out and tensor.ndim == 1 and tensor.is_floating_point():
+            tensor = torch.cat([tensor, tensor.new_full((self._left_out,), torch.nan)])
+        return call_next(tensor, *args, **kwargs)
 
     def _stand_in(self, inputs: Batch) -> Batch:
         """One completion token after as little of a prompt as reaches every trained weight."""
