@@ -1,0 +1,202 @@
+"""The search against an exhaustive sweep, replayed for many seeds: how close to the best it comes, for what share of
+the sweep's time; and samplers alone at the same budget.
+
+    python -m benchmarks.search_replay [SEEDS] [SHARE]
+
+A replayed trial takes the time that the measured one took, on a clock that only trials move, and gives its measured
+steps, drawn anew with the seed. Ours is the whole search, probe, own configuration, worst case and race included; TPE,
+GP and random search propose from the same legal points and spend the whole budget on trials. All are judged by the best
+configuration they end with, at its median over all its measured steps.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+from benchmarks.result import ratio, write
+from benchmarks.sweep import RECORDS
+from grpo_autotune.config import RunConfig
+from grpo_autotune.hardware import Machine, detect
+from grpo_autotune.knobs import Knobs, knobs_of
+from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.search.book import Book
+from grpo_autotune.search.models import Models
+from grpo_autotune.search.session import search
+from grpo_autotune.search.study import Axes, Sampler, Study, name_of
+from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
+
+SHARE = 0.12
+"""Of the sweep's time that each method may spend."""
+SAMPLERS: tuple[Sampler, ...] = ("tpe", "gp", "random")
+
+
+class Sweep:
+    """The stored rows, by combination."""
+
+    def __init__(self, path: Path = RECORDS) -> None:
+        with gzip.open(path, "rt") as file:
+            stored = json.load(file)
+        self.config = RunConfig.from_dict(stored["config"])
+        self.probe, *self.rows = stored["rows"]
+        self.by_name = {name_of(row["knobs"]): row for row in self.rows}
+        self.record = ProbeRecord.model_validate(self.probe["record"])
+        self.own = knobs_of(self.config, self.rows[0]["knobs"])
+        self.book = Book(self.config, self.own, self.record)
+        self.seconds = sum(row["elapsed_s"] for row in self.rows)
+
+    def score(self, knobs: Knobs) -> float:
+        """True score of a combination; 0 where it failed."""
+        row = self.by_name[name_of(knobs)]
+        if row["status"] != "ok":
+            return 0.0
+        return self.book.score(self.book.config_of(knobs), statistics.median(row["step_s"]))
+
+    @property
+    def best(self) -> float:
+        """Of all combinations."""
+        return max(self.score(row["knobs"]) for row in self.rows)
+
+
+class Replay:
+    """Trials that repeat what the sweep measured."""
+
+    def __init__(self, sweep: Sweep, seed: int, folder: Path) -> None:
+        self.sweep, self.folder = sweep, folder
+        self.random = np.random.default_rng(seed)
+        self.now = 0.0
+
+    def clock(self) -> float:
+        """Seconds of all trials so far."""
+        return self.now
+
+    def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome:
+        """A measured trial again, its steps drawn anew."""
+        row = self.sweep.probe if spec.purpose == "probe" else self.sweep.by_name[name_of(spec.knobs)]
+        folder = self.folder / "trials" / f"{spec.number:04d}"
+        folder.mkdir(parents=True)
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        beside_s = max(0.0, row["elapsed_s"] - sum(row["step_s"]))
+        steps = [float(s) for s in self.random.choice(row["step_s"], spec.steps)] if row["step_s"] else []
+        outcome = TrialOutcome(
+            number=spec.number,
+            status=row["status"],
+            why=row["why"],
+            record=None if row["record"] is None else ProbeRecord.model_validate(row["record"]),
+            step_s=steps,
+            peak_bytes=row["peak_bytes"],
+            idle_bytes=row["idle_bytes"],
+            elapsed_s=beside_s + sum(steps),
+            warm=row["warm"],
+        )
+        if outcome.elapsed_s > spec.limit_s:
+            outcome = TrialOutcome(number=spec.number, status="timeout", elapsed_s=spec.limit_s)
+        self.now += outcome.elapsed_s
+        (folder / "outcome.json").write_text(outcome.model_dump_json())
+        return outcome
+
+    def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]:
+        """So many rounds, each process started once."""
+        return [self.run(spec.model_copy(update={"steps": rounds, "limit_s": deadline_s})) for spec in specs]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def show(self, standing: Any) -> None:
+        """Nothing."""
+
+
+def ours(sweep: Sweep, budget_s: float, seed: int, machine: Machine, sampler: Sampler) -> tuple[Knobs, float]:
+    """The whole search."""
+    values = sweep.config.to_dict()
+    values["search"] = {**values["search"], "seed": seed}
+    with tempfile.TemporaryDirectory() as folder:
+        replay = Replay(sweep, seed, Path(folder))
+        report = search(
+            RunConfig.from_dict(values),
+            budget_s=budget_s,
+            out=None,
+            run_dir=Path(folder),
+            view=Silent(),
+            runner=lambda path: replay,
+            fit=Models.from_probe,
+            sampler=sampler,
+            clock=replay.clock,
+            machine=machine,
+        )
+        return report.best_fast.knobs, replay.now
+
+
+def alone(sweep: Sweep, budget_s: float, seed: int, sampler: Sampler) -> tuple[Knobs, float]:
+    """One of Optuna's samplers from the user's configuration on, until the next trial would not fit."""
+    axes = Axes.of({key: tuple(_values(sweep, key)) for key in sweep.own})
+    study = Study(optuna.storages.InMemoryStorage(), axes, "", where="memory", seed=seed, sampler=sampler)
+    rng, spent_s, best, left = np.random.default_rng(seed), 0.0, (0.0, sweep.own), dict(sweep.by_name)
+    while left:
+        asked = study.ask(sweep.own) if not spent_s else study.suggest([row["knobs"] for row in left.values()])
+        row = left.pop(name_of(asked.knobs))
+        if spent_s + row["elapsed_s"] > budget_s:
+            return best[1], spent_s
+        spent_s += row["elapsed_s"]
+        if row["status"] != "ok":
+            study.tell_infeasible(asked, len(left), {}, over_gib=1.0)
+            continue
+        step_s = float(np.median(rng.choice(row["step_s"], len(row["step_s"]))))
+        score = sweep.book.score(sweep.book.config_of(asked.knobs), step_s)
+        study.tell(asked, score, len(left), {}, 1.0)
+        best = max(best, (score, asked.knobs), key=lambda pair: pair[0])
+    return best[1], spent_s
+
+
+def _values(sweep: Sweep, key: str) -> list[Any]:
+    found = {json.dumps(row["knobs"][key]): row["knobs"][key] for row in sweep.rows}
+    return list(found.values())
+
+
+def main() -> None:
+    """Replay and write."""
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    share = float(sys.argv[2]) if len(sys.argv) > 2 else SHARE
+    sweep, machine = Sweep(), detect()
+    budget_s, best = share * sweep.seconds, sweep.best
+    methods: dict[str, Callable[[int], tuple[Knobs, float]]] = {
+        f"ours ({sampler})": lambda seed, sampler=sampler: ours(sweep, budget_s, seed, machine, sampler)  # type: ignore[misc]
+        for sampler in SAMPLERS
+    }
+    methods |= {
+        f"{sampler} alone": lambda seed, sampler=sampler: alone(sweep, budget_s, seed, sampler)  # type: ignore[misc]
+        for sampler in SAMPLERS
+    }
+    rows, ratios = [], {}
+    for name, method in methods.items():
+        shares = []
+        for seed in range(seeds):
+            knobs, spent_s = method(seed)
+            shares.append(sweep.score(knobs) / best)
+            rows.append(
+                {"method": name, "seed": seed, "score_share": shares[-1], "time_share": spent_s / sweep.seconds}
+            )
+        gaps = np.percentile([1.0 - value for value in shares], [50, 90])
+        ratios[f"{name}: score over the best"] = ratio(shares)
+        print(f"{name}: {gaps[0]:.1%} below the best at the median, {gaps[1]:.1%} at p90", flush=True)
+    print(write("search_replay", f"python -m benchmarks.search_replay {seeds} {share}", rows, ratios))
+
+
+if __name__ == "__main__":
+    main()
