@@ -203,10 +203,13 @@ def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager
     return 2 * norm * h + projected + w + attended + w + 4 * m + scores
 
 
-def block_numbers(vision: VisionShape, patches: float, *, eager: bool) -> float:
-    """Numbers a patch leaves in one block of the vision tower, as `layer_numbers` counts them."""
+def block_numbers(vision: VisionShape, grid: tuple[int, int], *, eager: bool) -> float:
+    """Numbers a patch leaves in one block of the vision tower, as `layer_numbers` counts them; the mean over blocks
+    that attend to the whole image and blocks that attend to windows."""
     h, m = vision.hidden, vision.mlp
-    scores = vision.heads * patches if eager else 0
+    patches, windowed = grid[0] * grid[1], vision.depth - vision.full_blocks
+    pairs = (vision.full_blocks * patches**2 + windowed * vision.window_pairs(*grid)) / vision.depth
+    scores = vision.heads * pairs / patches if eager else 0
     return 4 * h + 9 * h + (4 if vision.gated else 2) * m + scores
 
 
@@ -234,7 +237,7 @@ def layer_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: b
 
 def block_bytes(vision: VisionShape, batch: Batch, training: Training, *, eager: bool) -> float:
     """Bytes that one block of the vision tower keeps."""
-    numbers = block_numbers(vision, batch.grid[0] * batch.grid[1], eager=eager)
+    numbers = block_numbers(vision, batch.grid, eager=eager)
     return numbers * batch.patches * training.value_bytes
 
 
