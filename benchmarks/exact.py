@@ -5,9 +5,9 @@
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
-largest value. *Runs*: 50 optimizer steps by plain gradient descent; rewards must be equal, and final weights within the tolerance.
-*Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further off than
-the tolerance. Models are those of the tests (two layers, float32).
+largest value. *Runs*: 50 optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
+tolerance. *Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further
+off than the tolerance. Models are those of the tests (two layers, float32).
 """
 
 from __future__ import annotations

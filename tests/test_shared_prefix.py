@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_autotune.speedups.shared_prefix_regroup import sorted_inside
+from grpo_autotune.train.random_init import build_tokenizer, save_random_model
 from tests.exactness import apart, differences, generation, loss_and_gradients, ready
+from tests.tiny import TEXT, TEXTS
 from tests.trainers import losses, make_trainer
 
 from grpo_autotune.speedups import install, shared_prefix_attention  # isort: skip
@@ -367,6 +370,54 @@ def test_refusals_name_the_key(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     trainer.args.torch_compile = True
     assert "grpo.torch_compile" in why(trainer)
+
+
+OTHERS = {
+    "mistral": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+    },
+    "opt": {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 0,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 96,
+        "dropout": 0.0,
+        "word_embed_proj_dim": 64,
+    },
+}
+
+
+def other_model(kind: str, folder: Path) -> Path:
+    config = OTHERS[kind] if kind == "opt" else TEXT | OTHERS[kind]
+    return save_random_model(config, folder / kind, tokenizer=build_tokenizer(TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_windows_shorter_than_the_prompt(tmp_path, ragged_text_rows, kind):
+    model = other_model(kind, tmp_path)
+    assert_exact(differences(lambda: ready(model, ragged_text_rows, tmp_path, beta=0.05, **GROUPS), "shared_prefix"))
+
+
+def test_a_model_it_cannot_serve_is_found_out_and_trains_on_trl(tmp_path, ragged_text_rows, caplog):
+    """OPT counts its positions from the mask, whatever it is told."""
+    model = other_model("opt", tmp_path)
+    found = differences(lambda: ready(model, ragged_text_rows, tmp_path, beta=0.05, **GROUPS), "shared_prefix")
+    assert_exact(found, shared=False)
+    warnings_of_ours = [record.getMessage() for record in caplog.records if "shared_prefix" in record.getMessage()]
+    assert len(warnings_of_ours) == 1 and "its self-check found log-probs off by" in warnings_of_ours[0]
 
 
 def test_tiny_savings_are_left_to_trl(tiny, tmp_path, text_rows):

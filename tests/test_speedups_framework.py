@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from grpo_autotune.errors import ConfigError
@@ -164,3 +169,36 @@ def test_self_check_compares_once(caplog):
     broken = Installed("broken")
     assert not SelfCheck(broken).run(lambda: wanted, unknown, torch.float32, "log-probs")
     assert broken.fell_back is not None and broken.fell_back.endswith("'shared_prefix'")
+
+
+def test_a_configuration_names_its_speed_ups(tiny, tmp_path, counting):
+    from grpo_autotune.train.trainer import build_trainer
+    from tests.training import text_config
+
+    config = text_config(tiny("qwen3"), tmp_path, {"speedups": ["counting"]}, max_steps=1, beta=0.0)
+    said: list[str] = []
+    build_trainer(config, say=said.append).train()
+    assert "speed-up counting  on   counts" in said and counting
+    assert config.from_yaml(config.to_yaml()) == config
+    with pytest.raises(ConfigError, match="speedups: 'fast' is not accepted"):
+        text_config(tiny("qwen3"), tmp_path, {"speedups": "fast"})
+    with pytest.raises(ConfigError, match="speedups: there is no speed-up 'fast'"):
+        build_trainer(text_config(tiny("qwen3"), tmp_path, {"speedups": ["fast"]}), say=said.append)
+
+
+@pytest.mark.timeout(240)
+def test_run_puts_speed_ups_on_an_unedited_script(tiny, tmp_path):
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "grpo_autotune", "run", *map(str, words)]
+        environment = {**os.environ, "OUTPUT_DIR": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    script = Path(__file__).parent / "scripts" / "train_grpo.py"
+    done = run("--speedups", "shared_prefix,length_sort", "--out", "report", script, tiny("qwen3"), "2")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[1]: line.split()[2] for line in done.stderr.splitlines() if line.startswith("speed-up ")}
+    assert lines["shared_prefix"] == "on" and lines["skip_dead"] == "off"
+    assert (tmp_path / "report" / "report.json").exists()
+    wrong = run("--speedups", "shared_prefx", script, tiny("qwen3"), "2")
+    assert wrong.returncode == ConfigError.exit_code
+    assert "there is no speed-up 'shared_prefx'" in wrong.stderr and "Traceback" not in wrong.stderr

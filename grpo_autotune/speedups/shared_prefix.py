@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.probe.trainer_facts import compute_dtype
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.trainers import compute_dtype
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.groups import Groups, groups_of
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -111,6 +111,9 @@ class _SharedPrefix(Installed):
             rows = self._rows(batch, batch_size)
             if rows is None or not self._checked(call_next, model, batch):
                 return plain()
+            self.passes["shared"] += 1
+            self.tokens["shared"] += sum(batch.tokens(chunk) for chunk in rows)
+            self.tokens["plain"] += input_ids.numel()
             parts = [self._shared(model, batch, chunk, compute_entropy) for chunk in rows]
             entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
             return torch.cat([logps for logps, _ in parts]), entropies, None
@@ -130,12 +133,7 @@ class _SharedPrefix(Installed):
         plain = count * width
         found = [everything] if batch_size is None else list(chunks(batch, batch_size * width))
         shared = sum(batch.tokens(chunk) for chunk in found)
-        if shared > WORTH * plain:
-            return None
-        self.passes["shared"] += 1
-        self.tokens["shared"] += shared
-        self.tokens["plain"] += plain
-        return found
+        return None if shared > WORTH * plain else found
 
     def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
         """Whether two completions, of one prompt if there are such, score the same by both paths."""
