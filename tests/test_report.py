@@ -268,6 +268,13 @@ def test_limits_need_ceilings_tokens_and_a_known_shape() -> None:
         assert all(row.limit_share is None for row in build_report(record, ceilings=ceilings).stages)
 
 
+def test_work_that_a_speed_up_leaves_out_has_no_limit() -> None:
+    trainer = trainer_facts(model_config_json=FULL_SHAPE, peft=None, speedups=["shared_prefix", "images_once"])
+    report = build_report(demo_record(trainer=trainer, images=None), ceilings=ceilings_of(1e9, 1e8))
+    assert {row.name for row in report.stages if row.limit_share is not None} == {"generation", "optimizer"}
+    assert "Speed-ups: shared_prefix, images_once" in render(report)
+
+
 def test_a_limit_is_the_longer_of_arithmetic_and_traffic_in_each_phase() -> None:
     ceilings = ceilings_of(10.0, 100.0)
     # The first phase needs 2 s for its operations, the second 3 s for its bytes.

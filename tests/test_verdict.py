@@ -17,7 +17,7 @@ from grpo_autotune.probe.records import (
     TrainerFacts,
     Utilisation,
 )
-from grpo_autotune.verdict import exact, learning
+from grpo_autotune.verdict import exact, learning, speedups
 from grpo_autotune.verdict.bound import bound, warnings
 from grpo_autotune.verdict.breakdown import Limit, break_down
 from grpo_autotune.verdict.facts import Change, Facts, Idea
@@ -452,3 +452,31 @@ def test_warnings() -> None:
     assert any("Only 1 step was" in line for line in warnings(facts(single)))
     uneven = demo_record(timings=demo_record().timings.model_copy(update={"step_s": [1.0, 5.0, 9.0]}))
     assert any("differ much" in line for line in warnings(facts(uneven)))
+
+
+def shared(**changes: Any) -> Facts:
+    record = demo_record(
+        trainer=trainer_facts(per_device_train_batch_size=8, **changes),
+        tokens=token_facts(prompt=spread(300, 300, 300), completion=spread(60, 60, 60)),
+        images=image_facts(decodes_per_image=4.0, processings_per_image=16.0),
+    )
+    return facts(record)
+
+
+def test_speed_ups_share_the_prompt_of_a_micro_batch_and_read_images_once() -> None:
+    found = speedups.speed_ups(shared())
+    assert changes(found) == {"speedups": "auto"} and found is not None and found.kind == "exact"
+    tokens_left = (300 + 8 * 60) / (8 * 360)
+    passes_s = 0.9 + 0.7 + 1.6
+    assert found.saving_s == pytest.approx((1 - tokens_left) * passes_s + 0.3 * 3 / 4 + 0.25 * 15 / 16, rel=1e-6)
+
+
+def test_speed_ups_that_cannot_share_the_prompt_still_read_images_once() -> None:
+    for change in ({"peft": {"lora_dropout": 0.1}}, {"attn_implementation": "eager"}):
+        found = speedups.speed_ups(shared(**change))
+        assert found is not None and found.stages == ("data", "prompt")
+        assert found.saving_s == pytest.approx(0.3 * 3 / 4 + 0.25 * 15 / 16, rel=1e-6)
+
+
+def test_speed_ups_that_are_on_are_not_advised() -> None:
+    assert speedups.speed_ups(shared(speedups=["shared_prefix"])) is None

@@ -213,6 +213,7 @@ class TrainerFacts(Frozen):
     dataloader_num_workers: int
     world_size: int
     reward_weights: list[float]
+    speedups: list[str] = []
 
 
 class ProbeRecord(Frozen):

