@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.config import RunConfig, load_config
-from grpo_autotune.errors import ConfigError, NothingSucceeded
+from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import completion_lengths
@@ -307,6 +308,19 @@ def test_no_spread_of_rewards_leaves_the_group_alone(tmp_path: Path) -> None:
     report = paper.search()
     assert {spec.knobs["grpo.num_generations"] for spec in paper.timed()} == {8}
     assert any("spread" in note for note in report.notes)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if next(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return None
+
+    with pytest.raises(EnvironmentProblem, match=r"the disk is full.*--resume"):
+        Paper(tmp_path, act=act).search()
+    assert Paper(tmp_path).search(resume=True).best.speedup > 1.0
 
 
 def test_a_run_may_not_take_longer_for_more_useful_completions(tmp_path: Path) -> None:

@@ -110,10 +110,14 @@ def judge_group(lab: Lab, entry: Entry) -> None:
         book.note(guard)
 
 
+def worst_case_s(lab: Lab, entry: Entry) -> float:
+    """Seconds that its worst-case step is expected to take."""
+    return lab.costs.beside_s + 3.0 * entry.step.value
+
+
 def stand_worst_case(lab: Lab, entry: Entry, room_s: float) -> bool | None:
     """One step with the longest prompts, largest images and full-length completions; null where there is no time."""
-    needed_s = lab.costs.beside_s + 3.0 * entry.step.value
-    if needed_s > room_s:
+    if worst_case_s(lab, entry) > room_s:
         return None
     spec = lab.spec("worst_case", entry.config, entry.knobs, room_s, steps=1, warmup=1, source="proof")
     outcome = lab.run(spec)

@@ -7,15 +7,17 @@ Best-so-far files are written after every trial. Every step can be taken up agai
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo_autotune.config import RunConfig
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.hardware.folders import write_whole
 from grpo_autotune.search.book import Entry, Level
@@ -26,7 +28,7 @@ from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import Lab, Trials, View, plain
 from grpo_autotune.search.models import Models as FittedModels
 from grpo_autotune.search.opening import Fit, measure_own, open_search, recall
-from grpo_autotune.search.proof import Rewards, judge_group, open_questions, stand_worst_case
+from grpo_autotune.search.proof import Rewards, judge_group, open_questions, stand_worst_case, worst_case_s
 from grpo_autotune.search.propose import Proposal, Ranking, rank
 from grpo_autotune.search.reverts import measure_reverts
 from grpo_autotune.search.schema import Ended, SearchReport
@@ -112,8 +114,7 @@ class Session:
         lab = self.lab
         while True:
             ranking = self._rank()
-            leader_s = lab.book.ranking("fast")[0].step.value
-            lab.budget.keep(race_s(lab, leader_s) + lab.costs.beside_s + 3.0 * leader_s)
+            self._keep_for_the_end()
             if self._questions() and (not ranking.proposals or self._spent_share() > QUESTIONS_AT):
                 self._prove()
                 continue
@@ -136,6 +137,13 @@ class Session:
             self._save_best()
             if self.ended == "failing":
                 return
+
+    def _keep_for_the_end(self) -> None:
+        """Time for the leader's worst case and race; with nothing to race, a first rival is worth more than that."""
+        lab = self.lab
+        leader = lab.book.ranking("fast")[0]
+        rival = leader is not lab.book.baseline
+        lab.budget.keep(race_s(lab, leader.step.value) + worst_case_s(lab, leader) if rival else 0.0)
 
     def _rank(self) -> Ranking:
         lab = self.lab
@@ -281,6 +289,7 @@ def search(
 
     Raises:
         ConfigError: The folder is in use or finished, the budget too small, the space empty, the study another one's.
+        EnvironmentProblem: The disk is full, or the database's driver is missing.
         NothingSucceeded: The user's own configuration cannot be measured.
     """
     folder, machine = SearchFolder(run_dir), machine or detect()
@@ -298,7 +307,8 @@ def search(
                 fix="Give a larger one; the time spent counts.",
             )
         lab = Lab(config, machine, folder, runner(run_dir), budget, view, fingerprint, script, out)
-        return Session(lab, storage, fit, sampler).run(folder.trials() if state else ())
+        with _disk_full_said(run_dir):
+            return Session(lab, storage, fit, sampler).run(folder.trials() if state else ())
 
 
 def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:
@@ -307,3 +317,15 @@ def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:
     values.pop("output", None)
     values["search"] = {key: value for key, value in values.get("search", {}).items() if key in ("knobs", "steps")}
     return hashlib.sha256(json.dumps([values, script], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _disk_full_said(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise EnvironmentProblem(
+            "the disk is full", where=str(folder), fix="Make room and go on with --resume; what was measured is kept."
+        ) from error
