@@ -141,7 +141,7 @@ def test_modules_and_public_functions_tell_their_idea() -> None:
 
 
 def test_nothing_is_caught_blindly() -> None:
-    """A handler for everything may only add to the error: it ends by raising. A trial's boundary is the one exception."""
+    """A handler for everything may only add to the error, and raise; a trial's boundary is the one exception."""
     swallowed = []
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grpo_autotune.search.endings import Ending, clear
+from grpo_autotune.search.kept import NeedsFreshWorker
 from grpo_autotune.search.processes import Worker
 from grpo_autotune.search.pulse import PulseReader
 from grpo_autotune.search.trial import OUTCOME_FILE, SPEC_FILE, Progress, TrialSpec
@@ -41,7 +42,10 @@ class Stopwatch:
 
 
 class Seen(NamedTuple):
-    """How a trial went as seen from outside: its exit code, or why it must be ended; neither where an outcome lies."""
+    """How a trial went as seen from outside: its exit code, or why it must be ended; neither where an outcome lies.
+
+    `heard` is false where the worker ended without taking the trial up: another one may.
+    """
 
     ending: Ending = Ending()
     code: int | None = None
@@ -88,7 +92,7 @@ class Attempt:
         if (self.folder / OUTCOME_FILE).exists() and (self.spec.world_size == 1 or code is not None):
             return Seen()
         if code is not None:
-            return Seen(code=code, heard=self.pulse.seen)
+            return Seen(code=code, heard=self.pulse.seen and code != NeedsFreshWorker.CODE)
         if self.idle:
             self._idle_s += now_s - before_s
             self._moved_s = now_s

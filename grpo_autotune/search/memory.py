@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+COLLECTIONS = 3
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -53,7 +54,10 @@ def in_use() -> int:
 
 def release() -> None:
     """Give back what nothing refers to any more: to the device, and from the C library to the system."""
-    gc.collect()
+    gc.unfreeze()  # vLLM freezes what is there when its engine starts, TRL's half-built trainer included
+    for _ in range(COLLECTIONS):  # a finalizer may let go of what only the next one finds
+        if not gc.collect():
+            break
     if _on_cuda():
         sys.modules["torch"].cuda.synchronize()
         sys.modules["torch"].cuda.empty_cache()

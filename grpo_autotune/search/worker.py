@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grpo_autotune.search.guardian import die_with_parent
 from grpo_autotune.search.pulse import STARTING, BeatingStartup, Pulse
-from grpo_autotune.search.serve import reusable, serve
+from grpo_autotune.search.serve import Server
 from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
 
 CANNOT_WRITE_EXIT = 74
@@ -29,18 +29,19 @@ RETIRED_EXIT = 1
 def main(arguments: Sequence[str]) -> int:
     """Serve trials until standard input ends, or run the one that is named."""
     die_with_parent(os.getppid())
+    server = Server()
     if arguments:
-        return _serve_one(Path(arguments[0]), warm=False)
+        return _serve_one(server, Path(arguments[0]), warm=False)
     warm = False
     for line in sys.stdin:
-        code = _serve_one(Path(line.rstrip("\n")), warm=warm)
+        code = _serve_one(server, Path(line.rstrip("\n")), warm=warm)
         if code:
             return code
         warm = True
     return 0
 
 
-def _serve_one(folder: Path, *, warm: bool) -> int:
+def _serve_one(server: Server, folder: Path, *, warm: bool) -> int:
     """Run the trial in `folder`; 0 if this process can serve another."""
     rank = int(os.environ.get("RANK", "0"))
     _log_to(folder / LOG_FILE)
@@ -48,13 +49,13 @@ def _serve_one(folder: Path, *, warm: bool) -> int:
     pulse = Pulse(folder, silent=rank > 0)
     pulse.beat(STARTING)
     startup = BeatingStartup(pulse, born_s=time.time() if warm else None)
-    outcome = serve(spec, folder, startup, pulse)
+    outcome = server.serve(spec, folder, startup, pulse)
     pulse.close()
     try:
         write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
     except OSError:  # nor can the log
         return CANNOT_WRITE_EXIT
-    return 0 if outcome.status == "ok" and reusable(spec, outcome) else RETIRED_EXIT
+    return 0 if server.reusable else RETIRED_EXIT
 
 
 def outcome_path(folder: Path, rank: int) -> Path:

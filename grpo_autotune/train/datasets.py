@@ -25,9 +25,11 @@ TAKEN = frozenset(
 """Keywords that TRL gives every reward beside the data's columns."""
 
 Message = Mapping[str, Any]
+Splits = tuple[datasets.Dataset, datasets.Dataset | None]
+LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 
 
-def load_data(config: RunConfig, progress: Callable[[str], None]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
     """Training rows and, where the configuration names any, held-out rows.
 
     Args:
@@ -43,17 +45,26 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> tuple[datas
     """
     data = config.data
     train = _rows(data, data.path, data.split, data.max_samples, progress)
+    check_rows(config, len(train))
+    if data.eval_path is None and data.eval_split is None:
+        return train, None
+    return train, _rows(data, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
+
+
+def check_rows(config: RunConfig, rows: int) -> None:
+    """Refuse a configuration that wants more different prompts at once than there are rows.
+
+    Raises:
+        ConfigError: It does.
+    """
     wanted = config.batch.prompts_per_generation
-    if len(train) < wanted:
+    if rows < wanted:
         raise ConfigError(
-            f"{data.path} has {len(train)} rows, and a generation takes {wanted} different prompts (generation batch "
+            f"{config.data.path} has {rows} rows, and a generation takes {wanted} different prompts (generation batch "
             f"{config.batch.generation_batch} / num_generations {config.batch.num_generations})",
             where="data",
             fix=f"Give at least {wanted} rows, or lower grpo.per_device_train_batch_size or grpo.steps_per_generation.",
         )
-    if data.eval_path is None and data.eval_split is None:
-        return train, None
-    return train, _rows(data, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
 
 
 def _rows(

@@ -19,7 +19,7 @@ from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.table import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments
 from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
-from grpo_autotune.train.datasets import load_data
+from grpo_autotune.train.datasets import LoadData, load_data
 from grpo_autotune.train.models import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.quiet import quieten
 from grpo_autotune.train.resumable import NothingLeft, ResumableTrainer
@@ -92,6 +92,7 @@ def build_trainer(
     grpo_overrides: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     say: Say | None = None,
+    load: LoadData = load_data,
 ) -> ResumableTrainer:
     """Build the trainer that a configuration describes.
 
@@ -101,6 +102,7 @@ def build_trainer(
         grpo_overrides: `GRPOConfig` keys that take precedence, such as a trial's `max_steps`.
         callbacks: Given to the trainer beside its own.
         say: Told, line by line, what is under way and what was derived; standard error by default.
+        load: Reads the data, as `datasets.load_data` does.
 
     Returns:
         A `trl.GRPOTrainer` without transformers' own progress output.
@@ -114,7 +116,7 @@ def build_trainer(
     quieten(bars=sys.stderr.isatty())
     chosen(config.speedups)
     with phase("data"):
-        train_data, eval_data = load_data(config, say)
+        train_data, eval_data = load(config, say)
         functions, weights, _ = build_rewards(config)
     arguments = grpo_arguments(
         config,

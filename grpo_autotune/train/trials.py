@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.importing import ENGINE_MODULE, after_import, hook_imports
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+
+if TYPE_CHECKING:
+    from grpo_autotune.train.datasets import LoadData
 
 Say = Callable[[str], None]
 
@@ -25,16 +28,25 @@ TRIAL = {
 }
 
 
-def quiet_trainer(config: RunConfig, startup: Startup, say: Say) -> Any:
+def quiet_trainer(config: RunConfig, startup: Startup, say: Say, load: LoadData | None = None) -> Any:
     """Build the trainer of `config` with its start-up booked to `startup`; nothing of it is saved.
+
+    Args:
+        config: The run.
+        startup: Gets the phases.
+        say: Takes lines of progress.
+        load: Reads the data; None reads it as training does.
 
     Raises:
         AutotuneError: As `train.trainer.build_trainer`.
     """
+    from grpo_autotune.train.datasets import load_data
     from grpo_autotune.train.trainer import build_trainer
 
     with EngineTime(startup):
-        return build_trainer(config, phase=startup.phase, grpo_overrides=TRIAL, say=say)
+        return build_trainer(
+            config, phase=startup.phase, grpo_overrides=TRIAL, say=say, load=load_data if load is None else load
+        )
 
 
 class EngineTime:
