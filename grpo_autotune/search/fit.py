@@ -30,13 +30,13 @@ the largest: it starts hundreds of small operations a step."""
 WORK_ENDINGS = ("_flops", "_bytes", "_scores", "_shared")
 """Features counted in operations: before trials tell, all of them cost the same."""
 
-NOISE = 0.03
+NOISE = 0.04
 """Relative standard deviation of a measured stage (median of a few steps)."""
 
 PRIOR_SPREAD = 1.0
 """Standard deviation of a coefficient around its first guess, as a share of it."""
 
-TERM_SPREAD = 0.08
+TERM_SPREAD = 0.05
 """Standard deviation of the factor that one knob adds to what the features say."""
 
 TERM_REACH = 1.5
@@ -175,21 +175,27 @@ class Fit:
 
 def first_guess(probe: Seen, names: Sequence[str]) -> dict[str, float]:
     """Coefficients that give the probe's seconds: fixed shares for occasions, one price for all operations, and an
-    equal share for every other count."""
-    counts = {name: probe.features.get(name, 0.0) for name in names}
-    shares = {name: OCCASION_SHARES[kind] for name in names if (kind := name.partition("@")[0]) in OCCASION_SHARES}
-    rest = 1.0 - math.fsum(share for name, share in shares.items() if counts[name])
+    equal share for every other count. What the probe does not have costs what its like costs there: `steps@vllm` what
+    `steps` do; nothing where it has no like."""
+    counts = {name: count for name, count in probe.features.items() if count > 0.0}
+    shares = {name: OCCASION_SHARES[kind] for name in counts if (kind := name.partition("@")[0]) in OCCASION_SHARES}
     worked = math.fsum(count for name, count in counts.items() if is_work(name))
-    others = [name for name in names if name not in shares and not is_work(name)]
-    present = sum(counts[name] > 0.0 for name in others)
-    if not worked and not present:
-        scale = 1.0 / max(1.0 - rest, LEAST)
-        shares = {name: share * scale for name, share in shares.items()}
-    shares |= {name: 0.0 if worked else rest / max(1, present) for name in others}
-    found = {name: share * probe.seconds / max(counts[name], 1.0) for name, share in shares.items()}
+    others = [name for name in counts if name not in shares and not is_work(name)]
+    if not worked and not others:
+        whole = max(math.fsum(shares.values()), LEAST)
+        shares = {name: share / whole for name, share in shares.items()}
+    rest = 1.0 - math.fsum(shares.values())
+    shares |= {name: 0.0 if worked else rest / len(others) for name in others}
+    known = {name: share * probe.seconds / counts[name] for name, share in shares.items()}
     price = rest * probe.seconds / worked if worked else 0.0
-    found |= {name: price for name in names if is_work(name)}
-    return {name: max(found[name], LEAST) for name in names}
+    guesses = {name: price if is_work(name) else known.get(name, known.get(like(name), 0.0)) for name in names}
+    return {name: max(guess, LEAST) for name, guess in guesses.items()}
+
+
+def like(name: str) -> str:
+    """The feature that stands in for one that the probe does not have."""
+    plain = name.partition("@")[0]
+    return "calls" if plain == "calls_again" else plain
 
 
 def is_work(name: str) -> bool:

@@ -224,17 +224,20 @@ class Models:
         """What a trial tells about memory. A bare record tells the peak of its stages; beyond what an idle process
         takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
         record = outcome.record if outcome.record is not None and outcome.record.tokens is not None else None
+        ran_out = outcome.status == "oom"
+        if record is None and not ran_out:
+            return None
         if record is None:
             load = self._load(config, worst_case=True)
         else:
             load = workload(config, config, record, self.machine, measured=True)
         peak, idle = outcome.peak_bytes, outcome.idle_bytes
-        if peak is None and record is not None:
+        if peak is None and record is not None and not ran_out:
             peak = max((row.peak_bytes or 0 for row in record.timings.stages), default=0)
             idle = 0 if record.trainer.device.startswith("cuda") else max(0, peak - round(increment(load)))
         if not peak or idle is None or peak <= idle:
             return None
-        return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, outcome.status == "oom")
+        return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
 
     def _interval(self, name: str, value: float, scatter: float) -> Prediction:
         """`scatter` and the errors of earlier predictions, together."""
@@ -256,15 +259,15 @@ def place_of(config: RunConfig, load: Workload) -> Place:
         load.trainer["attn_implementation"],
         facts.training.checkpointing,
         facts.use_vllm,
-        knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"],
         load.trainer["dataloader_num_workers"],
     )
     return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
 
 
 def family(config: RunConfig) -> str:
-    """Configurations whose stages follow the same features: those with the same speed-ups."""
-    return str(config.speedups)
+    """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not."""
+    compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
+    return f"{config.speedups}, {'compiled' if compiled else 'eager'}"
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
