@@ -63,7 +63,7 @@ class ForeignKey:
 
     def default_value(self) -> object:
         """The default as a value; None where the class computes it."""
-        return None if self.default is None else ast.literal_eval(self.default)
+        return None if self.default is None else _value_of(self.default)
 
     def accepted(self) -> str:
         """What may be written, in words."""
@@ -82,6 +82,13 @@ class ForeignKey:
         if isinstance(value, (list, tuple)):
             return bool({"list", "tuple"} & self.accepts)
         return ("None" if value is None else type(value).__name__) in self.accepts
+
+
+@lru_cache(maxsize=1024)
+def _value_of(source: str) -> object:
+    """A search asks for the same defaults thousands of times. Defaults that could be changed in place do not occur:
+    dataclasses take those from factories, whose results the class computes."""
+    return ast.literal_eval(source)
 
 
 @lru_cache(maxsize=1)

@@ -349,10 +349,11 @@ def test_the_budget_and_the_costs_learn() -> None:
     budget = Budget(100.0, 20.0, lambda: now[0])
     now[0] = 130.0
     assert budget.elapsed_s == 50.0 and budget.left_s == 48.0 and budget.search_left_s == 28.0
-    costs = Costs()
+    alone, costs = Costs(warm=False), Costs()
     assert costs.trial_s(2.0, 3) == 6.0
-    costs.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=22.0))
-    assert costs.trial_s(1.0, 2) == 22.0
+    for found in (alone, costs):
+        found.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=22.0))
+    assert alone.trial_s(1.0, 2) == 22.0 and costs.trial_s(1.0, 2) == 10.0
     costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
     assert costs.beside_s == 2.0 + 0.5 * 20.0
 

@@ -68,6 +68,7 @@ class Book:
     guards: dict[tuple[str, str], Guard] = field(default_factory=dict)
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _kinds: dict[str, Kind] = field(default_factory=dict)
+    _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
     _ratios: dict[tuple[str, int, int], Interval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,8 +142,10 @@ class Book:
 
     def score(self, config: RunConfig, step_s: float) -> float:
         """Useful completions a second."""
-        truncated = self.record.tokens.truncated_share if self.record.tokens else 0.0
-        return useful_per_step(config, self.living, truncated) / step_s
+        if id(config) not in self._useful:
+            truncated = self.record.tokens.truncated_share if self.record.tokens else 0.0
+            self._useful[id(config)] = config, useful_per_step(config, self.living, truncated)
+        return self._useful[id(config)][1] / step_s
 
     def worth(self, config: RunConfig) -> float:
         """Useful completions of a step over those of a step of the user's configuration."""

@@ -15,6 +15,8 @@ END_SHARE = 0.2
 MOST_END_SHARE = 0.4
 CLOSING_S = 2.0
 """Kept for ending the last process and writing the files; at most a tenth of the budget."""
+WARM_SAVES = 0.6
+"""Of start and warm-up, where the process has its libraries loaded: two thirds of what was measured on CPUs."""
 SURE = 1.15
 """A trial is begun where its estimate and this much more fit."""
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -84,11 +86,16 @@ class Budget:
 
 
 class Costs:
-    """What a trial takes beside its measured steps, learnt from those that ended well."""
+    """What a trial takes beside its measured steps, learnt from those that ended well.
 
-    def __init__(self) -> None:
+    Args:
+        warm: Whether trials may share a process. Until one has, it is taken to save `WARM_SAVES` of a start.
+    """
+
+    def __init__(self, *, warm: bool = True) -> None:
         self._cold: list[float] = []
         self._warm: list[float] = []
+        self._first_share = 1.0 - WARM_SAVES if warm else 1.0
 
     def learn(self, outcome: TrialOutcome) -> None:
         """Take one more trial into account."""
@@ -104,12 +111,12 @@ class Costs:
             cold = max(self._cold, default=0.0)
             share = len(self._cold) / (len(self._cold) + len(self._warm))
             return statistics.median(self._warm) + share * cold
-        return statistics.median(self._cold) if self._cold else 0.0
+        return self._first_share * statistics.median(self._cold) if self._cold else 0.0
 
     @property
     def cold_s(self) -> float:
         """The same of a fresh process."""
-        return max(self._cold, default=self.beside_s)
+        return max(self._cold, default=0.0)
 
     def trial_s(self, step_s: float, steps: int) -> float:
         """Seconds of a whole trial."""

@@ -12,7 +12,7 @@ from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.hardware import Machine
 from grpo_autotune.probe.records import ProbeRecord
 from grpo_autotune.search.book import Book
-from grpo_autotune.search.budget import END_SHARE, SURE, words
+from grpo_autotune.search.budget import END_SHARE, words
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.proof import Rewards
 from grpo_autotune.search.propose import Models, Pool, memory_of
@@ -96,15 +96,16 @@ def measure_own(lab: Lab) -> None:
     own = lab.book.own
     if name_of(own) in lab.book.entries:
         return
-    needed_s = SURE * lab.expected_s(own)
-    if needed_s > lab.budget.search_left_s:
-        total_s = (lab.budget.elapsed_s + 2.0 * needed_s) / (1.0 - END_SHARE)
-        _too_small(lab, total_s, "no trial fits after the probe")
+    needed_s = lab.expected_s(own)
+    if needed_s > lab.budget.left_s:
+        _no_trial_fits(lab, needed_s)
     asked = None if name_of(own) in lab.study.taken() else lab.study.ask(own)
     while asked is not None and name_of(asked.knobs) != name_of(own):
         lab.study.release(asked)  # another machine's; it comes back once our own is known
         asked = lab.study.ask(own)
     if lab.timed(own, "user", lab.budget.left_s, asked) is None:
+        if lab.rows[-1].status == "timeout" and lab.budget.search_left_s <= 0.0:
+            _no_trial_fits(lab, max(needed_s, lab.rows[-1].elapsed_s))
         _not_measured(lab, lab.rows[-1])
 
 
@@ -126,6 +127,11 @@ def _run_probe(lab: Lab) -> TrialOutcome:
     if outcome.status != "ok":
         _not_measured(lab, lab.rows[-1])
     return outcome
+
+
+def _no_trial_fits(lab: Lab, needed_s: float) -> NoReturn:
+    total_s = (lab.budget.elapsed_s + 3.0 * needed_s) / (1.0 - END_SHARE)
+    _too_small(lab, total_s, "no trial fits after the probe")
 
 
 def _too_small(lab: Lab, needed_s: float, why: str) -> NoReturn:

@@ -30,7 +30,7 @@ from grpo_autotune.search.trial import TrialOutcome
 JUDGED_BY_REWARDS = ("data.image_size",)
 """Learning knobs that show in the rewards before any training; others show only in what is learnt."""
 MEMORY_SHARE = 0.95
-MOST_POINTS = 2000
+MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
 LEAST_SIGMA = 0.02
 """Of the logarithm of predicted seconds: what a median of a few steps itself is unsure of."""

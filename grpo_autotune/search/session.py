@@ -21,7 +21,7 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.hardware.folders import write_whole
 from grpo_autotune.search.book import Entry, Level
-from grpo_autotune.search.budget import SURE, Budget, words
+from grpo_autotune.search.budget import SURE, Budget, Costs, words
 from grpo_autotune.search.duel import race, race_s
 from grpo_autotune.search.emit import emit
 from grpo_autotune.search.folder import SearchFolder
@@ -307,6 +307,7 @@ def search(
                 fix="Give a larger one; the time spent counts.",
             )
         lab = Lab(config, machine, folder, runner(run_dir), budget, view, fingerprint, script, out)
+        lab.costs = Costs(warm=script is None)
         with _disk_full_said(run_dir):
             return Session(lab, storage, fit, sampler).run(folder.trials() if state else ())
 
