@@ -13,9 +13,13 @@ from pathlib import Path
 from statistics import fmean
 
 from grpo_autotune.search.attempt import LOOK_S, Attempt, Seen, Stopwatch, Watch, prepare_folder
+from grpo_autotune.search.endings import Ending
 from grpo_autotune.search.processes import Worker
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.turn_file import allow, blocks_done
+
+STOP_S = 30.0
+"""What a trial that is told to stop has to end its step and write its outcome."""
 
 ALONE = "measured one after another, each block with a start of its own: together they do not fit into memory"
 
@@ -91,7 +95,13 @@ class Race(AbstractContextManager["Race"]):
         for attempt in self._lanes:
             attempt.idle = False
             allow(attempt.folder, None)
-        self._until(lambda: len(self._seen) == len(self._lanes), float("inf"))
+        self._until(
+            lambda: len(self._seen) == len(self._lanes), max(self.elapsed_s, deadline_s) + STOP_S, all_of_them=True
+        )
+        for lane, attempt in enumerate(self._lanes):
+            if lane not in self._seen:
+                attempt.worker.end()
+                self._seen[lane] = Seen(Ending("timeout", f"did not stop within {STOP_S:g} s of the race's end"))
         return [(attempt, self._seen[lane]) for lane, attempt in enumerate(self._lanes)]
 
     def began_without_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
@@ -136,16 +146,15 @@ class Race(AbstractContextManager["Race"]):
         attempt.idle = blocks_done(attempt.pulse.progress.stage) == blocks
         return attempt.idle
 
-    def _until(self, done: Callable[[], bool], deadline_s: float) -> None:
-        """Look at all until `done`, one of them ended, or the time is up."""
+    def _until(self, done: Callable[[], bool], deadline_s: float, all_of_them: bool = False) -> None:
+        """Look at all until `done`, one of them ended (or all), or the time is up."""
         while True:
             for lane, attempt in enumerate(self._lanes):
                 if lane not in self._seen and (seen := attempt.look()) is not None:
                     self._seen[lane] = seen
                     if seen.ending.status is not None:
                         attempt.worker.end()
-            stopping = deadline_s == float("inf")
-            if done() or (self._seen and not stopping) or self.elapsed_s > deadline_s:
+            if done() or (self._seen and not all_of_them) or self.elapsed_s > deadline_s:
                 return
             self._wait(LOOK_S)
 
