@@ -1,12 +1,13 @@
 """What the speed-ups save: whole optimizer steps and their stages, plain TRL and sped up in turns, within one run.
 
-    python -m benchmarks.speedups [--cases 768px text ...] [--speedups all shared_prefix ...] [--rounds 4]
+    python -m benchmarks.speedups [--cases 768px text ...] [--speedups all shared_prefix ...] [--rounds 3]
                                   [--size 14m] [--checkpointing on off] [--name speedups]
 
 For every case there is one trainer a variant: plain TRL, and one with each set of speed-ups (`all` is every one that
-fits). A round trains each of them for two optimizer steps and keeps the second; which comes first turns from round to
-round. A ratio is that of the seconds of plain TRL to those of the variant in the same round. Completions have a fixed
-length. Memory is the most that torch held at one time of what it allocated in one training pass (forward and backward).
+fits). A round trains each of them for one optimizer step, and a round before the first warms up; which comes first
+turns from round to round. A ratio is that of the seconds of plain TRL to those of the variant in the same round.
+Completions have a fixed length. Memory is the most that torch held at one time of what it allocated in one training
+pass (forward and backward).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ CASES = {
 def config_of(case: Case, size: str, checkpointing: bool) -> RunConfig:
     """One prompt an optimizer step, all of its completions in one micro batch, all of one length."""
     grpo: dict[str, Any] = {
-        "max_steps": 2,
+        "max_steps": 1,
         "num_generations": case.generations,
         "per_device_train_batch_size": case.generations,
         "gradient_accumulation_steps": 1,
@@ -95,9 +96,9 @@ class Variant:
             self.speedups = speed_up(self.trainer, "auto" if name == "all" else [name])
 
     def step(self) -> dict[str, float]:
-        """Train two steps; the second one's seconds, whole and by stage."""
+        """Train one optimizer step; its seconds, whole and by stage."""
         torch.manual_seed(0)
-        probe = Probe(self.trainer, warmup=1)
+        probe = Probe(self.trainer, warmup=0)
         self.trainer.train()
         timings = probe.record().timings
         probe.detach()
@@ -167,9 +168,9 @@ def main() -> None:
     """Measure every case asked for and write `docs/benchmarks/<name>.json`."""
     parser = argparse.ArgumentParser(description="What the speed-ups save.")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--speedups", nargs="+", default=["all", "shared_prefix", "shared_prefill"])
+    parser.add_argument("--speedups", nargs="+", default=["all"])
     parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on", "off"])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=["14m", "100m"], default="14m")
     parser.add_argument("--name", default="speedups")
     options = parser.parse_args()
