@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import inspect
 import resource
 import sys
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 COLLECTIONS = 3
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -63,6 +66,17 @@ def release() -> None:
         sys.modules["torch"].cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def clear_finished_frames() -> None:
+    """Empty the frames of functions that have returned: an exception that a library keeps holds its callers' locals.
+
+    A vLLM engine's start leaves such exceptions, and with them TRL's trainer.
+    """
+    for found in gc.get_objects():
+        if isinstance(found, FrameType) and not found.f_code.co_flags & _SUSPENDS:
+            with contextlib.suppress(RuntimeError):  # it still runs
+                found.clear()
 
 
 def available_bytes() -> int | None:

@@ -19,7 +19,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.compat import ensure_torchvision
 from grpo_autotune.search.failures import failure_of, log_of
 from grpo_autotune.search.kept import KeptData, KeptEngine
-from grpo_autotune.search.memory import MemoryMeter, available_bytes, release
+from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_finished_frames, release
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.script_trial import run_script
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
@@ -67,6 +67,9 @@ class Server:
             return self._outcome(spec, meter.peak_bytes(), meter, failure._asdict())
         peak_bytes = meter.peak_bytes()
         release()
+        if self._model() is not None:
+            clear_finished_frames()
+            release()
         self.reusable = spec.script is None and self._model() is None
         return self._outcome(spec, peak_bytes, meter, {"status": "ok", **measured._asdict()})
 

@@ -1,0 +1,35 @@
+"""Trials with an engine in the training process: a length a request, one engine for trials that ask for equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.search.runner import Runner
+from tests.trials import marked, processes, spec_of
+
+
+@pytest.mark.timeout(900)
+def test_a_warm_worker_keeps_the_engine(
+    served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grpo = {"use_vllm": True, "steps_per_generation": 2}
+    specs = [
+        spec_of(served("qwen3"), tmp_path, number, grpo={**grpo, "beta": beta}, completion_lengths=[2, 5], limit_s=400)
+        for number, beta in enumerate((0.0, 0.04))
+    ]
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        cold, warm = (runner.run(spec) for spec in specs)
+    assert processes(mark) == []
+    assert (cold.status, warm.status) == ("ok", "ok"), (cold.why, warm.why)
+    assert warm.warm and cold.record is not None and warm.record is not None
+    assert "engine" in {phase.name for phase in cold.record.startup}
+    for outcome in (cold, warm):
+        assert outcome.record is not None and outcome.record.tokens is not None
+        assert 2 <= outcome.record.tokens.completion.mean <= 5 and outcome.record.tokens.completion.max == 5
+        assert outcome.record.fidelity is not None and outcome.record.fidelity.ok
+        assert outcome.notes == ["vLLM's completions end by length, so that TRL counts each as truncated"]
+    log = (tmp_path / "trials" / "0001" / "log.txt").read_text()
+    assert "Initializing a V1 LLM engine" not in log
