@@ -16,6 +16,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.probe.records import STAGES, ProbeRecord, StageRow, StageTimings
 from grpo_autotune.search.features import PARTS, Rates, features
+from grpo_autotune.search.fit import Fit, Place, Seen, first_guess
 from grpo_autotune.search.models import Models, part_seconds, stage_seconds
 from grpo_autotune.search.trial import TrialOutcome
 from grpo_autotune.search.workload import Workload, expected_longest, mean_length, tokens_at, workload
@@ -295,6 +296,50 @@ def test_speed_ups_are_learnt_apart() -> None:
     assert learnt.step_s(truth.user).value == models.step_s(truth.user).value, "plain trials are told apart"
     smaller = with_knobs(fast, {"data.image_size": 384})
     assert learnt.step_s(smaller).value < 0.6 * models.step_s(with_knobs(truth.user, {"data.image_size": 384})).value
+
+
+def test_what_no_formula_describes_is_learnt_by_knob() -> None:
+    """Work at a price of 1e-9 s, a tenth more under the word `slow`; tried at some sizes, asked at others."""
+
+    def seen(flops: float, word: str) -> Seen:
+        seconds = 0.1 + flops * 1e-9 * (1.1 if word == "slow" else 1.0)
+        return Seen({"calls": 1.0, "text_flops": flops}, seconds, Place((math.log2(flops),), (word,)))
+
+    fit = Fit(tuple(seen(1e9 * size, word) for size in (1, 2, 4, 8) for word in ("fast", "slow")))
+    for word in ("fast", "slow"):
+        wanted = seen(3e9, word)
+        assert off(fit.predict(wanted.features, wanted.place).mean, wanted.seconds) < 0.03
+    strange = fit.predict({"calls": 1.0, "text_flops": 3e9}, Place((math.log2(3e9),), ("new",)))
+    known = fit.predict({"calls": 1.0, "text_flops": 3e9}, Place((math.log2(3e9),), ("fast",)))
+    assert strange.spread > known.spread
+
+
+def test_what_the_probe_did_not_have_costs_what_its_like_costs() -> None:
+    probe = Seen({"calls": 2.0, "steps": 100.0, "text_flops": 1e9, "rows": 8.0}, 10.0, Place((1.0,), ("a",)))
+    guess = first_guess(
+        probe, ["calls", "steps", "rows", "text_flops", "steps@vllm", "tower_flops", "calls_again", "odd"]
+    )
+    told = math.fsum(guess[name] * count for name, count in probe.features.items())
+    assert told == pytest.approx(10.0)
+    assert guess["steps@vllm"] == guess["steps"]
+    assert guess["tower_flops"] == guess["text_flops"]
+    assert guess["calls_again"] == guess["calls"]
+    assert guess["odd"] < 1e-12
+
+
+def test_loader_workers_and_vllm_get_a_finite_guess() -> None:
+    truth = Truth(noise=0.0)
+    models = truth.models()
+    own = models.step_s(truth.user).value
+    for knobs in ({"grpo.dataloader_num_workers": 2}, {"grpo.use_vllm": True}, {"grpo.torch_compile": True}):
+        assert 0.3 * own < models.step_s(with_knobs(truth.user, knobs)).value < 3 * own
+
+
+def test_a_trial_of_rewards_alone_teaches_no_memory() -> None:
+    truth = Truth()
+    models = truth.models()
+    rewards = TrialOutcome(number=1, status="ok", peak_bytes=50 * GIB, idle_bytes=GIB)
+    assert models.learn(truth.user, rewards).peak_bytes(truth.user) == models.peak_bytes(truth.user)
 
 
 def test_a_pass_that_was_never_timed_is_priced_as_the_training_forward() -> None:

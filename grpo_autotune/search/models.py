@@ -106,7 +106,7 @@ class Models:
             before = self.stages_s(config)
             checks += [Check(name, before[name].value, s) for name, s in measured.items() if name in before]
             checks.append(Check("step", self.step_s(config).value, statistics.median(_steps(outcome))))
-        if outcome.status == "ok" and outcome.peak_bytes is not None and outcome.idle_bytes is not None:
+        if measured and outcome.status == "ok" and outcome.peak_bytes is not None and outcome.idle_bytes is not None:
             increment = self.peak_bytes(config).value - outcome.idle_bytes
             checks.append(Check("memory", increment, float(outcome.peak_bytes - outcome.idle_bytes)))
         if outcome.status not in ("ok", "oom"):
