@@ -127,10 +127,14 @@ class _Beside(Installed):
         found = call_next(prompts, *args, **kwargs)
         if self._inputs is not None and not self.fell_back:
             completion_ids, completions = found[1], found[3]
-            futures = {
-                index: self._start(self.trainer.reward_funcs[index], prompts, completions, completion_ids)
-                for index in _moving(self.trainer)
+            given = {
+                **self._columns(),
+                "prompts": prompts,
+                "completions": completions,
+                "completion_ids": completion_ids,
             }
+            moving = _moving(self.trainer)
+            futures = {index: self._start(self.trainer.reward_funcs[index], given) for index in moving}
             self._started = _Started(prompts, completions, futures)
         return found
 
@@ -150,8 +154,7 @@ class _Beside(Installed):
         finally:
             functions[:] = own
 
-    def _start(self, function: Any, prompts: Any, completions: Any, completion_ids: Any) -> Future[Any]:
-        given = {**self._columns(), "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    def _start(self, function: Any, given: dict[str, Any]) -> Future[Any]:
         self._facts["calls"] += 1
         if is_async(function):
             return asyncio.run_coroutine_threadsafe(self._awaited(function, given), self.trainer.async_loop)
