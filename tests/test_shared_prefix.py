@@ -23,7 +23,7 @@ from grpo_autotune.speedups.shared_prefix_attention import causal_mask  # isort:
 from grpo_autotune.speedups.shared_prefix_layout import batch_of, layout_of  # isort: skip
 import torch  # isort: skip
 from datasets import Dataset, Features, Image, Sequence, Value  # isort: skip
-from transformers import AttentionInterface  # isort: skip
+from transformers import AttentionInterface, AutoTokenizer  # isort: skip
 
 EXACT = 1e-5
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -246,6 +246,10 @@ def test_four_bit_weights_with_an_adapter(tiny, tmp_path, ragged_text_rows):
     assert_exact(differences(build, "shared_prefix"))
 
 
+def log(trainer):
+    return [line for line in trainer.state.log_history if "completions/max_length" in line]
+
+
 RUNS = {
     "groups over two micro batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "loss by micro batch": {
@@ -270,16 +274,21 @@ def test_five_steps_earn_the_same_and_end_with_the_same_weights(
     tiny, tmp_path, ragged_picture_rows, ragged_text_rows, kind, name
 ):
     rows = ragged_picture_rows if kind.endswith("vl") else ragged_text_rows
+    end = AutoTokenizer.from_pretrained(tiny(kind)).eos_token_id
+    ragged = {"generation_kwargs": {"sequence_bias": [[[end], 4.0]]}, "max_completion_length": 10}
 
     def train(fast: bool):
         trainer = make_trainer(
             tiny(kind), rows, tmp_path, lora=False, num_generations=4, max_steps=5, beta=0.05,
-            **{"optim": "sgd", "learning_rate": 0.05, "max_completion_length": 10, **RUNS[name]},
+            **{"optim": "sgd", "learning_rate": 0.05, **ragged, **RUNS[name]},
         )  # fmt: skip
+        start = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
         found = speed_up(trainer, "shared_prefix") if fast else None
         trainer.train()
         rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
         weights = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
+        assert max(apart(weights[key], start[key]) for key in weights) > 100 * EXACT, "nothing was learned"
+        assert all(line["completions/max_length"] > line["completions/min_length"] for line in log(trainer))
         return rewards, losses(trainer), weights, found
 
     rewards, loss, weights, _ = train(False)
@@ -293,22 +302,29 @@ def test_five_steps_earn_the_same_and_end_with_the_same_weights(
         assert facts["plain_passes"] == 0
 
 
-def test_regrouping_draws_the_permutation_that_trl_draws(tiny, tmp_path, text_rows):
-    def micro_batches(names):
-        grpo = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-        trainer = ready(tiny("llama"), text_rows, tmp_path, beta=0.0, loss_type="grpo", **grpo)
-        speed_up(trainer, names)
-        torch.manual_seed(5)
-        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        state = torch.get_rng_state()
-        rows = [row.tolist() for batch in trainer._buffered_inputs for row in batch["prompt_ids"]]
-        return rows, state, inputs
+def micro_batches(model, rows, folder, names, **grpo):
+    """The completions of each micro batch in turn, torch's random state after them, and the first micro batch."""
+    batch = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = ready(model, rows, folder, beta=0.0, **{**batch, **grpo})
+    speed_up(trainer, names)
+    torch.manual_seed(5)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    completions = [row.tolist() for batch in trainer._buffered_inputs for row in batch["completion_ids"]]
+    return completions, torch.get_rng_state(), inputs
 
-    plain, plain_state, _ = micro_batches("none")
-    fast, fast_state, inputs = micro_batches("shared_prefix")
+
+def test_regrouping_draws_the_permutation_that_trl_draws(tiny, tmp_path, text_rows):
+    plain, plain_state, _ = micro_batches(tiny("llama"), text_rows, tmp_path, "none")
+    fast, fast_state, inputs = micro_batches(tiny("llama"), text_rows, tmp_path, "shared_prefix")
     assert torch.equal(plain_state, fast_state)
     assert fast != plain and sorted(fast) == sorted(plain)
     assert len(set(inputs["group_id"].tolist())) == 1, "a micro batch of G rows holds one group"
+
+
+@pytest.mark.parametrize("grpo", [{"loss_type": "bnpo"}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}])
+def test_no_row_moves_where_the_loss_depends_on_the_micro_batch(tiny, tmp_path, text_rows, grpo):
+    plain, _, _ = micro_batches(tiny("llama"), text_rows, tmp_path, "none", **grpo)
+    assert micro_batches(tiny("llama"), text_rows, tmp_path, "shared_prefix", **grpo)[0] == plain
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=24), st.integers(1, 8))
