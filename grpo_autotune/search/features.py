@@ -58,31 +58,35 @@ def _generation(load: Workload, rates: Rates) -> Features:
         *prefill, decode = generation_work(load.shape, facts).phases
         found |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
         found |= _work("decode", decode, rates)
-        found |= _shared(load, found, facts.prompt_tokens, 0.0)
+        found |= _shared(load, found, facts.group, 0.0)
     return {f"{name}{suffix}": count for name, count in found.items()}
 
 
-def _pass(load: Workload, rates: Rates, passes: float, *, adapters: bool = True) -> Features:
+def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters: bool = True) -> Features:
+    """`copies`: rows of one prompt that a speed-up finds together. A training pass has a micro batch of them, a pass
+    without gradients goes over the whole generation (`_rows` in speedups/shared_prefix.py)."""
     facts = load.facts
     found = {"calls": passes, "rows": passes * facts.micro_batch}
     if load.shape is None:
         return found | _plain(load, passes)
     one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
     found |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
-    return found | _shared(load, found, facts.prompt_tokens, facts.completion_tokens)
+    return found | _shared(load, found, copies, facts.completion_tokens)
 
 
 def _training_forward(load: Workload, rates: Rates) -> Features:
-    return _pass(load, rates, load.facts.passes)
+    return _pass(load, rates, load.facts.passes, min(load.facts.group, load.facts.micro_batch))
 
 
 def _old_policy(load: Workload, rates: Rates) -> Features | None:
-    return _pass(load, rates, load.facts.passes / load.facts.iterations) if load.facts.old_policy else None
+    facts = load.facts
+    return _pass(load, rates, facts.passes / facts.iterations, facts.group) if facts.old_policy else None
 
 
 def _reference(load: Workload, rates: Rates) -> Features | None:
     facts = load.facts
-    return _pass(load, rates, facts.passes / facts.iterations, adapters=False) if facts.reference else None
+    passes = facts.passes / facts.iterations
+    return _pass(load, rates, passes, facts.group, adapters=False) if facts.reference else None
 
 
 def _backward(load: Workload, rates: Rates) -> Features:
@@ -98,17 +102,17 @@ def _backward(load: Workload, rates: Rates) -> Features:
     if len(rest) > 1:
         found |= _work("tower", rest[0], rates)
     found |= _scores(load, load.shape, facts.passes)
-    return found | _shared(load, found, facts.prompt_tokens, facts.completion_tokens)
+    return found | _shared(load, found, min(facts.group, facts.micro_batch), facts.completion_tokens)
 
 
-def _shared(load: Workload, found: Features, prompt: float, completion: float) -> Features:
-    """Under speed-ups, the same operations with each prompt and its images counted once a group: which of the two a
-    stage follows is for the fit to find out."""
+def _shared(load: Workload, found: Features, copies: int, completion: float) -> Features:
+    """Under speed-ups, the same operations with each prompt and its images counted once for its `copies` in a pass:
+    which of the two a stage follows is for the fit to find out."""
     if not load.speedups:
         return {}
-    group = load.facts.group
-    text = (prompt / group + completion) / max(prompt + completion, 1.0)
-    shares = {"text_flops": text, "tower_flops": 1.0 / group}
+    prompt = load.facts.prompt_tokens
+    text = (prompt / copies + completion) / max(prompt + completion, 1.0)
+    shares = {"text_flops": text, "tower_flops": 1.0 / copies}
     return {f"{name}_shared": found[name] * share for name, share in shares.items() if name in found}
 
 
