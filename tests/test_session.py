@@ -170,6 +170,21 @@ def test_nothing_better_is_a_valid_answer(tmp_path: Path) -> None:
     assert "your own configuration" in (tmp_path / "tuned.yaml").read_text()
 
 
+def test_a_group_size_is_judged_by_what_it_brings_alone(tmp_path: Path) -> None:
+    """A small image makes everything fast here; groups of 4 are worth less than groups of 8 at the same seconds."""
+    config = user_config(accept=["data.image_size"]).to_dict()
+    config["search"]["knobs"] |= {
+        "grpo.num_generations": [4],
+        "data.image_size": [512, 256],
+        "grpo.per_device_train_batch_size": None,
+        "grpo.gradient_checkpointing": None,
+    }
+    report = Paper(tmp_path, RunConfig.from_dict(config)).search(500.0)
+    guards = [guard for guard in report.guards if guard.key == "grpo.num_generations"]
+    assert guards and not guards[0].proven and "x 0." in guards[0].why
+    assert report.best.knobs["grpo.num_generations"] == 8
+
+
 def test_noise_is_not_sold_as_speed(tmp_path: Path) -> None:
     config = user_config().to_dict()
     config["search"]["knobs"] = dict.fromkeys(config["search"]["knobs"]) | {"grpo.num_generations": [8, 4]}

@@ -71,8 +71,9 @@ class Budget:
         return self._spent_s + self._clock() - self._begun
 
     def keep(self, needed_s: float) -> None:
-        """Keep so much for the end, within its bounds."""
-        self.end_s = max(END_SHARE * self.total_s, min(MOST_END_SHARE * self.total_s, needed_s))
+        """Keep so much for the end; the plain share where it is less, or more than may be kept."""
+        share_s = END_SHARE * self.total_s
+        self.end_s = max(share_s, needed_s) if needed_s <= MOST_END_SHARE * self.total_s else share_s
 
     @property
     def left_s(self) -> float:

@@ -13,9 +13,9 @@ from grpo_autotune.search.book import Entry, scaled
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import Interval, median_interval
 
-FIRST_ROUNDS = 7
-MORE_ROUNDS = 7
-MOST_ROUNDS = 21
+FIRST_ROUNDS = 5
+MORE_ROUNDS = 5
+MOST_ROUNDS = 20
 LEAST_ROUNDS = 3
 """Fewer pairs than this have no interval worth the name."""
 STARTS = 1.5
@@ -53,8 +53,8 @@ def race(lab: Lab, rival: Entry, room_s: float) -> Interval | None:
 
 
 def race_s(lab: Lab, rival_s: float) -> float:
-    """Seconds of the shortest race: both start side by side, warm up, and run the first rounds."""
-    return STARTS * lab.costs.cold_s + (FIRST_ROUNDS + 1) * (lab.book.baseline.step.value + rival_s)
+    """Seconds of the shortest race: both start side by side, warm up, and run the fewest rounds that count."""
+    return STARTS * lab.costs.cold_s + SPEED_MARGIN * (LEAST_ROUNDS + 1) * (lab.book.baseline.step.value + rival_s)
 
 
 def rounds_that_fit(lab: Lab, rival: Entry, room_s: float) -> int:

@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.search.book import GROUP, Book, Entry
+from grpo_autotune.search.book import GROUP, Book, Entry, median_ratio, scaled
+from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.guards import LEAST_PROMPTS, Guard, judge_generations, judge_rewards
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import living_ratio
 from grpo_autotune.search.propose import JUDGED_BY_REWARDS
+from grpo_autotune.search.study import name_of
 from grpo_autotune.search.trial import PromptReward, TrialSpec
 
 MOST_PROMPTS = 256
@@ -98,16 +100,26 @@ class Rewards:
 
 
 def judge_group(lab: Lab, entry: Entry) -> None:
-    """Judge an entry's group size, once its speed is known."""
+    """Judge an entry's group size by what that change alone brings: against the same combination with the user's own,
+    which is measured for it where there is time."""
     book = lab.book
     after = book.changed(entry.knobs).get(GROUP)
-    if after is None or GROUP in book.config.search.accept:
-        return
-    living = living_ratio(book.record, book.own[GROUP], after, book.confidence)
-    guard = judge_generations(book.own[GROUP], after, living, book.speedup(entry), None)
     known = book.guard(GROUP, after)
-    if known is None or not known.proven:
-        book.note(guard)
+    if after is None or GROUP in book.config.search.accept or (known is not None and known.proven):
+        return
+    before = book.own[GROUP]
+    without = {**entry.knobs, GROUP: before}
+    there = book.entries.get(name_of(without))
+    if there is None and SURE * lab.expected_s(without) <= lab.budget.left_s:
+        there = lab.timed(without, "revert", lab.budget.left_s)
+    if there is None:
+        why = "what it brings alone was not measured"
+        book.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
+        return
+    worth = book.worth(entry.config) / book.worth(there.config)
+    speed = scaled(median_ratio(there.steps_s, entry.steps_s, book.confidence), worth)
+    living = living_ratio(book.record, before, after, book.confidence)
+    book.note(judge_generations(before, after, living, speed, None))
 
 
 def worst_case_s(lab: Lab, entry: Entry) -> float:

@@ -37,7 +37,7 @@ def report_of_search(lab: Lab, space: Space, pool: Pool, ended: Ended, why_ended
         trials=lab.rows,
         skipped=lab.skipped,
         model_error={stage: ModelError(**error) for stage, error in lab.models.errors().items()},
-        notes=list(notes(lab)),
+        notes=[*notes(lab), *_of_pool(pool)],
         space={key: list(values) for key, values in space.values.items()},
         points=len(pool.points),
         sampler=sampler,
@@ -122,6 +122,14 @@ def notes(lab: Lab) -> Iterator[str]:
         if entry.fails is not None:
             yield f"Trial {entry.number} was fast and may not win: {entry.fails}."
     yield from sorted(lab.notes)
+
+
+def _of_pool(pool: Pool) -> Iterator[str]:
+    if not pool.whole:
+        yield (
+            "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours "
+            "of what was measured."
+        )
 
 
 def _measured(book: Book) -> tuple[Candidate, Candidate, Candidate, Candidate]:
