@@ -42,7 +42,13 @@ def remembered(path: Path) -> list[dict[str, list[float]]]:
 def test_a_warm_worker_trains_as_a_fresh_one_did_whatever_its_clock(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two trials in one process: equal losses and completions; then the runner is interrupted, and nothing is left."""
+    """Two trials in one process: equal losses and completions; then the runner is interrupted, and nothing is left.
+
+    The current folder has one called `vllm`, which is nobody's vLLM.
+    """
+    (tmp_path / "here" / "vllm").mkdir(parents=True)
+    (tmp_path / "here" / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path / "here")
     said: list[Progress] = []
     notes = [tmp_path / "fresh", tmp_path / "warm"]
     found = []

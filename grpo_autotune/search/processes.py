@@ -33,6 +33,10 @@ class Worker(Protocol):
         """Kill it and all it started, and wait until they are gone."""
 
 
+PYTHON = [sys.executable, "-P"]
+"""Without the current folder on the path: a folder `vllm` of the user's there would pass for an installed vLLM."""
+
+
 class GuardedWorker:
     """A worker behind its guardian.
 
@@ -44,11 +48,11 @@ class GuardedWorker:
 
     def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
         read, self._lifeline = os.pipe()
-        words = [sys.executable, "-m", "grpo_autotune.search.worker"]
+        words = [*PYTHON, "-m", "grpo_autotune.search.worker"]
         if world_size > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
             words = [sys.executable, *launch, "-m", "grpo_autotune.search.worker", str(folder.absolute())]
-        guardian = [sys.executable, "-m", "grpo_autotune.search.guardian", str(read)]
+        guardian = [*PYTHON, "-m", "grpo_autotune.search.guardian", str(read)]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [*guardian, *words],
