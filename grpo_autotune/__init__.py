@@ -1,7 +1,7 @@
 """Measure and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it.
 
-`attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `load_config(path)` reads a
-configuration. They load on first use, so that importing this package costs nothing.
+`attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `load_config(path)` reads
+a configuration. They load on first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
