@@ -134,6 +134,8 @@ class _Sharing(Installed):
         row, device = first_rows[0], batch["input_ids"].device
         config = copy.deepcopy(config)
         config.max_new_tokens = min(CHECKED_TOKENS, config.max_new_tokens or CHECKED_TOKENS)
+        if config.min_new_tokens is not None:
+            config.min_new_tokens = min(config.min_new_tokens, config.max_new_tokens)
 
         def plain() -> torch.Tensor:
             told = copy.deepcopy(config)
