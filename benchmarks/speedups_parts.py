@@ -2,7 +2,7 @@
 
     python -m benchmarks.speedups_parts [PART ...] [--pairs 5]
 
-Parts: `prefill` (512 px, 32 new tokens: seconds of generation), `images` (512 px: seconds of data and prompt), `dead`
+Parts: `prefill` (512 px, 32 new tokens: seconds of generation), `images` (768 px: seconds of data and prompt), `dead`
 (half of the groups without spread, beta 0: seconds of the training stages), `judge` (an async judge of three seconds
 beside a reference pass of at least three: the share of its seconds that is hidden), `patches` (768 px, the patch
 embedding alone, forward and backward).
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.midsize import midsize_config
-from benchmarks.result import ratio, write
+from benchmarks.result import FOLDER, ratio, write
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.config import RunConfig
 
@@ -133,14 +134,14 @@ def dead(pairs: int) -> tuple[Rows, Ratios]:
 
 def images(pairs: int) -> tuple[Rows, Ratios]:
     """Loading, decoding and processing for two prompts at eight micro steps a step, of images not seen before."""
-    grpo = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "beta": 0.0, "max_steps": WARMUP + 1}
-    config = config_of("benchmarks.midsize:variety", pixels=1024, completion=4, grpo=grpo)
+    grpo = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "beta": 0.0, "max_steps": 2}
+    config = config_of("benchmarks.midsize:variety", pixels=768, completion=4, grpo=grpo)
     rows: Rows = []
     for pair in range(pairs):
         for plain in (True, False) if pair % 2 else (False, True):
             trainer = quiet_trainer(config, Startup(), say)
             speed_up(trainer, [*AROUND_IMAGES, *([] if plain else ["images_once"])])
-            probe = Probe(trainer, warmup=WARMUP)
+            probe = Probe(trainer, warmup=1)
             trainer.train()
             record = probe.record()
             assert record.images is not None
@@ -226,10 +227,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--name", default="speedups_parts")
+    parser.add_argument("--add", action="store_true", help="keep the other parts of a file that is there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows: Rows = []
-    ratios: Ratios = {}
+    file = FOLDER / f"{asked.name}.json"
+    before = json.loads(file.read_text()) if asked.add and file.exists() else {"rows": [], "ratios": {}}
+    rows: Rows = before["rows"]
+    ratios: Ratios = before["ratios"]
     for part in asked.parts or list(PARTS):
         found, quotients = PARTS[part](asked.pairs)
         rows += found
