@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from trl import GRPOTrainer
 
 _calls = 0
 TOO_MUCH = 1 << 46
@@ -75,4 +77,13 @@ def remembers(completion_ids: list[list[int]], trainer_state: Any, **columns: An
     losses = [line["loss"] for line in trainer_state.log_history if "loss" in line]
     with Path(os.environ["REMEMBERED"]).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"completions": completion_ids, "losses": losses}) + "\n")
+    return _fine(completion_ids)
+
+
+kept: list[Any] = []
+
+
+def keeps_the_trainer(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The trainer that calls it is never let go of."""
+    kept.extend(found for found in gc.get_objects() if issubclass(type(found), GRPOTrainer))
     return _fine(completion_ids)

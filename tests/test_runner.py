@@ -106,6 +106,8 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
     ]
     monkeypatch.setenv("REMEMBERED", str(tmp_path / "calls"))
     with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        retiring = spec_of(tiny("qwen3"), tmp_path, 9, "tests.faults:keeps_the_trainer", steps=1)
+        assert runner.run(retiring).status == "ok"  # its worker ends by itself, as the race may find out late
         outcomes = runner.race(specs, rounds=2, deadline_s=280, watch=watch)
         assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
         warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
@@ -118,6 +120,18 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         assert outcome.step_s == pytest.approx([(steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2])
     assert warm.warm and [row.prompt for row in warm.rewards] == [0, 1, 2, 3]
     assert all(len(row.rewards) == 4 and row.truncated <= 4 for row in warm.rewards)
+
+
+def test_speed_ups_leave_a_worker_as_warm_as_plain_trl(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (spec_of(tiny("qwen3"), tmp_path, number) for number in range(2))
+    fast = first.model_copy(update={"config": {**first.config, "speedups": "auto"}})
+    with marked(monkeypatch), Runner(tmp_path) as runner:
+        outcomes = [runner.run(fast), runner.run(second)]
+    assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
+    assert outcomes[0].record is not None and "shared_prefix" in outcomes[0].record.trainer.speedups
+    assert outcomes[1].warm
 
 
 def test_two_processes_under_torchrun(

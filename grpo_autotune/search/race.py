@@ -58,6 +58,8 @@ class Race(AbstractContextManager["Race"]):
         watch: Watch | None,
     ) -> None:
         self._wait, self._stopwatch = wait, Stopwatch(clock)
+        self._start, self._clock, self._watch = start, clock, watch or (lambda progress: None)
+        self._again: set[int] = set()
         self._lanes: list[Attempt] = []
         self._seen: dict[int, Seen] = {}
         self._steps: list[list[int]] = [[] for _ in specs]
@@ -66,11 +68,13 @@ class Race(AbstractContextManager["Race"]):
             for spec in specs:
                 folder = prepare_folder(run_dir, spec)
                 allow(folder, 0)
-                worker = start(spec, folder)
-                self._lanes.append(Attempt(worker, spec, folder, clock, watch or (lambda progress: None)))
+                self._lanes.append(self._attempt(spec, folder))
         except BaseException:
             self.__exit__()
             raise
+
+    def _attempt(self, spec: TrialSpec, folder: Path) -> Attempt:
+        return Attempt(self._start(spec, folder), spec, folder, self._clock, self._watch)
 
     @property
     def elapsed_s(self) -> float:
@@ -151,6 +155,11 @@ class Race(AbstractContextManager["Race"]):
         while True:
             for lane, attempt in enumerate(self._lanes):
                 if lane not in self._seen and (seen := attempt.look()) is not None:
+                    if not seen.heard and lane not in self._again:  # a warm worker that was about to end
+                        self._again.add(lane)
+                        attempt.worker.end()
+                        self._lanes[lane] = self._attempt(attempt.spec, attempt.folder)
+                        continue
                     self._seen[lane] = seen
                     if seen.ending.status is not None:
                         attempt.worker.end()

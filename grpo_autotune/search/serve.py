@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.compat import ensure_torchvision
+from grpo_autotune.seams.trainers import SPEED_UPS
 from grpo_autotune.search.failures import failure_of, log_of
 from grpo_autotune.search.kept import KeptData, KeptEngine
 from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_finished_frames, release
@@ -101,7 +102,11 @@ class Server:
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
         trainer = quiet_trainer(config, startup, _say, self._data.load)
         self._model = weakref.ref(trainer.model)
-        return measure(trainer, spec, folder, startup, pulse, trainer.train)
+        try:
+            return measure(trainer, spec, folder, startup, pulse, trainer.train)
+        finally:
+            if (speed_ups := getattr(trainer, SPEED_UPS, None)) is not None:
+                speed_ups.remove()  # their layers on TRL's functions hold the trainer
 
 
 def _say(line: str) -> None:

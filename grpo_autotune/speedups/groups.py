@@ -9,7 +9,6 @@ B: rows of this process.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from grpo_autotune.seams.table import find, slot_of
 
 KEY = "group_id"
 
-_of_trainer: weakref.WeakKeyDictionary[Any, Groups] = weakref.WeakKeyDictionary()
+_ATTRIBUTE = "_grpo_autotune_groups"
 
 
 class Groups:
@@ -39,14 +38,15 @@ class Groups:
             slot = slot_of(trainer, find(key))
             if slot is not None:
                 self._handles.append(wrap(slot, layer, INNER))
-        _of_trainer[trainer] = self
+        setattr(trainer, _ATTRIBUTE, self)
 
     def remove(self) -> None:
         """Leave the trainer as it was; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _of_trainer.pop(self.trainer, None)
+        if getattr(self.trainer, _ATTRIBUTE, None) is self:
+            delattr(self.trainer, _ATTRIBUTE)
 
     def of_generation(self, rows: int) -> torch.Tensor:
         """The group of each of this process's rows of a generation batch, (B,), on the trainer's device."""
@@ -78,4 +78,5 @@ class Groups:
 
 def groups_of(trainer: Any) -> Groups:
     """The `Groups` of a trainer that speed-ups are being put on."""
-    return _of_trainer[trainer]
+    found: Groups = getattr(trainer, _ATTRIBUTE)
+    return found
