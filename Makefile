@@ -4,7 +4,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-vllm bench
+.PHONY: help install demo test check test-vllm bench exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -25,9 +25,18 @@ check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed ## measure the probe's overhead and what the demo learns; the JSON goes to docs/benchmarks
+bench: .venv/.installed ## measure everything the README and the pages claim: hours; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.speedups
+	$(BIN)/python -m benchmarks.speedups_parts
+	$(BIN)/python -m benchmarks.model_error
+	$(BIN)/python -m benchmarks.warm_workers
+	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.search_replay
+
+exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matrix; the JSON goes to docs/benchmarks
+	$(BIN)/python -m benchmarks.exact
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
