@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_autotune.config import (
@@ -21,10 +22,10 @@ from grpo_autotune.config import (
     RewardItem,
     RunConfig,
     SearchSection,
-    Section,
     VllmSection,
 )
 from grpo_autotune.config_keys import WORDS
+from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_rules import COUNTS
 
 TRL_DOCS = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
@@ -81,11 +82,12 @@ def markdown() -> str:
             *_speedups(),
             *_section("search", SearchSection, SearchSection.__doc__),
             *_section("output", OutputSection),
+            *_section("receipt", Receipt, f"{Receipt.__doc__} Written by the search, not by hand."),
         ]
     )
 
 
-def _section(name: str, section: type[Section], introduction: str | None = None) -> Iterator[str]:
+def _section(name: str, section: type[BaseModel], introduction: str | None = None) -> Iterator[str]:
     yield f"## `{name}`\n"
     yield f"{introduction or section.__doc__}\n"
     yield "| key | accepts | default | meaning |"
