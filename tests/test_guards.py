@@ -75,6 +75,7 @@ def test_answers_that_are_cut_off_more_often_are_not_let_through() -> None:
     assert judged(0.0, 0.01, 50).proven
     found = judged(0.0, 0.01, 50, truncated=2)
     assert not found.proven and "cut off" in found.why
+    assert "0.0% -> 50.0%; reward " in found.why, "the rewards are told, too"
     assert (found.truncated_before, found.truncated_after) == (0.0, 0.5)
 
 

@@ -14,11 +14,14 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import TABLE, with_knobs
 from grpo_autotune.render.search import render_search
 from grpo_autotune.render.search_live import SearchView, panel
+from grpo_autotune.search.book import Book
 from grpo_autotune.search.scripts import config_of_script, load_stand_in, overrides
 from grpo_autotune.search.session import search
 from grpo_autotune.search.space import space
 from grpo_autotune.search.stored import load_search
-from tests.imagined import MACHINE, Listener, PaperModels, PaperTrials, user_config
+from grpo_autotune.search.summary import pareto
+from grpo_autotune.search.trial import TrialOutcome
+from tests.imagined import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.sample_records import demo_record, trainer_facts
 
 
@@ -81,7 +84,42 @@ def test_without_a_terminal_there_is_a_line_a_trial(tmp_path: Path) -> None:
             plain.show(standing)
     lines = out.getvalue().splitlines()
     assert len(lines) == len({standing.trial.number for standing in view.standings if standing.trial})
-    assert "probe of your configuration 0" in lines[0] and "your own" in lines[0]
+    assert lines[0].endswith("| trial 0 (probe): your own configuration")
+    told = "\n".join(lines)
+    for words in ("(rewards alone): your own configuration", "(worst-case step): ", "(race): "):
+        assert words in told
+    assert "gradient_checkpointing false" in told and "False" not in told
+
+
+def test_nothing_shown_is_beaten_by_another_row_of_the_same_learning() -> None:
+    """Rewards that were never measured are equal all the same where the same is learned; a group size changes none."""
+    config = user_config()
+    own = {"data.image_size": 512, "grpo.num_generations": 8, "grpo.gradient_checkpointing": True}
+    book = Book(config, own, record_of(config))
+
+    def add(number: int, step_s: float, gib: int, **changed: Any) -> None:
+        knobs = own | {f"{'data' if key == 'image_size' else 'grpo'}.{key}": value for key, value in changed.items()}
+        ok = TrialOutcome(number=number, status="ok", record=book.record, step_s=[step_s] * 3, peak_bytes=gib * 2**30)
+        book.add(knobs, ok, None)
+
+    add(1, 2.0, 9)
+    add(2, 1.0, 5, image_size=256)
+    add(3, 1.5, 6, image_size=256, gradient_checkpointing=False)
+    add(4, 2.5, 10, num_generations=4)
+    assert [row.number for row in pareto(book)] == [2, 1]
+    assert [row.reward_difference for row in pareto(book)] == [None, 0.0]
+
+
+def test_the_rows_of_the_files_are_never_cut_from_the_table(tmp_path: Path) -> None:
+    report, _ = searched(tmp_path)
+    row = next(row for row in report.pareto if row.changed == report.best.changed)
+    faster = [
+        row.model_copy(update={"speedup": 9.0 + n, "changed": {"data.image_size": n}, "number": 90 + n})
+        for n in range(20)
+    ]
+    text = render_search(report.model_copy(update={"pareto": [*faster, row]}), width=200)
+    assert f"x {row.speedup:.2f}" in text.partition("Speed against reward")[2] and "and 13 more, in" in text
+    assert "\n\n\n" not in text
 
 
 def test_a_script_stands_in_for_a_configuration(tmp_path: Path) -> None:

@@ -6,18 +6,21 @@ import errno
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from grpo_autotune.config import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceeded
+from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import completion_lengths
+from grpo_autotune.search.proof import Rewards
 from grpo_autotune.search.schema import SearchReport
 from grpo_autotune.search.session import search
-from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.trial import PromptReward, TrialOutcome, TrialSpec
 from tests.imagined import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.sample_records import demo_record, spread, token_facts
 
@@ -183,6 +186,82 @@ def test_a_group_size_is_judged_by_what_it_brings_alone(tmp_path: Path) -> None:
     guards = [guard for guard in report.guards if guard.key == "grpo.num_generations"]
     assert guards and not guards[0].proven and "x 0." in guards[0].why
     assert report.best.knobs["grpo.num_generations"] == 8
+
+
+def test_what_was_refuted_keeps_nothing_else_from_being_tried(tmp_path: Path) -> None:
+    """A small image is fastest of all and costs reward; groups of 16 at the user's own size still win."""
+    config = user_config().to_dict()
+    config["search"]["knobs"] |= {
+        "grpo.num_generations": [8, 16],
+        "grpo.per_device_train_batch_size": None,
+        "grpo.gradient_checkpointing": None,
+    }
+    report = Paper(tmp_path, RunConfig.from_dict(config), rewards={512: 0.5, 256: 0.3}).search()
+    assert report.best.changed == {"grpo.num_generations": 16} and report.best.raced
+    assert [guard.proven for guard in report.guards] == [False, True]
+    assert report.best_exact.changed == {}
+
+
+def test_the_fastest_file_holds_what_was_too_late_for_a_race(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        late = spec.source == "race" and spec.config["data"]["image_size"] == 256
+        return TrialOutcome(number=spec.number, status="timeout", elapsed_s=1.0) if late else None
+
+    report = Paper(tmp_path, rewards={512: 0.5, 256: 0.3}, act=act).search(400.0)
+    assert report.best.raced and report.best.knobs["data.image_size"] == 512
+    fast = report.best_fast
+    assert fast.knobs["data.image_size"] == 256 and not fast.raced and fast.worst_case == "passed"
+    assert fast.ci[0] > report.best.ci[1]
+
+
+def test_a_speed_up_and_both_its_steps_come_from_one_measurement(tmp_path: Path) -> None:
+    """The machine is slower during the race: what was measured before is not mixed in."""
+    paper = Paper(tmp_path)
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        found = paper.trials._measured(spec)
+        factor = {"race": 1.5}.get(spec.source, 1.0)
+        more = {"peak_bytes": 12 * 2**30} if spec.purpose == "worst_case" and found.status == "ok" else {}
+        return found.model_copy(update={"step_s": [factor * s for s in found.step_s], **more})
+
+    paper.trials.act = act
+    best = paper.search().best
+    receipt = paper.tuned().receipt
+    assert best.raced and receipt is not None
+    assert best.baseline_step_s == pytest.approx(1.5 * 1.2, rel=0.03)
+    assert receipt.baseline_step_s == best.baseline_step_s and receipt.step_s == best.step_s
+    assert best.peak_bytes == 12 * 2**30, "the worst case counts"
+
+
+def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if spec.source == "race":
+            raise Killed
+        return None
+
+    with pytest.raises(Killed):
+        Paper(tmp_path, act=act).search()
+    second = Paper(tmp_path)
+    report = second.search(resume=True)
+    assert report.best.raced and report.best.worst_case == "passed"
+    again = [spec.knobs for spec in second.trials.specs if spec.purpose == "worst_case"]
+    assert report.best.knobs not in again
+
+
+def test_rewards_are_compared_on_as_many_prompts_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = Book(user_config(), {"data.image_size": 512}, record_of(user_config()))
+    lab = SimpleNamespace(config=book.config, book=book, models=PaperModels(), costs=SimpleNamespace(beside_s=0.0))
+    rewards, asked = Rewards(cast(Any, lab)), list[int]()
+
+    def measure(knobs: dict[str, Any], batches: int, limit_s: float) -> list[PromptReward]:
+        asked.append(batches)
+        return [PromptReward(prompt=n, rewards=[0.1, 0.2], truncated=0) for n in range(2 * batches)]
+
+    monkeypatch.setattr(rewards, "_measure", measure)
+    assert rewards.judge("data.image_size", 256, 2 * rewards.cost_s(64)).prompts == 64
+    assert rewards.judge("data.image_size", 384, rewards.cost_s(16)).prompts == 16
+    assert rewards.judge("data.image_size", 448, rewards.cost_s(256)).prompts == 64, "the user's own were 64"
+    assert asked == [32, 32, 8, 32]
 
 
 def test_noise_is_not_sold_as_speed(tmp_path: Path) -> None:

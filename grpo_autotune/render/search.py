@@ -16,7 +16,7 @@ from rich.text import Text
 
 from grpo_autotune.search.budget import words
 from grpo_autotune.search.guards import Guard
-from grpo_autotune.search.schema import Candidate, Contribution, SearchReport
+from grpo_autotune.search.schema import Candidate, Contribution, ParetoRow, SearchReport
 from grpo_autotune.verdict.words import percent, seconds, size
 
 MOST_ROWS = 8
@@ -36,7 +36,8 @@ def render_search(report: SearchReport, width: int = 100, *, colour: bool = Fals
     )  # fmt: skip
     with console.capture() as captured:
         console.print(Group(*_sections(report)))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip() + "\n"
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join(line for line, next_ in zip(lines, [*lines[1:], ""], strict=True) if line or next_).rstrip() + "\n"
 
 
 def _sections(report: SearchReport) -> Iterator[RenderableType]:
@@ -54,6 +55,9 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
     if report.pareto:
         yield Text("\nSpeed against reward and memory: nothing here is beaten in all three", style="bold")
         yield Padding(_pareto_table(report), (0, 0, 0, 2))
+        left_out = len(report.pareto) - len(shown(report))
+        if left_out:
+            yield Padding(Text(f"and {left_out} more, in {report.files['report']}", style="dim"), (0, 0, 0, 2))
     yield from _section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
     yield from _section("Trials that failed", list(_failures(report)))
     yield from _section("The models", list(_errors(report)))
@@ -64,9 +68,9 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
 def headline(report: SearchReport) -> list[str]:
     """The outcome in a few sentences."""
     best, own = report.best, report.baseline
-    timed = sum(row.purpose == "timed" for row in report.trials)
+    timed = sum(row.purpose == "timed" and row.source != "race" for row in report.trials)
     time = f"{words(report.elapsed_s)} of {words(report.budget_s)}"
-    spent = f"{time}, {timed} timed trials for {report.points} legal combinations"
+    spent = f"{time}, {timed} timed trials, {report.points} legal combinations looked at"
     if report.predicted:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
@@ -76,8 +80,8 @@ def headline(report: SearchReport) -> list[str]:
         how = "Predicted" if report.predicted else "Raced" if best.raced else "Measured"
         lines = [
             end,
-            f"{how}: x {best.speedup:.2f} ({best.ci[0]:.2f} to {best.ci[1]:.2f}) useful completions a second, "
-            f"{seconds(own.step_s)} -> {seconds(best.step_s)} a step.",
+            f"{how}: {_speed(best)} useful completions a second, interval at {percent(report.confidence)}, "
+            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} a step.",
             f"tuned.yaml changes {changes(best.changed, own.knobs)}.",
         ]
     for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
@@ -134,12 +138,20 @@ def _pareto_table(report: SearchReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("speed", "reward", "memory", "changes"):
         table.add_column(title, justify="left" if title == "changes" else "right")
-    for row in report.pareto[:MOST_ROWS]:
+    for row in shown(report):
         reward = "not measured" if row.reward_difference is None else f"{row.reward_difference:+.3f}"
         reward = "the same" if row.reward_difference == 0.0 else reward
         memory = "" if row.peak_bytes is None else size(row.peak_bytes)
         table.add_row(f"x {row.speedup:.2f}", reward, memory, changes(row.changed, report.baseline.knobs))
     return table
+
+
+def shown(report: SearchReport) -> list[ParetoRow]:
+    """The fastest rows, those of the emitted files among them."""
+    emitted = [report.best.knobs, report.best_exact.knobs, report.best_fast.knobs]
+    files = [row for row in report.pareto if {**report.baseline.knobs, **row.changed} in emitted]
+    others = [row for row in report.pareto if row not in files][: MOST_ROWS - len(files)]
+    return [row for row in report.pareto if row in files or row in others]
 
 
 def _failures(report: SearchReport) -> Iterator[str]:

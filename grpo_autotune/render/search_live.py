@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from grpo_autotune.render.search import changes
+from grpo_autotune.render.search import changes, value_words
 from grpo_autotune.search.budget import words
 from grpo_autotune.search.lab import Standing
 from grpo_autotune.verdict.words import percent, seconds
@@ -20,6 +20,7 @@ from grpo_autotune.verdict.words import percent, seconds
 PLAIN_EVERY_S = 15.0
 MOST_SKIPPED = 3
 SHORT = 70
+PURPOSES = {"probe": " (probe)", "timed": "", "rewards": " (rewards alone)", "worst_case": " (worst-case step)"}
 
 
 class SearchView:
@@ -93,18 +94,16 @@ def _trial(standing: Standing) -> str:
     trial, progress = standing.trial, standing.progress
     if trial is None:
         return "between two trials"
-    what = {"probe": "probe of your configuration", "rewards": "rewards", "worst_case": "worst-case step"}
-    name = what.get(trial.purpose) or ("race" if trial.source == "race" else "trial")
-    changed = changes_of(standing)
+    name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
     doing = "" if progress is None else f", {progress.stage}" + (f", step {progress.step}" if progress.step else "")
-    return f"{name} {trial.number}{doing}: {changed}"
+    return f"{name}{doing}: {changes_of(standing)}"
 
 
 def changes_of(standing: Standing) -> str:
     """What the trial in hand changes, cut to a line's end."""
-    text = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in standing.changed.items())
+    text = ", ".join(f"{key.rpartition('.')[2]} {value_words(value)}" for key, value in standing.changed.items())
     if not text:
-        return "your own"
+        return "your own configuration"
     return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 

@@ -25,14 +25,19 @@ from grpo_autotune.search.objective import (
 from grpo_autotune.search.study import name_of
 from grpo_autotune.search.trial import TrialOutcome
 
-Level = Literal["exact", "tuned", "fast"]
+Level = Literal["exact", "tuned", "open", "fast"]
+"""What may be recommended: nothing learned changes; what changes is proven or accepted; that, or may still be proven;
+anything."""
 Proof = Literal["exact", "proven", "accepted", "unproven"]
 GROUP = "grpo.num_generations"
+JUDGED_BY_REWARDS = ("data.image_size",)
+"""Learning knobs that show in the rewards before any training; others show only in what is learnt."""
 
 
 @dataclass
 class Entry:
-    """One measured combination. Of the race: `raced` is its score over the user's, `raced_s` its seconds a step."""
+    """One measured combination. Of the race: `raced` is its score over the user's, `raced_s` its seconds a step,
+    `raced_own_s` those of the user's configuration."""
 
     knobs: Knobs
     config: RunConfig
@@ -44,8 +49,13 @@ class Entry:
     peak_bytes: int | None
     raced: Interval | None = None
     raced_s: Interval | None = None
+    raced_own_s: Interval | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None
+
+    def saw_peak(self, peak_bytes: int | None) -> None:
+        """Take the memory of another measurement of it into account."""
+        self.peak_bytes = max((peak for peak in (self.peak_bytes, peak_bytes) if peak is not None), default=None)
 
 
 @dataclass
@@ -174,9 +184,14 @@ class Book:
             return True
         if entry.fails is not None or self.longer(entry.config, self._step_ratio(entry)):
             return False
-        allowed = {"exact": ("exact",), "tuned": ("exact", "proven", "accepted")}.get(level)
-        return allowed is None or all(
-            self.proof(key, value) in allowed for key, value in self.changed(entry.knobs).items()
+        return self.allows(entry.knobs, level)
+
+    def allows(self, knobs: Knobs, level: Level) -> bool:
+        """Whether what a combination changes is shown, or may still be, as a level asks."""
+        allowed = ("exact",) if level == "exact" else ("exact", "proven", "accepted")
+        return level == "fast" or all(
+            self.proof(key, value) in allowed or (level == "open" and self._undecided(key, value))
+            for key, value in self.changed(knobs).items()
         )
 
     def ranking(self, level: Level) -> list[Entry]:
@@ -186,10 +201,18 @@ class Book:
 
     def best(self, level: Level) -> Entry:
         """The best that beats the user's configuration beyond noise; else that one. What was raced counts before what
-        was not."""
+        was not, unless that stood its worst case and is faster whatever the noise in both."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
-        raced = [entry for entry in better if entry.raced is not None]
-        return raced[0] if raced else better[0]
+        raced = next((entry for entry in better if entry.raced is not None), None)
+        if raced is None:
+            return better[0]
+        surely = self.speedup(raced).high
+        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > surely)
+        return next(faster, raced)
+
+    def _undecided(self, key: str, value: Any) -> bool:
+        """Whether a search can prove a learning knob's value, and has not looked yet."""
+        return self.guard(key, value) is None and (key == GROUP or key in JUDGED_BY_REWARDS)
 
     def _step_ratio(self, entry: Entry) -> float:
         if entry.raced is not None:

@@ -7,8 +7,6 @@ go on while the interval holds 1 and there is time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from grpo_autotune.search.book import Entry, scaled
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import Interval, median_interval
@@ -30,22 +28,23 @@ def race(lab: Lab, rival: Entry, room_s: float) -> Interval | None:
     The entry keeps the result and the seconds a step of the race. A rival that fails is marked as failing.
     """
     book = lab.book
-    end_s, ratios, seconds = lab.budget.elapsed_s + room_s, list[float](), list[float]()
+    end_s, pairs = lab.budget.elapsed_s + room_s, list[tuple[float, float]]()
     wanted = FIRST_ROUNDS
-    while len(ratios) < MOST_ROUNDS:
+    while len(pairs) < MOST_ROUNDS:
         left_s = end_s - lab.budget.elapsed_s
         rounds = min(wanted, rounds_that_fit(lab, rival, left_s))
         if rounds < LEAST_ROUNDS:
             break
-        found, rival_s, why = _rounds(lab, rival, rounds, left_s)
+        found, why = _rounds(lab, rival, rounds, left_s)
         if why is not None:
             rival.fails, rival.raced = why, None
             return None
-        ratios, seconds = ratios + found, seconds + rival_s
-        if len(ratios) < LEAST_ROUNDS:
+        pairs += found
+        if len(pairs) < LEAST_ROUNDS:
             break
+        ratios = [before / after for before, after in pairs]
         rival.raced = scaled(median_interval(ratios, book.confidence), book.worth(rival.config))
-        rival.raced_s = median_interval(seconds, book.confidence)
+        rival.raced_own_s, rival.raced_s = (median_interval(side, book.confidence) for side in zip(*pairs, strict=True))
         if rival.raced.low > 1.0 or rival.raced.high < 1.0:
             break
         wanted = MORE_ROUNDS
@@ -63,13 +62,8 @@ def rounds_that_fit(lab: Lab, rival: Entry, room_s: float) -> int:
     return max(0, int((room_s - STARTS * lab.costs.cold_s) / pair_s) - 1)
 
 
-def paired_ratios(before_s: Sequence[float], after_s: Sequence[float]) -> list[float]:
-    """Seconds before over seconds after, round by round; the last round may have been cut short."""
-    return [before / after for before, after in zip(before_s, after_s, strict=False)]
-
-
-def _rounds(lab: Lab, rival: Entry, rounds: int, left_s: float) -> tuple[list[float], list[float], str | None]:
-    """Ratios and the rival's seconds of so many rounds, or why the rival failed."""
+def _rounds(lab: Lab, rival: Entry, rounds: int, left_s: float) -> tuple[list[tuple[float, float]], str | None]:
+    """Seconds a step of both, round by round, or why the rival failed; the last round may have been cut short."""
     book = lab.book
     first = lab.spec("timed", book.baseline.config, book.own, left_s, steps=1, source="race")
     second = lab.spec("timed", rival.config, rival.knobs, left_s, steps=1, source="race")
@@ -80,6 +74,6 @@ def _rounds(lab: Lab, rival: Entry, rounds: int, left_s: float) -> tuple[list[fl
     lab.write(second, other)
     lab.remember()
     if own.status == "ok" and other.status not in ("ok", "timeout"):
-        return [], [], f"failed in the race: {other.why or other.status}"
-    ratios = paired_ratios(own.step_s, other.step_s)
-    return ratios, list(other.step_s[: len(ratios)]), None
+        return [], f"failed in the race: {other.why or other.status}"
+    rival.saw_peak(other.peak_bytes)
+    return list(zip(own.step_s, other.step_s, strict=False)), None

@@ -18,7 +18,7 @@ from grpo_autotune.search.scripts import overrides
 TITLES = {
     "exact": "the fastest found with everything that decides what is learned as it was",
     "tuned": "the fastest found that is shown, or was accepted, to learn the same",
-    "fast": "the fastest found, changes included whose effect on what is learned is not shown",
+    "fast": "the fastest found, changes included that are not shown to learn the same",
 }
 
 
@@ -68,7 +68,7 @@ def receipt_of(book: Book, machine: Machine, report: SearchReport, candidate: Ca
         step_s_high=candidate.step_s_ci[1],
         steps=candidate.steps,
         predicted_step_s=candidate.predicted_s,
-        baseline_step_s=report.baseline.step_s,
+        baseline_step_s=candidate.baseline_step_s,
         speedup=candidate.speedup,
         speedup_low=candidate.ci[0],
         speedup_high=candidate.ci[1],

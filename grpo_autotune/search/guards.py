@@ -82,10 +82,11 @@ def judge_rewards(
         return Guard(proven=False, why=why, reward_difference=float(difference.mean()), **plain)
     mean, low, high = _one_sided_ends(difference, confidence)
     plain |= {"reward_difference": mean, "reward_low": low, "reward_high": high}
-    if _grew(pairs, confidence):
-        why = "more completions are cut off at max_completion_length than without the change"
-        return Guard(proven=False, why=why, **plain)
     told = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
+    if _grew(pairs, confidence):
+        cut = f"{plain['truncated_before']:.1%} -> {plain['truncated_after']:.1%}"
+        why = f"more completions are cut off at max_completion_length, {cut}; {told}"
+        return Guard(proven=False, why=why, **plain)
     if low > -margin:
         return Guard(proven=True, why=told, **plain)
     if high < -margin:

@@ -14,7 +14,7 @@ from grpo_autotune.probe.records import ProbeRecord
 from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import END_SHARE, words
 from grpo_autotune.search.lab import Lab
-from grpo_autotune.search.proof import Rewards
+from grpo_autotune.search.proof import Rewards, note_worst_case
 from grpo_autotune.search.propose import Models, Pool, memory_of
 from grpo_autotune.search.schema import TrialRow
 from grpo_autotune.search.scripts import config_of_script
@@ -82,8 +82,8 @@ def recall(lab: Lab, rewards: Rewards, recalled: Recalled) -> None:
         if spec.purpose == "rewards" and outcome.rewards:
             rewards.recall(spec, outcome.rewards)
         entry = lab.book.entries.get(name_of(lab.knobs_of(spec)))
-        if spec.purpose == "worst_case" and outcome.status == "ok" and entry is not None:
-            entry.worst_case = "passed"
+        if spec.purpose == "worst_case" and entry is not None:
+            note_worst_case(entry, outcome)
 
 
 def measure_own(lab: Lab) -> None:

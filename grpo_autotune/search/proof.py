@@ -6,16 +6,16 @@ import math
 from typing import Any
 
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.search.book import GROUP, Book, Entry, median_ratio, scaled
+from grpo_autotune.search.book import GROUP, JUDGED_BY_REWARDS, Book, Entry, median_ratio, scaled
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.guards import LEAST_PROMPTS, Guard, judge_generations, judge_rewards
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import living_ratio
-from grpo_autotune.search.propose import JUDGED_BY_REWARDS
 from grpo_autotune.search.study import name_of
-from grpo_autotune.search.trial import PromptReward, TrialSpec
+from grpo_autotune.search.trial import PromptReward, TrialOutcome, TrialSpec
 
-MOST_PROMPTS = 256
+PROMPTS = (256, 128, 64, 32, 16)
+"""Compared at most, and fewer where time is short."""
 MARGIN = 1.3
 """Free lengths vary, and a trial of rewards that is cut short has none."""
 GENERATING = ("generation", "prompt", "reward", "data", "engine", "weight_sync")
@@ -52,16 +52,15 @@ class Rewards:
         """Compare a value with the user's own in at most `room_s` seconds."""
         lab, before = self._lab, self._lab.book.own[key]
         missing = 1 if self._own is not None else 2
-        prompts = next((n for n in (MOST_PROMPTS, 128, 64, 32, 16) if missing * self.cost_s(n) <= room_s), None)
-        if self._own is not None:
-            prompts = self._batches * self._per_batch if missing * self.cost_s(LEAST_PROMPTS) <= room_s else None
+        prompts = next((n for n in PROMPTS if missing * self.cost_s(n) <= room_s), None)
         if prompts is None:
             why = "there was no time to compare rewards"
             return Guard(key=key, before=before, after=value, proven=False, why=why, prompts_needed=LEAST_PROMPTS)
+        batches = self._count(prompts)
         if self._own is None:
-            self._batches = self._count(prompts)
-            self._own = self._measure({}, room_s / 2)
-        rewards = self._measure({key: value}, room_s / missing)
+            self._batches = batches
+            self._own = self._measure({}, batches, room_s / 2)
+        rewards = self._measure({key: value}, min(batches, self._batches), room_s / missing)
         search = lab.config.search
         guard = judge_rewards(
             key, before, value, self._own, rewards, margin=search.max_reward_drop, confidence=search.confidence
@@ -83,25 +82,29 @@ class Rewards:
                 )
             )  # fmt: skip
 
-    @property
-    def _per_batch(self) -> int:
-        return self._lab.config.batch.prompts_per_generation
-
     def _count(self, prompts: int) -> int:
-        return max(1, math.ceil(prompts / self._per_batch))
+        return max(1, math.ceil(prompts / self._lab.config.batch.prompts_per_generation))
 
-    def _measure(self, knobs: Knobs, limit_s: float) -> list[PromptReward]:
+    def _measure(self, knobs: Knobs, batches: int, limit_s: float) -> list[PromptReward]:
         lab = self._lab
         config = lab.book.config_of({**lab.book.own, **knobs})
-        spec = lab.spec("rewards", config, knobs, limit_s, steps=self._batches, warmup=0, source="guard")
+        spec = lab.spec("rewards", config, knobs, limit_s, steps=batches, warmup=0, source="guard")
         outcome = lab.run(spec)
         lab.write(spec, outcome)
         return outcome.rewards
 
 
-def judge_group(lab: Lab, entry: Entry) -> None:
+def group_s(lab: Lab, entry: Entry) -> float:
+    """Seconds that judging an entry's group size is expected to take; nothing where all for it was measured."""
+    book = lab.book
+    without = {**entry.knobs, GROUP: book.own.get(GROUP)}
+    known = GROUP not in book.changed(entry.knobs) or name_of(without) in book.entries
+    return 0.0 if known or book.proof(GROUP, entry.knobs[GROUP]) != "unproven" else SURE * lab.expected_s(without)
+
+
+def judge_group(lab: Lab, entry: Entry, room_s: float) -> None:
     """Judge an entry's group size by what that change alone brings: against the same combination with the user's own,
-    which is measured for it where there is time."""
+    which is measured for it where `room_s` seconds hold that."""
     book = lab.book
     after = book.changed(entry.knobs).get(GROUP)
     known = book.guard(GROUP, after)
@@ -110,8 +113,8 @@ def judge_group(lab: Lab, entry: Entry) -> None:
     before = book.own[GROUP]
     without = {**entry.knobs, GROUP: before}
     there = book.entries.get(name_of(without))
-    if there is None and SURE * lab.expected_s(without) <= lab.budget.left_s:
-        there = lab.timed(without, "revert", lab.budget.left_s)
+    if there is None and SURE * lab.expected_s(without) <= room_s:
+        there = lab.timed(without, "revert", room_s)
     if there is None:
         why = "what it brings alone was not measured"
         book.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
@@ -134,11 +137,17 @@ def stand_worst_case(lab: Lab, entry: Entry, room_s: float) -> bool | None:
     spec = lab.spec("worst_case", entry.config, entry.knobs, room_s, steps=1, warmup=1, source="proof")
     outcome = lab.run(spec)
     lab.write(spec, outcome)
-    if outcome.status == "ok":
-        entry.worst_case = "passed"
-        return True
+    return note_worst_case(entry, outcome)
+
+
+def note_worst_case(entry: Entry, outcome: TrialOutcome) -> bool | None:
+    """Enter how its worst-case step went; null where time was up."""
     if outcome.status == "timeout":
         return None
+    if outcome.status == "ok":
+        entry.worst_case = "passed"
+        entry.saw_peak(outcome.peak_bytes)
+        return True
     entry.fails = f"the worst-case step ended with {outcome.status}: {outcome.why or 'no reason given'}"
     return False
 

@@ -19,7 +19,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.probe.records import TrainerFacts
-from grpo_autotune.search.book import GROUP, Book, Level
+from grpo_autotune.search.book import GROUP, JUDGED_BY_REWARDS, Book, Level
 from grpo_autotune.search.models import Prediction
 from grpo_autotune.search.objective import run_ratio
 from grpo_autotune.search.schema import Skipped
@@ -27,11 +27,10 @@ from grpo_autotune.search.space import Space, points, why_not
 from grpo_autotune.search.study import name_of
 from grpo_autotune.search.trial import TrialOutcome
 
-JUDGED_BY_REWARDS = ("data.image_size",)
-"""Learning knobs that show in the rewards before any training; others show only in what is learnt."""
 MEMORY_SHARE = 0.95
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
+LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 LEAST_SIGMA = 0.02
 """Of the logarithm of predicted seconds: what a median of a few steps itself is unsure of."""
 Z_90 = 1.645
@@ -104,11 +103,11 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
         models: Fitted to everything measured so far.
         memory_bytes: What a trial may take; null leaves memory alone.
     """
-    best = {kind: _best_score(book, kind) for kind in ("exact", "learning")}
+    best = {level: _best_score(book, level) for level in LEVELS}
     found = Ranking([])
     for knobs in pool:
-        kind = "learning" if book.learning(knobs) else "exact"
-        proposal, why = _judge(knobs, book, models, memory_bytes, best[kind])
+        level = next(level for level in LEVELS if book.allows(knobs, level))
+        proposal, why = _judge(knobs, book, models, memory_bytes, best[level])
         if proposal is not None:
             found.proposals.append(proposal)
         else:
@@ -117,10 +116,10 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
     return found
 
 
-def _best_score(book: Book, kind: str) -> float:
-    """What a combination has to beat: those that leave learning alone compete among themselves, for both are asked for;
-    one that changes it has to beat all."""
-    level: Level = "exact" if kind == "exact" else "fast"
+def _best_score(book: Book, level: Level) -> float:
+    """What a combination has to beat: those that leave learning alone compete among themselves, for each file is asked
+    for; so do those that are or may be proven, or a value that was refuted would keep them from being tried; one that
+    never can be has to beat all."""
     found = [entry for entry in book.entries.values() if book.may(entry, level)]
     return max(book.score(entry.config, entry.step.value) for entry in found)
 

@@ -25,6 +25,8 @@ class Candidate(Frozen):
         changed: Those that differ from the user's.
         number: Trial that measured it; null where it is predicted.
         score: Useful completions a second.
+        baseline_step_s: Median seconds of a step of the user's configuration that `speedup` was taken against: of the
+            same race where `raced`.
         step_s: Median seconds of an optimizer step.
         step_s_ci: Its interval.
         steps: Steps it rests on.
@@ -41,6 +43,7 @@ class Candidate(Frozen):
     number: int | None
     score: float
     step_s: float
+    baseline_step_s: float
     step_s_ci: list[float]
     steps: int
     predicted_s: float | None

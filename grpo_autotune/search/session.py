@@ -20,7 +20,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.hardware.folders import write_whole
-from grpo_autotune.search.book import Entry, Level
+from grpo_autotune.search.book import GROUP, Entry, Level
 from grpo_autotune.search.budget import SURE, Budget, Costs, words
 from grpo_autotune.search.duel import race, race_s
 from grpo_autotune.search.emit import emit
@@ -28,7 +28,7 @@ from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import Lab, Trials, View, plain
 from grpo_autotune.search.models import Models as FittedModels
 from grpo_autotune.search.opening import Fit, measure_own, open_search, recall
-from grpo_autotune.search.proof import Rewards, judge_group, open_questions, stand_worst_case, worst_case_s
+from grpo_autotune.search.proof import Rewards, group_s, judge_group, open_questions, stand_worst_case, worst_case_s
 from grpo_autotune.search.propose import Proposal, Ranking, rank
 from grpo_autotune.search.reverts import measure_reverts
 from grpo_autotune.search.schema import Ended, SearchReport
@@ -68,6 +68,7 @@ class Session:
     why_ended: str = "the budget is spent"
     turns: int = 0
     failures: list[str] = field(default_factory=list)
+    stood: set[str] = field(default_factory=set)
 
     def run(self, recalled: Sequence[tuple[TrialSpec, TrialOutcome | None]] = ()) -> SearchReport:
         """Search, and leave report and configurations in the folder.
@@ -141,9 +142,13 @@ class Session:
     def _keep_for_the_end(self) -> None:
         """Time for the leader's worst case and race; with nothing to race, a first rival is worth more than that."""
         lab = self.lab
-        leader = lab.book.ranking("fast")[0]
+        leader = lab.book.ranking("open")[0]
         rival = leader is not lab.book.baseline
-        lab.budget.keep(race_s(lab, leader.step.value) + worst_case_s(lab, leader) if rival else 0.0)
+        lab.budget.keep(self._ends_s(leader) + group_s(lab, leader) if rival else 0.0)
+
+    def _ends_s(self, entry: Entry) -> float:
+        """What an entry's worst case and race take."""
+        return race_s(self.lab, entry.step.value) + worst_case_s(self.lab, entry)
 
     def _rank(self) -> Ranking:
         lab = self.lab
@@ -181,8 +186,8 @@ class Session:
         return SURE * self.lab.costs.trial_s(proposal.step_s, self.lab.steps(proposal.step_s))
 
     def _questions(self) -> list[tuple[str, object]]:
-        """Values of the leader's learning knobs that rewards have to judge."""
-        leaders = self.lab.book.ranking("fast")[:1]
+        """Values of the leader's learning knobs that rewards have to judge; what they refuted leads nobody."""
+        leaders = self.lab.book.ranking("open")[:1]
         return [question for entry in leaders for question in open_questions(self.lab.book, entry)]
 
     def _spent_share(self) -> float:
@@ -229,6 +234,7 @@ class Session:
     def _final(self) -> None:
         """Worst case and race for the best of each kind, then what each change of the winner brings."""
         lab = self.lab
+        self._judge_groups()
         levels: tuple[Level, ...] = ("tuned", "exact", "fast")
         for level in levels:
             # The next best only where the best does not hold.
@@ -238,6 +244,14 @@ class Session:
         if winner is not lab.book.baseline:
             measure_reverts(lab, winner)
 
+    def _judge_groups(self) -> None:
+        """Judge the group sizes that `tuned.yaml` waits for, with the time that the race does not need."""
+        lab, book = self.lab, self.lab.book
+        for entry in book.ranking("open")[:FINALISTS]:
+            changed = book.changed(entry.knobs)
+            if [key for key, value in changed.items() if book.proof(key, value) == "unproven"] == [GROUP]:
+                judge_group(lab, entry, lab.budget.left_s - self._ends_s(entry))
+
     def _contenders(self, level: Level) -> list[Entry]:
         book = self.lab.book
         found = [entry for entry in book.ranking(level) if entry is not book.baseline]
@@ -245,12 +259,13 @@ class Session:
 
     def _stands(self, entry: Entry) -> bool:
         """Whether an entry holds in the worst case and in the race; true where there was no time to see."""
-        lab = self.lab
-        if entry.raced is None and entry.worst_case == "not run":
-            if stand_worst_case(lab, entry, lab.budget.left_s / 2) is False:
+        lab, name = self.lab, name_of(entry.knobs)
+        if name not in self.stood:
+            self.stood.add(name)
+            if entry.worst_case == "not run" and stand_worst_case(lab, entry, lab.budget.left_s / 2) is False:
                 return False
             race(lab, entry, lab.budget.left_s)
-            judge_group(lab, entry)
+            judge_group(lab, entry, lab.budget.left_s)
         return entry.fails is None and (entry.raced is None or entry.raced.low > 1.0)
 
 

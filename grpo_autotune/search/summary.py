@@ -53,13 +53,14 @@ def report_of_search(lab: Lab, space: Space, pool: Pool, ended: Ended, why_ended
 
 def candidate(book: Book, entry: Entry) -> Candidate:
     """What is known of a measured combination."""
-    speed, step = book.speedup(entry), entry.raced_s or entry.step
+    speed, step, own = book.speedup(entry), entry.raced_s or entry.step, entry.raced_own_s or book.baseline.step
     return Candidate(
         knobs=entry.knobs,
         changed=book.changed(entry.knobs),
         number=entry.number,
         score=book.score(entry.config, step.value),
         step_s=step.value,
+        baseline_step_s=own.value,
         step_s_ci=_ends(step),
         steps=step.n,
         predicted_s=entry.predicted_s,
@@ -74,8 +75,8 @@ def candidate(book: Book, entry: Entry) -> Candidate:
 def pareto(book: Book) -> list[ParetoRow]:
     """Combinations that no other beats in speed, memory and reward at once, fastest first.
 
-    Rewards differ only by learning knobs; a difference that was not measured can beat nothing and is beaten by nothing
-    that leaves learning as it was.
+    Rewards differ only by learning knobs; a difference that was not measured can beat, and be beaten by, only what
+    changes the same to the same values.
     """
     rows = [(entry, reward_difference(book, entry.knobs)) for entry in book.entries.values() if entry.fails is None]
     kept = [
@@ -95,9 +96,14 @@ def pareto(book: Book) -> list[ParetoRow]:
 
 
 def reward_difference(book: Book, knobs: Knobs) -> float | None:
-    """Sum of the measured differences of the changed learning knobs; 0 without any, null where one is unknown."""
+    """Sum of the measured differences of the changed learning knobs; 0 without any, null where one is unknown.
+
+    A policy's answers are worth the same however many are drawn of it, so the group size makes no difference.
+    """
     total = 0.0
     for key in book.learning(knobs):
+        if key == GROUP:
+            continue
         guard = book.guard(key, knobs[key])
         if guard is None or guard.reward_difference is None:
             return None
@@ -160,6 +166,7 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
                 number=None,
                 score=book.score(config, step.value),
                 step_s=step.value,
+                baseline_step_s=own_s,
                 step_s_ci=[step.low, step.high],
                 steps=0,
                 predicted_s=step.value,
@@ -176,6 +183,7 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
         number=None,
         score=book.score(book.config, own_s),
         step_s=own_s,
+        baseline_step_s=own_s,
         step_s_ci=[min(book.record.timings.step_s), max(book.record.timings.step_s)],
         steps=len(book.record.timings.step_s),
         predicted_s=None,
@@ -196,7 +204,10 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
 
 def _beats(book: Book, one: Entry, one_reward: float | None, other: Entry, other_reward: float | None) -> bool:
     if one_reward is None or other_reward is None:
-        return False
+        same = all(one.knobs[key] == other.knobs[key] for key in book.own if book.kind(key) == "learning")
+        one_reward = other_reward = 0.0
+        if not same:
+            return False
     ones, others = _standing(book, one, one_reward), _standing(book, other, other_reward)
     return all(a >= b for a, b in zip(ones, others, strict=True)) and ones != others
 
