@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from grpo_autotune.search.attempt import Stopwatch
-from grpo_autotune.search.race import ALONE, one_after_another, turn_order
+from grpo_autotune.search.processes import Worker
+from grpo_autotune.search.race import ALONE, Race, one_after_another, turn_order
 from grpo_autotune.search.runner import Runner, worker_key
 from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
 from tests.trials import marked, processes, spec_of, wait_until_none
@@ -197,6 +199,35 @@ def test_a_clock_that_jumps_counts_for_nothing() -> None:
 def test_turns_go_there_and_back() -> None:
     assert [turn_order(2, number) for number in range(4)] == [[0, 1], [1, 0], [0, 1], [1, 0]]
     assert turn_order(3, 1) == [2, 1, 0]
+
+
+class NeverAtRest:
+    """A worker in the middle of a step that is longer than the race."""
+
+    ended = False
+
+    def poll(self) -> None:
+        return None
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_race_keeps_its_deadline_whatever_a_step_takes(tmp_path: Path) -> None:
+    now, workers = [0.0], list[NeverAtRest]()
+
+    def start(spec: TrialSpec, folder: Path) -> Worker:
+        workers.append(NeverAtRest())
+        return cast(Worker, workers[-1])
+
+    def wait(seconds: float) -> None:
+        now[0] += 50 * seconds
+
+    specs = [TrialSpec(number=number, config={}) for number in (3, 4)]
+    with Race(tmp_path, specs, lambda: now[0], wait, start, None) as race:
+        seen = [seen.ending.status for _, seen in race.run(5, 20.0)]
+    assert seen == ["timeout", "timeout"] and all(worker.ended for worker in workers)
+    assert 20.0 < now[0] <= 23.0
 
 
 def test_one_after_another_where_memory_is_short() -> None:

@@ -20,6 +20,8 @@ from grpo_autotune.search.turn_file import allow, blocks_done
 
 STOP_S = 30.0
 """What a trial that is told to stop has to end its step and write its outcome."""
+LATE_S = 1.0
+"""Past the deadline no more than this: one that is in the middle of a step then is ended."""
 
 ALONE = "measured one after another, each block with a start of its own: together they do not fit into memory"
 
@@ -100,12 +102,14 @@ class Race(AbstractContextManager["Race"]):
             attempt.idle = False
             allow(attempt.folder, None)
         self._until(
-            lambda: len(self._seen) == len(self._lanes), max(self.elapsed_s, deadline_s) + STOP_S, all_of_them=True
+            lambda: len(self._seen) == len(self._lanes),
+            min(self.elapsed_s + STOP_S, deadline_s + LATE_S),
+            all_of_them=True,
         )
         for lane, attempt in enumerate(self._lanes):
             if lane not in self._seen:
                 attempt.worker.end()
-                self._seen[lane] = Seen(Ending("timeout", f"did not stop within {STOP_S:g} s of the race's end"))
+                self._seen[lane] = Seen(Ending("timeout", "did not stop in time at the race's end"))
         return [(attempt, self._seen[lane]) for lane, attempt in enumerate(self._lanes)]
 
     def began_without_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
