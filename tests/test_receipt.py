@@ -38,15 +38,16 @@ def receipt(**changes: Any) -> Receipt:
     return Receipt(**plain | changes)
 
 
-def watched(step_s: float) -> list[str]:
-    """What is said over a run whose steps take so long, after a slow start."""
+def watched(*cycle_s: float) -> list[str]:
+    """What is said over a run whose steps take so long in turn, after a slow start."""
     now, said = [0.0], list[str]()
     watch = SpeedWatch(receipt(), said.append, lambda: now[0])
     state = SimpleNamespace(is_world_process_zero=True)
-    watch.on_train_begin(None, state, None)
+    args = SimpleNamespace(steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1)
+    watch.on_train_begin(args, state, None)
     for step in range(WARMUP_STEPS + 3 * WATCHED_STEPS):
-        now[0] += 60.0 if step < WARMUP_STEPS else step_s
-        watch.on_step_end(None, state, None)
+        now[0] += 60.0 if step < WARMUP_STEPS else cycle_s[step % len(cycle_s)]
+        watch.on_step_end(args, state, None)
     return said
 
 
@@ -70,6 +71,11 @@ def test_a_speed_that_is_off_is_said_once(step_s: float, word: str) -> None:
 @pytest.mark.parametrize("step_s", [1.85, 2.0, 2.15])
 def test_a_speed_within_ten_percent_is_as_promised(step_s: float) -> None:
     assert watched(step_s) == [] and off_by(receipt(), step_s) is None
+
+
+def test_a_step_that_reuses_completions_is_no_faster_than_promised() -> None:
+    assert watched(5.0, 1.0, 1.0, 1.0) == [], "2 s a step on average"
+    assert "25% more" in watched(6.4, 1.2, 1.2, 1.2)[0]
 
 
 def test_a_configuration_with_a_receipt_is_a_configuration() -> None:

@@ -233,6 +233,19 @@ def test_a_speed_up_and_both_its_steps_come_from_one_measurement(tmp_path: Path)
     assert best.peak_bytes == 12 * 2**30, "the worst case counts"
 
 
+def test_a_speed_up_counts_generating_and_reusing_steps_alike() -> None:
+    """Steps of 9, 1, 1 and 1 s against 5, 1, 1 and 1 s: 3 s on average against 2, though the medians are equal."""
+    record = record_of(user_config())
+    record = record.model_copy(update={"timings": record.timings.model_copy(update={"cycle": 4})})
+    book = Book(user_config(), {"grpo.gradient_checkpointing": True}, record)
+    for number, (value, first_s) in enumerate(((True, 9.0), (False, 5.0))):
+        steps_s = [first_s, 1.0, 1.0, 1.0] * 3
+        ok = TrialOutcome(number=number, status="ok", record=record, step_s=steps_s)
+        book.add({"grpo.gradient_checkpointing": value}, ok, None)
+    fast = book.ranking("exact")[0]
+    assert fast.number == 1 and book.speedup(fast) == (1.5, 1.5, 1.5, 3)
+
+
 def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Path) -> None:
     def act(spec: TrialSpec) -> TrialOutcome | None:
         if spec.source == "race":

@@ -17,6 +17,7 @@ from grpo_autotune.search.objective import (
     RESAMPLES,
     Interval,
     Living,
+    cycle_means,
     living_of,
     run_ratio,
     step_interval,
@@ -52,6 +53,11 @@ class Entry:
     raced_own_s: Interval | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None
+
+    @property
+    def cycles_s(self) -> list[float]:
+        """Seconds a step, one figure a cycle of generating and reusing."""
+        return cycle_means(self.steps_s, self.cycle)
 
     def saw_peak(self, peak_bytes: int | None) -> None:
         """Take the memory of another measurement of it into account."""
@@ -168,7 +174,7 @@ class Book:
             return entry.raced
         if entry is self.baseline:
             return Interval(1.0, 1.0, 1.0, entry.step.n)
-        before, after = self.baseline.steps_s, entry.steps_s
+        before, after = self.baseline.cycles_s, entry.cycles_s
         known = (name_of(entry.knobs), len(before), len(after))
         if known not in self._ratios:
             self._ratios[known] = median_ratio(before, after, self.confidence)

@@ -19,6 +19,7 @@ from grpo_autotune.probe.records import ProbeRecord, Spread
 from grpo_autotune.search.book import Book, Entry
 from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.folder import SearchFolder, State
+from grpo_autotune.search.objective import cycle_means
 from grpo_autotune.search.propose import Models
 from grpo_autotune.search.schema import Skipped, TrialRow
 from grpo_autotune.search.scripts import overrides
@@ -200,7 +201,8 @@ class Lab:
     ) -> None:
         """One line of the table of trials."""
         self.notes |= set(outcome.notes)
-        step_s = statistics.median(outcome.step_s) if outcome.step_s else None
+        cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
+        step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         self.rows.append(
             TrialRow(
                 number=spec.number,

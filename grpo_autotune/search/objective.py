@@ -87,9 +87,14 @@ def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
 
 def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Interval:
     """Seconds of an optimizer step; where generating steps take turns with others, of a whole cycle's mean."""
+    return median_interval(cycle_means(step_s, cycle), confidence)
+
+
+def cycle_means(step_s: Sequence[float], cycle: int) -> list[float]:
+    """Seconds a step of each whole cycle; where there is none, of the steps there are."""
     whole = len(step_s) // cycle * cycle
     means = [statistics.fmean(step_s[start : start + cycle]) for start in range(0, whole, cycle)]
-    return median_interval(means or list(step_s), confidence)
+    return means or list(step_s)
 
 
 def living_of(record: ProbeRecord) -> Living | None:

@@ -120,7 +120,7 @@ def judge_group(lab: Lab, entry: Entry, room_s: float) -> None:
         book.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
         return
     worth = book.worth(entry.config) / book.worth(there.config)
-    speed = scaled(median_ratio(there.steps_s, entry.steps_s, book.confidence), worth)
+    speed = scaled(median_ratio(there.cycles_s, entry.cycles_s, book.confidence), worth)
     living = living_ratio(book.record, before, after, book.confidence)
     book.note(judge_generations(before, after, living, speed, None))
 

@@ -42,7 +42,7 @@ def contribution(lab: Lab, winner: Entry, key: str) -> Contribution:
     there = book.entries.get(name_of(knobs))
     if there is not None and (len(book.changed(winner.knobs)) > 1 or winner.raced is None):
         worth = book.worth(winner.config) / book.worth(there.config)
-        found = scaled(median_ratio(there.steps_s, winner.steps_s, book.confidence), worth)
+        found = scaled(median_ratio(there.cycles_s, winner.cycles_s, book.confidence), worth)
         sure = found.n > 1
         low, high = (found.low, found.high) if sure else (None, None)
         return Contribution(

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.hardware import Machine
+from grpo_autotune.probe.trainer_facts import cycle_of
 
 TOLERANCE = 0.10
 """A live speed further off than this is told."""
@@ -39,6 +40,8 @@ def differences(receipt: Receipt, machine: Machine) -> Iterator[str]:
 class SpeedWatch(TrainerCallback):  # type: ignore[misc]
     """Says once, after `WATCHED_STEPS` steps, where the median step is further than `TOLERANCE` from the receipt's.
 
+    Where generating steps take turns with others a step's seconds are the mean of a whole cycle, as in the receipt.
+
     Args:
         receipt: What was measured.
         say: Told the sentence.
@@ -51,10 +54,10 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         self._receipt, self._say, self._clock = receipt, say, clock
         self._steps_s: list[float] = []
         self._last_s: float | None = None
-        self._seen = 0
+        self._seen, self._cycle = 0, 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last_s, self._seen = self._clock(), 0
+        self._last_s, self._seen, self._cycle = self._clock(), 0, cycle_of(args)
         self._steps_s.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,8 +65,10 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         if self._last_s is not None and self._seen > WARMUP_STEPS:
             self._steps_s.append(now - self._last_s)
         self._last_s = now
-        if len(self._steps_s) == WATCHED_STEPS and state.is_world_process_zero:
-            sentence = off_by(self._receipt, statistics.median(self._steps_s))
+        steps, cycle = self._steps_s, self._cycle
+        if len(steps) == -(-WATCHED_STEPS // cycle) * cycle and state.is_world_process_zero:
+            means = [statistics.fmean(steps[at : at + cycle]) for at in range(0, len(steps), cycle)]
+            sentence = off_by(self._receipt, statistics.median(means))
             if sentence is not None:
                 self._say(sentence)
 
