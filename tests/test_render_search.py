@@ -82,7 +82,10 @@ def test_without_a_terminal_there_is_a_line_a_trial(tmp_path: Path) -> None:
     with SearchView(Console(file=out, width=500), lambda: now[0]) as plain:
         for standing in view.standings:
             plain.show(standing)
-    lines = out.getvalue().splitlines()
+    said = out.getvalue().splitlines()
+    skipped, lines = ([line for line in said if line.startswith("not run: ") is is_one] for is_one in (True, False))
+    assert skipped and len(skipped) == len({line.partition(", ")[2] for line in skipped}), "each reason once"
+    assert "| models off by 10%" in lines[-1]
     assert len(lines) == len({standing.trial.number for standing in view.standings if standing.trial})
     assert lines[0].endswith("| trial 0 (probe): your own configuration")
     told = "\n".join(lines)

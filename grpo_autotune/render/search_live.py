@@ -36,6 +36,7 @@ class SearchView:
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._said: int | None = None
         self._said_s = 0.0
+        self._told = set[str]()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -61,6 +62,10 @@ class SearchView:
         if number != self._said or now - self._said_s >= PLAIN_EVERY_S:
             self._said, self._said_s = number, now
             self.say(plain_line(standing))
+            for row in standing.skipped:
+                if row.why not in self._told:
+                    self._told.add(row.why)
+                    self.say(f"not run: {row.count} combinations, {row.why}")
 
 
 def panel(standing: Standing) -> list[str]:
@@ -81,6 +86,8 @@ def plain_line(standing: Standing) -> str:
     parts = [_left(standing), _trial(standing)]
     if standing.best is not None and standing.own is not None:
         parts.append(f"best x {standing.speedup:.2f}, own {seconds(standing.own.step.value)} a step")
+    if "step" in standing.errors:
+        parts.append(f"models off by {percent(standing.errors['step']['median'])}")
     return " | ".join(parts)
 
 

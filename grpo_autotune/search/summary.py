@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.search.book import GROUP, Book, Entry, Level
 from grpo_autotune.search.lab import Lab
-from grpo_autotune.search.objective import Interval
+from grpo_autotune.search.objective import Interval, step_interval
 from grpo_autotune.search.propose import MEMORY_SHARE, Pool
 from grpo_autotune.search.reverts import contributions, exact_share
 from grpo_autotune.search.schema import Candidate, Ended, ModelError, ParetoRow, SearchReport
@@ -147,7 +146,8 @@ def _measured(book: Book) -> tuple[Candidate, Candidate, Candidate, Candidate]:
 def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, Candidate]:
     """The models' choice for `--budget 0`: the user's configuration by the probe, the others by prediction."""
     book, models = lab.book, lab.models
-    own_s = statistics.median(book.record.timings.step_s)
+    own = step_interval(book.record.timings.step_s, book.record.timings.cycle, book.confidence)
+    own_s = own.value
     ranked = []
     for knobs in pool.points.values():
         config = book.config_of(knobs)
@@ -184,8 +184,8 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
         score=book.score(book.config, own_s),
         step_s=own_s,
         baseline_step_s=own_s,
-        step_s_ci=[min(book.record.timings.step_s), max(book.record.timings.step_s)],
-        steps=len(book.record.timings.step_s),
+        step_s_ci=_ends(own),
+        steps=own.n,
         predicted_s=None,
         speedup=1.0,
         ci=[1.0, 1.0],
