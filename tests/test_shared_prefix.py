@@ -436,6 +436,41 @@ def test_a_model_it_cannot_serve_is_found_out_and_trains_on_trl(tmp_path, ragged
     assert len(warnings_of_ours) == 1 and "its self-check found log-probs off by" in warnings_of_ours[0]
 
 
+def test_a_model_that_counts_by_the_mask_is_found_out_where_prompts_are_padded(tmp_path, caplog):
+    """OPT's positions skip the padding, which the first batch does not have."""
+    config = {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 0,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "dropout": 0.0,
+        "init_std": 0.2,
+    }
+    folder = save_random_model(config, tmp_path / "opt", tokenizer=build_tokenizer(TEXTS), min_pixels=28 * 28)
+    rows = [
+        {"prompt": [{"role": "user", "content": "What is shown? " * repeats}], "answer": ""} for repeats in (4, 4, 6, 2)
+    ]
+
+    def train(names):
+        grpo = {"num_generations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        trainer = make_trainer(
+            folder, rows, tmp_path, lora=False, optim="sgd", max_steps=2, shuffle_dataset=False, **grpo
+        )
+        speedups = speed_up(trainer, names)
+        trainer.train()
+        return speedups.facts(), dict(trainer.model.named_parameters())
+
+    (_, wanted), (facts, found) = train("none"), train(["shared_prefix"])
+    assert facts["shared_prefix"]["shared_passes"] == facts["shared_prefix"]["plain_passes"] == 1
+    assert "speed-up shared_prefix is off" in caplog.text
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in wanted.items())
+
+
 def test_tiny_savings_are_left_to_trl(tiny, tmp_path, text_rows):
     def build():
         grpo = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -145,6 +145,35 @@ def test_a_reward_that_draws_into_its_images_spoils_nothing(tiny, tmp_path, draw
     assert len(set(sizes)) == 2, "each call saw whole images"
 
 
+def test_a_reward_that_draws_into_the_prompts_spoils_nothing(tiny, tmp_path, drawn_rows):
+    def vandal(prompts, completions, **kwargs):
+        for part in (part for prompt in prompts for part in prompt[0]["content"] if part["type"] == "image"):
+            part["image"].paste((255, 0, 0), (0, 0, 40, 40))
+        return spread_reward(completions)
+
+    def train(names):
+        _, _, seen = run(tiny, tmp_path, drawn_rows, names, rewards=[vandal], max_steps=4)
+        return seen
+
+    wanted, found = train("none"), train("images_once")
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True))
+
+
+def test_held_out_rows_with_a_transform_are_left_alone(tiny, tmp_path, drawn_rows):
+    def train(names):
+        trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **GROUPS, per_device_eval_batch_size=4)
+        trainer.eval_dataset = trainer.eval_dataset.with_transform(
+            lambda rows: {**rows, "image": [image.resize((84, 84)) for image in rows["image"]]}
+        )
+        seen = batches(trainer)
+        speed_up(trainer, names)
+        trainer.evaluate()
+        return seen
+
+    wanted, found = train("none"), train("images_once")
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True))
+
+
 def test_rows_are_told_apart_by_content_and_kept_within_the_limit(tmp_path, drawn_rows):
     from tests.trainers import dataset_of
 

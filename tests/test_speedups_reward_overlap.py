@@ -70,6 +70,27 @@ def test_training_is_the_same(tiny, tmp_path, text_rows, picture_rows, kind):
         ]
 
 
+async def writing(prompts, completions, completion_ids, answer, **kwargs):
+    """Builds the judge's own conversation in what it was given, as a function may that TRL calls last."""
+    for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+        ids.clear()
+        prompt += [completion[0], {"role": "user", "content": "Is this right?"}]
+        completion[0]["content"] += " Is it?"
+    return [float(len(prompt)) + len(digit) for prompt, digit in zip(prompts, answer, strict=True)]
+
+
+def test_an_early_function_may_write_into_what_it_is_given(tiny, tmp_path, picture_rows):
+    def train(names):
+        rewards = [spread_reward, writing]
+        return trained(names, tiny("qwen3_vl"), picture_rows, tmp_path, rewards=rewards, **WITH_REFERENCE)
+
+    plain, _ = train("none")
+    for names in ("reward_overlap", ["reward_overlap", "images_once"]):
+        mine, _ = train(names)
+        assert rewards_of(mine) == rewards_of(plain)
+        assert gap(weights_of(mine), weights_of(plain)) == 0.0
+
+
 @pytest.mark.parametrize("probe_first", [True, False])
 @pytest.mark.parametrize("reward", [judge, on_a_thread])
 def test_hidden_and_exposed_seconds_are_told(tiny, tmp_path, text_rows, probe_first, reward):

@@ -90,6 +90,14 @@ def test_every_way_of_drawing(tiny, tmp_path, ragged_rows, grpo):
     assert found == wanted and speedups.facts()["shared_prefill"]["rows"] > 0
 
 
+def test_active_dropout_is_named(tiny, tmp_path, text_rows):
+    """TRL generates in train mode: dropout takes numbers from the random stream there too."""
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **GROUPS)
+    next(module for module in trainer.model.modules() if isinstance(module, torch.nn.Linear)).attention_dropout = 0.1
+    row = next(row for row in speed_up(trainer, ["shared_prefill"]).table() if row.name == "shared_prefill")
+    assert not row.on and "attention_dropout" in row.reason
+
+
 def test_several_images_in_a_prompt(tiny, tmp_path):
     from PIL import Image
 

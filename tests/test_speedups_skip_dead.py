@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from tests.speedups_common import gap, patched, rewards_of, trained, weights_of
 from tests.trainers import make_trainer
 
+from trl import GRPOTrainer  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
-from grpo_autotune.speedups.skip_dead import living_rows  # isort: skip
+from grpo_autotune.speedups.skip_dead import _Skipping, living_rows  # isort: skip
 
 BATCH = {"per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 2, "beta": 0.0}
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -143,6 +145,22 @@ def test_spread_decides_and_rounding_does_not():
     assert living.tolist() == [False] * 8 + [True] * 8 + [True] * 7 + [False]
 
 
+def test_small_rewards_are_rewards():
+    """TRL divides by their spread: what is small beside 1 is not small beside the others."""
+    rewards = torch.tensor([[0.0], [5e-7], [1000.0], [1000.0001]])
+    assert living_rows(rewards, torch.ones(1), 2).all()
+    summed = torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.7, -0.7], [0.0, 0.0], [1e-6, 0.0], [0.0, 2e-6]])
+    assert living_rows(summed, torch.ones(2), 2).tolist() == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize(("trained_part", "whole_prompt"), [("connector", True), ("text_model", False)])
+def test_weights_between_images_and_text_are_reached_through_images(trained_part, whole_prompt):
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1) for name in ("connector", "text_model")})
+    for name, part in model.items():
+        part.requires_grad_(name == trained_part)
+    assert _Skipping("skip_dead", SimpleNamespace(model=model))._images_train is whole_prompt
+
+
 def test_weights_of_the_rewards_count():
     rewards = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert living_rows(rewards, torch.tensor([1.0, 1.0]), 2).tolist() == [False, False]
@@ -173,6 +191,36 @@ def test_active_dropout_is_named(tiny, tmp_path, text_rows):
     next(module for module in trainer.model.modules() if isinstance(module, torch.nn.Linear)).attention_dropout = 0.1
     row = next(row for row in speed_up(trainer, ["skip_dead"]).table() if row.name == "skip_dead")
     assert not row.on and "attention_dropout" in row.reason
+
+
+class OfRows(GRPOTrainer):
+    """Its loss pulls on the weights once a row, whatever the row's advantage."""
+
+    def _compute_loss(self, model, inputs):
+        pull = sum(weight.square().sum() for weight in model.parameters() if weight.requires_grad)
+        return super()._compute_loss(model, inputs) + 1e-3 * len(inputs["completion_ids"]) * pull
+
+
+class Replayed(GRPOTrainer):
+    """Rows whose rewards are all equal are given an advantage after all."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {**output, "advantages": output["advantages"] + 1.0}
+
+
+@pytest.mark.parametrize(("cls", "method"), [(OfRows, "_compute_loss"), (Replayed, "_generate_and_score_completions")])
+def test_a_class_with_a_loss_or_advantages_of_its_own_is_left_alone(tiny, tmp_path, text_rows, cls, method):
+    def train(names):
+        def change(trainer):
+            trainer.__class__ = cls
+
+        return trained(names, tiny("qwen3"), text_rows, tmp_path, change=change, rewards=[half_dead], **BATCH)
+
+    (plain, _), (mine, speedups) = train("none"), train("skip_dead")
+    row = next(row for row in speedups.table() if row.name == "skip_dead")
+    assert gap(weights_of(mine), weights_of(plain)) == 0.0
+    assert not row.on and f"{cls.__name__} has a `{method}` of its own" in row.reason
 
 
 def test_removal_leaves_nothing(tiny, tmp_path, text_rows):

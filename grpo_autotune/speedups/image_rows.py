@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -143,6 +143,11 @@ def _content(stored: Mapping[str, Any]) -> Hashable:
 def private(row: Any) -> dict[str, Any]:
     """A row for somebody else's code: with images of its own, which may be drawn into."""
     return {name: _own(value) for name, value in row.items()}
+
+
+def copied(values: Iterable[Any]) -> list[Any]:
+    """A value a row (its prompt, its completion) for somebody else's code: no row shares anything with another."""
+    return [copy.deepcopy(value) for value in values]
 
 
 def _own(value: Any) -> Any:

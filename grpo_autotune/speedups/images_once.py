@@ -19,7 +19,7 @@ from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.speedup_seams import DATALOADER, IMAGE_PROCESSOR
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.image_rows import Rows, private
+from grpo_autotune.speedups.image_rows import Rows, copied, private
 from grpo_autotune.speedups.memory_limit import LimitedCache
 
 DECODED_BYTES = 1 << 29
@@ -55,7 +55,7 @@ class ImagesOnce:
         rows = trainer.train_dataset
         if not isinstance(rows, datasets.Dataset):
             return "the data (data.path) is streamed: its rows have no number"
-        if rows.format["type"] is not None or set(rows.format["columns"]) != set(rows.column_names):
+        if not _as_stored(rows):
             return "the data (data.path) has a format or a transform, which may make each copy of a row anew"
         if trainer.args.remove_unused_columns:
             return "grpo.remove_unused_columns takes rows apart"
@@ -99,14 +99,15 @@ class _Once(Installed):
 
     def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """A loader of rows that are read on first use; of whole rows where worker processes prepare them ahead."""
-        if isinstance(kwargs.get("dataset"), datasets.Dataset):
+        rows = kwargs.get("dataset")
+        if isinstance(rows, datasets.Dataset) and _as_stored(rows):  # those to evaluate on may have a transform
             lazy = self.trainer.args.dataloader_num_workers == 0
-            kwargs["dataset"] = Rows(kwargs["dataset"], self._decoded, lazy=lazy)
+            kwargs["dataset"] = Rows(rows, self._decoded, lazy=lazy)
         return call_next(*args, **kwargs)
 
-    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reward functions get images of their own."""
-        return call_next([private(row) for row in inputs], *args, **kwargs)
+    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reward functions get images of their own, in columns and in prompts."""
+        return call_next([private(row) for row in inputs], copied(prompts), *args, **kwargs)
 
     def process(self, call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor, each distinct image once."""
@@ -159,6 +160,11 @@ class _Once(Installed):
                 self.fall_back("its self-check found images that depend on those they are processed with")
                 return call_next(images, **kwargs)
         return BatchFeature(data={"pixel_values": patches, "image_grid_thw": grid})
+
+
+def _as_stored(rows: datasets.Dataset) -> bool:
+    """Whether each copy of a row is what is stored, all of it."""
+    return rows.format["type"] is None and set(rows.format["columns"]) == set(rows.column_names)
 
 
 def _flat(images: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from grpo_autotune.seams.speedup_seams import PREPARE_INPUTS
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
+from grpo_autotune.speedups.overridden import LOSS, overridden
 from grpo_autotune.speedups.rows import Batch, lengths, trim
 
 DEPENDS_ON_PARTITION = ("bnpo",)
@@ -43,6 +44,9 @@ class LengthSort:
                 "grpo.steps_per_generation and grpo.gradient_accumulation_steps are no multiples of each other: an "
                 "optimizer step would take rows of two generations"
             )
+        other = overridden(trainer, LOSS)
+        if other is not None:
+            return f"{other}, which may depend on the micro batch"
         dropout = active_dropout(trainer.model)
         return None if dropout is None else f"{dropout}: rows in another order would draw other random numbers"
 

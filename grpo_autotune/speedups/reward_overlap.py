@@ -3,7 +3,8 @@
 TRL calls them after those passes, on the main thread. Async functions start at once on TRL's own event loop; a sync
 function does so on a thread of its own where its author says that it may (`beside`): timeouts by signal, as in
 math_verify, only work on the main thread. Results are handed to TRL where it asks for them, so that order, checks,
-exceptions and the gathering over processes stay where they were.
+exceptions and the gathering over processes stay where they were. A function that starts early gets copies: it may write
+into what it is given while the passes still read it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from grpo_autotune.seams.layers import INNER, is_async, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.image_rows import private
+from grpo_autotune.speedups.image_rows import copied
 
 ALLOWED = "may_run_beside"
 """Attribute of a sync reward function that may run on a thread of its own."""
@@ -129,9 +130,9 @@ class _Beside(Installed):
             completion_ids, completions = found[1], found[3]
             given = {
                 **self._columns(),
-                "prompts": prompts,
-                "completions": completions,
-                "completion_ids": completion_ids,
+                "prompts": copied(prompts),
+                "completions": copied(completions),
+                "completion_ids": copied(completion_ids),
             }
             moving = _moving(self.trainer)
             futures = {index: self._start(self.trainer.reward_funcs[index], given) for index in moving}
@@ -165,8 +166,10 @@ class _Beside(Installed):
     def _columns(self) -> dict[str, Any]:
         """What a reward function is given beside the completions, as `_calculate_rewards` gathers it."""
         trainer = self.trainer
-        rows = [private(row) for row in self._inputs]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_COLUMNS}
+        rows = self._inputs
+        columns: dict[str, Any] = {
+            name: copied(row[name] for row in rows) for name in rows[0] if name not in NOT_COLUMNS
+        }
         columns["trainer_state"] = trainer.state
         columns["log_extra"], columns["log_metric"] = trainer._log_completion_extra, trainer._log_metric
         if trainer.environments is not None:

@@ -18,6 +18,7 @@ from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.decoding import Decoder, Unsupported
+from grpo_autotune.speedups.dropout import active_dropout
 from grpo_autotune.speedups.groups import groups_of
 from grpo_autotune.speedups.rows import take
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -54,6 +55,9 @@ class SharedPrefill:
             return "rollout_func, tools or environment_factory: generation goes on from more than the prompts"
         if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
             return "DeepSpeed or FSDP: all ranks must run every step of generation together"
+        dropout = active_dropout(trainer.model)
+        if dropout is not None:
+            return f"{dropout}: TRL generates in train mode, and drops other parts of the prompt for each completion"
         return _why_another_loop(trainer.generation_config)
 
     def install(self, trainer: Any) -> Installed:

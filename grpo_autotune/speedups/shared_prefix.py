@@ -32,6 +32,10 @@ WORTH = 0.95
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Log-probs and entropies (B, C), and the router's auxiliary loss, as TRL's method returns them."""
 
+Kind = tuple[bool, bool, bool]
+"""Of a row: its prompt is padded (a model may count positions by the mask), it has images (a model may look at them
+both ways), its completion looks back at itself. A model that passes on one kind may fail on another."""
+
 
 class SharedPrefix:
     """As `speedups.base.SpeedUp`."""
@@ -54,7 +58,7 @@ class _SharedPrefix(Installed):
     def __init__(self, trainer: Any) -> None:
         super().__init__(SharedPrefix.name)
         self.trainer = trainer
-        self.check = SelfCheck(self)
+        self.checks: dict[Kind, SelfCheck] = {}
         self.passes = {"shared": 0, "plain": 0}
         self.tokens = {"shared": 0, "plain": 0}
         groups = groups_of(trainer)
@@ -75,7 +79,7 @@ class _SharedPrefix(Installed):
             "plain_passes": self.passes["plain"],
             "tokens": self.tokens["shared"],
             "tokens_of_plain": self.tokens["plain"],
-            "self_check_difference": self.check.difference,
+            "self_check_difference": max((check.difference for check in self.checks.values()), default=0.0),
         }
 
     def _scores_layer(self, groups: Groups) -> Callable[..., Scores]:
@@ -136,11 +140,17 @@ class _SharedPrefix(Installed):
         return None if shared > WORTH * plain else found
 
     def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
-        """Whether two completions, of one prompt if there are such, score the same by both paths."""
-        if self.check.passed is not None:
-            return self.check.passed
-        pairs = [(batch.groups.index(group), row) for row, group in enumerate(batch.groups)]
-        rows = next((list(pair) for pair in pairs if pair[0] != pair[1]), [0, 1][: len(pairs)])
+        """Whether two completions of each kind, of one prompt if there are such, score the same by both paths."""
+        return all(
+            self._checked_on(rows, self.checks.setdefault(kind, SelfCheck(self)), call_next, model, batch)
+            for kind, rows in _samples(batch).items()
+        )
+
+    def _checked_on(
+        self, rows: list[int], check: SelfCheck, call_next: Callable[..., Scores], model: Any, batch: Batch
+    ) -> bool:
+        if check.passed is not None:
+            return check.passed
         alone = self.trainer.accelerator.unwrap_model(model)
 
         def plain() -> torch.Tensor:
@@ -155,7 +165,7 @@ class _SharedPrefix(Installed):
         def shared() -> torch.Tensor:
             return self._shared(alone, batch, rows, False)[0]
 
-        return self.check.run(plain, shared, getattr(torch, compute_dtype(self.trainer)), "log-probs")
+        return check.run(plain, shared, getattr(torch, compute_dtype(self.trainer)), "log-probs")
 
     def _shared(
         self, model: Any, batch: Batch, rows: Sequence[int], entropies: bool
@@ -174,6 +184,28 @@ class _SharedPrefix(Installed):
         found = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
         logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in found)
         return logps, entropy
+
+
+def _samples(batch: Batch) -> dict[Kind, list[int]]:
+    """Two rows for each kind that the batch holds, of one prompt if there are such."""
+    pairs: dict[Kind, list[int]] = {}
+    strangers: dict[Kind, list[int]] = {}
+    first: dict[int, int] = {}
+    for row, group in enumerate(batch.groups):
+        if not batch.completion_lengths[row]:
+            continue  # nothing of it is scored
+        images = batch.media.images
+        kind = (
+            batch.prompt_lengths[row] < batch.prompt_width,
+            images[row + 1] > images[row],
+            batch.completion_lengths[row] > 1,
+        )
+        other = first.setdefault(group, row)
+        if other != row:
+            pairs.setdefault(kind, [other, row])
+        else:
+            strangers.setdefault(kind, sorted({row, (row + 1) % len(batch.groups)}))
+    return strangers | pairs
 
 
 def _inputs(base: Any, batch: Batch, layout: Layout) -> dict[str, Any]:

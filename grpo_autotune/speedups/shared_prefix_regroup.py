@@ -17,6 +17,7 @@ import torch
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.groups import KEY
+from grpo_autotune.speedups.overridden import LOSS, overridden
 
 ADDITIVE = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
 """Values of `loss_type` whose sum over equal micro batches is the same however rows are dealt (TRL 1.16,
@@ -30,6 +31,7 @@ def depends_on_partition(trainer: Any) -> bool:
         or trainer.top_entropy_quantile < 1.0
         or trainer._entropy_bonus_enabled
         or trainer.aux_loss_enabled
+        or overridden(trainer, LOSS) is not None
     )
 
 

@@ -2,9 +2,9 @@
 
 With `beta = 0` and neither an entropy bonus nor a router loss, a row's loss is a product with its advantage: a row of
 zero advantage, or whose completion is masked as a whole, adds nothing to loss or gradient. Whether a group is dead is
-decided by its rewards' spread (max - min, at most `SPREAD`): a mean of equal float32 rewards is off by 1e-8, which TRL
-divides by 1e-4 and trains on. Every rank must run one wrapped forward a micro step, so where nothing is left it runs on
-two tokens of one row, times zero; on the whole prompt where that is needed to reach all trained weights.
+decided by its rewards' spread (max - min, at most the rounding of their sum): a mean of equal float32 rewards is off by
+1e-8, which TRL divides by 1e-4 and trains on. Every rank must run one wrapped forward a micro step, so where nothing is
+left it runs on two tokens of one row, times zero; on the whole prompt where all trained weights need that.
 
 TRL's metrics of the loss then speak of the rows that are left, so they are logged as `living/<name>`.
 
@@ -22,10 +22,12 @@ from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
+from grpo_autotune.speedups.overridden import GENERATION, LOSS, overridden
 from grpo_autotune.speedups.rows import Batch, lengths, one_token, take
 
-SPREAD = 1e-6
-"""Largest max - min of a group's weighted rewards that counts as none, relative to the largest of them (at least 1)."""
+ROUNDING = 2.0 * torch.finfo(torch.float32).eps
+"""What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of
+what is summed up. Equal rewards of one function are equal to the last bit."""
 
 KEY = "living"
 
@@ -34,6 +36,9 @@ ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 
 TOKEN_MEANS = ("bnpo",)
 """Losses that it divides by the tokens of the micro batch."""
+
+TEXT_PARTS = ("language_model", "text_model", "lm_head")
+"""Parts of a model's weights that a prompt without its images reaches; all others may belong to images."""
 
 WHOLE_MEANS = ("dapo", "cispo", "vespo")
 """Losses that it divides by the tokens of the whole generation batch, which travel in the batch."""
@@ -59,6 +64,9 @@ class SkipDead:
             return "grpo.multi_objective_aggregation couples the advantages of all groups"
         if trainer.loss_type not in (*ROW_MEANS, *TOKEN_MEANS, *WHOLE_MEANS):
             return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
+        other = overridden(trainer, LOSS + GENERATION)
+        if other is not None:
+            return f"{other}, which is not known to give a zero advantage no gradient"
         dropout = active_dropout(trainer.model)
         return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
 
@@ -87,11 +95,12 @@ def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> tor
         group: G.
     """
     scored_NG = ~torch.isnan(rewards).all(dim=1).view(-1, group)
-    total_NG = (rewards * weights.to(rewards.device)).nansum(dim=1).view(-1, group)
+    weighted = rewards * weights.to(rewards.device)
+    total_NG = weighted.nansum(dim=1).view(-1, group)
     highest = total_NG.masked_fill(~scored_NG, -torch.inf).amax(dim=1)
     lowest = total_NG.masked_fill(~scored_NG, torch.inf).amin(dim=1)
-    largest = torch.maximum(highest.abs(), lowest.abs()).clamp(min=1.0)
-    lives = highest - lowest > SPREAD * largest
+    largest = weighted.abs().nansum(dim=1).view(-1, group).amax(dim=1)
+    lives = highest - lowest > ROUNDING * (rewards.shape[1] - 1) * largest
     return (lives[:, None] & scored_NG).flatten()
 
 
@@ -103,9 +112,8 @@ class _Skipping(Installed):
         self.trainer = trainer
         self._living_B: torch.Tensor | None = None
         self._rows = self._skipped = self._left_out = 0
-        tower = ("visual", "vision", "image", "multi_modal_projector")
         self._images_train = any(
-            weight.requires_grad and any(part in name for part in tower)
+            weight.requires_grad and not any(part in name for part in TEXT_PARTS)
             for name, weight in trainer.model.named_parameters()
         )
 
