@@ -18,7 +18,7 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 	$(BIN)/grpo-autotune train $(RUN)/tuned.yaml --out $(RUN)/train
 
 test: .venv/.installed ## run the whole test suite
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
