@@ -53,6 +53,13 @@ def test_failures_are_told_by_cause(tmp_path: Path) -> None:
     assert "hang (1): trial 2; the first: no sign of life" in text
 
 
+def test_nothing_else_measured_is_not_called_the_best(tmp_path: Path) -> None:
+    report, _ = searched(tmp_path, 30.0)
+    text = render_search(report, width=200)
+    assert "1 timed trial, " in text and "no other trial fits into what is left of the budget" in text
+    assert "Your configuration stays: no other was measured; " in text
+
+
 def test_a_prediction_is_called_one(tmp_path: Path) -> None:
     report, _ = searched(tmp_path, 0.0)
     assert "Predicted: x" in render_search(report)

@@ -70,12 +70,14 @@ def headline(report: SearchReport) -> list[str]:
     best, own = report.best, report.baseline
     timed = sum(row.purpose == "timed" and row.source != "race" for row in report.trials)
     time = f"{words(report.elapsed_s)} of {words(report.budget_s)}"
-    spent = f"{time}, {timed} timed trials, {report.points} legal combinations looked at"
+    spent = f"{time}, {_count(timed, 'timed trial')}, {report.points} legal combinations looked at"
     if report.predicted:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
     if not best.changed:
-        lines = [end, f"Your configuration is already the best that was found: {seconds(own.step_s)} a step."]
+        tried = sum(row.purpose == "timed" and row.status == "ok" and row.knobs != own.knobs for row in report.trials)
+        found = "is already the best that was found" if tried or report.predicted else "stays: no other was measured"
+        lines = [end, f"Your configuration {found}; {seconds(own.step_s)} a step."]
     else:
         how = "Predicted" if report.predicted else "Raced" if best.raced else "Measured"
         lines = [
@@ -164,7 +166,12 @@ def _failures(report: SearchReport) -> Iterator[str]:
 
 def _errors(report: SearchReport) -> Iterator[str]:
     for stage, error in report.model_error.items():
-        yield f"{stage}: off by {percent(error.median)} at the median, {percent(error.p90)} at p90 ({error.n} trials)"
+        off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
+        yield f"{stage}: {off} ({_count(error.n, 'trial')})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _speed(candidate: Candidate) -> str:

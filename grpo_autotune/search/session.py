@@ -127,6 +127,7 @@ class Session:
                 self._prove()
                 continue
             if asked is None:
+                self.why_ended = "no other trial fits into what is left of the budget"
                 return
             before = len(lab.rows)
             entry = lab.timed(asked.knobs, source, lab.budget.search_left_s, asked)
