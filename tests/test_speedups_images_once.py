@@ -248,3 +248,13 @@ def test_removal_leaves_nothing(tiny, tmp_path, drawn_rows):
     assert patched(trainer) != before
     speedups.remove()
     assert patched(trainer) == before
+
+
+def test_a_loader_under_way_shares_nothing_after_removal(tiny, tmp_path, drawn_rows):
+    """Reward functions get the rows' own images again, and may draw into them."""
+    trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **GROUPS)
+    speedups = speed_up(trainer, ["images_once"])
+    loader = trainer.get_train_dataloader()
+    speedups.remove()
+    images = [row["image"] for row in next(iter(loader))]
+    assert len({id(image) for image in images}) == len(images) == 8

@@ -95,6 +95,7 @@ class _Once(Installed):
         """Take every layer out and forget the images; may be called twice."""
         super().remove()
         self._decoded.clear()
+        self._decoded.limit_bytes = 0  # a loader under way goes on: from here on each of its rows decodes for itself
         self._processed.clear()
 
     def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
