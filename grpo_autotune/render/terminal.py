@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
+from grpo_autotune.render.text import as_text, section
 from grpo_autotune.report import Report
 from grpo_autotune.report.schema import PartRow, StageReport
 from grpo_autotune.verdict.facts import Advice
@@ -30,19 +30,7 @@ def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
         width: Columns of the terminal.
         colour: Whether to put in ANSI escapes.
     """
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=colour,
-        no_color=not colour,
-        highlight=False,
-        legacy_windows=False,
-    )
-    with console.capture() as captured:
-        console.print(Group(*_sections(report)))
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    kept = [line for before, line in zip(["", *lines], lines, strict=False) if line or before]
-    return "\n".join(kept).rstrip() + "\n"
+    return as_text(_sections(report), width, colour=colour)
 
 
 def _sections(report: Report) -> Iterator[RenderableType]:
@@ -53,9 +41,9 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield Text("")
     yield _stage_table(report)
     yield Padding(Text(legend(report), style="dim"), (0, 0, 0, 2))
-    yield from _section("What bounds it", [report.bound])
-    yield from _section("Before the first step", [startup_line(report)] if report.startup else [])
-    yield from _section("Tokens, images and rewards", facts_lines(report))
+    yield from section("What bounds it", [report.bound])
+    yield from section("Before the first step", [startup_line(report)] if report.startup else [])
+    yield from section("Tokens, images and rewards", facts_lines(report))
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
         yield _rank_table(report)
@@ -65,13 +53,6 @@ def _sections(report: Report) -> Iterator[RenderableType]:
                 f"most of it in {straggler.stage}."
             )
     yield from _verdict(report)
-
-
-def _section(title: str, lines: list[str]) -> Iterator[RenderableType]:
-    if lines:
-        yield Text(f"\n{title}", style="bold")
-        for line in lines:
-            yield Padding(Text(line), (0, 0, 0, 2))
 
 
 def _stage_table(report: Report) -> Table:
@@ -141,7 +122,7 @@ def _verdict(report: Report) -> Iterator[RenderableType]:
         yield from _advice(title, [advice for advice in report.verdict if advice.kind == kind])
     if not report.verdict:
         text = "Nothing: no change that this tool knows is predicted to save one percent of the step."
-        yield from _section("What to change", [text])
+        yield from section("What to change", [text])
 
 
 def _advice(title: str, entries: list[Advice]) -> Iterator[RenderableType]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.folders import write_whole
+from grpo_autotune.probe.stored import read_stored
 from grpo_autotune.report.schema import SCHEMA, Report
 
 REPORT_FILE = "report.json"
@@ -32,22 +29,5 @@ def load_report(source: str | Path) -> Report:
     """
     path = Path(source)
     path = path / REPORT_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError("there is no report here", where=str(path), fix="`grpo-autotune probe` writes one.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise ConfigError("this is not a JSON file", where=str(path)) from problem
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise ConfigError(
-            f"the report has the schema {found!r}, this version reads {SCHEMA!r}", where=str(path), fix="Probe again."
-        )
-    try:
-        return Report.model_validate(data)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        key = ".".join(str(step) for step in first["loc"])
-        raise ConfigError(
-            f"the report is damaged at `{key}`: {first['msg']}", where=str(path), fix="Probe again."
-        ) from problem
+    words = {"absent": "there is no report here", "written_by": "`grpo-autotune probe`", "again": "Probe again."}
+    return read_stored(path, Report, SCHEMA, **words)

@@ -1,0 +1,41 @@
+"""Anything that rich can draw, as text: no trailing blanks, and never two empty lines in a row."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+
+def as_text(parts: Iterable[RenderableType], width: int, *, colour: bool) -> str:
+    """The parts one below the other.
+
+    Args:
+        parts: What to draw.
+        width: Columns of the terminal.
+        colour: Whether to put in ANSI escapes.
+    """
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=colour,
+        no_color=not colour,
+        highlight=False,
+        legacy_windows=False,
+    )
+    with console.capture() as captured:
+        console.print(Group(*parts))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    kept = [line for before, line in zip(["", *lines], lines, strict=False) if line or before]
+    return "\n".join(kept).rstrip() + "\n"
+
+
+def section(title: str, lines: list[str]) -> Iterator[RenderableType]:
+    """A title and indented lines below it; nothing without lines."""
+    if lines:
+        yield Text(f"\n{title}", style="bold")
+        for line in lines:
+            yield Padding(Text(line), (0, 0, 0, 2))
