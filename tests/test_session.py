@@ -116,6 +116,23 @@ def test_a_size_that_keeps_its_reward_is_proven(tmp_path: Path) -> None:
     assert report.exact_share is not None and 0.0 < report.exact_share < 1.0
 
 
+def test_the_gain_and_its_parts_tell_one_story_where_race_and_trials_disagree(tmp_path: Path) -> None:
+    """In the race the winner is 20 % slower than in its own trial; what its one learning knob brings stays the same."""
+
+    def slow_race(spec: TrialSpec) -> TrialOutcome | None:
+        if spec.source != "race" or not spec.knobs.get("data.image_size") == 256:
+            return None
+        outcome = paper.trials._measured(spec)
+        return outcome.model_copy(update={"step_s": [1.2 * seconds for seconds in outcome.step_s]})
+
+    paper = Paper(tmp_path, act=slow_race)
+    report = paper.search(budget_s=900.0)
+    learning = [row for row in report.contributions if row.kind == "learning"]
+    assert report.best.raced and [row.key for row in learning] == ["data.image_size"] and learning[0].measured
+    assert report.exact_share is not None and learning[0].factor is not None
+    assert report.best.speedup ** (1.0 - report.exact_share) == pytest.approx(learning[0].factor)
+
+
 def test_what_the_user_accepts_needs_no_proof(tmp_path: Path) -> None:
     paper = Paper(tmp_path, user_config(accept=["data.image_size"]), rewards={512: 0.5, 256: 0.3})
     report = paper.search()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_autotune.render.text import as_text, section
 from grpo_autotune.search.budget import words
 from grpo_autotune.search.guards import Guard
 from grpo_autotune.search.schema import Candidate, Contribution, ParetoRow, SearchReport
@@ -30,20 +30,13 @@ def render_search(report: SearchReport, width: int = 100, *, colour: bool = Fals
         width: Columns of the terminal.
         colour: Whether to put in ANSI escapes.
     """
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=colour, no_color=not colour, highlight=False,
-        legacy_windows=False,
-    )  # fmt: skip
-    with console.capture() as captured:
-        console.print(Group(*_sections(report)))
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join(line for line, next_ in zip(lines, [*lines[1:], ""], strict=True) if line or next_).rstrip() + "\n"
+    return as_text(_sections(report), width, colour=colour)
 
 
 def _sections(report: SearchReport) -> Iterator[RenderableType]:
     for line in headline(report):
         yield Text(line, style="bold")
-    yield from _section("How the gain comes about", list(_gain_lines(report)))
+    yield from section("How the gain comes about", list(_gain_lines(report)))
     if report.contributions:
         yield Padding(_contribution_table(report.contributions), (0, 0, 0, 2))
         if len(report.contributions) > 1:
@@ -51,18 +44,18 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
                 "Each: the winner's speed over its speed with that change alone taken back; together they may be less."
             )
             yield Padding(Text(text, style="dim"), (0, 0, 0, 2))
-    yield from _section("What changes what is learned", [guard_line(guard) for guard in report.guards])
+    yield from section("What changes what is learned", [guard_line(guard) for guard in report.guards])
     if report.pareto:
         yield Text("\nSpeed against reward and memory: nothing here is beaten in all three", style="bold")
         yield Padding(_pareto_table(report), (0, 0, 0, 2))
         left_out = len(report.pareto) - len(shown(report))
         if left_out:
             yield Padding(Text(f"and {left_out} more, in {report.files['report']}", style="dim"), (0, 0, 0, 2))
-    yield from _section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
-    yield from _section("Trials that failed", list(_failures(report)))
-    yield from _section("The models", list(_errors(report)))
-    yield from _section("Notes", report.notes)
-    yield from _section("Files", [f"{name}: {path}" for name, path in report.files.items()])
+    yield from section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
+    yield from section("Trials that failed", list(_failures(report)))
+    yield from section("The models", list(_errors(report)))
+    yield from section("Notes", report.notes)
+    yield from section("Files", [f"{name}: {path}" for name, path in report.files.items()])
 
 
 def headline(report: SearchReport) -> list[str]:
@@ -88,7 +81,8 @@ def headline(report: SearchReport) -> list[str]:
         ]
     for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
         if other.knobs != best.knobs:
-            lines.append(f"{name}: {_speed(other)}, changes {changes(other.changed, own.knobs)}.")
+            sure = "" if other.raced or report.predicted or not other.changed else ", not raced"
+            lines.append(f"{name}: {_speed(other)}{sure}, changes {changes(other.changed, own.knobs)}.")
     return lines
 
 
@@ -176,10 +170,3 @@ def _count(number: int, what: str) -> str:
 
 def _speed(candidate: Candidate) -> str:
     return f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f})"
-
-
-def _section(title: str, lines: list[str]) -> Iterator[RenderableType]:
-    if lines:
-        yield Text(f"\n{title}", style="bold")
-        for line in lines:
-            yield Padding(Text(line), (0, 0, 0, 2))

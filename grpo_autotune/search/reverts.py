@@ -8,6 +8,7 @@ from grpo_autotune.knobs import Knobs
 from grpo_autotune.search.book import Book, Entry, median_ratio, scaled
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.lab import Lab
+from grpo_autotune.search.objective import Interval
 from grpo_autotune.search.propose import MEMORY_SHARE, Models
 from grpo_autotune.search.schema import Contribution
 from grpo_autotune.search.space import why_not
@@ -41,8 +42,7 @@ def contribution(lab: Lab, winner: Entry, key: str) -> Contribution:
     why = why_not(book.config, knobs, lab.machine)
     there = book.entries.get(name_of(knobs))
     if there is not None and (len(book.changed(winner.knobs)) > 1 or winner.raced is None):
-        worth = book.worth(winner.config) / book.worth(there.config)
-        found = scaled(median_ratio(there.cycles_s, winner.cycles_s, book.confidence), worth)
+        found = _measured(book, there, winner)
         sure = found.n > 1
         low, high = (found.low, found.high) if sure else (None, None)
         return Contribution(
@@ -61,7 +61,10 @@ def contribution(lab: Lab, winner: Entry, key: str) -> Contribution:
 
 
 def exact_share(lab: Lab, winner: Entry) -> float | None:
-    """Part of the logarithm of the winner's gain that its exact knobs bring; null without a gain."""
+    """Part of the logarithm of the winner's gain that its exact knobs bring; null without a gain.
+
+    What its learning knobs bring together is measured, or predicted, as one change's part is, and taken off the gain.
+    """
     book = lab.book
     learning, total = book.learning(winner.knobs), book.speedup(winner).value
     if winner is book.baseline or total <= 1.0:
@@ -72,17 +75,24 @@ def exact_share(lab: Lab, winner: Entry) -> float | None:
     if name_of(knobs) == name_of(book.own):
         return 0.0
     there = book.entries.get(name_of(knobs))
-    exact = book.speedup(there).value if there is not None else None
-    if exact is None:
-        if why_not(book.config, knobs, lab.machine) is not None:
-            return None
-        exact = _predicted(book, lab.models, book.own, knobs)
-    return min(1.0, max(0.0, math.log(exact) / math.log(total)))
+    if there is not None:
+        brings = _measured(book, there, winner).value
+    elif why_not(book.config, knobs, lab.machine) is None:
+        brings = _predicted(book, lab.models, knobs, winner.knobs)
+    else:
+        return None
+    return min(1.0, max(0.0, 1.0 - math.log(brings) / math.log(total)))
 
 
 def reverted(book: Book, winner: Entry, key: str) -> Knobs:
     """The winner's knobs with one as the user has it."""
     return {**winner.knobs, key: book.own[key]}
+
+
+def _measured(book: Book, slower: Entry, faster: Entry) -> Interval:
+    """Score of one entry over that of another, each by the trials of its own."""
+    worth = book.worth(faster.config) / book.worth(slower.config)
+    return scaled(median_ratio(slower.cycles_s, faster.cycles_s, book.confidence), worth)
 
 
 def _predicted(book: Book, models: Models, slower: Knobs, faster: Knobs) -> float:
