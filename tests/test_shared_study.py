@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if user is None:
             pytest.skip("this is root, and there is no other user to run PostgreSQL as")
     folder = Path(tmp_path_factory.mktemp("postgres", numbered=True)).resolve()
-    data = Path(f"/tmp/grpo-autotune-postgres-{os.getpid()}") if user else folder
-    data.mkdir(exist_ok=True)
+    data = Path(tempfile.mkdtemp(prefix="postgres-")) if user else folder  # pytest's folders are closed to others
     if user:
         shutil.chown(data, user)
     port = free_port()
