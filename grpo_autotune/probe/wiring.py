@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, wrap
-from grpo_autotune.seams.table import TABLE, Seam, reward_slots, slot_of
+from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
 
 if TYPE_CHECKING:
     from grpo_autotune.probe.attach import Probe
@@ -33,12 +33,8 @@ def install(probe: Probe) -> list[Handle]:
         "prepare_messages": _prompt_layer,
         "log_save_evaluate": _step_end_layer,
     }
-    handles: list[Handle] = []
+    handles = wrap_rows(probe.trainer, [(row, special.get(row.key, _timed_layer)(probe, row)) for row in TABLE])
     try:
-        for row in TABLE:
-            slot = slot_of(probe.trainer, row)
-            if slot is not None:
-                handles.append(wrap(slot, special.get(row.key, _timed_layer)(probe, row)))
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
         handles += _counters(probe)

@@ -7,11 +7,11 @@ Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generatio
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import SeamError
-from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, ItemSlot, Slot, is_async
+from grpo_autotune.seams.layers import OUTER, AttributeSlot, ClassSlot, Handle, ItemSlot, Layer, Slot, is_async, wrap
 
 SUPPORTED = "TRL 1.16 with transformers 5"
 GRPO_MODULE = "trl.trainer.grpo_trainer"
@@ -104,6 +104,25 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
             fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.",
         )
     return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)
+
+
+def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = OUTER) -> list[Handle]:
+    """Put each layer on its row's place, all of them or none; rows that this trainer has no use for are left out.
+
+    Raises:
+        SeamError: As `slot_of`.
+    """
+    handles: list[Handle] = []
+    try:
+        for row, layer in layers:
+            slot = slot_of(trainer, row)
+            if slot is not None:
+                handles.append(wrap(slot, layer, order))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
 
 
 def reward_slots(trainer: Any) -> list[tuple[str, bool, Slot]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
 
 KEY = "group_id"
 
@@ -33,11 +33,7 @@ class Groups:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.current: torch.Tensor | None = None
-        self._handles: list[Handle] = []
-        for key, layer in (("score", self._score), ("loss", self._loss)):
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                self._handles.append(wrap(slot, layer, INNER))
+        self._handles = wrap_rows(trainer, ((find("score"), self._score), (find("loss"), self._loss)), INNER)
         setattr(trainer, _ATTRIBUTE, self)
 
     def remove(self) -> None:

@@ -15,9 +15,9 @@ import datasets
 import torch
 from PIL import Image as Pillow
 
-from grpo_autotune.seams.layers import INNER, wrap
+from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.speedup_seams import DATALOADER, IMAGE_PROCESSOR
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.image_rows import Rows, copied, private
 from grpo_autotune.speedups.memory_limit import LimitedCache
@@ -69,10 +69,7 @@ class ImagesOnce:
             (IMAGE_PROCESSOR, installed.process),
             (find("rewards"), installed.rewards),
         )
-        for row, layer in layers:
-            slot = slot_of(trainer, row)
-            if slot is not None:
-                installed.handles.append(wrap(slot, layer, INNER))
+        installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
 
 

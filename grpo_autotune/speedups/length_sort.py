@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, wrap
+from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.speedup_seams import PREPARE_INPUTS
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
 from grpo_autotune.speedups.overridden import LOSS, overridden
@@ -58,10 +58,7 @@ class LengthSort:
             (find("shuffle"), installed.shuffle),
             (find("unbuffer"), installed.unbuffer),
         )
-        for row, layer in layers:
-            slot = slot_of(trainer, row)
-            if slot is not None:
-                installed.handles.append(wrap(slot, layer, INNER))
+        installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
 
 

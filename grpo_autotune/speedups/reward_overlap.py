@@ -15,8 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from grpo_autotune.seams.layers import INNER, is_async, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER, is_async
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.image_rows import copied
 
@@ -57,10 +57,12 @@ class RewardOverlap:
     def install(self, trainer: Any) -> Installed:
         """Put layers on the generation, on its scoring and on the rewards."""
         installed = _Beside(self.name, trainer)
-        for key, layer in (("score", installed.score), ("rollout", installed.rollout), ("rewards", installed.rewards)):
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                installed.handles.append(wrap(slot, layer, INNER))
+        layers = (
+            (find("score"), installed.score),
+            (find("rollout"), installed.rollout),
+            (find("rewards"), installed.rewards),
+        )
+        installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
 
 

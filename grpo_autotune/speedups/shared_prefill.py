@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid
 
-from grpo_autotune.seams.layers import INNER, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.decoding import Decoder, Unsupported
 from grpo_autotune.speedups.dropout import active_dropout
@@ -63,10 +63,8 @@ class SharedPrefill:
     def install(self, trainer: Any) -> Installed:
         """Put layers on a turn of generation and on the model's `generate`."""
         installed = _Sharing(self.name, trainer)
-        for key, layer in (("turn", installed.turn), ("model_generate", installed.generate)):
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                installed.handles.append(wrap(slot, layer, INNER))
+        layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
+        installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
 
 

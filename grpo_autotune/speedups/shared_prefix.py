@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainers import compute_dtype
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.groups import Groups, groups_of
@@ -63,7 +63,7 @@ class _SharedPrefix(Installed):
         self.tokens = {"shared": 0, "plain": 0}
         groups = groups_of(trainer)
         try:
-            self.handles += [wrap(_slot(trainer, "logps"), self._scores_layer(groups), INNER)]
+            self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
@@ -255,9 +255,3 @@ def _wrap_backbone(model: Any) -> Handle:
         return found
 
     return wrap(AttributeSlot(base_of(model).base_model, "forward"), forward, INNER)
-
-
-def _slot(trainer: Any, key: str) -> Any:
-    slot = slot_of(trainer, find(key))
-    assert slot is not None, key
-    return slot

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER, Handle
+from grpo_autotune.seams.speedup_seams import PREPARE_INPUTS
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.groups import KEY
 from grpo_autotune.speedups.overridden import LOSS, overridden
 
@@ -71,15 +72,14 @@ def wrap_shuffle(trainer: Any) -> list[Handle]:
         return {key: _in_order(value, order) for key, value in found.items()}
 
     def prepare(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        slot = slot_of(trainer, find("shuffle"))
-        handle = None if slot is None else wrap(slot, shuffle, INNER)
+        handles = wrap_rows(trainer, [(find("shuffle"), shuffle)], INNER)
         try:
             return call_next(*args, **kwargs)
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
 
-    return [wrap(AttributeSlot(trainer, "_prepare_inputs"), prepare, INNER)]
+    return wrap_rows(trainer, [(PREPARE_INPUTS, prepare)], INNER)
 
 
 def _in_order(value: Any, order: list[int]) -> Any:

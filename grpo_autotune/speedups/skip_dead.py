@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
 from grpo_autotune.speedups.overridden import GENERATION, LOSS, overridden
@@ -73,16 +73,13 @@ class SkipDead:
     def install(self, trainer: Any) -> Installed:
         """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""
         installed = _Skipping(self.name, trainer)
-        layers = {
-            "rewards": installed.rewards,
-            "score": installed.score,
-            "loss": installed.loss,
-            "gather": installed.gather,
-        }
-        for key, layer in layers.items():
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                installed.handles.append(wrap(slot, layer, INNER))
+        layers = (
+            (find("rewards"), installed.rewards),
+            (find("score"), installed.score),
+            (find("loss"), installed.loss),
+            (find("gather"), installed.gather),
+        )
+        installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
 
 
