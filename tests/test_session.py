@@ -120,7 +120,7 @@ def test_the_gain_and_its_parts_tell_one_story_where_race_and_trials_disagree(tm
     """In the race the winner is 20 % slower than in its own trial; what its one learning knob brings stays the same."""
 
     def slow_race(spec: TrialSpec) -> TrialOutcome | None:
-        if spec.source != "race" or not spec.knobs.get("data.image_size") == 256:
+        if spec.source != "race" or spec.knobs.get("data.image_size") != 256:
             return None
         outcome = paper.trials._measured(spec)
         return outcome.model_copy(update={"step_s": [1.2 * seconds for seconds in outcome.step_s]})
