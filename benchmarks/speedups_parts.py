@@ -5,7 +5,8 @@
 Parts: `prefill` (512 px, 32 new tokens: seconds of generation), `images` (768 px: seconds of data and prompt), `dead`
 (half of the groups without spread, beta 0: seconds of the training stages), `judge` (an async judge of three seconds
 beside a reference pass of at least three: the share of its seconds that is hidden), `patches` (768 px, the patch
-embedding alone, forward and backward).
+embedding alone, forward and backward), `chunks` (768 px, micro batch 1: seconds of the reference pass under
+shared_prefix in chunks of TRL's size against larger ones).
 
 The speed-up is installed throughout and is told to leave one step of each pair to TRL, the first and the second in
 turn. A ratio is that of plain seconds to those of its neighbouring step. For images, whose loader stays as it is
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import sys
 import time
@@ -35,6 +37,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.speedups import shared_prefix  # noqa: E402
 from grpo_autotune.speedups.install import SpeedUps, speed_up  # noqa: E402
 from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
 
@@ -42,6 +45,8 @@ WARMUP = 2
 JUDGE_S = 3.0
 AROUND_IMAGES = ("shared_prefix", "shared_prefill", "vision_cache", "patch_embed")
 """On in both members of a pair for `images`: what they save is not looked at, and would take most of the time."""
+
+CHUNK = shared_prefix.NO_GRAD_CHUNK
 
 TRAINING, LOADING = ("policy_logprob", "backward"), ("data", "prompt")
 
@@ -74,16 +79,29 @@ def config_of(reward: str, *, pixels: int, completion: int, grpo: Mapping[str, A
     return RunConfig.from_dict({**values, "rewards": [{"name": reward}]})
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
-    """Which steps the speed-ups leave to TRL."""
+Turn = Callable[[SpeedUps, Sequence[str], bool], None]
+"""Makes the next step a plain one, or a fast one."""
 
-    def __init__(self, speedups: SpeedUps, names: Sequence[str]) -> None:
-        self._installed = [speedups._installed[name] for name in names]
+
+def left_to_trl(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
+    """A plain step is one that the speed-ups leave to TRL."""
+    for name in names:
+        speedups._installed[name].fell_back = "its turn is over" if plain else None
+
+
+def small_chunks(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
+    """A plain step is one whose passes without gradients take as many tokens at once as TRL's."""
+    shared_prefix.NO_GRAD_CHUNK = 1 if plain else CHUNK
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Which steps are plain ones."""
+
+    def __init__(self, turn: Callable[[bool], None]) -> None:
+        self._turn = turn
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        plain = state.global_step >= WARMUP and is_plain(state.global_step)
-        for installed in self._installed:
-            installed.fell_back = "its turn is over" if plain else None
+        self._turn(state.global_step >= WARMUP and is_plain(state.global_step))
 
 
 def is_plain(done: int) -> bool:
@@ -91,7 +109,9 @@ def is_plain(done: int) -> bool:
     return (done - WARMUP) % 4 in (0, 3)
 
 
-def stages_in_turns(config: RunConfig, names: Sequence[str], stages: Sequence[str], pairs: int) -> tuple[Rows, Ratios]:
+def stages_in_turns(
+    config: RunConfig, names: Sequence[str], stages: Sequence[str], pairs: int, turn: Turn = left_to_trl
+) -> tuple[Rows, Ratios]:
     """Seconds of `stages` in neighbouring steps, and their ratio."""
     config = RunConfig.from_dict({**config.to_dict(), "grpo": {**config.grpo, "max_steps": WARMUP + 2 * pairs}})
     trainer = quiet_trainer(config, Startup(), say)
@@ -99,7 +119,7 @@ def stages_in_turns(config: RunConfig, names: Sequence[str], stages: Sequence[st
     off = [row for row in speedups.table() if row.name in names and not row.on]
     if off:
         raise SystemExit(f"{off[0].name} does not apply: {off[0].reason}")
-    trainer.add_callback(Turns(speedups, names))
+    trainer.add_callback(Turns(functools.partial(turn, speedups, names)))
     probe = Probe(trainer, warmup=WARMUP)
     trainer.train()
     timings = probe.record().timings
@@ -130,6 +150,13 @@ def dead(pairs: int) -> tuple[Rows, Ratios]:
     grpo = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "beta": 0.0}
     config = config_of("benchmarks.speedups_parts:half_dead", pixels=448, completion=32, grpo=grpo)
     return stages_in_turns(config, ["skip_dead"], TRAINING, pairs)
+
+
+def no_grad_chunks(pairs: int) -> tuple[Rows, Ratios]:
+    """The reference pass over one group in micro batches of one."""
+    config = config_of("benchmarks.midsize:variety", pixels=768, completion=64, grpo={})
+    rows, ratios = stages_in_turns(config, ["shared_prefix"], ["reference_logprob"], pairs, small_chunks)
+    return rows, {f"chunks of {CHUNK}, {name}": value for name, value in ratios.items()}
 
 
 def images(pairs: int) -> tuple[Rows, Ratios]:
@@ -213,6 +240,7 @@ PARTS: dict[str, Callable[[int], tuple[Rows, Ratios]]] = {
     "images": images,
     "judge": overlap,
     "patches": patches,
+    "chunks": no_grad_chunks,
 }
 
 

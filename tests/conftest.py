@@ -44,3 +44,21 @@ def text_rows() -> list[dict[str, Any]]:
         {"prompt": [{"role": "user", "content": f"What is {row} plus three?"}], "answer": str(row + 3)}
         for row in range(4)
     ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch):
+    """Take every speed-up off again: one of its layers is on a function that all models share."""
+    from grpo_autotune.speedups import install
+
+    made = []
+    put_on = install.SpeedUps.__init__
+
+    def remember(speedups, *args, **kwargs):
+        put_on(speedups, *args, **kwargs)
+        made.append(speedups)
+
+    monkeypatch.setattr(install.SpeedUps, "__init__", remember)
+    yield
+    for speedups in made:
+        speedups.remove()

@@ -17,7 +17,7 @@ from tests.exactness import apart, differences, generation, loss_and_gradients, 
 from tests.tiny import TEXT, TEXTS
 from tests.trainers import losses, make_trainer
 
-from grpo_autotune.speedups import install, shared_prefix_attention  # isort: skip
+from grpo_autotune.speedups import shared_prefix_attention  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.shared_prefix_attention import causal_mask  # isort: skip
 from grpo_autotune.speedups.shared_prefix_layout import batch_of, layout_of  # isort: skip
@@ -28,22 +28,6 @@ from transformers import AttentionInterface, AutoTokenizer  # isort: skip
 EXACT = 1e-5
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(monkeypatch):
-    """Take every speed-up off again: one of its layers is on a function that all models share."""
-    made = []
-    put_on = install.SpeedUps.__init__
-
-    def remember(speedups, *args, **kwargs):
-        put_on(speedups, *args, **kwargs)
-        made.append(speedups)
-
-    monkeypatch.setattr(install.SpeedUps, "__init__", remember)
-    yield
-    for speedups in made:
-        speedups.remove()
 
 
 def picture(number: int, size: tuple[int, int] = (56, 56)):
@@ -109,6 +93,15 @@ def test_four_architectures(tiny, tmp_path, ragged_picture_rows, ragged_text_row
     found = differences(build, "shared_prefix")
     assert_exact(found)
     assert {"ref_per_token_logps", "old_per_token_logps"} <= found.keys()
+
+
+def test_a_micro_batch_of_one_shares_where_no_backward_pass_follows(tiny, tmp_path, text_rows):
+    def build():
+        groups = {"num_generations": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        return ready(tiny("qwen3"), text_rows, tmp_path, lora=False, beta=0.05, **groups)
+
+    found = differences(build, "shared_prefix")
+    assert_exact(found)
 
 
 def test_images_that_differ_in_pixels_alone_are_not_merged(tiny, tmp_path, picture_rows):
@@ -355,10 +348,7 @@ def test_evaluation_scores_the_same(tiny, tmp_path, ragged_picture_rows):
 
 def test_remove_leaves_model_and_library_as_they_were(tiny, tmp_path, picture_rows):
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path, lora=False, beta=0.05)
-    for left in shared_prefix_attention._handles.values():  # by trainers of other tests
-        left.remove()
-    shared_prefix_attention._handles.clear()
-    shared_prefix_attention._users.clear()
+    assert not shared_prefix_attention._users["sdpa"], "a test before this one left its layer"
     before = dict(AttentionInterface._global_mapping)
     owners = [trainer, *trainer.model.modules(), *trainer.ref_model.modules()]
     attributes = [set(vars(owner)) for owner in owners]

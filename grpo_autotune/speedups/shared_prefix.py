@@ -29,6 +29,11 @@ from grpo_autotune.speedups.shared_prefix_regroup import wrap_shuffle
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
 
+NO_GRAD_CHUNK = 4
+"""Tokens of a pass without gradients, as a multiple of those that TRL would take at once: it keeps one layer's
+activations where a training pass keeps those of all layers, or, checkpointed, all layers' inputs beside one layer's
+activations several times over. With a micro batch smaller than a group this is what lets the group share its prompt."""
+
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Log-probs and entropies (B, C), and the router's auxiliary loss, as TRL's method returns them."""
 
@@ -125,7 +130,9 @@ class _SharedPrefix(Installed):
         return scores
 
     def _rows(self, batch: Batch, batch_size: int | None) -> list[list[int]] | None:
-        """The rows of each forward pass, within the tokens that TRL would take; None where TRL is to do it."""
+        """The rows of each forward pass, `NO_GRAD_CHUNK` times the tokens of TRL's at most; None where TRL is to do it.
+
+        TRL cuts only passes without gradients into chunks."""
         if not any(batch.completion_lengths):
             return None
         reason = batch.media.why_not(batch.completion_width)
@@ -135,7 +142,7 @@ class _SharedPrefix(Installed):
         count, width = batch.input_ids.shape
         everything = list(range(count))
         plain = count * width
-        found = [everything] if batch_size is None else list(chunks(batch, batch_size * width))
+        found = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
         shared = sum(batch.tokens(chunk) for chunk in found)
         return None if shared > WORTH * plain else found
 
