@@ -30,6 +30,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups_parts
+	$(BIN)/python -m benchmarks.time_to_reward
 	$(BIN)/python -m benchmarks.model_error
 	$(BIN)/python -m benchmarks.warm_workers
 	$(BIN)/python -m benchmarks.sweep

@@ -158,20 +158,26 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("runs/run"),
     speedups: Annotated[
-        str, typer.Option("--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, or names with commas.")
-    ] = "none",
+        str | None,
+        typer.Option("--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, or names with commas."),
+    ] = None,
+    with_: Annotated[
+        Path | None,
+        typer.Option("--with", metavar="FILE", help="What `search --script` found: given to the script's trainers."),
+    ] = None,
     json_: Json = False,
 ) -> Action:
     """Run an unchanged TRL script and print where its seconds went."""
 
     def action() -> int:
-        from grpo_autotune.commands.run import ScriptProbes, run_script
+        from grpo_autotune.commands.run import ScriptProbes, run_script, values_for_script
 
         def finish(probes: ScriptProbes) -> None:
             _print(probes.reports(), json_)
             say(probes.closing_line())
 
         output = output_aside() if json_ else nullcontext()
+        values, receipt = values_for_script(with_, speedups)
         run_script(
             script,
             arguments or [],
@@ -179,7 +185,8 @@ def run(
             out_dir=out,
             finish=finish,
             output=output,
-            speedups=speedups if speedups in ("auto", "none") else speedups.split(","),
+            values=values,
+            receipt=receipt,
         )
         return 0
 

@@ -140,12 +140,14 @@ def test_a_script_stands_in_for_a_configuration(tmp_path: Path) -> None:
     seen = config_of_script(config, demo_record(trainer=facts, images=None))
     assert seen.batch.micro_batch == 2 and seen.batch.completions_per_step == 16 and seen.search.steps == 2
     found = space(seen, MACHINE, demo_record(trainer=facts, images=None))
-    assert set(found.keys) <= {row.key for row in TABLE if row.key.startswith("grpo.")}
-    turned = with_knobs(seen, {"grpo.per_device_train_batch_size": 8, "grpo.gradient_checkpointing": True})
+    assert set(found.keys) <= {row.key for row in TABLE if row.key.startswith("grpo.")} | {"speedups"}
+    knobs = {"grpo.per_device_train_batch_size": 8, "grpo.gradient_checkpointing": True, "speedups": "auto"}
+    turned = with_knobs(seen, knobs)
     assert overrides(seen, turned) == {
         "grpo.per_device_train_batch_size": 8,
         "grpo.gradient_accumulation_steps": 2,
         "grpo.gradient_checkpointing": True,
+        "speedups": "auto",
     }
     assert overrides(seen, seen) == {}
 

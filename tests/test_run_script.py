@@ -47,6 +47,39 @@ def test_steps_ends_the_script_and_json_stands_alone(tiny, tmp_path):
     assert json.loads(done.stdout) == json.loads((tmp_path / "report" / "report.json").read_text())
 
 
+def test_what_a_search_found_is_given_to_the_script(tiny, tmp_path):
+    receipt = {
+        "machine": "elsewhere", "hardware": "8 cores", "step_s": 1e-3, "step_s_low": 1e-3, "step_s_high": 1e-3,
+        "steps": 4, "baseline_step_s": 2e-3, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1, "raced": True,
+        "confidence": 0.9,
+    }  # fmt: skip
+    found = {"grpo": {"per_device_train_batch_size": 4}, "speedups": ["shared_prefix"], "receipt": receipt}
+    (tmp_path / "tuned.yaml").write_text(json.dumps(found))
+    done = run(tmp_path, "--with", "tuned.yaml", "--out", "report", SCRIPT, tiny("qwen3"), "13")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["trainer"]["per_device_train_batch_size"] == 4
+    assert "shared_prefix" in report["trainer"]["speedups"]
+    assert "warning: this configuration was tuned on another machine (8 cores)" in done.stderr
+    assert "more than the 0.001 s of the receipt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {name_or_path: here}", "model.name_or_path: a script has no such knob"),
+        ("grpo: {num_generation: 4}", "grpo.num_generation: GRPOConfig has no such key"),
+        ("speedups: [shared_prefx]", "shared_prefx"),
+        ("- 1", "tuned.yaml: holds no sections"),
+    ],
+)
+def test_a_file_of_something_else_is_one_line(tmp_path, text, message):
+    (tmp_path / "tuned.yaml").write_text(text)
+    done = run(tmp_path, "--with", "tuned.yaml", SCRIPT, "model")
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_a_failing_script_keeps_its_traceback_and_its_exit_code(tiny, tmp_path):
     done = run(tmp_path, SCRIPT, tiny("qwen3"), "3", "--fail")
     assert done.returncode == 1

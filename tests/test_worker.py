@@ -16,10 +16,10 @@ from grpo_autotune.search.failures import failure_of
 from grpo_autotune.search.kept import KeptData, KeptEngine, NeedsFreshWorker
 from grpo_autotune.search.memory import MemoryMeter, available_bytes, release
 from grpo_autotune.search.pulse import BeatingStartup, Pulse, PulseReader
-from grpo_autotune.search.script_trial import grpo_overrides
 from grpo_autotune.search.serve import Server
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import write_whole
+from grpo_autotune.train.script_values import grpo_overrides
 from tests.faults import TOO_MUCH
 from tests.trials import spec_of
 

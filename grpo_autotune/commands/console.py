@@ -23,6 +23,11 @@ def say(line: str) -> None:
         sys.stderr.flush()
 
 
+def warn(sentence: str) -> None:
+    """A sentence that the user should not miss."""
+    say(f"warning: {sentence}")
+
+
 def complain(line: str, *, everywhere: bool) -> None:
     """Why a command failed: from the first rank, and `everywhere` from each, since another rank may fail alone."""
     if is_first_rank():

@@ -15,14 +15,24 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.console import is_first_rank, say, warn
 from grpo_autotune.commands.reporting import report_of
+from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
 from grpo_autotune.seams.compat import import_mended
-from grpo_autotune.seams.importing import ENGINE_MODULE, TRAINER_MODULE, Execute, Hook, after_import, hook_imports
-from grpo_autotune.speedups.table import chosen
+from grpo_autotune.seams.importing import (
+    CONFIG_MODULE,
+    ENGINE_MODULE,
+    TRAINER_MODULE,
+    Execute,
+    Hook,
+    after_import,
+    hook_imports,
+)
+from grpo_autotune.train.script_values import SPEEDUPS, ScriptValues, load_script_values
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
@@ -38,9 +48,9 @@ class ScriptProbes:
     """The probes of one script's trainers."""
 
     def __init__(
-        self, startup: Startup, out_dir: Path, steps: int | None, speedups: str | Sequence[str] = "none"
+        self, startup: Startup, out_dir: Path, steps: int | None, values: ScriptValues, receipt: Receipt | None = None
     ) -> None:
-        self.startup, self.out_dir, self.steps, self.speedups = startup, out_dir, steps, speedups
+        self.startup, self.out_dir, self.steps, self.values, self.receipt = startup, out_dir, steps, values, receipt
         self.probes: list[Any] = []
         self.folders: list[Path] = []
 
@@ -48,6 +58,7 @@ class ScriptProbes:
         """What to do around the script's import of which module."""
         return {
             "torchvision": _mending,
+            CONFIG_MODULE: after_import(self.values.on_config_module),
             TRAINER_MODULE: after_import(self._on_trainer_module),
             ENGINE_MODULE: after_import(self._on_engine_module),
         }
@@ -102,15 +113,18 @@ class ScriptProbes:
         if self.probes:
             self.startup = Startup(born_s=time.time())
         self.startup.since_birth("script")
+        kwargs = self.values.arguments(kwargs)
         with self.startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
         from grpo_autotune.probe.attach import Probe
-        from grpo_autotune.speedups.install import speed_up
+        from grpo_autotune.train.receipt import SpeedWatch, differences
         from grpo_autotune.train.stopping import StopAfter
 
-        if self.speedups != "none":
-            for line in speed_up(trainer, self.speedups).lines():
-                say(line)
+        self.values.speed_up(trainer, say)
+        if self.receipt is not None:
+            for sentence in differences(self.receipt, detect()) if not self.probes else ():
+                warn(sentence)
+            trainer.add_callback(SpeedWatch(self.receipt, warn))
         number = len(self.probes) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
         probe = Probe(trainer, startup=self.startup, out_dir=folder)
@@ -135,7 +149,8 @@ def run_script(
     out_dir: Path,
     finish: Callable[[ScriptProbes], None],
     output: AbstractContextManager[None],
-    speedups: str | Sequence[str] = "none",
+    values: ScriptValues,
+    receipt: Receipt | None = None,
 ) -> None:
     """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first.
 
@@ -146,18 +161,18 @@ def run_script(
         out_dir: Folder of the first trainer's report; those of further ones lie in it.
         finish: Given the probes once the script has ended.
         output: Held while the script runs, to lead its standard output elsewhere.
-        speedups: Put on every trainer, as `speed_up` takes them.
+        values: What every trainer is given in place of what the script says.
+        receipt: What was measured with these values; told where live speed is another.
 
     Raises:
-        ConfigError: There is no such script, or no such speed-up.
+        ConfigError: There is no such script, or its trainer cannot be given the values.
         BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
     if not script.is_file():
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
         )
-    chosen(speedups)
-    probes = ScriptProbes(Startup(), out_dir, steps, speedups)
+    probes = ScriptProbes(Startup(), out_dir, steps, values, receipt)
     finder = hook_imports(probes.hooks())
     before = sys.argv, sys.path[0]
     sys.argv = [str(script), *arguments]
@@ -171,6 +186,19 @@ def run_script(
         sys.argv, sys.path[0] = before
         sys.meta_path.remove(finder)
         finish(probes)
+
+
+def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptValues, Receipt | None]:
+    """What `--with` and `--speedups` ask for; where the latter does, the receipt tells of something else.
+
+    Raises:
+        ConfigError: The file cannot be read or holds something else, or there is no such speed-up.
+    """
+    values, receipt = load_script_values(path) if path is not None else ({}, None)
+    if speedups is not None:
+        values[SPEEDUPS] = speedups if speedups in ("auto", "none") else speedups.split(",")
+        receipt = None
+    return ScriptValues(values), receipt
 
 
 def _mending(execute: Execute, module: ModuleType) -> None:

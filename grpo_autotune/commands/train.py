@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.commands.console import is_first_rank, say, warn
 from grpo_autotune.commands.imports import mend_torchvision
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
@@ -47,11 +47,6 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     say(result.line())
     _tell_time(probes[0], config, out_dir)
     return result.exit_code
-
-
-def warn(sentence: str) -> None:
-    """A sentence that the user should not miss."""
-    say(f"warning: {sentence}")
 
 
 def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:

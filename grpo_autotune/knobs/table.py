@@ -175,12 +175,8 @@ TABLE: tuple[Knob, ...] = (
         "speedups",
         "exact",
         "work that TRL does twice is done once",
-        lambda config: getattr(config, "speedups", None),
-        lambda given: (
-            values.speed_ups(given, getattr(given.config, "speedups", None))
-            if "speedups" in RunConfig.model_fields
-            else ()
-        ),
+        lambda config: config.speedups,
+        lambda given: values.speed_ups(given, given.config.speedups),
         searched=True,
     ),
     _key("grpo.max_completion_length", "learning", "the longest answer allowed", values.completion_lengths),

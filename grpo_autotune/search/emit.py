@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from grpo_autotune.config import RunConfig
@@ -49,11 +50,11 @@ def tuned_config(lab: Lab, candidate: Candidate, receipt: Receipt) -> RunConfig:
 
 
 def script_values(lab: Lab, candidate: Candidate, receipt: Receipt) -> dict[str, Any]:
-    """For a script: what its `GRPOConfig` has to be given, by section, and the receipt."""
+    """For a script: what its trainer has to be given, by section, and the receipt."""
     values: dict[str, Any] = {}
     for key, value in overrides(lab.config, lab.book.config_of(candidate.knobs)).items():
         section, _, name = key.rpartition(".")
-        values.setdefault(section, {})[name] = value
+        (values.setdefault(section, {}) if section else values)[name] = value
     return {**values, "receipt": receipt.model_dump(exclude_defaults=True)}
 
 
@@ -101,7 +102,7 @@ def _head(report: SearchReport, which: str, candidate: Candidate, script: list[s
     speed = f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f}) useful completions a second"
     lines = [found, f"{speed}, {how}, after {words(report.elapsed_s)} of search; the receipt says what and where."]
     if script:
-        lines.append(f"Values for the GRPOConfig of {script[0]}.")
+        lines.append(f"Values for the trainer of {script[0]}: grpo-autotune run --with THIS_FILE {shlex.join(script)}")
     return lines
 
 

@@ -1,8 +1,6 @@
 """A trial of somebody's own TRL script: its `GRPOConfig` takes the trial's values, and its first `train()` is measured.
 
-Nothing of TRL is imported before the script does it. The overrides enter just before TRL checks its arguments
-(`GRPOConfig.__post_init__`), so they win over whatever the script gives, by keyword, from a command line or in a
-subclass. The script ends where its first training would.
+The script ends where its first training would.
 """
 
 from __future__ import annotations
@@ -10,13 +8,11 @@ from __future__ import annotations
 import functools
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from grpo_autotune.config import VLLM_TO_TRL
-from grpo_autotune.config_keys import grpo_keys
 from grpo_autotune.errors import AutotuneError, ConfigError, RewardError
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.compat import import_mended
@@ -24,11 +20,11 @@ from grpo_autotune.seams.importing import CONFIG_MODULE, ENGINE_MODULE, TRAINER_
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.trial import TrialSpec
+from grpo_autotune.train.script_values import ScriptValues
+from grpo_autotune.train.trials import TRIAL
 
 if TYPE_CHECKING:
     from grpo_autotune.search.measure import Measured
-
-IMAGE_SIZE = "data.image_size"
 
 
 class _Finished(SystemExit):
@@ -76,25 +72,6 @@ def run_script(
     return trial.measured
 
 
-def grpo_overrides(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs as `GRPOConfig` keys: `grpo.` is dropped, vLLM's names become TRL's.
-
-    Raises:
-        ConfigError: A knob is no key of `GRPOConfig`, in kind.
-    """
-    found = {}
-    for knob, value in knobs.items():
-        section, _, key = knob.rpartition(".")
-        name = VLLM_TO_TRL.get(key) if section == "vllm" else key if section in ("", "grpo") else None
-        if name is None and knob != IMAGE_SIZE:
-            raise ConfigError("a script has no such knob", where=knob, fix="Only GRPOConfig's keys reach a script.")
-        if name is not None and name not in grpo_keys():
-            raise ConfigError("GRPOConfig has no such key", where=knob)
-        if name is not None:
-            found[name] = value
-    return found
-
-
 class _ScriptTrial:
     """The patches on TRL, and what came of the first training."""
 
@@ -102,11 +79,12 @@ class _ScriptTrial:
         self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
     ) -> None:
         self._spec, self._folder, self._startup, self._pulse = spec, folder, startup, pulse
-        self._overrides, self._trl_imported = grpo_overrides(spec.knobs), trl_imported
+        self._trl_imported = trl_imported
+        self._values = ScriptValues(spec.knobs, TRIAL)
         self.measured: Measured | None = None
 
     def on_config_module(self, module: ModuleType) -> None:
-        wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+        self._values.on_config_module(module)
 
     def on_trainer_module(self, module: ModuleType) -> None:
         self._trl_imported()
@@ -124,22 +102,12 @@ class _ScriptTrial:
 
         return timed
 
-    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
-        from grpo_autotune.train.arguments import as_config_errors
-        from grpo_autotune.train.trials import TRIAL
-
-        for name, value in {**TRIAL, **self._overrides}.items():
-            setattr(config, name, value)
-        with as_config_errors("grpo"):
-            call_next(config)
-
     def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-        size = self._spec.knobs.get(IMAGE_SIZE)
-        if size is not None:
-            kwargs["train_dataset"] = _resized(kwargs.get("train_dataset"), int(size))
+        kwargs = self._values.arguments(kwargs)
         self._startup.since_birth("script")
         with self._startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
+        self._values.speed_up(trainer, _say)
 
     def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         from grpo_autotune.seams.table import reward_slots
@@ -150,20 +118,6 @@ class _ScriptTrial:
         train = functools.partial(call_next, trainer, *args, **kwargs)
         self.measured = measure(trainer, self._spec, self._folder, self._startup, self._pulse, train)
         raise _Finished
-
-
-def _resized(rows: Any, size: int) -> Any:
-    import datasets
-
-    from grpo_autotune.train.images import prepare_images
-
-    if not isinstance(rows, datasets.Dataset) or not {"image", "images"}.intersection(rows.column_names):
-        raise ConfigError(
-            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
-            where=IMAGE_SIZE,
-            fix="Take this knob out of the search (search.knobs).",
-        )
-    return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)
 
 
 def _blaming(name: str) -> Any:
@@ -192,7 +146,11 @@ def _blame(name: str, error: Exception) -> AutotuneError:
     return RewardError(f"raised {type(error).__name__}: {error}", where=f"reward {name}")
 
 
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
 def _mend(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
     finding = import_mended(execute, module)
     if finding is not None:
-        sys.stderr.write(f"note: {finding}\n")
+        _say(f"note: {finding}")

@@ -10,10 +10,10 @@ from grpo_autotune.config import RunConfig, override
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import TABLE
 from grpo_autotune.probe.records import ProbeRecord, TrainerFacts
+from grpo_autotune.train.script_values import IMAGE_SIZE, SPEEDUPS
 
 SECTIONS = ("grpo", "vllm")
 """Sections whose keys reach a script's `GRPOConfig`."""
-IMAGE_SIZE = "data.image_size"
 
 
 def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
@@ -72,6 +72,8 @@ def overrides(config: RunConfig, turned: RunConfig) -> dict[str, Any]:
     }
     if turned.data.image_size != config.data.image_size:
         found[IMAGE_SIZE] = turned.data.image_size
+    if turned.speedups != config.speedups:
+        found[SPEEDUPS] = turned.speedups
     return found
 
 
@@ -98,4 +100,6 @@ def _grpo(t: TrainerFacts) -> dict[str, Any]:
 def _reaches(key: str, record: ProbeRecord) -> bool:
     if key == IMAGE_SIZE:
         return record.images is not None
+    if key == SPEEDUPS:
+        return True
     return key.partition(".")[0] in SECTIONS and not (key.startswith("vllm.") and not record.trainer.use_vllm)

@@ -1,0 +1,137 @@
+"""Values that take the place of a script's own: in its `GRPOConfig`, in the size of its images, and its speed-ups.
+
+Nothing of TRL is imported before the script does it. The keys enter just before TRL checks its arguments
+(`GRPOConfig.__post_init__`), so they win over whatever the script gives, by keyword, from a command line or in a
+subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from grpo_autotune.config import VLLM_TO_TRL
+from grpo_autotune.config_keys import grpo_keys
+from grpo_autotune.config_receipt import Receipt
+from grpo_autotune.config_text import parse_yaml
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.speedups.table import chosen
+
+IMAGE_SIZE = "data.image_size"
+SPEEDUPS = "speedups"
+RECEIPT = "receipt"
+
+
+class ScriptValues:
+    """What a script's trainers are given.
+
+    Args:
+        values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
+        always: `GRPOConfig` keys beside them, which `values` win over.
+
+    Raises:
+        ConfigError: A key reaches no script, or there is no such speed-up.
+    """
+
+    def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
+        self.grpo = {**(always or {}), **grpo_overrides(values)}
+        self.image_size: int | None = values.get(IMAGE_SIZE)
+        self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
+        chosen(self.speedups)
+
+    def on_config_module(self, module: ModuleType) -> None:
+        """Given the module of `GRPOConfig` once it was imported."""
+        wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A trainer's keyword arguments, with images of the size that is wanted.
+
+        Raises:
+            ConfigError: It was given no images by `train_dataset`.
+        """
+        if self.image_size is None:
+            return given
+        return {**given, "train_dataset": _resized(given.get("train_dataset"), self.image_size)}
+
+    def speed_up(self, trainer: Any, say: Callable[[str], None]) -> None:
+        """Put the speed-ups on a trainer, and say which are on."""
+        from grpo_autotune.speedups.install import speed_up
+
+        if self.speedups != "none":
+            for line in speed_up(trainer, self.speedups).lines():
+                say(line)
+
+    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
+        from grpo_autotune.train.arguments import as_config_errors
+
+        for name, value in self.grpo.items():
+            setattr(config, name, value)
+        with as_config_errors("grpo"):
+            call_next(config)
+
+
+def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `GRPOConfig` keys among `values`: `grpo.` is dropped, vLLM's names become TRL's.
+
+    Raises:
+        ConfigError: A key reaches no script.
+    """
+    found = {}
+    for path, value in values.items():
+        section, _, key = path.rpartition(".")
+        name = VLLM_TO_TRL.get(key) if section == "vllm" else key if section in ("", "grpo") else None
+        if path in (IMAGE_SIZE, SPEEDUPS):
+            continue
+        if name is None:
+            raise ConfigError(
+                "a script has no such knob",
+                where=path,
+                fix=f"Only GRPOConfig's keys, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
+            )
+        if name not in grpo_keys():
+            raise ConfigError("GRPOConfig has no such key", where=path)
+        found[name] = value
+    return found
+
+
+def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
+    """Read a file as `grpo-autotune search --script` writes it.
+
+    Returns:
+        Key path -> value, and the receipt if there is one.
+
+    Raises:
+        ConfigError: There is no such file, it is no YAML, or it holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
+    sections = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(sections, dict):
+        raise ConfigError("holds no sections", where=str(path), fix="Give a file that `search --script` wrote.")
+    values: dict[str, Any] = {}
+    for name, section in sections.items():
+        if name == RECEIPT:
+            continue
+        if isinstance(section, dict) and name != SPEEDUPS:
+            values |= {f"{name}.{key}": value for key, value in section.items()}
+        else:
+            values[name] = section
+    ScriptValues(values)
+    return values, Receipt.model_validate(sections[RECEIPT]) if RECEIPT in sections else None
+
+
+def _resized(rows: Any, size: int) -> Any:
+    import datasets
+
+    from grpo_autotune.train.images import prepare_images
+
+    if not isinstance(rows, datasets.Dataset) or not {"image", "images"}.intersection(rows.column_names):
+        raise ConfigError(
+            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
+            where=IMAGE_SIZE,
+            fix="Take this knob out of the search (search.knobs).",
+        )
+    return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)
