@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweep [FOLDER] [PIXELS] [STEPS]
 
-200 legal combinations of five knobs on the 16 M-parameter Qwen3-VL, each a trial of the search's own runner with the
+224 legal combinations of five knobs on the 16 M-parameter Qwen3-VL, each a trial of the search's own runner with the
 search's own completion lengths. One JSON line a point goes to `FOLDER/rows.jsonl` as it is measured, so that a second
 run goes on where the first was stopped. At the end `docs/benchmarks/sweep.json` holds the rows, and
 `sweep_records.json.gz` beside it what a search's models would learn from each.
@@ -31,17 +31,18 @@ from grpo_autotune.search.trial import TrialOutcome, TrialSpec
 
 RECORDS = FOLDER / "sweep_records.json.gz"
 LIMIT_S = 600.0
-SIZES = (1.0, 0.75, 0.625, 0.5, 0.375)
+SMALLEST = 256
+"""Pixels a side: what Qwen3-VL's processor enlarges anything smaller to."""
 
 
 def sweep_config(pixels: int) -> RunConfig:
-    """The mid-size model's configuration with the space of the sweep: five image sizes, five micro batches,
-    checkpointing, attention kernel and speed-ups."""
-    base = midsize_config("14m", pixels=pixels, completion=32, grpo={"gradient_accumulation_steps": 16}).to_dict()
+    """The mid-size model's configuration with the space of the sweep: image sizes in steps of 32 pixels, four micro
+    batches, checkpointing, attention kernel and speed-ups."""
+    base = midsize_config("14m", pixels=pixels, completion=16).to_dict()
     base["data"]["image_size"] = pixels
     knobs = {
-        "data.image_size": [int(share * pixels) // 32 * 32 for share in SIZES],
-        "grpo.per_device_train_batch_size": [1, 2, 4, 8, 16],
+        "data.image_size": list(range(pixels, SMALLEST - 1, -32)),
+        "grpo.per_device_train_batch_size": [1, 2, 4, 8],
         "grpo.gradient_checkpointing": [True, False],
         "model.attn_implementation": ["sdpa", "eager"],
         "speedups": ["none", "auto"],
@@ -110,8 +111,8 @@ def _line(path: Path, knobs: dict[str, Any] | None, outcome: TrialOutcome) -> di
 def main() -> None:
     """Measure and write."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/sweep")
-    pixels = int(sys.argv[2]) if len(sys.argv) > 2 else 512
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+    pixels = int(sys.argv[2]) if len(sys.argv) > 2 else 448
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 2
     folder.mkdir(parents=True, exist_ok=True)
     config = sweep_config(pixels)
     rows = measure(folder, config, steps)
