@@ -4,7 +4,7 @@
 
 Three image sizes, four micro batches and checkpointing on and off of the mid-size model: 24 points, of which the fast
 ones need most memory. The limit is real: `RLIMIT_AS`, set on the process that searches and so on all its trials. It is
-put where the point `MIDDLE` ends, whose address space is measured first, without a limit. Then every point is run for
+the address space that the point `MIDDLE` takes, which is measured first, without a limit. Then every point is run for
 a step under it by the search's own runner, which tells how many run out; and one search is run under it. `FOLDER` keeps
 the limit, a line a point, and the search: what is there is not done again.
 
@@ -44,7 +44,7 @@ SIZES = (1.0, 0.75, 0.5)
 MICRO_BATCHES = (1, 4, 8, 16)
 COMPLETIONS = 16
 MIDDLE = {"grpo.per_device_train_batch_size": 8, "grpo.gradient_checkpointing": False}
-"""At three quarters of the image's side: the point that just fits."""
+"""At three quarters of the image's side: what needs more than this point does not fit."""
 LEAST_OF_POINTS, MOST_OF_TRIALS = 0.30, 0.10
 LEAST_TRIALS = 12
 LIMIT_S = 300.0

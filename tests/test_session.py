@@ -91,7 +91,7 @@ def test_a_limit_on_the_process_counts_as_the_machines_memory(tmp_path: Path) ->
     assert report.best.speedup > 1.0
 
 
-def test_a_trial_that_runs_out_tells_where_the_limit_is(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_all_trials_counts(tmp_path: Path) -> None:
     ran_out: list[int] = []
 
     def act(spec: TrialSpec) -> TrialOutcome | None:

@@ -151,7 +151,8 @@ class Lab:
         return outcome
 
     def heed(self, outcome: TrialOutcome) -> None:
-        """A limit that a trial's process was under bounds the others, too."""
+        """A limit that a trial's process was under bounds the others, too; what heap and threads take of it differs
+        from one to the next, so that the lowest counts."""
         bounds = [bytes_ for bytes_ in (self.memory_bytes, outcome.most_bytes) if bytes_ is not None]
         self.memory_bytes = min(bounds, default=None)
 
@@ -206,8 +207,7 @@ class Lab:
     ) -> None:
         """One line of the table of trials."""
         self.notes |= set(outcome.notes)
-        if outcome.status == "oom":  # how much of its limit the holes in the heap take is best known where it ran out
-            self.heed(outcome)
+        self.heed(outcome)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
         step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         self.rows.append(
