@@ -35,6 +35,8 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.warm_workers
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.search_replay
+	$(BIN)/python -m benchmarks.habits
+	$(BIN)/python -m benchmarks.oom_share
 
 exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matrix; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.exact

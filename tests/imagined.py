@@ -97,6 +97,7 @@ class PaperTrials:
         run_dir: The run folder.
         noise: Relative standard deviation of a step's seconds.
         rewards: Mean reward by image size.
+        most_bytes: A limit that trials are under and report, if not the machine's memory alone.
         act: Called with each spec before it runs; what it raises, or the outcome it returns, is what happens.
     """
 
@@ -109,8 +110,10 @@ class PaperTrials:
         rewards: dict[int, float] | None = None,
         act: Callable[[TrialSpec], TrialOutcome | None] = lambda spec: None,
         startup_s: float = 4.0,
+        most_bytes: int | None = None,
     ) -> None:
         self.run_dir, self.noise, self.act, self.startup_s = run_dir, noise, act, startup_s
+        self.most_bytes = most_bytes
         self.rewards = rewards or {512: 0.5, 256: 0.5}
         self.random = np.random.default_rng(0)
         self.specs: list[TrialSpec] = []
@@ -139,9 +142,14 @@ class PaperTrials:
 
     def _measured(self, spec: TrialSpec) -> TrialOutcome:
         config = RunConfig.from_dict(spec.config)
-        if peak(config) > 15 * GIB:
+        if peak(config) > min(15 * GIB, self.most_bytes or 15 * GIB):
             return TrialOutcome(
-                number=spec.number, status="oom", why="out of memory", overshoot_bytes=GIB, elapsed_s=self.startup_s
+                number=spec.number,
+                status="oom",
+                why="out of memory",
+                most_bytes=self.most_bytes,
+                overshoot_bytes=GIB,
+                elapsed_s=self.startup_s,
             )
         step_s = seconds(config)
         count = spec.steps + spec.warmup
@@ -156,6 +164,7 @@ class PaperTrials:
             step_s=[] if spec.purpose == "rewards" else steps,
             peak_bytes=peak(config),
             idle_bytes=GIB // 2,
+            most_bytes=self.most_bytes,
             elapsed_s=took,
             rewards=self._rewards(spec, config) if spec.purpose == "rewards" else [],
         )

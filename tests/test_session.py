@@ -21,7 +21,7 @@ from grpo_autotune.search.proof import Rewards
 from grpo_autotune.search.schema import SearchReport
 from grpo_autotune.search.session import search
 from grpo_autotune.search.trial import PromptReward, TrialOutcome, TrialSpec
-from tests.imagined import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
+from tests.imagined import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.sample_records import demo_record, spread, token_facts
 
 
@@ -80,6 +80,30 @@ def test_what_cannot_fit_or_win_never_runs(tmp_path: Path) -> None:
     assert any("memory" in row.why and row.count > 0 for row in report.skipped)
     names = [json.dumps(spec.knobs, sort_keys=True) for spec in paper.timed()]
     assert len(names) == len(set(names))
+
+
+def test_a_limit_on_the_process_counts_as_the_machines_memory(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, most_bytes=5 * GIB)  # micro batch 4 without checkpointing is too much, 4 with it is not
+    report = paper.search()
+    assert report.memory_limit_bytes == 5 * GIB
+    assert not [row for row in report.trials if row.status == "oom"]
+    assert any("memory" in row.why for row in report.skipped)
+    assert report.best.speedup > 1.0
+
+
+def test_the_lowest_limit_of_all_trials_counts(tmp_path: Path) -> None:
+    ran_out: list[int] = []
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        if ran_out or spec.purpose != "timed" or spec.knobs["grpo.per_device_train_batch_size"] == 2:
+            return None
+        ran_out.append(spec.number)
+        return TrialOutcome(number=spec.number, status="oom", most_bytes=9 * GIB, elapsed_s=4.0)
+
+    report = Paper(tmp_path, most_bytes=12 * GIB, act=act).search()
+    assert report.memory_limit_bytes == 9 * GIB
+    assert [row.number for row in report.trials if row.status == "oom"] == ran_out
+    assert not [row for row in report.trials if (row.peak_bytes or 0) > 9 * GIB]
 
 
 def test_the_tuned_files_load_and_say_what_was_measured(tmp_path: Path) -> None:

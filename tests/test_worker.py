@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,24 @@ def test_the_peak_is_this_trials_and_falls_again() -> None:
     assert second.peak_bytes() - second.idle_bytes < 0.5 * size
     left = available_bytes()
     assert left is not None and left > 0
+
+
+def test_a_limit_on_addresses_is_one_on_what_a_process_can_hold() -> None:
+    code = """
+import resource, psutil
+from grpo_autotune.search.memory import in_use, most_bytes
+assert most_bytes() is None
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (512 << 20), resource.RLIM_INFINITY))
+before, held = most_bytes(), []
+try:
+    while True:
+        held.append(bytearray(b"x" * (4 << 20)))
+except MemoryError:
+    print(before, most_bytes(), in_use())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after, held = map(int, found.stdout.split())
+    assert abs(before - held) < 64 << 20 and abs(after - held) < 16 << 20
 
 
 def test_a_reader_sees_each_beat_once(tmp_path: Path) -> None:

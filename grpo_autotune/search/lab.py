@@ -150,6 +150,12 @@ class Lab:
         self.remember()
         return outcome
 
+    def heed(self, outcome: TrialOutcome) -> None:
+        """A limit that a trial's process was under bounds the others, too; what heap and threads take of it differs
+        from one to the next, so that the lowest counts."""
+        bounds = [bytes_ for bytes_ in (self.memory_bytes, outcome.most_bytes) if bytes_ is not None]
+        self.memory_bytes = min(bounds, default=None)
+
     def knobs_of(self, spec: TrialSpec) -> Knobs:
         """The combination that a trial is of; a script is told of keys that follow from it, too."""
         if spec.script is None or self._book is None or spec.purpose in ("probe", "rewards"):
@@ -201,6 +207,7 @@ class Lab:
     ) -> None:
         """One line of the table of trials."""
         self.notes |= set(outcome.notes)
+        self.heed(outcome)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
         step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         self.rows.append(

@@ -88,6 +88,18 @@ def available_bytes() -> int | None:
     return left
 
 
+def most_bytes() -> int | None:
+    """Bytes that this process could hold under a limit of its own (`RLIMIT_AS`); None without one, and on a GPU.
+
+    The limit counts addresses: libraries and holes in the heap take of it and hold nothing.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or _on_cuda():
+        return None
+    held = psutil.Process().memory_info()
+    return max(0, limit - int(held.vms - held.rss))
+
+
 def _on_cuda() -> bool:
     """Whether torch is here and has a GPU; a script may import torch later, once it has chosen one."""
     return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())

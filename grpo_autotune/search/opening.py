@@ -52,6 +52,7 @@ def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sam
         lab.config = config_of_script(lab.config, record)
     found = space(lab.config, lab.machine, record)
     lab.memory_bytes = memory_of(lab.machine, record.trainer)
+    lab.heed(outcome)
     values = {key: _with_own(found.own[key], axis) for key, axis in found.values.items()}
     fingerprint = hashlib.sha256(f"{lab.fingerprint}{name_of(values)}".encode()).hexdigest()[:16]
     study = Study(

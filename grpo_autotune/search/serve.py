@@ -20,7 +20,7 @@ from grpo_autotune.seams.compat import ensure_torchvision
 from grpo_autotune.seams.trainers import SPEED_UPS
 from grpo_autotune.search.failures import failure_of, log_of
 from grpo_autotune.search.kept import KeptData, KeptEngine
-from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_finished_frames, release
+from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_finished_frames, most_bytes, release
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.script_trial import run_script
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
@@ -60,19 +60,19 @@ class Server:
                 measured = run_script(spec, folder, startup, pulse, meter.restart)
         except Exception as error:  # noqa: BLE001 - the one boundary: a failed trial is data
             self.reusable = False
-            failure = failure_of(error, available_bytes)
+            failure, most = failure_of(error, available_bytes), most_bytes()
             _forget_frames(error)  # they hold the trainer
             release()
             with contextlib.suppress(OSError):  # a full disk, which may be what went wrong
                 sys.stderr.write(log_of(error))
-            return self._outcome(spec, meter.peak_bytes(), meter, failure._asdict())
-        peak_bytes = meter.peak_bytes()
+            return self._outcome(spec, meter.peak_bytes(), meter, {"most_bytes": most, **failure._asdict()})
+        peak_bytes, most = meter.peak_bytes(), most_bytes()
         release()
         if self._model() is not None:
             clear_finished_frames()
             release()
         self.reusable = spec.script is None and self._model() is None
-        return self._outcome(spec, peak_bytes, meter, {"status": "ok", **measured._asdict()})
+        return self._outcome(spec, peak_bytes, meter, {"status": "ok", "most_bytes": most, **measured._asdict()})
 
     def _outcome(self, spec: TrialSpec, peak_bytes: int, meter: MemoryMeter, found: dict[str, Any]) -> TrialOutcome:
         """Idle is what this process held before its first model: what libraries and an engine keep counts as needed."""

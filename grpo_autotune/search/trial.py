@@ -94,6 +94,7 @@ class TrialOutcome(Frozen):
         step_s: Seconds of each measured step.
         peak_bytes: Most memory over the trial (CUDA allocator's reserved, or resident set of the process).
         idle_bytes: The same before the model was loaded; `peak_bytes - idle_bytes` is what the trial needed.
+        most_bytes: Most that the process could have held under a limit on its addresses; null without one.
         overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
         startup_s: Seconds from the request to the first step's begin.
         elapsed_s: Seconds of the whole trial, as the parent saw them.
@@ -110,6 +111,7 @@ class TrialOutcome(Frozen):
     step_s: list[float] = []
     peak_bytes: int | None = None
     idle_bytes: int | None = None
+    most_bytes: int | None = None
     overshoot_bytes: int | None = None
     startup_s: float | None = None
     elapsed_s: float = 0.0
