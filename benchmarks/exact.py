@@ -1,13 +1,21 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix]
-                               [--steps 50] [--skip batches runs ranks]
+                               [--steps 50] [--skip batches runs ranks bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
 largest value. *Runs*: 50 optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further
 off than the tolerance. Models are those of the tests (two layers, float32).
+
+*bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
+orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under
+autocast (`_of_autocast`) is from plain TRL in float32. A row has medians over its batches, and the bar is on the median
+over the rows: for log-probs, loss and gradients, the speed-ups must not be further from plain TRL, both under autocast,
+than that. Beside it (`_from_float32`) stands how far the speed-ups under autocast are from plain TRL in float32.
+
+`--merge` keeps the rows that the written file has of the parts that are skipped.
 """
 
 from __future__ import annotations
@@ -21,17 +29,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result import write
+from benchmarks.result import FOLDER, write
 from grpo_autotune.commands.imports import mend_torchvision
 
 mend_torchvision()
 
+from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from tests.exactness import apart, differences, ready  # noqa: E402
+from tests.exactness import apart, differences, ready, under_autocast  # noqa: E402
 from tests.ranks import rows_of  # noqa: E402
 from tests.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
 from tests.trainers import make_trainer  # noqa: E402
@@ -40,6 +49,10 @@ TOLERANCE = 1e-5
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 CONTEXT = ("fact.",)
+ROUNDED = ("log_probs", "loss", "gradients")
+BATCHES = 5
+"""Under autocast, of each combination."""
+NAME = "exact"
 
 
 class Models:
@@ -129,6 +142,27 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
                 }  # fmt: skip
 
 
+def bf16(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination: how far speed-ups and rounding move a batch's numbers under autocast."""
+    for kind, lora, checkpointing in itertools.product(options.architectures, [True, False], [True, False]):
+        path, data = models.of(kind)
+
+        def build(
+            autocast: bool, path: Path = path, data: Any = data, lora: bool = lora, on: bool = checkpointing
+        ) -> Any:
+            twice: dict[str, Any] = {"num_iterations": 2, "beta": 0.05, "gradient_checkpointing": on, "bf16": autocast}
+            return ready(path, data, models.folder / "out", lora=lora, **GROUPS, **twice)
+
+        for names, found in under_autocast(build, options.speedups, BATCHES).items():
+            row = {"part": "bf16", "architecture": kind, "lora": lora, "checkpointing": checkpointing}
+            row |= {"speedups": names, "batches": len(found)}
+            for what in ROUNDED:
+                row[what] = statistics.median(batch.fast[what] for batch in found)
+                row[f"{what}_of_autocast"] = statistics.median(batch.plain[what] for batch in found)
+                row[f"{what}_from_float32"] = statistics.median(batch.fast_from_float32[what] for batch in found)
+            yield row
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Median and range of each difference over all rows that have it, by part."""
     found: dict[str, list[float]] = {}
@@ -142,17 +176,51 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def judged(ratios: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, float, bool]]:
+    """Each difference that has a bar: its name, its value, and whether it is within."""
+    for name, value in ratios.items():
+        part, _, what = name.partition(": ")
+        if part != "bf16":
+            worst = value["low"] if what == "equal_rewards" else value["high"]
+            yield name, worst, worst == 1.0 if what == "equal_rewards" else worst <= TOLERANCE
+        elif what in ROUNDED:
+            yield name, value["median"], value["median"] <= ratios[f"{name}_of_autocast"]["median"]
+
+
+def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The command of the file that there is, and its rows of the skipped parts.
+
+    Raises:
+        ValueError: There is none, or it was measured with other versions.
+    """
+    path = FOLDER / f"{NAME}.json"
+    if not path.exists():
+        raise ValueError(f"there is no {path} to merge with")
+    before = json.loads(path.read_text())
+    if before["versions"] != versions():
+        raise ValueError(f"{path} was measured with other versions: {before['versions']}, here {versions()}")
+    return before["command"], [row for row in before["rows"] if row["part"] in skipped]
+
+
 def main() -> int:
-    """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than the tolerance."""
-    parts = {"batches": batches, "runs": runs, "ranks": ranks}
+    """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
+    parts = {"batches": batches, "runs": runs, "ranks": ranks, "bf16": bf16}
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
+    command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"
     rows: list[dict[str, Any]] = []
+    if options.merge:
+        try:
+            first, rows = written(options.skip)
+        except ValueError as error:
+            parser.error(f"--merge: {error}")
+        command = f"{first} && {command}"
     with tempfile.TemporaryDirectory() as folder:
         models = Models(Path(folder))
         for name, part in parts.items():
@@ -161,13 +229,11 @@ def main() -> int:
                     rows.append(row)
                     sys.stderr.write(f"{json.dumps(row)}\n")
     ratios = summary(rows)
-    command = f"python -m benchmarks.{' '.join(['exact', *sys.argv[1:]])}"
-    write("exact", command, rows, ratios)
-    worst = {name: value["low"] if "equal_rewards" in name else value["high"] for name, value in ratios.items()}
-    wrong = [name for name, value in worst.items() if (value < 1.0 if "equal_rewards" in name else value > TOLERANCE)]
-    for name, value in worst.items():
-        sys.stdout.write(f"{'WRONG' if name in wrong else 'ok':<6}{value:.1e}  {name}\n")
-    return int(bool(wrong))
+    write(NAME, command, rows, ratios)
+    verdicts = list(judged(ratios))
+    for name, value, within in verdicts:
+        sys.stdout.write(f"{'ok' if within else 'WRONG':<6}{value:.1e}  {name}\n")
+    return int(not all(within for *_, within in verdicts))
 
 
 if __name__ == "__main__":
