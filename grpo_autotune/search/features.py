@@ -35,6 +35,10 @@ PARTS = {
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
 
 
+SPARED = "_spared"
+"""Ends the feature of operations that a speed-up leaves out."""
+
+
 class Rates(NamedTuple):
     """How many operations the machine does in the time it moves a byte; only this exchange rate matters here."""
 
@@ -58,7 +62,7 @@ def _generation(load: Workload, rates: Rates) -> Features:
         *prefill, decode = generation_work(load.shape, facts).phases
         found |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
         found |= _work("decode", decode, rates)
-        found |= _shared(load, found, facts.group, 0.0)
+        found |= _spared(load, found, "shared_prefill", facts.group, 0.0)
     return {f"{name}{suffix}": count for name, count in found.items()}
 
 
@@ -71,7 +75,7 @@ def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters:
         return found | _plain(load, passes)
     one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
     found |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
-    return found | _shared(load, found, copies, facts.completion_tokens)
+    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
 
 
 def _training_forward(load: Workload, rates: Rates) -> Features:
@@ -102,18 +106,27 @@ def _backward(load: Workload, rates: Rates) -> Features:
     if len(rest) > 1:
         found |= _work("tower", rest[0], rates)
     found |= _scores(load, load.shape, facts.passes)
-    return found | _shared(load, found, min(facts.group, facts.micro_batch), facts.completion_tokens)
+    copies = min(facts.group, facts.micro_batch)
+    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
 
 
-def _shared(load: Workload, found: Features, copies: int, completion: float) -> Features:
-    """Under speed-ups, the same operations with each prompt and its images counted once for its `copies` in a pass:
-    which of the two a stage follows is for the fit to find out."""
-    if not load.speedups:
+def _spared(load: Workload, found: Features, by: str, copies: int, completion: float) -> Features:
+    """Under the speed-up `by`, operations with each prompt and its images counted once for its `copies` in a pass, and
+    those that are spared beside them: what becomes of these is for the fit to find out."""
+    if by not in load.speedups:
         return {}
     prompt = load.facts.prompt_tokens
     text = (prompt / copies + completion) / max(prompt + completion, 1.0)
-    shares = {"text_flops": text, "tower_flops": 1.0 / copies}
-    return {f"{name}_shared": found[name] * share for name, share in shares.items() if name in found}
+    shares = {"text_flops": text, "tower_flops": 0.0 if _tower_is_kept(load) else 1.0 / copies}
+    done = {name: found[name] * share for name, share in shares.items() if name in found}
+    return done | {f"{name}{SPARED}": found[name] - count for name, count in done.items()}
+
+
+def _tower_is_kept(load: Workload) -> bool:
+    """Whether an image's features serve all passes of a step."""
+    training = load.facts.training
+    frozen = not (training.vision_weights or training.adapters.blocks or training.adapters.mergers)
+    return frozen and "vision_cache" in load.speedups
 
 
 def _plain(load: Workload, passes: float) -> Features:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import nnls
 
-from grpo_autotune.search.features import Features
+from grpo_autotune.search.features import SPARED, Features
 
 Floats = NDArray[np.float64]
 
@@ -27,8 +27,12 @@ OCCASION_SHARES = {"calls": 0.05, "rows": 0.05, "steps": 0.3, "calls_again": 0.0
 """First guess, before trials tell: share of a stage's seconds that goes into occasions rather than work. Decoding has
 the largest: it starts hundreds of small operations a step."""
 
-WORK_ENDINGS = ("_flops", "_bytes", "_scores", "_shared")
-"""Features counted in operations: before trials tell, all of them cost the same."""
+WORK_ENDINGS = ("_flops", "_bytes", "_scores", SPARED)
+"""Features counted in operations: before trials tell, all of them cost the same, but for those that are spared."""
+
+SPARED_SHARE = 0.1
+"""First guess of what an operation costs that a speed-up leaves out, as a share of others' price: such a pass has more
+to prepare, and not every pass can share."""
 
 NOISE = 0.04
 """Relative standard deviation of a measured stage (median of a few steps)."""
@@ -179,7 +183,7 @@ def first_guess(probe: Seen, names: Sequence[str]) -> dict[str, float]:
     `steps` do; nothing where it has no like."""
     counts = {name: count for name, count in probe.features.items() if count > 0.0}
     shares = {name: OCCASION_SHARES[kind] for name in counts if (kind := name.partition("@")[0]) in OCCASION_SHARES}
-    worked = math.fsum(count for name, count in counts.items() if is_work(name))
+    worked = math.fsum(count * _weight(name) for name, count in counts.items() if is_work(name))
     others = [name for name in counts if name not in shares and not is_work(name)]
     if not worked and not others:
         whole = max(math.fsum(shares.values()), LEAST)
@@ -188,7 +192,9 @@ def first_guess(probe: Seen, names: Sequence[str]) -> dict[str, float]:
     shares |= {name: 0.0 if worked else rest / len(others) for name in others}
     known = {name: share * probe.seconds / counts[name] for name, share in shares.items()}
     price = rest * probe.seconds / worked if worked else 0.0
-    guesses = {name: price if is_work(name) else known.get(name, known.get(like(name), 0.0)) for name in names}
+    guesses = {
+        name: price * _weight(name) if is_work(name) else known.get(name, known.get(like(name), 0.0)) for name in names
+    }
     return {name: max(guess, LEAST) for name, guess in guesses.items()}
 
 
@@ -201,6 +207,10 @@ def like(name: str) -> str:
 def is_work(name: str) -> bool:
     """Whether a feature is counted in operations."""
     return name.partition("@")[0].endswith(WORK_ENDINGS)
+
+
+def _weight(name: str) -> float:
+    return SPARED_SHARE if name.partition("@")[0].endswith(SPARED) else 1.0
 
 
 def likeness(place: Place, numbers: Floats, words: NDArray[np.str_]) -> Floats:

@@ -26,6 +26,7 @@ from grpo_autotune.knobs import knobs_of
 from grpo_autotune.knobs.given import pixel_bounds
 from grpo_autotune.knobs.turn import same_value
 from grpo_autotune.probe.records import ProbeRecord, Spread
+from grpo_autotune.speedups.table import chosen
 
 QUANTILES = np.linspace(0.0, 1.0, 201)
 SMALL_MOMENTS = {"8bit": 2.0}
@@ -44,7 +45,7 @@ class Workload:
         pixels: Pixels of an image as the data set holds it.
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
-        speedups: Whether any speed-up is on.
+        speedups: Names of the speed-ups that are asked for.
     """
 
     shape: ModelShape | None
@@ -54,7 +55,7 @@ class Workload:
     pixels: float
     rows_loaded: float
     generations: float
-    speedups: bool
+    speedups: frozenset[str]
 
 
 def workload(
@@ -115,9 +116,9 @@ def workload(
         sizes=sizes,
         trainer=trainer,
         pixels=pixels,
-        rows_loaded=float(rows * plan.accumulation),
+        rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
-        speedups=speeds_up(config),
+        speedups=frozenset(chosen(config.speedups)),
     )
 
 
@@ -262,12 +263,7 @@ def _loaded_pixels(config: RunConfig, trainer: Mapping[str, Any], row_pixels: fl
         return 0.0
     plan = config.batch
     rows = plan.micro_batch * plan.steps_per_generation
-    return rows * row_pixels * (1 if speeds_up(config) else plan.accumulation)
-
-
-def speeds_up(config: RunConfig) -> bool:
-    """Whether any speed-up is on."""
-    return config.speedups not in ("none", [])
+    return rows * row_pixels * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
 
 
 def _engine_bytes(config: RunConfig, machine: Machine) -> float:
