@@ -17,7 +17,9 @@ from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.lab import completion_lengths
+from grpo_autotune.search.models import Prediction
 from grpo_autotune.search.proof import Rewards
+from grpo_autotune.search.propose import LEAST_CHANCE, chance_to_fit
 from grpo_autotune.search.schema import SearchReport
 from grpo_autotune.search.session import search
 from grpo_autotune.search.trial import PromptReward, TrialOutcome, TrialSpec
@@ -80,6 +82,23 @@ def test_what_cannot_fit_or_win_never_runs(tmp_path: Path) -> None:
     assert any("memory" in row.why and row.count > 0 for row in report.skipped)
     names = [json.dumps(spec.knobs, sort_keys=True) for spec in paper.timed()]
     assert len(names) == len(set(names))
+
+
+def test_what_may_not_fit_is_worth_less_until_the_models_are_sure() -> None:
+    class Unsure(PaperModels):
+        def __init__(self, spread: float) -> None:
+            super().__init__()
+            self.spread = spread
+
+        def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
+            return Prediction(8.0 * GIB, 8.0 * GIB / self.spread, 8.0 * GIB * self.spread)
+
+    config, limit = user_config(), 9 * GIB
+    chances = [chance_to_fit(Unsure(spread), config, limit) for spread in (1.01, 1.1, 1.5, 3.0)]
+    assert chances == sorted(chances, reverse=True)
+    assert chances[0] > 0.99 and 0.5 < chances[-1] < LEAST_CHANCE
+    assert chance_to_fit(Unsure(1.1), config, 8 * GIB) < 0.5, "95 % of the memory is less than what is predicted"
+    assert chance_to_fit(Unsure(3.0), config, None) == 1.0
 
 
 def test_a_limit_on_the_process_counts_as_the_machines_memory(tmp_path: Path) -> None:

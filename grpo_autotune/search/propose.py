@@ -28,6 +28,8 @@ from grpo_autotune.search.study import name_of
 from grpo_autotune.search.trial import TrialOutcome
 
 MEMORY_SHARE = 0.95
+LEAST_CHANCE = 0.75
+"""Of fitting into the memory: what is less likely to is not run until the models are surer of it."""
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
@@ -134,9 +136,9 @@ def _judge(
         if guard is not None and not guard.proven and key in JUDGED_BY_REWARDS and key not in book.config.search.accept:
             return None, f"{key} {knobs[key]} is not proven by its rewards"
     config = book.config_of(knobs)
-    peak = models.peak_bytes(config, worst_case=True).value
-    if memory_bytes is not None and peak > MEMORY_SHARE * memory_bytes:
-        return None, f"predicted to need more than {MEMORY_SHARE:.0%} of the memory"
+    chance = chance_to_fit(models, config, memory_bytes)
+    if chance < LEAST_CHANCE:
+        return None, f"predicted to need more than {MEMORY_SHARE:.0%} of the memory, or not surely less"
     step = models.step_s(config)
     hopeful = book.score(config, max(step.low, 1e-9))
     if hopeful <= best:
@@ -149,7 +151,18 @@ def _judge(
         allowed = book.baseline.step.value / run_ratio(config, book.config, 1.0)
         score = min(score, book.score(config, step.value) * allowed / step.value)
     sigma = max(LEAST_SIGMA, math.log(step.high / max(step.low, 1e-9)) / (2 * Z_90))
-    return Proposal(knobs, step.value, step.high, score, expected_gain(math.log(score / best), sigma)), ""
+    gain = chance * expected_gain(math.log(score / best), sigma)
+    return Proposal(knobs, step.value, step.high, score, gain), ""
+
+
+def chance_to_fit(models: Models, config: RunConfig, memory_bytes: int | None) -> float:
+    """Probability that the worst case stays within `MEMORY_SHARE` of the memory, its peak taken as log-normal with the
+    models' interval; weighs a gain as in Gardner et al. 2014, "Bayesian optimization with inequality constraints"."""
+    if memory_bytes is None:
+        return 1.0
+    peak = models.peak_bytes(config, worst_case=True)
+    sigma = max(LEAST_SIGMA, math.log(peak.high / max(peak.value, 1.0)) / Z_90)
+    return float(ndtr(math.log(max(MEMORY_SHARE * memory_bytes, 1.0) / max(peak.value, 1.0)) / sigma))
 
 
 def expected_gain(mean: float, sigma: float) -> float:

@@ -9,7 +9,7 @@ from grpo_autotune.search.book import Book, Entry, median_ratio, scaled
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import Interval
-from grpo_autotune.search.propose import MEMORY_SHARE, Models
+from grpo_autotune.search.propose import LEAST_CHANCE, Models, chance_to_fit
 from grpo_autotune.search.schema import Contribution
 from grpo_autotune.search.space import why_not
 from grpo_autotune.search.study import name_of
@@ -103,5 +103,4 @@ def _predicted(book: Book, models: Models, slower: Knobs, faster: Knobs) -> floa
 
 
 def _too_large(lab: Lab, knobs: Knobs) -> bool:
-    peak = lab.models.peak_bytes(lab.book.config_of(knobs), worst_case=True).value
-    return lab.memory_bytes is not None and peak > MEMORY_SHARE * lab.memory_bytes
+    return chance_to_fit(lab.models, lab.book.config_of(knobs), lab.memory_bytes) < LEAST_CHANCE

@@ -9,7 +9,7 @@ from grpo_autotune.knobs import Knobs
 from grpo_autotune.search.book import GROUP, Book, Entry, Level
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import Interval, step_interval
-from grpo_autotune.search.propose import MEMORY_SHARE, Pool
+from grpo_autotune.search.propose import LEAST_CHANCE, Pool, chance_to_fit
 from grpo_autotune.search.reverts import contributions, exact_share
 from grpo_autotune.search.schema import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.space import Space
@@ -153,8 +153,7 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
         config = book.config_of(knobs)
         step = models.step_s(config)
         ratio = step.value / models.step_s(book.config).value
-        peak = models.peak_bytes(config, worst_case=True).value
-        if (lab.memory_bytes is not None and peak > MEMORY_SHARE * lab.memory_bytes) or book.longer(config, ratio):
+        if chance_to_fit(models, config, lab.memory_bytes) < LEAST_CHANCE or book.longer(config, ratio):
             continue
         if book.living is None and GROUP in book.changed(knobs):
             continue
@@ -173,7 +172,7 @@ def _predicted(lab: Lab, pool: Pool) -> tuple[Candidate, Candidate, Candidate, C
                 speedup=speed,
                 ci=[speed * step.value / step.high, speed * step.value / max(step.low, 1e-9)],
                 raced=False,
-                peak_bytes=round(peak),
+                peak_bytes=round(models.peak_bytes(config, worst_case=True).value),
             )
         )
     ranked.sort(key=lambda row: -row.speedup)
