@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grpo_autotune.search.lengths import FixedLengths
 from tests.speedups_common import gap, patched, rewards_of, trained, weights_of
 from tests.trainers import make_trainer
 
@@ -46,12 +47,14 @@ def generations(trainer):
     return seen
 
 
-def run(tiny, tmp_path, rows, names, kind, *, ends=True, lora=True, **grpo):
+def run(tiny, tmp_path, rows, names, kind, *, ends=True, lora=True, lengths=None, **grpo):
     seen = []
 
     def change(trainer):
         if ends:
             many_ends(trainer)
+        if lengths:
+            FixedLengths(trainer, lengths, seed=0)
         seen.append(generations(trainer))
 
     trainer, speedups = trained(
@@ -88,6 +91,14 @@ def test_every_way_of_drawing(tiny, tmp_path, ragged_rows, grpo):
     _, _, wanted = run(tiny, tmp_path, ragged_rows, "none", "llama", **grpo)
     _, speedups, found = run(tiny, tmp_path, ragged_rows, "shared_prefill", "llama", **grpo)
     assert found == wanted and speedups.facts()["shared_prefill"]["rows"] > 0
+
+
+def test_a_trial_that_fixes_lengths_shares_prompts_too(tiny, tmp_path, ragged_rows):
+    _, _, wanted = run(tiny, tmp_path, ragged_rows, "none", "llama", lengths=[3, 5, 12])
+    _, speedups, found = run(tiny, tmp_path, ragged_rows, "shared_prefill", "llama", lengths=[3, 5, 12])
+    assert found == wanted and {len(ids) for generation in found for ids in generation} == {3, 5, 12}
+    facts = speedups.facts()["shared_prefill"]
+    assert facts["rows"] == 4 * facts["prompts"] > 0 and facts["row_steps"] < facts["row_steps_of_plain"]
 
 
 def test_active_dropout_is_named(tiny, tmp_path, text_rows):

@@ -39,6 +39,11 @@ UNKNOWN = ("prefill_chunk_size", "prompt_lookup_num_tokens", "penalty_alpha", "d
 """Settings that ask for another loop, or for scores that depend on the prompt's rows."""
 
 
+BY_STEP = ("logits_processor", "stopping_criteria")
+"""What a layer further out may add to a call. It is asked at each step about all rows, which are more than those of the
+self-check, so that this one leaves it out."""
+
+
 class SharedPrefill:
     """The speed-up."""
 
@@ -109,7 +114,8 @@ class _Sharing(Installed):
         turn, config = self._turn, kwargs.get("generation_config")
         if self.fell_back or turn is None or args or config is None or "custom_generate" in kwargs:
             return call_next(*args, **kwargs)
-        fields = {name: value for name, value in kwargs.items() if name != "generation_config"}
+        fields = {name: value for name, value in kwargs.items() if name not in ("generation_config", *BY_STEP)}
+        by_step = {name: kwargs[name] for name in BY_STEP if name in kwargs}
         first_rows, prompt_of_row = _first_rows(turn[0])
         batch = fields if turn[1] is None else {**fields, "num_images": turn[1]}
         if not _alike(batch, first_rows, prompt_of_row):
@@ -119,7 +125,7 @@ class _Sharing(Installed):
         prompts = _inputs(take(batch, first_rows))
         decoder = Decoder(torch.tensor(prompt_of_row))
         try:
-            ids = call_next(**prompts, generation_config=config, custom_generate=decoder)
+            ids = call_next(**prompts, generation_config=config, custom_generate=decoder, **by_step)
         except Unsupported as error:
             self.fall_back(str(error))
             return call_next(**kwargs)
