@@ -10,7 +10,9 @@ import pytest
 from grpo_autotune.errors import ConfigError
 from tests.trainers import async_reward, losses, make_trainer, spread_reward
 
+from grpo_autotune.probe import attach  # isort: skip
 from grpo_autotune.probe.attach import Probe  # isort: skip
+from transformers import TrainerCallback  # isort: skip
 import trl.trainer.grpo_trainer as grpo_module  # isort: skip
 
 ALWAYS = {"generation", "policy_logprob", "reward", "backward", "data", "prompt", "optimizer", "log_save_eval", "other"}
@@ -50,6 +52,25 @@ def test_four_architectures_with_and_without_adapters(tiny, tmp_path, picture_ro
         assert record.images is None
     lines = (tmp_path / "probe" / "spans.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_what_is_under_way_belongs_to_its_step(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setattr(attach, "HEARTBEAT_S", 0.0)
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    probe, told = Probe(trainer), []
+
+    class Asks(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            told.append(probe.now().partition(",")[0])
+
+        def on_save(self, args, state, control, **kwargs):
+            told.append(probe.now().partition(",")[0])
+
+    trainer.add_callback(Asks())
+    trainer.train()
+    steps = [line.partition(":")[0] for line in told]
+    assert steps == ["step 1 of 2", "step 1 of 2", "step 2 of 2", "step 2 of 2"]
+    assert told[1].endswith("log_save_eval")
 
 
 def test_beta_zero_has_no_reference_pass(tiny, tmp_path, text_rows):

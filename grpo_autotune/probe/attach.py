@@ -93,9 +93,10 @@ class Probe:
             return self.startup.now()
         if age_s < HEARTBEAT_S:
             return None
-        state = self.trainer.state
-        step = f"step {state.global_step + 1} of {state.max_steps}"
-        return f"{step}: {self._stage_now()}, {age_s:.0f} s since the step began"
+        state, stage = self.trainer.state, self._stage_now()
+        counted = stage == APART  # by then the trainer has counted the step
+        step = f"step {state.global_step + (0 if counted else 1)} of {state.max_steps}"
+        return f"{step}: {stage}, {age_s:.0f} s since the step began"
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
