@@ -35,6 +35,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.warm_workers
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.search_replay
+	$(BIN)/python -m benchmarks.search_live
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
 

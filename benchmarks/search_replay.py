@@ -1,17 +1,18 @@
 """The search against an exhaustive sweep, replayed for many seeds: how close to the best it comes, for what share of
 the sweep's time; and samplers alone at the same budget.
 
-    python -m benchmarks.search_replay [SEEDS] [SHARE]
+    python -m benchmarks.search_replay [SEEDS] [SHARE ...]
 
 A replayed trial takes the time that the measured one took, on a clock that only trials move, and gives its measured
 steps, drawn anew with the seed. Ours is the whole search, probe, own configuration, worst case and race included; TPE,
-GP and random search propose from the same legal points and spend the whole budget on trials. All are judged by the best
-configuration they end with, at its median over all its measured steps, and by when they first measured one within
-`CLOSE` of the best there is.
+GP and random search propose from the same legal points and spend the whole budget on trials, once their worker has
+started. All are judged by the best configuration they end with, at its median over all its measured steps, and by when
+they first measured one within `CLOSE` of the best there is.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -38,7 +39,7 @@ from grpo_autotune.search.session import search
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
 from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
 
-SHARE = 0.12
+SHARES = (0.12, 0.05)
 """Of the sweep's time that each method may spend."""
 CLOSE = 0.03
 SAMPLERS: tuple[Sampler, ...] = ("tpe", "gp", "random")
@@ -93,7 +94,7 @@ class Replay:
         folder = self.folder / "trials" / f"{spec.number:04d}"
         folder.mkdir(parents=True)
         (folder / "spec.json").write_text(spec.model_dump_json())
-        beside_s = max(0.0, row["elapsed_s"] - sum(row["step_s"]))
+        beside_s = _beside_s(row)
         steps = [float(s) for s in self.random.choice(row["step_s"], spec.steps)] if row["step_s"] else []
         outcome = TrialOutcome(
             number=spec.number,
@@ -141,7 +142,7 @@ class Silent:
         """Nothing."""
 
 
-def ours(sweep: Sweep, budget_s: float, seed: int, machine: Machine, sampler: Sampler) -> End:
+def ours(sweep: Sweep, budget_s: float, machine: Machine, sampler: Sampler, seed: int) -> End:
     """The whole search."""
     values = sweep.config.to_dict()
     values["search"] = {**values["search"], "seed": seed}
@@ -162,17 +163,28 @@ def ours(sweep: Sweep, budget_s: float, seed: int, machine: Machine, sampler: Sa
         return End(report.best_fast.knobs, replay.now, replay.close_at_s)
 
 
-def alone(sweep: Sweep, budget_s: float, seed: int, sampler: Sampler) -> End:
+def cold_start_s(sweep: Sweep) -> float:
+    """What the first worker of any search takes to start: the probe's had to, those of the sweep's points were warm."""
+    own = sweep.by_name[name_of(sweep.own)]
+    return float(max(0.0, _beside_s(sweep.probe) - _beside_s(own)))
+
+
+def _beside_s(row: dict[str, Any]) -> float:
+    return float(max(0.0, row["elapsed_s"] - sum(row["step_s"])))
+
+
+def alone(sweep: Sweep, budget_s: float, sampler: Sampler, seed: int) -> End:
     """One of Optuna's samplers from the user's configuration on, until the next trial would not fit."""
     axes = Axes.of({key: tuple(_values(sweep, key)) for key in sweep.own})
     study = Study(optuna.storages.InMemoryStorage(), axes, "", where="memory", seed=seed, sampler=sampler)
-    close_at_s = math.inf
-    rng, spent_s, best, left = np.random.default_rng(seed), 0.0, (0.0, sweep.own), dict(sweep.by_name)
+    close_at_s, first = math.inf, True
+    rng, spent_s, best, left = np.random.default_rng(seed), cold_start_s(sweep), (0.0, sweep.own), dict(sweep.by_name)
     while left:
-        asked = study.ask(sweep.own) if not spent_s else study.suggest([row["knobs"] for row in left.values()])
+        asked = study.ask(sweep.own) if first else study.suggest([row["knobs"] for row in left.values()])
         row = left.pop(name_of(asked.knobs))
         if spent_s + row["elapsed_s"] > budget_s:
             return End(best[1], spent_s, close_at_s)
+        first = False
         spent_s += row["elapsed_s"]
         if sweep.is_close(asked.knobs):
             close_at_s = min(close_at_s, spent_s)
@@ -194,32 +206,47 @@ def _values(sweep: Sweep, key: str) -> list[Any]:
 def main() -> None:
     """Replay and write."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    share = float(sys.argv[2]) if len(sys.argv) > 2 else SHARE
+    shares = [float(word) for word in sys.argv[2:]] or list(SHARES)
     sweep, machine = Sweep(), detect()
-    budget_s, best = share * sweep.seconds, sweep.best
-    methods: dict[str, Callable[[int], End]] = {
-        f"ours ({sampler})": lambda seed, sampler=sampler: ours(sweep, budget_s, seed, machine, sampler)  # type: ignore[misc]
-        for sampler in SAMPLERS[:2]
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, float]] = {}
+    for share in shares:
+        for name, method in methods(sweep, share * sweep.seconds, machine).items():
+            found = [_row(sweep, name, share, seed, method(seed)) for seed in range(seeds)]
+            rows += found
+            scores = [row["score_share"] for row in found]
+            close = [row["close_at_share"] for row in found]
+            ratios[f"{name}, {share:.0%} of the sweep's time: score over the best"] = ratio(scores)
+            ratios[f"{name}, {share:.0%}: share of the time until one within {CLOSE:.0%} was measured"] = ratio(close)
+            gaps = np.percentile([1.0 - value for value in scores], [50, 90])
+            below = f"{gaps[0]:.1%} below the best at the median, {gaps[1]:.1%} at p90"
+            when = f"close to it after {np.median(close):.1%} (p90 {np.percentile(close, 90):.1%})"
+            sys.stdout.write(f"{name}, {share:.0%} of the sweep's time: {below}; {when}\n")
+            sys.stdout.flush()
+    command = f"python -m benchmarks.search_replay {seeds} {' '.join(map(str, shares))}"
+    sys.stdout.write(f"{write('search_replay', command, rows, ratios)}\n")
+
+
+def methods(sweep: Sweep, budget_s: float, machine: Machine) -> dict[str, Callable[[int], End]]:
+    """The search with either sampler, and each sampler alone; from a seed to what it ends with."""
+    found: dict[str, Callable[[int], End]] = {}
+    for sampler in SAMPLERS[:2]:
+        found[f"ours ({sampler})"] = functools.partial(ours, sweep, budget_s, machine, sampler)
+    for sampler in SAMPLERS:
+        found[f"{sampler} alone"] = functools.partial(alone, sweep, budget_s, sampler)
+    return found
+
+
+def _row(sweep: Sweep, name: str, share: float, seed: int, end: End) -> dict[str, Any]:
+    return {
+        "method": name,
+        "budget_share": share,
+        "seed": seed,
+        "score_share": sweep.score(end.knobs) / sweep.best,
+        "time_share": end.spent_s / sweep.seconds,
+        "close_at_share": min(end.close_at_s / sweep.seconds, share),
+        "came_close": end.close_at_s < math.inf,
     }
-    methods |= {
-        f"{sampler} alone": lambda seed, sampler=sampler: alone(sweep, budget_s, seed, sampler)  # type: ignore[misc]
-        for sampler in SAMPLERS
-    }
-    rows, ratios = [], {}
-    for name, method in methods.items():
-        shares, close = [], []
-        for seed in range(seeds):
-            end = method(seed)
-            shares.append(sweep.score(end.knobs) / best)
-            close.append(min(end.close_at_s, budget_s) / sweep.seconds)
-            row = {"method": name, "seed": seed, "score_share": shares[-1], "time_share": end.spent_s / sweep.seconds}
-            rows.append({**row, "close_at_share": close[-1], "came_close": end.close_at_s < math.inf})
-        gaps = np.percentile([1.0 - value for value in shares], [50, 90])
-        ratios[f"{name}: score over the best"] = ratio(shares)
-        ratios[f"{name}: share of the sweep's time until one within {CLOSE:.0%} was measured"] = ratio(close)
-        found = f"close to it after {np.median(close):.1%} (p90 {np.percentile(close, 90):.1%}) of the sweep's time"
-        print(f"{name}: {gaps[0]:.1%} below the best at the median, {gaps[1]:.1%} at p90; {found}", flush=True)
-    print(write("search_replay", f"python -m benchmarks.search_replay {seeds} {share}", rows, ratios))
 
 
 if __name__ == "__main__":

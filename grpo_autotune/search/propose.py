@@ -104,6 +104,9 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
         book: What is known; it holds the user's configuration.
         models: Fitted to everything measured so far.
         memory_bytes: What a trial may take; null leaves memory alone.
+
+    Returns:
+        The largest expected gain first; while only the user's own is measured, the best predicted score.
     """
     best = {level: _best_score(book, level) for level in LEVELS}
     found = Ranking([])
@@ -114,7 +117,10 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
             found.proposals.append(proposal)
         else:
             found.skipped.setdefault(why, []).append(knobs)
-    found.proposals.sort(key=lambda proposal: -proposal.gain)
+    if len(book.entries) == 1:  # a good rival to the user's own first: what is unsure is judged against it
+        found.proposals.sort(key=lambda proposal: -proposal.score)
+    else:
+        found.proposals.sort(key=lambda proposal: -proposal.gain)
     return found
 
 
