@@ -44,7 +44,7 @@ SIZES = (1.0, 0.75, 0.5)
 MICRO_BATCHES = (1, 4, 8, 16)
 COMPLETIONS = 16
 MIDDLE = {"grpo.per_device_train_batch_size": 8, "grpo.gradient_checkpointing": False}
-"""At three quarters of the image's side: what needs more than this point does not fit."""
+"""At the user's own image size, three quarters of the largest side: what needs more than this point does not fit."""
 LEAST_OF_POINTS, MOST_OF_TRIALS = 0.30, 0.10
 LEAST_TRIALS = 12
 LIMIT_S = 300.0
@@ -87,7 +87,7 @@ def space_config(pixels: int) -> RunConfig:
     grpo = {"gradient_accumulation_steps": COMPLETIONS, "gradient_checkpointing": True, "eval_strategy": "no"}
     base = midsize_config("14m", pixels=pixels, completion=32, grpo=grpo).to_dict()
     base["data"] = {key: value for key, value in base["data"].items() if not key.startswith(("eval", "max_eval"))}
-    base["data"]["image_size"] = pixels
+    base["data"]["image_size"] = _side(SIZES[1], pixels)
     knobs = {
         "data.image_size": [_side(part, pixels) for part in SIZES],
         "grpo.per_device_train_batch_size": list(MICRO_BATCHES),
@@ -104,7 +104,7 @@ def limit_bytes(folder: Path, config: RunConfig) -> int:
     """The address space that the middle point takes, start to end."""
     path = folder / "limit.json"
     if not path.is_file():
-        knobs = {**MIDDLE, "data.image_size": _side(SIZES[1], int(config.data.image_size or 0))}
+        knobs = {**MIDDLE, "data.image_size": config.data.image_size}
         with Runner(folder / "middle") as runner:
             outcome = runner.run(_spec(config, knobs, 0))
             assert outcome.status == "ok", outcome.why
