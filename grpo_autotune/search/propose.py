@@ -106,7 +106,8 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
         memory_bytes: What a trial may take; null leaves memory alone.
 
     Returns:
-        The largest expected gain first; while only the user's own is measured, the best predicted score.
+        The largest expected gain first; while only the user's own is measured, the best predicted score, of those that
+        need no proof if there are any.
     """
     best = {level: _best_score(book, level) for level in LEVELS}
     found = Ranking([])
@@ -117,11 +118,15 @@ def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | 
             found.proposals.append(proposal)
         else:
             found.skipped.setdefault(why, []).append(knobs)
-    if len(book.entries) == 1:  # a good rival to the user's own first: what is unsure is judged against it
-        found.proposals.sort(key=lambda proposal: -proposal.score)
+    if len(book.entries) == 1:  # a rival that may be taken as it is: what is unsure or needs proof is judged against it
+        found.proposals.sort(key=lambda proposal: (_needs_proof(book, proposal.knobs), -proposal.score))
     else:
         found.proposals.sort(key=lambda proposal: -proposal.gain)
     return found
+
+
+def _needs_proof(book: Book, knobs: Knobs) -> bool:
+    return any(book.proof(key, knobs[key]) == "unproven" for key in book.learning(knobs))
 
 
 def _best_score(book: Book, level: Level) -> float:
