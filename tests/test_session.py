@@ -16,10 +16,11 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceed
 from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
 from grpo_autotune.search.folder import SearchFolder
+from grpo_autotune.search.guards import NO_TIME, Guard
 from grpo_autotune.search.lab import completion_lengths
 from grpo_autotune.search.models import Prediction
 from grpo_autotune.search.proof import Rewards
-from grpo_autotune.search.propose import LEAST_CHANCE, chance_to_fit
+from grpo_autotune.search.propose import LEAST_CHANCE, chance_to_fit, rank
 from grpo_autotune.search.schema import SearchReport
 from grpo_autotune.search.session import search
 from grpo_autotune.search.trial import PromptReward, TrialOutcome, TrialSpec
@@ -342,6 +343,21 @@ def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Pat
     assert report.best.raced and report.best.worst_case == "passed"
     again = [spec.knobs for spec in second.trials.specs if spec.purpose == "worst_case"]
     assert report.best.knobs not in again
+
+
+@pytest.mark.parametrize("accept", [[], ["data.image_size"]])
+def test_where_one_value_could_not_be_proven_in_time_others_are_not_tried(accept: list[str]) -> None:
+    record = record_of(user_config())
+    book = Book(user_config(accept=accept), {"data.image_size": 512}, record)
+    book.add({"data.image_size": 512}, TrialOutcome(number=1, status="ok", record=record, step_s=[2.0] * 3), None)
+    smaller = [{"data.image_size": 256}]
+    assert len(rank(smaller, book, PaperModels(), None).proposals) == 1
+    book.note(Guard(key="data.image_size", before=512, after=384, proven=False, why=NO_TIME))
+    found = rank(smaller, book, PaperModels(), None)
+    assert len(found.proposals) == len(accept)
+    assert [row.why for row in found.rows()] == (
+        [] if accept else ["there is no time to compare the rewards of other values of data.image_size"]
+    )
 
 
 def test_rewards_are_compared_on_as_many_prompts_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:

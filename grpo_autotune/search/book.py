@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 from grpo_autotune.config import RunConfig
 from grpo_autotune.knobs import Kind, Knobs, kind_of, with_knobs
 from grpo_autotune.probe.records import ProbeRecord
-from grpo_autotune.search.guards import Guard
+from grpo_autotune.search.guards import NO_TIME, Guard
 from grpo_autotune.search.objective import (
     RESAMPLES,
     Interval,
@@ -132,6 +132,10 @@ class Book:
     def note(self, guard: Guard) -> None:
         """Remember what was found out about a value."""
         self.guards[guard.key, name_of({guard.key: guard.after})] = guard
+
+    def had_no_time(self, key: str) -> bool:
+        """Whether a value of this knob was left without proof because the time did not hold it."""
+        return any(guard.key == key and guard.why == NO_TIME for guard in self.guards.values())
 
     def guard(self, key: str, value: Any) -> Guard | None:
         """What was found out about a value."""

@@ -20,6 +20,7 @@ from grpo_autotune.probe.records import Frozen
 from grpo_autotune.search.objective import Interval
 from grpo_autotune.search.trial import PromptReward
 
+NO_TIME = "there was no time to compare rewards"
 LEAST_PROMPTS = 12
 """Below this many pairs a t interval says nothing about differences that are mostly zero."""
 MOST_PROMPTS = 100_000

@@ -8,7 +8,7 @@ from typing import Any
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.search.book import GROUP, JUDGED_BY_REWARDS, Book, Entry, median_ratio, scaled
 from grpo_autotune.search.budget import SURE
-from grpo_autotune.search.guards import LEAST_PROMPTS, Guard, judge_generations, judge_rewards
+from grpo_autotune.search.guards import LEAST_PROMPTS, NO_TIME, Guard, judge_generations, judge_rewards
 from grpo_autotune.search.lab import Lab
 from grpo_autotune.search.objective import living_ratio
 from grpo_autotune.search.study import name_of
@@ -54,8 +54,7 @@ class Rewards:
         missing = 1 if self._own is not None else 2
         prompts = next((n for n in PROMPTS if missing * self.cost_s(n) <= room_s), None)
         if prompts is None:
-            why = "there was no time to compare rewards"
-            return Guard(key=key, before=before, after=value, proven=False, why=why, prompts_needed=LEAST_PROMPTS)
+            return Guard(key=key, before=before, after=value, proven=False, why=NO_TIME, prompts_needed=LEAST_PROMPTS)
         batches = self._count(prompts)
         if self._own is None:
             self._batches = batches

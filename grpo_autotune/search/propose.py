@@ -146,6 +146,8 @@ def _judge(
         guard = book.guard(key, knobs[key])
         if guard is not None and not guard.proven and key in JUDGED_BY_REWARDS and key not in book.config.search.accept:
             return None, f"{key} {knobs[key]} is not proven by its rewards"
+        if guard is None and book.had_no_time(key) and key not in book.config.search.accept:
+            return None, f"there is no time to compare the rewards of other values of {key}"
     config = book.config_of(knobs)
     chance = chance_to_fit(models, config, memory_bytes)
     if chance < LEAST_CHANCE:
