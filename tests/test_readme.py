@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report import load_report
@@ -23,3 +26,28 @@ def test_the_table_of_speed_ups_is_the_committed_benchmarks():
     readme = (ROOT / "README.md").read_text()
     block = readme.split(readme_speedups.BEGIN)[1].split(readme_speedups.END)[0]
     assert block == readme_speedups.table()
+
+
+@pytest.mark.parametrize(
+    ("page", "benchmark", "ratio", "words"),
+    [
+        ("README.md", "habits", "useful_completions_exact_over_own", "x {median:.2f} ({low:.2f} to {high:.2f}, raced)"),
+        ("README.md", "habits", "live_step_over_receipt", "{median:.3f} ({low:.3f} to {high:.3f})"),
+        (
+            "docs/search.md", "habits", "useful_completions_exact_over_own",
+            "x {median:.2f} ({low:.2f} to {high:.2f}, raced)",
+        ),
+        ("docs/search.md", "habits", "live_step_over_receipt", "{median:.3f} ({low:.3f} to {high:.3f})"),
+        (
+            "docs/speedups.md", "time_to_reward", "seconds_to_the_same_reward",
+            "{median:.1f} times sooner than with plain TRL (three seeds, {low:.1f} to {high:.1f}",
+        ),
+        (
+            "docs/speedups.md", "speedups_parts", "chunks of 4, shared_prefix: reference_logprob",
+            "the reference pass is {median:.1f} times faster",
+        ),
+    ],
+)  # fmt: skip
+def test_figures_in_the_text_are_the_committed_benchmarks(page: str, benchmark: str, ratio: str, words: str) -> None:
+    found = json.loads((ROOT / "docs" / "benchmarks" / f"{benchmark}.json").read_text())["ratios"][ratio]
+    assert words.format(**found) in (ROOT / page).read_text()
