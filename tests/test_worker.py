@@ -45,6 +45,7 @@ RUNS_OUT: list[tuple[Exception, int | None]] = [
     (MemoryError(), None),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
     (RuntimeError("std::bad_alloc"), None),
+    (RuntimeError("unable to mmap 345248 bytes from file <model.safetensors>: Cannot allocate memory (12)"), None),
     (caused(RewardError("raised MemoryError: ", where="reward judge"), MemoryError()), None),
     (caused(ConfigError("cannot load m"), OSError(errno.ENOMEM, "Cannot allocate memory")), None),
 ]

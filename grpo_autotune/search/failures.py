@@ -28,6 +28,9 @@ STACK_BYTES = 16 << 20
 ENOMEM_IN_RUST = f"os error {errno.ENOMEM}"
 """How safetensors, which is written in Rust, words the kernel's refusal in the error that it raises itself."""
 
+NO_MAP, ENOMEM_OF_ATEN = "unable to mmap", f"({errno.ENOMEM})"
+"""ATen's words (aten/src/ATen/MapAllocator.cpp) where a file of weights finds no room; the number is errno."""
+
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB)")
 _FREE = re.compile(r"of which ([\d.]+) (bytes|KiB|MiB|GiB|TiB) is free")
@@ -72,7 +75,9 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None]) 
     if type(error) is RuntimeError and str(error) == NO_THREAD:
         return (available() or 0) < STACK_BYTES
     if type(error) is RuntimeError:
-        return CPU_ALLOCATOR in str(error) or str(error).startswith(BAD_ALLOC)
+        text = str(error)
+        unmapped = text.startswith(NO_MAP) and text.endswith(ENOMEM_OF_ATEN)
+        return unmapped or CPU_ALLOCATOR in text or text.startswith(BAD_ALLOC)
     return type(error).__module__.startswith("safetensors") and ENOMEM_IN_RUST in str(error)
 
 

@@ -88,4 +88,7 @@ def _log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == CANNOT_WRITE_EXIT:
+        os._exit(code)  # Python's last flush of the log would fail as well, and end with a code of its own
+    sys.exit(code)
