@@ -42,7 +42,10 @@ def test_the_table_of_speed_ups_is_the_committed_benchmarks():
             "docs/speedups.md", "time_to_reward", "seconds_to_the_same_reward",
             "{median:.1f} times sooner than with plain TRL (three seeds, {low:.1f} to {high:.1f}",
         ),
-        ("docs/speedups.md", "speedups_100m", "768px, checkpointing: all: step, plain over sped up", "{median:.2f}x a step"),
+        (
+            "docs/speedups.md", "speedups_100m", "768px, checkpointing: all: step, plain over sped up",
+            "{median:.2f}x a step",
+        ),
         ("docs/search.md", "oom_share", "points_that_run_out", "where {median:.0%} of the points"),
         (
             "docs/speedups.md", "speedups_parts", "chunks of 4, shared_prefix: reference_logprob",
