@@ -67,10 +67,13 @@ def test_what_a_search_found_is_given_to_the_script(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {name_or_path: here}", "model.name_or_path: a script has no such knob"),
+        ("model: {name_or_path: here}", "model"),
         ("grpo: {num_generation: 4}", "grpo.num_generation: GRPOConfig has no such key"),
+        ("data: {image_size: large}", "data.image_size: 'large' is not accepted"),
         ("speedups: [shared_prefx]", "shared_prefx"),
-        ("- 1", "tuned.yaml: holds no sections"),
+        ("speedups: 3", "speedups"),
+        ("receipt: {step_s: 1.0}", "receipt.machine: this key is required"),
+        ("- 1", "a mapping"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(tmp_path, text, message):
@@ -78,6 +81,19 @@ def test_a_file_of_something_else_is_one_line(tmp_path, text, message):
     done = run(tmp_path, "--with", "tuned.yaml", SCRIPT, "model")
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_script_keeps_the_errors_of_its_own_configuration(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(
+        "from trl import GRPOConfig\n"
+        "try:\n"
+        "    GRPOConfig(output_dir='out', num_generations=3, per_device_train_batch_size=2, use_cpu=True, bf16=False)\n"
+        "except ValueError:\n"
+        "    print('fell back to another size')\n"
+    )
+    done = run(tmp_path, script)
+    assert done.returncode == 0 and "fell back to another size" in done.stdout, done.stderr
 
 
 def test_a_failing_script_keeps_its_traceback_and_its_exit_code(tiny, tmp_path):

@@ -127,6 +127,11 @@ def test_evaluation_and_loader_workers(tiny, tmp_path, drawn_rows):
     assert rewards_of(mine) == rewards_of(plain)
 
 
+def seen_by(reward, tiny, tmp_path, drawn_rows, names):
+    _, _, seen = run(tiny, tmp_path, drawn_rows, names, rewards=[reward], max_steps=4)
+    return seen
+
+
 def test_a_reward_that_draws_into_its_images_spoils_nothing(tiny, tmp_path, drawn_rows):
     sizes = []
 
@@ -136,11 +141,7 @@ def test_a_reward_that_draws_into_its_images_spoils_nothing(tiny, tmp_path, draw
             picture.thumbnail((8, 8))
         return spread_reward(completions)
 
-    def train(names):
-        _, _, seen = run(tiny, tmp_path, drawn_rows, names, rewards=[vandal], max_steps=4)
-        return seen
-
-    wanted, found = train("none"), train("images_once")
+    wanted, found = (seen_by(vandal, tiny, tmp_path, drawn_rows, names) for names in ("none", "images_once"))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True))
     assert len(set(sizes)) == 2, "each call saw whole images"
 
@@ -151,11 +152,7 @@ def test_a_reward_that_draws_into_the_prompts_spoils_nothing(tiny, tmp_path, dra
             part["image"].paste((255, 0, 0), (0, 0, 40, 40))
         return spread_reward(completions)
 
-    def train(names):
-        _, _, seen = run(tiny, tmp_path, drawn_rows, names, rewards=[vandal], max_steps=4)
-        return seen
-
-    wanted, found = train("none"), train("images_once")
+    wanted, found = (seen_by(vandal, tiny, tmp_path, drawn_rows, names) for names in ("none", "images_once"))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(found, wanted, strict=True))
 
 

@@ -55,7 +55,7 @@ def run_script(
     hook_imports(
         {
             "torchvision": _mend,
-            CONFIG_MODULE: after_import(trial.on_config_module),
+            CONFIG_MODULE: after_import(trial.values.on_config_module),
             TRAINER_MODULE: after_import(trial.on_trainer_module),
             ENGINE_MODULE: after_import(trial.on_engine_module),
         }
@@ -80,11 +80,8 @@ class _ScriptTrial:
     ) -> None:
         self._spec, self._folder, self._startup, self._pulse = spec, folder, startup, pulse
         self._trl_imported = trl_imported
-        self._values = ScriptValues(spec.knobs, TRIAL)
+        self.values = ScriptValues(spec.knobs, TRIAL)
         self.measured: Measured | None = None
-
-    def on_config_module(self, module: ModuleType) -> None:
-        self._values.on_config_module(module)
 
     def on_trainer_module(self, module: ModuleType) -> None:
         self._trl_imported()
@@ -103,11 +100,11 @@ class _ScriptTrial:
         return timed
 
     def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-        kwargs = self._values.arguments(kwargs)
+        kwargs = self.values.arguments(kwargs)
         self._startup.since_birth("script")
         with self._startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
-        self._values.speed_up(trainer, _say)
+        self.values.speed_up(trainer, _say)
 
     def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         from grpo_autotune.seams.table import reward_slots

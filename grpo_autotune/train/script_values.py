@@ -12,9 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo_autotune.config import VLLM_TO_TRL
+from pydantic import Field, ValidationError
+
+from grpo_autotune.config import VLLM_TO_TRL, Section
 from grpo_autotune.config_keys import grpo_keys
+from grpo_autotune.config_problems import from_validation
 from grpo_autotune.config_receipt import Receipt
+from grpo_autotune.config_sources import read_source
 from grpo_autotune.config_text import parse_yaml
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.seams.layers import AttributeSlot, wrap
@@ -43,8 +47,9 @@ class ScriptValues:
         chosen(self.speedups)
 
     def on_config_module(self, module: ModuleType) -> None:
-        """Given the module of `GRPOConfig` once it was imported."""
-        wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+        """Given the module of `GRPOConfig` once it was imported; without keys to give, the class stays as it is."""
+        if self.grpo:
+            wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """A trainer's keyword arguments, with images of the size that is wanted.
@@ -97,6 +102,20 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+class _Images(Section):
+    image_size: int = Field(gt=0)
+
+
+class _File(Section):
+    """What `grpo-autotune search --script` writes."""
+
+    grpo: dict[str, Any] = {}
+    vllm: dict[str, Any] = {}
+    data: _Images | None = None
+    speedups: str | list[str] = "none"
+    receipt: Receipt | None = None
+
+
 def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
     """Read a file as `grpo-autotune search --script` writes it.
 
@@ -104,23 +123,20 @@ def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
         Key path -> value, and the receipt if there is one.
 
     Raises:
-        ConfigError: There is no such file, it is no YAML, or it holds something else.
+        ConfigError: It cannot be read, it is no YAML, or it holds something else.
     """
-    if not path.is_file():
-        raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
-    sections = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(sections, dict):
-        raise ConfigError("holds no sections", where=str(path), fix="Give a file that `search --script` wrote.")
-    values: dict[str, Any] = {}
-    for name, section in sections.items():
-        if name == RECEIPT:
-            continue
-        if isinstance(section, dict) and name != SPEEDUPS:
-            values |= {f"{name}.{key}": value for key, value in section.items()}
-        else:
-            values[name] = section
+    try:
+        found = _File.model_validate(parse_yaml(read_source(path), str(path)))
+    except ValidationError as error:
+        known = [*_File.model_fields, IMAGE_SIZE, *(f"{RECEIPT}.{key}" for key in Receipt.model_fields)]
+        raise from_validation(error, known) from error
+    values = {f"grpo.{key}": value for key, value in found.grpo.items()}
+    values |= {f"vllm.{key}": value for key, value in found.vllm.items()}
+    values[SPEEDUPS] = found.speedups
+    if found.data is not None:
+        values[IMAGE_SIZE] = found.data.image_size
     ScriptValues(values)
-    return values, Receipt.model_validate(sections[RECEIPT]) if RECEIPT in sections else None
+    return values, found.receipt
 
 
 def _resized(rows: Any, size: int) -> Any:
