@@ -52,6 +52,21 @@ def test_training_is_the_same(tiny, tmp_path, varied_rows, kind, lora, grpo):
     assert facts["asked"] > 10 * facts["computed"]
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("names", ["vision_cache", "auto"])
+def test_the_tower_runs_on_new_images_and_in_the_self_check_alone(tiny, tmp_path, varied_rows, kind, names):
+    """Whatever other speed-ups send through the model."""
+    trainer = make_trainer(tiny(kind), varied_rows, tmp_path, lora=True, **GROUPS)
+    runs: list[int] = []
+    tower_of(trainer).blocks[0].register_forward_pre_hook(lambda block, inputs: runs.append(trainer.state.global_step))
+    speedups = speed_up(trainer, names if names == "auto" else [names])
+    trainer.train()
+    facts = speedups.facts()["vision_cache"]
+    assert all(row.on for row in speedups.table() if row.name in ("vision_cache", "shared_prefix")) or names != "auto"
+    assert facts["computed"] == 4
+    assert len(runs) <= 4 + 1, "at most once for each image, and once for the check"
+
+
 def test_features_are_those_of_the_tower(tiny, tmp_path, picture_rows):
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
     tower = tower_of(trainer)

@@ -17,6 +17,7 @@ from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.dropout import active_dropout
 from grpo_autotune.speedups.memory_limit import LimitedCache
 from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT
 
 LIMIT_BYTES = 1 << 30
 """Memory for features and the pixels they belong to, on the tower's device."""
@@ -64,10 +65,12 @@ def _towers(model: Any) -> Iterator[Any]:
 
 
 def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
-    """Whether a call wants something other than the tower's named outputs, or brings its own inner numbers."""
+    """Whether a call wants something other than the tower's named outputs, or brings its own inner numbers.
+
+    Models hand their own keywords on to the tower, the layout of a shared prefix too, which is the text's alone."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     named = options.get("return_dict", getattr(tower.config, "return_dict", True))
-    return not named or not given.keys() <= {"grid_thw", "return_dict", "use_cache"}
+    return not named or not given.keys() <= {"grid_thw", "return_dict", "use_cache", ARGUMENT}
 
 
 class _Image(NamedTuple):
