@@ -96,6 +96,10 @@ class Replay:
         (folder / "spec.json").write_text(spec.model_dump_json())
         beside_s = _beside_s(row)
         steps = [float(s) for s in self.random.choice(row["step_s"], spec.steps)] if row["step_s"] else []
+        while (
+            spec.enough_s is not None and sum(steps) > spec.enough_s and len(steps) > (spec.least_steps or spec.steps)
+        ):
+            steps.pop()
         outcome = TrialOutcome(
             number=spec.number,
             status=row["status"],
@@ -106,6 +110,7 @@ class Replay:
             idle_bytes=row["idle_bytes"],
             elapsed_s=beside_s + sum(steps),
             warm=row["warm"],
+            lengths=row["lengths"] if spec.purpose == "probe" else [],
         )
         if outcome.elapsed_s > spec.limit_s:
             outcome = TrialOutcome(number=spec.number, status="timeout", elapsed_s=spec.limit_s)

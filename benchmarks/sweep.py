@@ -84,6 +84,7 @@ def measure(folder: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]
                 steps=steps,
                 limit_s=LIMIT_S,
                 completion_lengths=completion_lengths(record),
+                seen_lengths=rows[0]["lengths"],
             )
             rows.append(_line(path, knobs, runner.run(spec)))
             took = rows[-1]["elapsed_s"]
@@ -101,6 +102,7 @@ def _line(path: Path, knobs: dict[str, Any] | None, outcome: TrialOutcome) -> di
         "idle_bytes": outcome.idle_bytes,
         "elapsed_s": outcome.elapsed_s,
         "warm": outcome.warm,
+        "lengths": outcome.lengths,
         "record": None if outcome.record is None else slim(outcome.record),
     }
     with path.open("a") as file:

@@ -97,6 +97,7 @@ class PaperTrials:
         run_dir: The run folder.
         noise: Relative standard deviation of a step's seconds.
         rewards: Mean reward by image size.
+        lengths: Of the probe's completions, where other trials can be given the same.
         most_bytes: A limit that trials are under and report, if not the machine's memory alone.
         act: Called with each spec before it runs; what it raises, or the outcome it returns, is what happens.
     """
@@ -111,9 +112,10 @@ class PaperTrials:
         act: Callable[[TrialSpec], TrialOutcome | None] = lambda spec: None,
         startup_s: float = 4.0,
         most_bytes: int | None = None,
+        lengths: Sequence[list[int]] = (),
     ) -> None:
         self.run_dir, self.noise, self.act, self.startup_s = run_dir, noise, act, startup_s
-        self.most_bytes = most_bytes
+        self.most_bytes, self.lengths = most_bytes, list(lengths)
         self.rewards = rewards or {512: 0.5, 256: 0.5}
         self.random = np.random.default_rng(0)
         self.specs: list[TrialSpec] = []
@@ -166,6 +168,7 @@ class PaperTrials:
             idle_bytes=GIB // 2,
             most_bytes=self.most_bytes,
             elapsed_s=took,
+            lengths=self.lengths if spec.purpose == "probe" else [],
             rewards=self._rewards(spec, config) if spec.purpose == "rewards" else [],
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.search.lengths import FixedLengths, length_of, why_free
+from grpo_autotune.search.lengths import FixedLengths, length_of, lengths_seen, why_free
 from grpo_autotune.search.worst_case import keep_worst_rows
 from tests.trainers import make_trainer
 
@@ -36,13 +36,14 @@ class Seen:
 def sampled(tiny: Callable[[str], Path], text_rows: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Seen]:
     """Train on the four rows with fixed lengths, and give back what was sampled."""
 
-    def run(**grpo: Any) -> Seen:
+    def run(fixed: Sequence[list[int]] | None = (), **grpo: Any) -> Seen:
         trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_completion_length=6, **grpo)
-        fixed = FixedLengths(trainer, CHOICE, seed=7)
+        lengths = None if fixed is None else FixedLengths(trainer, CHOICE, seed=7, seen=fixed)
         seen = Seen(trainer)
         trainer.train()
-        assert not fixed.notes
-        fixed.remove()
+        if lengths is not None:
+            assert not lengths.notes
+            lengths.remove()
         assert "generate" not in vars(trainer.model)
         return seen
 
@@ -75,6 +76,29 @@ def test_rows_keep_their_lengths_across_group_and_batch_sizes(sampled: Callable[
     in_both = by_place(small, 2).keys() & by_place(large, 4).keys()
     assert len(in_both) == 8
     assert all(by_place(small, 2)[place] == by_place(large, 4)[place] for place in in_both)
+
+
+def test_lengths_that_a_run_had_are_had_again_and_further_ones_are_drawn(sampled: Callable[..., Seen]) -> None:
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2}
+    free = sampled(fixed=None, num_generations=4, **batch)
+    lengths = [len(ids) for ids in free.completions]
+    seen = [lengths[first : first + 4] for first in range(0, len(lengths), 4)]
+    assert len(seen) == 4 and len(set(lengths)) > 1
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    again = sampled(fixed=seen, num_generations=4, **split)
+    assert [len(ids) for ids in again.completions] == lengths
+    larger = by_place(sampled(fixed=seen[:2], num_generations=8, **batch), 8)
+    assert [larger[prompt, member] for prompt in range(2) for member in range(4)] == lengths[:8]
+    assert all(length == min(6, length_of(CHOICE, 7, *at)) for at, length in larger.items() if at[0] > 1 or at[1] > 3)
+
+
+def test_what_a_run_had_tells_others_where_lengths_can_be_fixed() -> None:
+    alone = SimpleNamespace(num_processes=1)
+    trainer = SimpleNamespace(accelerator=alone, num_generations=2, use_vllm=False)
+    assert lengths_seen(trainer, [[3, 1, 4, 1], [5, 9]]) == [[3, 1], [4, 1], [5, 9]]
+    assert lengths_seen(SimpleNamespace(**vars(trainer), tools=[print]), [[3, 1]]) == []
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    assert lengths_seen(trainer, [[3, 1]]) == []
 
 
 def test_each_row_ends_where_it_should_and_a_length_beyond_the_limit_is_cut(sampled: Callable[..., Seen]) -> None:

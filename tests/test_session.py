@@ -77,6 +77,35 @@ def test_a_slow_configuration_becomes_the_best_that_fits(tmp_path: Path) -> None
     )
 
 
+def test_the_probe_is_the_users_trial_where_others_can_repeat_its_lengths(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, lengths=[[3, 4], [5, 6]])
+    report = paper.search()
+    own = RunConfig.from_dict(paper.trials.specs[0].config)
+    before_the_race = [spec for spec in paper.trials.specs[1:] if spec.source != "race"]
+    assert all(RunConfig.from_dict(spec.config) != own for spec in before_the_race if spec.purpose == "timed")
+    assert report.baseline.number == paper.trials.specs[0].number and report.baseline.step_s > 0.0
+    timed = [spec for spec in paper.trials.specs if spec.purpose == "timed"]
+    assert timed and all(spec.seen_lengths == [[3, 4], [5, 6]] for spec in timed)
+    assert report.best.raced and report.best.ci[0] > 1.0
+
+
+def test_a_killed_search_whose_probe_was_the_users_trial_goes_on(tmp_path: Path) -> None:
+    def killed(spec: TrialSpec) -> TrialOutcome | None:
+        if len(paper.trials.specs) == 4:
+            raise SystemError("kill -9")
+        return None
+
+    paper = Paper(tmp_path, lengths=[[3, 4]], act=killed)
+    with pytest.raises(SystemError):
+        paper.search()
+    done = [spec.number for spec in paper.trials.specs[:-1]]
+    paper.trials = PaperTrials(tmp_path)
+    report = paper.search(resume=True)
+    assert report.baseline.number == 0 and {row.number for row in report.trials} >= set(done)
+    assert all(spec.seen_lengths == [[3, 4]] for spec in paper.timed())
+    assert not any(spec.purpose == "probe" for spec in paper.trials.specs)
+
+
 @pytest.mark.parametrize("accept", [[], ["data.image_size"]])
 def test_the_first_rival_is_the_best_that_needs_no_proof_and_not_the_least_known(
     tmp_path: Path, accept: list[str]

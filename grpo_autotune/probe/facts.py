@@ -71,6 +71,10 @@ class TokenCollector:
         """Take `_calculate_rewards`' result, shape (all completions of all ranks, functions)."""
         self.rewards.append((step, rewards_per_function.detach().float().cpu().numpy()))
 
+    def from_the_first(self) -> list[list[int]]:
+        """Completion lengths of every generation, warm-up included; empty once the first ones were let go."""
+        return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
+
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations from step `first` on.
 

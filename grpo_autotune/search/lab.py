@@ -77,6 +77,7 @@ class Lab:
         memory_bytes: What a trial may take; null where that is unknown.
         notes: What trials could not do as asked.
         lengths: Completion lengths of timed trials.
+        seen_lengths: Those of the probe, which come first.
         script: A script and its arguments, in place of the configuration's own training.
         out: Where `tuned.yaml` is copied.
     """
@@ -95,10 +96,12 @@ class Lab:
     skipped: list[Skipped] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
     lengths: list[int] | None = None
+    seen_lengths: list[list[int]] = field(default_factory=list)
     memory_bytes: int | None = None
     _book: Book | None = None
     _models: Models | None = None
     _study: Study | None = None
+    _probe: TrialOutcome | None = None
 
     @property
     def book(self) -> Book:
@@ -118,10 +121,10 @@ class Lab:
         assert self._study is not None
         return self._study
 
-    def begin(self, book: Book, models: Models, study: Study) -> None:
+    def begin(self, book: Book, models: Models, study: Study, probe: TrialOutcome) -> None:
         """Take over what the probe made possible."""
-        self._book, self._models, self._study = book, models, study
-        self.lengths = completion_lengths(book.record)
+        self._book, self._models, self._study, self._probe = book, models, study, probe
+        self.lengths, self.seen_lengths = completion_lengths(book.record), probe.lengths
 
     def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
         """A trial with the next free number."""
@@ -135,6 +138,7 @@ class Lab:
             script=self.script,
             world_size=config.batch.processes,
             completion_lengths=self.lengths if purpose == "timed" else None,
+            seen_lengths=self.seen_lengths if purpose == "timed" else [],
             **more,
         )
 
@@ -188,6 +192,13 @@ class Lab:
         if asked is not None:
             self._tell(asked, outcome, entry, cut_short=room_s < own_limit)
         return entry
+
+    def adopt(self, asked: Asked | None) -> None:
+        """Take the probe as the trial of the user's configuration."""
+        assert self._probe is not None
+        entry = self.book.add(self.book.own, self._probe, None)
+        if asked is not None:
+            self._tell(asked, self._probe, entry, cut_short=False)
 
     def learn(self, spec: TrialSpec, outcome: TrialOutcome) -> Entry | None:
         """Take a timed trial into account, a recalled one too."""

@@ -25,8 +25,10 @@ from grpo_autotune.seams.table import find, slot_of
 LEFT_FREE = "completion lengths were left free"
 
 
-def length_of(lengths: Sequence[int], seed: int, prompt: int, member: int) -> int:
-    """The length of a row: one of `lengths`, the same for the same three numbers everywhere."""
+def length_of(lengths: Sequence[int], seed: int, prompt: int, member: int, seen: Sequence[Sequence[int]] = ()) -> int:
+    """The length of a row: the one that was seen, else one of `lengths`, the same for the same three numbers."""
+    if prompt < len(seen) and member < len(seen[prompt]):
+        return seen[prompt][member]
     return random.Random(f"{seed}/{prompt}/{member}").choice(lengths)
 
 
@@ -38,13 +40,14 @@ class FixedLengths:
         lengths: Lengths in tokens, the end-of-sequence token included; at `max_completion_length` or above it a
             completion is cut there and has none.
         seed: Of the draw.
+        seen: Lengths of the first prompts' completions, a list a prompt, in place of drawn ones.
 
     Attributes:
         notes: Why lengths are free, where they cannot be fixed.
     """
 
-    def __init__(self, trainer: Any, lengths: Sequence[int], seed: int) -> None:
-        self._trainer, self._lengths, self._seed = trainer, list(lengths), seed
+    def __init__(self, trainer: Any, lengths: Sequence[int], seed: int, seen: Sequence[Sequence[int]] = ()) -> None:
+        self._trainer, self._lengths, self._seed, self._seen = trainer, list(lengths), seed, seen
         self._first_row = 0
         self._wanted: list[int] | None = None
         self._group = 1
@@ -88,7 +91,7 @@ class FixedLengths:
     def _rows(self, rank: int, rows: int) -> list[int]:
         first, longest = self._first_row + rank * rows, self._trainer.max_completion_length
         places = [divmod(row, self._group) for row in range(first, first + rows)]
-        return [min(longest, length_of(self._lengths, self._seed, *place)) for place in places]
+        return [min(longest, length_of(self._lengths, self._seed, *place, self._seen)) for place in places]
 
     def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._wanted is not None:
@@ -123,6 +126,19 @@ def why_free(trainer: Any) -> str | None:
     if getattr(trainer, "use_transformers_continuous_batching", False):
         return "continuous batching takes one length for all"
     return None
+
+
+def lengths_seen(trainer: Any, generations: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Lengths of a run's completions by prompt, for `FixedLengths(seen=...)` in others; empty where they tell nothing.
+
+    Args:
+        trainer: That of the run.
+        generations: Lengths of each generation's rows on this rank, from the first on.
+    """
+    if trainer.accelerator.num_processes > 1 or why_free(trainer) is not None:
+        return []
+    rows, group = [length for generation in generations for length in generation], trainer.num_generations
+    return [rows[first : first + group] for first in range(0, len(rows), group)]
 
 
 def _of_length(params: Any, length: int) -> Any:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from grpo_autotune.probe.attach import Probe
 from grpo_autotune.probe.records import ProbeRecord
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.search.lengths import FixedLengths
+from grpo_autotune.search.lengths import FixedLengths, lengths_seen
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.rewards import measure_rewards
 from grpo_autotune.search.trial import PromptReward, TrialSpec
 from grpo_autotune.search.turn_file import in_turns
 from grpo_autotune.search.turns import WITHOUT_END, Turns
 from grpo_autotune.search.worst_case import keep_worst_rows
-from grpo_autotune.train.stopping import StopAfter
+from grpo_autotune.train.stopping import Enough, StopAfter
 
 
 class Measured(NamedTuple):
@@ -26,6 +26,7 @@ class Measured(NamedTuple):
     record: ProbeRecord | None = None
     step_s: tuple[float, ...] = ()
     rewards: tuple[PromptReward, ...] = ()
+    lengths: tuple[list[int], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -60,14 +61,17 @@ def _measure_steps(
     if spec.purpose == "worst_case":
         notes += keep_worst_rows(trainer)
         lengths, warmup = [trainer.max_completion_length], max(1, spec.warmup)  # the first step makes the moments
-    fixed = FixedLengths(trainer, lengths, trainer.args.seed) if lengths else None
+    fixed = FixedLengths(trainer, lengths, trainer.args.seed, spec.seen_lengths) if lengths else None
     probe = Probe(trainer, startup=startup, out_dir=folder)
     probe.warmup = _whole_cycles(max(1, warmup) if in_turns(folder) else warmup, probe.cycle)
     block = _whole_cycles(spec.steps, probe.cycle)
     turns = Turns(trainer, folder, probe, pulse, block) if in_turns(folder) else None
     total = WITHOUT_END if turns else probe.warmup + block
     outlast(trainer, total)
-    stop = StopAfter(total, lambda done: setattr(pulse, "step", done))
+    enough = Enough(
+        probe.warmup + _whole_cycles(spec.least_steps or spec.steps, probe.cycle), probe.cycle, spec.enough_s
+    )
+    stop = StopAfter(total, lambda done: setattr(pulse, "step", done), enough)
     trainer.add_callback(stop)
     pulse.of = total
     probe.recorder.edge = lambda: pulse.beat(_stage(probe))
@@ -82,8 +86,13 @@ def _measure_steps(
             turns.remove()
         if fixed is not None:
             fixed.remove()
-    record = probe.record()
-    return Measured(record, tuple(record.timings.step_s), (), (*notes, *(fixed.notes if fixed else ())))
+    record, generations = probe.record(), probe.tokens.from_the_first()
+    return Measured(
+        record,
+        tuple(record.timings.step_s),
+        lengths=tuple(lengths_seen(trainer, generations)) if spec.purpose == "probe" else (),
+        notes=(*notes, *(fixed.notes if fixed else ())),
+    )
 
 
 def outlast(trainer: Any, steps: int) -> None:

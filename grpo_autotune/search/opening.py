@@ -27,6 +27,8 @@ PROBE_GROUPS = 16
 """Groups that the probe should see: their pass rates tell how group size matters."""
 MOST_PROBE_STEPS = 6
 UNBOUNDED_PROBE_S = 1800.0
+PROBE_SHARE = 0.05
+"""Of the budget; after so much training the probe measures no more steps than a trial does."""
 
 Recalled = Sequence[tuple[TrialSpec, TrialOutcome | None]]
 Fit = Callable[[RunConfig, ProbeRecord, Machine, TrialOutcome], Models]
@@ -65,7 +67,8 @@ def open_search(lab: Lab, recalled: Recalled, fit: Fit, storage: str | None, sam
     )
     if not storage:
         study.fail_abandoned()
-    lab.begin(Book(lab.config, dict(found.own), record), fit(lab.config, record, lab.machine, outcome), study)
+    book = Book(lab.config, dict(found.own), record)
+    lab.begin(book, fit(lab.config, record, lab.machine, outcome), study, outcome)
     return found, Pool(found, lab.config, lab.machine)
 
 
@@ -88,7 +91,9 @@ def recall(lab: Lab, rewards: Rewards, recalled: Recalled) -> None:
 
 
 def measure_own(lab: Lab) -> None:
-    """The user's configuration with fixed lengths: what everything is compared with.
+    """The user's configuration: what everything is compared with.
+
+    That is the probe, where trials can repeat the lengths of its completions, else a trial with fixed lengths.
 
     Raises:
         ConfigError: No trial fits into the budget.
@@ -104,7 +109,9 @@ def measure_own(lab: Lab) -> None:
     while asked is not None and name_of(asked.knobs) != name_of(own):
         lab.study.release(asked)  # another machine's; it comes back once our own is known
         asked = lab.study.ask(own)
-    if lab.timed(own, "user", lab.budget.left_s, asked) is None:
+    if lab.seen_lengths:
+        lab.adopt(asked)
+    elif lab.timed(own, "user", lab.budget.left_s, asked) is None:
         if lab.rows[-1].status == "timeout" and lab.budget.search_left_s <= 0.0:
             _no_trial_fits(lab, max(needed_s, lab.rows[-1].elapsed_s))
         _not_measured(lab, lab.rows[-1])
@@ -115,13 +122,14 @@ def _run_probe(lab: Lab) -> TrialOutcome:
     groups = max(1, plan.completions_per_step // plan.num_generations)
     steps = min(MOST_PROBE_STEPS, max(lab.config.search.steps, -(-PROBE_GROUPS // groups)))
     limit_s = lab.budget.left_s if lab.budget.total_s else UNBOUNDED_PROBE_S
-    spec = lab.spec("probe", lab.config, {}, limit_s, steps=steps)
+    enough = {"least_steps": lab.config.search.steps, "enough_s": PROBE_SHARE * lab.budget.total_s or None}
+    spec = lab.spec("probe", lab.config, {}, limit_s, steps=steps, **enough)
     seen = [Progress("start-up", 0, 0)]
     outcome = lab.run(spec, seen.append)
     lab.write(spec, outcome)
     lab.costs.learn(outcome)
     if outcome.status == "timeout" and lab.budget.total_s:
-        step, whole = seen[-1].step, spec.steps + spec.warmup
+        step, whole = seen[-1].step, (spec.least_steps or spec.steps) + spec.warmup
         at = f"in step {step} of {whole}" if step else f"in {seen[-1].stage}"
         least_s = outcome.elapsed_s * whole / max(1, step)
         _too_small(lab, 3.0 * least_s, f"the probe of your configuration was {at} when it was over")

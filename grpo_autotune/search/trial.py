@@ -49,9 +49,12 @@ class TrialSpec(Frozen):
         config: The whole configuration, as `RunConfig.to_dict` gives it.
         knobs: Key path -> value, where it differs from the user's configuration or belongs to the space.
         steps: Optimizer steps to measure (for `rewards`: generation batches).
+        least_steps: Of them, those that are measured however long they take; null is all.
+        enough_s: Seconds of training after which no more than `least_steps` are measured.
         warmup: Optimizer steps before them that are put aside.
         completion_lengths: Lengths in tokens to draw each completion's length from (repeatable, by row and seed);
             null leaves lengths free.
+        seen_lengths: Lengths in tokens of the first prompts' completions, a list a prompt, which come before those.
         limit_s: Wall-clock limit of the whole trial, start-up included.
         hang_s: Longest age of the heartbeat after start-up.
         script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
@@ -65,8 +68,11 @@ class TrialSpec(Frozen):
     config: dict[str, Any]
     knobs: dict[str, Any] = {}
     steps: int = 3
+    least_steps: int | None = None
+    enough_s: float | None = None
     warmup: int = 1
     completion_lengths: list[int] | None = None
+    seen_lengths: list[list[int]] = []
     limit_s: float = 600.0
     hang_s: float = 120.0
     script: list[str] | None = None
@@ -100,6 +106,8 @@ class TrialOutcome(Frozen):
         elapsed_s: Seconds of the whole trial, as the parent saw them.
         warm: Whether a process that had served another trial served this one.
         rewards: Of a `rewards` trial.
+        lengths: Of a `probe`: its completions' lengths in tokens, a list a prompt, in the order in which they were
+            generated; empty where other trials cannot be given the same.
         notes: What could not be done as asked, a sentence each (lengths that an engine leaves free, for instance).
     """
 
@@ -117,4 +125,5 @@ class TrialOutcome(Frozen):
     elapsed_s: float = 0.0
     warm: bool = False
     rewards: list[PromptReward] = []
+    lengths: list[list[int]] = []
     notes: list[str] = []

@@ -26,6 +26,7 @@ from grpo_autotune.knobs import knobs_of
 from grpo_autotune.knobs.given import pixel_bounds
 from grpo_autotune.knobs.turn import same_value
 from grpo_autotune.probe.records import ProbeRecord, Spread
+from grpo_autotune.speedups.kernels import SERVED
 from grpo_autotune.speedups.table import chosen
 
 QUANTILES = np.linspace(0.0, 1.0, 201)
@@ -45,7 +46,7 @@ class Workload:
         pixels: Pixels of an image as the data set holds it.
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
-        speedups: Names of the speed-ups that are asked for.
+        speedups: Names of the speed-ups that are asked for and that the attention kernel lets work.
     """
 
     shape: ModelShape | None
@@ -118,8 +119,13 @@ def workload(
         pixels=pixels,
         rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
-        speedups=frozenset(chosen(config.speedups)),
+        speedups=_effective(config, trainer),
     )
+
+
+def _effective(config: RunConfig, trainer: Mapping[str, Any]) -> frozenset[str]:
+    found = set(chosen(config.speedups))
+    return frozenset(found if trainer["attn_implementation"] in SERVED else found - {"shared_prefix"})
 
 
 def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:

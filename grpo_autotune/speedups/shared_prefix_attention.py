@@ -24,9 +24,6 @@ ARGUMENT = "shared_prefix"
 """Keyword that carries the layout through the model: gradient checkpointing computes a layer again in the backward
 pass, when nothing but the layer's own arguments is left to tell."""
 
-SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
-"""Values of `attn_implementation` that can be served. Flash kernels align a causal mask to the last query."""
-
 Attention = Callable[..., tuple[torch.Tensor, Any]]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_autotune.speedups.dropout import active_dropout
-from grpo_autotune.speedups.shared_prefix_attention import SERVED
+from grpo_autotune.speedups.kernels import SERVED
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
+
+
+class Enough(NamedTuple):
+    """A run may stop early: once `steps` were done, or a multiple of `every` more, and it has trained for `seconds`;
+    null never is enough."""
+
+    steps: int
+    every: int
+    seconds: float | None
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
@@ -14,17 +24,26 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     Args:
         steps: Optimizer steps.
         on_step: Called with the number done after each.
+        enough: When to stop before that.
     """
 
-    def __init__(self, steps: int, on_step: Callable[[int], None] = lambda done: None) -> None:
-        self._steps, self._on_step = steps, on_step
-        self._begin = 0
+    def __init__(
+        self, steps: int, on_step: Callable[[int], None] = lambda done: None, enough: Enough | None = None
+    ) -> None:
+        self._steps, self._on_step, self._enough = steps, on_step, enough
+        self._begin, self._begun_s = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin = state.global_step
+        self._begin, self._begun_s = state.global_step, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self._begin
         self._on_step(done)
-        if done >= self._steps:
+        if done >= self._steps or self._is_enough(done):
             control.should_training_stop = True
+
+    def _is_enough(self, done: int) -> bool:
+        if self._enough is None or self._enough.seconds is None:
+            return False
+        more, rest = divmod(done - self._enough.steps, self._enough.every)
+        return more >= 0 and not rest and time.monotonic() - self._begun_s >= self._enough.seconds

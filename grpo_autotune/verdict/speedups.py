@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from grpo_autotune.speedups.kernels import SERVED
 from grpo_autotune.verdict.facts import PASSES, Change, Facts, Idea
 from grpo_autotune.verdict.words import percent
-
-SERVED_KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def speed_ups(facts: Facts) -> Idea | None:
@@ -21,7 +20,7 @@ def speed_ups(facts: Facts) -> Idea | None:
     prompt, completion = tokens.prompt.mean, tokens.completion.mean
     together = min(t.num_generations, t.per_device_train_batch_size)
     left = (prompt + together * completion) / (together * (prompt + completion))
-    shares = t.attn_implementation in SERVED_KERNELS and not (t.peft or {}).get("lora_dropout")
+    shares = t.attn_implementation in SERVED and not (t.peft or {}).get("lora_dropout")
     saving = (1.0 - left) * sum(facts.breakdown.seconds(stage) for stage in PASSES) if shares else 0.0
     stages = list(PASSES) if saving else []
     because = (
