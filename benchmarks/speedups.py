@@ -4,8 +4,8 @@
                                   [--size 14m] [--checkpointing on off] [--name speedups]
 
 For every case there is one trainer a variant: plain TRL, and one with each set of speed-ups (`all` is every one that
-fits). A round trains each of them for one optimizer step, and a round before the first warms up; which comes first
-turns from round to round. A ratio is that of the seconds of plain TRL to those of the variant in the same round.
+fits). A round trains each of them for one optimizer step on a prompt and an image that no round before had, as in a
+first epoch, and a round before the first warms up; which comes first turns from round to round. A ratio is that of the seconds of plain TRL to those of the variant in the same round.
 Completions have a fixed length. Memory is the most that torch held at one time of what it allocated in one training
 pass (forward and backward).
 """
@@ -95,9 +95,10 @@ class Variant:
         if name != "plain":
             self.speedups = speed_up(self.trainer, "auto" if name == "all" else [name])
 
-    def step(self) -> dict[str, float]:
-        """Train one optimizer step; its seconds, whole and by stage."""
+    def step(self, number: int) -> dict[str, float]:
+        """Train one optimizer step on rows drawn by `number`; its seconds, whole and by stage."""
         torch.manual_seed(0)
+        self.trainer.args.seed = number
         probe = Probe(self.trainer, warmup=0)
         self.trainer.train()
         timings = probe.record().timings
@@ -133,7 +134,7 @@ def measure(case: str, checkpointing: bool, options: argparse.Namespace) -> tupl
     rows: list[dict[str, Any]] = []
     for number in range(options.rounds + 1):
         order = variants if number % 2 else variants[::-1]
-        found = {variant.name: variant.step() for variant in order}
+        found = {variant.name: variant.step(number) for variant in order}
         told = "  ".join(f"{name} {steps['step']:.2f} s" for name, steps in found.items())
         sys.stderr.write(f"{label}, round {number}: {told}\n")
         if number:  # the first round warms up: self-checks, caches, the allocator
