@@ -5,9 +5,9 @@
 
 For every case there is one trainer a variant: plain TRL, and one with each set of speed-ups (`all` is every one that
 fits). A round trains each of them for one optimizer step on a prompt and an image that no round before had, as in a
-first epoch, and a round before the first warms up; which comes first turns from round to round. A ratio is that of the seconds of plain TRL to those of the variant in the same round.
-Completions have a fixed length. Memory is the most that torch held at one time of what it allocated in one training
-pass (forward and backward).
+first epoch, and a round before the first warms up; which comes first turns from round to round. A ratio is that of
+the seconds of plain TRL to those of the variant in the same round. Completions have a fixed length. Memory is the
+most that torch held at one time of what it allocated in one training pass (forward and backward).
 """
 
 from __future__ import annotations
