@@ -45,7 +45,6 @@ AXES: dict[str, dict[str, list[Any]]] = {
         "data.image_size": [None, 384, 256, 128],
         "grpo.beta": [0.04, 0.0],
         "prompts_per_step": [1, 2],
-        "speedups": ["none", "auto"],
     },
     "demo": {
         "grpo.per_device_train_batch_size": [64, 32, 16, 8],
@@ -54,7 +53,6 @@ AXES: dict[str, dict[str, list[Any]]] = {
         "model.attn_implementation": [None, "eager"],
         "data.image_size": [None, 64],
         "prompts_per_step": [8, 4, 16],
-        "speedups": ["none", "auto"],
     },
 }
 """Knob -> values, the user's own first."""
