@@ -39,8 +39,11 @@ from grpo_autotune.search.session import search
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
 from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
 
-SHARES = (0.12, 0.05)
+SHARES = (0.12, 0.05, 0.03)
 """Of the sweep's time that each method may spend."""
+REPEATABLE = [[1]]
+"""Some lengths of the probe's completions: which they are is nothing to a replay, but trials of one process can repeat
+them, so that the probe is the user's own trial."""
 CLOSE = 0.03
 SAMPLERS: tuple[Sampler, ...] = ("tpe", "gp", "random")
 
@@ -96,10 +99,10 @@ class Replay:
         (folder / "spec.json").write_text(spec.model_dump_json())
         beside_s = _beside_s(row)
         steps = [float(s) for s in self.random.choice(row["step_s"], spec.steps)] if row["step_s"] else []
-        while (
-            spec.enough_s is not None and sum(steps) > spec.enough_s and len(steps) > (spec.least_steps or spec.steps)
-        ):
-            steps.pop()
+        if spec.enough_s is not None and spec.least_steps is not None:
+            trained_s = np.cumsum([statistics.median(steps or [0.0]), *steps])[1:]  # a step to warm up before
+            enough = next((n for n, s in enumerate(trained_s, 1) if n >= spec.least_steps and s >= spec.enough_s), None)
+            steps = steps[:enough]
         outcome = TrialOutcome(
             number=spec.number,
             status=row["status"],
@@ -110,7 +113,7 @@ class Replay:
             idle_bytes=row["idle_bytes"],
             elapsed_s=beside_s + sum(steps),
             warm=row["warm"],
-            lengths=row["lengths"] if spec.purpose == "probe" else [],
+            lengths=REPEATABLE if spec.purpose == "probe" else [],
         )
         if outcome.elapsed_s > spec.limit_s:
             outcome = TrialOutcome(number=spec.number, status="timeout", elapsed_s=spec.limit_s)
@@ -210,7 +213,7 @@ def _values(sweep: Sweep, key: str) -> list[Any]:
 
 def main() -> None:
     """Replay and write."""
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     shares = [float(word) for word in sys.argv[2:]] or list(SHARES)
     sweep, machine = Sweep(), detect()
     rows: list[dict[str, Any]] = []

@@ -84,7 +84,7 @@ def measure(folder: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]
                 steps=steps,
                 limit_s=LIMIT_S,
                 completion_lengths=completion_lengths(record),
-                seen_lengths=rows[0]["lengths"],
+                seen_lengths=rows[0].get("lengths", []),
             )
             rows.append(_line(path, knobs, runner.run(spec)))
             took = rows[-1]["elapsed_s"]

@@ -291,6 +291,20 @@ def test_speed_ups_are_learnt_apart() -> None:
     assert off(learnt.step_s(smaller).value, math.fsum(truth.seconds(smaller).values())) < 0.15
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [{"model.attn_implementation": "eager"}, {"grpo.torch_compile": True}, {"speedups": ["images_once"]}],
+)
+def test_a_shared_prefix_that_cannot_work_spares_nothing(knobs: dict[str, Any]) -> None:
+    truth = Truth(noise=0.0)
+    fast = with_knobs(truth.user, {"speedups": "auto"})
+
+    def shared(turned: RunConfig) -> bool:
+        return "shared_prefix" in workload(turned, truth.user, probe_record(), truth.machine).speedups
+
+    assert shared(fast) and not shared(with_knobs(fast, knobs))
+
+
 def test_what_no_formula_describes_is_learnt_by_knob() -> None:
     """Work at a price of 1e-9 s, a tenth more under the word `slow`; tried at some sizes, asked at others."""
 

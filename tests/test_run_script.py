@@ -73,7 +73,7 @@ def test_what_a_search_found_is_given_to_the_script(tiny, tmp_path):
         ("speedups: [shared_prefx]", "shared_prefx"),
         ("speedups: 3", "speedups"),
         ("receipt: {step_s: 1.0}", "receipt.machine: this key is required"),
-        ("- 1", "a mapping"),
+        ("- 1", "tuned.yaml"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(tmp_path, text, message):
@@ -94,6 +94,21 @@ def test_a_script_keeps_the_errors_of_its_own_configuration(tmp_path):
     )
     done = run(tmp_path, script)
     assert done.returncode == 0 and "fell back to another size" in done.stdout, done.stderr
+
+
+def test_a_script_whose_own_values_fail_keeps_its_error_beside_ours(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(
+        "from trl import GRPOConfig\n"
+        "cpu = {'output_dir': 'out', 'use_cpu': True, 'bf16': False}\n"
+        "try:\n"
+        "    GRPOConfig(num_generations=3, per_device_train_batch_size=2, **cpu)\n"
+        "except ValueError:\n"
+        "    print('rate', GRPOConfig(num_generations=2, per_device_train_batch_size=2, **cpu).learning_rate)\n"
+    )
+    (tmp_path / "tuned.yaml").write_text("grpo: {learning_rate: 0.125}")
+    done = run(tmp_path, "--with", tmp_path / "tuned.yaml", script)
+    assert done.returncode == 0 and "rate 0.125" in done.stdout, done.stderr
 
 
 def test_a_failing_script_keeps_its_traceback_and_its_exit_code(tiny, tmp_path):

@@ -59,6 +59,10 @@ class Paper:
         return [spec for spec in self.trials.specs if spec.purpose == "timed" and spec.source != "race"]
 
 
+def outcome_of(step_s: list[float]) -> TrialOutcome:
+    return TrialOutcome(number=0, status="ok", record=record_of(user_config()), step_s=step_s)
+
+
 def test_a_slow_configuration_becomes_the_best_that_fits(tmp_path: Path) -> None:
     paper = Paper(tmp_path)
     report = paper.search(out=tmp_path / "out.yaml")
@@ -104,6 +108,44 @@ def test_a_killed_search_whose_probe_was_the_users_trial_goes_on(tmp_path: Path)
     assert report.baseline.number == 0 and {row.number for row in report.trials} >= set(done)
     assert all(spec.seen_lengths == [[3, 4]] for spec in paper.timed())
     assert not any(spec.purpose == "probe" for spec in paper.trials.specs)
+
+
+def test_a_search_that_was_killed_near_its_end_still_closes(tmp_path: Path) -> None:
+    def killed(spec: TrialSpec) -> TrialOutcome | None:
+        if spec.source == "race":
+            raise SystemError("kill -9")
+        return None
+
+    paper = Paper(tmp_path, lengths=[[3, 4]], act=killed)
+    with pytest.raises(SystemError):
+        paper.search()
+    state = SearchFolder(tmp_path).state_file
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"elapsed_s": 297.0}))
+    paper.trials = PaperTrials(tmp_path)
+    report = paper.search(resume=True)
+    assert report.best.speedup > 1.0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "probe"), [(1, 3, (6, 3, 15.0)), (1, 10, (10, 10, 15.0)), (2, 3, (4, None, None))]
+)
+def test_a_slow_probe_ends_after_a_trials_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int, probe: tuple[Any, ...]
+) -> None:
+    """One of several ranks cannot decide that alone."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    paper = Paper(tmp_path, user_config(steps=steps))
+    paper.search()
+    spec = paper.trials.specs[0]
+    assert (spec.steps, spec.least_steps, spec.enough_s) == probe
+
+
+def test_entries_are_compared_over_the_steps_that_both_have() -> None:
+    """Lengths differ from step to step, so a median over more of them is one of other work."""
+    book = Book(user_config(), {"grpo.per_device_train_batch_size": 2}, record_of(user_config()))
+    book.add(book.own, outcome_of([1.0, 2.0, 3.0, 9.0, 9.0, 9.0]), None)
+    rival = book.add({"grpo.per_device_train_batch_size": 4}, outcome_of([1.0, 2.0, 3.0]), None)
+    assert book.speedup(rival).value == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("accept", [[], ["data.image_size"]])

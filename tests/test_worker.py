@@ -156,6 +156,9 @@ def test_purposes(serve: Callable[..., TrialOutcome]) -> None:
     assert tokens.prompt.mean > probe.record.tokens.prompt.mean
     assert rewards.record is None and len(rewards.step_s) == 2
     assert [row.prompt for row in rewards.rewards] == [0, 1, 2, 3]
+    seen = [length for group in probe.lengths for length in group]
+    assert max(seen) <= 6 and len({len(group) for group in probe.lengths}) == 1 and not worst.lengths
+    assert probe.record.tokens.completion.max in seen
     assert probe.idle_bytes == worst.idle_bytes  # this process's own, before its first model
 
 

@@ -178,7 +178,8 @@ class Book:
             return entry.raced
         if entry is self.baseline:
             return Interval(1.0, 1.0, 1.0, entry.step.n)
-        before, after = self.baseline.cycles_s, entry.cycles_s
+        alike = min(len(self.baseline.cycles_s), len(entry.cycles_s))  # of the same prompts and lengths
+        before, after = self.baseline.cycles_s[:alike], entry.cycles_s[:alike]
         known = (name_of(entry.knobs), len(before), len(after))
         if known not in self._ratios:
             self._ratios[known] = median_ratio(before, after, self.confidence)

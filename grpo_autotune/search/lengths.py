@@ -135,8 +135,8 @@ def lengths_seen(trainer: Any, generations: Sequence[Sequence[int]]) -> list[lis
         trainer: That of the run.
         generations: Lengths of each generation's rows on this rank, from the first on.
     """
-    if trainer.accelerator.num_processes > 1 or why_free(trainer) is not None:
-        return []
+    if trainer.accelerator.num_processes > 1 or trainer.use_vllm or why_free(trainer) is not None:
+        return []  # vLLM's completions of a fixed length have no end of sequence, so that TRL takes them for others
     rows, group = [length for generation in generations for length in generation], trainer.num_generations
     return [rows[first : first + group] for first in range(0, len(rows), group)]
 

@@ -68,9 +68,8 @@ def _measure_steps(
     turns = Turns(trainer, folder, probe, pulse, block) if in_turns(folder) else None
     total = WITHOUT_END if turns else probe.warmup + block
     outlast(trainer, total)
-    enough = Enough(
-        probe.warmup + _whole_cycles(spec.least_steps or spec.steps, probe.cycle), probe.cycle, spec.enough_s
-    )
+    least = probe.warmup + _whole_cycles(spec.least_steps or spec.steps, probe.cycle)
+    enough = None if spec.enough_s is None else Enough(least, probe.cycle, spec.enough_s)
     stop = StopAfter(total, lambda done: setattr(pulse, "step", done), enough)
     trainer.add_callback(stop)
     pulse.of = total

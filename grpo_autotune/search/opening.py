@@ -103,7 +103,8 @@ def measure_own(lab: Lab) -> None:
     if name_of(own) in lab.book.entries:
         return
     needed_s = lab.expected_s(own)
-    if needed_s > lab.budget.left_s:
+    known = bool(lab.seen_lengths) and any(row.purpose != "probe" for row in lab.rows)  # a search that is gone on with
+    if needed_s > lab.budget.left_s and not known:
         _no_trial_fits(lab, needed_s)
     asked = None if name_of(own) in lab.study.taken() else lab.study.ask(own)
     while asked is not None and name_of(asked.knobs) != name_of(own):
@@ -120,17 +121,20 @@ def measure_own(lab: Lab) -> None:
 def _run_probe(lab: Lab) -> TrialOutcome:
     plan = lab.config.batch
     groups = max(1, plan.completions_per_step // plan.num_generations)
-    steps = min(MOST_PROBE_STEPS, max(lab.config.search.steps, -(-PROBE_GROUPS // groups)))
+    steps = max(lab.config.search.steps, min(MOST_PROBE_STEPS, -(-PROBE_GROUPS // groups)))
     limit_s = lab.budget.left_s if lab.budget.total_s else UNBOUNDED_PROBE_S
-    enough = {"least_steps": lab.config.search.steps, "enough_s": PROBE_SHARE * lab.budget.total_s or None}
+    enough: dict[str, Any] = {}
+    if plan.processes == 1 and lab.budget.total_s:  # several ranks would have to agree on when it is enough
+        enough = {"least_steps": lab.config.search.steps, "enough_s": PROBE_SHARE * lab.budget.total_s}
     spec = lab.spec("probe", lab.config, {}, limit_s, steps=steps, **enough)
     seen = [Progress("start-up", 0, 0)]
     outcome = lab.run(spec, seen.append)
     lab.write(spec, outcome)
     lab.costs.learn(outcome)
     if outcome.status == "timeout" and lab.budget.total_s:
-        step, whole = seen[-1].step, (spec.least_steps or spec.steps) + spec.warmup
-        at = f"in step {step} of {whole}" if step else f"in {seen[-1].stage}"
+        step, most = seen[-1].step, seen[-1].of
+        whole = min(most, (spec.least_steps or spec.steps) + spec.warmup)
+        at = f"in step {step} of {most}" if step else f"in {seen[-1].stage}"
         least_s = outcome.elapsed_s * whole / max(1, step)
         _too_small(lab, 3.0 * least_s, f"the probe of your configuration was {at} when it was over")
     if outcome.status != "ok":

@@ -1,6 +1,6 @@
-"""The search: probe, the user's configuration, then what promises most, under a budget that is kept to the second.
+"""The search: the user's configuration first, then what promises most, under a budget that is kept to the second.
 
-    probe -> own configuration -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> reverts
+    probe -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> reverts
 
 Best-so-far files are written after every trial. Every step can be taken up again from the files of the folder.
 """

@@ -21,8 +21,9 @@ Purpose = Literal["probe", "timed", "worst_case", "rewards"]
 """What a trial measures.
 
 `probe`: the configuration as it is, free completion lengths; `timed`: the same prompts for every trial and completion
-lengths fixed at `completion_lengths`; `worst_case`: one step with the longest prompts, the largest images and
-full-length completions, optimizer state in place; `rewards`: generation and rewards alone, free lengths, no training.
+lengths fixed at `seen_lengths`, then `completion_lengths`; `worst_case`: one step with the longest prompts, the largest
+images and full-length completions, optimizer state in place; `rewards`: generation and rewards alone, free lengths, no
+training.
 """
 
 

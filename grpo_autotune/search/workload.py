@@ -46,7 +46,7 @@ class Workload:
         pixels: Pixels of an image as the data set holds it.
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
-        speedups: Names of the speed-ups that are asked for and that the attention kernel lets work.
+        speedups: Names of the speed-ups that are asked for and that this setting lets work.
     """
 
     shape: ModelShape | None
@@ -125,7 +125,11 @@ def workload(
 
 def _effective(config: RunConfig, trainer: Mapping[str, Any]) -> frozenset[str]:
     found = set(chosen(config.speedups))
-    return frozenset(found if trainer["attn_implementation"] in SERVED else found - {"shared_prefix"})
+    compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
+    dropout = (trainer["peft"] or {}).get("lora_dropout")
+    if trainer["attn_implementation"] not in SERVED or compiled or dropout:
+        found -= {"shared_prefix"}
+    return frozenset(found)
 
 
 def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:

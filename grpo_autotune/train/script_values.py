@@ -7,6 +7,7 @@ subclass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from grpo_autotune.config_problems import from_validation
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_sources import read_source
 from grpo_autotune.config_text import parse_yaml
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.speedups.table import chosen
 
@@ -72,10 +73,15 @@ class ScriptValues:
     def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
         from grpo_autotune.train.arguments import as_config_errors
 
+        as_written = copy.copy(config)
         for name, value in self.grpo.items():
             setattr(config, name, value)
-        with as_config_errors("grpo"):
-            call_next(config)
+        try:
+            with as_config_errors("grpo"):
+                call_next(config)
+        except AutotuneError:
+            call_next(as_written)  # where the script's own values fail too, the error is the script's
+            raise
 
 
 def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,18 +131,21 @@ def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
     Raises:
         ConfigError: It cannot be read, it is no YAML, or it holds something else.
     """
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
     try:
-        found = _File.model_validate(parse_yaml(read_source(path), str(path)))
+        given = _File.model_validate(parse_yaml(read_source(path), str(path)))
     except ValidationError as error:
         known = [*_File.model_fields, IMAGE_SIZE, *(f"{RECEIPT}.{key}" for key in Receipt.model_fields)]
-        raise from_validation(error, known) from error
-    values = {f"grpo.{key}": value for key, value in found.grpo.items()}
-    values |= {f"vllm.{key}": value for key, value in found.vllm.items()}
-    values[SPEEDUPS] = found.speedups
-    if found.data is not None:
-        values[IMAGE_SIZE] = found.data.image_size
+        found = from_validation(error, known)
+        raise ConfigError(found.what, where=f"{path}: {found.where}".rstrip(": "), fix=found.fix) from error
+    values = {f"grpo.{key}": value for key, value in given.grpo.items()}
+    values |= {f"vllm.{key}": value for key, value in given.vllm.items()}
+    values[SPEEDUPS] = given.speedups
+    if given.data is not None:
+        values[IMAGE_SIZE] = given.data.image_size
     ScriptValues(values)
-    return values, found.receipt
+    return values, given.receipt
 
 
 def _resized(rows: Any, size: int) -> Any:

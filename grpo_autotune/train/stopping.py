@@ -10,12 +10,13 @@ from transformers import TrainerCallback
 
 
 class Enough(NamedTuple):
-    """A run may stop early: once `steps` were done, or a multiple of `every` more, and it has trained for `seconds`;
-    null never is enough."""
+    """A run may stop early: once `steps` were done, or a multiple of `every` more, and it has trained for `seconds`.
+
+    By this process's own clock: ranks would disagree."""
 
     steps: int
     every: int
-    seconds: float | None
+    seconds: float
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
@@ -43,7 +44,7 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def _is_enough(self, done: int) -> bool:
-        if self._enough is None or self._enough.seconds is None:
+        if self._enough is None:
             return False
         more, rest = divmod(done - self._enough.steps, self._enough.every)
         return more >= 0 and not rest and time.monotonic() - self._begun_s >= self._enough.seconds
