@@ -144,6 +144,16 @@ def test_autocast_to_bfloat16_is_as_far_from_float32_as_plain_trl(tiny, tmp_path
     assert speedups.facts()["shared_prefix"]["flex_passes"] == 1
 
 
+def test_under_autocast_states_of_two_dtypes_become_one():
+    layout = layout_of_lengths([5], [[4, 4]])
+    query, key, value = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Flex(torch_flex.flex_attention)(
+            sdpa_attention_forward, None, (query, key, value.bfloat16()), layout, {}
+        )
+    assert found is not None and found.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("seconds", "taken"), [(-5.0, True), (5.0, False)])
 def test_the_faster_form_is_taken(tiny, tmp_path, rows, seconds, taken):
     clock = Clock()

@@ -66,7 +66,7 @@ class Flex:
         other = [name for name in OTHER_TERMS if kwargs.get(name) is not None]
         if other:
             raise NotImplementedError(f"layers with {', '.join(other)} are not served")
-        query, key, value = _in_one_dtype(states)
+        query, key, value = states
         found = self._kernel(
             query,
             key,
@@ -99,15 +99,6 @@ def _looks(layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:
         return found if window is None else found & (column_T[at] - column_T[to] < window)
 
     return looks
-
-
-def _in_one_dtype(states: States) -> States:
-    """Norms and rotations may leave query and key in float32 under autocast, which casts for other kernels only."""
-    kind = states[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return states
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(state.to(dtype) for state in states)
 
 
 @functools.cache
