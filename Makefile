@@ -32,6 +32,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m --cases 768px --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_off --cases 768px --rounds 2 --checkpointing off
 	$(BIN)/python -m benchmarks.speedups_parts
+	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.time_to_reward
 	$(BIN)/python -m benchmarks.model_error
 	$(BIN)/python -m benchmarks.warm_workers

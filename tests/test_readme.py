@@ -51,6 +51,19 @@ def test_the_table_of_speed_ups_is_the_committed_benchmarks():
             "docs/speedups.md", "speedups_parts", "chunks of 4, shared_prefix: reference_logprob",
             "the reference pass is {median:.1f} times faster",
         ),
+        ("docs/speedups.md", "prefix_forms", "768px: training, flat over cache", "{median:.2f} of its seconds at 768"),
+        ("docs/speedups.md", "prefix_forms", "short: training, flat over cache", "{median:.2f} with prompts of 20"),
+        ("docs/speedups.md", "prefix_forms", "768px-256: without gradients, flat over cache", "tokens ({median:.2f})"),
+        ("docs/speedups.md", "prefix_forms", "long: without gradients, flat over cache", "tokens ({median:.2f}); that"),
+        ("docs/speedups.md", "prefix_forms", "longer: without gradients, flat over cache", "new pages, {median:.2f}."),
+        (
+            "docs/speedups.md", "prefix_forms_heap", "768px-256: without gradients, flat over cache",
+            "it is {median:.2f} and",
+        ),
+        (
+            "docs/speedups.md", "prefix_forms_heap", "long: without gradients, flat over cache",
+            "and {median:.2f}\n  (`docs/benchmarks/prefix_forms_heap.json`)",
+        ),
     ],
 )  # fmt: skip
 def test_figures_in_the_text_are_the_committed_benchmarks(page: str, benchmark: str, ratio: str, words: str) -> None:

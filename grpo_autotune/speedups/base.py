@@ -40,6 +40,11 @@ class Installed:
             handle.remove()
         self.handles = []
 
+    @property
+    def note(self) -> str:
+        """What the table says of it beside its summary; empty where there is nothing to say."""
+        return ""
+
     def facts(self) -> dict[str, float]:
         """What it did so far, by name."""
         return {}

@@ -54,9 +54,11 @@ class SpeedUps:
 
     def _row_as_it_is(self, row: Row) -> Row:
         installed = self._installed.get(row.name)
-        if installed is None or installed.fell_back is None:
+        if installed is None:
             return row
-        return Row(row.name, False, installed.fell_back)
+        if installed.fell_back is not None:
+            return Row(row.name, False, installed.fell_back)
+        return Row(row.name, True, "; ".join(filter(None, (row.reason, installed.note))))
 
     def lines(self) -> list[str]:
         """The table as text, a line a speed-up."""

@@ -51,7 +51,7 @@ class SelfCheck:
             try:
                 found = fast().double()
             except FAILURES as error:
-                self._installed.fall_back(f"its self-check failed: {type(error).__name__}: {_first_line(error)}")
+                self._installed.fall_back(f"its self-check failed: {type(error).__name__}: {first_line(error)}")
                 return False
         if found.shape != wanted.shape:
             self._installed.fall_back(f"its self-check found {what} of shape {tuple(found.shape)}")
@@ -72,5 +72,6 @@ def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(difference / wanted.square().mean().sqrt().clamp(min=1.0))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to its first line."""
     return next(iter(str(error).splitlines()), "")

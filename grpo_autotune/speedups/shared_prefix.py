@@ -22,6 +22,7 @@ from grpo_autotune.speedups.groups import Groups, groups_of
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix_fit import base_of, models_of, why_not
+from grpo_autotune.speedups.shared_prefix_forms import Choice, candidates
 from grpo_autotune.speedups.shared_prefix_layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix_media import BY_TOKEN
 from grpo_autotune.speedups.shared_prefix_regroup import wrap_shuffle
@@ -66,6 +67,7 @@ class _SharedPrefix(Installed):
         self.checks: dict[Kind, SelfCheck] = {}
         self.passes = {"shared": 0, "plain": 0}
         self.tokens = {"shared": 0, "plain": 0}
+        self.forms = Choice(next(iter(candidates(trainer.accelerator.device)), None))
         groups = groups_of(trainer)
         try:
             self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
@@ -77,9 +79,15 @@ class _SharedPrefix(Installed):
             self.remove()
             raise
 
+    @property
+    def note(self) -> str:
+        """Which form attention takes, where there is a choice."""
+        return self.forms.note()
+
     def facts(self) -> dict[str, float]:
-        """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded."""
-        return {
+        """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is
+        a choice, the passes that took FlexAttention and how many times faster it was at best."""
+        return self.forms.facts() | {
             "shared_passes": self.passes["shared"],
             "plain_passes": self.passes["plain"],
             "tokens": self.tokens["shared"],
@@ -170,18 +178,23 @@ class _SharedPrefix(Installed):
             )[0]
 
         def shared() -> torch.Tensor:
-            return self._shared(alone, batch, rows, False)[0]
+            return self._shared(alone, batch, rows, False, self.forms.watching)[0]
 
         return check.run(plain, shared, getattr(torch, compute_dtype(self.trainer)), "log-probs")
 
     def _shared(
-        self, model: Any, batch: Batch, rows: Sequence[int], entropies: bool
+        self,
+        model: Any,
+        batch: Batch,
+        rows: Sequence[int],
+        entropies: bool,
+        with_form: Callable[[Layout], Layout] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of some rows, (rows, C), in one forward pass."""
-        layout = layout_of(batch, rows)
         kept = batch.attention_mask[list(rows), batch.prompt_width :].bool()
         labels = batch.input_ids[list(rows), batch.prompt_width :][kept]
         with self.trainer.accelerator.autocast():
+            layout = (with_form or self.forms.made)(layout_of(batch, rows))
             outputs = model(
                 **_inputs(base_of(self.trainer.accelerator.unwrap_model(model)), batch, layout),
                 shift_labels=labels[None],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +25,26 @@ ARGUMENT = "shared_prefix"
 pass, when nothing but the layer's own arguments is left to tell."""
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]
+
+States = tuple[torch.Tensor, ...]
+"""Query, key and value."""
+
+
+class Form(Protocol):
+    """One way to compute attention over a flat sequence."""
+
+    def __call__(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The output (1, T, H, D) for query, key and value (1, H, T, D); None leaves it to `Split`.
+
+        Args:
+            attention: The function that the model is configured with.
+            module: The layer that calls it.
+            states: Query, key and value; the latter two may have fewer heads.
+            layout: Who belongs to whom.
+            kwargs: What the layer hands its attention function beside.
+        """
 
 
 _handles: dict[str, Handle] = {}
@@ -58,7 +78,7 @@ class AttentionLayer:
 
 
 def _layer(implementation: str) -> Callable[..., Any]:
-    masked = not implementation.startswith("flash")
+    split = Split(implementation)
 
     def attention(
         call_next: Attention,
@@ -74,7 +94,9 @@ def _layer(implementation: str) -> Callable[..., Any]:
         if layout is None or not _is_decoder(module):
             return call_next(module, query, key, value, attention_mask, **kwargs)
         kwargs.pop("position_ids", None)  # flash kernels would look for packed sequences in them
-        return _attend(call_next, module, (query, key, value), layout, masked, kwargs), None
+        given = (call_next, module, (query, key, value), layout, kwargs)
+        found = None if layout.form is None else layout.form(*given)
+        return split(*given) if found is None else found, None
 
     return attention
 
@@ -84,33 +106,47 @@ def _is_decoder(module: Any) -> bool:
     return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
-def _attend(
-    attention: Attention,
-    module: Any,
-    states: tuple[torch.Tensor, ...],
-    layout: Layout,
-    masked: bool,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """The output for states (1, H, T, D), as (1, T, H, D)."""
-    window = kwargs.get("sliding_window")
-    outputs = []
-    for span in layout.spans:
-        query, key, value = (state[:, :, span.start : span.prompt_end] for state in states)
-        mask = window_mask(0, query.shape[2], query.shape[2], window, query.device) if masked else None
-        outputs.append(attention(module, query, key, value, mask, **kwargs)[0])
-        if not span.width:
-            continue
-        query, key, value = (_as_batch(state, span) for state in states)
-        key, value = (
-            torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), own], dim=2)
-            for state, own in ((states[1], key), (states[2], value))
-        )
-        prompt = span.prompt_end - span.start
-        mask = causal_mask(prompt, span.width, window, query.device) if masked else None
-        found = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
-        outputs.append((found if span.back is None else found[span.back])[None])
-    return torch.cat(outputs, dim=1)
+class Split:
+    """The form that is there always: each prompt as one row, and its completions as a batch.
+
+    Args:
+        implementation: What the attention function is called; flash kernels take no masks.
+    """
+
+    def __init__(self, implementation: str) -> None:
+        self._masked = not implementation.startswith("flash")
+
+    def __call__(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """As `Form`."""
+        window = kwargs.get("sliding_window")
+        outputs = []
+        for span in layout.spans:
+            query, key, value = (state[:, :, span.start : span.prompt_end] for state in states)
+            prompt = query.shape[2]
+            mask = self._mask(layout, 0, prompt, window) if window is not None and prompt > window else None
+            outputs.append(attention(module, query, key, value, mask, **kwargs)[0])
+            if not span.width:
+                continue
+            query, key, value = (_as_batch(state, span) for state in states)
+            key, value = (
+                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), own], dim=2)
+                for state, own in ((states[1], key), (states[2], value))
+            )
+            mask = self._mask(layout, prompt, span.width, window)
+            found = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
+            outputs.append((found if span.back is None else found[span.back])[None])
+        return torch.cat(outputs, dim=1)
+
+    def _mask(self, layout: Layout, before: int, width: int, window: int | None) -> torch.Tensor | None:
+        if not self._masked:
+            return None
+        key = (before, width, window)
+        if key not in layout.masks:
+            layout.masks[key] = causal_mask(before, width, window, layout.source.device)
+        mask: torch.Tensor = layout.masks[key]
+        return mask
 
 
 def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
@@ -119,18 +155,9 @@ def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
     return own.view(own.shape[0], span.rows, span.width, -1).transpose(0, 1)
 
 
-def causal_mask(prompt: int, width: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Who looks at whom among `width` tokens after a prompt: (1, 1, S, P + S), true where they do."""
-    return _looks(prompt, width, prompt + width, window, device)
-
-
-def window_mask(prompt: int, width: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The same where a sliding window is shorter than the sequence; None where plain causal attention does."""
-    return _looks(prompt, width, keys, window, device) if window is not None and keys > window else None
-
-
-def _looks(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    at = torch.arange(first, first + queries, device=device)[:, None]
-    to = torch.arange(keys, device=device)
+def causal_mask(before: int, width: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Who looks at whom among `width` tokens after `before` others: (1, 1, S, before + S), true where they do."""
+    at = torch.arange(before, before + width, device=device)[:, None]
+    to = torch.arange(before + width, device=device)
     looks = to <= at
     return (looks if window is None else looks & (to > at - window))[None, None]

@@ -11,8 +11,8 @@ S: width of a group's completions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,16 +48,22 @@ class Layout:
         source: Which token of the (B, W) batch, counted row by row, each token of the sequence is; (T,).
         column: Its column there, (T,).
         prompt: The number of its prompt, (T,).
+        owner: The row whose completion it belongs to, -1 in a prompt, (T,).
         scored: The token whose next one is scored, for each completion token of the batch, row by row; (N,).
         first_rows: For each prompt the row that stands for it.
+        form: How attention is computed over it (`shared_prefix_attention.Form`).
+        masks: Attention masks by what tells them apart, kept for all layers of the model.
     """
 
     spans: list[Span]
     source: torch.Tensor
     column: torch.Tensor
     prompt: torch.Tensor
+    owner: torch.Tensor
     scored: torch.Tensor
     first_rows: list[int]
+    form: Callable[..., torch.Tensor | None] | None = None
+    masks: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -146,9 +152,9 @@ def layout_of(batch: Batch, rows: Sequence[int]) -> Layout:
         spans.append(_span(start, prompt_end, lengths, batch.input_ids.device))
     row_T, prompt_T = (
         torch.repeat_interleave(
-            torch.tensor([origin[field] for origin in origins]), torch.tensor([origin[2] for origin in origins])
+            torch.tensor([origin[part] for origin in origins]), torch.tensor([origin[2] for origin in origins])
         )
-        for field in (0, 1)
+        for part in (0, 1)
     )
     column_T, device = torch.cat(columns), batch.input_ids.device
     return Layout(
@@ -156,6 +162,7 @@ def layout_of(batch: Batch, rows: Sequence[int]) -> Layout:
         source=(row_T * width + column_T).to(device),
         column=column_T.to(device),
         prompt=prompt_T.to(device),
+        owner=torch.where(column_T < prompt_width, -1, row_T).to(device),
         scored=_scored(batch, rows, before).to(device),
         first_rows=[members[0] for members in by_group.values()],
     )
