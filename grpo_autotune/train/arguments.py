@@ -12,6 +12,7 @@ import torch
 from trl import GRPOConfig
 
 from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.failures import engine_failure
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
 TRACKERS = {
@@ -86,12 +87,18 @@ def as_config_errors(where: str) -> Iterator[None]:
     """Turn what TRL, transformers and PEFT raise about their arguments into one line.
 
     Raises:
-        ConfigError: For a `ValueError`, `TypeError` or `NotImplementedError`.
+        ConfigError: For a `ValueError`, `TypeError` or `NotImplementedError`, and for an engine that finds no memory.
         EnvironmentProblem: For an `ImportError`, or an `OSError`: a vLLM server that cannot be reached, a full disk.
     """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        if (failure := engine_failure(error)) is None:
+            raise
+        raise failure.error() from error
     except (ValueError, TypeError, NotImplementedError) as error:
+        if (failure := engine_failure(error)) is not None:
+            raise failure.error() from error
         raise ConfigError(str(error).strip() or type(error).__name__, where=where) from error
     except (ImportError, OSError) as error:  # what requests raises is an OSError, not a ConnectionError
         raise EnvironmentProblem(str(error).strip(), where=where) from error
