@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_autotune.engine.records import Fidelity
 from grpo_autotune.probe.records import (
     STAGES,
-    Fidelity,
     ImageFacts,
     Phase,
     ProbeRecord,

@@ -13,15 +13,16 @@ from typing import IO, Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.engine.fidelity import FidelityMeter
 from grpo_autotune.probe.exchange import collect, publish
-from grpo_autotune.probe.facts import KEEP, FidelityCollector, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
 from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
-from grpo_autotune.probe.trainer_facts import cycle_of, engine_dtype, facts_of, versions
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
 from grpo_autotune.probe.wiring import install
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 
@@ -52,7 +53,8 @@ class Probe:
         timer, self._gauge = gauges_for(trainer.args.device)
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
-        self.rewards, self.fidelity = RewardCollector(), FidelityCollector()
+        self.rewards = RewardCollector()
+        self.fidelity = FidelityMeter(trainer, around=lambda: self.recorder.span("", "probe"))
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
         self.closed = 0
@@ -138,7 +140,7 @@ class Probe:
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),
-            fidelity=self.fidelity.facts([facts.dtype, *engine_dtype(self.trainer)]),
+            fidelity=self.fidelity.facts(),
             weight_sync_bytes=self.weight_sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
