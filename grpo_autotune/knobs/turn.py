@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_autotune.config import RunConfig, VllmSection
+from grpo_autotune.config import RunConfig
+from grpo_autotune.config_vllm import VllmSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs.given import Given, given
 from grpo_autotune.knobs.table import PROMPTS, Kind, knob

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from trl import GRPOConfig
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.failures import engine_failure
+from grpo_autotune.engine.options import EngineOptions
+from grpo_autotune.engine.unlock import unlock_module
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.seams.importing import ENGINE_MODULE
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -64,6 +68,20 @@ def grpo_arguments(
     keys.setdefault("output_dir", output_dir)
     with as_config_errors("grpo"):
         return Arguments(GRPOConfig(**keys), tuple(notes))
+
+
+@contextmanager
+def unlocked_engine(config: RunConfig) -> Iterator[None]:
+    """Trainers built inside get the engine that the `vllm` section describes, right with images."""
+    if not config.use_vllm:
+        yield
+        return
+    options = EngineOptions.of_section(config.vllm)
+    if config.model.revision is not None:  # TRL loads the engine's copy by name
+        keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
+        options = replace(options, keys={**keys, **options.keys})
+    with unlock_module(importlib.import_module(ENGINE_MODULE), options):
+        yield
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:
