@@ -14,6 +14,8 @@ from typing import IO, Any
 from transformers import TrainerCallback
 
 from grpo_autotune.engine.fidelity import FidelityMeter
+from grpo_autotune.engine.meters import EngineMeter
+from grpo_autotune.engine.records import EngineFacts
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -55,6 +57,11 @@ class Probe:
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
         self.fidelity = FidelityMeter(trainer, around=lambda: self.recorder.span("", "probe"))
+        self.engine = EngineMeter(
+            getattr(trainer, "vllm_generation", None),
+            step=lambda: self.closed,
+            counting=lambda: self.counting() and not self.fidelity.asking,
+        )
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
         self.closed = 0
@@ -141,11 +148,17 @@ class Probe:
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
+            engine=self._engine_facts(first),
             weight_sync_bytes=self.weight_sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
             versions=versions(),
         )
+
+    def _engine_facts(self, first: int) -> EngineFacts | None:
+        found = self.engine.facts(first)
+        started = next((phase.seconds for phase in self.startup.phases() if phase.name == "engine"), None)
+        return found and found.model_copy(update={"start_s": started, "sync_bytes": self.weight_sync_bytes})
 
     def _open(self, step: int) -> None:
         self._last_step = step

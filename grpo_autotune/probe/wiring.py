@@ -37,7 +37,7 @@ def install(probe: Probe) -> list[Handle]:
     try:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
-        handles += [*_counters(probe), *probe.fidelity.install()]
+        handles += [*_counters(probe), *probe.fidelity.install(), *probe.engine.install()]
     except BaseException:
         for handle in handles:
             handle.remove()
