@@ -15,6 +15,9 @@ import torch
 
 LONGEST = 64
 SHORTEST = 8
+DENSE = 8
+SPARSE = 16
+"""Of a long run the first generations are looked at, and then one in so many."""
 FOLLOWED = 0.1
 """The engine followed an optimizer step if its log-probs moved by this share of the trainer's movement at least."""
 
@@ -99,6 +102,11 @@ def scored_by_server(client: Any, ids: list[int]) -> list[float]:
     """The same by a server, through TRL's client."""
     found = client.get_sequence_logprobs([ids], [1], top_logprobs=1)
     return [row[0] for row in found["actual_logprobs"][0]]
+
+
+def due(generation: int) -> bool:
+    """Whether to do at this generation (counted from 0) what costs a pass of its own."""
+    return generation < DENSE or generation % SPARSE == 0
 
 
 @contextmanager

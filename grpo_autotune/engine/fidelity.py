@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_autotune.engine.causes import Evidence, diagnose
-from grpo_autotune.engine.check_text import CheckText, Scores, scored_by_llm, scored_by_server
+from grpo_autotune.engine.check_text import CheckText, Scores, due, scored_by_llm, scored_by_server
 from grpo_autotune.engine.records import Fidelity, FidelityPart
 from grpo_autotune.engine.rescore import rescore
 from grpo_autotune.engine.rows import row_keys, row_kinds
@@ -109,6 +109,7 @@ class FidelityMeter:
     differ: int = 0
     lengths: tuple[int, int] | None = None
     first_step: int | None = None
+    seen: int = 0
     met: dict[Any, int] = field(default_factory=dict)
 
     def install(self) -> list[Handle]:
@@ -156,15 +157,16 @@ class FidelityMeter:
         if scores is not None and scores.trainer_moved_nats is not None:
             metrics["rollout/trainer_moved"] = scores.trainer_moved_nats
             metrics["rollout/engine_moved"] = scores.engine_moved_nats or 0.0
+        self.seen += 1
         return metrics
 
     def _compare(self, output: Mapping[str, Any], theirs: Any, mask: Any, step: int) -> dict[str, float]:
         """Book the differences by kind of row. TRL logs the plain ones itself, so only others are a metric."""
         ours, given = output.get("old_per_token_logps"), self._given()
-        if self.shaped_by:
+        plain = ours is not None and not shapes(given, self.trainer.temperature)
+        if self.shaped_by or not (plain or due(self.seen)):
             return {}
         shift = Sum()
-        plain = ours is not None and not shapes(given, self.trainer.temperature)
         if not plain:
             scored = rescore(self.trainer, output, given)
             rows, keep = scored.plain.shape
@@ -172,7 +174,9 @@ class FidelityMeter:
             shift.add((scored.drawn - scored.plain).abs()[mask])
         gap, seen = (theirs - ours).abs(), Sum()
         seen.add(gap[mask])
-        for row, (kind, key) in enumerate(zip(row_kinds(output), row_keys(output), strict=True)):
+        kinds = row_kinds(output)
+        keys = row_keys(output) if len(self.met) < KEYS else [None] * len(kinds)
+        for row, (kind, key) in enumerate(zip(kinds, keys, strict=True)):
             if row < len(gap):
                 self.cells.setdefault(self._cell(kind, key, step), Sum()).add(gap[row][mask[row]])
         if plain or not seen.count:
@@ -207,7 +211,7 @@ class FidelityMeter:
             ok=ok,
             dropped_share=self.dropped.share(),
             dropped_of=self.dropped.of,
-            shift_nats=self.shift.mean() if self.shift.count else None,
+            shift_nats=self.shift.mean() if self.shift.total else None,
             sampling=not_plain(self.given or {}),
             text_nats=math.fsum(scored) / len(scored) if scored else None,
             moved=evidence.moved,
@@ -287,7 +291,7 @@ class FidelityMeter:
 
     def _ask(self, sequences: Iterable[Any], longest: int, score: Callable[[list[int]], list[float]]) -> None:
         special = getattr(self.trainer._tokenizer, "all_special_ids", [])
-        if self.text.choose(sequences, frozenset(special), longest):
+        if due(self.seen) and self.text.choose(sequences, frozenset(special), longest):
             self.asking = True
             try:
                 with self.around():

@@ -24,7 +24,7 @@ from grpo_autotune.engine.options import EngineOptions, SleepLevel, WeightSync
 from grpo_autotune.seams.importing import ENGINE_MODULE
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
-PARTS: tuple[str, ...] = ("grpo_autotune.engine.compute",)
+PARTS: tuple[str, ...] = ("grpo_autotune.engine.compute", "grpo_autotune.engine.watch")
 """In the order of installation: a later part's layers lie inside an earlier one's on the same seam."""
 
 ARGUMENTS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from grpo_autotune.engine.fidelity import FidelityMeter
 from grpo_autotune.engine.meters import EngineMeter
 from grpo_autotune.engine.records import EngineFacts
+from grpo_autotune.engine.watch import is_watched, meter_of
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -56,7 +58,9 @@ class Probe:
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
-        self.fidelity = FidelityMeter(trainer, around=lambda: self.recorder.span("", "probe"))
+        self.watched = is_watched(trainer)
+        self.fidelity = meter_of(trainer) if self.watched else FidelityMeter(trainer)
+        self.fidelity.around = lambda: self.recorder.span("", "probe")
         self.engine = EngineMeter(
             getattr(trainer, "vllm_generation", None),
             step=lambda: self.closed,
@@ -81,6 +85,7 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
         self._sampler.stop()
         if self._gauge is not None:
@@ -112,7 +117,8 @@ class Probe:
         trainer = self.trainer
         self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
         self.images.see(self.closed, inputs, output, _merge_size(trainer))
-        self.fidelity.see(output)
+        if not self.watched:
+            self.fidelity.see(output)
 
     def train_began(self) -> None:
         """Open the first step's tree."""
