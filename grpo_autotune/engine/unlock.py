@@ -4,9 +4,10 @@
 both are wrapped on the class and the module, since trainers build theirs inside their own constructor. A part (`PARTS`)
 is a module that defines some of:
 
-    llm_keys(generation, options) -> dict           arguments of `LLM` that it needs; the user's win over them
-    started(generation, llm, options) -> handles    its layers on the `LLM`, before TRL calls any of its methods
-    install(generation, options) -> handles         its layers on the finished `VLLMGeneration`, colocated or a client
+    llm_keys(generation, options) -> dict              arguments of `LLM` that it needs; the user's win over them
+    started(generation, llm, options) -> handles       its layers on the `LLM`, before TRL calls any of its methods
+    connected(generation, client, options) -> handles  its layers on a server's client, before TRL asks it anything
+    install(generation, options) -> handles            its layers on the finished `VLLMGeneration`, in both modes
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from grpo_autotune.engine.options import EngineOptions, SleepLevel, WeightSync
 from grpo_autotune.seams.importing import ENGINE_MODULE
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
-PARTS: tuple[str, ...] = ("grpo_autotune.engine.compute", "grpo_autotune.engine.watch")
+PARTS: tuple[str, ...] = (
+    "grpo_autotune.engine.compute",
+    "grpo_autotune.engine.server",
+    "grpo_autotune.engine.watch",
+)
 """In the order of installation: a later part's layers lie inside an earlier one's on the same seam."""
 
 ARGUMENTS = {
@@ -102,6 +107,7 @@ class Unlocked:
         self._entrances.append(wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._built, INNER))
         if hasattr(module, "LLM"):  # without vLLM, TRL says so itself
             self._entrances.append(wrap(AttributeSlot(module, "LLM"), self._started, INNER))
+        self._entrances.append(wrap(AttributeSlot(module, "VLLMClient"), self._connected, INNER))
 
     def _built(self, call_next: Callable[..., Any], generation: Any, /, *args: Any, **kwargs: Any) -> None:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
@@ -133,6 +139,14 @@ class Unlocked:
         for started in _defined("started"):
             engine.handles += started(generation, llm, self.options)
         return llm
+
+    def _connected(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        client = call_next(*args, **kwargs)
+        if self._building:
+            generation = self._building[-1]
+            for connected in _defined("connected"):
+                cast(Engine, engine_of(generation)).handles += connected(generation, client, self.options)
+        return client
 
 
 def unlock_vllm(
