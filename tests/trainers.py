@@ -31,6 +31,8 @@ def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
     columns = {"prompt": MESSAGES, "answer": Value("string")}
     if "image" in rows[0]:
         columns["image"] = Image()
+    if "images" in rows[0]:
+        columns["images"] = [Image()]
     return Dataset.from_list(rows, features=Features(columns))
 
 

@@ -27,10 +27,12 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 PARTS: tuple[str, ...] = (
     "grpo_autotune.engine.compute",
+    "grpo_autotune.engine.placeholders",
+    "grpo_autotune.engine.requests",
     "grpo_autotune.engine.server",
     "grpo_autotune.engine.watch",
 )
-"""In the order of installation: a later part's layers lie inside an earlier one's on the same seam."""
+"""In the order of installation: of equal order, a later part's layers lie outside an earlier one's on the same seam."""
 
 ARGUMENTS = {
     "tensor_parallel_size": "tensor_parallel_size",
@@ -61,6 +63,12 @@ class Engine:
         self.start_s: float | None = None
         self.parts: dict[str, Any] = {}
         self.handles: list[Handle] = []
+
+    def take_off(self) -> None:
+        """Remove every layer."""
+        for handle in reversed(self.handles):
+            handle.remove()
+        self.handles = []
 
 
 def engine_of(generation: Any) -> Engine | None:
@@ -95,9 +103,7 @@ class Unlocked:
         """`close`, and take every layer off the engines there are; an engine keeps the arguments it was built with."""
         self.close()
         for generation, engine in self._engines:
-            for handle in reversed(engine.handles):
-                handle.remove()
-            engine.handles = []
+            engine.take_off()
             vars(generation).pop(_MARK, None)
         self._engines = []
 
@@ -136,6 +142,10 @@ class Unlocked:
         begun = time.monotonic()
         llm = call_next(*args, **engine.llm_keys)
         engine.start_s = time.monotonic() - begun
+        former = vars(llm).get(_MARK)
+        if former is not None:  # a worker gives the engine of its last trial again
+            former.take_off()
+        setattr(llm, _MARK, engine)
         for started in _defined("started"):
             engine.handles += started(generation, llm, self.options)
         return llm

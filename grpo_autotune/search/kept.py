@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.seams.importing import ENGINE_MODULE, after_import, hook_imports
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 
 if TYPE_CHECKING:
     from grpo_autotune.train.datasets import Splits
+
+INNERMOST = INNER + 10
+"""Below the unlocking, whose keys are arguments of the engine like TRL's."""
 
 KEPT = 4
 """Data sets; trials differ in them by image size."""
@@ -75,7 +78,7 @@ class KeptEngine:
 
     def _imported(self, module: ModuleType) -> None:
         if hasattr(module, "LLM"):  # without vLLM TRL's module has no such name
-            wrap(AttributeSlot(module, "LLM"), self._start)
+            wrap(AttributeSlot(module, "LLM"), self._start, INNERMOST)
 
     def _start(self, call_next: Callable[..., Any], /, **arguments: Any) -> Any:
         if self._engine is None:
