@@ -42,7 +42,7 @@ def make_trainer(
     out: Path,
     *,
     rewards: list[Callable[..., Any]] | None = None,
-    lora: bool = True,
+    lora: bool | LoraConfig = True,
     **grpo: Any,
 ) -> GRPOTrainer:
     """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden."""
@@ -68,7 +68,7 @@ def make_trainer(
         train_dataset=dataset_of(rows),
         eval_dataset=dataset_of(rows[:2]),
         processing_class=AutoProcessor.from_pretrained(model, padding_side="left"),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora is True else lora or None,
     )
 
 
