@@ -13,6 +13,7 @@ from grpo_autotune.engine.fidelity import Dropped, Sum, threshold_nats
 from grpo_autotune.engine.records import FidelityPart
 from grpo_autotune.engine.rows import row_keys, row_kinds
 from grpo_autotune.engine.sampling import PLAIN, differences, log_probs, parameters, shapes
+from grpo_autotune.engine.server_meter import CACHE, COUNTERS, GAUGES, read_metrics
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
 """Two tokens' distributions over four words."""
@@ -175,3 +176,20 @@ def test_only_repeated_images_after_a_step_leave_two_causes() -> None:
     named, causes = diagnose(Evidence(threshold_nats=1e-3, **WELL | FOLLOWS | {"parts": parts}))
     assert named is None
     assert {c.name for c in causes if c.points == "unknown"} == {"stale weights", "stale caches"}
+
+
+METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+03
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0
+process_start_time_seconds 1.7e+09
+"""
+
+
+def test_a_server_s_metrics_are_read() -> None:
+    found = read_metrics(METRICS)
+    assert found[GAUGES["running_max"]] == 5.0 and found[COUNTERS["prompt_tokens"]] == 1500.0
+    assert found[CACHE] == 1600.0
+    assert read_metrics("") == {} == read_metrics("<html>not found</html>")

@@ -18,7 +18,7 @@ from grpo_autotune.engine.check_text import CheckText, Scores, due, scored_by_ll
 from grpo_autotune.engine.records import Fidelity, FidelityPart
 from grpo_autotune.engine.rescore import rescore
 from grpo_autotune.engine.rows import row_keys, row_kinds
-from grpo_autotune.engine.sampling import differences, not_plain, others, parameters, shapes
+from grpo_autotune.engine.sampling import PLAIN, differences, not_plain, others, parameters, shapes
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
 from grpo_autotune.seams.trainers import compute_dtype
 
@@ -93,6 +93,7 @@ class FidelityMeter:
         trainer: A `GRPOTrainer` with vLLM.
         around: Entered around work of the meter's own inside the engine's call.
         asking: Whether the engine is working for the meter, not for the trainer.
+        raw: Whether the engine gives back the model's log-probs, not those of the distribution that it draws from.
     """
 
     trainer: Any
@@ -104,6 +105,8 @@ class FidelityMeter:
     shift: Sum = field(default_factory=Sum)
     dropped: Dropped = field(default_factory=Dropped)
     given: dict[str, float] | None = None
+    raw: bool = False
+    server: dict[str, Any] = field(default_factory=dict)
     shaped_by: list[str] = field(default_factory=list)
     prompts: int = 0
     differ: int = 0
@@ -121,16 +124,19 @@ class FidelityMeter:
         return [wrap(AttributeSlot(owner, name), layer) for owner, name, layer in slots if hasattr(owner, name)]
 
     def formats(self) -> tuple[str, str]:
-        """The trainer's number format and the engine's (that of a server is not known: the trainer's is taken)."""
+        """The trainer's number format and the engine's; before a server has told, the trainer's is taken."""
         trainer = compute_dtype(self.trainer)
         config = getattr(getattr(_llm(self.trainer), "llm_engine", None), "vllm_config", None)
-        if config is None:
+        told = (
+            self.server if config is None else {n: vars(getattr(config, n)) for n in ("model_config", "cache_config")}
+        )
+        if not told:
             return trainer, trainer
-        words = [str(config.model_config.dtype).removeprefix("torch.")]
-        if config.cache_config.cache_dtype not in ("auto", words[0]):
-            words.append(f"{config.cache_config.cache_dtype} keys and values")
-        if config.model_config.quantization is not None:
-            words.append(f"{config.model_config.quantization} weights")
+        words = [str(told["model_config"]["dtype"]).removeprefix("torch.")]
+        if told["cache_config"]["cache_dtype"] not in ("auto", words[0]):
+            words.append(f"{told['cache_config']['cache_dtype']} keys and values")
+        if told["model_config"]["quantization"] is not None:
+            words.append(f"{told['model_config']['quantization']} weights")
         return trainer, " with ".join(words)
 
     def threshold_nats(self) -> float:
@@ -162,7 +168,7 @@ class FidelityMeter:
 
     def _compare(self, output: Mapping[str, Any], theirs: Any, mask: Any, step: int) -> dict[str, float]:
         """Book the differences by kind of row. TRL logs the plain ones itself, so only others are a metric."""
-        ours, given = output.get("old_per_token_logps"), self._given()
+        ours, given = output.get("old_per_token_logps"), PLAIN if self.raw else self._given()
         plain = ours is not None and not shapes(given, self.trainer.temperature)
         if self.shaped_by or not (plain or due(self.seen)):
             return {}
@@ -273,6 +279,7 @@ class FidelityMeter:
         given = kwargs["sampling_params"] if "sampling_params" in kwargs else args[1]
         self._take(given[0] if isinstance(given, list | tuple) else given)
         llm = _llm(self.trainer)
+        self.raw = llm.llm_engine.model_config.logprobs_mode == "raw_logprobs"
         sequences = (ids for row in found for ids in (row.prompt_token_ids, row.outputs[0].token_ids))
         longest = llm.llm_engine.model_config.max_model_len - 1
         self._ask(sequences, longest, lambda ids: scored_by_llm(llm, ids))
@@ -283,10 +290,13 @@ class FidelityMeter:
         if self.asking or not self.trainer.model.training:
             return found
         self._take({**kwargs, **(kwargs.get("generation_kwargs") or {})})
+        self.server = self.server or self.trainer.vllm_generation.vllm_client.get_server_info()
+        self.raw = self.server["model_config"]["logprobs_mode"] == "raw_logprobs"
         if not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled):
             client = self.trainer.vllm_generation.vllm_client
             sequences = [*found["prompt_ids"], *found["completion_ids"]]
-            self._ask(sequences, self.trainer.max_completion_length, lambda ids: scored_by_server(client, ids))
+            longest = int(self.server["model_config"]["max_model_len"]) - 1
+            self._ask(sequences, longest, lambda ids: scored_by_server(client, ids))
         return found
 
     def _ask(self, sequences: Iterable[Any], longest: int, score: Callable[[list[int]], list[float]]) -> None:

@@ -93,8 +93,7 @@ class EngineMeter:
 
     def facts(self, first: int) -> EngineFacts | None:
         """What was seen after optimizer step `first` (all of it, if nothing was); None before any generation."""
-        seen = [turn for turn in self.turns if turn.step >= first and turn.generations] or list(self.turns)
-        total = together(seen)
+        total = together(self._seen(first))
         if not total.generations:
             return None
         busy_s = total.prefill_s + total.decode_s
@@ -109,6 +108,9 @@ class EngineMeter:
             wake_s=_over(total.wake_s, total.wakes),
             sync_s=_over(total.sync_s, total.syncs),
         )
+
+    def _seen(self, first: int) -> list[Turn]:
+        return [turn for turn in self.turns if turn.step >= first and turn.generations] or list(self.turns)
 
     def _turn(self) -> Turn:
         step = self.step()

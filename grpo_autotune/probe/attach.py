@@ -15,8 +15,8 @@ from typing import IO, Any
 from transformers import TrainerCallback
 
 from grpo_autotune.engine.fidelity import FidelityMeter
-from grpo_autotune.engine.meters import EngineMeter
 from grpo_autotune.engine.records import EngineFacts
+from grpo_autotune.engine.server_meter import meter_for
 from grpo_autotune.engine.watch import is_watched, meter_of
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
@@ -61,14 +61,14 @@ class Probe:
         self.watched = is_watched(trainer)
         self.fidelity = meter_of(trainer) if self.watched else FidelityMeter(trainer)
         self.fidelity.around = lambda: self.recorder.span("", "probe")
-        self.engine = EngineMeter(
+        self.closed = 0
+        self.engine = meter_for(
             getattr(trainer, "vllm_generation", None),
             step=lambda: self.closed,
             counting=lambda: self.counting() and not self.fidelity.asking,
         )
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
-        self.closed = 0
         self._last_step = trainer.state.global_step
         self._steps: deque[StepStages] = deque(maxlen=KEEP)
         self._pending: list[StepSpans] = []
