@@ -48,11 +48,15 @@ def unlocked() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unlocked")
-@pytest.mark.parametrize(("kind", "lora"), [("qwen3", True), ("llama", False)])
-def test_text_is_faithful_before_and_after_optimizer_steps(
-    colocated: Colocated, text_rows: Rows, kind: str, lora: bool
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("qwen3", True), ("llama", False), ("qwen3_vl", True), ("qwen2_5_vl", True)]
+)
+def test_faithful_before_and_after_optimizer_steps(
+    colocated: Colocated, text_rows: Rows, picture_rows: Rows, kind: str, lora: bool
 ) -> None:
-    found = measured(colocated(kind, text_rows, lora=lora, **FAST))
+    rows = picture_rows if "vl" in kind else text_rows
+    found = measured(colocated(kind, rows, lora=lora, **FAST))
+    assert {part.rows for part in found.parts} == {"image" if "vl" in kind else "text"}
     assert found.ok and found.max_nats <= 1e-4 and found.text_nats is not None and found.text_nats <= 1e-4
     assert found.moved is True and found.updates_checked == 2
     assert found.trainer_moved_nats == pytest.approx(found.engine_moved_nats, rel=0.05)
