@@ -24,6 +24,7 @@ Knobs = dict[str, Any]
 GROUP = "grpo.num_generations"
 MICRO = "grpo.per_device_train_batch_size"
 STEPS = "grpo.steps_per_generation"
+SLEEP = "vllm.sleep_level"
 BATCH_KNOBS = frozenset({GROUP, MICRO, STEPS, PROMPTS})
 
 
@@ -51,6 +52,8 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
         if section == "peft" and values.get("peft") is None:
             raise ConfigError("there is no peft section", where=key, fix="Leave this knob out.")
         _section(values, section)[name] = value
+        if key == SLEEP:
+            values["vllm"].pop("enable_sleep_mode", None)  # the level says it
     if not uses_vllm and config.vllm != VllmSection():
         values.pop("vllm")
     return RunConfig.from_dict(values)

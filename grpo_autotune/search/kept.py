@@ -24,6 +24,9 @@ INNERMOST = INNER + 10
 KEPT = 4
 """Data sets; trials differ in them by image size."""
 
+INNERMOST = INNER + 1
+"""Inside the layer that fills in the engine's keys: what counts is what the engine is built with in the end."""
+
 SET_BY_TRL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Put into the environment when TRL starts an engine; the next trainer would take itself for one of several."""
 
