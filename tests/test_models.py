@@ -328,6 +328,26 @@ def test_loader_workers_and_vllm_get_a_finite_guess() -> None:
         assert 0.3 * own < models.step_s(with_knobs(truth.user, knobs)).value < 3 * own
 
 
+def engine_bytes(monkeypatch: pytest.MonkeyPatch, gpus: int, worst_case: bool, space: str = "", **vllm: Any) -> float:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    user = config({"vllm": vllm}, use_vllm=True)
+    load = workload(user, user, probe_record(), machine(gpus), worst_case=worst_case)
+    return load.sizes.engine_bytes
+
+
+def test_the_engines_memory_is_its_share_of_a_gpu_and_fills_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, host = machine(1).gpus[0].memory_bytes, machine().memory_bytes
+    for worst_case in (False, True):
+        assert engine_bytes(monkeypatch, 1, worst_case, gpu_memory_utilization=0.5) == 0.5 * card
+    assert engine_bytes(monkeypatch, 1, True, mode="server") == 0.0
+    first = engine_bytes(monkeypatch, 0, False)
+    assert 0.0 < first == engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=0.7)
+    in_the_end = [engine_bytes(monkeypatch, 0, True, gpu_memory_utilization=share) for share in (0.6, 0.7)]
+    assert in_the_end[1] - in_the_end[0] == pytest.approx(0.1 * host, rel=1e-6)
+    spaces = [engine_bytes(monkeypatch, 0, True, space=space) for space in ("8", "9")]
+    assert spaces[1] - spaces[0] == 2**30
+
+
 def test_a_trial_of_rewards_alone_teaches_no_memory() -> None:
     truth = Truth()
     models = truth.models()

@@ -18,6 +18,7 @@ import requests
 import yaml
 
 from grpo_autotune.engine.server import link_of
+from grpo_autotune.engine.sync import facts
 from grpo_autotune.engine.unlock import unlock_vllm
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.probe.attach import Probe
@@ -122,9 +123,9 @@ def test_the_adapter_reaches_it_after_every_step(
     assert record.fidelity is not None and record.fidelity.ok
     assert record.fidelity.max_nats < EXACT
     link = link_of(trainer.vllm_generation)
-    assert link is not None and link.way == "adapter" and len(link.sent) == 3
+    assert link is not None and link.way == "adapter" and len(facts(trainer)) == 3
     whole = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    assert all(seconds > 0 and 0 < size < whole / 10 for seconds, size in link.sent)
+    assert all(sync.seconds > 0 and 0 < sync.bytes < whole / 10 for sync in facts(trainer))
     assert adapters(server) == [link.client.model]  # the older ones are gone
     link.close()
     assert adapters(server) == []
@@ -138,7 +139,7 @@ def test_without_a_new_adapter_the_log_probs_part(
     link = link_of(trainer.vllm_generation)
     assert link is not None
     first = link.send
-    link.send = lambda: None if link.sent else first()  # type: ignore[method-assign]
+    link.send = lambda tensors: None if link.syncs else first(tensors)  # type: ignore[method-assign]
     record = probed(trainer)
     assert record.fidelity is not None and record.fidelity.max_nats > 10 * EXACT
     link.close()
@@ -148,7 +149,7 @@ def test_without_a_new_adapter_the_log_probs_part(
     ("settings", "error", "line"),
     [
         ({"weight_sync": "merged"}, EnvironmentProblem, "^vllm.weight_sync: all weights go to a server over NCCL"),
-        ({"lora": False}, ConfigError, "^vllm.weight_sync: the model is trained whole, so that there is no adapter"),
+        ({"lora": False}, ConfigError, "^vllm.weight_sync: the model has no adapter .*, so that there is none to send"),
     ],
 )
 def test_what_cannot_be_sent_is_one_line_before_training(
@@ -190,9 +191,9 @@ def test_a_server_that_is_killed_ends_training_in_one_line(
     assert sent is not None
     send = sent.send
 
-    def send_and_kill() -> None:
-        send()
-        if len(sent.sent) == 2:
+    def send_and_kill(tensors: Any) -> None:
+        send(tensors)
+        if len(sent.syncs) == 2:
             server.process.kill()  # the command: its guardian ends the server
             server.process.wait()
             wait_until_gone(server.address)

@@ -9,30 +9,30 @@ prefixes by it.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.engine import lora
 from grpo_autotune.engine.options import EngineOptions
+from grpo_autotune.engine.sync import PART, Sync, Way
 from grpo_autotune.engine.unlock import engine_of
+from grpo_autotune.engine.weights import is_4bit
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
+RESET_IMAGES = "/reset_encoder_cache"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 ANSWER_S = 10.0
 """For what a server answers without computing."""
 
 LOADING_S = 120.0
-ADAPTER = "default"
-"""Name of the adapter that TRL trains."""
-
-PART = "server"
-TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder", "image_tower")
 START = "Start the server with `grpo-autotune serve`"
 
 
@@ -49,7 +49,7 @@ def connected(generation: Any, client: Any, options: EngineOptions) -> list[Hand
     engine.parts[PART] = link
 
     def opened(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        if link.way == "push":
+        if link.way == "merged":
             call_next(*args, **kwargs)
 
     return [wrap(AttributeSlot(client, "init_communicator"), opened, INNER)]
@@ -65,10 +65,14 @@ def install(generation: Any, options: EngineOptions) -> list[Handle]:
     way = broadcast_object_list([link.way if link is not None else ""], from_process=0)[0]
 
     def synced(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        if way == "push":
+        if way == "merged":
             _asked(link, call_next, *args, **kwargs)
-        elif link is not None:
-            link.send()
+            if link is not None:
+                link.forget_images()  # TRL resets the prefix cache alone
+            return
+        tensors = lora.tensors(generation)  # on every rank: it may have to be gathered
+        if link is not None:
+            link.send(tensors)
 
     def generated(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return _asked(link, call_next, *args, **kwargs)
@@ -82,7 +86,8 @@ def install(generation: Any, options: EngineOptions) -> list[Handle]:
 def link_of(generation: Any) -> ServerLink | None:
     """The first rank's way to the server; null on other ranks, and without a server."""
     engine = engine_of(generation)
-    return None if engine is None else engine.parts.get(PART)
+    found = None if engine is None else engine.parts.get(PART)
+    return found if isinstance(found, ServerLink) else None
 
 
 def _asked(link: ServerLink | None, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -96,20 +101,30 @@ def _asked(link: ServerLink | None, call_next: Callable[..., Any], /, *args: Any
 
 def why_no_adapter(model: Any) -> str | None:
     """What keeps a model's adapter from being sent as a file; null where it can be."""
-    config = getattr(model, "peft_config", {}).get(ADAPTER)
-    if config is None:
-        return "the model is trained whole"
-    for key in ("modules_to_save", "use_dora", "layer_replication", "target_parameters", "trainable_token_indices"):
-        if getattr(config, key, None):
-            return f"vLLM takes no adapter with peft.{key}"
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+    reason = lora.refusal(model)
+    if reason is not None:
+        return reason
+    if any(is_4bit(parameter) for parameter in model.parameters()):
         return "the adapter belongs to a base in 4 bits, and the server holds another one"
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    beside = next((name for name in trained if "lora_" not in name), None)
-    if beside is not None:
-        return f"{beside} is trained beside the adapter"
-    seeing = next((name for name in trained if any(tower in name for tower in TOWERS)), None)
-    return f"vLLM puts no adapter on the vision tower ({seeing})" if seeing else None
+    seeing = lora.tower_layers(model)
+    return f"a server takes no adapter on the vision tower ({seeing[0]})" if seeing else None
+
+
+def save_adapter(model: Any, tensors: Mapping[str, Any], folder: Path) -> int:
+    """Write an adapter as PEFT would; its scales are in the tensors already. Answers its bytes."""
+    from safetensors.torch import save_file
+
+    rank = lora.largest_rank(model)
+    config = model.peft_config[lora.active_adapter(model)].to_dict()
+    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config, default=_plain), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _forget(address: str, folder: Path) -> None:
@@ -140,21 +155,23 @@ class ServerLink:
     """The way to one server.
 
     Attributes:
-        way: `adapter`: as a file; `push`: TRL's, over NCCL.
-        sent: Seconds and bytes of every adapter, oldest first.
+        way: `adapter`: as a file; `merged`: TRL's push, over NCCL.
+        why: Why so.
+        syncs: Every adapter that was sent.
     """
 
     def __init__(self, generation: Any, client: Any, options: EngineOptions) -> None:
         self.client, self.options = client, options
         self.base = client.model
-        self.sent: list[tuple[float, int]] = []
+        self.syncs: list[Sync] = []
         self._model, self._device = generation.model, generation.accelerator.device
         self._folder: Path | None = None
         self._leave: Callable[[], object] = lambda: None
         self._run = uuid.uuid4().hex[:8]
         self.way = self._choose()
+        self.why = "a server takes an adapter from a file" if self.way == "adapter" else "TRL's push over NCCL"
 
-    def _choose(self) -> str:
+    def _choose(self) -> Way:
         """How weights are sent.
 
         Raises:
@@ -164,7 +181,7 @@ class ServerLink:
         asked, cuda = self.options.weight_sync, self._device.type == "cuda"
         if asked in ("merged", "batched") or (asked == "auto" and cuda):
             if cuda:
-                return "push"
+                return "merged"
             raise EnvironmentProblem(
                 f"all weights go to a server over NCCL, which needs a GPU, and this trainer is on the {self._device}",
                 where="vllm.weight_sync",
@@ -173,7 +190,7 @@ class ServerLink:
         reason = why_no_adapter(self._model)
         if reason is not None:
             raise ConfigError(
-                f"{reason}, so that there is no adapter to send"
+                f"{reason}, so that there is none to send"
                 + ("" if cuda else ", and pushing all weights to a server needs a GPU"),
                 where="vllm.weight_sync",
                 fix="Set it to merged on a GPU, or vllm.mode to colocate.",
@@ -193,18 +210,21 @@ class ServerLink:
             found = requests.post(f"{self.client.base_url}{UNLOAD}", json={"lora_name": ""}, timeout=ANSWER_S)
         return bool(found.status_code == requests.codes.bad_request)  # it knows the route, and misses a name
 
-    def send(self) -> None:
-        """Give the server the adapter as it is now, and generate with that one from here on."""
+    def send(self, tensors: Mapping[str, Any]) -> None:
+        """Give the server the adapter as it is now, and generate with that one from here on.
+
+        Raises:
+            EnvironmentProblem: The server is gone, or does not take it.
+        """
         import requests
 
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="grpo-autotune-adapters-"))
             self._leave = weakref.finalize(self.client, _leave, self.client.base_url, self._folder)
         begun, before = time.monotonic(), self.client.model
-        name = f"grpo-{self._run}-{len(self.sent)}"
+        name = f"grpo-{self._run}-{len(self.syncs)}"
         folder = self._folder / name
-        self._model.save_pretrained(str(folder), selected_adapters=[ADAPTER])
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = save_adapter(self._model, tensors, folder)
         with told(self.client.base_url):
             order = {"lora_name": name, "lora_path": str(folder)}
             answer = requests.post(f"{self.client.base_url}{LOAD}", json=order, timeout=LOADING_S)
@@ -217,7 +237,18 @@ class ServerLink:
             self.client.model = name
             if before != self.base:
                 _forget(self.client.base_url, folder.with_name(before))
-        self.sent.append((time.monotonic() - begun, size))
+        self.syncs.append(Sync("adapter", time.monotonic() - begun, size, len(tensors), False, ()))
+
+    def forget_images(self) -> None:
+        """Let the server compute images anew: the weights that it computed them with may have been trained."""
+        import requests
+
+        with told(self.client.base_url):
+            requests.post(f"{self.client.base_url}{RESET_IMAGES}", timeout=ANSWER_S).raise_for_status()
+
+    def on_generation(self) -> list[Handle]:
+        """As `sync.WeightSync`, whose place this takes; every rank's layers come from `install`."""
+        return []
 
     def alive(self) -> None:
         """Ask whether the server is there.

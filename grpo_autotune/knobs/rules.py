@@ -129,8 +129,8 @@ def sync_rule(given: Given, value: Any) -> str | None:
         return colocate_rule(given, value)
     if value == "adapter" and config.peft is None:
         return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
-    if value == "adapter" and config.model.load_in_4bit:
-        return "vllm.weight_sync adapter sends no base in 4 bits (model.load_in_4bit)"
+    if value == "merged" and config.model.load_in_4bit:
+        return "vllm.weight_sync merged would round the adapter away in weights of 4 bits (model.load_in_4bit)"
     if value in ("merged", "batched") and config.vllm.mode == "server" and given.gpus == 0:
         return f"vllm.weight_sync {value} to a server needs a GPU"
     return None

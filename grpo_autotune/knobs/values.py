@@ -119,7 +119,7 @@ def syncs(given: Given, own: str) -> tuple[str, ...]:
     """The user's own; beside an adapter, whose layers every token passes, the push of merged weights in batches."""
     if not colocates(given):
         return ()
-    adapter = given.config.peft is not None and not given.config.model.load_in_4bit
+    adapter = given.config.peft is not None
     if own == "auto":
         return (own, "batched") if adapter else (own,)
     return (own, *(way for way in (("batched", "adapter") if adapter else ("batched",)) if way != own))
