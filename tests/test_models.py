@@ -340,8 +340,8 @@ def test_the_engines_memory_is_its_share_of_a_gpu_and_fills_on_a_cpu(monkeypatch
     for worst_case in (False, True):
         assert engine_bytes(monkeypatch, 1, worst_case, gpu_memory_utilization=0.5) == 0.5 * card
     assert engine_bytes(monkeypatch, 1, True, mode="server") == 0.0
-    first = engine_bytes(monkeypatch, 0, False)
-    assert 0.0 < first == engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=0.7)
+    few = [engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=share, max_num_seqs=2) for share in (0.6, 0.7)]
+    assert 0.0 < few[0] == few[1] < engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=0.7, max_num_seqs=4)
     in_the_end = [engine_bytes(monkeypatch, 0, True, gpu_memory_utilization=share) for share in (0.6, 0.7)]
     assert in_the_end[1] - in_the_end[0] == pytest.approx(0.1 * host, rel=1e-6)
     spaces = [engine_bytes(monkeypatch, 0, True, space=space) for space in ("8", "9")]

@@ -281,12 +281,9 @@ def _engine_bytes(
     if shape is None:
         return 0.0
     need = engine.need(shape, config, row, row, BYTES.get(config.model.dtype, FLOAT_BYTES))
-    used = engine.rows_of_generation(config) * need.row
-    space = os.environ.get(CPU_SPACE)
-    if worst_case:
-        share = engine.share_of(config) * machine.memory_bytes - need.weights
-        used = max(used, float(space) * GIB if space else share)
-    return need.weights + need.activations + used
+    fixed, space = need.weights + need.activations, os.environ.get(CPU_SPACE)
+    room = float(space) * GIB if space else max(0.0, engine.share_of(config) * machine.memory_bytes - fixed)
+    return fixed + (room if worst_case else min(room, engine.running(config) * need.row))
 
 
 TEXT_ONLY = ModelShape(
