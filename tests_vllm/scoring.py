@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 SAMPLES, TOKENS = 8, 6
+QUESTION = "What is shown? " * 12
+"""Longer than a block of `BLOCK` tokens, so that the prefix cache has something to keep."""
+
+BLOCK = 32
+"""vLLM's `block_size`: the CPU build's smallest."""
 
 
 def apart_nats(trainer: Any, images: Sequence[Any] = ()) -> float:
@@ -23,7 +28,7 @@ def apart_nats(trainer: Any, images: Sequence[Any] = ()) -> float:
         request["multi_modal_data"] = {"image": list(images)}
     sampling = SamplingParams(temperature=1.0, logprobs=0, max_tokens=TOKENS, ignore_eos=True)
     outputs = trainer.vllm_generation.llm.generate([request] * SAMPLES, sampling_params=sampling, use_tqdm=False)
-    assert len(outputs[0].prompt_token_ids) == inputs["input_ids"].shape[1]
+    assert len(outputs[0].prompt_token_ids) == inputs["input_ids"].shape[1] > BLOCK
     found = []
     for output in (output.outputs[0] for output in outputs):
         if not special(trainer) & set(output.token_ids):
@@ -36,8 +41,8 @@ def apart_nats(trainer: Any, images: Sequence[Any] = ()) -> float:
 def prompt_of(trainer: Any, images: Sequence[Any]) -> tuple[dict[str, Any], list[int]]:
     """What the model takes, and the prompt with one placeholder an image, as vLLM takes it."""
     processor = trainer.processing_class
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": "What is shown?"}]
-    message = {"role": "user", "content": content if images else "What is shown?"}
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": QUESTION}]
+    message = {"role": "user", "content": content if images else QUESTION}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     tokenizer = getattr(processor, "tokenizer", processor)
     if images:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, TrainerCallback
 
-from grpo_autotune.engine import caches, lora, sync
+from grpo_autotune.engine import adapters, caches, lora, sync
 from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.unlock import unlock_module
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.seams.importing import ENGINE_MODULE
-from tests_vllm.scoring import apart_nats
+from tests_vllm.scoring import BLOCK, apart_nats
 
 EXACT = 1e-4
 """Nats, between two implementations in float32."""
@@ -52,7 +54,7 @@ def unlocked(colocated: Trainers) -> Iterator[Trainers]:
     def trainer(
         kind: str, rows: Rows, way: Any, level: Any = None, keys: dict[str, Any] | None = None, **settings: Any
     ) -> Any:
-        options = EngineOptions(way, level, {"enable_sleep_mode": False, **(keys or {})})
+        options = EngineOptions(way, level, {"enable_sleep_mode": False, "block_size": BLOCK, **(keys or {})})
         made.append(unlock_module(importlib.import_module(ENGINE_MODULE), options))
         settings = {"learning_rate": 1e-2, "rewards": [alternating], **FLOAT32, **settings}
         return colocated(kind, rows, **settings)
@@ -117,8 +119,8 @@ CACHES = {"merged": ("prefix", "encoder"), "batched": ("prefix",)}
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
 def test_adapter_on_the_vision_tower_too(unlocked: Trainers, picture_rows: Rows, kind: str) -> None:
-    trainer = unlocked(kind, picture_rows, "auto", lora=adapter(target_modules=ALL_LAYERS))
-    assert sync.way(trainer) == ("adapter", "the adapter is all that training changes")
+    trainer = unlocked(kind, picture_rows, "adapter", lora=adapter(target_modules=ALL_LAYERS))
+    assert sync.way(trainer) == ("adapter", "asked for")
     assert len(lora.tower_layers(trainer.model)) > 4
     check(trainer, picture_rows)
 
@@ -143,6 +145,15 @@ def test_without_its_reset_the_encoder_cache_is_stale(
     monkeypatch.setattr(caches, "changes_images", lambda model, pushed: False)
     trainer = unlocked("qwen3_vl", picture_rows, "merged", lora=False, learning_rate=1e-3)
     assert max(trained(trainer, picture_rows).synced) > 10 * EXACT
+
+
+def test_an_adapters_name_used_again_finds_older_prefixes(
+    unlocked: Trainers, text_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt twice: vLLM knows an adapter's blocks by its name."""
+    monkeypatch.setattr(adapters, "_NUMBERS", itertools.repeat(10_000))
+    trainer = unlocked("qwen3", text_rows, "adapter", lora=adapter())
+    assert max(trained(trainer, text_rows).synced) > 10 * EXACT
 
 
 def test_frozen_weights_are_pushed_once(unlocked: Trainers, picture_rows: Rows) -> None:
@@ -190,6 +201,25 @@ def test_what_vllm_cannot_run_as_an_adapter(served: Callable[[str], Any]) -> Non
         reason = refused(**settings)
         assert reason is not None and f"({key})" in reason, settings
     assert lora.refusal(AutoModelForCausalLM.from_pretrained(served("qwen3"))) == "the model has no adapter (peft)"
+    other = AutoModelForCausalLM.from_config(
+        GPTNeoXConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    adapted = get_peft_model(other, adapter(target_modules=["query_key_value"]))
+    assert lora.refusal(adapted) == "vLLM's GPTNeoXForCausalLM takes none"
+
+
+def test_auto(served: Callable[[str], Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(served("qwen3"), dtype=torch.float32)
+
+    def chosen(model: Any, device: str, fsdp: bool = False) -> tuple[str, str]:
+        parts = {"accelerator": SimpleNamespace(device=torch.device(device)), "_dist": SimpleNamespace(is_fsdp=fsdp)}
+        return sync.choose(SimpleNamespace(model=model, **parts), EngineOptions("auto"))
+
+    assert chosen(model, "cuda") == ("batched", "no adapter can be sent: the model has no adapter (peft)")
+    adapted = get_peft_model(model, adapter())
+    assert chosen(adapted, "cuda") == ("adapter", "the adapter is all that training changes")
+    assert chosen(adapted, "cuda", fsdp=True) == ("batched", "no adapter can be sent: FSDP shards it")
+    assert chosen(adapted, "cpu") == ("batched", sync.SLOW_ON_CPU)
 
 
 def test_dora_is_batched_with_the_reason(unlocked: Trainers, text_rows: Rows) -> None:

@@ -108,7 +108,16 @@ def _rank(model: Any) -> str | None:
     return None if engine_rank(model) else f"rank {largest_rank(model)} is above vLLM's largest (peft.r)"
 
 
-CHECKS: tuple[Callable[[Any], str | None], ...] = (_saved_modules, _trained_elsewhere, _outside, _rank)
+def _model_class(model: Any) -> str | None:
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    base = model.get_base_model()
+    name = (base.config.architectures or [type(base).__name__])[0]
+    known = ModelRegistry.models.get(name)  # another one runs through vLLM's transformers backend, which takes adapters
+    return f"vLLM's {name} takes none" if known is not None and not supports_lora(known.load_model_cls()) else None
+
+
+CHECKS: tuple[Callable[[Any], str | None], ...] = (_saved_modules, _trained_elsewhere, _outside, _rank, _model_class)
 
 
 def largest_rank(model: Any) -> int:

@@ -30,6 +30,9 @@ WHERE = "vllm.weight_sync"
 TRL_LEVEL = 2
 """Of sleep, in TRL 1.16."""
 
+SLOW_ON_CPU = "generation with an adapter that is not merged takes vLLM's CPU build about three times as long"
+"""It gathers an adapter's matrices anew for every token (`lora/ops/torch_ops`): docs/benchmarks/vllm_sync.json."""
+
 PART = "sync"
 """Its name among the parts of an unlocked engine."""
 
@@ -93,16 +96,18 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
     model, asked = generation.model, options.weight_sync
     if _has_4bit(model):
         _check_4bit(model, options)
-    if asked == "merged":
-        return asked, "asked for"
-    if asked == "batched":
+    if asked == "merged" or asked == "batched":
         return asked, "asked for"
     reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
-    if asked == "adapter" and reason is not None:
-        raise ConfigError(f"vLLM cannot run the adapter: {reason}", where=WHERE, fix="Set it to batched or auto.")
+    if asked == "adapter":
+        if reason is not None:
+            raise ConfigError(f"vLLM cannot run the adapter: {reason}", where=WHERE, fix="Set it to batched or auto.")
+        return asked, "asked for"
     if reason is not None:
         return "batched", f"no adapter can be sent: {reason}"
-    return "adapter", "asked for" if asked == "adapter" else "the adapter is all that training changes"
+    if generation.accelerator.device.type == "cpu":
+        return "batched", SLOW_ON_CPU
+    return "adapter", "the adapter is all that training changes"
 
 
 def _has_4bit(model: Any) -> bool:
@@ -165,7 +170,8 @@ class WeightSync:
     def __init__(self, generation: Any, llm: Any, options: EngineOptions) -> None:
         self.way, self.why = choose(generation, options)
         if options.weight_sync == "auto":
-            told = _logger.warning if self.way == "batched" and lora.is_adapted(generation.model) else _logger.info
+            lost = self.way == "batched" and self.why != SLOW_ON_CPU and lora.is_adapted(generation.model)
+            told = _logger.warning if lost else _logger.info
             told("vllm.weight_sync: %s, since %s", self.way, self.why)
         self.syncs: list[Sync] = []
         self._generation, self._llm = generation, llm
