@@ -128,6 +128,19 @@ IMAGES_OFF = (part("image", "first", "new", OFF), part("image", "later", "new", 
         ("placeholders", WELL | FOLLOWS | {"parts": IMAGES_OFF, "prompts_differ": 4, "lengths": (46, 31)}),
         ("processor", WELL | FOLLOWS | {"parts": IMAGES_OFF}),
         (
+            "processor",
+            WELL
+            | FOLLOWS
+            | {"parts": IMAGES_OFF, "prompts_differ": 4, "lengths": (35, 31), "image_tokens": (20, 16, 1)},
+        ),
+        (
+            "placeholders",
+            WELL
+            | FOLLOWS
+            | {"parts": IMAGES_OFF, "prompts_differ": 4, "lengths": (61, 31), "image_tokens": (38, 20, 2)},
+        ),
+        ("dropout", WELL | FOLLOWS | {"parts": (part("text", "first", "new", OFF),), "dropout": "lora_dropout"}),
+        (
             "sampling parameters",
             WELL | FOLLOWS | {"parts": (part("text", "first", "new", RIGHT),), "sampling": {"top_p": (0.9, 1.0)}},
         ),

@@ -20,6 +20,7 @@ CHECKS = {
     "former are off",
     "processor": "with the same token ids and a text that is right, images that are off from the first generation on "
     "have other pixels",
+    "dropout": "compute the trainer's log-probs without dropout: then they agree",
     "dtype": "score one text before the first optimizer step: it is off already, and the number formats differ",
 }
 """What tells each cause from the others."""
@@ -36,6 +37,8 @@ class Evidence:
         moved: As `Fidelity.moved`, with the means of how far either side moved.
         prompts: Prompts whose ids could be compared, `prompts_differ` of them with other ids in the engine.
         lengths: Tokens of one that differs: (the engine's, the trainer's).
+        image_tokens: Image tokens of it, and images: (the engine's, the trainer's, images); null where not known.
+        dropout: Name of a module whose dropout is active while the trainer computes log-probs; empty without.
         sampling: Parameters that differ: (the engine's, the trainer's).
         shift_nats: What they and truncation do to the log-probs.
         formats: The trainer's number format and the engine's, with its cache's and its quantization where it has one.
@@ -51,6 +54,8 @@ class Evidence:
     prompts: int = 0
     prompts_differ: int = 0
     lengths: tuple[int, int] | None = None
+    image_tokens: tuple[int, int, int] | None = None
+    dropout: str = ""
     sampling: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     shift_nats: float = 0.0
     formats: tuple[str, str] = ("", "")
@@ -69,6 +74,18 @@ class Evidence:
         """Whether a mean is above the threshold; None where it is not known."""
         return None if nats is None else nats > self.threshold_nats
 
+    def other_size(self) -> str:
+        """How the engine's processor cuts an image into another number of tokens; empty where that is not the matter.
+
+        Placeholders that are expanded twice make 2 n - 1 tokens of n.
+        """
+        if self.image_tokens is None:
+            return ""
+        there, here, images = self.image_tokens
+        return (
+            "" if there in (here, 2 * here - images) else f"{there} image tokens in the engine where it has {here} here"
+        )
+
     def text_off(self) -> bool | None:
         """Whether the fixed text is off at any time."""
         known = [nats for nats in (self.text_first, self.text_later) if nats is not None]
@@ -83,6 +100,7 @@ def diagnose(evidence: Evidence) -> tuple[str | None, list[Cause]]:
         "stale weights": _stale_weights(evidence),
         "stale caches": _stale_caches(evidence),
         "processor": _processor(evidence),
+        "dropout": _dropout(evidence),
         "dtype": _dtype(evidence),
     }
     causes = [Cause(name=n, points=points, evidence=told, check=CHECKS[n]) for n, (points, told) in found.items()]
@@ -99,6 +117,8 @@ def _placeholders(e: Evidence) -> tuple[Points, str]:
         return "unknown", "the engine's prompts were not seen"
     if not e.prompts_differ:
         return "no", f"all {e.prompts} prompts have the same token ids in engine and trainer"
+    if e.other_size():
+        return "no", f"each image has one place in the prompt, but another size: {e.other_size()}"
     lengths = "" if e.lengths is None else f", one of them {e.lengths[0]} tokens there and {e.lengths[1]} here"
     return "yes", f"{e.prompts_differ} of {e.prompts} prompts have other token ids in the engine{lengths}"
 
@@ -158,14 +178,25 @@ def _processor(e: Evidence) -> tuple[Points, str]:
         return "no", "no prompt holds an image"
     if not e.over(image):
         return "no", f"image rows are right ({nats(image)})"
+    if e.other_size():
+        return "yes", f"a prompt has {e.other_size()}"
     text_wrong = e.off(rows="text") if e.text_off() is None else e.text_off()
     if text_wrong:
         return "no", "text is off too"
     if e.off(rows="image", when="first") is False:
         return "no", "image rows were right before the first optimizer step"
-    if not e.prompts or e.prompts_differ or text_wrong is None:
+    if not e.prompts or e.prompts_differ or text_wrong is None or e.dropout:
         return "unknown", f"image rows are {nats(image)} off"
     return "yes", f"the token ids are the same and text is right, and image rows are {nats(image)} off from the start"
+
+
+def _dropout(e: Evidence) -> tuple[Points, str]:
+    if not e.dropout:
+        return "no", "no dropout is active while the trainer computes log-probs"
+    told = f"the dropout of {e.dropout} is active while the trainer computes log-probs"
+    if e.off(when="first") and e.text_off() is False and not e.prompts_differ and e.off(rows="text") is not False:
+        return "yes", f"{told}; without it a fixed text is right"
+    return "unknown", told
 
 
 def _dtype(e: Evidence) -> tuple[Points, str]:

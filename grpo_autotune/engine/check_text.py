@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 LONGEST = 64
 SHORTEST = 8
@@ -109,11 +110,20 @@ def due(generation: int) -> bool:
     return generation < DENSE or generation % SPARSE == 0
 
 
+def active_dropout(model: Any) -> str:
+    """Name of the first module of a model that drops something as the model is now; empty without one."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, _DropoutNd))
+    return next((name for name, module in layers if module.training and module.p > 0.0), "")
+
+
 @contextmanager
 def undisturbed(trainer: Any, *, dropout: bool) -> Iterator[None]:
-    """A forward pass that leaves gradients, random numbers and modes as they are; without `dropout`, none is active."""
+    """A forward pass that leaves gradients, random numbers and modes as they are; without `dropout`, none is active.
+
+    Dropout alone is switched: bitsandbytes repacks the 4-bit weights of a module in evaluation mode on CPU, for good.
+    """
     device = trainer.accelerator.device
-    changed = [] if dropout else [module for module in trainer.model.modules() if module.training]
+    changed = [] if dropout else [m for m in trainer.model.modules() if isinstance(m, _DropoutNd) and m.training]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for module in changed:
             module.training = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_autotune.engine.causes import Evidence, diagnose
-from grpo_autotune.engine.check_text import CheckText, Scores, due, scored_by_llm, scored_by_server
+from grpo_autotune.engine.check_text import CheckText, Scores, active_dropout, due, scored_by_llm, scored_by_server
 from grpo_autotune.engine.records import Fidelity, FidelityPart
 from grpo_autotune.engine.rescore import rescore
 from grpo_autotune.engine.rows import row_keys, row_kinds
@@ -111,6 +111,8 @@ class FidelityMeter:
     prompts: int = 0
     differ: int = 0
     lengths: tuple[int, int] | None = None
+    image_tokens: tuple[int, int, int] | None = None
+    dropout: str = ""
     first_step: int | None = None
     seen: int = 0
     met: dict[Any, int] = field(default_factory=dict)
@@ -149,6 +151,7 @@ class FidelityMeter:
         if theirs is None:
             return {}
         step = int(self.trainer.state.global_step)
+        self.dropout = self.dropout or active_dropout(self.trainer.model)
         self.first_step = step if self.first_step is None else self.first_step
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         mask = mask.bool() & ~theirs.isnan()
@@ -248,6 +251,8 @@ class FidelityMeter:
             prompts=self.prompts,
             prompts_differ=self.differ,
             lengths=self.lengths,
+            image_tokens=self.image_tokens,
+            dropout=self.dropout,
             sampling=differences(self._given(), _wanted(self.trainer)),
             shift_nats=self.shift.mean(),
             formats=self.formats(),
@@ -269,8 +274,15 @@ class FidelityMeter:
                 self.prompts += 1
                 if list(theirs) != list(ours):
                     self.differ += 1
-                    self.lengths = self.lengths or (len(theirs), len(ours))
+                    self._take_other_prompt(list(theirs), list(ours))
         return found
+
+    def _take_other_prompt(self, theirs: list[int], ours: list[int]) -> None:
+        if self.lengths is None:
+            self.lengths = len(theirs), len(ours)
+            mark = getattr(self.trainer.processing_class, "image_token_id", None)
+            images = sum(token == mark != before for before, token in zip([None, *ours], ours, strict=False))
+            self.image_tokens = (theirs.count(mark), ours.count(mark), images) if mark is not None and images else None
 
     def _llm_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         found = call_next(*args, **kwargs)

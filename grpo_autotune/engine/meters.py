@@ -6,13 +6,16 @@ asked without its statistics being on (TRL starts it without). A server is asked
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from grpo_autotune.engine import sync
 from grpo_autotune.engine.records import EngineFacts
+from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
 
 KEEP = 4096
@@ -107,7 +110,14 @@ class EngineMeter:
             sleep_s=_over(total.sleep_s, total.sleeps),
             wake_s=_over(total.wake_s, total.wakes),
             sync_s=_over(total.sync_s, total.syncs),
+            start_s=started.start_s if (started := engine_of(self.generation)) is not None else None,
+            **self._sync_facts(total.syncs),
         )
+
+    def _sync_facts(self, syncs: int) -> dict[str, Any]:
+        """Way and median bytes of the last syncs, where they are this package's own."""
+        own = sync.facts(self.generation)[-syncs:] if syncs else []
+        return {"sync_way": own[-1].way, "sync_bytes": round(statistics.median(s.bytes for s in own))} if own else {}
 
     def _seen(self, first: int) -> list[Turn]:
         return [turn for turn in self.turns if turn.step >= first and turn.generations] or list(self.turns)

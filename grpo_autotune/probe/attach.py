@@ -144,7 +144,7 @@ class Probe:
         """Everything measured so far; can be called at any time, also after `detach`."""
         timings = self._timings()
         first = self.closed - len(timings.steps)
-        facts, steps = facts_of(self.trainer), len(timings.steps)
+        facts, steps, engine = facts_of(self.trainer), len(timings.steps), self._engine_facts(first)
         return ProbeRecord(
             timings=timings,
             trainer=facts,
@@ -154,17 +154,21 @@ class Probe:
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
-            engine=self._engine_facts(first),
-            weight_sync_bytes=self.weight_sync_bytes,
+            engine=engine,
+            weight_sync_bytes=self.weight_sync_bytes if engine is None else engine.sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
             versions=versions(),
         )
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
+        """What the meter saw; with TRL's plain engine, its start and the bytes of a sync as the probe saw them."""
         found = self.engine.facts(first)
+        if found is None:
+            return None
         started = next((phase.seconds for phase in self.startup.phases() if phase.name == "engine"), None)
-        return found and found.model_copy(update={"start_s": started, "sync_bytes": self.weight_sync_bytes})
+        plain = {"start_s": started, "sync_bytes": self.weight_sync_bytes}
+        return found.model_copy(update={key: value for key, value in plain.items() if getattr(found, key) is None})
 
     def _open(self, step: int) -> None:
         self._last_step = step
