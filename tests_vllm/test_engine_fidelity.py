@@ -142,6 +142,13 @@ def test_every_parameter_is_computed_as_vllm_does(colocated: Colocated, text_row
 
 
 @pytest.mark.usefixtures("plain")
+def test_where_samples_cannot_be_compared_the_fixed_text_stands_for_them(colocated: Colocated, text_rows: Rows) -> None:
+    found = measured(colocated("qwen3", text_rows, generation_kwargs={"min_tokens": 3}, **FAST))
+    assert found.ok and found.max_nats <= 1e-4 and found.parts == []
+    assert found.mean_nats == found.text_nats and found.tokens % 3 == 0
+
+
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.6), ("top_p", 0.9)])
 def test_another_parameter_in_the_engine_is_named(
     colocated: Colocated, text_rows: Rows, name: str, value: float

@@ -29,6 +29,7 @@ class Scores:
 
     step: int
     gap_nats: float
+    largest_nats: float
     trainer_moved_nats: float | None = None
     engine_moved_nats: float | None = None
 
@@ -72,7 +73,7 @@ class CheckText:
         if theirs is None:
             return None
         ours = self._scored_by(trainer)
-        scores = Scores(step, _mean(ours - theirs))
+        scores = Scores(step, _mean(ours - theirs), float((ours - theirs).abs().max()))
         if self.anchor is None:
             self.anchor = step, ours, theirs
         elif step != self.anchor[0] and _mean(ours - self.anchor[1]) >= resolution_nats:

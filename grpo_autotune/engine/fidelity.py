@@ -202,19 +202,23 @@ class FidelityMeter:
 
     def facts(self) -> Fidelity | None:
         """What was seen so far; None where no engine took part."""
-        tokens = sum(cell.count for cell in self.cells.values())
-        if not tokens:
+        if not (self.cells or self.scores):
             return None
-        evidence = self._evidence()
-        mean = evidence.mean() or 0.0
-        scored = [scores.gap_nats for scores in self.scores]
+        evidence, scored = self._evidence(), [scores.gap_nats for scores in self.scores]
+        tokens, mean = sum(cell.count for cell in self.cells.values()), evidence.mean()
+        largest = max((cell.largest for cell in self.cells.values()), default=0.0)
+        if mean is None:  # what was sampled cannot be compared, and the fixed text stands for it
+            tokens, mean = (len(self.text.ids) - 1) * len(scored), _mean(scored)
+            largest = max((scores.largest_nats for scores in self.scores), default=0.0)
+        if mean is None:  # every token was masked
+            return None
         moves = [s for s in self.scores if s.followed is not None]
         shifted = bool(evidence.sampling) and self.shift.mean() > evidence.threshold_nats
         ok = mean <= evidence.threshold_nats and evidence.moved is not False and not shifted
         cause, causes = (None, []) if ok else diagnose(evidence)
         return Fidelity(
             mean_nats=mean,
-            max_nats=max(cell.largest for cell in self.cells.values()),
+            max_nats=largest,
             tokens=tokens,
             threshold_nats=evidence.threshold_nats,
             ok=ok,
@@ -222,7 +226,7 @@ class FidelityMeter:
             dropped_of=self.dropped.of,
             shift_nats=self.shift.mean() if self.shift.total else None,
             sampling=not_plain(self.given or {}),
-            text_nats=math.fsum(scored) / len(scored) if scored else None,
+            text_nats=_mean(scored),
             moved=evidence.moved,
             updates_checked=len(moves),
             trainer_moved_nats=evidence.trainer_moved_nats,
