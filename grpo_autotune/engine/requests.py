@@ -69,20 +69,19 @@ class JoinedRequests:
             self._rows = 0
 
     def requests(
-        self, call_next: Callable[..., Any], /, prompts: Any, *args: Any, sampling_params: Any = None, **kwargs: Any
+        self, call_next: Callable[..., Any], /, prompts: Any, sampling_params: Any = None, **kwargs: Any
     ) -> Any:
         """`LLM.generate`: one request for the rows of a run, and an output for each row."""
         rows = self._rows if len(prompts) == self._rows else 0
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * rows
         if not rows or any(one is None or one.n != 1 for one in params):
-            return call_next(prompts, *args, sampling_params=sampling_params, **kwargs)
+            return call_next(prompts, sampling_params=sampling_params, **kwargs)
         self._rows = 0  # whatever else is asked for during this generation is not TRL's batch
         first = self._rank * rows  # this rank's first row in the generation batch
         runs = _runs(prompts, params, [(first + row) % self._group for row in range(rows)])
         self.completions, self.sent = self.completions + rows, self.sent + len(runs)
         outputs = call_next(
             [prompts[run[0]] for run in runs],
-            *args,
             sampling_params=[_of_run([params[row] for row in run], (first + run[0]) % self._group) for run in runs],
             **kwargs,
         )
