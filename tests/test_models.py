@@ -13,7 +13,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import with_knobs
+from grpo_autotune.knobs import engine, with_knobs
 from grpo_autotune.probe.records import STAGES, ProbeRecord, StageRow, StageTimings
 from grpo_autotune.search.features import PARTS, SPARED, Rates, features
 from grpo_autotune.search.fit import Fit, Place, Seen, first_guess
@@ -346,6 +346,21 @@ def test_the_engines_memory_is_its_share_of_a_gpu_and_fills_on_a_cpu(monkeypatch
     assert in_the_end[1] - in_the_end[0] == pytest.approx(0.1 * host, rel=1e-6)
     spaces = [engine_bytes(monkeypatch, 0, True, space=space) for space in ("8", "9")]
     assert spaces[1] - spaces[0] == 2**30
+
+
+def test_completions_that_take_turns_take_longer() -> None:
+    def steps(**vllm: Any) -> float:
+        user = config({"vllm": vllm}, use_vllm=True)
+        load = workload(user, config(), probe_record(), machine(1))
+        return features(load, Rates(1.0))["generation"]["steps@vllm"]
+
+    assert steps(max_num_seqs=8) == 2 * steps() and steps(max_num_seqs=4) == 4 * steps()
+
+
+def test_the_engines_settings_are_learnt_as_the_words_they_are() -> None:
+    words = [engine.word(config({"vllm": vllm}, use_vllm=True)) for vllm in ({}, {"weight_sync": "batched"})]
+    assert len({*words, engine.word(config())}) == 3
+    assert engine.word(config({"vllm": {"max_num_seqs": 4}}, use_vllm=True)) == words[0]  # the formula knows it
 
 
 def test_a_trial_of_rewards_alone_teaches_no_memory() -> None:

@@ -67,6 +67,6 @@ def test_a_search_turns_the_engines_keys(config: Path, tmp_path: Path) -> None:
     found = SearchReport.model_validate(printed)
     assert {trial.status for trial in found.trials} == {"ok"}, said[-3000:]
     turned = [trial for trial in found.trials if trial.knobs.get(RUNNING) == 8 or trial.knobs.get(SHARE) == 0.15]
-    assert turned, "no trial had another engine than the user's"
+    assert turned or found.ended == "budget", "time was left, and no trial had another engine than the user's"
     tuned = load_config(tmp_path / "tuned.yaml")
     assert tuned.use_vllm and tuned.vllm.max_model_len == 256

@@ -42,6 +42,23 @@ def batched_tokens(config: RunConfig) -> int:
     return config.vllm.max_num_batched_tokens or TRL_BATCHED_TOKENS
 
 
+def waves(config: RunConfig) -> float:
+    """How often the completions of a generation take turns: 1 where all are generated at once."""
+    return max(1.0, rows_of_generation(config) / running(config)) if config.use_vllm else 1.0
+
+
+def word(config: RunConfig) -> str:
+    """What generates, and its settings that no formula describes."""
+    section = config.vllm
+    if not config.use_vllm:
+        return "generate"
+    if section.mode == "server":
+        return "server"
+    switches = (section.enable_prefix_caching, section.enable_chunked_prefill, section.enforce_eager)
+    types = (section.kv_cache_dtype, section.quantization)
+    return " ".join(map(str, (batched_tokens(config), section.weight_sync, sleep_level(config), *switches, *types)))
+
+
 def sleep_level(config: RunConfig) -> int:
     """What the engine gives back while weights are trained."""
     if config.vllm.sleep_level is not None:

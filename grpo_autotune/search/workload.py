@@ -49,6 +49,7 @@ class Workload:
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
         speedups: Names of the speed-ups that are asked for.
+        waves: How often the completions of a generation take turns in the engine.
     """
 
     shape: ModelShape | None
@@ -59,6 +60,7 @@ class Workload:
     rows_loaded: float
     generations: float
     speedups: frozenset[str]
+    waves: float = 1.0
 
 
 def workload(
@@ -122,6 +124,7 @@ def workload(
         rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=frozenset(chosen(config.speedups)),
+        waves=engine.waves(config),
     )
 
 
