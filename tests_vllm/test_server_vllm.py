@@ -101,9 +101,7 @@ def test_server_mode_is_measured(
     engine, tokens = record.engine, record.tokens
     assert engine is not None and tokens is not None and engine.source == "server"
     assert engine.generations == 2 == engine.syncs and engine.preemptions == 0
-    assert engine.prompt_tokens == round(tokens.prompt_per_step), (
-        "two steps, and the server gets each prompt once for G"
-    )
+    assert engine.prompt_tokens == round(tokens.prompt_per_step * 2), "a server counts a prompt for each completion"
     assert engine.decode_tokens == round(tokens.completion_per_step * 2)
     assert engine.decode_tokens_per_s is not None and engine.kv_tokens is not None
 
