@@ -4,7 +4,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-vllm bench exact
+.PHONY: help install demo test check test-vllm bench bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.search_live
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
+
+bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM's CPU build: about ten minutes; JSON as above
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/env $(VLLM_BIN)/python -m benchmarks.vllm_sync
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/env $(VLLM_BIN)/python -m benchmarks.vllm_groups
 
 exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matrix; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.exact

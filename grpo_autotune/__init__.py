@@ -1,7 +1,8 @@
 """Measure and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it.
 
-`attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `load_config(path)` reads
-a configuration. They load on first use, so that importing this package costs nothing.
+`attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `unlock_vllm()` mends and
+tunes its rollout engine, `load_config(path)` reads a configuration. They load on first use, so that importing this
+package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_autotune.config import load_config
+    from grpo_autotune.engine.unlock import unlock_vllm
     from grpo_autotune.plugin import attach
     from grpo_autotune.speedups.install import speed_up
 
@@ -17,9 +19,10 @@ _HOMES = {
     "attach": "grpo_autotune.plugin",
     "load_config": "grpo_autotune.config",
     "speed_up": "grpo_autotune.speedups.install",
+    "unlock_vllm": "grpo_autotune.engine.unlock",
 }
 
-__all__ = ["attach", "load_config", "speed_up"]
+__all__ = ["attach", "load_config", "speed_up", "unlock_vllm"]
 
 
 def __getattr__(name: str) -> Any:

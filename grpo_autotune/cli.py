@@ -194,6 +194,28 @@ def run(
 
 
 @app.command()
+def serve(
+    config: Config = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option("--gpus", metavar="LIST", help="GPUs of the server, with commas: 0,1; the others train."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the server's log.")] = None,
+    set_: Set = None,
+) -> Action:
+    """Start a vLLM server that the configuration can be trained against (vllm.mode server)."""
+
+    def action() -> int:
+        from grpo_autotune.commands.serve import serve_config
+
+        loaded = _load(config, set_)
+        return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=_numbers(gpus), dry_run=dry_run)
+
+    return action
+
+
+@app.command()
 def doctor(json_: Json = False) -> Action:
     """Check this machine and the installed packages, with a remedy for each finding."""
 
@@ -203,6 +225,14 @@ def doctor(json_: Json = False) -> Action:
         return show_findings(as_json=json_)
 
     return action
+
+
+def _numbers(text: str | None) -> list[int]:
+    """GPUs as they are counted: `0,1`."""
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"{text!r} is not a list of GPUs", where="--gpus", fix="Give their numbers: 0,1.")
+    return [int(word) for word in words]
 
 
 def _load(source: str | None, overrides: list[str] | None) -> Any:

@@ -10,33 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys, wrong_type
 from grpo_autotune.config_problems import from_validation, unknown_key
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_rules import BatchPlan, batch_plan
+from grpo_autotune.config_section import Section
 from grpo_autotune.config_sources import read_source, resolve_source
 from grpo_autotune.config_text import parse_yaml, write_yaml
+from grpo_autotune.config_vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.errors import ConfigError
 
 __all__ = ["RunConfig", "load_config", "resolve_source"]
-
-VLLM_TO_TRL = {
-    "mode": "vllm_mode",
-    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
-    "max_model_len": "vllm_max_model_length",
-    "tensor_parallel_size": "vllm_tensor_parallel_size",
-    "enable_sleep_mode": "vllm_enable_sleep_mode",
-    "model_impl": "vllm_model_impl",
-    "server_base_url": "vllm_server_base_url",
-    "server_host": "vllm_server_host",
-    "server_port": "vllm_server_port",
-    "server_timeout": "vllm_server_timeout",
-    "group_port": "vllm_group_port",
-    "structured_outputs_regex": "vllm_structured_outputs_regex",
-}
-"""Keys of the `vllm` section -> the `GRPOConfig` key that carries each (trl/trainer/grpo_config.py, TRL 1.16)."""
 
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
@@ -51,14 +37,6 @@ OWNED_ELSEWHERE = {
 
 PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
 """`LoraConfig` fields that PEFT fills in by itself."""
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys fail, and no value is converted to another type."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
 
 
 class ModelSection(Section):
@@ -134,40 +112,6 @@ class RewardItem(Section):
     """Keyword arguments of the function."""
 
 
-class VllmSection(Section):
-    """Rollout engine under vLLM's own names, for `grpo.use_vllm: true`. TRL's defaults hold for keys left out."""
-
-    mode: Literal["colocate", "server"] | None = None
-    """In the training process, or behind `trl vllm-serve`."""
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Share of the GPU's memory that the engine takes."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest prompt and completion together, in tokens."""
-    tensor_parallel_size: int | None = Field(default=None, ge=1)
-    """GPUs that share one engine."""
-    enable_sleep_mode: bool | None = None
-    """Free the engine's memory while weights are trained."""
-    model_impl: Literal["vllm", "transformers"] | None = None
-    """Whose model code the engine runs."""
-    server_base_url: str | None = None
-    """URL of the server; takes the place of host and port."""
-    server_host: str | None = None
-    """Host of the server."""
-    server_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of the server."""
-    server_timeout: float | None = Field(default=None, gt=0)
-    """Seconds to wait for the server."""
-    group_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port over which weights are pushed to the server."""
-    structured_outputs_regex: str | None = None
-    """Pattern that every completion must match."""
-
-    def grpo_kwargs(self) -> dict[str, Any]:
-        """The `GRPOConfig` arguments for the keys that were given."""
-        given = ((trl, getattr(self, ours)) for ours, trl in VLLM_TO_TRL.items())
-        return {trl: value for trl, value in given if value is not None}
-
-
 class SearchSection(Section):
     """What `grpo-autotune search` may change, and what it must prove."""
 
@@ -237,6 +181,13 @@ class RunConfig(Section):
                 raise unknown_key(("peft", name), known_paths())
         check_values("peft", peft or {}, peft_keys())
         return peft
+
+    @field_validator("vllm", mode="before")
+    @classmethod
+    def _vllm_keys(cls, vllm: Any) -> Any:
+        if isinstance(vllm, Mapping):
+            check_engine_keys(vllm, known_paths())
+        return vllm
 
     @field_validator("speedups")
     @classmethod
@@ -353,6 +304,7 @@ def known_paths() -> list[str]:
         ("receipt", Receipt),
     ):
         paths += [f"{name}.{key}" for key in section.model_fields]
+    paths += [f"vllm.{key}" for key in sorted(engine_names() - VllmSection.model_fields.keys())]
     paths += [f"grpo.{key}" for key in grpo_keys() if key not in OWNED_ELSEWHERE]
     return paths + [f"peft.{key}" for key in peft_keys() if key not in PEFT_FIXED]
 

@@ -29,6 +29,8 @@ PEFT_SOURCES = (
     ("peft", "tuners/lora/config.py", "LoraConfig"),
 )
 
+ENGINE_SOURCES = (("vllm", "engine/arg_utils.py", "EngineArgs"),)
+
 ANYTHING = "anything"
 
 WORDS = {
@@ -105,6 +107,12 @@ def grpo_keys() -> Mapping[str, ForeignKey]:
 def peft_keys() -> Mapping[str, ForeignKey]:
     """Keys of the installed `LoraConfig`, its bases included. Raises as `grpo_keys`."""
     return _keys(PEFT_SOURCES)
+
+
+@lru_cache(maxsize=1)
+def engine_keys() -> Mapping[str, ForeignKey]:
+    """Keys of the installed vLLM's `EngineArgs`. Raises as `grpo_keys`."""
+    return _keys(ENGINE_SOURCES)
 
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:

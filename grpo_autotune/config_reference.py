@@ -22,15 +22,16 @@ from grpo_autotune.config import (
     RewardItem,
     RunConfig,
     SearchSection,
-    VllmSection,
 )
 from grpo_autotune.config_keys import WORDS
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_rules import COUNTS
+from grpo_autotune.config_vllm import ENGINE_FIXED, VllmSection
 
 TRL_DOCS = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
 TRAINING_ARGUMENTS_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer"
 PEFT_DOCS = "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig"
+VLLM_DOCS = "https://docs.vllm.ai/en/latest/configuration/engine_args.html"
 
 INTRODUCTION = """\
 # Configuration
@@ -79,6 +80,7 @@ def markdown() -> str:
             "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
             *_grpo(),
             *_section("vllm", VllmSection, VllmSection.__doc__),
+            *_engine(),
             *_speedups(),
             *_section("search", SearchSection, SearchSection.__doc__),
             *_section("output", OutputSection),
@@ -102,6 +104,15 @@ def _peft() -> Iterator[str]:
     yield "## `peft`\n"
     yield f"Null (full fine-tuning), or keys of PEFT's [`LoraConfig`]({PEFT_DOCS}) as installed.\n"
     yield f"Filled in by PEFT itself, and refused here: {_codes(sorted(PEFT_FIXED))}.\n"
+
+
+def _engine() -> Iterator[str]:
+    yield f"Every other engine key of vLLM's [`EngineArgs`]({VLLM_DOCS}) passes through as it is, but these:\n"
+    yield "| key | why |"
+    yield "|---|---|"
+    for key, why in ENGINE_FIXED.items():
+        yield f"| `{key}` | {why} |"
+    yield ""
 
 
 def _speedups() -> Iterator[str]:

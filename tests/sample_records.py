@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_autotune.engine.causes import Evidence, diagnose
+from grpo_autotune.engine.records import EngineFacts, Fidelity, FidelityPart
 from grpo_autotune.probe.records import (
     STAGES,
-    Fidelity,
     ImageFacts,
     Phase,
     ProbeRecord,
@@ -179,6 +180,42 @@ def demo_record(**changes: Any) -> ProbeRecord:
     return ProbeRecord(**plain | changes)
 
 
+def stale_fidelity() -> Fidelity:
+    """Of an engine that never gets new weights."""
+    parts = [
+        FidelityPart(rows="text", when=when, seen="new", mean_nats=mean, max_nats=largest, tokens=7200)
+        for when, mean, largest in (("first", 0.01, 0.2), ("later", 0.61, 4.2))
+    ]
+    moved: dict[str, Any] = {"moved": False, "trainer_moved_nats": 0.6, "engine_moved_nats": 0.0}
+    evidence = Evidence(
+        threshold_nats=0.05,
+        parts=tuple(parts),
+        text_first=0.01,
+        text_later=0.6,
+        prompts=48,
+        formats=("bfloat16", "bfloat16"),
+        **moved,
+    )
+    cause, causes = diagnose(evidence)
+    return Fidelity(
+        mean_nats=0.31,
+        max_nats=4.2,
+        tokens=14400,
+        threshold_nats=0.05,
+        ok=False,
+        dropped_share=0.4,
+        dropped_of="samples",
+        shift_nats=0.105,
+        sampling={"top_p": 0.9},
+        text_nats=0.3,
+        updates_checked=2,
+        parts=parts,
+        cause=cause,
+        causes=causes,
+        **moved,
+    )
+
+
 def vllm_record(**changes: Any) -> ProbeRecord:
     """A text run of 8 B parameters on one GPU with vLLM in the same process, whose samples are off."""
     plain: dict[str, Any] = {
@@ -228,8 +265,29 @@ def vllm_record(**changes: Any) -> ProbeRecord:
             Utilisation(stage="reward", samples=20, cpu_percent=4.0, gpu_percent=0.0, power_w=110.0),
             Utilisation(stage="backward", samples=50, cpu_percent=100.0, gpu_percent=96.0, power_w=520.0),
         ],
-        "fidelity": Fidelity(
-            mean_nats=0.31, max_nats=4.2, tokens=14400, threshold_nats=0.05, ok=False, dropped_share=0.4
+        "fidelity": stale_fidelity(),
+        "engine": EngineFacts(
+            generations=3,
+            prompt_tokens=7200,
+            cached_tokens=5400,
+            prefill_tokens=1800,
+            decode_tokens=14352,
+            prefill_s=0.3,
+            decode_s=24.1,
+            prefill_tokens_per_s=6000.0,
+            decode_tokens_per_s=595.5,
+            running_mean=11.2,
+            running_max=16,
+            waiting_max=0,
+            kv_use_max=0.38,
+            kv_tokens=402_000,
+            start_s=41.0,
+            sleep_s=0.6,
+            wake_s=0.4,
+            sync_s=1.5,
+            syncs=3,
+            sync_bytes=16_400_000_000,
+            sync_way="merged",
         ),
         "weight_sync_bytes": 16_400_000_000,
     }

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "grpo_autotune"
 LAYERS = (
     {"errors"},
     {"config", "registry", "hardware", "seams"},
+    {"engine"},
     {"probe", "speedups", "estimate"},
     {"knobs", "interop"},
     {"train"},

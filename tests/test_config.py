@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.config import OWNED_ELSEWHERE, PEFT_FIXED, VLLM_TO_TRL, RunConfig, known_paths, load_config
+from grpo_autotune.config import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig, known_paths, load_config
 from grpo_autotune.config_keys import grpo_keys, peft_keys
 from grpo_autotune.config_rules import COUNTS, batch_plan
 from grpo_autotune.config_text import parse_yaml, write_yaml
+from grpo_autotune.config_vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
 
 Values = dict[str, Any]
@@ -192,6 +193,38 @@ def test_vllm_keys_become_existing_grpo_arguments() -> None:
     assert set(OWNED_ELSEWHERE) <= set(grpo_keys()) and set(COUNTS) <= set(grpo_keys())
     assert set(PEFT_FIXED) <= set(peft_keys())
     assert "grpo.beta" in known_paths() and "grpo.output_dir" not in known_paths()
+
+
+def test_engine_keys_pass_through_under_vllms_names() -> None:
+    keys = {"max_num_seqs": 64, "kv_cache_dtype": "fp8", "block_size": 32, "limit_mm_per_prompt": {"image": 2}}
+    config = RunConfig.from_dict(minimal(vllm={**keys, "gpu_memory_utilization": 0.4}, grpo={"use_vllm": True}))
+    assert config.vllm.engine_kwargs() == keys
+    assert config.vllm.grpo_kwargs() == {"vllm_gpu_memory_utilization": 0.4}
+    assert RunConfig.from_yaml(config.to_yaml()) == config
+    assert config != RunConfig.from_dict(minimal(vllm={"max_num_seqs": 64}, grpo={"use_vllm": True}))
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [
+        ({"max_num_seq": 4}, r"^vllm.max_num_seq: unknown key. Nearest known key: vllm.max_num_seqs."),
+        ({"enable_prefix_cashing": True}, r"Nearest known key: vllm.enable_prefix_caching."),
+        ({"block_sizes": 16}, r"Nearest known key: vllm.block_size."),
+        ({"model": "x"}, r"^vllm.model: this engine key is decided elsewhere. Use model.name_or_path."),
+        ({"max_num_seqs": 0}, r"^vllm.max_num_seqs: 0 is not accepted"),
+        ({"sleep_level": 3}, r"^vllm.sleep_level: 3 is not accepted"),
+        ({"weight_sync": "lora"}, r"^vllm.weight_sync: 'lora' is not accepted"),
+        ({"sleep_level": 1, "enable_sleep_mode": False}, r"^vllm.sleep_level: the level is 1, and"),
+    ],
+)
+def test_engine_keys_are_judged(vllm: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(minimal(vllm=vllm, grpo={"use_vllm": True}))
+
+
+def test_a_sleep_level_is_trls_sleep_mode() -> None:
+    config = RunConfig.from_dict(minimal(vllm={"sleep_level": 1}, grpo={"use_vllm": True}))
+    assert config.vllm.grpo_kwargs() == {"vllm_enable_sleep_mode": True}
 
 
 LOOKALIKES = ["1e-6", "no", "yes", "010", "2024-01-01", "1:30", "~", "", ".inf", "0x1", "1_000", "=", "<<", "NULL"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo_autotune.probe.facts import KEEP, FidelityCollector, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.records import TrainerFacts
 
 END = 9
@@ -100,18 +100,3 @@ def test_reward_calls_are_summed_not_kept():
     slow, fast = collector.facts()
     assert (slow.name, slow.calls, slow.mean_s, slow.max_s) == ("judge", 2, 2.0, 3.0)
     assert fast.name == "format"
-
-
-@pytest.mark.parametrize(("dtypes", "ok"), [(["float32"], False), (["float32", "bfloat16"], True)])
-def test_fidelity_is_judged_by_the_coarser_dtype(dtypes, ok):
-    collector = FidelityCollector()
-    ours = torch.tensor([[-1.0, -2.0, 0.0]])
-    theirs = torch.tensor([[-1.01, float("nan"), 5.0]])
-    mask, ratio = torch.tensor([[1, 1, 0]]), torch.tensor([[0.0], [1.0]])
-    collector.see(
-        {"old_per_token_logps": ours, "sampling_per_token_logps": theirs, "completion_mask": mask,
-         "importance_sampling_ratio": ratio}
-    )  # fmt: skip
-    facts = collector.facts(dtypes)
-    assert facts is not None and facts.ok is ok
-    assert facts.tokens == 1 and facts.mean_nats == pytest.approx(0.01, abs=1e-6) and facts.dropped_share == 0.5

@@ -165,6 +165,45 @@ def test_engine_keys_come_and_go_with_the_engine() -> None:
     assert shared.vllm.gpu_memory_utilization == 0.5
 
 
+def test_the_sleep_level_takes_the_place_of_trls_switch() -> None:
+    user = config({"vllm": {"enable_sleep_mode": True}}, use_vllm=True)
+    assert knobs_of(user, ["vllm.sleep_level"]) == {"vllm.sleep_level": 2}
+    assert with_knobs(user, {"vllm.sleep_level": 2}) == user
+    awake = with_knobs(user, {"vllm.sleep_level": 0}).vllm
+    assert awake.sleep_level == 0 and awake.enable_sleep_mode is None
+    assert awake.grpo_kwargs() == {"vllm_enable_sleep_mode": False}
+
+
+def test_the_engines_own_values_are_those_of_trl_where_nothing_is_said() -> None:
+    keys = ["vllm.max_num_seqs", "vllm.max_num_batched_tokens", "vllm.sleep_level", "vllm.weight_sync"]
+    plain, given_ = config(use_vllm=True), config({"vllm": {"max_num_seqs": 3}}, use_vllm=True)
+    assert list(knobs_of(plain, keys).values()) == [16, 4096, 0, "auto"]  # 4 a micro batch x 4 of them a generation
+    assert knobs_of(given_, keys)["vllm.max_num_seqs"] == 3
+    assert with_knobs(plain, knobs_of(plain, keys)) == plain
+
+
+def test_values_of_the_engine() -> None:
+    plain = config(use_vllm=True)
+    on = {gpus: given(plain, machine(gpus)) for gpus in (0, 1)}
+    assert knob("vllm.max_num_seqs").values(on[0]) == (16, 4, 8)
+    assert knob("vllm.sleep_level").values(on[0]) == (0,)
+    assert knob("vllm.sleep_level").values(on[1]) == (0, 1, 2)
+    assert knob("vllm.weight_sync").values(on[0]) == ("auto", "batched")
+    whole = given(RunConfig.from_dict({**plain.to_dict(), "peft": None}), machine(1))
+    assert knob("vllm.weight_sync").values(whole) == ("auto",)
+    server = given(config({"vllm": {"mode": "server"}}, use_vllm=True), machine(1))
+    engine_rows = [row for row in TABLE if row.key.startswith("vllm.")]
+    assert len(engine_rows) >= 11 and not any(row.values(server) for row in engine_rows)
+
+
+def test_a_variable_sizes_the_engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, plain = knob("vllm.gpu_memory_utilization"), config(use_vllm=True)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert len(row.values(given(plain, machine()))) > 3
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert row.values(given(plain, machine())) == (0.3,) and len(row.values(given(plain, machine(1)))) > 3
+
+
 @pytest.mark.parametrize(
     "partition",
     [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.2}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}],

@@ -9,6 +9,7 @@ import pytest
 
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.architectures import ARCHITECTURES
+from grpo_autotune.estimate.engine import engine_need
 from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import (
     BACKWARD_TILES,
@@ -184,6 +185,21 @@ def test_a_sleeping_engine_is_there_in_generation_only() -> None:
     asleep = replace(awake, engine_sleeps=True)
     assert awake.phases["training"] - asleep.phases["training"] == 30e9
     assert awake.phases["generation"] == asleep.phases["generation"]
+
+
+def test_an_engine_holds_weights_and_the_rows_that_fit() -> None:
+    """Qwen3-VL 2B in half precision: 4.3 GB, and 28 layers x 8 heads x 128 x 2 numbers a token."""
+    shape = ModelShape.from_config(ARCHITECTURES["qwen3-vl-2b"].config)
+    need = engine_need(shape, longest=4096.0, row=1356.0)
+    assert need.weights == pytest.approx(4.3e9, rel=0.05)
+    assert need.row == 1356 * 28 * 8 * 128 * 2 * 2 and need.request == pytest.approx(need.row * 4096 / 1356)
+    assert need.least == need.weights + need.activations + need.request
+    assert need.rows_in(need.least) == 3 and need.rows_in(need.weights) == 0
+    assert engine_need(shape, longest=4096.0, row=1356.0, batched_tokens=8192).activations > 1.5 * need.activations
+    eight = engine_need(shape, longest=4096.0, row=1356.0, weight_bytes=1.0, cache_bytes=1.0)
+    assert (eight.weights, eight.row) == (need.weights / 2, need.row / 2)
+    halves = engine_need(shape, longest=4096.0, row=1356.0, tensor_parallel=2)
+    assert (halves.weights, halves.row) == (need.weights / 2, need.row / 2)
 
 
 def test_memory_of_a_text_model_has_no_pixels() -> None:

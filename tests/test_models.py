@@ -13,7 +13,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import with_knobs
+from grpo_autotune.knobs import engine, with_knobs
 from grpo_autotune.probe.records import STAGES, ProbeRecord, StageRow, StageTimings
 from grpo_autotune.search.features import PARTS, SPARED, Rates, features
 from grpo_autotune.search.fit import Fit, Place, Seen, first_guess
@@ -340,6 +340,41 @@ def test_loader_workers_and_vllm_get_a_finite_guess() -> None:
     own = models.step_s(truth.user).value
     for knobs in ({"grpo.dataloader_num_workers": 2}, {"grpo.use_vllm": True}, {"grpo.torch_compile": True}):
         assert 0.3 * own < models.step_s(with_knobs(truth.user, knobs)).value < 3 * own
+
+
+def engine_bytes(monkeypatch: pytest.MonkeyPatch, gpus: int, worst_case: bool, space: str = "", **vllm: Any) -> float:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    user = config({"vllm": vllm}, use_vllm=True)
+    load = workload(user, user, probe_record(), machine(gpus), worst_case=worst_case)
+    return load.sizes.engine_bytes
+
+
+def test_the_engines_memory_is_its_share_of_a_gpu_and_fills_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, host = machine(1).gpus[0].memory_bytes, machine().memory_bytes
+    for worst_case in (False, True):
+        assert engine_bytes(monkeypatch, 1, worst_case, gpu_memory_utilization=0.5) == 0.5 * card
+    assert engine_bytes(monkeypatch, 1, True, mode="server") == 0.0
+    few = [engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=share, max_num_seqs=2) for share in (0.6, 0.7)]
+    assert 0.0 < few[0] == few[1] < engine_bytes(monkeypatch, 0, False, gpu_memory_utilization=0.7, max_num_seqs=4)
+    in_the_end = [engine_bytes(monkeypatch, 0, True, gpu_memory_utilization=share) for share in (0.6, 0.7)]
+    assert in_the_end[1] - in_the_end[0] == pytest.approx(0.1 * host, rel=1e-6)
+    spaces = [engine_bytes(monkeypatch, 0, True, space=space) for space in ("8", "9")]
+    assert spaces[1] - spaces[0] == 2**30
+
+
+def test_completions_that_take_turns_take_longer() -> None:
+    def steps(**vllm: Any) -> float:
+        user = config({"vllm": vllm}, use_vllm=True)
+        load = workload(user, config(), probe_record(), machine(1))
+        return features(load, Rates(1.0))["generation"]["steps@vllm"]
+
+    assert steps(max_num_seqs=8) == 2 * steps() and steps(max_num_seqs=4) == 4 * steps()
+
+
+def test_the_engines_settings_are_learnt_as_the_words_they_are() -> None:
+    words = [engine.word(config({"vllm": vllm}, use_vllm=True)) for vllm in ({}, {"weight_sync": "batched"})]
+    assert len({*words, engine.word(config())}) == 3
+    assert engine.word(config({"vllm": {"max_num_seqs": 4}}, use_vllm=True)) == words[0]  # the formula knows it
 
 
 def test_a_trial_of_rewards_alone_teaches_no_memory() -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -147,6 +147,32 @@ def test_two_processes_under_torchrun(
     assert outcome.record is not None and outcome.record.trainer.world_size == 2
     assert len(outcome.record.ranks) == 2 and len(outcome.step_s) == 2
     assert not outcome.warm and worker_key(spec) is None
+
+
+def key_of(vllm: dict[str, Any] | None = None, **grpo: Any) -> str | None:
+    base = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_generations": 4}
+    config = {"model": {"name_or_path": "m"}, "grpo": {**base, "use_vllm": True, **grpo}, "vllm": vllm or {}}
+    return worker_key(TrialSpec(number=0, config=config))
+
+
+def test_trials_share_an_engine_that_is_built_the_same() -> None:
+    plain = key_of()
+    same_generation = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    assert key_of(beta=0.1) == key_of(max_completion_length=7) == key_of(**same_generation) == plain
+    assert key_of({"max_num_seqs": 16}) == plain  # what TRL gives anyway
+    assert key_of({"weight_sync": "merged"}) == key_of({"weight_sync": "batched"})
+    others = [
+        key_of({"max_num_seqs": 8}),
+        key_of({"max_num_batched_tokens": 2048}),
+        key_of({"gpu_memory_utilization": 0.5}),
+        key_of({"sleep_level": 1}),
+        key_of({"weight_sync": "adapter"}),
+        key_of(gradient_accumulation_steps=8),
+        key_of(use_vllm=False),
+        key_of({"mode": "server"}, beta=0.1),
+    ]
+    assert plain not in others and len(set(others)) == len(others) - 1
+    assert key_of(use_vllm=False) == key_of({"mode": "server"})  # no engine in the process
 
 
 def test_a_script_takes_the_trials_values(

@@ -114,6 +114,60 @@ def test_every_illegal_combination_is_explained_in_one_sentence(knobs: dict[str,
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("vllm", "knobs", "reason"),
+    [
+        ({}, {"vllm.max_num_seqs": 17}, "max_num_seqs 17 is more than the 16 completions of a generation"),
+        ({}, {"vllm.max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is less than vllm.max_num_seqs 16"),
+        (
+            {"max_model_len": 512, "enable_chunked_prefill": False},
+            {"vllm.max_num_batched_tokens": 256},
+            "256 is less than vllm.max_model_len 512, which needs vllm.enable_chunked_prefill",
+        ),
+        (
+            {"max_model_len": 5000},
+            {"vllm.enable_chunked_prefill": False},
+            "4096 is less than vllm.max_model_len 5000",
+        ),
+        ({}, {"vllm.sleep_level": 1}, "vLLM's CPU build has no sleep mode"),
+        ({}, {"vllm.gpu_memory_utilization": 0.97}, "leaves no memory to the trainer"),
+        ({}, {"vllm.kv_cache_dtype": "fp8"}, "vllm.kv_cache_dtype fp8 needs a GPU"),
+        ({}, {"vllm.quantization": "fp8"}, "vllm.quantization fp8 needs a GPU"),
+        ({"mode": "server"}, {"vllm.max_num_seqs": 8}, "the server was started with its own"),
+        ({"mode": "server"}, {"vllm.weight_sync": "batched"}, "vllm.weight_sync batched to a server needs a GPU"),
+    ],
+)
+def test_what_an_engine_refuses_is_never_run(vllm: dict[str, Any], knobs: dict[str, Any], reason: str) -> None:
+    said = why_not(config({"vllm": vllm}, use_vllm=True), knobs, machine())
+    assert said is not None and reason in said and "\n" not in said
+
+
+def test_ways_to_sync_need_what_they_send() -> None:
+    whole = config({"peft": None}, use_vllm=True)
+    assert "there is no adapter to send" in str(why_not(whole, {"vllm.weight_sync": "adapter"}, machine()))
+    packed = config({"model": {"random_init": "qwen3-0.6b", "load_in_4bit": True}}, use_vllm=True)
+    assert "in weights of 4 bits" in str(why_not(packed, {"vllm.weight_sync": "merged"}, machine(1)))
+    quantized = {"vllm.quantization": "fp8"}
+    assert "needs vllm.weight_sync adapter" in str(why_not(config(use_vllm=True), quantized, machine(1)))
+    assert why_not(config(use_vllm=True), {**quantized, "vllm.weight_sync": "adapter"}, machine(1)) is None
+
+
+def test_an_engine_that_its_share_cannot_hold_is_not_run() -> None:
+    """Qwen3-0.6B in bfloat16: 1.1 GiB of weights, and 112 KiB a token of keys and values."""
+    user, gpu = config({"vllm": {"gpu_memory_utilization": 0.5}}, use_vllm=True), machine(1)
+    assert why_not(user, {"vllm.gpu_memory_utilization": 0.3}, gpu) is None
+    said = str(why_not(user, {"vllm.gpu_memory_utilization": 0.05}, gpu))
+    assert said.startswith("vllm.gpu_memory_utilization 0.05 is 4.0 GiB, and the engine needs")
+    assert "weights 1.1" in said and "one request of 40960 tokens 4.4" in said
+    short = config({"vllm": {"gpu_memory_utilization": 0.5, "max_model_len": 1024}}, use_vllm=True)
+    assert why_not(short, {"vllm.gpu_memory_utilization": 0.05}, gpu) is None
+
+
+def test_images_are_no_reason_against_vllm() -> None:
+    seeing = config({"data": {"path": "p", "columns": {"image": "image"}}})
+    assert "images" not in str(why_not(seeing, {"grpo.use_vllm": True}, machine(1)))
+
+
 def test_missing_extras_are_named_where_the_machine_could(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = machine(gpus=1)
     assert "flash-attn, which is not installed" in str(

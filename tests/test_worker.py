@@ -21,7 +21,7 @@ from grpo_autotune.search.pulse import BeatingStartup, Pulse, PulseReader
 from grpo_autotune.search.serve import Server
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import write_whole
-from grpo_autotune.train.script_values import grpo_overrides
+from grpo_autotune.train.script_values import ScriptValues
 from tests.faults import TOO_MUCH
 from tests.trials import spec_of
 
@@ -222,10 +222,10 @@ def test_an_engine_is_given_again_for_equal_arguments_only() -> None:
 
 def test_knobs_of_a_script() -> None:
     knobs = {"grpo.beta": 0.1, "max_steps": 3, "vllm.gpu_memory_utilization": 0.3, "data.image_size": 384}
-    assert grpo_overrides(knobs) == {"beta": 0.1, "max_steps": 3, "vllm_gpu_memory_utilization": 0.3}
+    assert ScriptValues(knobs).grpo == {"beta": 0.1, "max_steps": 3, "vllm_gpu_memory_utilization": 0.3}
     for knob in ("grpo.betta", "model.dtype", "data.path", "vllm.swap"):
         with pytest.raises(ConfigError, match=knob):
-            grpo_overrides({knob: 1})
+            ScriptValues({knob: 1})
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

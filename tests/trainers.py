@@ -31,6 +31,8 @@ def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
     columns = {"prompt": MESSAGES, "answer": Value("string")}
     if "image" in rows[0]:
         columns["image"] = Image()
+    if "images" in rows[0]:
+        columns["images"] = [Image()]
     return Dataset.from_list(rows, features=Features(columns))
 
 
@@ -40,7 +42,7 @@ def make_trainer(
     out: Path,
     *,
     rewards: list[Callable[..., Any]] | None = None,
-    lora: bool = True,
+    lora: bool | LoraConfig = True,
     **grpo: Any,
 ) -> GRPOTrainer:
     """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden."""
@@ -66,7 +68,7 @@ def make_trainer(
         train_dataset=dataset_of(rows),
         eval_dataset=dataset_of(rows[:2]),
         processing_class=AutoProcessor.from_pretrained(model, padding_side="left"),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora is True else lora or None,
     )
 
 

@@ -96,6 +96,14 @@ def test_server_mode_is_measured(
         assert ran(stages[name]) == [True, True], name
     assert record.fidelity is not None and record.fidelity.ok
     assert record.fidelity.max_nats < 1e-4
+    assert record.fidelity.threshold_nats == 1e-3 and record.fidelity.text_nats is not None
+    assert record.fidelity.text_nats < 1e-4 and record.fidelity.moved is None
+    engine, tokens = record.engine, record.tokens
+    assert engine is not None and tokens is not None and engine.source == "server"
+    assert engine.generations == 2 == engine.syncs and engine.preemptions == 0
+    assert engine.prompt_tokens == round(tokens.prompt_per_step * 2), "a server counts a prompt for each completion"
+    assert engine.decode_tokens == round(tokens.completion_per_step * 2)
+    assert engine.decode_tokens_per_s is not None and engine.kv_tokens is not None
 
 
 def test_a_server_that_is_not_there_is_one_line(served: Callable[[str], Path], tmp_path: Path) -> None:

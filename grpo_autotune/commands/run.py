@@ -100,6 +100,7 @@ class ScriptProbes:
     def _on_engine_module(self, module: ModuleType) -> None:
         from grpo_autotune.seams.layers import AttributeSlot, wrap
 
+        self.values.on_engine_module(module)
         wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._phase("engine"))
 
     def _phase(self, name: str) -> Any:

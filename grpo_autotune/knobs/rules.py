@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from grpo_autotune.engine.failures import CPU_SPACE, GIB
+from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.given import Given
 
 Rule = Callable[[Given, Any], str | None]
@@ -15,6 +18,7 @@ Rule = Callable[[Given, Any], str | None]
 
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3")
 FLASH_CAPABILITY = 8.0
+MOST_SHARE = 0.95
 
 
 @lru_cache(maxsize=32)
@@ -53,15 +57,13 @@ def kernel_rule(given: Given, value: Any) -> str | None:
 
 
 def engine_rule(given: Given, value: Any) -> str | None:
-    """vLLM in the training process needs the package, a GPU, and prompts that TRL hands over unharmed."""
+    """vLLM in the training process needs the package and a GPU."""
     if not value:
         return None
     if not installed("vllm"):
         return "grpo.use_vllm true needs the package vllm, which is not installed (the extra `vllm`)"
     if given.gpus == 0:
         return "grpo.use_vllm true is not searched without a GPU: the engine's CPU build is slower than `generate`"
-    if given.images is not False:
-        return "grpo.use_vllm true is not searched for prompts with images: TRL 1.16 hands vLLM wrong ones (trl#6294)"
     return None
 
 
@@ -75,10 +77,95 @@ def colocate_rule(given: Given, value: Any) -> str | None:
 
 
 def memory_share_rule(given: Given, value: Any) -> str | None:
-    """Some memory must be left to the trainer."""
-    if value >= 0.95:
+    """Some memory must be left to the trainer, and the engine must find room in its share."""
+    if value >= MOST_SHARE:
         return f"vllm.gpu_memory_utilization {value} leaves no memory to the trainer in the same process"
+    if given.gpus == 0 and given.machine is not None and os.environ.get(CPU_SPACE):
+        return f"vllm.gpu_memory_utilization changes nothing: {CPU_SPACE} sizes the engine's keys and values on the CPU"
+    return colocate_rule(given, value) or room_rule(given, value)
+
+
+def room_rule(given: Given, value: Any) -> str | None:
+    """Weights, activations and one request of full length must fit into the engine's share."""
+    need, share = engine.need_of(given), engine.share_bytes(given)
+    if need is None or share is None or need.least <= share:
+        return None
+    return (
+        f"vllm.gpu_memory_utilization {engine.share_of(given.config)} is {share / GIB:.1f} GiB, and the engine needs "
+        f"{need.least / GIB:.1f} GiB: weights {need.weights / GIB:.1f}, activations {need.activations / GIB:.1f}, one "
+        f"request of {engine.longest(given)} tokens {need.request / GIB:.1f}"
+    )
+
+
+def running_rule(given: Given, value: Any) -> str | None:
+    """More sequences than a generation has would stay empty, and each needs a token of every engine step."""
+    rows = engine.rows_of_generation(given.config)
+    if value > rows:
+        return f"vllm.max_num_seqs {value} is more than the {rows} completions of a generation"
+    return colocate_rule(given, value) or _steps_hold(given)
+
+
+def batched_rule(given: Given, value: Any) -> str | None:
+    """An engine step holds a token of every sequence, and a whole prompt where prompts are not split."""
+    return colocate_rule(given, value) or _steps_hold(given) or room_rule(given, value)
+
+
+def chunked_rule(given: Given, value: Any) -> str | None:
+    """Prompts that are not split must fit into one engine step."""
+    return colocate_rule(given, value) or _steps_hold(given)
+
+
+def sleep_rule(given: Given, value: Any) -> str | None:
+    """vLLM's CPU build has no sleep mode."""
+    if value and given.gpus == 0:
+        return f"vllm.sleep_level {value} needs a GPU: vLLM's CPU build has no sleep mode"
     return colocate_rule(given, value)
+
+
+def sync_rule(given: Given, value: Any) -> str | None:
+    """An adapter is sent where one is trained; a quantized engine takes nothing else."""
+    config = given.config
+    if not config.use_vllm:
+        return colocate_rule(given, value)
+    if value == "adapter" and config.peft is None:
+        return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
+    if value == "merged" and config.model.load_in_4bit:
+        return "vllm.weight_sync merged would round the adapter away in weights of 4 bits (model.load_in_4bit)"
+    if value in ("merged", "batched") and config.vllm.mode == "server" and given.gpus == 0:
+        return f"vllm.weight_sync {value} to a server needs a GPU"
+    return None
+
+
+def quantized_rule(given: Given, value: Any) -> str | None:
+    """Trained weights cannot be pushed into quantized ones; an adapter beside them can."""
+    if value is None:
+        return colocate_rule(given, value)
+    if given.gpus == 0:
+        return f"vllm.quantization {value} needs a GPU"
+    if given.config.vllm.weight_sync != "adapter" or given.config.peft is None:
+        return f"vllm.quantization {value} needs vllm.weight_sync adapter: weights cannot be pushed into quantized ones"
+    return colocate_rule(given, value) or room_rule(given, value)
+
+
+def cache_type_rule(given: Given, value: Any) -> str | None:
+    """Keys and values in 8 bits have kernels on a GPU."""
+    if str(value).startswith("fp8") and given.gpus == 0:
+        return f"vllm.kv_cache_dtype {value} needs a GPU"
+    return colocate_rule(given, value)
+
+
+def _steps_hold(given: Given) -> str | None:
+    """What an engine step cannot hold (`verify_max_model_len` in vllm/config/scheduler.py)."""
+    tokens, running = engine.batched_tokens(given.config), engine.running(given.config)
+    if tokens < running:
+        return f"vllm.max_num_batched_tokens {tokens} is less than vllm.max_num_seqs {running}: vLLM refuses it"
+    whole = engine.longest(given)
+    if given.config.vllm.enable_chunked_prefill is False and whole is not None and tokens < whole:
+        return (
+            f"vllm.max_num_batched_tokens {tokens} is less than vllm.max_model_len {whole}, which needs "
+            "vllm.enable_chunked_prefill: vLLM refuses it"
+        )
+    return None
 
 
 def tensor_parallel_rule(given: Given, value: Any) -> str | None:

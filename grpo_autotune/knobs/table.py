@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from grpo_autotune.config import RunConfig
 from grpo_autotune.config_keys import grpo_keys, peft_keys
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs import rules, values
+from grpo_autotune.knobs import engine, rules, values
 from grpo_autotune.knobs.given import Given
 
 Kind = Literal["exact", "learning"]
@@ -110,7 +110,7 @@ TABLE: tuple[Knob, ...] = (
         values.memory_shares,
         rule=rules.memory_share_rule,
         searched=True,
-        own=partial(_vllm, "gpu_memory_utilization", 0.3),
+        own=engine.share_of,
     ),
     _key(
         "grpo.gradient_checkpointing",
@@ -129,13 +129,64 @@ TABLE: tuple[Knob, ...] = (
         searched=True,
     ),
     _key(
-        "vllm.enable_sleep_mode",
+        "vllm.max_num_seqs",
+        "exact",
+        "completions that are generated at once: fewer leave room to each, more fill the device",
+        values.running_counts,
+        rule=rules.running_rule,
+        searched=True,
+        own=engine.running,
+    ),
+    _key(
+        "vllm.max_num_batched_tokens",
+        "exact",
+        "tokens of one engine step: larger ones prefill faster and take memory for their activations",
+        values.batched_tokens,
+        rule=rules.batched_rule,
+        searched=True,
+        own=engine.batched_tokens,
+    ),
+    _key(
+        "vllm.sleep_level",
         "exact",
         "the engine gives its memory back while weights are trained, for the time of falling asleep and waking",
-        values.sleep_modes,
-        rule=rules.colocate_rule,
+        values.sleep_levels,
+        rule=rules.sleep_rule,
         searched=True,
-        own=partial(_vllm, "enable_sleep_mode", False),
+        own=engine.sleep_level,
+    ),
+    _key(
+        "vllm.weight_sync",
+        "exact",
+        "an adapter is sent in no time and costs at every token; merged weights are sent whole and cost nothing then",
+        values.syncs,
+        rule=rules.sync_rule,
+        searched=True,
+        own=lambda config: config.vllm.weight_sync,
+    ),
+    _key(
+        "vllm.enable_prefix_caching",
+        "exact",
+        "a group's prompt is prefilled once",
+        values.engine_switch,
+        rule=rules.colocate_rule,
+        own=partial(_vllm, "enable_prefix_caching", True),
+    ),
+    _key(
+        "vllm.enable_chunked_prefill",
+        "exact",
+        "long prompts are prefilled beside the tokens of others",
+        values.engine_switch,
+        rule=rules.chunked_rule,
+        own=partial(_vllm, "enable_chunked_prefill", True),
+    ),
+    _key(
+        "vllm.enforce_eager",
+        "exact",
+        "no graphs and no compilation: a shorter start, slower tokens",
+        values.engine_switch,
+        rule=rules.colocate_rule,
+        own=partial(_vllm, "enforce_eager", False),
     ),
     _key(
         "vllm.tensor_parallel_size",
@@ -144,7 +195,7 @@ TABLE: tuple[Knob, ...] = (
         values.tensor_parallel_sizes,
         rule=rules.tensor_parallel_rule,
         searched=True,
-        own=partial(_vllm, "tensor_parallel_size", 1),
+        own=engine.tensor_parallel,
     ),
     Knob(
         "grpo.use_vllm",
@@ -178,6 +229,22 @@ TABLE: tuple[Knob, ...] = (
         lambda config: config.speedups,
         lambda given: values.speed_ups(given, given.config.speedups),
         searched=True,
+    ),
+    _key(
+        "vllm.kv_cache_dtype",
+        "learning",
+        "keys and values in 8 bits: twice as many completions at once, sampled a little differently",
+        values.cache_types,
+        rule=rules.cache_type_rule,
+        own=partial(_vllm, "kv_cache_dtype", "auto"),
+    ),
+    _key(
+        "vllm.quantization",
+        "learning",
+        "the engine's base in 8 bits: less memory to read at every token, sampled a little differently",
+        values.quantizations,
+        rule=rules.quantized_rule,
+        own=partial(_vllm, "quantization", None),
     ),
     _key("grpo.max_completion_length", "learning", "the longest answer allowed", values.completion_lengths),
     _key("grpo.beta", "learning", "without a KL term no reference pass is made", values.betas),

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_autotune.config import RunConfig, VllmSection
+from grpo_autotune.config import RunConfig
+from grpo_autotune.config_vllm import VllmSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs.given import Given, given
 from grpo_autotune.knobs.table import PROMPTS, Kind, knob
@@ -23,6 +24,7 @@ Knobs = dict[str, Any]
 GROUP = "grpo.num_generations"
 MICRO = "grpo.per_device_train_batch_size"
 STEPS = "grpo.steps_per_generation"
+SLEEP = "vllm.sleep_level"
 BATCH_KNOBS = frozenset({GROUP, MICRO, STEPS, PROMPTS})
 
 
@@ -50,6 +52,8 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
         if section == "peft" and values.get("peft") is None:
             raise ConfigError("there is no peft section", where=key, fix="Leave this knob out.")
         _section(values, section)[name] = value
+        if key == SLEEP:
+            values["vllm"].pop("enable_sleep_mode", None)  # the level says it
     if not uses_vllm and config.vllm != VllmSection():
         values.pop("vllm")
     return RunConfig.from_dict(values)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from grpo_autotune.engine.failures import CPU_SPACE
+from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.given import Given
 from grpo_autotune.knobs.rules import FLASH_KERNELS, compile_rule, engine_rule, kernel_rule
 
@@ -17,6 +20,7 @@ UNIT_PX = 32
 
 LARGEST_GROUP = 32
 MOST_MICRO_BATCHES = 8
+BATCHED_TOKENS = (2048, 4096, 8192, 16384)
 MEMORY_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -78,12 +82,57 @@ def engines(given: Given) -> tuple[bool, ...]:
 
 def memory_shares(given: Given, own: float) -> tuple[float, ...]:
     """The user's own, and the usual shares."""
-    return (own, *(share for share in MEMORY_SHARES if share != own)) if colocates(given) else ()
+    if not colocates(given):
+        return ()
+    return (own, *(share for share in MEMORY_SHARES if share != own and sized_by_share(given)))
 
 
-def sleep_modes(given: Given, own: bool) -> tuple[bool, ...]:
+def sized_by_share(given: Given) -> bool:
+    """Whether the engine's share decides its size: not under the variable by which vLLM's CPU build is told."""
+    return given.gpus > 0 or not os.environ.get(CPU_SPACE)
+
+
+def running_counts(given: Given, own: int) -> tuple[int, ...]:
+    """The user's own, every completion of a generation at once, half and a quarter of them."""
+    rows = engine.rows_of_generation(given.config)
+    return (own, *sorted({max(1, rows // 4), max(1, rows // 2), rows} - {own})) if colocates(given) else ()
+
+
+def batched_tokens(given: Given, own: int) -> tuple[int, ...]:
+    """The user's own, and the usual ones; on a CPU, where a step is long, they wait to be asked for."""
+    if not colocates(given):
+        return ()
+    return (own, *(n for n in BATCHED_TOKENS if n != own)) if given.gpus else (own,)
+
+
+def engine_switch(given: Given, own: bool) -> tuple[bool, ...]:
     """Both, where an engine can be in the training process."""
     return switch(own) if colocates(given) else ()
+
+
+def sleep_levels(given: Given, own: int) -> tuple[int, ...]:
+    """The three levels, where there is a GPU to give memory back to."""
+    return (own, *(n for n in (0, 1, 2) if n != own and given.gpus)) if colocates(given) else ()
+
+
+def syncs(given: Given, own: str) -> tuple[str, ...]:
+    """The user's own; beside an adapter, whose layers every token passes, the push of merged weights in batches."""
+    if not colocates(given):
+        return ()
+    adapter = given.config.peft is not None
+    if own == "auto":
+        return (own, "batched") if adapter else (own,)
+    return (own, *(way for way in (("batched", "adapter") if adapter else ("batched",)) if way != own))
+
+
+def cache_types(given: Given, own: str) -> tuple[str, ...]:
+    """The user's own, and 8 bits on a GPU."""
+    return (own, *(("fp8",) if given.gpus and own != "fp8" else ())) if colocates(given) else ()
+
+
+def quantizations(given: Given, own: str | None) -> tuple[str | None, ...]:
+    """The user's own, and 8 bits on a GPU."""
+    return (own, *(("fp8",) if given.gpus and own != "fp8" else ())) if colocates(given) else ()
 
 
 def tensor_parallel_sizes(given: Given, own: int) -> tuple[int, ...]:

@@ -8,20 +8,25 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.engine.fidelity import FidelityMeter
+from grpo_autotune.engine.records import EngineFacts
+from grpo_autotune.engine.server_meter import meter_for
+from grpo_autotune.engine.watch import is_watched, meter_of
 from grpo_autotune.probe.exchange import collect, publish
-from grpo_autotune.probe.facts import KEEP, FidelityCollector, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
 from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
-from grpo_autotune.probe.trainer_facts import cycle_of, engine_dtype, facts_of, versions
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
 from grpo_autotune.probe.wiring import install
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 
@@ -52,10 +57,18 @@ class Probe:
         timer, self._gauge = gauges_for(trainer.args.device)
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
-        self.rewards, self.fidelity = RewardCollector(), FidelityCollector()
+        self.rewards = RewardCollector()
+        self.watched = is_watched(trainer)
+        self.fidelity = meter_of(trainer) if self.watched else FidelityMeter(trainer)
+        self.fidelity.around = lambda: self.recorder.span("", "probe")
+        self.closed = 0
+        self.engine = meter_for(
+            getattr(trainer, "vllm_generation", None),
+            step=lambda: self.closed,
+            counting=lambda: self.counting() and not self.fidelity.asking,
+        )
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
-        self.closed = 0
         self._last_step = trainer.state.global_step
         self._steps: deque[StepStages] = deque(maxlen=KEEP)
         self._pending: list[StepSpans] = []
@@ -72,6 +85,7 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
         self._sampler.stop()
         if self._gauge is not None:
@@ -103,7 +117,8 @@ class Probe:
         trainer = self.trainer
         self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
         self.images.see(self.closed, inputs, output, _merge_size(trainer))
-        self.fidelity.see(output)
+        if not self.watched:
+            self.fidelity.see(output)
 
     def train_began(self) -> None:
         """Open the first step's tree."""
@@ -129,7 +144,7 @@ class Probe:
         """Everything measured so far; can be called at any time, also after `detach`."""
         timings = self._timings()
         first = self.closed - len(timings.steps)
-        facts, steps = facts_of(self.trainer), len(timings.steps)
+        facts, steps, engine = facts_of(self.trainer), len(timings.steps), self._engine_facts(first)
         return ProbeRecord(
             timings=timings,
             trainer=facts,
@@ -138,12 +153,22 @@ class Probe:
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             startup=self.startup.phases(),
-            fidelity=self.fidelity.facts([facts.dtype, *engine_dtype(self.trainer)]),
-            weight_sync_bytes=self.weight_sync_bytes,
+            fidelity=self.fidelity.facts(),
+            engine=engine,
+            weight_sync_bytes=self.weight_sync_bytes if engine is None else engine.sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
             versions=versions(),
         )
+
+    def _engine_facts(self, first: int) -> EngineFacts | None:
+        """What the meter saw; with TRL's plain engine, its start and the bytes of a sync as the probe saw them."""
+        found = self.engine.facts(first)
+        if found is None:
+            return None
+        started = next((phase.seconds for phase in self.startup.phases() if phase.name == "engine"), None)
+        plain = {"start_s": started, "sync_bytes": self.weight_sync_bytes}
+        return found.model_copy(update={key: value for key, value in plain.items() if getattr(found, key) is None})
 
     def _open(self, step: int) -> None:
         self._last_step = step

@@ -1,4 +1,4 @@
-"""What the measured generations were made of: tokens, rewards, images, and how far the engine is from the trainer.
+"""What the measured generations were made of: tokens, rewards and images.
 
 Each collector keeps one small entry a generation, tagged with the number of optimizer steps finished before it, so that
 the warm-up can be left out when the facts are read.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_autotune.probe.records import Fidelity, ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
+from grpo_autotune.probe.records import ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
 
 KEEP = 4096
 LIVE_SPREAD = 1e-6
@@ -23,8 +23,6 @@ SIZES = (384, 512, 768, 1024)
 SIZE_SAMPLE = 64
 IMAGE_STEPS = 4
 """Generating steps whose images are looked at: telling distinct ones apart reads every pixel."""
-FIDELITY_THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
-COARSEST_NATS = max(FIDELITY_THRESHOLD_NATS.values())
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -233,45 +231,3 @@ class RewardCollector:
     def facts(self) -> list[RewardCall]:
         """One row a function, slowest first."""
         return sorted(self.rows.values(), key=lambda row: -row.mean_s)
-
-
-@dataclass(slots=True)
-class FidelityCollector:
-    """Differences between the rollout engine's log-probs and the trainer's, over sampled tokens."""
-
-    total: float = 0.0
-    largest: float = 0.0
-    tokens: int = 0
-    kept: int = 0
-    ratios: int = 0
-
-    def see(self, output: dict[str, Any]) -> None:
-        """Compare `sampling_per_token_logps` with `old_per_token_logps`, both (B, C), where both were computed."""
-        ours, theirs = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
-        if ours is None or theirs is None:
-            return
-        gap = (ours - theirs).abs()[output["completion_mask"].bool()]
-        gap = gap[~gap.isnan()]
-        if gap.numel():
-            self.total += float(gap.sum())
-            self.largest = max(self.largest, float(gap.max()))
-            self.tokens += gap.numel()
-        ratio = output.get("importance_sampling_ratio")
-        if ratio is not None:
-            self.kept += int((ratio != 0).sum())
-            self.ratios += ratio.numel()
-
-    def facts(self, dtypes: Iterable[str]) -> Fidelity | None:
-        """None where no engine took part. The threshold on the mean is the coarser of the two dtypes'."""
-        if not self.tokens:
-            return None
-        threshold = max(FIDELITY_THRESHOLD_NATS.get(dtype, COARSEST_NATS) for dtype in dtypes)
-        mean = self.total / self.tokens
-        return Fidelity(
-            mean_nats=mean,
-            max_nats=self.largest,
-            tokens=self.tokens,
-            threshold_nats=threshold,
-            ok=mean <= threshold,
-            dropped_share=1.0 - self.kept / self.ratios if self.ratios else None,
-        )

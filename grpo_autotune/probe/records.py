@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from grpo_autotune.engine.records import EngineFacts, Fidelity
+
 STAGES = (
     "generation",
     "policy_logprob",
@@ -167,17 +169,6 @@ class Phase(Frozen):
     seconds: float
 
 
-class Fidelity(Frozen):
-    """How far the rollout engine's log-probs are from the trainer's, in nats over sampled tokens."""
-
-    mean_nats: float
-    max_nats: float
-    tokens: int
-    threshold_nats: float
-    ok: bool
-    dropped_share: float | None = None
-
-
 class RankTimings(Frozen):
     """Mean seconds a step by stage on one rank."""
 
@@ -227,6 +218,7 @@ class ProbeRecord(Frozen):
     utilisation: list[Utilisation] = []
     startup: list[Phase] = []
     fidelity: Fidelity | None = None
+    engine: EngineFacts | None = None
     weight_sync_bytes: int | None = None
     rank: int = 0
     ranks: list[RankTimings] = []

@@ -35,13 +35,6 @@ def cycle_of(args: Any) -> int:
     return math.lcm(every, micro_steps) // micro_steps
 
 
-def engine_dtype(trainer: Any) -> list[str]:
-    """Name of the dtype a colocated vLLM engine runs in; empty without one (a server does not tell)."""
-    engine = getattr(getattr(getattr(trainer, "vllm_generation", None), "llm", None), "llm_engine", None)
-    dtype = getattr(getattr(engine, "model_config", None), "dtype", None)
-    return [] if dtype is None else [str(dtype).removeprefix("torch.")]
-
-
 def facts_of(trainer: Any) -> TrainerFacts:
     """Read the trainer's model, arguments and batch arithmetic."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)

@@ -37,7 +37,9 @@ def install(probe: Probe) -> list[Handle]:
     try:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
-        handles += _counters(probe)
+        handles += [*_counters(probe), *probe.engine.install()]
+        if not probe.watched:
+            handles += probe.fidelity.install()
     except BaseException:
         for handle in handles:
             handle.remove()

@@ -106,8 +106,8 @@ def startup_line(report: Report) -> str:
 
 
 def facts_lines(report: Report) -> list[str]:
-    """Tokens, images, rewards, devices, weights and fidelity."""
-    return [*_tokens(report), *_images(report), *_rewards(report), *_devices(report), *_engine(report)]
+    """Tokens, images, rewards and devices."""
+    return [*_tokens(report), *_images(report), *_rewards(report), *_devices(report)]
 
 
 def _tokens(report: Report) -> list[str]:
@@ -177,19 +177,3 @@ def _devices(report: Report) -> list[str]:
 
 def _mean(pairs: list[tuple[int, float]]) -> float:
     return sum(samples * value for samples, value in pairs) / sum(samples for samples, _ in pairs)
-
-
-def _engine(report: Report) -> list[str]:
-    lines = []
-    if report.weight_sync_bytes is not None:
-        lines.append(f"A weight sync pushes {size(report.weight_sync_bytes)} to vLLM.")
-    f = report.fidelity
-    if f is not None:
-        word = "good" if f.ok else "BAD"
-        dropped = "" if f.dropped_share is None else f"; {percent(f.dropped_share)} of the samples got weight zero"
-        lines.append(
-            f"Fidelity of vLLM's samples: {word}. Its log-probs and the trainer's differ by {f.mean_nats:.2g} nats on "
-            "average, "
-            f"{f.max_nats:.2g} at most, over {amount(f.tokens)} tokens (good up to {f.threshold_nats:.2g}){dropped}."
-        )
-    return lines

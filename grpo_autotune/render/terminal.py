@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.report import Report
@@ -44,6 +45,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from section("What bounds it", [report.bound])
     yield from section("Before the first step", [startup_line(report)] if report.startup else [])
     yield from section("Tokens, images and rewards", facts_lines(report))
+    yield from section("vLLM", rollout_lines(report))
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
         yield _rank_table(report)

@@ -66,6 +66,7 @@ def report_of_facts(facts: Facts) -> Report:
         verdict=judge(facts),
         warnings=warnings(facts),
         fidelity=record.fidelity,
+        engine=record.engine,
         startup=record.startup,
         images=record.images,
         tokens=record.tokens,

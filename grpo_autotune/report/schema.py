@@ -6,8 +6,8 @@ from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, Field
 
+from grpo_autotune.engine.records import EngineFacts, Fidelity
 from grpo_autotune.probe.records import (
-    Fidelity,
     Frozen,
     ImageFacts,
     Phase,
@@ -128,6 +128,7 @@ class Report(Frozen):
     verdict: list[Advice]
     warnings: list[str]
     fidelity: Fidelity | None
+    engine: EngineFacts | None = None
     startup: list[Phase]
     images: ImageFacts | None
     tokens: TokenFacts | None

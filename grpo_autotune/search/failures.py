@@ -3,6 +3,7 @@
 CPU memory runs out in several guises. torch's CPU allocator raises a plain `RuntimeError`, so that class counts where
 the exception itself carries the allocator's name (c10/core/impl/alloc_cpu.cpp); the kernel's refusals are `OSError`
 with ENOMEM; Python's own is `MemoryError`. An error of ours counts as what it was raised from, where that was memory.
+What a vLLM engine raises when it does not start is read in `engine.failures`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import errno
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
+from grpo_autotune.engine.failures import causes, engine_failure
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.search.trial import Status
 
@@ -52,9 +54,13 @@ def failure_of(error: BaseException, available: Callable[[], int | None]) -> Fai
         error: What was raised.
         available: Bytes that this process could still have, for errors that name only what was asked for.
     """
-    memory = next((cause for cause in _chain(error) if is_out_of_memory(cause, available)), None)
+    memory = next((cause for cause in causes(error) if is_out_of_memory(cause, available)), None)
     if memory is not None:
         return Failure("oom", one_line(memory), _name(memory), overshoot(memory, available))
+    if (engine := engine_failure(error)) is not None:
+        needed, there = engine.needed_bytes, engine.available_bytes
+        lacking = max(0, needed - there) if needed is not None and there is not None else None
+        return Failure(engine.status, one_line(engine.error()), _name(list(causes(error))[-1]), lacking)
     status: Status = "crashed"
     if isinstance(error, RewardError):
         status = "reward_failed"
@@ -108,12 +114,6 @@ def one_line(error: BaseException) -> str:
 def log_of(error: BaseException) -> str:
     """The traceback, for the trial's log."""
     return "".join(traceback.format_exception(error))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _name(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def features(load: Workload, rates: Rates) -> dict[str, Features]:
 
 def _generation(load: Workload, rates: Rates) -> Features:
     facts, suffix = load.facts, "@vllm" if load.facts.use_vllm else ""
-    steps = max(facts.longest_completion - 1.0, 0.0) * load.generations
+    steps = max(facts.longest_completion - 1.0, 0.0) * load.generations * load.waves
     decoded = max(facts.completion_tokens - 1.0, 0.0) * load.generations if facts.use_vllm else steps
     found = {"calls": load.generations, "steps": steps}
     if load.shape is None:

@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.seams.importing import ENGINE_MODULE, after_import, hook_imports
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 
 if TYPE_CHECKING:
     from grpo_autotune.train.datasets import Splits
 
+INNERMOST = INNER + 10
+"""Below the unlocking, whose keys are arguments of the engine like TRL's."""
+
 KEPT = 4
 """Data sets; trials differ in them by image size."""
+
+INNERMOST = INNER + 1
+"""Inside the layer that fills in the engine's keys: what counts is what the engine is built with in the end."""
 
 SET_BY_TRL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Put into the environment when TRL starts an engine; the next trainer would take itself for one of several."""
@@ -75,7 +81,7 @@ class KeptEngine:
 
     def _imported(self, module: ModuleType) -> None:
         if hasattr(module, "LLM"):  # without vLLM TRL's module has no such name
-            wrap(AttributeSlot(module, "LLM"), self._start)
+            wrap(AttributeSlot(module, "LLM"), self._start, INNERMOST)
 
     def _start(self, call_next: Callable[..., Any], /, **arguments: Any) -> Any:
         if self._engine is None:

@@ -19,7 +19,7 @@ import numpy as np
 from grpo_autotune.config import RunConfig
 from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.hardware import Machine, find_gpu
-from grpo_autotune.knobs import knobs_of
+from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.probe.records import ProbeRecord, StageTimings
 from grpo_autotune.search.features import PARTS, Rates, features
 from grpo_autotune.search.fit import STRANGE_SPREAD, Fit, Place, Seen, wide
@@ -258,7 +258,7 @@ def place_of(config: RunConfig, load: Workload) -> Place:
     words = (
         load.trainer["attn_implementation"],
         facts.training.checkpointing,
-        facts.use_vllm,
+        engine.word(config),
         load.trainer["dataloader_num_workers"],
     )
     return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))

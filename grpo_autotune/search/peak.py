@@ -38,6 +38,7 @@ HOST = {
     "generation": Guess(0.7, 0.7),
     "activations": Guess(0.7, 0.6),
     "head": Guess(3.0, 1.3),
+    "engine": Guess(1.0, 0.3),
     "shift": Guess(0.25, 1.0),
 }
 """On a CPU. `shift` is what libraries load and keep beside the model, as a share of the first increment measured."""
@@ -122,6 +123,7 @@ def components(load: Workload) -> dict[str, float]:
         "generation": found.prefill + found.cache,
         "activations": found.activations + found.backward,
         "head": found.head,
+        "engine": found.engine,
         "peak": found.peak,
     }
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,7 +38,67 @@ PYTHON = [sys.executable, "-P"]
 """Without the current folder on the path: a folder `vllm` of the user's there would pass for an installed vLLM."""
 
 
-class GuardedWorker:
+class Guarded:
+    """A command behind its guardian, in a session of its own: nothing that it starts outlives it, nor this process.
+
+    Args:
+        words: The command.
+        log: Standard output and error.
+        environment: The command's; this process's without.
+        stdin: As in `subprocess.Popen`.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+    ) -> None:
+        read, self._lifeline = os.pipe()
+        guardian = [*PYTHON, "-m", "grpo_autotune.search.guardian", str(read)]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [*guardian, *words],
+                stdin=stdin, stdout=file, stderr=file, pass_fds=(read,), start_new_session=True, env=environment,
+            )  # fmt: skip
+        os.close(read)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def signal(self, signum: int) -> None:
+        """Pass a signal on to the command, past its guardian."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.pid).children():
+                child.send_signal(signum)
+
+    def wait(self, limit_s: float) -> int | None:
+        """Wait for the end; its exit code (negative: a signal), None where it still runs."""
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self) -> None:
+        descendants = _descendants(self.pid)
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        if self.wait(END_S) is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for process in descendants:  # still there only if the guardian was killed before it could do this
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(descendants, timeout=END_S)
+
+
+class GuardedWorker(Guarded):
     """A worker behind its guardian.
 
     Args:
@@ -47,23 +108,11 @@ class GuardedWorker:
     """
 
     def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
-        read, self._lifeline = os.pipe()
         words = [*PYTHON, "-m", "grpo_autotune.search.worker"]
         if world_size > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
             words = [sys.executable, *launch, "-m", "grpo_autotune.search.worker", str(folder.absolute())]
-        guardian = [*PYTHON, "-m", "grpo_autotune.search.guardian", str(read)]
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                [*guardian, *words],
-                stdin=subprocess.PIPE, stdout=file, stderr=file,
-                pass_fds=(read,), start_new_session=True, env=_environment(),
-            )  # fmt: skip
-        os.close(read)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        super().__init__(words, log, without_rank(), subprocess.PIPE)
 
     def order(self, folder: Path) -> bool:
         if self._process.stdin is None or self._process.poll() is not None:
@@ -75,23 +124,8 @@ class GuardedWorker:
             return False
         return True
 
-    def poll(self) -> int | None:
-        return self._process.poll()
-
     def end(self) -> None:
-        descendants = _descendants(self.pid)
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        for process in descendants:  # still there only if the guardian was killed before it could do this
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(descendants, timeout=END_S)
+        super().end()
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -129,6 +163,6 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _environment() -> dict[str, str]:
+def without_rank() -> dict[str, str]:
     """The parent's, less what makes a rank: a search may itself have been started by a launcher."""
     return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}

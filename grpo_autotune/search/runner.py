@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from grpo_autotune.config_rules import batch_plan
 from grpo_autotune.search.attempt import LOOK_S, Attempt, Seen, Watch, prepare_folder
 from grpo_autotune.search.endings import ending_of_exit, read_outcome
 from grpo_autotune.search.processes import GuardedWorker, Worker, oom_kills
@@ -17,14 +18,11 @@ from grpo_autotune.search.worker import write_whole
 
 Spawn = Callable[[Path, Path, int], Worker]
 
-ENGINE_SIZES = (
-    "per_device_train_batch_size",
-    "steps_per_generation",
-    "generation_batch_size",
-    "gradient_accumulation_steps",
-    "max_completion_length",
-)
-"""`grpo` keys that TRL sizes a colocated engine by."""
+NOT_BUILT_IN = ("structured_outputs_regex", "group_port", "server_base_url", "server_host", "server_port")
+"""Keys of the `vllm` section that a colocated engine is not built from."""
+
+PUSHES = ("merged", "batched")
+"""Ways to send weights that ask nothing of the engine."""
 
 
 class Runner(AbstractContextManager["Runner"]):
@@ -165,13 +163,22 @@ def ignore(progress: object) -> None:
 def worker_key(spec: TrialSpec) -> str | None:
     """Trials of one key can share a worker; None where a trial needs one for itself.
 
-    Without vLLM a worker keeps imports and data, and the model is loaded anew. With it the engine stays, so everything
-    that TRL builds it from must be equal (trl/generation/vllm_generation.py, `_init_vllm`).
+    Without an engine in the process a worker keeps imports and data, and the model is loaded anew. An engine stays, so
+    what it is built from must be equal (trl/generation/vllm_generation.py, `_init_vllm`); a trial whose engine turns
+    out to be another one after all is given to a new worker (`search.kept`).
     """
     if spec.script is not None or spec.world_size > 1:
         return None
     model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})
-    if not grpo.get("use_vllm"):
-        return json.dumps({name: model.get(name) for name in ("name_or_path", "random_init", "revision")})
-    sizes = {name: grpo.get(name) for name in ENGINE_SIZES}
-    return json.dumps([model, spec.config.get("vllm"), sizes], sort_keys=True, default=str)
+    section = dict(spec.config.get("vllm") or {})
+    source = {name: model.get(name) for name in ("name_or_path", "random_init", "revision")}
+    if not grpo.get("use_vllm") or section.get("mode") == "server":
+        return json.dumps(source)
+    built = {name: value for name, value in section.items() if name not in NOT_BUILT_IN}
+    if built.get("weight_sync") in PUSHES:
+        built["weight_sync"] = PUSHES[0]
+    if "max_num_seqs" not in built:
+        plan = batch_plan(grpo)
+        built["max_num_seqs"] = plan.micro_batch * plan.steps_per_generation * section.get("tensor_parallel_size", 1)
+    typed = {name: grpo.get(name) for name in ("bf16", "fp16")}
+    return json.dumps([model, typed, built], sort_keys=True, default=str)

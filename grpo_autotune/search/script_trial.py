@@ -90,6 +90,7 @@ class _ScriptTrial:
         wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
 
     def on_engine_module(self, module: ModuleType) -> None:
+        self.values.on_engine_module(module)
         wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._phase("engine"))
 
     def _phase(self, name: str) -> Any:

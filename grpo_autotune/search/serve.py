@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.seams.compat import ensure_torchvision
 from grpo_autotune.seams.trainers import SPEED_UPS
@@ -107,6 +108,16 @@ class Server:
         finally:
             if (speed_ups := getattr(trainer, SPEED_UPS, None)) is not None:
                 speed_ups.remove()  # their layers on TRL's functions hold the trainer
+            _let_go(trainer)
+
+
+def _let_go(trainer: Any) -> None:
+    """Take off the engine, which this process keeps, all that holds the trainer."""
+    generation = getattr(trainer, "vllm_generation", None)
+    unlocked = None if generation is None else engine_of(generation)
+    if unlocked is not None:
+        unlocked.take_off()
+        unlocked.parts.clear()
 
 
 def _say(line: str) -> None:

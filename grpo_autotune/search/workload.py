@@ -8,6 +8,7 @@ square law on the grid of tokens.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.failures import CPU_SPACE, GIB
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
+from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import Sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import knobs_of
+from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.given import pixel_bounds
 from grpo_autotune.knobs.turn import same_value
 from grpo_autotune.probe.records import ProbeRecord, Spread
@@ -47,6 +50,7 @@ class Workload:
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
         speedups: Names of the speed-ups that are asked for and that this setting lets work.
+        waves: How often the completions of a generation take turns in the engine.
     """
 
     shape: ModelShape | None
@@ -57,6 +61,7 @@ class Workload:
     rows_loaded: float
     generations: float
     speedups: frozenset[str]
+    waves: float = 1.0
 
 
 def workload(
@@ -106,8 +111,8 @@ def workload(
         eager=trainer["attn_implementation"] == "eager",
         moments_bytes=_moments_bytes(config, facts),
         reference_model=trainer["has_ref_model"] and trainer["beta"] != 0,
-        engine_bytes=_engine_bytes(config, machine),
-        engine_sleeps=bool(knobs_of(config, ["vllm.enable_sleep_mode"])["vllm.enable_sleep_mode"]),
+        engine_bytes=_engine_bytes(config, machine, shape, longest_prompt + completion, worst_case=worst_case),
+        engine_sleeps=engine.sleep_level(config) > 0,
         fused=facts.compact_head,
         loaded_pixels=_loaded_pixels(config, trainer, pixels * (images["per_prompt"] if images else 0.0)),
     )
@@ -120,6 +125,7 @@ def workload(
         rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=_effective(config, trainer),
+        waves=engine.waves(config),
     )
 
 
@@ -276,11 +282,21 @@ def _loaded_pixels(config: RunConfig, trainer: Mapping[str, Any], row_pixels: fl
     return rows * row_pixels * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
 
 
-def _engine_bytes(config: RunConfig, machine: Machine) -> float:
-    if not config.use_vllm or config.vllm.mode == "server" or not machine.gpus:
+def _engine_bytes(
+    config: RunConfig, machine: Machine, shape: ModelShape | None, row: float, *, worst_case: bool
+) -> float:
+    """The engine's memory in the training process. On a GPU its share is taken whole. On a CPU its keys and values are
+    promised and filled as they are used: those of a generation at first, in the end all."""
+    if not config.use_vllm or config.vllm.mode == "server":
         return 0.0
-    share: float = knobs_of(config, ["vllm.gpu_memory_utilization"])["vllm.gpu_memory_utilization"]
-    return share * machine.gpus[0].memory_bytes
+    if machine.gpus:
+        return engine.share_of(config) * machine.gpus[0].memory_bytes
+    if shape is None:
+        return 0.0
+    need = engine.need(shape, config, row, row, BYTES.get(config.model.dtype, FLOAT_BYTES))
+    fixed, space = need.weights + need.activations, os.environ.get(CPU_SPACE)
+    room = float(space) * GIB if space else max(0.0, engine.share_of(config) * machine.memory_bytes - fixed)
+    return fixed + (room if worst_case else min(room, engine.running(config) * need.row))
 
 
 TEXT_ONLY = ModelShape(

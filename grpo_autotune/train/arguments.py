@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from trl import GRPOConfig
 
 from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.failures import engine_failure
+from grpo_autotune.engine.options import EngineOptions
+from grpo_autotune.engine.unlock import unlock_module
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.seams.importing import ENGINE_MODULE
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -65,6 +70,20 @@ def grpo_arguments(
         return Arguments(GRPOConfig(**keys), tuple(notes))
 
 
+@contextmanager
+def unlocked_engine(config: RunConfig) -> Iterator[None]:
+    """Trainers built inside get the engine that the `vllm` section describes, right with images."""
+    if not config.use_vllm:
+        yield
+        return
+    options = EngineOptions.of_section(config.vllm)
+    if config.model.revision is not None:  # TRL loads the engine's copy by name
+        keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
+        options = replace(options, keys={**keys, **options.keys})
+    with unlock_module(importlib.import_module(ENGINE_MODULE), options):
+        yield
+
+
 def check_trackers(report_to: str | list[str] | None) -> None:
     """Refuse a tracker whose package is missing.
 
@@ -86,12 +105,18 @@ def as_config_errors(where: str) -> Iterator[None]:
     """Turn what TRL, transformers and PEFT raise about their arguments into one line.
 
     Raises:
-        ConfigError: For a `ValueError`, `TypeError` or `NotImplementedError`.
+        ConfigError: For a `ValueError`, `TypeError` or `NotImplementedError`, and for an engine that finds no memory.
         EnvironmentProblem: For an `ImportError`, or an `OSError`: a vLLM server that cannot be reached, a full disk.
     """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        if (failure := engine_failure(error)) is None:
+            raise
+        raise failure.error() from error
     except (ValueError, TypeError, NotImplementedError) as error:
+        if (failure := engine_failure(error)) is not None:
+            raise failure.error() from error
         raise ConfigError(str(error).strip() or type(error).__name__, where=where) from error
     except (ImportError, OSError) as error:  # what requests raises is an OSError, not a ConnectionError
         raise EnvironmentProblem(str(error).strip(), where=where) from error

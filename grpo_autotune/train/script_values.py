@@ -15,12 +15,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from grpo_autotune.config import VLLM_TO_TRL, Section
 from grpo_autotune.config_keys import grpo_keys
 from grpo_autotune.config_problems import from_validation
 from grpo_autotune.config_receipt import Receipt
+from grpo_autotune.config_section import Section
 from grpo_autotune.config_sources import read_source
 from grpo_autotune.config_text import parse_yaml
+from grpo_autotune.config_vllm import vllm_section
+from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.speedups.table import chosen
@@ -31,18 +33,20 @@ RECEIPT = "receipt"
 
 
 class ScriptValues:
-    """What a script's trainers are given.
+    """What a script's trainers, and their vLLM engine, are given.
 
     Args:
         values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
         always: `GRPOConfig` keys beside them, which `values` win over.
 
     Raises:
-        ConfigError: A key reaches no script, or there is no such speed-up.
+        ConfigError: A key reaches no script, a value is not accepted, or there is no such speed-up.
     """
 
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
-        self.grpo = {**(always or {}), **grpo_overrides(values)}
+        engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
+        self.grpo = {**(always or {}), **grpo_overrides(values), **engine.grpo_kwargs()}
+        self.engine = EngineOptions.of_section(engine)
         self.image_size: int | None = values.get(IMAGE_SIZE)
         self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
         chosen(self.speedups)
@@ -51,6 +55,12 @@ class ScriptValues:
         """Given the module of `GRPOConfig` once it was imported; without keys to give, the class stays as it is."""
         if self.grpo:
             wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+
+    def on_engine_module(self, module: ModuleType) -> None:
+        """Given the module of TRL's engine once it was imported: engines are mended whatever was asked for."""
+        from grpo_autotune.engine.unlock import unlock_module
+
+        unlock_module(module, self.engine)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """A trainer's keyword arguments, with images of the size that is wanted.
@@ -85,7 +95,7 @@ class ScriptValues:
 
 
 def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `GRPOConfig` keys among `values`: `grpo.` is dropped, vLLM's names become TRL's.
+    """The `GRPOConfig` keys among `values`, without `grpo.`; those of `vllm.` are left to its section.
 
     Raises:
         ConfigError: A key reaches no script.
@@ -93,14 +103,14 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
-        name = VLLM_TO_TRL.get(key) if section == "vllm" else key if section in ("", "grpo") else None
-        if path in (IMAGE_SIZE, SPEEDUPS):
+        name = key if section in ("", "grpo") else None
+        if path in (IMAGE_SIZE, SPEEDUPS) or section == "vllm":
             continue
         if name is None:
             raise ConfigError(
                 "a script has no such knob",
                 where=path,
-                fix=f"Only GRPOConfig's keys, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
+                fix=f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
             )
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)

@@ -17,7 +17,7 @@ from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.records import Frozen
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.table import chosen
-from grpo_autotune.train.arguments import as_config_errors, grpo_arguments
+from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
 from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
 from grpo_autotune.train.datasets import LoadData, load_data
 from grpo_autotune.train.models import check_images, load_model, load_processor, lora_config, model_source
@@ -134,7 +134,7 @@ def build_trainer(
         check_images(processor, train_data.column_names)
         model = load_model(config, source)
         adapter = lora_config(config, model)
-    with phase("trainer"), as_config_errors("grpo"):
+    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
         trainer = ResumableTrainer(
             model=model,
             reward_funcs=functions,

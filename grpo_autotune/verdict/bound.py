@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from grpo_autotune.engine.records import Fidelity
 from grpo_autotune.verdict.breakdown import Limit
 from grpo_autotune.verdict.facts import Facts
-from grpo_autotune.verdict.words import STAGE_WORDS, percent, seconds
+from grpo_autotune.verdict.words import STAGE_WORDS, listing, percent, seconds
 
 ALONE = 0.4
 FEW_STEPS = 3
@@ -46,11 +47,7 @@ def warnings(facts: Facts) -> list[str]:
     found: list[str] = []
     fidelity, b, record = facts.record.fidelity, facts.breakdown, facts.record
     if fidelity is not None and not fidelity.ok:
-        found.append(
-            "vLLM does not sample from the policy that is trained: its log-probs are "
-            f"{fidelity.mean_nats:.3g} nats off on average (at most {fidelity.threshold_nats:.3g} is rounding). "
-            "What is learned from such samples is wrong; do not train before this is solved."
-        )
+        found.append(_unfaithful(fidelity))
     if b.shares.get("other", 0.0) > LARGE_OTHER:
         found.append(
             f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
@@ -73,3 +70,28 @@ def warnings(facts: Facts) -> list[str]:
             "measure more of them, and see that nothing else uses this machine."
         )
     return found
+
+
+def _unfaithful(f: Fidelity) -> str:
+    """How the samples are wrong, what the evidence points to, and what it rules out."""
+    if f.mean_nats > f.threshold_nats:
+        wrong = (
+            f"its log-probs are {f.mean_nats:.3g} nats off on average (at most {f.threshold_nats:.3g} is rounding in "
+            "these number formats)"
+        )
+    elif f.moved is False:
+        wrong = "its weights do not follow the optimizer"
+    else:
+        wrong = "it samples with other parameters than the trainer's log-probs are computed with"
+    text = (
+        f"vLLM does not sample from the policy that is trained: {wrong}. What is learned from such samples is wrong; "
+        "do not train before this is solved."
+    )
+    by_name = {cause.name: cause for cause in f.causes}
+    if f.cause is not None:
+        text += f" The evidence points to {f.cause}: {by_name[f.cause].evidence}."
+    elif by_name:
+        left = [f"{c.name} ({c.evidence})" for c in f.causes if c.points == "unknown"]
+        text += f" Causes that the evidence leaves: {listing(left)}." if left else " No known cause fits the evidence."
+    ruled_out = [cause.name for cause in f.causes if cause.points == "no"]
+    return f"{text} Ruled out: {listing(ruled_out)}." if ruled_out else text

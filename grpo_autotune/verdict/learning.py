@@ -160,10 +160,10 @@ def use_vllm(facts: Facts) -> Idea | None:
 
     Decoding is bound by memory bandwidth. If `generate` reaches a share L of the ceiling, an engine that reaches half
     of it (`ENGINE_LIMIT_SHARE`, an assumption) takes L / 0.5 of the time. From it comes the old-policy pass that TRL
-    then always makes, which costs a training forward. Text only: TRL 1.16 hands vLLM wrong image prompts (trl#6294).
+    then always makes, which costs a training forward.
     """
     t, limit = facts.record.trainer, facts.limits.get("generation")
-    if t.use_vllm or not facts.on_gpu or facts.record.images is not None or limit is None:
+    if t.use_vllm or not facts.on_gpu or limit is None:
         return None
     extra_s = (
         facts.part_s("policy_logprob", "training_forward") if not facts.part_s("policy_logprob", "old_policy") else 0.0

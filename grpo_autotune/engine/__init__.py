@@ -1,0 +1,1 @@
+"""vLLM inside TRL: made right, opened for tuning, measured."""

@@ -1,0 +1,139 @@
+"""A fixed text that engine and trainer both score: no sampling, no image, no cache in the way, so only weights count.
+
+The engine is asked inside the call that generates, while it is awake and holds the weights of the moment; the trainer
+scores the same text once the generation is over. Over an optimizer step both must move alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.modules.dropout import _DropoutNd
+
+LONGEST = 64
+SHORTEST = 8
+DENSE = 8
+SPARSE = 16
+"""Of a long run the first generations are looked at, and then one in so many."""
+FOLLOWED = 0.1
+"""The engine followed an optimizer step if its log-probs moved by this share of the trainer's movement at least."""
+
+
+@dataclass(slots=True)
+class Scores:
+    """What one generation's comparison gave; the movement is None where the trainer's was too small to tell."""
+
+    step: int
+    gap_nats: float
+    largest_nats: float
+    trainer_moved_nats: float | None = None
+    engine_moved_nats: float | None = None
+
+    @property
+    def followed(self) -> bool | None:
+        """Whether the engine moved with the trainer."""
+        if self.trainer_moved_nats is None or self.engine_moved_nats is None:
+            return None
+        return self.engine_moved_nats >= FOLLOWED * self.trainer_moved_nats
+
+
+@dataclass(slots=True)
+class CheckText:
+    """The text, and both sides' log-probs of its tokens (but the first)."""
+
+    ids: list[int] = field(default_factory=list)
+    asked: torch.Tensor | None = None
+    anchor: tuple[int, torch.Tensor, torch.Tensor] | None = None
+
+    def choose(self, sequences: Iterable[Sequence[int]], special: Collection[int], longest: int) -> bool:
+        """Take the text from what the engine has just seen, less special tokens; whether there is one now."""
+        if not self.ids:
+            found = [token for sequence in sequences for token in sequence if token not in special]
+            if len(found) >= SHORTEST and longest > SHORTEST:
+                self.ids = found[: min(LONGEST, longest)]
+        return bool(self.ids)
+
+    def ask(self, score: Callable[[list[int]], list[float]]) -> None:
+        """Have the engine score the text."""
+        self.asked = torch.tensor(score(self.ids))
+
+    def compare(self, trainer: Any, step: int, resolution_nats: float) -> Scores | None:
+        """Score the text with the trainer's weights and hold it against what the engine said of it.
+
+        Args:
+            trainer: The trainer, whose optimizer has made `step` steps.
+            step: Optimizer steps made.
+            resolution_nats: Mean movement of the trainer below which nothing follows for the engine.
+        """
+        theirs, self.asked = self.asked, None
+        if theirs is None:
+            return None
+        ours = self._scored_by(trainer)
+        scores = Scores(step, _mean(ours - theirs), float((ours - theirs).abs().max()))
+        if self.anchor is None:
+            self.anchor = step, ours, theirs
+        elif step != self.anchor[0] and _mean(ours - self.anchor[1]) >= resolution_nats:
+            scores.trainer_moved_nats = _mean(ours - self.anchor[1])
+            scores.engine_moved_nats = _mean(theirs - self.anchor[2])
+            self.anchor = step, ours, theirs
+        return scores
+
+    def _scored_by(self, trainer: Any) -> torch.Tensor:
+        ids = torch.tensor([self.ids], device=trainer.accelerator.device)
+        with undisturbed(trainer, dropout=False), trainer.accelerator.autocast():
+            logits = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logps = logits[0, :-1].float().log_softmax(dim=-1)
+        scores: torch.Tensor = logps.gather(-1, ids[0, 1:, None])[:, 0].cpu()
+        return scores
+
+
+def scored_by_llm(llm: Any, ids: list[int]) -> list[float]:
+    """Log-probs of a text's tokens but the first, by an engine of this process."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": ids}], sampling_params=wanted, use_tqdm=False)[0].prompt_logprobs
+    return [row[token].logprob for row, token in zip(found[1:], ids[1:], strict=True)]
+
+
+def scored_by_server(client: Any, ids: list[int]) -> list[float]:
+    """The same by a server, through TRL's client."""
+    found = client.get_sequence_logprobs([ids], [1], top_logprobs=1)
+    return [row[0] for row in found["actual_logprobs"][0]]
+
+
+def due(generation: int) -> bool:
+    """Whether to do at this generation (counted from 0) what costs a pass of its own."""
+    return generation < DENSE or generation % SPARSE == 0
+
+
+def active_dropout(model: Any) -> str:
+    """Name of the first module of a model that drops something as the model is now; empty without one."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, _DropoutNd))
+    return next((name for name, module in layers if module.training and module.p > 0.0), "")
+
+
+@contextmanager
+def undisturbed(trainer: Any, *, dropout: bool) -> Iterator[None]:
+    """A forward pass that leaves gradients, random numbers and modes as they are; without `dropout`, none is active.
+
+    Dropout alone is switched: bitsandbytes repacks the 4-bit weights of a module in evaluation mode on CPU, for good.
+    """
+    device = trainer.accelerator.device
+    changed = [] if dropout else [m for m in trainer.model.modules() if isinstance(m, _DropoutNd) and m.training]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for module in changed:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.training = True
+
+
+def _mean(gap: torch.Tensor) -> float:
+    return float(gap.abs().mean())

@@ -1,0 +1,32 @@
+"""What kind of row a completion belongs to, and how to know its prompt and images again in a later generation."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+def row_kinds(output: Mapping[str, Any]) -> list[Literal["image", "text"]]:
+    """For each row of a generation, whether its prompt holds an image."""
+    counts = output.get("num_images") or [0] * len(output["prompt_ids"])
+    return ["image" if count else "text" for count in counts]
+
+
+def row_keys(output: Mapping[str, Any]) -> list[tuple[Any, ...] | None]:
+    """For each row a key of prompt and images; None where the model's images cannot be told apart row by row.
+
+    Images are known by the sum over their patches, which one pass on the device gives.
+    """
+    prompts, masks = output["prompt_ids"], output["prompt_mask"]
+    ids = [zlib.crc32(row[mask.bool()].cpu().numpy().tobytes()) for row, mask in zip(prompts, masks, strict=True)]
+    pixels, counts = output.get("pixel_values"), output.get("num_images")
+    if pixels is None or counts is None:
+        return [(key,) for key in ids]
+    grid = output.get("image_grid_thw")
+    if grid is None:
+        return [None if count else (key,) for key, count in zip(ids, counts, strict=True)]
+    patches = iter(grid.prod(dim=-1).tolist())
+    lengths = [sum(next(patches) for _ in range(count)) for count in counts]
+    sums = [float(part.double().sum()) for part in pixels.split(lengths)]
+    return [(key, total) for key, total in zip(ids, sums, strict=True)]

@@ -1,0 +1,85 @@
+"""What a vLLM engine needs inside its share of memory: weights, the activations of one engine step, keys and values.
+
+vLLM takes its share whole and gives what weights and activations leave to keys and values
+(`determine_available_memory` in vllm/v1/worker/gpu_worker.py). It starts where they hold one request of full length
+(`_check_enough_kv_cache_memory` in vllm/v1/core/kv_cache_utils.py); completions beyond what they hold wait.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from grpo_autotune.estimate.shapes import ModelShape
+
+HALF_BYTES = 2.0
+FLOAT_BYTES = 4.0
+
+BYTES = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0}
+"""Bytes a number of each `dtype`."""
+
+EIGHT_BITS = 1.0
+"""Bytes of a number under `kv_cache_dtype` and `quantization` fp8."""
+
+TRL_BATCHED_TOKENS = 4096
+"""`max_num_batched_tokens` where nothing is said (trl/generation/vllm_generation.py)."""
+
+
+class EngineNeed(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+        weights: The model.
+        activations: The largest layer of an engine step, and the logits that completions are drawn from.
+        request: Keys and values of one request of full length.
+        row: Those of a prompt with its completion, as they are expected.
+    """
+
+    weights: float
+    activations: float
+    request: float
+    row: float
+
+    @property
+    def least(self) -> float:
+        """Bytes below which the engine does not start."""
+        return self.weights + self.activations + self.request
+
+    def rows_in(self, share: float) -> int:
+        """Completions that a share of so many bytes generates at once."""
+        return int(max(0.0, share - self.weights - self.activations) // max(self.row, 1.0))
+
+
+def engine_need(
+    shape: ModelShape,
+    *,
+    longest: float,
+    row: float,
+    batched_tokens: int = TRL_BATCHED_TOKENS,
+    running: int = 1,
+    value_bytes: float = HALF_BYTES,
+    weight_bytes: float | None = None,
+    cache_bytes: float | None = None,
+    tensor_parallel: int = 1,
+) -> EngineNeed:
+    """What an engine needs.
+
+    Args:
+        shape: The model.
+        longest: `max_model_len`.
+        row: Tokens of a prompt with its completion.
+        batched_tokens: `max_num_batched_tokens`.
+        running: `max_num_seqs`.
+        value_bytes: Bytes a number that it computes with.
+        weight_bytes: Bytes a weight; as it computes, without.
+        cache_bytes: Bytes a number of keys and values; likewise.
+        tensor_parallel: GPUs that share the model.
+    """
+    token = shape.kv_bytes_per_token(value_bytes if cache_bytes is None else cache_bytes) / tensor_parallel
+    layer = batched_tokens * (2 * shape.hidden + max(3 * shape.mlp, 6 * shape.attention_width)) * value_bytes
+    drawn = running * shape.vocab * FLOAT_BYTES
+    return EngineNeed(
+        weights=shape.parameters * (value_bytes if weight_bytes is None else weight_bytes) / tensor_parallel,
+        activations=layer / tensor_parallel + drawn,
+        request=longest * token,
+        row=row * token,
+    )

@@ -1,0 +1,113 @@
+"""What a configuration makes of a colocated engine: defaults of TRL and vLLM filled in, and the memory that follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_autotune.config import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, TRL_BATCHED_TOKENS, EngineNeed, engine_need
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.knobs.given import Given
+
+TRL_SHARE = 0.3
+"""`vllm_gpu_memory_utilization` where nothing is said."""
+
+SLEEP = 2
+"""TRL's level (trl/generation/vllm_generation.py)."""
+
+
+def share_of(config: RunConfig) -> float:
+    """Share of the device's memory that the engine takes."""
+    return TRL_SHARE if config.vllm.gpu_memory_utilization is None else config.vllm.gpu_memory_utilization
+
+
+def tensor_parallel(config: RunConfig) -> int:
+    """Processes that share an engine."""
+    return config.vllm.tensor_parallel_size or 1
+
+
+def rows_of_generation(config: RunConfig) -> int:
+    """Completions that one engine is asked for at a time."""
+    return config.batch.micro_batch * config.batch.steps_per_generation * tensor_parallel(config)
+
+
+def running(config: RunConfig) -> int:
+    """Completions that are generated at once."""
+    return config.vllm.max_num_seqs or rows_of_generation(config)
+
+
+def batched_tokens(config: RunConfig) -> int:
+    """Tokens of one engine step."""
+    return config.vllm.max_num_batched_tokens or TRL_BATCHED_TOKENS
+
+
+def waves(config: RunConfig) -> float:
+    """How often the completions of a generation take turns: 1 where all are generated at once."""
+    return max(1.0, rows_of_generation(config) / running(config)) if config.use_vllm else 1.0
+
+
+def word(config: RunConfig) -> str:
+    """What generates, and its settings that no formula describes."""
+    section = config.vllm
+    if not config.use_vllm:
+        return "generate"
+    if section.mode == "server":
+        return "server"
+    switches = (section.enable_prefix_caching, section.enable_chunked_prefill, section.enforce_eager)
+    types = (section.kv_cache_dtype, section.quantization)
+    return " ".join(map(str, (batched_tokens(config), section.weight_sync, sleep_level(config), *switches, *types)))
+
+
+def sleep_level(config: RunConfig) -> int:
+    """What the engine gives back while weights are trained."""
+    if config.vllm.sleep_level is not None:
+        return config.vllm.sleep_level
+    return SLEEP if config.vllm.enable_sleep_mode else 0
+
+
+def longest(given: Given) -> int | None:
+    """Longest request in tokens: the model's own length where nothing is said; null where nobody knows it."""
+    found = given.config.vllm.max_model_len or given.text.get("max_position_embeddings")
+    return int(found) if found else None
+
+
+def share_bytes(given: Given) -> float | None:
+    """Bytes of the engine's share; null where it is not on a GPU of this machine."""
+    return share_of(given.config) * given.machine.gpus[0].memory_bytes if given.machine and given.machine.gpus else None
+
+
+def need_of(given: Given) -> EngineNeed | None:
+    """Memory of the engine, from the model's config.json alone; null where that has no formulas."""
+    whole, config = longest(given), given.config
+    if whole is None:
+        return None
+    try:
+        shape = ModelShape.from_config(given.model)
+    except ConfigError:
+        return None
+    return need(shape, config, whole, whole, value_bytes(given))
+
+
+def need(shape: ModelShape, config: RunConfig, whole: float, row: float, value: float) -> EngineNeed:
+    """Memory of the engine with requests of at most `whole` tokens, rows of `row`, and numbers of `value` bytes."""
+    return engine_need(
+        shape,
+        longest=whole,
+        row=row,
+        batched_tokens=batched_tokens(config),
+        running=running(config),
+        value_bytes=value,
+        weight_bytes=EIGHT_BITS if config.vllm.quantization == "fp8" else None,
+        cache_bytes=EIGHT_BITS if str(config.vllm.kv_cache_dtype).startswith("fp8") else None,
+        tensor_parallel=tensor_parallel(config),
+    )
+
+
+def value_bytes(given: Given) -> float:
+    """Bytes of a number that the engine computes with; it follows the trainer."""
+    config = given.config
+    if config.grpo.get("bf16") or config.grpo.get("fp16"):
+        return HALF_BYTES
+    names: tuple[Any, ...] = (config.vllm.dtype, config.model.dtype, given.model.get("dtype"), given.text.get("dtype"))
+    return next((BYTES[str(name)] for name in names if str(name) in BYTES), HALF_BYTES)

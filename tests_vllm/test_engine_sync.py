@@ -1,0 +1,276 @@
+"""Weight syncs into the real engine: each way gives the trainer's log-probs after every optimizer step."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, TrainerCallback
+
+from grpo_autotune.engine import adapters, caches, lora, sync
+from grpo_autotune.engine.options import EngineOptions
+from grpo_autotune.engine.unlock import unlock_module
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.seams.importing import ENGINE_MODULE
+from tests_vllm.scoring import BLOCK, apart_nats
+
+EXACT = 1e-4
+"""Nats, between two implementations in float32."""
+VISIBLE = 1e-3
+"""Nats that the log-probs move at least in an optimizer step of these tests: what a stale engine would be off by."""
+
+FLOAT32 = {"model_init_kwargs": {"dtype": "float32"}}
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LAYERS = r".*(attn\.qkv|attn\.proj|linear_fc\d|mlp\.[02]|[qkvo]_proj|gate_proj|up_proj|down_proj)"
+WAYS = ("merged", "batched", "adapter")
+
+Rows = list[dict[str, Any]]
+Trainers = Callable[..., Any]
+
+
+def adapter(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TEXT_LAYERS, **settings})
+
+
+def alternating(completions: list[Any], **columns: Any) -> list[float]:
+    """Different within every group of two."""
+    return [float(index % 2) for index in range(len(completions))]
+
+
+@pytest.fixture
+def unlocked(colocated: Trainers) -> Iterator[Trainers]:
+    """`unlocked(kind, rows, way, level, keys={...}, lora=..., **grpo)`: a trainer whose engine is synced this way.
+
+    The CPU build refuses to start with sleep mode but takes its calls: TRL is told of it, the engine is not.
+    """
+    made = []
+
+    def trainer(
+        kind: str, rows: Rows, way: Any, level: Any = None, keys: dict[str, Any] | None = None, **settings: Any
+    ) -> Any:
+        options = EngineOptions(way, level, {"enable_sleep_mode": False, "block_size": BLOCK, **(keys or {})})
+        made.append(unlock_module(importlib.import_module(ENGINE_MODULE), options))
+        settings = {"learning_rate": 1e-2, "rewards": [alternating], **FLOAT32, **settings}
+        return colocated(kind, rows, **settings)
+
+    yield trainer
+    for unlocking in made:
+        unlocking.remove()
+
+
+class AfterSteps(TrainerCallback):
+    """Compares engine and trainer after every optimizer step, before the engine is told of it and afterwards."""
+
+    def __init__(self, trainer: Any, images: list[Any]) -> None:
+        self.trainer, self.images = trainer, images
+        self.stale: list[float] = []
+        self.synced: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        generation = self.trainer.vllm_generation
+        if not generation.llm.llm_engine.is_sleeping():  # asleep it takes no requests
+            self.stale.append(apart_nats(self.trainer, self.images))
+        generation.sync_weights()
+        generation.llm.wake_up(tags=["kv_cache"])
+        self.synced.append(apart_nats(self.trainer, self.images))
+
+
+def trained(trainer: Any, rows: Rows) -> AfterSteps:
+    compared = AfterSteps(trainer, [rows[0]["image"], rows[1]["image"]] if "image" in rows[0] else [])
+    trainer.add_callback(compared)
+    trainer.train()
+    return compared
+
+
+def check(trainer: Any, rows: Rows) -> None:
+    compared = trained(trainer, rows)
+    assert len(compared.synced) == 3
+    assert min(compared.stale) > VISIBLE, "nothing moved, so that a sync has nothing to show"
+    assert max(compared.synced) <= EXACT
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapter_on_the_language_model(unlocked: Trainers, picture_rows: Rows, way: str) -> None:
+    trainer = unlocked("qwen3_vl", picture_rows, way, lora=adapter())
+    check(trainer, picture_rows)
+    first, *later = sync.facts(trainer)
+    whole = [p for name, p in trainer.model.named_parameters() if "lora_" not in name]
+    touched = [p for name, p in trainer.model.named_parameters() if "base_layer" in name]
+    matrices = [p for name, p in trainer.model.named_parameters() if "lora_" in name]
+    expected = {"merged": whole, "batched": touched, "adapter": matrices}[way]
+    assert {(row.way, row.bytes, row.tensors) for row in later} == {
+        (way, sum(p.numel() * 4 for p in expected), len(expected))
+    }
+    assert first.full and first.bytes >= sum(p.numel() * 4 for p in whole)
+    assert {row.full for row in later} == {way == "merged"}
+    assert {row.reset for row in later} == {() if way == "adapter" else CACHES[way]}
+    assert all(row.seconds > 0 for row in later)
+
+
+CACHES = {"merged": ("prefix", "encoder"), "batched": ("prefix",)}
+"""A merged push has vision weights in it; the batched one of an adapter on the language model has none."""
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+def test_adapter_on_the_vision_tower_too(unlocked: Trainers, picture_rows: Rows, kind: str) -> None:
+    trainer = unlocked(kind, picture_rows, "adapter", lora=adapter(target_modules=ALL_LAYERS))
+    assert sync.way(trainer) == ("adapter", "asked for")
+    assert len(lora.tower_layers(trainer.model)) > 4
+    check(trainer, picture_rows)
+
+
+def test_ranks_and_scales_that_differ_between_layers(unlocked: Trainers, text_rows: Rows) -> None:
+    config = adapter(r=9, use_rslora=True, rank_pattern={"v_proj": 3}, alpha_pattern={"o_proj": 32})
+    trainer = unlocked("llama", text_rows, "adapter", lora=config)
+    check(trainer, text_rows)
+
+
+@pytest.mark.parametrize("way", ["merged", "batched"])
+def test_every_weight_trained(unlocked: Trainers, picture_rows: Rows, way: str) -> None:
+    trainer = unlocked("qwen3_vl", picture_rows, way, lora=False, learning_rate=1e-3)
+    check(trainer, picture_rows)
+    assert {row.reset for row in sync.facts(trainer)} == {("prefix", "encoder")}
+
+
+def test_without_its_reset_the_encoder_cache_is_stale(
+    unlocked: Trainers, picture_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same image twice with trained vision weights, as TRL 1.16 leaves it."""
+    monkeypatch.setattr(caches, "changes_images", lambda model, pushed: False)
+    trainer = unlocked("qwen3_vl", picture_rows, "merged", lora=False, learning_rate=1e-3)
+    assert max(trained(trainer, picture_rows).synced) > 10 * EXACT
+
+
+def test_an_adapters_name_used_again_finds_older_prefixes(
+    unlocked: Trainers, text_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt twice: vLLM knows an adapter's blocks by its name."""
+    monkeypatch.setattr(adapters, "_NUMBERS", itertools.repeat(10_000))
+    trainer = unlocked("qwen3", text_rows, "adapter", lora=adapter())
+    assert max(trained(trainer, text_rows).synced) > 10 * EXACT
+
+
+def test_frozen_weights_are_pushed_once(unlocked: Trainers, picture_rows: Rows) -> None:
+    trainer = unlocked("qwen3_vl", picture_rows, "batched", lora=False, learning_rate=1e-3)
+    trainer.model.model.visual.requires_grad_(False)
+    check(trainer, picture_rows)
+    first, *later = sync.facts(trainer)
+    assert {row.reset for row in later} == {("prefix",)}
+    assert {first.tensors - row.tensors for row in later} == {len(list(trainer.model.model.visual.parameters()))}
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("way", ["merged", "adapter"])
+def test_sleep_levels(unlocked: Trainers, text_rows: Rows, way: str, level: int) -> None:
+    trainer = unlocked("qwen3", text_rows, way, level, lora=adapter())
+    generation = trainer.vllm_generation
+    compared = trained(trainer, text_rows)
+    assert max(compared.synced) <= EXACT
+    before = len(sync.facts(trainer))
+    for _ in range(2):  # as evaluations would, with nothing trained meanwhile
+        generation.generate([[5, 6, 7]] * 2, None, 2)
+        assert generation.llm.llm_engine.is_sleeping() == (level > 0)
+    again = [(row.full, row.bytes > 0) for row in sync.facts(trainer)[before:]]
+    assert again == {0: [], 1: [(False, False)], 2: [(True, True)]}[level]
+    generation.sync_weights()
+    generation.llm.wake_up(tags=["kv_cache"])
+    assert apart_nats(trainer) <= EXACT
+
+
+def test_what_vllm_cannot_run_as_an_adapter(served: Callable[[str], Any]) -> None:
+    def refused(**settings: Any) -> str | None:
+        model = AutoModelForCausalLM.from_pretrained(served("qwen3"), dtype=torch.float32)
+        return lora.refusal(get_peft_model(model, adapter(**settings)))
+
+    assert refused() is None
+    assert refused(use_rslora=True) is None
+    for settings, key in [
+        ({"use_dora": True}, "peft.use_dora"),
+        ({"modules_to_save": ["embed_tokens"]}, "peft.modules_to_save"),
+        ({"lora_bias": True}, "peft.lora_bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "peft.target_modules"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "peft.target_modules: lm_head"),
+        ({"r": 1000}, "peft.r"),
+    ]:
+        reason = refused(**settings)
+        assert reason is not None and f"({key})" in reason, settings
+    assert lora.refusal(AutoModelForCausalLM.from_pretrained(served("qwen3"))) == "the model has no adapter (peft)"
+    other = AutoModelForCausalLM.from_config(
+        GPTNeoXConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    adapted = get_peft_model(other, adapter(target_modules=["query_key_value"]))
+    assert lora.refusal(adapted) == "vLLM's GPTNeoXForCausalLM takes none"
+
+
+def test_auto(served: Callable[[str], Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(served("qwen3"), dtype=torch.float32)
+
+    def chosen(model: Any, device: str, fsdp: bool = False) -> tuple[str, str]:
+        parts = {"accelerator": SimpleNamespace(device=torch.device(device)), "_dist": SimpleNamespace(is_fsdp=fsdp)}
+        return sync.choose(SimpleNamespace(model=model, **parts), EngineOptions("auto"))
+
+    assert chosen(model, "cuda") == ("batched", "no adapter can be sent: the model has no adapter (peft)")
+    adapted = get_peft_model(model, adapter())
+    assert chosen(adapted, "cuda") == ("adapter", "the adapter is all that training changes")
+    assert chosen(adapted, "cuda", fsdp=True) == ("batched", "no adapter can be sent: FSDP shards it")
+    assert chosen(adapted, "cpu") == ("batched", sync.SLOW_ON_CPU)
+
+
+def test_dora_is_batched_with_the_reason(unlocked: Trainers, text_rows: Rows) -> None:
+    trainer = unlocked("qwen3", text_rows, "auto", lora=adapter(use_dora=True))
+    found = sync.way(trainer)
+    assert found is not None and found[0] == "batched" and "peft.use_dora" in found[1]
+    check(trainer, text_rows)
+
+
+def test_modules_to_save_are_pushed(unlocked: Trainers, text_rows: Rows) -> None:
+    trainer = unlocked("qwen3", text_rows, "batched", lora=adapter(modules_to_save=["norm"]))
+    check(trainer, text_rows)
+    pushed = sum("base_layer" in name or "modules_to_save" in name for name, _ in trainer.model.named_parameters())
+    assert sync.facts(trainer)[-1].tensors == pushed
+
+
+def test_an_adapter_that_is_asked_for_in_vain_is_one_line(unlocked: Trainers, text_rows: Rows) -> None:
+    with pytest.raises(ConfigError) as error:
+        unlocked("qwen3", text_rows, "adapter", lora=False)
+    assert str(error.value) == (
+        "vllm.weight_sync: vLLM cannot run the adapter: the model has no adapter (peft). Set it to batched or auto."
+    )
+
+
+class TestFourBits:
+    """QLoRA: the engine holds what the 4-bit weights stand for, and the adapter in full."""
+
+    def settings(self) -> dict[str, Any]:
+        pytest.importorskip("bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        return {"model_init_kwargs": {"dtype": "float32", "quantization_config": quantized}}
+
+    @pytest.mark.parametrize("way", ["adapter", "batched"])
+    def test_log_probs_are_the_trainers(self, unlocked: Trainers, text_rows: Rows, way: str) -> None:
+        trainer = unlocked("qwen3", text_rows, way, lora=adapter(), **self.settings())
+        assert any(sync.is_4bit(parameter) for parameter in trainer.model.parameters())
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # TRL holds it in bfloat16 beside a base in 4 bits
+                assert parameter.dtype == torch.bfloat16
+                parameter.data = parameter.data.float()
+        check(trainer, text_rows)
+
+    def test_merging_is_refused(self, unlocked: Trainers, text_rows: Rows) -> None:
+        with pytest.raises(ConfigError, match=r"^vllm.weight_sync: an adapter merged into 4-bit weights"):
+            unlocked("qwen3", text_rows, "merged", lora=adapter(), **self.settings())
+
+    def test_quantized_layers_of_vllm_are_refused(self, unlocked: Trainers, text_rows: Rows) -> None:
+        keys = {"quantization": "bitsandbytes"}
+        with pytest.raises(ConfigError, match=r"^vllm.quantization: "):
+            unlocked("qwen3", text_rows, "auto", keys=keys, lora=adapter(), **self.settings())
