@@ -16,7 +16,7 @@ import pytest
 from tests.readme_tree import tree, with_tree
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"vllm", "bitsandbytes"}
+OPTIONAL = {"vllm", "bitsandbytes", "requests"}
 """Extras, imported only where they are needed."""
 
 
