@@ -22,6 +22,9 @@ from grpo_autotune.engine.placeholders import MEDIA, PROMPT_IDS
 from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
+GREEDY = 1e-5
+"""Temperature below which vLLM decodes greedily (`_SAMPLING_EPS`), and takes no n above 1."""
+
 LENGTHS = "grpo_autotune_max_tokens"
 """Key of `SamplingParams.extra_args`: the children's `max_tokens`, by index."""
 
@@ -74,7 +77,7 @@ class JoinedRequests:
         """`LLM.generate`: one request for the rows of a run, and an output for each row."""
         rows = self._rows if len(prompts) == self._rows else 0
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * rows
-        if not rows or any(one is None or one.n != 1 for one in params):
+        if not rows or any(one is None or one.n != 1 or one.temperature < GREEDY for one in params):
             return call_next(prompts, sampling_params=sampling_params, **kwargs)
         self._rows = 0  # whatever else is asked for during this generation is not TRL's batch
         first = self._rank * rows  # this rank's first row in the generation batch

@@ -106,9 +106,9 @@ class FixedLengths:
         wanted = self._wanted
         if wanted is not None:
             ranks, rest = divmod(len(prompts), len(wanted))
-            if rest or not ranks or getattr(sampling_params, "n", 1) != 1:
+            if getattr(sampling_params, "n", 1) != 1:
                 self.notes = [f"{LEFT_FREE}: one request holds several completions"]
-            else:
+            elif ranks and not rest:  # anything else is no generation of TRL's: a check asks the engine, too
                 first = self._trainer.accelerator.process_index // ranks * ranks
                 wanted = [length for rank in range(first, first + ranks) for length in self._rows(rank, len(wanted))]
                 sampling_params = [_of_length(sampling_params, length) for length in wanted]
