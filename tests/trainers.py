@@ -43,6 +43,7 @@ def make_trainer(
     *,
     rewards: list[Callable[..., Any]] | None = None,
     lora: bool | LoraConfig = True,
+    processor: Any = None,
     **grpo: Any,
 ) -> GRPOTrainer:
     """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden."""
@@ -67,7 +68,7 @@ def make_trainer(
         args=GRPOConfig(output_dir=str(out), **{**settings, **grpo}),
         train_dataset=dataset_of(rows),
         eval_dataset=dataset_of(rows[:2]),
-        processing_class=AutoProcessor.from_pretrained(model, padding_side="left"),
+        processing_class=processor or AutoProcessor.from_pretrained(model, padding_side="left"),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora is True else lora or None,
     )
 

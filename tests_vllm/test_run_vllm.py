@@ -25,7 +25,11 @@ config = GRPOConfig(
     num_generations=2, per_device_train_batch_size=2, max_completion_length=6, use_cpu=True, bf16=False,
     report_to="none",
 )
-GRPOTrainer(model=sys.argv[1], reward_funcs=length, args=config, train_dataset=Dataset.from_list(rows)).train()
+trainer = GRPOTrainer(model=sys.argv[1], reward_funcs=length, args=config, train_dataset=Dataset.from_list(rows))
+engine = trainer.vllm_generation.llm.llm_engine.vllm_config
+with open(sys.argv[3], "w") as seen:
+    print(engine.scheduler_config.max_num_seqs, engine.model_config.dtype, file=seen)
+trainer.train()
 """
 
 CONFIG = """
@@ -56,8 +60,11 @@ def seconds(report: dict[str, Any]) -> dict[str, float]:
 def test_unedited_script(served: Callable[[str], Path], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    arguments = [str(script), str(served("qwen3")), str(tmp_path / "out")]
-    report = autotune("run", "--steps", "3", *arguments, cwd=tmp_path)
+    arguments = [str(script), str(served("qwen3")), str(tmp_path / "out"), str(tmp_path / "seen")]
+    values = tmp_path / "values.yaml"
+    values.write_text("vllm: {max_num_seqs: 3}")
+    report = autotune("run", "--steps", "3", "--with", str(values), *arguments, cwd=tmp_path)
+    assert (tmp_path / "seen").read_text() == "3 torch.float32\n"
     assert all(seconds(report)[name] > 0 for name in ("generation", "weight_sync", "policy_logprob", "backward"))
     assert sum(seconds(report).values()) == pytest.approx(report["step_s"], abs=1e-6)
     assert report["fidelity"]["tokens"] > 0

@@ -23,11 +23,13 @@ class EngineOptions:
         sleep_level: What it gives back while weights are trained; None leaves it to the trainer's
             `vllm_enable_sleep_mode`, whose level is 2.
         keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
+        image_sizes: Width and height of the data's images, each size once; empty where they are not known.
     """
 
     weight_sync: WeightSync = "auto"
     sleep_level: SleepLevel | None = None
     keys: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    image_sizes: frozenset[tuple[int, int]] = frozenset()
 
     @classmethod
     def of_section(cls, section: VllmSection) -> Self:

@@ -80,9 +80,25 @@ def _check_expanded(trained: Sequence[int], generated: Sequence[int], image_id: 
     """The ids that the engine generated from must be those that the trainer computes on."""
     if list(trained) == list(generated):
         return
-    ours, theirs = image_lengths(list(trained), image_id), image_lengths(list(generated), image_id)
+    check_lengths(image_lengths(trained, image_id), image_lengths(generated, image_id))
+    raise EnvironmentProblem(
+        f"the trainer computes on a prompt of {len(trained)} tokens, and the engine generated from another one of "
+        f"{len(generated)}",
+        where="grpo.use_vllm",
+        fix="This model's image placeholders are not expanded in one place; train it with grpo.use_vllm false.",
+    )
+
+
+def check_lengths(ours: Sequence[int], theirs: Sequence[int]) -> None:
+    """Each image must have as many tokens for the engine as for the trainer.
+
+    Raises:
+        ConfigError: Where it has not.
+    """
+    if list(ours) == list(theirs):
+        return
     raise ConfigError(
-        f"the trainer's processor makes {ours} tokens of a prompt's images, and the engine's {theirs}",
+        f"the trainer's processor makes {list(ours)} tokens of a prompt's images, and the engine's {list(theirs)}",
         where="vllm.mm_processor_kwargs",
         fix="Give both the same image settings: resize the data (data.image_size) instead of changing a processor in "
         "memory, or save the changed processor with the model.",

@@ -28,6 +28,8 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 PARTS: tuple[str, ...] = (
     "grpo_autotune.engine.compute",
     "grpo_autotune.engine.sync",
+    "grpo_autotune.engine.processors",
+    "grpo_autotune.engine.text_rows",
     "grpo_autotune.engine.placeholders",
     "grpo_autotune.engine.requests",
     "grpo_autotune.engine.server",

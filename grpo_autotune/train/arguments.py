@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import torch
 from trl import GRPOConfig
 
@@ -18,6 +19,7 @@ from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.unlock import unlock_module
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.seams.importing import ENGINE_MODULE
+from grpo_autotune.train.images import image_sizes
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -71,12 +73,14 @@ def grpo_arguments(
 
 
 @contextmanager
-def unlocked_engine(config: RunConfig) -> Iterator[None]:
-    """Trainers built inside get the engine that the `vllm` section describes, right with images."""
+def unlocked_engine(config: RunConfig, *data: datasets.Dataset | None) -> Iterator[None]:
+    """Trainers built inside get the engine that the `vllm` section describes, right with images and sized for those of
+    `data`."""
     if not config.use_vllm:
         yield
         return
-    options = EngineOptions.of_section(config.vllm)
+    sizes = frozenset[tuple[int, int]]().union(*(image_sizes(rows) for rows in data if rows is not None))
+    options = replace(EngineOptions.of_section(config.vllm), image_sizes=sizes)
     if config.model.revision is not None:  # TRL loads the engine's copy by name
         keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
         options = replace(options, keys={**keys, **options.keys})
