@@ -31,6 +31,10 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m --cases 768px --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_off --cases 768px --rounds 2 --checkpointing off
+	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_448 --cases 448px --rounds 2 --checkpointing on
+	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_text --cases text --rounds 2 --checkpointing on
+	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_256 --cases 768px-256 --rounds 2 --checkpointing on
+	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_small --cases short --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups_parts
 	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.time_to_reward
@@ -50,7 +54,7 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 	$(BIN)/python -m benchmarks.exact
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
-	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
+	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -n auto --dist loadfile
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')
