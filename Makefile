@@ -34,7 +34,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_448 --cases 448px --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_text --cases text --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_256 --cases 768px-256 --rounds 2 --checkpointing on
-	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_small --cases short --rounds 2 --checkpointing on
+	$(BIN)/python -m benchmarks.speedups --size 100m --name speedups_100m_small --cases short long --rounds 2 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups_parts
 	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.time_to_reward
