@@ -358,11 +358,12 @@ def test_a_long_tail_is_capped_at_the_ninetieth_percentile() -> None:
     assert learning.long_tail(facts()) is None
 
 
-def test_vllm_for_text_on_a_gpu_less_the_pass_it_costs() -> None:
+def test_vllm_on_a_gpu_less_the_pass_it_costs() -> None:
     idea = learning.use_vllm(facts(on_gpu(), machine=GPU_MACHINE))
     assert idea and idea.saving_s == pytest.approx(20.0 * (1 - 0.04 / 0.5) - 3.0)
     assert learning.use_vllm(facts()) is None
-    assert learning.use_vllm(facts(on_gpu(images=image_facts()), machine=GPU_MACHINE)) is None
+    pictures = learning.use_vllm(facts(on_gpu(images=image_facts()), machine=GPU_MACHINE))
+    assert pictures and pictures.saving_s == idea.saving_s
 
 
 def test_truncated_and_dead_ones_save_no_seconds() -> None:

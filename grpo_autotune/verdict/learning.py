@@ -177,8 +177,7 @@ def use_vllm(facts: Facts) -> Idea | None:
         because=f"`generate` runs at {percent(limit.share)} of what this GPU can do; vLLM is assumed to reach "
         f"{percent(ENGINE_LIMIT_SHARE)}" + (f", less {seconds(extra_s)} for one more log-prob pass" if extra_s else ""),
         caveat="It changes learning a little: another engine samples, and TRL weighs samples by the difference; "
-        "probe again "
-        "and read the fidelity line",
+        "probe again and read the fidelity line",
     )
 
 
