@@ -54,7 +54,7 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 	$(BIN)/python -m benchmarks.exact
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
-	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -n auto --dist loadfile
+	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')

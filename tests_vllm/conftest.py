@@ -33,8 +33,6 @@ TRL_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def pytest_configure() -> None:
     if str(ENV_FOLDER) not in {str(Path(entry).resolve()) for entry in sys.path}:
         pytest.exit("tests_vllm runs by `make test-vllm`, which puts tests/env on PYTHONPATH", returncode=3)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-    os.environ.setdefault("MASTER_PORT", str(29600 + int(worker.removeprefix("gw"))))  # TRL's own is one for all
     if importlib.util.find_spec("vllm") is None:
         pytest.exit("tests_vllm needs vLLM: `make test-vllm` makes the environment that has it", returncode=3)
 

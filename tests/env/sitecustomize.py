@@ -22,7 +22,6 @@ ENGINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # TRL pushes weights into the engine of its own process
     "VLLM_USE_AOT_COMPILE": "0",  # with the next: eager, since compiling a two-layer model takes longer than the tests
     "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # tests run side by side, and each engine would take the same cores
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
