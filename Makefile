@@ -17,6 +17,8 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 	$(BIN)/grpo-autotune search demo --budget 3m --run-dir $(RUN)/search --out $(RUN)/tuned.yaml
 	$(BIN)/grpo-autotune train $(RUN)/tuned.yaml --out $(RUN)/train
 
+test test-vllm: export OMP_NUM_THREADS := 1 # a worker a core: threads of two that share a core wait for each other
+
 test: .venv/.installed ## run the whole test suite
 	$(BIN)/python -m pytest tests -n auto --dist loadfile
 

@@ -1,4 +1,4 @@
-"""The `vllm` section: engine keys verbatim, and the three words that are ours (`mode`, `sleep_level`, `weight_sync`).
+"""The `vllm` section: engine keys verbatim, and the words that are ours (`OURS`, and the name `mode`).
 
 Any key of vLLM's `EngineArgs` is accepted: those of the installed release, read from its source, else those of the
 release in `config_vllm_names`. The keys with a field here are the ones that tuning turns; the others pass through.
@@ -35,7 +35,7 @@ VLLM_TO_TRL = {
 }
 """Keys of the `vllm` section -> the `GRPOConfig` key that carries each (trl/trainer/grpo_config.py, TRL 1.16)."""
 
-OURS = frozenset({"sleep_level", "weight_sync"})
+OURS = frozenset({"sleep_level", "weight_sync", "server_gpus"})
 """Keys that neither TRL nor vLLM has."""
 
 ENGINE_FIXED = {
@@ -62,6 +62,9 @@ class VllmSection(Section):
     sleep_level: Literal[0, 1, 2] | None = None
     """What the engine gives back while weights are trained: nothing, the KV cache with weights moved to the host, or
     both; by default 2 with `enable_sleep_mode`, else 0."""
+    server_gpus: int | None = Field(default=None, ge=0)
+    """A server that the run starts and ends itself, on so many GPUs (the last ones; 0 where there is none) that the
+    trainer then leaves alone; by default the engine is in the training process, or a server is there already."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Share of the GPU's memory that the engine takes."""
     max_model_len: int | None = Field(default=None, ge=1)
@@ -116,11 +119,31 @@ class VllmSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_server(self) -> Self:
+        others = ("server_base_url", "server_host")
+        other = next((name for name in others if getattr(self, name) is not None), None)
+        if self.server_gpus is not None and (self.mode == "colocate" or other is not None):
+            raise ConfigError(
+                "the run starts a server of its own, and "
+                + (f"vllm.{other} names another one" if other else "vllm.mode is colocate"),
+                where="vllm.server_gpus",
+                fix="Remove one of the two.",
+            )
+        return self
+
+    @property
+    def at_server(self) -> bool:
+        """Whether completions come from a server, somebody else's or the run's own."""
+        return self.mode == "server" or self.server_gpus is not None
+
     def grpo_kwargs(self) -> dict[str, Any]:
         """The `GRPOConfig` arguments for the keys that TRL has a name for."""
         given = {trl: getattr(self, ours) for ours, trl in VLLM_TO_TRL.items()}
         if self.sleep_level is not None:
             given["vllm_enable_sleep_mode"] = self.sleep_level > 0
+        if self.at_server:
+            given["vllm_mode"] = "server"
         return {trl: value for trl, value in given.items() if value is not None}
 
     def engine_kwargs(self) -> dict[str, Any]:

@@ -196,6 +196,21 @@ def test_values_of_the_engine() -> None:
     assert len(engine_rows) >= 11 and not any(row.values(server) for row in engine_rows)
 
 
+def test_gpus_that_do_not_train_may_serve() -> None:
+    row, plain = knob("vllm.server_gpus"), config(use_vllm=True)
+    assert row.values(given(plain, machine())) == (None,)  # it can be asked for
+    assert row.values(given(plain, machine(1))) == (None,)
+    assert row.values(given(plain, machine(2))) == (None, 1)
+    assert row.values(given(plain, machine(8))) == (None, 1, 2, 4)
+    turned = with_knobs(plain, {"vllm.server_gpus": 2})
+    assert turned.vllm.grpo_kwargs() == {"vllm_mode": "server"} and turned.vllm.at_server
+    assert with_knobs(turned, {"vllm.server_gpus": None}) == plain
+    spoken = config({"vllm": {"mode": "colocate"}}, use_vllm=True)
+    assert with_knobs(spoken, {"vllm.server_gpus": 2}) == turned
+    assert with_knobs(config({"vllm": {"mode": "server", "server_gpus": 1}}, use_vllm=True), {row.key: None}) == plain
+    assert with_knobs(plain, {row.key: 1, "grpo.use_vllm": False}) == config(use_vllm=False)
+
+
 def test_a_variable_sizes_the_engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     row, plain = knob("vllm.gpu_memory_utilization"), config(use_vllm=True)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)

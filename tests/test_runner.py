@@ -170,6 +170,8 @@ def test_trials_share_an_engine_that_is_built_the_same() -> None:
         key_of(gradient_accumulation_steps=8),
         key_of(use_vllm=False),
         key_of({"mode": "server"}, beta=0.1),
+        key_of({"server_gpus": 0}),
+        key_of({"server_gpus": 1}),
     ]
     assert plain not in others and len(set(others)) == len(others) - 1
     assert key_of(use_vllm=False) == key_of({"mode": "server"})  # no engine in the process

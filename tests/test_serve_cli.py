@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.serving import Serving, serving
+from grpo_autotune.engine.server_log import last_error, logged_failure, words
+from grpo_autotune.engine.serving import Serving, serving, split_gpus
 from grpo_autotune.errors import ConfigError
 from tests.test_cli import environment
 
@@ -86,10 +87,10 @@ def test_adapters_that_have_none() -> None:
 
 
 def test_gpus_of_the_server() -> None:
-    one, two = (serving(config(), "m", MODEL, gpus) for gpus in ([3], [0, 1]))
+    one, two = (serving(config(), "m", MODEL, gpus) for gpus in (["3"], ["0", "1"]))
     assert one.environment["CUDA_VISIBLE_DEVICES"] == "3" and "tensor-parallel-size" not in options(one)
     assert two.environment["CUDA_VISIBLE_DEVICES"] == "0,1" and options(two)["tensor-parallel-size"] == "2"
-    written = serving(config({"tensor_parallel_size": 1}), "m", MODEL, [0, 1])
+    written = serving(config({"tensor_parallel_size": 1}), "m", MODEL, ["0", "1"])
     assert options(written)["tensor-parallel-size"] == "1"
 
 
@@ -150,3 +151,59 @@ def test_without_vllm_it_says_so(here: Path) -> None:
     done = serve(here)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1].startswith("grpo-autotune: serve: serving needs the package vllm")
+
+
+def test_a_server_of_the_runs_own_takes_the_last_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = config({"server_gpus": 2})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert split_gpus(own, 4) == (["2", "3"], ["0", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6, 7")
+    assert split_gpus(own, 8) == (["6", "7"], ["4"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 of the 3 GPUs here would serve, and 2 must be left .* Set it to 1, or"):
+        split_gpus(own, 8)
+    found = serving(own, "owner/name", MODEL, ["6", "7"])
+    assert found.environment["CUDA_VISIBLE_DEVICES"] == "6,7" and options(found)["tensor-parallel-size"] == "2"
+    assert "server-gpus" not in options(found)
+
+
+LOG = """
+(EngineCore pid=7) ERROR 11-22 01:00:00 [core.py:1]   File "/env/lib/python3.11/{file}", line 9, in {function}
+(EngineCore pid=7) ERROR 11-22 01:00:00 [core.py:1]     raise it
+(EngineCore pid=7) ERROR 11-22 01:00:00 [core.py:1] {error}
+  File "/env/lib/python3.11/vllm/v1/engine/core_client.py", line 9, in launch
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+KV_UTILS = ("vllm/v1/core/kv_cache_utils.py", "_check_enough_kv_cache_memory")
+NO_ROOM = (
+    "ValueError: To serve at least one request with the models's max seq len (100), (2.0 GiB KV cache is needed, which "
+    "is larger than the available KV cache memory (1.0 GiB). Based on this, the estimated maximum model length is 50."
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "status", "said"),
+    [
+        (KV_UTILS, NO_ROOM, "oom", "vllm.max_model_len: one request of full length needs 2.00 GiB"),
+        (("vllm/model.py", "load"), "torch.OutOfMemoryError: CUDA out of memory.", "oom", "the engine ran out of"),
+        (("vllm/model.py", "load"), "RuntimeError: DefaultCPUAllocator: can't allocate", "oom", "ran out of memory"),
+        (("vllm/model.py", "load"), NO_ROOM, None, "ValueError: To serve at least one request"),
+        (("vllm/model.py", "load"), "OSError: no such model", None, "OSError: no such model"),
+    ],
+)
+def test_a_log_tells_what_ended_a_server(
+    tmp_path: Path, where: tuple[str, str], error: str, status: str | None, said: str
+) -> None:
+    log = tmp_path / "serve.log"
+    log.write_text(LOG.format(file=where[0], function=where[1], error=error))
+    failure = logged_failure(log)
+    assert (failure and failure.status) == status
+    assert said in (str(failure.error()) if failure else words(last_error(log)))
+    log.write_text("nothing of the kind")
+    assert logged_failure(log) is None and words(last_error(log)) == "Its log says why."
+
+
+@pytest.mark.parametrize("other", [{"mode": "colocate"}, {"server_base_url": "http://h:1"}, {"server_host": "h"}])
+def test_a_run_has_one_server(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^vllm.server_gpus: the run starts a server of its own, and"):
+        config({"server_gpus": 1, **other})

@@ -8,7 +8,8 @@ import pytest
 
 from grpo_autotune.config import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs import knobs_of, with_knobs
+from grpo_autotune.knobs import knobs_of, rules, with_knobs
+from grpo_autotune.knobs.turn import SERVER
 from grpo_autotune.search.space import points, space, why_not
 from tests.sample_records import demo_record
 from tests.test_knobs import GROUP, MICRO, config, machine
@@ -140,6 +141,29 @@ def test_every_illegal_combination_is_explained_in_one_sentence(knobs: dict[str,
 def test_what_an_engine_refuses_is_never_run(vllm: dict[str, Any], knobs: dict[str, Any], reason: str) -> None:
     said = why_not(config({"vllm": vllm}, use_vllm=True), knobs, machine())
     assert said is not None and reason in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("vllm", "gpus", "knobs", "reason"),
+    [
+        ({}, 1, {SERVER: 1}, "1 of the 1 GPUs here would serve, and 1 must be left to train on"),
+        ({}, 4, {SERVER: 0}, "0 of the 4 GPUs here would serve"),
+        ({"weight_sync": "merged"}, 0, {SERVER: 0}, "all weights are sent over NCCL"),
+        ({}, 4, {SERVER: 2, "vllm.sleep_level": 1}, "means nothing to a server"),
+        ({}, 4, {SERVER: 2, "vllm.max_num_seqs": 17}, "more than the 16 completions of a generation"),
+        ({}, 4, {SERVER: 3}, None),
+        ({}, 0, {SERVER: 0}, None),
+        ({"weight_sync": "merged"}, 4, {SERVER: 3, "vllm.gpu_memory_utilization": 0.95}, None),
+        ({"server_gpus": 2}, 4, {SERVER: None, "vllm.sleep_level": 1}, None),
+    ],
+)
+def test_where_a_server_may_stand(
+    vllm: dict[str, Any], gpus: int, knobs: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(rules, "installed", lambda package: True)
+    said = why_not(config({"vllm": vllm}, use_vllm=True), knobs, machine(gpus))
+    assert said is None if reason is None else reason in str(said)
 
 
 def test_ways_to_sync_need_what_they_send() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
 from vllm import LLM
 
 from grpo_autotune.engine.failures import EngineFailure, engine_failure
+from grpo_autotune.engine.server_log import logged_failure
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.search.failures import failure_of
+from grpo_autotune.search.failures import failure_of, log_of
 from grpo_autotune.train.arguments import as_config_errors
 from grpo_autotune.train.trainer import build_trainer
 from tests.training import text_config
@@ -31,9 +33,20 @@ def start(model: Path, **keys: Any) -> BaseException:
 
 
 def failed(model: Path, **keys: Any) -> EngineFailure:
-    found = engine_failure(start(model, **keys))
+    error = start(model, **keys)
+    found = engine_failure(error)
     assert found is not None
+    assert logged(error) == (found if found.status == "oom" else None)
     return found
+
+
+def logged(error: BaseException) -> EngineFailure | None:
+    """What a server's log would tell of it."""
+    with NamedTemporaryFile("w") as log:
+        log.write("(EngineCore pid=1) ERROR [core.py:1] ".join(log_of(error).splitlines(keepends=True)))
+        log.write("\nRuntimeError: Engine core initialization failed. See root cause above.\n")
+        log.flush()
+        return logged_failure(Path(log.name))
 
 
 def test_keys_and_values_do_not_fit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +54,9 @@ def test_keys_and_values_do_not_fit(served: Served, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     error = start(served("qwen3"), max_model_len=ROOMY)
     found = engine_failure(error)
-    assert found is not None and found.status == "oom" and found.where == "vllm.max_model_len"
+    assert (
+        found is not None and found == logged(error) and found.status == "oom" and found.where == "vllm.max_model_len"
+    )
     assert found.available_bytes == 1 << 30 and found.needed_bytes is not None and found.needed_bytes > 20 << 30
     assert found.longest is not None and 256 < found.longest < ROOMY
     assert f"Set vllm.max_model_len to {found.longest} or less, or raise" in found.fix

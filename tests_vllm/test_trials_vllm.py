@@ -1,4 +1,5 @@
-"""Trials with an engine in the training process: a length a request, one engine for trials that ask for equal ones."""
+"""Trials with an engine in the training process, or in a server of their own: one engine for those that ask for equal
+ones, and a length a request."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.search.runner import Runner
+from grpo_autotune.search.served import SERVER_LOG
 from tests.trials import marked, processes, spec_of
 
 
@@ -33,3 +35,23 @@ def test_a_warm_worker_keeps_the_engine(
         assert outcome.notes == ["vLLM's completions end by length, so that TRL counts each as truncated"]
     log = (tmp_path / "trials" / "0001" / "log.txt").read_text()
     assert "Initializing a V1 LLM engine" not in log
+
+
+@pytest.mark.timeout(900)
+def test_trials_share_a_server_of_their_own(
+    served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grpo = {"use_vllm": True, "steps_per_generation": 2}
+    specs = [spec_of(served("qwen3"), tmp_path, number, grpo=grpo, limit_s=400) for number in range(2)]
+    own = {"server_gpus": 0, "max_model_len": 256}
+    specs = [spec.model_copy(update={"config": {**spec.config, "vllm": own}}) for spec in specs]
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        first, second = (runner.run(spec) for spec in specs)
+    assert processes(mark) == []
+    assert (first.status, second.status) == ("ok", "ok"), (first.why, second.why)
+    assert not first.warm and second.warm
+    assert first.startup_s is not None and second.startup_s is not None and second.startup_s < first.startup_s
+    for outcome in (first, second):
+        assert outcome.record is not None and outcome.record.fidelity is not None and outcome.record.fidelity.ok
+        assert outcome.record.engine is not None and outcome.record.engine.source == "server"
+    assert [(tmp_path / "trials" / f"000{n}" / SERVER_LOG).exists() for n in range(2)] == [True, False]

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grpo_autotune.commands.console import INTERRUPTED_EXIT, is_first_rank, say
 from grpo_autotune.commands.imports import mend_torchvision
+from grpo_autotune.commands.own_server import own_server
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Heartbeat, Startup
@@ -35,23 +36,24 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
             from grpo_autotune.train.stopping import StopAfter
             from grpo_autotune.train.trials import quiet_trainer
         startup.since_birth("import")
-        trainer = quiet_trainer(config, startup, say)
-        probe = Probe(trainer, startup=startup, out_dir=out_dir)
-        watched.append(probe.now)
-        total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
-        progress = _Progress(total, probe.warmup)
-        trainer.add_callback(StopAfter(total, progress))
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            if probe.closed <= probe.warmup:
-                raise
-            code = INTERRUPTED_EXIT
-            say("stopped by Ctrl-C: this is what was measured until then")
-        finally:
-            progress.close()
-            watched.pop()
-            probe.detach()
+        with own_server(config, out_dir, startup) as found:
+            trainer = quiet_trainer(config, startup, say, overrides=found)
+            probe = Probe(trainer, startup=startup, out_dir=out_dir)
+            watched.append(probe.now)
+            total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
+            progress = _Progress(total, probe.warmup)
+            trainer.add_callback(StopAfter(total, progress))
+            try:
+                trainer.train()
+            except KeyboardInterrupt:
+                if probe.closed <= probe.warmup:
+                    raise
+                code = INTERRUPTED_EXIT
+                say("stopped by Ctrl-C: this is what was measured until then")
+            finally:
+                progress.close()
+                watched.pop()
+                probe.detach()
     return report_of(probe.record(), config.model_dump(mode="json"), out_dir), code
 
 

@@ -6,42 +6,24 @@ started. Its output goes to a log; here is said what it was started with, when i
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from grpo_autotune.commands.console import say, show
-from grpo_autotune.commands.imports import mend_torchvision
+from grpo_autotune.commands.own_server import LOG
 from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.serving import Serving, serving
-from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.engine.serving import Serving, split_gpus
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
-from grpo_autotune.knobs.given import model_config
-from grpo_autotune.knobs.rules import installed
 from grpo_autotune.probe.startup import Heartbeat
-from grpo_autotune.search.processes import PYTHON, Guarded, without_rank
+from grpo_autotune.search.vllm_server import LOOK_S, VllmServer, need_vllm, serving_at, weights_of
 
-LOOK_S = 0.5
-ANSWER_S = 5.0
 GRACE_S = 20.0
 """What a server has to shut down after a signal before it is killed."""
-
-RAISED = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (\S.*)$")
-"""The last line of a traceback, behind whatever a logger puts in front of it."""
-
-OF_PYDANTIC = "1 validation error for "
-"""How pydantic begins; what is wrong stands in the next line."""
-MOST_SAID = 400
-
-SECOND_HAND = "Engine core initialization failed"
-"""vLLM's word from the process that did not fail itself."""
 
 
 class Stopped(Exception):
@@ -68,10 +50,8 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
         ConfigError: The model, the address or a GPU is not there.
         EnvironmentProblem: vLLM is missing, or the server did not start, or ended by itself.
     """
-    if not dry_run and not installed("vllm"):
-        raise EnvironmentProblem(
-            "serving needs the package vllm, which is not installed", where="serve", fix="Install the extra `vllm`."
-        )
+    if not dry_run:
+        need_vllm()
     wanted = _wanted(config, gpus)
     for note in wanted.notes:
         say(note)
@@ -79,9 +59,7 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
         show(wanted.line())
         return 0
     _check_port(wanted)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log = out_dir / "serve.log"
-    log.write_bytes(b"")
+    log = out_dir / LOG
     say(wanted.line())
     try:
         with _signals():
@@ -98,13 +76,13 @@ def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) ->
         EnvironmentProblem: It did not start, or ended by itself.
         Stopped: A signal came, and it was shut down.
     """
-    server = Guarded(wanted.words(PYTHON), log, {**without_rank(), **wanted.environment})
+    server = VllmServer(wanted, log)
     try:
-        _until_healthy(server, wanted, log)
+        _until_healthy(server, log)
         _say_how(wanted, gpus)
         while (code := server.wait(LOOK_S)) is None:
             pass
-        raise EnvironmentProblem(f"the server ended by itself ({_ending(code)})", where=str(log), fix=_last(log))
+        raise server.ended("the server ended by itself", code)
     except Stopped as stopped:
         say(f"{signal.Signals(stopped.signum).name}: the server shuts down")
         server.signal(signal.SIGINT)
@@ -118,20 +96,10 @@ def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
     there = len(detect().gpus)
     if unknown := [index for index in gpus if index >= there]:
         raise ConfigError(f"there is no GPU {unknown[0]}: this machine has {there}", where="--gpus")
-    source = _source(config)
-    at = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": source})})
-    return serving(config, source, model_config(config) or model_config(at), gpus)
-
-
-def _source(config: RunConfig) -> str:
-    """Where the weights are; only for a folder it is known without loading torch."""
-    folder = Path(config.model.name_or_path or "").expanduser()
-    if config.model.name_or_path and folder.is_dir():
-        return str(folder)
-    mend_torchvision()
-    from grpo_autotune.train.models import model_source
-
-    return model_source(config, say)
+    names = [str(index) for index in gpus]
+    if not gpus and config.vllm.server_gpus is not None:
+        names, _ = split_gpus(config, there)
+    return serving_at(config, weights_of(config, say), names)
 
 
 def _check_port(wanted: Serving) -> None:
@@ -147,27 +115,15 @@ def _check_port(wanted: Serving) -> None:
             ) from error
 
 
-def _until_healthy(server: Guarded, wanted: Serving, log: Path) -> None:
+def _until_healthy(server: VllmServer, log: Path) -> None:
     """Wait until the server answers.
 
     Raises:
         EnvironmentProblem: It ended before.
     """
-    begun = time.monotonic()
-    with Heartbeat(lambda: f"the server starts, {time.monotonic() - begun:.0f} s (its log: {log})", say):
-        while not _answers(wanted):
-            code = server.wait(LOOK_S)
-            if code is not None:
-                raise EnvironmentProblem(f"the server did not start ({_ending(code)})", where=str(log), fix=_last(log))
-    say(f"the server answers at {wanted.address} after {time.monotonic() - begun:.0f} s")
-
-
-def _answers(wanted: Serving) -> bool:
-    try:
-        with urllib.request.urlopen(f"{wanted.address}/health", timeout=ANSWER_S):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    with Heartbeat(lambda: f"the server starts, {server.age_s:.0f} s (its log: {log})", say):
+        server.until_healthy()
+    say(f"the server answers at {server.wanted.address} after {server.age_s:.0f} s")
 
 
 def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
@@ -178,22 +134,6 @@ def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
         left = f"CUDA_VISIBLE_DEVICES={','.join(map(str, others))}" if others else "no GPU is left for the trainer"
         say(f"  and on the other GPUs: {left}")
     say("Ctrl-C ends it")
-
-
-def _last(log: Path) -> str:
-    """The error that the log ends with: the first-hand one, where a process tells of another's."""
-    lines = log.read_text(errors="replace").splitlines()
-    found = [(at, match) for at, line in enumerate(lines) if (match := RAISED.search(line))]
-    own = [(at, match) for at, match in found if not match[2].startswith(SECOND_HAND)]
-    if not own:
-        return "Its log says why."
-    at, match = own[-1]
-    more = lines[at + 1 : at + 2] if match[2].startswith(OF_PYDANTIC) else []
-    return f"{match[1].rpartition('.')[2]}: {' '.join([match[2], *more])}"[:MOST_SAID]
-
-
-def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 @contextmanager

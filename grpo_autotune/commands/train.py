@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_autotune.commands.console import is_first_rank, say, warn
 from grpo_autotune.commands.imports import mend_torchvision
+from grpo_autotune.commands.own_server import own_server
 from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.hardware import detect
@@ -41,8 +42,10 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        with EngineTime(startup):
-            result = run_training(config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch)
+        with own_server(config, out_dir, startup) as found, EngineTime(startup):
+            result = run_training(
+                config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=found
+            )
         watched.pop()
     say(result.line())
     _tell_time(probes[0], config, out_dir)

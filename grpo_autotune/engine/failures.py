@@ -26,6 +26,9 @@ STEP = 0.05
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """Environment variable: GiB of keys and values on the CPU; with it `gpu_memory_utilization` sizes nothing."""
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: "
+"""Name of torch's CPU allocator in the plain `RuntimeError` that it raises (c10/core/impl/alloc_cpu.cpp)."""
+
 SHARE = "vllm.gpu_memory_utilization"
 LENGTH = "vllm.max_model_len"
 NUMBER = r"(-?[\d,]*\.?\d+)"
@@ -71,7 +74,7 @@ def engine_failure(error: BaseException) -> EngineFailure | None:
         if isinstance(cause, ValidationError):
             return _refused(cause)
         if _ran_out(cause):
-            return _device(str(cause))
+            return device_failure(str(cause))
     return None
 
 
@@ -150,7 +153,7 @@ def _refused(error: ValidationError) -> EngineFailure:
     return EngineFailure("invalid", f"vLLM refuses it: {sentence}", f"vllm.{key}" if key else "vllm", "")
 
 
-def _device(text: str) -> EngineFailure:
+def device_failure(text: str) -> EngineFailure:
     """The device's memory ran out inside vLLM, past its own checks."""
     what = f"the engine ran out of memory: {_first(text)}"
     fix = f"Set {SHARE}, vllm.max_num_seqs or vllm.max_num_batched_tokens lower, or vllm.enable_sleep_mode to true"

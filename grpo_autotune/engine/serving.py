@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ CLIENT_KEYS = frozenset(
         "mode",
         "weight_sync",
         "sleep_level",
+        "server_gpus",
         "enable_sleep_mode",
         "server_base_url",
         "server_host",
@@ -41,6 +43,8 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """The server without the command `vllm`."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 ADAPTERS_KEPT = 2
 """The one that generates, and the next while it is loaded."""
@@ -84,14 +88,46 @@ class Serving(NamedTuple):
         return [*python, "-m", *program, self.model, *self.options]
 
 
-def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[int] = ()) -> Serving:
+def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
+    """The GPUs that serve and those that train, where the run starts its own server: the last `vllm.server_gpus` of
+    those that this process sees serve.
+
+    Args:
+        config: The run.
+        there: GPUs of the machine.
+
+    Returns:
+        Both as `CUDA_VISIBLE_DEVICES` names them.
+
+    Raises:
+        ConfigError: Too few are left to train on, or none was asked for although there are some.
+    """
+    wanted, told = config.vllm.server_gpus or 0, os.environ.get(VISIBLE)
+    seen = [name.strip() for name in told.split(",")] if told else [str(index) for index in range(there)]
+    if wanted == 0 and there == 0:
+        return [], []
+    left = len(seen) - wanted
+    if wanted == 0 or left < config.batch.processes:
+        raise ConfigError(
+            f"{wanted} of the {len(seen)} GPUs here would serve, and {config.batch.processes} must be left to train on",
+            where="vllm.server_gpus",
+            fix=f"Set it to {_counts(len(seen) - config.batch.processes)}, or start fewer training processes.",
+        )
+    return seen[left:], seen[:left]
+
+
+def _counts(most: int) -> str:
+    return "null (the engine in the training process)" if most < 1 else "1" if most == 1 else f"1 to {most}"
+
+
+def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[str] = ()) -> Serving:
     """How to serve a configuration's model so that it can be trained against.
 
     Args:
         config: The run.
         source: Where its weights are.
         model: Its config.json; empty where nobody has it yet.
-        gpus: GPUs of the server; all that are visible without.
+        gpus: GPUs of the server, as `CUDA_VISIBLE_DEVICES` names them; all that are visible without.
 
     Raises:
         ConfigError: `vllm.server_base_url` is no address to listen at, or the adapter's rank has no room in vLLM.
@@ -100,7 +136,7 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     notes: list[str] = []
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        environment[VISIBLE] = ",".join(gpus)
         if len(gpus) > 1 and "tensor_parallel_size" not in keys:
             keys["tensor_parallel_size"] = len(gpus)
             notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")

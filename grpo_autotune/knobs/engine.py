@@ -13,23 +13,32 @@ from grpo_autotune.knobs.given import Given
 TRL_SHARE = 0.3
 """`vllm_gpu_memory_utilization` where nothing is said."""
 
+VLLM_SHARE = 0.92
+"""Of a server where nothing is said (`CacheConfig` in vllm/config/cache.py)."""
+
 SLEEP = 2
 """TRL's level (trl/generation/vllm_generation.py)."""
 
 
 def share_of(config: RunConfig) -> float:
     """Share of the device's memory that the engine takes."""
-    return TRL_SHARE if config.vllm.gpu_memory_utilization is None else config.vllm.gpu_memory_utilization
+    default = VLLM_SHARE if config.vllm.at_server else TRL_SHARE
+    return default if config.vllm.gpu_memory_utilization is None else config.vllm.gpu_memory_utilization
 
 
 def tensor_parallel(config: RunConfig) -> int:
-    """Processes that share an engine."""
-    return config.vllm.tensor_parallel_size or 1
+    """GPUs that share an engine."""
+    return config.vllm.tensor_parallel_size or config.vllm.server_gpus or 1
 
 
 def rows_of_generation(config: RunConfig) -> int:
     """Completions that one engine is asked for at a time."""
-    return config.batch.micro_batch * config.batch.steps_per_generation * tensor_parallel(config)
+    plan = config.batch
+    return (
+        plan.generation_batch
+        if config.vllm.at_server
+        else plan.micro_batch * plan.steps_per_generation * tensor_parallel(config)
+    )
 
 
 def running(config: RunConfig) -> int:
@@ -52,11 +61,13 @@ def word(config: RunConfig) -> str:
     section = config.vllm
     if not config.use_vllm:
         return "generate"
-    if section.mode == "server":
+    if section.at_server and section.server_gpus is None:
         return "server"
     switches = (section.enable_prefix_caching, section.enable_chunked_prefill, section.enforce_eager)
     types = (section.kv_cache_dtype, section.quantization)
-    return " ".join(map(str, (batched_tokens(config), section.weight_sync, sleep_level(config), *switches, *types)))
+    place = () if section.server_gpus is None else ("server", section.server_gpus)
+    words = (*place, batched_tokens(config), section.weight_sync, sleep_level(config), *switches, *types)
+    return " ".join(map(str, words))
 
 
 def sleep_level(config: RunConfig) -> int:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_autotune.engine.failures import CPU_SPACE, GIB
+from grpo_autotune.engine.serving import SENDS, split_gpus
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.given import Given
 
@@ -68,17 +70,44 @@ def engine_rule(given: Given, value: Any) -> str | None:
 
 
 def colocate_rule(given: Given, value: Any) -> str | None:
-    """Engine keys mean something where vLLM generates in the training process."""
+    """Engine keys mean something where vLLM generates, in the training process or in a server of the run's own."""
     if not given.config.use_vllm:
         return "The engine's keys mean nothing with grpo.use_vllm false"
-    if given.config.vllm.mode == "server":
+    if given.config.vllm.at_server and given.config.vllm.server_gpus is None:
         return "The engine's keys mean nothing with vllm.mode server: the server was started with its own"
+    return None
+
+
+def beside_rule(given: Given, value: Any) -> str | None:
+    """Keys that tell how an engine shares a process with the trainer mean nothing to a server."""
+    if given.config.vllm.at_server:
+        return "This key means nothing to a server, which has a process of its own"
+    return colocate_rule(given, value)
+
+
+def server_rule(given: Given, value: Any) -> str | None:
+    """A server of the run's own needs GPUs that do not train; without a GPU, an adapter, which needs no NCCL."""
+    config = given.config
+    if value is None or not config.use_vllm:
+        return colocate_rule(given, value)
+    if not installed("vllm"):
+        return f"vllm.server_gpus {value} needs the package vllm, which is not installed (the extra `vllm`)"
+    if given.machine is not None:
+        try:
+            split_gpus(config, given.gpus)
+        except ConfigError as error:
+            return f"{error.where} {value}: {error.what}"
+    if given.gpus == 0 and (config.peft is None or config.model.load_in_4bit or config.vllm.weight_sync not in SENDS):
+        return (
+            f"vllm.server_gpus {value} without a GPU needs a peft section on a base that is not in 4 bits, and "
+            "vllm.weight_sync adapter or auto: all weights are sent over NCCL"
+        )
     return None
 
 
 def memory_share_rule(given: Given, value: Any) -> str | None:
     """Some memory must be left to the trainer, and the engine must find room in its share."""
-    if value >= MOST_SHARE:
+    if value >= MOST_SHARE and not given.config.vllm.at_server:
         return f"vllm.gpu_memory_utilization {value} leaves no memory to the trainer in the same process"
     if given.gpus == 0 and given.machine is not None and os.environ.get(CPU_SPACE):
         return f"vllm.gpu_memory_utilization changes nothing: {CPU_SPACE} sizes the engine's keys and values on the CPU"
@@ -119,7 +148,7 @@ def sleep_rule(given: Given, value: Any) -> str | None:
     """vLLM's CPU build has no sleep mode."""
     if value and given.gpus == 0:
         return f"vllm.sleep_level {value} needs a GPU: vLLM's CPU build has no sleep mode"
-    return colocate_rule(given, value)
+    return beside_rule(given, value)
 
 
 def sync_rule(given: Given, value: Any) -> str | None:
@@ -131,7 +160,7 @@ def sync_rule(given: Given, value: Any) -> str | None:
         return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
     if value == "merged" and config.model.load_in_4bit:
         return "vllm.weight_sync merged would round the adapter away in weights of 4 bits (model.load_in_4bit)"
-    if value in ("merged", "batched") and config.vllm.mode == "server" and given.gpus == 0:
+    if value in ("merged", "batched") and config.vllm.at_server and given.gpus == 0:
         return f"vllm.weight_sync {value} to a server needs a GPU"
     return None
 
@@ -173,7 +202,7 @@ def tensor_parallel_rule(given: Given, value: Any) -> str | None:
     processes = given.config.batch.processes
     if processes % value:
         return f"vllm.tensor_parallel_size {value} does not divide the world size {processes}"
-    return colocate_rule(given, value)
+    return beside_rule(given, value)
 
 
 def worker_rule(given: Given, value: Any) -> str | None:

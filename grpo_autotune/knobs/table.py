@@ -197,6 +197,15 @@ TABLE: tuple[Knob, ...] = (
         searched=True,
         own=engine.tensor_parallel,
     ),
+    _key(
+        "vllm.server_gpus",
+        "exact",
+        "GPUs of a vLLM server beside the trainer; null is the engine in the training process",
+        values.server_gpus,
+        rule=rules.server_rule,
+        searched=True,
+        own=lambda config: config.vllm.server_gpus,
+    ),
     Knob(
         "grpo.use_vllm",
         "learning",

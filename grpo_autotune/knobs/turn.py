@@ -25,6 +25,7 @@ GROUP = "grpo.num_generations"
 MICRO = "grpo.per_device_train_batch_size"
 STEPS = "grpo.steps_per_generation"
 SLEEP = "vllm.sleep_level"
+SERVER = "vllm.server_gpus"
 BATCH_KNOBS = frozenset({GROUP, MICRO, STEPS, PROMPTS})
 
 
@@ -54,6 +55,8 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
         _section(values, section)[name] = value
         if key == SLEEP:
             values["vllm"].pop("enable_sleep_mode", None)  # the level says it
+        if key == SERVER:
+            values["vllm"].pop("mode", None)  # the number says it
     if not uses_vllm and config.vllm != VllmSection():
         values.pop("vllm")
     return RunConfig.from_dict(values)

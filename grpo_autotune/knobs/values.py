@@ -75,7 +75,7 @@ def switch(own: Any) -> tuple[bool, bool]:
 def engines(given: Given) -> tuple[bool, ...]:
     """`generate`, and vLLM in the training process where it runs; a server stays what it is."""
     own = given.config.use_vllm
-    if own and given.config.vllm.mode == "server":
+    if own and _elsewhere(given):
         return (True,)
     return switch(own) if own or engine_rule(given, True) is None else (False,)
 
@@ -141,6 +141,16 @@ def tensor_parallel_sizes(given: Given, own: int) -> tuple[int, ...]:
     return (own, *(n for n in _divisors(processes) if n != own)) if colocates(given) and processes > 1 else ()
 
 
+def server_gpus(given: Given, own: int | None) -> tuple[int | None, ...]:
+    """The engine in the training process, and a server on one, two, four ... of the GPUs that do not train; on a
+    machine without a GPU a server waits to be asked for."""
+    if not colocates(given):
+        return ()
+    free = given.gpus - given.config.batch.processes
+    counts = [2**k for k in range(free.bit_length()) if 2**k <= free] if free > 0 else []
+    return (own, *(n for n in (None, *counts) if n != own))
+
+
 def workers(given: Given, own: int) -> tuple[int, ...]:
     """None, one, and as many as leave a core to the training process."""
     cores = given.machine.cores if given.machine is not None else 1
@@ -193,8 +203,13 @@ def speed_ups(given: Given, own: Any) -> tuple[Any, ...]:
 
 
 def colocates(given: Given) -> bool:
-    """Whether an engine is, or can be, in the training process."""
-    return given.config.vllm.mode != "server" and any(engines(given))
+    """Whether an engine is, or can be, in the training process or in a server of the run's own."""
+    return not _elsewhere(given) and any(engines(given))
+
+
+def _elsewhere(given: Given) -> bool:
+    """Whether completions come from a server that somebody else has started."""
+    return given.config.vllm.at_server and given.config.vllm.server_gpus is None
 
 
 def unique(values: Iterable[Any]) -> tuple[Any, ...]:

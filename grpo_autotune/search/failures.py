@@ -15,11 +15,10 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
-from grpo_autotune.engine.failures import causes, engine_failure
+from grpo_autotune.engine.failures import CPU_ALLOCATOR, causes, engine_failure
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.search.trial import Status
 
-CPU_ALLOCATOR = "DefaultCPUAllocator: "
 BAD_ALLOC = "std::bad_alloc"
 NO_THREAD = "can't start new thread"
 """CPython's words (Modules/_threadmodule.c) for a stack that could not be mapped, or for too many threads."""

@@ -13,7 +13,8 @@ from grpo_autotune.search.attempt import LOOK_S, Attempt, Seen, Watch, prepare_f
 from grpo_autotune.search.endings import ending_of_exit, read_outcome
 from grpo_autotune.search.processes import GuardedWorker, Worker, oom_kills
 from grpo_autotune.search.race import Race, fits_together, one_after_another
-from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, TrialOutcome, TrialSpec
+from grpo_autotune.search.served import KeptServer, is_served
+from grpo_autotune.search.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import write_whole
 
 Spawn = Callable[[Path, Path, int], Worker]
@@ -48,6 +49,7 @@ class Runner(AbstractContextManager["Runner"]):
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
         self._worker: Worker | None = None
         self._key: str | None = None
+        self._server = KeptServer(clock)
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is.
@@ -65,17 +67,23 @@ class Runner(AbstractContextManager["Runner"]):
         """
         folder, kills = prepare_folder(self._run_dir, spec), oom_kills()
         try:
+            served = self._served(spec, folder, watch or ignore)
+            if isinstance(served, TrialOutcome):
+                return served
+            spec, server_s = served
             attempt, warm = self._give(spec, folder, watch)
             seen = self._until_seen(attempt)
             if warm and not seen.heard:  # the worker ended before it took the trial up
-                self.close()
+                self._retire()
                 attempt, _ = self._give(spec, folder, watch)
                 seen = self._until_seen(attempt)
             if seen.ending.status is not None:
+                self._retire()
+            outcome = self._outcome(attempt, seen, kills, server_s)
+            if outcome.status != "ok":
                 self.close()
-            outcome = self._outcome(attempt, seen, kills)
-            if outcome.status != "ok" or self._key is None or not self._warm:
-                self.close()
+            elif self._key is None or not self._warm:
+                self._retire()
         except BaseException:
             self.close()
             raise
@@ -116,10 +124,26 @@ class Runner(AbstractContextManager["Runner"]):
         return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
     def close(self) -> None:
-        """End the worker and all it started, and wait until they are gone."""
+        """End worker and server and all they started, and wait until they are gone."""
+        self._retire()
+        self._server.end()
+
+    def _retire(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
+
+    def _served(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
+        """The trial with its server's address and the seconds of the server's start, or that there is none."""
+        if is_served(spec) and self._key != worker_key(spec):
+            self._retire()  # an engine in there may hold what the server needs
+        found = self._server.ready(spec, folder, watch)
+        if isinstance(found, TrialOutcome):
+            self._retire()
+            write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
+        elif found[0] is not spec:
+            write_whole(folder / SPEC_FILE, found[0].model_dump_json(indent=1))
+        return found
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -148,10 +172,17 @@ class Runner(AbstractContextManager["Runner"]):
             self._wait(LOOK_S)
         return seen
 
-    def _outcome(self, attempt: Attempt, seen: Seen, kills: int) -> TrialOutcome:
+    def _outcome(self, attempt: Attempt, seen: Seen, kills: int, server_s: float = 0.0) -> TrialOutcome:
         ending = ending_of_exit(seen.code, oom_kills() > kills) if seen.code is not None else seen.ending
         found = read_outcome(attempt.folder, attempt.spec, ending)
-        outcome = found.model_copy(update={"elapsed_s": attempt.elapsed_s, "startup_s": attempt.startup_s})
+        started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
+        outcome = found.model_copy(
+            update={
+                "elapsed_s": attempt.elapsed_s + server_s,
+                "startup_s": started_s,
+                "warm": found.warm and not server_s,
+            }
+        )
         write_whole(attempt.folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
         return outcome
 
@@ -172,8 +203,8 @@ def worker_key(spec: TrialSpec) -> str | None:
     model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})
     section = dict(spec.config.get("vllm") or {})
     source = {name: model.get(name) for name in ("name_or_path", "random_init", "revision")}
-    if not grpo.get("use_vllm") or section.get("mode") == "server":
-        return json.dumps(source)
+    if not grpo.get("use_vllm") or section.get("mode") == "server" or section.get("server_gpus") is not None:
+        return json.dumps([source, section.get("server_gpus")])  # it decides which GPUs the process sees
     built = {name: value for name, value in section.items() if name not in NOT_BUILT_IN}
     if built.get("weight_sync") in PUSHES:
         built["weight_sync"] = PUSHES[0]

@@ -9,6 +9,7 @@ from typing import Any
 from grpo_autotune.config import RunConfig, override
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import TABLE
+from grpo_autotune.knobs.turn import SERVER
 from grpo_autotune.probe.records import ProbeRecord, TrainerFacts
 from grpo_autotune.train.script_values import IMAGE_SIZE, SPEEDUPS
 
@@ -102,4 +103,6 @@ def _reaches(key: str, record: ProbeRecord) -> bool:
         return record.images is not None
     if key == SPEEDUPS:
         return True
+    if key == SERVER:
+        return False  # nobody would start it when the script runs by itself
     return key.partition(".")[0] in SECTIONS and not (key.startswith("vllm.") and not record.trainer.use_vllm)

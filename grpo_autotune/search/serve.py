@@ -25,6 +25,7 @@ from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_fini
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.script_trial import run_script
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.vllm_server import leave_gpus
 
 if TYPE_CHECKING:
     from grpo_autotune.search.measure import Measured
@@ -45,6 +46,7 @@ class Server:
         self._data = KeptData()
         self._engine: KeptEngine | None = None
         self._idle_bytes: int | None = None
+        self._gpus_left = False
         self._model: Callable[[], Any] = lambda: None
 
     def serve(self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> TrialOutcome:
@@ -85,6 +87,9 @@ class Server:
         self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, meter: MemoryMeter
     ) -> Measured:
         config = RunConfig.from_dict(spec.config)
+        if not self._gpus_left:
+            leave_gpus(config)
+            self._gpus_left = True
         with startup.phase("import"):
             ensure_torchvision()
             from accelerate.state import AcceleratorState, GradientState

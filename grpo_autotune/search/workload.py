@@ -287,7 +287,7 @@ def _engine_bytes(
 ) -> float:
     """The engine's memory in the training process. On a GPU its share is taken whole. On a CPU its keys and values are
     promised and filled as they are used: those of a generation at first, in the end all."""
-    if not config.use_vllm or config.vllm.mode == "server":
+    if not config.use_vllm or config.vllm.at_server:
         return 0.0
     if machine.gpus:
         return engine.share_of(config) * machine.gpus[0].memory_bytes

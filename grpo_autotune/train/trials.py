@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,13 @@ TRIAL = {
 }
 
 
-def quiet_trainer(config: RunConfig, startup: Startup, say: Say, load: LoadData | None = None) -> Any:
+def quiet_trainer(
+    config: RunConfig,
+    startup: Startup,
+    say: Say,
+    load: LoadData | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
     """Build the trainer of `config` with its start-up booked to `startup`; nothing of it is saved.
 
     Args:
@@ -36,6 +42,7 @@ def quiet_trainer(config: RunConfig, startup: Startup, say: Say, load: LoadData 
         startup: Gets the phases.
         say: Takes lines of progress.
         load: Reads the data; None reads it as training does.
+        overrides: `GRPOConfig` keys that take precedence.
 
     Raises:
         AutotuneError: As `train.trainer.build_trainer`.
@@ -45,7 +52,11 @@ def quiet_trainer(config: RunConfig, startup: Startup, say: Say, load: LoadData 
 
     with EngineTime(startup):
         return build_trainer(
-            config, phase=startup.phase, grpo_overrides=TRIAL, say=say, load=load_data if load is None else load
+            config,
+            phase=startup.phase,
+            grpo_overrides={**TRIAL, **(overrides or {})},
+            say=say,
+            load=load_data if load is None else load,
         )
 
 

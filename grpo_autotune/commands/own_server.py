@@ -1,0 +1,52 @@
+"""The vLLM server that a run starts for itself (`vllm.server_gpus`), for as long as the command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.commands.console import is_first_rank, say
+from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.serving import HOST
+from grpo_autotune.probe.startup import Startup
+from grpo_autotune.search.vllm_server import OwnServer, leave_gpus, weights_of
+
+LOG = "serve.log"
+
+
+@contextmanager
+def own_server(config: RunConfig, out_dir: Path, startup: Startup) -> Iterator[dict[str, Any]]:
+    """The server of `config`, answering, where it asks for one; ended with the block.
+
+    Every rank enters; the first one starts the server, and all leave its GPUs alone.
+
+    Args:
+        config: The run.
+        out_dir: The server's log goes to `serve.log` there.
+        startup: Gets the wait, as the phase `engine`.
+
+    Returns:
+        The `GRPOConfig` keys by which TRL finds it; none where there is none.
+
+    Raises:
+        ConfigError: There are not so many GPUs.
+        EnvironmentProblem: vLLM is missing, or the server did not start.
+    """
+    if not config.use_vllm or config.vllm.server_gpus is None:
+        yield {}
+        return
+    if not is_first_rank():
+        leave_gpus(config)
+        yield {}
+        return
+    server = OwnServer(config, weights_of(config, say), out_dir / LOG)
+    try:
+        say(f"a vLLM server starts at port {server.port} (its log: {server.log})")
+        leave_gpus(config)
+        with startup.phase("engine"):
+            server.until_healthy()
+        yield {"vllm_server_host": HOST, "vllm_server_port": server.port}
+    finally:
+        server.end()
