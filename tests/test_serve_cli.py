@@ -159,6 +159,8 @@ def test_a_server_of_the_runs_own_takes_the_last_gpus(monkeypatch: pytest.Monkey
     assert split_gpus(own, 4) == (["2", "3"], ["0", "1"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6, 7")
     assert split_gpus(own, 8) == (["6", "7"], ["4"])
+    with pytest.raises(ConfigError, match="Set it to 0"):
+        split_gpus(own, 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"2 of the 3 GPUs here would serve, and 2 must be left .* Set it to 1, or"):
         split_gpus(own, 8)

@@ -65,7 +65,9 @@ def test_a_search_turns_the_engines_keys(config: Path, tmp_path: Path) -> None:
     printed, said = run(tmp_path, "search", config, *words)
     assert time.monotonic() - begun < BUDGET_S + GRACE_S
     found = SearchReport.model_validate(printed)
-    assert {trial.status for trial in found.trials} == {"ok"}, said[-3000:]
+    statuses = [trial.status for trial in found.trials]
+    assert {"ok"} <= set(statuses) <= {"ok", "timeout"}, said[-3000:]  # the budget may end while an engine starts
+    assert "timeout" not in statuses or found.ended == "budget", said[-3000:]
     turned = [trial for trial in found.trials if trial.knobs.get(RUNNING) == 8 or trial.knobs.get(SHARE) == 0.15]
     assert turned or found.ended == "budget", "time was left, and no trial had another engine than the user's"
     tuned = load_config(tmp_path / "tuned.yaml")

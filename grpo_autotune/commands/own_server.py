@@ -11,7 +11,7 @@ from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.serving import HOST
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.search.vllm_server import OwnServer, leave_gpus, weights_of
+from grpo_autotune.search.vllm_server import OwnServer, leave_gpus, need_vllm, weights_of
 
 LOG = "serve.log"
 
@@ -41,6 +41,7 @@ def own_server(config: RunConfig, out_dir: Path, startup: Startup) -> Iterator[d
         leave_gpus(config)
         yield {}
         return
+    need_vllm()
     server = OwnServer(config, weights_of(config, say), out_dir / LOG)
     try:
         say(f"a vLLM server starts at port {server.port} (its log: {server.log})")

@@ -103,7 +103,7 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
         ConfigError: Too few are left to train on, or none was asked for although there are some.
     """
     wanted, told = config.vllm.server_gpus or 0, os.environ.get(VISIBLE)
-    seen = [name.strip() for name in told.split(",")] if told else [str(index) for index in range(there)]
+    seen = [name.strip() for name in told.split(",")] if told and there else [str(index) for index in range(there)]
     if wanted == 0 and there == 0:
         return [], []
     left = len(seen) - wanted
@@ -111,13 +111,18 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
         raise ConfigError(
             f"{wanted} of the {len(seen)} GPUs here would serve, and {config.batch.processes} must be left to train on",
             where="vllm.server_gpus",
-            fix=f"Set it to {_counts(len(seen) - config.batch.processes)}, or start fewer training processes.",
+            fix=_nearest(len(seen), config.batch.processes),
         )
     return seen[left:], seen[:left]
 
 
-def _counts(most: int) -> str:
-    return "null (the engine in the training process)" if most < 1 else "1" if most == 1 else f"1 to {most}"
+def _nearest(there: int, training: int) -> str:
+    most = there - training
+    if there == 0:
+        return "Set it to 0."
+    if most < 1:
+        return "Set it to null (the engine in the training process), or start fewer training processes."
+    return f"Set it to {1 if most == 1 else f'1 to {most}'}, or start fewer training processes."
 
 
 def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[str] = ()) -> Serving:

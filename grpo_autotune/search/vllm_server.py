@@ -103,7 +103,7 @@ def weights_of(config: RunConfig, say: Callable[[str], None]) -> str:
 
     Args:
         config: The run.
-        say: Told what is built, and what had to be mended on the way.
+        say: Told what is built.
 
     Raises:
         ConfigError: There is no such model.
@@ -111,8 +111,7 @@ def weights_of(config: RunConfig, say: Callable[[str], None]) -> str:
     folder = Path(config.model.name_or_path or "").expanduser()
     if config.model.name_or_path and folder.is_dir():
         return str(folder)
-    if (finding := ensure_torchvision()) is not None:
-        say(f"note: {finding}")
+    ensure_torchvision()
     from grpo_autotune.train.models import model_source
 
     return model_source(config, say)
