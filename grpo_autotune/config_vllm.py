@@ -121,7 +121,7 @@ class VllmSection(Section):
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:
-        others = ("server_base_url", "server_host")
+        others = ("server_base_url", "server_host", "server_port")
         other = next((name for name in others if getattr(self, name) is not None), None)
         if self.server_gpus is not None and (self.mode == "colocate" or other is not None):
             raise ConfigError(
@@ -129,6 +129,12 @@ class VllmSection(Section):
                 + (f"vllm.{other} names another one" if other else "vllm.mode is colocate"),
                 where="vllm.server_gpus",
                 fix="Remove one of the two.",
+            )
+        if self.server_gpus and (self.tensor_parallel_size or 1) > self.server_gpus:
+            raise ConfigError(
+                f"{self.tensor_parallel_size} GPUs are to share an engine that has {self.server_gpus}",
+                where="vllm.tensor_parallel_size",
+                fix="Set it lower, or vllm.server_gpus higher.",
             )
         return self
 

@@ -205,6 +205,7 @@ def test_gpus_that_do_not_train_may_serve() -> None:
     turned = with_knobs(plain, {"vllm.server_gpus": 2})
     assert turned.vllm.grpo_kwargs() == {"vllm_mode": "server"} and turned.vllm.at_server
     assert with_knobs(turned, {"vllm.server_gpus": None}) == plain
+    assert knobs_of(turned, ["vllm.tensor_parallel_size"]) == {"vllm.tensor_parallel_size": 1}
     spoken = config({"vllm": {"mode": "colocate"}}, use_vllm=True)
     assert with_knobs(spoken, {"vllm.server_gpus": 2}) == turned
     assert with_knobs(config({"vllm": {"mode": "server", "server_gpus": 1}}, use_vllm=True), {row.key: None}) == plain

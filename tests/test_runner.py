@@ -171,10 +171,11 @@ def test_trials_share_an_engine_that_is_built_the_same() -> None:
         key_of(use_vllm=False),
         key_of({"mode": "server"}, beta=0.1),
         key_of({"server_gpus": 0}),
-        key_of({"server_gpus": 1}),
+        key_of({"server_gpus": 1, "weight_sync": "adapter"}),
     ]
     assert plain not in others and len(set(others)) == len(others) - 1
     assert key_of(use_vllm=False) == key_of({"mode": "server"})  # no engine in the process
+    assert key_of({"server_gpus": 1}) is None  # TRL's push keeps a port
 
 
 def test_a_script_takes_the_trials_values(
@@ -256,6 +257,25 @@ def test_a_race_keeps_its_deadline_whatever_a_step_takes(tmp_path: Path) -> None
         seen = [seen.ending.status for _, seen in race.run(5, 20.0)]
     assert seen == ["timeout", "timeout"] and all(worker.ended for worker in workers)
     assert 20.0 < now[0] <= 23.0
+
+
+def test_turns_of_trials_end_with_the_deadline_however_long_each_is() -> None:
+    now, limits = [0.0], []
+
+    def run(spec: TrialSpec, watch: object) -> TrialOutcome:
+        limits.append(spec.limit_s)
+        now[0] += 40.0
+        return TrialOutcome(number=spec.number, status="ok", step_s=[1.0], elapsed_s=35.0)
+
+    specs = [TrialSpec(number=number, config={}) for number in (0, 1)]
+    outcomes = one_after_another(run, specs, rounds=9, deadline_s=200, clock=lambda: now[0])
+    assert limits == [200, 160, 120, 80] and [len(outcome.step_s) for outcome in outcomes] == [2, 2]
+
+    def leap(spec: TrialSpec, watch: object) -> TrialOutcome:
+        now[0] += 86400.0
+        return TrialOutcome(number=spec.number, status="ok", step_s=[1.0], elapsed_s=35.0)
+
+    assert len(one_after_another(leap, specs, rounds=2, deadline_s=200, clock=lambda: now[0])[0].step_s) == 2
 
 
 def test_one_after_another_where_memory_is_short() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import shlex
+import socketserver
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,9 @@ import yaml
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.server_log import last_error, logged_failure, words
 from grpo_autotune.engine.serving import Serving, serving, split_gpus
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.search import vllm_server
+from grpo_autotune.search.processes import without_rank
 from tests.test_cli import environment
 
 MODEL = {"dtype": "float32", "model_type": "qwen3"}
@@ -161,12 +167,62 @@ def test_a_server_of_the_runs_own_takes_the_last_gpus(monkeypatch: pytest.Monkey
     assert split_gpus(own, 8) == (["6", "7"], ["4"])
     with pytest.raises(ConfigError, match="Set it to 0"):
         split_gpus(own, 0)
+    for hidden in ("", "-1", "-1,0,1,2"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        with pytest.raises(ConfigError, match="2 of the 0 GPUs"):
+            split_gpus(own, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6, 7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"2 of the 3 GPUs here would serve, and 2 must be left .* Set it to 1, or"):
         split_gpus(own, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="a run on several machines cannot start a server"):
+        split_gpus(own, 8)
+    monkeypatch.delenv("WORLD_SIZE")
     found = serving(own, "owner/name", MODEL, ["6", "7"])
     assert found.environment["CUDA_VISIBLE_DEVICES"] == "6,7" and options(found)["tensor-parallel-size"] == "2"
     assert "server-gpus" not in options(found)
+    assert (options(found)["max-num-seqs"], options(found)["max-num-batched-tokens"]) == ("8", "4096")
+
+
+def test_a_server_is_no_rank_of_the_run_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchrun's TORCHELASTIC_USE_AGENT_STORE it would wait for a store that nobody hosts."""
+    launched = ("RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "ROLE_WORLD_SIZE")
+    for name in launched:
+        monkeypatch.setenv(name, "1")
+    assert not set(launched) & without_rank().keys() and "PATH" in without_rank()
+
+
+class Ended(Serving):
+    """A server that ends at once, at an address where another one answers."""
+
+    def words(self, python: Any) -> list[str]:
+        return [*python, "-c", "raise SystemExit('ValueError: taken')"]
+
+
+def test_a_stranger_at_the_port_is_not_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "need_vllm", lambda: None)
+    with socketserver.TCPServer(("127.0.0.1", 0), Healthy) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        server = vllm_server.VllmServer(
+            Ended("m", (), {}, "127.0.0.1", stranger.server_address[1], ()), tmp_path / "serve.log"
+        )
+        try:
+            while server.poll() is None:
+                time.sleep(0.05)
+            with pytest.raises(EnvironmentProblem, match=r"did not start .* ValueError: taken"):
+                server.until_healthy()
+        finally:
+            server.end()
+            stranger.shutdown()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """Answers that all is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
 
 
 LOG = """
@@ -205,7 +261,9 @@ def test_a_log_tells_what_ended_a_server(
     assert logged_failure(log) is None and words(last_error(log)) == "Its log says why."
 
 
-@pytest.mark.parametrize("other", [{"mode": "colocate"}, {"server_base_url": "http://h:1"}, {"server_host": "h"}])
+@pytest.mark.parametrize(
+    "other", [{"mode": "colocate"}, {"server_base_url": "http://h:1"}, {"server_host": "h"}, {"server_port": 1}]
+)
 def test_a_run_has_one_server(other: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^vllm.server_gpus: the run starts a server of its own, and"):
         config({"server_gpus": 1, **other})

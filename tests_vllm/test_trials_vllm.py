@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.served import SERVER_LOG
+from grpo_autotune.search.trial import SERVER_LOG
 from tests.trials import marked, processes, spec_of
 
 

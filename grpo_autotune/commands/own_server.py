@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.console import is_first_rank, say
 from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.serving import HOST
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.search.vllm_server import OwnServer, leave_gpus, need_vllm, weights_of
+from grpo_autotune.search.vllm_server import OwnServer, address_keys, need_vllm, weights_of
 
 LOG = "serve.log"
 
 
 @contextmanager
-def own_server(config: RunConfig, out_dir: Path, startup: Startup) -> Iterator[dict[str, Any]]:
-    """The server of `config`, answering, where it asks for one; ended with the block.
-
-    Every rank enters; the first one starts the server, and all leave its GPUs alone.
+def own_server(config: RunConfig, gpus: Sequence[str], out_dir: Path, startup: Startup) -> Iterator[dict[str, Any]]:
+    """The server of `config`, answering, where it asks for one; ended with the block. The first rank starts it.
 
     Args:
         config: The run.
+        gpus: The server's (`leave_gpus`).
         out_dir: The server's log goes to `serve.log` there.
         startup: Gets the wait, as the phase `engine`.
 
@@ -31,23 +29,18 @@ def own_server(config: RunConfig, out_dir: Path, startup: Startup) -> Iterator[d
         The `GRPOConfig` keys by which TRL finds it; none where there is none.
 
     Raises:
-        ConfigError: There are not so many GPUs.
+        ConfigError: There is no such model.
         EnvironmentProblem: vLLM is missing, or the server did not start.
     """
-    if not config.use_vllm or config.vllm.server_gpus is None:
-        yield {}
-        return
-    if not is_first_rank():
-        leave_gpus(config)
+    if not config.use_vllm or config.vllm.server_gpus is None or not is_first_rank():
         yield {}
         return
     need_vllm()
-    server = OwnServer(config, weights_of(config, say), out_dir / LOG)
+    server = OwnServer(config, weights_of(config, say), gpus, out_dir / LOG)
     try:
         say(f"a vLLM server starts at port {server.port} (its log: {server.log})")
-        leave_gpus(config)
         with startup.phase("engine"):
             server.until_healthy()
-        yield {"vllm_server_host": HOST, "vllm_server_port": server.port}
+        yield address_keys(server.port)
     finally:
         server.end()

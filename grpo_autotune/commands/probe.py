@@ -16,6 +16,7 @@ from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
+from grpo_autotune.search.vllm_server import leave_gpus
 
 
 def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Report, int]:
@@ -29,6 +30,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     """
     startup, code = Startup(), 0
     watched: list[Callable[[], str | None]] = [startup.now]
+    gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
             mend_torchvision()
@@ -36,7 +38,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
             from grpo_autotune.train.stopping import StopAfter
             from grpo_autotune.train.trials import quiet_trainer
         startup.since_birth("import")
-        with own_server(config, out_dir, startup) as found:
+        with own_server(config, gpus, out_dir, startup) as found:
             trainer = quiet_trainer(config, startup, say, overrides=found)
             probe = Probe(trainer, startup=startup, out_dir=out_dir)
             watched.append(probe.now)

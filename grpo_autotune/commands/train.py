@@ -13,6 +13,7 @@ from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.config import RunConfig
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.search.vllm_server import leave_gpus
 
 LARGEST = 3
 
@@ -26,6 +27,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     startup = Startup()
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
+    gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
             mend_torchvision()
@@ -42,7 +44,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        with own_server(config, out_dir, startup) as found, EngineTime(startup):
+        with own_server(config, gpus, out_dir, startup) as found, EngineTime(startup):
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=found
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -40,6 +41,9 @@ CLIENT_KEYS = frozenset(
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM keeps room for (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+TRL_BATCHED_TOKENS = 4096
+"""`max_num_batched_tokens` where nothing is said (trl/generation/vllm_generation.py)."""
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """The server without the command `vllm`."""
@@ -102,18 +106,32 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: Too few are left to train on, or none was asked for although there are some.
     """
-    wanted, told = config.vllm.server_gpus or 0, os.environ.get(VISIBLE)
-    seen = [name.strip() for name in told.split(",")] if told and there else [str(index) for index in range(there)]
+    wanted, seen = config.vllm.server_gpus or 0, _visible(there)
     if wanted == 0 and there == 0:
         return [], []
-    left = len(seen) - wanted
-    if wanted == 0 or left < config.batch.processes:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.batch.processes))
+    if processes != config.batch.processes:
         raise ConfigError(
-            f"{wanted} of the {len(seen)} GPUs here would serve, and {config.batch.processes} must be left to train on",
+            "a run on several machines cannot start a server of its own",
             where="vllm.server_gpus",
-            fix=_nearest(len(seen), config.batch.processes),
+            fix="Start one with `grpo-autotune serve` and give vllm.server_base_url.",
+        )
+    left = len(seen) - wanted
+    if wanted == 0 or left < processes:
+        raise ConfigError(
+            f"{wanted} of the {len(seen)} GPUs here would serve, and {processes} must be left to train on",
+            where="vllm.server_gpus",
+            fix=_nearest(len(seen), processes),
         )
     return seen[left:], seen[:left]
+
+
+def _visible(there: int) -> list[str]:
+    """GPUs that CUDA shows this process; it ends the list at the first name that is none."""
+    told = os.environ.get(VISIBLE)
+    names = [str(index) for index in range(there)] if told is None else [name.strip() for name in told.split(",")]
+    real = list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+    return real if there else []
 
 
 def _nearest(there: int, training: int) -> str:
@@ -156,6 +174,9 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     keys.setdefault("max_logprobs", -1)
     if "vision_config" in model:
         keys.setdefault("enable_scale_out", True)  # the route by which images reach it
+    if config.vllm.server_gpus is not None:  # as an engine in the training process would have it
+        keys.setdefault("max_num_seqs", config.batch.generation_batch)
+        keys.setdefault("max_num_batched_tokens", max(TRL_BATCHED_TOKENS, keys["max_num_seqs"]))
     keys |= _sync_keys(config, notes, environment)
     host, port = listens_at(config)
     words = (*option("host", host), *option("port", port))

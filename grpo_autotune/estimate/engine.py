@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from grpo_autotune.engine.serving import TRL_BATCHED_TOKENS
 from grpo_autotune.estimate.shapes import ModelShape
 
 HALF_BYTES = 2.0
@@ -19,9 +20,6 @@ BYTES = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 
 
 EIGHT_BITS = 1.0
 """Bytes of a number under `kv_cache_dtype` and `quantization` fp8."""
-
-TRL_BATCHED_TOKENS = 4096
-"""`max_num_batched_tokens` where nothing is said (trl/generation/vllm_generation.py)."""
 
 
 class EngineNeed(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_autotune.config import RunConfig
+from grpo_autotune.engine.serving import TRL_BATCHED_TOKENS
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, TRL_BATCHED_TOKENS, EngineNeed, engine_need
+from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, EngineNeed, engine_need
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.knobs.given import Given
 
@@ -29,6 +30,11 @@ def share_of(config: RunConfig) -> float:
 def tensor_parallel(config: RunConfig) -> int:
     """GPUs that share an engine."""
     return config.vllm.tensor_parallel_size or config.vllm.server_gpus or 1
+
+
+def written_tensor_parallel(config: RunConfig) -> int:
+    """The same as the configuration says it: GPUs of a server share the model without being told."""
+    return config.vllm.tensor_parallel_size or 1
 
 
 def rows_of_generation(config: RunConfig) -> int:

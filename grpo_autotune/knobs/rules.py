@@ -88,7 +88,10 @@ def beside_rule(given: Given, value: Any) -> str | None:
 def server_rule(given: Given, value: Any) -> str | None:
     """A server of the run's own needs GPUs that do not train; without a GPU, an adapter, which needs no NCCL."""
     config = given.config
-    if value is None or not config.use_vllm:
+    if value is None and config.use_vllm:
+        share = engine.share_of(config)
+        return _nothing_left(share) if share >= MOST_SHARE else room_rule(given, value)
+    if not config.use_vllm:
         return colocate_rule(given, value)
     if not installed("vllm"):
         return f"vllm.server_gpus {value} needs the package vllm, which is not installed (the extra `vllm`)"
@@ -107,11 +110,17 @@ def server_rule(given: Given, value: Any) -> str | None:
 
 def memory_share_rule(given: Given, value: Any) -> str | None:
     """Some memory must be left to the trainer, and the engine must find room in its share."""
-    if value >= MOST_SHARE and not given.config.vllm.at_server:
-        return f"vllm.gpu_memory_utilization {value} leaves no memory to the trainer in the same process"
+    if given.config.vllm.at_server:
+        return beside_rule(given, value)
+    if value >= MOST_SHARE:
+        return _nothing_left(value)
     if given.gpus == 0 and given.machine is not None and os.environ.get(CPU_SPACE):
         return f"vllm.gpu_memory_utilization changes nothing: {CPU_SPACE} sizes the engine's keys and values on the CPU"
     return colocate_rule(given, value) or room_rule(given, value)
+
+
+def _nothing_left(share: float) -> str:
+    return f"vllm.gpu_memory_utilization {share} leaves no memory to the trainer in the same process"
 
 
 def room_rule(given: Given, value: Any) -> str | None:

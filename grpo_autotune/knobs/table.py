@@ -195,7 +195,7 @@ TABLE: tuple[Knob, ...] = (
         values.tensor_parallel_sizes,
         rule=rules.tensor_parallel_rule,
         searched=True,
-        own=engine.tensor_parallel,
+        own=engine.written_tensor_parallel,
     ),
     _key(
         "vllm.server_gpus",

@@ -21,7 +21,7 @@ from grpo_autotune.search.scripts import config_of_script
 from grpo_autotune.search.space import Space, space
 from grpo_autotune.search.storage import journal_storage, shared_storage
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
-from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
+from grpo_autotune.search.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
 
 PROBE_GROUPS = 16
 """Groups that the probe should see: their pass rates tell how group size matters."""
@@ -156,10 +156,12 @@ def _too_small(lab: Lab, needed_s: float, why: str) -> NoReturn:
 
 
 def _not_measured(lab: Lab, row: TrialRow) -> NoReturn:
+    folder = lab.folder.trial(row.number)
+    log = folder / LOG_FILE
     raise NothingSucceeded(
         f"your configuration itself cannot be measured ({row.status}): {row.why or 'no reason given'}",
         where=f"trial {row.number}",
-        fix=f"The whole log: {lab.folder.trial(row.number) / 'log.txt'}",
+        fix=f"The whole log: {log if log.exists() else folder / SERVER_LOG}",
     )
 
 

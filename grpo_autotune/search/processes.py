@@ -15,6 +15,8 @@ from typing import Protocol
 import psutil
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+"""How the variables begin that torchrun sets beside them; by one of them a process waits for the launcher's store."""
 END_S = 10.0
 """What a guardian has to tidy up before it is killed with its group."""
 
@@ -165,4 +167,8 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 def without_rank() -> dict[str, str]:
     """The parent's, less what makes a rank: a search may itself have been started by a launcher."""
-    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(LAUNCHERS)
+    }

@@ -23,6 +23,9 @@ STOP_S = 30.0
 LATE_S = 1.0
 """Past the deadline no more than this: one that is in the middle of a step then is ended."""
 
+AROUND_S = 60.0
+"""Starting and ending a trial's process takes no longer than this."""
+
 ALONE = "measured one after another, each block with a start of its own: together they do not fit into memory"
 
 
@@ -181,20 +184,25 @@ def one_after_another(
     watch: Watch | None = None,
 ) -> list[TrialOutcome]:
     """The same turns with a trial for each block; the figures beside the rounds' are the last block's."""
-    stopwatch = Stopwatch(clock)
     found: list[list[TrialOutcome]] = [[] for _ in specs]
-    longest_s, done = 0.0, 0
-    while done < rounds and stopwatch.look() + longest_s < deadline_s:
-        begun_s = stopwatch.look()
+    longest_s, spent_s, done = 0.0, 0.0, 0
+    while done < rounds and spent_s + longest_s < deadline_s:
+        begun_s = spent_s
         for lane in turn_order(len(specs), done):
-            left_s = max(1.0, deadline_s - stopwatch.look())
-            spec = specs[lane].model_copy(update={"limit_s": min(specs[lane].limit_s, left_s)})
+            left_s = max(1.0, deadline_s - spent_s)
+            spec, before_s = specs[lane].model_copy(update={"limit_s": min(specs[lane].limit_s, left_s)}), clock()
             found[lane].append(run(spec, watch))
+            spent_s += _seconds(clock() - before_s, found[lane][-1].elapsed_s)
         done += 1
-        longest_s = max(longest_s, stopwatch.look() - begun_s)
+        longest_s = max(longest_s, spent_s - begun_s)
         if any(outcomes[-1].status != "ok" for outcomes in found):
             break
     return [_together(spec, outcomes) for spec, outcomes in zip(specs, found, strict=True)]
+
+
+def _seconds(passed: float, elapsed_s: float) -> float:
+    """What a trial took: by the clock, starting and ending its process included, unless that has jumped meanwhile."""
+    return passed if elapsed_s <= passed <= elapsed_s + AROUND_S else elapsed_s
 
 
 def _together(spec: TrialSpec, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:

@@ -81,6 +81,7 @@ class Runner(AbstractContextManager["Runner"]):
                 self._retire()
             outcome = self._outcome(attempt, seen, kills, server_s)
             if outcome.status != "ok":
+                outcome = self._blamed(outcome, folder)
                 self.close()
             elif self._key is None or not self._warm:
                 self._retire()
@@ -113,6 +114,7 @@ class Runner(AbstractContextManager["Runner"]):
         """
         kills = oom_kills()
         if fits_together(specs):
+            self._server.end()
             with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
                 outcomes = [self._outcome(attempt, seen, kills) for attempt, seen in race.run(rounds, deadline_s)]
                 key = worker_key(specs[0])
@@ -121,7 +123,8 @@ class Runner(AbstractContextManager["Runner"]):
             if not race.began_without_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
-        return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
+        with self._server.held():
+            return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
     def close(self) -> None:
         """End worker and server and all they started, and wait until they are gone."""
@@ -132,6 +135,15 @@ class Runner(AbstractContextManager["Runner"]):
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
+
+    def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
+        """A failed trial, with its server's reason where that ended first."""
+        why = self._server.why_ended()
+        if why is None:
+            return outcome
+        found = outcome.model_copy(update=why)
+        write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
+        return found
 
     def _served(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
         """The trial with its server's address and the seconds of the server's start, or that there is none."""
@@ -203,6 +215,8 @@ def worker_key(spec: TrialSpec) -> str | None:
     model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})
     section = dict(spec.config.get("vllm") or {})
     source = {name: model.get(name) for name in ("name_or_path", "random_init", "revision")}
+    if is_served(spec) and section["server_gpus"] and section.get("weight_sync") != "adapter":
+        return None  # TRL pushes weights from a port that it keeps while the process lives
     if not grpo.get("use_vllm") or section.get("mode") == "server" or section.get("server_gpus") is not None:
         return json.dumps([source, section.get("server_gpus")])  # it decides which GPUs the process sees
     built = {name: value for name, value in section.items() if name not in NOT_BUILT_IN}

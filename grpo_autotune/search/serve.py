@@ -25,7 +25,7 @@ from grpo_autotune.search.memory import MemoryMeter, available_bytes, clear_fini
 from grpo_autotune.search.pulse import Pulse
 from grpo_autotune.search.script_trial import run_script
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
-from grpo_autotune.search.vllm_server import leave_gpus
+from grpo_autotune.search.vllm_server import address_keys, leave_gpus
 
 if TYPE_CHECKING:
     from grpo_autotune.search.measure import Measured
@@ -106,7 +106,8 @@ class Server:
         self._engine.forget_ranks()
         meter.restart()
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
-        trainer = quiet_trainer(config, startup, _say, self._data.load)
+        found = None if spec.server_port is None else address_keys(spec.server_port)
+        trainer = quiet_trainer(config, startup, _say, self._data.load, found)
         self._model = weakref.ref(trainer.model)
         try:
             return measure(trainer, spec, folder, startup, pulse, trainer.train)

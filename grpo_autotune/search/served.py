@@ -6,19 +6,19 @@ adapters are sent to can be used again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.server_log import logged_failure
+from grpo_autotune.engine.serving import split_gpus
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.hardware import detect
-from grpo_autotune.search.attempt import Stopwatch, Watch
-from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
+from grpo_autotune.search.attempt import Watch
+from grpo_autotune.search.trial import SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.search.vllm_server import OwnServer, server_key, weights_of
-
-SERVER_LOG = "server.txt"
 
 
 class TooSlow(Exception):
@@ -35,9 +35,19 @@ class KeptServer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._server: OwnServer | None = None
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile a trial that needs none leaves the server alone: the next one may need it."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def ready(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
-        """See that the trial's server answers, and that no other one takes memory.
+        """See that the trial's server answers, and that no other one takes memory (but see `held`).
 
         Args:
             spec: The trial.
@@ -52,29 +62,37 @@ class KeptServer:
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`.
         """
         if not is_served(spec):
-            self.end()
-            return spec, 0.0
-        stopwatch = Stopwatch(self._clock)
-        try:
-            config = RunConfig.from_dict(spec.config)
-            source = weights_of(config, lambda line: None)
-            started = not self._serves(config, source)
-            if started:
+            if not (self._held and not detect().gpus):  # its trial may train on every GPU
                 self.end()
-                watch(Progress("start-up: server", 0, 0))
-                self._server = OwnServer(config, source, folder / SERVER_LOG)
-                self._server.until_healthy(lambda: _in_time(stopwatch, spec))
+            return spec, 0.0
+        begun = self._clock()
+
+        def in_time() -> None:
+            if self._clock() - begun > spec.limit_s:
+                raise TooSlow
+
+        try:
+            started = self._start(spec, folder, watch, in_time)
         except TooSlow:
             self.end()
-            return TrialOutcome(number=spec.number, status="timeout", why=_late(spec), elapsed_s=stopwatch.look())
+            why = f"over its limit of {spec.limit_s:g} s, while its server started"
+            return TrialOutcome(number=spec.number, status="timeout", why=why, elapsed_s=self._clock() - begun)
         except AutotuneError as error:
-            failure = _failure(error, folder / SERVER_LOG)
+            failure = _failure(folder / SERVER_LOG) or {"status": "invalid", "why": str(error)}
             self.end()
-            return TrialOutcome(number=spec.number, elapsed_s=stopwatch.look(), **failure)
+            return TrialOutcome(number=spec.number, elapsed_s=self._clock() - begun, **failure)
         assert self._server is not None
-        seconds = stopwatch.look() if started else 0.0
-        given = {**spec.config, "vllm": {**spec.config["vllm"], "server_port": self._server.port}}
-        return spec.model_copy(update={"config": given, "limit_s": max(1.0, spec.limit_s - seconds)}), seconds
+        seconds = self._clock() - begun if started else 0.0
+        given = {"server_port": self._server.port, "limit_s": max(1.0, spec.limit_s - seconds)}
+        return spec.model_copy(update=given), seconds
+
+    def why_ended(self) -> dict[str, Any] | None:
+        """What a trial's outcome should say of a server that ended under it; null where it runs, or there is none."""
+        server = self._server
+        if server is None or (code := server.poll()) is None:
+            return None
+        ended = {"status": "crashed", "why": str(server.ended("the server ended under the trial", code))}
+        return _failure(server.log) or ended
 
     def end(self) -> None:
         """End the server, and wait until it is gone."""
@@ -82,10 +100,19 @@ class KeptServer:
         if server is not None:
             server.end()
 
-    def _serves(self, config: RunConfig, source: str) -> bool:
-        server = self._server
-        pushed = bool(detect().gpus) and config.vllm.weight_sync != "adapter"
-        return server is not None and not pushed and server.poll() is None and server.key == server_key(config, source)
+    def _start(self, spec: TrialSpec, folder: Path, watch: Watch, look: Callable[[], None]) -> bool:
+        """Start a server, unless the one that there is will do; whether it was started."""
+        config, there = RunConfig.from_dict(spec.config), len(detect().gpus)
+        source, (gpus, _) = weights_of(config, lambda line: None), split_gpus(config, there)
+        server, pushed = self._server, there > 0 and config.vllm.weight_sync != "adapter"
+        alive = server is not None and server.poll() is None
+        if server is not None and alive and not pushed and server.key == server_key(config, source, gpus):
+            return False
+        self.end()
+        watch(Progress("start-up: server", 0, 0))
+        self._server = OwnServer(config, source, gpus, folder / SERVER_LOG)
+        self._server.until_healthy(look)
+        return True
 
 
 def is_served(spec: TrialSpec) -> bool:
@@ -94,18 +121,10 @@ def is_served(spec: TrialSpec) -> bool:
     return spec.script is None and section.get("server_gpus") is not None
 
 
-def _in_time(stopwatch: Stopwatch, spec: TrialSpec) -> None:
-    if stopwatch.look() > spec.limit_s:
-        raise TooSlow
-
-
-def _late(spec: TrialSpec) -> str:
-    return f"over its limit of {spec.limit_s:g} s, while its server started"
-
-
-def _failure(error: AutotuneError, log: Path) -> dict[str, Any]:
+def _failure(log: Path) -> dict[str, Any] | None:
+    """An outcome's words for a server that found no memory; null for any other."""
     found = logged_failure(log) if log.exists() else None
     if found is None:
-        return {"status": "invalid", "why": str(error), "error_type": type(error).__name__}
+        return None
     lacking = (found.needed_bytes or 0) - (found.available_bytes or 0)
     return {"status": found.status, "why": str(found.error()), "overshoot_bytes": max(0, lacking) or None}

@@ -31,6 +31,7 @@ SPEC_FILE = "spec.json"
 OUTCOME_FILE = "outcome.json"
 HEARTBEAT_FILE = "heartbeat"
 LOG_FILE = "log.txt"
+SERVER_LOG = "server.txt"
 
 
 class Progress(NamedTuple):
@@ -61,6 +62,7 @@ class TrialSpec(Frozen):
         script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
             (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
         world_size: Processes; more than one are started by `torchrun`.
+        server_port: Where the server listens that was started for it on this machine; null where there is none.
         source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`; for the record alone.
     """
 
@@ -78,6 +80,7 @@ class TrialSpec(Frozen):
     hang_s: float = 120.0
     script: list[str] | None = None
     world_size: int = 1
+    server_port: int | None = None
     source: str = "user"
 
 

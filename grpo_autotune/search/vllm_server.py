@@ -14,10 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.server_log import last_error, words
-from grpo_autotune.engine.serving import VISIBLE, Serving, serving, split_gpus
+from grpo_autotune.engine.serving import HOST, VISIBLE, Serving, serving, split_gpus
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import detect
 from grpo_autotune.knobs.given import model_config
@@ -58,9 +59,11 @@ class VllmServer(Guarded):
         Raises:
             EnvironmentProblem: It ended before.
         """
-        while not self._answers():
+        answers = False
+        while not answers:
             look()
-            if (code := self.wait(LOOK_S)) is not None:
+            answers = self._answers()
+            if (code := self.wait(0.0 if answers else LOOK_S)) is not None:  # another one may answer at its port
                 raise self.ended("the server did not start", code)
 
     def ended(self, what: str, code: int) -> EnvironmentProblem:
@@ -82,6 +85,7 @@ class OwnServer(VllmServer):
     Args:
         config: A run with `vllm.server_gpus`.
         source: Where its weights are.
+        gpus: Its GPUs.
         log: Gets its output.
 
     Attributes:
@@ -89,13 +93,12 @@ class OwnServer(VllmServer):
         port: Where it listens.
 
     Raises:
-        ConfigError: There are not so many GPUs.
         EnvironmentProblem: vLLM is not installed.
     """
 
-    def __init__(self, config: RunConfig, source: str, log: Path) -> None:
-        self.key, self.port = server_key(config, source), config.vllm.server_port or free_port()
-        super().__init__(_serving(at_port(config, self.port), source), log)
+    def __init__(self, config: RunConfig, source: str, gpus: Sequence[str], log: Path) -> None:
+        self.key, self.port = server_key(config, source, gpus), free_port()
+        super().__init__(serving_at(_at_port(config, self.port), source, gpus), log)
 
 
 def weights_of(config: RunConfig, say: Callable[[str], None]) -> str:
@@ -127,26 +130,30 @@ def serving_at(config: RunConfig, source: str, gpus: Sequence[str]) -> Serving:
     return serving(config, source, model_config(config) or model_config(at), gpus)
 
 
-def server_key(config: RunConfig, source: str) -> str:
+def server_key(config: RunConfig, source: str, gpus: Sequence[str]) -> str:
     """Equal for runs that can generate with the same server."""
-    return _serving(at_port(config, 1), source).line()
+    return serving_at(_at_port(config, 1), source, gpus).line()
 
 
-def at_port(config: RunConfig, port: int) -> RunConfig:
-    """The configuration with its server at this port of this machine."""
-    return config.model_copy(update={"vllm": config.vllm.model_copy(update={"server_port": port})})
+def address_keys(port: int) -> dict[str, Any]:
+    """The `GRPOConfig` keys by which TRL finds a server of the run's own."""
+    return {"vllm_server_host": HOST, "vllm_server_port": port}
 
 
-def leave_gpus(config: RunConfig) -> None:
-    """Let this process train on the GPUs that its server does not take; before CUDA is first used.
+def leave_gpus(config: RunConfig) -> list[str]:
+    """Let this process train on the GPUs that its server does not take, and answer those that it does.
+
+    To be asked once in a process, before torch is imported: CUDA looks at the variable when it is first used.
 
     Raises:
         ConfigError: There are not so many GPUs.
     """
-    if config.vllm.server_gpus is not None:
-        _, train = split_gpus(config, len(detect().gpus))
-        if train:
-            os.environ[VISIBLE] = ",".join(train)
+    if not config.use_vllm or config.vllm.server_gpus is None:
+        return []
+    serve, train = split_gpus(config, len(detect().gpus))
+    if train:
+        os.environ[VISIBLE] = ",".join(train)
+    return serve
 
 
 def need_vllm() -> None:
@@ -168,6 +175,5 @@ def free_port() -> int:
         return int(trial.getsockname()[1])
 
 
-def _serving(config: RunConfig, source: str) -> Serving:
-    serve, _ = split_gpus(config, len(detect().gpus))
-    return serving_at(config, source, serve)
+def _at_port(config: RunConfig, port: int) -> RunConfig:
+    return config.model_copy(update={"vllm": config.vllm.model_copy(update={"server_port": port})})
