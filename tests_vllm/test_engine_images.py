@@ -56,7 +56,7 @@ def test_the_engine_samples_from_the_policy(
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_several_images_of_several_sizes_and_none(colocated: Colocated, mixed_rows: Rows, kind: str) -> None:
-    trainer = unlocked(colocated, kind, mixed_rows, {}, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    trainer = unlocked(colocated, kind, mixed_rows, {}, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     batch, apart = scored(trainer)
     assert sorted(int(n) for n in batch["num_images"]) == [0, 0, 1, 1, 2, 2, 2, 2]
     assert apart.max() <= NATS

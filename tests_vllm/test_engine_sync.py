@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, TrainerCallback
 
 from grpo_autotune.engine import adapters, caches, lora, sync
 from grpo_autotune.engine.options import EngineOptions
-from grpo_autotune.engine.unlock import unlock_module
+from grpo_autotune.engine.unlock import unlock
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.importing import ENGINE_MODULE
 from tests_vllm.scoring import BLOCK, apart_nats
 
 EXACT = 1e-4
@@ -55,7 +53,7 @@ def unlocked(colocated: Trainers) -> Iterator[Trainers]:
         kind: str, rows: Rows, way: Any, level: Any = None, keys: dict[str, Any] | None = None, **settings: Any
     ) -> Any:
         options = EngineOptions(way, level, {"enable_sleep_mode": False, "block_size": BLOCK, **(keys or {})})
-        made.append(unlock_module(importlib.import_module(ENGINE_MODULE), options))
+        made.append(unlock(options))
         settings = {"learning_rate": 1e-2, "rewards": [alternating], **FLOAT32, **settings}
         return colocated(kind, rows, **settings)
 

@@ -93,6 +93,7 @@ class ScriptProbes:
     def _on_trainer_module(self, module: ModuleType) -> None:
         from grpo_autotune.seams.layers import AttributeSlot, wrap
 
+        self.values.on_trainer_module(module)
         wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._built)
         wrap(AttributeSlot(module.GRPOTrainer, "train"), self._trained)
         wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
@@ -121,7 +122,7 @@ class ScriptProbes:
         from grpo_autotune.train.receipt import SpeedWatch, differences
         from grpo_autotune.train.stopping import StopAfter
 
-        self.values.speed_up(trainer, say)
+        self.values.finish(trainer, say)
         if self.receipt is not None:
             for sentence in differences(self.receipt, detect()) if not self.probes else ():
                 warn(sentence)

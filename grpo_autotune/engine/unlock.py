@@ -1,8 +1,8 @@
 """Where TRL builds its colocated engine, the engine is given every key that was asked for, and the parts that mend it.
 
 `VLLMGeneration.__init__` is where TRL decides on the engine, and the global `LLM` of its module is what it calls there;
-both are wrapped on the class and the module, since trainers build theirs inside their own constructor. A part (`PARTS`)
-is a module that defines some of:
+both are wrapped on the class and the module, since trainers build theirs inside their own constructor. That one is
+wrapped too, for what a finished trainer is mended by. A part (`PARTS`) is a module that defines some of:
 
     llm_keys(generation, options) -> dict              arguments of `LLM` that it needs; the user's win over them
     started(generation, llm, options) -> handles       its layers on the `LLM`, before TRL calls any of its methods
@@ -22,14 +22,14 @@ from types import ModuleType
 from typing import Any, cast
 
 from grpo_autotune.engine.options import EngineOptions, SleepLevel, WeightSync
-from grpo_autotune.seams.importing import ENGINE_MODULE
+from grpo_autotune.seams import text_rows
+from grpo_autotune.seams.importing import ENGINE_MODULE, TRAINER_MODULE
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 PARTS: tuple[str, ...] = (
     "grpo_autotune.engine.compute",
     "grpo_autotune.engine.sync",
     "grpo_autotune.engine.processors",
-    "grpo_autotune.engine.text_rows",
     "grpo_autotune.engine.placeholders",
     "grpo_autotune.engine.requests",
     "grpo_autotune.engine.server",
@@ -118,6 +118,16 @@ class Unlocked:
             self._entrances.append(wrap(AttributeSlot(module, "LLM"), self._started, INNER))
         self._entrances.append(wrap(AttributeSlot(module, "VLLMClient"), self._connected, INNER))
 
+    def enter_trainers(self, module: ModuleType) -> None:
+        """Wrap the entrance of `trl.trainer.grpo_trainer`."""
+        self._entrances.append(wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._trainer_built, INNER))
+
+    def _trainer_built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+        call_next(trainer, *args, **kwargs)
+        for generation, engine in self._engines:
+            if generation is getattr(trainer, "vllm_generation", None):
+                engine.handles += text_rows.mend(trainer)
+
     def _built(self, call_next: Callable[..., Any], generation: Any, /, *args: Any, **kwargs: Any) -> None:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
             call_next(generation, *args, **kwargs)
@@ -180,14 +190,14 @@ def unlock_vllm(
     Raises:
         ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
     """
-    options = EngineOptions.of_keys(weight_sync, sleep_level, llm_keys)
-    return unlock_module(importlib.import_module(ENGINE_MODULE), options)
+    return unlock(EngineOptions.of_keys(weight_sync, sleep_level, llm_keys))
 
 
-def unlock_module(module: ModuleType, options: EngineOptions) -> Unlocked:
-    """`unlock_vllm` for whoever has the module, such as a hook on its import."""
+def unlock(options: EngineOptions) -> Unlocked:
+    """`unlock_vllm` for whoever has the options."""
     unlocked = Unlocked(options)
-    unlocked.enter(module)
+    unlocked.enter(importlib.import_module(ENGINE_MODULE))
+    unlocked.enter_trainers(importlib.import_module(TRAINER_MODULE))
     return unlocked
 
 

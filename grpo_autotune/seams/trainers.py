@@ -1,7 +1,8 @@
-"""What probe and speed-ups both read off a trainer."""
+"""What engine, probe and speed-ups read off a trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 SPEED_UPS = "_grpo_autotune_speed_ups"
@@ -15,3 +16,15 @@ def compute_dtype(trainer: Any) -> str:
     if trainer.args.fp16:
         return "float16"
     return str(trainer.model.dtype).removeprefix("torch.")
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def models_of(trainer: Any) -> Iterator[Any]:
+    """The policy, and the reference model where there is one."""
+    yield trainer.model
+    if getattr(trainer, "ref_model", None) is not None:
+        yield trainer.ref_model

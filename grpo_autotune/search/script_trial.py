@@ -85,6 +85,7 @@ class _ScriptTrial:
 
     def on_trainer_module(self, module: ModuleType) -> None:
         self._trl_imported()
+        self.values.on_trainer_module(module)
         wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._built)
         wrap(AttributeSlot(module.GRPOTrainer, "train"), self._trained)
         wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
@@ -105,7 +106,7 @@ class _ScriptTrial:
         self._startup.since_birth("script")
         with self._startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
-        self.values.speed_up(trainer, _say)
+        self.values.finish(trainer, _say)
 
     def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         from grpo_autotune.seams.table import reward_slots

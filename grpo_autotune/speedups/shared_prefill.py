@@ -16,6 +16,7 @@ from trl.trainer.utils import split_pixel_values_by_grid
 
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.text_rows import without_empty
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.decoding import Decoder, Unsupported
 from grpo_autotune.speedups.dropout import active_dropout
@@ -91,7 +92,7 @@ class _Sharing(Installed):
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self.trainer = trainer
-        self._check = SelfCheck(self)
+        self._checks = {with_images: SelfCheck(self) for with_images in (False, True)}
         self._turn: tuple[torch.Tensor, list[int] | None] | None = None
         self._facts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
 
@@ -120,8 +121,10 @@ class _Sharing(Installed):
         batch = fields if turn[1] is None else {**fields, "num_images": turn[1]}
         if not _alike(batch, first_rows, prompt_of_row):
             return call_next(**kwargs)
-        if not self._check.run(*self._two_ways(call_next, batch, first_rows, config), self._dtype(), "scores"):
-            return call_next(**kwargs)
+        for row, with_images in _samples(batch, first_rows):
+            two_ways = self._two_ways(call_next, batch, row, config)
+            if not self._checks[with_images].run(*two_ways, self._dtype(), "scores"):
+                return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
         decoder = Decoder(torch.tensor(prompt_of_row))
         try:
@@ -136,10 +139,10 @@ class _Sharing(Installed):
         return ids
 
     def _two_ways(
-        self, call_next: Callable[..., Any], batch: dict[str, Any], first_rows: list[int], config: Any
+        self, call_next: Callable[..., Any], batch: dict[str, Any], row: int, config: Any
     ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-        """Scores of the first tokens of two completions of one prompt: as TRL gets them, and shared."""
-        row, device = first_rows[0], batch["input_ids"].device
+        """Scores of the first tokens of two completions of one row's prompt: as TRL gets them, and shared."""
+        device = batch["input_ids"].device
         config = copy.deepcopy(config)
         config.max_new_tokens = min(CHECKED_TOKENS, config.max_new_tokens or CHECKED_TOKENS)
         if config.min_new_tokens is not None:
@@ -190,6 +193,13 @@ def _first_rows(groups_B: torch.Tensor) -> tuple[list[int], list[int]]:
     return list(first_rows.values()), [order[group] for group in groups_B.tolist()]
 
 
+def _samples(batch: dict[str, Any], rows: list[int]) -> list[tuple[int, bool]]:
+    """The first of these rows without images and the first with some, and which it is."""
+    images = batch.get("num_images")
+    kinds = [bool(images[row]) if images else "pixel_values" in batch for row in rows]
+    return [(rows[kinds.index(kind)], kind) for kind in sorted(set(kinds))]
+
+
 def _alike(batch: dict[str, Any], first_rows: list[int], prompt_of_row: list[int]) -> bool:
     """Whether all rows of each group have the same ids, masks and pixels."""
     rows = len(prompt_of_row)
@@ -210,4 +220,4 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "num_images"}
+    return without_empty({name: value for name, value in batch.items() if name != "num_images"})

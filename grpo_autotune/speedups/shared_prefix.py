@@ -16,12 +16,12 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, wrap_rows
-from grpo_autotune.seams.trainers import compute_dtype
+from grpo_autotune.seams.trainers import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.groups import Groups, groups_of
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT, AttentionLayer
-from grpo_autotune.speedups.shared_prefix_fit import base_of, models_of, why_not
+from grpo_autotune.speedups.shared_prefix_fit import why_not
 from grpo_autotune.speedups.shared_prefix_forms import Choice, candidates
 from grpo_autotune.speedups.shared_prefix_layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix_media import BY_TOKEN

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from grpo_autotune.seams.trainers import base_of, models_of
 from grpo_autotune.speedups.dropout import active_dropout
 from grpo_autotune.speedups.kernels import SERVED
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model itself, without PEFT around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def why_not(trainer: Any) -> str | None:
@@ -70,13 +66,6 @@ def _parallel(trainer: Any) -> str | None:
     if args.torch_compile:
         return "a compiled model would be compiled again for every batch (grpo.torch_compile)"
     return None
-
-
-def models_of(trainer: Any) -> Iterator[Any]:
-    """The policy, and the reference model where there is one."""
-    yield trainer.model
-    if getattr(trainer, "ref_model", None) is not None:
-        yield trainer.ref_model
 
 
 _RULES: tuple[Callable[[Any], str | None], ...] = (

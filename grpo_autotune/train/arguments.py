@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,8 @@ from trl import GRPOConfig
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.failures import engine_failure
 from grpo_autotune.engine.options import EngineOptions
-from grpo_autotune.engine.unlock import unlock_module
+from grpo_autotune.engine.unlock import unlock
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
-from grpo_autotune.seams.importing import ENGINE_MODULE
 from grpo_autotune.train.images import image_sizes
 
 TRACKERS = {
@@ -84,7 +82,7 @@ def unlocked_engine(config: RunConfig, *data: datasets.Dataset | None) -> Iterat
     if config.model.revision is not None:  # TRL loads the engine's copy by name
         keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
         options = replace(options, keys={**keys, **options.keys})
-    with unlock_module(importlib.import_module(ENGINE_MODULE), options):
+    with unlock(options):
         yield
 
 

@@ -23,7 +23,9 @@ from grpo_autotune.config_sources import read_source
 from grpo_autotune.config_text import parse_yaml
 from grpo_autotune.config_vllm import vllm_section
 from grpo_autotune.engine.options import EngineOptions
+from grpo_autotune.engine.unlock import Unlocked
 from grpo_autotune.errors import AutotuneError, ConfigError
+from grpo_autotune.seams import text_rows
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.speedups.table import chosen
 
@@ -46,7 +48,7 @@ class ScriptValues:
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
         self.grpo = {**(always or {}), **grpo_overrides(values), **engine.grpo_kwargs()}
-        self.engine = EngineOptions.of_section(engine)
+        self.unlocked = Unlocked(EngineOptions.of_section(engine))
         self.image_size: int | None = values.get(IMAGE_SIZE)
         self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
         chosen(self.speedups)
@@ -58,9 +60,11 @@ class ScriptValues:
 
     def on_engine_module(self, module: ModuleType) -> None:
         """Given the module of TRL's engine once it was imported: engines are mended whatever was asked for."""
-        from grpo_autotune.engine.unlock import unlock_module
+        self.unlocked.enter(module)
 
-        unlock_module(module, self.engine)
+    def on_trainer_module(self, module: ModuleType) -> None:
+        """Given the module of `GRPOTrainer` once it was imported."""
+        self.unlocked.enter_trainers(module)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """A trainer's keyword arguments, with images of the size that is wanted.
@@ -72,10 +76,12 @@ class ScriptValues:
             return given
         return {**given, "train_dataset": _resized(given.get("train_dataset"), self.image_size)}
 
-    def speed_up(self, trainer: Any, say: Callable[[str], None]) -> None:
-        """Put the speed-ups on a trainer, and say which are on."""
+    def finish(self, trainer: Any, say: Callable[[str], None]) -> None:
+        """Mend a trainer that was built, put the speed-ups on it, and say which are on."""
         from grpo_autotune.speedups.install import speed_up
 
+        if not trainer.use_vllm:  # else it was done as the engine was unlocked
+            text_rows.mend(trainer)
         if self.speedups != "none":
             for line in speed_up(trainer, self.speedups).lines():
                 say(line)

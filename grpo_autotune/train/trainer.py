@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.probe.records import Frozen
+from grpo_autotune.seams import text_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.table import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
@@ -145,6 +146,8 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    if not config.use_vllm:  # else it was done as the engine was unlocked
+        text_rows.mend(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.speedups != "none":
