@@ -14,10 +14,10 @@ from trl import GRPOConfig
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.failures import engine_failure
+from grpo_autotune.engine.image_sizes import image_sizes
 from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.unlock import unlock
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
-from grpo_autotune.train.images import image_sizes
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -77,8 +77,7 @@ def unlocked_engine(config: RunConfig, *data: datasets.Dataset | None) -> Iterat
     if not config.use_vllm:
         yield
         return
-    sizes = frozenset[tuple[int, int]]().union(*(image_sizes(rows) for rows in data if rows is not None))
-    options = replace(EngineOptions.of_section(config.vllm), image_sizes=sizes)
+    options = replace(EngineOptions.of_section(config.vllm), image_sizes=image_sizes(data))
     if config.model.revision is not None:  # TRL loads the engine's copy by name
         keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
         options = replace(options, keys={**keys, **options.keys})

@@ -97,18 +97,6 @@ def prepare_images(
     return rows
 
 
-def image_sizes(rows: datasets.Dataset) -> frozenset[tuple[int, int]]:
-    """Width and height of the images of prepared rows, each size once, read from their headers."""
-    found: set[tuple[int, int]] = set()
-    for name in {"image", "images"}.intersection(rows.column_names):
-        column = _column(rows, name, Path(), "")
-        for _, images in column.batches():
-            for image in (image for row in images for image in row if image is not None):
-                with Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-                    found.add(opened.size)
-    return frozenset(found)
-
-
 def _column(rows: datasets.Dataset, name: str, base: Path, where: str) -> _Column:
     several = isinstance(rows.features[name], (datasets.List, datasets.LargeList))
     try:
