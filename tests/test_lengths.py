@@ -137,6 +137,32 @@ def test_where_lengths_cannot_be_fixed(trainer: dict[str, Any], reason: str | No
     assert why_free(SimpleNamespace(**{"use_vllm": False, **trainer})) == reason
 
 
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_each_request_of_an_engine_has_its_length(by_keyword: bool) -> None:
+    class Params(SimpleNamespace):
+        def clone(self) -> Params:
+            return Params(**vars(self))
+
+    def turn(prompts: list[str], asked: Params) -> Any:
+        generate = trainer.vllm_generation.llm.generate
+        if by_keyword:
+            return generate(prompts, sampling_params=asked, use_tqdm=False)
+        return generate(prompts, asked, use_tqdm=False)
+
+    engine = SimpleNamespace(generate=lambda prompts, sampling_params=None, *, use_tqdm=True: sampling_params)
+    trainer = SimpleNamespace(
+        use_vllm=True, vllm_generation=SimpleNamespace(llm=engine), _generate_single_turn=turn, num_generations=2,
+        model=SimpleNamespace(training=True), max_completion_length=8,
+        accelerator=SimpleNamespace(process_index=0, num_processes=1),
+    )  # fmt: skip
+    asked = Params(n=1, max_tokens=8, ignore_eos=False)
+    lengths = FixedLengths(trainer, CHOICE, seed=7, seen=[[3, 5], [6, 2]])
+    found = trainer._generate_single_turn(["a", "a", "b", "b"], asked)
+    assert [(params.max_tokens, params.ignore_eos) for params in found] == [(n, True) for n in (3, 5, 6, 2)]
+    lengths.remove()
+    assert trainer._generate_single_turn(["a"], asked) is asked and not asked.ignore_eos
+
+
 def test_the_worst_rows_are_those_with_the_most_tokens(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     from PIL import Image
 

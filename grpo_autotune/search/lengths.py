@@ -100,11 +100,11 @@ class FixedLengths:
         return call_next(*args, **kwargs)
 
     def _requests(
-        self, call_next: Callable[..., Any], /, prompts: Any, *args: Any, sampling_params: Any, **kwargs: Any
+        self, call_next: Callable[..., Any], /, prompts: Any, sampling_params: Any = None, **kwargs: Any
     ) -> Any:
         """Give each request its length; under tensor parallelism the rows of all ranks of the group are here."""
         wanted = self._wanted
-        if wanted is not None:
+        if wanted is not None and sampling_params is not None:
             ranks, rest = divmod(len(prompts), len(wanted))
             if getattr(sampling_params, "n", 1) != 1:
                 self.notes = [f"{LEFT_FREE}: one request holds several completions"]
@@ -112,7 +112,7 @@ class FixedLengths:
                 first = self._trainer.accelerator.process_index // ranks * ranks
                 wanted = [length for rank in range(first, first + ranks) for length in self._rows(rank, len(wanted))]
                 sampling_params = [_of_length(sampling_params, length) for length in wanted]
-        return call_next(prompts, *args, sampling_params=sampling_params, **kwargs)
+        return call_next(prompts, sampling_params=sampling_params, **kwargs)
 
 
 def why_free(trainer: Any) -> str | None:
