@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +170,15 @@ def test_where_a_server_may_stand(
     monkeypatch.setattr(rules, "installed", lambda package: True)
     said = why_not(config({"vllm": vllm}, use_vllm=True), knobs, machine(gpus))
     assert said is None if reason is None else reason in str(said)
+
+
+def test_an_image_that_the_processor_enlarges_again_saves_nothing(tmp_path: Path) -> None:
+    bounds = {"image_processor": {"size": {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(bounds))
+    data = {"path": "p", "image_size": 512, "columns": {"image": "picture"}}
+    user = config({"model": {"name_or_path": str(tmp_path)}, "data": data})
+    assert why_not(user, {"data.image_size": 256}, machine()) is None
+    assert "enlarges images below 256 x 256" in str(why_not(user, {"data.image_size": 255}, machine()))
 
 
 def test_ways_to_sync_need_what_they_send() -> None:

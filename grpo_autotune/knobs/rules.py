@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from grpo_autotune.engine.failures import CPU_SPACE, GIB
 from grpo_autotune.engine.serving import SENDS, split_gpus
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import engine
-from grpo_autotune.knobs.given import Given
+from grpo_autotune.knobs.given import Given, pixel_bounds
 
 Rule = Callable[[Given, Any], str | None]
 """Takes what is known, with the knob turned in its `config`, and the knob's value."""
@@ -35,9 +36,15 @@ def no_rule(given: Given, value: Any) -> str | None:
 
 
 def image_rule(given: Given, value: Any) -> str | None:
-    """Image size means something where there are images."""
+    """Image size means something where there are images, and above the size that the processor enlarges them to."""
     if value is not None and given.images is False:
         return f"data.image_size {value} changes nothing: the prompts hold no images"
+    least = (pixel_bounds(given.config) or (0, 0))[0]
+    if value is not None and value**2 < least:
+        side = math.isqrt(least)
+        return (
+            f"data.image_size {value} saves nothing: the model's processor enlarges images below {side} x {side} pixels"
+        )
     return None
 
 
