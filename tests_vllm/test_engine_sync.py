@@ -242,33 +242,27 @@ def test_an_adapter_that_is_asked_for_in_vain_is_one_line(unlocked: Trainers, te
     )
 
 
-class TestFourBits:
+def four_bits() -> dict[str, Any]:
     """QLoRA: the engine holds what the 4-bit weights stand for, and the adapter in full."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
 
-    def settings(self) -> dict[str, Any]:
-        pytest.importorskip("bitsandbytes")
-        from transformers import BitsAndBytesConfig
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return {"model_init_kwargs": {"dtype": "float32", "quantization_config": quantized}}
 
-        quantized = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        return {"model_init_kwargs": {"dtype": "float32", "quantization_config": quantized}}
 
-    @pytest.mark.parametrize("way", ["adapter", "batched"])
-    def test_log_probs_are_the_trainers(self, unlocked: Trainers, text_rows: Rows, way: str) -> None:
-        trainer = unlocked("qwen3", text_rows, way, lora=adapter(), **self.settings())
-        assert any(sync.is_4bit(parameter) for parameter in trainer.model.parameters())
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:  # TRL holds it in bfloat16 beside a base in 4 bits
-                assert parameter.dtype == torch.bfloat16
-                parameter.data = parameter.data.float()
-        check(trainer, text_rows)
+class TestFourBits:
+    """What a base in 4 bits does not allow; what it does is in the matrix of `test_engine_matrix`."""
 
     def test_merging_is_refused(self, unlocked: Trainers, text_rows: Rows) -> None:
         with pytest.raises(ConfigError, match=r"^vllm.weight_sync: an adapter merged into 4-bit weights"):
-            unlocked("qwen3", text_rows, "merged", lora=adapter(), **self.settings())
+            unlocked("qwen3", text_rows, "merged", lora=adapter(), **four_bits())
 
     def test_quantized_layers_of_vllm_are_refused(self, unlocked: Trainers, text_rows: Rows) -> None:
         keys = {"quantization": "bitsandbytes"}
         with pytest.raises(ConfigError, match=r"^vllm.quantization: "):
-            unlocked("qwen3", text_rows, "auto", keys=keys, lora=adapter(), **self.settings())
+            unlocked("qwen3", text_rows, "auto", keys=keys, lora=adapter(), **four_bits())
