@@ -42,6 +42,21 @@ def test_a_table_of_speed_ups_is_the_committed_benchmarks(table: readme_speedups
             "docs/speedups.md", "time_to_reward", "seconds_to_the_same_reward",
             "{median:.1f} times sooner than with plain TRL (three seeds, {low:.1f} to {high:.1f}",
         ),
+        ("docs/vllm.md", "vllm_sync", "merged to batched: seconds", "2.0x | {median:.1f}x ({low:.1f} to {high:.1f}) |"),
+        ("docs/vllm.md", "vllm_sync", "merged to adapter: bytes", "`adapter` | {median:.0f}x |"),
+        ("docs/vllm.md", "vllm_sync", "merged to adapter: seconds", "27x | {median:.0f}x ({low:.0f} to {high:.0f}) |"),
+        (
+            "docs/vllm.md", "vllm_sync", "merged to adapter: generation_s",
+            "{median:.2f}x ({low:.2f} to {high:.2f}): slower",
+        ),
+        (
+            "docs/vllm.md", "vllm_groups", "copies to groups",
+            "generates {median:.2f}x ({low:.2f} to {high:.2f}) as fast as TRL's",
+        ),
+        (
+            "docs/vllm.md", "vllm_groups", "cached copies to groups",
+            "cache, and {median:.2f}x ({low:.2f} to {high:.2f}) as fast",
+        ),
         ("docs/search.md", "oom_share", "points_that_run_out", "where {median:.0%} of the points"),
         (
             "docs/speedups.md", "speedups_parts", "chunks of 4, shared_prefix: reference_logprob",
