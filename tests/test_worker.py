@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from grpo_autotune.search.pulse import BeatingStartup, Pulse, PulseReader
 from grpo_autotune.search.serve import Server
 from grpo_autotune.search.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.worker import write_whole
-from grpo_autotune.train.script_values import ScriptValues
+from grpo_autotune.train.script_values import ScriptValues, load_script_values
 from tests.faults import TOO_MUCH
 from tests.trials import spec_of
 
@@ -226,6 +228,28 @@ def test_knobs_of_a_script() -> None:
     for knob in ("grpo.betta", "model.dtype", "data.path", "vllm.swap"):
         with pytest.raises(ConfigError, match=knob):
             ScriptValues({knob: 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grpo: {num_generations: eight}", "grpo.num_generations: 'eight' is not accepted. Accepted: a whole number"),
+        ("grpo: {bf16: 'no'}", "grpo.bf16: 'no' is not accepted. Accepted: true or false"),
+        (
+            "{grpo: {vllm_gpu_memory_utilization: 0.3}, vllm: {gpu_memory_utilization: 0.5}}",
+            "vllm.gpu_memory_utilization: this is 0.5, and grpo.vllm_gpu_memory_utilization is 0.3. Remove one",
+        ),
+        (
+            "{grpo: {vllm_enable_sleep_mode: true}, vllm: {sleep_level: 0}}",
+            "vllm.sleep_level: this is 0, and grpo.vllm_enable_sleep_mode is true. Remove one",
+        ),
+        ("{grpo: {vllm_max_model_length: 99}, vllm: {max_model_len: 99}}", None),
+    ],
+)
+def test_values_of_a_script_that_cannot_be_given(tmp_path: Path, text: str, message: str | None) -> None:
+    (tmp_path / "tuned.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}") if message else nullcontext():
+        load_script_values(tmp_path / "tuned.yaml")
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

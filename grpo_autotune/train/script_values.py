@@ -8,6 +8,7 @@ subclass.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,13 +16,13 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from grpo_autotune.config_keys import grpo_keys
+from grpo_autotune.config_keys import check_values, grpo_keys
 from grpo_autotune.config_problems import from_validation
 from grpo_autotune.config_receipt import Receipt
 from grpo_autotune.config_section import Section
 from grpo_autotune.config_sources import read_source
 from grpo_autotune.config_text import parse_yaml
-from grpo_autotune.config_vllm import vllm_section
+from grpo_autotune.config_vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.unlock import Unlocked
 from grpo_autotune.errors import AutotuneError, ConfigError
@@ -42,12 +43,15 @@ class ScriptValues:
         always: `GRPOConfig` keys beside them, which `values` win over.
 
     Raises:
-        ConfigError: A key reaches no script, a value is not accepted, or there is no such speed-up.
+        ConfigError: A key reaches no script, a value is not accepted, two keys say different things of one, or there
+            is no such speed-up.
     """
 
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
-        self.grpo = {**(always or {}), **grpo_overrides(values), **engine.grpo_kwargs()}
+        overrides = grpo_overrides(values)
+        _check_agreement(overrides, engine)
+        self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
         self.unlocked = Unlocked(EngineOptions.of_section(engine))
         self.image_size: int | None = values.get(IMAGE_SIZE)
         self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
@@ -104,7 +108,7 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """The `GRPOConfig` keys among `values`, without `grpo.`; those of `vllm.` are left to its section.
 
     Raises:
-        ConfigError: A key reaches no script.
+        ConfigError: A key reaches no script, or a value has a wrong type.
     """
     found = {}
     for path, value in values.items():
@@ -121,7 +125,21 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)
         found[name] = value
+    check_values("grpo", found, grpo_keys())
     return found
+
+
+def _check_agreement(overrides: Mapping[str, Any], engine: VllmSection) -> None:
+    """Refuse an engine key that is given under TRL's name and under vLLM's with different values."""
+    for trl, value in engine.grpo_kwargs().items():
+        if trl in overrides and overrides[trl] != value:
+            given = {theirs: ours for ours, theirs in VLLM_TO_TRL.items() if getattr(engine, ours) is not None}
+            ours = given.get(trl) or ("sleep_level" if trl == "vllm_enable_sleep_mode" else "server_gpus")
+            raise ConfigError(
+                f"this is {json.dumps(getattr(engine, ours))}, and grpo.{trl} is {json.dumps(overrides[trl])}",
+                where=f"vllm.{ours}",
+                fix="Remove one of the two.",
+            )
 
 
 class _Images(Section):
