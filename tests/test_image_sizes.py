@@ -11,6 +11,7 @@ from PIL import Image
 
 from grpo_autotune.engine import image_sizes as module
 from grpo_autotune.engine.image_sizes import image_sizes
+from grpo_autotune.engine.unlock import data_of
 from grpo_autotune.train.images import prepare_images
 
 
@@ -57,6 +58,14 @@ def test_prepared_rows(tmp_path):
     paths = pictures(tmp_path, (40, 20), (100, 50))
     rows = datasets.Dataset.from_dict({"image": paths, "prompt": ["a", "b"]})
     assert image_sizes([prepare_images(rows, 60, tmp_path, "here", print)]) == {(40, 20), (60, 30)}
+
+
+def test_the_data_of_a_trainer():
+    assert data_of({"train_dataset": 1}) == (1, None)
+    assert data_of({"train_dataset": 1, "eval_dataset": {"a": 2, "b": 3}}) == (1, 2, 3)
+    assert data_of({"train_dataset": 1, "eval_dataset": 2, "tools": []}) == (1, 2)
+    for name in ("tools", "environment_factory", "rollout_func"):
+        assert data_of({"train_dataset": 1, name: [print]}) == ()
 
 
 def test_what_is_not_known(tmp_path, monkeypatch):

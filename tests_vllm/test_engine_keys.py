@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoProcessor
 
-from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.processors import compare_pixels, compare_settings, settings, size_limit
-from grpo_autotune.engine.unlock import engine_of, unlock
+from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.trainer import build_trainer
 from tests.exactness import set_to_train
@@ -67,9 +65,8 @@ def test_keys_reach_the_engine(colocated: Colocated, picture_rows: Rows) -> None
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_the_largest_image_sizes_the_engine(colocated: Colocated, picture_rows: Rows, kind: str) -> None:
-    options = replace(EngineOptions("merged"), image_sizes=frozenset({(56, 56)}))
-    with unlock(options):
-        trainer = colocated(kind, picture_rows)
+    trainer = unlocked(colocated, kind, picture_rows, {})
+    assert engine_of(trainer.vllm_generation).options.image_sizes == {(56, 56)}
     runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
     tokens = {"qwen2_5_vl": (56 // 28) ** 2, "qwen3_vl": (64 // 32) ** 2}[kind]
     assert runner.mm_budget.mm_max_toks_per_item == {"image": tokens}

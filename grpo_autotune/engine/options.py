@@ -23,7 +23,8 @@ class EngineOptions:
         sleep_level: What it gives back while weights are trained; None leaves it to the trainer's
             `vllm_enable_sleep_mode`, whose level is 2.
         keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
-        image_sizes: Width and height of the data's images, each size once; empty where they are not known.
+        image_sizes: Width and height of the data's images, each size once; empty where they are not known. Found as
+            the trainer is built.
     """
 
     weight_sync: WeightSync = "auto"

@@ -101,5 +101,6 @@ def check_lengths(ours: Sequence[int], theirs: Sequence[int]) -> None:
         f"the trainer's processor makes {list(ours)} tokens of a prompt's images, and the engine's {list(theirs)}",
         where="vllm.mm_processor_kwargs",
         fix="Give both the same image settings: resize the data (data.image_size) instead of changing a processor in "
-        "memory, or save the changed processor with the model.",
+        "memory, or save the changed processor with the model. Images larger than those of the data that the "
+        "trainer was built with need their size there.",
     )

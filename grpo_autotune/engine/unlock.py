@@ -2,7 +2,8 @@
 
 `VLLMGeneration.__init__` is where TRL decides on the engine, and the global `LLM` of its module is what it calls there;
 both are wrapped on the class and the module, since trainers build theirs inside their own constructor. That one is
-wrapped too, for what a finished trainer is mended by. A part (`PARTS`) is a module that defines some of:
+wrapped too, for the data whose images the engine is sized for, and to mend the finished trainer. A part (`PARTS`) is a
+module that defines some of:
 
     llm_keys(generation, options) -> dict              arguments of `LLM` that it needs; the user's win over them
     started(generation, llm, options) -> handles       its layers on the `LLM`, before TRL calls any of its methods
@@ -17,10 +18,12 @@ import importlib
 import inspect
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
 
+from grpo_autotune.engine.image_sizes import image_sizes
 from grpo_autotune.engine.options import EngineOptions, SleepLevel, WeightSync
 from grpo_autotune.seams import text_rows
 from grpo_autotune.seams.importing import ENGINE_MODULE, TRAINER_MODULE
@@ -88,7 +91,8 @@ class Unlocked:
         self._entrances: list[Handle] = []
         self._engines: list[tuple[Any, Engine]] = []
         self._building: list[Any] = []
-        self._signature = inspect.Signature()
+        self._data: list[tuple[Any, ...]] = []
+        self._signature = self._trainer_signature = inspect.Signature()
 
     def __enter__(self) -> Unlocked:
         return self
@@ -120,10 +124,15 @@ class Unlocked:
 
     def enter_trainers(self, module: ModuleType) -> None:
         """Wrap the entrance of `trl.trainer.grpo_trainer`."""
+        self._trainer_signature = inspect.signature(module.GRPOTrainer.__init__)
         self._entrances.append(wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._trainer_built, INNER))
 
     def _trainer_built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-        call_next(trainer, *args, **kwargs)
+        self._data.append(data_of(self._trainer_signature.bind(trainer, *args, **kwargs).arguments))
+        try:
+            call_next(trainer, *args, **kwargs)
+        finally:
+            self._data.pop()
         for generation, engine in self._engines:
             if generation is getattr(trainer, "vllm_generation", None):
                 engine.handles += text_rows.mend(trainer)
@@ -132,10 +141,11 @@ class Unlocked:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
             call_next(generation, *args, **kwargs)
             return
-        engine = Engine(self.options)
-        setattr(generation, _MARK, engine)
         given = self._signature.bind(generation, *args, **kwargs).arguments
         del given[next(iter(given))]  # the object itself
+        data = self._data[-1] if self._data and given.get("mode") == "colocate" else ()
+        engine = Engine(replace(self.options, image_sizes=image_sizes(data)))
+        setattr(generation, _MARK, engine)
         self._building.append(generation)
         try:
             call_next(generation, **(given | _arguments(self.options)))
@@ -143,15 +153,15 @@ class Unlocked:
             self._building.pop()
         self._engines.append((generation, engine))
         for install in _defined("install"):
-            engine.handles += install(generation, self.options)
+            engine.handles += install(generation, engine.options)
 
     def _started(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not self._building:
             return call_next(*args, **kwargs)
         generation = self._building[-1]
         engine = cast(Engine, engine_of(generation))
-        needed = (keys(generation, self.options) for keys in _defined("llm_keys"))
-        engine.llm_keys = functools.reduce(operator.or_, [kwargs, *needed, dict(self.options.keys)])
+        needed = (keys(generation, engine.options) for keys in _defined("llm_keys"))
+        engine.llm_keys = functools.reduce(operator.or_, [kwargs, *needed, dict(engine.options.keys)])
         begun = time.monotonic()
         llm = call_next(*args, **engine.llm_keys)
         engine.start_s = time.monotonic() - begun
@@ -160,16 +170,25 @@ class Unlocked:
             former.take_off()
         setattr(llm, _MARK, engine)
         for started in _defined("started"):
-            engine.handles += started(generation, llm, self.options)
+            engine.handles += started(generation, llm, engine.options)
         return llm
 
     def _connected(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         client = call_next(*args, **kwargs)
         if self._building:
             generation = self._building[-1]
+            engine = cast(Engine, engine_of(generation))
             for connected in _defined("connected"):
-                cast(Engine, engine_of(generation)).handles += connected(generation, client, self.options)
+                engine.handles += connected(generation, client, engine.options)
         return client
+
+
+def data_of(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The data sets among a trainer's arguments; none where something else may bring images as well."""
+    if any(given.get(name) for name in ("tools", "environment_factory", "rollout_func")):
+        return ()
+    held_out = given.get("eval_dataset")
+    return (given.get("train_dataset"), *(held_out.values() if isinstance(held_out, Mapping) else [held_out]))
 
 
 def unlock_vllm(

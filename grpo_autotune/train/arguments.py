@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import datasets
 import torch
 from trl import GRPOConfig
 
 from grpo_autotune.config import RunConfig
 from grpo_autotune.engine.failures import engine_failure
-from grpo_autotune.engine.image_sizes import image_sizes
 from grpo_autotune.engine.options import EngineOptions
 from grpo_autotune.engine.unlock import unlock
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
@@ -71,13 +69,13 @@ def grpo_arguments(
 
 
 @contextmanager
-def unlocked_engine(config: RunConfig, *data: datasets.Dataset | None) -> Iterator[None]:
+def unlocked_engine(config: RunConfig) -> Iterator[None]:
     """Trainers built inside get the engine that the `vllm` section describes, right with images and sized for those of
-    `data`."""
+    their data."""
     if not config.use_vllm:
         yield
         return
-    options = replace(EngineOptions.of_section(config.vllm), image_sizes=image_sizes(data))
+    options = EngineOptions.of_section(config.vllm)
     if config.model.revision is not None:  # TRL loads the engine's copy by name
         keys = {"revision": config.model.revision, "tokenizer_revision": config.model.revision}
         options = replace(options, keys={**keys, **options.keys})

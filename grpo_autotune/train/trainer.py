@@ -135,7 +135,7 @@ def build_trainer(
         check_images(processor, train_data.column_names)
         model = load_model(config, source)
         adapter = lora_config(config, model)
-    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config, train_data, eval_data):
+    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
         trainer = ResumableTrainer(
             model=model,
             reward_funcs=functions,
