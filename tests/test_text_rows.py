@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,10 @@ def test_from_a_configuration(tiny, tmp_path):
     data.write_text("\n".join(json.dumps(line | {"image": None} if n % 2 else line) for n, line in enumerate(lines)))
     run_training(config, tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_tokenizer_that_knows_the_token_of_an_image():
+    assert mend(SimpleNamespace(processing_class=SimpleNamespace(image_token_id=3))) == []
 
 
 def test_in_a_script(tiny, tmp_path):

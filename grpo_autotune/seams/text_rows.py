@@ -23,10 +23,12 @@ PATCHES, GRID = "pixel_values", "image_grid_thw"
 def mend(trainer: Any) -> list[Handle]:
     """Put layers on a trainer's processor and models; none where its model takes no images."""
     processor = trainer.processing_class
-    if getattr(processor, "image_token_id", None) is None:
+    images = getattr(processor, "image_processor", None)  # a tokenizer may know the token as well
+    if images is None or getattr(processor, "image_token_id", None) is None:
         return []
-    handles = [wrap(ClassSlot(processor, "__call__"), _process, INNER)]
-    if GRID in processor.image_processor.model_input_names:
+    by_grid = GRID in images.model_input_names
+    handles = [wrap(ClassSlot(processor, "__call__"), _process(by_grid), INNER)]
+    if by_grid:
         for model in models_of(trainer):
             backbone = base_of(model).base_model
             handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
@@ -40,25 +42,32 @@ def without_empty(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in (PATCHES, GRID)}
 
 
-def _process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    images = kwargs.get("images")
-    if not isinstance(images, list) or all(row is not None for row in images):
-        return call_next(*args, **kwargs)
-    if any(images):
-        return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
-    found = call_next(*args, **{**kwargs, "images": None})
-    import torch
+def _process(by_grid: bool) -> Layer:
+    def process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        images = kwargs.get("images")
+        if not isinstance(images, list) or all(row is not None for row in images):
+            return call_next(*args, **kwargs)
+        if any(images):
+            return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
+        found = call_next(*args, **{**kwargs, "images": None})
+        if by_grid:
+            import torch
 
-    found[PATCHES], found[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
-    return found
+            found[PATCHES], found[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
+        return found
+
+    return process
 
 
 def _forward(trainer: Any, backbone: Any) -> Layer:
+    tower = getattr(backbone, "visual", None)
+    waited_for = trainer.accelerator.num_processes > 1 and tower is not None
+
     def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         kwargs = without_empty(kwargs)
         found = call_next(*args, **kwargs)
-        if kwargs.get(PATCHES) is None and trainer.accelerator.num_processes > 1 and _is_trained(backbone.visual):
-            found.last_hidden_state = found.last_hidden_state + _nothing(backbone.visual)
+        if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):
+            found.last_hidden_state = found.last_hidden_state + _nothing(tower)
         return found
 
     return forward
