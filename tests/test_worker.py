@@ -243,6 +243,7 @@ def test_knobs_of_a_script() -> None:
             "{grpo: {vllm_enable_sleep_mode: true}, vllm: {sleep_level: 0}}",
             "vllm.sleep_level: this is 0, and grpo.vllm_enable_sleep_mode is true. Remove one",
         ),
+        ("vllm: {server_gpus: 1}", "vllm.server_gpus: nobody would start this server for a script. Start one with"),
         ("{grpo: {vllm_max_model_length: 99}, vllm: {max_model_len: 99}}", None),
     ],
 )

@@ -46,5 +46,7 @@ class EngineOptions:
         """
         for name in keys.keys() & VLLM_TO_TRL.keys() - engine_names():
             raise ConfigError("this is no engine key", where=name, fix=f"Give GRPOConfig {VLLM_TO_TRL[name]}.")
+        if "server_gpus" in keys:
+            raise ConfigError("nobody would start this server", where="server_gpus", fix="Use `grpo-autotune serve`.")
         vllm_section({"weight_sync": weight_sync, "sleep_level": sleep_level, **keys})
         return cls(weight_sync, sleep_level, MappingProxyType(dict(keys)))

@@ -80,6 +80,10 @@ class Runner(AbstractContextManager["Runner"]):
             if seen.ending.status is not None:
                 self._retire()
             outcome = self._outcome(attempt, seen, kills, server_s)
+            if outcome.status == "timeout" and server_s:
+                outcome = outcome.model_copy(
+                    update={"why": f"{outcome.why}; its server took {server_s:.0f} s to start"}
+                )
             if outcome.status != "ok":
                 outcome = self._blamed(outcome, folder)
                 self.close()

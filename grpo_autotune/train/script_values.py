@@ -49,6 +49,12 @@ class ScriptValues:
 
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
+        if engine.server_gpus is not None:
+            raise ConfigError(
+                "nobody would start this server for a script",
+                where="vllm.server_gpus",
+                fix="Start one with `grpo-autotune serve`, and give vllm.server_base_url.",
+            )
         overrides = grpo_overrides(values)
         _check_agreement(overrides, engine)
         self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
@@ -134,7 +140,7 @@ def _check_agreement(overrides: Mapping[str, Any], engine: VllmSection) -> None:
     for trl, value in engine.grpo_kwargs().items():
         if trl in overrides and overrides[trl] != value:
             given = {theirs: ours for ours, theirs in VLLM_TO_TRL.items() if getattr(engine, ours) is not None}
-            ours = given.get(trl) or ("sleep_level" if trl == "vllm_enable_sleep_mode" else "server_gpus")
+            ours = given.get(trl, "sleep_level")
             raise ConfigError(
                 f"this is {json.dumps(getattr(engine, ours))}, and grpo.{trl} is {json.dumps(overrides[trl])}",
                 where=f"vllm.{ours}",
