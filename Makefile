@@ -36,6 +36,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_256 --cases 768px-256 --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_small --cases short long --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_off --cases 768px 448px text short 768px-256 --checkpointing off
+	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_off_long --cases long --checkpointing off
 	$(BIN)/python -m benchmarks.speedups_parts
 	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.time_to_reward
