@@ -17,7 +17,7 @@ from grpo_autotune.search.book import Book
 from grpo_autotune.search.budget import Budget, Costs, parse_budget, words
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.guards import NO_TIME, Guard
-from grpo_autotune.search.lab import completion_lengths
+from grpo_autotune.search.lab import SERVER_S, Lab, completion_lengths
 from grpo_autotune.search.models import Prediction
 from grpo_autotune.search.proof import Rewards
 from grpo_autotune.search.propose import LEAST_CHANCE, chance_to_fit, rank
@@ -642,3 +642,12 @@ def test_lengths_are_drawn_as_the_probe_saw_them() -> None:
     assert sum(lengths) / 200 == pytest.approx(13.0, abs=0.3)
     assert sorted(lengths)[100] == pytest.approx(12, abs=1) and max(lengths) <= 30 and min(lengths) >= 1
     assert completion_lengths(demo_record(tokens=None)) is None
+
+
+@pytest.mark.parametrize(("expected_s", "least_s"), [(5.0, 60.0), (50.0, 150.0)])
+def test_a_trial_may_wait_for_a_server_of_its_own(expected_s: float, least_s: float) -> None:
+    lab = cast(Lab, SimpleNamespace(expected_s=lambda knobs: expected_s))
+    plain = user_config()
+    served = RunConfig.from_dict({**plain.to_dict(), "grpo": {"use_vllm": True}, "vllm": {"server_gpus": 0}})
+    assert Lab.patience_s(lab, {}, plain) == least_s
+    assert Lab.patience_s(lab, {}, served) == least_s + SERVER_S

@@ -30,6 +30,8 @@ GIB = 2**30
 LEAST_LIMIT_S = 60.0
 PATIENCE = 3.0
 """A trial is stopped after this many times what it was expected to take."""
+SERVER_S = 300.0
+"""Longer for a trial that may have to start a vLLM server: no other trial tells how long that takes."""
 HANG_S = 120.0
 CHEAP = 0.3
 MOST_STEPS = 10
@@ -171,6 +173,11 @@ class Lab:
         step_s = self.models.step_s(self.book.config_of(knobs)).value
         return self.costs.trial_s(step_s, self.steps(step_s))
 
+    def patience_s(self, knobs: Knobs, config: RunConfig) -> float:
+        """Seconds after which a timed trial of these knobs is given up."""
+        server_s = 0.0 if config.vllm.server_gpus is None else SERVER_S
+        return max(LEAST_LIMIT_S, PATIENCE * self.expected_s(knobs)) + server_s
+
     def steps(self, step_s: float) -> int:
         """Steps to measure: those of `search.steps`, and more while they are cheap beside starting the trial."""
         cheap = int(CHEAP * self.costs.beside_s / max(step_s, 1e-3))
@@ -179,7 +186,7 @@ class Lab:
     def timed(self, knobs: Knobs, source: str, room_s: float, asked: Asked | None = None) -> Entry | None:
         """Measure a combination in at most `room_s` seconds; null where it did not end well."""
         config = self.book.config_of(knobs)
-        own_limit = self.config.search.trial_limit_s or max(LEAST_LIMIT_S, PATIENCE * self.expected_s(knobs))
+        own_limit = self.config.search.trial_limit_s or self.patience_s(knobs, config)
         steps = self.steps(self.models.step_s(config).value)
         spec = self.spec("timed", config, knobs, min(own_limit, room_s), source=source, steps=steps)
         try:
