@@ -14,6 +14,9 @@ from tests_vllm.engines import NATS, Rows, scored, unlocked
 
 Colocated = Callable[..., Any]
 
+LARGEST = (56, 56)
+"""Of the images in `picture_rows`, for which the engine is sized."""
+
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
@@ -22,7 +25,7 @@ def asked(trainer: Any, group: int, colours: str, **params: Any) -> tuple[list[l
     generation = trainer.vllm_generation
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
     text = trainer.processing_class.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    images = [[Image.new("RGB", (56, 84), colour)] for colour in colours.split()]
+    images = [[Image.new("RGB", LARGEST, colour)] for colour in colours.split()]
     ids = trainer.processing_class(images=images[0], text=text, return_tensors="pt")["input_ids"][0].tolist()
     before = engine_of(generation).parts["requests"].sent
     generation.generation_kwargs = params
