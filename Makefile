@@ -48,7 +48,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
 
-bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM's CPU build: about ten minutes; JSON as above
+bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM's CPU build: a few minutes; JSON as above
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/env $(VLLM_BIN)/python -m benchmarks.vllm_sync
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/env $(VLLM_BIN)/python -m benchmarks.vllm_groups
 

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.trial import SERVER_LOG
+from grpo_autotune.search.trial import SERVER_LOG, TrialSpec
+from tests.training import text_config
 from tests.trials import marked, processes, spec_of
+
+EXACT = 1e-4
+"""Nats, in float32."""
 
 
 @pytest.mark.timeout(900)
@@ -55,3 +59,15 @@ def test_trials_share_a_server_of_their_own(
         assert outcome.record is not None and outcome.record.fidelity is not None and outcome.record.fidelity.ok
         assert outcome.record.engine is not None and outcome.record.engine.source == "server"
     assert [(tmp_path / "trials" / f"000{n}" / SERVER_LOG).exists() for n in range(2)] == [True, False]
+
+
+@pytest.mark.timeout(900)
+def test_a_server_gives_the_trainers_log_probs(served: Callable[[str], Path], tmp_path: Path) -> None:
+    """Llama, which `test_serve_vllm` and the test above leave out."""
+    own = {"vllm": {"server_gpus": 0, "max_model_len": 256}}
+    config = text_config(served("llama"), tmp_path, own, use_vllm=True).to_dict()
+    with Runner(tmp_path) as runner:
+        outcome = runner.run(TrialSpec(number=0, config=config, steps=2, limit_s=400))
+    assert outcome.status == "ok", outcome.why
+    assert outcome.record is not None and outcome.record.engine is not None and outcome.record.fidelity is not None
+    assert outcome.record.engine.source == "server" and outcome.record.fidelity.max_nats < EXACT

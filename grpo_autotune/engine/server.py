@@ -286,5 +286,5 @@ class told:  # noqa: N801 - reads as a function in `with`
             raise EnvironmentProblem(
                 f"the vLLM server at {self.address} does not answer any more ({type(error).__name__})",
                 where="vllm.mode server",
-                fix="Look into its log, start it again, and go on with --resume.",
+                fix="Look into its log, and go on with --resume once it is started again (a run's own starts with it).",
             ) from error

@@ -18,9 +18,6 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 if TYPE_CHECKING:
     from grpo_autotune.train.datasets import Splits
 
-INNERMOST = INNER + 10
-"""Below the unlocking, whose keys are arguments of the engine like TRL's."""
-
 KEPT = 4
 """Data sets; trials differ in them by image size."""
 
