@@ -40,10 +40,10 @@ mend_torchvision()
 
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from tests.exactness import apart, differences, ready, under_autocast  # noqa: E402
-from tests.ranks import rows_of  # noqa: E402
-from tests.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
-from tests.trainers import make_trainer  # noqa: E402
+from tests.support.exactness import apart, differences, ready, under_autocast  # noqa: E402
+from tests.support.exactness_ranks import rows_of  # noqa: E402
+from tests.support.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
+from tests.support.trainers import make_trainer  # noqa: E402
 
 TOLERANCE = 1e-5
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -127,7 +127,7 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
         data = "picture" if kind in VISION_KINDS else "text"
         words = [str(path), str(models.folder / "out"), data, str(int(lora)), json.dumps(grpo), names]
         done = subprocess.run(
-            [sys.executable, *launch, "-m", "tests.ranks", *words],
+            [sys.executable, *launch, "-m", "tests.support.exactness_ranks", *words],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

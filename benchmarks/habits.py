@@ -26,12 +26,11 @@ from typing import Any
 
 from benchmarks.midsize import midsize_config
 from benchmarks.result import ratio, write
-from grpo_autotune.config import RunConfig, load_config
-from grpo_autotune.config_receipt import Receipt
+from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.report import Report, load_report
-from grpo_autotune.search.folder import SearchFolder
-from grpo_autotune.search.schema import SearchReport
-from grpo_autotune.search.stored import load_search
+from grpo_autotune.search.folder import SearchFolder, load_search
 
 STEPS = 50
 WARMUP = 1

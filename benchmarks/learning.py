@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import ratio, write
-from grpo_autotune.config import RunConfig, load_config
+from grpo_autotune.config.schema import RunConfig, load_config
 
 SEEDS = 3
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune import demo
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import cache_dir
-from grpo_autotune.seams.compat import ensure_torchvision
-from grpo_autotune.train.random_init import build_tokenizer, built_once, save_random_model
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision
+from grpo_autotune.train.models.random_init import build_tokenizer, built_once, save_random_model
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "14m": {

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.midsize import midsize_config
 from benchmarks.result import ratio, write
-from grpo_autotune.config import RunConfig, load_config
+from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.knobs import Knobs, with_knobs
-from grpo_autotune.search.models import Models, stage_seconds
-from grpo_autotune.search.trial import TrialOutcome
+from grpo_autotune.predict.models import Models, stage_seconds
+from grpo_autotune.records.trial import TrialOutcome
 
 SMALL_SHARE = 0.05
 MEASURED_STEPS = 3
@@ -146,16 +146,16 @@ def measure(case: str, folder: Path) -> list[Trial]:
 
 def run_trial(spec_path: Path, out: Path) -> None:
     """Train a warm-up and `MEASURED_STEPS` steps with the probe, and write the outcome."""
-    from grpo_autotune.seams.compat import ensure_torchvision
+    from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     import torch
 
     import grpo_autotune.train.trainer  # noqa: F401  its imports belong to the idle process
-    from grpo_autotune.probe.attach import Probe
+    from grpo_autotune.probe.probe import Probe
     from grpo_autotune.probe.startup import Startup
-    from grpo_autotune.train.stopping import StopAfter
-    from grpo_autotune.train.trials import quiet_trainer
+    from grpo_autotune.train.runs.stop_after import StopAfter
+    from grpo_autotune.train.trial_trainer import quiet_trainer
 
     torch.set_num_threads(1)
     spec = json.loads(spec_path.read_text())

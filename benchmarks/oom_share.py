@@ -26,17 +26,16 @@ from scipy.stats import binomtest
 
 from benchmarks.midsize import midsize_config
 from benchmarks.result import CONFIDENCE, write
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import detect
 from grpo_autotune.knobs import Knobs, with_knobs
-from grpo_autotune.search.folder import SearchFolder
-from grpo_autotune.search.lab import plain
-from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.schema import SearchReport
+from grpo_autotune.records.search import SearchReport
+from grpo_autotune.records.trial import TrialSpec
+from grpo_autotune.search.evaluator import plain
+from grpo_autotune.search.folder import SearchFolder, load_search
 from grpo_autotune.search.space import points, space
-from grpo_autotune.search.stored import load_search
 from grpo_autotune.search.study import name_of
-from grpo_autotune.search.trial import TrialSpec
+from grpo_autotune.trials.parent.runner import Runner
 
 BUDGET = "4m"
 PIXELS = 448

@@ -18,19 +18,19 @@ import time
 from typing import Any
 
 from benchmarks.result import ratio, write
-from grpo_autotune.commands.console import say
 from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.config import load_config
+from grpo_autotune.config.schema import load_config
+from grpo_autotune.console import say
 
 mend_torchvision()
 
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from grpo_autotune.probe.attach import Probe  # noqa: E402
 from grpo_autotune.probe.facts import IMAGE_STEPS, ImageCollector  # noqa: E402
+from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
-from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
+from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 WARMUP = IMAGE_STEPS
 PAIRS = 400

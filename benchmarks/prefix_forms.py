@@ -42,12 +42,12 @@ from benchmarks.speedups import Case, alone, config_of, peak_bytes  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap  # noqa: E402
 from grpo_autotune.seams.table import find, wrap_rows  # noqa: E402
-from grpo_autotune.seams.trainers import base_of  # noqa: E402
-from grpo_autotune.speedups.groups import groups_of  # noqa: E402
+from grpo_autotune.seams.trainer_access import base_of  # noqa: E402
+from grpo_autotune.speedups.batches.groups import groups_of  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from grpo_autotune.speedups.shared_prefix_attention import ARGUMENT  # noqa: E402
-from grpo_autotune.speedups.shared_prefix_layout import Layout, Span  # noqa: E402
-from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
+from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT  # noqa: E402
+from grpo_autotune.speedups.shared_prefix.layout import Layout, Span  # noqa: E402
+from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 CASES = {**speedups.CASES, "longer": Case(0, 200, 1060)}
 """`long` is the case whose tensors are of more than 32 MiB in one form alone, `longer` in both."""

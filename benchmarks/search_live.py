@@ -14,8 +14,7 @@ from pathlib import Path
 
 from benchmarks.result import write
 from benchmarks.search_replay import SHARES, Sweep
-from grpo_autotune.search.folder import SearchFolder
-from grpo_autotune.search.stored import load_search
+from grpo_autotune.search.folder import SearchFolder, load_search
 
 
 def main() -> None:

@@ -29,15 +29,15 @@ import optuna
 
 from benchmarks.result import ratio, write
 from benchmarks.sweep import RECORDS
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.knobs import Knobs, knobs_of
-from grpo_autotune.probe.records import ProbeRecord
-from grpo_autotune.search.book import Book
-from grpo_autotune.search.models import Models
+from grpo_autotune.predict.models import Models
+from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
+from grpo_autotune.search.leaderboard import Book
 from grpo_autotune.search.session import search
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
-from grpo_autotune.search.trial import Progress, TrialOutcome, TrialSpec
 
 SHARES = (0.12, 0.05, 0.03)
 """Of the sweep's time that each method may spend."""

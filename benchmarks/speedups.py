@@ -28,11 +28,11 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.midsize import midsize_config  # noqa: E402
-from grpo_autotune.config import RunConfig  # noqa: E402
-from grpo_autotune.probe.attach import Probe  # noqa: E402
+from grpo_autotune.config.schema import RunConfig  # noqa: E402
+from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 from grpo_autotune.speedups.install import SpeedUps, speed_up  # noqa: E402
-from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
+from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 PASSES = ("policy_logprob", "reference_logprob", "backward")
 """Stages that score and train."""

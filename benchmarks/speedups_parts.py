@@ -28,25 +28,25 @@ from typing import Any
 from benchmarks.midsize import midsize_config
 from benchmarks.result import FOLDER, ratio, write
 from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 
 mend_torchvision()
 
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from grpo_autotune.probe.attach import Probe  # noqa: E402
+from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
-from grpo_autotune.speedups import shared_prefix  # noqa: E402
 from grpo_autotune.speedups.install import SpeedUps, speed_up  # noqa: E402
-from grpo_autotune.train.trials import quiet_trainer  # noqa: E402
+from grpo_autotune.speedups.shared_prefix import speedup  # noqa: E402
+from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 WARMUP = 2
 JUDGE_S = 3.0
 AROUND_IMAGES = ("shared_prefix", "shared_prefill", "vision_cache", "patch_embed")
 """On in both members of a pair for `images`: what they save is not looked at, and would take most of the time."""
 
-CHUNK = shared_prefix.NO_GRAD_CHUNK
+CHUNK = speedup.NO_GRAD_CHUNK
 
 TRAINING, LOADING = ("policy_logprob", "backward"), ("data", "prompt")
 
@@ -91,7 +91,7 @@ def left_to_trl(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
 
 def small_chunks(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
     """A plain step is one whose passes without gradients take as many tokens at once as TRL's."""
-    shared_prefix.NO_GRAD_CHUNK = 1 if plain else CHUNK
+    speedup.NO_GRAD_CHUNK = 1 if plain else CHUNK
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]

@@ -19,15 +19,15 @@ from typing import Any
 
 from benchmarks.midsize import midsize_config
 from benchmarks.result import FOLDER, write
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import detect
 from grpo_autotune.knobs import with_knobs
-from grpo_autotune.probe.records import ProbeRecord
-from grpo_autotune.search.lab import completion_lengths, plain
-from grpo_autotune.search.runner import Runner
+from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.evaluator import completion_lengths, plain
 from grpo_autotune.search.space import points, space
 from grpo_autotune.search.study import name_of
-from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.trials.parent.runner import Runner
 
 RECORDS = FOLDER / "sweep_records.json.gz"
 LIMIT_S = 600.0

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.result import ratio, write
 from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.config import load_config
+from grpo_autotune.config.schema import load_config
 
 mend_torchvision()
 

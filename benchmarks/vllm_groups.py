@@ -30,7 +30,7 @@ mend_torchvision()
 import torch  # noqa: E402
 
 from benchmarks.vllm_rows import requests, vllm_trainer  # noqa: E402
-from grpo_autotune.engine.unlock import engine_of  # noqa: E402
+from grpo_autotune.rollout.colocate.unlock import engine_of  # noqa: E402
 from grpo_autotune.seams.layers import OUTER, AttributeSlot, wrap  # noqa: E402
 
 PROMPTS = 2

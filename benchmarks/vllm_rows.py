@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.midsize import midsize_config
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.train.trials import quiet_trainer
+from grpo_autotune.train.trial_trainer import quiet_trainer
 
 GENERATIONS = 8
 

@@ -32,7 +32,7 @@ def serve(orders: Connection, way: str, size: str) -> None:
     import torch
 
     from benchmarks.vllm_rows import requests, vllm_trainer
-    from grpo_autotune.engine import sync
+    from grpo_autotune.rollout.sync import sync
 
     torch.set_num_threads(1)
     trainer = vllm_trainer(size, prompts=1, pixels=256, completion=TOKENS, vllm={"weight_sync": way})

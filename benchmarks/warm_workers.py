@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import ratio, write
-from grpo_autotune.config import load_config
-from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.trial import TrialSpec
+from grpo_autotune.config.schema import load_config
+from grpo_autotune.records.trial import TrialSpec
+from grpo_autotune.trials.parent.runner import Runner
 
 PAIRS = 8
 OVERRIDES = ["grpo.eval_strategy=no", "grpo.max_steps=100"]

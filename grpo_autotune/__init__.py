@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_autotune.config import load_config
-    from grpo_autotune.engine.unlock import unlock_vllm
+    from grpo_autotune.config.schema import load_config
     from grpo_autotune.plugin import attach
+    from grpo_autotune.rollout.colocate.unlock import unlock_vllm
     from grpo_autotune.speedups.install import speed_up
 
 _HOMES = {
     "attach": "grpo_autotune.plugin",
-    "load_config": "grpo_autotune.config",
+    "load_config": "grpo_autotune.config.schema",
     "speed_up": "grpo_autotune.speedups.install",
-    "unlock_vllm": "grpo_autotune.engine.unlock",
+    "unlock_vllm": "grpo_autotune.rollout.colocate.unlock",
 }
 
 __all__ = ["attach", "load_config", "speed_up", "unlock_vllm"]

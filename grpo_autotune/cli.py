@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_autotune.commands.console import INTERRUPTED_EXIT, complain, output_aside, say, show
+from grpo_autotune.console import INTERRUPTED_EXIT, complain, output_aside, say, show
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -138,7 +138,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
             (run_dir / SEARCH_FILE).is_file() and not (run_dir / "report.json").is_file()
         ):
             from grpo_autotune.render.search import render_search
-            from grpo_autotune.search.stored import load_search
+            from grpo_autotune.search.folder import load_search
 
             found = load_search(run_dir)
             show(json.dumps(found.model_dump(mode="json"), indent=2) if json_ else render_search(found))
@@ -236,7 +236,7 @@ def _numbers(text: str | None) -> list[int]:
 
 
 def _load(source: str | None, overrides: list[str] | None) -> Any:
-    from grpo_autotune.config import load_config, resolve_source
+    from grpo_autotune.config.schema import load_config, resolve_source
 
     label, _ = resolve_source(source)
     say(f"Configuration: {label}")
@@ -247,7 +247,7 @@ def _load_script(config: str | None, script: str, overrides: list[str] | None) -
     """The stand-in of a script, and its words; only the `search` and `output` sections can be set for it."""
     import shlex
 
-    from grpo_autotune.search.scripts import load_stand_in
+    from grpo_autotune.scripts.stand_in import load_stand_in
 
     words = shlex.split(script)
     if config is not None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import cache_dir
-from grpo_autotune.train.random_init import (
+from grpo_autotune.train.models.random_init import (
     CHAT_TEMPLATE,
     build_processor,
     build_tokenizer,

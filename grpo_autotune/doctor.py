@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.hardware import cache_dir, detect, find_gpu, package_version
 from grpo_autotune.hardware.machine import Machine
-from grpo_autotune.seams.compat import REMEDY as TORCHVISION_REMEDY
-from grpo_autotune.seams.compat import ensure_torchvision
+from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 Status = Literal["ok", "warn", "fail"]
 

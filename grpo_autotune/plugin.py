@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.reporting import report_of
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.probe.attach import Probe
-from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.probe.probe import Probe
+from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report import Report
+from grpo_autotune.report.create import report_of
 
 
 class PrintableReport:

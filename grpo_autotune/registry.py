@@ -19,7 +19,7 @@ Kind = Literal["reward", "dataset", "model", "speedup"]
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
-_REWARDS, _DEMO = "grpo_autotune.train.rewards", "grpo_autotune.demo"
+_REWARDS, _DEMO = "grpo_autotune.train.rewards.builtin", "grpo_autotune.demo"
 
 _TABLE: dict[str, dict[str, str | Function]] = {
     "reward": {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -6,7 +6,9 @@ import ast
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,37 +17,66 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_autotune"
 
 LAYERS = (
-    {"errors"},
-    {"config", "registry", "hardware", "seams"},
-    {"engine"},
-    {"probe", "speedups", "estimate"},
-    {"knobs", "interop"},
-    {"train"},
-    {"search"},
-    {"verdict"},
-    {"report"},
-    {"render", "doctor", "demo"},
-    {"commands"},
-    {"cli", "plugin"},
+    ("errors", "files", "units", "console", "processes"),
+    ("records", "registry", "hardware", "seams"),
+    ("config", "speedups"),
+    ("rollout",),
+    ("probe", "estimate"),
+    ("knobs", "train"),
+    ("predict", "scripts"),
+    ("advice",),
+    ("report",),
+    ("search", "trials"),
+    ("render", "doctor", "demo"),
+    ("commands",),
+    ("cli", "plugin"),
 )
+"""Rooms of the package, from the ground up: a room imports only from those below its own row."""
+FLOORS = {
+    "rollout": (
+        ("options", "failures"),
+        ("colocate",),
+        ("sync", "fidelity"),
+        ("server", "metrics"),
+    ),
+    "speedups": (
+        ("base", "table", "conditions", "selfcheck"),
+        ("batches",),
+        ("shared_prefix", "generation"),
+        ("images",),
+        ("reward_overlap",),
+        ("install",),
+    ),
+    "train": (("arguments", "data", "models", "rewards", "runs"), ("trainer",), ("trial_trainer",)),
+    "trials": (("heartbeat", "turn_file"), ("child",), ("parent",)),
+}
+"""Rooms with rooms inside: the same, one level further down."""
 ENTRANCES = ("__init__", "__main__")
 """Of the package itself: they may reach for anything, since nothing imports from them."""
 HEAVY = ("torch", "transformers", "trl", "vllm", "datasets", "optuna")
+MOST_MODULES = 20
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def unit(dotted: str) -> str:
-    """`grpo_autotune.train.rewards` -> `train`; the modules `config_*` are parts of `config`."""
-    name = dotted.split(".")[1]
-    return "config" if name.startswith("config_") else name
+def room(dotted: str, depth: int = 1) -> str:
+    """`grpo_autotune.train.data.images` -> `train`; with depth 2 -> `data`."""
+    parts = dotted.split(".")
+    return parts[depth] if len(parts) > depth else ""
 
 
 def dotted_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def package_of(path: Path) -> str:
+    return dotted_name(path) if path.name == "__init__.py" else dotted_name(path).rpartition(".")[0]
+
+
+NAMES = {dotted_name(path) for path in modules()}
 
 
 def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
@@ -58,40 +89,76 @@ def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, base] if base else above)
-            if base == "grpo_autotune":
-                yield from (f"{base}.{alias.name}" for alias in node.names)
-            else:
-                yield base
+            whole = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (name if base == "grpo_autotune" or name in NAMES else base for name in whole)
 
 
-def layer_of(name: str) -> int | None:
-    return next((level for level, names in enumerate(LAYERS) if name in names), None)
+def imports() -> Iterator[tuple[str, str]]:
+    """Pairs of modules of this package: who imports, and what."""
+    for path in modules():
+        for name in imported_names(ast.parse(path.read_text()), package_of(path)):
+            if name.startswith("grpo_autotune."):
+                yield dotted_name(path), name
+
+
+def level_of(name: str, floors: tuple[tuple[str, ...], ...] = LAYERS) -> int | None:
+    return next((level for level, names in enumerate(floors) if name in names), None)
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def test_every_module_belongs_to_a_layer() -> None:
-    homeless = [path.name for path in modules() if layer_of(unit(dotted_name(path))) is None]
-    assert set(homeless) == {f"{name}.py" for name in ENTRANCES}
+def test_every_room_has_its_place() -> None:
+    homeless = {room(dotted_name(path)) for path in modules() if level_of(room(dotted_name(path))) is None}
+    assert homeless == set(ENTRANCES)
+    for outer, floors in FLOORS.items():
+        inside = {room(name, 2) for name in NAMES if room(name) == outer} - {""}
+        assert inside == {name for floor in floors for name in floor}, outer
+    nested = {room(name) for name in NAMES if name.count(".") > 2}
+    assert nested == set(FLOORS)
 
 
 def test_imports_go_strictly_down() -> None:
     wrong = []
-    for path in modules():
-        own = unit(dotted_name(path))
-        level = layer_of(own)
-        if level is None:
+    for importer, imported in imports():
+        own, other = room(importer), room(imported)
+        if own in ENTRANCES or not own:
             continue
-        package = dotted_name(path) if path.name == "__init__.py" else dotted_name(path).rpartition(".")[0]
-        for name in imported_names(ast.parse(path.read_text()), package):
-            if not name.startswith("grpo_autotune."):
-                continue
-            target = layer_of(unit(name))
-            if unit(name) != own and (target is None or target >= level):
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+        mine, theirs = level_of(own), level_of(other)
+        if own != other and (mine is None or theirs is None or theirs >= mine):
+            wrong.append(f"{importer} imports {imported}")
+        if own == other and own in FLOORS and room(importer, 2) != room(imported, 2):
+            mine, theirs = (level_of(room(name, 2), FLOORS[own]) for name in (importer, imported))
+            if mine is None or theirs is None or theirs > mine:
+                wrong.append(f"{importer} imports {imported}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_itself_through_others() -> None:
+    above: dict[str, set[str]] = {name: set() for name in NAMES}
+    for importer, imported in imports():
+        if imported in above and imported != importer:
+            above[importer].add(imported)
+    try:
+        TopologicalSorter(above).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_what_some_rooms_leave_alone() -> None:
+    reached: dict[str, set[str]] = {}
+    for importer, imported in imports():
+        reached.setdefault(room(importer), set()).add(room(imported))
+        reached.setdefault(importer, set()).add(room(imported))
+    assert reached["render"] <= {"render", "records", "report", "units", "search"}
+    assert not reached["search"] & {"probe", "seams", "train", "rollout", "speedups", "trials"}
+    assert "search" not in reached["grpo_autotune.commands.train"] | reached["grpo_autotune.commands.probe"]
+
+
+def test_no_room_is_crowded() -> None:
+    crowd = Counter(path.parent for path in modules() if path.stem != "__init__")
+    assert not [folder.name for folder, count in crowd.items() if count > MOST_MODULES]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +166,9 @@ def test_imports_go_strictly_down() -> None:
     [
         ("def f():\n    from grpo_autotune.cli import main", "grpo_autotune.train", ["grpo_autotune.cli"]),
         ("from grpo_autotune import cli", "grpo_autotune.train", ["grpo_autotune.cli"]),
-        ("from ..report import build", "grpo_autotune.train", ["grpo_autotune.report"]),
-        ("from . import rewards", "grpo_autotune.train", ["grpo_autotune.train"]),
+        ("from ..report import build", "grpo_autotune.train", ["grpo_autotune.report.build"]),
+        ("from . import rewards", "grpo_autotune.train", ["grpo_autotune.train.rewards"]),
+        ("from ..train import nothing", "grpo_autotune.probe", ["grpo_autotune.train"]),
         ("import grpo_autotune.plugin", "grpo_autotune", ["grpo_autotune.plugin"]),
     ],
 )
@@ -152,7 +220,7 @@ def test_nothing_is_caught_blindly() -> None:
                 )
                 if caught & {"all", "Exception", "BaseException"}:
                     swallowed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/search/serve.py"]
+    assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/trials/child/execute.py"]
 
 
 @pytest.mark.parametrize("entrance", [["-c", "import grpo_autotune"], ["-m", "grpo_autotune", "--help"]])

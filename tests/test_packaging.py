@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme_tree import tree, with_tree
+from tools.readme_tree import tree, with_tree
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {"vllm", "bitsandbytes", "requests"}
@@ -82,7 +82,7 @@ def test_make_help_lists_every_target() -> None:
 
 def test_readme_has_a_line_for_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert readme == with_tree(readme), "bring it up to date: python -m tests.readme_tree"
+    assert readme == with_tree(readme), "bring it up to date: python -m tools.readme_tree"
     assert "cli.py" in tree()
 
 

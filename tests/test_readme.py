@@ -9,7 +9,7 @@ import pytest
 
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report import load_report
-from tests import readme_speedups
+from tools import readme_speedups
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- grpo-autotune report docs/benchmarks/demo -->\n```\n", "```\n<!-- end of report -->"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.train.random_init import build_tokenizer, save_random_model
+from grpo_autotune.train.models.random_init import build_tokenizer, save_random_model
 from tests.conftest import picture_rows, text_rows  # noqa: F401
-from tests.tiny import CONFIGS, TEXTS
+from tests.support.tiny import CONFIGS, TEXTS
 
 ENV_FOLDER = Path(__file__).parent.parent / "tests" / "env"
 
@@ -79,7 +79,7 @@ def colocated(served: Callable[[str], Path], tmp_path: Path) -> Iterator[Callabl
     vLLM keeps one process group a process, which TRL announces in the environment: one engine ends before the next
     starts.
     """
-    from tests.trainers import make_trainer
+    from tests.support.trainers import make_trainer
 
     environment = dict(os.environ)
     running: list[Any] = []

@@ -9,7 +9,7 @@ import torch
 
 from grpo_autotune import unlock_vllm
 from grpo_autotune.seams.table import find, wrap_rows
-from tests.exactness import set_to_train
+from tests.support.exactness import set_to_train
 
 Rows = list[dict[str, Any]]
 

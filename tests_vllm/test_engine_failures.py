@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from grpo_autotune.engine.failures import EngineFailure, engine_failure
-from grpo_autotune.engine.server_log import logged_failure
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.search.failures import failure_of, log_of
+from grpo_autotune.rollout.failures import EngineFailure, engine_failure
+from grpo_autotune.rollout.server.log import logged_failure
 from grpo_autotune.train.arguments import as_config_errors
 from grpo_autotune.train.trainer import build_trainer
-from tests.training import text_config
+from grpo_autotune.trials.child.failures import failure_of, log_of
+from tests.support.training import text_config
 from tests_vllm.conftest import TRL_SETS
 
 ROOMY = 100_000_000

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from grpo_autotune import unlock_vllm
-from grpo_autotune.engine import caches
-from grpo_autotune.engine.fidelity import FidelityMeter
-from grpo_autotune.engine.records import Fidelity
-from grpo_autotune.probe.attach import Probe
-from tests.exactness import generation, set_to_train
+from grpo_autotune.probe.probe import Probe
+from grpo_autotune.records.rollout import Fidelity
+from grpo_autotune.rollout.fidelity.meter import FidelityMeter
+from grpo_autotune.rollout.sync import caches
+from tests.support.exactness import generation, set_to_train
 
 Colocated = Callable[..., Any]
 Rows = list[dict[str, Any]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo_autotune.engine.placeholders import collapsed, collapsed_prompt, image_lengths
-from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.errors import EnvironmentProblem
-from tests.exactness import set_to_train
+from grpo_autotune.rollout.colocate.placeholders import collapsed, collapsed_prompt, image_lengths
+from grpo_autotune.rollout.colocate.unlock import engine_of
+from tests.support.exactness import set_to_train
 from tests_vllm.engines import NATS, Rows, scored, unlocked
 
 Colocated = Callable[..., Any]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from grpo_autotune.engine.processors import compare_pixels, compare_settings, settings, size_limit
-from grpo_autotune.engine.unlock import engine_of
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.rollout.colocate.processors import compare_pixels, compare_settings, settings, size_limit
+from grpo_autotune.rollout.colocate.unlock import engine_of
 from grpo_autotune.train.trainer import build_trainer
-from tests.exactness import set_to_train
-from tests.training import picture_config
+from tests.support.exactness import set_to_train
+from tests.support.training import picture_config
 from tests_vllm.conftest import LARGEST_IMAGE, TRL_SETS
 from tests_vllm.engines import NATS, Rows, scored, unlocked
 

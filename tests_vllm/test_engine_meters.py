@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.probe.attach import Probe
-from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.probe.probe import Probe
+from grpo_autotune.records.probe import ProbeRecord
 
 Colocated = Callable[..., Any]
 Rows = list[dict[str, Any]]

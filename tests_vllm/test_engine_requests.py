@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from grpo_autotune.engine.requests import _runs
-from grpo_autotune.engine.unlock import engine_of
-from grpo_autotune.search.lengths import FixedLengths, length_of
+from grpo_autotune.rollout.colocate.requests import _runs
+from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.trials.child.fixed_lengths import FixedLengths, length_of
 from tests_vllm.engines import NATS, Rows, scored, unlocked
 
 Colocated = Callable[..., Any]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.config import load_config
+from grpo_autotune.config.schema import load_config
 from grpo_autotune.knobs import TABLE
-from grpo_autotune.search.schema import SearchReport
-from tests.training import text_config
+from grpo_autotune.records.search import SearchReport
+from tests.support.training import text_config
 
 SHARE, RUNNING, SYNC = "vllm.gpu_memory_utilization", "vllm.max_num_seqs", "vllm.weight_sync"
 BUDGET_S = 120

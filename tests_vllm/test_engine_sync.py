@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, TrainerCallback
 
-from grpo_autotune.engine import adapters, caches, lora, sync
-from grpo_autotune.engine.options import EngineOptions
-from grpo_autotune.engine.unlock import unlock
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.rollout.colocate.unlock import unlock
+from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.sync import adapters, caches, lora, sync
 from tests_vllm.scoring import BLOCK, apart_nats
 
 EXACT = 1e-4

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.probe.attach import Probe
-from grpo_autotune.probe.records import ProbeRecord, StageRow
-from tests.trainers import losses
+from grpo_autotune.probe.probe import Probe
+from grpo_autotune.records.probe import ProbeRecord, StageRow
+from tests.support.trainers import losses
 
 Colocated = Callable[..., Any]
 Rows = list[dict[str, Any]]

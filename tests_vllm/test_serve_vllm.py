@@ -17,15 +17,15 @@ import pytest
 import requests
 import yaml
 
-from grpo_autotune.engine.server import link_of
-from grpo_autotune.engine.sync import facts
-from grpo_autotune.engine.unlock import unlock_vllm
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
-from grpo_autotune.probe.attach import Probe
-from grpo_autotune.probe.records import ProbeRecord
-from tests.trainers import make_trainer
-from tests.training import text_config, uneven
-from tests.trials import MARK, marked, processes, wait_until_none
+from grpo_autotune.probe.probe import Probe
+from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.rollout.colocate.unlock import unlock_vllm
+from grpo_autotune.rollout.server.client import link_of
+from grpo_autotune.rollout.sync.sync import facts
+from tests.support.trainers import make_trainer
+from tests.support.training import text_config, uneven
+from tests.support.trials import MARK, marked, processes, wait_until_none
 from tests_vllm.conftest import ENV_FOLDER
 
 ROOT = Path(__file__).parent.parent

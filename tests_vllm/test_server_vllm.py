@@ -19,8 +19,8 @@ from trl.generation.vllm_client import VLLMClient
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.train.trainer import build_trainer
-from tests.trainers import make_trainer
-from tests.training import text_config
+from tests.support.trainers import make_trainer
+from tests.support.training import text_config
 from tests_vllm.test_probe_vllm import probed, ran
 
 START_LIMIT_S = 240.0

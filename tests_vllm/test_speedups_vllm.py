@@ -10,7 +10,7 @@ import torch
 
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.install import speed_up
-from tests.exactness import apart, generation, loss_and_gradients, set_to_train
+from tests.support.exactness import apart, generation, loss_and_gradients, set_to_train
 
 EXACT = 1e-5
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

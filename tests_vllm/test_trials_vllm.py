@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.trial import SERVER_LOG, TrialSpec
-from tests.training import text_config
-from tests.trials import marked, processes, spec_of
+from grpo_autotune.records.trial import SERVER_LOG, TrialSpec
+from grpo_autotune.trials.parent.runner import Runner
+from tests.support.training import text_config
+from tests.support.trials import marked, processes, spec_of
 
 EXACT = 1e-4
 """Nats, in float32."""

@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from grpo_autotune.commands.console import show
+from grpo_autotune.console import show
 from grpo_autotune.doctor import run_checks
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from grpo_autotune.commands.console import say
-from grpo_autotune.seams.compat import ensure_torchvision
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import say
+from grpo_autotune.knobs.context import model_config
+from grpo_autotune.rollout.server.process import Weights, weights_of
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 
 def mend_torchvision() -> None:
@@ -11,3 +14,18 @@ def mend_torchvision() -> None:
     finding = ensure_torchvision()
     if finding is not None:
         say(f"note: {finding}")
+
+
+def served_weights(config: RunConfig) -> Weights:
+    """The weights that a run's server serves, built or downloaded where they are not there yet.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    return weights_of(config, _source, model_config)
+
+
+def _source(config: RunConfig) -> str:
+    from grpo_autotune.train.models.load import model_source
+
+    return model_source(config, say)

@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from grpo_autotune.commands.console import INTERRUPTED_EXIT, is_first_rank, say
-from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.commands.own_server import own_server
-from grpo_autotune.commands.reporting import report_of
-from grpo_autotune.config import RunConfig
+from grpo_autotune.commands.imports import mend_torchvision, served_weights
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import INTERRUPTED_EXIT, is_first_rank, say
 from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report import Report
-from grpo_autotune.search.vllm_server import leave_gpus
+from grpo_autotune.report.create import report_of
+from grpo_autotune.rollout.server.own import own_server
+from grpo_autotune.rollout.server.process import leave_gpus
 
 
 def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Report, int]:
@@ -34,11 +34,11 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
             mend_torchvision()
-            from grpo_autotune.probe.attach import Probe
-            from grpo_autotune.train.stopping import StopAfter
-            from grpo_autotune.train.trials import quiet_trainer
+            from grpo_autotune.probe.probe import Probe
+            from grpo_autotune.train.runs.stop_after import StopAfter
+            from grpo_autotune.train.trial_trainer import quiet_trainer
         startup.since_birth("import")
-        with own_server(config, gpus, out_dir, startup) as found:
+        with own_server(config, served_weights, gpus, out_dir, startup.phase) as found:
             trainer = quiet_trainer(config, startup, say, overrides=found)
             probe = Probe(trainer, startup=startup, out_dir=out_dir)
             watched.append(probe.now)

@@ -15,15 +15,15 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from grpo_autotune.commands.console import is_first_rank, say, warn
-from grpo_autotune.commands.reporting import report_of
-from grpo_autotune.config_receipt import Receipt
+from grpo_autotune.console import is_first_rank, say, warn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.report import Report
-from grpo_autotune.seams.compat import import_mended
-from grpo_autotune.seams.importing import (
+from grpo_autotune.report.create import report_of
+from grpo_autotune.scripts.values import SPEEDUPS, ScriptValues, load_script_values
+from grpo_autotune.seams.import_hooks import (
     CONFIG_MODULE,
     ENGINE_MODULE,
     TRAINER_MODULE,
@@ -32,7 +32,7 @@ from grpo_autotune.seams.importing import (
     after_import,
     hook_imports,
 )
-from grpo_autotune.train.script_values import SPEEDUPS, ScriptValues, load_script_values
+from grpo_autotune.seams.torchvision_compat import import_mended
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
@@ -118,9 +118,9 @@ class ScriptProbes:
         kwargs = self.values.arguments(kwargs)
         with self.startup.phase("trainer"):
             call_next(trainer, *args, **kwargs)
-        from grpo_autotune.probe.attach import Probe
-        from grpo_autotune.train.receipt import SpeedWatch, differences
-        from grpo_autotune.train.stopping import StopAfter
+        from grpo_autotune.probe.probe import Probe
+        from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
+        from grpo_autotune.train.runs.stop_after import StopAfter
 
         self.values.finish(trainer, say)
         if self.receipt is not None:

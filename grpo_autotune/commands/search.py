@@ -10,12 +10,12 @@ from types import FrameType
 
 from rich.console import Console
 
-from grpo_autotune.commands.console import INTERRUPTED_EXIT
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import INTERRUPTED_EXIT
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.render.search_live import SearchView
-from grpo_autotune.search.runner import Runner
-from grpo_autotune.search.schema import SearchReport
 from grpo_autotune.search.session import search
+from grpo_autotune.trials.parent.runner import Runner
 
 
 def search_config(

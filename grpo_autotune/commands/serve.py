@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from grpo_autotune.commands.console import say, show
-from grpo_autotune.commands.own_server import LOG
-from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.serving import Serving, split_gpus
+from grpo_autotune.commands.imports import served_weights
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat
-from grpo_autotune.search.vllm_server import LOOK_S, VllmServer, need_vllm, serving_at, weights_of
+from grpo_autotune.rollout.server.command import Serving, split_gpus
+from grpo_autotune.rollout.server.own import LOG
+from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
 
 GRACE_S = 20.0
 """What a server has to shut down after a signal before it is killed."""
@@ -99,7 +100,7 @@ def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
     names = [str(index) for index in gpus]
     if not gpus and config.vllm.server_gpus is not None:
         names, _ = split_gpus(config, there)
-    return serving_at(config, weights_of(config, say), names)
+    return serving_at(config, served_weights(config), names)
 
 
 def _check_port(wanted: Serving) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.console import is_first_rank, say, warn
-from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.commands.own_server import own_server
-from grpo_autotune.commands.reporting import report_of
-from grpo_autotune.config import RunConfig
+from grpo_autotune.commands.imports import mend_torchvision, served_weights
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import is_first_rank, say, warn
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Heartbeat, Startup
-from grpo_autotune.search.vllm_server import leave_gpus
+from grpo_autotune.report.create import report_of
+from grpo_autotune.rollout.server.own import own_server
+from grpo_autotune.rollout.server.process import leave_gpus
 
 LARGEST = 3
 
@@ -31,10 +31,10 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     with Heartbeat(lambda: watched[-1](), say):
         with startup.phase("import"):
             mend_torchvision()
-            from grpo_autotune.probe.attach import Probe
-            from grpo_autotune.train.receipt import SpeedWatch, differences
+            from grpo_autotune.probe.probe import Probe
+            from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
             from grpo_autotune.train.trainer import run_training
-            from grpo_autotune.train.trials import EngineTime
+            from grpo_autotune.train.trial_trainer import EngineTime
         startup.since_birth("import")
         watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
@@ -44,7 +44,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        with own_server(config, gpus, out_dir, startup) as found, EngineTime(startup):
+        with own_server(config, served_weights, gpus, out_dir, startup.phase) as found, EngineTime(startup):
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=found
             )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from grpo_autotune.engine.serving import TRL_BATCHED_TOKENS
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.rollout.server.command import TRL_BATCHED_TOKENS
 
 HALF_BYTES = 2.0
 FLOAT_BYTES = 4.0

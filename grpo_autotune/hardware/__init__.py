@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from grpo_autotune.files import cache_dir
 from grpo_autotune.hardware.ceilings import Ceilings, measure_ceilings
-from grpo_autotune.hardware.folders import cache_dir
 from grpo_autotune.hardware.gpus import GPUS, GpuRow, find_gpu
 from grpo_autotune.hardware.machine import Gpu, Machine, detect, package_version
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from grpo_autotune.hardware.folders import cache_dir, write_whole
+from grpo_autotune.files import cache_dir, write_whole
 from grpo_autotune.hardware.machine import detect, package_version
 
 MATRIX_BUDGET_S = 1.2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -80,6 +82,12 @@ def detect() -> Machine:
         versions={name: version for name in PACKAGES if (version := package_version(name)) is not None},
         fingerprint=hashlib.sha256(json.dumps(hardware).encode()).hexdigest()[:12],
     )
+
+
+@lru_cache(maxsize=32)
+def installed(package: str) -> bool:
+    """Whether a package can be imported; nothing is imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def package_version(distribution: str) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from grpo_autotune.knobs.given import Given, given
+from grpo_autotune.knobs.apply import Knobs, kind_of, knobs_of, partition_matters, with_knobs
+from grpo_autotune.knobs.context import Given, given
 from grpo_autotune.knobs.table import PROMPTS, TABLE, Kind, Knob, knob
-from grpo_autotune.knobs.turn import Knobs, kind_of, knobs_of, partition_matters, with_knobs
 
 __all__ = [
     "PROMPTS",

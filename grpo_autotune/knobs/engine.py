@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.serving import TRL_BATCHED_TOKENS
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, EngineNeed, engine_need
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.knobs.given import Given
+from grpo_autotune.knobs.context import Given
+from grpo_autotune.rollout.server.command import TRL_BATCHED_TOKENS
 
 TRL_SHARE = 0.3
 """`vllm_gpu_memory_utilization` where nothing is said."""

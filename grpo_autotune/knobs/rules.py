@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-from grpo_autotune.engine.failures import CPU_SPACE, GIB
-from grpo_autotune.engine.serving import SENDS, split_gpus
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.machine import installed
 from grpo_autotune.knobs import engine
-from grpo_autotune.knobs.given import Given, pixel_bounds
+from grpo_autotune.knobs.context import Given, pixel_bounds
+from grpo_autotune.rollout.failures import CPU_SPACE, GIB
+from grpo_autotune.rollout.server.command import SENDS, split_gpus
 
 Rule = Callable[[Given, Any], str | None]
 """Takes what is known, with the knob turned in its `config`, and the knob's value."""
@@ -22,12 +21,6 @@ Rule = Callable[[Given, Any], str | None]
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3")
 FLASH_CAPABILITY = 8.0
 MOST_SHARE = 0.95
-
-
-@lru_cache(maxsize=32)
-def installed(package: str) -> bool:
-    """Whether a package can be imported; nothing is imported."""
-    return importlib.util.find_spec(package) is not None
 
 
 def no_rule(given: Given, value: Any) -> str | None:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from grpo_autotune.config import RunConfig
-from grpo_autotune.config_keys import grpo_keys, peft_keys
+from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import engine, rules, values
-from grpo_autotune.knobs.given import Given
+from grpo_autotune.knobs.context import Given
 
 Kind = Literal["exact", "learning"]
 

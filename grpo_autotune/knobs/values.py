@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from grpo_autotune.engine.failures import CPU_SPACE
 from grpo_autotune.knobs import engine
-from grpo_autotune.knobs.given import Given
+from grpo_autotune.knobs.context import Given
 from grpo_autotune.knobs.rules import FLASH_KERNELS, compile_rule, engine_rule, kernel_rule
+from grpo_autotune.rollout.failures import CPU_SPACE
 
 IMAGE_SHARES = (0.5, 0.625, 0.75)
 """Sides tried, as shares of the present one: a quarter, two fifths and half of its tokens."""

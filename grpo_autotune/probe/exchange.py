@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from grpo_autotune.probe.records import RankTimings
+from grpo_autotune.records.probe import RankTimings
 
 WAIT_S = 10.0
 POLL_S = 0.05

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_autotune.probe.records import ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
+from grpo_autotune.records.probe import ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
 
 KEEP = 4096
 LIVE_SPREAD = 1e-6

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from grpo_autotune.probe.records import Utilisation
+from grpo_autotune.records.probe import Utilisation
 
 INTERVAL_S = 0.2
 

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from grpo_autotune.probe.records import STAGES, StageRow, StageTimings
 from grpo_autotune.probe.spans import DeviceTimer, Span, StepSpans
+from grpo_autotune.records.probe import STAGES, StageRow, StageTimings
 
 APART = "log_save_eval"
 Interval = tuple[float, float]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
-from grpo_autotune.probe.records import Phase
+from grpo_autotune.records.probe import Phase
 
 HEARTBEAT_S = 5.0
 REPEAT_S = 15.0

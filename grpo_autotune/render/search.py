@@ -13,11 +13,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_autotune.records.search import Candidate, Contribution, Guard, ParetoRow, SearchReport
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.search.budget import words
-from grpo_autotune.search.guards import Guard
-from grpo_autotune.search.schema import Candidate, Contribution, ParetoRow, SearchReport
-from grpo_autotune.verdict.words import percent, seconds, size
+from grpo_autotune.units import percent, seconds, size, words
 
 MOST_ROWS = 8
 

@@ -13,9 +13,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from grpo_autotune.render.search import changes, value_words
-from grpo_autotune.search.budget import words
-from grpo_autotune.search.lab import Standing
-from grpo_autotune.verdict.words import percent, seconds
+from grpo_autotune.search.evaluator import Standing
+from grpo_autotune.units import percent, seconds, words
 
 PLAIN_EVERY_S = 15.0
 MOST_SKIPPED = 3

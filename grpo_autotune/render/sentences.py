@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo_autotune.report import Report
-from grpo_autotune.verdict.words import LEGEND, amount, listing, percent, seconds, size
+from grpo_autotune.units import LEGEND, amount, listing, percent, seconds, size
 
 PHASE_WORDS = {
     "import": "importing libraries",

@@ -10,13 +10,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_autotune.records.report import Advice, PartRow, StageReport
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.report import Report
-from grpo_autotune.report.schema import PartRow, StageReport
-from grpo_autotune.verdict.facts import Advice
-from grpo_autotune.verdict.words import percent, seconds, size
+from grpo_autotune.units import percent, seconds, size
 
 BAR_CELLS = 16
 LEAST_PART_SHARE = 0.005

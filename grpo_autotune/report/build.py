@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_autotune.advice.bound import bound, warnings
+from grpo_autotune.advice.breakdown import break_down, cycle_means
+from grpo_autotune.advice.facts import Facts
+from grpo_autotune.advice.judge import judge
+from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.hardware import Ceilings, Machine
-from grpo_autotune.probe.records import ProbeRecord, RankTimings, StageRow
+from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow
+from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
-from grpo_autotune.report.schema import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
-from grpo_autotune.verdict.bound import bound, warnings
-from grpo_autotune.verdict.breakdown import break_down, cycle_means
-from grpo_autotune.verdict.facts import Facts
-from grpo_autotune.verdict.judge import judge
-from grpo_autotune.verdict.ranks import excesses
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""

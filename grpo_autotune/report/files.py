@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_autotune.hardware.folders import write_whole
-from grpo_autotune.probe.stored import read_stored
-from grpo_autotune.report.schema import SCHEMA, Report
+from grpo_autotune.files import write_whole
+from grpo_autotune.records.report import SCHEMA, Report
+from grpo_autotune.records.stored import read_stored
 
 REPORT_FILE = "report.json"
 

@@ -10,8 +10,8 @@ divides all epochs' `update_actor` by the tokens of the generated batch. `perf/t
 
 from __future__ import annotations
 
-from grpo_autotune.probe.records import ProbeRecord
-from grpo_autotune.verdict.breakdown import Breakdown
+from grpo_autotune.advice.breakdown import Breakdown
+from grpo_autotune.records.probe import ProbeRecord
 
 
 def flat_metrics(record: ProbeRecord, b: Breakdown) -> dict[str, float]:

@@ -147,3 +147,13 @@ def _owner(trainer: Any, path: str) -> Any:
         if owner is None:
             return None
     return owner
+
+
+PREPARE_INPUTS = Seam("prepare_inputs", "", "trainer", "_prepare_inputs")
+"""Around TRL's shuffle and split: these are functions of a module, and tell no trainer from another."""
+
+DATALOADER = Seam("dataloader", "", "trainer", "_get_dataloader")
+"""transformers builds every loader here, of training and of evaluation."""
+
+IMAGE_PROCESSOR = Seam("image_processor", "", "trainer.processing_class.image_processor", "__call__", "", "class")
+"""Where a processor hands over the images of all prompts."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.search.trial import TrialOutcome
+from grpo_autotune.records.trial import TrialOutcome
 
 END_SHARE = 0.2
 """Kept for the worst-case step and the race; more where starting two processes takes more, up to `MOST_END_SHARE`."""
@@ -122,12 +122,3 @@ class Costs:
     def trial_s(self, step_s: float, steps: int) -> float:
         """Seconds of a whole trial."""
         return self.beside_s + steps * step_s
-
-
-def words(seconds: float) -> str:
-    """A length of time for people: `1h05m`, `4m10s`, `35s`."""
-    whole = round(max(0.0, seconds))
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

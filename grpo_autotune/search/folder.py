@@ -17,9 +17,11 @@ import filelock
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.hardware.folders import write_whole
-from grpo_autotune.probe.records import Frozen
-from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.files import write_whole
+from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.search import SCHEMA, SearchReport
+from grpo_autotune.records.stored import read_stored
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 
 SEARCH_FILE = "search.json"
 Record = TypeVar("Record", bound=Frozen)
@@ -152,3 +154,14 @@ def _read(path: Path, kind: type[Record]) -> Record | None:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
         return None
+
+
+def load_search(source: Path) -> SearchReport:
+    """Read a search's report from its folder, or from the file itself.
+
+    Raises:
+        ConfigError: There is none, it is not JSON, or another version of the schema wrote it.
+    """
+    path = source / SEARCH_FILE if source.is_dir() else source
+    words = {"absent": "there is no search here", "written_by": "`grpo-autotune search`", "again": "Search again."}
+    return read_stored(path, SearchReport, SCHEMA, **words)

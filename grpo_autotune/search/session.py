@@ -16,25 +16,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_autotune.config import RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine, detect
-from grpo_autotune.hardware.folders import write_whole
-from grpo_autotune.search.book import GROUP, Entry, Level
-from grpo_autotune.search.budget import SURE, Budget, Costs, words
-from grpo_autotune.search.duel import race, race_s
-from grpo_autotune.search.emit import emit
+from grpo_autotune.predict.models import Models as FittedModels
+from grpo_autotune.records.search import Ended, SearchReport
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.ablation import measure_reverts
+from grpo_autotune.search.acquisition import Proposal, Ranking, rank
+from grpo_autotune.search.budget import SURE, Budget, Costs
+from grpo_autotune.search.evaluator import Lab, Trials, View, plain
+from grpo_autotune.search.final_race import race, race_s
 from grpo_autotune.search.folder import SearchFolder
-from grpo_autotune.search.lab import Lab, Trials, View, plain
-from grpo_autotune.search.models import Models as FittedModels
-from grpo_autotune.search.opening import Fit, measure_own, open_search, recall
-from grpo_autotune.search.proof import Rewards, group_s, judge_group, open_questions, stand_worst_case, worst_case_s
-from grpo_autotune.search.propose import Proposal, Ranking, rank
-from grpo_autotune.search.reverts import measure_reverts
-from grpo_autotune.search.schema import Ended, SearchReport
+from grpo_autotune.search.guard_trials import (
+    Rewards,
+    group_s,
+    judge_group,
+    open_questions,
+    stand_worst_case,
+    worst_case_s,
+)
+from grpo_autotune.search.leaderboard import GROUP, Entry, Level
+from grpo_autotune.search.start import Fit, measure_own, open_search, recall
 from grpo_autotune.search.study import Asked, Sampler, name_of
 from grpo_autotune.search.summary import report_of_search
-from grpo_autotune.search.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.tuned_files import emit
+from grpo_autotune.units import words
 
 FAILURES = 4
 """So many failures in a row that no knob explains end a search."""

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_autotune.config import RunConfig
-from grpo_autotune.config_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import TABLE, Given, Knobs, given, knob, with_knobs
-from grpo_autotune.knobs.turn import same_value
+from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.values import unique
-from grpo_autotune.probe.records import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord
 
 MOST_EXPLAINED = 2000
 """Illegal combinations looked at to say which rule empties a space."""

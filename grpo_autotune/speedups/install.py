@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.trainers import SPEED_UPS
+from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.groups import Groups
+from grpo_autotune.speedups.batches.groups import Groups
 from grpo_autotune.speedups.table import AUTO, chosen, load, names
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from grpo_autotune.seams.layers import INNER, is_async
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.image_rows import copied
+from grpo_autotune.speedups.images.lazy_rows import copied
 
 ALLOWED = "may_run_beside"
 """Attribute of a sync reward function that may run on a thread of its own."""

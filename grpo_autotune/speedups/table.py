@@ -10,13 +10,13 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.speedups.base import SpeedUp
 
 TABLE: dict[str, str] = {
-    "shared_prefix": "grpo_autotune.speedups.shared_prefix:SharedPrefix",
-    "shared_prefill": "grpo_autotune.speedups.shared_prefill:SharedPrefill",
-    "images_once": "grpo_autotune.speedups.images_once:ImagesOnce",
-    "vision_cache": "grpo_autotune.speedups.vision_cache:VisionCache",
-    "length_sort": "grpo_autotune.speedups.length_sort:LengthSort",
-    "skip_dead": "grpo_autotune.speedups.skip_dead:SkipDead",
-    "patch_embed": "grpo_autotune.speedups.patch_embed:PatchEmbed",
+    "shared_prefix": "grpo_autotune.speedups.shared_prefix.speedup:SharedPrefix",
+    "shared_prefill": "grpo_autotune.speedups.generation.shared_prefill:SharedPrefill",
+    "images_once": "grpo_autotune.speedups.images.images_once:ImagesOnce",
+    "vision_cache": "grpo_autotune.speedups.images.vision_cache:VisionCache",
+    "length_sort": "grpo_autotune.speedups.batches.length_sort:LengthSort",
+    "skip_dead": "grpo_autotune.speedups.batches.skip_dead:SkipDead",
+    "patch_embed": "grpo_autotune.speedups.images.patch_embed:PatchEmbed",
     "reward_overlap": "grpo_autotune.speedups.reward_overlap:RewardOverlap",
 }
 """Name -> the class, imported when it is asked for."""
@@ -62,3 +62,7 @@ def load(name: str) -> SpeedUp:
 def resolve(wanted: str | Sequence[str]) -> list[SpeedUp]:
     """The speed-ups that `wanted` stands for, as `chosen`."""
     return [load(name) for name in chosen(wanted)]
+
+
+SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Values of `attn_implementation`. Flash kernels align a causal mask to the last query."""

@@ -4,6 +4,6 @@ transformers and TRL load torchvision on import, which some installations cannot
 every module of this package.
 """
 
-from grpo_autotune.seams.compat import ensure_torchvision
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()

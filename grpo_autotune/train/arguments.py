@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from grpo_autotune.config import RunConfig
-from grpo_autotune.engine.failures import engine_failure
-from grpo_autotune.engine.options import EngineOptions
-from grpo_autotune.engine.unlock import unlock
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.rollout.colocate.unlock import unlock
+from grpo_autotune.rollout.failures import engine_failure
+from grpo_autotune.rollout.options import EngineOptions
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),

@@ -13,20 +13,21 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from grpo_autotune.config import RunConfig
-from grpo_autotune.probe.records import Frozen
-from grpo_autotune.seams import text_rows
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.records.base import Frozen
+from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.table import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
-from grpo_autotune.train.callbacks import ProgressLine, TrainLog, duration
-from grpo_autotune.train.datasets import LoadData, load_data
-from grpo_autotune.train.models import check_images, load_model, load_processor, lora_config, model_source
-from grpo_autotune.train.quiet import quieten
-from grpo_autotune.train.resumable import NothingLeft, ResumableTrainer
-from grpo_autotune.train.rewards import build_rewards
-from grpo_autotune.train.runs import RunFolder, Start, enter, find_start
-from grpo_autotune.train.signals import StopRequest, exit_code
+from grpo_autotune.train.data.datasets import LoadData, load_data
+from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
+from grpo_autotune.train.rewards.builtin import build_rewards
+from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
+from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
+from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
+from grpo_autotune.train.runs.signals import StopRequest, exit_code
+from grpo_autotune.units import duration
 
 Phase = Callable[[str], AbstractContextManager[None]]
 Say = Callable[[str], None]
@@ -147,7 +148,7 @@ def build_trainer(
             callbacks=list(callbacks),
         )
     if not config.use_vllm:  # else it was done as the engine was unlocked
-        text_rows.mend(trainer)
+        mixed_image_rows.mend(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.speedups != "none":

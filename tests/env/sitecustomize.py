@@ -27,7 +27,7 @@ ENGINE = {
 
 
 def _mend_torchvision(_: ModuleType) -> None:
-    from grpo_autotune.seams.compat import ensure_torchvision
+    from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
 

@@ -1,0 +1,97 @@
+"""What bounds the step, in one sentence, and what a reader must know before trusting the numbers."""
+
+from __future__ import annotations
+
+from grpo_autotune.advice.breakdown import Limit
+from grpo_autotune.advice.facts import Facts
+from grpo_autotune.records.rollout import Fidelity
+from grpo_autotune.units import STAGE_WORDS, listing, percent, seconds
+
+ALONE = 0.4
+FEW_STEPS = 3
+LARGE_OTHER = 0.02
+LARGE_SPREAD = 0.2
+CEILINGS = {"matrix": "matrix rate", "memory": "memory bandwidth"}
+
+
+def bound(facts: Facts) -> str:
+    """Name the stage that takes most of the step (two, where none takes `ALONE`), and how near the machine's ceiling
+    it is."""
+    ranked = sorted(facts.breakdown.shares.items(), key=lambda item: -item[1])
+    (first, share), *rest = ranked
+    step = seconds(facts.breakdown.step_s)
+    if share >= ALONE or not rest:
+        text = f"{STAGE_WORDS[first]} bounds the step: {percent(share)} of {step}"
+    else:
+        second, less = rest[0]
+        both = f"{STAGE_WORDS[first]} ({percent(share)}) and {STAGE_WORDS[second]} ({percent(less)})"
+        text = f"{both} bound the step of {step}"
+    text = text[0].upper() + text[1:]
+    limit = facts.limits.get(first)
+    if limit is None:
+        return f"{text}."
+    name = "It runs" if share >= ALONE or not rest else "The first of them runs"
+    return f"{text}. {name} at {percent(limit.share)} of this machine's {CEILINGS[limit.by]}{_meaning(limit)}."
+
+
+def _meaning(limit: Limit) -> str:
+    if limit.share < 0.3:
+        return ": most of its time goes into starting many small operations, or into work that the count leaves out"
+    if limit.share > 0.6:
+        return ": near the limit, so only less work makes it faster"
+    return ""
+
+
+def warnings(facts: Facts) -> list[str]:
+    """Lines to read first: the engine samples from another distribution, or the measurement is thin."""
+    found: list[str] = []
+    fidelity, b, record = facts.record.fidelity, facts.breakdown, facts.record
+    if fidelity is not None and not fidelity.ok:
+        found.append(_unfaithful(fidelity))
+    if b.shares.get("other", 0.0) > LARGE_OTHER:
+        found.append(
+            f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
+            "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
+        )
+    count, cycle = len(record.timings.step_s), record.timings.cycle
+    if count < cycle:
+        found.append(
+            f"The measured steps do not hold a whole cycle of generating and reusing, which is {cycle} steps here "
+            f"({count} measured): the seconds and shares are not those of a long run. Measure {cycle} steps or a "
+            "multiple of it."
+        )
+    if count < FEW_STEPS:
+        found.append(
+            f"Only {count} step{'s were' if count > 1 else ' was'} measured: treat the seconds as a first guess."
+        )
+    elif b.step_spread_s > LARGE_SPREAD * b.step_s:
+        found.append(
+            f"The steps differ much from each other (± {seconds(b.step_spread_s)} around {seconds(b.step_s)}): "
+            "measure more of them, and see that nothing else uses this machine."
+        )
+    return found
+
+
+def _unfaithful(f: Fidelity) -> str:
+    """How the samples are wrong, what the evidence points to, and what it rules out."""
+    if f.mean_nats > f.threshold_nats:
+        wrong = (
+            f"its log-probs are {f.mean_nats:.3g} nats off on average (at most {f.threshold_nats:.3g} is rounding in "
+            "these number formats)"
+        )
+    elif f.moved is False:
+        wrong = "its weights do not follow the optimizer"
+    else:
+        wrong = "it samples with other parameters than the trainer's log-probs are computed with"
+    text = (
+        f"vLLM does not sample from the policy that is trained: {wrong}. What is learned from such samples is wrong; "
+        "do not train before this is solved."
+    )
+    by_name = {cause.name: cause for cause in f.causes}
+    if f.cause is not None:
+        text += f" The evidence points to {f.cause}: {by_name[f.cause].evidence}."
+    elif by_name:
+        left = [f"{c.name} ({c.evidence})" for c in f.causes if c.points == "unknown"]
+        text += f" Causes that the evidence leaves: {listing(left)}." if left else " No known cause fits the evidence."
+    ruled_out = [cause.name for cause in f.causes if cause.points == "no"]
+    return f"{text} Ruled out: {listing(ruled_out)}." if ruled_out else text

@@ -1,0 +1,100 @@
+"""The accounting of a step: every stage's seconds, so scaled that the stages sum to the step's median."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from grpo_autotune.errors import NothingSucceeded
+from grpo_autotune.records.probe import StageTimings
+
+
+class Limit(NamedTuple):
+    """How close a stage comes to this machine's measured ceiling.
+
+    Attributes:
+        share: Time the ceiling would allow over time taken, 0 to 1.
+        by: The ceiling that binds: `matrix` rate or `memory` bandwidth.
+    """
+
+    share: float
+    by: Literal["matrix", "memory"]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of an optimizer step by stage.
+
+    Attributes:
+        step_s: Median seconds of a step (of a whole cycle's mean, where steps that generate take turns with steps
+            that do not).
+        step_spread_s: Half the interquartile range of the same.
+        shares: Stage to its part of all measured seconds; they sum to 1.
+        self_s: Stage to `share * step_s`; they sum to `step_s`.
+        mean_s: Stage to its plain mean over the measured steps (over whole cycles of them).
+        spread_s: Stage to half the interquartile range of its seconds over steps (over cycles).
+        parts_s: (stage, part) to seconds, scaled as `self_s` is.
+    """
+
+    step_s: float
+    step_spread_s: float
+    shares: dict[str, float]
+    self_s: dict[str, float]
+    mean_s: dict[str, float]
+    spread_s: dict[str, float]
+    parts_s: dict[tuple[str, str], float]
+
+    def seconds(self, *stages: str) -> float:
+        """Seconds of a step that these stages take together."""
+        return math.fsum(self.self_s.get(stage, 0.0) for stage in stages)
+
+
+def cycle_means(values: Sequence[float], cycle: int) -> list[float]:
+    """Mean of each whole cycle of `values`; the values themselves where there is no whole cycle. Any `cycle` steps in a
+    row hold each kind of step once, so it does not matter where the first cycle begins."""
+    whole = len(values) - len(values) % cycle
+    if whole == 0:
+        return list(values)
+    return [math.fsum(values[i : i + cycle]) / cycle for i in range(0, whole, cycle)]
+
+
+def half_quartile_range(values: Sequence[float]) -> float:
+    """Half of the distance between the quartiles; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2.0
+
+
+def break_down(timings: StageTimings) -> Breakdown:
+    """Account for the measured steps.
+
+    Raises:
+        NothingSucceeded: No optimizer step was measured, or none took any time.
+    """
+    cycles = cycle_means(timings.step_s, timings.cycle)
+    per_cycle = {row.name: cycle_means(row.per_step_s, timings.cycle) for row in timings.stages}
+    total = math.fsum(math.fsum(values) for values in per_cycle.values())
+    if not cycles or total <= 0.0:
+        raise NothingSucceeded(
+            "no optimizer step was measured", fix="Let the trainer run at least two optimizer steps (`--steps 3`)."
+        )
+    step_s = statistics.median(cycles)
+    shares = {name: math.fsum(values) / total for name, values in per_cycle.items()}
+    parts = {
+        (row.name, part): math.fsum(cycle_means(values, timings.cycle)) / total * step_s
+        for row in timings.stages
+        for part, values in row.parts.items()
+    }
+    return Breakdown(
+        step_s=step_s,
+        step_spread_s=half_quartile_range(cycles),
+        shares=shares,
+        self_s={name: share * step_s for name, share in shares.items()},
+        mean_s={name: statistics.fmean(values) if values else 0.0 for name, values in per_cycle.items()},
+        spread_s={name: half_quartile_range(values) for name, values in per_cycle.items()},
+        parts_s=parts,
+    )

@@ -1,0 +1,76 @@
+"""Ask every rule, drop what is not worth a word, rank the rest, and say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from grpo_autotune.advice import exact, learning, speedups
+from grpo_autotune.advice.facts import Facts, Idea
+from grpo_autotune.records.report import Advice, Change
+from grpo_autotune.units import listing, percent, seconds
+
+LEAST_SHARE = 0.01
+"""A predicted saving below this share of the step is not worth a user's time."""
+
+Rule = Callable[[Facts], Idea | None]
+RULES: tuple[Rule, ...] = (*exact.RULES, speedups.speed_ups, *learning.RULES)
+
+
+def judge(facts: Facts, rules: Iterable[Rule] = RULES) -> list[Advice]:
+    """The verdict: exact advice before advice that changes learning, each by predicted saving."""
+    ideas = [idea for rule in rules if (idea := rule(facts)) is not None]
+    worth = [i for i in ideas if i.saving_s is None or i.saving_s >= LEAST_SHARE * facts.breakdown.step_s]
+    worth.sort(key=lambda idea: (idea.kind != "exact", -(idea.saving_s or 0.0)))
+    return [advice_of(idea, facts) for idea in worth]
+
+
+def amdahl(facts: Facts, stages: Iterable[str]) -> float | None:
+    """Amdahl's law (Amdahl 1967): with a share s of the step gone the step is 1 / (1 - s) times faster; null at s =
+    1."""
+    rest = 1.0 - sum(facts.breakdown.shares.get(stage, 0.0) for stage in stages)
+    return 1.0 / rest if rest > 1e-6 else None
+
+
+def advice_of(idea: Idea, facts: Facts) -> Advice:
+    """Put an idea into words and numbers."""
+    step_s = facts.breakdown.step_s
+    ceiling = amdahl(facts, idea.stages)
+    head = idea.action or listing([_say(change, facts.config is not None) for change in idea.changes])
+    sentences = [head[0].upper() + head[1:]]
+    if idea.saving_s is None:
+        sentences[0] += "; no seconds of a step are predicted to be saved"
+    else:
+        saved = f"{seconds(idea.saving_s)} of a step's {seconds(step_s)} ({percent(idea.saving_s / step_s)})"
+        sentences[0] += f": predicted to save {saved}"
+    sentences += [text for text in (idea.because, idea.caveat) if text]
+    if idea.saving_s is not None and ceiling is not None:
+        what = listing([stage for stage in idea.stages if facts.breakdown.self_s.get(stage)])
+        sentences.append(f"Whatever is done about {what}, the step can get at most {ceiling:.2f}x faster")
+    return Advice(
+        text=" ".join(f"{sentence.rstrip('.')}." for sentence in sentences),
+        kind=idea.kind,
+        predicted_saving=idea.saving_s,
+        predicted_share=None if idea.saving_s is None else idea.saving_s / step_s,
+        ceiling=ceiling,
+        stages=list(idea.stages),
+        changes=list(idea.changes),
+    )
+
+
+def _say(change: Change, has_config: bool) -> str:
+    """`set grpo.beta to 0.0 (now 0.04)`, or, in a script without our configuration, `pass beta=0.0 to GRPOConfig`."""
+    now = "" if change.before is None else f" (now {_value(change.before)})"
+    section, _, name = change.key.partition(".")
+    if has_config:
+        return f"set {change.key} to {_value(change.after)}{now}"
+    if section == "data":
+        return f"bring the images' longest side to {_value(change.after)} pixels{now}"
+    name = f"vllm_{name}" if section == "vllm" else name
+    after = repr(change.after) if not isinstance(change.after, float) else f"{change.after:g}"
+    return f"pass {name}={after} to GRPOConfig{now}"
+
+
+def _value(value: bool | int | float | str | None) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""RunConfig: one YAML file that says what to train, in the ecosystem's own keys."""

@@ -1,0 +1,214 @@
+"""The arithmetic of a GRPO batch: which numbers fit together, and the nearest ones that do.
+
+TRL generates for `steps_per_generation` micro steps at once (the checks of `GRPOConfig.__post_init__`, TRL 1.16):
+
+    generation batch = per_device_train_batch_size x world size x steps_per_generation
+
+and needs whole groups in it: the generation batch is a multiple of `num_generations`. The world size is the number of
+processes (`WORLD_SIZE`, which torchrun sets).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.errors import ConfigError
+
+
+def world_size() -> int:
+    """Number of training processes, from the environment variable `WORLD_SIZE` (1 without it).
+
+    Raises:
+        ConfigError: If the variable is not a positive whole number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"{text!r} is not a number of processes", where="WORLD_SIZE", fix="Unset it, or use torchrun."
+        )
+    return int(text)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a `grpo` section, with TRL's defaults for keys that it leaves out.
+
+    Attributes:
+        micro_batch: Completions a forward, on one device.
+        processes: World size.
+        accumulation: Micro steps an optimizer step.
+        steps_per_generation: Micro steps a generation.
+        num_generations: Completions a prompt (G).
+        num_iterations: Times each generation is trained on.
+        generation_batch: Completions a generation, over all devices.
+        eval_batch: Completions an evaluation step, over all devices; null where evaluation is off.
+        eval_generations: Completions a prompt in evaluation.
+    """
+
+    micro_batch: int
+    processes: int
+    accumulation: int
+    steps_per_generation: int
+    num_generations: int
+    num_iterations: int
+    generation_batch: int
+    eval_batch: int | None
+    eval_generations: int
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Distinct prompts a generation."""
+        return self.generation_batch // self.num_generations
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions an optimizer step, over all devices."""
+        return self.micro_batch * self.processes * self.accumulation
+
+
+def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
+    """Work out the batch arithmetic of a `grpo` section whose types were checked, and judge it.
+
+    Raises:
+        ConfigError: If a count is not positive, both `generation_batch_size` and `steps_per_generation` are given, or
+            a batch is not a whole number of groups; the message says the rule and the nearest legal values.
+    """
+
+    def value(name: str) -> Any:
+        return grpo[name] if name in grpo else grpo_keys()[name].default_value()
+
+    _check_counts(grpo)
+    micro, accumulation, group = (
+        int(value(name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    )
+    processes = world_size()
+    steps = _steps_per_generation(
+        value("generation_batch_size"), value("steps_per_generation"), micro, processes, accumulation
+    )
+    evaluates = value("eval_strategy") != "no"
+    plan = BatchPlan(
+        micro_batch=micro,
+        processes=processes,
+        accumulation=accumulation,
+        steps_per_generation=steps,
+        num_generations=group,
+        num_iterations=int(value("num_iterations")),
+        generation_batch=micro * processes * steps,
+        eval_batch=int(value("per_device_eval_batch_size")) * processes if evaluates else None,
+        eval_generations=int(value("num_generations_eval") or group),
+    )
+    _check_groups(plan, "steps_per_generation" if value("steps_per_generation") else "gradient_accumulation_steps")
+    return plan
+
+
+COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_iterations": 1,
+    "num_generations": 2,
+    "num_generations_eval": 1,
+    "max_completion_length": 1,
+}
+"""Smallest legal value. A group of one has no mean to be compared with, so its advantage is always zero."""
+
+MAY_BE_NULL = frozenset(
+    {"steps_per_generation", "generation_batch_size", "num_generations_eval", "max_completion_length"}
+)
+
+
+def _check_counts(grpo: Mapping[str, Any]) -> None:
+    for name, least in COUNTS.items():
+        count = grpo.get(name, least)
+        if count is None and name in MAY_BE_NULL:
+            continue
+        if count is None or count < least:
+            raise ConfigError(
+                f"must be at least {least}, and is {count}", where=f"grpo.{name}", fix=f"Nearest legal: {least}."
+            )
+
+
+def _steps_per_generation(batch: int | None, steps: int | None, micro: int, processes: int, accumulation: int) -> int:
+    """Micro steps a generation, as `GRPOConfig.__post_init__` derives them."""
+    if batch is None:
+        return steps or accumulation
+    if steps is not None:
+        raise ConfigError(
+            "generation_batch_size and steps_per_generation are both given, and each decides the other",
+            where="grpo.generation_batch_size",
+            fix="Remove one of them.",
+        )
+    per_device, device_batch = f"per_device_train_batch_size {micro}", micro * processes
+    if batch % device_batch:
+        raise ConfigError(
+            f"{batch} is not a multiple of {per_device} x world size {processes} = {device_batch}",
+            where="grpo.generation_batch_size",
+            fix=f"Nearest legal: {_words(_nearest_multiples(batch, device_batch))}.",
+        )
+    return batch // device_batch
+
+
+def _check_groups(plan: BatchPlan, steps_name: str) -> None:
+    group = plan.num_generations
+    if plan.generation_batch % group:
+        legal_micro = [m for m in range(1, 4 * plan.micro_batch + group + 1) if not m * _rest(plan) % group]
+        raise ConfigError(
+            f"the generation batch must be a multiple of num_generations {group}, and is {plan.generation_batch} "
+            f"(per_device_train_batch_size {plan.micro_batch} x world size {plan.processes} x {steps_name} "
+            f"{plan.steps_per_generation})",
+            where="grpo.num_generations",
+            fix=_remedy(
+                plan.generation_batch,
+                group,
+                2,
+                "num_generations",
+                "per_device_train_batch_size",
+                plan.micro_batch,
+                legal_micro,
+            ),
+        )
+    if plan.eval_batch is not None and plan.eval_batch % plan.eval_generations:
+        micro, group = plan.eval_batch // plan.processes, plan.eval_generations
+        legal_micro = [m for m in range(1, 4 * micro + group + 1) if not m * plan.processes % group]
+        raise ConfigError(
+            f"the evaluation batch must be a multiple of the completions a prompt ({group}), and is {plan.eval_batch} "
+            f"(per_device_eval_batch_size {micro} x world size {plan.processes})",
+            where="grpo.per_device_eval_batch_size",
+            fix=_remedy(
+                plan.eval_batch, group, 1, "num_generations_eval", "per_device_eval_batch_size", micro, legal_micro
+            ),
+        )
+
+
+def _rest(plan: BatchPlan) -> int:
+    return plan.processes * plan.steps_per_generation
+
+
+def _remedy(
+    batch: int, group: int, least: int, group_key: str, micro_key: str, micro: int, legal_micro: list[int]
+) -> str:
+    groups = [g for g in range(least, batch + 1) if batch % g == 0]
+    choices = [f"{group_key} {_words(_nearest(groups, group))}"] if groups else []
+    choices.append(f"{micro_key} {_words(_nearest(legal_micro, micro))}")
+    return f"Nearest legal: {', or '.join(choices)}."
+
+
+def _nearest(legal: list[int], wanted: int) -> list[int]:
+    """The nearest legal value on each side of the one wanted."""
+    below, above = [x for x in legal if x < wanted], [x for x in legal if x > wanted]
+    return below[-1:] + above[:1]
+
+
+def _nearest_multiples(wanted: int, of: int) -> list[int]:
+    low = wanted // of * of
+    return [x for x in (low, low + of) if x]
+
+
+def _words(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)

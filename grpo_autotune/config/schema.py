@@ -1,0 +1,348 @@
+"""RunConfig: one YAML file that says what to train, in the ecosystem's own keys.
+
+Sections hold the keys of the library that uses them, verbatim. Validators judge and never rewrite; what follows from
+the keys is a property. Every mistake is a `ConfigError` that names the key path. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from grpo_autotune.config.batch import BatchPlan, batch_plan
+from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys, wrong_type
+from grpo_autotune.config.messages import from_validation, unknown_key
+from grpo_autotune.config.section import Section
+from grpo_autotune.config.sources import read_source, resolve_source
+from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
+from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.records.receipt import Receipt
+
+__all__ = ["RunConfig", "load_config", "resolve_source"]
+
+OWNED_ELSEWHERE = {
+    "output_dir": "output.dir",
+    "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
+    "trust_remote_code": "model.trust_remote_code",
+    "reward_weights": "rewards[].weight",
+    "logging_nan_inf_filter": "nowhere: a loss that is not a number always stops the run",
+    "resume_from_checkpoint": "the option --resume",
+    **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
+}
+"""`GRPOConfig` keys that another section holds -> where."""
+
+PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
+"""`LoraConfig` fields that PEFT fills in by itself."""
+
+
+class ModelSection(Section):
+    """The model to train."""
+
+    name_or_path: str | None = None
+    """Folder, hub id, or registered model name (`demo`). Exactly one of this and `random_init`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    random_init: str | None = None
+    """Architecture to build with random weights (`qwen3-vl-2b`), to measure a model before downloading it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type; `auto` takes the checkpoint's own."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`, ...)."""
+    load_in_4bit: bool = False
+    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft`."""
+    freeze_vision_tower: bool = False
+    """Do not train the vision tower of a vision-language model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.random_init is None):
+            raise ConfigError(
+                "give exactly one of model.name_or_path and model.random_init",
+                where="model",
+                fix="Set the one that is not wanted to null." if self.name_or_path else "Name a model to train.",
+            )
+        return self
+
+
+class DataSection(Section):
+    """The prompts, and what rewards need to judge the answers."""
+
+    path: str
+    """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, or hub id."""
+    name: str | None = None
+    """Configuration of a hub data set (`main` of openai/gsm8k)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    split: str = "train"
+    """Split to train on; slices as in `datasets` (`train[:90%]`). A file has the one split `train`."""
+    eval_path: str | None = None
+    """Held-out data, where it is not a split of `path`."""
+    eval_split: str | None = None
+    """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
+    columns: dict[str, str] = {}
+    """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
+    prompt_template: str | None = None
+    """Prompt as a format string over columns: `"{question} Answer with a number."`"""
+    system_prompt: str | None = None
+    """System message put before every prompt."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Use the first so many rows."""
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    """The same for held-out data."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
+    params: dict[str, Any] = {}
+    """Arguments of a registered data-set function."""
+
+
+class RewardItem(Section):
+    """One reward function."""
+
+    name: str
+    """Registered name, or `package.module:function`."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum."""
+    params: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+
+class SearchSection(Section):
+    """What `grpo-autotune search` may change, and what it must prove."""
+
+    knobs: dict[str, list[Any] | None] = {}
+    """Knob (a key path such as `data.image_size`) -> the values it may take; null takes a knob out of the search."""
+    accept: list[str] = []
+    """Knobs that change what is learned and may enter `tuned.yaml` although the measurements do not prove them."""
+    max_reward_drop: float = Field(default=0.03, ge=0, allow_inf_nan=False)
+    """Largest loss of mean reward that a knob which changes what is learned may cost."""
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    """Confidence of every interval, and of the test against `max_reward_drop`."""
+    allow_longer_run: bool = False
+    """Whether the predicted wall time of the configured run may rise for more useful completions a second."""
+    steps: int = Field(default=3, ge=1)
+    """Optimizer steps that a trial measures at first; more where intervals overlap."""
+    trial_limit_s: float | None = Field(default=None, gt=0)
+    """Longest a trial may run, in seconds; by default what the models predict for it, with a margin."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the search itself; trials keep `grpo.seed`."""
+
+
+class OutputSection(Section):
+    """Where a run is written."""
+
+    dir: str | None = None
+    """Run folder; `runs/<name>` by default."""
+    name: str | None = None
+    """Name of the run; the configuration file's name by default."""
+
+
+class RunConfig(Section):
+    """Everything that decides a training run. Frozen; equal after a trip through YAML or JSON."""
+
+    model: ModelSection
+    peft: dict[str, Any] | None = None
+    data: DataSection
+    rewards: list[RewardItem] = Field(min_length=1)
+    grpo: dict[str, Any] = {}
+    vllm: VllmSection = VllmSection()
+    speedups: str | list[str] = "none"
+    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names."""
+    search: SearchSection = SearchSection()
+    output: OutputSection = OutputSection()
+    receipt: Receipt | None = None
+
+    @field_validator("grpo")
+    @classmethod
+    def _grpo_keys(cls, grpo: dict[str, Any]) -> dict[str, Any]:
+        for name in grpo:
+            if name in OWNED_ELSEWHERE:
+                raise ConfigError(
+                    "this key lives in another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
+                )
+            if name not in grpo_keys():
+                raise unknown_key(("grpo", name), known_paths())
+        check_values("grpo", grpo, grpo_keys())
+        batch_plan(grpo)
+        return grpo
+
+    @field_validator("peft")
+    @classmethod
+    def _peft_keys(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in peft or {}:
+            if name in PEFT_FIXED:
+                raise ConfigError("PEFT fills this in by itself", where=f"peft.{name}", fix="Remove it.")
+            if name not in peft_keys():
+                raise unknown_key(("peft", name), known_paths())
+        check_values("peft", peft or {}, peft_keys())
+        return peft
+
+    @field_validator("vllm", mode="before")
+    @classmethod
+    def _vllm_keys(cls, vllm: Any) -> Any:
+        if isinstance(vllm, Mapping):
+            check_engine_keys(vllm, known_paths())
+        return vllm
+
+    @field_validator("speedups")
+    @classmethod
+    def _speedups_word(cls, speedups: str | list[str]) -> str | list[str]:
+        if isinstance(speedups, str) and speedups not in ("auto", "none"):
+            raise wrong_type("speedups", speedups, "auto, none, or a list of names")
+        return speedups
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.model.load_in_4bit and self.peft is None:
+            raise ConfigError(
+                "weights in 4 bits cannot be trained without an adapter",
+                where="model.load_in_4bit",
+                fix="Add a peft section.",
+            )
+        held_out = self.data.eval_path is not None or self.data.eval_split is not None
+        on_start = bool(self.grpo.get("eval_on_start"))
+        if not held_out and (on_start or self.batch.eval_batch is not None):
+            raise ConfigError(
+                "evaluation is on, and there is no held-out data",
+                where="grpo.eval_on_start" if on_start else "grpo.eval_strategy",
+                fix="Set data.eval_split or data.eval_path.",
+            )
+        if not held_out and self.data.max_eval_samples is not None:
+            raise ConfigError(
+                "there is no held-out data to take rows of",
+                where="data.max_eval_samples",
+                fix="Set data.eval_split or data.eval_path.",
+            )
+        if self.vllm != VllmSection() and not self.use_vllm:
+            raise ConfigError(
+                "the vllm section has keys, and vLLM is off",
+                where="vllm",
+                fix="Set grpo.use_vllm to true, or remove the section.",
+            )
+        return self
+
+    @property
+    def batch(self) -> BatchPlan:
+        """The batch arithmetic, with TRL's defaults for keys left out and the world size of this process."""
+        return batch_plan(self.grpo)
+
+    @property
+    def run_dir(self) -> Path:
+        """`output.dir`, else `runs/<name>`."""
+        return Path(self.output.dir) if self.output.dir else Path("runs") / (self.output.name or "run")
+
+    @property
+    def use_vllm(self) -> bool:
+        """Whether vLLM generates the completions."""
+        return bool(self.grpo.get("use_vllm", False))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build from plain values; a section that is null counts as left out.
+
+        Raises:
+            ConfigError: For the first mistake, naming its key path.
+        """
+        try:
+            return cls.model_validate({key: value for key, value in values.items() if value is not None})
+        except ValidationError as error:
+            raise from_validation(error, known_paths()) from error
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "YAML text") -> RunConfig:
+        """Build from YAML text; `where` names it in messages. Raises as `from_dict`."""
+        return cls.from_dict(_mapping(parse_yaml(text, where), where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; keys that hold their default are left out."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back to an equal configuration."""
+        return write_yaml(self.to_dict())
+
+
+def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration.
+
+    Args:
+        source: Path, or name of a shipped profile; None takes `./grpo.yaml` if it is there, else the profile `demo`.
+        overrides: Items of the form `section.key=value`, the value in YAML; later ones win. `rewards.0.weight=2`
+            reaches into a list.
+
+    Returns:
+        The configuration; `output.name` is the file's name without its ending, unless it is given.
+
+    Raises:
+        ConfigError: If the source is not there, is not YAML, or is not a legal configuration.
+    """
+    label, path = resolve_source(source)
+    values = _mapping(parse_yaml(read_source(path), label), label)
+    for item in overrides:
+        override(values, item)
+    output = values.get("output") or {}
+    if isinstance(output, dict) and output.get("name") is None:
+        values["output"] = {**output, "name": path.stem}
+    return RunConfig.from_dict(values)
+
+
+def known_paths() -> list[str]:
+    """Every key path a configuration may hold, for instance `grpo.beta`."""
+    paths = list(RunConfig.model_fields)
+    for name, section in (
+        ("model", ModelSection),
+        ("data", DataSection),
+        ("rewards", RewardItem),
+        ("vllm", VllmSection),
+        ("search", SearchSection),
+        ("output", OutputSection),
+        ("receipt", Receipt),
+    ):
+        paths += [f"{name}.{key}" for key in section.model_fields]
+    paths += [f"vllm.{key}" for key in sorted(engine_names() - VllmSection.model_fields.keys())]
+    paths += [f"grpo.{key}" for key in grpo_keys() if key not in OWNED_ELSEWHERE]
+    return paths + [f"peft.{key}" for key in peft_keys() if key not in PEFT_FIXED]
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            "a configuration is a mapping of sections",
+            where=where,
+            fix=f"Sections: {', '.join(RunConfig.model_fields)}.",
+        )
+    return values
+
+
+def override(values: dict[str, Any], item: str) -> None:
+    """Put one `a.b=value` into nested plain values, making the sections on its way."""
+    path, equals, text = item.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{item!r} is not of the form section.key=value", where="--set")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                raise ConfigError(
+                    f"the list {'.'.join(keys[:depth])} has {len(here)} items",
+                    where=f"--set {path}",
+                    fix="Count from 0.",
+                )
+            index: Any = int(key)
+        elif isinstance(here, dict):
+            index = key
+        else:
+            raise ConfigError(f"{'.'.join(keys[:depth])} holds {here!r}, which has no keys", where=f"--set {path}")
+        if last:
+            here[index] = parse_yaml(text, f"--set {path}")
+        else:
+            if isinstance(here, dict) and here.get(index) is None:
+                here[index] = {}
+            here = here[index]

@@ -1,0 +1,116 @@
+"""What is known before a knob is turned: the configuration, the machine, the model's config.json, a probe's record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.architectures import architecture
+from grpo_autotune.hardware import Machine
+from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.registry import names
+
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class Given(NamedTuple):
+    """What decides a knob's values and kind.
+
+    Attributes:
+        config: The user's configuration.
+        machine: Null where only the configuration is asked about.
+        model: The model's config.json; empty where nobody has it yet.
+        record: A probe of this configuration, where there is one.
+    """
+
+    config: RunConfig
+    machine: Machine | None
+    model: Mapping[str, Any]
+    record: ProbeRecord | None = None
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The language model's part of `model`."""
+        nested = self.model.get("text_config")
+        return nested if isinstance(nested, Mapping) else self.model
+
+    @property
+    def experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return any(self.text.get(key) for key in EXPERT_KEYS)
+
+    @property
+    def images(self) -> bool | None:
+        """Whether prompts hold images; null where that is not known."""
+        if self.record is not None:
+            return self.record.images is not None
+        if self.model and "vision_config" not in self.model:
+            return False
+        told = self.config.data.image_size is not None or {"image", "images"} & self.config.data.columns.keys()
+        return True if told else None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the machine."""
+        return len(self.machine.gpus) if self.machine is not None else 0
+
+
+def given(config: RunConfig, machine: Machine | None = None, record: ProbeRecord | None = None) -> Given:
+    """Gather what is known without loading or downloading anything."""
+    model = record.trainer.model_config_json if record is not None else model_config(config)
+    return Given(config, machine, model, record)
+
+
+def model_config(config: RunConfig) -> Mapping[str, Any]:
+    """The model's config.json, if it is in the table, in a folder or in the hub's cache; else empty."""
+    section = config.model
+    if section.random_init is not None:
+        try:
+            return architecture(section.random_init).config
+        except ConfigError:
+            return {}
+    return _stored(str(section.name_or_path), section.revision, "config.json")
+
+
+@lru_cache(maxsize=16)
+def _stored(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
+    path: Path | None = Path(name).expanduser() / file
+    if path is not None and not path.is_file():
+        path = _cached(name, revision, file) if name.count("/") <= 1 and name not in names("model") else None
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cached(name: str, revision: str | None, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
+    """Least and most pixels that the image processor leaves an image, where its file is in a folder or in the hub's
+    cache: smaller images are enlarged, larger ones shrunk."""
+    name, revision = str(config.model.name_or_path), config.model.revision
+    whole = _stored(name, revision, "processor_config.json").get("image_processor") or {}
+    found = whole or _stored(name, revision, "preprocessor_config.json")
+    size = found.get("size") or {}
+    least, most = (
+        found.get("min_pixels") or size.get("shortest_edge"),
+        found.get("max_pixels") or size.get("longest_edge"),
+    )
+    return (int(least), int(most)) if least and most else None

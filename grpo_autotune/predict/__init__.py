@@ -1,0 +1,1 @@
+"""Seconds and memory of a configuration that has not run: the one predictor."""

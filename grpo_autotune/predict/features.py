@@ -1,0 +1,215 @@
+"""What each stage's seconds are made of: calls that cost a fixed time each, and work that costs time in proportion.
+
+A feature is a count an optimizer step; a stage's seconds are a sum of features times non-negative coefficients, which
+`fit` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from grpo_autotune.estimate.cost import generation_work, training_batch
+from grpo_autotune.estimate.passes import Work, backward, forward
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.predict.workload import Workload
+
+Features = dict[str, float]
+
+PARTS = {
+    "generation": "generation",
+    "training_forward": "policy_logprob",
+    "old_policy": "policy_logprob",
+    "reference_logprob": "reference_logprob",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "data": "data",
+    "prompt": "prompt",
+    "reward": "reward",
+    "weight_sync": "weight_sync",
+    "engine": "engine",
+    "sync_wait": "sync_wait",
+    "log_save_eval": "log_save_eval",
+    "other": "other",
+}
+"""What is predicted by itself -> the stage that holds it; stages are those of the probe."""
+
+
+SPARED = "_spared"
+"""Ends the feature of operations that a speed-up leaves out."""
+
+
+class Rates(NamedTuple):
+    """How many operations the machine does in the time it moves a byte; only this exchange rate matters here."""
+
+    flops_per_byte: float
+
+
+def features(load: Workload, rates: Rates) -> dict[str, Features]:
+    """Features of every part that runs, by the names of `PARTS`."""
+    return {part: found for part, make in MAKERS.items() if (found := make(load, rates)) is not None}
+
+
+def _generation(load: Workload, rates: Rates) -> Features:
+    facts, suffix = load.facts, "@vllm" if load.facts.use_vllm else ""
+    steps = max(facts.longest_completion - 1.0, 0.0) * load.generations * load.waves
+    decoded = max(facts.completion_tokens - 1.0, 0.0) * load.generations if facts.use_vllm else steps
+    found = {"calls": load.generations, "steps": steps}
+    if load.shape is None:
+        tokens = facts.generation_rows * facts.prompt_tokens * load.generations
+        found |= {"prompt_tokens": tokens, "tokens": facts.generation_rows * decoded}
+    else:
+        *prefill, decode = generation_work(load.shape, facts).phases
+        found |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
+        found |= _work("decode", decode, rates)
+        found |= _spared(load, found, "shared_prefill", facts.group, 0.0)
+    return {f"{name}{suffix}": count for name, count in found.items()}
+
+
+def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters: bool = True) -> Features:
+    """`copies`: rows of one prompt that a speed-up finds together. A training pass has a micro batch of them, a pass
+    without gradients goes over the whole generation (`_rows` in speedups/shared_prefix/speedup.py)."""
+    facts = load.facts
+    found = {"calls": passes, "rows": passes * facts.micro_batch}
+    if load.shape is None:
+        return found | _plain(load, passes)
+    one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
+    found |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
+    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
+
+
+def _training_forward(load: Workload, rates: Rates) -> Features:
+    return _pass(load, rates, load.facts.passes, min(load.facts.group, load.facts.micro_batch))
+
+
+def _old_policy(load: Workload, rates: Rates) -> Features | None:
+    facts = load.facts
+    return _pass(load, rates, facts.passes / facts.iterations, facts.group) if facts.old_policy else None
+
+
+def _reference(load: Workload, rates: Rates) -> Features | None:
+    facts = load.facts
+    passes = facts.passes / facts.iterations
+    return _pass(load, rates, passes, facts.group, adapters=False) if facts.reference else None
+
+
+def _backward(load: Workload, rates: Rates) -> Features:
+    facts = load.facts
+    found = {"calls": float(facts.passes), "rows": float(facts.passes * facts.micro_batch)}
+    if facts.training.checkpointing:
+        found["calls_again"] = float(facts.passes)
+    if load.shape is None:
+        return found | _plain(load, facts.passes * (1.5 if facts.training.checkpointing else 1.0))
+    work = backward(load.shape, training_batch(load.shape, facts), facts.training) * facts.passes
+    head, text, *rest = work.phases
+    found |= _work("head", head, rates) | _work("text", text, rates)
+    if len(rest) > 1:
+        found |= _work("tower", rest[0], rates)
+    found |= _scores(load, load.shape, facts.passes)
+    copies = min(facts.group, facts.micro_batch)
+    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
+
+
+def _spared(load: Workload, found: Features, by: str, copies: int, completion: float) -> Features:
+    """Under the speed-up `by`, operations with each prompt and its images counted once for its `copies` in a pass, and
+    those that are spared beside them: what becomes of these is for the fit to find out."""
+    if by not in load.speedups:
+        return {}
+    prompt = load.facts.prompt_tokens
+    text = (prompt / copies + completion) / max(prompt + completion, 1.0)
+    shares = {"text_flops": text, "tower_flops": 0.0 if _tower_is_kept(load) else 1.0 / copies}
+    done = {name: found[name] * share for name, share in shares.items() if name in found}
+    return done | {f"{name}{SPARED}": found[name] - count for name, count in done.items()}
+
+
+def _tower_is_kept(load: Workload) -> bool:
+    """Whether an image's features serve all passes of a step."""
+    training = load.facts.training
+    frozen = not (training.vision_weights or training.adapters.blocks or training.adapters.mergers)
+    return frozen and "vision_cache" in load.speedups
+
+
+def _plain(load: Workload, passes: float) -> Features:
+    """Tokens and pairs of tokens, for an architecture without formulas."""
+    facts = load.facts
+    tokens = passes * facts.micro_batch * facts.row_tokens
+    return {"tokens": tokens, "pairs": tokens * facts.row_tokens}
+
+
+def _scores(load: Workload, shape: ModelShape, passes: float) -> Features:
+    """Attention scores written and read, where the kernel does: `eager` alone, in the tower too."""
+    if not load.sizes.eager:
+        return {}
+    facts = load.facts
+    batch = training_batch(shape, facts)
+    text = shape.layers * shape.heads * batch.rows * batch.length**2
+    tower = 0.0
+    if shape.vision is not None:
+        tower = shape.vision.depth * shape.vision.heads * batch.patches * batch.grid[0] * batch.grid[1]
+    return {"attention_scores": (text + tower) * passes}
+
+
+def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], Features]:
+    def make(load: Workload, rates: Rates) -> Features:
+        return {"calls": per(load)}
+
+    return make
+
+
+def _data(load: Workload, rates: Rates) -> Features:
+    rows, suffix = load.rows_loaded, "@workers" if load.trainer["dataloader_num_workers"] else ""
+    found = {"calls": float(load.facts.passes), "rows": rows, "pixels": rows * load.facts.images * load.pixels}
+    return {f"{name}{suffix}": count for name, count in found.items()}
+
+
+def _prompt(load: Workload, rates: Rates) -> Features:
+    rows = load.facts.generation_rows * load.generations
+    tokens = rows * load.facts.images * load.facts.image_tokens
+    pixels = rows * load.facts.images * load.pixels
+    return {"calls": load.generations, "rows": rows, "image_tokens": tokens, "pixels": pixels}
+
+
+def _reward(load: Workload, rates: Rates) -> Features:
+    rows = load.facts.generation_rows * load.generations
+    return {"calls": load.generations, "rows": rows, "tokens": rows * load.facts.completion_tokens}
+
+
+def _optimizer(load: Workload, rates: Rates) -> Features:
+    return {"calls": 1.0, "parameters": load.facts.training.trainable}
+
+
+def _other(load: Workload, rates: Rates) -> Features:
+    rows = load.facts.generation_rows * load.generations
+    patches = rows * load.facts.images * load.facts.image_tokens
+    return {"calls": 1.0, "passes": float(load.facts.passes), "rows": rows, "image_tokens": patches}
+
+
+MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
+    "generation": _generation,
+    "training_forward": _training_forward,
+    "old_policy": _old_policy,
+    "reference_logprob": _reference,
+    "backward": _backward,
+    "optimizer": _optimizer,
+    "data": _data,
+    "prompt": _prompt,
+    "reward": _reward,
+    "weight_sync": _occasions(lambda load: load.generations),
+    "engine": _occasions(lambda load: load.generations),
+    "sync_wait": _occasions(lambda load: float(load.facts.passes)),
+    "log_save_eval": _occasions(lambda load: 1.0),
+    "other": _other,
+}
+
+
+def _named(work: Work, names: tuple[str, ...], rates: Rates) -> Features:
+    """Phases of a pass, the last of `names` belonging to the last phase."""
+    found: Features = {}
+    for name, phase in zip(names[-len(work.phases) :], work.phases, strict=True):
+        found |= _work(name, phase, rates)
+    return found
+
+
+def _work(name: str, phase: tuple[float, float], rates: Rates) -> Features:
+    flops, moved = phase
+    return {f"{name}_flops": flops, f"{name}_bytes": moved * rates.flops_per_byte}

@@ -1,0 +1,302 @@
+"""What a configuration will cost before it runs: seconds by stage and the peak of memory, each with an interval.
+
+The first guess comes from the probe alone; every trial that ended well is learnt, and the prediction made before it was
+is kept, so that the models' error is known. A search that is resumed builds them again by learning the same outcomes in
+the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import NothingSucceeded
+from grpo_autotune.hardware import Machine, find_gpu
+from grpo_autotune.knobs import engine, knobs_of
+from grpo_autotune.predict.features import PARTS, Rates, features
+from grpo_autotune.predict.memory import PeakFit, PeakSeen, increment
+from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Place, Seen, wide
+from grpo_autotune.predict.workload import Workload, workload
+from grpo_autotune.records.probe import ProbeRecord, StageTimings
+from grpo_autotune.records.trial import TrialOutcome
+
+CPU_FLOPS_PER_BYTE = 8.0
+"""Operations a core does in the time it moves a byte from memory: about 60 a nanosecond against 8 bytes, as
+`hardware.ceilings` measures it on server cores. Only weighs bytes against operations until trials tell."""
+
+GPU_FLOPS_PER_BYTE = 250.0
+"""The same for a card that the table of GPUs does not know; those of the last five years lie between 150 and 350."""
+
+CONFIDENCE = 0.9
+FIRST_SPREAD = 0.25
+"""Relative error expected of a step's seconds before any prediction was checked, and the number of checks it counts
+for: the interval narrows as predictions prove good, and widens as they do not."""
+FIRST_CHECKS = 3
+
+
+class Prediction(NamedTuple):
+    """A value, and the interval that holds it with 90 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Check(NamedTuple):
+    """A prediction that a trial then measured."""
+
+    name: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """Cost and memory models of one search. Frozen: `learn` answers a new one.
+
+    Attributes:
+        base: The configuration that was probed.
+        record: Its probe.
+        machine: What it ran on.
+        outcomes: Trials learnt, in order, each with its configuration.
+        checks: Predictions made before each of them was learnt.
+    """
+
+    base: RunConfig
+    record: ProbeRecord
+    machine: Machine
+    outcomes: tuple[tuple[RunConfig, TrialOutcome], ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @classmethod
+    def from_probe(
+        cls, config: RunConfig, record: ProbeRecord, machine: Machine, outcome: TrialOutcome | None = None
+    ) -> Models:
+        """Models that know nothing but one probe.
+
+        Args:
+            config: The probed configuration.
+            record: Its record.
+            machine: What it ran on.
+            outcome: The probe as a trial, for its peak and idle memory.
+
+        Raises:
+            NothingSucceeded: The probe measured no step or no generation.
+        """
+        if record.tokens is None or not record.timings.step_s:
+            raise NothingSucceeded("the probe measured no whole step", fix="Probe more steps.")
+        first = TrialOutcome(number=-1, status="ok", record=record, step_s=record.timings.step_s)
+        if outcome is not None:
+            first = outcome.model_copy(update={"record": record})
+        return cls(config, record, machine, ((config, first),))
+
+    def learn(self, config: RunConfig, outcome: TrialOutcome) -> Models:
+        """The models after one more trial. One that ran out of memory teaches its peak at least; other failures and
+        trials without a step teach nothing."""
+        checks = list(self.checks)
+        measured = stage_seconds(outcome.record.timings) if outcome.record is not None else {}
+        if outcome.status == "ok" and measured:
+            before = self.stages_s(config)
+            checks += [Check(name, before[name].value, s) for name, s in measured.items() if name in before]
+            checks.append(Check("step", self.step_s(config).value, statistics.median(_steps(outcome))))
+        if measured and outcome.status == "ok" and outcome.peak_bytes is not None and outcome.idle_bytes is not None:
+            increment = self.peak_bytes(config).value - outcome.idle_bytes
+            checks.append(Check("memory", increment, float(outcome.peak_bytes - outcome.idle_bytes)))
+        if outcome.status not in ("ok", "oom"):
+            return self
+        return replace(self, outcomes=(*self.outcomes, (config, outcome)), checks=tuple(checks))
+
+    def step_s(self, config: RunConfig) -> Prediction:
+        """Seconds of an optimizer step."""
+        parts = self._parts(config)
+        value = math.fsum(mean for mean, _ in parts.values())
+        scatter = math.sqrt(math.fsum((mean * spread) ** 2 for mean, spread in parts.values())) / max(value, 1e-12)
+        return self._interval("step", value, scatter)
+
+    def stages_s(self, config: RunConfig) -> dict[str, Prediction]:
+        """Seconds of each stage that runs."""
+        held: dict[str, list[tuple[float, float]]] = {}
+        for part, guess in self._parts(config).items():
+            held.setdefault(PARTS[part], []).append(guess)
+        return {
+            stage: self._interval(stage, sum(m for m, _ in both), max((s for _, s in both), default=0.0))
+            for stage, both in held.items()
+        }
+
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
+        """Most memory over a run: of the process on a CPU, of the device on a GPU.
+
+        Args:
+            config: The configuration.
+            worst_case: With the longest prompts, the largest images and full-length completions.
+        """
+        guess = self._peaks.predict(self._load(config, worst_case=worst_case))
+        found = self._interval("memory", guess.increment, guess.spread)
+        return Prediction(*(guess.idle + bytes_ for bytes_ in found))
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Relative error of the predictions made before each trial was learnt, by stage, `step` and `memory`."""
+        found: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(check.name for check in self.checks):
+            off = [abs(c.predicted / c.measured - 1.0) for c in self.checks if c.name == name and c.measured > 0.0]
+            if off:
+                p90 = float(np.percentile(off, 90))
+                found[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
+        return found
+
+    @cached_property
+    def _rates(self) -> Rates:
+        if not self.record.trainer.device.startswith("cuda"):
+            return Rates(CPU_FLOPS_PER_BYTE)
+        row = find_gpu(self.machine.gpus[0].name) if self.machine.gpus else None
+        return Rates(row.matrix_flops_s / row.bandwidth_bytes_s if row is not None else GPU_FLOPS_PER_BYTE)
+
+    @cached_property
+    def _image_tokens(self) -> dict[str, float]:
+        """Tokens of an image at the sizes that trials had."""
+        found = {}
+        for config, outcome in self.outcomes:
+            images = outcome.record.images if outcome.record is not None else None
+            if images is not None and images.tokens is not None and config.data.image_size is not None:
+                found[str(config.data.image_size)] = images.tokens.mean
+        return found
+
+    def _load(self, config: RunConfig, *, worst_case: bool = False) -> Workload:
+        return workload(
+            config, self.base, self.record, self.machine, seen_tokens=self._image_tokens, worst_case=worst_case
+        )
+
+    @cached_property
+    def _fits(self) -> dict[tuple[str, str], Fit]:
+        """A fit for every part of a stage and every choice of speed-ups that any trial had; those without the probe's
+        own choice begin from it."""
+        seen: dict[tuple[str, str], list[Seen]] = {}
+        for config, outcome in self.outcomes:
+            record = outcome.record
+            if outcome.status != "ok" or record is None or record.tokens is None:
+                continue
+            load = workload(config, config, record, self.machine, measured=True)
+            made, place = features(load, self._rates), place_of(config, load)
+            for part, seconds in part_seconds(record.timings).items():
+                if part in made and seconds > 0.0:
+                    seen.setdefault((part, family(config)), []).append(Seen(made[part], seconds, place))
+        own = family(self.base)
+        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == own}
+        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != own}
+        return {(part, own): fit for part, fit in first.items()} | others
+
+    def _parts(self, config: RunConfig) -> dict[str, tuple[float, float]]:
+        """Mean and relative standard deviation of every part that is predicted to run."""
+        load = self._load(config)
+        made, place = features(load, self._rates), place_of(config, load)
+        found = {}
+        for part, wanted in made.items():
+            fit, doubt = self._fit_for(part, family(config))
+            if fit is not None:
+                guess = fit.predict(wanted, place)
+                found[part] = (guess.mean, math.hypot(guess.spread, doubt))
+        return found
+
+    def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
+        """The fit that knows most about a part, and the doubt that comes with taking another's."""
+        own = family(self.base)
+        also = ["training_forward"] if part in PASSES else []
+        for name in (part, *also):
+            for there in (choice, own):
+                if (name, there) in self._fits:
+                    strange = STRANGE_SPREAD if there != choice or name != part else 0.0
+                    return self._fits[name, there], strange
+        return None, 0.0
+
+    @cached_property
+    def _peaks(self) -> PeakFit:
+        seen = [one for config, outcome in self.outcomes if (one := self._peak_of(config, outcome)) is not None]
+        return PeakFit(tuple(seen))
+
+    def _peak_of(self, config: RunConfig, outcome: TrialOutcome) -> PeakSeen | None:
+        """What a trial tells about memory. A bare record tells the peak of its stages; beyond what an idle process
+        takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
+        record = outcome.record if outcome.record is not None and outcome.record.tokens is not None else None
+        ran_out = outcome.status == "oom"
+        if record is None and not ran_out:
+            return None
+        if record is None:
+            load = self._load(config, worst_case=True)
+        else:
+            load = workload(config, config, record, self.machine, measured=True)
+        peak, idle = outcome.peak_bytes, outcome.idle_bytes
+        if peak is None and record is not None and not ran_out:
+            peak = max((row.peak_bytes or 0 for row in record.timings.stages), default=0)
+            idle = 0 if record.trainer.device.startswith("cuda") else max(0, peak - round(increment(load)))
+        if not peak or idle is None or peak <= idle:
+            return None
+        return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
+
+    def _interval(self, name: str, value: float, scatter: float) -> Prediction:
+        """`scatter` and the errors of earlier predictions, together."""
+        off = [math.log(c.predicted / c.measured) for c in self.checks if c.name == name and min(c[1:]) > 0.0]
+        known = math.sqrt((FIRST_CHECKS * FIRST_SPREAD**2 + math.fsum(e * e for e in off)) / (FIRST_CHECKS + len(off)))
+        reach = wide(CONFIDENCE, FIRST_CHECKS + len(off)) * math.hypot(known, min(scatter, 1.0))
+        return Prediction(value, value * math.exp(-reach), value * math.exp(reach))
+
+
+PASSES = ("old_policy", "reference_logprob")
+"""Passes without gradients: what the training forward taught prices them until one was timed."""
+
+
+def place_of(config: RunConfig, load: Workload) -> Place:
+    """Where a setting stands: numbers that work grows with, words for what no formula describes."""
+    facts = load.facts
+    numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
+    words = (
+        load.trainer["attn_implementation"],
+        facts.training.checkpointing,
+        engine.word(config),
+        load.trainer["dataloader_num_workers"],
+    )
+    return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
+
+
+def family(config: RunConfig) -> str:
+    """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not."""
+    compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
+    return f"{config.speedups}, {'compiled' if compiled else 'eager'}"
+
+
+def stage_seconds(timings: StageTimings) -> dict[str, float]:
+    """Seconds of each stage that ran: the median over cycles of generating and reusing."""
+    found = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
+    return {name: seconds for name, seconds in found.items() if seconds > 0.0}
+
+
+def part_seconds(timings: StageTimings) -> dict[str, float]:
+    """The same by the names of `features.PARTS`: the policy's passes apart."""
+    found: dict[str, float] = {}
+    for row in timings.stages:
+        if row.name == "policy_logprob" and row.parts:
+            found |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
+        elif row.name in PARTS:
+            found[row.name] = _median(row.per_step_s, timings.cycle)
+    return found
+
+
+def _steps(outcome: TrialOutcome) -> list[float]:
+    cycle = outcome.record.timings.cycle if outcome.record is not None else 1
+    return _cycles(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
+
+
+def _median(values: Sequence[float], cycle: int) -> float:
+    return statistics.median(_cycles(values, cycle)) if values else 0.0
+
+
+def _cycles(values: Sequence[float], cycle: int) -> list[float]:
+    """Mean of each whole cycle; the values themselves where there is no whole one."""
+    whole = len(values) - len(values) % cycle
+    return [math.fsum(values[i : i + cycle]) / cycle for i in range(0, whole, cycle)] if whole else list(values)

@@ -1,0 +1,193 @@
+"""What a search makes better: useful completions a second, each figure with its interval.
+
+A group of G completions holds G - 1 degrees of freedom after its mean is taken out, and none where all rewards are
+equal. So a step is worth the sum over its groups of (G - 1) x [rewards differ], less truncated completions where the
+loss masks them. With the learning knobs fixed this is 1 / seconds per step up to a constant.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.stats import betabinom, bootstrap
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.records.probe import ProbeRecord, TokenFacts
+
+RESAMPLES = 2000
+LIVING_RESAMPLES = 200
+"""Of the probe's groups; each is fitted anew, a few milliseconds."""
+MOST_PRECISION = 200.0
+"""Upper bound of a + b in the fit: with few groups the likelihood may grow for ever as prompts become alike."""
+
+
+class Interval(NamedTuple):
+    """A median (or another estimate) of `n` values with its interval; of one value there is none, and the ends are
+    the value."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the two cannot be told apart; one value alone never can."""
+        if self.n < 2 or other.n < 2:
+            return True
+        return self.low <= other.high and other.low <= self.high
+
+
+class Living(NamedTuple):
+    """How the share of groups whose rewards differ depends on their size.
+
+    Attributes:
+        a: First parameter of the beta distribution of pass rates over prompts; null where rewards are not pass or
+            fail, and the share is `seen` whatever the size.
+        b: Second parameter.
+        power: The other rewards' part: dead share = (dead share by the first reward) ** power.
+        seen: Share of the probe's groups that lived.
+        groups: Groups it rests on.
+    """
+
+    a: float | None
+    b: float | None
+    power: float
+    seen: float
+    groups: int
+
+    def share(self, size: int) -> float:
+        """Expected share of living groups among groups of `size`."""
+        if self.a is None or self.b is None:
+            return self.seen
+        return float(1.0 - _dead(self.a, self.b, size) ** self.power)
+
+
+def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
+    """Median with its bootstrap interval (percentile method)."""
+    if not numbers:
+        raise ValueError("no numbers")
+    middle = statistics.median(numbers)
+    if len(numbers) < 2:
+        return Interval(middle, middle, middle, len(numbers))
+    found = bootstrap(
+        (np.asarray(numbers, dtype=float),),
+        np.median,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(middle, float(found.low), float(found.high), len(numbers))
+
+
+def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Interval:
+    """Seconds of an optimizer step; where generating steps take turns with others, of a whole cycle's mean."""
+    return median_interval(cycle_means(step_s, cycle), confidence)
+
+
+def cycle_means(step_s: Sequence[float], cycle: int) -> list[float]:
+    """Seconds a step of each whole cycle; where there is none, of the steps there are."""
+    whole = len(step_s) // cycle * cycle
+    means = [statistics.fmean(step_s[start : start + cycle]) for start in range(0, whole, cycle)]
+    return means or list(step_s)
+
+
+def living_of(record: ProbeRecord) -> Living | None:
+    """Pool the probe's groups; null where no rewards were seen, or no group had any spread."""
+    tokens = record.tokens
+    if tokens is None or not tokens.groups or tokens.dead_groups >= tokens.groups:
+        return None
+    return _fit(tokens, record.trainer.num_generations, np.arange(len(tokens.pass_rates)))
+
+
+def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float) -> Interval | None:
+    """Share of living groups of size `after` over that of size `before`, with its bootstrap interval over groups."""
+    living, tokens = living_of(record), record.tokens
+    if living is None or tokens is None:
+        return None
+    value = living.share(after) / living.share(before)
+    if living.a is None:
+        return Interval(value, value, value, living.groups)
+    rng, count = np.random.default_rng(0), len(tokens.pass_rates)
+    found = [
+        (fit.share(after) / fit.share(before))
+        for fit in (
+            _fit(tokens, record.trainer.num_generations, rng.integers(0, count, count)) for _ in range(LIVING_RESAMPLES)
+        )
+        if fit.a is not None
+    ]
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(found or [value], [tail, 100.0 - tail])
+    return Interval(value, float(low), float(high), living.groups)
+
+
+def useful_per_step(config: RunConfig, living: Living | None, truncated_share: float) -> float:
+    """Useful completions an optimizer step; with unknown rewards every group counts as living."""
+    plan = config.batch
+    masked = truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
+    per_group = max(0.0, plan.num_generations * (1.0 - masked) - 1.0)
+    share = 1.0 if living is None else living.share(plan.num_generations)
+    return groups_per_step(config) * per_group * share
+
+
+def groups_per_step(config: RunConfig) -> float:
+    """Groups generated an optimizer step: a generation serves `steps_per_generation * num_iterations` micro steps, of
+    which a step takes `accumulation`."""
+    plan = config.batch
+    per_generation = plan.generation_batch / plan.num_generations
+    return per_generation * plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
+
+
+def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:
+    """Wall time of the configured run over that of `own`, given the ratio of their seconds a step.
+
+    `max_steps` fixes the number of steps; without it a run is so many passes over the prompts, and TRL's sampler
+    repeats each prompt `num_generations * num_iterations` times (trl/trainer/grpo_trainer.py, `_get_train_sampler`).
+    """
+    if int(own.grpo.get("max_steps", -1)) > 0:
+        return step_ratio
+    return step_ratio * groups_per_step(own) / groups_per_step(config)
+
+
+def _fit(tokens: TokenFacts, size: int, chosen: np.ndarray) -> Living:
+    """Beta-binomial pass counts by maximum likelihood, on the chosen groups."""
+    counts = np.rint(np.asarray(tokens.pass_rates)[chosen] * size)
+    seen = 1.0 - tokens.dead_groups / tokens.groups
+    if not counts.size or not np.any((counts > 0) & (counts < size)):
+        return Living(None, None, 1.0, seen, tokens.groups)
+
+    def loss(theta: np.ndarray) -> float:
+        a, b = _shape(theta)
+        return -float(np.sum(betabinom.logpmf(counts, size, a, b)))
+
+    mean = float(np.clip(counts.mean() / size, 0.02, 0.98))
+    start = np.array([math.log(mean / (1.0 - mean)), math.log(2.0)])
+    bounds = [(-6.0, 6.0), (math.log(0.05), math.log(MOST_PRECISION))]
+    a, b = _shape(minimize(loss, start, method="L-BFGS-B", bounds=bounds).x)
+    alike = float(np.mean((counts == 0) | (counts == size)))
+    return Living(a, b, _power(alike, tokens, size), seen, tokens.groups)
+
+
+def _shape(theta: np.ndarray) -> tuple[float, float]:
+    mean, precision = 1.0 / (1.0 + math.exp(-float(theta[0]))), math.exp(float(theta[1]))
+    return mean * precision, (1.0 - mean) * precision
+
+
+def _dead(a: float, b: float, size: int) -> float:
+    return float(betabinom.pmf(0, size, a, b) + betabinom.pmf(size, size, a, b))
+
+
+def _power(alike: float, tokens: TokenFacts, size: int) -> float:
+    """Exponent that leads from the share of groups alike in the first reward to the share that is dead; at least 1,
+    since another reward can only bring groups to life."""
+    passes = np.rint(np.asarray(tokens.pass_rates) * size)
+    all_alike = int(np.sum((passes == 0) | (passes == size)))
+    if not 0.0 < alike < 1.0 or tokens.dead_groups >= all_alike:
+        return 1.0
+    dead = alike * max(tokens.dead_groups, 0.5) / all_alike
+    return min(10.0, math.log(dead) / math.log(alike))

@@ -1,0 +1,317 @@
+"""A configuration's work before it ran: what the probe saw, carried over to other knob values.
+
+Lengths come from the probe's distribution; a batch is padded to the longest of its rows, so the expected longest of n
+draws stands for it. Tokens of an image at another size come from the processor where the probe asked it, else from the
+square law on the grid of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
+from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
+from grpo_autotune.estimate.image_tokens import image_tokens
+from grpo_autotune.estimate.memory import Sizes
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.hardware import Machine
+from grpo_autotune.knobs import engine, knobs_of
+from grpo_autotune.knobs.apply import same_value
+from grpo_autotune.knobs.context import pixel_bounds
+from grpo_autotune.records.probe import ProbeRecord, Spread
+from grpo_autotune.rollout.failures import CPU_SPACE, GIB
+from grpo_autotune.speedups.table import SERVED, chosen
+
+QUANTILES = np.linspace(0.0, 1.0, 201)
+SMALL_MOMENTS = {"8bit": 2.0}
+"""Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the models are told of a configuration.
+
+    Attributes:
+        shape: The model's sizes; null for an architecture without formulas.
+        facts: Work of an optimizer step.
+        sizes: What memory depends on beside it.
+        trainer: `TrainerFacts` as JSON.
+        pixels: Pixels of an image as the data set holds it.
+        rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
+        generations: Generations an optimizer step.
+        speedups: Names of the speed-ups that are asked for and that this setting lets work.
+        waves: How often the completions of a generation take turns in the engine.
+    """
+
+    shape: ModelShape | None
+    facts: WorkFacts
+    sizes: Sizes
+    trainer: Mapping[str, Any]
+    pixels: float
+    rows_loaded: float
+    generations: float
+    speedups: frozenset[str]
+    waves: float = 1.0
+
+
+def workload(
+    config: RunConfig,
+    base: RunConfig,
+    record: ProbeRecord,
+    machine: Machine,
+    *,
+    measured: bool = False,
+    seen_tokens: Mapping[str, float] | None = None,
+    worst_case: bool = False,
+) -> Workload:
+    """The work of `config`.
+
+    Args:
+        config: Any configuration made from `base` by turning knobs.
+        base: The configuration that was probed; with `measured` it is `config` itself.
+        record: The probe of `base`.
+        machine: What it runs on.
+        measured: `record` is of `config` itself, so its padding is known.
+        seen_tokens: Tokens of an image at sizes that trials have seen (keys as in `data.image_size`).
+        worst_case: Longest prompts, largest images and full-length completions.
+    """
+    shape = _shape(record)
+    trainer = _trainer(config, base, record)
+    tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
+    cap = trainer["max_completion_length"]
+    plan = config.batch
+    rows = plan.micro_batch * plan.steps_per_generation
+    prompts = max(1.0, rows / plan.num_generations)
+    longest_prompt = tokens["prompt"]["max"] if worst_case else expected_longest(_spread(tokens["prompt"]), prompts)
+    lengths = _spread(tokens["completion"])
+    completion = float(cap) if worst_case else expected_longest(lengths, rows, cap)
+    mean = float(cap) if worst_case else mean_length(lengths, cap)
+    tokens["completion"] = {**tokens["completion"], "mean": mean, "max": completion}
+    facts = facts_from_records(
+        shape or TEXT_ONLY, trainer, tokens, images, old_policy=_old_policy(config, base, record)
+    )
+    used = facts.prompt_tokens + facts.completion_tokens
+    padded = max(longest_prompt + completion, used)
+    known = tokens["padding_share"] if measured else 1.0 - used / padded
+    image_max = (images["tokens"]["max"] if worst_case else images["tokens"]["mean"]) if images else 0.0
+    sizes = Sizes(
+        prompt=longest_prompt,
+        completion=completion,
+        image_tokens=image_max,
+        eager=trainer["attn_implementation"] == "eager",
+        moments_bytes=_moments_bytes(config, facts),
+        reference_model=trainer["has_ref_model"] and trainer["beta"] != 0,
+        engine_bytes=_engine_bytes(config, machine, shape, longest_prompt + completion, worst_case=worst_case),
+        engine_sleeps=engine.sleep_level(config) > 0,
+        fused=facts.compact_head,
+        loaded_pixels=_loaded_pixels(config, trainer, pixels * (images["per_prompt"] if images else 0.0)),
+    )
+    return Workload(
+        shape=shape,
+        facts=replace(facts, padding_share=known),
+        sizes=sizes,
+        trainer=trainer,
+        pixels=pixels,
+        rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
+        generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
+        speedups=_effective(config, trainer),
+        waves=engine.waves(config),
+    )
+
+
+def _effective(config: RunConfig, trainer: Mapping[str, Any]) -> frozenset[str]:
+    found = set(chosen(config.speedups))
+    compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
+    dropout = (trainer["peft"] or {}).get("lora_dropout")
+    if trainer["attn_implementation"] not in SERVED or compiled or dropout:
+        found -= {"shared_prefix"}
+    return frozenset(found)
+
+
+def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:
+    """Expected longest of so many draws: the quantile n / (n + 1), cut off at `cap`."""
+    found = float(np.interp(draws / (draws + 1.0), QUANTILES, _curve(lengths)))
+    return min(found, cap) if cap else found
+
+
+def mean_length(lengths: Spread, cap: float | None = None) -> float:
+    """Mean length, each cut off at `cap`."""
+    if not cap or cap >= lengths.max:
+        return lengths.mean
+    curve = _curve(lengths)
+    return float(np.minimum(curve, cap).mean() / curve.mean() * lengths.mean)
+
+
+def _curve(lengths: Spread) -> NDArray[np.float64]:
+    """Lengths by quantile: lines through the percentiles of a record, from a least length that gives its mean."""
+    above = 0.4 * (lengths.p50 + lengths.p90) / 2 + 0.09 * (lengths.p90 + lengths.p99) / 2
+    above += 0.01 * (lengths.p99 + lengths.max) / 2
+    least = min(lengths.p50, max(1.0, (lengths.mean - above) * 4 - lengths.p50))
+    points = [least, lengths.p50, lengths.p90, lengths.p99, lengths.max]
+    return np.interp(QUANTILES, [0.0, 0.5, 0.9, 0.99, 1.0], points)
+
+
+def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str, float]) -> float | None:
+    """Tokens of an image whose longest side is at most `side` pixels; null where images have no grid.
+
+    A size that was seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is
+    scaled as the processor would scale a square.
+    """
+    images = record.images
+    if images is None or images.tokens is None:
+        return None
+    if str(side) in seen:
+        return seen[str(side)]
+    now_side = float(base.data.image_size or math.sqrt(images.pixels.p50))
+    if side >= now_side and base.data.image_size is None:
+        return images.tokens.mean
+    if str(side) in images.tokens_at:
+        return images.tokens_at[str(side)]
+    known = {now_side: images.tokens.mean, **{float(s): n for s, n in images.tokens_at.items()}}
+    near = min(known, key=lambda s: abs(math.log(s / side)))
+    vision = record.trainer.model_config_json.get("vision_config") or {}
+    unit = int(vision.get("patch_size") or 16) * int(vision.get("spatial_merge_size") or 2)
+    bounds = pixel_bounds(base)
+    return known[near] * image_tokens(side, side, unit, bounds) / image_tokens(near, near, unit, bounds)
+
+
+def _shape(record: ProbeRecord) -> ModelShape | None:
+    try:
+        return ModelShape.from_config(record.trainer.model_config_json)
+    except ConfigError:
+        return None
+
+
+def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> dict[str, Any]:
+    """`TrainerFacts` of `config`: the probe's, with what the turned knobs change."""
+    facts = record.trainer.model_dump()
+    plan = config.batch
+    facts |= {
+        "num_generations": plan.num_generations,
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "steps_per_generation": plan.steps_per_generation,
+        "num_iterations": plan.num_iterations,
+        "generation_batch_size": plan.generation_batch,
+    }
+    for key in ("gradient_checkpointing", "use_vllm", "max_completion_length", "beta", "dataloader_num_workers"):
+        value = _turned(config, base, f"grpo.{key}")
+        if value is not None:
+            facts[key] = value
+    kernel = _turned(config, base, "model.attn_implementation")
+    if config.model.attn_implementation != base.model.attn_implementation:
+        facts["attn_implementation"] = kernel or "sdpa"
+    rank = _turned(config, base, "peft.r")
+    if rank is not None and facts["peft"]:
+        facts["trainable_parameters"] = facts["trainable_parameters"] * rank / facts["peft"].get("r", rank)
+        facts["peft"] = {**facts["peft"], "r": rank}
+    packed = _turned(config, base, "model.load_in_4bit")
+    if packed is not None:
+        quantization = {"load_in_4bit": True} if packed else None
+        facts["model_config_json"] = {**facts["model_config_json"], "quantization_config": quantization}
+    return facts
+
+
+def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:
+    """The knob's value where it differs from the base's, else null."""
+    own, value = knobs_of(base, [key])[key], knobs_of(config, [key])[key]
+    return None if same_value(own, value) else value
+
+
+def _tokens(
+    config: RunConfig, base: RunConfig, record: ProbeRecord, seen: Mapping[str, float]
+) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
+    """Token counts, image counts (null without a patch grid) and pixels of an image at the configuration's size."""
+    assert record.tokens is not None
+    tokens = record.tokens.model_dump()
+    images = record.images
+    if images is None:
+        return tokens, None, 0.0
+    side, pixels = config.data.image_size, images.pixels.mean
+    if images.tokens is None:
+        return tokens, None, pixels
+    found = images.model_dump()
+    same = side == base.data.image_size
+    if side is not None and not same:
+        pixels *= min(1.0, side**2 / (base.data.image_size or math.sqrt(images.pixels.p50)) ** 2)
+        after = tokens_at(side, record, base, seen) or images.tokens.mean
+        fewer = images.tokens.mean - after
+        found["tokens"] = {name: n * after / images.tokens.mean for name, n in found["tokens"].items()}
+        text = {name: n - images.per_prompt * fewer for name, n in tokens["prompt"].items()}
+        tokens["prompt"] = {name: max(1.0, n) for name, n in text.items()}
+    return tokens, found, pixels
+
+
+def _spread(values: Mapping[str, float]) -> Spread:
+    return Spread(**values)
+
+
+def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool | None:
+    """Whether the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
+    row = next((row for row in record.timings.stages if row.name == "policy_logprob"), None)
+    parts = sum(row.parts.get("old_policy", [])) > 0 if row is not None else None
+    before, after = base.batch, config.batch
+    aligned = [
+        (p.accumulation % (p.steps_per_generation * p.num_iterations), p.num_iterations) for p in (before, after)
+    ]
+    return parts if aligned[0] == aligned[1] and config.use_vllm == base.use_vllm else None
+
+
+def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
+    optim = str(config.grpo.get("optim") or "")
+    return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
+
+
+def _loaded_pixels(config: RunConfig, trainer: Mapping[str, Any], row_pixels: float) -> float:
+    """Pixels of the rows that are loaded for a step; under speed-ups those of one generation batch, as
+    `images_once` has it."""
+    if trainer["device"] != "cpu":
+        return 0.0
+    plan = config.batch
+    rows = plan.micro_batch * plan.steps_per_generation
+    return rows * row_pixels * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
+
+
+def _engine_bytes(
+    config: RunConfig, machine: Machine, shape: ModelShape | None, row: float, *, worst_case: bool
+) -> float:
+    """The engine's memory in the training process. On a GPU its share is taken whole. On a CPU its keys and values are
+    promised and filled as they are used: those of a generation at first, in the end all."""
+    if not config.use_vllm or config.vllm.at_server:
+        return 0.0
+    if machine.gpus:
+        return engine.share_of(config) * machine.gpus[0].memory_bytes
+    if shape is None:
+        return 0.0
+    need = engine.need(shape, config, row, row, BYTES.get(config.model.dtype, FLOAT_BYTES))
+    fixed, space = need.weights + need.activations, os.environ.get(CPU_SPACE)
+    room = float(space) * GIB if space else max(0.0, engine.share_of(config) * machine.memory_bytes - fixed)
+    return fixed + (room if worst_case else min(room, engine.running(config) * need.row))
+
+
+TEXT_ONLY = ModelShape(
+    family="",
+    known=False,
+    layers=1,
+    hidden=1,
+    heads=1,
+    kv_heads=1,
+    head_dim=1,
+    mlp=1,
+    vocab=1,
+    tied=True,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+)
+"""Stands in where an architecture has no formulas: `facts_from_records` then reads the counts alone."""

@@ -1,0 +1,266 @@
+"""Which layer the probe puts on which seam: most only time a call, a few also look at what goes in and comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from grpo_autotune.probe.facts import ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.spans import SpanRecorder
+from grpo_autotune.probe.stages import APART
+from grpo_autotune.rollout.fidelity.meter import FidelityMeter
+from grpo_autotune.rollout.metrics.scheduler import EngineMeter
+from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, wrap
+from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
+
+
+class Observer(Protocol):
+    """What the layers need of the probe that they report to."""
+
+    trainer: Any
+    recorder: SpanRecorder
+    watched: bool
+    fidelity: FidelityMeter
+    engine: EngineMeter
+    tokens: TokenCollector
+    images: ImageCollector
+    rewards: RewardCollector
+    closed: int
+    rollout: tuple[list[list[int]], list[list[int]]]
+    weight_sync_bytes: int | None
+
+    def counting(self) -> bool:
+        """Whether a training step is under way, outside evaluation."""
+
+    def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
+        """Take the facts of one training generation."""
+
+    def step_ended(self) -> None:
+        """Close the step's tree of spans if an optimizer step is complete."""
+
+
+def install(probe: Observer) -> list[Handle]:
+    """Put the probe's layers on every seam of its trainer.
+
+    Raises:
+        SeamError: The installed TRL lacks a method that holds a stage; nothing stays installed then.
+    """
+    special: dict[str, Callable[[Observer, Seam], Layer]] = {
+        "score": _score_layer,
+        "rollout": _rollout_layer,
+        "logps": _logps_layer,
+        "rewards": _rewards_layer,
+        "adapter": _switch_layer,
+        "checkpointing": _switch_layer,
+        "processor": _prompt_layer,
+        "chat_template": _prompt_layer,
+        "prepare_messages": _prompt_layer,
+        "log_save_evaluate": _step_end_layer,
+    }
+    handles = wrap_rows(probe.trainer, [(row, special.get(row.key, _timed_layer)(probe, row)) for row in TABLE])
+    try:
+        for name, is_async, slot in reward_slots(probe.trainer):
+            handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
+        handles += [*_counters(probe), *probe.engine.install()]
+        if not probe.watched:
+            handles += probe.fidelity.install()
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
+
+
+def _timed_layer(probe: Observer, row: Seam) -> Layer:
+    recorder = probe.recorder
+
+    def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span(row.stage, row.part):
+            return call_next(*args, **kwargs)
+
+    return timed
+
+
+def _prompt_layer(probe: Observer, row: Seam) -> Layer:
+    """A reward model tokenizes too; that is the reward's time."""
+    recorder = probe.recorder
+
+    def prompt(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if recorder.inside("reward"):
+            return call_next(*args, **kwargs)
+        with recorder.span(row.stage, row.part):
+            return call_next(*args, **kwargs)
+
+    return prompt
+
+
+def _logps_layer(probe: Observer, row: Seam) -> Layer:
+    """TRL uses one method for three jobs; the caller and the model tell which."""
+    recorder, trainer = probe.recorder, probe.trainer
+    adapters = _adapter_state(trainer.model)
+
+    def logps(call_next: Callable[..., Any], /, model: Any, *args: Any, **kwargs: Any) -> Any:
+        stage, part = "policy_logprob", "old_policy"
+        if recorder.inside("policy_logprob", "training_forward"):
+            part = "training_forward"
+        elif model is getattr(trainer, "ref_model", None) or adapters() in ("disabled", "ref"):
+            stage, part = "reference_logprob", ""
+        with recorder.span(stage, part):
+            return call_next(model, *args, **kwargs)
+
+    return logps
+
+
+def _adapter_state(model: Any) -> Callable[[], str]:
+    """A function that tells whether the model's adapters are `disabled`, or which one is active ("" without any)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+
+    def state() -> str:
+        if layer is None:
+            return ""
+        if layer.disable_adapters:
+            return "disabled"
+        active = layer.active_adapter
+        return active if isinstance(active, str) else ",".join(active)
+
+    return state
+
+
+def _switch_layer(probe: Observer, row: Seam) -> Layer:
+    """Entering and leaving a context around the no-grad log-prob passes; without a reference, the old policy's."""
+    recorder = probe.recorder
+    stage = row.stage if probe.trainer.beta != 0.0 else "policy_logprob"
+
+    @contextmanager
+    def switched(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        context = call_next(*args, **kwargs)
+        with ExitStack() as stack:
+            with recorder.span(stage, row.part):
+                found = stack.enter_context(context)
+            yield found
+            with recorder.span(stage, row.part):
+                stack.close()
+
+    return switched
+
+
+def _score_layer(probe: Observer, row: Seam) -> Layer:
+    recorder, trainer = probe.recorder, probe.trainer
+
+    def score(call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span("", row.key):
+            output = call_next(inputs, *args, **kwargs)
+            if recorder.is_open and not recorder.inside(APART) and trainer.model.training:
+                with recorder.span("", "probe"):
+                    probe.see_generation(inputs, output)
+        return output
+
+    return score
+
+
+def _rollout_layer(probe: Observer, row: Seam) -> Layer:
+    """Prompt and completion ids as they were sampled: later TRL masks truncated completions away."""
+    recorder = probe.recorder
+
+    def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span(row.stage, row.part):
+            found = call_next(*args, **kwargs)
+        probe.rollout = found[0], found[1]
+        return found
+
+    return rollout
+
+
+def _rewards_layer(probe: Observer, row: Seam) -> Layer:
+    recorder = probe.recorder
+
+    def rewards(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span("reward"):
+            found = call_next(*args, **kwargs)
+        if recorder.is_open and not recorder.inside(APART):
+            probe.tokens.see_rewards(probe.closed, found)
+        return found
+
+    return rewards
+
+
+def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
+    recorder = probe.recorder
+
+    def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        counted = recorder.is_open and not recorder.inside(APART)
+        span = None if recorder.on_main_thread() else recorder.begin_elsewhere("reward" if counted else APART, name)
+        with recorder.span("reward", name):
+            found = call_next(*args, **kwargs)
+        if span is not None:
+            recorder.end_elsewhere(span)
+        if counted:
+            probe.rewards.see(name, False, time.perf_counter() - begin)
+        return found
+
+    async def awaited(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        counted = recorder.is_open and not recorder.inside(APART)
+        span = recorder.begin_elsewhere("reward" if counted else APART, name)
+        found = await call_next(*args, **kwargs)
+        recorder.end_elsewhere(span)
+        if counted:
+            probe.rewards.see(name, True, span.host_s)
+        return found
+
+    return awaited if is_async else timed
+
+
+def _step_end_layer(probe: Observer, row: Seam) -> Layer:
+    recorder = probe.recorder
+
+    def step_end(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with recorder.span(row.stage, row.part):
+            found = call_next(*args, **kwargs)
+        probe.step_ended()
+        return found
+
+    return step_end
+
+
+def _counters(probe: Observer) -> list[Handle]:
+    """Decodings of the data set's images, runs of the image processor, and bytes of a weight sync."""
+    handles = []
+    processor = getattr(probe.trainer.processing_class, "image_processor", None)
+    if processor is not None:
+        from datasets import Image
+
+        def preprocess(call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
+            if probe.counting() and not probe.images.full:
+                probe.images.processed[probe.closed] += _count(images)
+            return call_next(images, *args, **kwargs)
+
+        def decode(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            if probe.counting() and not probe.images.full:
+                probe.images.decoded[probe.closed] += 1
+            return call_next(*args, **kwargs)
+
+        handles.append(wrap(ClassSlot(processor, "preprocess"), preprocess))
+        handles.append(wrap(AttributeSlot(Image, "decode_example"), decode))
+    engine = getattr(probe.trainer, "vllm_generation", None)
+    if hasattr(engine, "_iter_named_params"):
+
+        def named(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            pushed = 0
+            for name, parameter in call_next(*args, **kwargs):
+                pushed += parameter.numel() * parameter.element_size()
+                yield name, parameter
+            probe.weight_sync_bytes = pushed
+
+        handles.append(wrap(AttributeSlot(engine, "_iter_named_params"), named))
+    return handles
+
+
+def _count(images: Any) -> int:
+    if isinstance(images, list | tuple):
+        return sum(_count(image) for image in images)
+    return 0 if images is None else 1

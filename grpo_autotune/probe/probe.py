@@ -1,0 +1,309 @@
+"""The probe of one trainer: it puts layers on TRL's seams, closes a tree of spans each optimizer step, and reads facts.
+
+It draws no random numbers and changes no value, so training with and without it logs the same losses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+from transformers import TrainerCallback
+
+from grpo_autotune.probe.exchange import collect, publish
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.gauges import gauges_for
+from grpo_autotune.probe.layers import install
+from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
+from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
+from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
+from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
+from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageTimings
+from grpo_autotune.records.rollout import EngineFacts
+from grpo_autotune.rollout.fidelity.meter import FidelityMeter
+from grpo_autotune.rollout.fidelity.training_log import is_watched, meter_of
+from grpo_autotune.rollout.metrics.server import meter_for
+from grpo_autotune.seams.table import CALLBACKS, TABLE
+
+SPANS_FILE = "spans.jsonl"
+_NUMBERS = itertools.count()
+
+
+class Probe:
+    """Measures `trainer` from now until `detach`.
+
+    Args:
+        trainer: A `trl.GRPOTrainer`; nothing else of TRL's has these seams.
+        startup: Phases measured before; None begins with what this process did until now.
+        out_dir: Folder that gets `spans.jsonl`, a line a step (other ranks than 0 add their number); None writes none.
+        warmup: Steps put aside at the start; by default one cycle of generating and reusing.
+
+    Raises:
+        SeamError: The installed TRL lacks a method that holds a stage.
+    """
+
+    def __init__(
+        self, trainer: Any, *, startup: Startup | None = None, out_dir: Path | None = None, warmup: int | None = None
+    ) -> None:
+        self.trainer = trainer
+        self.startup = startup or _born_now()
+        self.cycle = cycle_of(trainer.args)
+        self.warmup = self.cycle if warmup is None else warmup
+        timer, self._gauge = gauges_for(trainer.args.device)
+        self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
+        self.tokens, self.images = TokenCollector(), ImageCollector()
+        self.rewards = RewardCollector()
+        self.watched = is_watched(trainer)
+        self.fidelity = meter_of(trainer) if self.watched else FidelityMeter(trainer)
+        self.fidelity.around = lambda: self.recorder.span("", "probe")
+        self.closed = 0
+        self.engine = meter_for(
+            getattr(trainer, "vllm_generation", None),
+            step=lambda: self.closed,
+            counting=lambda: self.counting() and not self.fidelity.asking,
+        )
+        self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
+        self.weight_sync_bytes: int | None = None
+        self._last_step = trainer.state.global_step
+        self._steps: deque[StepStages] = deque(maxlen=KEEP)
+        self._pending: list[StepSpans] = []
+        self._ended = False
+        self._topic = f"grpo-autotune/probe-{next(_NUMBERS)}"
+        self._file = self._open_spans(out_dir) if out_dir is not None else None
+        self._sampler = Sampler(self._stage_now, _readers(trainer.args.device))
+        self._handles = install(self)
+        self._callback = _Edges(self)
+        trainer.add_callback(self._callback)
+
+    def detach(self) -> None:
+        """Take every layer out; the trainer is as it was, and what was measured stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.fidelity.around = nullcontext
+        self.trainer.remove_callback(self._callback)
+        self._sampler.stop()
+        if self._gauge is not None:
+            self.recorder.memory = None
+            self._gauge.close()
+            self._gauge = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def counting(self) -> bool:
+        """Whether a training step is under way, outside evaluation."""
+        return self.recorder.is_open and not self.recorder.inside(APART)
+
+    def now(self) -> str | None:
+        """What is under way, in words, for a heartbeat; None while steps are too short to be worth one."""
+        span, age_s = self.recorder.current(), self.recorder.age_s()
+        if span is None:
+            return self.startup.now()
+        if age_s < HEARTBEAT_S:
+            return None
+        state, stage = self.trainer.state, self._stage_now()
+        counted = stage == APART  # by then the trainer has counted the step
+        step = f"step {state.global_step + (0 if counted else 1)} of {state.max_steps}"
+        return f"{step}: {stage}, {age_s:.0f} s since the step began"
+
+    def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
+        """Take the facts of one training generation."""
+        trainer = self.trainer
+        self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
+        self.images.see(self.closed, inputs, output, _merge_size(trainer))
+        if not self.watched:
+            self.fidelity.see(output)
+
+    def train_began(self) -> None:
+        """Open the first step's tree."""
+        self._open(self.trainer.state.global_step)
+
+    def step_ended(self) -> None:
+        """Close the tree if an optimizer step is complete, and open the next one's."""
+        step = self.trainer.state.global_step
+        if self.recorder.is_open:
+            if step <= self._last_step:
+                return
+            self._keep(self.recorder.close_root(step))
+        self._open(step)
+
+    def train_ended(self) -> None:
+        """Stop sampling and let every rank know the others' means."""
+        self.recorder.abandon()
+        self._sampler.stop()
+        publish(self._means(self._timings()), self._topic)
+        self._ended = True
+
+    def record(self) -> ProbeRecord:
+        """Everything measured so far; can be called at any time, also after `detach`."""
+        timings = self._timings()
+        first = self.closed - len(timings.steps)
+        facts, steps, engine = facts_of(self.trainer), len(timings.steps), self._engine_facts(first)
+        return ProbeRecord(
+            timings=timings,
+            trainer=facts,
+            tokens=self.tokens.facts(first, steps, self.cycle, facts),
+            images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
+            rewards=self.rewards.facts(),
+            utilisation=self._sampler.summary(),
+            startup=self.startup.phases(),
+            fidelity=self.fidelity.facts(),
+            engine=engine,
+            weight_sync_bytes=self.weight_sync_bytes if engine is None else engine.sync_bytes,
+            rank=self.trainer.accelerator.process_index,
+            ranks=self._ranks(timings),
+            versions=versions(),
+        )
+
+    def _engine_facts(self, first: int) -> EngineFacts | None:
+        """What the meter saw; with TRL's plain engine, its start and the bytes of a sync as the probe saw them."""
+        found = self.engine.facts(first)
+        if found is None:
+            return None
+        started = next((phase.seconds for phase in self.startup.phases() if phase.name == "engine"), None)
+        plain = {"start_s": started, "sync_bytes": self.weight_sync_bytes}
+        return found.model_copy(update={key: value for key, value in plain.items() if getattr(found, key) is None})
+
+    def _open(self, step: int) -> None:
+        self._last_step = step
+        self._sampler.start()
+        self.recorder.open_root()
+
+    def _means(self, timings: StageTimings) -> RankTimings:
+        return RankTimings(
+            rank=self.trainer.accelerator.process_index,
+            step_s=_mean(timings.step_s),
+            stages={row.name: _mean(row.per_step_s) for row in timings.stages},
+        )
+
+    def _ranks(self, timings: StageTimings) -> list[RankTimings]:
+        """All ranks once training has ended (to the first rank, the only one that reports them), else this one."""
+        mine, others = self._means(timings), self.trainer.accelerator.num_processes
+        if not (self._ended and others > 1 and mine.rank == 0):
+            return [mine]
+        return collect(self._topic, others) or [mine]
+
+    def _keep(self, spans: StepSpans) -> None:
+        if not self.closed:
+            self.startup.add("first_step", spans.spans[0].host_s)
+        self.closed += 1
+        self._pending.append(spans)
+        timer = self.recorder.timer
+        while self._pending and (timer is None or timer.done(self._pending[0].spans[0].end_mark)):
+            self._settle(self._pending.pop(0))
+
+    def _settle(self, spans: StepSpans) -> None:
+        self._steps.append(stages_of(spans, self.recorder.timer))
+        if self._file is not None:
+            self._file.write(json.dumps(_line(spans)) + "\n")
+            self._file.flush()
+
+    def _timings(self) -> StageTimings:
+        timer = self.recorder.timer
+        while self._pending:
+            if timer is not None:
+                timer.wait(self._pending[0].spans[0].end_mark)
+            self._settle(self._pending.pop(0))
+        dropped = self.closed - len(self._steps)
+        return summarise(
+            list(self._steps),
+            warmup=max(0, self.warmup - dropped),
+            cycle=self.cycle,
+            on_device=timer is not None,
+            seams=_seam_names(),
+        )
+
+    def _stage_now(self) -> str | None:
+        if self.recorder.inside(APART):
+            return APART
+        span = self.recorder.current()
+        return None if span is None else span.stage or "other"
+
+    def _tokens_of_size(self, width: int, height: int) -> int | None:
+        processor = getattr(self.trainer.processing_class, "image_processor", None)
+        count = getattr(processor, "get_number_of_image_patches", None)
+        if count is None:
+            return None
+        patches = int(count(height, width, {}))
+        return patches // _merge_size(self.trainer) ** 2
+
+    def _open_spans(self, folder: Path) -> IO[str]:
+        rank = self.trainer.accelerator.process_index
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")).open("w", encoding="utf-8")
+
+
+class _Edges(TrainerCallback):  # type: ignore[misc]
+    """The edges of a step that no method holds."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._optimizer: Span | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._probe.train_began()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._probe.train_ended()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe.recorder.is_open:
+            self._optimizer = self._probe.recorder.begin("optimizer", "step")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._optimizer is not None:
+            self._probe.recorder.end(self._optimizer)
+            self._optimizer = None
+
+
+def _born_now() -> Startup:
+    startup = Startup()
+    startup.since_birth("before_attach")
+    return startup
+
+
+def _readers(device: Any) -> list[Any]:
+    readers: list[Any] = [ProcessReader()]
+    if device.type == "cuda":
+        import pynvml
+        import torch
+
+        try:
+            readers.append(NvmlDevice(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
+        except pynvml.NVMLError:
+            return readers
+    return readers
+
+
+def _merge_size(trainer: Any) -> int:
+    return int(getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _seam_names() -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for row in TABLE:
+        if row.stage:
+            names.setdefault(row.stage, []).append(f"{row.owner}.{row.attribute}")
+    for stage, name in CALLBACKS.items():
+        names.setdefault(stage, []).append(name)
+    names["reference_logprob"] = ["trainer._get_per_token_logps_and_entropies"]
+    names["reward"].append("trainer.reward_funcs[i]")
+    return names
+
+
+def _line(spans: StepSpans) -> dict[str, Any]:
+    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread."""
+    origin = spans.spans[0].start_s
+    rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
+    others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]
+    return {"step": spans.step, "spans": rows, "other_threads": others}

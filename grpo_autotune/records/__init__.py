@@ -1,0 +1,1 @@
+"""Every frozen type that is written as JSON, free of torch."""

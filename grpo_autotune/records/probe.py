@@ -1,0 +1,218 @@
+"""What a probe hands to whoever reads it: frozen, free of torch, and equal after a trip through JSON.
+
+Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry a step
+are in step order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.rollout import EngineFacts, Fidelity
+
+STAGES = (
+    "generation",
+    "policy_logprob",
+    "reference_logprob",
+    "reward",
+    "backward",
+    "data",
+    "prompt",
+    "weight_sync",
+    "engine",
+    "sync_wait",
+    "optimizer",
+    "log_save_eval",
+    "other",
+)
+
+
+class StageRow(Frozen):
+    """One stage of the step.
+
+    Attributes:
+        name: One of `STAGES`.
+        per_step_s: Self time, one a measured step: the device's timeline on CUDA, the host clock elsewhere.
+        host_s: Host self time beside it, one a measured step; null where `per_step_s` already is the host's.
+        hidden_s: Mean seconds a step of this stage's work on other threads while the main thread did something else.
+        parts: Self time by part, one a measured step (`policy_logprob`: `old_policy` and `training_forward`;
+            `log_save_eval`: `log`, `save`, `evaluate`).
+        calls: Mean number of spans a step.
+        seams: The functions whose time this stage holds.
+        peak_bytes: Most memory seen while the stage ran (CUDA allocator, or resident set on CPU); null if it never ran.
+    """
+
+    name: str
+    per_step_s: list[float]
+    host_s: list[float] | None = None
+    hidden_s: float = 0.0
+    parts: dict[str, list[float]] = {}
+    calls: float = 0.0
+    seams: list[str] = []
+    peak_bytes: int | None = None
+
+
+class StageTimings(Frozen):
+    """Stages of the measured steps; for each step the stages' `per_step_s` sum to its `step_s`.
+
+    Attributes:
+        steps: Global step numbers of the measured steps.
+        step_s: Seconds of each, from the end of the last step's logging to the end of its own.
+        warmup_s: Seconds of the steps before them.
+        stages: One row a stage, in the order of `STAGES`, those that never ran included.
+        cycle: Number of optimizer steps after which the pattern of generating and reusing repeats (1 in most runs).
+    """
+
+    steps: list[int]
+    step_s: list[float]
+    warmup_s: list[float] = []
+    stages: list[StageRow]
+    cycle: int = 1
+
+
+class Spread(Frozen):
+    """Summary of a set of numbers."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class TokenFacts(Frozen):
+    """Token counts and rewards of the measured generations, over all ranks of this process's batches.
+
+    Attributes:
+        prompt: Prompt lengths in tokens, image tokens included.
+        completion: Completion lengths in tokens.
+        prompt_per_step: Prompt tokens an optimizer step (each completion's copy counted).
+        completion_per_step: Completion tokens an optimizer step.
+        padding_share: Share of the log-prob passes' token grid that is padding, 0 to 1.
+        truncated_share: Share of completions that end without an end-of-sequence token.
+        groups: Groups whose rewards were seen.
+        dead_groups: Those whose rewards are all equal (max - min at most 1e-6).
+        pass_rates: For each group, the share of completions whose first reward is at least 0.5.
+        reward_mean: Mean weighted reward.
+    """
+
+    prompt: Spread
+    completion: Spread
+    prompt_per_step: float
+    completion_per_step: float
+    padding_share: float
+    truncated_share: float
+    groups: int
+    dead_groups: int
+    pass_rates: list[float]
+    reward_mean: float
+
+
+class ImageFacts(Frozen):
+    """Images of the measured generations.
+
+    Attributes:
+        pixels: Width times height as the trainer receives them.
+        per_prompt: Mean images a prompt.
+        tokens: Language-model tokens an image takes now; null where the processor gives no patch grid.
+        tokens_at: The same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept;
+            empty where the processor cannot tell.
+        distinct_per_step: Distinct images an optimizer step.
+        decodes_per_image: Decodings a distinct image and step in this process (those of loader workers are not seen).
+        processings_per_image: Runs of the image processor a distinct image and step.
+    """
+
+    pixels: Spread
+    per_prompt: float
+    tokens: Spread | None
+    tokens_at: dict[str, float]
+    distinct_per_step: float
+    decodes_per_image: float
+    processings_per_image: float
+
+
+class RewardCall(Frozen):
+    """One reward function: seconds a call, and whether TRL awaits it."""
+
+    name: str
+    is_async: bool
+    calls: int
+    mean_s: float
+    max_s: float
+
+
+class Utilisation(Frozen):
+    """What the sampler saw while a stage ran (means over samples; null where it cannot be read)."""
+
+    stage: str
+    samples: int
+    cpu_percent: float | None = None
+    rss_bytes: int | None = None
+    gpu_percent: float | None = None
+    gpu_memory_bytes: int | None = None
+    power_w: float | None = None
+
+
+class Phase(Frozen):
+    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
+    (`script` and `before_attach`: what a script did before its trainer was built, or before `attach`)."""
+
+    name: str
+    seconds: float
+
+
+class RankTimings(Frozen):
+    """Mean seconds a step by stage on one rank."""
+
+    rank: int
+    step_s: float
+    stages: dict[str, float]
+
+
+class TrainerFacts(Frozen):
+    """What the trial ran, as the trainer had it (not as the YAML said)."""
+
+    model_config_json: dict[str, Any]
+    model_class: str
+    parameters: int
+    trainable_parameters: int
+    peft: dict[str, Any] | None
+    dtype: str
+    device: str
+    attn_implementation: str | None
+    gradient_checkpointing: bool
+    num_generations: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    steps_per_generation: int
+    num_iterations: int
+    generation_batch_size: int
+    max_completion_length: int
+    beta: float
+    loss_type: str
+    has_ref_model: bool
+    use_vllm: bool
+    vllm_mode: str | None
+    dataloader_num_workers: int
+    world_size: int
+    reward_weights: list[float]
+    speedups: list[str] = []
+
+
+class ProbeRecord(Frozen):
+    """Everything one probe measured on this rank, with the other ranks' stage means."""
+
+    timings: StageTimings
+    trainer: TrainerFacts
+    tokens: TokenFacts | None = None
+    images: ImageFacts | None = None
+    rewards: list[RewardCall] = []
+    utilisation: list[Utilisation] = []
+    startup: list[Phase] = []
+    fidelity: Fidelity | None = None
+    engine: EngineFacts | None = None
+    weight_sync_bytes: int | None = None
+    rank: int = 0
+    ranks: list[RankTimings] = []
+    versions: dict[str, str] = {}

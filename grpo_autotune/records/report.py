@@ -1,0 +1,173 @@
+"""The types of `report.json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/report.md` explains every key."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import ConfigDict, Field
+
+from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.probe import ImageFacts, Phase, RewardCall, TokenFacts, TrainerFacts, Utilisation
+from grpo_autotune.records.rollout import EngineFacts, Fidelity
+
+SCHEMA: Final = "grpo-autotune/report/1"
+
+
+Kind = Literal["exact", "learning"]
+
+
+class Change(Frozen):
+    """One key of the configuration: what it is (null: not known to the probe) and what it should become."""
+
+    key: str
+    before: bool | int | float | str | None
+    after: bool | int | float | str | None
+
+
+class Advice(Frozen):
+    """One entry of the verdict, most saving first.
+
+    Attributes:
+        text: The whole advice in words.
+        kind: `exact` leaves the mathematics of an optimizer step alone, `learning` changes what is learned.
+        predicted_saving: Seconds of an optimizer step; null where the advice saves none but makes the work worth more.
+        predicted_share: The same as a share of the step.
+        ceiling: Amdahl's: how many times faster the step would be if the stages concerned took no time at all.
+        stages: The stages concerned.
+        changes: What to set; empty where no key does it.
+    """
+
+    text: str
+    kind: Kind
+    predicted_saving: float | None
+    predicted_share: float | None
+    ceiling: float | None
+    stages: list[str]
+    changes: list[Change]
+
+
+class PartRow(Frozen):
+    """A part of a stage: seconds scaled as the stage's are, and its share of the step."""
+
+    name: str
+    self_s: float
+    share: float
+
+
+class StageReport(Frozen):
+    """One stage of the step; `self_s` sums to `step_s` over the stages.
+
+    Attributes:
+        name: Stage, as in `grpo_autotune.records.probe.STAGES`.
+        self_s: `share * step_s`.
+        mean_s: Plain mean over the measured steps (over whole cycles of them).
+        host_s: Mean host seconds where `self_s` is the GPU's; null on a CPU.
+        share: The stage's part of all measured seconds.
+        spread: Half the interquartile range over steps, seconds.
+        ms_per_token: Milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and
+            completion trained on (`num_iterations` times those generated) for `policy_logprob`, `backward` and
+            `optimizer`; tokens of prompt and completion generated elsewhere.
+        limit_share: Time that this machine's ceiling would allow over time taken; null where it is not known.
+        limited_by: The ceiling that binds.
+        peak_bytes: Most memory while the stage ran.
+        hidden_s: Mean seconds a step on other threads while the main thread did something else.
+        calls: Mean number of calls a step.
+        parts: The stage split up, where the probe can tell parts apart.
+        seams: The functions whose time this stage holds.
+        utilisation: What the sampler saw while the stage ran; null without a sample.
+    """
+
+    name: str
+    self_s: float
+    mean_s: float
+    host_s: float | None
+    share: float
+    spread: float
+    ms_per_token: float | None
+    limit_share: float | None
+    limited_by: Literal["matrix", "memory"] | None
+    peak_bytes: int | None
+    hidden_s: float
+    calls: float
+    parts: list[PartRow]
+    seams: list[str]
+    utilisation: Utilisation | None
+
+
+class Rates(Frozen):
+    """Work a second over all ranks.
+
+    Attributes:
+        tokens_per_s: Prompt and completion tokens, each completion's copy of the prompt counted.
+        completion_tokens_per_s: Completion tokens alone.
+        useful_completions_per_s: Sum over groups of G - 1 where the rewards differ (masked truncated completions left
+            out) over seconds; null where no rewards were seen.
+    """
+
+    tokens_per_s: float
+    completion_tokens_per_s: float
+    useful_completions_per_s: float | None
+
+
+class RankStage(Frozen):
+    """Seconds a step of one stage (`step` for the whole step) over the ranks."""
+
+    name: str
+    mean_s: float
+    slowest_s: float
+    slowest_rank: int
+
+
+class Straggler(Frozen):
+    """A rank that works longer than the mean of the others by `extra_s` a step, most of it in `stage`."""
+
+    rank: int
+    extra_s: float
+    stage: str
+
+
+class Ranks(Frozen):
+    """All ranks side by side."""
+
+    world_size: int
+    stages: list[RankStage]
+    stragglers: list[Straggler]
+
+
+class Report(Frozen):
+    """Everything one probe has to say; `docs/report.md` explains every key."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, protected_namespaces=()
+    )
+
+    schema_: Literal["grpo-autotune/report/1"] = Field(default=SCHEMA, alias="schema")
+    step_s: float
+    step_spread_s: float
+    steps: list[int]
+    step_seconds: list[float]
+    warmup_s: list[float]
+    cycle: int
+    stages: list[StageReport]
+    bound: str
+    verdict: list[Advice]
+    warnings: list[str]
+    fidelity: Fidelity | None
+    engine: EngineFacts | None = None
+    startup: list[Phase]
+    images: ImageFacts | None
+    tokens: TokenFacts | None
+    rates: Rates | None
+    rewards: list[RewardCall]
+    weight_sync_bytes: int | None
+    rank: int
+    ranks: Ranks | None
+    metrics: dict[str, float]
+    trainer: TrainerFacts
+    machine: dict[str, Any] | None
+    config: dict[str, Any] | None
+    versions: dict[str, str]
+
+    def stage(self, name: str) -> StageReport:
+        """The row of one stage."""
+        return next(row for row in self.stages if row.name == name)

@@ -1,0 +1,46 @@
+"""A report on disk read back, with a clear word when it cannot be; the schema's name is checked before its keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.records.base import Frozen
+
+Stored = TypeVar("Stored", bound=Frozen)
+
+
+def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, written_by: str, again: str) -> Stored:
+    """Read a JSON file whose key `schema` names what wrote it.
+
+    Args:
+        path: The file.
+        kind: What it holds.
+        schema: The only schema that this version reads.
+        absent: What to say where there is no file.
+        written_by: What writes one.
+        again: What to do about a file that cannot be used.
+
+    Raises:
+        ConfigError: There is none, it is not JSON, another version of the schema wrote it, or it is damaged.
+    """
+    where = str(path)
+    if not path.is_file():
+        raise ConfigError(absent, where=where, fix=f"{written_by} writes one.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise ConfigError("this is not a JSON file", where=where) from problem
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != schema:
+        raise ConfigError(f"the report has the schema {found!r}, this version reads {schema!r}", where=where, fix=again)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        key = ".".join(str(step) for step in first["loc"])
+        raise ConfigError(f"the report is damaged at `{key}`: {first['msg']}", where=where, fix=again) from problem

@@ -1,0 +1,134 @@
+"""What a trial is asked to do and what came of it: two files, the whole of what parent and child say to each other.
+
+Both are frozen, free of torch, and equal after a trip through JSON. Times are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.probe import ProbeRecord
+
+Status = Literal["ok", "oom", "hang", "timeout", "killed", "crashed", "invalid", "reward_failed"]
+"""How a trial ended.
+
+`oom`: memory ran out, on the device or the host; `hang`: no span edge for too long; `timeout`: over its own limit;
+`killed`: by a signal that nobody here sent; `invalid`: the configuration or the machine refuses it; `reward_failed`: a
+reward raised or returned what cannot be used; `crashed`: any other error.
+"""
+
+Purpose = Literal["probe", "timed", "worst_case", "rewards"]
+"""What a trial measures.
+
+`probe`: the configuration as it is, free completion lengths; `timed`: the same prompts for every trial and completion
+lengths fixed at `seen_lengths`, then `completion_lengths`; `worst_case`: one step with the longest prompts, the largest
+images and full-length completions, optimizer state in place; `rewards`: generation and rewards alone, free lengths, no
+training.
+"""
+
+
+SPEC_FILE = "spec.json"
+OUTCOME_FILE = "outcome.json"
+HEARTBEAT_FILE = "heartbeat"
+LOG_FILE = "log.txt"
+SERVER_LOG = "server.txt"
+
+
+class Progress(NamedTuple):
+    """What a trial is doing: a phase of start-up or a stage, and the step it belongs to (0 before the first)."""
+
+    stage: str
+    step: int
+    of: int
+
+
+class TrialSpec(Frozen):
+    """One trial.
+
+    Attributes:
+        number: Number in the study; its folder is `trials/0007`.
+        purpose: See `Purpose`.
+        config: The whole configuration, as `RunConfig.to_dict` gives it.
+        knobs: Key path -> value, where it differs from the user's configuration or belongs to the space.
+        steps: Optimizer steps to measure (for `rewards`: generation batches).
+        least_steps: Of them, those that are measured however long they take; null is all.
+        enough_s: Seconds of training after which no more than `least_steps` are measured.
+        warmup: Optimizer steps before them that are put aside.
+        completion_lengths: Lengths in tokens to draw each completion's length from (repeatable, by row and seed);
+            null leaves lengths free.
+        seen_lengths: Lengths in tokens of the first prompts' completions, a list a prompt, which come before those.
+        limit_s: Wall-clock limit of the whole trial, start-up included.
+        hang_s: Longest age of the heartbeat after start-up.
+        script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
+            (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
+        world_size: Processes; more than one are started by `torchrun`.
+        server_port: Where the server listens that was started for it on this machine; null where there is none.
+        source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`; for the record alone.
+    """
+
+    number: int
+    purpose: Purpose = "timed"
+    config: dict[str, Any]
+    knobs: dict[str, Any] = {}
+    steps: int = 3
+    least_steps: int | None = None
+    enough_s: float | None = None
+    warmup: int = 1
+    completion_lengths: list[int] | None = None
+    seen_lengths: list[list[int]] = []
+    limit_s: float = 600.0
+    hang_s: float = 120.0
+    script: list[str] | None = None
+    world_size: int = 1
+    server_port: int | None = None
+    source: str = "user"
+
+
+class PromptReward(Frozen):
+    """Rewards of one prompt's completions in a `rewards` trial; prompts are numbered as the data set numbers them."""
+
+    prompt: int
+    rewards: list[float]
+    truncated: int
+
+
+class TrialOutcome(Frozen):
+    """What came of a trial.
+
+    Attributes:
+        number: The trial's.
+        status: See `Status`.
+        why: One line for a trial that did not end well: error type and message, or what was seen from outside.
+        error_type: Name of the exception's class, where there was one.
+        record: The probe's record; null where no step was measured.
+        step_s: Seconds of each measured step.
+        peak_bytes: Most memory over the trial (CUDA allocator's reserved, or resident set of the process).
+        idle_bytes: The same before the model was loaded; `peak_bytes - idle_bytes` is what the trial needed.
+        most_bytes: Most that the process could have held under a limit on its addresses; null without one.
+        overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
+        startup_s: Seconds from the request to the first step's begin.
+        elapsed_s: Seconds of the whole trial, as the parent saw them.
+        warm: Whether a process that had served another trial served this one.
+        rewards: Of a `rewards` trial.
+        lengths: Of a `probe`: its completions' lengths in tokens, a list a prompt, in the order in which they were
+            generated; empty where other trials cannot be given the same.
+        notes: What could not be done as asked, a sentence each (lengths that an engine leaves free, for instance).
+    """
+
+    number: int
+    status: Status
+    why: str | None = None
+    error_type: str | None = None
+    record: ProbeRecord | None = None
+    step_s: list[float] = []
+    peak_bytes: int | None = None
+    idle_bytes: int | None = None
+    most_bytes: int | None = None
+    overshoot_bytes: int | None = None
+    startup_s: float | None = None
+    elapsed_s: float = 0.0
+    warm: bool = False
+    rewards: list[PromptReward] = []
+    lengths: list[list[int]] = []
+    notes: list[str] = []

@@ -1,0 +1,1 @@
+"""The engine inside the training process: its keys, images and requests."""

@@ -1,0 +1,1 @@
+"""Rollout fidelity: whether the engine samples from the model that is trained."""

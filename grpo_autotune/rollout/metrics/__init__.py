@@ -1,0 +1,1 @@
+"""Counters of the engine's scheduler, in this process and at a server."""

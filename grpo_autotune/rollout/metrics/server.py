@@ -1,0 +1,144 @@
+"""What a vLLM server did while it generated for this trainer, from its `/metrics`.
+
+Counters are read before and after TRL's call; how many requests ran and how full the cache was is asked meanwhile, a
+few times a second. A server that also works for others counts their requests too.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_autotune.records.rollout import EngineFacts
+from grpo_autotune.rollout.metrics.scheduler import EngineMeter, together
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+
+POLL_S = 0.2
+TIMEOUT_S = 5.0
+COUNTERS = {
+    "prompt_tokens": "vllm:prompt_tokens_total",
+    "cached_tokens": "vllm:prompt_tokens_cached_total",
+    "decode_tokens": "vllm:generation_tokens_total",
+    "preemptions": "vllm:num_preemptions_total",
+}
+GAUGES = {
+    "running_max": "vllm:num_requests_running",
+    "waiting_max": "vllm:num_requests_waiting",
+    "kv_use_max": "vllm:kv_cache_usage_perc",
+}
+CACHE = "vllm:cache_config_info"
+_LINE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        name, value = match["name"], float(match["value"])
+        if name == CACHE:
+            labels = dict(_LABEL.findall(match["labels"] or ""))
+            sizes = [labels.get(key, "") for key in ("num_gpu_blocks", "block_size")]
+            value = float(sizes[0]) * float(sizes[1]) if all(size.isdigit() for size in sizes) else 0.0
+        found[name] = found.get(name, 0.0) + value
+    return found
+
+
+@dataclass
+class ServerMeter(EngineMeter):
+    """An `EngineMeter` for TRL's client of a server; only the process that holds the client sees anything."""
+
+    kv_tokens: int | None = None
+
+    def install(self) -> list[Handle]:
+        """Put layers on the client's call and the weight sync."""
+        client = getattr(self.generation, "vllm_client", None)
+        handles = [wrap(AttributeSlot(self.generation, "sync_weights"), self._timed("sync"))]
+        if client is not None:
+            handles.append(wrap(AttributeSlot(client, "generate"), self._client_layer, INNER))
+        return handles
+
+    def facts(self, first: int) -> EngineFacts | None:
+        """As `EngineMeter.facts`; a server does not tell which of its seconds were prefill."""
+        total = together(self._seen(first))
+        if not total.generations:
+            return None
+        calls_s = total.decode_s
+        return EngineFacts(
+            generations=total.generations,
+            prompt_tokens=total.prompt_tokens,
+            cached_tokens=total.cached_tokens,
+            prefill_tokens=total.prompt_tokens - total.cached_tokens,
+            decode_tokens=total.decode_tokens,
+            prefill_s=0.0,
+            decode_s=calls_s,
+            prefill_tokens_per_s=None,
+            decode_tokens_per_s=total.decode_tokens / calls_s if calls_s else None,
+            running_mean=total.running_s / calls_s if calls_s and total.running_s else None,
+            running_max=total.running_max or None,
+            waiting_max=total.waiting_max,
+            kv_use_max=total.kv_use_max or None,
+            kv_tokens=self.kv_tokens,
+            preemptions=total.preemptions,
+            syncs=total.syncs,
+            sync_s=total.sync_s / total.syncs if total.syncs else None,
+            source="server",
+        )
+
+    def _client_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if not self.counting():
+            return call_next(*args, **kwargs)
+        before, seen, done = self._read(), list[dict[str, float]](), threading.Event()
+        watching = threading.Thread(target=self._poll, args=(done, seen), daemon=True)
+        watching.start()
+        begin = self.clock()
+        try:
+            found = call_next(*args, **kwargs)
+        finally:
+            seconds = self.clock() - begin
+            done.set()
+            watching.join()
+        self._book_call(before, self._read(), seen, seconds)
+        return found
+
+    def _book_call(
+        self, before: dict[str, float], after: dict[str, float], seen: list[dict[str, float]], seconds: float
+    ) -> None:
+        turn = self._turn()
+        turn.generations += 1
+        turn.decode_s += seconds
+        if not (before and after):
+            return
+        for name, metric in COUNTERS.items():
+            setattr(turn, name, getattr(turn, name) + round(after.get(metric, 0.0) - before.get(metric, 0.0)))
+        for name, metric in GAUGES.items():
+            largest = max((values.get(metric, 0.0) for values in seen), default=0.0)
+            setattr(turn, name, max(getattr(turn, name), largest if name == "kv_use_max" else int(largest)))
+        running = [values.get(GAUGES["running_max"], 0.0) for values in seen]
+        turn.running_s += seconds * sum(running) / len(running) if running else 0.0
+        self.kv_tokens = int(after.get(CACHE, 0.0)) or None
+
+    def _poll(self, done: threading.Event, seen: list[dict[str, float]]) -> None:
+        while not done.wait(POLL_S):
+            seen.append(self._read())
+
+    def _read(self) -> dict[str, float]:
+        """What the server tells; nothing where it does not (its metrics may be switched off, or it is gone)."""
+        try:
+            with urllib.request.urlopen(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S) as reply:
+                return read_metrics(reply.read().decode())
+        except OSError:
+            return {}
+
+
+def meter_for(generation: Any, **settings: Any) -> EngineMeter:
+    """The meter that fits how a trainer reaches its engine."""
+    server = getattr(generation, "mode", None) == "server"
+    return (ServerMeter if server else EngineMeter)(generation, **settings)

@@ -1,0 +1,52 @@
+"""What a user asks of the rollout engine, beyond what TRL can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, engine_names, vllm_section
+from grpo_autotune.errors import ConfigError
+
+WeightSync = Literal["auto", "merged", "batched", "adapter"]
+SleepLevel = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of one engine.
+
+    Attributes:
+        weight_sync: How trained weights reach the engine.
+        sleep_level: What it gives back while weights are trained; None leaves it to the trainer's
+            `vllm_enable_sleep_mode`, whose level is 2.
+        keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
+        image_sizes: Width and height of the data's images, each size once; empty where they are not known. Found as
+            the trainer is built.
+    """
+
+    weight_sync: WeightSync = "auto"
+    sleep_level: SleepLevel | None = None
+    keys: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    image_sizes: frozenset[tuple[int, int]] = frozenset()
+
+    @classmethod
+    def of_section(cls, section: VllmSection) -> Self:
+        """The options that a `vllm` section asks for; keys that TRL has a name for reach it by `GRPOConfig`."""
+        return cls(section.weight_sync, section.sleep_level, MappingProxyType(section.engine_kwargs()))
+
+    @classmethod
+    def of_keys(cls, weight_sync: WeightSync, sleep_level: SleepLevel | None, keys: Mapping[str, Any]) -> Self:
+        """The options of a script, judged like a `vllm` section.
+
+        Raises:
+            ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
+        """
+        for name in keys.keys() & VLLM_TO_TRL.keys() - engine_names():
+            raise ConfigError("this is no engine key", where=name, fix=f"Give GRPOConfig {VLLM_TO_TRL[name]}.")
+        if "server_gpus" in keys:
+            raise ConfigError("nobody would start this server", where="server_gpus", fix="Use `grpo-autotune serve`.")
+        vllm_section({"weight_sync": weight_sync, "sleep_level": sleep_level, **keys})
+        return cls(weight_sync, sleep_level, MappingProxyType(dict(keys)))

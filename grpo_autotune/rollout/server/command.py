@@ -1,0 +1,280 @@
+"""The `vllm serve` that a configuration asks for: its words and its environment, as TRL's client needs the server.
+
+Nothing is started here, and nothing heavy imported. The keys of the `vllm` section become the options of the same name;
+what TRL's server mode cannot do without (trl/generation/vllm_client.py, TRL 1.16) is added.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+
+HOST, PORT = "127.0.0.1", 8000
+"""Of a server whose address the configuration leaves open: TRL looks for it on this machine, at vLLM's own port."""
+
+CLIENT_KEYS = frozenset(
+    {
+        "mode",
+        "weight_sync",
+        "sleep_level",
+        "server_gpus",
+        "enable_sleep_mode",
+        "server_base_url",
+        "server_host",
+        "server_port",
+        "server_timeout",
+        "group_port",
+        "structured_outputs_regex",
+    }
+)
+"""Keys of the `vllm` section that speak of the training process, or of the way to the server."""
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM keeps room for (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+TRL_BATCHED_TOKENS = 4096
+"""`max_num_batched_tokens` where nothing is said (trl/generation/vllm_generation.py)."""
+
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+"""The server without the command `vllm`."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+ADAPTERS_KEPT = 2
+"""The one that generates, and the next while it is loaded."""
+
+
+class Serving(NamedTuple):
+    """How to start a server.
+
+    Attributes:
+        model: What it serves: a folder or the name of a hub repository.
+        options: Options of `vllm serve`, in words.
+        environment: Variables beside those that are there.
+        host: Where it listens.
+        port: Likewise.
+        notes: What was derived rather than written, a sentence each.
+    """
+
+    model: str
+    options: tuple[str, ...]
+    environment: dict[str, str]
+    host: str
+    port: int
+    notes: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        """URL for a client on this machine, or on any that reaches the host by that name."""
+        return f"http://{HOST if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    def line(self) -> str:
+        """The command as a person would type it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        words = (
+            ["vllm", "serve", self.model] if has_command() else ["python", "-m", SERVER_MODULE, "--model", self.model]
+        )
+        return " ".join([*variables, shlex.join([*words, *self.options])])
+
+    def words(self, python: Sequence[str]) -> list[str]:
+        """The same for this interpreter."""
+        program = ["vllm.entrypoints.cli.main", "serve"] if has_command() else [SERVER_MODULE, "--model"]
+        return [*python, "-m", *program, self.model, *self.options]
+
+
+def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
+    """The GPUs that serve and those that train, where the run starts its own server: the last `vllm.server_gpus` of
+    those that this process sees serve.
+
+    Args:
+        config: The run.
+        there: GPUs of the machine.
+
+    Returns:
+        Both as `CUDA_VISIBLE_DEVICES` names them.
+
+    Raises:
+        ConfigError: Too few are left to train on, or none was asked for although there are some.
+    """
+    wanted, seen = config.vllm.server_gpus or 0, _visible(there)
+    if wanted == 0 and there == 0:
+        return [], []
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.batch.processes))
+    if processes != config.batch.processes:
+        raise ConfigError(
+            "a run on several machines cannot start a server of its own",
+            where="vllm.server_gpus",
+            fix="Start one with `grpo-autotune serve` and give vllm.server_base_url.",
+        )
+    left = len(seen) - wanted
+    if wanted == 0 or left < processes:
+        raise ConfigError(
+            f"{wanted} of the {len(seen)} GPUs here would serve, and {processes} must be left to train on",
+            where="vllm.server_gpus",
+            fix=_nearest(len(seen), processes),
+        )
+    return seen[left:], seen[:left]
+
+
+def _visible(there: int) -> list[str]:
+    """GPUs that CUDA shows this process; it ends the list at the first name that is none."""
+    told = os.environ.get(VISIBLE)
+    names = [str(index) for index in range(there)] if told is None else [name.strip() for name in told.split(",")]
+    real = list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+    return real if there else []
+
+
+def _nearest(there: int, training: int) -> str:
+    most = there - training
+    if there == 0:
+        return "Set it to 0."
+    if most < 1:
+        return "Set it to null (the engine in the training process), or start fewer training processes."
+    return f"Set it to {1 if most == 1 else f'1 to {most}'}, or start fewer training processes."
+
+
+def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[str] = ()) -> Serving:
+    """How to serve a configuration's model so that it can be trained against.
+
+    Args:
+        config: The run.
+        source: Where its weights are.
+        model: Its config.json; empty where nobody has it yet.
+        gpus: GPUs of the server, as `CUDA_VISIBLE_DEVICES` names them; all that are visible without.
+
+    Raises:
+        ConfigError: `vllm.server_base_url` is no address to listen at, or the adapter's rank has no room in vLLM.
+    """
+    keys = {name: value for name, value in given_keys(config).items() if name not in CLIENT_KEYS}
+    notes: list[str] = []
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    if gpus:
+        environment[VISIBLE] = ",".join(gpus)
+        if len(gpus) > 1 and "tensor_parallel_size" not in keys:
+            keys["tensor_parallel_size"] = len(gpus)
+            notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")
+    if config.model.revision is not None:
+        keys.setdefault("revision", config.model.revision)
+    if config.model.trust_remote_code:
+        keys.setdefault("trust_remote_code", True)
+    if "dtype" not in keys and (dtype := trained_dtype(config, model)) is not None:
+        keys["dtype"] = dtype
+        notes.append(f"the server computes in {dtype}, as the trainer does")
+    keys.setdefault("logprobs_mode", "processed_logprobs")  # temperature and cut-offs included, as TRL reckons
+    keys.setdefault("max_logprobs", -1)
+    if "vision_config" in model:
+        keys.setdefault("enable_scale_out", True)  # the route by which images reach it
+    if config.vllm.server_gpus is not None:  # as an engine in the training process would have it
+        keys.setdefault("max_num_seqs", config.batch.generation_batch)
+        keys.setdefault("max_num_batched_tokens", max(TRL_BATCHED_TOKENS, keys["max_num_seqs"]))
+    keys |= _sync_keys(config, notes, environment)
+    host, port = listens_at(config)
+    words = (*option("host", host), *option("port", port))
+    options = [word for name, value in keys.items() for word in option(name, value)]
+    return Serving(source, (*words, *options), environment, host, port, tuple(notes))
+
+
+def has_command() -> bool:
+    """Whether the command `vllm` works: it asks for the package's version under the name `vllm`, which the CPU build on
+    the package index has under another. Without vLLM it is what a machine with it would have."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.util.find_spec("vllm") is None
+    return True
+
+
+def given_keys(config: RunConfig) -> dict[str, Any]:
+    """What the `vllm` section holds, as it was written."""
+    return config.vllm.model_dump(exclude_none=True)
+
+
+def trained_dtype(config: RunConfig, model: Mapping[str, Any]) -> str | None:
+    """The type that the trainer computes in: vLLM alone would make float32 checkpoints bfloat16. Null if unknown."""
+    text = model.get("text_config")
+    stored = (
+        model.get("dtype") or model.get("torch_dtype") or (text.get("dtype") if isinstance(text, Mapping) else None)
+    )
+    found = config.model.dtype if config.model.dtype != "auto" else stored
+    return str(found) if found else None
+
+
+def listens_at(config: RunConfig) -> tuple[str, int]:
+    """Host and port of the server that a configuration names.
+
+    Raises:
+        ConfigError: The URL has a path, or another scheme than http.
+    """
+    url = config.vllm.server_base_url
+    if url is None:
+        return config.vllm.server_host or HOST, config.vllm.server_port or PORT
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "http" or not parts.hostname or port is None or parts.path.strip("/"):
+        raise ConfigError(
+            f"{url} is no address that a server can listen at",
+            where="vllm.server_base_url",
+            fix="Give http://HOST:PORT.",
+        )
+    return parts.hostname, port
+
+
+def adapter_room(config: RunConfig) -> int | None:
+    """Rank that the server keeps room for; null where adapters are not what is sent.
+
+    Raises:
+        ConfigError: The rank is larger than any that vLLM takes.
+    """
+    if config.peft is None or config.model.load_in_4bit or given_keys(config).get("weight_sync", "auto") not in SENDS:
+        return None
+    rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])
+    room = next((size for size in ADAPTER_RANKS if size >= rank), None)
+    if room is None:
+        raise ConfigError(
+            f"vLLM takes adapters up to rank {ADAPTER_RANKS[-1]}, and this one has {rank}",
+            where="peft.r",
+            fix="Set it lower, or set vllm.weight_sync to merged.",
+        )
+    return room
+
+
+SENDS = ("auto", "adapter")
+"""Values of `vllm.weight_sync` with which an adapter may be sent."""
+
+
+def option(name: str, value: Any) -> tuple[str, ...]:
+    """An engine key as words of the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return (flag,) if value else (f"--no-{flag[2:]}",)
+    if isinstance(value, list | tuple):
+        return (flag, *map(str, value))
+    return (flag, json.dumps(value) if isinstance(value, Mapping) else str(value))
+
+
+def _sync_keys(config: RunConfig, notes: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """What the server needs so that weights can reach it."""
+    keys: dict[str, Any] = {}
+    room = adapter_room(config)
+    if room is not None:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        keys |= {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": ADAPTERS_KEPT}
+        notes.append("adapters can be sent to it as files (vllm.weight_sync adapter); the trainer must see its disk")
+    if given_keys(config).get("weight_sync") != "adapter":
+        keys["weight_transfer_config"] = {"backend": "nccl"}
+        if room is None:
+            notes.append("weights are sent to it over NCCL: the trainer needs a GPU of its own")
+    return keys

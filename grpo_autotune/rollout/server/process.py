@@ -1,0 +1,191 @@
+"""A vLLM server as a process: started behind a guardian, waited for, and ended with all that it started.
+
+`OwnServer` is the one that a run starts for itself (`vllm.server_gpus`): it listens at a free port of this machine, and
+the trainer is left the GPUs that it does not take.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.machine import installed
+from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
+from grpo_autotune.rollout.server.command import HOST, VISIBLE, Serving, serving, split_gpus
+from grpo_autotune.rollout.server.log import last_error, words
+
+LOOK_S = 0.5
+ANSWER_S = 5.0
+
+
+class Weights(NamedTuple):
+    """What a server serves.
+
+    Attributes:
+        source: Folder, or name of a hub repository.
+        config_json: The model's config.json; empty where nobody has it yet.
+    """
+
+    source: str
+    config_json: Mapping[str, Any]
+
+
+class VllmServer(Guarded):
+    """A server, from its start on.
+
+    Args:
+        wanted: How to start it.
+        log: Gets its output.
+
+    Raises:
+        EnvironmentProblem: vLLM is not installed.
+    """
+
+    def __init__(self, wanted: Serving, log: Path) -> None:
+        need_vllm()
+        self.wanted, self.log, self._begun = wanted, log, time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+        super().__init__(wanted.words(PYTHON), log, {**without_rank(), **wanted.environment})
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self._begun
+
+    def until_healthy(self, look: Callable[[], None] = lambda: None) -> None:
+        """Wait until it answers; `look` is called now and then, and may raise.
+
+        Raises:
+            EnvironmentProblem: It ended before.
+        """
+        answers = False
+        while not answers:
+            look()
+            answers = self._answers()
+            if (code := self.wait(0.0 if answers else LOOK_S)) is not None:  # another one may answer at its port
+                raise self.ended("the server did not start", code)
+
+    def ended(self, what: str, code: int) -> EnvironmentProblem:
+        """That it ended, with the error that its log ends with."""
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return EnvironmentProblem(f"{what} ({how})", where=str(self.log), fix=words(last_error(self.log)))
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.wanted.address}/health", timeout=ANSWER_S):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+class OwnServer(VllmServer):
+    """The server that `config` asks to be started.
+
+    Args:
+        config: A run with `vllm.server_gpus`.
+        weights: What it serves.
+        gpus: Its GPUs.
+        log: Gets its output.
+
+    Attributes:
+        key: Equal for runs that can generate with the same server.
+        port: Where it listens.
+
+    Raises:
+        EnvironmentProblem: vLLM is not installed.
+    """
+
+    def __init__(self, config: RunConfig, weights: Weights, gpus: Sequence[str], log: Path) -> None:
+        self.key, self.port = server_key(config, weights, gpus), free_port()
+        super().__init__(serving_at(_at_port(config, self.port), weights, gpus), log)
+
+
+def weights_of(
+    config: RunConfig, load: Callable[[RunConfig], str], read: Callable[[RunConfig], Mapping[str, Any]]
+) -> Weights:
+    """The weights of a run as a server reads them.
+
+    Args:
+        config: The run.
+        load: Makes sure that the weights exist and returns their source; not called for a folder, since it loads torch.
+        read: Reads a configuration's config.json.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    folder = Path(config.model.name_or_path or "").expanduser()
+    source = str(folder) if config.model.name_or_path and folder.is_dir() else load(config)
+    return Weights(source, read(config) or read(_from_source(config, source)))
+
+
+def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
+    """How to serve these weights on these GPUs.
+
+    Raises:
+        ConfigError: As `command.serving`.
+    """
+    return serving(config, weights.source, weights.config_json, gpus)
+
+
+def server_key(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> str:
+    """Equal for runs that can generate with the same server."""
+    return serving_at(_at_port(config, 1), weights, gpus).line()
+
+
+def address_keys(port: int) -> dict[str, Any]:
+    """The `GRPOConfig` keys by which TRL finds a server of the run's own."""
+    return {"vllm_server_host": HOST, "vllm_server_port": port}
+
+
+def leave_gpus(config: RunConfig) -> list[str]:
+    """Let this process train on the GPUs that its server does not take, and answer those that it does.
+
+    To be asked once in a process, before torch is imported: CUDA looks at the variable when it is first used.
+
+    Raises:
+        ConfigError: There are not so many GPUs.
+    """
+    if not config.use_vllm or config.vllm.server_gpus is None:
+        return []
+    serve, train = split_gpus(config, len(detect().gpus))
+    if train:
+        os.environ[VISIBLE] = ",".join(train)
+    return serve
+
+
+def need_vllm() -> None:
+    """Refuse to serve without the package.
+
+    Raises:
+        EnvironmentProblem: It is not installed.
+    """
+    if not installed("vllm"):
+        raise EnvironmentProblem(
+            "serving needs the package vllm, which is not installed", where="serve", fix="Install the extra `vllm`."
+        )
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def _from_source(config: RunConfig, source: str) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": source})})
+
+
+def _at_port(config: RunConfig, port: int) -> RunConfig:
+    return config.model_copy(update={"vllm": config.vllm.model_copy(update={"server_port": port})})

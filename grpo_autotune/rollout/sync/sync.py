@@ -1,0 +1,282 @@
+"""How a trainer's weights reach the colocated engine: merged as TRL does it, batched, or the adapter alone.
+
+merged   TRL's: every tensor of the model, the adapter merged in, one `load_weights` call each.
+batched  One `load_weights` call, with the tensors that training has changed since the last sync.
+adapter  The adapter's own matrices, which vLLM adds on the fly.
+
+The first sync pushes everything, since nobody can tell whether the trainer still has the weights that vLLM read from
+the checkpoint; so does the first one after the engine has slept at level 2, which throws weights away. At level 1 they
+wait in host memory: what TRL syncs again only because the engine slept needs no push.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container, Iterator
+from typing import Any, Literal, NamedTuple, cast
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.rollout.colocate.unlock import Engine, engine_of
+from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.sync import adapters, caches, lora
+from grpo_autotune.rollout.sync.weights import changing, is_4bit, weights
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+
+_logger = logging.getLogger("grpo_autotune.rollout")
+
+Way = Literal["merged", "batched", "adapter"]
+WHERE = "vllm.weight_sync"
+TRL_LEVEL = 2
+"""Of sleep, in TRL 1.16."""
+
+SLOW_ON_CPU = "generation with an adapter that is not merged takes vLLM's CPU build about three times as long"
+"""It gathers an adapter's matrices anew for every token (`lora/ops/torch_ops`): docs/benchmarks/vllm_sync.json."""
+
+PART = "sync"
+"""Its name among the parts of an unlocked engine."""
+
+
+class Sync(NamedTuple):
+    """One weight sync.
+
+    Attributes:
+        way: How.
+        seconds: On this process's clock.
+        bytes: Of the tensors handed to vLLM.
+        tensors: How many.
+        full: Whether it pushed every weight of the model.
+        reset: The caches that were reset.
+    """
+
+    way: Way
+    seconds: float
+    bytes: int
+    tensors: int
+    full: bool
+    reset: tuple[str, ...]
+
+
+def facts(owner: Any) -> list[Sync]:
+    """Every weight sync of a trainer or its `vllm_generation`, oldest first."""
+    found = _of(owner)
+    return [] if found is None else list(found.syncs)
+
+
+def way(owner: Any) -> tuple[Way, str] | None:
+    """How weights are synced, and why so; None where TRL does it by itself."""
+    found = _of(owner)
+    return None if found is None else (found.way, found.why)
+
+
+def _of(owner: Any) -> WeightSync | None:
+    engine = engine_of(getattr(owner, "vllm_generation", owner))
+    found: WeightSync | None = None if engine is None else engine.parts.get(PART)
+    return found
+
+
+def llm_keys(generation: Any, options: EngineOptions) -> dict[str, Any]:
+    """What `vllm.LLM` needs for the chosen way.
+
+    Raises:
+        ConfigError: The asked way is not possible.
+    """
+    chosen, _ = choose(generation, options)
+    keys = adapters.llm_keys(generation.model) if chosen == "adapter" else {}
+    # TRL asks for bitsandbytes here; vLLM's 4-bit layers take no pushed weights, so the engine holds them as numbers
+    return {**keys, "quantization": None} if _has_4bit(generation.model) else keys
+
+
+def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
+    """The way, and why.
+
+    Raises:
+        ConfigError: The asked way is not possible.
+    """
+    model, asked = generation.model, options.weight_sync
+    if _has_4bit(model):
+        _check_4bit(model, options)
+    if asked == "merged" or asked == "batched":
+        return asked, "asked for"
+    reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
+    if asked == "adapter":
+        if reason is not None:
+            raise ConfigError(f"vLLM cannot run the adapter: {reason}", where=WHERE, fix="Set it to batched or auto.")
+        return asked, "asked for"
+    if reason is not None:
+        return "batched", f"no adapter can be sent: {reason}"
+    if generation.accelerator.device.type == "cpu":
+        return "batched", SLOW_ON_CPU
+    return "adapter", "the adapter is all that training changes"
+
+
+def _has_4bit(model: Any) -> bool:
+    return any(is_4bit(parameter) for parameter in model.parameters())
+
+
+def _check_4bit(model: Any, options: EngineOptions) -> None:
+    if options.weight_sync == "merged":
+        raise ConfigError(
+            "an adapter merged into 4-bit weights is rounded away",
+            where=WHERE,
+            fix="Set it to auto, adapter or batched.",
+        )
+    if options.keys.get("quantization") is not None:
+        raise ConfigError(
+            f"{options.keys['quantization']} layers of vLLM take no weights from the trainer, whose own are in 4 bits",
+            where="vllm.quantization",
+            fix="Leave it out: the engine then holds the numbers that the 4-bit weights stand for.",
+        )
+    if "quantization_config" in _checkpoint(model):
+        raise ConfigError(
+            "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then",
+            where="model.name_or_path",
+            fix="Name the checkpoint that it was made from, with model.load_in_4bit: true.",
+        )
+    if (reason := lora.unmergeable(model)) is not None:
+        raise ConfigError(f"4-bit weights are synced beside plain LoRA only: {reason}", where="peft", fix="Change it.")
+
+
+def _checkpoint(model: Any) -> dict[str, Any]:
+    """The `config.json` that vLLM reads."""
+    from transformers import PretrainedConfig
+
+    found: dict[str, Any] = PretrainedConfig.get_config_dict(model.name_or_path)[0]
+    return found
+
+
+def started(generation: Any, llm: Any, options: EngineOptions) -> list[Handle]:
+    """Layers on a new engine."""
+    sync = WeightSync(generation, llm, options)
+    cast(Engine, engine_of(generation)).parts[PART] = sync
+    return sync.on_engine()
+
+
+def install(generation: Any, options: EngineOptions) -> list[Handle]:
+    """Layers on a finished `VLLMGeneration` whose engine lives in this process."""
+    sync = _of(generation)
+    return [] if sync is None else sync.on_generation()
+
+
+class WeightSync:
+    """The syncs of one colocated engine.
+
+    Attributes:
+        way: How.
+        why: Why so.
+        syncs: What each did.
+    """
+
+    def __init__(self, generation: Any, llm: Any, options: EngineOptions) -> None:
+        self.way, self.why = choose(generation, options)
+        if options.weight_sync == "auto":
+            lost = self.way == "batched" and self.why != SLOW_ON_CPU and lora.is_adapted(generation.model)
+            told = _logger.warning if lost else _logger.info
+            told("vllm.weight_sync: %s, since %s", self.way, self.why)
+        self.syncs: list[Sync] = []
+        self._generation, self._llm = generation, llm
+        self._adapters = adapters.Adapters(llm) if self.way == "adapter" else None
+        self._level = options.sleep_level
+        self._slept: int | None = None
+        self._generating = False
+        self._pushed: list[str] = []
+        self._bytes = 0
+
+    def on_engine(self) -> list[Handle]:
+        """Before TRL calls the engine."""
+        handles = [
+            wrap(AttributeSlot(self._llm, "sleep"), self._sleep, INNER),
+            wrap(AttributeSlot(self._llm, "wake_up"), self._wake_up, INNER),
+        ]
+        return handles if self._adapters is None else [*handles, *self._adapters.install()]
+
+    def on_generation(self) -> list[Handle]:
+        """Once TRL has built it."""
+        return [
+            wrap(AttributeSlot(self._generation, "sync_weights"), self._sync, INNER),
+            wrap(AttributeSlot(self._generation, "generate"), self._generate, INNER),
+            wrap(AttributeSlot(self._generation, "_iter_named_params"), self._counted, INNER),
+        ]
+
+    def _sleep(self, call_next: Callable[..., Any], /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        level = level if self._level is None else self._level
+        if level == 0:
+            return None  # idle as it is, with all it holds
+        self._slept = max(level, self._slept or 0)
+        return call_next(level, *args, **kwargs)
+
+    def _wake_up(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return None if self._level == 0 else call_next(*args, **kwargs)
+
+    def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._generating = True
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            self._generating = False
+
+    def _sync(self, call_next: Callable[..., Any], /) -> None:
+        begun = time.perf_counter()
+        self._pushed, self._bytes = [], 0
+        full = not self.syncs or self._slept == TRL_LEVEL
+        reset: tuple[str, ...] = ()
+        if self._generating and not full:
+            self._wake()  # within `generate` TRL syncs only because the engine slept
+        elif self.way == "merged":
+            call_next()
+            full = True
+            reset = caches.reset(self._llm, self._pushed)
+        else:
+            self._wake()
+            reset = self._push(full)
+        self._slept = None
+        self.syncs.append(Sync(self.way, time.perf_counter() - begun, self._bytes, len(self._pushed), full, reset))
+
+    def _wake(self) -> None:
+        """As TRL does it before it pushes."""
+        if self._generation.enable_sleep_mode:
+            from trl.generation.vllm_generation import empty_cache
+
+            empty_cache()
+            self._llm.wake_up(tags=["weights"])
+            self._generation._llm_weights_sleeping = False
+
+    def _push(self, full: bool) -> tuple[str, ...]:
+        reset: tuple[str, ...] = ()
+        if full or self.way == "batched":
+            self._model().load_weights(self._changed(None if full else changing(self._generation.model)))
+            reset = caches.reset(self._llm, self._pushed)
+        if self._adapters is not None:
+            tensors = lora.tensors(self._generation)
+            self._adapters.send(tensors)
+            for name, tensor in tensors.items():
+                self._count(name, tensor)
+        return reset
+
+    def _model(self) -> Any:
+        return self._llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    def _changed(self, only: Container[str] | None) -> Iterator[tuple[str, Any]]:
+        """The weights to push, counted; where an adapter is more than a sum, TRL merges it."""
+        model = self._generation.model
+        adapted = lora.is_adapted(model)
+        if self._generation._dist.is_fsdp or (adapted and lora.unmergeable(model) is not None):
+            found = self._generation._iter_named_params()
+            pairs: Iterator[tuple[str, Any]] = (
+                (name, tensor) for name, tensor in found if only is None or name in only
+            )
+        else:
+            pairs = weights(self._generation, only, merged=adapted and self.way == "batched")
+        for name, tensor in pairs:
+            self._count(name, tensor)
+            yield name, tensor
+
+    def _counted(self, call_next: Callable[..., Any], /) -> Iterator[tuple[str, Any]]:
+        for name, tensor in call_next():
+            if self.way == "merged":
+                self._count(name, tensor)
+            yield name, tensor
+
+    def _count(self, name: str, tensor: Any) -> None:
+        self._pushed.append(name)
+        self._bytes += tensor.numel() * tensor.element_size()

@@ -1,0 +1,81 @@
+"""A trainer's weights under the names vLLM's loaders know, one at a time, nothing of the trainer's written to.
+
+TRL merges every adapter into the trainer's own weights, pushes, and subtracts it again, which leaves the rounding of
+both in them and turns 4-bit weights into others. Here each weight that an adapter touches is summed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.rollout.sync.lora import active_adapter, is_adapted, lora_layers
+
+BASE_WEIGHT = ".base_layer.weight"
+
+
+def engine_name(model: Any, name: str) -> str | None:
+    """What vLLM calls the parameter `name`; None for what it has none of: adapters, and modules that PEFT replaced."""
+    if is_adapted(model):
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if model.prefix in name or "original_module" in name:
+            return None
+    return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")
+
+
+def changing(model: Any) -> set[str]:
+    """Engine names of the weights that training changes: trained ones, and those an adapter is merged into."""
+    return {
+        target
+        for name, parameter in model.named_parameters()
+        if (parameter.requires_grad or ".base_layer." in name) and (target := engine_name(model, name)) is not None
+    }
+
+
+def weights(generation: Any, only: Container[str] | None, *, merged: bool) -> Iterator[tuple[str, Any]]:
+    """Name and tensor of each weight of a model, with or without its plain LoRA adapter merged in.
+
+    4-bit weights come as the numbers that they stand for. Under DeepSpeed ZeRO-3 every rank must exhaust the iterator.
+
+    Args:
+        generation: TRL's `VLLMGeneration`.
+        only: Engine names to keep; None for all.
+        merged: Add the adapter to the weights it is for.
+    """
+    model = generation.model
+    layers = lora_layers(model) if merged and is_adapted(model) else {}
+    for name, parameter in model.named_parameters():
+        target = engine_name(model, name)
+        if target is None or (only is not None and target not in only):
+            continue
+        layer = layers.get(name.removesuffix(BASE_WEIGHT)) if name.endswith(BASE_WEIGHT) else None
+        with generation._dist.gather_params([parameter, *([] if layer is None else layer.parameters())]):
+            value = numbers(parameter)
+            if layer is not None:
+                value = (value + layer.get_delta_weight(active_adapter(model)).detach()).to(value.dtype)
+            yield target, value
+
+
+def numbers(parameter: Any) -> Any:
+    """The weight as a tensor of floating-point numbers.
+
+    Raises:
+        EnvironmentProblem: bitsandbytes has rounded its scales meanwhile, so that they are not those of training.
+    """
+    if not is_4bit(parameter):
+        return parameter.data
+    if getattr(parameter.quant_state, "packing_format_for_cpu", False):
+        raise EnvironmentProblem(
+            "bitsandbytes has packed the 4-bit weights for inference on this CPU, which rounds their scales",
+            where="model.load_in_4bit",
+            fix="Train without evaluation (grpo.eval_strategy: no) here, or on a GPU.",
+        )
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def is_4bit(parameter: Any) -> bool:
+    """Whether bitsandbytes holds this weight in 4 bits."""
+    return type(parameter).__name__ == "Params4bit"

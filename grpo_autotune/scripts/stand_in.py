@@ -1,0 +1,108 @@
+"""Somebody's own TRL script as a configuration: what its trainer has, so that the same knobs can be turned on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.config.schema import RunConfig, override
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.knobs import TABLE
+from grpo_autotune.knobs.apply import SERVER
+from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
+from grpo_autotune.scripts.values import IMAGE_SIZE, SPEEDUPS
+
+SECTIONS = ("grpo", "vllm")
+"""Sections whose keys reach a script's `GRPOConfig`."""
+
+
+def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
+    """A configuration for a script that nobody has looked at yet.
+
+    Args:
+        script: The script and its arguments.
+        settings: Items `search.key=value` and `output.key=value`.
+
+    Raises:
+        ConfigError: There is no such script, or a setting is not legal.
+    """
+    if not script or not Path(script[0]).is_file():
+        raise ConfigError(
+            "no such script",
+            where=f"--script {' '.join(script)}",
+            fix="Give the path of a Python file that builds a GRPOTrainer.",
+        )
+    values: dict[str, Any] = {
+        "model": {"name_or_path": script[0]},
+        "data": {"path": script[0]},
+        "rewards": [{"name": script[0]}],
+        "output": {"name": Path(script[0]).stem},
+    }
+    for item in settings:
+        if item.partition(".")[0] not in ("search", "output"):
+            raise ConfigError(
+                "a script brings its own settings", where=f"--set {item}", fix="Only search and output can be set."
+            )
+        override(values, item)
+    return RunConfig.from_dict(values)
+
+
+def config_of_script(config: RunConfig, record: ProbeRecord) -> RunConfig:
+    """The stand-in with what the probe saw of the script's trainer, and with the knobs that can reach a script.
+
+    How many steps the script's run has is not known; its wall time is judged by its seconds a step.
+    """
+    values = config.to_dict()
+    values["grpo"] = {**_grpo(record.trainer), **values.get("grpo", {})}
+    search = values.setdefault("search", {})
+    out = {row.key: None for row in TABLE if not _reaches(row.key, record)}
+    search["knobs"] = {**search.get("knobs", {}), **out}
+    return RunConfig.from_dict(values)
+
+
+def overrides(config: RunConfig, turned: RunConfig) -> dict[str, Any]:
+    """What a script's trainer has to be given for a turned configuration: every key that differs, accumulation and the
+    like included."""
+    before, after = config.to_dict(), turned.to_dict()
+    found = {
+        f"{section}.{key}": value
+        for section in SECTIONS
+        for key, value in after.get(section, {}).items()
+        if before.get(section, {}).get(key) != value
+    }
+    if turned.data.image_size != config.data.image_size:
+        found[IMAGE_SIZE] = turned.data.image_size
+    if turned.speedups != config.speedups:
+        found[SPEEDUPS] = turned.speedups
+    return found
+
+
+def _grpo(t: TrainerFacts) -> dict[str, Any]:
+    found = {
+        "max_steps": 1,
+        "per_device_train_batch_size": t.per_device_train_batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "num_generations": t.num_generations,
+        "num_iterations": t.num_iterations,
+        "max_completion_length": t.max_completion_length,
+        "beta": t.beta,
+        "loss_type": t.loss_type,
+        "gradient_checkpointing": t.gradient_checkpointing,
+        "dataloader_num_workers": t.dataloader_num_workers,
+    }
+    if t.use_vllm:
+        found["use_vllm"] = True
+    if t.steps_per_generation != t.gradient_accumulation_steps:
+        found["steps_per_generation"] = t.steps_per_generation
+    return found
+
+
+def _reaches(key: str, record: ProbeRecord) -> bool:
+    if key == IMAGE_SIZE:
+        return record.images is not None
+    if key == SPEEDUPS:
+        return True
+    if key == SERVER:
+        return False  # nobody would start it when the script runs by itself
+    return key.partition(".")[0] in SECTIONS and not (key.startswith("vllm.") and not record.trainer.use_vllm)

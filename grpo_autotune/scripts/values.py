@@ -1,0 +1,202 @@
+"""Values that take the place of a script's own: in its `GRPOConfig`, in the size of its images, and its speed-ups.
+
+Nothing of TRL is imported before the script does it. The keys enter just before TRL checks its arguments
+(`GRPOConfig.__post_init__`), so they win over whatever the script gives, by keyword, from a command line or in a
+subclass.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from grpo_autotune.config.foreign_keys import check_values, grpo_keys
+from grpo_autotune.config.messages import from_validation
+from grpo_autotune.config.section import Section
+from grpo_autotune.config.sources import read_source
+from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, vllm_section
+from grpo_autotune.config.yaml_text import parse_yaml
+from grpo_autotune.errors import AutotuneError, ConfigError
+from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.rollout.colocate.unlock import Unlocked
+from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.seams import mixed_image_rows
+from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.speedups.table import chosen
+
+IMAGE_SIZE = "data.image_size"
+SPEEDUPS = "speedups"
+RECEIPT = "receipt"
+
+
+class ScriptValues:
+    """What a script's trainers, and their vLLM engine, are given.
+
+    Args:
+        values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
+        always: `GRPOConfig` keys beside them, which `values` win over.
+
+    Raises:
+        ConfigError: A key reaches no script, a value is not accepted, two keys say different things of one, or there
+            is no such speed-up.
+    """
+
+    def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
+        engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
+        if engine.server_gpus is not None:
+            raise ConfigError(
+                "nobody would start this server for a script",
+                where="vllm.server_gpus",
+                fix="Start one with `grpo-autotune serve`, and give vllm.server_base_url.",
+            )
+        overrides = grpo_overrides(values)
+        _check_agreement(overrides, engine)
+        self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
+        self.unlocked = Unlocked(EngineOptions.of_section(engine))
+        self.image_size: int | None = values.get(IMAGE_SIZE)
+        self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
+        chosen(self.speedups)
+
+    def on_config_module(self, module: ModuleType) -> None:
+        """Given the module of `GRPOConfig` once it was imported; without keys to give, the class stays as it is."""
+        if self.grpo:
+            wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
+
+    def on_engine_module(self, module: ModuleType) -> None:
+        """Given the module of TRL's engine once it was imported: engines are mended whatever was asked for."""
+        self.unlocked.enter(module)
+
+    def on_trainer_module(self, module: ModuleType) -> None:
+        """Given the module of `GRPOTrainer` once it was imported."""
+        self.unlocked.enter_trainers(module)
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A trainer's keyword arguments, with images of the size that is wanted.
+
+        Raises:
+            ConfigError: It was given no images by `train_dataset`.
+        """
+        if self.image_size is None:
+            return given
+        return {**given, "train_dataset": _resized(given.get("train_dataset"), self.image_size)}
+
+    def finish(self, trainer: Any, say: Callable[[str], None]) -> None:
+        """Mend a trainer that was built, put the speed-ups on it, and say which are on."""
+        from grpo_autotune.speedups.install import speed_up
+
+        if not trainer.use_vllm:  # else it was done as the engine was unlocked
+            mixed_image_rows.mend(trainer)
+        if self.speedups != "none":
+            for line in speed_up(trainer, self.speedups).lines():
+                say(line)
+
+    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
+        from grpo_autotune.train.arguments import as_config_errors
+
+        as_written = copy.copy(config)
+        for name, value in self.grpo.items():
+            setattr(config, name, value)
+        try:
+            with as_config_errors("grpo"):
+                call_next(config)
+        except AutotuneError:
+            call_next(as_written)  # where the script's own values fail too, the error is the script's
+            raise
+
+
+def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `GRPOConfig` keys among `values`, without `grpo.`; those of `vllm.` are left to its section.
+
+    Raises:
+        ConfigError: A key reaches no script, or a value has a wrong type.
+    """
+    found = {}
+    for path, value in values.items():
+        section, _, key = path.rpartition(".")
+        name = key if section in ("", "grpo") else None
+        if path in (IMAGE_SIZE, SPEEDUPS) or section == "vllm":
+            continue
+        if name is None:
+            raise ConfigError(
+                "a script has no such knob",
+                where=path,
+                fix=f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
+            )
+        if name not in grpo_keys():
+            raise ConfigError("GRPOConfig has no such key", where=path)
+        found[name] = value
+    check_values("grpo", found, grpo_keys())
+    return found
+
+
+def _check_agreement(overrides: Mapping[str, Any], engine: VllmSection) -> None:
+    """Refuse an engine key that is given under TRL's name and under vLLM's with different values."""
+    for trl, value in engine.grpo_kwargs().items():
+        if trl in overrides and overrides[trl] != value:
+            given = {theirs: ours for ours, theirs in VLLM_TO_TRL.items() if getattr(engine, ours) is not None}
+            ours = given.get(trl, "sleep_level")
+            raise ConfigError(
+                f"this is {json.dumps(getattr(engine, ours))}, and grpo.{trl} is {json.dumps(overrides[trl])}",
+                where=f"vllm.{ours}",
+                fix="Remove one of the two.",
+            )
+
+
+class _Images(Section):
+    image_size: int = Field(gt=0)
+
+
+class _File(Section):
+    """What `grpo-autotune search --script` writes."""
+
+    grpo: dict[str, Any] = {}
+    vllm: dict[str, Any] = {}
+    data: _Images | None = None
+    speedups: str | list[str] = "none"
+    receipt: Receipt | None = None
+
+
+def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
+    """Read a file as `grpo-autotune search --script` writes it.
+
+    Returns:
+        Key path -> value, and the receipt if there is one.
+
+    Raises:
+        ConfigError: It cannot be read, it is no YAML, or it holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
+    try:
+        given = _File.model_validate(parse_yaml(read_source(path), str(path)))
+    except ValidationError as error:
+        known = [*_File.model_fields, IMAGE_SIZE, *(f"{RECEIPT}.{key}" for key in Receipt.model_fields)]
+        found = from_validation(error, known)
+        raise ConfigError(found.what, where=f"{path}: {found.where}".rstrip(": "), fix=found.fix) from error
+    values = {f"grpo.{key}": value for key, value in given.grpo.items()}
+    values |= {f"vllm.{key}": value for key, value in given.vllm.items()}
+    values[SPEEDUPS] = given.speedups
+    if given.data is not None:
+        values[IMAGE_SIZE] = given.data.image_size
+    ScriptValues(values)
+    return values, given.receipt
+
+
+def _resized(rows: Any, size: int) -> Any:
+    import datasets
+
+    from grpo_autotune.train.data.images import prepare_images
+
+    if not isinstance(rows, datasets.Dataset) or not {"image", "images"}.intersection(rows.column_names):
+        raise ConfigError(
+            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
+            where=IMAGE_SIZE,
+            fix="Take this knob out of the search (search.knobs).",
+        )
+    return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)

@@ -1,0 +1,101 @@
+"""Rows without images among rows with some, in a generation, in a micro batch, or by themselves.
+
+TRL 1.16 hands the processor None for the images of such a row, which Qwen-VL's processors do not take; and for a micro
+batch wholly of such rows it hands the model image tensors of no rows, which its vision tower does not take. Here such a
+row has an empty list of images, a generation wholly of them has tensors of no images, and the model gets none of those.
+
+Several processes add up the gradients of all trained weights, and wait for those of a tower that has seen no image on
+one of them: such a micro batch is given a blank image whose features are multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, wrap
+from grpo_autotune.seams.trainer_access import base_of, models_of
+
+PATCHES, GRID = "pixel_values", "image_grid_thw"
+"""What TRL cuts into micro batches and hands to models of Qwen-VL's kind: patches (n, values) and a row an image."""
+
+
+def mend(trainer: Any) -> list[Handle]:
+    """Put layers on a trainer's processor and models; none where its model takes no images."""
+    processor = trainer.processing_class
+    images = getattr(processor, "image_processor", None)  # a tokenizer may know the token as well
+    if images is None or getattr(processor, "image_token_id", None) is None:
+        return []
+    by_grid = GRID in images.model_input_names
+    handles = [wrap(ClassSlot(processor, "__call__"), _process(by_grid), INNER)]
+    if by_grid:
+        for model in models_of(trainer):
+            backbone = base_of(model).base_model
+            handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
+    return handles
+
+
+def without_empty(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model's inputs, its image tensors left out where they hold no image."""
+    if inputs.get(GRID) is None or len(inputs[GRID]):
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in (PATCHES, GRID)}
+
+
+def _process(by_grid: bool) -> Layer:
+    def process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        images = kwargs.get("images")
+        if not isinstance(images, list) or all(row is not None for row in images):
+            return call_next(*args, **kwargs)
+        if any(images):
+            return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
+        found = call_next(*args, **{**kwargs, "images": None})
+        if by_grid:
+            import torch
+
+            found[PATCHES], found[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
+        return found
+
+    return process
+
+
+def _forward(trainer: Any, backbone: Any) -> Layer:
+    tower = getattr(backbone, "visual", None)
+    waited_for = trainer.accelerator.num_processes > 1 and tower is not None
+
+    def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        kwargs = without_empty(kwargs)
+        found = call_next(*args, **kwargs)
+        if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):
+            found.last_hidden_state = found.last_hidden_state + _nothing(tower)
+        return found
+
+    return forward
+
+
+def _is_trained(tower: Any) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
+
+
+def _nothing(tower: Any) -> Any:
+    """Zero, computed from every weight of the tower."""
+    import torch
+
+    sizes, side, weight = tower.config, tower.spatial_merge_size, next(tower.parameters())
+    values = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
+    found = tower(
+        torch.zeros(side * side, values, dtype=weight.dtype, device=weight.device),
+        grid_thw=torch.tensor([[1, side, side]], device=weight.device),
+        return_dict=True,
+    )
+    return 0.0 * sum(tensor.sum() for tensor in _tensors((found.pooler_output, found.get("deepstack_features"))))
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif value is not None:
+        yield value

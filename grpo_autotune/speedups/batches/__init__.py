@@ -1,0 +1,1 @@
+"""Speed-ups of micro batches: their rows, groups and order."""

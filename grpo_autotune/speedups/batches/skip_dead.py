@@ -1,0 +1,214 @@
+"""Rows that teach nothing are left out of the training pass; every denominator stays that of the whole micro batch.
+
+With `beta = 0` and neither an entropy bonus nor a router loss, a row's loss is a product with its advantage: a row of
+zero advantage, or whose completion is masked as a whole, adds nothing to loss or gradient. Whether a group is dead is
+decided by its rewards' spread (max - min, at most the rounding of their sum): a mean of equal float32 rewards is off by
+1e-8, which TRL divides by 1e-4 and trains on. Every rank must run one wrapped forward a micro step, so where nothing is
+left it runs on two tokens of one row, times zero; on the whole prompt where all trained weights need that.
+
+TRL's metrics of the loss then speak of the rows that are left, so they are logged as `living/<name>`.
+
+Legend: B rows of this process, N rows of all processes, G generations a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
+from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout, overridden
+
+ROUNDING = 2.0 * torch.finfo(torch.float32).eps
+"""What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of
+what is summed up. Equal rewards of one function are equal to the last bit."""
+
+KEY = "living"
+
+ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
+"""Losses that TRL divides by the rows of the micro batch."""
+
+TOKEN_MEANS = ("bnpo",)
+"""Losses that it divides by the tokens of the micro batch."""
+
+TEXT_PARTS = ("language_model", "text_model", "lm_head")
+"""Parts of a model's weights that a prompt without its images reaches; all others may belong to images."""
+
+WHOLE_MEANS = ("dapo", "cispo", "vespo")
+"""Losses that it divides by the tokens of the whole generation batch, which travel in the batch."""
+
+
+class SkipDead:
+    """The speed-up."""
+
+    name = "skip_dead"
+    summary = "completions without a gradient are left out of the training pass"
+
+    def applies(self, trainer: Any) -> str | None:
+        """None where a zero advantage means a zero gradient."""
+        if trainer.beta != 0.0:
+            return f"grpo.beta is {trainer.beta:g}: the KL term gives every completion a gradient"
+        if trainer._entropy_bonus_enabled:
+            return "grpo.entropy_coef or grpo.use_adaptive_entropy gives every completion a gradient"
+        if trainer.aux_loss_enabled:
+            return "grpo.router_aux_loss_coef gives every completion a gradient"
+        if trainer.top_entropy_quantile < 1.0:
+            return "grpo.top_entropy_quantile takes its threshold from all completions"
+        if trainer.multi_objective_aggregation != "sum_then_normalize":
+            return "grpo.multi_objective_aggregation couples the advantages of all groups"
+        if trainer.loss_type not in (*ROW_MEANS, *TOKEN_MEANS, *WHOLE_MEANS):
+            return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
+        other = overridden(trainer, LOSS + GENERATION)
+        if other is not None:
+            return f"{other}, which is not known to give a zero advantage no gradient"
+        dropout = active_dropout(trainer.model)
+        return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
+
+    def install(self, trainer: Any) -> Installed:
+        """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""
+        installed = _Skipping(self.name, trainer)
+        layers = (
+            (find("rewards"), installed.rewards),
+            (find("score"), installed.score),
+            (find("loss"), installed.loss),
+            (find("gather"), installed.gather),
+        )
+        installed.handles += wrap_rows(trainer, layers, INNER)
+        return installed
+
+
+def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
+    """Which completions have a reward, in a group whose rewards differ; boolean, shape (N,).
+
+    Args:
+        rewards: One column a reward function, shape (N, functions); NaN where it has none.
+        weights: Of the functions.
+        group: G.
+    """
+    scored_NG = ~torch.isnan(rewards).all(dim=1).view(-1, group)
+    weighted = rewards * weights.to(rewards.device)
+    total_NG = weighted.nansum(dim=1).view(-1, group)
+    highest = total_NG.masked_fill(~scored_NG, -torch.inf).amax(dim=1)
+    lowest = total_NG.masked_fill(~scored_NG, torch.inf).amin(dim=1)
+    largest = weighted.abs().nansum(dim=1).view(-1, group).amax(dim=1)
+    lives = highest - lowest > ROUNDING * (rewards.shape[1] - 1) * largest
+    return (lives[:, None] & scored_NG).flatten()
+
+
+class _Skipping(Installed):
+    """Layers of one trainer, and what they left out."""
+
+    def __init__(self, name: str, trainer: Any) -> None:
+        super().__init__(name)
+        self.trainer = trainer
+        self._living_B: torch.Tensor | None = None
+        self._rows = self._skipped = self._left_out = 0
+        self._images_train = any(
+            weight.requires_grad and not any(part in name for part in TEXT_PARTS)
+            for name, weight in trainer.model.named_parameters()
+        )
+
+    def facts(self) -> dict[str, float]:
+        """Rows that came to the training pass, and how many of them were left out."""
+        return {"rows": float(self._rows), "skipped_rows": float(self._skipped)}
+
+    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        """Learn which groups have a spread; rewards come from all processes, in their order."""
+        rewards = call_next(inputs, prompts, *args, **kwargs)
+        trainer = self.trainer
+        if trainer.model.training:
+            living_N = living_rows(rewards, trainer.reward_weights, trainer.num_generations)
+            first = trainer.accelerator.process_index * len(prompts)
+            self._living_B = living_N[first : first + len(prompts)]
+        return rewards
+
+    def score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Let the batch carry it through TRL's shuffle and split."""
+        self._living_B = None
+        output = call_next(*args, **kwargs)
+        return output if self._living_B is None else {**output, KEY: self._living_B}
+
+    def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """The micro batch's loss, computed on the rows that have one."""
+        if self.fell_back or not self.trainer.model.training:
+            return call_next(model, inputs, *args, **kwargs)
+        kept = _gradient_rows(inputs).nonzero().flatten().tolist()
+        rows = len(inputs["completion_ids"])
+        self._rows += rows
+        self._skipped += rows - len(kept)
+        with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
+            if len(kept) == rows:
+                return call_next(model, inputs, *args, **kwargs)
+            part = take(inputs, kept) if kept else self._stand_in(inputs)
+            share = _share(self.trainer.loss_type, part, inputs) if kept else 0.0
+            self._left_out = rows - len(part["completion_ids"])
+            try:
+                return call_next(model, part, *args, **kwargs) * share
+            finally:
+                self._left_out = 0
+
+    def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL gathers a number a row for its metrics, and every rank must give as many: NaN, which they leave out."""
+        if self._left_out and tensor.ndim == 1 and tensor.is_floating_point():
+            tensor = torch.cat([tensor, tensor.new_full((self._left_out,), torch.nan)])
+        return call_next(tensor, *args, **kwargs)
+
+    def _stand_in(self, inputs: Batch) -> Batch:
+        """One completion token after as little of a prompt as reaches every trained weight."""
+        row = take(inputs, [int(lengths(inputs).argmin())])
+        row["advantages"] = torch.zeros_like(row["advantages"])
+        if self.trainer.tools:
+            return row  # tools may have put images into the completion
+        row["completion_mask"] = torch.ones_like(row["completion_mask"])
+        return one_token(row, whole_prompt="pixel_values" in row and self._images_train)
+
+
+def _gradient_rows(batch: Batch) -> torch.Tensor:
+    """Which rows of a micro batch have a gradient; boolean, shape (B,)."""
+    advantages = batch["advantages"]
+    found = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
+    if KEY in batch:
+        found = found & batch[KEY]
+    alive: torch.Tensor = found & _loss_mask(batch).any(dim=1)
+    return alive
+
+
+def _loss_mask(batch: Batch) -> torch.Tensor:
+    mask: torch.Tensor = batch["completion_mask"]
+    return mask if "tool_mask" not in batch else mask * batch["tool_mask"]
+
+
+def _share(loss_type: str, part: Batch, whole: Batch) -> float | torch.Tensor:
+    """What turns the loss of `part` into that of `whole`: the quotient of what TRL divides the two by."""
+    if loss_type in WHOLE_MEANS:
+        return 1.0
+    if loss_type in ROW_MEANS:
+        return len(part["completion_ids"]) / len(whole["completion_ids"])
+    return _loss_mask(part).sum().clamp(min=1.0) / _loss_mask(whole).sum().clamp(min=1.0)
+
+
+class _Relabelled:
+    """Inside it, what TRL adds to its metrics is filed under `living/`, beside the share of rows it was taken over."""
+
+    def __init__(self, metrics: Any, share: float) -> None:
+        self._metrics, self._share = metrics, share
+        self._before: Mapping[str, int] = {}
+
+    def __enter__(self) -> None:
+        self._before = {name: len(values) for name, values in self._metrics.items()}
+
+    def __exit__(self, *error: object) -> None:
+        for name in list(self._metrics):
+            values, before = self._metrics[name], self._before.get(name, 0)
+            if len(values) > before:
+                if self._share:
+                    self._metrics[f"{KEY}/{name}"].extend(values[before:])
+                del values[before:]
+                if not values:
+                    del self._metrics[name]
+        self._metrics[f"{KEY}/share"].append(self._share)

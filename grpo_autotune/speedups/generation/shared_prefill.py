@@ -1,0 +1,223 @@
+"""`generate` reads each group's prompt once: the G rows of a group go on from copies of one prompt's cache.
+
+TRL hands transformers G copies of each prompt, images included, and the vision tower and the prompt's forward run on
+all of them. Which rows share a prompt is carried in the generation (`groups`); that they do is checked, pixels too, and
+a batch where they do not is generated as TRL would.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from trl.trainer.utils import split_pixel_values_by_grid
+
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.mixed_image_rows import without_empty
+from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.batches.groups import groups_of
+from grpo_autotune.speedups.batches.rows import take
+from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.generation.decoding import Decoder, Unsupported
+from grpo_autotune.speedups.selfcheck import SelfCheck
+
+CHECKED_TOKENS = 2
+PLAIN = {
+    "num_beams": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "token_healing": False,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+}
+"""Settings of generation whose only value that the loop knows is this one, or none."""
+
+UNKNOWN = ("prefill_chunk_size", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "watermarking_config")
+"""Settings that ask for another loop, or for scores that depend on the prompt's rows."""
+
+
+BY_STEP = ("logits_processor", "stopping_criteria")
+"""What a layer further out may add to a call. It is asked at each step about all rows, which are more than those of the
+self-check, so that this one leaves it out."""
+
+
+class SharedPrefill:
+    """The speed-up."""
+
+    name = "shared_prefill"
+    summary = "generate reads each group's prompt once, and drops rows that are done"
+
+    def applies(self, trainer: Any) -> str | None:
+        """None where transformers generates from whole prompts, token by token."""
+        if trainer.use_vllm:
+            return "grpo.use_vllm: the engine shares prompts itself"
+        if trainer.use_transformers_continuous_batching:
+            return "grpo.use_transformers_continuous_batching generates without prompts in step"
+        if trainer.rollout_func is not None or trainer.tools or trainer.environment_factories is not None:
+            return "rollout_func, tools or environment_factory: generation goes on from more than the prompts"
+        if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
+            return "DeepSpeed or FSDP: all ranks must run every step of generation together"
+        dropout = active_dropout(trainer.model)
+        if dropout is not None:
+            return f"{dropout}: TRL generates in train mode, and drops other parts of the prompt for each completion"
+        return _why_another_loop(trainer.generation_config)
+
+    def install(self, trainer: Any) -> Installed:
+        """Put layers on a turn of generation and on the model's `generate`."""
+        installed = _Sharing(self.name, trainer)
+        layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
+        installed.handles += wrap_rows(trainer, layers, INNER)
+        return installed
+
+
+def _why_another_loop(config: Any) -> str | None:
+    if config.cache_implementation not in (None, "dynamic"):
+        return f"grpo.cache_implementation is {config.cache_implementation}: its rows cannot be copied"
+    for name, value in PLAIN.items():
+        if getattr(config, name, None) not in (None, value):
+            return f"grpo.generation_kwargs: {name} is {getattr(config, name)}"
+    for name in UNKNOWN:
+        if getattr(config, name, None) is not None:
+            return f"grpo.generation_kwargs: {name} is set"
+    return None
+
+
+class _Sharing(Installed):
+    """Layers of one trainer, and what they saved."""
+
+    def __init__(self, name: str, trainer: Any) -> None:
+        super().__init__(name)
+        self.trainer = trainer
+        self._checks = {with_images: SelfCheck(self) for with_images in (False, True)}
+        self._turn: tuple[torch.Tensor, list[int] | None] | None = None
+        self._facts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
+
+    def facts(self) -> dict[str, float]:
+        """Rows generated, prompts read for them, and rows times steps that the model ran and would have run."""
+        return dict(self._facts)
+
+    def turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Know the groups and the number of images of the rows that are about to be generated on."""
+        groups_B = groups_of(self.trainer).current
+        if groups_B is not None and len(groups_B) == len(prompt_ids):
+            self._turn = groups_B, None if images is None else [len(row) if row else 0 for row in images]
+        try:
+            return call_next(prompt_ids, images, *args, **kwargs)
+        finally:
+            self._turn = None
+
+    def generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As the model's `generate`, each prompt read once."""
+        turn, config = self._turn, kwargs.get("generation_config")
+        if self.fell_back or turn is None or args or config is None or "custom_generate" in kwargs:
+            return call_next(*args, **kwargs)
+        fields = {name: value for name, value in kwargs.items() if name not in ("generation_config", *BY_STEP)}
+        by_step = {name: kwargs[name] for name in BY_STEP if name in kwargs}
+        first_rows, prompt_of_row = _first_rows(turn[0])
+        batch = fields if turn[1] is None else {**fields, "num_images": turn[1]}
+        if not _alike(batch, first_rows, prompt_of_row):
+            return call_next(**kwargs)
+        for row, with_images in _samples(batch, first_rows):
+            two_ways = self._two_ways(call_next, batch, row, config)
+            if not self._checks[with_images].run(*two_ways, self._dtype(), "scores"):
+                return call_next(**kwargs)
+        prompts = _inputs(take(batch, first_rows))
+        decoder = Decoder(torch.tensor(prompt_of_row))
+        try:
+            ids = call_next(**prompts, generation_config=config, custom_generate=decoder, **by_step)
+        except Unsupported as error:
+            self.fall_back(str(error))
+            return call_next(**kwargs)
+        self._facts["rows"] += len(prompt_of_row)
+        self._facts["prompts"] += len(first_rows)
+        self._facts["row_steps"] += decoder.row_steps
+        self._facts["row_steps_of_plain"] += decoder.steps * len(prompt_of_row)
+        return ids
+
+    def _two_ways(
+        self, call_next: Callable[..., Any], batch: dict[str, Any], row: int, config: Any
+    ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+        """Scores of the first tokens of two completions of one row's prompt: as TRL gets them, and shared."""
+        device = batch["input_ids"].device
+        config = copy.deepcopy(config)
+        config.max_new_tokens = min(CHECKED_TOKENS, config.max_new_tokens or CHECKED_TOKENS)
+        if config.min_new_tokens is not None:
+            config.min_new_tokens = min(config.min_new_tokens, config.max_new_tokens)
+
+        def plain() -> torch.Tensor:
+            told = copy.deepcopy(config)
+            told.return_dict_in_generate = told.output_logits = True
+            with _same_draws(device):
+                logits = call_next(**_inputs(take(batch, [row, row])), generation_config=told).logits
+            return torch.stack(logits)
+
+        def shared() -> torch.Tensor:
+            record: list[torch.Tensor] = []
+            decoder = Decoder(torch.tensor([0, 0]), record)
+            with _same_draws(device):
+                call_next(**_inputs(take(batch, [row])), generation_config=config, custom_generate=decoder)
+            return torch.stack(record)
+
+        return plain, shared
+
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.trainer.model.dtype
+        return dtype
+
+
+class _same_draws:  # noqa: N801  # a context manager
+    """Inside it, tokens are drawn from one seed; outside, the random stream is where it was."""
+
+    def __init__(self, device: torch.device) -> None:
+        devices = [device] if device.type == "cuda" else []
+        self._fork = torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(0)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+
+
+def _first_rows(groups_B: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The first row of each group, and for each row which of those groups it is in."""
+    first_rows: dict[int, int] = {}
+    for row, group in enumerate(groups_B.tolist()):
+        first_rows.setdefault(group, row)
+    order = {group: index for index, group in enumerate(first_rows)}
+    return list(first_rows.values()), [order[group] for group in groups_B.tolist()]
+
+
+def _samples(batch: dict[str, Any], rows: list[int]) -> list[tuple[int, bool]]:
+    """The first of these rows without images and the first with some, and which it is."""
+    images = batch.get("num_images")
+    kinds = [bool(images[row]) if images else "pixel_values" in batch for row in rows]
+    return [(rows[kinds.index(kind)], kind) for kind in sorted(set(kinds))]
+
+
+def _alike(batch: dict[str, Any], first_rows: list[int], prompt_of_row: list[int]) -> bool:
+    """Whether all rows of each group have the same ids, masks and pixels."""
+    rows = len(prompt_of_row)
+    if "pixel_values" in batch and "num_images" not in batch:
+        return False
+    for name, value in split_pixel_values_by_grid(batch).items():
+        if name != "num_images" and (
+            len(value) != rows or (isinstance(value, torch.Tensor) and name == "pixel_values")
+        ):
+            return False
+        if not all(_equal(value[row], value[first_rows[prompt]]) for row, prompt in enumerate(prompt_of_row)):
+            return False
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return without_empty({name: value for name, value in batch.items() if name != "num_images"})

@@ -1,0 +1,228 @@
+"""A frozen vision tower runs once on each distinct image: for all copies, all passes, and later steps.
+
+Generation, the old-policy, reference and training passes all run the tower on G copies of each image, although nothing
+in it changes. Features are kept under what they were computed from, pixel for pixel: a fingerprint finds a candidate,
+and a comparison of all pixels decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.images.lru_cache import LimitedCache
+from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
+
+LIMIT_BYTES = 1 << 30
+"""Memory for features and the pixels they belong to, on the tower's device."""
+
+PATCHES = ("last_hidden_state",)
+"""Outputs of one row a patch."""
+
+TOKENS = ("pooler_output", "deepstack_features")
+"""Outputs of one row an image token (a square of patches)."""
+
+
+class VisionCache:
+    """The speed-up."""
+
+    name = "vision_cache"
+    summary = "the frozen vision tower runs once on each distinct image"
+
+    def applies(self, trainer: Any) -> str | None:
+        """None where the model has a vision tower that nothing changes."""
+        tower = next(_towers(trainer.model), None)
+        if tower is None:
+            return "the model (model.name_or_path) has no vision tower of Qwen-VL's kind"
+        if any(weight.requires_grad for weight in tower.parameters()):
+            return "the vision tower is trained (model.freeze_vision_tower, peft.target_modules)"
+        dropout = active_dropout(tower)
+        return None if dropout is None else f"{dropout}: the tower's features are drawn anew each time"
+
+    def install(self, trainer: Any) -> Installed:
+        """Put a layer on the tower of the policy, and on that of a reference model that stays as it is."""
+        installed = _Features(self.name)
+        models = [trainer.model]
+        if getattr(trainer, "ref_model", None) is not None and not trainer.args.sync_ref_model:
+            models.append(trainer.ref_model)
+        for model in models:
+            for tower in _towers(model):
+                installed.handles.append(wrap(AttributeSlot(tower, "forward"), installed.layer(tower), INNER))
+        return installed
+
+
+def _towers(model: Any) -> Iterator[Any]:
+    """Vision towers that are called with patches and a grid, and merge squares of patches into tokens."""
+    for module in model.modules():
+        if hasattr(module, "patch_embed") and hasattr(module, "merger") and hasattr(module, "spatial_merge_size"):
+            yield module
+
+
+def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
+    """Whether a call wants something other than the tower's named outputs, or brings its own inner numbers.
+
+    Models hand their own keywords on to the tower, the layout of a shared prefix too, which is the text's alone."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    named = options.get("return_dict", getattr(tower.config, "return_dict", True))
+    return not named or not given.keys() <= {"grid_thw", "return_dict", "use_cache", ARGUMENT}
+
+
+class _Image(NamedTuple):
+    """One image's patches, and the tower's outputs for it."""
+
+    patches: torch.Tensor
+    features: dict[str, Any]
+
+
+class _Features(Installed):
+    """Layers of one trainer's towers, and the features they keep."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._kept: LimitedCache[_Image] = LimitedCache(LIMIT_BYTES)
+        self._facts = {"asked": 0.0, "computed": 0.0}
+
+    def facts(self) -> dict[str, float]:
+        """Images that towers were asked for and that they ran on, and the memory their features take."""
+        return {**self._facts, "kept_bytes": float(self._kept.used_bytes)}
+
+    def remove(self) -> None:
+        """Take every layer out and forget the features; may be called twice."""
+        super().remove()
+        self._kept.clear()
+
+    def layer(self, tower: Any) -> Layer:
+        """The layer of one tower."""
+        check = SelfCheck(self)
+
+        def encode(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            grid = kwargs.get("grid_thw")
+            if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
+                return call_next(patches, *args, **kwargs)
+            run = _Run(tower, call_next, self._kept)
+            parts = torch.split(patches, grid.prod(dim=-1).tolist())
+            images = run.images(parts, grid)
+            self._facts["asked"] += len(parts)
+            self._facts["computed"] += run.computed
+            if images is None:
+                self.fall_back("the vision tower returned something that is not made of images side by side")
+                return call_next(patches, **kwargs)
+            some = len(parts[:2])
+            if not check.run(
+                lambda: call_next(torch.cat(parts[:some]), **{**kwargs, "grid_thw": grid[:some]}).pooler_output,
+                lambda: _joined(images[:some])["pooler_output"],
+                run.dtype,
+                "image features",
+            ):
+                return call_next(patches, **kwargs)
+            return run.output_type(**_joined(images))
+
+        return encode
+
+
+class _Run:
+    """One call of a tower."""
+
+    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LimitedCache[_Image]) -> None:
+        weight = next(tower.parameters())
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        self.computed = 0
+        self.output_type: Any = None
+        self._tower, self._call_next, self._kept = tower, call_next, kept
+        written = sum(weight._version for weight in tower.parameters())  # a loaded checkpoint writes into them
+        self._state = (id(tower), self.dtype, written)
+
+    def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[_Image] | None:
+        """Each image with its features; None where the tower's output cannot be taken apart."""
+        keys = self._keys(parts, grid)
+        found: dict[Hashable, _Image] = {}
+        for key, part in zip(keys, parts, strict=True):
+            image = self._kept.get(key)
+            if image is not None and torch.equal(image.patches, part):
+                found[key] = image
+        missing = {key: index for index, key in enumerate(keys) if key not in found}
+        if missing and not self._compute(found, missing, parts, grid):
+            return None
+        self.output_type = self.output_type or next(iter(found.values())).features["type"]
+        return [found[key] for key in keys]
+
+    def _keys(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[Hashable]:
+        """A fingerprint of each image; of two with one fingerprint the second is told apart by comparison."""
+        sums = torch.stack([torch.stack([part.double().sum(), part[0].double().sum()]) for part in parts]).tolist()
+        keys: list[Hashable] = []
+        first: dict[Hashable, int] = {}
+        for index, (part, shape, total) in enumerate(zip(parts, grid.tolist(), sums, strict=True)):
+            key: Hashable = (self._state, tuple(shape), part.dtype, tuple(total))
+            while key in first and not torch.equal(parts[first[key]], part):
+                key = (key, "another")
+            first.setdefault(key, index)
+            keys.append(key)
+        return keys
+
+    def _compute(
+        self,
+        found: dict[Hashable, _Image],
+        missing: dict[Hashable, int],
+        parts: Sequence[torch.Tensor],
+        grid: torch.Tensor,
+    ) -> bool:
+        """Run the tower on the missing images; whether its output could be taken apart."""
+        rows = list(missing.values())
+        with torch.no_grad():
+            output = self._call_next(torch.cat([parts[row] for row in rows]), grid_thw=grid[rows], return_dict=True)
+        sizes = [len(parts[row]) for row in rows]
+        separate = _apart(output, sizes, self._tower.spatial_merge_size**2)
+        if separate is None:
+            return False
+        self.computed += len(rows)
+        for key, row, features in zip(missing, rows, separate, strict=True):
+            image = _Image(parts[row].clone(), {**features, "type": type(output)})
+            found[key] = image
+            self._kept.put(key, image, _size(image))
+        return True
+
+
+def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] | None:
+    """The tower's output image by image, given each one's patches."""
+    found: list[dict[str, Any]] = [{} for _ in sizes]
+    for name, value in output.items():
+        if name not in PATCHES + TOKENS:
+            return None
+        rows = sizes if name in PATCHES else [size // merged for size in sizes]
+        several = isinstance(value, list | tuple)
+        for tensor in value if several else [value]:
+            if not isinstance(tensor, torch.Tensor) or len(tensor) != sum(rows):
+                return None
+            for features, part in zip(found, torch.split(tensor, rows), strict=True):
+                if several:
+                    features.setdefault(name, []).append(part.clone())
+                else:
+                    features[name] = part.clone()
+    return found
+
+
+def _joined(images: Sequence[_Image]) -> dict[str, Any]:
+    """The output of a tower that ran on `images`, in their order."""
+    joined: dict[str, Any] = {}
+    for name, value in images[0].features.items():
+        if isinstance(value, list):
+            layers = range(len(value))
+            joined[name] = [torch.cat([image.features[name][layer] for image in images]) for layer in layers]
+        elif name != "type":
+            joined[name] = torch.cat([image.features[name] for image in images])
+    return joined
+
+
+def _size(image: _Image) -> int:
+    tensors = [image.patches]
+    for value in image.features.values():
+        tensors += value if isinstance(value, list) else [value] if isinstance(value, torch.Tensor) else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

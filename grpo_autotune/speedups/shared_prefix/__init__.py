@@ -1,0 +1,1 @@
+"""The prompt and its images go through the model once per group."""

@@ -1,0 +1,78 @@
+"""Which trainers the shared prefix can serve, and the words for those that it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from grpo_autotune.seams.trainer_access import base_of, models_of
+from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.table import SERVED
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def why_not(trainer: Any) -> str | None:
+    """Why a prompt cannot be shared on this trainer, in one sentence; None where it can."""
+    return next((reason for rule in _RULES for reason in [rule(trainer)] if reason is not None), None)
+
+
+def _dropout(trainer: Any) -> str | None:
+    dropout = active_dropout(trainer.model)
+    return None if dropout is None else f"{dropout}: TRL drops other parts of the prompt for each completion"
+
+
+def _kernel(trainer: Any) -> str | None:
+    found = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
+    other = sorted(str(name) for name in found if name not in SERVED)
+    if not other:
+        return None
+    return f"model.attn_implementation {other[0]} is not served (served: {', '.join(SERVED)})"
+
+
+def _architecture(trainer: Any) -> str | None:
+    config = base_of(trainer.model).config
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{type(base_of(trainer.model)).__name__} has an encoder and a decoder"
+    other = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
+    if other or not hasattr(base_of(trainer.model), "base_model"):
+        return f"{type(base_of(trainer.model)).__name__} has layers other than attention ({', '.join(sorted(other))})"
+    return None
+
+
+def _aux_loss(trainer: Any) -> str | None:
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once a completion"
+    return None
+
+
+def _virtual_tokens(trainer: Any) -> str | None:
+    adapters = getattr(trainer.model, "peft_config", None) or {}
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        return "the adapter puts virtual tokens before the prompt"
+    return None
+
+
+def _parallel(trainer: Any) -> str | None:
+    args = trainer.args
+    if args.n_gpu > 1:
+        return "several GPUs in one process (torch.nn.DataParallel): start one process a GPU"
+    if trainer.is_fsdp_enabled:
+        return "FSDP shards the modules that it would put its layers on (grpo.fsdp)"
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO 3 shards the modules that it would put its layers on (grpo.deepspeed)"
+    if args.torch_compile:
+        return "a compiled model would be compiled again for every batch (grpo.torch_compile)"
+    return None
+
+
+_RULES: tuple[Callable[[Any], str | None], ...] = (
+    _architecture,
+    _kernel,
+    _dropout,
+    _aux_loss,
+    _virtual_tokens,
+    _parallel,
+)

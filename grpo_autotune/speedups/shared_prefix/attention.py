@@ -1,0 +1,163 @@
+"""Attention over a flat sequence in which several completions follow one prompt.
+
+The sequence goes through the model as one row, so that every projection, norm and gradient-checkpointed layer sees each
+prompt once. Only attention has to know who may look at whom: a prompt at itself, a completion at its prompt and itself.
+The attention function that the model is configured with does the work, on the prompt as one row, and on the completions
+as a batch whose keys are the prompt's followed by their own. No token is computed for a mask to throw away, unlike with
+one mask over the whole sequence, (P + G C)^2 against P^2 + G C (P + C).
+
+T: tokens of the flat sequence, S: width of a group's completions, P: its prompt's length, H: heads, D: width of a head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, Handle, ItemSlot, wrap
+from grpo_autotune.speedups.shared_prefix.layout import Layout, Span
+
+ARGUMENT = "shared_prefix"
+"""Keyword that carries the layout through the model: gradient checkpointing computes a layer again in the backward
+pass, when nothing but the layer's own arguments is left to tell."""
+
+Attention = Callable[..., tuple[torch.Tensor, Any]]
+
+States = tuple[torch.Tensor, ...]
+"""Query, key and value."""
+
+
+class Form(Protocol):
+    """One way to compute attention over a flat sequence."""
+
+    def __call__(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The output (1, T, H, D) for query, key and value (1, H, T, D); None leaves it to `Split`.
+
+        Args:
+            attention: The function that the model is configured with.
+            module: The layer that calls it.
+            states: Query, key and value; the latter two may have fewer heads.
+            layout: Who belongs to whom.
+            kwargs: What the layer hands its attention function beside.
+        """
+
+
+_handles: dict[str, Handle] = {}
+_users: Counter[str] = Counter()
+
+
+class AttentionLayer:
+    """The layer on the attention function called `implementation`, which acts where it is given a layout.
+
+    The function is transformers' own and not one trainer's: a layer for each trainer would pile up where many are built
+    in a process, so there is one for all.
+    """
+
+    def __init__(self, implementation: str) -> None:
+        from transformers import AttentionInterface
+
+        self._implementation: str | None = implementation
+        if not _users[implementation]:
+            slot = ItemSlot(AttentionInterface._global_mapping, implementation)
+            _handles[implementation] = wrap(slot, _layer(implementation), INNER)
+        _users[implementation] += 1
+
+    def remove(self) -> None:
+        """Take the layer out with its last user; may be called twice."""
+        if self._implementation is None:
+            return
+        _users[self._implementation] -= 1
+        if not _users[self._implementation]:
+            _handles.pop(self._implementation).remove()
+        self._implementation = None
+
+
+def _layer(implementation: str) -> Callable[..., Any]:
+    split = Split(implementation)
+
+    def attention(
+        call_next: Attention,
+        /,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        layout = kwargs.pop(ARGUMENT, None)
+        if layout is None or not _is_decoder(module):
+            return call_next(module, query, key, value, attention_mask, **kwargs)
+        kwargs.pop("position_ids", None)  # flash kernels would look for packed sequences in them
+        given = (call_next, module, (query, key, value), layout, kwargs)
+        found = None if layout.form is None else layout.form(*given)
+        return split(*given) if found is None else found, None
+
+    return attention
+
+
+def _is_decoder(module: Any) -> bool:
+    """A vision tower gets the keyword too, and attends both ways."""
+    return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
+
+
+class Split:
+    """The form that is there always: each prompt as one row, and its completions as a batch.
+
+    Args:
+        implementation: What the attention function is called; flash kernels take no masks.
+    """
+
+    def __init__(self, implementation: str) -> None:
+        self._masked = not implementation.startswith("flash")
+
+    def __call__(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """As `Form`."""
+        window = kwargs.get("sliding_window")
+        outputs = []
+        for span in layout.spans:
+            query, key, value = (state[:, :, span.start : span.prompt_end] for state in states)
+            prompt = query.shape[2]
+            mask = self._mask(layout, 0, prompt, window) if window is not None and prompt > window else None
+            outputs.append(attention(module, query, key, value, mask, **kwargs)[0])
+            if not span.width:
+                continue
+            query, key, value = (_as_batch(state, span) for state in states)
+            key, value = (
+                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), own], dim=2)
+                for state, own in ((states[1], key), (states[2], value))
+            )
+            mask = self._mask(layout, prompt, span.width, window)
+            found = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
+            outputs.append((found if span.back is None else found[span.back])[None])
+        return torch.cat(outputs, dim=1)
+
+    def _mask(self, layout: Layout, before: int, width: int, window: int | None) -> torch.Tensor | None:
+        if not self._masked:
+            return None
+        key = (before, width, window)
+        if key not in layout.masks:
+            layout.masks[key] = causal_mask(before, width, window, layout.source.device)
+        mask: torch.Tensor = layout.masks[key]
+        return mask
+
+
+def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
+    """The completions' part of (1, H, T, D) as (rows, H, S, D)."""
+    own = state[0, :, span.prompt_end : span.end] if span.spread is None else state[0].index_select(1, span.spread)
+    return own.view(own.shape[0], span.rows, span.width, -1).transpose(0, 1)
+
+
+def causal_mask(before: int, width: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Who looks at whom among `width` tokens after `before` others: (1, 1, S, before + S), true where they do."""
+    at = torch.arange(before, before + width, device=device)[:, None]
+    to = torch.arange(before + width, device=device)
+    looks = to <= at
+    return (looks if window is None else looks & (to > at - window))[None, None]

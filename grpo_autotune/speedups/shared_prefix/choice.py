@@ -1,0 +1,189 @@
+"""Which form of attention a pass takes: where there is a choice, it is measured on the batch at hand.
+
+The forms of `shared_prefix_attention` and `shared_prefix_flex` compute the same, and everything else of a pass is the
+same for both. So attention alone is timed, forward and, where gradients are wanted, backward: on random states with the
+heads and types that the self-check saw in the model, in the layout of the batch under way, once a class of shapes.
+Neither the model nor the random stream notices.
+
+H: heads, T: tokens of the flat sequence, D: width of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_autotune.speedups.selfcheck import TOLERANCE
+from grpo_autotune.speedups.shared_prefix.attention import Attention, Split, States
+from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled, failures
+from grpo_autotune.speedups.shared_prefix.layout import Layout
+
+ROUNDS = 5
+WARMUP = 2
+"""Rounds that are not counted: they compile."""
+
+MARGIN = 1.03
+"""How many times faster than `Split` a form has to be, in the median of the rounds, to be taken."""
+
+_logger = logging.getLogger("grpo_autotune.speedups")
+
+Clock = Callable[[], float]
+ShapeClass = tuple[bool, int, int, int]
+"""With gradients; and the binary digits of the tokens, of the longest prompt and of the widest group of completions."""
+
+
+def candidates(device: torch.device) -> list[Flex]:
+    """The forms beside `Split` that may be tried on a device."""
+    return [Flex(compiled())] if device.type == "cuda" else []
+
+
+class Seen(NamedTuple):
+    """Attention of one layer, as the self-check met it; `shapes` (1, H, T, D) and `dtypes` of query, key and value."""
+
+    attention: Attention
+    module: Any
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    kwargs: dict[str, Any]
+
+
+class Timed(NamedTuple):
+    """A class of shapes, and how many times faster than `Split` the form was there."""
+
+    shape: ShapeClass
+    tokens: int
+    faster: float
+
+
+class Choice:
+    """The form for each pass of one trainer.
+
+    Args:
+        form: The one to try; None where there is no choice.
+        clock: Seconds.
+
+    Attributes:
+        timed: What was measured.
+        passes: Those that took the form.
+    """
+
+    def __init__(self, form: Flex | None, clock: Clock = time.perf_counter) -> None:
+        self._form, self._clock = form, clock
+        self._seen: dict[Any, Seen] = {}  # by sliding window, which is all that tells layers apart
+        self.timed: dict[ShapeClass, Timed] = {}
+        self.passes = 0
+
+    def watching(self, layout: Layout) -> Layout:
+        """The layout of a self-check, in which attention is looked at and left to `Split`."""
+        return layout if self._form is None else replace(layout, form=self._watch)
+
+    def _watch(self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]) -> None:
+        shapes, dtypes = [state.shape for state in states], [state.dtype for state in states]
+        self._seen.setdefault(kwargs.get("sliding_window"), Seen(attention, module, shapes, dtypes, dict(kwargs)))
+
+    def made(self, layout: Layout) -> Layout:
+        """The layout with the form that is faster on it; under the autocast of the pass."""
+        if self._form is None or self._form.failed is not None or not self._seen:
+            return layout
+        shape = _class_of(layout)
+        if shape not in self.timed:
+            self.timed[shape] = Timed(shape, layout.tokens, self._faster(self._form, layout))
+            _logger.info("shared_prefix: %s", self.note())
+        if self._form.failed is not None or self.timed[shape].faster < MARGIN:
+            return layout
+        self.passes += 1
+        return replace(layout, form=self._form)
+
+    def facts(self) -> dict[str, float]:
+        """Passes that took the form, and how many times faster it was at best; empty where there is no choice."""
+        if self._form is None:
+            return {}
+        best = max((row.faster for row in self.timed.values()), default=0.0)
+        return {"flex_passes": self.passes, "flex_times_faster": best}
+
+    def note(self) -> str:
+        """What is known of the form, for the table; empty where there is no choice."""
+        if self._form is None:
+            return ""
+        if self._form.failed is not None:
+            return f"{self._form.name} is not used: {self._form.failed}"
+        if not self.timed:
+            return f"{self._form.name} is timed on the first batch of each size"
+        found = [
+            f"{row.faster:.2f}x in a {'training' if row.shape[0] else 'no-gradient'} pass of {row.tokens} tokens"
+            for row in self.timed.values()
+        ]
+        return f"{self._form.name} where it is faster ({', '.join(found)})"
+
+    def _faster(self, form: Flex, layout: Layout) -> float:
+        """Seconds of `Split` over those of the form; 0 where the form fails or computes something else."""
+        try:
+            quotients = [self._round(form, layout, number) for number in range(WARMUP + ROUNDS)]
+        except failures() as error:
+            form.give_up(f"{type(error).__name__} while it was timed")
+        return 0.0 if form.failed is not None else statistics.median(quotients[WARMUP:])
+
+    def _round(self, form: Flex, layout: Layout, number: int) -> float:
+        """Both forms over one layer of each kind; the first round compares what they compute."""
+        taken = {True: 0.0, False: 0.0}
+        for seen in self._seen.values():
+            states = _states(seen, layout)
+            found: dict[bool, list[torch.Tensor]] = {}
+            for by_form in (True, False) if number % 2 else (False, True):
+                _wait(layout)
+                begin = self._clock()
+                found[by_form] = self._once(form if by_form else None, seen, states, layout)
+                _wait(layout)
+                taken[by_form] += self._clock() - begin
+            if not number and form.failed is None:
+                _compare(form, found[True], found[False])
+        return taken[False] / taken[True]
+
+    def _once(self, form: Flex | None, seen: Seen, states: States, layout: Layout) -> list[torch.Tensor]:
+        given = (seen.attention, seen.module, states, layout, seen.kwargs)
+        output = None if form is None else form(*given)
+        if output is None:
+            output = Split(seen.module.config._attn_implementation)(*given)
+        if not torch.is_grad_enabled():
+            return [output]
+        return [output, *torch.autograd.grad(output, states, torch.ones_like(output))]
+
+
+def _states(seen: Seen, layout: Layout) -> States:
+    """Query, key and value such as the model's, for the tokens of this layout."""
+    device = layout.source.device
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [(1, shape[1], layout.tokens, shape[3]) for shape in seen.shapes]
+    grad = torch.is_grad_enabled()
+    return tuple(
+        torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_(grad)
+        for size, dtype in zip(sizes, seen.dtypes, strict=True)
+    )
+
+
+def _compare(form: Flex, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """Have the form give up where its output or gradients differ by more than rounding."""
+    limit = TOLERANCE.get(wanted[0].dtype, TOLERANCE[torch.bfloat16])
+    for ours, theirs in zip(found, wanted, strict=True):
+        difference = float((ours - theirs).detach().double().norm() / theirs.detach().double().norm())
+        if not difference <= limit:  # also where it is not a number
+            form.give_up(f"it is off by {difference:.1e} (limit {limit:.0e})")
+            return
+
+
+def _class_of(layout: Layout) -> ShapeClass:
+    prompt = max(span.prompt_end - span.start for span in layout.spans)
+    width = max(span.width for span in layout.spans)
+    return torch.is_grad_enabled(), layout.tokens.bit_length(), prompt.bit_length(), width.bit_length()
+
+
+def _wait(layout: Layout) -> None:
+    """A device works on while the clock of its host goes on."""
+    if layout.source.device.type == "cuda":
+        torch.cuda.synchronize(layout.source.device)

@@ -1,0 +1,277 @@
+"""shared_prefix: the prompt, its images and the vision tower go through the model once a group, not once a completion.
+
+TRL scores a batch of G completions of one prompt as G rows of prompt and completion, in the old-policy, reference and
+training passes alike. Here the batch becomes one flat sequence in which a prompt is followed by its completions
+(`shared_prefix_layout`), attention keeps the completions apart (`shared_prefix_attention`), and TRL's own fused head
+turns the hidden states of the scored tokens into log-probs. All of it happens inside one call of the model that TRL
+would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.batches.groups import Groups, groups_of
+from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.shared_prefix.applies import why_not
+from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
+from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates
+from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, layout_of
+from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN
+from grpo_autotune.speedups.shared_prefix.regroup import wrap_shuffle
+
+WORTH = 0.95
+"""Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
+
+NO_GRAD_CHUNK = 4
+"""Tokens of a pass without gradients, as a multiple of those that TRL would take at once: it keeps one layer's
+activations where a training pass keeps those of all layers, or, checkpointed, all layers' inputs beside one layer's
+activations several times over. With a micro batch smaller than a group this is what lets the group share its prompt."""
+
+Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""Log-probs and entropies (B, C), and the router's auxiliary loss, as TRL's method returns them."""
+
+Kind = tuple[bool, bool, bool]
+"""Of a row: its prompt is padded (a model may count positions by the mask), it has images (a model may look at them
+both ways), its completion looks back at itself. A model that passes on one kind may fail on another."""
+
+
+class SharedPrefix:
+    """As `speedups.base.SpeedUp`."""
+
+    name = "shared_prefix"
+    summary = "prompt, images and vision tower once a group in log-probs and backward"
+
+    def applies(self, trainer: Any) -> str | None:
+        """See `shared_prefix_fit`."""
+        return why_not(trainer)
+
+    def install(self, trainer: Any) -> Installed:
+        """Layers on the log-prob method, the backbones, the attention function and TRL's shuffle."""
+        return _SharedPrefix(trainer)
+
+
+class _SharedPrefix(Installed):
+    """The speed-up on one trainer."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(SharedPrefix.name)
+        self.trainer = trainer
+        self.checks: dict[Kind, SelfCheck] = {}
+        self.passes = {"shared": 0, "plain": 0}
+        self.tokens = {"shared": 0, "plain": 0}
+        self.forms = Choice(next(iter(candidates(trainer.accelerator.device)), None))
+        groups = groups_of(trainer)
+        try:
+            self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
+            self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
+            kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
+            self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
+            self.handles += wrap_shuffle(trainer)
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def note(self) -> str:
+        """Which form attention takes, where there is a choice."""
+        return self.forms.note()
+
+    def facts(self) -> dict[str, float]:
+        """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is
+        a choice, the passes that took FlexAttention and how many times faster it was at best."""
+        return self.forms.facts() | {
+            "shared_passes": self.passes["shared"],
+            "plain_passes": self.passes["plain"],
+            "tokens": self.tokens["shared"],
+            "tokens_of_plain": self.tokens["plain"],
+            "self_check_difference": max((check.difference for check in self.checks.values()), default=0.0),
+        }
+
+    def _scores_layer(self, groups: Groups) -> Callable[..., Scores]:
+        def scores(
+            call_next: Callable[..., Scores],
+            /,
+            model: Any,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            logits_to_keep: int,
+            batch_size: int | None = None,
+            compute_entropy: bool = False,
+            compute_aux_loss: bool = False,
+            **media: Any,
+        ) -> Scores:
+            def plain() -> Scores:
+                self.passes["plain"] += 1
+                return call_next(
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size=batch_size,
+                    compute_entropy=compute_entropy,
+                    compute_aux_loss=compute_aux_loss,
+                    **media,
+                )
+
+            group_B = groups.current
+            if self.fell_back is not None or compute_aux_loss or group_B is None or len(group_B) != len(input_ids):
+                return plain()
+            batch = batch_of(input_ids, attention_mask, logits_to_keep, group_B, media)
+            rows = self._rows(batch, batch_size)
+            if rows is None or not self._checked(call_next, model, batch):
+                return plain()
+            self.passes["shared"] += 1
+            self.tokens["shared"] += sum(batch.tokens(chunk) for chunk in rows)
+            self.tokens["plain"] += input_ids.numel()
+            parts = [self._shared(model, batch, chunk, compute_entropy) for chunk in rows]
+            entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
+            return torch.cat([logps for logps, _ in parts]), entropies, None
+
+        return scores
+
+    def _rows(self, batch: Batch, batch_size: int | None) -> list[list[int]] | None:
+        """The rows of each forward pass, `NO_GRAD_CHUNK` times the tokens of TRL's at most; None where TRL is to do it.
+
+        TRL cuts only passes without gradients into chunks."""
+        if not any(batch.completion_lengths):
+            return None
+        reason = batch.media.why_not(batch.completion_width)
+        if reason is not None:
+            self.fall_back(reason)
+            return None
+        count, width = batch.input_ids.shape
+        everything = list(range(count))
+        plain = count * width
+        found = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
+        shared = sum(batch.tokens(chunk) for chunk in found)
+        return None if shared > WORTH * plain else found
+
+    def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
+        """Whether two completions of each kind, of one prompt if there are such, score the same by both paths."""
+        return all(
+            self._checked_on(rows, self.checks.setdefault(kind, SelfCheck(self)), call_next, model, batch)
+            for kind, rows in _samples(batch).items()
+        )
+
+    def _checked_on(
+        self, rows: list[int], check: SelfCheck, call_next: Callable[..., Scores], model: Any, batch: Batch
+    ) -> bool:
+        if check.passed is not None:
+            return check.passed
+        alone = self.trainer.accelerator.unwrap_model(model)
+
+        def plain() -> torch.Tensor:
+            return call_next(
+                alone,
+                batch.input_ids[rows],
+                batch.attention_mask[rows],
+                batch.completion_width,
+                **batch.media.as_given(rows),
+            )[0]
+
+        def shared() -> torch.Tensor:
+            return self._shared(alone, batch, rows, False, self.forms.watching)[0]
+
+        return check.run(plain, shared, getattr(torch, compute_dtype(self.trainer)), "log-probs")
+
+    def _shared(
+        self,
+        model: Any,
+        batch: Batch,
+        rows: Sequence[int],
+        entropies: bool,
+        with_form: Callable[[Layout], Layout] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of some rows, (rows, C), in one forward pass."""
+        kept = batch.attention_mask[list(rows), batch.prompt_width :].bool()
+        labels = batch.input_ids[list(rows), batch.prompt_width :][kept]
+        with self.trainer.accelerator.autocast():
+            layout = (with_form or self.forms.made)(layout_of(batch, rows))
+            outputs = model(
+                **_inputs(base_of(self.trainer.accelerator.unwrap_model(model)), batch, layout),
+                shift_labels=labels[None],
+                fused_lm_head=True,
+                **{ARGUMENT: layout},
+            )
+        found = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
+        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in found)
+        return logps, entropy
+
+
+def _samples(batch: Batch) -> dict[Kind, list[int]]:
+    """Two rows for each kind that the batch holds, of one prompt if there are such."""
+    pairs: dict[Kind, list[int]] = {}
+    strangers: dict[Kind, list[int]] = {}
+    first: dict[int, int] = {}
+    for row, group in enumerate(batch.groups):
+        if not batch.completion_lengths[row]:
+            continue  # nothing of it is scored
+        images = batch.media.images
+        kind = (
+            batch.prompt_lengths[row] < batch.prompt_width,
+            images[row + 1] > images[row],
+            batch.completion_lengths[row] > 1,
+        )
+        other = first.setdefault(group, row)
+        if other != row:
+            pairs.setdefault(kind, [other, row])
+        else:
+            strangers.setdefault(kind, sorted({row, (row + 1) % len(batch.groups)}))
+    return strangers | pairs
+
+
+def _inputs(base: Any, batch: Batch, layout: Layout) -> dict[str, Any]:
+    """What the model takes for a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
+    flat = {
+        key: batch.media.given[key].reshape(-1)[layout.source][None] for key in BY_TOKEN if key in batch.media.given
+    }
+    images = batch.media.of(layout.first_rows)
+    return {
+        "input_ids": batch.input_ids.reshape(-1)[layout.source][None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        "position_ids": _positions(base, batch, layout, images),
+        **flat,
+        **images,
+    }
+
+
+def _positions(base: Any, batch: Batch, layout: Layout, images: dict[str, Any]) -> torch.Tensor:
+    """The positions that TRL's rows give these tokens: the model's own for images, else the column."""
+    compute = getattr(base.base_model, "compute_3d_position_ids", None)
+    if compute is not None and "image_grid_thw" in images:
+        first = layout.first_rows
+        mask = batch.attention_mask[first].clone()
+        mask[:, batch.prompt_width :] = 1
+        positions = compute(
+            input_ids=batch.input_ids[first],
+            inputs_embeds=None,
+            image_grid_thw=images["image_grid_thw"],
+            video_grid_thw=None,
+            past_key_values=None,
+            attention_mask=mask,
+            mm_token_type_ids=batch.media.given["mm_token_type_ids"][first],
+        )
+        found: torch.Tensor = positions[:, layout.prompt, layout.column][:, None]
+        return found
+    return layout.column[None]
+
+
+def _wrap_backbone(model: Any) -> Handle:
+    """Keep of the flat sequence the hidden states of the tokens to be scored, before TRL's head sees them."""
+
+    def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        found = call_next(*args, **kwargs)
+        layout = kwargs.get(ARGUMENT)
+        if layout is not None:
+            found.last_hidden_state = found.last_hidden_state[:, layout.scored]
+        return found
+
+    return wrap(AttributeSlot(base_of(model).base_model, "forward"), forward, INNER)

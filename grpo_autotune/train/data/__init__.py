@@ -1,0 +1,1 @@
+"""Data sets and images, as TRL takes them."""

@@ -1,0 +1,198 @@
+"""A configuration's data section -> rows as TRL wants them: `prompt` as messages, images, and columns for rewards.
+
+Text is rearranged here and nothing else: image columns are passed on as they are stored, so nothing is decoded or
+copied that need not be.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from grpo_autotune.config.schema import DataSection, RunConfig
+from grpo_autotune.errors import ConfigError, DataError
+from grpo_autotune.train.data.images import prepare_images
+from grpo_autotune.train.data.sources import read_rows
+
+TAKEN = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+"""Keywords that TRL gives every reward beside the data's columns."""
+
+Message = Mapping[str, Any]
+Splits = tuple[datasets.Dataset, datasets.Dataset | None]
+LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
+
+
+def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
+    """Training rows and, where the configuration names any, held-out rows.
+
+    Args:
+        config: The run.
+        progress: Told, line by line, what is under way.
+
+    Returns:
+        Rows with `prompt` (a list of messages), `image` or `images` where the data has any, and all other columns.
+
+    Raises:
+        ConfigError: If the data, a split or a column is not there, or there are too few rows for one generation.
+        DataError: If there are no rows, or a row cannot be used; the message says which (counted from 0).
+    """
+    data = config.data
+    train = _rows(data, data.path, data.split, data.max_samples, progress)
+    check_rows(config, len(train))
+    if data.eval_path is None and data.eval_split is None:
+        return train, None
+    return train, _rows(data, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
+
+
+def check_rows(config: RunConfig, rows: int) -> None:
+    """Refuse a configuration that wants more different prompts at once than there are rows.
+
+    Raises:
+        ConfigError: It does.
+    """
+    wanted = config.batch.prompts_per_generation
+    if rows < wanted:
+        raise ConfigError(
+            f"{config.data.path} has {rows} rows, and a generation takes {wanted} different prompts (generation batch "
+            f"{config.batch.generation_batch} / num_generations {config.batch.num_generations})",
+            where="data",
+            fix=f"Give at least {wanted} rows, or lower grpo.per_device_train_batch_size or grpo.steps_per_generation.",
+        )
+
+
+def _rows(
+    data: DataSection, path: str, split: str | None, limit: int | None, progress: Callable[[str], None]
+) -> datasets.Dataset:
+    own = path == data.path
+    progress(f"reading {path}{f' ({split})' if split else ''}")
+    rows = read_rows(
+        path,
+        split,
+        name=data.name if own else None,
+        revision=data.revision if own else None,
+        params=data.params if own else None,
+        where="data.path" if own else "data.eval_path",
+    )
+    if len(rows) == 0:
+        raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    place = Path(path)
+    base = place.parent if place.is_file() else place if place.is_dir() else Path()
+    return prepare_images(_columns(rows, data, path), data.image_size, base.absolute(), path, progress)
+
+
+def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> datasets.Dataset:
+    """Rows under our column names, with `prompt` as messages."""
+    for ours, theirs in data.columns.items():
+        if theirs not in rows.column_names:
+            raise _missing(theirs, rows, f"data.columns.{ours}")
+    renamed = _renamed(rows, data.columns)
+    taken = sorted(TAKEN.intersection(renamed.column_names))
+    if taken:
+        raise ConfigError(
+            f"the column {taken[0]} has a name that TRL uses itself",
+            where=where,
+            fix=f"Give it another, for instance data.columns: {{my_{taken[0]}: {taken[0]}}}.",
+        )
+    prompts = [
+        _messages(prompt, data.system_prompt, f"{where}, row {row}") for row, prompt in _prompts(rows, renamed, data)
+    ]
+    finished = renamed.add_column("_prompt", prompts)  # before the old one goes: rows without a column have no number
+    if "prompt" in finished.column_names:
+        finished = finished.remove_columns("prompt")
+    return finished.rename_column("_prompt", "prompt")
+
+
+def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Mapped columns under our names, beside all others; an unmapped column gives way to a mapped one of its name."""
+    used = {*columns, *columns.values()}
+    others = [name for name in rows.column_names if name not in used]
+    parts = [rows.select_columns(others)] if others else []
+    for ours, theirs in columns.items():
+        column = rows.select_columns([theirs])
+        parts.append(column if ours == theirs else column.rename_column(theirs, ours))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSection) -> Iterator[tuple[int, Any]]:
+    """Row number and prompt, as it stands in the data or as the template makes it from columns of either name."""
+    if data.prompt_template is None:
+        if "prompt" not in renamed.column_names:
+            raise _missing("prompt", rows, "data.columns.prompt")
+        yield from enumerate(renamed["prompt"][:])
+        return
+    values = {}
+    for field in _fields(data.prompt_template):
+        there = renamed if field in renamed.column_names else rows
+        if field not in there.column_names:
+            raise _missing(field, rows, "data.prompt_template")
+        values[field] = there[field][:]
+    for row in range(len(rows)):
+        try:
+            prompt = data.prompt_template.format(**{field: column[row] for field, column in values.items()})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"does not fit row {row}: {error}", where="data.prompt_template") from error
+        yield row, prompt
+
+
+def _fields(template: str) -> list[str]:
+    """Names of the columns in a template.
+
+    Raises:
+        ConfigError: If it is not a format string over plain names.
+    """
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"not a format string: {error}", where="data.prompt_template", fix="Write a literal brace twice: {{ or }}."
+        ) from error
+    for field in fields:
+        if not field.isidentifier():
+            raise ConfigError(
+                f"{{{field}}} is not the name of a column",
+                where="data.prompt_template",
+                fix="Write a literal brace twice: {{ or }}.",
+            )
+    return fields
+
+
+def _messages(prompt: Any, system_prompt: str | None, where: str) -> list[Message]:
+    """A prompt as messages, behind the system prompt."""
+    messages: list[Message]
+    if isinstance(prompt, str) and prompt.strip():
+        messages = [{"role": "user", "content": prompt}]
+    elif (
+        isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) and "role" in turn for turn in prompt)
+    ):
+        messages = list(prompt)
+    else:
+        raise DataError(f"the prompt is {prompt!r}", where=where, fix="It must be text that is not empty, or messages.")
+    if system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise ConfigError(
+            "the data's prompts have a system message already", where="data.system_prompt", fix="Set it to null."
+        )
+    text: Any = system_prompt
+    if not isinstance(messages[0].get("content"), str):
+        text = [{"type": "text", "text": system_prompt}]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _missing(column: str, rows: datasets.Dataset, where: str) -> ConfigError:
+    near = difflib.get_close_matches(column, rows.column_names, n=1)
+    hint = f"Nearest: {near[0]}. " if near else ""
+    if column == "prompt":
+        hint += "Map one with data.columns.prompt, or write data.prompt_template. "
+    return ConfigError(
+        f"the data has no column {column}", where=where, fix=f"{hint}Columns: {', '.join(rows.column_names)}."
+    )

@@ -1,0 +1,1 @@
+"""Models, processors and adapters."""

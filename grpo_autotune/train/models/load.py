@@ -1,0 +1,206 @@
+"""The `model` and `peft` sections made real: weights, processor, adapter, and a vision tower that may stay frozen.
+
+`model.dtype: auto` keeps the type that the checkpoint was stored in, as transformers does; TRL alone loads float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import AutoProcessor, BitsAndBytesConfig
+from trl.trainer.utils import create_model_from_path
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.registry import is_reference, names, resolve
+from grpo_autotune.train.models.random_init import random_model_path
+
+VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
+"""Names of the image encoder (`PreTrainedModel.get_encoder` in transformers/modeling_utils.py)."""
+
+
+def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
+    """Where the weights come from: a folder, or the name of a hub repository.
+
+    Raises:
+        ConfigError: `model.name_or_path` is a path, and nothing is there.
+    """
+    section = config.model
+    if section.random_init is not None:
+        return str(random_model_path(section.random_init, section.dtype, say))
+    name = str(section.name_or_path)
+    if name in names("model") or is_reference(name):
+        return str(resolve("model", name)())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ConfigError(
+            f"{name} is not a folder with a model",
+            where="model.name_or_path",
+            fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
+            + ", ".join(names("model")),
+        )
+    return name
+
+
+def load_model(config: RunConfig, source: str) -> Any:
+    """The policy before any adapter, on the device TRL would load it to; the vision tower frozen where asked.
+
+    Raises:
+        ConfigError: The weights cannot be loaded from `source`, or there is no vision tower to freeze.
+        EnvironmentProblem: `model.load_in_4bit` without bitsandbytes.
+    """
+    section = config.model
+    options: dict[str, Any] = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code}
+    for name in ("revision", "attn_implementation"):
+        if getattr(section, name) is not None:
+            options[name] = getattr(section, name)
+    if section.load_in_4bit:
+        options["quantization_config"] = _four_bit(config)
+    if config.batch.processes > 1:
+        options["device_map"] = None  # each process holds a whole copy; "auto" would spread one over all GPUs
+    with _load_errors(source):
+        model = create_model_from_path(source, **options)
+    if section.freeze_vision_tower:
+        model.get_submodule(vision_tower(model)).requires_grad_(False)
+    return model
+
+
+def load_processor(config: RunConfig, source: str) -> Any:
+    """The model's processor (for text models its tokenizer), padding and cutting prompts on the left.
+
+    Raises:
+        ConfigError: None can be loaded from `source`, or it pads on the right all the same.
+    """
+    options: dict[str, Any] = {} if config.model.revision is None else {"revision": config.model.revision}
+    with _load_errors(source):
+        processor = AutoProcessor.from_pretrained(
+            source,
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=config.model.trust_remote_code,
+            **options,
+        )
+    check_padding(processor, source)
+    return processor
+
+
+def check_images(processor: Any, columns: Sequence[str]) -> None:
+    """Refuse images for a model that cannot see.
+
+    Raises:
+        ConfigError: The data has an image column, and the processor has nothing for images.
+    """
+    column = next((name for name in ("image", "images") if name in columns), None)
+    if column is not None and not hasattr(processor, "image_processor"):
+        raise ConfigError(
+            f"the data has the column {column}, and this model takes no images",
+            where="model",
+            fix="Take a vision-language model, or data without images.",
+        )
+
+
+def check_padding(processor: Any, source: str) -> None:
+    """Refuse a processor that pads on the right: generation would go on from padding, and ragged image prompts fail.
+
+    Raises:
+        ConfigError: Judged by what it does with two texts of different length, whatever its attributes say.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    side = tokenizer.padding_side
+    if side == "left" and tokenizer.pad_token is not None:
+        shorter = tokenizer(["a", "a b c d e f g h"], padding=True)["attention_mask"][0]
+        side = "left" if shorter[-1] else "right"
+    if side != "left":
+        raise ConfigError(
+            f"the processor of {source} pads on the {side}, and GRPO needs prompts padded on the left",
+            where="model.name_or_path",
+            fix="It ignores padding_side='left': mend its tokenizer class, or use another one",
+        )
+
+
+def vision_tower(model: Any) -> str:
+    """Name of the image encoder inside `model`.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in VISION_TOWERS:
+            return str(name)
+    raise ConfigError(
+        f"{type(model).__name__} has no vision tower to freeze",
+        where="model.freeze_vision_tower",
+        fix="Leave the key out for a text model",
+    )
+
+
+def lora_config(config: RunConfig, model: Any) -> LoraConfig | None:
+    """The `peft` section as PEFT's own class; a frozen vision tower gets no adapters either. None without the section.
+
+    Raises:
+        ConfigError: PEFT does not accept a key or value.
+    """
+    if config.peft is None:
+        return None
+    keys = {"task_type": "CAUSAL_LM", **config.peft}
+    if config.model.freeze_vision_tower:
+        keys["exclude_modules"] = _also_exclude(keys.get("exclude_modules"), vision_tower(model))
+    try:
+        return LoraConfig(**keys)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(_first_line(error), where="peft", fix="The keys are those of peft.LoraConfig") from error
+
+
+def _also_exclude(given: str | list[str] | None, tower: str) -> str:
+    """A pattern for PEFT's `exclude_modules`, matched against full names: the tower, and what was excluded before."""
+    patterns = [re.escape(tower) + r"(\..*)?"]
+    if isinstance(given, str):
+        patterns.append(given)
+    elif given:
+        patterns.append(r"(.*\.)?(" + "|".join(re.escape(suffix) for suffix in given) + ")")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _four_bit(config: RunConfig) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as QLoRA has it (arXiv 2305.14314, section 3)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentProblem(
+            "4-bit weights need bitsandbytes, which is not installed",
+            where="model.load_in_4bit",
+            fix="Install it: pip install 'grpo-autotune[quantization]'",
+        )
+    dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+@contextmanager
+def _load_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot load {source}: {_first_line(error)}",
+            where="model.name_or_path",
+            fix="Give a folder with config.json, or a hub id that can be reached (and model.revision there)",
+        ) from error
+    except ImportError as error:
+        raise EnvironmentProblem(_first_line(error), where="model") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

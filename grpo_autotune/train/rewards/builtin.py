@@ -1,0 +1,197 @@
+"""The built-in rewards, and the door through which every reward comes.
+
+A reward has TRL's signature: keywords `prompts`, `completions`, `completion_ids` and one list for each column of the
+data, all of the batch's length B; it returns B numbers, None where it does not apply to a row. Settings are
+keyword-only and come from `rewards[].params`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.registry import resolve
+from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
+from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL, check_params, guard
+
+ANSWER_LAST = r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*"
+"""One answer between tags, not empty, at the end of the text."""
+
+Completion = str | Sequence[Mapping[str, Any]]
+
+
+def exact_match(
+    *, completions: Sequence[Completion], column: str = "answer", ignore_case: bool = True, **columns: Any
+) -> list[float | None]:
+    """1 where the answer is the reference, white space and a last full stop apart.
+
+    Args:
+        completions: B completions.
+        column: Column that holds the reference.
+        ignore_case: Whether `Paris` is `paris`.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: If the data has no such column.
+    """
+
+    def tidy(text: str) -> str:
+        text = " ".join(final_answer(text).split()).removesuffix(".").strip()
+        return text.casefold() if ignore_case else text
+
+    return [
+        None if reference is None else float(tidy(completion_text(completion)) == tidy(str(reference)))
+        for completion, reference in zip(completions, _column(columns, column), strict=True)
+    ]
+
+
+def numeric_match(
+    *, completions: Sequence[Completion], column: str = "answer", relative_tolerance: float = 1e-9, **columns: Any
+) -> list[float | None]:
+    """1 where the last number of the answer is the reference's; None where the reference holds no number.
+
+    Args:
+        completions: B completions.
+        column: Column that holds the reference: a number, or text such as GSM8K's, whose number stands after `####`.
+        relative_tolerance: Largest difference that still counts as equal, as a share of the reference; the default
+            forgives rounding in the machine's arithmetic and nothing else.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: If the data has no such column.
+    """
+
+    def judge(completion: Completion, reference: object) -> float | None:
+        wanted, given = read_number(reference), read_number(completion_text(completion))
+        if wanted is None:
+            return None
+        return float(given is not None and abs(given - wanted) <= relative_tolerance * max(abs(wanted), 1e-12))
+
+    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+
+
+def regex(*, completions: Sequence[Completion], pattern: str, **columns: Any) -> list[float | None]:
+    """1 where the pattern (Python's `re`; a dot matches a line break too) is found anywhere in a completion."""
+    compiled = _compiled(pattern)
+    return [float(compiled.search(completion_text(completion)) is not None) for completion in completions]
+
+
+def format(*, completions: Sequence[Completion], pattern: str = ANSWER_LAST, **columns: Any) -> list[float | None]:
+    """1 where a whole completion has the form of the pattern; by default it ends in its one `<answer>...</answer>`."""
+    compiled = _compiled(pattern)
+    return [float(compiled.fullmatch(completion_text(completion)) is not None) for completion in completions]
+
+
+def choice_letter(
+    *, completions: Sequence[Completion], column: str = "answer", letters: str = "ABCDE", **columns: Any
+) -> list[float | None]:
+    """1 where a completion chooses the reference's letter ("The answer is (B)."); None where that has no letter.
+
+    Args:
+        completions: B completions.
+        column: Column that holds the reference: a letter, text beginning with it, or its number counted from 0.
+        letters: The letters there are to choose from.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: If the data has no such column.
+    """
+
+    def judge(completion: Completion, reference: object) -> float | None:
+        wanted = read_letter(reference, letters)
+        return None if wanted is None else float(read_letter(completion_text(completion), letters) == wanted)
+
+    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+
+
+def box_iou(
+    *, completions: Sequence[Completion], column: str = "answer", threshold: float | None = None, **columns: Any
+) -> list[float | None]:
+    """Intersection over union of the box in a completion and the reference; 0 without a box, None without a reference.
+
+    Args:
+        completions: B completions, each with a box `[x1, y1, x2, y2]`.
+        column: Column that holds the reference box, as four numbers or as text, in the completion's units.
+        threshold: Give 1 from this overlap on and 0 below, instead of the overlap itself.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: If the data has no such column.
+    """
+
+    def judge(completion: Completion, reference: object) -> float | None:
+        wanted, given = read_box(reference), read_box(completion_text(completion))
+        if wanted is None:
+            return None
+        overlap = 0.0 if given is None else _overlap(wanted, given)
+        return overlap if threshold is None else float(overlap >= threshold)
+
+    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+
+
+def length(
+    *, completion_ids: Sequence[Sequence[int]], target_tokens: int, max_tokens: int, **columns: Any
+) -> list[float | None]:
+    """1 up to `target_tokens`, falling in a straight line to 0 at `max_tokens`.
+
+    Raises:
+        ConfigError: If `max_tokens` is not above `target_tokens`.
+    """
+    if max_tokens <= target_tokens:
+        raise ConfigError(
+            f"max_tokens {max_tokens} must be above target_tokens {target_tokens}", where="rewards[].params of length"
+        )
+    slack = max_tokens - target_tokens
+    return [min(1.0, max(0.0, (max_tokens - len(ids)) / slack)) for ids in completion_ids]
+
+
+def build_rewards(config: RunConfig) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
+    """The reward functions of a configuration, guarded (see `reward_guard`), their weights and their names.
+
+    A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`.
+
+    Raises:
+        ConfigError: If a name is unknown, or a parameter is none of the function's.
+    """
+    functions: list[Callable[..., Any]] = []
+    names: list[str] = []
+    for place, item in enumerate(config.rewards):
+        function = resolve("reward", item.name)
+        check_params(function, item.params, f"rewards[{place}].params")
+        base = item.name.rpartition(":")[2].rpartition(".")[2]
+        again = sum(name == base or re.fullmatch(rf"{re.escape(base)}_\d+", name) is not None for name in names)
+        names.append(f"{base}_{again + 1}" if again else base)
+        functions.append(guard(function, names[-1], item.params, alone=len(config.rewards) == 1))
+    return functions, [item.weight for item in config.rewards], names
+
+
+def _column(columns: Mapping[str, Any], name: str) -> Sequence[object]:
+    if name not in columns:
+        there = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
+        raise ConfigError(
+            f"the data has no column {name}, which a reward reads",
+            where="rewards[].params.column",
+            fix=f"Columns: {there}. Name one there, or map one in data.columns.",
+        )
+    values: Sequence[object] = columns[name]
+    return values
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{pattern!r} is not a pattern: {error}", where="rewards[].params.pattern") from error
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union; a box without area overlaps nothing."""
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) if box[2] > box[0] and box[3] > box[1] else 0.0 for box in (a, b)]
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if min(areas) <= 0 or width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / (sum(areas) - shared)

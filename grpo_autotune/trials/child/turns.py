@@ -1,0 +1,97 @@
+"""Trials that take turns: each runs only as many blocks as it was allowed, and waits outside its own steps' time.
+
+A waiting child holds its memory and leaves the processor alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from grpo_autotune.seams.layers import Handle, wrap
+from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.trials.heartbeat import Pulse
+from grpo_autotune.trials.turn_file import WAITING, allowed
+
+LOOK_S = 0.01
+WITHOUT_END = 1_000_000
+"""Optimizer steps that no race reaches."""
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """The child's side, put around a trainer that has a probe already.
+
+    Args:
+        trainer: The trainer.
+        folder: The trial's folder.
+        probe: Its probe; a step's time begins anew after a wait.
+        pulse: The heartbeat, which tells the parent how many blocks are done.
+        block: Optimizer steps of a block.
+        wait: Sleeps.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        folder: Path,
+        probe: Any,
+        pulse: Pulse,
+        block: int,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._trainer, self._folder, self._probe, self._pulse = trainer, folder, probe, pulse
+        self._block, self._wait = block, wait
+        self._handles: list[Handle] = []
+        self._first = self._last = 0
+        slot = slot_of(trainer, find("log_save_evaluate"))
+        if slot is not None:
+            self._handles.append(wrap(slot, self._after_step))
+        trainer.add_callback(self)
+
+    def remove(self) -> None:
+        """Leave the trainer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._trainer.remove_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first = self._last = state.global_step
+        self._hold()
+
+    def _after_step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        found = call_next(*args, **kwargs)
+        if self._trainer.state.global_step != self._last:
+            self._last = self._trainer.state.global_step
+            self._hold()
+        return found
+
+    def _hold(self) -> None:
+        """At a block's end, wait until the next is allowed; then its first step begins."""
+        done = self._last - self._first
+        beyond, within = divmod(done - self._probe.warmup, self._block)
+        if done and (beyond < 0 or within):
+            self._stop_if_told()
+            return
+        blocks = beyond + 1 if done else 0
+        self._drain()
+        self._pulse.beat(f"{WAITING}{blocks}")
+        while (limit := allowed(self._folder)) is not None and limit <= blocks:
+            self._wait(LOOK_S)
+        self._stop_if_told()
+        self._pulse.beat("step")
+        self._probe.recorder.open_root()
+
+    def _stop_if_told(self) -> None:
+        if allowed(self._folder) is None:
+            self._trainer.control.should_training_stop = True
+
+    def _drain(self) -> None:
+        """Let the device finish: what this trial has queued must not run in another's turn."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()

@@ -1,0 +1,94 @@
+"""The child: it runs one trial after another as the parent names them, and says what came of each in a file.
+
+    python -m grpo_autotune.trials.child.worker            trial folders on standard input, a line each
+    python -m grpo_autotune.trials.child.worker FOLDER     that one trial, as a rank under `torchrun`
+
+It loads torch only with its first trial in hand, so that the wait is that trial's start-up, seen and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_autotune.processes.guardian import die_with_parent
+from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
+from grpo_autotune.trials.child.execute import Server
+from grpo_autotune.trials.heartbeat import STARTING, BeatingStartup, Pulse
+
+CANNOT_WRITE_EXIT = 74
+"""The outcome could not be written (EX_IOERR of sysexits.h)."""
+
+RETIRED_EXIT = 1
+"""The outcome was written, and this process is not to be used again: a trial failed in it, or left too much behind."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve trials until standard input ends, or run the one that is named."""
+    die_with_parent(os.getppid())
+    server = Server()
+    if arguments:
+        return _serve_one(server, Path(arguments[0]), warm=False)
+    warm = False
+    for line in sys.stdin:
+        code = _serve_one(server, Path(line.rstrip("\n")), warm=warm)
+        if code:
+            return code
+        warm = True
+    return 0
+
+
+def _serve_one(server: Server, folder: Path, *, warm: bool) -> int:
+    """Run the trial in `folder`; 0 if this process can serve another."""
+    rank = int(os.environ.get("RANK", "0"))
+    _log_to(folder / LOG_FILE)
+    spec = TrialSpec.model_validate_json((folder / SPEC_FILE).read_text(encoding="utf-8"))
+    pulse = Pulse(folder, silent=rank > 0)
+    pulse.beat(STARTING)
+    startup = BeatingStartup(pulse, born_s=time.time() if warm else None)
+    outcome = server.serve(spec, folder, startup, pulse)
+    pulse.close()
+    try:
+        write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
+    except OSError:  # nor can the log
+        return CANNOT_WRITE_EXIT
+    return 0 if server.reusable else RETIRED_EXIT
+
+
+def outcome_path(folder: Path, rank: int) -> Path:
+    """Where a rank writes what came of its part."""
+    return folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under another name, then rename: a reader sees the whole file or none.
+
+    Raises:
+        OSError: The disk is full, or the folder is gone.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _log_to(path: Path) -> None:
+    """Lead standard output and error, other libraries' and grandchildren's included, to the trial's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    os.close(log)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if code == CANNOT_WRITE_EXIT:
+        os._exit(code)  # Python's last flush of the log would fail as well, and end with a code of its own
+    sys.exit(code)

@@ -1,0 +1,107 @@
+"""The heartbeat of a trial: a file that the child rewrites at every span edge, and that the parent only looks at.
+
+A beat carries a number that always grows, so that the parent compares contents on its own clock: neither a clock that
+jumps nor a file system with coarse times can make a living trial look dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo_autotune.probe.startup import Startup
+from grpo_autotune.records.trial import HEARTBEAT_FILE, Progress
+
+_WIDTH = 96
+STARTING = "start-up"
+
+
+class Pulse:
+    """The child's side.
+
+    Args:
+        folder: The trial's folder.
+        silent: Write nothing: other ranks than the first share the folder.
+    """
+
+    def __init__(self, folder: Path, silent: bool = False) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        self._handle = None if silent else os.open(folder / HEARTBEAT_FILE, flags, 0o644)
+        self._number = 0
+        self._stage = STARTING
+        self.step = self.of = 0
+        self.began = False
+
+    def beat(self, stage: str) -> None:
+        """Say that `stage` is under way; one system call."""
+        self._stage = stage
+        if self._handle is None:
+            return
+        self._number += 1
+        line = f"{self._number}\t{int(self.began)}\t{self.step}\t{self.of}\t{stage}"
+        os.pwrite(self._handle, line[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0)
+
+    def begin(self) -> None:
+        """Say that start-up is over: from here on a silence counts as a hang."""
+        self.began = True
+        self.beat("step")
+
+    def again(self) -> None:
+        """Say that what was under way still is."""
+        self.beat(self._stage)
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+class BeatingStartup(Startup):
+    """Phases of start-up that beat as they begin and end.
+
+    Args:
+        pulse: The heartbeat.
+        born_s: As `Startup`: None where this process was made for the trial.
+    """
+
+    def __init__(self, pulse: Pulse, born_s: float | None) -> None:
+        super().__init__(born_s=born_s)
+        self._pulse = pulse
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Book the time inside to `name`."""
+        self._pulse.beat(f"{STARTING}: {name}")
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self._pulse.again()
+
+
+class PulseReader:
+    """The parent's side: what was seen last, and since when nothing has moved."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / HEARTBEAT_FILE
+        self._last = b""
+        self.began = False
+        self.seen = False
+        self.progress = Progress(STARTING, 0, 0)
+
+    def moved(self) -> bool:
+        """Whether there was a beat since the last call."""
+        try:
+            found = self._path.read_bytes()
+        except FileNotFoundError:
+            return False
+        fields = found.decode(errors="replace").rstrip().split("\t")
+        if found == self._last or len(fields) != 5:
+            return False
+        self._last, self.seen = found, True
+        self.began = fields[1] == "1"
+        self.progress = Progress(fields[4], int(fields[2]), int(fields[3]))
+        return True

@@ -1,0 +1,233 @@
+"""The parent of trials: it gives each to a worker, kills what it started when it must, and names every ending."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from grpo_autotune.config.batch import batch_plan
+from grpo_autotune.processes.guarded import GuardedWorker, Worker, oom_kills
+from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
+from grpo_autotune.trials.child.worker import write_whole
+from grpo_autotune.trials.parent.endings import ending_of_exit, read_outcome
+from grpo_autotune.trials.parent.interleave import Race, fits_together, one_after_another
+from grpo_autotune.trials.parent.server_pool import KeptServer, is_served
+from grpo_autotune.trials.parent.watch import LOOK_S, Attempt, Seen, Watch, prepare_folder
+
+Spawn = Callable[[Path, Path, int], Worker]
+
+NOT_BUILT_IN = ("structured_outputs_regex", "group_port", "server_base_url", "server_host", "server_port")
+"""Keys of the `vllm` section that a colocated engine is not built from."""
+
+PUSHES = ("merged", "batched")
+"""Ways to send weights that ask nothing of the engine."""
+
+
+class Runner(AbstractContextManager["Runner"]):
+    """Runs trials in child processes, one at a time, keeping the newest worker for the next trial that can use it.
+
+    Args:
+        run_dir: The run folder; trials live in `trials/0007` there.
+        warm: Whether a worker may serve several trials.
+        clock: Seconds, monotonic.
+        wait: Sleeps for so many seconds between two looks.
+        spawn: Starts a worker for a trial's folder, its log, and a number of ranks.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        warm: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+        spawn: Spawn = GuardedWorker,
+    ) -> None:
+        self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
+        self._worker: Worker | None = None
+        self._key: str | None = None
+        self._server = KeptServer(clock)
+
+    def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
+        """Run one trial to its end, whatever that is.
+
+        Args:
+            spec: The trial.
+            watch: Told what the trial is doing whenever that changes.
+
+        Returns:
+            Its outcome, also in its folder. A failed trial is one, too.
+
+        Raises:
+            OSError: The run folder cannot be written.
+            BaseException: What interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone.
+        """
+        folder, kills = prepare_folder(self._run_dir, spec), oom_kills()
+        try:
+            served = self._served(spec, folder, watch or ignore)
+            if isinstance(served, TrialOutcome):
+                return served
+            spec, server_s = served
+            attempt, warm = self._give(spec, folder, watch)
+            seen = self._until_seen(attempt)
+            if warm and not seen.heard:  # the worker ended before it took the trial up
+                self._retire()
+                attempt, _ = self._give(spec, folder, watch)
+                seen = self._until_seen(attempt)
+            if seen.ending.status is not None:
+                self._retire()
+            outcome = self._outcome(attempt, seen, kills, server_s)
+            if outcome.status == "timeout" and server_s:
+                outcome = outcome.model_copy(
+                    update={"why": f"{outcome.why}; its server took {server_s:.0f} s to start"}
+                )
+            if outcome.status != "ok":
+                outcome = self._blamed(outcome, folder)
+                self.close()
+            elif self._key is None or not self._warm:
+                self._retire()
+        except BaseException:
+            self.close()
+            raise
+        return outcome
+
+    def race(
+        self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float, watch: Watch | None = None
+    ) -> list[TrialOutcome]:
+        """Measure trials against each other: all alive at once, one running at a time, blocks in the order ABBA.
+
+        A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing. Where
+        memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
+        notes say so.
+
+        Args:
+            specs: The trials; they should see the same prompts.
+            rounds: Blocks that each gets at most.
+            deadline_s: Seconds for the whole race; a round that would not end in time is not begun.
+            watch: As in `run`.
+
+        Returns:
+            An outcome for each, in the order of `specs`; `step_s` holds the mean of each round, and all that went well
+            have as many rounds.
+
+        Raises:
+            As `run`.
+        """
+        kills = oom_kills()
+        if fits_together(specs):
+            self._server.end()
+            with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
+                outcomes = [self._outcome(attempt, seen, kills) for attempt, seen in race.run(rounds, deadline_s)]
+                key = worker_key(specs[0])
+                if outcomes[0].status == "ok" and self._warm and key is not None:
+                    self._worker, self._key = race.keep(0), key
+            if not race.began_without_memory(outcomes):
+                return race.by_round(outcomes)
+            deadline_s -= race.elapsed_s
+        with self._server.held():
+            return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
+
+    def close(self) -> None:
+        """End worker and server and all they started, and wait until they are gone."""
+        self._retire()
+        self._server.end()
+
+    def _retire(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
+        """A failed trial, with its server's reason where that ended first."""
+        why = self._server.why_ended()
+        if why is None:
+            return outcome
+        found = outcome.model_copy(update=why)
+        write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
+        return found
+
+    def _served(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
+        """The trial with its server's address and the seconds of the server's start, or that there is none."""
+        if is_served(spec) and self._key != worker_key(spec):
+            self._retire()  # an engine in there may hold what the server needs
+        found = self._server.ready(spec, folder, watch)
+        if isinstance(found, TrialOutcome):
+            self._retire()
+            write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
+        elif found[0] is not spec:
+            write_whole(folder / SPEC_FILE, found[0].model_dump_json(indent=1))
+        return found
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _give(self, spec: TrialSpec, folder: Path, watch: Watch | None) -> tuple[Attempt, bool]:
+        """Give the trial to the worker there is, or to a new one; whether it is a warm one."""
+        before = self._worker
+        self._worker = self._start(spec, folder)
+        self._key = worker_key(spec)
+        return Attempt(self._worker, spec, folder, self._clock, watch or ignore), self._worker is before
+
+    def _start(self, spec: TrialSpec, folder: Path) -> Worker:
+        """A worker that has the order to run the trial: the one there is, which then is ours no more, or a new one."""
+        key = worker_key(spec)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            if key is not None and key == self._key and worker.order(folder):
+                return worker
+            worker.end()
+        worker = self._spawn(folder, folder / LOG_FILE, spec.world_size)
+        worker.order(folder)
+        return worker
+
+    def _until_seen(self, attempt: Attempt) -> Seen:
+        while (seen := attempt.look()) is None:
+            self._wait(LOOK_S)
+        return seen
+
+    def _outcome(self, attempt: Attempt, seen: Seen, kills: int, server_s: float = 0.0) -> TrialOutcome:
+        ending = ending_of_exit(seen.code, oom_kills() > kills) if seen.code is not None else seen.ending
+        found = read_outcome(attempt.folder, attempt.spec, ending)
+        started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
+        outcome = found.model_copy(
+            update={
+                "elapsed_s": attempt.elapsed_s + server_s,
+                "startup_s": started_s,
+                "warm": found.warm and not server_s,
+            }
+        )
+        write_whole(attempt.folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
+        return outcome
+
+
+def ignore(progress: object) -> None:
+    """A watch that looks away."""
+
+
+def worker_key(spec: TrialSpec) -> str | None:
+    """Trials of one key can share a worker; None where a trial needs one for itself.
+
+    Without an engine in the process a worker keeps imports and data, and the model is loaded anew. An engine stays, so
+    what it is built from must be equal (trl/generation/vllm_generation.py, `_init_vllm`); a trial whose engine turns
+    out to be another one after all is given to a new worker (`search.kept`).
+    """
+    if spec.script is not None or spec.world_size > 1:
+        return None
+    model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})
+    section = dict(spec.config.get("vllm") or {})
+    source = {name: model.get(name) for name in ("name_or_path", "random_init", "revision")}
+    if is_served(spec) and section["server_gpus"] and section.get("weight_sync") != "adapter":
+        return None  # TRL pushes weights from a port that it keeps while the process lives
+    if not grpo.get("use_vllm") or section.get("mode") == "server" or section.get("server_gpus") is not None:
+        return json.dumps([source, section.get("server_gpus")])  # it decides which GPUs the process sees
+    built = {name: value for name, value in section.items() if name not in NOT_BUILT_IN}
+    if built.get("weight_sync") in PUSHES:
+        built["weight_sync"] = PUSHES[0]
+    if "max_num_seqs" not in built:
+        plan = batch_plan(grpo)
+        built["max_num_seqs"] = plan.micro_batch * plan.steps_per_generation * section.get("tensor_parallel_size", 1)
+    typed = {name: grpo.get(name) for name in ("bf16", "fp16")}
+    return json.dumps([model, typed, built], sort_keys=True, default=str)

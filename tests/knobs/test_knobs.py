@@ -1,0 +1,247 @@
+"""Turning knobs: only keys of the table, exact promises kept, nothing else touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given as draw
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from grpo_autotune.config.schema import RunConfig, known_paths
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware import Gpu, Machine
+from grpo_autotune.knobs import PROMPTS, TABLE, given, kind_of, knob, knobs_of, with_knobs
+
+MICRO, GROUP, STEPS = "grpo.per_device_train_batch_size", "grpo.num_generations", "grpo.steps_per_generation"
+
+
+def machine(gpus: int = 0, cores: int = 4) -> Machine:
+    cards = tuple(Gpu(name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30, capability="9.0") for _ in range(gpus))
+    return Machine(
+        cpu="test",
+        cores=cores,
+        memory_bytes=16 * 2**30,
+        gpus=cards,
+        python="3.11",
+        platform="test",
+        versions={},
+        fingerprint="test",
+    )
+
+
+def config(changes: dict[str, Any] | None = None, **grpo: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {"random_init": "qwen3-0.6b"},
+        "peft": {"r": 8},
+        "data": {"path": "questions.jsonl"},
+        "rewards": [{"name": "exact_match"}],
+        "grpo": {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 8,
+            **grpo,
+        },
+    }
+    return RunConfig.from_dict({**values, **(changes or {})})
+
+
+@st.composite
+def batches(draw_: Any) -> RunConfig:
+    micro = draw_(st.integers(1, 12))
+    accumulation = draw_(st.integers(1, 12))
+    grpo: dict[str, Any] = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    timing = draw_(st.sampled_from(["plain", "steps", "batch"]))
+    steps = accumulation if timing == "plain" else draw_(st.integers(1, 12))
+    if timing == "steps":
+        grpo["steps_per_generation"] = steps
+    if timing == "batch":
+        grpo["generation_batch_size"] = micro * steps
+    groups = [g for g in range(2, micro * steps + 1) if micro * steps % g == 0]
+    if not groups:
+        grpo = {**grpo, "per_device_train_batch_size": 2 * micro}
+        if timing == "batch":
+            grpo["generation_batch_size"] = 2 * micro * steps
+        groups = [2]
+    return config(**(grpo | {"num_generations": draw_(st.sampled_from(groups))}))
+
+
+@settings(max_examples=300, deadline=None)
+@draw(batches(), st.integers(1, 64))
+def test_the_micro_batch_keeps_completions_a_step_and_a_generation(user: RunConfig, micro: int) -> None:
+    before = user.batch
+    try:
+        turned = with_knobs(user, {MICRO: micro})
+    except ConfigError as error:
+        per_step = before.micro_batch * before.accumulation
+        per_generation = before.micro_batch * before.steps_per_generation
+        assert per_step % micro or per_generation % micro, f"refused although it fits: {error}"
+        return
+    after = turned.batch
+    assert after.micro_batch == micro
+    assert after.completions_per_step == before.completions_per_step
+    assert after.generation_batch == before.generation_batch
+    assert after.num_generations == before.num_generations
+    assert knobs_of(turned, [PROMPTS]) == knobs_of(user, [PROMPTS])
+
+
+@settings(max_examples=300, deadline=None)
+@draw(batches(), st.integers(1, 32), st.integers(2, 32), st.integers(1, 8), st.integers(1, 8))
+def test_learning_knobs_change_what_they_say_and_no_more(
+    user: RunConfig, micro: int, group: int, prompts: int, steps: int
+) -> None:
+    before = user.batch
+    try:
+        turned = with_knobs(user, {MICRO: micro, GROUP: group, PROMPTS: prompts, STEPS: steps}).batch
+    except ConfigError:
+        return
+    assert turned.completions_per_step == prompts * group
+    assert turned.num_generations == group
+    a_micro_step = before.micro_batch * before.processes
+    assert turned.generation_batch * before.completions_per_step == a_micro_step * steps * prompts * group
+
+
+@settings(max_examples=100, deadline=None)
+@draw(batches())
+def test_the_users_own_values_change_nothing(user: RunConfig) -> None:
+    assert with_knobs(user, knobs_of(user, [row.key for row in TABLE])) == user
+
+
+def test_the_group_keeps_completions_a_step_and_evaluation() -> None:
+    user = config(
+        {"data": {"path": "q.jsonl", "eval_split": "test"}}, eval_strategy="steps", per_device_eval_batch_size=8
+    )
+    turned = with_knobs(user, {GROUP: 4})
+    assert turned.batch.completions_per_step == 16
+    assert turned.batch.eval_generations == 8, "held-out rewards are means over as many completions as before"
+
+
+def test_prompts_kept_while_the_group_shrinks() -> None:
+    turned = with_knobs(config(), {GROUP: 4, PROMPTS: 2})
+    assert (turned.batch.completions_per_step, turned.batch.accumulation) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("data.imagesize", "data.image_size"),
+        ("vllm.num_generations", "grpo.num_generations"),
+        ("grpo.learning_rate", ""),
+        ("gpu_memory_utilization", "vllm.gpu_memory_utilization"),
+    ],
+)
+def test_only_keys_of_the_table(key: str, nearest: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}: this knob does not exist. {f'Nearest: {nearest}' if nearest else ''}"
+    ):
+        with_knobs(config(), {key: 1})
+
+
+@pytest.mark.parametrize(
+    "knobs", [{MICRO: True}, {MICRO: 0}, {GROUP: "8"}, {"grpo.beta": "x"}, {"data.image_size": 0.5}]
+)
+def test_values_of_a_wrong_type_are_refused(knobs: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        with_knobs(config(), knobs)
+
+
+def test_every_key_is_one_of_the_configuration() -> None:
+    strange = {row.key for row in TABLE} - set(known_paths()) - {PROMPTS}
+    assert not strange
+
+
+def test_a_turned_configuration_survives_yaml() -> None:
+    turned = with_knobs(config(), {MICRO: 8, GROUP: 4, "peft.r": 16, "grpo.gradient_checkpointing": False})
+    assert RunConfig.from_yaml(turned.to_yaml()) == turned
+    assert turned.peft == {"r": 16}
+
+
+def test_engine_keys_come_and_go_with_the_engine() -> None:
+    user = config({"vllm": {"mode": "colocate", "enable_sleep_mode": True}}, use_vllm=True)
+    plain = with_knobs(user, {"grpo.use_vllm": False, "vllm.gpu_memory_utilization": 0.5})
+    assert plain.vllm.grpo_kwargs() == {} and not plain.use_vllm
+    shared = with_knobs(config(), {"grpo.use_vllm": True, "vllm.gpu_memory_utilization": 0.5})
+    assert shared.vllm.gpu_memory_utilization == 0.5
+
+
+def test_the_sleep_level_takes_the_place_of_trls_switch() -> None:
+    user = config({"vllm": {"enable_sleep_mode": True}}, use_vllm=True)
+    assert knobs_of(user, ["vllm.sleep_level"]) == {"vllm.sleep_level": 2}
+    assert with_knobs(user, {"vllm.sleep_level": 2}) == user
+    awake = with_knobs(user, {"vllm.sleep_level": 0}).vllm
+    assert awake.sleep_level == 0 and awake.enable_sleep_mode is None
+    assert awake.grpo_kwargs() == {"vllm_enable_sleep_mode": False}
+
+
+def test_the_engines_own_values_are_those_of_trl_where_nothing_is_said() -> None:
+    keys = ["vllm.max_num_seqs", "vllm.max_num_batched_tokens", "vllm.sleep_level", "vllm.weight_sync"]
+    plain, given_ = config(use_vllm=True), config({"vllm": {"max_num_seqs": 3}}, use_vllm=True)
+    assert list(knobs_of(plain, keys).values()) == [16, 4096, 0, "auto"]  # 4 a micro batch x 4 of them a generation
+    assert knobs_of(given_, keys)["vllm.max_num_seqs"] == 3
+    assert with_knobs(plain, knobs_of(plain, keys)) == plain
+
+
+def test_values_of_the_engine() -> None:
+    plain = config(use_vllm=True)
+    on = {gpus: given(plain, machine(gpus)) for gpus in (0, 1)}
+    assert knob("vllm.max_num_seqs").values(on[0]) == (16, 4, 8)
+    assert knob("vllm.sleep_level").values(on[0]) == (0,)
+    assert knob("vllm.sleep_level").values(on[1]) == (0, 1, 2)
+    assert knob("vllm.weight_sync").values(on[0]) == ("auto", "batched")
+    whole = given(RunConfig.from_dict({**plain.to_dict(), "peft": None}), machine(1))
+    assert knob("vllm.weight_sync").values(whole) == ("auto",)
+    server = given(config({"vllm": {"mode": "server"}}, use_vllm=True), machine(1))
+    engine_rows = [row for row in TABLE if row.key.startswith("vllm.")]
+    assert len(engine_rows) >= 11 and not any(row.values(server) for row in engine_rows)
+
+
+def test_gpus_that_do_not_train_may_serve() -> None:
+    row, plain = knob("vllm.server_gpus"), config(use_vllm=True)
+    assert row.values(given(plain, machine())) == (None,)  # it can be asked for
+    assert row.values(given(plain, machine(1))) == (None,)
+    assert row.values(given(plain, machine(2))) == (None, 1)
+    assert row.values(given(plain, machine(8))) == (None, 1, 2, 4)
+    turned = with_knobs(plain, {"vllm.server_gpus": 2})
+    assert turned.vllm.grpo_kwargs() == {"vllm_mode": "server"} and turned.vllm.at_server
+    assert with_knobs(turned, {"vllm.server_gpus": None}) == plain
+    assert knobs_of(turned, ["vllm.tensor_parallel_size"]) == {"vllm.tensor_parallel_size": 1}
+    spoken = config({"vllm": {"mode": "colocate"}}, use_vllm=True)
+    assert with_knobs(spoken, {"vllm.server_gpus": 2}) == turned
+    assert with_knobs(config({"vllm": {"mode": "server", "server_gpus": 1}}, use_vllm=True), {row.key: None}) == plain
+    assert with_knobs(plain, {row.key: 1, "grpo.use_vllm": False}) == config(use_vllm=False)
+
+
+def test_a_variable_sizes_the_engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, plain = knob("vllm.gpu_memory_utilization"), config(use_vllm=True)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert len(row.values(given(plain, machine()))) > 3
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert row.values(given(plain, machine())) == (0.3,) and len(row.values(given(plain, machine(1)))) > 3
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.2}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}],
+)
+def test_the_micro_batch_is_a_learning_knob_where_the_loss_depends_on_the_partition(partition: dict[str, Any]) -> None:
+    assert kind_of(config(), MICRO) == "exact"
+    assert kind_of(config(**partition), MICRO) == "learning"
+
+
+def test_kinds_are_the_designs() -> None:
+    learning = {row.key for row in TABLE if row.kind == "learning"}
+    assert {"data.image_size", GROUP, PROMPTS, "grpo.max_completion_length", "grpo.beta", "peft.r"} <= learning
+    assert {STEPS, "grpo.num_iterations", "model.load_in_4bit"} <= learning
+    exact = {row.key for row in TABLE if row.kind == "exact"}
+    assert {MICRO, "grpo.gradient_checkpointing", "model.attn_implementation", "vllm.gpu_memory_utilization"} <= exact
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.key)
+def test_the_users_own_value_comes_first(row: Any, gpus: int) -> None:
+    user = config({"data": {"path": "p", "image_size": 512, "columns": {"image": "image"}}}, use_vllm=True)
+    axis = row.values(given(user, machine(gpus)))
+    assert not axis or axis[0] == row.own(user)
+    assert all((type(a), a) != (type(b), b) for i, a in enumerate(axis) for b in axis[:i]), "each value once"
+    assert row.why and knob(row.key) is row

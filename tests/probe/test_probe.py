@@ -1,0 +1,234 @@
+"""The probe on real TRL: every path has its stages, nothing that is learned changes, and detaching leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from grpo_autotune.errors import ConfigError
+from tests.support.trainers import async_reward, losses, make_trainer, spread_reward
+
+from grpo_autotune.probe import probe as probe_module  # isort: skip
+from grpo_autotune.probe.probe import Probe  # isort: skip
+from transformers import TrainerCallback  # isort: skip
+import trl.trainer.grpo_trainer as grpo_module  # isort: skip
+
+ALWAYS = {"generation", "policy_logprob", "reward", "backward", "data", "prompt", "optimizer", "log_save_eval", "other"}
+
+
+def seconds_by_stage(record) -> dict[str, float]:
+    return {row.name: sum(row.per_step_s) for row in record.timings.stages}
+
+
+def probed(trainer, **kwargs):
+    probe = Probe(trainer, **kwargs)
+    trainer.train()
+    record = probe.record()
+    probe.detach()
+    for index, step_s in enumerate(record.timings.step_s):
+        assert sum(row.per_step_s[index] for row in record.timings.stages) == pytest.approx(step_s, abs=1e-6)
+    return record
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3", "llama"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_four_architectures_with_and_without_adapters(tiny, tmp_path, picture_rows, text_rows, kind, lora):
+    rows = picture_rows if kind.endswith("vl") else text_rows
+    trainer = make_trainer(tiny(kind), rows, tmp_path, lora=lora, beta=0.05)
+    record = probed(trainer, out_dir=tmp_path / "probe")
+    seconds = seconds_by_stage(record)
+    assert {stage for stage, total in seconds.items() if total > 0} >= ALWAYS | {"reference_logprob"}
+    assert record.trainer.has_ref_model is (not lora)
+    assert record.timings.steps == [2, 3] and len(record.timings.warmup_s) == 1
+    assert record.tokens is not None and record.tokens.groups == 4
+    if kind.endswith("vl"):
+        assert record.images is not None and record.images.tokens is not None
+        assert record.images.processings_per_image >= 2 * 2, "TRL processes each of the G copies twice"
+        assert record.images.pixels.max == 56 * 56
+        assert record.images.tokens_at["1024"] > record.images.tokens_at["384"]
+    else:
+        assert record.images is None
+    lines = (tmp_path / "probe" / "spans.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_what_is_under_way_belongs_to_its_step(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setattr(probe_module, "HEARTBEAT_S", 0.0)
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    probe, told = Probe(trainer), []
+
+    class Asks(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            told.append(probe.now().partition(",")[0])
+
+        def on_save(self, args, state, control, **kwargs):
+            told.append(probe.now().partition(",")[0])
+
+    trainer.add_callback(Asks())
+    trainer.train()
+    steps = [line.partition(":")[0] for line in told]
+    assert steps == ["step 1 of 2", "step 1 of 2", "step 2 of 2", "step 2 of 2"]
+    assert told[1].endswith("log_save_eval")
+
+
+def test_beta_zero_has_no_reference_pass(tiny, tmp_path, text_rows):
+    record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.0))
+    assert seconds_by_stage(record)["reference_logprob"] == 0.0
+
+
+def test_reuse_of_completions_needs_an_old_policy_pass_and_has_a_cycle(tiny, tmp_path, text_rows):
+    trainer = make_trainer(
+        tiny("qwen3"), text_rows, tmp_path, num_iterations=2, steps_per_generation=4, max_steps=8, beta=0.0
+    )
+    record = probed(trainer)
+    assert record.timings.cycle == 4
+    policy = next(row for row in record.timings.stages if row.name == "policy_logprob")
+    generation = next(row for row in record.timings.stages if row.name == "generation")
+    assert sum(policy.parts["old_policy"]) > 0
+    assert [seconds > 0 for seconds in generation.per_step_s] == [True, False, False, False]
+    assert all(seconds > 0 for seconds in policy.parts["training_forward"])
+
+
+def test_several_rewards_sync_and_async_are_named(tiny, tmp_path, text_rows):
+    def slow(completions, **kwargs):
+        time.sleep(0.05)
+        return [0.5] * len(completions)
+
+    trainer = make_trainer(tiny("llama"), text_rows, tmp_path, rewards=[slow, async_reward, spread_reward])
+    record = probed(trainer)
+    found = {row.name: row for row in record.rewards}
+    assert set(found) == {"slow", "async_reward", "spread_reward"}
+    assert found["async_reward"].is_async and not found["slow"].is_async
+    assert record.rewards[0].name == "slow" and record.rewards[0].mean_s >= 0.05
+    assert seconds_by_stage(record)["reward"] >= 2 * 0.05
+
+
+def test_a_reward_model_is_the_rewards_time(tiny, tmp_path, text_rows):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tiny("qwen3")
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    model.config._name_or_path = str(path)
+    trainer = make_trainer(path, text_rows, tmp_path, rewards=[model, spread_reward])
+    assert AutoTokenizer is not None
+    record = probed(trainer)
+    assert len(record.rewards) == 2 and all(row.calls == 3 for row in record.rewards)
+    assert "forward" not in vars(model)
+
+
+def test_evaluation_is_accounted_apart(tiny, tmp_path, text_rows):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=4)
+    record = probed(trainer)
+    rows = {row.name: row for row in record.timings.stages}
+    assert [seconds > 0 for seconds in rows["log_save_eval"].parts["evaluate"]] == [True, False, True]
+    assert record.tokens is not None and record.tokens.groups == 2 * 3
+    without = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path / "without", max_steps=4))
+    assert rows["generation"].calls == {row.name: row for row in without.timings.stages}["generation"].calls
+
+
+def test_losses_are_the_same_to_the_last_digit(tiny, tmp_path, picture_rows):
+    def train(with_probe: bool) -> list[float]:
+        trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path, beta=0.05, max_steps=4)
+        probe = Probe(trainer) if with_probe else None
+        trainer.train()
+        assert probe is None or probe.record().timings.step_s
+        return losses(trainer)
+
+    with_probe = train(True)
+    assert with_probe == train(False)
+    assert any(loss != 0.0 for loss in with_probe)
+
+
+def everything_patched(trainer):
+    owners = [trainer, trainer.accelerator, trainer.model, trainer.processing_class, grpo_module]
+    found = [dict(vars(owner)) for owner in owners]
+    types = [type(trainer.processing_class), type(getattr(trainer.processing_class, "image_processor", None))]
+    return found, types, list(trainer.reward_funcs), list(trainer.callback_handler.callbacks)
+
+
+def test_detach_leaves_nothing_behind(tiny, tmp_path, picture_rows):
+    trainer = make_trainer(tiny("qwen2_5_vl"), picture_rows, tmp_path)
+    before = everything_patched(trainer)
+    first, second = Probe(trainer), Probe(trainer)
+    assert everything_patched(trainer) != before
+    first.detach()
+    second.detach()
+    assert everything_patched(trainer) == before
+
+
+def test_a_probe_may_come_and_go_during_training(tiny, tmp_path, text_rows):
+    from transformers import TrainerCallback
+
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=6)
+    probes: list[Probe] = []
+
+    class ComeAndGo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                probes.append(Probe(trainer, warmup=0))
+            if state.global_step == 5:
+                probes[0].detach()
+
+    trainer.add_callback(ComeAndGo())
+    trainer.train()
+    assert probes[0].record().timings.steps == [3, 4]
+
+
+def test_sleep_outside_every_seam_lands_in_other(tiny, tmp_path, text_rows):
+    from transformers import TrainerCallback
+
+    class Sleep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.05)
+
+    def other(sleeps: bool) -> float:
+        trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+        if sleeps:
+            trainer.add_callback(Sleep())
+        timings = probed(trainer).timings
+        return min(next(row for row in timings.stages if row.name == "other").per_step_s)
+
+    assert other(True) - other(False) == pytest.approx(0.05, abs=0.02)
+
+
+def test_attach_refuses_what_is_no_grpo_trainer():
+    from grpo_autotune import attach
+
+    with pytest.raises(ConfigError, match="GRPOTrainer"):
+        attach(object())
+
+
+def test_a_report_in_mid_run_changes_nothing(tiny, tmp_path, text_rows, monkeypatch):
+    from transformers import TrainerCallback
+
+    from grpo_autotune import attach
+
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "cache"))
+
+    def train(ask: bool) -> list[float]:
+        trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.05, max_steps=4)
+        probe = attach(trainer)
+
+        class Ask(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2 and ask:
+                    assert "generation" in str(probe.report())
+
+        trainer.add_callback(Ask())
+        trainer.train()
+        return losses(trainer)
+
+    assert train(True) == train(False)
+
+
+def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
+    from pathlib import Path
+
+    handles = Path("/proc/self/fd")
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    before = len(list(handles.iterdir()))
+    for _ in range(5):
+        Probe(trainer, out_dir=tmp_path / "probe").detach()
+    assert len(list(handles.iterdir())) == before

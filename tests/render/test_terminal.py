@@ -1,0 +1,115 @@
+"""The printed report: complete from `report.json` alone, readable at several widths, and stable (golden files).
+
+After a wanted change of the text, write the golden files anew:
+`GOLDEN=write python -m pytest tests/render/test_terminal.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_autotune.advice.breakdown import Limit, break_down
+from grpo_autotune.advice.facts import Facts
+from grpo_autotune.records.probe import Phase, ProbeRecord
+from grpo_autotune.render.terminal import render
+from grpo_autotune.report import Report, load_report, save_report
+from grpo_autotune.report.build import report_of_facts
+from tests.support.sample_records import CPU_MACHINE, GPU_MACHINE, demo_record, timings, two_rank_record, vllm_record
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LIMITS = {
+    "generation": Limit(0.04, "memory"),
+    "policy_logprob": Limit(0.30, "matrix"),
+    "reference_logprob": Limit(0.31, "matrix"),
+    "backward": Limit(0.35, "matrix"),
+}
+VLLM_CONFIG = {"vllm": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}, "grpo": {"eval_steps": 1}}
+DEMO_CONFIG = {"data": {"image_size": 384}}
+
+
+def report_of(record: ProbeRecord, **more: Any) -> Report:
+    return report_of_facts(Facts(record=record, breakdown=break_down(record.timings), **more))
+
+
+REPORTS = {
+    "demo": report_of(demo_record(), limits=LIMITS, machine=CPU_MACHINE, config=DEMO_CONFIG),
+    "vllm": report_of(vllm_record(), machine=GPU_MACHINE, config=VLLM_CONFIG),
+    "two_ranks": report_of(two_rank_record(), machine=CPU_MACHINE),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_golden(name: str) -> None:
+    text, path = render(REPORTS[name]), GOLDEN / f"report_{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_report_json_is_enough_to_print_everything_again(name: str, width: int, tmp_path: Path) -> None:
+    report = REPORTS[name]
+    save_report(report, tmp_path)
+    text = render(load_report(tmp_path), width)
+    assert text == render(report, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_every_stage_that_ran_and_every_advice_is_there() -> None:
+    for report in REPORTS.values():
+        text = render(report)
+        flat, first_words = " ".join(text.split()), [line.split()[0] for line in text.splitlines() if line.split()]
+        for row in report.stages:
+            assert (row.name in first_words) is (row.calls > 0)
+        for advice in report.verdict:
+            assert advice.text in flat
+
+
+def test_exact_advice_comes_before_learning_advice() -> None:
+    text = render(REPORTS["demo"])
+    assert (
+        text.index("same learning") < text.index("grpo.dataloader_num_workers") < text.index("alters what is learned")
+    )
+    assert text.index("alters what is learned") < text.index("Set grpo.beta")
+
+
+def test_bad_fidelity_is_loud() -> None:
+    assert "WARNING: vLLM does not sample from the policy" in render(REPORTS["vllm"])
+    assert "WARNING" not in render(REPORTS["demo"])
+
+
+def test_nothing_to_change_is_said() -> None:
+    record = demo_record(timings=timings({"optimizer": 1.0}), tokens=None, images=None, rewards=[], startup=[])
+    text = render(report_of(record))
+    assert "Nothing: no change that this tool knows is predicted to save one percent of the step." in text
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [("script", "the script before it built the trainer"), ("before_attach", "the script before attach()")],
+)
+def test_what_a_script_did_before_is_said_in_words(phase: str, words: str) -> None:
+    text = render(report_of(demo_record(startup=[Phase(name=phase, seconds=12.0), Phase(name="trainer", seconds=1.0)])))
+    assert f"13.0 s: {words} 12.0 s and building the trainer 1.00 s." in " ".join(text.split())
+
+
+def test_waiting_inside_the_gradient_all_reduce_is_explained_where_there_are_ranks() -> None:
+    assert "waiting inside DDP's all-reduce" in " ".join(render(REPORTS["two_ranks"]).split())
+    assert "DDP" not in render(REPORTS["demo"])
+
+
+def test_without_colour_there_are_no_escapes() -> None:
+    assert "\x1b" not in render(REPORTS["demo"])
+    assert "\x1b" in render(REPORTS["demo"], colour=True)
+
+
+@pytest.mark.parametrize("field", ["tokens", "images", "machine", "rates", "fidelity", "ranks"])
+def test_a_report_without_a_fact_still_prints(field: str) -> None:
+    report = REPORTS["two_ranks"].model_copy(update={field: None, "rewards": [], "startup": [], "verdict": []})
+    assert "4.52 s per optimizer step" in render(report)

@@ -1,0 +1,126 @@
+"""Two machines search together with one real PostgreSQL server, and one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from grpo_autotune.search.storage import shared_storage
+
+ROOT = Path(__file__).parents[2]
+
+
+def binaries() -> Path | None:
+    """The newest PostgreSQL's folder of programs; Debian keeps them off the path."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("postgres")
+    return Path(on_path).resolve().parent if on_path and shutil.which("initdb") else None
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an empty database on a server of our own."""
+    programs = binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="the extra `rdb` is not installed")
+    user = None
+    if os.geteuid() == 0:  # the server refuses to run as root
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        user = next((name for name in ("postgres", "nobody") if name in names), None)
+        if user is None:
+            pytest.skip("this is root, and there is no other user to run PostgreSQL as")
+    folder = Path(tmp_path_factory.mktemp("postgres", numbered=True)).resolve()
+    data = Path(tempfile.mkdtemp(prefix="postgres-")) if user else folder  # pytest's folders are closed to others
+    if user:
+        shutil.chown(data, user)
+    port = free_port()
+    subprocess.run(
+        [programs / "initdb", "-D", data / "db", "-U", "tuner", "--auth=trust", "--no-sync", "-E", "UTF8"],
+        user=user, cwd=data, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    server = subprocess.Popen(
+        [programs / "postgres", "-D", data / "db", "-p", str(port), "-k", data, "-c", "listen_addresses=127.0.0.1"],
+        user=user, cwd=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60.0
+        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
+        while subprocess.run(ready, check=False).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield f"postgresql://tuner@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def machine(url: str, folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.support.study_worker", url, str(folder), "400", *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode}: {process.communicate()[1]}")
+        time.sleep(0.05)
+
+
+def timed(folder: Path) -> list[str]:
+    rows = json.loads((folder / "search.json").read_text())["trials"]
+    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in ("race", "revert")]
+    return [json.dumps(row["knobs"], sort_keys=True) for row in found]
+
+
+def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: Path) -> None:
+    first = machine(database, tmp_path / "a", "hang")
+    wait_for(tmp_path / "a" / "hanging", first)
+    second = machine(database, tmp_path / "b")
+    wait_for(tmp_path / "b" / "trials" / "0001" / "outcome.json", second)
+    first.kill()
+    first.communicate()
+    _, error = second.communicate(timeout=120)
+    assert second.returncode == 0, error
+
+    study = optuna.load_study(study_name="grpo-autotune", storage=shared_storage(database))
+    states = [trial.state for trial in study.trials]
+    assert optuna.trial.TrialState.RUNNING not in states, "the dead machine's trial is still booked as running"
+    lost = [trial for trial in study.trials if "retry_history" in trial.system_attrs]
+    assert len(lost) == 1, "the dead machine's trial was put back once"
+    retried = json.dumps(lost[0].user_attrs["knobs"], sort_keys=True)
+    done = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.COMPLETE]
+    names = [json.dumps(trial.user_attrs["knobs"], sort_keys=True) for trial in done]
+    assert len(names) == len(set(names)), "no combination was measured twice"
+    assert retried in timed(tmp_path / "b"), "the other machine ran it"
+    own = json.loads((tmp_path / "b" / "search.json").read_text())["baseline"]["number"]
+    assert own is not None, "each machine measures its own baseline"
+
+
+def test_another_configuration_does_not_join(database: str, tmp_path: Path) -> None:
+    from grpo_autotune.errors import ConfigError
+    from grpo_autotune.search.study import Axes, Study
+
+    with pytest.raises(ConfigError, match="another configuration"):
+        Study(shared_storage(database), Axes.of({"grpo.beta": (0.0, 0.1)}), "other", where="--storage")

@@ -1,0 +1,204 @@
+"""How speed-ups come and go: names, refusals, the table, and group ids that survive TRL's shuffle and split."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.seams.layers import INNER, wrap
+from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.speedups import table
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.install import speed_up
+from tests.support.trainers import losses, make_trainer
+
+from grpo_autotune.probe.probe import Probe  # isort: skip
+import torch  # isort: skip
+
+
+class Counting:
+    """Counts calls of the loss, and changes nothing."""
+
+    name, summary = "counting", "counts"
+    seen: list[dict] = []
+
+    def applies(self, trainer):
+        return "not with beta (grpo.beta)" if trainer.beta else None
+
+    def install(self, trainer):
+        def count(call_next, model, inputs, *args, **kwargs):
+            self.seen.append(inputs)
+            return call_next(model, inputs, *args, **kwargs)
+
+        return Installed(self.name, [wrap(slot_of(trainer, find("loss")), count, INNER)])
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    monkeypatch.setattr(table, "TABLE", {"counting": f"{__name__}:Counting"})
+    monkeypatch.setattr(Counting, "seen", [])
+    return Counting.seen
+
+
+def test_table_tells_what_is_on_and_why_not(tiny, tmp_path, text_rows, counting):
+    plain = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.0)
+    assert speed_up(plain).table() == [("counting", True, "counts")]
+    with_beta = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.1)
+    found = speed_up(with_beta, ["counting"])
+    assert found.table() == [("counting", False, "not with beta (grpo.beta)")]
+    assert found.lines() == ["speed-up counting  off  not with beta (grpo.beta)"]
+    found.remove()
+    assert speed_up(with_beta, "none").table() == [("counting", False, "not asked for")]
+
+
+def test_unknown_names_list_the_known(tiny, tmp_path, text_rows, counting):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    with pytest.raises(ConfigError, match=r"no speed-up 'countng'.* Accepted: auto, none, or a list of: counting"):
+        speed_up(trainer, ["countng"])
+    speed_up(trainer, "counting")
+
+
+def test_a_third_party_speed_up_is_taken_by_reference(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setattr(table, "TABLE", {})
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    found = speed_up(trainer, [f"{__name__}:Counting"])
+    assert found.table() == [(f"{__name__}:Counting", True, "counts")]
+
+
+def test_refusals_are_one_line(tiny, tmp_path, text_rows, counting):
+    with pytest.raises(ConfigError, match=r"takes a trl\.GRPOTrainer, got object"):
+        speed_up(object())
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=1)
+    found = speed_up(trainer)
+    with pytest.raises(ConfigError, match="before"):
+        speed_up(trainer)
+    trainer.train()
+    found.remove()
+    with pytest.raises(ConfigError, match="after training began"):
+        speed_up(trainer)
+
+
+def test_remove_leaves_the_trainer_as_it_was(tiny, tmp_path, text_rows, counting):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    before = dict(vars(trainer))
+    found = speed_up(trainer)
+    assert vars(trainer) != before
+    found.remove()
+    found.remove()
+    assert vars(trainer) == before
+
+
+@pytest.mark.parametrize("probe_first", [True, False])
+def test_probe_and_speed_ups_come_and_go_in_any_order(tiny, tmp_path, text_rows, counting, probe_first):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=2)
+    probe = Probe(trainer) if probe_first else None
+    found = speed_up(trainer)
+    probe = probe or Probe(trainer)
+    trainer.train()
+    assert len(counting) == 4
+    assert all(row.per_step_s for row in probe.record().timings.stages if row.name == "backward")
+    (found.remove if probe_first else probe.detach)()
+    (probe.detach if probe_first else found.remove)()
+    left = [name for name in vars(trainer) if callable(getattr(type(trainer), name, None))]
+    assert not left, "a method still lies on the instance"
+
+
+def test_group_ids_survive_shuffle_and_split(tiny, tmp_path, text_rows, counting):
+    trainer = make_trainer(
+        tiny("qwen3"), text_rows, tmp_path, num_generations=2, gradient_accumulation_steps=4, max_steps=3, beta=0.0
+    )
+    speed_up(trainer)
+    trainer.train()
+    for begin in range(0, len(counting), 4):
+        rows = [
+            (int(group), prompt.tolist())
+            for batch in counting[begin : begin + 4]
+            for group, prompt in zip(batch["group_id"], batch["prompt_ids"], strict=True)
+        ]
+        by_group = {group: [prompt for other, prompt in rows if other == group] for group, _ in rows}
+        assert sorted(by_group) == [0, 1, 2, 3]
+        assert all(len(prompts) == 2 and prompts[0] == prompts[1] for prompts in by_group.values())
+        assert len({tuple(prompts[0]) for prompts in by_group.values()}) == 4
+    shuffled = [batch["group_id"].tolist() for batch in counting]
+    assert any(groups[0] != groups[1] for groups in shuffled), "TRL's shuffle did not move anything"
+
+
+def test_nothing_is_learned_differently(tiny, tmp_path, text_rows, counting):
+    def train(fast: bool) -> list[float]:
+        trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.0, max_steps=3)
+        if fast:
+            speed_up(trainer)
+        trainer.train()
+        return losses(trainer)
+
+    assert train(True) == train(False)
+    assert counting
+
+
+def test_a_speed_up_that_fell_back_says_so(tiny, tmp_path, text_rows, counting, caplog):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, beta=0.0)
+    found = speed_up(trainer)
+    found._installed["counting"].fall_back("its self-check failed")
+    found._installed["counting"].fall_back("again")
+    assert found.table() == [("counting", False, "its self-check failed")]
+    assert [record.getMessage() for record in caplog.records].count(
+        "speed-up counting is off from here on, training goes on without it: its self-check failed"
+    ) == 1
+
+
+def test_self_check_compares_once(caplog):
+    from grpo_autotune.speedups.selfcheck import SelfCheck
+
+    wanted = torch.tensor([[-1.0, -2.0]])
+    good, installed = SelfCheck(Installed("good")), Installed("bad")
+    assert good.run(lambda: wanted, lambda: wanted + 1e-6, torch.float32, "log-probs")
+    assert good.run(lambda: wanted, lambda: wanted + 1, torch.float32, "log-probs"), "only the first use is checked"
+    bad = SelfCheck(installed)
+    assert not bad.run(lambda: wanted, lambda: wanted + 0.01, torch.float32, "log-probs")
+    assert installed.fell_back is not None and "off by" in installed.fell_back
+    assert SelfCheck(Installed("coarse")).run(lambda: wanted, lambda: wanted + 0.01, torch.bfloat16, "log-probs")
+
+    def unknown() -> torch.Tensor:
+        raise TypeError("forward() got an unexpected keyword argument 'shared_prefix'\nmore")
+
+    broken = Installed("broken")
+    assert not SelfCheck(broken).run(lambda: wanted, unknown, torch.float32, "log-probs")
+    assert broken.fell_back is not None and broken.fell_back.endswith("'shared_prefix'")
+
+
+def test_a_configuration_names_its_speed_ups(tiny, tmp_path, counting):
+    from grpo_autotune.train.trainer import build_trainer
+    from tests.support.training import text_config
+
+    config = text_config(tiny("qwen3"), tmp_path, {"speedups": ["counting"]}, max_steps=1, beta=0.0)
+    said: list[str] = []
+    build_trainer(config, say=said.append).train()
+    assert "speed-up counting  on   counts" in said and counting
+    assert config.from_yaml(config.to_yaml()) == config
+    with pytest.raises(ConfigError, match="speedups: 'fast' is not accepted"):
+        text_config(tiny("qwen3"), tmp_path, {"speedups": "fast"})
+    with pytest.raises(ConfigError, match="speedups: there is no speed-up 'fast'"):
+        build_trainer(text_config(tiny("qwen3"), tmp_path, {"speedups": ["fast"]}), say=said.append)
+
+
+@pytest.mark.timeout(240)
+def test_run_puts_speed_ups_on_an_unedited_script(tiny, tmp_path):
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "grpo_autotune", "run", *map(str, words)]
+        environment = {**os.environ, "OUTPUT_DIR": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    script = Path(__file__).parents[1] / "scripts" / "train_grpo.py"
+    done = run("--speedups", "shared_prefix,length_sort", "--out", "report", script, tiny("qwen3"), "2")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[1]: line.split()[2] for line in done.stderr.splitlines() if line.startswith("speed-up ")}
+    assert lines["shared_prefix"] == "on" and lines["skip_dead"] == "off"
+    assert (tmp_path / "report" / "report.json").exists()
+    wrong = run("--speedups", "shared_prefx", script, tiny("qwen3"), "2")
+    assert wrong.returncode == ConfigError.exit_code
+    assert "there is no speed-up 'shared_prefx'" in wrong.stderr and "Traceback" not in wrong.stderr

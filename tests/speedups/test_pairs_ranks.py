@@ -1,0 +1,41 @@
+"""Speed-ups on two processes (gloo): the same rewards and weights, also where one of them has nothing but dead rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes(tiny, tmp_path):
+    models = tiny("qwen3").parent
+    assert tiny("qwen3_vl").parent == models
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*launch, "-m", "tests.support.pairs_ranks", str(models), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    for case in first:
+        for found in (first[case], second[case]):
+            assert found["same_rewards"], case
+            assert found["gap"] < 1e-6, case
+        assert first[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 20.0}, case
+        assert second[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 40.0}, case
+    assert first["full vision"]["facts"]["images_once"]["processed"] <= 4
+    assert {"shared_prefix", "shared_prefill", "images_once", "vision_cache"} <= set(first["adapters"]["on"])

@@ -1,0 +1,225 @@
+"""The forms of attention over a shared prompt: they agree, and which is taken is what was measured.
+
+FlexAttention runs here without its fused kernel, and with torch's own refusal of gradients on a CPU lifted: the same
+masks and the same formula, computed slowly.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.speedups.test_shared_prefix import EXACT, GROUPS, assert_exact, other_model
+from tests.support.exactness import apart, differences, generation, loss_and_gradients, ready
+
+from grpo_autotune.speedups.shared_prefix import speedup, choice  # isort: skip
+from grpo_autotune.speedups.install import speed_up  # isort: skip
+from grpo_autotune.speedups.shared_prefix.attention import Split  # isort: skip
+from grpo_autotune.speedups.shared_prefix.flex import Flex  # isort: skip
+from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates  # isort: skip
+from grpo_autotune.speedups.shared_prefix.layout import batch_of, layout_of  # isort: skip
+import torch  # isort: skip
+from torch.nn.attention import flex_attention as torch_flex  # isort: skip
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # isort: skip
+
+
+@pytest.fixture(autouse=True)
+def gradients_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *states: None)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def rows():
+    return [
+        {"prompt": [{"role": "user", "content": f"What is {'two plus ' * (4 * row)}three?"}], "answer": str(row)}
+        for row in range(4)
+    ]
+
+
+class Clock:
+    """Ten seconds a look, and what kernels add."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 10.0
+        return self.now
+
+
+def kernel(clock: Clock, seconds: float):
+    """FlexAttention that takes so many seconds more than nothing."""
+
+    def attend(*states, **kwargs):
+        clock.now += seconds
+        return torch_flex.flex_attention(*states, **kwargs)
+
+    return attend
+
+
+def with_form(trainer, form: Flex, clock):
+    """The trainer's speed-ups, with `form` offered as if it ran on CUDA."""
+    speedups = speed_up(trainer, "shared_prefix")
+    speedups._installed["shared_prefix"].forms = Choice(form, clock)
+    return speedups
+
+
+def reason(speedups) -> str:
+    return next(row.reason for row in speedups.table() if row.name == "shared_prefix")
+
+
+def test_flex_attention_is_offered_on_cuda_alone():
+    assert candidates(torch.device("cpu")) == []
+    assert [form.name for form in candidates(torch.device("cuda"))] == ["FlexAttention"]
+
+
+def layout_of_lengths(prompts, completions):
+    """A layout of ragged groups: a prompt of so many tokens each, and completions of so many."""
+    wide, long = max(prompts), max(max(group) for group in completions)
+    pairs = [(group, length) for group, lengths in enumerate(completions) for length in lengths]
+    mask = torch.zeros(len(pairs), wide + long, dtype=torch.long)
+    for row, (group, length) in enumerate(pairs):
+        mask[row, wide - prompts[group] : wide + length] = 1
+    groups = torch.tensor([group for group, _ in pairs])
+    ids = mask * (groups[:, None] + 1)
+    return layout_of(batch_of(ids, mask, long, groups, {}), range(len(pairs)))
+
+
+@pytest.mark.parametrize("window", [None, 3, 9])
+@pytest.mark.parametrize(
+    ("prompts", "completions"),
+    [([5], [[4, 4, 4]]), ([7, 3], [[5, 1, 2], [6, 0]]), ([140, 12], [[130, 9], [20, 20, 3]])],
+)
+def test_both_forms_compute_the_same(prompts, completions, window):
+    layout = layout_of_lengths(prompts, completions)
+    generator = torch.Generator().manual_seed(0)
+    states = tuple(
+        torch.randn(1, heads, layout.tokens, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2)
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    given = (sdpa_attention_forward, module, states, layout, {"scaling": 0.3, "sliding_window": window})
+    wanted = Split("sdpa")(*given)
+    form = Flex(torch_flex.flex_attention)
+    found = form(*given)
+    assert form.failed is None
+    assert torch.allclose(found, wanted, atol=1e-6)
+    weight = torch.randn(wanted.shape, generator=generator)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weight).sum(), states) for out in (found, wanted)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("qwen3_vl", True), ("qwen2_5_vl", False), ("mistral", True), ("gemma3_text", False)]
+)
+def test_a_model_scores_and_trains_the_same(tiny, tmp_path, picture_rows, rows, monkeypatch, kind, checkpointing):
+    """Heads that share keys, and windows shorter than the prompt in all layers or in some."""
+    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(torch_flex.flex_attention)])
+    monkeypatch.setattr(choice, "MARGIN", 0.0)
+    model = tiny(kind) if kind.startswith("qwen") else other_model(kind, tmp_path)
+
+    def build():
+        data = picture_rows if kind.endswith("vl") else rows
+        return ready(model, data, tmp_path, beta=0.05, gradient_checkpointing=checkpointing, **GROUPS)
+
+    found = differences(build, "shared_prefix")
+    assert_exact(found)
+    assert found["fact.flex_passes"] == found["fact.shared_passes"] > 0
+
+
+def test_autocast_to_bfloat16_is_as_far_from_float32_as_plain_trl(tiny, tmp_path, picture_rows, monkeypatch):
+    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(torch_flex.flex_attention)])
+    monkeypatch.setattr(choice, "MARGIN", 0.0)
+    exact, plain, fast = (
+        ready(tiny("qwen3_vl"), picture_rows, tmp_path, lora=False, beta=0.05, bf16=bf16, **GROUPS)
+        for bf16 in (False, True, True)
+    )
+    speedups = speed_up(fast, "shared_prefix")
+    batch = {**generation(exact), "group_id": torch.arange(8) // 4}
+    wanted, coarse, found = (loss_and_gradients(trainer, batch)[1] for trainer in (exact, plain, fast))
+    by_autocast = max(apart(coarse[name], wanted[name]) for name in wanted)
+    assert max(apart(found[name], wanted[name]) for name in wanted) < 2 * by_autocast
+    assert speedups.facts()["shared_prefix"]["flex_passes"] == 1
+
+
+def test_under_autocast_states_of_two_dtypes_become_one():
+    layout = layout_of_lengths([5], [[4, 4]])
+    query, key, value = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Flex(torch_flex.flex_attention)(
+            sdpa_attention_forward, None, (query, key, value.bfloat16()), layout, {}
+        )
+    assert found is not None and found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(-5.0, True), (5.0, False)])
+def test_the_faster_form_is_taken(tiny, tmp_path, rows, seconds, taken):
+    clock = Clock()
+    trainer = ready(tiny("qwen3"), rows, tmp_path, beta=0.05, **GROUPS)
+    speedups = with_form(trainer, Flex(kernel(clock, seconds)), clock)
+    assert reason(speedups).endswith("FlexAttention is timed on the first batch of each size")
+    loss_and_gradients(trainer, generation(trainer))
+    facts = speedups.facts()["shared_prefix"]
+    assert facts["shared_passes"] == 2 and facts["flex_passes"] == (2 if taken else 0)
+    assert facts["flex_times_faster"] == pytest.approx(2.0 if taken else 2 / 3)
+    assert ("2.00x in a training pass" if taken else "0.67x in a training pass") in reason(speedups)
+
+
+def test_timing_leaves_the_random_stream_and_the_gradients_alone(tiny, tmp_path, rows):
+    clock = Clock()
+    trainer = ready(tiny("qwen3"), rows, tmp_path, beta=0.05, **GROUPS)
+    speedups = with_form(trainer, Flex(kernel(clock, 5.0)), clock)
+    batch = generation(trainer)
+    before = torch.get_rng_state()
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch)
+    assert len(speedups._installed["shared_prefix"].forms.timed) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+class Breaks:
+    """A kernel that cannot be compiled, from its nth call on."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, *states, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no kernel image\nfor this device")
+        return torch_flex.flex_attention(*states, **kwargs)
+
+
+def without_mask(query, key, value, **kwargs):
+    return torch_flex.flex_attention(query, key, value, **{**kwargs, "block_mask": None})
+
+
+BROKEN = {
+    "at once": (lambda: Breaks(0), "RuntimeError: no kernel image"),
+    "while it trains": (lambda: Breaks(choice.WARMUP + choice.ROUNDS + 1), "no kernel image"),
+    "not the same": (lambda: without_mask, "it is off by"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_kernel_that_fails_is_told_once_and_left(tiny, tmp_path, rows, monkeypatch, caplog, name):
+    make, words = BROKEN[name]
+    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(make())])
+    monkeypatch.setattr(choice, "MARGIN", 0.0)
+    found = differences(lambda: ready(tiny("qwen3"), rows, tmp_path, beta=0.05, **GROUPS), "shared_prefix")
+    assert_exact(found)
+    told = [record.getMessage() for record in caplog.records if "FlexAttention" in record.getMessage()]
+    assert len(told) == 1 and "shared_prefix goes on without FlexAttention" in told[0] and words in told[0]
+    assert "for this device" not in told[0]
+    assert (found["fact.flex_passes"] > 0) is (name == "while it trains")
+
+
+def test_layers_that_change_scores_are_not_served():
+    layout = layout_of_lengths([5], [[4, 4]])
+    states = tuple(torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    form = Flex(torch_flex.flex_attention)
+    assert form(sdpa_attention_forward, None, states, layout, {"softcap": 50.0}) is None
+    assert form.failed == "NotImplementedError: layers with softcap are not served"

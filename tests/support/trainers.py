@@ -1,0 +1,77 @@
+"""Real `GRPOTrainer`s on tiny models, as a user's script would build them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
+from datasets import Dataset, Features, Image, Value  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from transformers import AutoProcessor  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+
+def spread_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Different for most completions, so that groups have spread."""
+    return [len(completion[0]["content"]) % 7 / 6 for completion in completions]
+
+
+async def async_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [float(len(completion[0]["content"]) % 2) for completion in completions]
+
+
+def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
+    columns = {"prompt": MESSAGES, "answer": Value("string")}
+    if "image" in rows[0]:
+        columns["image"] = Image()
+    if "images" in rows[0]:
+        columns["images"] = [Image()]
+    return Dataset.from_list(rows, features=Features(columns))
+
+
+def make_trainer(
+    model: Path,
+    rows: list[dict[str, Any]],
+    out: Path,
+    *,
+    rewards: list[Callable[..., Any]] | None = None,
+    lora: bool | LoraConfig = True,
+    processor: Any = None,
+    **grpo: Any,
+) -> GRPOTrainer:
+    """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden."""
+    settings = {
+        "max_steps": 3,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    return GRPOTrainer(
+        model=str(model),
+        reward_funcs=rewards or [spread_reward],
+        args=GRPOConfig(output_dir=str(out), **{**settings, **grpo}),
+        train_dataset=dataset_of(rows),
+        eval_dataset=dataset_of(rows[:2]),
+        processing_class=processor or AutoProcessor.from_pretrained(model, padding_side="left"),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora is True else lora or None,
+    )
+
+
+def losses(trainer: GRPOTrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -1,0 +1,91 @@
+"""What `train` says of a receipt that does not hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.hardware import Machine
+from grpo_autotune.records.receipt import ChangedKnob, Receipt
+from grpo_autotune.train.runs.receipt_check import WARMUP_STEPS, WATCHED_STEPS, SpeedWatch, differences, off_by
+
+MACHINE = Machine(
+    cpu="c", cores=2, memory_bytes=2**34, gpus=(), python="3.11", platform="p", fingerprint="here",
+    versions={"trl": "1.16.0", "torch": "2.13"},
+)  # fmt: skip
+
+
+def receipt(**changes: Any) -> Receipt:
+    plain: dict[str, Any] = {
+        "machine": "here",
+        "hardware": "2 cores of c",
+        "versions": {"trl": "1.16.0", "torch": "2.13"},
+        "step_s": 2.0,
+        "step_s_low": 1.9,
+        "step_s_high": 2.1,
+        "steps": 7,
+        "baseline_step_s": 4.0,
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+        "raced": True,
+        "confidence": 0.9,
+        "changed": [ChangedKnob(key="grpo.beta", before=0.1, after=0.0, kind="learning", proof="accepted")],
+    }
+    return Receipt(**plain | changes)
+
+
+def watched(*cycle_s: float) -> list[str]:
+    """What is said over a run whose steps take so long in turn, after a slow start."""
+    now, said = [0.0], list[str]()
+    watch = SpeedWatch(receipt(), said.append, lambda: now[0])
+    state = SimpleNamespace(is_world_process_zero=True)
+    args = SimpleNamespace(steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1)
+    watch.on_train_begin(args, state, None)
+    for step in range(WARMUP_STEPS + 3 * WATCHED_STEPS):
+        now[0] += 60.0 if step < WARMUP_STEPS else cycle_s[step % len(cycle_s)]
+        watch.on_step_end(args, state, None)
+    return said
+
+
+def test_on_the_same_machine_nothing_is_said() -> None:
+    assert list(differences(receipt(), MACHINE)) == []
+
+
+def test_another_machine_and_other_versions_are_said() -> None:
+    found = list(differences(receipt(machine="there", versions={"trl": "1.15.0", "torch": "2.13"}), MACHINE))
+    assert len(found) == 2
+    assert "another machine (2 cores of c)" in found[0]
+    assert "trl 1.15.0 -> 1.16.0" in found[1] and "torch" not in found[1]
+
+
+@pytest.mark.parametrize(("step_s", "word"), [(2.5, "25% more"), (1.6, "20% less")])
+def test_a_speed_that_is_off_is_said_once(step_s: float, word: str) -> None:
+    said = watched(step_s)
+    assert len(said) == 1 and word in said[0]
+
+
+@pytest.mark.parametrize("step_s", [1.85, 2.0, 2.15])
+def test_a_speed_within_ten_percent_is_as_promised(step_s: float) -> None:
+    assert watched(step_s) == [] and off_by(receipt(), step_s) is None
+
+
+def test_a_step_that_reuses_completions_is_no_faster_than_promised() -> None:
+    assert watched(5.0, 1.0, 1.0, 1.0) == [], "2 s a step on average"
+    assert "25% more" in watched(6.4, 1.2, 1.2, 1.2)[0]
+
+
+def test_a_configuration_with_a_receipt_is_a_configuration() -> None:
+    config = RunConfig.from_dict(
+        {
+            "model": {"name_or_path": "m"},
+            "data": {"path": "d"},
+            "rewards": [{"name": "r"}],
+            "receipt": receipt().model_dump(),
+        }
+    )
+    assert RunConfig.from_yaml(config.to_yaml()) == config
+    assert config.receipt == receipt()

@@ -1,0 +1,173 @@
+"""A run that ends too early and goes on has the losses of one that was left alone: to the last digit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.train.runs.checkpoints import survey
+from grpo_autotune.train.trainer import TrainResult, run_training
+from tests.support.training import arm, log_lines, losses, picture_config, text_config
+
+Tiny = Callable[[str], Path]
+ROOT = Path(__file__).parents[2]
+
+
+def stopped(config: RunConfig, out: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> TrainResult:
+    """Run until SIGTERM arrives in the middle of a step."""
+    arm(monkeypatch, call, signal.SIGTERM)
+    result = run_training(config, out)
+    monkeypatch.delenv("KILL_AT_CALL")
+    return result
+
+
+def killed(config: RunConfig, out: Path, folder: Path, call: int) -> None:
+    """Run in a child process until `kill -9` arrives in the middle of a step."""
+    (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.support.training", str(folder / "run.yaml"), str(out)],
+        cwd=ROOT,
+        env={**os.environ, "KILL_AT_CALL": str(call), "KILL_SIGNAL": str(int(signal.SIGKILL))},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+KILLED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
+    "plain": ({}, {"max_steps": 4, "save_steps": 2}, 3, 2),
+    "reused": (
+        {
+            "data": {"eval_split": "train", "max_eval_samples": 2},
+            "peft": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.2},
+        },
+        {
+            "max_steps": 8,
+            "num_iterations": 2,
+            "steps_per_generation": 3,
+            "save_steps": 4,
+            "logging_steps": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "per_device_eval_batch_size": 4,
+        },
+        5,
+        4,
+    ),
+}
+"""Changes, grpo keys, the reward call (evaluation's count too) at which to kill, the newest checkpoint's step then."""
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_and_resumed(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    changes, grpo, call, step = KILLED[name]
+    config = text_config(tiny("qwen3"), tmp_path, changes, **grpo)
+    run_training(config, tmp_path / "whole")
+    killed(config, tmp_path / "cut", tmp_path, call)
+    assert survey(tmp_path / "cut" / "checkpoints")[0].step == step
+    result = run_training(config, tmp_path / "cut", resume=True)
+    assert result.resumed_from == step and result.signum == 0
+    assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+    assert len(set(losses(tmp_path / "whole"))) > 1  # the runs learned something that could differ
+
+
+STOPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "second epoch, between log lines": ("qwen3", {}, {"max_steps": 6, "logging_steps": 3}, 5),
+    "all weights, moving reference": (
+        "llama",
+        {"peft": None},
+        {"learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        2,
+    ),
+    "four bits": ("qwen3", {"model": {"load_in_4bit": True}}, {"max_steps": 3}, 2),
+    "with completions": ("qwen3", {}, {"num_iterations": 2, "log_completions": True, "num_completions_to_print": 1}, 1),
+    "pictures, reused": (
+        "qwen3_vl",
+        {"model": {"freeze_vision_tower": True}},
+        {"num_iterations": 2, "steps_per_generation": 4},
+        1,
+    ),
+    "pictures, all weights": ("qwen2_5_vl", {"peft": None}, {"learning_rate": 1e-3, "max_steps": 3}, 2),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_stopped_and_resumed(name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, changes, grpo, call = STOPPED[name]
+    make = picture_config if kind.endswith("vl") else text_config
+    config = make(tiny(kind), tmp_path, changes, **grpo)
+    whole = run_training(config, tmp_path / "whole")
+    result = stopped(config, tmp_path / "cut", monkeypatch, call)
+    assert result.signum == signal.SIGTERM and result.exit_code == 143
+    assert 0 < result.steps < whole.steps
+    again = run_training(config, tmp_path / "cut", resume=True)
+    assert (again.resumed_from, again.steps) == (result.steps, whole.steps)
+    assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+
+
+def test_torn_checkpoint(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The newest checkpoint is cut short: the one before it is taken, and said so."""
+    config = text_config(tiny("qwen3"), tmp_path)
+    run_training(config, tmp_path / "run")
+    before = log_lines(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    weights = newest / "adapter_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    capfd.readouterr()
+    result = run_training(config, tmp_path / "run", resume=True)
+    told = capfd.readouterr().err
+    assert "checkpoint-4 is torn (adapter_model.safetensors has" in told and "resuming at step 2" in told
+    assert (result.resumed_from, result.steps) == (2, 4)
+    assert log_lines(tmp_path / "run") == before
+    assert [c.flaw for c in survey(newest.parent)] == [None, None]
+    assert (newest.parent / "torn-checkpoint-4" / "optimizer.pt").exists()
+
+
+def test_checkpoint_of_plain_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    """Without our marker and state, a checkpoint is still taken, at the right place in the data."""
+    config = text_config(tiny("qwen3"), tmp_path)
+    run_training(config, tmp_path / "run")
+    before = losses(tmp_path / "run")
+    for checkpoint in survey(tmp_path / "run" / "checkpoints"):
+        (checkpoint.path / "complete.json").unlink()
+        (checkpoint.path / "grpo_state_0.pt").unlink()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    result = run_training(config, tmp_path / "run", resume=True)
+    assert result.resumed_from == 2
+    assert losses(tmp_path / "run") == before  # in step with generations, nothing else is needed
+
+
+def test_a_run_is_never_overwritten(tiny: Tiny, tmp_path: Path) -> None:
+    config = text_config(tiny("qwen3"), tmp_path, max_steps=1, save_steps=1)
+    run_training(config, tmp_path / "run")
+    files = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError, match=r"checkpoints up to step 1 already.*--resume"):
+        run_training(config, tmp_path / "run")
+    assert sorted((tmp_path / "run").rglob("*")) == files
+
+
+def test_resume_before_the_first_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    """Whoever restarts blindly with --resume gets a fresh run, and a clean log."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_log.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr', encoding="utf-8")
+    result = run_training(text_config(tiny("qwen3"), tmp_path, max_steps=2), tmp_path / "run", resume=True)
+    assert result.resumed_from is None
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [1, 2]
+
+
+def test_a_finished_run_resumed_does_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    config = text_config(tiny("qwen3"), tmp_path, max_steps=2)
+    run_training(config, tmp_path / "run")
+    before = log_lines(tmp_path / "run")
+    result = run_training(config, tmp_path / "run", resume=True)
+    assert (result.steps, result.signum, result.metrics["step"]) == (2, 0, 2)
+    assert log_lines(tmp_path / "run") == before

@@ -1,0 +1,57 @@
+"""Two processes under torchrun: one of them is told to stop, then one of them is killed; the losses stay the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.train.runs.checkpoints import survey
+from tests.support.training import log_lines, text_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(config: Path, *folders: str, call: int, signum: int) -> subprocess.CompletedProcess[str]:
+    """Train on two processes; the second gets a signal while it computes its `call`-th reward."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    kill = {"KILL_AT_CALL": str(call), "KILL_SIGNAL": str(int(signum)), "KILL_RANK": "1"}
+    return subprocess.run(
+        [*launch, "-m", "tests.support.training", str(config), *folders],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **kill},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(600)
+def test_two_processes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    grpo = {"max_steps": 9, "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
+    config = text_config(tiny("qwen3"), tmp_path, per_device_train_batch_size=2, save_steps=3, **grpo)
+    path, whole, cut = tmp_path / "run.yaml", tmp_path / "whole", tmp_path / "cut"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+
+    killed = torchrun(path, str(whole), str(cut), call=5, signum=signal.SIGKILL)
+    assert "exitcode: -9" in killed.stderr.replace(" :", ":").replace("  ", ""), killed.stderr
+    assert killed.stderr.count("step 9/9") == 1  # the first process tells, the second does not
+    assert [line["step"] for line in log_lines(whole)] == list(range(1, 10))
+    assert [(c.step, c.flaw) for c in survey(cut / "checkpoints")] == [(3, None)]
+    assert (cut / "checkpoints" / "checkpoint-3" / "grpo_state_1.pt").exists()
+
+    resumed = torchrun(path, f"{cut}+", f"{cut}+", call=1, signum=signal.SIGTERM)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step 3" in resumed.stderr and "resuming at step 5" in resumed.stderr
+    for rank in range(2):  # the signal reached one of them, and both stopped after the same step
+        assert f"{cut}+ rank {rank} exit code 143" in resumed.stdout
+        assert f"{cut}+ rank {rank} exit code 0" in resumed.stdout
+    assert log_lines(cut) == log_lines(whole)

@@ -1,0 +1,175 @@
+"""The configuration reference as a page, written from the schema itself so that it cannot fall behind.
+
+`python -m tools.config_reference > docs/configuration.md` writes it; a test holds the page to this.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from grpo_autotune.config.batch import COUNTS
+from grpo_autotune.config.foreign_keys import WORDS
+from grpo_autotune.config.schema import (
+    OWNED_ELSEWHERE,
+    PEFT_FIXED,
+    DataSection,
+    ModelSection,
+    OutputSection,
+    RewardItem,
+    RunConfig,
+    SearchSection,
+)
+from grpo_autotune.config.vllm import ENGINE_FIXED, VllmSection
+from grpo_autotune.records.receipt import Receipt
+
+TRL_DOCS = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
+TRAINING_ARGUMENTS_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer"
+PEFT_DOCS = "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig"
+VLLM_DOCS = "https://docs.vllm.ai/en/latest/configuration/engine_args.html"
+
+INTRODUCTION = """\
+# Configuration
+
+A run is one YAML file. Its sections hold the keys of the library that uses them, verbatim; an unknown key, a wrong
+type or numbers that do not fit together are errors before anything is loaded.
+
+- On the command line `CONFIG` is a path or the name of a shipped profile; without it `./grpo.yaml` is taken, else the
+  profile `demo`.
+- `--set section.key=value` overrides, the value in YAML: `--set grpo.beta=0.04`, `--set peft=null`,
+  `--set rewards.0.weight=2`.
+- YAML is read by the rules of YAML 1.2: `1e-6` is a number, `no` is text, and a key given twice is an error.
+
+```yaml
+model: {name_or_path: Qwen/Qwen3-1.7B, dtype: bfloat16}
+peft: {r: 32, lora_alpha: 64, target_modules: all-linear}
+data: {path: openai/gsm8k, name: main, columns: {prompt: question}}
+rewards: [{name: numeric_match}, {name: format, weight: 0.2}]
+grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length: 512, learning_rate: 1e-5}
+```
+"""
+
+DATA_NOTES = """\
+- `digits` is the one registered data set that comes with the package (the demo's).
+- Relative paths start from the current folder; image paths inside a data file start from that file's folder.
+- A prompt is text (it becomes a user message) or a list of messages. `columns` renames: the column keeps our name only.
+  Every column that is not mapped is passed to the rewards as it is.
+- `prompt_template` may use the data's names and ours; a literal brace is written twice.
+- An image folder has one sub-folder a class (the column `label` then holds the class's name), or a `metadata.csv` with
+  `file_name`.
+- With `image_size`, each distinct image is resized once and kept in the cache folder, so later runs find it there.
+  Boxes in answers are not rescaled.
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *_section("model", ModelSection),
+            *_peft(),
+            *_section("data", DataSection),
+            DATA_NOTES,
+            *_section("rewards", RewardItem, "A list; each item:"),
+            "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
+            *_grpo(),
+            *_section("vllm", VllmSection, VllmSection.__doc__),
+            *_engine(),
+            *_speedups(),
+            *_section("search", SearchSection, SearchSection.__doc__),
+            *_section("output", OutputSection),
+            *_section("receipt", Receipt, f"{Receipt.__doc__} Written by the search, not by hand."),
+        ]
+    )
+
+
+def _section(name: str, section: type[BaseModel], introduction: str | None = None) -> Iterator[str]:
+    yield f"## `{name}`\n"
+    yield f"{introduction or section.__doc__}\n"
+    yield "| key | accepts | default | meaning |"
+    yield "|---|---|---|---|"
+    for key, field in section.model_fields.items():
+        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+        yield f"| `{key}` | {_accepts(field)} | {default} | {field.description} |"
+    yield ""
+
+
+def _peft() -> Iterator[str]:
+    yield "## `peft`\n"
+    yield f"Null (full fine-tuning), or keys of PEFT's [`LoraConfig`]({PEFT_DOCS}) as installed.\n"
+    yield f"Filled in by PEFT itself, and refused here: {_codes(sorted(PEFT_FIXED))}.\n"
+
+
+def _engine() -> Iterator[str]:
+    yield f"Every other engine key of vLLM's [`EngineArgs`]({VLLM_DOCS}) passes through as it is, but these:\n"
+    yield "| key | why |"
+    yield "|---|---|"
+    for key, why in ENGINE_FIXED.items():
+        yield f"| `{key}` | {why} |"
+    yield ""
+
+
+def _speedups() -> Iterator[str]:
+    yield "## `speedups`\n"
+    yield f"{RunConfig.model_fields['speedups'].description} Default: `none`.\n"
+
+
+def _grpo() -> Iterator[str]:
+    yield "## `grpo`\n"
+    yield (
+        f"Keys of TRL's [`GRPOConfig`]({TRL_DOCS}) as installed, those it takes from transformers'\n"
+        f"[`TrainingArguments`]({TRAINING_ARGUMENTS_DOCS}) included. Defaults are TRL's.\n"
+    )
+    yield "Keys that another section owns are refused here:\n"
+    yield "| key | where it is |"
+    yield "|---|---|"
+    for key, owner in OWNED_ELSEWHERE.items():
+        yield f"| `{key}` | {f'`{owner}`' if '(' not in owner and ' ' not in owner else owner} |"
+    yield ""
+    yield "Rules of the batch arithmetic, with the world size as torchrun sets it:\n"
+    yield "- generation batch = `per_device_train_batch_size` x world size x `steps_per_generation`"
+    yield "  (`gradient_accumulation_steps` where that is not given), a multiple of `num_generations`;"
+    yield "- `generation_batch_size` and `steps_per_generation` are not given together;"
+    yield "- with evaluation on, `per_device_eval_batch_size` x world size is a multiple of `num_generations_eval`"
+    yield "  (`num_generations` where that is not given), and the data section names held-out data;"
+    least = ", ".join(f"`{key}` {count}" for key, count in COUNTS.items())
+    yield f"- smallest values: {least}.\n"
+
+
+def _accepts(field: FieldInfo) -> str:
+    kinds = " or ".join(dict.fromkeys(_kinds(field.annotation)))
+    limits = [
+        f"{words} {getattr(limit, bound)}"
+        for limit in field.metadata
+        for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"))
+        if hasattr(limit, bound)
+    ]
+    return ", ".join([kinds, *limits])
+
+
+def _kinds(annotation: Any) -> list[str]:
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    if origin is Literal:
+        return [f"`{value}`" for value in get_args(annotation)]
+    name = (origin or annotation).__name__
+    return [WORDS["None" if name == "NoneType" else name]]
+
+
+def _yaml(value: object) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _codes(values: list[str]) -> str:
+    return ", ".join(f"`{value}`" for value in values)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
