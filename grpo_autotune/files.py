@@ -1,17 +1,20 @@
-"""Where the package keeps what it made or measured once: models, downloads, ceilings."""
+"""The package's cache folder, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The package's cache folder, created on first use: `GRPO_AUTOTUNE_CACHE`, else the XDG cache folder's."""
-    own = os.environ.get("GRPO_AUTOTUNE_CACHE")
-    if own:
-        folder = Path(own).expanduser()
+    """The folder for models, downloads and measured ceilings, created on first use.
+
+    It is `GRPO_AUTOTUNE_CACHE`, else `grpo-autotune` in `XDG_CACHE_HOME` or `~/.cache`.
+    """
+    chosen = os.environ.get("GRPO_AUTOTUNE_CACHE")
+    if chosen:
+        folder = Path(chosen).expanduser()
     else:
         xdg = os.environ.get("XDG_CACHE_HOME")
         folder = (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "grpo-autotune"
@@ -19,11 +22,39 @@ def cache_dir() -> Path:
     return folder
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that readers see the old text or the new, never a part: beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part of it.
+
+    The content goes into a new file beside `path`, with the permissions that the umask gives; complete, it takes the
+    name. A file that cannot be written leaves nothing behind, and what was at `path` before stays.
+
+    Args:
+        path: The file; its folder has to be there.
+        content: Bytes, or text to be encoded as UTF-8.
+        durable: Wait until the disk holds content and name, so that a power cut cannot undo them; False for a message
+            that only running processes read.
+
+    Raises:
+        OSError: The disk is full, or the folder is missing or cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        with draft.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system can; the content is on the disk by then
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

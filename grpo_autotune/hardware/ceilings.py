@@ -95,6 +95,7 @@ def measure_ceilings(
         measured_s=clock() - start,
     )
     if found.quiet:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, found.model_dump_json(indent=2))
     return found
 

@@ -14,6 +14,7 @@ REPORT_FILE = "report.json"
 def save_report(report: Report, folder: str | Path) -> Path:
     """Write `report.json` into `folder`, which is created where it is missing; returns the file's path."""
     path = Path(folder) / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, report.model_dump_json(indent=2) + "\n")
     return path
 

@@ -30,6 +30,7 @@ def emit(lab: Lab, report: SearchReport) -> None:
         text = tuned_text(lab, report, which, candidate)
         write_whole(lab.folder.tuned(which), text)
         if which == "tuned" and lab.out is not None:
+            lab.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(lab.out, text)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grpo_autotune.files import write_whole
+
 TURN_FILE = "turn"
 STOP = "stop"
 WAITING = "waiting for its turn after block "
@@ -14,9 +16,7 @@ WAITING = "waiting for its turn after block "
 
 def allow(folder: Path, blocks: int | None) -> None:
     """Let the trial in `folder` go on until it has done `blocks` blocks in all; None ends it."""
-    part = folder / f"{TURN_FILE}.part"
-    part.write_text(STOP if blocks is None else str(blocks))
-    part.replace(folder / TURN_FILE)
+    write_whole(folder / TURN_FILE, STOP if blocks is None else str(blocks), durable=False)
 
 
 def allowed(folder: Path) -> int | None:

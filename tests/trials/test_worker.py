@@ -22,7 +22,6 @@ from grpo_autotune.trials.child.execute import Server
 from grpo_autotune.trials.child.failures import failure_of
 from grpo_autotune.trials.child.memory import MemoryMeter, available_bytes, release
 from grpo_autotune.trials.child.warm_state import KeptData, KeptEngine, NeedsFreshWorker
-from grpo_autotune.trials.child.worker import write_whole
 from grpo_autotune.trials.heartbeat import BeatingStartup, Pulse, PulseReader
 from tests.support.faults import TOO_MUCH
 from tests.support.trials import spec_of
@@ -253,10 +252,6 @@ def test_values_of_a_script_that_cannot_be_given(tmp_path: Path, text: str, mess
         load_script_values(tmp_path / "tuned.yaml")
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "first")
-    with pytest.raises(OSError):
-        write_whole(tmp_path / "nowhere" / "a.json", "second")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json"}
+def test_a_spec_survives_json() -> None:
     spec = TrialSpec(number=3, config={}, knobs={"grpo.beta": 0.0})
     assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec

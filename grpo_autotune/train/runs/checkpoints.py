@@ -16,6 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from grpo_autotune.files import write_whole
+
 MARKER = "complete.json"
 TORN_PREFIX = "torn-"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,10 +49,7 @@ def seal(folder: Path, world_size: int) -> None:
     """Write the marker: every file below `folder` with its size in bytes, and the number of processes that wrote it."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(MARKER, None)
-    draft = folder / f".{MARKER}"
-    files.pop(draft.name, None)
-    draft.write_text(json.dumps({"world_size": world_size, "files": files}, indent=1), encoding="utf-8")
-    draft.replace(folder / MARKER)
+    write_whole(folder / MARKER, json.dumps({"world_size": world_size, "files": files}, indent=1))
 
 
 def set_aside(checkpoint: Checkpoint) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import write_whole
 from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
 
 
@@ -95,7 +96,7 @@ def enter(folder: RunFolder, config: RunConfig, start: Start, say: Callable[[str
     text = config.to_yaml()
     if start.checkpoint and folder.config.exists() and folder.config.read_text(encoding="utf-8") != text:
         say(f"the configuration differs from the one this run was started with; {folder.config} is replaced")
-    _write_whole(folder.config, text)
+    write_whole(folder.config, text)
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -103,7 +104,7 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 <= _step_of(line) <= step]
-    _write_whole(path, "".join(f"{line}\n" for line in kept if step))
+    write_whole(path, "".join(f"{line}\n" for line in kept if step))
 
 
 def _step_of(line: str) -> int:
@@ -111,9 +112,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def _write_whole(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_autotune.files import write_whole
 from grpo_autotune.processes.guardian import die_with_parent
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
 from grpo_autotune.trials.child.execute import Server
@@ -61,20 +62,6 @@ def _serve_one(server: Server, folder: Path, *, warm: bool) -> int:
 def outcome_path(folder: Path, rank: int) -> Path:
     """Where a rank writes what came of its part."""
     return folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under another name, then rename: a reader sees the whole file or none.
-
-    Raises:
-        OSError: The disk is full, or the folder is gone.
-    """
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _log_to(path: Path) -> None:

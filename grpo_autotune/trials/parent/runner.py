@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from grpo_autotune.config.batch import batch_plan
+from grpo_autotune.files import write_whole
 from grpo_autotune.processes.guarded import GuardedWorker, Worker, oom_kills
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
-from grpo_autotune.trials.child.worker import write_whole
 from grpo_autotune.trials.parent.endings import ending_of_exit, read_outcome
 from grpo_autotune.trials.parent.interleave import Race, fits_together, one_after_another
 from grpo_autotune.trials.parent.server_pool import KeptServer, is_served

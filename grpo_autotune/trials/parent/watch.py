@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from grpo_autotune.files import write_whole
 from grpo_autotune.processes.guarded import Worker
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, Progress, TrialSpec
 from grpo_autotune.trials.child.warm_state import NeedsFreshWorker
-from grpo_autotune.trials.child.worker import write_whole
 from grpo_autotune.trials.heartbeat import PulseReader
 from grpo_autotune.trials.parent.endings import Ending, clear
 
