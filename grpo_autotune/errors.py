@@ -1,9 +1,12 @@
 """The exception tree: every mistake a user can make is one of these, and only `cli.main` catches them.
 
-A message is one line: what is wrong, where (a key path, a file, a row), and what to do.
+A message is one line: what is wrong, where (a key path, a file, a row), and what to do. For a name that does not exist
+`nearest` finds the one that was probably meant.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 
 class AutotuneError(Exception):
@@ -59,3 +62,29 @@ class TrainingError(AutotuneError):
 
 class SeamError(EnvironmentProblem):
     """The installed TRL or vLLM lacks a method that the probe or a speed-up has to wrap."""
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`; None where none is `cutoff` alike (0 to 1, as `difflib` counts)."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def nearest_hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What an error about a name that does not exist suggests: `Nearest: ...`, else `otherwise`."""
+    near = nearest(name, known)
+    return f"Nearest: {near}." if near else otherwise
+
+
+def nearest_path(path: str, known: Sequence[str]) -> str | None:
+    """The known key path that was probably meant: the same key of another section, else a similar one, here first."""
+    section, _, name = path.rpartition(".")
+    beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
+    if name in anywhere:
+        return anywhere[name]
+    if near := nearest(name, beside, cutoff=0.5):
+        return beside[near]
+    near = nearest(name, anywhere)
+    return anywhere[near] if near else None

@@ -6,14 +6,13 @@ it names. In a configuration any such text stands for a function too; the curren
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, nearest_hint
 
 Kind = Literal["reward", "dataset", "model", "speedup"]
 Function = Callable[..., Any]
@@ -82,11 +81,10 @@ def resolve(kind: Kind, name: str) -> Function:
         return entry
     if is_reference(entry):
         return _load(kind, entry)
-    near = difflib.get_close_matches(name, names(kind), n=1)
     raise ConfigError(
         f"there is no {kind} of this name",
         where=name,
-        fix=f"{f'Nearest: {near[0]}. ' if near else ''}Known: {', '.join(names(kind))}, or package.module:function.",
+        fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from grpo_autotune.config.foreign_keys import wrong_type
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, nearest_path
 
 ACCEPTED = {
     "int_type": "a whole number",
@@ -25,6 +24,8 @@ ACCEPTED = {
     "finite_number": "a finite number",
 }
 """Pydantic's error type -> what may be written instead."""
+
+MOST_LISTED = 20
 
 
 def from_validation(error: ValidationError, known: Sequence[str]) -> ConfigError:
@@ -49,18 +50,13 @@ def from_validation(error: ValidationError, known: Sequence[str]) -> ConfigError
 def unknown_key(loc: Sequence[str | int], known: Sequence[str]) -> ConfigError:
     """An unknown key, with the nearest known one: the same name in another section, else a similar name beside it."""
     keys = [str(part) for part in loc if not isinstance(part, int)]
-    section, name = ".".join(keys[:-1]), keys[-1]
-    same_name = [path for path in known if path.rpartition(".")[2] == name]
-    beside = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == section}
-    near = same_name or [beside[match] for match in difflib.get_close_matches(name, beside, n=1, cutoff=0.5)]
-    if not near:
-        paths = {path.rpartition(".")[2]: path for path in known}
-        near = [paths[match] for match in difflib.get_close_matches(name, paths, n=1)]
+    near = nearest_path(".".join(keys), known)
     if near:
-        fix = f"Nearest known key: {near[0]}."
-    else:
-        fix = f"Known here: {', '.join(list(beside)[:20])}{', ...' if len(beside) > 20 else ''}."
-    return ConfigError("unknown key", where=_path(loc), fix=fix)
+        return ConfigError("unknown key", where=_path(loc), fix=f"Nearest known key: {near}.")
+    section = ".".join(keys[:-1])
+    beside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == section]
+    listed = ", ".join([*beside[:MOST_LISTED], *(["..."] if len(beside) > MOST_LISTED else [])])
+    return ConfigError("unknown key", where=_path(loc), fix=f"Known here: {listed}.")
 
 
 def _path(loc: Sequence[str | int]) -> str:

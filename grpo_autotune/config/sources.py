@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, nearest_hint
 
 DEFAULT_FILE = "grpo.yaml"
 DEFAULT_PROFILE = "demo"
@@ -50,8 +49,7 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
     names = profile_names()
     if path.name in names:
         return f"profile {path.name}", profiles_folder() / f"{path.name}.yaml"
-    near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"Nearest: {near[0]}." if near else f"Profiles: {', '.join(names)}."
+    hint = nearest_hint(path.name, names, f"Profiles: {', '.join(names)}.")
     raise ConfigError("there is neither a file nor a shipped profile of this name", where=str(source), fix=hint)
 
 

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,8 @@ def architecture(name: str) -> Architecture:
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    nearest = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=1)
-    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(
         f"unknown architecture {name!r}",
         where="model.random_init",
-        fix=f"{hint}Known: {', '.join(ARCHITECTURES)}.",
+        fix=f"{nearest_hint(name.lower(), ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}.",
     )

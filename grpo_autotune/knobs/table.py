@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, rules, values
 from grpo_autotune.knobs.context import Given
 
@@ -294,24 +294,9 @@ def knob(key: str) -> Knob:
     """
     if key in BY_KEY:
         return BY_KEY[key]
-    near = nearest(key)
+    near = nearest_path(key, list(BY_KEY))
     raise ConfigError(
         "this knob does not exist",
         where=key,
         fix=f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}.",
     )
-
-
-def nearest(key: str) -> str | None:
-    """The known knob that was probably meant: the same last name in another section, else a similar one."""
-    import difflib
-
-    last = {known.rpartition(".")[2]: known for known in BY_KEY}
-    name = key.rpartition(".")[2]
-    if name in last:
-        return last[name]
-    for words, choices in ((key, {known: known for known in BY_KEY}), (name, last)):
-        found = difflib.get_close_matches(words, choices, n=1)
-        if found:
-            return choices[found[0]]
-    return None

@@ -6,7 +6,6 @@ copied that need not be.
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import datasets
 
 from grpo_autotune.config.schema import DataSection, RunConfig
-from grpo_autotune.errors import ConfigError, DataError
+from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.train.data.images import prepare_images
 from grpo_autotune.train.data.sources import read_rows
 
@@ -189,10 +188,9 @@ def _messages(prompt: Any, system_prompt: str | None, where: str) -> list[Messag
 
 
 def _missing(column: str, rows: datasets.Dataset, where: str) -> ConfigError:
-    near = difflib.get_close_matches(column, rows.column_names, n=1)
-    hint = f"Nearest: {near[0]}. " if near else ""
+    hint = nearest_hint(column, rows.column_names)
     if column == "prompt":
-        hint += "Map one with data.columns.prompt, or write data.prompt_template. "
+        hint += " Map one with data.columns.prompt, or write data.prompt_template."
     return ConfigError(
-        f"the data has no column {column}", where=where, fix=f"{hint}Columns: {', '.join(rows.column_names)}."
+        f"the data has no column {column}", where=where, fix=f"{hint} Columns: {', '.join(rows.column_names)}."
     )

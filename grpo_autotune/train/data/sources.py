@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from grpo_autotune.errors import ConfigError, DataError
+from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.registry import is_reference, names, resolve
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -72,9 +71,8 @@ def read_rows(
         return _read_folder(place, split, where, name)
     if not HUB_ID.fullmatch(path) or place.suffix.lower() in FILE_BUILDERS:
         raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
-    near = difflib.get_close_matches(path, names("dataset"), n=1)
-    if near:
-        raise ConfigError(f"there is no data set {path}", where=where, fix=f"Nearest: {near[0]}.")
+    if hint := nearest_hint(path, names("dataset")):
+        raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
     return _load(path, split or "test", where, path, name=name, revision=revision)
 
 

@@ -5,7 +5,6 @@ Without it a reward of the wrong length or of nothing but None shows up as a sha
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-from grpo_autotune.errors import AutotuneError, ConfigError, RewardError
+from grpo_autotune.errors import AutotuneError, ConfigError, RewardError, nearest_hint
 
 PATIENCE = 10
 """Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
@@ -71,8 +70,7 @@ def check_params(function: Callable[..., Any], params: Mapping[str, Any], where:
     ]
     for name in params:
         if name not in settable:
-            near = difflib.get_close_matches(name, settable, n=1)
-            hint = f"Nearest: {near[0]}." if near else f"Parameters: {', '.join(settable) or 'none'}."
+            hint = nearest_hint(name, settable, f"Parameters: {', '.join(settable) or 'none'}.")
             raise ConfigError("the function has no such parameter", where=f"{where}.{name}", fix=hint)
 
 
