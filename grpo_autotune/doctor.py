@@ -19,11 +19,11 @@ from grpo_autotune.hardware import cache_dir, detect, find_gpu, package_version
 from grpo_autotune.hardware.machine import Machine
 from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
+from grpo_autotune.units import GIB, size
 
 Status = Literal["ok", "warn", "fail"]
 
 OLDEST_PYTHON = (3, 11)
-GIB = 2**30
 CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
 MEMORY_WARN_BYTES = 8 * GIB
 SHM_WARN_BYTES = GIB
@@ -146,7 +146,7 @@ def check_gpus(machine: Machine) -> Finding:
     """What NVML sees, and whether the card takes bfloat16."""
     if not machine.gpus:
         return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
-    cards = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.gpus)
+    cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in machine.gpus)
     row = find_gpu(machine.gpus[0].name)
     if row is not None and not row.bfloat16:
         remedy = "set model.dtype: float16 and grpo.fp16: true"
@@ -156,7 +156,7 @@ def check_gpus(machine: Machine) -> Finding:
 
 def check_memory(machine: Machine) -> Finding:
     """Enough memory for a small model."""
-    detail = f"{machine.memory_bytes / GIB:.1f} GiB usable"
+    detail = f"{size(machine.memory_bytes)} usable"
     if machine.memory_bytes >= MEMORY_WARN_BYTES:
         return Finding("memory", "ok", detail)
     return Finding("memory", "warn", detail, "raise the container's limit, or keep to models under 0.5 billion weights")
@@ -184,7 +184,7 @@ def check_cache() -> Finding:
         writable = os.access(folder, os.W_OK)
     except OSError as error:
         return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
-    detail, remedy = f"{folder}: {free / GIB:.1f} GiB free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
+    detail, remedy = f"{folder}: {size(free)} free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
     if not writable:
         return Finding("cache", "fail", f"{folder} cannot be written", remedy)
     if free < CACHE_WARN_BYTES:
@@ -196,9 +196,9 @@ def check_shared_memory() -> Finding:
     """Loader workers and NCCL pass tensors through shared memory, which containers keep small."""
     if not SHM.is_dir():
         return Finding("shared memory", "ok", f"no {SHM} on this system")
-    size = shutil.disk_usage(SHM).total
-    detail = f"{size / GIB:.2f} GiB in {SHM}"
-    if size >= SHM_WARN_BYTES:
+    total = shutil.disk_usage(SHM).total
+    detail = f"{size(total)} in {SHM}"
+    if total >= SHM_WARN_BYTES:
         return Finding("shared memory", "ok", detail)
     return Finding(
         "shared memory", "warn", f"{detail}: loader workers may die", "start the container with --shm-size=8g"

@@ -8,8 +8,8 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.report import Report
 from grpo_autotune.render.terminal import render
-from grpo_autotune.report import Report
 from grpo_autotune.report.create import report_of
 
 

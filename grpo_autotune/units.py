@@ -1,44 +1,14 @@
-"""Numbers as people say them: three figures, with the unit that fits."""
+"""Numbers as text: two or three figures, with the unit that fits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-STAGE_WORDS = {
-    "generation": "generation",
-    "policy_logprob": "the policy's log-probs",
-    "reference_logprob": "the reference model's log-probs",
-    "reward": "rewards",
-    "backward": "the backward pass",
-    "data": "data loading",
-    "prompt": "prompt processing",
-    "weight_sync": "pushing weights to vLLM",
-    "engine": "vLLM's sleep and wake-up",
-    "sync_wait": "waiting for other ranks",
-    "optimizer": "the optimizer",
-    "log_save_eval": "logging, saving and evaluating",
-    "other": "what no stage accounts for",
-}
-LEGEND = {
-    "generation": "sampling the completions",
-    "policy_logprob": "log-probs of the model in training (old_policy: once, without gradient; training_forward: in "
-    "the loss)",
-    "reference_logprob": "log-probs of the reference model, for the KL term",
-    "reward": "the reward functions",
-    "backward": "the gradients",
-    "data": "reading rows and decoding images",
-    "prompt": "chat template, tokenizer and image processor",
-    "weight_sync": "pushing the weights to vLLM",
-    "engine": "vLLM's sleep and wake-up",
-    "sync_wait": "waiting for other ranks",
-    "optimizer": "clipping the gradient and updating the weights",
-    "log_save_eval": "logging, checkpoints and evaluation",
-    "other": "everything between these (score: in TRL's generate-and-score; step: in the training loop)",
-}
+GIB = 2**30
 
 
 def seconds(value: float) -> str:
-    """Minutes, seconds, milliseconds or microseconds, with two or three figures."""
+    """A measured time in minutes, seconds, milliseconds or microseconds: `2.5 min`, `1.25 s`, `550 ms`, `12 µs`."""
     size = abs(value)
     if size >= 120:
         return f"{value / 60:.1f} min"
@@ -50,17 +20,17 @@ def seconds(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as percent: whole ones, one decimal under ten."""
+    """A share of one in percent, with one decimal under ten: `32%`, `5.0%`."""
     return f"{share * 100:.0f}%" if abs(share) >= 0.0995 else f"{share * 100:.1f}%"
 
 
 def amount(value: float) -> str:
-    """A number with three figures, thousands apart by a space."""
+    """A number with three figures and a space between thousands: `1.25`, `12 345`."""
     return f"{value:,.0f}".replace(",", " ") if abs(value) >= 100 else f"{value:.3g}"
 
 
 def size(count: float) -> str:
-    """Bytes in binary units."""
+    """Bytes in binary units: `512 B`, `1.5 MiB`, `80.0 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
@@ -73,20 +43,19 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def words(seconds: float) -> str:
-    """A length of time for people: `1h05m`, `4m10s`, `35s`."""
-    whole = round(max(0.0, seconds))
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+def hms(seconds: float) -> str:
+    """A length of time as `--budget` takes it: `1h05m`, `4m10s`, `35s`."""
+    hours, minutes, rest = _split(seconds)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """A length of time in a sentence: `2 h 05 min`, `3 min 20 s`, `42 s`."""
+    hours, minutes, rest = _split(seconds)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _split(seconds: float) -> tuple[int, int, int]:
+    """Whole hours, minutes and seconds; nothing is less than none."""
+    whole = round(max(0.0, seconds))
+    return whole // 3600, whole % 3600 // 60, whole % 60

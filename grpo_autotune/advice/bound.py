@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from grpo_autotune.advice.breakdown import Limit
 from grpo_autotune.advice.facts import Facts
+from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.rollout import Fidelity
-from grpo_autotune.units import STAGE_WORDS, listing, percent, seconds
+from grpo_autotune.units import listing, percent, seconds
 
 ALONE = 0.4
 FEW_STEPS = 3

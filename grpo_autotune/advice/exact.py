@@ -9,8 +9,9 @@ from typing import Any
 from grpo_autotune.advice.batch import generation_changes
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.report import Change
-from grpo_autotune.units import STAGE_WORDS, listing, percent, seconds, size
+from grpo_autotune.units import listing, percent, seconds, size
 
 MICRO_FACTORS = (8, 4, 2)
 NUMBERS_SAVED_PER_HIDDEN = 17.0

@@ -13,7 +13,7 @@ from grpo_autotune.commands.imports import mend_torchvision, served_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import INTERRUPTED_EXIT, is_first_rank, say
 from grpo_autotune.probe.startup import Heartbeat, Startup
-from grpo_autotune.report import Report
+from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus

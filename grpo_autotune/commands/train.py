@@ -14,6 +14,7 @@ from grpo_autotune.probe.startup import Heartbeat, Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
+from grpo_autotune.units import percent, seconds
 
 LARGEST = 3
 
@@ -61,5 +62,5 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
         return
     report = report_of(record, config.model_dump(mode="json"), out_dir)
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
-    shares = ", ".join(f"{stage.name} {stage.share:.0%}" for stage in largest)
-    say(f"{report.step_s:.2f} s a step: {shares}; the whole breakdown: `grpo-autotune report {out_dir}`")
+    shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)
+    say(f"{seconds(report.step_s)} per step: {shares}; the whole breakdown: `grpo-autotune report {out_dir}`")

@@ -29,6 +29,7 @@ from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import is_watched, meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.table import CALLBACKS, TABLE
+from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
 _NUMBERS = itertools.count()
@@ -110,7 +111,7 @@ class Probe:
         state, stage = self.trainer.state, self._stage_now()
         counted = stage == APART  # by then the trainer has counted the step
         step = f"step {state.global_step + (0 if counted else 1)} of {state.max_steps}"
-        return f"{step}: {stage}, {age_s:.0f} s since the step began"
+        return f"{step}: {stage}, {duration(age_s)} since the step began"
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import psutil
 
 from grpo_autotune.records.probe import Phase
+from grpo_autotune.units import duration
 
 HEARTBEAT_S = 5.0
 REPEAT_S = 15.0
@@ -56,7 +57,7 @@ class Startup:
         if not self._open:
             return None
         name, begin = self._open[-1]
-        return f"start-up: {name}, {self._clock() - begin:.0f} s"
+        return f"start-up: {name}, {duration(self._clock() - begin)}"
 
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first booked."""

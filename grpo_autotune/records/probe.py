@@ -11,21 +11,24 @@ from typing import Any
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
 
-STAGES = (
-    "generation",
-    "policy_logprob",
-    "reference_logprob",
-    "reward",
-    "backward",
-    "data",
-    "prompt",
-    "weight_sync",
-    "engine",
-    "sync_wait",
-    "optimizer",
-    "log_save_eval",
-    "other",
-)
+STAGE_WORDS = {
+    "generation": "generation",
+    "policy_logprob": "the policy's log-probs",
+    "reference_logprob": "the reference model's log-probs",
+    "reward": "rewards",
+    "backward": "the backward pass",
+    "data": "data loading",
+    "prompt": "prompt processing",
+    "weight_sync": "pushing weights to vLLM",
+    "engine": "vLLM's sleep and wake-up",
+    "sync_wait": "waiting for other ranks",
+    "optimizer": "the optimizer",
+    "log_save_eval": "logging, saving and evaluating",
+    "other": "what no stage accounts for",
+}
+"""Stage of an optimizer step -> its name in a sentence."""
+
+STAGES = tuple(STAGE_WORDS)
 
 
 class StageRow(Frozen):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from grpo_autotune.records.report import Report
 from grpo_autotune.records.rollout import EngineFacts, Fidelity, FidelityPart
-from grpo_autotune.report import Report
 from grpo_autotune.units import amount, listing, percent, seconds, size
 
 WHEN = {"first": "before the first optimizer step", "later": "after it"}

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from grpo_autotune.records.search import Candidate, Contribution, Guard, ParetoRow, SearchReport
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.units import percent, seconds, size, words
+from grpo_autotune.units import hms, percent, seconds, size
 
 MOST_ROWS = 8
 
@@ -60,7 +60,7 @@ def headline(report: SearchReport) -> list[str]:
     """The outcome in a few sentences."""
     best, own = report.best, report.baseline
     timed = sum(row.purpose == "timed" and row.source != "race" for row in report.trials)
-    time = f"{words(report.elapsed_s)} of {words(report.budget_s)}"
+    time = f"{hms(report.elapsed_s)} of {hms(report.budget_s)}"
     spent = f"{time}, {_count(timed, 'timed trial')}, {report.points} legal combinations looked at"
     if report.predicted:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"

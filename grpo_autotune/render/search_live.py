@@ -14,7 +14,7 @@ from rich.text import Text
 
 from grpo_autotune.render.search import changes, value_words
 from grpo_autotune.search.evaluator import Standing
-from grpo_autotune.units import percent, seconds, words
+from grpo_autotune.units import hms, percent, seconds
 
 PLAIN_EVERY_S = 15.0
 MOST_SKIPPED = 3
@@ -93,7 +93,7 @@ def plain_line(standing: Standing) -> str:
 def _left(standing: Standing) -> str:
     if not standing.total_s:
         return "no budget: a probe, then a prediction"
-    return f"{words(standing.left_s)} of {words(standing.total_s)} left"
+    return f"{hms(standing.left_s)} of {hms(standing.total_s)} left"
 
 
 def _trial(standing: Standing) -> str:

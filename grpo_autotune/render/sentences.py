@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from grpo_autotune.report import Report
-from grpo_autotune.units import LEGEND, amount, listing, percent, seconds, size
+from grpo_autotune.records.report import Report
+from grpo_autotune.units import amount, listing, percent, seconds, size
 
+LEGEND = {
+    "generation": "sampling the completions",
+    "policy_logprob": "log-probs of the model in training (old_policy: once, without gradient; training_forward: in "
+    "the loss)",
+    "reference_logprob": "log-probs of the reference model, for the KL term",
+    "reward": "the reward functions",
+    "backward": "the gradients",
+    "data": "reading rows and decoding images",
+    "prompt": "chat template, tokenizer and image processor",
+    "weight_sync": "pushing the weights to vLLM",
+    "engine": "vLLM's sleep and wake-up",
+    "sync_wait": "waiting for other ranks",
+    "optimizer": "clipping the gradient and updating the weights",
+    "log_save_eval": "logging, checkpoints and evaluation",
+    "other": "everything between these (score: in TRL's generate-and-score; step: in the training loop)",
+}
 PHASE_WORDS = {
     "import": "importing libraries",
     "data": "preparing the data",

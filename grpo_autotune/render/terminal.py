@@ -10,11 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.report import Advice, PartRow, StageReport
+from grpo_autotune.records.report import Advice, PartRow, Report, StageReport
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.report import Report
 from grpo_autotune.units import percent, seconds, size
 
 BAR_CELLS = 16

@@ -42,7 +42,7 @@ from grpo_autotune.search.start import Fit, measure_own, open_search, recall
 from grpo_autotune.search.study import Asked, Sampler, name_of
 from grpo_autotune.search.summary import report_of_search
 from grpo_autotune.search.tuned_files import emit
-from grpo_autotune.units import words
+from grpo_autotune.units import hms
 
 FAILURES = 4
 """So many failures in a row that no knob explains end a search."""
@@ -326,7 +326,7 @@ def search(
         budget = Budget(budget_s, state.elapsed_s if state else 0.0, clock, begun)
         if budget_s and budget.left_s <= 0.0:
             raise ConfigError(
-                f"this search has spent {words(budget.elapsed_s)} already",
+                f"this search has spent {hms(budget.elapsed_s)} already",
                 where="--budget",
                 fix="Give a larger one; the time spent counts.",
             )

@@ -22,7 +22,7 @@ from grpo_autotune.search.leaderboard import Book
 from grpo_autotune.search.space import Space, space
 from grpo_autotune.search.storage import journal_storage, shared_storage
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
-from grpo_autotune.units import words
+from grpo_autotune.units import hms
 
 PROBE_GROUPS = 16
 """Groups that the probe should see: their pass rates tell how group size matters."""
@@ -150,9 +150,9 @@ def _no_trial_fits(lab: Lab, needed_s: float) -> NoReturn:
 
 def _too_small(lab: Lab, needed_s: float, why: str) -> NoReturn:
     raise ConfigError(
-        f"a budget of {words(lab.budget.total_s)} is too small: {why}",
+        f"a budget of {hms(lab.budget.total_s)} is too small: {why}",
         where="--budget",
-        fix=f"Give about {words(needed_s)} or more; --budget 0 predicts from a probe alone.",
+        fix=f"Give about {hms(needed_s)} or more; --budget 0 predicts from a probe alone.",
     )
 
 

@@ -14,7 +14,7 @@ from grpo_autotune.records.search import Candidate, SearchReport
 from grpo_autotune.scripts.stand_in import overrides
 from grpo_autotune.search.evaluator import Lab, plain
 from grpo_autotune.search.leaderboard import Book
-from grpo_autotune.units import words
+from grpo_autotune.units import hms
 
 TITLES = {
     "exact": "the fastest found with everything that decides what is learned as it was",
@@ -101,7 +101,7 @@ def _head(report: SearchReport, which: str, candidate: Candidate, script: list[s
         found = f"Written by grpo-autotune search: your own configuration; nothing else was better ({which})."
     how = "predicted, not measured" if report.predicted else "measured"
     speed = f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f}) useful completions a second"
-    lines = [found, f"{speed}, {how}, after {words(report.elapsed_s)} of search; the receipt says what and where."]
+    lines = [found, f"{speed}, {how}, after {hms(report.elapsed_s)} of search; the receipt says what and where."]
     if script:
         lines.append(f"Values for the trainer of {script[0]}: grpo-autotune run --with THIS_FILE {shlex.join(script)}")
     return lines

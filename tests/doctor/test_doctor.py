@@ -131,7 +131,7 @@ def test_torchvision_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
-    [("NVIDIA H200", "ok", "80 GiB"), ("Tesla T4", "warn", "no bfloat16"), ("Some Card", "ok", "not in the table")],
+    [("NVIDIA H200", "ok", "80.0 GiB"), ("Tesla T4", "warn", "no bfloat16"), ("Some Card", "ok", "not in the table")],
 )
 def test_gpus(name: str, status: str, detail: str) -> None:
     found = doctor.check_gpus(machine(gpus=(card(name),)))

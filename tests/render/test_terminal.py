@@ -14,7 +14,8 @@ import pytest
 
 from grpo_autotune.advice.breakdown import Limit, break_down
 from grpo_autotune.advice.facts import Facts
-from grpo_autotune.records.probe import Phase, ProbeRecord
+from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord
+from grpo_autotune.render.sentences import LEGEND
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report import Report, load_report, save_report
 from grpo_autotune.report.build import report_of_facts
@@ -59,6 +60,10 @@ def test_report_json_is_enough_to_print_everything_again(name: str, width: int, 
     text = render(load_report(tmp_path), width)
     assert text == render(report, width)
     assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_the_legend_knows_every_stage() -> None:
+    assert tuple(LEGEND) == STAGES
 
 
 def test_every_stage_that_ran_and_every_advice_is_there() -> None:

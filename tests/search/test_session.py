@@ -24,7 +24,6 @@ from grpo_autotune.search.guard_trials import Rewards
 from grpo_autotune.search.leaderboard import Book
 from grpo_autotune.search.noninferiority import NO_TIME
 from grpo_autotune.search.session import search
-from grpo_autotune.units import words
 from tests.support.paper_machine import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.support.sample_records import demo_record, spread, token_facts
 
@@ -616,10 +615,6 @@ def test_budgets_as_people_write_them(text: str, seconds: float) -> None:
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--budget"):
         parse_budget(text)
-
-
-def test_words_of_time() -> None:
-    assert [words(s) for s in (35, 250, 3900, -2)] == ["35s", "4m10s", "1h05m", "0s"]
 
 
 def test_the_budget_and_the_costs_learn() -> None:

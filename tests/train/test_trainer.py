@@ -23,7 +23,6 @@ from grpo_autotune.train.runs.callbacks import ProgressLine
 from grpo_autotune.train.runs.checkpoints import find_flaw
 from grpo_autotune.train.runs.signals import StopRequest
 from grpo_autotune.train.trainer import build_trainer, run_training
-from grpo_autotune.units import duration
 from tests.support.training import log_lines, picture_config, text_config
 
 Tiny = Callable[[str], Path]
@@ -219,10 +218,6 @@ def test_progress_on_a_terminal(tiny: Tiny, tmp_path: Path) -> None:
     run_training(text_config(tiny("qwen3"), tmp_path, max_steps=2), tmp_path / "run", console=console)
     for part in ("2/2", "reward", "KL", "s/step", "left"):
         assert part in screen.getvalue()
-
-
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59, 200, 7500)] == ["0 s", "59 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_second_control_c_ends_at_once() -> None:
