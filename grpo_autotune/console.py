@@ -1,40 +1,62 @@
-"""Where words go: reports to standard output, progress to standard error, and both from the first rank only."""
+"""Output for people: reports on standard output, progress on standard error, both from the first rank alone."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
+
+from grpo_autotune.units import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 INTERRUPTED_EXIT = 128 + signal.SIGINT
 
+HEARTBEAT_S = 5.0
+"""Seconds between two looks at what is under way."""
+
+REPEAT_S = 15.0
+"""Seconds after which the same thing is said again."""
+
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 under `torchrun`, or runs alone."""
+    """Return whether this process is rank 0 under `torchrun`, or runs alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     if is_first_rank():
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
 
 def warn(sentence: str) -> None:
-    """A sentence that the user should not miss."""
+    """Print something that the user should not miss."""
     say(f"warning: {sentence}")
 
 
 def complain(line: str, *, everywhere: bool) -> None:
-    """Why a command failed: from the first rank, and `everywhere` from each, since another rank may fail alone."""
+    """Print why a command failed: on the first rank, and if `everywhere` on each, since another rank may fail alone."""
     if is_first_rank():
         say(line)
     elif everywhere:
         sys.stderr.write(f"rank {os.environ['RANK']}: {line}\n")
         sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """Print a result."""
+    if is_first_rank():
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -51,8 +73,95 @@ def output_aside() -> Iterator[None]:
         os.close(kept)
 
 
-def show(text: str) -> None:
-    """A result."""
-    if is_first_rank():
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+class Heartbeat:
+    """A line now and then about what is under way, from a daemon thread, while its context is open.
+
+    Args:
+        describe: Returns what is under way, as "what, how long", or None when there is nothing worth a line.
+        tell: Takes the line.
+        every_s: Seconds between looks; what was said already is said again only after `REPEAT_S`.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[], str | None],
+        tell: Callable[[str], None] = say,
+        every_s: float = HEARTBEAT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._describe, self._tell, self._every_s, self._clock = describe, tell, every_s, clock
+        self._said, self._said_at = "", 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="grpo-autotune-heartbeat", daemon=True)
+
+    def beat(self) -> None:
+        """Look once."""
+        line = self._describe()
+        if line is None:
+            return
+        what, now = line.rpartition(",")[0], self._clock()
+        if what != self._said or now - self._said_at >= REPEAT_S:
+            self._said, self._said_at = what, now
+            self._tell(line)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.beat()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class ProgressBar:
+    """Progress on the first rank: a bar with a text beside it on a terminal, plain lines elsewhere.
+
+    Args:
+        title: Text before the bar.
+        total: Steps until the end.
+        console: A rich console; standard error by default.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, title: str, total: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._total, self._clock, self._begun_s = total, clock, clock()
+        self._console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal and is_first_rank():
+            columns = (TextColumn(title), BarColumn(bar_width=24), MofNCompleteColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[beside]}"), console=self._console)
+            self._task = self._bar.add_task("", total=total, beside="")
+            self._bar.start()
+
+    def update(self, done: int, beside: str, line: str | None) -> None:
+        """Move the bar to `done` steps, with `beside` next to it; without a terminal print `line`, if there is one."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, beside=beside)
+        elif line is not None and is_first_rank():
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def time_left(self, done: int) -> str:
+        """The time until the end in words, if the rest goes as the first `done` steps went."""
+        return f"about {duration((self._clock() - self._begun_s) / done * (self._total - done))} left"
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo_autotune.console import ProgressBar
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.hardware import cache_dir
+from grpo_autotune.files import cache_dir
 from grpo_autotune.train.models.random_init import (
     CHAT_TEMPLATE,
     build_processor,
@@ -32,6 +32,7 @@ from grpo_autotune.train.models.random_init import (
     save_model,
     with_tokenizer,
 )
+from grpo_autotune.units import percent
 
 QUESTION = "Which digit is shown?"
 FORMS = ("<answer>{}</answer>", "{}", "It is {}.")
@@ -119,6 +120,11 @@ class Recipe:
     wrong_share: float = 0.45
     form_shares: tuple[float, ...] = (0.5, 0.25, 0.25)
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.see_steps + self.say_steps
 
 
 @dataclass(frozen=True)
@@ -216,38 +222,24 @@ def demo_model_path(recipe: Recipe | None = None, progress: Progress | None = No
     folder = cache_dir() / "demo" / f"qwen3-vl-digits-{key}"
     with built_once(folder) as missing:
         if missing:
-            with _bar() if progress is None else nullcontext(progress) as told:
+            with _progress_bar(recipe.steps) if progress is None else nullcontext(progress) as told:
                 model, processor = warm_start(recipe, told)
             save_model(model, processor, folder)
     return folder
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
-    """A bar with the time left on a terminal, a line at each fifth of the way elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _progress_bar(steps: int) -> Iterator[Progress]:
+    """Show the share done: a bar on a terminal, a line at each fifth of the way elsewhere."""
+    title = "building the demo model (once)"
+    with ProgressBar(title, steps) as bar:
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Fifths(console.print)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task("building the demo model (once)", total=1.0)
-        yield lambda share: bars.update(task, completed=share)
+        def show(share: float) -> None:
+            done = round(share * steps)
+            left, at_fifth = bar.time_left(done), done * 5 // steps > (done - 1) * 5 // steps
+            bar.update(done, left, f"{title}: {percent(share)} done, {left}" if at_fifth else None)
 
-
-class _Fifths:
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._told, self._begun = say, 0, time.monotonic()
-
-    def __call__(self, share: float) -> None:
-        fifths = int(share * 5)
-        if fifths > self._told:
-            self._told = fifths
-            left_s = (time.monotonic() - self._begun) * (1 - share) / share
-            self._say(f"building the demo model (once): {share:.0%} done, about {left_s:.0f} s left")
+        yield show
 
 
 def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
@@ -262,16 +254,17 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
     config = with_tokenizer(CONFIG, tokenizer)
     processor = build_processor(config, tokenizer, min_pixels=32 * 32)
     digits, random = load_digits("train"), np.random.default_rng(recipe.seed)
-    total = recipe.see_steps + recipe.say_steps
+
+    def told(step: float) -> None:
+        progress(step / recipe.steps)
+
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(recipe.seed)
         model = random_model(config, seed=recipe.seed)
         model.train()
         with _patches_by_matmul(model.model.visual):
-            _learn_to_see(model, processor, digits, recipe, random, lambda step: progress(step / total))
-            _learn_to_say(
-                model, processor, digits, recipe, random, lambda step: progress((recipe.see_steps + step) / total)
-            )
+            _learn_to_see(model, processor, digits, recipe, random, told)
+            _learn_to_say(model, processor, digits, recipe, random, lambda step: told(recipe.see_steps + step))
     return model.eval(), processor
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import INTERRUPTED_EXIT, is_first_rank, say
-from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.console import INTERRUPTED_EXIT, Heartbeat, ProgressBar, say
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
@@ -31,7 +28,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     startup, code = Startup(), 0
     watched: list[Callable[[], str | None]] = [startup.now]
     gpus = leave_gpus(config)
-    with Heartbeat(lambda: watched[-1](), say):
+    with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
@@ -43,45 +40,21 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
             probe = Probe(trainer, startup=startup, out_dir=out_dir)
             watched.append(probe.now)
             total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
-            progress = _Progress(total, probe.warmup)
-            trainer.add_callback(StopAfter(total, progress))
-            try:
-                trainer.train()
-            except KeyboardInterrupt:
-                if probe.closed <= probe.warmup:
-                    raise
-                code = INTERRUPTED_EXIT
-                say("stopped by Ctrl-C: this is what was measured until then")
-            finally:
-                progress.close()
-                watched.pop()
-                probe.detach()
+            with ProgressBar("probing", total) as bar:
+                trainer.add_callback(StopAfter(total, partial(_tell, bar, total, probe.warmup)))
+                try:
+                    trainer.train()
+                except KeyboardInterrupt:
+                    if probe.closed <= probe.warmup:
+                        raise
+                    code = INTERRUPTED_EXIT
+                    say("stopped by Ctrl-C: this is what was measured until then")
+                finally:
+                    watched.pop()
+                    probe.detach()
     return report_of(probe.record(), config.model_dump(mode="json"), out_dir), code
 
 
-class _Progress:
-    """A bar on a terminal, a line a step elsewhere; both with the time left."""
-
-    def __init__(self, total: int, warmup: int) -> None:
-        self._total, self._warmup = total, warmup
-        self._begun = time.monotonic()
-        self._bar: Progress | None = None
-        console = Console(stderr=True)
-        if console.is_terminal and is_first_rank():
-            columns = (TextColumn("probing"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=total)
-            self._bar.start()
-
-    def __call__(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
-            return
-        seconds = (time.monotonic() - self._begun) / done
-        kind = "warm-up" if done <= self._warmup else "measured"
-        say(f"step {done} of {self._total} ({kind}), about {(self._total - done) * seconds:.0f} s left")
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
+def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:
+    left, kind = bar.time_left(done), "warm-up" if done <= warmup else "measured"
+    bar.update(done, left, f"step {done} of {total} ({kind}), {left}")

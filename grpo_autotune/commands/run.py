@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from grpo_autotune.console import is_first_rank, say, warn
+from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
-from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.report import Report
 from grpo_autotune.report.create import report_of

@@ -15,10 +15,9 @@ from types import FrameType
 
 from grpo_autotune.commands.imports import served_weights
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import say, show
+from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
-from grpo_autotune.probe.startup import Heartbeat
 from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at

@@ -8,9 +8,9 @@ from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import is_first_rank, say, warn
+from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
-from grpo_autotune.probe.startup import Heartbeat, Startup
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
@@ -29,7 +29,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
     gpus = leave_gpus(config)
-    with Heartbeat(lambda: watched[-1](), say):
+    with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.console import HEARTBEAT_S
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -21,7 +22,7 @@ from grpo_autotune.probe.layers import install
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
-from grpo_autotune.probe.startup import HEARTBEAT_S, Startup
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts

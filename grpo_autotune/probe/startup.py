@@ -1,9 +1,8 @@
-"""Start-up by phase, and a heartbeat line that says what is under way, so that nobody stares at `0%`."""
+"""Seconds of start-up by phase."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,9 +10,6 @@ import psutil
 
 from grpo_autotune.records.probe import Phase
 from grpo_autotune.units import duration
-
-HEARTBEAT_S = 5.0
-REPEAT_S = 15.0
 
 
 class Startup:
@@ -62,48 +58,3 @@ class Startup:
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first booked."""
         return [Phase(name=name, seconds=max(0.0, seconds)) for name, seconds in self._seconds.items()]
-
-
-class Heartbeat:
-    """Says what is under way through `say`, on a daemon thread.
-
-    Args:
-        describe: What is under way, as "what, how long"; None when there is nothing worth a line.
-        say: Takes the line.
-        every_s: Seconds between looks; what was said already is said again only after `REPEAT_S`.
-        clock: Seconds, monotonic.
-    """
-
-    def __init__(
-        self,
-        describe: Callable[[], str | None],
-        say: Callable[[str], None],
-        every_s: float = HEARTBEAT_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._describe, self._say, self._every_s, self._clock = describe, say, every_s, clock
-        self._said, self._said_at = "", 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="grpo-autotune-heartbeat", daemon=True)
-
-    def beat(self) -> None:
-        """Look once."""
-        line = self._describe()
-        if line is None:
-            return
-        what, now = line.rpartition(",")[0], self._clock()
-        if what != self._said or now - self._said_at >= REPEAT_S:
-            self._said, self._said_at = what, now
-            self._say(line)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            self.beat()
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import is_first_rank
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
@@ -81,7 +81,7 @@ def say_on(console: Console) -> Say:
     """Prints a line on rank 0, and nothing on the others."""
 
     def say(line: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return say

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
 
+from grpo_autotune.console import ProgressBar
 from grpo_autotune.units import duration
 
 PLAIN_INTERVAL_S = 10.0
@@ -87,16 +87,13 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._shown: dict[str, float] = {}
         self._printed_s = -math.inf
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ends.append(self._clock())
-        if state.is_world_process_zero and self._console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[line]}"), console=self._console)
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, line="first step")
-            self._bar.start()
+        if state.is_world_process_zero:
+            self._bar = ProgressBar("training", state.max_steps, self._console)
+            self._bar.update(state.global_step, "first step", None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ends.append(self._clock())
@@ -104,14 +101,14 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             values = self._metrics().get(name)
             if values:
                 self._shown[name] = values[-1]
-        if not state.is_world_process_zero:
+        if self._bar is None:
             return
         line = self._line(state.global_step, state.max_steps)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, line=line)
-        elif self._ends[-1] - self._printed_s >= PLAIN_INTERVAL_S or state.global_step == state.max_steps:
+        plain = None
+        if self._ends[-1] - self._printed_s >= PLAIN_INTERVAL_S or state.global_step == state.max_steps:
             self._printed_s = self._ends[-1]
-            self._print(f"step {state.global_step}/{state.max_steps}  {line}")
+            plain = f"step {state.global_step}/{state.max_steps}  {line}"
+        self._bar.update(state.global_step, line, plain)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
@@ -120,7 +117,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             self._ends[0] = self._clock()
         reward = (metrics or {}).get("eval_reward")
         if state.is_world_process_zero and reward is not None:
-            self._print(f"evaluation at step {state.global_step}: reward {reward:.4f}")
+            line = f"evaluation at step {state.global_step}: reward {reward:.4f}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -128,16 +126,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Give the terminal back; to be called where training ends by an exception, too."""
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            self._bar.close()
 
     def _line(self, step: int, total: int) -> str:
         seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         shown = "".join(f"{label} {self._shown[name]:.4f}  " for name, label in _LABELS if name in self._shown)
         return f"{shown}{seconds:.2f} s/step  {duration(seconds * (total - step))} left"
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 _LABELS = (("reward", "reward"), ("kl", "KL"))
