@@ -28,8 +28,9 @@ from benchmarks.midsize import midsize_config
 from benchmarks.result import ratio, write
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
-from grpo_autotune.report import Report, load_report
+from grpo_autotune.report.files import load_report
 from grpo_autotune.search.folder import SearchFolder, load_search
 
 STEPS = 50

@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_autotune import demo
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.hardware import cache_dir
+from grpo_autotune.files import cache_dir
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.train.models.random_init import build_tokenizer, built_once, save_random_model
 

@@ -132,7 +132,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
     """Print a stored report again."""
 
     def action() -> int:
-        from grpo_autotune.report import load_report
+        from grpo_autotune.report.files import load_report
 
         if run_dir.name == SEARCH_FILE or (
             (run_dir / SEARCH_FILE).is_file() and not (run_dir / "report.json").is_file()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from grpo_autotune.hardware import cache_dir, detect, find_gpu, package_version
+from grpo_autotune.files import cache_dir
+from grpo_autotune.hardware import detect, find_gpu, package_version
 from grpo_autotune.hardware.machine import Machine
 from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision

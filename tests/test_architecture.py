@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_autotune"
 
 LAYERS = (
-    ("errors", "files", "units", "console", "processes"),
+    ("errors", "files", "units", "processes"),
+    ("console",),
     ("records", "registry", "hardware", "seams"),
     ("config", "speedups"),
     ("rollout",),
@@ -223,8 +224,15 @@ def test_nothing_is_caught_blindly() -> None:
     assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/trials/child/execute.py"]
 
 
-@pytest.mark.parametrize("entrance", [["-c", "import grpo_autotune"], ["-m", "grpo_autotune", "--help"]])
-def test_import_and_help_stay_light(entrance: list[str]) -> None:
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        ["-c", "import grpo_autotune"],
+        ["-m", "grpo_autotune", "--help"],
+        ["-m", "grpo_autotune", "report", "tests/stored"],
+    ],
+)
+def test_import_help_and_a_stored_report_stay_light(entrance: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *entrance],
         cwd=ROOT,
@@ -236,3 +244,5 @@ def test_import_and_help_stay_light(entrance: list[str]) -> None:
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "grpo_autotune" in loaded
     assert not loaded & set(HEAVY)
+    rooms = {room(name) for name in loaded if name.startswith("grpo_autotune.")}
+    assert rooms <= {"cli", "console", "errors", "files", "records", "render", "report", "units"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.render.terminal import render
-from grpo_autotune.report import load_report
+from grpo_autotune.report.files import load_report
 from tools import readme_speedups
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.receipt import Receipt
-from grpo_autotune.report import Report
+from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
 from grpo_autotune.scripts.values import SPEEDUPS, ScriptValues, load_script_values
 from grpo_autotune.seams.import_hooks import (

@@ -9,7 +9,9 @@ from typing import Any
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.hardware import detect, measure_ceilings
 from grpo_autotune.records.probe import ProbeRecord
-from grpo_autotune.report import Report, build_report, save_report
+from grpo_autotune.records.report import Report
+from grpo_autotune.report.build import build_report
+from grpo_autotune.report.files import save_report
 
 
 def report_of(record: ProbeRecord, config: Mapping[str, Any] | None, folder: Path | None) -> Report:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.report import load_report
+from grpo_autotune.report.files import load_report
 from grpo_autotune.search.folder import load_search
 
 STORED = Path(__file__).parents[1] / "stored"

@@ -15,10 +15,11 @@ import pytest
 from grpo_autotune.advice.breakdown import Limit, break_down
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord
+from grpo_autotune.records.report import Report
 from grpo_autotune.render.sentences import LEGEND
 from grpo_autotune.render.terminal import render
-from grpo_autotune.report import Report, load_report, save_report
 from grpo_autotune.report.build import report_of_facts
+from grpo_autotune.report.files import load_report, save_report
 from tests.support.sample_records import CPU_MACHINE, GPU_MACHINE, demo_record, timings, two_rank_record, vllm_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"

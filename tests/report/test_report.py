@@ -15,9 +15,10 @@ from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.estimate.passes import Work
 from grpo_autotune.hardware import Ceilings, detect
 from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
-from grpo_autotune.records.report import StageReport
+from grpo_autotune.records.report import SCHEMA, Report, StageReport
 from grpo_autotune.render.terminal import render
-from grpo_autotune.report import SCHEMA, Report, build_report, load_report, save_report
+from grpo_autotune.report.build import build_report
+from grpo_autotune.report.files import load_report, save_report
 from grpo_autotune.report.limits import limit_of
 from tests.support.sample_records import demo_record, timings, token_facts, trainer_facts, two_rank_record, vllm_record
 

@@ -22,7 +22,7 @@ import datasets
 from PIL import Image, ImageOps
 
 from grpo_autotune.errors import DataError
-from grpo_autotune.hardware import cache_dir
+from grpo_autotune.files import cache_dir
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is not a whole image."""

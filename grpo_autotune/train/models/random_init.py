@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.estimate.architectures import architecture
-from grpo_autotune.hardware import cache_dir
+from grpo_autotune.files import cache_dir
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 SPECIAL_TOKENS = (
