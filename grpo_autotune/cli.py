@@ -1,4 +1,4 @@
-"""The table of commands, and the one place that catches our errors."""
+"""The table of commands, and the one place that catches this package's errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
 
 Action = Callable[[], int]
-"""What a command does once its words are understood; returns the exit code."""
+"""The work of a command whose arguments were parsed; returns the exit code."""
 SEARCH_FILE = "search.json"
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ app = typer.Typer(
 Config = Annotated[
     str | None,
     typer.Argument(
-        metavar="[CONFIG]", help="A YAML file or a shipped profile; ./grpo.yaml or the profile `demo` without."
+        metavar="[CONFIG]", help="A YAML file or a shipped profile; by default ./grpo.yaml, else the profile `demo`."
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
@@ -48,7 +48,7 @@ def options(
         bool, typer.Option("--debug", help="Show the traceback of an error; stands before the command.")
     ] = False,
 ) -> None:
-    """Where each second of a GRPO step goes, and what to do about it."""
+    """Options that stand before the command."""
 
 
 @app.command()
@@ -61,8 +61,8 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
         loaded = _load(config, set_)
         folder = out or loaded.run_dir / "probe"
         with output_aside() if json_ else nullcontext():
-            found, code = probe_config(loaded, steps=steps, out_dir=folder)
-        _print([found], json_)
+            measured, code = probe_config(loaded, steps=steps, out_dir=folder)
+        _print([measured], json_)
         say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
         return code
 
@@ -118,10 +118,10 @@ def search(
         loaded, words = _load_script(config, script, set_) if script else (_load(config, set_), None)
         folder = run_dir or loaded.run_dir / "search"
         with output_aside() if json_ else nullcontext():
-            found, code = search_config(
+            result, code = search_config(
                 loaded, budget_s=budget_s, out=out, run_dir=folder, resume=resume, storage=storage, script=words
             )
-        show(json.dumps(found.model_dump(mode="json"), indent=2) if json_ else render_search(found))
+        show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_search(result))
         return code
 
     return action
@@ -140,8 +140,8 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
             from grpo_autotune.render.search import render_search
             from grpo_autotune.search.folder import load_search
 
-            found = load_search(run_dir)
-            show(json.dumps(found.model_dump(mode="json"), indent=2) if json_ else render_search(found))
+            result = load_search(run_dir)
+            show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_search(result))
             return 0
         _print([load_report(run_dir)], json_)
         return 0
@@ -228,7 +228,7 @@ def doctor(json_: Json = False) -> Action:
 
 
 def _numbers(text: str | None) -> list[int]:
-    """GPUs as they are counted: `0,1`."""
+    """Indices of GPUs, from text such as `0,1`."""
     words = [word.strip() for word in text.split(",")] if text is not None else []
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise ConfigError(f"{text!r} is not a list of GPUs", where="--gpus", fix="Give their numbers: 0,1.")
@@ -244,7 +244,7 @@ def _load(source: str | None, overrides: list[str] | None) -> Any:
 
 
 def _load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
-    """The stand-in of a script, and its words; only the `search` and `output` sections can be set for it."""
+    """The configuration that stands in for a script, and its arguments; only `search` and `output` can be set."""
     import shlex
 
     from grpo_autotune.scripts.stand_in import load_stand_in
@@ -258,8 +258,8 @@ def _load_script(config: str | None, script: str, overrides: list[str] | None) -
 def _print(reports: Sequence[Any], as_json: bool) -> None:
     """Reports as text, or as one JSON document: an object, or a list where a script built several trainers."""
     if as_json:
-        found = [report.model_dump(mode="json") for report in reports]
-        show(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        documents = [report.model_dump(mode="json") for report in reports]
+        show(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     from grpo_autotune.render.terminal import render
 
@@ -270,7 +270,7 @@ def _print(reports: Sequence[Any], as_json: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (1 error, 2 configuration, 3 environment, 4 nothing succeeded).
 
-    Typer only parses: it would make something else of a Ctrl-C, or of an end of input in somebody's script.
+    Typer only parses: run by Typer, a script's Ctrl-C or end of input would end with another exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = words[:1] == ["--debug"]

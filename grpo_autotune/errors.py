@@ -72,7 +72,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def nearest_hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """What an error about a name that does not exist suggests: `Nearest: ...`, else `otherwise`."""
+    """Suggestion for an error about a name that does not exist: `Nearest: ...`, else `otherwise`."""
     near = nearest(name, known)
     return f"Nearest: {near}." if near else otherwise
 

@@ -1,4 +1,4 @@
-"""The plug-in for somebody's own script: `probe = attach(trainer)`, `trainer.train()`, `print(probe.report())`."""
+"""The probe in your own script: `probe = attach(trainer)`, `trainer.train()`, `print(probe.report())`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PrintableReport:
 
 
 class AttachedProbe:
-    """What `attach` returns."""
+    """The probe of one trainer, as `attach` returns it."""
 
     def __init__(self, probe: Probe, out_dir: Path | None) -> None:
         self._probe, self._out_dir = probe, out_dir
@@ -45,7 +45,10 @@ class AttachedProbe:
         """
         record = self._probe.record()
         if not record.timings.step_s:
-            raise ConfigError("nothing was measured: no optimizer step has ended since attach(trainer)")
+            raise ConfigError(
+                "nothing was measured: no optimizer step has ended since attach(trainer)",
+                fix="Call report() after trainer.train().",
+            )
         return PrintableReport(report_of(record, None, self._out_dir))
 
     def detach(self) -> None:

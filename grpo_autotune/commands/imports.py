@@ -1,4 +1,4 @@
-"""What has to happen before transformers and TRL are imported."""
+"""Preparations before transformers and TRL are imported."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 
 def mend_torchvision() -> None:
-    """Let torchvision import beside a torch it was not built for, and say so."""
+    """Make torchvision importable beside a torch it was not built for, and print a note where that was needed."""
     finding = ensure_torchvision()
     if finding is not None:
         say(f"note: {finding}")
 
 
 def served_weights(config: RunConfig) -> Weights:
-    """The weights that a run's server serves, built or downloaded where they are not there yet.
+    """The weights that a run's server serves, built or downloaded first where they are missing.
 
     Raises:
         ConfigError: There is no such model.

@@ -1,4 +1,4 @@
-"""`grpo-autotune probe`: a short real trial of a configuration, and where its seconds went."""
+"""`grpo-autotune probe`: a short real trial of a configuration, and a report of where its seconds went."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
         The report, and the exit code: 0, or 130 where Ctrl-C ended the trial early.
 
     Raises:
-        AutotuneError: The configuration, the data, a reward or this machine stood in the way.
+        AutotuneError: The configuration, the data, a reward function or this machine cannot be used.
     """
     startup, code = Startup(), 0
     watched: list[Callable[[], str | None]] = [startup.now]
@@ -35,8 +35,8 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
             from grpo_autotune.train.runs.stop_after import StopAfter
             from grpo_autotune.train.trial_trainer import quiet_trainer
         startup.since_birth("import")
-        with own_server(config, served_weights, gpus, out_dir, startup.phase) as found:
-            trainer = quiet_trainer(config, startup, say, overrides=found)
+        with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
+            trainer = quiet_trainer(config, startup, say, overrides=overrides)
             probe = Probe(trainer, startup=startup, out_dir=out_dir)
             watched.append(probe.now)
             total = probe.warmup + -(-steps // probe.cycle) * probe.cycle

@@ -1,4 +1,4 @@
-"""`grpo-autotune train`: train a configuration, and tell what is under way and where time went."""
+"""`grpo-autotune train`: train a configuration, show its progress, and in the end where time went."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        with own_server(config, served_weights, gpus, out_dir, startup.phase) as found, EngineTime(startup):
+        with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, EngineTime(startup):
             result = run_training(
-                config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=found
+                config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
             )
         watched.pop()
     say(result.line())

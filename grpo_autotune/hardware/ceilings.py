@@ -1,7 +1,7 @@
-"""What this machine really reaches: the matrix rate in the run's dtype, and the memory bandwidth; measured once, kept.
+"""The rates that this machine reaches: matrix products in the run's dtype, and memory bandwidth; measured once, kept.
 
-A stage's share of its limit is told against these, not against a data sheet. Measuring takes about two seconds. On a
-machine whose cores were busy with something else the result is used, but not kept.
+A stage's share of its limit refers to these, not to a data sheet. Measuring takes about two seconds. On a machine whose
+cores were busy with something else the result is used, but not kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUIET_SHARE = 0.75
 
 SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-"""Well beyond the caches: the copy has to reach memory."""
+"""Size of the copy, far larger than the caches, so that it reaches memory."""
 
 
 class Ceilings(BaseModel):
@@ -35,11 +35,11 @@ class Ceilings(BaseModel):
         device: "cpu" or "cuda".
         dtype: Name of the matrices' dtype.
         threads: Threads torch used (1 on a GPU).
-        matrix_flops_s: Best rate of a square matrix product, operations a second.
-        memory_bytes_s: Best rate of a large copy, bytes read and written a second.
+        matrix_flops_s: Best rate of a square matrix product, operations per second.
+        memory_bytes_s: Best rate of a large copy, bytes read and written per second.
         matrix_side: Side of the product that reached the best rate.
         measured_s: Seconds the measurement took.
-        quiet: Whether the process had its threads' cores to itself (true on a GPU, where it cannot be told).
+        quiet: Whether the process had its threads' cores to itself (true on a GPU, where that is not known).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +84,7 @@ def measure_ceilings(
             path.unlink(missing_ok=True)
     start = clock()
     products = matrix_rate(device, dtype, clock, cpu_clock)
-    found = Ceilings(
+    measured = Ceilings(
         device=kind,
         dtype=dtype,
         threads=threads,
@@ -94,10 +94,10 @@ def measure_ceilings(
         quiet=kind != "cpu" or products.cores >= QUIET_SHARE * threads,
         measured_s=clock() - start,
     )
-    if found.quiet:
+    if measured.quiet:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, found.model_dump_json(indent=2))
-    return found
+        write_whole(path, measured.model_dump_json(indent=2))
+    return measured
 
 
 class Products(NamedTuple):
@@ -109,7 +109,7 @@ class Products(NamedTuple):
 
 
 def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: Callable[[], float]) -> Products:
-    """Find the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
+    """Measure the fastest square product; sides double while one product stays within `LONGEST_PRODUCT_S`."""
     import torch
 
     random = torch.Generator(device)  # a run may be under way: its own stream of random numbers stays untouched
@@ -132,7 +132,7 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can be had on the device now; a run may be holding most of it."""
+    """Bytes that can be allocated on the device now; a run may hold most of its memory."""
     import torch
 
     if torch.device(device).type == "cpu":
@@ -144,7 +144,7 @@ def free_bytes(device: str) -> int:
 
 
 def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float:
-    """Bytes read and written a second by the fastest copy of `size_bytes`."""
+    """Bytes read and written per second by the fastest copy of `size_bytes`."""
     import torch
 
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)

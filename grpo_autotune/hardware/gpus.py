@@ -1,4 +1,4 @@
-"""GPUs as a table: what the vendor promises, each row with its source.
+"""A table of GPUs: the vendor's figures, each row with its source.
 
 Rates are dense (data sheets that print the rate with sparsity are halved) with float32 accumulation, which is what
 training uses; GeForce cards reach half of their float16-accumulation rate this way.
@@ -32,8 +32,8 @@ class GpuRow(NamedTuple):
         name: Its name.
         pattern: Regular expression found in the name that NVML reports.
         memory_bytes: Memory, as sold.
-        matrix_flops_s: Dense bfloat16 operations a second; float16 where the card has no bfloat16.
-        bandwidth_bytes_s: Memory bandwidth.
+        matrix_flops_s: Dense bfloat16 operations per second; float16 where the card has no bfloat16.
+        bandwidth_bytes_s: Memory bandwidth, bytes per second.
         bfloat16: Whether its matrix units take bfloat16.
         source: The vendor's data sheet or white paper.
     """
@@ -121,9 +121,9 @@ GPUS = (
         "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/amd-instinct-mi300x-data-sheet.pdf",
     ),
 )
-"""More particular names first: the first row whose pattern is found counts."""
+"""Longer names first: the first row whose pattern matches counts."""
 
 
 def find_gpu(name: str) -> GpuRow | None:
-    """The row of a card by the name its driver reports; null for a card that is not in the table."""
+    """The row of a card by the name its driver reports; None for a card that is not in the table."""
     return next((row for row in GPUS if re.search(row.pattern, name)), None)

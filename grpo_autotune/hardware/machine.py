@@ -53,7 +53,7 @@ class Machine(BaseModel):
         memory_bytes: Memory this process may use (the container's limit counted).
         gpus: All GPUs of the driver, whether visible to CUDA or not.
         versions: Versions of the installed packages among `PACKAGES`.
-        fingerprint: Short hash of the hardware; equal on machines that are alike.
+        fingerprint: Short hash of the hardware; equal on machines with the same hardware.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +69,7 @@ class Machine(BaseModel):
 
 
 def detect() -> Machine:
-    """Look at this machine; imports neither torch nor a driver's library beyond NVML's bindings."""
+    """Describe this machine; imports neither torch nor a driver's library beyond NVML's bindings."""
     cpu, cores, memory_bytes, gpus = cpu_model(), usable_cores(), usable_memory_bytes(), detect_gpus()
     hardware = [cpu, cores, round(memory_bytes / 2**30), [gpu.model_dump() for gpu in gpus]]
     return Machine(
@@ -86,12 +86,12 @@ def detect() -> Machine:
 
 @lru_cache(maxsize=32)
 def installed(package: str) -> bool:
-    """Whether a package can be imported; nothing is imported."""
+    """Return whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def package_version(distribution: str) -> str | None:
-    """Version of an installed distribution, without importing it; null where it is absent."""
+    """Version of an installed distribution, without importing it; None where it is absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -126,7 +126,7 @@ def usable_memory_bytes() -> int:
 
 
 def detect_gpus() -> tuple[Gpu, ...]:
-    """GPUs that NVML knows; none where there is no NVIDIA driver."""
+    """GPUs that NVML lists; none where there is no NVIDIA driver."""
     import pynvml
 
     try:

@@ -1,6 +1,6 @@
-"""Ranks tell each other their means through the process group's key-value store.
+"""The ranks' mean timings, exchanged through the process group's key-value store.
 
-No collective is used: a rank that has no probe, or left early, is missing from the table and keeps nobody waiting.
+No collective is used: a rank that has no probe, or left early, is missing from the result and blocks no other rank.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ POLL_S = 0.05
 
 
 def publish(mine: RankTimings, topic: str) -> None:
-    """Let the other ranks read this one's means; does nothing without a process group."""
+    """Make this rank's means readable by the others; does nothing without a process group."""
     store = _store()
     if store is not None:
         store.set(f"{topic}/{mine.rank}", mine.model_dump_json())
 
 
 def collect(topic: str, ranks: int, wait_s: float = WAIT_S) -> list[RankTimings]:
-    """What the ranks published, in their order, after waiting at most `wait_s` for the slowest."""
+    """Return the published means by rank, after waiting at most `wait_s` seconds for the slowest."""
     store = _store()
     if store is None:
         return []
@@ -32,8 +32,7 @@ def collect(topic: str, ranks: int, wait_s: float = WAIT_S) -> list[RankTimings]
     names = [f"{topic}/{rank}" for rank in range(ranks)]
     while not store.check(names) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    there = [name for name in names if store.check([name])]
-    return [RankTimings.model_validate_json(store.get(name)) for name in there]
+    return [RankTimings.model_validate_json(store.get(name)) for name in names if store.check([name])]
 
 
 def _store() -> Any:

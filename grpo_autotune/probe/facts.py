@@ -1,7 +1,7 @@
-"""What the measured generations were made of: tokens, rewards and images.
+"""Facts of the measured generations: tokens, rewards and images.
 
-Each collector keeps one small entry a generation, tagged with the number of optimizer steps finished before it, so that
-the warm-up can be left out when the facts are read.
+Each collector keeps one small entry per generation, tagged with the number of optimizer steps finished before it, so
+that the warm-up can be left out when the facts are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PASSED = 0.5
 SIZES = (384, 512, 768, 1024)
 SIZE_SAMPLE = 64
 IMAGE_STEPS = 4
-"""Generating steps whose images are looked at: telling distinct ones apart reads every pixel."""
+"""Generating steps whose images are read: telling distinct ones apart reads every pixel."""
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -70,14 +70,14 @@ class TokenCollector:
         self.rewards.append((step, rewards_per_function.detach().float().cpu().numpy()))
 
     def from_the_first(self) -> list[list[int]]:
-        """Completion lengths of every generation, warm-up included; empty once the first ones were let go."""
+        """Completion lengths of every generation, warm-up included; empty once the first ones were dropped."""
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations from step `first` on.
 
-        Tokens a step are counted over whole cycles of generating and reusing, so that each generation is divided by all
-        the steps that it serves; of very long runs, over the last `KEEP` generations.
+        Tokens per step are counted over whole cycles of generating and reusing, so that each generation is divided by
+        all the steps that it serves; of very long runs, over the last `KEEP` generations.
 
         Args:
             first: Optimizer steps to leave out.
@@ -141,7 +141,7 @@ class _Pictures:
 class ImageCollector:
     """Images of the first generating steps, and how often they were decoded and processed.
 
-    `full` once a generation has come that is not looked at any more.
+    `full` is true once a generation came whose images were not read.
     """
 
     generations: list[_Pictures] = field(default_factory=list)
@@ -165,7 +165,7 @@ class ImageCollector:
         self.generations.append(_Pictures(step, sizes, len(inputs), distinct, tokens))
 
     def facts(self, first: int, steps: int, cycle: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
-        """Facts of the generations that were looked at, from step `first` on and over at most `steps` steps.
+        """Facts of the generations whose images were read, from step `first` on and over at most `steps` steps.
 
         Args:
             first: Optimizer steps to leave out.
@@ -193,9 +193,9 @@ class ImageCollector:
 
 
 def _images_of(row: dict[str, Any]) -> list[Any]:
-    found = row.get("images") if "images" in row else row.get("image")
-    found = found if isinstance(found, list) else [found]
-    return [image for image in found if isinstance(getattr(image, "size", None), tuple) and hasattr(image, "tobytes")]
+    images = row.get("images") if "images" in row else row.get("image")
+    images = images if isinstance(images, list) else [images]
+    return [image for image in images if isinstance(getattr(image, "size", None), tuple) and hasattr(image, "tobytes")]
 
 
 def _fingerprint(image: Any) -> tuple[Any, int]:
@@ -205,13 +205,13 @@ def _fingerprint(image: Any) -> tuple[Any, int]:
 def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], int | None]) -> dict[str, float]:
     """Mean tokens of a sample of the images if their longest side were each of `SIZES` pixels, aspect kept."""
     stride = max(1, len(sizes) // SIZE_SAMPLE)
-    found = {}
+    means = {}
     for side in SIZES:
         counts = [patches(*(max(1, round(s * side / max(size))) for s in size)) for size in sizes[::stride]]
         known = [n for n in counts if n is not None]
         if known:
-            found[str(side)] = sum(known) / len(known)
-    return found
+            means[str(side)] = sum(known) / len(known)
+    return means
 
 
 @dataclass(slots=True)
@@ -221,7 +221,7 @@ class RewardCollector:
     rows: dict[str, RewardCall] = field(default_factory=dict)
 
     def see(self, name: str, is_async: bool, seconds: float) -> None:
-        """Book one call."""
+        """Record one call."""
         before = self.rows.get(name)
         calls, total_s, max_s = (before.calls, before.calls * before.mean_s, before.max_s) if before else (0, 0.0, 0.0)
         mean_s = (total_s + seconds) / (calls + 1)
@@ -229,5 +229,5 @@ class RewardCollector:
         self.rows[name] = row
 
     def facts(self) -> list[RewardCall]:
-        """One row a function, slowest first."""
+        """One row per function, slowest first."""
         return sorted(self.rows.values(), key=lambda row: -row.mean_s)

@@ -49,7 +49,7 @@ class ResidentGauge:
         return self._last
 
     def close(self) -> None:
-        """Give the file back; the gauge cannot be read any more."""
+        """Close the file; the gauge cannot be read afterwards."""
         os.close(self._handle)
 
 
@@ -62,11 +62,11 @@ class CudaGauge:
         return int(peak)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Keep the interface of `ResidentGauge`: there is no file to close."""
 
 
 def gauges_for(device: torch.device) -> tuple[CudaTimer | None, CudaGauge | ResidentGauge | None]:
-    """Timer and memory gauge of `device`; the timer is None where the host's clock tells the truth."""
+    """Timer and memory gauge of `device`; the timer is None where the host's clock measures the device's work."""
     if device.type == "cuda":
         return CudaTimer(), CudaGauge()
     try:

@@ -1,4 +1,4 @@
-"""Which layer the probe puts on which seam: most only time a call, a few also look at what goes in and comes out."""
+"""The probe's layers on TRL's seams: most only time a call, a few also read its arguments and its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
 
 
 class Observer(Protocol):
-    """What the layers need of the probe that they report to."""
+    """The part of the probe that its layers use."""
 
     trainer: Any
     recorder: SpanRecorder
@@ -32,7 +32,7 @@ class Observer(Protocol):
     weight_sync_bytes: int | None
 
     def counting(self) -> bool:
-        """Whether a training step is under way, outside evaluation."""
+        """Return whether a training step is under way, outside evaluation."""
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
@@ -84,7 +84,7 @@ def _timed_layer(probe: Observer, row: Seam) -> Layer:
 
 
 def _prompt_layer(probe: Observer, row: Seam) -> Layer:
-    """A reward model tokenizes too; that is the reward's time."""
+    """Time prompt processing; what a reward model tokenizes counts as the reward's time."""
     recorder = probe.recorder
 
     def prompt(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def _prompt_layer(probe: Observer, row: Seam) -> Layer:
 
 
 def _logps_layer(probe: Observer, row: Seam) -> Layer:
-    """TRL uses one method for three jobs; the caller and the model tell which."""
+    """Time a log-prob pass; TRL has one method for three of them, which caller and model tell apart."""
     recorder, trainer = probe.recorder, probe.trainer
     adapters = _adapter_state(trainer.model)
 
@@ -114,7 +114,7 @@ def _logps_layer(probe: Observer, row: Seam) -> Layer:
 
 
 def _adapter_state(model: Any) -> Callable[[], str]:
-    """A function that tells whether the model's adapters are `disabled`, or which one is active ("" without any)."""
+    """A function that returns `disabled`, or the name of the model's active adapter ("" without any)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -131,7 +131,7 @@ def _adapter_state(model: Any) -> Callable[[], str]:
 
 
 def _switch_layer(probe: Observer, row: Seam) -> Layer:
-    """Entering and leaving a context around the no-grad log-prob passes; without a reference, the old policy's."""
+    """Time entering and leaving a context around no-grad log-prob passes (without a reference, the old policy's)."""
     recorder = probe.recorder
     stage = row.stage if probe.trainer.beta != 0.0 else "policy_logprob"
 
@@ -140,8 +140,8 @@ def _switch_layer(probe: Observer, row: Seam) -> Layer:
         context = call_next(*args, **kwargs)
         with ExitStack() as stack:
             with recorder.span(stage, row.part):
-                found = stack.enter_context(context)
-            yield found
+                entered = stack.enter_context(context)
+            yield entered
             with recorder.span(stage, row.part):
                 stack.close()
 
@@ -163,14 +163,14 @@ def _score_layer(probe: Observer, row: Seam) -> Layer:
 
 
 def _rollout_layer(probe: Observer, row: Seam) -> Layer:
-    """Prompt and completion ids as they were sampled: later TRL masks truncated completions away."""
+    """Keep prompt and completion ids as they were sampled: later TRL masks truncated completions out."""
     recorder = probe.recorder
 
     def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
-            found = call_next(*args, **kwargs)
-        probe.rollout = found[0], found[1]
-        return found
+            result = call_next(*args, **kwargs)
+        probe.rollout = result[0], result[1]
+        return result
 
     return rollout
 
@@ -180,10 +180,10 @@ def _rewards_layer(probe: Observer, row: Seam) -> Layer:
 
     def rewards(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("reward"):
-            found = call_next(*args, **kwargs)
+            scores = call_next(*args, **kwargs)
         if recorder.is_open and not recorder.inside(APART):
-            probe.tokens.see_rewards(probe.closed, found)
-        return found
+            probe.tokens.see_rewards(probe.closed, scores)
+        return scores
 
     return rewards
 
@@ -196,21 +196,21 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
         counted = recorder.is_open and not recorder.inside(APART)
         span = None if recorder.on_main_thread() else recorder.begin_elsewhere("reward" if counted else APART, name)
         with recorder.span("reward", name):
-            found = call_next(*args, **kwargs)
+            scores = call_next(*args, **kwargs)
         if span is not None:
             recorder.end_elsewhere(span)
         if counted:
             probe.rewards.see(name, False, time.perf_counter() - begin)
-        return found
+        return scores
 
     async def awaited(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         counted = recorder.is_open and not recorder.inside(APART)
         span = recorder.begin_elsewhere("reward" if counted else APART, name)
-        found = await call_next(*args, **kwargs)
+        scores = await call_next(*args, **kwargs)
         recorder.end_elsewhere(span)
         if counted:
             probe.rewards.see(name, True, span.host_s)
-        return found
+        return scores
 
     return awaited if is_async else timed
 
@@ -220,15 +220,15 @@ def _step_end_layer(probe: Observer, row: Seam) -> Layer:
 
     def step_end(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
-            found = call_next(*args, **kwargs)
+            result = call_next(*args, **kwargs)
         probe.step_ended()
-        return found
+        return result
 
     return step_end
 
 
 def _counters(probe: Observer) -> list[Handle]:
-    """Decodings of the data set's images, runs of the image processor, and bytes of a weight sync."""
+    """Layers that count decoded images, runs of the image processor, and bytes of a weight sync."""
     handles = []
     processor = getattr(probe.trainer.processing_class, "image_processor", None)
     if processor is not None:

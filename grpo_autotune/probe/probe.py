@@ -1,6 +1,6 @@
-"""The probe of one trainer: it puts layers on TRL's seams, closes a tree of spans each optimizer step, and reads facts.
+"""The probe of one trainer: layers on TRL's seams, a tree of spans for each optimizer step, and facts of the run.
 
-It draws no random numbers and changes no value, so training with and without it logs the same losses.
+It draws no random numbers and changes no value, so training logs the same losses with and without it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Probe:
     """Measures `trainer` from now until `detach`.
 
     Args:
-        trainer: A `trl.GRPOTrainer`; nothing else of TRL's has these seams.
-        startup: Phases measured before; None begins with what this process did until now.
-        out_dir: Folder that gets `spans.jsonl`, a line a step (other ranks than 0 add their number); None writes none.
-        warmup: Steps put aside at the start; by default one cycle of generating and reusing.
+        trainer: A `trl.GRPOTrainer`; no other trainer of TRL has these seams.
+        startup: Phases measured before; without, the time since the process's birth is one phase.
+        out_dir: Folder that gets `spans.jsonl`, a line per step (ranks other than 0 add their number).
+        warmup: Steps at the start that are not measured; by default one cycle of generating and reusing.
 
     Raises:
         SeamError: The installed TRL lacks a method that holds a stage.
@@ -83,7 +83,7 @@ class Probe:
         trainer.add_callback(self._callback)
 
     def detach(self) -> None:
-        """Take every layer out; the trainer is as it was, and what was measured stays readable."""
+        """Remove every layer, so that the trainer is as it was; measurements stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -99,11 +99,11 @@ class Probe:
             self._file = None
 
     def counting(self) -> bool:
-        """Whether a training step is under way, outside evaluation."""
+        """Return whether a training step is under way, outside evaluation."""
         return self.recorder.is_open and not self.recorder.inside(APART)
 
     def now(self) -> str | None:
-        """What is under way, in words, for a heartbeat; None while steps are too short to be worth one."""
+        """The step and stage under way, in words for a heartbeat; None while the step is younger than a heartbeat."""
         span, age_s = self.recorder.current(), self.recorder.age_s()
         if span is None:
             return self.startup.now()
@@ -136,7 +136,7 @@ class Probe:
         self._open(step)
 
     def train_ended(self) -> None:
-        """Stop sampling and let every rank know the others' means."""
+        """Stop sampling and publish this rank's means to the others."""
         self.recorder.abandon()
         self._sampler.stop()
         publish(self._means(self._timings()), self._topic)
@@ -164,13 +164,13 @@ class Probe:
         )
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
-        """What the meter saw; with TRL's plain engine, its start and the bytes of a sync as the probe saw them."""
-        found = self.engine.facts(first)
-        if found is None:
+        """The meter's facts; with TRL's plain engine, its start and the bytes of a sync come from the probe."""
+        facts = self.engine.facts(first)
+        if facts is None:
             return None
         started = next((phase.seconds for phase in self.startup.phases() if phase.name == "engine"), None)
         plain = {"start_s": started, "sync_bytes": self.weight_sync_bytes}
-        return found.model_copy(update={key: value for key, value in plain.items() if getattr(found, key) is None})
+        return facts.model_copy(update={key: value for key, value in plain.items() if getattr(facts, key) is None})
 
     def _open(self, step: int) -> None:
         self._last_step = step
@@ -242,7 +242,7 @@ class Probe:
 
 
 class _Edges(TrainerCallback):  # type: ignore[misc]
-    """The edges of a step that no method holds."""
+    """The edges of a step that no method of the trainer marks."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe

@@ -1,4 +1,4 @@
-"""A thread that looks at the machine five times a second and books what it sees to the stage under way."""
+"""A thread that samples the machine five times per second for the stage under way."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class NvmlDevice:
         self._handle = find(uuid_or_index)
 
     def read(self) -> dict[str, float]:
-        """Percent busy, bytes in use, watts; what the GPU does not tell is left out."""
-        nvml, found = self._nvml, {}
+        """Percent busy, bytes in use, watts; without those that the GPU does not report."""
+        nvml, values = self._nvml, {}
         readers: Iterable[tuple[str, Callable[[], float]]] = (
             ("gpu_percent", lambda: nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
             ("gpu_memory_bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(self._handle).used),
@@ -50,10 +50,10 @@ class NvmlDevice:
         )
         for name, reader in readers:
             try:
-                found[name] = float(reader())
+                values[name] = float(reader())
             except nvml.NVMLError:
                 continue
-        return found
+        return values
 
 
 class ProcessReader:
@@ -92,7 +92,7 @@ class Sampler:
             self._thread.start()
 
     def stop(self) -> None:
-        """End sampling; what was seen stays."""
+        """End sampling; the samples stay."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()

@@ -1,6 +1,6 @@
 """A timed tree: spans opened and closed on the main thread nest, spans of other threads are kept beside them.
 
-The clock, the device's timer and the memory gauge are handed in, so that the tree can be tested without a GPU and
+The clock, the device's timer and the memory gauge are arguments, so that the tree can be tested without a GPU and
 without sleeping. One tree (`StepSpans`) covers one optimizer step.
 """
 
@@ -21,10 +21,10 @@ class DeviceTimer(Protocol):
         """A mark at the present end of the stream."""
 
     def done(self, mark: Any) -> bool:
-        """Whether the stream has passed the mark."""
+        """Return whether the stream has passed the mark."""
 
     def wait(self, mark: Any) -> None:
-        """Wait until it has."""
+        """Wait until the stream has passed the mark."""
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Seconds between two marks that the stream has passed."""
@@ -80,7 +80,7 @@ class SpanRecorder:
 
     @property
     def is_open(self) -> bool:
-        """Whether an optimizer step is under way."""
+        """True while an optimizer step is under way."""
         return bool(self._stack)
 
     def current(self) -> Span | None:
@@ -94,7 +94,7 @@ class SpanRecorder:
         return self.clock() - stack[0].start_s if stack else 0.0
 
     def inside(self, stage: str, part: str | None = None) -> bool:
-        """Whether a span of `stage` (and `part`) is open on the main thread."""
+        """Return whether a span of `stage` (and `part`) is open on the main thread."""
         return any(span.stage == stage and (part is None or span.part == part) for span in self._stack)
 
     def open_root(self) -> None:
@@ -104,7 +104,7 @@ class SpanRecorder:
         self.begin("", "step")
 
     def close_root(self, step: int) -> StepSpans:
-        """End the optimizer step and hand out its spans."""
+        """End the optimizer step and return its spans."""
         self.end(self._stack[0])
         done = StepSpans(step, self._spans, self._others)
         self._spans, self._others = [], []
@@ -157,7 +157,7 @@ class SpanRecorder:
             self.edge()
 
     def on_main_thread(self) -> bool:
-        """Whether the caller is the thread that runs the optimizer step."""
+        """Return whether the caller is the thread that runs the optimizer step."""
         return threading.get_ident() == self._thread
 
     def _gauge(self) -> None:

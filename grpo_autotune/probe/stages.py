@@ -1,6 +1,6 @@
-"""From spans to stages: a stage's seconds are self time (children taken out), so the stages sum to the step.
+"""Stages from spans: a stage's seconds are self time (without its children), so the stages sum to the step.
 
-Evaluation runs the same methods as training, so whatever happens inside logging, saving or evaluating counts there.
+Evaluation runs the same methods as training, so all that happens inside logging, saving or evaluating counts there.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ class StepStages:
 
 
 def stages_of(step: StepSpans, timer: DeviceTimer | None = None) -> StepStages:
-    """Sum one step's spans by stage; with `timer`, seconds are the device's and the host's stand beside them."""
+    """Sum one step's spans by stage; with `timer`, seconds are the device's, and the host's are kept beside them."""
     host = _self_seconds(step.spans, [span.host_s for span in step.spans])
     if timer is None:
         seconds = host
     else:
         device = [timer.seconds(span.begin_mark, span.end_mark) for span in step.spans]
         seconds = _self_seconds(step.spans, device)
-    found = StepStages(step.step, math.fsum(seconds), defaultdict(float), defaultdict(float), defaultdict(float))
+    stages = StepStages(step.step, math.fsum(seconds), defaultdict(float), defaultdict(float), defaultdict(float))
     calls: dict[str, int] = defaultdict(int)
-    for span, own_s, host_s, (stage, part) in zip(step.spans, seconds, host, _classify(step.spans), strict=True):
-        found.self_s[stage] += own_s
-        found.host_s[stage] += host_s
+    for span, self_s, host_s, (stage, part) in zip(step.spans, seconds, host, _classify(step.spans), strict=True):
+        stages.self_s[stage] += self_s
+        stages.host_s[stage] += host_s
         if part:
-            found.parts[stage, part] += own_s
-        found.peak_bytes[stage] = max(found.peak_bytes.get(stage, 0), span.peak_bytes)
+            stages.parts[stage, part] += self_s
+        stages.peak_bytes[stage] = max(stages.peak_bytes.get(stage, 0), span.peak_bytes)
         calls[stage] += stage != "other"
-    found.calls = calls
-    found.hidden_s = _hidden(step)
-    return found
+    stages.calls = calls
+    stages.hidden_s = _hidden(step)
+    return stages
 
 
 def _self_seconds(spans: Sequence[Span], totals: Sequence[float]) -> list[float]:
-    """Each span's seconds less its children's."""
-    own = list(totals)
+    """Each span's seconds minus its children's."""
+    seconds = list(totals)
     for span, total in zip(spans, totals, strict=True):
         if span.parent >= 0:
-            own[span.parent] -= total
-    return own
+            seconds[span.parent] -= total
+    return seconds
 
 
 def _classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
     """Stage and part of each span's self time. Parents come before children in the list."""
-    found: list[tuple[str, str]] = []
+    classes: list[tuple[str, str]] = []
     for span in spans:
-        above = found[span.parent] if span.parent >= 0 else ("other", "")
+        above = classes[span.parent] if span.parent >= 0 else ("other", "")
         if above[0] == APART:
-            found.append((APART, span.part if span.stage == APART and above[1] != "evaluate" else above[1]))
+            classes.append((APART, span.part if span.stage == APART and above[1] != "evaluate" else above[1]))
         else:
-            found.append((span.stage or "other", span.part))
-    return found
+            classes.append((span.stage or "other", span.part))
+    return classes
 
 
 def _hidden(step: StepSpans) -> dict[str, float]:
@@ -107,7 +107,7 @@ def _length(intervals: Iterable[Interval]) -> float:
 def summarise(
     steps: Sequence[StepStages], *, warmup: int, cycle: int, on_device: bool, seams: dict[str, list[str]]
 ) -> StageTimings:
-    """The measured steps as one table; `warmup` steps are put aside unless that would leave none."""
+    """The measured steps as one table; the first `warmup` steps are left out unless that would leave none."""
     warmup = warmup if len(steps) > warmup else 0
     kept = steps[warmup:]
     rows = []

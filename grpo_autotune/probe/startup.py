@@ -13,7 +13,7 @@ from grpo_autotune.units import duration
 
 
 class Startup:
-    """Seconds of each phase before the first step; a phase inside another takes its seconds out of the outer one.
+    """Seconds of each phase before the first step; a phase inside another is not counted in the outer one.
 
     Args:
         clock: Seconds since the epoch, as the operating system gives the process's birth.
@@ -28,7 +28,7 @@ class Startup:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book the time inside to `name`."""
+        """Count the time inside as `name`."""
         begin = self._clock()
         self._open.append((name, begin))
         try:
@@ -38,14 +38,14 @@ class Startup:
             self.add(name, self._clock() - begin)
 
     def add(self, name: str, seconds: float) -> None:
-        """Book seconds measured elsewhere."""
+        """Add seconds measured elsewhere."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         if self._open:
             outer = self._open[-1][0]
             self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
 
     def since_birth(self, name: str) -> None:
-        """Book everything from the process's birth until now, less what is booked already, to `name`."""
+        """Count all time since the process's birth that no phase has as `name`."""
         self.add(name, max(0.0, self._clock() - self.born_s - sum(self._seconds.values())))
 
     def now(self) -> str | None:
@@ -56,5 +56,5 @@ class Startup:
         return f"start-up: {name}, {duration(self._clock() - begin)}"
 
     def phases(self) -> list[Phase]:
-        """All phases in the order in which they were first booked."""
+        """All phases in the order in which they were first counted."""
         return [Phase(name=name, seconds=max(0.0, seconds)) for name, seconds in self._seconds.items()]

@@ -1,4 +1,4 @@
-"""What a trainer really runs, read off the trainer itself."""
+"""Facts of a trainer and of the installed packages, read from the trainer itself."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "v
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that matter to a step's speed."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cycle_of(args: Any) -> int:
@@ -70,7 +70,7 @@ def facts_of(trainer: Any) -> TrainerFacts:
 
 
 def _elements(parameter: Any) -> int:
-    """Weights a parameter stands for: a 4-bit parameter packs two into a byte, which `quant_state` knows."""
+    """Weights a parameter stands for: a 4-bit parameter packs two into a byte, and `quant_state` has their shape."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 
@@ -80,12 +80,12 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
     if not isinstance(configs, dict) or not configs:
         return None
     config = next(iter(configs.values())).to_dict()
-    found: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
+    return plain
 
 
 def _speedups_of(trainer: Any) -> list[str]:
-    """Names of the speed-ups that do their work on this trainer."""
+    """Names of the speed-ups that are on for this trainer."""
     on = getattr(trainer, SPEED_UPS, None)
     return [row.name for row in on.table() if row.on] if on is not None else []
 
