@@ -1,6 +1,6 @@
-"""The arithmetic of a GRPO batch: which numbers fit together, and the nearest ones that do.
+"""The arithmetic of a GRPO batch: its checks, and the nearest legal values.
 
-TRL generates for `steps_per_generation` micro steps at once (the checks of `GRPOConfig.__post_init__`, TRL 1.16):
+TRL generates for `steps_per_generation` micro steps at once (`GRPOConfig.__post_init__`, TRL 1.16):
 
     generation batch = per_device_train_batch_size x world size x steps_per_generation
 
@@ -38,15 +38,15 @@ class BatchPlan:
     """The batch arithmetic of a `grpo` section, with TRL's defaults for keys that it leaves out.
 
     Attributes:
-        micro_batch: Completions a forward, on one device.
+        micro_batch: Completions per forward pass, on one device.
         processes: World size.
-        accumulation: Micro steps an optimizer step.
-        steps_per_generation: Micro steps a generation.
-        num_generations: Completions a prompt (G).
+        accumulation: Micro steps per optimizer step.
+        steps_per_generation: Micro steps per generation.
+        num_generations: Completions per prompt (G).
         num_iterations: Times each generation is trained on.
-        generation_batch: Completions a generation, over all devices.
-        eval_batch: Completions an evaluation step, over all devices; null where evaluation is off.
-        eval_generations: Completions a prompt in evaluation.
+        generation_batch: Completions per generation, over all devices.
+        eval_batch: Completions per evaluation step, over all devices; None where evaluation is off.
+        eval_generations: Completions per prompt in evaluation.
     """
 
     micro_batch: int
@@ -61,21 +61,21 @@ class BatchPlan:
 
     @property
     def prompts_per_generation(self) -> int:
-        """Distinct prompts a generation."""
+        """Distinct prompts per generation."""
         return self.generation_batch // self.num_generations
 
     @property
     def completions_per_step(self) -> int:
-        """Completions an optimizer step, over all devices."""
+        """Completions per optimizer step, over all devices."""
         return self.micro_batch * self.processes * self.accumulation
 
 
 def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
-    """Work out the batch arithmetic of a `grpo` section whose types were checked, and judge it.
+    """Compute and check the batch arithmetic of a `grpo` section whose types were checked.
 
     Raises:
         ConfigError: If a count is not positive, both `generation_batch_size` and `steps_per_generation` are given, or
-            a batch is not a whole number of groups; the message says the rule and the nearest legal values.
+            a batch is not a whole number of groups; the message has the rule and the nearest legal values.
     """
 
     def value(name: str) -> Any:
@@ -116,7 +116,7 @@ COUNTS = {
     "num_generations_eval": 1,
     "max_completion_length": 1,
 }
-"""Smallest legal value. A group of one has no mean to be compared with, so its advantage is always zero."""
+"""Key -> smallest legal value. The advantage of a group of one is always zero, since the group is its own mean."""
 
 MAY_BE_NULL = frozenset(
     {"steps_per_generation", "generation_batch_size", "num_generations_eval", "max_completion_length"}
@@ -135,7 +135,7 @@ def _check_counts(grpo: Mapping[str, Any]) -> None:
 
 
 def _steps_per_generation(batch: int | None, steps: int | None, micro: int, processes: int, accumulation: int) -> int:
-    """Micro steps a generation, as `GRPOConfig.__post_init__` derives them."""
+    """Micro steps per generation, as `GRPOConfig.__post_init__` derives them."""
     if batch is None:
         return steps or accumulation
     if steps is not None:
@@ -177,8 +177,8 @@ def _check_groups(plan: BatchPlan, steps_name: str) -> None:
         micro, group = plan.eval_batch // plan.processes, plan.eval_generations
         legal_micro = [m for m in range(1, 4 * micro + group + 1) if not m * plan.processes % group]
         raise ConfigError(
-            f"the evaluation batch must be a multiple of the completions a prompt ({group}), and is {plan.eval_batch} "
-            f"(per_device_eval_batch_size {micro} x world size {plan.processes})",
+            f"the evaluation batch must be a multiple of the completions per prompt ({group}), and is "
+            f"{plan.eval_batch} (per_device_eval_batch_size {micro} x world size {plan.processes})",
             where="grpo.per_device_eval_batch_size",
             fix=_remedy(
                 plan.eval_batch, group, 1, "num_generations_eval", "per_device_eval_batch_size", micro, legal_micro
@@ -200,7 +200,7 @@ def _remedy(
 
 
 def _nearest(legal: list[int], wanted: int) -> list[int]:
-    """The nearest legal value on each side of the one wanted."""
+    """The nearest legal values below and above the one wanted."""
     below, above = [x for x in legal if x < wanted], [x for x in legal if x > wanted]
     return below[-1:] + above[:1]
 

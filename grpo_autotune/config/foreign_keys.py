@@ -1,6 +1,6 @@
 """The keys of sections that belong to another library, read from its installed source text.
 
-`GRPOConfig` and `LoraConfig` change with every release, so a copied list would be wrong soon; importing them costs
+`GRPOConfig` and `LoraConfig` change with every release, so a copied list would soon be wrong; importing them takes
 seconds and loads torch. Reading the class bodies with `ast` gives names, accepted types and defaults as *installed*.
 """
 
@@ -43,10 +43,10 @@ WORDS = {
     "dict": "a mapping",
     "None": "null",
 }
-"""How a message names the Python types that YAML can write."""
+"""Python type that YAML can hold -> its name in a message."""
 
 ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType({"scale_rewards": frozenset({"bool"})})
-"""What a class takes beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
+"""Key -> types accepted beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ForeignKey:
     Attributes:
         name: The key, verbatim.
         accepts: Names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`.
-        default: The default as Python source, for instance `"8"` or `"None"`; null where the class computes it.
+        default: The default as Python source, for instance `"8"` or `"None"`; None where the class computes it.
     """
 
     name: str
@@ -68,13 +68,13 @@ class ForeignKey:
         return None if self.default is None else _value_of(self.default)
 
     def accepted(self) -> str:
-        """What may be written, in words."""
+        """The accepted values, in words."""
         order = [WORDS[name] for name in WORDS if name in self.accepts]
         literals = sorted(word for word in self.accepts if word not in WORDS)
         return " or ".join(dict.fromkeys([*literals, *order]))
 
     def allows(self, value: object) -> bool:
-        """Whether a value read from YAML has an accepted type (a whole number is a number; true is not)."""
+        """Return whether a value read from YAML has an accepted type (a whole number is a number; true is not)."""
         if ANYTHING in self.accepts or repr(value) in self.accepts:
             return True
         if isinstance(value, bool):
@@ -88,8 +88,10 @@ class ForeignKey:
 
 @lru_cache(maxsize=1024)
 def _value_of(source: str) -> object:
-    """A search asks for the same defaults thousands of times. Defaults that could be changed in place do not occur:
-    dataclasses take those from factories, whose results the class computes."""
+    """A default as a value, cached because a search reads the same ones thousands of times.
+
+    Mutable defaults do not occur: dataclasses take those from factories, whose results the class computes.
+    """
     return ast.literal_eval(source)
 
 
@@ -98,7 +100,7 @@ def grpo_keys() -> Mapping[str, ForeignKey]:
     """Keys of the installed `GRPOConfig`, its bases included.
 
     Raises:
-        EnvironmentProblem: If trl or transformers is missing, or no longer has the class where it was.
+        EnvironmentProblem: If trl or transformers is missing, or lacks the class in this file.
     """
     return _keys(GRPO_SOURCES)
 
@@ -116,7 +118,7 @@ def engine_keys() -> Mapping[str, ForeignKey]:
 
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
-    """Judge the types of known keys; unknown ones are left to the caller.
+    """Check the types of known keys; unknown ones are left to the caller.
 
     Raises:
         ConfigError: For the first value of a wrong type, naming its path, the value and what is accepted.
@@ -128,17 +130,17 @@ def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, 
 
 
 def wrong_type(where: str, value: object, accepted: str) -> ConfigError:
-    """The one wording for a value of a wrong type."""
+    """The error for a value of a wrong type."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return ConfigError(f"{shown} is not accepted", where=where, fix=f"Accepted: {accepted}.")
 
 
 def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
-    found: dict[str, ForeignKey] = {}
+    keys: dict[str, ForeignKey] = {}
     for package, path, class_name in sources:
         for key in _class_keys(_source_file(package, path), class_name):
-            found[key.name] = key
-    return MappingProxyType(found)
+            keys[key.name] = key
+    return MappingProxyType(keys)
 
 
 def _source_file(package: str, path: str) -> Path:

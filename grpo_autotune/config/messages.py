@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line: the key path, the value, and what is accepted or nearest."""
+"""Errors of a configuration in one line: the key path, the value, and what is accepted or nearest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """RunConfig: one YAML file that says what to train, in the ecosystem's own keys.
 
-Sections hold the keys of the library that uses them, verbatim. Validators judge and never rewrite; what follows from
-the keys is a property. Every mistake is a `ConfigError` that names the key path. Nothing here imports torch.
+Sections hold the keys of the library that uses them, verbatim. Validators check and never rewrite; values derived from
+the keys are properties. Every mistake is a `ConfigError` that names the key path. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ OWNED_ELSEWHERE = {
     "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
     "trust_remote_code": "model.trust_remote_code",
     "reward_weights": "rewards[].weight",
-    "logging_nan_inf_filter": "nowhere: a loss that is not a number always stops the run",
+    "logging_nan_inf_filter": "no key: a loss that is not a number always stops the run",
     "resume_from_checkpoint": "the option --resume",
     **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
 }
-"""`GRPOConfig` keys that another section holds -> where."""
+"""`GRPOConfig` keys that belong elsewhere -> the key or option to use."""
 
 PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
-"""`LoraConfig` fields that PEFT fills in by itself."""
+"""`LoraConfig` fields that PEFT fills in itself."""
 
 
 class ModelSection(Section):
@@ -71,7 +71,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The prompts, and what rewards need to judge the answers."""
+    """The prompts, and the columns that rewards read."""
 
     path: str
     """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, or hub id."""
@@ -92,7 +92,7 @@ class DataSection(Section):
     system_prompt: str | None = None
     """System message put before every prompt."""
     max_samples: int | None = Field(default=None, ge=1)
-    """Use the first so many rows."""
+    """Number of rows to use, from the first."""
     max_eval_samples: int | None = Field(default=None, ge=1)
     """The same for held-out data."""
     image_size: int | None = Field(default=None, ge=1)
@@ -113,7 +113,7 @@ class RewardItem(Section):
 
 
 class SearchSection(Section):
-    """What `grpo-autotune search` may change, and what it must prove."""
+    """Limits of `grpo-autotune search`: what it may change, and what it must prove."""
 
     knobs: dict[str, list[Any] | None] = {}
     """Knob (a key path such as `data.image_size`) -> the values it may take; null takes a knob out of the search."""
@@ -124,7 +124,7 @@ class SearchSection(Section):
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     """Confidence of every interval, and of the test against `max_reward_drop`."""
     allow_longer_run: bool = False
-    """Whether the predicted wall time of the configured run may rise for more useful completions a second."""
+    """Whether the predicted wall time of the configured run may rise for more useful completions per second."""
     steps: int = Field(default=3, ge=1)
     """Optimizer steps that a trial measures at first; more where intervals overlap."""
     trial_limit_s: float | None = Field(default=None, gt=0)
@@ -134,7 +134,7 @@ class SearchSection(Section):
 
 
 class OutputSection(Section):
-    """Where a run is written."""
+    """The folder of a run."""
 
     dir: str | None = None
     """Run folder; `runs/<name>` by default."""
@@ -163,7 +163,7 @@ class RunConfig(Section):
         for name in grpo:
             if name in OWNED_ELSEWHERE:
                 raise ConfigError(
-                    "this key lives in another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
+                    "this key belongs to another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
                 )
             if name not in grpo_keys():
                 raise unknown_key(("grpo", name), known_paths())
@@ -176,7 +176,7 @@ class RunConfig(Section):
     def _peft_keys(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
         for name in peft or {}:
             if name in PEFT_FIXED:
-                raise ConfigError("PEFT fills this in by itself", where=f"peft.{name}", fix="Remove it.")
+                raise ConfigError("PEFT fills this in itself", where=f"peft.{name}", fix="Remove it.")
             if name not in peft_keys():
                 raise unknown_key(("peft", name), known_paths())
         check_values("peft", peft or {}, peft_keys())
@@ -238,7 +238,7 @@ class RunConfig(Section):
 
     @property
     def use_vllm(self) -> bool:
-        """Whether vLLM generates the completions."""
+        """True if vLLM generates the completions."""
         return bool(self.grpo.get("use_vllm", False))
 
     @classmethod
@@ -320,11 +320,13 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], item: str) -> None:
-    """Put one `a.b=value` into nested plain values, making the sections on its way."""
+    """Set one `a.b=value` in nested plain values, creating missing sections."""
     path, equals, text = item.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{item!r} is not of the form section.key=value", where="--set")
+        raise ConfigError(
+            f"{item!r} is not of the form section.key=value", where="--set", fix="Example: --set grpo.beta=0.02."
+        )
     here: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1

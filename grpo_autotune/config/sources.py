@@ -1,4 +1,4 @@
-"""Where a configuration comes from: a path, the name of a shipped profile, or what is there by default."""
+"""The source of a configuration: a path, the name of a shipped profile, or the default."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
         source: Path, or name of a shipped profile; None takes `./grpo.yaml` if it is there, else the profile `demo`.
 
     Returns:
-        What to call it in messages, and its path.
+        Its name in messages, and its path.
 
     Raises:
-        ConfigError: If there is neither such a file nor such a profile; with the nearest name.
+        ConfigError: If there is neither such a file nor such a profile; the message has the nearest name.
     """
     if source is None:
         here = Path(DEFAULT_FILE)

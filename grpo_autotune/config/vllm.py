@@ -46,7 +46,7 @@ ENGINE_FIXED = {
     "distributed_executor_backend": "TRL runs an engine inside each training process.",
     "logprobs_mode": "The importance-sampling correction needs the log-probs that were sampled from.",
 }
-"""Engine keys that are decided elsewhere -> where, or why."""
+"""Engine keys that are set elsewhere -> the key to use, or the reason."""
 
 
 class VllmSection(Section):
@@ -60,7 +60,7 @@ class VllmSection(Section):
     """How trained weights reach the engine: TRL's push of every merged tensor, the same in batches, or the adapter
     alone; `auto` takes the cheapest that this model allows."""
     sleep_level: Literal[0, 1, 2] | None = None
-    """What the engine gives back while weights are trained: nothing, the KV cache with weights moved to the host, or
+    """Memory that the engine frees while weights are trained: nothing, the KV cache with weights moved to the host, or
     both; by default 2 with `enable_sleep_mode`, else 0."""
     server_gpus: int | None = Field(default=None, ge=0)
     """A server that the run starts and ends itself, on so many GPUs (the last ones; 0 where there is none) that the
@@ -88,7 +88,7 @@ class VllmSection(Section):
     mm_processor_kwargs: dict[str, Any] | None = None
     """Arguments of the engine's image processor, which must agree with the trainer's."""
     limit_mm_per_prompt: dict[str, Any] | None = None
-    """Images a prompt, and their size, for which the engine reserves memory; by default what the data holds."""
+    """Images per prompt, and their size, for which the engine reserves memory; by default what the data holds."""
     tensor_parallel_size: int | None = Field(default=None, ge=1)
     """GPUs that share one engine."""
     enable_sleep_mode: bool | None = None
@@ -132,15 +132,15 @@ class VllmSection(Section):
             )
         if self.server_gpus and (self.tensor_parallel_size or 1) > self.server_gpus:
             raise ConfigError(
-                f"{self.tensor_parallel_size} GPUs are to share an engine that has {self.server_gpus}",
+                f"{self.tensor_parallel_size} GPUs would share one engine, and the server has {self.server_gpus}",
                 where="vllm.tensor_parallel_size",
-                fix="Set it lower, or vllm.server_gpus higher.",
+                fix="Lower it, or raise vllm.server_gpus.",
             )
         return self
 
     @property
     def at_server(self) -> bool:
-        """Whether completions come from a server, somebody else's or the run's own."""
+        """True if completions come from a server, one that is already there or the run's own."""
         return self.mode == "server" or self.server_gpus is not None
 
     def grpo_kwargs(self) -> dict[str, Any]:
@@ -170,18 +170,18 @@ def engine_names() -> frozenset[str]:
 
 
 def check_engine_keys(section: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Judge the keys of a `vllm` section that have no field of their own.
+    """Check the keys of a `vllm` section that have no field of their own.
 
     Args:
         section: Its plain values.
         known: Every legal key path, for the nearest one.
 
     Raises:
-        ConfigError: A key is unknown, is decided elsewhere, or has a value of a wrong type.
+        ConfigError: A key is unknown, is set elsewhere, or has a value of a wrong type.
     """
     for name in section:
         if name in ENGINE_FIXED:
-            raise ConfigError("this engine key is decided elsewhere", where=f"vllm.{name}", fix=ENGINE_FIXED[name])
+            raise ConfigError("this engine key is set elsewhere", where=f"vllm.{name}", fix=ENGINE_FIXED[name])
         if name not in VllmSection.model_fields and name not in engine_names():
             raise unknown_key(("vllm", name), known)
     others = {name: value for name, value in section.items() if name not in VllmSection.model_fields}

@@ -1,7 +1,7 @@
-"""YAML as a configuration needs it: the scalars of YAML 1.2, and a key given twice is an error.
+"""YAML for configurations: the scalars of YAML 1.2, and a key given twice is an error.
 
-PyYAML follows YAML 1.1, where `learning_rate: 1e-6` is text and `save_strategy: no` is false. Both are wrong for
-everybody who writes a training configuration; here the first is a number and the second is text (the core schema,
+PyYAML follows YAML 1.1, where `learning_rate: 1e-6` is text and `save_strategy: no` is false, neither of which is meant
+in a training configuration; here the first is a number and the second is text (the core schema,
 yaml.org/spec/1.2.2, section 10.3).
 """
 
@@ -26,7 +26,7 @@ SCALARS = (
     ),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 )
-"""Tag, pattern, and the characters it may begin with (NUL: the empty scalar). Whole numbers are tried first."""
+"""Tag, pattern, and possible first characters (NUL: the empty scalar). Whole numbers are tried first."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,11 +46,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 *or* 1.2 would read as something other than text, so that every reader agrees."""
+    """A dumper that quotes text which YAML 1.1 *or* 1.2 would read as something else, so that every reader agrees."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Text with one of Unicode's own line breaks in double quotes: in other styles it would be read back as a space."""
+    """A text node; one of Unicode's own line breaks needs double quotes, else it is read back as a space."""
     style = '"' if any(line_break in text for line_break in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -1,7 +1,7 @@
-"""What a probe hands to whoever reads it: frozen, free of torch, and equal after a trip through JSON.
+"""The records of a probe: frozen, free of torch, and equal after a trip through JSON.
 
-Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry a step
-are in step order.
+Times are seconds, sizes bytes. A *measured step* is an optimizer step after the warm-up; lists with one entry per
+step are in step order.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class StageRow(Frozen):
 
     Attributes:
         name: One of `STAGES`.
-        per_step_s: Self time, one a measured step: the device's timeline on CUDA, the host clock elsewhere.
-        host_s: Host self time beside it, one a measured step; null where `per_step_s` already is the host's.
-        hidden_s: Mean seconds a step of this stage's work on other threads while the main thread did something else.
-        parts: Self time by part, one a measured step (`policy_logprob`: `old_policy` and `training_forward`;
+        per_step_s: Self time of each measured step: the device's timeline on CUDA, the host clock elsewhere.
+        host_s: Host self time beside it; None where `per_step_s` already is the host's.
+        hidden_s: Mean seconds per step of this stage's work on other threads while the main thread did something else.
+        parts: Self time of each measured step by part (`policy_logprob`: `old_policy` and `training_forward`;
             `log_save_eval`: `log`, `save`, `evaluate`).
-        calls: Mean number of spans a step.
+        calls: Mean number of spans per step.
         seams: The functions whose time this stage holds.
-        peak_bytes: Most memory seen while the stage ran (CUDA allocator, or resident set on CPU); null if it never ran.
+        peak_bytes: Most memory seen while the stage ran (CUDA allocator, or resident set on CPU); None if it never ran.
     """
 
     name: str
@@ -63,7 +63,7 @@ class StageTimings(Frozen):
         steps: Global step numbers of the measured steps.
         step_s: Seconds of each, from the end of the last step's logging to the end of its own.
         warmup_s: Seconds of the steps before them.
-        stages: One row a stage, in the order of `STAGES`, those that never ran included.
+        stages: One row per stage, in the order of `STAGES`, those that never ran included.
         cycle: Number of optimizer steps after which the pattern of generating and reusing repeats (1 in most runs).
     """
 
@@ -90,8 +90,8 @@ class TokenFacts(Frozen):
     Attributes:
         prompt: Prompt lengths in tokens, image tokens included.
         completion: Completion lengths in tokens.
-        prompt_per_step: Prompt tokens an optimizer step (each completion's copy counted).
-        completion_per_step: Completion tokens an optimizer step.
+        prompt_per_step: Prompt tokens per optimizer step (each completion's copy counted).
+        completion_per_step: Completion tokens per optimizer step.
         padding_share: Share of the log-prob passes' token grid that is padding, 0 to 1.
         truncated_share: Share of completions that end without an end-of-sequence token.
         groups: Groups whose rewards were seen.
@@ -117,13 +117,13 @@ class ImageFacts(Frozen):
 
     Attributes:
         pixels: Width times height as the trainer receives them.
-        per_prompt: Mean images a prompt.
-        tokens: Language-model tokens an image takes now; null where the processor gives no patch grid.
+        per_prompt: Mean images per prompt.
+        tokens: Language-model tokens per image now; None where the processor gives no patch grid.
         tokens_at: The same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept;
             empty where the processor cannot tell.
-        distinct_per_step: Distinct images an optimizer step.
-        decodes_per_image: Decodings a distinct image and step in this process (those of loader workers are not seen).
-        processings_per_image: Runs of the image processor a distinct image and step.
+        distinct_per_step: Distinct images per optimizer step.
+        decodes_per_image: Decodings per distinct image and step in this process (without those of loader workers).
+        processings_per_image: Runs of the image processor per distinct image and step.
     """
 
     pixels: Spread
@@ -136,7 +136,7 @@ class ImageFacts(Frozen):
 
 
 class RewardCall(Frozen):
-    """One reward function: seconds a call, and whether TRL awaits it."""
+    """One reward function: seconds per call, and whether TRL awaits it."""
 
     name: str
     is_async: bool
@@ -146,7 +146,7 @@ class RewardCall(Frozen):
 
 
 class Utilisation(Frozen):
-    """What the sampler saw while a stage ran (means over samples; null where it cannot be read)."""
+    """Means of the samples taken while a stage ran; None where a value cannot be read."""
 
     stage: str
     samples: int
@@ -159,14 +159,14 @@ class Utilisation(Frozen):
 
 class Phase(Frozen):
     """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
-    (`script` and `before_attach`: what a script did before its trainer was built, or before `attach`)."""
+    (`script` and `before_attach`: a script until its trainer was built, or until `attach`)."""
 
     name: str
     seconds: float
 
 
 class RankTimings(Frozen):
-    """Mean seconds a step by stage on one rank."""
+    """Mean seconds per step by stage on one rank."""
 
     rank: int
     step_s: float
@@ -174,7 +174,7 @@ class RankTimings(Frozen):
 
 
 class TrainerFacts(Frozen):
-    """What the trial ran, as the trainer had it (not as the YAML said)."""
+    """Facts of the trainer as it ran, which may differ from its YAML."""
 
     model_config_json: dict[str, Any]
     model_class: str

@@ -12,12 +12,11 @@ from grpo_autotune.records.rollout import EngineFacts, Fidelity
 
 SCHEMA: Final = "grpo-autotune/report/1"
 
-
 Kind = Literal["exact", "learning"]
 
 
 class Change(Frozen):
-    """One key of the configuration: what it is (null: not known to the probe) and what it should become."""
+    """One key of the configuration: its value (None: unknown to the probe) and the value it should have."""
 
     key: str
     before: bool | int | float | str | None
@@ -28,13 +27,14 @@ class Advice(Frozen):
     """One entry of the verdict, most saving first.
 
     Attributes:
-        text: The whole advice in words.
+        text: The whole advice as text.
         kind: `exact` leaves the mathematics of an optimizer step alone, `learning` changes what is learned.
-        predicted_saving: Seconds of an optimizer step; null where the advice saves none but makes the work worth more.
+        predicted_saving: Seconds of an optimizer step; None where the advice saves none but makes
+            the step worth more.
         predicted_share: The same as a share of the step.
         ceiling: Amdahl's: how many times faster the step would be if the stages concerned took no time at all.
         stages: The stages concerned.
-        changes: What to set; empty where no key does it.
+        changes: Keys to set; empty where no key does it.
     """
 
     text: str
@@ -61,20 +61,20 @@ class StageReport(Frozen):
         name: Stage, as in `grpo_autotune.records.probe.STAGES`.
         self_s: `share * step_s`.
         mean_s: Plain mean over the measured steps (over whole cycles of them).
-        host_s: Mean host seconds where `self_s` is the GPU's; null on a CPU.
+        host_s: Mean host seconds where `self_s` is the GPU's; None on a CPU.
         share: The stage's part of all measured seconds.
         spread: Half the interquartile range over steps, seconds.
         ms_per_token: Milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and
             completion trained on (`num_iterations` times those generated) for `policy_logprob`, `backward` and
             `optimizer`; tokens of prompt and completion generated elsewhere.
-        limit_share: Time that this machine's ceiling would allow over time taken; null where it is not known.
+        limit_share: Time that this machine's ceiling would allow over time taken; None where it is not known.
         limited_by: The ceiling that binds.
         peak_bytes: Most memory while the stage ran.
-        hidden_s: Mean seconds a step on other threads while the main thread did something else.
-        calls: Mean number of calls a step.
+        hidden_s: Mean seconds per step on other threads while the main thread did something else.
+        calls: Mean number of calls per step.
         parts: The stage split up, where the probe can tell parts apart.
         seams: The functions whose time this stage holds.
-        utilisation: What the sampler saw while the stage ran; null without a sample.
+        utilisation: Means of the samples taken while the stage ran; None without a sample.
     """
 
     name: str
@@ -95,13 +95,13 @@ class StageReport(Frozen):
 
 
 class Rates(Frozen):
-    """Work a second over all ranks.
+    """Work per second over all ranks.
 
     Attributes:
         tokens_per_s: Prompt and completion tokens, each completion's copy of the prompt counted.
         completion_tokens_per_s: Completion tokens alone.
         useful_completions_per_s: Sum over groups of G - 1 where the rewards differ (masked truncated completions left
-            out) over seconds; null where no rewards were seen.
+            out) over seconds; None where no rewards were seen.
     """
 
     tokens_per_s: float
@@ -110,7 +110,7 @@ class Rates(Frozen):
 
 
 class RankStage(Frozen):
-    """Seconds a step of one stage (`step` for the whole step) over the ranks."""
+    """Seconds per step of one stage (`step` for the whole step) over the ranks."""
 
     name: str
     mean_s: float
@@ -119,7 +119,7 @@ class RankStage(Frozen):
 
 
 class Straggler(Frozen):
-    """A rank that works longer than the mean of the others by `extra_s` a step, most of it in `stage`."""
+    """A rank that works `extra_s` per step longer than the mean of the others, most of it in `stage`."""
 
     rank: int
     extra_s: float
@@ -135,7 +135,7 @@ class Ranks(Frozen):
 
 
 class Report(Frozen):
-    """Everything one probe has to say; `docs/report.md` explains every key."""
+    """The report of one probe; `docs/report.md` explains every key."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, protected_namespaces=()

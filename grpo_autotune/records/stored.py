@@ -1,4 +1,4 @@
-"""A report on disk read back, with a clear word when it cannot be; the schema's name is checked before its keys."""
+"""Reading a stored report: its schema's name is checked before its keys, and each failure says what to do."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
 
     Args:
         path: The file.
-        kind: What it holds.
+        kind: The record in it.
         schema: The only schema that this version reads.
-        absent: What to say where there is no file.
-        written_by: What writes one.
-        again: What to do about a file that cannot be used.
+        absent: Message where there is no file.
+        written_by: Command that writes one.
+        again: Remedy for a file that cannot be used.
 
     Raises:
-        ConfigError: There is none, it is not JSON, another version of the schema wrote it, or it is damaged.
+        ConfigError: There is no file, it is not JSON, its schema is another one, or it is damaged.
     """
     where = str(path)
     if not path.is_file():
@@ -34,10 +34,10 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise ConfigError("this is not a JSON file", where=where) from problem
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != schema:
-        raise ConfigError(f"the report has the schema {found!r}, this version reads {schema!r}", where=where, fix=again)
+        raise ConfigError("this is not a JSON file", where=where, fix=again) from problem
+    name = data.get("schema") if isinstance(data, dict) else None
+    if name != schema:
+        raise ConfigError(f"the report has the schema {name!r}, this version reads {schema!r}", where=where, fix=again)
     try:
         return kind.model_validate(data)
     except ValidationError as problem:

@@ -1,4 +1,4 @@
-"""What the engine did, and whether it sampled from the model in training, as sentences."""
+"""Sentences on the engine's work, and on whether it sampled from the model in training."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ PHASE_WORDS = {
 
 
 def header_lines(report: Report) -> list[str]:
-    """What ran, on what, how fast."""
+    """Speed, model, batch and machine of the run."""
     warm = f" after {len(report.warmup_s)} for warming up" if report.warmup_s else ""
     lines = [f"{seconds(report.step_s)} per optimizer step ({_timed(report)}{warm})"]
     rates = report.rates
@@ -52,7 +52,7 @@ def header_lines(report: Report) -> list[str]:
 
 
 def _timed(report: Report) -> str:
-    """Of how many steps the step's seconds are the median, or of how many whole cycles of steps that take turns."""
+    """The steps, or whole cycles of generating and reusing, that the step's seconds are the median of."""
     count, cycle = len(report.steps), report.cycle
     cycles = count // cycle
     if cycle > 1 and cycles:
@@ -96,7 +96,7 @@ def _count(number: int) -> str:
 
 
 def legend(report: Report) -> str:
-    """What the stages that ran, and the columns, mean."""
+    """The meaning of the stages that ran, and of the columns."""
     ran = [f"{row.name}: {LEGEND[row.name]}" for row in report.stages if row.self_s != 0.0 or row.calls > 0.0]
     text = (
         "; ".join(ran)
@@ -116,13 +116,13 @@ def legend(report: Report) -> str:
 
 
 def startup_line(report: Report) -> str:
-    """Seconds of each phase before the steps."""
+    """The line of seconds before the first step, by phase."""
     phases = [f"{PHASE_WORDS.get(phase.name, phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
     return f"{seconds(sum(phase.seconds for phase in report.startup))}: {listing(phases)}."
 
 
 def facts_lines(report: Report) -> list[str]:
-    """Tokens, images, rewards and devices."""
+    """Sentences on tokens, images, rewards and devices."""
     return [*_tokens(report), *_images(report), *_rewards(report), *_devices(report)]
 
 

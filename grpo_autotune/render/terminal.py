@@ -1,4 +1,4 @@
-"""A report as text for a terminal; everything comes from the report alone."""
+"""A report as text for a terminal, from the report alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
 
 
 def _stage_table(report: Report) -> Table:
-    """One row a stage that ran, slowest first, its parts indented below it."""
+    """One row per stage that ran, slowest first, its parts indented below it."""
     with_limit = any(row.limit_share is not None for row in report.stages)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("stage" if report.ranks is None else f"stage (rank {report.rank})", "one step", no_wrap=True)
@@ -80,7 +80,7 @@ def _stage_table(report: Report) -> Table:
 
 
 def _parts_worth_a_row(row: StageReport) -> list[PartRow]:
-    """The two log-prob passes always; other stages' parts where they are large enough and tell more than the stage."""
+    """The two log-prob passes; other stages' parts where they are large and say more than the stage's own row."""
     if row.name == "policy_logprob":
         return row.parts
     large = [part for part in row.parts if part.share >= LEAST_PART_SHARE]

@@ -1,4 +1,4 @@
-"""Anything that rich can draw, as text: no trailing blanks, and never two empty lines in a row."""
+"""Text of anything that rich can draw, without trailing blanks and with single empty lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.text import Text
 
 
 def as_text(parts: Iterable[RenderableType], width: int, *, colour: bool) -> str:
-    """The parts one below the other.
+    """The parts one below the other, as text.
 
     Args:
-        parts: What to draw.
+        parts: Anything that rich can draw.
         width: Columns of the terminal.
         colour: Whether to put in ANSI escapes.
     """

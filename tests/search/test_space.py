@@ -158,7 +158,7 @@ def test_what_an_engine_refuses_is_never_run(vllm: dict[str, Any], knobs: dict[s
         ({}, 4, {SERVER: 3, "vllm.gpu_memory_utilization": 0.5}, "means nothing to a server"),
         ({"gpu_memory_utilization": 0.97}, 4, {SERVER: 3}, None),
         ({"gpu_memory_utilization": 0.97, "server_gpus": 1}, 4, {SERVER: None}, "leaves no memory to the trainer"),
-        ({"tensor_parallel_size": 2}, 4, {SERVER: 1}, "2 GPUs are to share an engine that has 1"),
+        ({"tensor_parallel_size": 2}, 4, {SERVER: 1}, "2 GPUs would share one engine, and the server has 1"),
         ({"weight_sync": "merged"}, 4, {SERVER: 3}, None),
         ({"server_gpus": 2}, 4, {SERVER: None, "vllm.sleep_level": 1}, None),
     ],
