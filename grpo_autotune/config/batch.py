@@ -116,7 +116,7 @@ COUNTS = {
     "num_generations_eval": 1,
     "max_completion_length": 1,
 }
-"""Key -> smallest legal value. The advantage of a group of one is always zero, since the group is its own mean."""
+"""Key -> smallest legal value. A group of one has its own reward as mean, so its advantage is always zero."""
 
 MAY_BE_NULL = frozenset(
     {"steps_per_generation", "generation_batch_size", "num_generations_eval", "max_completion_length"}

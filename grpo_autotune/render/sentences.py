@@ -44,7 +44,7 @@ def header_lines(report: Report) -> list[str]:
         )
     if rates is not None and rates.useful_completions_per_s is not None:
         useful = amount(rates.useful_completions_per_s)
-        lines.append(f"{useful} useful completions/s (those in groups whose rewards differ, less one a group)")
+        lines.append(f"{useful} useful completions/s (those in groups whose rewards differ, less one per group)")
     facts = [f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
     if report.trainer.speedups:
         facts.append(f"Speed-ups: {', '.join(report.trainer.speedups)}")
@@ -75,7 +75,7 @@ def _batch(report: Report) -> str:
     micro = f"{t.gradient_accumulation_steps} {many} of {t.per_device_train_batch_size}"
     ranks = f" on each of {t.world_size} ranks" if t.world_size > 1 else ""
     reuse = f"; each generated batch serves {report.cycle} steps" if report.cycle > 1 else ""
-    return f"{rows} completions a step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
+    return f"{rows} completions per step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
 
 
 def _machine(report: Report) -> str:
@@ -155,11 +155,11 @@ def _images(report: Report) -> list[str]:
     lines = [f"{pixels}." if images.tokens is None else f"{pixels} and take {amount(images.tokens.mean)} tokens each."]
     if images.tokens_at:
         sizes = [f"{amount(count)} at {side} px" for side, count in images.tokens_at.items()]
-        lines.append(f"Tokens an image by the length of its longest side: {listing(sizes)}.")
+        lines.append(f"Tokens per image by the length of its longest side: {listing(sizes)}.")
     workers = report.trainer.dataloader_num_workers
     decoded = "decoded by loader workers" if workers else f"decoded {images.decodes_per_image:.3g} times"
     lines.append(
-        f"Each of {amount(images.distinct_per_step)} distinct images a step is {decoded} and processed "
+        f"Each of {amount(images.distinct_per_step)} distinct images per step is {decoded} and processed "
         f"{images.processings_per_image:.3g} times."
     )
     return lines

@@ -49,7 +49,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
         yield _rank_table(report)
         for straggler in report.ranks.stragglers:
             yield Text(
-                f"Straggler: rank {straggler.rank} works {seconds(straggler.extra_s)} a step longer than the others, "
+                f"Straggler: rank {straggler.rank} works {seconds(straggler.extra_s)} per step longer than the others, "
                 f"most of it in {straggler.stage}."
             )
     yield from _verdict(report)
