@@ -188,7 +188,9 @@ def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = N
 
     if canvas < DIGIT_PX:
         raise ConfigError(
-            f"a digit is {DIGIT_PX} pixels wide and the canvas {canvas}", where="data.params.canvas", fix="Enlarge it."
+            f"a digit of {DIGIT_PX} pixels does not fit on a canvas of {canvas}",
+            where="data.params.canvas",
+            fix=f"Set it to {DIGIT_PX} or more.",
         )
     digits = load_digits(split)
     random = np.random.default_rng(seed)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from typing import Any
 
+from grpo_autotune.hardware import package_version
 from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 
@@ -15,13 +15,7 @@ PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "v
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that matter to a step's speed."""
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    return {name: version for name in PACKAGES if (version := package_version(name)) is not None}
 
 
 def cycle_of(args: Any) -> int:
