@@ -11,6 +11,9 @@ import psutil
 from grpo_autotune.records.probe import Phase
 from grpo_autotune.units import duration
 
+LEAST_S = 1.0
+"""Age from which a phase is worth a line."""
+
 
 class Startup:
     """Seconds of each phase before the first step; a phase inside another is not counted in the outer one.
@@ -49,11 +52,12 @@ class Startup:
         self.add(name, max(0.0, self._clock() - self.born_s - sum(self._seconds.values())))
 
     def now(self) -> str | None:
-        """The phase under way with its seconds so far, for a heartbeat."""
+        """The phase under way with its seconds so far, for a heartbeat; None before it is worth a line."""
         if not self._open:
             return None
         name, begin = self._open[-1]
-        return f"start-up: {name}, {duration(self._clock() - begin)}"
+        age_s = self._clock() - begin
+        return f"start-up: {name}, {duration(age_s)}" if age_s >= LEAST_S else None
 
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first counted."""
