@@ -1,4 +1,4 @@
-"""The exception tree: every mistake a user can make is one of these, and only `cli.main` catches them.
+"""The exception tree: a mistake of the user's is one of these, and only `cli.main` catches them.
 
 A message is one line: what is wrong, where (a key path, a file, a row), and what to do. For a name that does not exist
 `nearest` finds the one that was probably meant.

@@ -1,4 +1,4 @@
-"""The `vllm` section: engine keys verbatim, and the words that are ours (`OURS`, and the name `mode`).
+"""The `vllm` section: engine keys verbatim, and the keys of this package (`OURS`, and the name `mode`).
 
 Any key of vLLM's `EngineArgs` is accepted: those of the installed release, read from its source, else those of the
 release in `config_vllm_names`. The keys with a field here are the ones that tuning turns; the others pass through.

@@ -1,1 +1,1 @@
-"""Measurement: spans into stages, facts about tokens and images, and what the machine did meanwhile."""
+"""Measurement: spans summed into stages, facts about tokens and images, and samples of the machine."""

@@ -30,7 +30,7 @@ class CudaTimer:
 
 
 class ResidentGauge:
-    """This process's resident bytes, read from /proc at most once a millisecond.
+    """This process's resident bytes, read from /proc at most once per millisecond.
 
     Raises:
         OSError: There is no /proc.

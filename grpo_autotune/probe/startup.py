@@ -48,7 +48,7 @@ class Startup:
             self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
 
     def since_birth(self, name: str) -> None:
-        """Count all time since the process's birth that no phase has as `name`."""
+        """Count the time since the process began, less that of all phases, as `name`."""
         self.add(name, max(0.0, self._clock() - self.born_s - sum(self._seconds.values())))
 
     def now(self) -> str | None:
