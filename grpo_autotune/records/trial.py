@@ -34,6 +34,17 @@ HEARTBEAT_FILE = "heartbeat"
 LOG_FILE = "log.txt"
 SERVER_LOG = "server.txt"
 
+TRIAL_ARGUMENTS = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "push_to_hub": False,
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+}
+"""`GRPOConfig` keys of a run whose figures are wanted and whose model is not: it saves, uploads and reports nothing."""
+
 
 class Progress(NamedTuple):
     """What a trial is doing: a phase of start-up or a stage, and the step it belongs to (0 before the first)."""

@@ -221,6 +221,13 @@ def test_an_engine_is_given_again_for_equal_arguments_only() -> None:
         kept._start(lambda **arguments: Engine(), model="m", enable_sleep_mode=False)
 
 
+def test_nothing_loads_torch_before_a_script_does() -> None:
+    """The script may set environment variables that torch reads when it is imported."""
+    code = "import sys, grpo_autotune.trials.child.worker, grpo_autotune.commands.run; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_knobs_of_a_script() -> None:
     knobs = {"grpo.beta": 0.1, "max_steps": 3, "vllm.gpu_memory_utilization": 0.3, "data.image_size": 384}
     assert ScriptValues(knobs).grpo == {"beta": 0.1, "max_steps": 3, "vllm_gpu_memory_utilization": 0.3}
