@@ -49,7 +49,7 @@ FLOORS = {
         ("install",),
     ),
     "train": (("arguments", "data", "models", "rewards", "runs"), ("trainer",), ("trial_trainer",)),
-    "trials": (("heartbeat", "turn_file"), ("child",), ("parent",)),
+    "trials": (("exit_codes", "heartbeat", "block_limit", "endings"), ("child",), ("parent",)),
 }
 """Rooms with rooms inside: the same, one level further down."""
 ENTRANCES = ("__init__", "__main__")

@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.out_of_memory import is_out_of_memory
+from grpo_autotune.records.trial import Status
 
 GIB = 1 << 30
 STEP = 0.05
@@ -25,9 +27,6 @@ STEP = 0.05
 
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """Environment variable: GiB of keys and values on the CPU; with it `gpu_memory_utilization` sizes nothing."""
-
-CPU_ALLOCATOR = "DefaultCPUAllocator: "
-"""Name of torch's CPU allocator in the plain `RuntimeError` that it raises (c10/core/impl/alloc_cpu.cpp)."""
 
 SHARE = "vllm.gpu_memory_utilization"
 LENGTH = "vllm.max_model_len"
@@ -47,13 +46,20 @@ class EngineFailure(NamedTuple):
         longest: The largest `max_model_len` that fits.
     """
 
-    status: Literal["oom", "invalid"]
+    status: Status
     what: str
     where: str
     fix: str
     needed_bytes: int | None = None
     available_bytes: int | None = None
     longest: int | None = None
+
+    @property
+    def overshoot_bytes(self) -> int | None:
+        """Memory that it asked for beyond what there was; None where vLLM does not say both, or had enough."""
+        if self.needed_bytes is None or self.available_bytes is None:
+            return None
+        return max(0, self.needed_bytes - self.available_bytes) or None
 
     def error(self) -> ConfigError:
         """As one line for a user."""
@@ -67,13 +73,13 @@ def engine_failure(error: BaseException) -> EngineFailure | None:
     """
     for cause in causes(error):
         names = frames(cause)
-        if isinstance(cause, ValueError) and names and (read := CHECKS.get(names[-1])) is not None:
+        if isinstance(cause, ValueError) and names and (read := check_at(*names[-1])) is not None:
             return read(str(cause))
         if not any(module.startswith("vllm.") for module, _ in names):
             continue
         if isinstance(cause, ValidationError):
             return _refused(cause)
-        if _ran_out(cause):
+        if is_out_of_memory(cause):
             return device_failure(str(cause))
     return None
 
@@ -169,6 +175,16 @@ CHECKS: dict[tuple[str, str], Callable[[str], EngineFailure]] = {
 """(module, function) that raises a `ValueError` about memory in vLLM 0.31 -> what reads its figures."""
 
 
+def check_at(module: str, function: str) -> Callable[[str], EngineFailure] | None:
+    """The reader of the check that a function makes; None where it makes none.
+
+    Args:
+        module: Its module; a path from a log may begin above the package.
+        function: Its name.
+    """
+    return next((read for at, read in CHECKS.items() if at[1] == function and f".{module}".endswith(f".{at[0]}")), None)
+
+
 def largest_share(available: int, total: int) -> float:
     """The largest share of `total` within what is available, on the grid of `STEP`, finer where that is nothing."""
     share = available / total
@@ -194,11 +210,6 @@ def _total_bytes() -> int | None:
     """Memory of the device as vLLM counts it."""
     platforms = sys.modules.get("vllm.platforms")
     return int(platforms.current_platform.get_device_total_memory()) if platforms is not None else None
-
-
-def _ran_out(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _key_in(sentence: str) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo_autotune.rollout.failures import CHECKS, CPU_ALLOCATOR, EngineFailure, device_failure
+from grpo_autotune.hardware.out_of_memory import is_memory_sign
+from grpo_autotune.rollout.failures import EngineFailure, check_at, device_failure
 
 RAISED = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (\S.*)$")
 """The last line of a traceback, behind whatever a logger puts in front of it."""
@@ -24,8 +25,6 @@ MOST_SAID = 400
 SECOND_HAND = "Engine core initialization failed"
 """vLLM's word from the process that did not fail itself."""
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
-
 
 class Logged(NamedTuple):
     """An error in a log.
@@ -33,7 +32,8 @@ class Logged(NamedTuple):
     Attributes:
         name: Its type.
         text: Its message, a line of it.
-        raised_in: Path without ending and function of the innermost frame; null where the log has no traceback.
+        raised_in: Module and function of the innermost frame, the module perhaps behind folders above its package; None
+            where the log has no traceback.
     """
 
     name: str
@@ -58,13 +58,9 @@ def logged_failure(log: Path) -> EngineFailure | None:
     error = last_error(log)
     if error is None:
         return None
-    if error.raised_in is not None:
-        path, function = error.raised_in
-        for (module, name), read in CHECKS.items():
-            if name == function and path.endswith(module.replace(".", "/")):
-                return read(error.text)
-    out_of_memory = error.name in OUT_OF_MEMORY or (error.name == "RuntimeError" and CPU_ALLOCATOR in error.text)
-    return device_failure(error.text) if out_of_memory else None
+    if error.raised_in is not None and (read := check_at(*error.raised_in)) is not None:
+        return read(error.text)
+    return device_failure(error.text) if is_memory_sign([error.name], error.text) else None
 
 
 def words(error: Logged | None) -> str:
@@ -74,4 +70,4 @@ def words(error: Logged | None) -> str:
 
 def _innermost(lines: Sequence[str]) -> tuple[str, str] | None:
     match = next((match for line in reversed(lines) if (match := FRAME.search(line))), None)
-    return None if match is None else (match[1], match[2])
+    return None if match is None else (match[1].replace("/", "."), match[2])

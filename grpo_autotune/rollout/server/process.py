@@ -7,7 +7,6 @@ the trainer is left the GPUs that it does not take.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
 import urllib.error
@@ -20,7 +19,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.machine import installed
-from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
+from grpo_autotune.processes.guarded import PYTHON, Guarded, exit_words, without_rank
 from grpo_autotune.rollout.server.command import HOST, VISIBLE, Serving, serving, split_gpus
 from grpo_autotune.rollout.server.log import last_error, words
 
@@ -78,8 +77,7 @@ class VllmServer(Guarded):
 
     def ended(self, what: str, code: int) -> EnvironmentProblem:
         """That it ended, with the error that its log ends with."""
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return EnvironmentProblem(f"{what} ({how})", where=str(self.log), fix=words(last_error(self.log)))
+        return EnvironmentProblem(f"{what} ({exit_words(code)})", where=str(self.log), fix=words(last_error(self.log)))
 
     def _answers(self) -> bool:
         try:

@@ -16,22 +16,22 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TRIAL_ARGUMENTS, TrialSpec
 from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, run_as_main
 from grpo_autotune.scripts.values import ScriptValues
-from grpo_autotune.trials.heartbeat import Pulse
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 if TYPE_CHECKING:
-    from grpo_autotune.trials.child.measure import Measured
+    from grpo_autotune.trials.child.measure import Measurement
 
 
 def run_script(
-    spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
-) -> Measured:
+    spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, trl_imported: Callable[[], None]
+) -> Measurement:
     """Run `spec.script` as `python script arguments...` would, up to the end of its first training.
 
     Args:
         spec: The trial.
         folder: Its folder.
         startup: Gets the phases `script`, `model`, `engine` and `trainer`.
-        pulse: The heartbeat.
+        heartbeat: The heartbeat.
         trl_imported: Called once TRL's trainer was imported, before any model is there.
 
     Raises:
@@ -40,7 +40,7 @@ def run_script(
         Exception: Whatever the script raises.
     """
     path, *arguments = spec.script or [""]
-    trial = _ScriptTrial(spec, folder, startup, pulse, trl_imported)
+    trial = _ScriptTrial(spec, folder, startup, heartbeat, trl_imported)
     try:
         run_as_main(Path(path), arguments, trial)
     except SystemExit as end:
@@ -55,11 +55,16 @@ class _ScriptTrial(ScriptHooks):
     """The measurement of a script's first training."""
 
     def __init__(
-        self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
+        self,
+        spec: TrialSpec,
+        folder: Path,
+        startup: Startup,
+        heartbeat: HeartbeatWriter,
+        trl_imported: Callable[[], None],
     ) -> None:
         super().__init__(ScriptValues(spec.knobs, TRIAL_ARGUMENTS), startup, _say)
-        self._spec, self._folder, self._pulse, self._trl_imported = spec, folder, pulse, trl_imported
-        self.measured: Measured | None = None
+        self._spec, self._folder, self._heartbeat, self._trl_imported = spec, folder, heartbeat, trl_imported
+        self.measured: Measurement | None = None
 
     def on_trainer_module(self, module: ModuleType) -> None:
         self._trl_imported()
@@ -70,7 +75,7 @@ class _ScriptTrial(ScriptHooks):
         from grpo_autotune.trials.child.measure import measure
 
         blame_rewards(trainer)
-        self.measured = measure(trainer, self._spec, self._folder, self.startup, self._pulse, train)
+        self.measured = measure(trainer, self._spec, self._folder, self.startup, self._heartbeat, train)
         raise EnoughSteps
 
 
