@@ -40,16 +40,16 @@ class ScriptProbes(ScriptHooks):
 
     def reports(self) -> list[Report]:
         """A report for each trainer that finished a step, saved in its folder by the first rank."""
-        found = []
+        reports = []
         for probe, folder in zip(self.probes, self.folders, strict=True):
             probe.detach()
             record = probe.record()
             if record.timings.step_s and is_first_rank():
-                found.append(report_of(record, None, folder))
-        return found
+                reports.append(report_of(record, None, folder))
+        return reports
 
     def closing_line(self) -> str:
-        """Where the reports are, or why there is none."""
+        """Paths of the reports, or the reason that there is none."""
         if not self.probes:
             return "No report: the script built no GRPOTrainer."
         measured = [folder for probe, folder in zip(self.probes, self.folders, strict=True) if probe.closed]
@@ -58,11 +58,11 @@ class ScriptProbes(ScriptHooks):
         return f"Saved: {', '.join(str(folder / 'report.json') for folder in measured)}"
 
     def now(self) -> str | None:
-        """What the newest trainer, or else the script, is doing."""
+        """The stage of the newest trainer, or else the phase of the script's start; for a heartbeat."""
         for probe in reversed(self.probes):
             if probe.recorder.is_open:
-                found: str | None = probe.now()
-                return found
+                stage: str | None = probe.now()
+                return stage
         return self.startup.now()
 
     def before_build(self) -> None:
@@ -132,7 +132,7 @@ def run_script(
 
 
 def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptValues, Receipt | None]:
-    """What `--with` and `--speedups` ask for; where the latter does, the receipt tells of something else.
+    """The values of `--with` and `--speedups`, and the receipt unless `--speedups` makes it one of something else.
 
     Raises:
         ConfigError: The file cannot be read or holds something else, or there is no such speed-up.

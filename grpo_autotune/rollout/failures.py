@@ -1,4 +1,4 @@
-"""Why an engine did not start: recognised by the type of what was raised, or by the vLLM function that raised it.
+"""The failure of an engine to start: recognised by the type of the exception, or by the vLLM function that raised it.
 
 vLLM raises a plain `ValueError` where its share of memory is too small or not free. Which check it was is told by the
 innermost frame of the traceback; the message is read only for the figures it carries, never to find out what happened.
@@ -34,11 +34,11 @@ NUMBER = r"(-?[\d,]*\.?\d+)"
 
 
 class EngineFailure(NamedTuple):
-    """Why the engine did not start.
+    """The failure of an engine to start.
 
     Attributes:
         status: `oom`: memory; `invalid`: vLLM refuses a setting.
-        what: What happened, in one sentence with its figures.
+        what: One sentence with the figures.
         where: Key path it concerns most.
         fix: The nearest settings that vLLM would take.
         needed_bytes: Memory that it asked for, where vLLM says so.
@@ -67,7 +67,7 @@ class EngineFailure(NamedTuple):
 
 
 def engine_failure(error: BaseException) -> EngineFailure | None:
-    """Classify what building or starting an engine raised; null for what is no failure of an engine.
+    """Classify an exception from building or starting an engine; None for one that is no failure of an engine.
 
     Raised from another error counts as that one: the whole chain of causes is looked at.
     """
@@ -93,11 +93,11 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def frames(error: BaseException) -> list[tuple[str, str]]:
     """Module and function of every frame of the traceback, the raising one last."""
-    found, at = [], error.__traceback__
+    names, at = [], error.__traceback__
     while isinstance(at, TracebackType):
-        found.append((str(at.tb_frame.f_globals.get("__name__")), at.tb_frame.f_code.co_name))
+        names.append((str(at.tb_frame.f_globals.get("__name__")), at.tb_frame.f_code.co_name))
         at = at.tb_next
-    return found
+    return names
 
 
 def _keys_and_values(text: str) -> EngineFailure:
@@ -152,7 +152,7 @@ def _space_on_cpu(text: str) -> EngineFailure:
 
 
 def _refused(error: ValidationError) -> EngineFailure:
-    """What a class of `vllm.config` refuses; pydantic says the class, and vLLM's own sentence is the message."""
+    """A value that a class of `vllm.config` refuses: pydantic names the key, and vLLM's own sentence is the message."""
     first = error.errors()[0]
     sentence = _first(str(first["msg"]).removeprefix("Value error, "))
     key = ".".join(str(part) for part in first["loc"]) or _key_in(sentence)
@@ -197,7 +197,7 @@ def least_share(needed: int, total: int) -> float:
 
 
 def _more_space(missing: int | None) -> str:
-    """How to give keys and values more memory, by what decides their size here."""
+    """Advice to give keys and values more memory, by what decides their size here."""
     if os.environ.get(CPU_SPACE):
         more = f" by {math.ceil(missing / GIB)}" if missing else ""
         return f"raise the environment variable {CPU_SPACE} (GiB){more}"
@@ -214,8 +214,8 @@ def _total_bytes() -> int | None:
 
 def _key_in(sentence: str) -> str:
     """The engine key that a sentence is about: the first name in it that is written as one."""
-    found = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)
-    return found[0] if found else ""
+    key = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)
+    return key[0] if key else ""
 
 
 def _or(*ways: str) -> str:
@@ -228,8 +228,8 @@ def _first(text: str) -> str:
     return " ".join(text.split())[:300].split(" See http")[0].split(" For further information")[0]
 
 
-def _gib(found: re.Match[str] | None) -> int | None:
-    return None if found is None else _bytes(found[1])
+def _gib(match: re.Match[str] | None) -> int | None:
+    return None if match is None else _bytes(match[1])
 
 
 def _bytes(gib: str) -> int:

@@ -36,7 +36,7 @@ RECEIPT = "receipt"
 
 
 class ScriptValues:
-    """What a script's trainers, and their vLLM engine, are given.
+    """Values for a script's trainers and their vLLM engine.
 
     Args:
         values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
@@ -64,16 +64,16 @@ class ScriptValues:
         chosen(self.speedups)
 
     def on_config_module(self, module: ModuleType) -> None:
-        """Given the module of `GRPOConfig` once it was imported; without keys to give, the class stays as it is."""
+        """Put the keys into `GRPOConfig`, whose module was imported; without keys the class stays as it is."""
         if self.grpo:
             wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
 
     def on_engine_module(self, module: ModuleType) -> None:
-        """Given the module of TRL's engine once it was imported: engines are mended whatever was asked for."""
+        """Unlock TRL's engine, whose module was imported: engines are mended whatever the values are."""
         self.unlocked.enter(module)
 
     def on_trainer_module(self, module: ModuleType) -> None:
-        """Given the module of `GRPOTrainer` once it was imported."""
+        """Unlock the engine of TRL's trainers, whose module was imported."""
         self.unlocked.enter_trainers(module)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A key reaches no script, or a value has a wrong type.
     """
-    found = {}
+    grpo = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
         name = key if section in ("", "grpo") else None
@@ -130,21 +130,22 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)
-        found[name] = value
-    check_values("grpo", found, grpo_keys())
-    return found
+        grpo[name] = value
+    check_values("grpo", grpo, grpo_keys())
+    return grpo
 
 
 def _check_agreement(overrides: Mapping[str, Any], engine: VllmSection) -> None:
-    """Refuse an engine key that is given under TRL's name and under vLLM's with different values."""
+    """Refuse an engine's setting that is given different values under TRL's name and under vLLM's."""
     for trl, value in engine.grpo_kwargs().items():
         if trl in overrides and overrides[trl] != value:
             given = {theirs: ours for ours, theirs in VLLM_TO_TRL.items() if getattr(engine, ours) is not None}
             ours = given.get(trl, "sleep_level")
             raise ConfigError(
-                f"this is {json.dumps(getattr(engine, ours))}, and grpo.{trl} is {json.dumps(overrides[trl])}",
+                f"set to {json.dumps(getattr(engine, ours))}, but grpo.{trl}, TRL's key for the same setting, is "
+                f"{json.dumps(overrides[trl])}",
                 where=f"vllm.{ours}",
-                fix="Remove one of the two.",
+                fix="Remove one of the two keys.",
             )
 
 
@@ -153,7 +154,7 @@ class _Images(Section):
 
 
 class _File(Section):
-    """What `grpo-autotune search --script` writes."""
+    """The file that `grpo-autotune search --script` writes."""
 
     grpo: dict[str, Any] = {}
     vllm: dict[str, Any] = {}
@@ -177,8 +178,8 @@ def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
         given = _File.model_validate(parse_yaml(read_source(path), str(path)))
     except ValidationError as error:
         known = [*_File.model_fields, IMAGE_SIZE, *(f"{RECEIPT}.{key}" for key in Receipt.model_fields)]
-        found = from_validation(error, known)
-        raise ConfigError(found.what, where=f"{path}: {found.where}".rstrip(": "), fix=found.fix) from error
+        problem = from_validation(error, known)
+        raise ConfigError(problem.what, where=f"{path}: {problem.where}".rstrip(": "), fix=problem.fix) from error
     values = {f"grpo.{key}": value for key, value in given.grpo.items()}
     values |= {f"vllm.{key}": value for key, value in given.vllm.items()}
     values[SPEEDUPS] = given.speedups

@@ -246,11 +246,12 @@ def test_knobs_of_a_script() -> None:
         ("grpo: {bf16: 'no'}", "grpo.bf16: 'no' is not accepted. Accepted: true or false"),
         (
             "{grpo: {vllm_gpu_memory_utilization: 0.3}, vllm: {gpu_memory_utilization: 0.5}}",
-            "vllm.gpu_memory_utilization: this is 0.5, and grpo.vllm_gpu_memory_utilization is 0.3. Remove one",
+            "vllm.gpu_memory_utilization: set to 0.5, but grpo.vllm_gpu_memory_utilization, TRL's key for the same "
+            "setting, is 0.3. Remove one of the two keys.",
         ),
         (
             "{grpo: {vllm_enable_sleep_mode: true}, vllm: {sleep_level: 0}}",
-            "vllm.sleep_level: this is 0, and grpo.vllm_enable_sleep_mode is true. Remove one",
+            "vllm.sleep_level: set to 0, but grpo.vllm_enable_sleep_mode, TRL's key for the same setting, is true.",
         ),
         ("vllm: {server_gpus: 1}", "vllm.server_gpus: nobody would start this server for a script. Start one with"),
         ("{grpo: {vllm_max_model_length: 99}, vllm: {max_model_len: 99}}", None),

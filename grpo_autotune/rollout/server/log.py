@@ -1,4 +1,4 @@
-"""What ended a server, read from the traceback at the end of its log: the error's type, where it was raised, its words.
+"""The error that ended a server, read from the traceback at the end of its log: type, raising function and message.
 
 A server is another process, so that there is no exception to look at; its traceback has the same facts as one.
 """
@@ -23,7 +23,7 @@ OF_PYDANTIC = "1 validation error for "
 MOST_SAID = 400
 
 SECOND_HAND = "Engine core initialization failed"
-"""vLLM's word from the process that did not fail itself."""
+"""vLLM's message from the process that did not fail itself."""
 
 
 class Logged(NamedTuple):
@@ -44,17 +44,17 @@ class Logged(NamedTuple):
 def last_error(log: Path) -> Logged | None:
     """The error that a log ends with: the first-hand one, where a process tells of another's."""
     lines = log.read_text(errors="replace").splitlines()
-    found = [(at, match) for at, line in enumerate(lines) if (match := RAISED.search(line))]
-    own = [(at, match) for at, match in found if not match[2].startswith(SECOND_HAND)]
-    if not own:
+    errors = [(at, match) for at, line in enumerate(lines) if (match := RAISED.search(line))]
+    first_hand = [(at, match) for at, match in errors if not match[2].startswith(SECOND_HAND)]
+    if not first_hand:
         return None
-    at, match = own[-1]
+    at, match = first_hand[-1]
     more = lines[at + 1 : at + 2] if match[2].startswith(OF_PYDANTIC) else []
     return Logged(match[1].rpartition(".")[2], " ".join([match[2], *more]), _innermost(lines[:at]))
 
 
 def logged_failure(log: Path) -> EngineFailure | None:
-    """As `engine.failures.engine_failure`, of a server; null for what is no want of memory."""
+    """The failure of a server that found no memory, as `rollout.failures` words it; None for any other error."""
     error = last_error(log)
     if error is None:
         return None
@@ -64,7 +64,7 @@ def logged_failure(log: Path) -> EngineFailure | None:
 
 
 def words(error: Logged | None) -> str:
-    """For a person."""
+    """The error as one line for a user."""
     return "Its log says why." if error is None else f"{error.name}: {error.text}"[:MOST_SAID]
 
 
