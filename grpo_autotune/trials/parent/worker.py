@@ -34,7 +34,7 @@ class GuardedWorker(Guarded):
     Args:
         folder: Of its first trial.
         log: Standard output and error, until the trial leads them to its own log.
-        world_size: More than one are ranks under `torchrun`, which serve that one trial.
+        world_size: More than one are ranks under `torchrun`, which run that one trial.
     """
 
     def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
