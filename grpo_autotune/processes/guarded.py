@@ -24,7 +24,7 @@ PYTHON = [sys.executable, "-P"]
 
 
 class Guarded:
-    """A command behind its guardian, in a session of its own: nothing that it starts outlives it, nor this process.
+    """A command behind its guardian, in a session of its own: nothing that it starts outlives it or this process.
 
     Args:
         words: The command.

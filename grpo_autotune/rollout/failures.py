@@ -1,6 +1,6 @@
 """The failure of an engine to start: recognised by the type of the exception, or by the vLLM function that raised it.
 
-vLLM raises a plain `ValueError` where its share of memory is too small or not free. Which check it was is told by the
+vLLM raises a plain `ValueError` where its share of memory is too small or not free. The check is known by the
 innermost frame of the traceback; the message is read only for the figures it carries, never to find out what happened.
 What vLLM's own configuration classes refuse is a pydantic `ValidationError` with vLLM in its traceback.
 """

@@ -1,7 +1,7 @@
 """The heartbeat of a trial: a file that the child rewrites at every span edge, and that the parent only looks at.
 
-A beat carries a number that always grows, so that the parent compares contents on its own clock: neither a clock that
-jumps nor a file system with coarse times can make a living trial look dead.
+A beat carries a number that always grows, so that the parent compares contents on its own clock: a clock that
+jumps or a file system with coarse times cannot make a running trial look dead.
 """
 
 from __future__ import annotations

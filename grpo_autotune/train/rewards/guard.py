@@ -27,32 +27,32 @@ GIVEN_BY_TRL = frozenset(
 
 
 def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
-    """Wrap a reward function: params bound, name kept, its result judged.
+    """Wrap a reward function: params bound, name kept, its result checked.
 
     Args:
         function: Sync or async, of TRL's reward signature; the wrapper is of the same kind.
         name: What logs call it.
         params: Keywords that win over columns of the same name.
-        alone: Whether it is the only reward, so that a batch of nothing but None cannot be learned from.
+        alone: True if it is the only reward, so that a batch of nothing but None cannot be learned from.
 
     Returns:
         A function whose calls raise `RewardError` if it raises, returns the wrong number of values, values that are not
         numbers, or only None.
     """
-    judge = _Judge(name, patience=1 if alone else PATIENCE)
+    check = _ResultCheck(name, patience=1 if alone else PATIENCE)
     if is_async(function):
 
         async def guarded_async(**batch: Any) -> list[float | None]:
             with blame(name, batch):
                 values = await function(**{**batch, **params})
-            return judge(values, batch)
+            return check(values, batch)
 
         return _named(guarded_async, name, function)
 
     def guarded(**batch: Any) -> list[float | None]:
         with blame(name, batch):
             values = function(**{**batch, **params})
-        return judge(values, batch)
+        return check(values, batch)
 
     return _named(guarded, name, function)
 
@@ -100,7 +100,7 @@ def blaming_layer(name: str, *, awaited: bool) -> Layer:
 
 
 def check_params(function: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
-    """Judge that every parameter is named in the signature: `**kwargs` is for columns, and would hide a slip.
+    """Check that every parameter is named in the signature: `**kwargs` is for columns, and would hide a misspelt name.
 
     Raises:
         ConfigError: For the first that is not; with the nearest that is.
@@ -117,8 +117,8 @@ def check_params(function: Callable[..., Any], params: Mapping[str, Any], where:
             raise ConfigError("the function has no such parameter", where=f"{where}.{name}", fix=hint)
 
 
-class _Judge:
-    """Judges what one reward function returns, over its life."""
+class _ResultCheck:
+    """Checks the results of one reward function, over its life."""
 
     def __init__(self, name: str, patience: int) -> None:
         self.name, self.patience = name, patience
@@ -130,9 +130,9 @@ class _Judge:
         rewards, expected = list(values), len(batch["completions"])
         if len(rewards) != expected:
             raise self._error(f"returned {len(rewards)} values for {expected} completions", batch)
-        strange = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
-        if strange is not None:
-            raise self._error(f"returned {strange!r}, which is not a number", batch)
+        no_number = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
+        if no_number is not None:
+            raise self._error(f"returned {no_number!r}, which is not a number", batch)
         numbers = [float(value) for value in rewards if value is not None]
         if any(math.isinf(number) for number in numbers):
             raise self._error("returned an infinite reward", batch)

@@ -76,7 +76,7 @@ class FixedLengths:
             self._handles.append(wrap(slot, layer))
 
     def _turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """One generation of this rank's rows; those of evaluation are none of ours."""
+        """One generation of this rank's rows; those of evaluation are left as they are."""
         if not self._trainer.model.training:
             return call_next(prompt_ids, *args, **kwargs)
         accelerator, rows = self._trainer.accelerator, len(prompt_ids)

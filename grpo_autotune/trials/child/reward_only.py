@@ -1,6 +1,6 @@
-"""Rewards without training: the trainer's own path samples and judges the data's first prompts, and nothing is learned.
+"""Rewards without training: the trainer's own path generates for the data's first prompts and computes their rewards.
 
-What that path computes beside it, log-probabilities for a loss that nobody takes, is left out.
+The log-probabilities that this path computes for the loss are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
 def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> tuple[list[float], list[PromptReward]]:
-    """Sample and judge `batches` generation batches.
+    """Generate `batches` generation batches and compute their rewards.
 
     Args:
         trainer: A `trl.GRPOTrainer` over an indexable data set.
@@ -66,7 +66,7 @@ class _Samples:
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
         self._handles: list[Handle] = []
-        layers = {"rewards": self._judge, "rollout": self._rollout, "logps": self._no_logps}
+        layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
         for key, layer in layers.items():
             slot = slot_of(trainer, find(key))
             if slot is not None:
@@ -83,7 +83,7 @@ class _Samples:
             for row, part in zip(rows, cut, strict=True)
         ]
 
-    def _judge(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _total(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         rewards_BF = call_next(*args, **kwargs)
         weights_F = self._trainer.reward_weights.to(rewards_BF.device)
         self._rewards = (rewards_BF * weights_F).nansum(dim=1).tolist()

@@ -49,7 +49,7 @@ def _run_one(executor: TrialExecutor, folder: Path, *, warm: bool) -> int:
     heartbeat.close()
     try:
         write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
-    except OSError:  # nor can the log
+    except OSError:  # the log cannot be written either
         return CANNOT_WRITE
     return 0 if executor.reusable else RETIRED
 

@@ -1,4 +1,4 @@
-"""The rows on which memory is dearest: the prompts that become the most tokens, their images counted as the model will.
+"""The rows that need most memory: the prompts that become the most tokens, their images counted as the model will.
 
 Of a large data set a sample is looked at: evenly spaced rows, and those whose text is longest.
 """

@@ -207,7 +207,7 @@ class Runner(AbstractContextManager["Runner"]):
 
 
 def ignore(progress: object) -> None:
-    """A watch that looks away."""
+    """A watch that does nothing."""
 
 
 def worker_key(spec: TrialSpec) -> str | None:
