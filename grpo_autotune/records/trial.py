@@ -120,7 +120,7 @@ class TrialOutcome(Frozen):
         overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
         startup_s: Seconds from the request to the first step's begin.
         elapsed_s: Seconds of the whole trial, as the parent saw them.
-        warm: Whether a process that had served another trial served this one.
+        warm: True if the process had run another trial before this one.
         rewards: Of a `rewards` trial.
         lengths: Of a `probe`: its completions' lengths in tokens, one list per prompt, in the order in which they were
             generated; empty where other trials cannot be given the same.

@@ -114,10 +114,10 @@ class TrialExecutor:
         finally:
             if (speed_ups := getattr(trainer, SPEED_UPS, None)) is not None:
                 speed_ups.remove()  # their layers on TRL's functions hold the trainer
-            _let_go(trainer)
+            _detach_engine(trainer)
 
 
-def _let_go(trainer: Any) -> None:
+def _detach_engine(trainer: Any) -> None:
     """Take off the engine, which this process keeps, all that holds the trainer."""
     generation = getattr(trainer, "vllm_generation", None)
     unlocked = None if generation is None else engine_of(generation)

@@ -67,7 +67,7 @@ class Race(AbstractContextManager["Race"]):
     ) -> None:
         self._wait, self._stopwatch = wait, Stopwatch(clock)
         self._start, self._clock, self._watch = start, clock, watch or (lambda progress: None)
-        self._again: set[int] = set()
+        self._restarted: set[int] = set()
         self._lanes: list[Attempt] = []
         self._ends: dict[int, AttemptEnd] = {}
         self._steps: list[list[int]] = [[] for _ in specs]
@@ -92,7 +92,7 @@ class Race(AbstractContextManager["Race"]):
     def run(self, rounds: int, deadline_s: float) -> list[tuple[Attempt, AttemptEnd]]:
         """Start all, warm each up, interleave their blocks, and stop them; return the end of each."""
         everyone = range(len(self._lanes))
-        self._until(lambda: all(self._at_rest(lane, 0) for lane in everyone), deadline_s)
+        self._until(lambda: all(self._is_waiting(lane, 0) for lane in everyone), deadline_s)
         for lane in everyone:
             self._run_block(lane, 1, deadline_s)
         longest_s = 0.0
@@ -129,7 +129,7 @@ class Race(AbstractContextManager["Race"]):
             for lane, outcome in enumerate(outcomes)
         ]
 
-    def keep(self, lane: int) -> Worker:
+    def release_worker(self, lane: int) -> Worker:
         """Hand out the worker of a trial that went well; the caller ends it."""
         return self._lanes.pop(lane).worker
 
@@ -151,11 +151,11 @@ class Race(AbstractContextManager["Race"]):
             return
         attempt.idle = False
         set_block_limit(attempt.folder, blocks)
-        self._until(lambda: self._at_rest(lane, blocks), deadline_s)
+        self._until(lambda: self._is_waiting(lane, blocks), deadline_s)
         attempt.idle = True
         self._steps[lane].append(attempt.heartbeat.progress.step)
 
-    def _at_rest(self, lane: int, blocks: int) -> bool:
+    def _is_waiting(self, lane: int, blocks: int) -> bool:
         attempt = self._lanes[lane]
         attempt.idle = blocks_done(attempt.heartbeat.progress.stage) == blocks
         return attempt.idle
@@ -165,8 +165,8 @@ class Race(AbstractContextManager["Race"]):
         while True:
             for lane, attempt in enumerate(self._lanes):
                 if lane not in self._ends and (end := attempt.look()) is not None:
-                    if not end.taken_up and lane not in self._again:  # a warm worker that was about to end
-                        self._again.add(lane)
+                    if not end.taken_up and lane not in self._restarted:  # a warm worker that was about to end
+                        self._restarted.add(lane)
                         attempt.worker.end()
                         self._lanes[lane] = self._attempt(attempt.spec, attempt.folder)
                         continue

@@ -125,7 +125,7 @@ class Runner(AbstractContextManager["Runner"]):
                 outcomes = [self._outcome(attempt, end, kills) for attempt, end in race.run(rounds, deadline_s)]
                 key = worker_key(specs[0])
                 if outcomes[0].status == "ok" and self._warm and key is not None:
-                    self._worker, self._key = race.keep(0), key
+                    self._worker, self._key = race.release_worker(0), key
             if not race.began_without_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
