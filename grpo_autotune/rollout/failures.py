@@ -85,8 +85,10 @@ def engine_failure(error: BaseException) -> EngineFailure | None:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
-    while error is not None:
+    """The error, what it was raised from, and so on; once each, since an error may be raised from itself."""
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        passed.add(id(error))
         yield error
         error = error.__cause__
 

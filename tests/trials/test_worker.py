@@ -81,6 +81,11 @@ def test_other_errors_go_by_their_type_and_never_by_words(error: Exception, stat
     assert ending_of_error(error, lambda: GIB).status == status
 
 
+def test_an_error_that_was_raised_from_itself_ends_a_trial_like_any_other() -> None:
+    error = ValueError("no judge")
+    assert ending_of_error(caused(error, error), lambda: GIB) == ("crashed", "ValueError: no judge", "ValueError", None)
+
+
 def test_a_thread_without_room_for_its_stack_is_memory() -> None:
     assert ending_of_error(RuntimeError("can't start new thread"), lambda: 1 << 20).status == "oom"
 

@@ -131,6 +131,8 @@ def _say(line: str) -> None:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    while error is not None:
+    cleared: set[int] = set()
+    while error is not None and id(error) not in cleared:
+        cleared.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
