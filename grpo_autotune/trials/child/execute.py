@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import say
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.rollout.colocate.unlock import engine_of
@@ -107,7 +108,7 @@ class TrialExecutor:
         meter.restart()
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
         address = None if spec.server_port is None else address_keys(spec.server_port)
-        trainer = quiet_trainer(config, startup, _say, self._data.load, address)
+        trainer = quiet_trainer(config, startup, say, self._data.load, address)
         self._model = weakref.ref(trainer.model)
         try:
             return measure(trainer, spec, folder, startup, heartbeat, trainer.train)
@@ -124,10 +125,6 @@ def _detach_engine(trainer: Any) -> None:
     if unlocked is not None:
         unlocked.take_off()
         unlocked.parts.clear()
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -5,12 +5,12 @@ The script ends where its first training would.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TRIAL_ARGUMENTS, TrialSpec
@@ -62,7 +62,7 @@ class _ScriptTrial(ScriptHooks):
         heartbeat: HeartbeatWriter,
         trl_imported: Callable[[], None],
     ) -> None:
-        super().__init__(ScriptValues(spec.knobs, TRIAL_ARGUMENTS), startup, _say)
+        super().__init__(ScriptValues(spec.knobs, TRIAL_ARGUMENTS), startup, say)
         self._spec, self._folder, self._heartbeat, self._trl_imported = spec, folder, heartbeat, trl_imported
         self.measured: Measurement | None = None
 
@@ -77,7 +77,3 @@ class _ScriptTrial(ScriptHooks):
         blame_rewards(trainer)
         self.measured = measure(trainer, self._spec, self._folder, self.startup, self._heartbeat, train)
         raise EnoughSteps
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
