@@ -1,8 +1,8 @@
-"""May a knob that changes what is learned go into `tuned.yaml`? Decided from rewards on the same prompts.
+"""Non-inferiority of a knob that changes what is learned, from rewards on the same prompts.
 
 Image size is judged by a paired non-inferiority test: the mean over prompts of (reward with the change - reward as the
-user has it) must lie above `-max_reward_drop` with the confidence asked for (one-sided t test). The two ends of the
-interval that is told each hold with that confidence on their own side.
+user has it) must lie above `-max_reward_drop` with the configured confidence (one-sided t test). Each end of the
+reported interval holds with that confidence on its own side.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def judge_rewards(
 
 def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float, confidence: float) -> int | None:
     """Smallest number of pairs whose interval would lie on one side of `-margin`, mean and spread staying as they are;
-    null where that is more than `MOST_PROMPTS`."""
+    None where that is more than `MOST_PROMPTS`."""
     values = np.asarray(difference, dtype=float)
     gap, spread = abs(float(values.mean()) + margin), float(values.std(ddof=1))
     if gap == 0.0:
@@ -81,14 +81,14 @@ def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float,
 def judge_generations(
     before: int, after: int, living: Interval | None, speed: Interval, truncated: tuple[float, float] | None
 ) -> Guard:
-    """May `num_generations` change? Where the useful completions a second rise by more than all noise in them.
+    """Judge a value of `num_generations`: proven where useful completions per second rise by more than all their noise.
 
     Args:
         before: The user's group size.
         after: The one judged.
-        living: Share of living groups at `after` over that at `before`, from the whole probe; null where no spread of
+        living: Share of living groups at `after` over that at `before`, from the whole probe; None where no spread of
             rewards was seen.
-        speed: Useful completions a second over the user's, the living share's own estimate included.
+        speed: Useful completions per second over the user's, the living share's own estimate included.
         truncated: Share of completions cut off (before, after), where both were seen.
     """
     plain: dict[str, Any] = {"key": "grpo.num_generations", "before": before, "after": after}
@@ -114,8 +114,8 @@ def _one_sided_ends(values: np.ndarray, confidence: float) -> tuple[float, float
     mean = float(values.mean())
     if float(values.std(ddof=1)) == 0.0:
         return mean, mean, mean
-    found = ttest_1samp(values, 0.0).confidence_interval(2.0 * confidence - 1.0)
-    return mean, float(found.low), float(found.high)
+    interval = ttest_1samp(values, 0.0).confidence_interval(2.0 * confidence - 1.0)
+    return mean, float(interval.low), float(interval.high)
 
 
 def _cut_share(row: PromptReward) -> float:
@@ -130,7 +130,7 @@ def _truncated(pairs: Sequence[tuple[PromptReward, PromptReward]]) -> dict[str, 
 
 
 def _grew(pairs: Sequence[tuple[PromptReward, PromptReward]], confidence: float) -> bool:
-    """Whether the truncated share rose beyond noise."""
+    """True where the truncated share rose beyond noise."""
     growth = np.array([_cut_share(new) - _cut_share(old) for old, new in pairs])
     _, low, _ = _one_sided_ends(growth, confidence)
     return low > 0.0
