@@ -68,13 +68,13 @@ def headline(report: SearchReport) -> list[str]:
     if not best.changed:
         tried = sum(row.purpose == "timed" and row.status == "ok" and row.knobs != own.knobs for row in report.trials)
         found = "is already the best that was found" if tried or report.predicted else "stays: no other was measured"
-        lines = [end, f"Your configuration {found}; {seconds(own.step_s)} a step."]
+        lines = [end, f"Your configuration {found}; {seconds(own.step_s)} per step."]
     else:
         how = "Predicted" if report.predicted else "Raced" if best.raced else "Measured"
         lines = [
             end,
-            f"{how}: {_speed(best)} useful completions a second, interval at {percent(report.confidence)}, "
-            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} a step.",
+            f"{how}: {_speed(best)} useful completions per second, interval at {percent(report.confidence)}, "
+            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} per step.",
             f"tuned.yaml changes {changes(best.changed, own.knobs)}.",
         ]
     for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):

@@ -72,8 +72,8 @@ def panel(state: SearchProgress) -> list[str]:
     lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
-        lines.append(f"own     {seconds(state.baseline_step_s)} a step")
-        lines.append(f"best    x {state.speedup:.2f}, {step} a step: {changed}")
+        lines.append(f"own     {seconds(state.baseline_step_s)} per step")
+        lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
     for row in state.skipped[:MOST_SKIPPED]:
         lines.append(f"skipped {row.count}: {row.why}")
     if state.step_error is not None:
@@ -85,7 +85,7 @@ def plain_line(state: SearchProgress) -> str:
     """The same in one line."""
     parts = [_left(state), _trial(state)]
     if state.baseline_step_s is not None:
-        parts.append(f"best x {state.speedup:.2f}, own {seconds(state.baseline_step_s)} a step")
+        parts.append(f"best x {state.speedup:.2f}, own {seconds(state.baseline_step_s)} per step")
     if state.step_error is not None:
         parts.append(f"models off by {percent(state.step_error)}")
     return " | ".join(parts)

@@ -99,7 +99,7 @@ def judge_generations(
             proven=False, why="no group had any spread of rewards, so what a group teaches is unknown", **plain
         )
     low = speed.low * living.low / living.value
-    told = f"useful completions a second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
+    told = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
     return Guard(proven=low > 1.0, why=told if low > 1.0 else f"not beyond noise: {told}", prompts=living.n, **plain)
 
 

@@ -139,7 +139,7 @@ def _notes(board: Leaderboard) -> Iterator[str]:
     tokens, group = board.record.tokens, board.baseline_knobs.get(GROUP)
     if board.living is None:
         yield (
-            "No group of the probe had any spread of rewards, so the score counts completions a second, and "
+            "No group of the probe had any spread of rewards, so the score counts completions per second, and "
             "num_generations stays as it is."
         )
     elif tokens is not None and group is not None:

@@ -91,7 +91,7 @@ def _head(report: SearchReport, which: str, candidate: Candidate, script: list[s
     if not candidate.changed:
         title = f"Written by grpo-autotune search: your own configuration; nothing else was better ({which})."
     how = "predicted, not measured" if report.predicted else "measured"
-    speed = f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f}) useful completions a second"
+    speed = f"x {candidate.speedup:.2f} ({candidate.ci[0]:.2f} to {candidate.ci[1]:.2f}) useful completions per second"
     lines = [title, f"{speed}, {how}, after {hms(report.elapsed_s)} of search; the receipt says what and where."]
     if script:
         lines.append(f"Values for the trainer of {script[0]}: grpo-autotune run --with THIS_FILE {shlex.join(script)}")

@@ -38,6 +38,8 @@ def test_the_end_tells_gain_split_contributions_pareto_and_files(tmp_path: Path)
     report, _ = searched(tmp_path, 400.0)
     text = render_search(report, width=200)
     assert f"Raced: x {report.best.speedup:.2f}" in text
+    assert " useful completions per second, interval at 90%, " in text and " per step.\n" in text
+    assert "useful completions per second" in (tmp_path / "tuned.yaml").read_text()
     for section in ("How the gain comes about", "What changes what is learned", "Speed against reward", "Not run"):
         assert section in text
     assert "from exact knobs" in text and "data.image_size 512 -> 256" in text and "measured" in text
@@ -81,6 +83,7 @@ def test_the_live_view_shows_time_trial_best_skipped_and_errors(tmp_path: Path) 
     lines = "\n".join(panel(last))
     assert "left" in lines and "generation, step 1" in lines and "own " in lines and "best    x" in lines
     assert "skipped" in lines and "models  off by" in lines
+    assert lines.count(" per step") == 2
 
 
 def test_without_a_terminal_there_is_a_line_a_trial(tmp_path: Path) -> None:
