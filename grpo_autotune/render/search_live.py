@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from grpo_autotune.records.search import SearchProgress
-from grpo_autotune.render.search import changes, value_words
+from grpo_autotune.render.search import changes, value_text
 from grpo_autotune.units import hms, percent, seconds
 
 PLAIN_EVERY_S = 15.0
@@ -33,9 +33,9 @@ class SearchView:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        self._said: int | None = None
-        self._said_s = 0.0
-        self._told = set[str]()
+        self._printed_trial: int | None = None
+        self._printed_s = 0.0
+        self._printed_reasons = set[str]()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -58,12 +58,12 @@ class SearchView:
             self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
             return
         number, now = state.trial.number, self._clock()
-        if number != self._said or now - self._said_s >= PLAIN_EVERY_S:
-            self._said, self._said_s = number, now
+        if number != self._printed_trial or now - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_trial, self._printed_s = number, now
             self.say(plain_line(state))
             for row in state.skipped:
-                if row.why not in self._told:
-                    self._told.add(row.why)
+                if row.why not in self._printed_reasons:
+                    self._printed_reasons.add(row.why)
                     self.say(f"not run: {row.count} combinations, {row.why}")
 
 
@@ -102,7 +102,7 @@ def _trial(state: SearchProgress) -> str:
     trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
     stage = "" if progress is None else f", {progress.stage}" + (f", step {progress.step}" if progress.step else "")
-    text = ", ".join(f"{key.rpartition('.')[2]} {value_words(value)}" for key, value in state.changed.items())
+    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
     if len(text) > SHORT:
         text = f"{text[: SHORT - 3]}..."
     return f"{name}{stage}: {text or 'your own configuration'}"

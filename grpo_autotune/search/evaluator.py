@@ -66,7 +66,7 @@ class Evaluator:
         return max(self.board.config.search.steps, min(MOST_STEPS, cheap))
 
     def spec(self, purpose: Purpose, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
-        """A trial of the user's configuration with these knobs; a script is told of keys that follow from them, too."""
+        """A trial of the user's configuration with these knobs; for a script, all keys that follow from them."""
         config = self.board.config_of({**self.board.baseline_knobs, **knobs})
         if self.log.task.script is not None:
             knobs = overrides(self.board.config, config)
@@ -127,7 +127,7 @@ class Evaluator:
         return entry
 
     def relearn(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
-        """Take a trial of an earlier process into account; a journal is told of it where it lost that."""
+        """Take a trial of an earlier process into account, and tell it to a journal that lost it."""
         if spec.purpose != "timed":
             self.record(spec, outcome)
             self.costs.learn(outcome)

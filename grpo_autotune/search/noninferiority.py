@@ -50,17 +50,17 @@ def judge_rewards(
         return Guard(proven=False, why=why, reward_difference=float(difference.mean()), **plain)
     mean, low, high = _one_sided_ends(difference, confidence)
     plain |= {"reward_difference": mean, "reward_low": low, "reward_high": high}
-    told = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
+    text = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
     if _grew(pairs, confidence):
         cut = f"{plain['truncated_before']:.1%} -> {plain['truncated_after']:.1%}"
-        why = f"more completions are cut off at max_completion_length, {cut}; {told}"
+        why = f"more completions are cut off at max_completion_length, {cut}; {text}"
         return Guard(proven=False, why=why, **plain)
     if low > -margin:
-        return Guard(proven=True, why=told, **plain)
+        return Guard(proven=True, why=text, **plain)
     if high < -margin:
-        return Guard(proven=False, why=f"the reward falls by more than is allowed: {told}", **plain)
+        return Guard(proven=False, why=f"the reward falls by more than is allowed: {text}", **plain)
     needed = prompts_that_settle(difference, margin, confidence)
-    return Guard(proven=False, why=f"not settled: {told}", prompts_needed=needed, **plain)
+    return Guard(proven=False, why=f"not settled: {text}", prompts_needed=needed, **plain)
 
 
 def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float, confidence: float) -> int | None:
@@ -99,8 +99,8 @@ def judge_generations(
             proven=False, why="no group had any spread of rewards, so what a group teaches is unknown", **plain
         )
     low = speed.low * living.low / living.value
-    told = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
-    return Guard(proven=low > 1.0, why=told if low > 1.0 else f"not beyond noise: {told}", prompts=living.n, **plain)
+    text = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
+    return Guard(proven=low > 1.0, why=text if low > 1.0 else f"not beyond noise: {text}", prompts=living.n, **plain)
 
 
 def _pairs(before: Sequence[PromptReward], after: Sequence[PromptReward]) -> list[tuple[PromptReward, PromptReward]]:

@@ -46,7 +46,7 @@ def open_search(
     """
     task, config = log.task, log.task.config
     if task.script is None:
-        space(config, task.machine)  # a mistake in it is told before anything is measured
+        space(config, task.machine)  # a mistake in it stops before anything is measured
     place = shared_storage(storage) if storage else journal_storage(task.folder.journal)
     outcome = next((o for spec, o in recalled if spec.purpose == "probe" and o and o.status == "ok"), None)
     if outcome is None:

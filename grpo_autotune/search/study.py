@@ -66,13 +66,10 @@ class Axes:
 
     def knobs(self, params: Mapping[str, Any]) -> Knobs:
         """The combination behind Optuna's parameters."""
-        knobs = {}
-        for key, axis in self.values.items():
-            if len(axis) == 1:
-                knobs[key] = axis[0]
-            else:
-                knobs[key] = axis[params[key]] if _numbers(axis) else json.loads(params[key])
-        return knobs
+        return {
+            key: axis[0] if len(axis) == 1 else axis[params[key]] if _numbers(axis) else json.loads(params[key])
+            for key, axis in self.values.items()
+        }
 
     def distance(self, left: Knobs, right: Knobs) -> float:
         """Distance of two combinations: ranks as shares of their axis, other values 0 or 1."""
@@ -87,7 +84,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Claim:
-    """A combination that this process has taken on; to be told, or released."""
+    """A combination that this process has taken on, until its result is told or it is released."""
 
     knobs: Knobs
     trial: optuna.Trial
@@ -155,20 +152,20 @@ class Study:
         return self.ask(min(pool, key=lambda knobs: self.axes.distance(claim.knobs, knobs)))
 
     def tell(self, claim: Claim, score: float, number: int, attributes: Attributes, headroom_gib: float) -> None:
-        """A trial that was measured: its score, and the memory that was left."""
+        """Tell the score of a measured trial, and the memory that it left."""
         self._note(claim, number, attributes, {MEMORY: min(0.0, -headroom_gib), TIME: 0.0})
         self._finish(claim, score, TrialState.COMPLETE)
 
     def tell_infeasible(
         self, claim: Claim, number: int, attributes: Attributes, *, over_gib: float = 0.0, over_time: float = 0.0
     ) -> None:
-        """A trial that ran out of memory, or of its own time: worse than every feasible one, and why."""
+        """Tell of a trial that ran out of memory, or of its own time: worse than every feasible one, and why."""
         self._note(claim, number, attributes, {MEMORY: over_gib, TIME: over_time})
         values = [trial.value for trial in self._feasible() if trial.value is not None]
         self._finish(claim, min(values, default=0.0), TrialState.COMPLETE)
 
     def fail(self, claim: Claim, why: str, number: int | None = None) -> None:
-        """A trial that says nothing about its knobs; samplers will not see it."""
+        """Tell of a trial that says nothing about its knobs; samplers will not see it."""
         self._note(claim, number, {"why": why})
         self._finish(claim, None, TrialState.FAIL)
 
@@ -189,7 +186,7 @@ class Study:
         return sorted(scores, key=lambda pair: -pair[1])
 
     def numbers(self) -> set[int]:
-        """Trial numbers of the run folder that the study knows the end of."""
+        """Numbers of the run folder's trials that are finished in the study."""
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
         return {trial.user_attrs["number"] for trial in trials if trial.user_attrs.get("number") is not None}
 
@@ -221,7 +218,7 @@ class Study:
     def _note(
         self, claim: Claim, number: int | None, attributes: Attributes, constraints: Mapping[str, float] | None = None
     ) -> None:
-        # Another machine may have given a silent trial up; then its retry will say what it is worth.
+        # Another machine may have given a silent trial up; then its retry will give the score.
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             for name, value in (constraints or {}).items():
                 claim.trial.set_constraint(name, value)

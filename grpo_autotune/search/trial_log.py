@@ -125,15 +125,8 @@ class TrialLog:
         predicted_s: float | None = None,
         useful: float | None = None,
     ) -> None:
-        """Enter a trial in the table.
-
-        Args:
-            spec: The trial.
-            outcome: Its outcome.
-            knobs: The combination that was measured.
-            predicted_s: Seconds per step that were predicted.
-            useful: Useful completions per step, for its score.
-        """
+        """Enter a trial in the table, with its predicted seconds per step, and with its score where the useful
+        completions per step are given."""
         self.notes |= set(outcome.notes)
         self.limit_memory(outcome.most_bytes)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1

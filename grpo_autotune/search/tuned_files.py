@@ -31,6 +31,7 @@ def write_tuned(task: Task, board: Leaderboard, report: SearchReport) -> None:
         text = tuned_text(task, board, report, which, candidate)
         write_whole(task.folder.tuned(which), text)
         if which == "tuned" and task.out is not None:
+            task.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(task.out, text)
 
 
