@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,31 +43,16 @@ class State(Frozen):
     finished: bool = False
 
 
-@dataclass(frozen=True)
 class SearchFolder:
-    """Paths of a search's files."""
+    """Paths and files of a search."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def machine(self) -> Path:
-        return self.path / "machine.json"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "study.journal"
-
-    @property
-    def report(self) -> Path:
-        return self.path / SEARCH_FILE
-
-    @property
-    def state_file(self) -> Path:
-        return self.path / "state.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.machine = path / "machine.json"
+        self.journal = path / "study.journal"
+        self.report = path / SEARCH_FILE
+        self.state_file = path / "state.json"
 
     def tuned(self, which: str) -> Path:
         """`tuned.yaml`, or `tuned.exact.yaml` and `tuned.fast.yaml`."""

@@ -111,7 +111,7 @@ def judge_group(evaluator: Evaluator, entry: Entry, room_s: float) -> None:
         board.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
         return
     living = living_ratio(board.record, before, after, board.confidence)
-    board.note(judge_generations(before, after, living, board.ratio(ablated, entry), None))
+    board.note(judge_generations(before, after, living, board.ratio(ablated, entry)))
 
 
 def worst_case_s(evaluator: Evaluator, entry: Entry) -> float:

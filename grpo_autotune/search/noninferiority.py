@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import norm, ttest_1samp
 from scipy.stats import t as student
 
+from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.objective import Interval
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import PromptReward
@@ -78,9 +79,7 @@ def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float,
     return None
 
 
-def judge_generations(
-    before: int, after: int, living: Interval | None, speed: Interval, truncated: tuple[float, float] | None
-) -> Guard:
+def judge_generations(before: int, after: int, living: Interval | None, speed: Interval) -> Guard:
     """Judge a value of `num_generations`: proven where useful completions per second rise by more than all their noise.
 
     Args:
@@ -89,15 +88,11 @@ def judge_generations(
         living: Share of living groups at `after` over that at `before`, from the whole probe; None where no spread of
             rewards was seen.
         speed: Useful completions per second over the user's, the living share's own estimate included.
-        truncated: Share of completions cut off (before, after), where both were seen.
     """
-    plain: dict[str, Any] = {"key": "grpo.num_generations", "before": before, "after": after}
-    if truncated is not None:
-        plain |= {"truncated_before": truncated[0], "truncated_after": truncated[1]}
+    plain: dict[str, Any] = {"key": GROUP, "before": before, "after": after}
     if living is None:
-        return Guard(
-            proven=False, why="no group had any spread of rewards, so what a group teaches is unknown", **plain
-        )
+        why = "no group had any spread of rewards, so what a group teaches is unknown"
+        return Guard(proven=False, why=why, **plain)
     low = speed.low * living.low / living.value
     text = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
     return Guard(proven=low > 1.0, why=text if low > 1.0 else f"not beyond noise: {text}", prompts=living.n, **plain)
