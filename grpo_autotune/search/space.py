@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
 
+FOREIGN = {"grpo": grpo_keys, "peft": peft_keys}
+"""Sections whose keys another package defines."""
 MOST_EXPLAINED = 2000
 """Illegal combinations looked at to say which rule empties a space."""
 
@@ -56,10 +59,10 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
             type, or no combination is legal.
     """
     known, asked = given(config, machine, record), config.search.knobs
-    for key in asked:
-        _known(key, "search.knobs")
-    for key in config.search.accept:
-        _known(key, "search.accept")
+    for section, keys in (("search.knobs", asked), ("search.accept", config.search.accept)):
+        for key in keys:
+            with _at(f"{section}.{key}"):
+                knob(key)
     values = {row.key: _axis(known, row.key) for row in TABLE if _wanted(config, row.key)}
     values = {key: axis for key, axis in values.items() if axis and (len(axis) > 1 or key in asked)}
     axes = Space(values, knobs_of(config, values))
@@ -93,9 +96,7 @@ def why_not(config: RunConfig, knobs: Knobs, machine: Machine) -> str | None:
 
 def points(axes: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:
     """Every legal combination: the user's own first, then those with one change, with two, and so on."""
-    for point in _combinations(axes):
-        if why_not(config, point, machine) is None:
-            yield point
+    return (point for point in _combinations(axes) if why_not(config, point, machine) is None)
 
 
 def _combinations(axes: Space) -> Iterator[Knobs]:
@@ -122,35 +123,34 @@ def _axis(known: Given, key: str) -> tuple[Any, ...]:
         raise ConfigError(
             "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it be."
         )
-    for value in asked:
-        _accepted(known.config, key, value)
+    with _at(f"search.knobs.{key}"):
+        for value in asked:
+            _check_type(known.config, key, value)
     baseline = row.own(known.config)
     return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
 
 
-def _known(key: str, where: str) -> None:
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Name this place in a refusal."""
     try:
-        knob(key)
+        yield
     except ConfigError as error:
-        raise ConfigError(error.what, where=f"{where}.{key}", fix=error.fix) from error
+        raise ConfigError(error.what, where=where, fix=error.fix) from error
 
 
-def _accepted(config: RunConfig, key: str, value: Any) -> None:
+def _check_type(config: RunConfig, key: str, value: Any) -> None:
     """Refuse a value that the configuration would refuse whatever the other knobs say: one of a wrong type."""
     section, _, name = key.rpartition(".")
-    try:
-        if section == "vllm":
-            RunConfig.from_dict({**config.to_dict(), "grpo": {"use_vllm": True}, "vllm": {name: value}})
-        elif section in ("data", "model"):
-            RunConfig.from_dict({**config.to_dict(), section: {**config.to_dict().get(section, {}), name: value}})
-        elif section == "grpo":
-            check_values("grpo", {name: value}, grpo_keys())
-        elif section == "peft":
-            check_values("peft", {name: value}, peft_keys())
-        elif not section and name in RunConfig.model_fields:
-            RunConfig.from_dict({**config.to_dict(), name: value})
-    except ConfigError as error:
-        raise ConfigError(error.what, where=f"search.knobs.{key}", fix=error.fix) from error
+    values = config.to_dict()
+    if section == "vllm":
+        RunConfig.from_dict({**values, "grpo": {"use_vllm": True}, "vllm": {name: value}})
+    elif section in ("data", "model"):
+        RunConfig.from_dict({**values, section: {**values.get(section, {}), name: value}})
+    elif section in FOREIGN:
+        check_values(section, {name: value}, FOREIGN[section]())
+    elif not section and name in RunConfig.model_fields:
+        RunConfig.from_dict({**values, name: value})
 
 
 def _emptied_by(axes: Space, config: RunConfig, machine: Machine) -> str:
