@@ -25,13 +25,13 @@ def test_points_are_legal_distinct_and_begin_with_the_users_own() -> None:
     user, here = load_config("demo"), machine()
     found = space(user, here)
     every = list(points(found, user, here))
-    assert every[0] == found.own
+    assert every[0] == found.baseline
     assert with_knobs(user, every[0]) == user
     assert len(every) == len({repr(point) for point in every}) > 50
     for point in every:
         assert why_not(user, point, here) is None
         assert with_knobs(user, point).batch.completions_per_step == user.batch.completions_per_step
-    changes = [sum(point[key] != found.own[key] for key in found.keys) for point in every]
+    changes = [sum(point[key] != found.baseline[key] for key in found.keys) for point in every]
     assert changes == sorted(changes), "one change before two"
 
 
