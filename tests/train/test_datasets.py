@@ -179,8 +179,11 @@ def test_real_gsm8k() -> None:
             "column completions has a name that TRL uses itself",
         ),
         ({"columns": {"prompt": "question"}, "params": {"a": 1}}, "data.params: params are for a registered"),
-        ({"columns": {"prompt": "question"}, "name": "main"}, "data.name: this is for a data set on the hub"),
-        ({"columns": {"prompt": "question"}, "revision": "v2"}, "data.revision: this is for a data set on the hub"),
+        ({"columns": {"prompt": "question"}, "name": "main"}, "data.name: only a data set on the hub has a name, and "),
+        (
+            {"columns": {"prompt": "question"}, "revision": "v2"},
+            "data.revision: only a data set on the hub has a revision",
+        ),
         ({"prompt_template": "{question:d}"}, "data.prompt_template: does not fit row 0"),
     ],
 )
@@ -333,7 +336,9 @@ def test_an_image_size_without_images_is_told(lines: str) -> None:
 
 
 def test_a_registered_data_set_has_no_revision() -> None:
-    assert "data.revision: this is for a data set on the hub" in problem(ConfigError, path="digits", revision="v1")
+    assert "data.revision: only a data set on the hub has a revision, and digits is a registered function" in problem(
+        ConfigError, path="digits", revision="v1"
+    )
 
 
 def test_a_whole_jpeg_with_something_behind_it_is_read(tmp_path: Path) -> None:
