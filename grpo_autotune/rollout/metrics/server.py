@@ -6,12 +6,14 @@ few times a second. A server that also works for others counts their requests to
 
 from __future__ import annotations
 
-import re
 import threading
-import urllib.request
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter, together
@@ -31,24 +33,24 @@ GAUGES = {
     "kv_use_max": "vllm:kv_cache_usage_perc",
 }
 CACHE = "vllm:cache_config_info"
-_LINE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        match = _LINE.match(line)
-        if match is None:
-            continue
-        name, value = match["name"], float(match["value"])
-        if name == CACHE:
-            labels = dict(_LABEL.findall(match["labels"] or ""))
-            sizes = [labels.get(key, "") for key in ("num_gpu_blocks", "block_size")]
-            value = float(sizes[0]) * float(sizes[1]) if all(size.isdigit() for size in sizes) else 0.0
-        found[name] = found.get(name, 0.0) + value
-    return found
+    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    values: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] += _cache_tokens(sample.labels) if sample.name == CACHE else sample.value
+    return dict(values)
+
+
+def _cache_tokens(labels: Mapping[str, str]) -> float:
+    sizes = [labels.get(key, "") for key in ("num_gpu_blocks", "block_size")]
+    return float(sizes[0]) * float(sizes[1]) if all(size.isdigit() for size in sizes) else 0.0
 
 
 @dataclass
@@ -132,9 +134,9 @@ class ServerMeter(EngineMeter):
     def _read(self) -> dict[str, float]:
         """What the server tells; nothing where it does not (its metrics may be switched off, or it is gone)."""
         try:
-            with urllib.request.urlopen(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S) as reply:
-                return read_metrics(reply.read().decode())
-        except OSError:
+            reply = httpx2.get(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S)
+            return read_metrics(reply.raise_for_status().text)
+        except (httpx2.HTTPError, ValueError):
             return {}
 
 

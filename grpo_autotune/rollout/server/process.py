@@ -10,8 +10,6 @@ import os
 import signal
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,10 +80,11 @@ class VllmServer(Guarded):
         return EnvironmentProblem(f"{what} ({how})", where=str(self.log), fix=words(last_error(self.log)))
 
     def _answers(self) -> bool:
+        import httpx2
+
         try:
-            with urllib.request.urlopen(f"{self.wanted.address}/health", timeout=ANSWER_S):
-                return True
-        except (urllib.error.URLError, OSError):
+            return httpx2.get(f"{self.wanted.address}/health", timeout=ANSWER_S).is_success
+        except httpx2.HTTPError:
             return False
 
 
