@@ -17,26 +17,14 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.vllm import OURS, VLLM_TO_TRL
+from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 
 HOST, PORT = "127.0.0.1", 8000
 """Of a server whose address the configuration leaves open: TRL looks for it on this machine, at vLLM's own port."""
 
-CLIENT_KEYS = frozenset(
-    {
-        "mode",
-        "weight_sync",
-        "sleep_level",
-        "server_gpus",
-        "enable_sleep_mode",
-        "server_base_url",
-        "server_host",
-        "server_port",
-        "server_timeout",
-        "group_port",
-        "structured_outputs_regex",
-    }
-)
+CLIENT_KEYS = OURS | (VLLM_TO_TRL.keys() - NAMES) | {"enable_sleep_mode"}
 """Keys of the `vllm` section that speak of the training process, or of the way to the server."""
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
