@@ -1,4 +1,4 @@
-"""What a user asks of the rollout engine, beyond what TRL can be told."""
+"""Options of the rollout engine, beyond what TRL can be told."""
 
 from __future__ import annotations
 
@@ -45,8 +45,13 @@ class EngineOptions:
             ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
         """
         for name in keys.keys() & VLLM_TO_TRL.keys() - engine_names():
-            raise ConfigError("this is no engine key", where=name, fix=f"Give GRPOConfig {VLLM_TO_TRL[name]}.")
+            fix = f"Give GRPOConfig {VLLM_TO_TRL[name]} instead."
+            raise ConfigError("this is an argument of GRPOConfig, not of vllm.LLM", where=name, fix=fix)
         if "server_gpus" in keys:
-            raise ConfigError("nobody would start this server", where="server_gpus", fix="Use `grpo-autotune serve`.")
+            raise ConfigError(
+                "unlock_vllm starts no server",
+                where="server_gpus",
+                fix="Start one with `grpo-autotune serve`, and give its address to GRPOConfig (vllm_server_base_url).",
+            )
         vllm_section({"weight_sync": weight_sync, "sleep_level": sleep_level, **keys})
         return cls(weight_sync, sleep_level, MappingProxyType(dict(keys)))

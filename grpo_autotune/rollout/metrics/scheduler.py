@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from grpo_autotune.records.rollout import EngineFacts
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.sync import sync
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
 

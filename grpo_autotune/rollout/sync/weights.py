@@ -77,5 +77,10 @@ def numbers(parameter: Any) -> Any:
 
 
 def is_4bit(parameter: Any) -> bool:
-    """Whether bitsandbytes holds this weight in 4 bits."""
+    """True for a weight that bitsandbytes holds in 4 bits."""
     return type(parameter).__name__ == "Params4bit"
+
+
+def has_4bit(model: Any) -> bool:
+    """True for a model with such weights."""
+    return any(is_4bit(parameter) for parameter in model.parameters())
