@@ -8,10 +8,11 @@ the same smaller image, whatever its own processor's limits.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,34 +24,22 @@ from PIL import Image, ImageOps
 
 from grpo_autotune.errors import DataError
 from grpo_autotune.files import cache_dir
+from grpo_autotune.seams.stored_images import BATCH_ROWS, ImageColumn, Stored, image_column, image_feature
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is not a whole image."""
 
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 95
-BATCH_ROWS = 256
 TELL_EVERY = 4 * BATCH_ROWS
-
-Stored = Mapping[str, Any]
-"""An image as `datasets` stores it: `bytes`, or the `path` of a file."""
 
 
 @dataclass(frozen=True)
-class _Column:
-    """One image column: its rows (images not decoded), whether a row holds a list, and how to name a row."""
+class _Column(ImageColumn):
+    """An image column with the folder that relative paths start from, and the data set's name, for messages."""
 
-    name: str
-    rows: datasets.Dataset
-    several: bool
     base: Path
     where: str
-
-    def batches(self) -> Iterator[tuple[int, list[list[Stored | None]]]]:
-        """Number of the first row, and the images of `BATCH_ROWS` rows."""
-        for start in range(0, len(self.rows), BATCH_ROWS):
-            values = self.rows[start : start + BATCH_ROWS][self.name]
-            yield start, [(value or []) if self.several else [value] for value in values]
 
     def content(self, image: Stored) -> bytes:
         """The image file's bytes."""
@@ -59,7 +48,7 @@ class _Column:
         return self.path(image).read_bytes()
 
     def path(self, image: Stored) -> Path:
-        """Where the image's file is; relative paths start from the data file's folder."""
+        """The path of an image's file."""
         if image["path"] is None:
             raise ValueError("neither a path nor bytes")
         return self.base / str(image["path"])
@@ -71,7 +60,7 @@ def prepare_images(
     """Make the columns `image` and `images` readable, no side of an image longer than asked.
 
     Args:
-        rows: Rows whose images are paths, bytes, or `datasets` images; a null image stays null.
+        rows: Rows whose images are paths, bytes, or `datasets` images; an image that is None stays None.
         image_size: Longest side in pixels; larger images are shrunk, aspect kept, none is enlarged. None leaves all.
         base: Folder that relative paths start from.
         where: The data set's name, for messages.
@@ -93,32 +82,30 @@ def prepare_images(
                 elif moved:
                     rows = _replace(rows, column, _absolute(column))
                 else:
-                    rows = rows.cast_column(name, _feature(column.several, decode=True))
+                    rows = rows.cast_column(name, image_feature(column.several, decode=True))
     return rows
 
 
 def _column(rows: datasets.Dataset, name: str, base: Path, where: str) -> _Column:
-    several = isinstance(rows.features[name], (datasets.List, datasets.LargeList))
     try:
-        undecoded = rows.select_columns([name]).cast_column(name, _feature(several, decode=False))
+        plain = image_column(rows, name)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(
             f"the column {name} holds {rows.features[name]}, not images",
             where=where,
             fix="Map another in data.columns.",
         ) from error
-    return _Column(name, undecoded, several, base, where)
-
-
-def _feature(several: bool, *, decode: bool) -> Any:
-    image = datasets.Image(decode=decode)
-    return datasets.List(image) if several else image
+    return _Column(name, plain.rows, plain.several, base, where)
 
 
 def _check(
     column: _Column, image_size: int | None, pool: Executor, progress: Callable[[str], None]
 ) -> tuple[bool, bool]:
-    """Whether some image is larger than asked, and whether some path is relative; `DataError` for a broken image."""
+    """Read every image; answer if one is larger than asked, and if a path is relative.
+
+    Raises:
+        DataError: For a broken image.
+    """
 
     def check(numbered: tuple[int, Stored]) -> tuple[bool, bool]:
         row, image = numbered
@@ -132,7 +119,7 @@ def _check(
         return image_size is not None and side > image_size, relative
 
     larger = moved = False
-    for start, images in column.batches():
+    for start, images in _numbered(column):
         _tell(start, column, "checked", progress)
         numbered = [(start + at, image) for at, row in enumerate(images) for image in row if image is not None]
         for big, relative in pool.map(check, numbered):
@@ -168,7 +155,7 @@ def _shrink_all(
     def shrink(item: tuple[str, Stored]) -> str:
         return str(_shrunk(column.content(item[1]), folder / f"{item[0]}-{image_size}", image_size))
 
-    for start, images in column.batches():
+    for start, images in _numbered(column):
         _tell(start, column, "resized", progress)
         present = [image for row in images for image in row if image is not None]
         keys = list(pool.map(digest, present))
@@ -214,7 +201,7 @@ def _resizable(image: Image.Image, as_jpeg: bool) -> Image.Image:
 
 
 def _absolute(column: _Column) -> Iterator[list[Stored | None]]:
-    for _, images in column.batches():
+    for images in column.batches():
         for row in images:
             yield [
                 image
@@ -227,8 +214,13 @@ def _absolute(column: _Column) -> Iterator[list[Stored | None]]:
 def _replace(rows: datasets.Dataset, column: _Column, images: Iterator[list[Stored | None]]) -> datasets.Dataset:
     values: list[Any] = list(images) if column.several else [row[0] for row in images]
     return rows.remove_columns(column.name).add_column(
-        column.name, values, feature=_feature(column.several, decode=True)
+        column.name, values, feature=image_feature(column.several, decode=True)
     )
+
+
+def _numbered(column: _Column) -> Iterator[tuple[int, list[list[Stored | None]]]]:
+    """Batches of a column, each with the number of its first row."""
+    return zip(itertools.count(step=BATCH_ROWS), column.batches(), strict=False)
 
 
 def _tell(start: int, column: _Column, what: str, progress: Callable[[str], None]) -> None:
