@@ -13,15 +13,18 @@ from grpo_autotune.errors import ConfigError
 WeightSync = Literal["auto", "merged", "batched", "adapter"]
 SleepLevel = Literal[0, 1, 2]
 
+GREEDY = 1e-5
+"""Temperature below which vLLM decodes greedily (`_SAMPLING_EPS` in vllm/sampling_params.py)."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Options of one engine.
 
     Attributes:
-        weight_sync: How trained weights reach the engine.
-        sleep_level: What it gives back while weights are trained; None leaves it to the trainer's
-            `vllm_enable_sleep_mode`, whose level is 2.
+        weight_sync: The way by which trained weights reach the engine.
+        sleep_level: 0, 1 or 2: nothing, the cache, or the cache and the weights are given back while weights are
+            trained; None leaves it to the trainer's `vllm_enable_sleep_mode`, whose level is 2.
         keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
         image_sizes: Width and height of the data's images, each size once; empty where they are not known. Found as
             the trainer is built.

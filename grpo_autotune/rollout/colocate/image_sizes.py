@@ -1,4 +1,4 @@
-"""Sizes of the images of a data set, read from their headers, once a process for each data set.
+"""Sizes of the images of a data set, read from their headers, once per process and data set.
 
 Nothing is decoded, and a file that many rows share is opened once. Where one image's size cannot be told, or there are
 more of them than is worth a look before training starts, none is known.

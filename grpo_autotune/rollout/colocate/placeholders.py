@@ -1,4 +1,4 @@
-"""One placeholder an image in every prompt that reaches the engine.
+"""One placeholder per image in every prompt that reaches the engine.
 
 TRL 1.16 hands over prompt ids in which each image's placeholder is expanded already to as many as the image has
 tokens; vLLM expands the first one of a run again and leaves the others, so that the model reads a longer prompt than
@@ -64,7 +64,7 @@ def image_token_id(processor: Any) -> int | None:
 
 
 def collapsed_prompt(prompt: Any, image_id: int) -> Any:
-    """A prompt of `LLM.generate` with one placeholder an image; the prompt itself where there is nothing to collapse.
+    """A prompt of `LLM.generate` with one placeholder per image; the prompt itself where there is nothing to collapse.
 
     Raises:
         EnvironmentProblem: Its runs of placeholders are not its images.

@@ -118,14 +118,14 @@ def size_limit(processor: Any, image_sizes: Iterable[tuple[int, int]]) -> dict[s
 
 def settings(processor: Any, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The settings of an image processor that matter, with those that are given to every call in their place."""
-    found = {name: _plain(getattr(processor, name, None)) for name in SETTINGS}
-    size = found["size"]
+    values = {name: _plain(getattr(processor, name, None)) for name in SETTINGS}
+    size = values["size"]
     if isinstance(size, dict):  # processors of Qwen-VL keep both spellings of their limits
         edges = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")}
-        found["size"] = size | (given.get("size") or {}) | {k: v for k, v in edges.items() if v is not None}
+        values["size"] = size | (given.get("size") or {}) | {k: v for k, v in edges.items() if v is not None}
         if "longest_edge" in size:
-            found |= {"min_pixels": None, "max_pixels": None}
-    return found | {name: _plain(value) for name, value in given.items() if name in SETTINGS and name not in SPELLINGS}
+            values |= {"min_pixels": None, "max_pixels": None}
+    return values | {name: _plain(value) for name, value in given.items() if name in SETTINGS and name not in SPELLINGS}
 
 
 def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -156,9 +156,9 @@ def compare_pixels(ours: Any, theirs: Any, given: Mapping[str, Any], image: Any)
     b = theirs(images=[image], return_tensors="pt", **given)["pixel_values"].float()
     apart = float((a - b).abs().mean()) if a.shape == b.shape else None
     if apart is None or apart > PIXELS_APART:
-        how = f"{list(a.shape)} and {list(b.shape)} values" if apart is None else f"values {apart:.3g} apart"
+        told = f"{list(a.shape)} and {list(b.shape)} values" if apart is None else f"values {apart:.3g} apart"
         raise ConfigError(
-            f"{type(ours).__name__} of the trainer and {type(theirs).__name__} of the engine make {how} of one image",
+            f"{type(ours).__name__} of the trainer and {type(theirs).__name__} of the engine make {told} of one image",
             where=f"vllm.{KEY}",
             fix="Give the trainer the processor that is saved with the model.",
         )

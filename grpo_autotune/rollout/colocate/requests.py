@@ -18,12 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_autotune.rollout.colocate.placeholders import MEDIA, PROMPT_IDS
-from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.options import GREEDY, EngineOptions
 from grpo_autotune.rollout.parts import Part
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-
-GREEDY = 1e-5
-"""Temperature below which vLLM decodes greedily (`_SAMPLING_EPS`), and takes no n above 1."""
 
 LENGTHS = "grpo_autotune_max_tokens"
 """Key of `SamplingParams.extra_args`: the children's `max_tokens`, by index."""
@@ -74,6 +71,7 @@ class JoinedRequests(Part):
         rows = self._rows if len(prompts) == self._rows else 0
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * rows
         if not rows or any(one is None or one.n != 1 or one.temperature < GREEDY for one in params):
+            # decoding greedily, vLLM takes no n above 1
             return call_next(prompts, sampling_params=sampling_params, **kwargs)
         self._rows = 0  # whatever else is asked for during this generation is not TRL's batch
         first = self._rank * rows  # this rank's first row in the generation batch
@@ -100,7 +98,7 @@ def _runs(prompts: Sequence[Any], params: Sequence[Any], members: Sequence[int])
 
 
 def _same_prompt(left: Any, right: Any) -> bool:
-    """Whether ids and images are equal; an image is compared by its pixels where it is another object."""
+    """True if ids and images are equal; an image is compared by its pixels where it is another object."""
     return bool(left[PROMPT_IDS] == right[PROMPT_IDS] and left.get(MEDIA) == right.get(MEDIA))
 
 
@@ -131,10 +129,10 @@ def _child_params(call_next: Callable[..., Any], parent: Any, index: int, /) -> 
     extra = params.extra_args or {}
     if LENGTHS not in extra:
         return params
-    own = copy.copy(params)
-    own.max_tokens = extra[LENGTHS][index]
-    own.extra_args = {key: value for key, value in extra.items() if key != LENGTHS} or None
-    return own
+    child = copy.copy(params)
+    child.max_tokens = extra[LENGTHS][index]
+    child.extra_args = {key: value for key, value in extra.items() if key != LENGTHS} or None
+    return child
 
 
 def _single(output: Any) -> list[Any]:

@@ -160,8 +160,9 @@ def unlock_vllm(
     """Make the vLLM engine of every trainer built from here on right with images, and give it these keys.
 
     Args:
-        weight_sync: How trained weights reach the engine: `merged` is TRL's push of every merged tensor, `batched` the
-            same in batches, `adapter` sends the adapter alone; `auto` takes the cheapest that the model allows.
+        weight_sync: The way by which trained weights reach the engine: `merged` is TRL's push of every merged tensor,
+            `batched` the same in batches, `adapter` sends the adapter alone; `auto` takes the cheapest that the model
+            allows.
         sleep_level: What the engine gives back while weights are trained: 0, 1 or 2; by default as the trainer's
             `vllm_enable_sleep_mode` says, whose level is 2.
         **llm_keys: Arguments of `vllm.LLM`; they win over what TRL gives.

@@ -1,4 +1,4 @@
-"""What a vLLM server did while it generated for this trainer, from its `/metrics`.
+"""Counters of a vLLM server while it generates for this trainer, from its `/metrics`.
 
 Counters are read before and after TRL's call; how many requests ran and how full the cache was is asked meanwhile, a
 few times a second. A server that also works for others counts their requests too.
@@ -16,7 +16,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from grpo_autotune.records.rollout import EngineFacts
-from grpo_autotune.rollout.metrics.scheduler import EngineMeter, together
+from grpo_autotune.rollout.metrics.scheduler import EngineMeter, per, together
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 POLL_S = 0.2
@@ -82,15 +82,15 @@ class ServerMeter(EngineMeter):
             prefill_s=0.0,
             decode_s=calls_s,
             prefill_tokens_per_s=None,
-            decode_tokens_per_s=total.decode_tokens / calls_s if calls_s else None,
-            running_mean=total.running_s / calls_s if calls_s and total.running_s else None,
+            decode_tokens_per_s=per(total.decode_tokens, calls_s),
+            running_mean=per(total.running_s, calls_s) or None,
             running_max=total.running_max or None,
             waiting_max=total.waiting_max,
             kv_use_max=total.kv_use_max or None,
             kv_tokens=self.kv_tokens,
             preemptions=total.preemptions,
             syncs=total.syncs,
-            sync_s=total.sync_s / total.syncs if total.syncs else None,
+            sync_s=per(total.sync_s, total.syncs),
             source="server",
         )
 
@@ -102,15 +102,15 @@ class ServerMeter(EngineMeter):
         watching.start()
         begin = self.clock()
         try:
-            found = call_next(*args, **kwargs)
+            answer = call_next(*args, **kwargs)
         finally:
             seconds = self.clock() - begin
             done.set()
             watching.join()
-        self._book_call(before, self._read(), seen, seconds)
-        return found
+        self._count_call(before, self._read(), seen, seconds)
+        return answer
 
-    def _book_call(
+    def _count_call(
         self, before: dict[str, float], after: dict[str, float], seen: list[dict[str, float]], seconds: float
     ) -> None:
         turn = self._turn()
@@ -132,7 +132,7 @@ class ServerMeter(EngineMeter):
             seen.append(self._read())
 
     def _read(self) -> dict[str, float]:
-        """What the server tells; nothing where it does not (its metrics may be switched off, or it is gone)."""
+        """The server's metrics; none where it tells none (they may be switched off, or it is gone)."""
         try:
             reply = httpx2.get(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S)
             return read_metrics(reply.raise_for_status().text)

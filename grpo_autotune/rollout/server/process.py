@@ -27,7 +27,7 @@ ANSWER_S = 5.0
 
 
 class Weights(NamedTuple):
-    """What a server serves.
+    """The weights that a server serves.
 
     Attributes:
         source: Folder, or name of a hub repository.
@@ -42,7 +42,7 @@ class VllmServer(Guarded):
     """A server, from its start on.
 
     Args:
-        wanted: How to start it.
+        wanted: The command.
         log: Gets its output.
 
     Raises:
@@ -75,7 +75,7 @@ class VllmServer(Guarded):
                 raise self.ended("the server did not start", code)
 
     def ended(self, what: str, code: int) -> EnvironmentProblem:
-        """That it ended, with the error that its log ends with."""
+        """The error of a server that ended, with the one that its log ends with."""
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return EnvironmentProblem(f"{what} ({how})", where=str(self.log), fix=words(last_error(self.log)))
 
@@ -129,7 +129,7 @@ def weights_of(
 
 
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
-    """How to serve these weights on these GPUs.
+    """The command that serves these weights on these GPUs.
 
     Raises:
         ConfigError: As `command.serving`.

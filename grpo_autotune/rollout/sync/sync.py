@@ -38,11 +38,11 @@ class Sync(NamedTuple):
     """One weight sync.
 
     Attributes:
-        way: How.
+        way: One of `Way`.
         seconds: On this process's clock.
         bytes: Of the tensors handed to vLLM.
-        tensors: How many.
-        full: Whether it pushed every weight of the model.
+        tensors: Their number.
+        full: True if it pushed every weight of the model.
         reset: The caches that were reset.
     """
 
@@ -83,7 +83,7 @@ def way(owner: Any) -> tuple[Way, str] | None:
 
 
 def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
-    """The way, and why.
+    """The way for a trainer's weights, and the reason for it.
 
     Raises:
         ConfigError: The asked way is not possible.
@@ -221,7 +221,7 @@ class ColocateSync(WeightSync):
         self.syncs.append(Sync(self.way, time.perf_counter() - begun, self._bytes, len(self._pushed), full, reset))
 
     def _wake(self) -> None:
-        """As TRL does it before it pushes."""
+        """Wake the engine for weights, as TRL does it before it pushes."""
         if self._generation.enable_sleep_mode:
             from trl.generation.vllm_generation import empty_cache
 

@@ -16,7 +16,7 @@ BASE_WEIGHT = ".base_layer.weight"
 
 
 def engine_name(model: Any, name: str) -> str | None:
-    """What vLLM calls the parameter `name`; None for what it has none of: adapters, and modules that PEFT replaced."""
+    """The name that vLLM has for the parameter `name`; None for adapters, and for modules that PEFT replaced."""
     if is_adapted(model):
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if model.prefix in name or "original_module" in name:

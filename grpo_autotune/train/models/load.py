@@ -28,7 +28,7 @@ VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "im
 
 
 def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
-    """Where the weights come from: a folder, or the name of a hub repository.
+    """The source of the weights: a folder, or the name of a hub repository.
 
     Raises:
         ConfigError: `model.name_or_path` is a path, and nothing is there.
