@@ -15,6 +15,7 @@ from grpo_autotune.rollout.fidelity.causes import CHECKS, Evidence, diagnose
 from grpo_autotune.rollout.fidelity.meter import Dropped, Sum, threshold_nats
 from grpo_autotune.rollout.fidelity.row_keys import row_keys, row_kinds
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, differences, log_probs, parameters, shapes
+from grpo_autotune.rollout.metrics import server
 from grpo_autotune.rollout.metrics.server import CACHE, COUNTERS, GAUGES, ServerMeter, read_metrics
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
@@ -217,7 +218,6 @@ def test_a_server_without_metrics_is_no_error(monkeypatch: pytest.MonkeyPatch) -
         httpx2.Response(404, text="vllm:x 1"),
         httpx2.Response(200, text="x 1"),
     ]
-    for answer in answers:
-        answer.request = httpx2.Request("GET", "http://here/metrics")
-    monkeypatch.setattr(httpx2, "get", lambda url, timeout: answers.pop(0))
+    client = httpx2.Client(transport=httpx2.MockTransport(lambda request: answers.pop(0)))
+    monkeypatch.setattr(server, "http_client", lambda: client)
     assert [meter._read() for _ in range(3)] == [{}, {}, {"x": 1.0}]

@@ -102,7 +102,7 @@ class Unlocked:
         del given[next(iter(given))]  # the object itself
         mode = given.get("mode", "colocate")
         data = self._data[-1] if self._data and mode == "colocate" else ()
-        engine = Engine(replace(self.options, image_sizes=image_sizes(data)), PARTS[mode])
+        engine = Engine(replace(self.options, image_sizes=image_sizes(data)), PARTS.get(mode, ()))
         setattr(generation, MARK, engine)
         self._building.append((generation, engine))
         try:

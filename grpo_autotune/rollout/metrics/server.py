@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter, per, together
+from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 POLL_S = 0.2
@@ -134,7 +135,7 @@ class ServerMeter(EngineMeter):
     def _read(self) -> dict[str, float]:
         """The server's metrics; none where it tells none (they may be switched off, or it is gone)."""
         try:
-            reply = httpx2.get(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S)
+            reply = http_client().get(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S)
             return read_metrics(reply.raise_for_status().text)
         except (httpx2.HTTPError, ValueError):
             return {}

@@ -24,6 +24,7 @@ import httpx2
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import part_of
+from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
 from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync
 from grpo_autotune.rollout.sync.weights import has_4bit
@@ -128,7 +129,7 @@ class ServerSync(WeightSync):
         return "adapter"
 
     def _post(self, route: str, body: Mapping[str, str] | None = None, timeout: float = ANSWER_S) -> httpx2.Response:
-        return httpx2.post(f"{self.client.base_url}{route}", json=body, timeout=timeout)
+        return http_client().post(f"{self.client.base_url}{route}", json=body, timeout=timeout)
 
     def _takes_adapters(self) -> bool:
         with one_line(self.client.base_url):
@@ -173,7 +174,7 @@ class ServerSync(WeightSync):
             EnvironmentProblem: It gives none.
         """
         with one_line(self.client.base_url):
-            httpx2.get(f"{self.client.base_url}/health", timeout=ANSWER_S).raise_for_status()
+            http_client().get(f"{self.client.base_url}/health", timeout=ANSWER_S).raise_for_status()
 
     def close(self) -> None:
         """Let the server forget the adapter, and delete what was written; at the latest when this process ends."""
@@ -235,7 +236,7 @@ def _plain(value: Any) -> Any:
 
 def _forget(address: str, folder: Path) -> None:
     """Take an adapter out of the server, and its file off the disk."""
-    httpx2.post(f"{address}{UNLOAD}", json={"lora_name": folder.name}, timeout=ANSWER_S)
+    http_client().post(f"{address}{UNLOAD}", json={"lora_name": folder.name}, timeout=ANSWER_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 

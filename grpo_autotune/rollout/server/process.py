@@ -82,8 +82,10 @@ class VllmServer(Guarded):
     def _answers(self) -> bool:
         import httpx2
 
+        from grpo_autotune.rollout.server.http import http_client
+
         try:
-            return httpx2.get(f"{self.wanted.address}/health", timeout=ANSWER_S).is_success
+            return http_client().get(f"{self.wanted.address}/health", timeout=ANSWER_S).is_success
         except httpx2.HTTPError:
             return False
 
