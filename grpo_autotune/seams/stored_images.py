@@ -27,11 +27,11 @@ class ImageColumn:
     rows: Any
     several: bool
 
-    def batches(self) -> Iterator[list[list[Stored | None]]]:
-        """The images of `BATCH_ROWS` rows at a time, a list for each row."""
+    def batches(self) -> Iterator[tuple[int, list[list[Stored | None]]]]:
+        """Number of the first row, and the images of `BATCH_ROWS` rows, a list for each row."""
         for start in range(0, len(self.rows), BATCH_ROWS):
             values = self.rows[start : start + BATCH_ROWS][self.name]
-            yield [(value or []) if self.several else [value] for value in values]
+            yield start, [(value or []) if self.several else [value] for value in values]
 
 
 def image_column(rows: Any, name: str) -> ImageColumn:

@@ -23,9 +23,9 @@ def test_a_column_of_either_kind_in_batches(tmp_path: Path, monkeypatch: pytest.
     rows = rows.cast_column("image", datasets.Image()).cast_column("images", datasets.List(datasets.Image()))
     single, lists = image_column(rows, "image"), image_column(rows, "images")
     assert (single.several, lists.several) == (False, True)
-    assert [[len(row) for row in batch] for batch in single.batches()] == [[1, 1], [1]]
-    assert [[len(row) for row in batch] for batch in lists.batches()] == [[2, 0], [0]]
-    sizes = [header_size(i) for c in (single, lists) for batch in c.batches() for row in batch for i in row if i]
+    assert [[len(row) for row in batch] for _, batch in single.batches()] == [[1, 1], [1]]
+    assert [[len(row) for row in batch] for _, batch in lists.batches()] == [[2, 0], [0]]
+    sizes = [header_size(i) for c in (single, lists) for _, batch in c.batches() for row in batch for i in row if i]
     assert sizes == [(30, 20), (30, 20), (9, 8), (9, 8)]
 
 

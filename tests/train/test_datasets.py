@@ -15,6 +15,7 @@ from PIL import Image
 from grpo_autotune import registry
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, DataError
+from grpo_autotune.seams import stored_images
 from grpo_autotune.train.data import images
 from grpo_autotune.train.data.datasets import load_data
 
@@ -367,7 +368,7 @@ def test_image_folders_by_class_and_by_metadata(tmp_path: Path) -> None:
 
 
 def test_work_is_told_while_it_goes_on(gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "BATCH_ROWS", 2)
+    monkeypatch.setattr(stored_images, "BATCH_ROWS", 2)
     monkeypatch.setattr(images, "TELL_EVERY", 2)
     said: list[str] = []
     values = {"model": {"name_or_path": "m"}, "rewards": [{"name": "format"}], "grpo": GRPO}

@@ -68,7 +68,7 @@ def _read(rows: Any) -> Sizes | None:
             column = _column(rows, name)
             if column is None:
                 return None
-            for batch in column.batches():
+            for _, batch in column.batches():
                 images = [image for row in batch for image in row if image is not None]
                 files = {image["path"]: image for image in images if image["bytes"] is None}
                 fresh = [image for path, image in files.items() if path not in seen]

@@ -8,7 +8,6 @@ the same smaller image, whatever its own processor's limits.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import uuid
@@ -119,7 +118,7 @@ def _check(
         return image_size is not None and side > image_size, relative
 
     larger = moved = False
-    for start, images in _numbered(column):
+    for start, images in column.batches():
         _tell(start, column, "checked", progress)
         numbered = [(start + at, image) for at, row in enumerate(images) for image in row if image is not None]
         for big, relative in pool.map(check, numbered):
@@ -155,7 +154,7 @@ def _shrink_all(
     def shrink(item: tuple[str, Stored]) -> str:
         return str(_shrunk(column.content(item[1]), folder / f"{item[0]}-{image_size}", image_size))
 
-    for start, images in _numbered(column):
+    for start, images in column.batches():
         _tell(start, column, "resized", progress)
         present = [image for row in images for image in row if image is not None]
         keys = list(pool.map(digest, present))
@@ -201,7 +200,7 @@ def _resizable(image: Image.Image, as_jpeg: bool) -> Image.Image:
 
 
 def _absolute(column: _Column) -> Iterator[list[Stored | None]]:
-    for images in column.batches():
+    for _, images in column.batches():
         for row in images:
             yield [
                 image
@@ -216,11 +215,6 @@ def _replace(rows: datasets.Dataset, column: _Column, images: Iterator[list[Stor
     return rows.remove_columns(column.name).add_column(
         column.name, values, feature=image_feature(column.several, decode=True)
     )
-
-
-def _numbered(column: _Column) -> Iterator[tuple[int, list[list[Stored | None]]]]:
-    """Batches of a column, each with the number of its first row."""
-    return zip(itertools.count(step=BATCH_ROWS), column.batches(), strict=False)
 
 
 def _tell(start: int, column: _Column, what: str, progress: Callable[[str], None]) -> None:

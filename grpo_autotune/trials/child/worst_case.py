@@ -46,7 +46,8 @@ def _tokens(processor: Any, rows: datasets.Dataset, texts: list[str]) -> list[in
     patches = getattr(getattr(processor, "image_processor", None), "get_number_of_image_patches", None)
     merge = getattr(getattr(processor, "image_processor", None), "merge_size", 1)
     for name in {"image", "images"}.intersection(rows.column_names):
-        for row, images in enumerate(chain.from_iterable(image_column(rows, name).batches())):
+        batches = (batch for _, batch in image_column(rows, name).batches())
+        for row, images in enumerate(chain.from_iterable(batches)):
             for width, height in (header_size(image) for image in images if image is not None):
                 area = patches(height, width, {}) // merge**2 if patches is not None else width * height
                 counts[row] += int(area)
