@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 Stored = Mapping[str, Any]
 """One image: its file's `bytes`, or the `path` of the file."""
+
+IMAGE_COLUMNS = ("image", "images")
+"""Columns by which TRL takes images: one per row, or a list of them."""
 
 BATCH_ROWS = 256
 
@@ -32,6 +35,11 @@ class ImageColumn:
         for start in range(0, len(self.rows), BATCH_ROWS):
             values = self.rows[start : start + BATCH_ROWS][self.name]
             yield start, [(value or []) if self.several else [value] for value in values]
+
+
+def image_columns(names: Collection[str]) -> list[str]:
+    """Those of a data set's columns by which TRL takes images."""
+    return [name for name in IMAGE_COLUMNS if name in names]
 
 
 def image_column(rows: Any, name: str) -> ImageColumn:

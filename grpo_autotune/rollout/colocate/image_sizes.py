@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from grpo_autotune.seams.stored_images import ImageColumn, header_size, image_column
+from grpo_autotune.seams.stored_images import ImageColumn, header_size, image_column, image_columns
 
 MOST_IMAGES = 100_000
 """Of one data set."""
@@ -64,7 +64,7 @@ def _read(rows: Any) -> Sizes | None:
     sizes: set[Size] = set()
     looked_at = 0
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name in {"image", "images"}.intersection(rows.column_names):
+        for name in image_columns(rows.column_names):
             column = _column(rows, name)
             if column is None:
                 return None

@@ -23,7 +23,14 @@ from PIL import Image, ImageOps
 
 from grpo_autotune.errors import DataError
 from grpo_autotune.files import cache_dir
-from grpo_autotune.seams.stored_images import BATCH_ROWS, ImageColumn, Stored, image_column, image_feature
+from grpo_autotune.seams.stored_images import (
+    BATCH_ROWS,
+    ImageColumn,
+    Stored,
+    image_column,
+    image_columns,
+    image_feature,
+)
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is not a whole image."""
@@ -68,20 +75,20 @@ def prepare_images(
     Raises:
         DataError: For the first image that cannot be read, naming its row (counted from 0).
     """
-    if image_size is not None and not {"image", "images"}.intersection(rows.column_names):
+    names = image_columns(rows.column_names)
+    if image_size is not None and not names:
         progress(f"data.image_size is {image_size}, and {where} has no images")
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name in ("image", "images"):
-            if name in rows.column_names:
-                column = _column(rows, name, base, where)
-                larger, moved = _check(column, image_size, pool, progress)
-                if larger and image_size is not None:
-                    progress(f"resizing the images of {where} to {image_size} px")
-                    rows = _replace(rows, column, _shrink_all(column, image_size, pool, progress))
-                elif moved:
-                    rows = _replace(rows, column, _absolute(column))
-                else:
-                    rows = rows.cast_column(name, image_feature(column.several, decode=True))
+        for name in names:
+            column = _column(rows, name, base, where)
+            larger, moved = _check(column, image_size, pool, progress)
+            if larger and image_size is not None:
+                progress(f"resizing the images of {where} to {image_size} px")
+                rows = _replace(rows, column, _shrink_all(column, image_size, pool, progress))
+            elif moved:
+                rows = _replace(rows, column, _absolute(column))
+            else:
+                rows = rows.cast_column(name, image_feature(column.several, decode=True))
     return rows
 
 

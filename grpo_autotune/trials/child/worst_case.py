@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from grpo_autotune.seams.stored_images import header_size, image_column
+from grpo_autotune.seams.stored_images import header_size, image_column, image_columns
 
 SAMPLE = 2000
 LONGEST = 200
@@ -45,7 +45,7 @@ def _tokens(processor: Any, rows: datasets.Dataset, texts: list[str]) -> list[in
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     patches = getattr(getattr(processor, "image_processor", None), "get_number_of_image_patches", None)
     merge = getattr(getattr(processor, "image_processor", None), "merge_size", 1)
-    for name in {"image", "images"}.intersection(rows.column_names):
+    for name in image_columns(rows.column_names):
         batches = (batch for _, batch in image_column(rows, name).batches())
         for row, images in enumerate(chain.from_iterable(batches)):
             for width, height in (header_size(image) for image in images if image is not None):
