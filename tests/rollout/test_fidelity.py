@@ -221,3 +221,19 @@ def test_a_server_without_metrics_is_no_error(monkeypatch: pytest.MonkeyPatch) -
     client = httpx2.Client(transport=httpx2.MockTransport(lambda request: answers.pop(0)))
     monkeypatch.setattr(server, "http_client", lambda: client)
     assert [meter._read() for _ in range(3)] == [{}, {}, {"x": 1.0}]
+
+
+def test_a_server_s_counters_become_facts() -> None:
+    generation = SimpleNamespace(vllm_client=SimpleNamespace(base_url="http://here"))
+    meter = ServerMeter(generation, lambda: 0, lambda: True)
+    before = dict.fromkeys(COUNTERS.values(), 10.0)
+    counted = {"prompt_tokens": 60.0, "cached_tokens": 20.0, "decode_tokens": 100.0, "preemptions": 1.0}
+    after = {COUNTERS[name]: 10.0 + value for name, value in counted.items()} | {CACHE: 1600.0}
+    seen = [{GAUGES["running_max"]: 2.0}, {GAUGES["running_max"]: 4.0, GAUGES["waiting_max"]: 1.0}]
+    meter._count_call(before, after, seen, 2.0)
+    facts = meter.facts(0)
+    assert facts is not None and facts.source == "server" and facts.kv_tokens == 1600
+    assert (facts.prompt_tokens, facts.cached_tokens, facts.prefill_tokens, facts.decode_tokens) == (60, 20, 40, 100)
+    assert (facts.prefill_s, facts.decode_s, facts.prefill_tokens_per_s, facts.decode_tokens_per_s) == (0, 2, None, 50)
+    assert (facts.running_mean, facts.running_max, facts.waiting_max, facts.preemptions) == (3, 4, 1, 1)
+    assert facts.kv_use_max is None is facts.images_encoded and facts.sync_s is None and facts.syncs == 0

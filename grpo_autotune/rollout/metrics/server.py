@@ -16,7 +16,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from grpo_autotune.records.rollout import EngineFacts
-from grpo_autotune.rollout.metrics.scheduler import EngineMeter, per, together
+from grpo_autotune.rollout.metrics.scheduler import SAME, EngineMeter, per, together
 from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
@@ -73,24 +73,13 @@ class ServerMeter(EngineMeter):
         total = together(self._seen(first))
         if not total.generations:
             return None
-        calls_s = total.decode_s
+        untold = {name: getattr(total, name) or None for name in ("images_encoded", "running_max", "kv_use_max")}
         return EngineFacts(
-            generations=total.generations,
-            prompt_tokens=total.prompt_tokens,
-            cached_tokens=total.cached_tokens,
-            prefill_tokens=total.prompt_tokens - total.cached_tokens,
-            decode_tokens=total.decode_tokens,
-            prefill_s=0.0,
-            decode_s=calls_s,
+            **{name: getattr(total, name) for name in SAME} | untold,
             prefill_tokens_per_s=None,
-            decode_tokens_per_s=per(total.decode_tokens, calls_s),
-            running_mean=per(total.running_s, calls_s) or None,
-            running_max=total.running_max or None,
-            waiting_max=total.waiting_max,
-            kv_use_max=total.kv_use_max or None,
+            decode_tokens_per_s=per(total.decode_tokens, total.decode_s),
+            running_mean=per(total.running_s, total.decode_s) or None,
             kv_tokens=self.kv_tokens,
-            preemptions=total.preemptions,
-            syncs=total.syncs,
             sync_s=per(total.sync_s, total.syncs),
             source="server",
         )
@@ -124,6 +113,7 @@ class ServerMeter(EngineMeter):
         for name, metric in GAUGES.items():
             largest = max((values.get(metric, 0.0) for values in seen), default=0.0)
             setattr(turn, name, max(getattr(turn, name), largest if name == "kv_use_max" else int(largest)))
+        turn.prefill_tokens = turn.prompt_tokens - turn.cached_tokens
         running = [values.get(GAUGES["running_max"], 0.0) for values in seen]
         turn.running_s += seconds * sum(running) / len(running) if running else 0.0
         self.kv_tokens = int(after.get(CACHE, 0.0)) or None
