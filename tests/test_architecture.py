@@ -36,9 +36,10 @@ LAYERS = (
 FLOORS = {
     "rollout": (
         ("options", "failures"),
-        ("colocate",),
+        ("parts",),
         ("sync", "fidelity"),
         ("server", "metrics"),
+        ("colocate",),
     ),
     "speedups": (
         ("base", "table", "conditions", "selfcheck"),

@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class TrainResult(Frozen):
-    """How a training run ended.
+    """The end of a training run.
 
     Attributes:
         folder: The run folder.
@@ -43,7 +43,7 @@ class TrainResult(Frozen):
         seconds: Wall time of this process's training loop.
         metrics: The newest train line of `train_log.jsonl` (loss, reward, kl, ...); empty if there was no log event.
         eval_metrics: The newest evaluation line; empty without one.
-        resumed_from: Step of the checkpoint this process began at; null for a fresh run.
+        resumed_from: Step of the checkpoint this process began at; None for a fresh run.
         signum: The signal that ended the run early, 0 if none did.
     """
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +26,7 @@ ANSWER_S = 5.0
 
 
 class Weights(NamedTuple):
-    """What a server serves.
+    """The weights that a server serves.
 
     Attributes:
         source: Folder, or name of a hub repository.
@@ -43,7 +41,7 @@ class VllmServer(Guarded):
     """A server, from its start on.
 
     Args:
-        wanted: How to start it.
+        wanted: The command.
         log: Gets its output.
 
     Raises:
@@ -76,14 +74,17 @@ class VllmServer(Guarded):
                 raise self.ended("the server did not start", code)
 
     def ended(self, what: str, code: int) -> EnvironmentProblem:
-        """That it ended, with the error that its log ends with."""
+        """The error of a server that ended, with the one that its log ends with."""
         return EnvironmentProblem(f"{what} ({exit_words(code)})", where=str(self.log), fix=words(last_error(self.log)))
 
     def _answers(self) -> bool:
+        import httpx2
+
+        from grpo_autotune.rollout.server.http import http_client
+
         try:
-            with urllib.request.urlopen(f"{self.wanted.address}/health", timeout=ANSWER_S):
-                return True
-        except (urllib.error.URLError, OSError):
+            return http_client().get(f"{self.wanted.address}/health", timeout=ANSWER_S).is_success
+        except httpx2.HTTPError:
             return False
 
 
@@ -128,7 +129,7 @@ def weights_of(
 
 
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
-    """How to serve these weights on these GPUs.
+    """The command that serves these weights on these GPUs.
 
     Raises:
         ConfigError: As `command.serving`.

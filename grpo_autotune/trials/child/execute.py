@@ -18,7 +18,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.server.process import address_keys, leave_gpus
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.seams.trainer_access import SPEED_UPS
@@ -120,11 +120,9 @@ class TrialExecutor:
 
 def _detach_engine(trainer: Any) -> None:
     """Take off the engine, which this process keeps, all that holds the trainer."""
-    generation = getattr(trainer, "vllm_generation", None)
-    unlocked = None if generation is None else engine_of(generation)
-    if unlocked is not None:
-        unlocked.take_off()
-        unlocked.parts.clear()
+    engine = engine_of(getattr(trainer, "vllm_generation", None))
+    if engine is not None:
+        engine.take_off()
 
 
 def _forget_frames(error: BaseException | None) -> None:
