@@ -11,6 +11,7 @@ from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.report import Change
+from grpo_autotune.seams.loss import LOSS_KEYS, micro_batch_terms_of_keys
 from grpo_autotune.units import listing, percent, seconds, size
 
 MICRO_FACTORS = (8, 4, 2)
@@ -299,16 +300,6 @@ def _fits(factor: int, facts: Facts) -> bool:
 
 def _partition_matters(facts: Facts) -> str:
     """What in this run's loss depends on how the batch is split into micro batches; empty where nothing does."""
-    config = facts.record.trainer.model_config_json
-    text: Mapping[str, Any] = config.get("text_config") or config
-    quantile = facts.setting("grpo", "top_entropy_quantile")
-    reasons = (
-        ("the loss type bnpo", facts.record.trainer.loss_type == "bnpo"),
-        ("top_entropy_quantile", quantile is not None and quantile < 1.0),
-        (
-            "the entropy bonus",
-            bool(facts.setting("grpo", "entropy_coef") or facts.setting("grpo", "use_adaptive_entropy")),
-        ),
-        ("the experts' balance term", bool(text.get("num_experts") or text.get("num_local_experts"))),
-    )
-    return listing([name for name, holds in reasons if holds]) if any(holds for _, holds in reasons) else ""
+    loss = {key: facts.setting("grpo", key) for key in LOSS_KEYS} | {"loss_type": facts.record.trainer.loss_type}
+    terms = micro_batch_terms_of_keys(loss, facts.record.trainer.model_config_json)
+    return listing([term.name for term in terms]) if terms else ""

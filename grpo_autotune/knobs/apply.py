@@ -14,9 +14,10 @@ from typing import Any
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs.context import Given, given
-from grpo_autotune.knobs.table import PROMPTS, Kind, knob
+from grpo_autotune.knobs.context import given
+from grpo_autotune.knobs.table import PROMPTS, Kind, grpo_value, knob
 from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.seams.loss import LOSS_KEYS, micro_batch_terms_of_keys
 
 Knobs = dict[str, Any]
 """Key path -> value."""
@@ -79,27 +80,10 @@ def kind_of(config: RunConfig, key: str, record: ProbeRecord | None = None) -> K
         ConfigError: The key is no knob.
     """
     row = knob(key)
-    if key == MICRO and partition_matters(given(config, record=record)):
-        return "learning"
+    if key == MICRO:
+        loss = {name: grpo_value(name, config) for name in LOSS_KEYS}
+        return "learning" if micro_batch_terms_of_keys(loss, given(config, record=record).model) else row.kind
     return row.kind
-
-
-def partition_matters(known: Given) -> str:
-    """What in the loss depends on the split into micro batches, in words; empty where nothing does.
-
-    `bnpo` divides by each micro batch's tokens, the entropy quantile is taken within one, the entropy bonus is a mean
-    over one, and so is the experts' balance term (`_compute_loss` in trl/trainer/grpo_trainer.py).
-    """
-    grpo = known.config.grpo
-    quantile = grpo.get("top_entropy_quantile")
-    balance = grpo.get("router_aux_loss_coef")
-    reasons = {
-        "the loss type bnpo": grpo.get("loss_type") == "bnpo",
-        "top_entropy_quantile": quantile is not None and quantile < 1.0,
-        "the entropy bonus": bool(grpo.get("entropy_coef") or grpo.get("use_adaptive_entropy")),
-        "the experts' balance term": known.experts and balance != 0.0,
-    }
-    return " and ".join(name for name, holds in reasons.items() if holds)
 
 
 def same_value(left: Any, right: Any) -> bool:

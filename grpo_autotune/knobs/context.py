@@ -15,8 +15,6 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.registry import names
 
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-
 
 class Given(NamedTuple):
     """What decides a knob's values and kind.
@@ -38,11 +36,6 @@ class Given(NamedTuple):
         """The language model's part of `model`."""
         nested = self.model.get("text_config")
         return nested if isinstance(nested, Mapping) else self.model
-
-    @property
-    def experts(self) -> bool:
-        """Whether the model is a mixture of experts."""
-        return any(self.text.get(key) for key in EXPERT_KEYS)
 
     @property
     def images(self) -> bool | None:

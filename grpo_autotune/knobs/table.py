@@ -44,7 +44,8 @@ class Knob(NamedTuple):
     searched: bool = False
 
 
-def _grpo(name: str, config: RunConfig) -> Any:
+def grpo_value(name: str, config: RunConfig) -> Any:
+    """The user's value of a key of `GRPOConfig`, TRL's default where it is left out."""
     return config.grpo[name] if name in config.grpo else grpo_keys()[name].default_value()
 
 
@@ -73,7 +74,7 @@ def _key(
     own: Callable[[RunConfig], Any] | None = None,
 ) -> Knob:
     """A row whose values are found around the user's own."""
-    read = own or partial(_grpo, key.removeprefix("grpo."))
+    read = own or partial(grpo_value, key.removeprefix("grpo."))
     return Knob(key, kind, why, read, lambda given: find(given, read(given.config)), rule, searched)
 
 

@@ -19,13 +19,13 @@ from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups, groups_of
+from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN
-from grpo_autotune.speedups.shared_prefix.regroup import wrap_shuffle
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -74,7 +74,8 @@ class _SharedPrefix(Installed):
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
-            self.handles += wrap_shuffle(trainer)
+            if depends_on_partition(trainer) is None:
+                self.handles += sort_rows(trainer, "group")
         except BaseException:
             self.remove()
             raise
