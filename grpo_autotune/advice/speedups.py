@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.records.report import Change
-from grpo_autotune.speedups.table import SERVED
+from grpo_autotune.speedups.base import SERVED
 from grpo_autotune.units import percent
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Startup
@@ -139,9 +140,16 @@ def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptVa
     """
     values, receipt = load_script_values(path) if path is not None else ({}, None)
     if speedups is not None:
-        values[SPEEDUPS] = speedups if speedups in ("auto", "none") else speedups.split(",")
+        values[SPEEDUPS] = _speedups_of(speedups)
         receipt = None
     return ScriptValues(values), receipt
+
+
+def _speedups_of(text: str) -> Any:
+    """The value of `--speedups`: `auto`, `none`, names with commas, or a list in YAML, whose items may have options."""
+    if text.startswith("["):
+        return parse_yaml(text, "--speedups")
+    return text if text in ("auto", "none") else text.split(",")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

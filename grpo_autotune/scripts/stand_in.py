@@ -38,6 +38,7 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
         "data": {"path": script[0]},
         "rewards": [{"name": script[0]}],
         "output": {"name": Path(script[0]).stem},
+        "speedups": "none",  # a script has none of its own
     }
     for item in settings:
         if item.partition(".")[0] not in ("search", "output"):

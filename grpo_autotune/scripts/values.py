@@ -20,6 +20,7 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys
 from grpo_autotune.config.messages import from_validation
 from grpo_autotune.config.section import Section
 from grpo_autotune.config.sources import read_source
+from grpo_autotune.config.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.errors import AutotuneError, ConfigError
@@ -28,7 +29,7 @@ from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.speedups.table import chosen
+from grpo_autotune.speedups.selection import chosen
 
 IMAGE_SIZE = "data.image_size"
 SPEEDUPS = "speedups"
@@ -60,7 +61,7 @@ class ScriptValues:
         self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
         self.unlocked = Unlocked(EngineOptions.of_section(engine))
         self.image_size: int | None = values.get(IMAGE_SIZE)
-        self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
+        self.speedups: SpeedUps = check_speedups(values.get(SPEEDUPS) or "none")
         chosen(self.speedups)
 
     def on_config_module(self, module: ModuleType) -> None:
@@ -159,7 +160,7 @@ class _File(Section):
     grpo: dict[str, Any] = {}
     vllm: dict[str, Any] = {}
     data: _Images | None = None
-    speedups: str | list[str] = "none"
+    speedups: SpeedUps = "none"
     receipt: Receipt | None = None
 
 

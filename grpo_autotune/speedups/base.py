@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Values of `attn_implementation` that the shared prefix takes. Flash kernels align a causal mask to the last query."""
+
 _logger = logging.getLogger("grpo_autotune.speedups")
 
 
@@ -51,7 +54,7 @@ class Installed:
 
 
 class SpeedUp(Protocol):
-    """One speed-up; its class is named in `speedups.table`, and built without arguments.
+    """One speed-up; its class is a row of the registry, and is built with the options that a configuration gives.
 
     Attributes:
         name: What configurations call it.

@@ -17,11 +17,11 @@ from grpo_autotune.console import is_first_rank
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
-from grpo_autotune.speedups.table import chosen
+from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
-from grpo_autotune.train.rewards.builtin import build_rewards
+from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.train.runs.quiet import quieten

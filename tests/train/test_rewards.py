@@ -15,7 +15,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, DataError, RewardError
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.rewards.builtin import build_rewards
+from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.guard import PATIENCE, blaming_layer, guard
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/test.jsonl"

@@ -38,7 +38,7 @@ def depends_on_partition(trainer: Any) -> str | None:
 def steps_line_up(trainer: Any) -> bool:
     """True if no optimizer step takes rows of a part of one generation and of another."""
     generation, step = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
-    return step % generation == 0 or generation % step == 0
+    return bool(step % generation == 0 or generation % step == 0)
 
 
 def window(trainer: Any) -> int:

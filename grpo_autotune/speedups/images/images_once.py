@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import datasets
 import torch
+from cachetools import LRUCache
 from PIL import Image as Pillow
 
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.images.lazy_rows import Rows, copied, private
-from grpo_autotune.speedups.images.lru_cache import LimitedCache
+from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
 
 DECODED_BYTES = 1 << 29
 """Memory for decoded images."""
@@ -78,20 +79,24 @@ class _Once(Installed):
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self.trainer = trainer
-        self._decoded: LimitedCache[Any] = LimitedCache(DECODED_BYTES)
-        self._processed: LimitedCache[Processed] = LimitedCache(PROCESSED_BYTES)
+        self._decoded: LRUCache[Hashable, Any] = LRUCache(DECODED_BYTES, getsizeof=image_bytes)
+        self._processed: LRUCache[Hashable, Processed] = LRUCache(
+            PROCESSED_BYTES, getsizeof=lambda made: made[0].nbytes
+        )
+        self._loaded: list[Rows] = []
         self._checked = False
         self._facts = {"asked": 0.0, "processed": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that the processor was asked for and that it worked on, and the memory that both kinds take."""
-        return {**self._facts, "kept_bytes": float(self._decoded.used_bytes + self._processed.used_bytes)}
+        return {**self._facts, "kept_bytes": float(self._decoded.currsize + self._processed.currsize)}
 
     def remove(self) -> None:
         """Take every layer out and forget the images; may be called twice."""
         super().remove()
+        for rows in self._loaded:
+            rows.decoded = None  # a loader under way goes on: from here on each of its rows decodes for itself
         self._decoded.clear()
-        self._decoded.limit_bytes = 0  # a loader under way goes on: from here on each of its rows decodes for itself
         self._processed.clear()
 
     def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +105,7 @@ class _Once(Installed):
         if isinstance(rows, datasets.Dataset) and _as_stored(rows):  # those to evaluate on may have a transform
             lazy = self.trainer.args.dataloader_num_workers == 0
             kwargs["dataset"] = Rows(rows, self._decoded, lazy=lazy)
+            self._loaded.append(kwargs["dataset"])
         return call_next(*args, **kwargs)
 
     def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,8 +133,8 @@ class _Once(Installed):
         self._facts["asked"] += len(flat)
         self._facts["processed"] += len(missing)
         for key in missing:
-            patches = known[key][0]
-            self._processed.put(key, known[key], patches.numel() * patches.element_size())
+            with suppress(ValueError):  # larger than the whole cache
+                self._processed[key] = known[key]
         whole = _together([known[key] for key in keys])
         return self._checked_once(call_next, flat, kwargs, whole)
 

@@ -8,14 +8,15 @@ and a comparison of all pixels decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
-from grpo_autotune.speedups.images.lru_cache import LimitedCache
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -85,12 +86,12 @@ class _Features(Installed):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._kept: LimitedCache[_Image] = LimitedCache(LIMIT_BYTES)
+        self._kept: LRUCache[Hashable, _Image] = LRUCache(LIMIT_BYTES, getsizeof=_size)
         self._facts = {"asked": 0.0, "computed": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that towers were asked for and that they ran on, and the memory their features take."""
-        return {**self._facts, "kept_bytes": float(self._kept.used_bytes)}
+        return {**self._facts, "kept_bytes": float(self._kept.currsize)}
 
     def remove(self) -> None:
         """Take every layer out and forget the features; may be called twice."""
@@ -129,7 +130,7 @@ class _Features(Installed):
 class _Run:
     """One call of a tower."""
 
-    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LimitedCache[_Image]) -> None:
+    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, _Image]) -> None:
         weight = next(tower.parameters())
         device = weight.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -186,7 +187,8 @@ class _Run:
         for key, row, features in zip(missing, rows, separate, strict=True):
             image = _Image(parts[row].clone(), {**features, "type": type(output)})
             found[key] = image
-            self._kept.put(key, image, _size(image))
+            with suppress(ValueError):  # larger than the whole cache
+                self._kept[key] = image
         return True
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
+from grpo_autotune.speedups.base import SERVED
 from grpo_autotune.speedups.conditions import active_dropout
-from grpo_autotune.speedups.table import SERVED
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 

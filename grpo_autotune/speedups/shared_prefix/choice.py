@@ -24,6 +24,9 @@ from grpo_autotune.speedups.shared_prefix.attention import Attention, Split, Sta
 from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled, failures
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 
+FLEX = "flex"
+"""The value of the option `form` that lets FlexAttention be tried."""
+
 ROUNDS = 5
 WARMUP = 2
 """Rounds that are not counted: they compile."""
@@ -38,9 +41,9 @@ ShapeClass = tuple[bool, int, int, int]
 """With gradients; and the binary digits of the tokens, of the longest prompt and of the widest group of completions."""
 
 
-def candidates(device: torch.device) -> list[Flex]:
-    """The forms beside `Split` that may be tried on a device."""
-    return [Flex(compiled())] if device.type == "cuda" else []
+def candidates(device: torch.device, form: str) -> list[Flex]:
+    """The forms beside `Split` that may be tried on a device: FlexAttention where `form` is `flex`, on CUDA."""
+    return [Flex(compiled())] if form == FLEX and device.type == "cuda" else []
 
 
 class Seen(NamedTuple):

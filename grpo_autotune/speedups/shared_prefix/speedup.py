@@ -23,7 +23,7 @@ from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
-from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates
+from grpo_autotune.speedups.shared_prefix.choice import FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN
 
@@ -44,10 +44,17 @@ both ways), its completion looks back at itself. A model that passes on one kind
 
 
 class SharedPrefix:
-    """As `speedups.base.SpeedUp`."""
+    """As `speedups.base.SpeedUp`.
+
+    Args:
+        form: Form of attention: `split`, or `flex` for FlexAttention where it is measured to be faster, on CUDA.
+    """
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once a group in log-probs and backward"
+
+    def __init__(self, form: str = "split") -> None:
+        self._form = form
 
     def applies(self, trainer: Any) -> str | None:
         """See `shared_prefix_fit`."""
@@ -55,19 +62,21 @@ class SharedPrefix:
 
     def install(self, trainer: Any) -> Installed:
         """Layers on the log-prob method, the backbones, the attention function and TRL's shuffle."""
-        return _SharedPrefix(trainer)
+        return _SharedPrefix(trainer, self._form)
 
 
 class _SharedPrefix(Installed):
     """The speed-up on one trainer."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, form: str) -> None:
         super().__init__(SharedPrefix.name)
         self.trainer = trainer
         self.checks: dict[Kind, SelfCheck] = {}
         self.passes = {"shared": 0, "plain": 0}
         self.tokens = {"shared": 0, "plain": 0}
-        self.forms = Choice(next(iter(candidates(trainer.accelerator.device)), None))
+        device = trainer.accelerator.device
+        self.forms = Choice(next(iter(candidates(device, form)), None))
+        self._no_form = f"FlexAttention needs CUDA, and this is {device.type}" if form == FLEX else ""
         groups = groups_of(trainer)
         try:
             self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
@@ -83,7 +92,7 @@ class _SharedPrefix(Installed):
     @property
     def note(self) -> str:
         """Which form attention takes, where there is a choice."""
-        return self.forms.note()
+        return self.forms.note() or self._no_form
 
     def facts(self) -> dict[str, float]:
         """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is

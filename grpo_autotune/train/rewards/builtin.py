@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.registry import resolve
 from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL, check_params, guard
+from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL
 
 ANSWER_LAST = r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*"
 """One answer between tags, not empty, at the end of the text."""
@@ -47,7 +45,7 @@ def exact_match(
 
     return [
         None if reference is None else float(tidy(completion_text(completion)) == tidy(str(reference)))
-        for completion, reference in zip(completions, _column(columns, column), strict=True)
+        for completion, reference in zip(completions, column_of(columns, column), strict=True)
     ]
 
 
@@ -70,7 +68,7 @@ def numeric_match(
     def score(wanted: float, given: float | None) -> float:
         return float(given is not None and abs(given - wanted) <= relative_tolerance * max(abs(wanted), 1e-12))
 
-    return _scored(completions, _column(columns, column), read_number, score)
+    return _scored(completions, column_of(columns, column), read_number, score)
 
 
 def regex(*, completions: Sequence[Completion], pattern: str, **columns: Any) -> list[float | None]:
@@ -100,7 +98,7 @@ def choice_letter(
         ConfigError: If the data has no such column.
     """
     read = partial(read_letter, letters=letters)
-    return _scored(completions, _column(columns, column), read, lambda wanted, given: float(given == wanted))
+    return _scored(completions, column_of(columns, column), read, lambda wanted, given: float(given == wanted))
 
 
 def box_iou(
@@ -122,7 +120,7 @@ def box_iou(
         overlap = 0.0 if given is None else _overlap(wanted, given)
         return overlap if threshold is None else float(overlap >= threshold)
 
-    return _scored(completions, _column(columns, column), read_box, score)
+    return _scored(completions, column_of(columns, column), read_box, score)
 
 
 def length(
@@ -141,26 +139,6 @@ def length(
     return [min(1.0, max(0.0, (max_tokens - len(ids)) / slack)) for ids in completion_ids]
 
 
-def build_rewards(config: RunConfig) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
-    """The reward functions of a configuration, guarded (see `rewards.guard`), their weights and their names.
-
-    A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`.
-
-    Raises:
-        ConfigError: If a name is unknown, or a parameter is none of the function's.
-    """
-    functions: list[Callable[..., Any]] = []
-    names: list[str] = []
-    for place, item in enumerate(config.rewards):
-        function = resolve("reward", item.name)
-        check_params(function, item.params, f"rewards[{place}].params")
-        base = item.name.rpartition(":")[2].rpartition(".")[2]
-        again = sum(name == base or re.fullmatch(rf"{re.escape(base)}_\d+", name) is not None for name in names)
-        names.append(f"{base}_{again + 1}" if again else base)
-        functions.append(guard(function, names[-1], item.params, alone=len(config.rewards) == 1))
-    return functions, [item.weight for item in config.rewards], names
-
-
 def _scored(
     completions: Sequence[Completion],
     references: Sequence[object],
@@ -175,7 +153,12 @@ def _scored(
     return [None if wanted is None else score(wanted, given) for wanted, given in pairs]
 
 
-def _column(columns: Mapping[str, Any], name: str) -> Sequence[object]:
+def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """A column of the data, B values.
+
+    Raises:
+        ConfigError: The data has none of this name.
+    """
     if name not in columns:
         others = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
         raise ConfigError(
@@ -183,7 +166,7 @@ def _column(columns: Mapping[str, Any], name: str) -> Sequence[object]:
             where="rewards[].params.column",
             fix=f"Columns: {others}. Name one there, or map one in data.columns.",
         )
-    values: Sequence[object] = columns[name]
+    values: Sequence[Any] = columns[name]
     return values
 
 
