@@ -16,7 +16,7 @@ def speed_ups(facts: Facts) -> Idea | None:
     generation is not predicted. LoRA's dropout and other attention kernels keep the passes as they are.
     """
     t, tokens, images = facts.record.trainer, facts.record.tokens, facts.record.images
-    if t.speedups or tokens is None:
+    if t.speedups or tokens is None or (facts.config or {}).get("speedups", "none") != "none":
         return None
     prompt, completion = tokens.prompt.mean, tokens.completion.mean
     together = min(t.num_generations, t.per_device_train_batch_size)

@@ -259,8 +259,9 @@ class RunConfig(Section):
         return cls.from_dict(_mapping(parse_yaml(text, where), where))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; keys that hold their default are left out."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """Plain values; keys that hold their default are left out, `speedups` apart: a stored run says what it had."""
+        values = {**self.model_dump(mode="json", exclude_defaults=True), "speedups": self.speedups}
+        return {name: values[name] for name in type(self).model_fields if name in values}
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back to an equal configuration."""

@@ -198,8 +198,8 @@ def precisions(given: Given, own: bool) -> tuple[bool, ...]:
 
 
 def speed_ups(given: Given, own: Any) -> tuple[Any, ...]:
-    """The user's own, and all that apply."""
-    return (own,) if own == "auto" else (own, "auto")
+    """The user's own, and all that apply; beside `auto`, none."""
+    return (own, "none") if own == "auto" else (own, "auto")
 
 
 def colocates(given: Given) -> bool:

@@ -32,6 +32,7 @@ def config(vllm: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
         "model": {"name_or_path": "owner/name"},
         "data": {"path": "rows.jsonl"},
         "rewards": [{"name": "exact_match"}],
+        "speedups": "none",
         "grpo": {"use_vllm": True},
         **sections,
     }

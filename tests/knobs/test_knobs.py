@@ -229,6 +229,14 @@ def test_the_micro_batch_is_a_learning_knob_where_the_loss_depends_on_the_partit
     assert kind_of(config(**partition), MICRO) == "learning"
 
 
+def test_speed_ups_are_tried_on_and_off() -> None:
+    flex = [{"name": "shared_prefix", "form": "flex"}]
+    axes = {str(own): knob("speedups").values(given(config({"speedups": own}))) for own in ("auto", "none", flex)}
+    assert list(axes.values()) == [("auto", "none"), ("none", "auto"), (flex, "auto")]
+    assert with_knobs(config(), {"speedups": flex}).speedups == flex
+    assert with_knobs(config({"speedups": flex}), {"speedups": flex}) == config({"speedups": flex})
+
+
 def test_kinds_are_the_designs() -> None:
     learning = {row.key for row in TABLE if row.kind == "learning"}
     assert {"data.image_size", GROUP, PROMPTS, "grpo.max_completion_length", "grpo.beta", "peft.r"} <= learning

@@ -38,6 +38,7 @@ def user_config(**search: Any) -> RunConfig:
             "model": {"name_or_path": "paper"},
             "data": {"path": "pictures", "image_size": 512, "columns": {"image": "image"}},
             "rewards": [{"name": "r"}],
+            "speedups": "none",
             "grpo": {
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 8,
