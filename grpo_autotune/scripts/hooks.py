@@ -27,7 +27,7 @@ from grpo_autotune.seams.import_hooks import (
     hook_imports,
 )
 from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.seams.torchvision_compat import import_mended
+from grpo_autotune.seams.torchvision_compat import import_mended, tell_once
 
 
 class EnoughSteps(SystemExit):
@@ -103,7 +103,7 @@ class ScriptHooks:
     def _mend_torchvision(self, execute: Execute, module: ModuleType) -> None:
         finding = import_mended(execute, module)
         if finding is not None:
-            self.say(f"note: {finding}")
+            tell_once(finding, self.say)
 
 
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:
