@@ -17,7 +17,7 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import TABLE, Given, Knobs, given, knob, knobs_of, with_knobs
+from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of, with_knobs
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
@@ -58,7 +58,7 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
         ConfigError: `search.knobs` or `search.accept` names what is no knob, gives a knob no value or one of a wrong
             type, or no combination is legal.
     """
-    known, asked = given(config, machine, record), config.search.knobs
+    known, asked = context_of(config, machine, record), config.search.knobs
     for section, keys in (("search.knobs", asked), ("search.accept", config.search.accept)):
         for key in keys:
             with _at(f"{section}.{key}"):
@@ -84,7 +84,7 @@ def why_not(config: RunConfig, knobs: Knobs, machine: Machine) -> str | None:
         changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)
     except ConfigError as error:
         return str(error)
-    known = given(changed, machine)
+    known = context_of(changed, machine)
     for key, value in knobs.items():
         if same_value(value, baseline[key]):
             continue
@@ -114,7 +114,7 @@ def _wanted(config: RunConfig, key: str) -> bool:
     return knob(key).searched or key in config.search.accept
 
 
-def _axis(known: Given, key: str) -> tuple[Any, ...]:
+def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
     """The values of one knob, the user's own first where it is among them."""
     row, asked = knob(key), known.config.search.knobs.get(key)
     if asked is None:
@@ -126,7 +126,7 @@ def _axis(known: Given, key: str) -> tuple[Any, ...]:
     with _at(f"search.knobs.{key}"):
         for value in asked:
             _check_type(known.config, key, value)
-    baseline = row.own(known.config)
+    baseline = row.current(known.config)
     return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
 
 

@@ -1,4 +1,4 @@
-"""What a speed-up is: it says whether it can run on a trainer, puts layers on seams, and takes them off again."""
+"""The interface of a speed-up: whether it can run on a trainer, putting layers on seams, and taking them off again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _logger = logging.getLogger("grpo_autotune.speedups")
 
 
 class Removable(Protocol):
-    """What an installed speed-up holds, such as a `seams.layers.Handle`."""
+    """A part of an installed speed-up, such as a `seams.layers.Handle`."""
 
     def remove(self) -> None:
         """Take it out; may be called twice."""
@@ -45,11 +45,11 @@ class Installed:
 
     @property
     def note(self) -> str:
-        """What the table says of it beside its summary; empty where there is nothing to say."""
+        """Remark beside its summary in the table; empty where there is nothing to say."""
         return ""
 
     def facts(self) -> dict[str, float]:
-        """What it did so far, by name."""
+        """Counts of its work so far, by name."""
         return {}
 
 

@@ -68,7 +68,7 @@ class SpeedUps:
         return [f"speed-up {row.name:<{width}}  {'on ' if row.on else 'off'}  {row.reason}" for row in self.table()]
 
     def facts(self) -> dict[str, dict[str, float]]:
-        """What each installed speed-up did so far."""
+        """Counts of each installed speed-up's work so far."""
         return {name: installed.facts() for name, installed in self._installed.items()}
 
     def remove(self) -> None:

@@ -101,7 +101,7 @@ def test_values_that_no_combination_makes_legal_are_refused_at_once(knobs: dict[
 @pytest.mark.parametrize(
     ("knobs", "reason"),
     [
-        ({MICRO: 3}, "the 16 completions a step on a device are not a multiple of per_device_train_batch_size 3"),
+        ({MICRO: 3}, "the 16 completions per step and device are not a multiple of per_device_train_batch_size 3"),
         ({GROUP: 5}, "the generation batch must be a multiple of num_generations 5"),
         ({"data.image_size": 256}, "the prompts hold no images"),
         ({"grpo.use_vllm": True}, "needs the package vllm"),

@@ -27,7 +27,7 @@ _ATTRIBUTE = "_grpo_autotune_order"
 
 
 def depends_on_partition(trainer: Any) -> str | None:
-    """Why the loss of an optimizer step depends on which rows share a micro batch; None where it does not."""
+    """The reason why the loss of a step depends on which rows share a micro batch; None where it does not."""
     terms = micro_batch_terms_of(trainer)
     if terms:
         return terms[0].reason

@@ -75,7 +75,7 @@ class SkipDead:
 
 
 def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
-    """Which completions have a reward, in a group whose rewards differ; boolean, shape (N,).
+    """Completions that have a reward, in a group whose rewards differ; boolean, shape (N,).
 
     Args:
         rewards: One column a reward function, shape (N, functions); NaN where it has none.
@@ -161,12 +161,12 @@ class _Skipping(Installed):
 
 
 def _gradient_rows(batch: Batch) -> torch.Tensor:
-    """Which rows of a micro batch have a gradient; boolean, shape (B,)."""
+    """Rows of a micro batch that have a gradient; boolean, shape (B,)."""
     advantages = batch["advantages"]
-    found = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
+    with_advantage_B = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
     if KEY in batch:
-        found = found & batch[KEY]
-    alive: torch.Tensor = found & _loss_mask(batch).any(dim=1)
+        with_advantage_B = with_advantage_B & batch[KEY]
+    alive: torch.Tensor = with_advantage_B & _loss_mask(batch).any(dim=1)
     return alive
 
 
@@ -176,7 +176,7 @@ def _loss_mask(batch: Batch) -> torch.Tensor:
 
 
 def _share(loss_type: str, part: Batch, whole: Batch) -> float | torch.Tensor:
-    """What turns the loss of `part` into that of `whole`: the quotient of what TRL divides the two by."""
+    """The factor from the loss of `part` to that of `whole`: the quotient of TRL's divisors."""
     if DIVISORS[loss_type] == "generation tokens":
         return 1.0
     if DIVISORS[loss_type] == "rows":

@@ -139,10 +139,10 @@ class _Once(Installed):
         return self._checked_once(call_next, flat, kwargs, whole)
 
     def _settings(self, kwargs: dict[str, Any]) -> str:
-        """What else the outcome depends on: the call's options and the processor's own."""
-        own = vars(self.trainer.processing_class.image_processor)
+        """The settings that the outcome depends on: the call's options and the processor's own."""
+        settings = vars(self.trainer.processing_class.image_processor)
         asked = {name: value for name, value in kwargs.items() if name != "return_tensors"}
-        return repr((sorted(asked.items(), key=str), sorted(own.items(), key=str)))
+        return repr((sorted(asked.items(), key=str), sorted(settings.items(), key=str)))
 
     def _checked_once(
         self, call_next: Callable[..., Any], images: list[Any], kwargs: dict[str, Any], whole: Processed
@@ -166,7 +166,7 @@ class _Once(Installed):
 
 
 def _as_stored(rows: datasets.Dataset) -> bool:
-    """Whether each copy of a row is what is stored, all of it."""
+    """True if each copy of a row is what is stored, all of it."""
     return rows.format["type"] is None and set(rows.format["columns"]) == set(rows.column_names)
 
 
@@ -177,7 +177,7 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _contents(images: Sequence[Any]) -> list[Hashable]:
-    """What tells images apart, pixel for pixel; copies of one object are looked at once."""
+    """Keys that tell images apart, pixel for pixel; copies of one object are looked at once."""
     known: dict[int, Hashable] = {}
     for image in images:
         if id(image) not in known:
@@ -195,8 +195,8 @@ def _apart(made: Any, count: int) -> list[Processed] | None:
     sizes = grid.prod(dim=-1).tolist()
     if len(sizes) != count or sum(sizes) != len(patches):
         return None
-    own = [part.clone() for part in torch.split(patches, sizes)]  # a part would keep the whole in memory
-    return list(zip(own, torch.split(grid, 1), strict=True))
+    parts = [part.clone() for part in torch.split(patches, sizes)]  # a part would keep the whole in memory
+    return list(zip(parts, torch.split(grid, 1), strict=True))
 
 
 def _together(parts: Sequence[Any]) -> Processed:

@@ -142,7 +142,7 @@ def _image_of(feature: Any) -> datasets.Image | None:
 
 
 def _content(stored: Mapping[str, Any]) -> Hashable:
-    """What tells stored images apart: their bytes, or the file they are in."""
+    """Key that tells stored images apart: a hash of their bytes, or the file they are in."""
     if stored["bytes"] is None:
         return str(stored["path"])
     return hashlib.blake2b(stored["bytes"], digest_size=20).digest()

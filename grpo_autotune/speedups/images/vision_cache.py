@@ -66,7 +66,7 @@ def _towers(model: Any) -> Iterator[Any]:
 
 
 def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
-    """Whether a call wants something other than the tower's named outputs, or brings its own inner numbers.
+    """True if a call wants something other than the tower's named outputs, or brings its own inner numbers.
 
     Models hand their own keywords on to the tower, the layout of a shared prefix too, which is the text's alone."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
@@ -144,16 +144,16 @@ class _Run:
     def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[_Image] | None:
         """Each image with its features; None where the tower's output cannot be taken apart."""
         keys = self._keys(parts, grid)
-        found: dict[Hashable, _Image] = {}
+        images: dict[Hashable, _Image] = {}
         for key, part in zip(keys, parts, strict=True):
             image = self._kept.get(key)
             if image is not None and torch.equal(image.patches, part):
-                found[key] = image
-        missing = {key: index for index, key in enumerate(keys) if key not in found}
-        if missing and not self._compute(found, missing, parts, grid):
+                images[key] = image
+        missing = {key: index for index, key in enumerate(keys) if key not in images}
+        if missing and not self._compute(images, missing, parts, grid):
             return None
-        self.output_type = self.output_type or next(iter(found.values())).features["type"]
-        return [found[key] for key in keys]
+        self.output_type = self.output_type or next(iter(images.values())).features["type"]
+        return [images[key] for key in keys]
 
     def _keys(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[Hashable]:
         """A fingerprint of each image; of two with one fingerprint the second is told apart by comparison."""
@@ -194,7 +194,7 @@ class _Run:
 
 def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] | None:
     """The tower's output image by image, given each one's patches."""
-    found: list[dict[str, Any]] = [{} for _ in sizes]
+    images: list[dict[str, Any]] = [{} for _ in sizes]
     for name, value in output.items():
         if name not in PATCHES + TOKENS:
             return None
@@ -203,12 +203,12 @@ def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] |
         for tensor in value if several else [value]:
             if not isinstance(tensor, torch.Tensor) or len(tensor) != sum(rows):
                 return None
-            for features, part in zip(found, torch.split(tensor, rows), strict=True):
+            for features, part in zip(images, torch.split(tensor, rows), strict=True):
                 if several:
                     features.setdefault(name, []).append(part.clone())
                 else:
                     features[name] = part.clone()
-    return found
+    return images
 
 
 def _joined(images: Sequence[_Image]) -> dict[str, Any]:

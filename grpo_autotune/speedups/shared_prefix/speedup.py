@@ -2,7 +2,7 @@
 
 TRL scores a batch of G completions of one prompt as G rows of prompt and completion, in the old-policy, reference and
 training passes alike. Here the batch becomes one flat sequence in which a prompt is followed by its completions
-(`shared_prefix_layout`), attention keeps the completions apart (`shared_prefix_attention`), and TRL's own fused head
+(`layout`), attention keeps the completions apart (`attention`), and TRL's own fused head
 turns the hidden states of the scored tokens into log-probs. All of it happens inside one call of the model that TRL
 would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
 """
@@ -57,7 +57,7 @@ class SharedPrefix:
         self._form = form
 
     def applies(self, trainer: Any) -> str | None:
-        """See `shared_prefix_fit`."""
+        """See `why_not`."""
         return why_not(trainer)
 
     def install(self, trainer: Any) -> Installed:
@@ -91,7 +91,7 @@ class _SharedPrefix(Installed):
 
     @property
     def note(self) -> str:
-        """Which form attention takes, where there is a choice."""
+        """The form of attention, where there is a choice or one was asked for."""
         return self.forms.note() or self._no_form
 
     def facts(self) -> dict[str, float]:
@@ -160,12 +160,12 @@ class _SharedPrefix(Installed):
         count, width = batch.input_ids.shape
         everything = list(range(count))
         plain = count * width
-        found = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
-        shared = sum(batch.tokens(chunk) for chunk in found)
-        return None if shared > WORTH * plain else found
+        passes = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
+        shared = sum(batch.tokens(chunk) for chunk in passes)
+        return None if shared > WORTH * plain else passes
 
     def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
-        """Whether two completions of each kind, of one prompt if there are such, score the same by both paths."""
+        """True if two completions of each kind, of one prompt if there are such, score the same by both paths."""
         return all(
             self._checked_on(rows, self.checks.setdefault(kind, SelfCheck(self)), call_next, model, batch)
             for kind, rows in _samples(batch).items()
@@ -211,8 +211,8 @@ class _SharedPrefix(Installed):
                 fused_lm_head=True,
                 **{ARGUMENT: layout},
             )
-        found = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
-        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in found)
+        scores = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
+        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in scores)
         return logps, entropy
 
 
@@ -239,7 +239,7 @@ def _samples(batch: Batch) -> dict[Kind, list[int]]:
 
 
 def _inputs(base: Any, batch: Batch, layout: Layout) -> dict[str, Any]:
-    """What the model takes for a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
+    """Model inputs of a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
     flat = {
         key: batch.media.given[key].reshape(-1)[layout.source][None] for key in BY_TOKEN if key in batch.media.given
     }
@@ -269,8 +269,8 @@ def _positions(base: Any, batch: Batch, layout: Layout, images: dict[str, Any]) 
             attention_mask=mask,
             mm_token_type_ids=batch.media.given["mm_token_type_ids"][first],
         )
-        found: torch.Tensor = positions[:, layout.prompt, layout.column][:, None]
-        return found
+        flat_positions: torch.Tensor = positions[:, layout.prompt, layout.column][:, None]
+        return flat_positions
     return layout.column[None]
 
 
@@ -278,10 +278,10 @@ def _wrap_backbone(model: Any) -> Handle:
     """Keep of the flat sequence the hidden states of the tokens to be scored, before TRL's head sees them."""
 
     def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        outputs = call_next(*args, **kwargs)
         layout = kwargs.get(ARGUMENT)
         if layout is not None:
-            found.last_hidden_state = found.last_hidden_state[:, layout.scored]
-        return found
+            outputs.last_hidden_state = outputs.last_hidden_state[:, layout.scored]
+        return outputs
 
     return wrap(AttributeSlot(base_of(model).base_model, "forward"), forward, INNER)

@@ -1,4 +1,4 @@
-"""The built-in rewards, and the door through which every reward comes.
+"""The built-in rewards.
 
 A reward has TRL's signature: keywords `prompts`, `completions`, `completion_ids` and one list for each column of the
 data, all of the batch's length B; it returns B numbers, None where it does not apply to a row. Settings are
