@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune import registry
+from grpo_autotune.commands.run import values_for_script
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.scripts.stand_in import load_stand_in
+from grpo_autotune.scripts.values import load_script_values
 from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
@@ -235,6 +238,27 @@ def test_a_wrong_option_is_one_line_with_the_accepted_values(wanted, message):
     with pytest.raises(ConfigError) as caught:
         selections(wanted)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("auto", "auto"),
+        ("skip_dead,length_sort", ["skip_dead", "length_sort"]),
+        ("[{name: shared_prefix, form: flex}, skip_dead]", [{"name": "shared_prefix", "form": "flex"}, "skip_dead"]),
+    ],
+)
+def test_run_reads_names_and_lists_in_yaml(text, value):
+    assert values_for_script(None, text)[0].speedups == value
+
+
+def test_a_script_file_and_its_baseline(tmp_path):
+    with pytest.raises(ConfigError, match="form 'flax' of shared_prefix is not accepted"):
+        values_for_script(None, "[{name: shared_prefix, form: flax}]")
+    path = tmp_path / "values.yaml"
+    path.write_text("speedups: [{name: shared_prefix, form: flex}]\n")
+    assert load_script_values(path)[0]["speedups"] == [{"name": "shared_prefix", "form": "flex"}]
+    assert load_stand_in([__file__]).speedups == "none", "a script has none of its own"
 
 
 @pytest.mark.timeout(240)
