@@ -115,7 +115,7 @@ def build_trainer(
         EnvironmentProblem: A package that it needs is missing.
     """
     say = say or say_on(Console(stderr=True))
-    quieten(bars=sys.stderr.isatty(), four_bit=config.model.load_in_4bit)
+    quieten(bars=sys.stderr.isatty())
     chosen(config.speedups)
     with phase("data"):
         train_data, eval_data = load(config, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -482,3 +483,6 @@ def test_speed_ups_that_cannot_share_the_prompt_still_read_images_once() -> None
 
 def test_speed_ups_that_are_on_are_not_advised() -> None:
     assert speedups.speed_ups(shared(speedups=["shared_prefix"])) is None
+    asked = replace(shared(), config={"speedups": "auto"})
+    assert speedups.speed_ups(asked) is None, "none of them fits, and all are asked for"
+    assert speedups.speed_ups(replace(asked, config={"speedups": "none"})) is not None
