@@ -105,11 +105,6 @@ def imports() -> Iterator[tuple[str, str]]:
 
 
 REFERENCE = re.compile(r"grpo_autotune(\.\w+)+(:\w+(\.\w+)*)?")
-NAMED_BY_TEXT_FOR_NOW = {
-    "grpo_autotune.rollout.colocate.unlock",
-    "grpo_autotune.processes.guarded",
-}
-"""Modules whose texts are not counted as imports."""
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -132,7 +127,7 @@ def named_by_text() -> Iterator[tuple[str, str]]:
     """Pairs of modules of this package: who names one in a text, and which."""
     for path in modules():
         name = dotted_name(path)
-        if name not in NAMED_BY_TEXT_FOR_NOW and room(name) not in (*ENTRANCES, ""):
+        if room(name) not in (*ENTRANCES, ""):
             for named in texts(ast.parse(path.read_text())):
                 yield name, named
 
