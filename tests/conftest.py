@@ -1,9 +1,10 @@
-"""Fixtures that are dear to build: each once a session."""
+"""Fixtures that are costly to build: each once per session."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job: the commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@pytest.fixture(autouse=True)
+def no_speedup_left() -> Iterator[None]:
+    """Take off what a test left on: one layer is on a function that all models share, others hold their trainer."""
+    yield
+    install = sys.modules.get("grpo_autotune.speedups.install")
+    for speedups in install.installed() if install else ():
+        speedups.remove()
 
 
 @pytest.fixture(scope="session")
@@ -50,21 +59,3 @@ def text_rows() -> list[dict[str, Any]]:
         {"prompt": [{"role": "user", "content": f"What is {row} plus three?"}], "answer": str(row + 3)}
         for row in range(4)
     ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(monkeypatch):
-    """Take every speed-up off again: one of its layers is on a function that all models share."""
-    from grpo_autotune.speedups import install
-
-    made = []
-    put_on = install.SpeedUps.__init__
-
-    def remember(speedups, *args, **kwargs):
-        put_on(speedups, *args, **kwargs)
-        made.append(speedups)
-
-    monkeypatch.setattr(install.SpeedUps, "__init__", remember)
-    yield
-    for speedups in made:
-        speedups.remove()

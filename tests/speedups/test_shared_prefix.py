@@ -349,6 +349,16 @@ def test_remove_leaves_model_and_library_as_they_were(tiny, tmp_path, picture_ro
     assert [set(vars(owner)) for owner in owners] == attributes
 
 
+def test_attention_layer_goes_with_its_last_user_removed_or_forgotten():
+    before = dict(AttentionInterface._global_mapping)
+    layers = [attention.AttentionLayer("sdpa"), attention.AttentionLayer("sdpa")]
+    layers[0].remove()
+    layers[0].remove()
+    assert AttentionInterface._global_mapping != before
+    layers.clear()
+    assert AttentionInterface._global_mapping == before
+
+
 def why(trainer) -> str:
     row = next(row for row in speed_up(trainer, "shared_prefix").table() if row.name == "shared_prefix")
     assert not row.on
