@@ -37,6 +37,11 @@ def pytest_configure() -> None:
         pytest.exit("tests_vllm needs vLLM: `make test-vllm` makes the environment that has it", returncode=3)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.vllm)
+
+
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`served(kind)`: path of a saved tiny model (qwen2_5_vl, qwen3_vl, qwen3 or llama) that vLLM can load."""

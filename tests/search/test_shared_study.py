@@ -94,6 +94,7 @@ def timed(folder: Path) -> list[str]:
     return [json.dumps(row["knobs"], sort_keys=True) for row in found]
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: Path) -> None:
     first = machine(database, tmp_path / "a", "hang")
     wait_for(tmp_path / "a" / "hanging", first)
@@ -118,6 +119,7 @@ def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: P
     assert own is not None, "each machine measures its own baseline"
 
 
+@pytest.mark.slow
 def test_another_configuration_does_not_join(database: str, tmp_path: Path) -> None:
     from grpo_autotune.errors import ConfigError
     from grpo_autotune.search.study import Axes, Study

@@ -429,6 +429,7 @@ def test_a_model_it_cannot_serve_is_found_out_and_trains_on_trl(tmp_path, ragged
     assert len(warnings_of_ours) == 1 and "its self-check found log-probs off by" in warnings_of_ours[0]
 
 
+@pytest.mark.slow
 def test_a_model_that_counts_by_the_mask_is_found_out_where_prompts_are_padded(tmp_path, caplog):
     """OPT's positions skip the padding, which the first batch does not have."""
     config = {
