@@ -49,8 +49,8 @@ def pytest_configure() -> None:
 
 
 def _refuse_child(event: str, args: tuple[Any, ...]) -> None:
-    if event in CHILD_EVENTS and args[0] != "uname":  # Python's own module platform asks it, once per process
-        _refuse(f"starts a child process ({event}: {args[0]})")
+    if event in CHILD_EVENTS and args[:1] != ("uname",):  # Python's own module platform asks it, once per process
+        _refuse(" ".join(map(str, ["starts a child process:", event, *args[:1]])))
 
 
 def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:

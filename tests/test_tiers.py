@@ -34,7 +34,7 @@ def a_subprocess() -> None:
 
 @pytest.mark.parametrize("start", [a_fork, a_shell, a_subprocess])
 def test_no_child_process_in_a_fast_test(start: Callable[[], None]) -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"test_tiers\.py.* starts a child process .* pytest\.mark\.slow"):
+    with pytest.raises(pytest.fail.Exception, match=r"test_tiers\.py.* starts a child process: .* pytest\.mark\.slow"):
         start()
 
 
