@@ -72,7 +72,7 @@ def assert_exact(found, *, shared: bool = True) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3", "llama"])
-@pytest.mark.parametrize(("lora", "checkpointing"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("lora", "checkpointing"), list(itertools.product([True, False], repeat=2)))
 def test_four_architectures(tiny, tmp_path, ragged_picture_rows, ragged_text_rows, kind, lora, checkpointing):
     def build():
         trainer = ready(
