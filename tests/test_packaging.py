@@ -30,6 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(built.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_profile(wheel: set[str]) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_autotune").rglob("*.py")}
     profiles = {f"grpo_autotune/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")}
@@ -72,6 +73,7 @@ def test_the_installed_version_is_the_one_written_down() -> None:
     assert importlib.metadata.version("grpo-autotune") == project()["version"]
 
 
+@pytest.mark.slow
 def test_make_help_lists_every_target() -> None:
     told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -86,6 +88,7 @@ def test_readme_has_a_line_for_every_module() -> None:
     assert "cli.py" in tree()
 
 
+@pytest.mark.slow
 def test_readme_commands_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     told = subprocess.run(
