@@ -222,6 +222,22 @@ def test_every_benchmark_is_on_its_page_with_its_command(path: Path) -> None:
     assert f"`{json.loads(path.read_text())['command']}`" in row
 
 
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """In the first column of the troubleshooting page; `...` stands for what a message fills in."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "grpo_autotune").rglob("*.py")]
+    literals = "\n".join(
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [code for symptom in symptoms for code in re.findall(r"`([^`]+)`", symptom)]
+    fragments = [part.strip(" ,") for code in quoted for part in code.split("...")]
+    assert len(fragments) > 10
+    assert not [text for text in fragments if " " in text and text not in literals]
+
+
 @pytest.fixture
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that a reader of the tutorial has: its files written, its data made."""
@@ -245,3 +261,11 @@ def test_the_tutorials_own_data_and_reward_can_be_used(own_data: Path) -> None:
     near = resolve("reward", config.rewards[1].name)
     said = [[{"role": "assistant", "content": text}] for text in ("<answer>7</answer>", "It is 4.", "none")]
     assert near(completions=said, answer=[7, 7, 7]) == pytest.approx([1.0, 2 / 3, 0.0])
+
+
+def test_the_tutorials_configuration_trains(own_data: Path, tiny: Any) -> None:
+    """With a tiny model in the demo's place, which takes a minute to make."""
+    short = [f"model.name_or_path={tiny('qwen3_vl')}", "grpo.max_steps=2", "grpo.eval_steps=2"]
+    assert main(["train", "my.yaml", *(word for item in short for word in ("--set", item))]) == 0
+    lines = (own_data / "runs" / "my" / "train_log.jsonl").read_text().splitlines()
+    assert any("rewards/near/mean" in line for line in lines)
