@@ -10,8 +10,10 @@ import shlex
 import textwrap
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 import typer.main
@@ -21,6 +23,7 @@ from grpo_autotune.cli import app, main
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.registry import resolve
+from tools.architecture import floors, needed_arrows, room_imports
 from tools.pages import FILES, PARTS, with_parts
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +94,23 @@ def test_generated_parts_are_current(part: Any) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_generated_files_are_current(name: str) -> None:
     assert (ROOT / name).read_text() == FILES[name](), "bring it up to date: make docs"
+
+
+def test_rooms_stand_above_what_they_import_and_arrows_that_follow_are_left_out() -> None:
+    imports = {"top": {"middle", "ground"}, "middle": {"ground"}, "ground": set(), "beside": {"ground"}}
+    assert floors(imports) == [["ground"], ["beside", "middle"], ["top"]]
+    assert needed_arrows(imports) == {("top", "middle"), ("middle", "ground"), ("beside", "ground")}
+    with pytest.raises(ValueError, match=r"import each other: \['one', 'two'\]"):
+        floors({"one": {"two"}, "two": {"one"}})
+
+
+def test_the_picture_shows_every_room_and_no_box_covers_another() -> None:
+    root = ElementTree.fromstring((ROOT / "docs" / "rooms.svg").read_text())
+    svg = "{http://www.w3.org/2000/svg}"
+    assert {text.text for text in root.iter(f"{svg}text")} == set(room_imports())
+    boxes = [group.find(f"{svg}rect") for group in root.iter(f"{svg}g")]
+    spans = sorted((float(box.get("y")), float(box.get("x")), float(box.get("width"))) for box in boxes)
+    assert all(x + width < next_x for (y, x, width), (next_y, next_x, _) in pairwise(spans) if y == next_y)
 
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=name_of)
