@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grpo_autotune.render.terminal import render
-from grpo_autotune.report import load_report
+from grpo_autotune.report.files import load_report
 from tools import architecture, config_reference
 from tools.readme_speedups import table
 
