@@ -53,7 +53,7 @@ ROOT = Path(__file__).parent.parent
         ("docs/speedups.md", "prefix_forms", "768px: training, flat over cache", "{median:.2f} of its seconds at 768"),
         ("docs/speedups.md", "prefix_forms", "short: training, flat over cache", "{median:.2f} with prompts of 20"),
         ("docs/speedups.md", "prefix_forms", "768px-256: without gradients, flat over cache", "tokens ({median:.2f})"),
-        ("docs/speedups.md", "prefix_forms", "long: without gradients, flat over cache", "tokens ({median:.2f}); the cause"),
+        ("docs/speedups.md", "prefix_forms", "long: without gradients, flat over cache", "({median:.2f}); the cause"),
         ("docs/speedups.md", "prefix_forms", "longer: without gradients, flat over cache", "new pages, {median:.2f}."),
         (
             "docs/speedups.md", "prefix_forms_heap", "768px-256: without gradients, flat over cache",
