@@ -228,7 +228,7 @@ def test_python_compiles_and_imports_what_is_there(block: Block) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["doctor"], ["report", "docs/benchmarks/demo"]], ids=" ".join)
 def test_cheap_commands_run(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(words) == 0
+    assert main(words) in ((0, 3) if words == ["doctor"] else (0,))  # 3: it found something that stops training
     assert len(capfd.readouterr().out) > 200
 
 
