@@ -22,7 +22,7 @@ import yaml
 from grpo_autotune.cli import app, main
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
-from grpo_autotune.registry import resolve
+from grpo_autotune.registry import Kind, names, resolve
 from tools.architecture import floors, needed_arrows, room_imports
 from tools.pages import FILES, PARTS, with_parts
 
@@ -223,6 +223,12 @@ def test_python_compiles_and_imports_what_is_there(block: Block) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "grpo_autotune":
             module = importlib.import_module(str(node.module))
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize(("page", "kind"), [("rewards.md", "reward"), ("speedups.md", "speedup")])
+def test_every_registered_name_has_a_row(page: str, kind: Kind) -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+    assert set(names(kind)) <= rows
 
 
 @pytest.mark.parametrize("words", [["--help"], ["doctor"], ["report", "docs/benchmarks/demo"]], ids=" ".join)
