@@ -6,7 +6,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-vllm check bench bench-vllm exact
+.PHONY: help install demo test test-fast test-vllm check docs bench bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed ## write the generated parts of the pages anew: picture, tables, tree, configuration reference
+	$(BIN)/python -m tools.pages
 
 bench: .venv/.installed ## measure everything the README and the pages claim: hours; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.overhead
