@@ -157,7 +157,7 @@ def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], 
 
 
 def _data(load: Workload, rates: Rates) -> Features:
-    rows, suffix = load.rows_loaded, "@workers" if load.trainer["dataloader_num_workers"] else ""
+    rows, suffix = load.rows_loaded, "@workers" if load.trainer.dataloader_num_workers else ""
     found = {"calls": float(load.facts.passes), "rows": rows, "pixels": rows * load.facts.images * load.pixels}
     return {f"{name}{suffix}": count for name, count in found.items()}
 

@@ -108,7 +108,7 @@ class PeakFit:
 
 def guesses_of(load: Workload) -> dict[str, Guess]:
     """The components of this device's peak."""
-    return DEVICE if str(load.trainer["device"]).startswith("cuda") else HOST
+    return DEVICE if load.trainer.device.startswith("cuda") else HOST
 
 
 def components(load: Workload) -> dict[str, float]:
@@ -133,6 +133,6 @@ def increment(load: Workload) -> float:
     if load.shape is None:
         training = load.facts.training
         return float(
-            load.trainer["parameters"] * training.weight_bytes + training.trainable * 4 * training.trainable_bytes
+            load.trainer.parameters * training.weight_bytes + training.trainable * 4 * training.trainable_bytes
         )
     return memory(load.shape, load.facts, load.sizes).peak

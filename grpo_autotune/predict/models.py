@@ -256,10 +256,10 @@ def place_of(config: RunConfig, load: Workload) -> Place:
     facts = load.facts
     numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
     words = (
-        load.trainer["attn_implementation"],
+        load.trainer.attn_implementation,
         facts.training.checkpointing,
         engine.word(config),
-        load.trainer["dataloader_num_workers"],
+        load.trainer.dataloader_num_workers,
     )
     return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
 

@@ -32,14 +32,8 @@ def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | No
         shape = ModelShape.from_config(record.trainer.model_config_json)
     except ConfigError:
         return {}
-    images = record.images.model_dump() if record.images is not None and record.images.tokens is not None else None
-    facts = facts_from_records(
-        shape,
-        record.trainer.model_dump(),
-        record.tokens.model_dump(),
-        images,
-        old_policy=("policy_logprob", "old_policy") in breakdown.parts_s,
-    )
+    seen = ("policy_logprob", "old_policy") in breakdown.parts_s
+    facts = facts_from_records(shape, record.trainer, record.tokens, record.images, old_policy=seen)
     shared = {stage for name in record.trainer.speedups for stage in WORK_LEFT_OUT.get(name, ())}
     found = {
         stage: limit_of(work, breakdown.seconds(stage), ceilings)

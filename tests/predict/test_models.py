@@ -129,7 +129,7 @@ class Truth:
         record = base.model_copy(
             update={
                 "timings": StageTimings(steps=[1, 2, 3], step_s=steps, stages=rows),
-                "trainer": base.trainer.model_copy(update=load.trainer),
+                "trainer": load.trainer,
                 "tokens": tokens.model_copy(update={"prompt": prompt}) if tokens else None,
                 "images": images,
             }
