@@ -14,6 +14,7 @@ from typing import Any
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import Given, given
 from grpo_autotune.knobs.table import PROMPTS, Kind, knob
 from grpo_autotune.records.probe import ProbeRecord
@@ -105,6 +106,26 @@ def partition_matters(known: Given) -> str:
 def same_value(left: Any, right: Any) -> bool:
     """Whether two knob values are one and the same: 2 and 2.0 are, 1 and true are not."""
     return (type(left) is type(right) and bool(left == right)) or (_number(left) and _number(right) and left == right)
+
+
+def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeRecord | None = None) -> str | None:
+    """The rule that makes a combination illegal, in one sentence; None for a legal one.
+
+    Memory is no rule of this function: the models judge it.
+    """
+    try:
+        turned = with_knobs(config, knobs)
+        values = knobs_of(config, knobs)
+    except ConfigError as error:
+        return str(error)
+    known = given(turned, machine, record)
+    for key, value in knobs.items():
+        if same_value(value, values[key]):
+            continue
+        reason = knob(key).rule(known, value)
+        if reason is not None:
+            return f"{reason}."
+    return None
 
 
 def _turn_batch(values: dict[str, Any], config: RunConfig, turned: Knobs) -> None:

@@ -156,6 +156,15 @@ def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], 
     return make
 
 
+def _engine(load: Workload, rates: Rates) -> Features | None:
+    return {"calls": load.generations} if load.wakes else None
+
+
+def _sync_wait(load: Workload, rates: Rates) -> Features:
+    """One rank pays for the calls; several wait for work that differs, however a step is split into calls."""
+    return {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
+
+
 def _data(load: Workload, rates: Rates) -> Features:
     rows, suffix = load.rows_loaded, "@workers" if load.trainer.dataloader_num_workers else ""
     found = {"calls": float(load.facts.passes), "rows": rows, "pixels": rows * load.facts.images * load.pixels}
@@ -195,8 +204,8 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "prompt": _prompt,
     "reward": _reward,
     "weight_sync": _occasions(lambda load: load.generations),
-    "engine": _occasions(lambda load: load.generations),
-    "sync_wait": _occasions(lambda load: float(load.facts.passes)),
+    "engine": _engine,
+    "sync_wait": _sync_wait,
     "log_save_eval": _occasions(lambda load: 1.0),
     "other": _other,
 }

@@ -17,33 +17,27 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_autotune.estimate.memory import memory
-from grpo_autotune.predict.regression import Floats, Solved, solve
+from grpo_autotune.predict.regression import Estimate, Floats, Solved, solve
 from grpo_autotune.predict.workload import Workload
 
 NOISE = 0.05
 """Relative standard deviation of a measured increment."""
 
 
-class Guess(NamedTuple):
-    """First guess of a weight, and its relative standard deviation."""
-
-    weight: float
-    spread: float
-
-
 HOST = {
-    "stays": Guess(1.0, 0.3),
-    "images": Guess(1.0, 0.5),
-    "pixels": Guess(2.0, 0.6),
-    "generation": Guess(0.7, 0.7),
-    "activations": Guess(0.7, 0.6),
-    "head": Guess(3.0, 1.3),
-    "engine": Guess(1.0, 0.3),
-    "shift": Guess(0.25, 1.0),
+    "stays": Estimate(1.0, 0.3),
+    "images": Estimate(1.0, 0.5),
+    "pixels": Estimate(2.0, 0.6),
+    "generation": Estimate(0.7, 0.7),
+    "activations": Estimate(0.7, 0.6),
+    "head": Estimate(3.0, 1.3),
+    "engine": Estimate(1.0, 0.3),
+    "shift": Estimate(0.25, 1.0),
 }
-"""On a CPU. `shift` is what libraries load and keep beside the model, as a share of the first increment measured."""
+"""First guesses of the weights on a CPU. `shift` is what libraries load and keep beside the model, as a share of the
+first increment measured."""
 
-DEVICE = {"peak": Guess(1.0, 0.3), "shift": Guess(0.05, 2.0)}
+DEVICE = {"peak": Estimate(1.0, 0.3), "shift": Estimate(0.05, 2.0)}
 """On a GPU."""
 
 
@@ -54,14 +48,6 @@ class PeakSeen(NamedTuple):
     increment: float
     idle: float
     at_least: bool
-
-
-class PeakGuess(NamedTuple):
-    """Bytes beyond idle with their relative standard deviation, and the idle process's."""
-
-    increment: float
-    spread: float
-    idle: float
 
 
 @dataclass(frozen=True)
@@ -89,12 +75,18 @@ class PeakFit:
     def _columns(self, load: Workload) -> Floats:
         """Bytes of each component at the first guess of its weight."""
         parts = {**components(load), "shift": self._unit}
-        return np.array([parts[name] * guess.weight for name, guess in guesses_of(load).items()])
+        return np.array([parts[name] * guess.mean for name, guess in guesses_of(load).items()])
 
-    def predict(self, load: Workload) -> PeakGuess:
-        """Bytes that a configuration needs; never less than one that needed less by the formula and ran out."""
+    @cached_property
+    def idle(self) -> float:
+        """Bytes of the idle process; 0 before any trial."""
+        return statistics.median([one.idle for one in self.seen] or [0.0])
+
+    def predict(self, load: Workload) -> Estimate:
+        """Bytes beyond idle that a configuration needs; at least those of one that needs less by the formula and ran
+        out."""
         if not self.seen:
-            return PeakGuess(increment(load), 1.0, 0.0)
+            return Estimate(increment(load), 1.0)
         columns = self._columns(load)
         found = float(columns @ self._solved.coefficients)
         for one in self.seen:
@@ -103,10 +95,10 @@ class PeakFit:
                 found = max(found, one.increment * found / max(below, 1.0))
         shares = columns / max(found, 1.0)
         spread = math.sqrt(float(shares @ self._solved.scatter @ shares) + NOISE**2)
-        return PeakGuess(found, spread, statistics.median(one.idle for one in self.seen))
+        return Estimate(found, spread)
 
 
-def guesses_of(load: Workload) -> dict[str, Guess]:
+def guesses_of(load: Workload) -> dict[str, Estimate]:
     """The components of this device's peak."""
     return DEVICE if load.trainer.device.startswith("cuda") else HOST
 

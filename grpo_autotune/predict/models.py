@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -22,9 +22,11 @@ from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.predict.features import PARTS, Rates, features
 from grpo_autotune.predict.memory import PeakFit, PeakSeen, increment
+from grpo_autotune.predict.objective import Interval
 from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Place, Seen, wide
+from grpo_autotune.predict.room import busy_share
 from grpo_autotune.predict.workload import Workload, workload
-from grpo_autotune.records.probe import ProbeRecord, StageTimings
+from grpo_autotune.records.probe import ProbeRecord, StageTimings, cycle_means
 from grpo_autotune.records.trial import TrialOutcome
 
 CPU_FLOPS_PER_BYTE = 8.0
@@ -39,14 +41,6 @@ FIRST_SPREAD = 0.25
 """Relative error expected of a step's seconds before any prediction was checked, and the number of checks it counts
 for: the interval narrows as predictions prove good, and widens as they do not."""
 FIRST_CHECKS = 3
-
-
-class Prediction(NamedTuple):
-    """A value, and the interval that holds it with 90 % confidence."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Check(NamedTuple):
@@ -66,7 +60,7 @@ class Models:
         record: Its probe.
         machine: What it ran on.
         outcomes: Trials learnt, in order, each with its configuration.
-        checks: Predictions made before each of them was learnt.
+        checks: Intervals made before each of them was learnt.
     """
 
     base: RunConfig
@@ -113,14 +107,14 @@ class Models:
             return self
         return replace(self, outcomes=(*self.outcomes, (config, outcome)), checks=tuple(checks))
 
-    def step_s(self, config: RunConfig) -> Prediction:
+    def step_s(self, config: RunConfig) -> Interval:
         """Seconds of an optimizer step."""
         parts = self._parts(config)
         value = math.fsum(mean for mean, _ in parts.values())
         scatter = math.sqrt(math.fsum((mean * spread) ** 2 for mean, spread in parts.values())) / max(value, 1e-12)
         return self._interval("step", value, scatter)
 
-    def stages_s(self, config: RunConfig) -> dict[str, Prediction]:
+    def stages_s(self, config: RunConfig) -> dict[str, Interval]:
         """Seconds of each stage that runs."""
         held: dict[str, list[tuple[float, float]]] = {}
         for part, guess in self._parts(config).items():
@@ -130,7 +124,7 @@ class Models:
             for stage, both in held.items()
         }
 
-    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval:
         """Most memory over a run: of the process on a CPU, of the device on a GPU.
 
         Args:
@@ -138,8 +132,8 @@ class Models:
             worst_case: With the longest prompts, the largest images and full-length completions.
         """
         guess = self._peaks.predict(self._load(config, worst_case=worst_case))
-        found = self._interval("memory", guess.increment, guess.spread)
-        return Prediction(*(guess.idle + bytes_ for bytes_ in found))
+        increment, idle = self._interval("memory", guess.mean, guess.spread), self._peaks.idle
+        return Interval(idle + increment.value, idle + increment.low, idle + increment.high)
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Relative error of the predictions made before each trial was learnt, by stage, `step` and `memory`."""
@@ -202,7 +196,25 @@ class Models:
             if fit is not None:
                 guess = fit.predict(wanted, place)
                 found[part] = (guess.mean, math.hypot(guess.spread, doubt))
+        if "data" in found and load.trainer.dataloader_num_workers and not self._knows_workers:
+            found["data"] = self._beside(load.trainer.dataloader_num_workers, found)
         return found
+
+    @property
+    def _knows_workers(self) -> bool:
+        """Whether any trial had loader workers."""
+        records = [outcome.record for _, outcome in self.outcomes if outcome.record is not None]
+        return any(record.trainer.dataloader_num_workers for record in records)
+
+    def _beside(self, workers: int, parts: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+        """First guess of the loading that a step still waits for when workers load the next one beside it: what takes
+        longer than the rest of the step, and on a CPU the share for which no core is idle."""
+        loading = parts["data"][0]
+        rest = math.fsum(mean for mean, _ in parts.values()) - loading
+        hidden = loading - max(0.0, loading / workers - rest)
+        on_gpu = self.record.trainer.device.startswith("cuda")
+        busy = 0.0 if on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
+        return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
@@ -239,14 +251,16 @@ class Models:
             return None
         return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
 
-    def _interval(self, name: str, value: float, scatter: float) -> Prediction:
+    def _interval(self, name: str, value: float, scatter: float) -> Interval:
         """`scatter` and the errors of earlier predictions, together."""
         off = [math.log(c.predicted / c.measured) for c in self.checks if c.name == name and min(c[1:]) > 0.0]
         known = math.sqrt((FIRST_CHECKS * FIRST_SPREAD**2 + math.fsum(e * e for e in off)) / (FIRST_CHECKS + len(off)))
         reach = wide(CONFIDENCE, FIRST_CHECKS + len(off)) * math.hypot(known, min(scatter, 1.0))
-        return Prediction(value, value * math.exp(-reach), value * math.exp(reach))
+        return Interval(value, value * math.exp(-reach), value * math.exp(reach))
 
 
+BUSY_STAGES = ("generation", "policy_logprob", "reference_logprob", "backward")
+"""Stages that loader workers share the cores with."""
 PASSES = ("old_policy", "reference_logprob")
 """Passes without gradients: what the training forward taught prices them until one was timed."""
 
@@ -289,14 +303,8 @@ def part_seconds(timings: StageTimings) -> dict[str, float]:
 
 def _steps(outcome: TrialOutcome) -> list[float]:
     cycle = outcome.record.timings.cycle if outcome.record is not None else 1
-    return _cycles(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
+    return cycle_means(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
 
 
 def _median(values: Sequence[float], cycle: int) -> float:
-    return statistics.median(_cycles(values, cycle)) if values else 0.0
-
-
-def _cycles(values: Sequence[float], cycle: int) -> list[float]:
-    """Mean of each whole cycle; the values themselves where there is no whole one."""
-    whole = len(values) - len(values) % cycle
-    return [math.fsum(values[i : i + cycle]) / cycle for i in range(0, whole, cycle)] if whole else list(values)
+    return statistics.median(cycle_means(values, cycle)) if values else 0.0

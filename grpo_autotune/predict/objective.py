@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.stats import betabinom, bootstrap
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.records.probe import ProbeRecord, TokenFacts
+from grpo_autotune.records.probe import ProbeRecord, TokenFacts, cycle_means
 
 RESAMPLES = 2000
 LIVING_RESAMPLES = 200
@@ -27,13 +27,19 @@ MOST_PRECISION = 200.0
 
 
 class Interval(NamedTuple):
-    """A median (or another estimate) of `n` values with its interval; of one value there is none, and the ends are
-    the value."""
+    """A value with the two ends of its interval.
+
+    Attributes:
+        value: A median, another estimate, or a prediction.
+        low: Lower end; the value itself where one observation is all there is.
+        high: Upper end.
+        n: Observations it rests on; 0 for a prediction.
+    """
 
     value: float
     low: float
     high: float
-    n: int
+    n: int = 0
 
     def overlaps(self, other: Interval) -> bool:
         """Whether the two cannot be told apart; one value alone never can."""
@@ -90,13 +96,6 @@ def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Int
     return median_interval(cycle_means(step_s, cycle), confidence)
 
 
-def cycle_means(step_s: Sequence[float], cycle: int) -> list[float]:
-    """Seconds a step of each whole cycle; where there is none, of the steps there are."""
-    whole = len(step_s) // cycle * cycle
-    means = [statistics.fmean(step_s[start : start + cycle]) for start in range(0, whole, cycle)]
-    return means or list(step_s)
-
-
 def living_of(record: ProbeRecord) -> Living | None:
     """Pool the probe's groups; null where no rewards were seen, or no group had any spread."""
     tokens = record.tokens
@@ -128,19 +127,21 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
 
 def useful_per_step(config: RunConfig, living: Living | None, truncated_share: float) -> float:
     """Useful completions an optimizer step; with unknown rewards every group counts as living."""
-    plan = config.batch
+    size = config.batch.num_generations
     masked = truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
-    per_group = max(0.0, plan.num_generations * (1.0 - masked) - 1.0)
-    share = 1.0 if living is None else living.share(plan.num_generations)
-    return groups_per_step(config) * per_group * share
+    return useful_completions(groups_per_step(config), size, 1.0 if living is None else living.share(size), masked)
+
+
+def useful_completions(groups: float, size: int, living_share: float, masked_share: float) -> float:
+    """Useful completions among `groups` groups of `size`, of which a share lives and a share of completions is
+    masked."""
+    return groups * living_share * max(0.0, size * (1.0 - masked_share) - 1.0)
 
 
 def groups_per_step(config: RunConfig) -> float:
-    """Groups generated an optimizer step: a generation serves `steps_per_generation * num_iterations` micro steps, of
-    which a step takes `accumulation`."""
+    """Groups generated per optimizer step, over all devices."""
     plan = config.batch
-    per_generation = plan.generation_batch / plan.num_generations
-    return per_generation * plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
+    return plan.completions_per_step / (plan.num_iterations * plan.num_generations)
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:

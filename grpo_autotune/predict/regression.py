@@ -68,7 +68,7 @@ class Seen(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean and its relative standard deviation."""
+    """A mean and its relative standard deviation: of seconds, of bytes, or of a weight before anything is measured."""
 
     mean: float
     spread: float

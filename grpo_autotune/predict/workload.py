@@ -31,7 +31,7 @@ from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFa
 from grpo_autotune.rollout.failures import CPU_SPACE, GIB
 from grpo_autotune.speedups.table import SERVED, chosen
 
-QUANTILES = np.linspace(0.0, 1.0, 201)
+PLACES = np.linspace(0.0, 1.0, 201)
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
@@ -50,6 +50,7 @@ class Workload:
         generations: Generations an optimizer step.
         speedups: Names of the speed-ups that are asked for and that this setting lets work.
         waves: How often the completions of a generation take turns in the engine.
+        wakes: Whether the engine is put to sleep and woken, where the probe's was.
     """
 
     shape: ModelShape | None
@@ -61,6 +62,7 @@ class Workload:
     generations: float
     speedups: frozenset[str]
     waves: float = 1.0
+    wakes: bool = True
 
 
 def workload(
@@ -126,6 +128,7 @@ def workload(
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=_effective(config, trainer),
         waves=engine.waves(config),
+        wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
 
 
@@ -139,25 +142,25 @@ def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
 
 def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:
     """Expected longest of so many draws: the quantile n / (n + 1), cut off at `cap`."""
-    found = float(np.interp(draws / (draws + 1.0), QUANTILES, _curve(lengths)))
-    return min(found, cap) if cap else found
+    longest = float(quantiles(lengths, np.array([draws / (draws + 1.0)]))[0])
+    return min(longest, cap) if cap else longest
 
 
 def mean_length(lengths: Spread, cap: float | None = None) -> float:
     """Mean length, each cut off at `cap`."""
     if not cap or cap >= lengths.max:
         return lengths.mean
-    curve = _curve(lengths)
+    curve = quantiles(lengths, PLACES)
     return float(np.minimum(curve, cap).mean() / curve.mean() * lengths.mean)
 
 
-def _curve(lengths: Spread) -> NDArray[np.float64]:
-    """Lengths by quantile: lines through the percentiles of a record, from a least length that gives its mean."""
+def quantiles(lengths: Spread, places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lengths at places between 0 and 1: lines through the percentiles of a record, from a least length, which is not
+    recorded, that gives the recorded mean."""
     above = 0.4 * (lengths.p50 + lengths.p90) / 2 + 0.09 * (lengths.p90 + lengths.p99) / 2
     above += 0.01 * (lengths.p99 + lengths.max) / 2
     least = min(lengths.p50, max(1.0, (lengths.mean - above) * 4 - lengths.p50))
-    points = [least, lengths.p50, lengths.p90, lengths.p99, lengths.max]
-    return np.interp(QUANTILES, [0.0, 0.5, 0.9, 0.99, 1.0], points)
+    return np.interp(places, [0.0, 0.5, 0.9, 0.99, 1.0], [least, lengths.p50, lengths.p90, lengths.p99, lengths.max])
 
 
 def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str, float]) -> float | None:

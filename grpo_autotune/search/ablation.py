@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from grpo_autotune.knobs import Knobs
+from grpo_autotune.knobs.apply import why_not
 from grpo_autotune.predict.objective import Interval
+from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
 from grpo_autotune.records.search import Contribution
-from grpo_autotune.search.acquisition import LEAST_CHANCE, Models, chance_to_fit
+from grpo_autotune.search.acquisition import Models
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.evaluator import Lab
 from grpo_autotune.search.leaderboard import Book, Entry, median_ratio, scaled
-from grpo_autotune.search.space import why_not
 from grpo_autotune.search.study import name_of
 
 

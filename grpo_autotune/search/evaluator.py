@@ -5,18 +5,19 @@ Everything it holds can be built again from the files of the folder (`recall`), 
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs, knobs_of
-from grpo_autotune.predict.objective import cycle_means
-from grpo_autotune.records.probe import ProbeRecord, Spread
+from grpo_autotune.predict.workload import quantiles
+from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Skipped, TrialRow
 from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import overrides
@@ -308,26 +309,9 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 
 def completion_lengths(record: ProbeRecord, count: int = LENGTHS) -> list[int] | None:
-    """Lengths distributed as the probe's completions were: `count` quantiles of the line through its percentiles.
-
-    The shortest is not recorded; it is put where the line has the mean that was seen.
-    """
+    """Lengths distributed as the probe's completions were: `count` quantiles of the line through its percentiles."""
     if record.tokens is None:
         return None
-    seen = record.tokens.completion
-    longest = max(1, round(seen.max))
-    low, high = 1.0, max(1.0, seen.p50)
-    for _ in range(40):  # the mean of the line grows with its lower end
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if statistics.fmean(_quantiles(seen, middle, count)) > seen.mean else (middle, high)
-    return [min(longest, max(1, round(length))) for length in _quantiles(seen, low, count)]
-
-
-def _quantiles(seen: Spread, shortest: float, count: int) -> list[float]:
-    line = [(0.0, shortest), (0.5, seen.p50), (0.9, seen.p90), (0.99, seen.p99), (1.0, seen.max)]
-    found = []
-    for place in range(count):
-        q = (place + 0.5) / count
-        (q0, x0), (q1, x1) = next(pair for pair in itertools.pairwise(line) if q <= pair[1][0])
-        found.append(x0 + (x1 - x0) * (q - q0) / (q1 - q0))
-    return found
+    lengths = record.tokens.completion
+    longest = max(1, round(lengths.max))
+    return [min(longest, max(1, round(n))) for n in quantiles(lengths, (np.arange(count) + 0.5) / count)]

@@ -16,8 +16,8 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import TABLE, Given, Knobs, given, knob, with_knobs
-from grpo_autotune.knobs.apply import same_value
+from grpo_autotune.knobs import TABLE, Given, Knobs, given, knob
+from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
 
@@ -76,26 +76,6 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
             fix="Give the knobs concerned other values, or leave them out",
         )
     return found
-
-
-def why_not(config: RunConfig, knobs: Knobs, machine: Machine) -> str | None:
-    """What makes a combination illegal, in one sentence; null for a legal one.
-
-    Memory is no rule of this function: the models judge it.
-    """
-    try:
-        turned = with_knobs(config, knobs)
-        own = {key: knob(key).own(config) for key in knobs}
-    except ConfigError as error:
-        return str(error)
-    known = given(turned, machine)
-    for key, value in knobs.items():
-        if same_value(value, own[key]):
-            continue
-        reason = knob(key).rule(known, value)
-        if reason is not None:
-            return f"{reason}."
-    return None
 
 
 def points(found: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.predict.objective import Interval, step_interval
+from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
-from grpo_autotune.search.acquisition import LEAST_CHANCE, Pool, chance_to_fit
+from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.evaluator import Lab
 from grpo_autotune.search.leaderboard import GROUP, Book, Entry, Level
 from grpo_autotune.search.space import Space

@@ -1,0 +1,119 @@
+"""A knob of the table turned to a neighbouring value, and the seconds and memory that the models predict for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_autotune.advice.facts import Facts
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.knobs import TABLE, Knob, Knobs, given, knob, with_knobs
+from grpo_autotune.knobs.apply import BATCH_KNOBS, MICRO, SLEEP, same_value, why_not
+from grpo_autotune.predict.objective import useful_per_step
+from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
+from grpo_autotune.records.probe import STAGES
+from grpo_autotune.records.report import Change
+
+FALL_SHARE = 0.05
+"""A stage is concerned by a turn if it has this part of all seconds that the turn takes off the stages."""
+HUNGRY = {MICRO, "grpo.gradient_checkpointing"}
+"""Knobs that take memory for speed: what they take is known where the architecture has formulas."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Knobs turned away from the base.
+
+    Attributes:
+        knobs: Key path -> value.
+        config: The base with them turned.
+        saving_s: Predicted seconds per step of the base less those of `config`.
+        before: Stage -> predicted seconds per step of the base.
+        after: The same of `config`.
+        useful_ratio: Useful completions per second over the base's.
+        more_bytes: Predicted peak of memory less the base's.
+    """
+
+    knobs: Knobs
+    config: RunConfig
+    saving_s: float
+    before: dict[str, float]
+    after: dict[str, float]
+    useful_ratio: float
+    more_bytes: float
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages that get shorter."""
+        falls = {name: s - self.after.get(name, 0.0) for name, s in self.before.items()}
+        least = FALL_SHARE * sum(fall for fall in falls.values() if fall > 0.0)
+        return tuple(name for name in STAGES if falls.get(name, 0.0) > least)
+
+
+def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Turn]]]:
+    """Every knob that can be turned here, with its legal values other than the base's own that are likely to fit.
+
+    Knobs whose value nobody knows (of a trainer that somebody else built) are left out.
+    """
+    base, machine = facts.base, facts.machine
+    if base is None or machine is None or facts.models is None:
+        return
+    known = given(base, machine, facts.record)
+    for row in TABLE:
+        if facts.config is None and base.search.knobs.get(row.key, []) is None:
+            continue
+        value = row.own(base)
+        others = [other for other in row.values(known) if not same_value(other, value)]
+        turns = [turned for other in others if (turned := turn(facts, {row.key: other})) is not None]
+        yield row, turns
+
+
+def turn(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Turn | None:
+    """Ask the models about knobs turned; None without models, for what is illegal, and for what may not fit.
+
+    Args:
+        facts: The probe.
+        knobs: Key path -> value.
+        legal: Take the combination as legal: what stands in its way is a package to install.
+    """
+    base, machine, models = facts.base, facts.machine, facts.models
+    if base is None or machine is None or models is None:
+        return None
+    if not facts.has_formulas and HUNGRY & knobs.keys():
+        return None
+    if not legal and why_not(base, knobs, machine, facts.record) is not None:
+        return None
+    config = with_knobs(base, knobs)
+    more_bytes = models.peak_bytes(config, worst_case=True).value - models.peak_bytes(base, worst_case=True).value
+    if more_bytes > 0.0 and chance_to_fit(models, config, facts.memory_bytes()) < LEAST_CHANCE:
+        return None
+    before, after = ({name: p.value for name, p in models.stages_s(c).items()} for c in (base, config))
+    step_s = models.step_s(base).value, models.step_s(config).value
+    truncated = facts.record.tokens.truncated_share if facts.record.tokens else 0.0
+    useful = [useful_per_step(c, facts.living, truncated) for c in (base, config)]
+    ratio = useful[1] / useful[0] * step_s[0] / step_s[1] if useful[0] > 0.0 else 1.0
+    return Turn(knobs, config, step_s[0] - step_s[1], before, after, ratio, more_bytes)
+
+
+def changes(facts: Facts, turned: Turn) -> tuple[Change, ...]:
+    """The keys of the configuration to set, those that follow from the knobs included."""
+    base = facts.base
+    assert base is not None
+    values = {key: (knob(key).own(base), value) for key, value in turned.knobs.items() if key not in BATCH_KNOBS}
+    if SLEEP in values and base.vllm.enable_sleep_mode is not None:  # the two keys have to agree
+        values = {"vllm.enable_sleep_mode": (base.vllm.enable_sleep_mode, turned.knobs[SLEEP] > 0)}
+    old, new, plan = base.grpo, turned.config.grpo, base.batch
+    defaults = {
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "num_generations": plan.num_generations,
+    }
+    for name in new if BATCH_KNOBS & turned.knobs.keys() else ():
+        if new[name] != old.get(name):
+            values[f"grpo.{name}"] = old.get(name, defaults.get(name)), new[name]
+    return tuple(Change(key=key, before=_plain(before), after=_plain(after)) for key, (before, after) in values.items())
+
+
+def _plain(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
