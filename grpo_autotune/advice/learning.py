@@ -44,7 +44,8 @@ def image_size(facts: Facts) -> Idea | None:
         facts,
         turned,
         because=f"An image would take {amount(at[side])} tokens instead of {amount(now)}, so that a row of "
-        f"{amount(row)} tokens gets {percent(images.per_prompt * (now - at[side]) / row)} shorter",
+        f"{amount(row)} tokens gets {percent(images.per_prompt * (now - at[side]) / row)} shorter; stages are assumed "
+        "to take time by their operations",
         caveat="It changes learning: check that what the question asks for can still be seen at that size",
     )
 
@@ -103,7 +104,7 @@ def long_tail(facts: Facts) -> Idea | None:
         turned,
         because=f"Nine of ten completions have at most {amount(tokens.completion.p90)} tokens, the longest "
         f"{amount(tokens.completion.max)}, and the whole batch is padded to it; {percent(tokens.padding_share)} of the "
-        "log-prob passes is padding",
+        "log-prob passes is padding. Lengths are assumed to stay as they were seen",
         caveat="It changes learning: about a tenth of the completions would be cut off",
     )
 

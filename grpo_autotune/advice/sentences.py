@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.turns import Turn, changes, neighbours
-from grpo_autotune.knobs import Knob, given, kind_of, partition_matters
+from grpo_autotune.knobs import Knob, engine, given, kind_of, partition_matters
 from grpo_autotune.knobs.apply import MICRO, SLEEP
 from grpo_autotune.units import listing, percent, seconds, size
 
@@ -74,7 +74,7 @@ def moves(turned: Turn) -> str:
 def more_memory(facts: Facts, turned: Turn) -> str:
     """The memory that a turn takes, where it is much."""
     peak, memory = facts.peak_bytes(), facts.memory_bytes()
-    if peak is None or memory is None or turned.more_bytes <= MUCH_MEMORY * peak:
+    if peak is None or memory is None or SLEEP in turned.knobs or turned.more_bytes <= MUCH_MEMORY * peak:
         return ""
     return f"It takes about {size(turned.more_bytes)} more memory (predicted), and {size(memory - peak)} is free"
 
@@ -139,7 +139,11 @@ def _speedups(facts: Facts, turned: Turn) -> str:
 
 
 def _sleep(facts: Facts, turned: Turn) -> str:
-    return "vLLM is put to sleep and woken at every generation; it keeps its memory instead"
+    told, memory, peak = "vLLM is put to sleep and woken at every generation", facts.memory_bytes(), facts.peak_bytes()
+    if engine.sleep_level(turned.config) > 0 or memory is None or peak is None:
+        return told
+    share = engine.share_of(turned.config) * memory
+    return f"{told}; its {size(share)} and the trainer's peak of {size(peak)} fit into {size(memory)} side by side"
 
 
 def _no_reference(facts: Facts, turned: Turn) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.knobs import TABLE, Knob, Knobs, given, knob, with_knobs
+from grpo_autotune.knobs import TABLE, Knob, Knobs, engine, given, knob, with_knobs
 from grpo_autotune.knobs.apply import BATCH_KNOBS, MICRO, SLEEP, same_value, why_not
 from grpo_autotune.predict.objective import useful_per_step
 from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
@@ -85,6 +85,8 @@ def turn(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Turn | None:
     if not legal and why_not(base, knobs, machine, facts.record) is not None:
         return None
     config = with_knobs(base, knobs)
+    if SLEEP in knobs and not _side_by_side(facts, config):
+        return None
     more_bytes = models.peak_bytes(config, worst_case=True).value - models.peak_bytes(base, worst_case=True).value
     if more_bytes > 0.0 and chance_to_fit(models, config, facts.memory_bytes()) < LEAST_CHANCE:
         return None
@@ -113,6 +115,15 @@ def changes(facts: Facts, turned: Turn) -> tuple[Change, ...]:
         if new[name] != old.get(name):
             values[f"grpo.{name}"] = old.get(name, defaults.get(name)), new[name]
     return tuple(Change(key=key, before=_plain(before), after=_plain(after)) for key, (before, after) in values.items())
+
+
+def _side_by_side(facts: Facts, config: RunConfig) -> bool:
+    """True if an engine that stays awake leaves room for the trainer's measured peak, which may not hold the
+    engine's memory: that comes from an allocator of its own."""
+    peak, memory = facts.peak_bytes(), facts.memory_bytes()
+    if engine.sleep_level(config) > 0 or peak is None or memory is None:
+        return True
+    return engine.share_of(config) * memory + peak <= memory
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,8 @@ CPU_FLOPS_PER_BYTE = 8.0
 GPU_FLOPS_PER_BYTE = 250.0
 """The same for a card that the table of GPUs does not know; those of the last five years lie between 150 and 350."""
 
+LEAST_S = 1e-9
+"""A part of fewer seconds per step teaches nothing: no clock tells them apart."""
 CONFIDENCE = 0.9
 FIRST_SPREAD = 0.25
 """Relative error expected of a step's seconds before any prediction was checked, and the number of checks it counts
@@ -179,7 +181,7 @@ class Models:
             load = workload(config, config, record, self.machine, measured=True)
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
-                if part in made and seconds > 0.0:
+                if part in made and seconds > LEAST_S:
                     seen.setdefault((part, family(config)), []).append(Seen(made[part], seconds, place))
         own = family(self.base)
         first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == own}

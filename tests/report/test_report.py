@@ -20,7 +20,16 @@ from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import load_report, save_report
 from grpo_autotune.report.limits import limit_of
-from tests.support.sample_records import demo_record, timings, token_facts, trainer_facts, two_rank_record, vllm_record
+from tests.support.sample_records import (
+    CPU_MACHINE,
+    config_of,
+    demo_record,
+    timings,
+    token_facts,
+    trainer_facts,
+    two_rank_record,
+    vllm_record,
+)
 
 REPORT_PAGE = Path(__file__).parents[2] / "docs" / "report.md"
 
@@ -50,10 +59,10 @@ def test_stages_sum_to_the_step(times: StageTimings) -> None:
     assert min(times.step_s) - 1e-9 <= report.step_s <= max(times.step_s) + 1e-9
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(any_timings())
 def test_a_report_is_equal_after_json(times: StageTimings) -> None:
-    report = build_report(demo_record(timings=times))
+    report = build_report(demo_record(timings=times), CPU_MACHINE)
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
@@ -143,7 +152,7 @@ def test_rates_over_all_ranks() -> None:
 
 def test_useful_completions_count_a_reused_batch_once_and_leave_masked_ones_out() -> None:
     reused = demo_record(trainer=trainer_facts(num_iterations=2), tokens=token_facts(truncated_share=0.5))
-    rates = build_report(reused, config={"grpo": {"mask_truncated_completions": True}}).rates
+    rates = build_report(reused, config=config_of(reused, grpo={"mask_truncated_completions": True})).rates
     assert rates is not None
     assert rates.useful_completions_per_s == pytest.approx(2 / 2 * 0.9 * (8 * 0.5 - 1) / 5.04)
     unseen = build_report(demo_record(tokens=token_facts(groups=0, dead_groups=0, pass_rates=[]))).rates
@@ -179,7 +188,7 @@ def test_ranks_mean_slowest_and_straggler() -> None:
 
 @pytest.mark.parametrize("record", [demo_record(), vllm_record(), two_rank_record()])
 def test_saved_and_loaded_is_the_same(record: ProbeRecord, tmp_path: Path) -> None:
-    report = build_report(record, config={"grpo": {"beta": 0.04}})
+    report = build_report(record, config=config_of(record))
     path = save_report(report, tmp_path / "run")
     assert load_report(path) == load_report(tmp_path / "run") == report
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.json"]
@@ -296,7 +305,7 @@ def test_a_real_probe_end_to_end(tiny: Any, tmp_path: Path, picture_rows: Any) -
     record = probe.record()
     probe.detach()
     fast = ceilings_of(1e12, 1e11)
-    report = build_report(record, detect(), fast, {"grpo": {"beta": 0.05}})
+    report = build_report(record, detect(), fast, config_of(record))
     assert sum(row.self_s for row in report.stages) == pytest.approx(report.step_s, abs=1e-6)
     assert sum(part.self_s for part in report.stage("policy_logprob").parts) == pytest.approx(
         report.stage("policy_logprob").self_s, rel=1e-6
