@@ -13,7 +13,7 @@ from grpo_autotune.records.probe import StageTimings, cycle_means
 
 
 class Limit(NamedTuple):
-    """How close a stage comes to this machine's measured ceiling.
+    """Closeness of a stage to this machine's measured ceiling.
 
     Attributes:
         share: Time the ceiling would allow over time taken, 0 to 1.

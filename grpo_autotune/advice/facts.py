@@ -1,4 +1,4 @@
-"""What an advice may look at, and what it says."""
+"""The input of every advice, one probe accounted for, and its output, an idea."""
 
 from __future__ import annotations
 

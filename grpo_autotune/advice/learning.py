@@ -173,7 +173,7 @@ def dead_groups(facts: Facts) -> Idea | None:
         changes=(Change(key=GROUP, before=size, after=2 * size),),
         because=f"{seen}, {percent(dead)} of the work. Groups of {2 * size}, half as many in a batch, are predicted to "
         f"be without spread in {percent(1 - then)} of cases, if prompts succeed as often as seen here",
-        caveat="It changes learning: fewer prompts a step. Leaving out prompts that always or never succeed helps as "
+        caveat="It changes learning: fewer prompts per step. Leaving out prompts that always or never succeed helps as "
         "well",
     )
 

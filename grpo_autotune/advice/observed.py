@@ -96,7 +96,7 @@ RULES = (waiting_reward, straggler, log_save_eval)
 
 
 def _configured(facts: Facts, part: str) -> int | None:
-    """Optimizer steps between two of `part` by the configuration; null where it gives no number of steps."""
+    """Optimizer steps between two of `part` by the configuration; None where it gives no number of steps."""
     every = facts.grpo.get(CADENCE_KEYS[part])
     strategy = facts.grpo.get(CADENCE_KEYS[part].replace("_steps", "_strategy"))
     counted = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -104,7 +104,7 @@ def _configured(facts: Facts, part: str) -> int | None:
 
 
 def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
-    """Seconds of a step that a part of `log_save_eval` takes in a long run, and the steps between two of it; null where
+    """Seconds of a step that a part of `log_save_eval` takes in a long run, and the steps between two of it; None where
     none was measured or the steps between are not known.
 
     They come from the configuration, or, for saving and evaluating, from the distance between the measured steps in

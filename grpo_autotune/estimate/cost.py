@@ -1,4 +1,4 @@
-"""What one optimizer step has to compute and move, stage by stage, and the least time a machine needs for it.
+"""Operations and bytes of one optimizer step, stage by stage, and the least time a machine needs for it.
 
 The step is TRL 1.16's: prompts are generated from and scored once a copy, nothing is shared inside a group. The limit
 is the roofline of Williams, Waterman and Patterson 2009 (doi:10.1145/1498765.1498785): a phase takes at least the
@@ -137,7 +137,7 @@ def _decode(shape: ModelShape, facts: WorkFacts, steps: float, decoded: float) -
 
 
 def limit_seconds(work: Work, matrix_flops_s: float, memory_bytes_s: float) -> float:
-    """Least seconds for `work` at a matrix rate (operations a second) and a memory bandwidth (bytes a second)."""
+    """Least seconds for `work` at a matrix rate (operations per second) and a memory bandwidth (bytes per second)."""
     return sum(max(flops / matrix_flops_s, moved / memory_bytes_s) for flops, moved in work.phases)
 
 
@@ -181,7 +181,7 @@ def facts_from_records(
 
 
 def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
-    """What is trained, from the trainer's facts.
+    """Trained parameters and their number formats, from the trainer's facts.
 
     A tower is taken as frozen in full fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in
     float32 (`autocast_adapter_dtype`); other weights have the dtype that the model's config names, activations the

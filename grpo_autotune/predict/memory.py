@@ -41,7 +41,7 @@ DEVICE = {"peak": Estimate(1.0, 0.3), "shift": Estimate(0.05, 2.0)}
 """On a GPU."""
 
 
-class PeakSeen(NamedTuple):
+class PeakObservation(NamedTuple):
     """One trial's memory; `at_least`: it ran out, so that it would have taken more."""
 
     load: Workload
@@ -54,10 +54,10 @@ class PeakSeen(NamedTuple):
 class PeakFit:
     """Weights of the formula's components that fit the trials."""
 
-    seen: tuple[PeakSeen, ...]
+    seen: tuple[PeakObservation, ...]
 
     @cached_property
-    def _known(self) -> list[PeakSeen]:
+    def _known(self) -> list[PeakObservation]:
         return [one for one in self.seen if not one.at_least]
 
     @cached_property
@@ -88,14 +88,14 @@ class PeakFit:
         if not self.seen:
             return Estimate(increment(load), 1.0)
         columns = self._columns(load)
-        found = float(columns @ self._solved.coefficients)
+        bytes_ = float(columns @ self._solved.coefficients)
         for one in self.seen:
             below = float(self._columns(one.load) @ self._solved.coefficients)
-            if one.at_least and found >= below:
-                found = max(found, one.increment * found / max(below, 1.0))
-        shares = columns / max(found, 1.0)
+            if one.at_least and bytes_ >= below:
+                bytes_ = max(bytes_, one.increment * bytes_ / max(below, 1.0))
+        shares = columns / max(bytes_, 1.0)
         spread = math.sqrt(float(shares @ self._solved.scatter @ shares) + NOISE**2)
-        return Estimate(found, spread)
+        return Estimate(bytes_, spread)
 
 
 def guesses_of(load: Workload) -> dict[str, Estimate]:
@@ -107,16 +107,16 @@ def components(load: Workload) -> dict[str, float]:
     """Bytes by component; for an architecture without formulas, of its weights and what trains alone."""
     if load.shape is None:
         return dict.fromkeys(HOST, 0.0) | {"stays": increment(load), "peak": increment(load)}
-    found = memory(load.shape, load.facts, load.sizes)
+    parts = memory(load.shape, load.facts, load.sizes)
     return {
-        "stays": found.weights + found.moments + found.gradients,
-        "images": found.images,
-        "pixels": found.pixels,
-        "generation": found.prefill + found.cache,
-        "activations": found.activations + found.backward,
-        "head": found.head,
-        "engine": found.engine,
-        "peak": found.peak,
+        "stays": parts.weights + parts.moments + parts.gradients,
+        "images": parts.images,
+        "pixels": parts.pixels,
+        "generation": parts.prefill + parts.cache,
+        "activations": parts.activations + parts.backward,
+        "head": parts.head,
+        "engine": parts.engine,
+        "peak": parts.peak,
     }
 
 

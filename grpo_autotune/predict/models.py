@@ -1,4 +1,4 @@
-"""What a configuration will cost before it runs: seconds by stage and the peak of memory, each with an interval.
+"""Cost of a configuration before it runs: seconds by stage and the peak of memory, each with an interval.
 
 The first guess comes from the probe alone; every trial that ended well is learnt, and the prediction made before it was
 is kept, so that the models' error is known. A search that is resumed builds them again by learning the same outcomes in
@@ -21,9 +21,9 @@ from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.predict.features import PARTS, Rates, features
-from grpo_autotune.predict.memory import PeakFit, PeakSeen, increment
+from grpo_autotune.predict.memory import PeakFit, PeakObservation, increment
 from grpo_autotune.predict.objective import Interval
-from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Place, Seen, wide
+from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Observation, Place, wide
 from grpo_autotune.predict.room import busy_share
 from grpo_autotune.predict.workload import Workload, workload
 from grpo_autotune.records.probe import ProbeRecord, StageTimings, cycle_means
@@ -139,13 +139,13 @@ class Models:
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Relative error of the predictions made before each trial was learnt, by stage, `step` and `memory`."""
-        found: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for name in dict.fromkeys(check.name for check in self.checks):
             off = [abs(c.predicted / c.measured - 1.0) for c in self.checks if c.name == name and c.measured > 0.0]
             if off:
                 p90 = float(np.percentile(off, 90))
-                found[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
-        return found
+                errors[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
+        return errors
 
     @cached_property
     def _rates(self) -> Rates:
@@ -157,12 +157,12 @@ class Models:
     @cached_property
     def _image_tokens(self) -> dict[str, float]:
         """Tokens of an image at the sizes that trials had."""
-        found = {}
+        tokens = {}
         for config, outcome in self.outcomes:
             images = outcome.record.images if outcome.record is not None else None
             if images is not None and images.tokens is not None and config.data.image_size is not None:
-                found[str(config.data.image_size)] = images.tokens.mean
-        return found
+                tokens[str(config.data.image_size)] = images.tokens.mean
+        return tokens
 
     def _load(self, config: RunConfig, *, worst_case: bool = False) -> Workload:
         return workload(
@@ -173,7 +173,7 @@ class Models:
     def _fits(self) -> dict[tuple[str, str], Fit]:
         """A fit for every part of a stage and every choice of speed-ups that any trial had; those without the probe's
         own choice begin from it."""
-        seen: dict[tuple[str, str], list[Seen]] = {}
+        seen: dict[tuple[str, str], list[Observation]] = {}
         for config, outcome in self.outcomes:
             record = outcome.record
             if outcome.status != "ok" or record is None or record.tokens is None:
@@ -182,29 +182,29 @@ class Models:
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > LEAST_S:
-                    seen.setdefault((part, family(config)), []).append(Seen(made[part], seconds, place))
-        own = family(self.base)
-        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == own}
-        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != own}
-        return {(part, own): fit for part, fit in first.items()} | others
+                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place))
+        base_choice = family(self.base)
+        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
+        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
+        return {(part, base_choice): fit for part, fit in first.items()} | others
 
     def _parts(self, config: RunConfig) -> dict[str, tuple[float, float]]:
         """Mean and relative standard deviation of every part that is predicted to run."""
         load = self._load(config)
         made, place = features(load, self._rates), place_of(config, load)
-        found = {}
+        parts = {}
         for part, wanted in made.items():
             fit, doubt = self._fit_for(part, family(config))
             if fit is not None:
                 guess = fit.predict(wanted, place)
-                found[part] = (guess.mean, math.hypot(guess.spread, doubt))
-        if "data" in found and load.trainer.dataloader_num_workers and not self._knows_workers:
-            found["data"] = self._beside(load.trainer.dataloader_num_workers, found)
-        return found
+                parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
+        if "data" in parts and load.trainer.dataloader_num_workers and not self._knows_workers:
+            parts["data"] = self._beside(load.trainer.dataloader_num_workers, parts)
+        return parts
 
     @property
     def _knows_workers(self) -> bool:
-        """Whether any trial had loader workers."""
+        """True if any trial had loader workers."""
         records = [outcome.record for _, outcome in self.outcomes if outcome.record is not None]
         return any(record.trainer.dataloader_num_workers for record in records)
 
@@ -220,13 +220,13 @@ class Models:
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
-        own = family(self.base)
+        base_choice = family(self.base)
         also = ["training_forward"] if part in PASSES else []
         for name in (part, *also):
-            for there in (choice, own):
-                if (name, there) in self._fits:
-                    strange = STRANGE_SPREAD if there != choice or name != part else 0.0
-                    return self._fits[name, there], strange
+            for known in (choice, base_choice):
+                if (name, known) in self._fits:
+                    strange = STRANGE_SPREAD if known != choice or name != part else 0.0
+                    return self._fits[name, known], strange
         return None, 0.0
 
     @cached_property
@@ -234,9 +234,9 @@ class Models:
         seen = [one for config, outcome in self.outcomes if (one := self._peak_of(config, outcome)) is not None]
         return PeakFit(tuple(seen))
 
-    def _peak_of(self, config: RunConfig, outcome: TrialOutcome) -> PeakSeen | None:
-        """What a trial tells about memory. A bare record tells the peak of its stages; beyond what an idle process
-        takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
+    def _peak_of(self, config: RunConfig, outcome: TrialOutcome) -> PeakObservation | None:
+        """One trial's memory; None where it tells nothing. A bare record tells the peak of its stages; beyond what an
+        idle process takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
         record = outcome.record if outcome.record is not None and outcome.record.tokens is not None else None
         ran_out = outcome.status == "oom"
         if record is None and not ran_out:
@@ -251,7 +251,7 @@ class Models:
             idle = 0 if record.trainer.device.startswith("cuda") else max(0, peak - round(increment(load)))
         if not peak or idle is None or peak <= idle:
             return None
-        return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
+        return PeakObservation(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
 
     def _interval(self, name: str, value: float, scatter: float) -> Interval:
         """`scatter` and the errors of earlier predictions, together."""
@@ -268,7 +268,7 @@ PASSES = ("old_policy", "reference_logprob")
 
 
 def place_of(config: RunConfig, load: Workload) -> Place:
-    """Where a setting stands: numbers that work grows with, words for what no formula describes."""
+    """Place of a setting among others: numbers that work grows with, words for what no formula describes."""
     facts = load.facts
     numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
     words = (
@@ -288,19 +288,19 @@ def family(config: RunConfig) -> str:
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
     """Seconds of each stage that ran: the median over cycles of generating and reusing."""
-    found = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
-    return {name: seconds for name, seconds in found.items() if seconds > 0.0}
+    medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
+    return {name: seconds for name, seconds in medians.items() if seconds > 0.0}
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
     """The same by the names of `features.PARTS`: the policy's passes apart."""
-    found: dict[str, float] = {}
+    medians: dict[str, float] = {}
     for row in timings.stages:
         if row.name == "policy_logprob" and row.parts:
-            found |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
+            medians |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
         elif row.name in PARTS:
-            found[row.name] = _median(row.per_step_s, timings.cycle)
-    return found
+            medians[row.name] = _median(row.per_step_s, timings.cycle)
+    return medians
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a search makes better: useful completions a second, each figure with its interval.
+"""The objective of a search: useful completions per second, each figure with its interval.
 
 A group of G completions holds G - 1 degrees of freedom after its mean is taken out, and none where all rewards are
 equal. So a step is worth the sum over its groups of (G - 1) x [rewards differ], less truncated completions where the
@@ -42,17 +42,17 @@ class Interval(NamedTuple):
     n: int = 0
 
     def overlaps(self, other: Interval) -> bool:
-        """Whether the two cannot be told apart; one value alone never can."""
+        """Return whether the two cannot be told apart; one value alone never can."""
         if self.n < 2 or other.n < 2:
             return True
         return self.low <= other.high and other.low <= self.high
 
 
 class Living(NamedTuple):
-    """How the share of groups whose rewards differ depends on their size.
+    """Share of groups whose rewards differ, as a function of their size.
 
     Attributes:
-        a: First parameter of the beta distribution of pass rates over prompts; null where rewards are not pass or
+        a: First parameter of the beta distribution of pass rates over prompts; None where rewards are not pass or
             fail, and the share is `seen` whatever the size.
         b: Second parameter.
         power: The other rewards' part: dead share = (dead share by the first reward) ** power.
@@ -80,7 +80,7 @@ def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
     middle = statistics.median(numbers)
     if len(numbers) < 2:
         return Interval(middle, middle, middle, len(numbers))
-    found = bootstrap(
+    ends = bootstrap(
         (np.asarray(numbers, dtype=float),),
         np.median,
         n_resamples=RESAMPLES,
@@ -88,7 +88,7 @@ def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Interval(middle, float(found.low), float(found.high), len(numbers))
+    return Interval(middle, float(ends.low), float(ends.high), len(numbers))
 
 
 def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Interval:
@@ -97,7 +97,7 @@ def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Int
 
 
 def living_of(record: ProbeRecord) -> Living | None:
-    """Pool the probe's groups; null where no rewards were seen, or no group had any spread."""
+    """Pool the probe's groups; None where no rewards were seen, or no group had any spread."""
     tokens = record.tokens
     if tokens is None or not tokens.groups or tokens.dead_groups >= tokens.groups:
         return None
@@ -113,7 +113,7 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
     if living.a is None:
         return Interval(value, value, value, living.groups)
     rng, count = np.random.default_rng(0), len(tokens.pass_rates)
-    found = [
+    ratios = [
         (fit.share(after) / fit.share(before))
         for fit in (
             _fit(tokens, record.trainer.num_generations, rng.integers(0, count, count)) for _ in range(LIVING_RESAMPLES)
@@ -121,12 +121,12 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
         if fit.a is not None
     ]
     tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(found or [value], [tail, 100.0 - tail])
+    low, high = np.percentile(ratios or [value], [tail, 100.0 - tail])
     return Interval(value, float(low), float(high), living.groups)
 
 
 def useful_per_step(config: RunConfig, living: Living | None, truncated_share: float) -> float:
-    """Useful completions an optimizer step; with unknown rewards every group counts as living."""
+    """Useful completions per optimizer step; with unknown rewards every group counts as living."""
     size = config.batch.num_generations
     masked = truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
     return useful_completions(groups_per_step(config), size, 1.0 if living is None else living.share(size), masked)
@@ -145,7 +145,7 @@ def groups_per_step(config: RunConfig) -> float:
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:
-    """Wall time of the configured run over that of `own`, given the ratio of their seconds a step.
+    """Wall time of the configured run over that of `own`, given the ratio of their seconds per step.
 
     `max_steps` fixes the number of steps; without it a run is so many passes over the prompts, and TRL's sampler
     repeats each prompt `num_generations * num_iterations` times (trl/trainer/grpo_trainer.py, `_get_train_sampler`).

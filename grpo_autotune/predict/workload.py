@@ -38,10 +38,10 @@ SMALL_MOMENTS = {"8bit": 2.0}
 
 @dataclass(frozen=True)
 class Workload:
-    """What the models are told of a configuration.
+    """Input of the models: the work of one configuration.
 
     Attributes:
-        shape: The model's sizes; null for an architecture without formulas.
+        shape: The model's sizes; None for an architecture without formulas.
         facts: Work of an optimizer step.
         sizes: What memory depends on beside it.
         trainer: The trainer's facts under it.
@@ -164,7 +164,7 @@ def quantiles(lengths: Spread, places: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str, float]) -> float | None:
-    """Tokens of an image whose longest side is at most `side` pixels; null where images have no grid.
+    """Tokens of an image whose longest side is at most `side` pixels; None where images have no grid.
 
     A size that was seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is
     scaled as the processor would scale a square.
@@ -224,9 +224,9 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
 
 
 def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:
-    """The knob's value where it differs from the base's, else null."""
-    own, value = knobs_of(base, [key])[key], knobs_of(config, [key])[key]
-    return None if same_value(own, value) else value
+    """The knob's value where it differs from the base's, else None."""
+    before, value = knobs_of(base, [key])[key], knobs_of(config, [key])[key]
+    return None if same_value(before, value) else value
 
 
 def _tokens(
@@ -249,7 +249,7 @@ def _tokens(
 
 
 def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool | None:
-    """Whether the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
+    """True if the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
     row = next((row for row in record.timings.stages if row.name == "policy_logprob"), None)
     parts = sum(row.parts.get("old_policy", [])) > 0 if row is not None else None
     before, after = base.batch, config.batch

@@ -138,7 +138,7 @@ def _rates(facts: Facts) -> Rates | None:
 
 
 def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
-    """Mean and slowest rank of each stage; null for a run of one rank."""
+    """Mean and slowest rank of each stage; None for a run of one rank."""
     if len(rows) < 2:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row.stages))
@@ -149,9 +149,9 @@ def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
         slowest = max(spent, key=lambda rank: spent[rank])
         mean_s = statistics.fmean(spent.values())
         stages.append(RankStage(name=name, mean_s=mean_s, slowest_s=spent[slowest], slowest_rank=slowest))
-    found = [
+    stragglers = [
         Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage)
         for e in excesses(rows)
         if e.extra_s > STRAGGLER_SHARE * step_s
     ]
-    return Ranks(world_size=len(rows), stages=stages, stragglers=found)
+    return Ranks(world_size=len(rows), stages=stages, stragglers=stragglers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,21 @@ def test_less_than_a_whole_cycle_is_said() -> None:
     (warning,) = cycle(4).warnings
     assert "do not hold a whole cycle" in warning and "4 steps here (3 measured)" in warning
     assert "median of 3 steps" in render(cycle(4))
+
+
+@pytest.mark.parametrize("entrance", [["-m", "grpo_autotune", "report"], ["-c", "import grpo_autotune.commands.run"]])
+def test_a_stored_report_is_printed_and_a_script_started_without_the_predictor(
+    entrance: list[str], tmp_path: Path
+) -> None:
+    """A script may set its threads before numpy is loaded."""
+    save_report(build_report(demo_record()), tmp_path)
+    place = [str(tmp_path)] if "-m" in entrance else []
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *entrance, *place], capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "grpo_autotune.report.files" in loaded
+    assert not loaded & {"numpy", "scipy", "torch", "grpo_autotune.predict", "grpo_autotune.advice"}
 
 
 def test_nothing_measured_is_said() -> None:
