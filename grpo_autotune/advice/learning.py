@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
+from grpo_autotune.advice.neighbours import Neighbour, changes, neighbour
 from grpo_autotune.advice.sentences import concerned, moves
-from grpo_autotune.advice.turns import Turn, changes, turn
 from grpo_autotune.knobs import PROMPTS, given, knob
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.workload import tokens_at
@@ -36,13 +36,13 @@ def image_size(facts: Facts) -> Idea | None:
     sides = {side for side in knob(IMAGE_SIZE).values(known) if side is not None} | set(map(int, images.tokens_at))
     at = {side: tokens_at(side, facts.record, facts.base, {}) or now for side in sides}
     side = max((side for side, count in at.items() if count <= now / 2.0), default=None)
-    turned = turn(facts, {IMAGE_SIZE: side}) if side is not None else None
-    if side is None or turned is None:
+    near = neighbour(facts, {IMAGE_SIZE: side}) if side is not None else None
+    if side is None or near is None:
         return None
     row = tokens.prompt.mean + tokens.completion.mean
     return _idea(
         facts,
-        turned,
+        near,
         because=f"An image would take {amount(at[side])} tokens instead of {amount(now)}, so that a row of "
         f"{amount(row)} tokens gets {percent(images.per_prompt * (now - at[side]) / row)} shorter; stages are assumed "
         "to take time by their operations",
@@ -58,12 +58,12 @@ def oversized_images(facts: Facts) -> Idea | None:
     if images is None or images.tokens is None or not patch or not merge:
         return None
     seen = images.tokens.mean * (patch * merge) ** 2
-    turned = turn(facts, {IMAGE_SIZE: int(math.sqrt(seen))}) if seen <= LEAST_SEEN * images.pixels.mean else None
-    if turned is None:
+    near = neighbour(facts, {IMAGE_SIZE: int(math.sqrt(seen))}) if seen <= LEAST_SEEN * images.pixels.mean else None
+    if near is None:
         return None
     return _idea(
         facts,
-        turned,
+        near,
         because=f"The images hold {amount(images.pixels.mean)} pixels, of which the processor leaves {amount(seen)} to "
         "the model, each time anew. (The side is that of a square image)",
         caveat="It changes learning a little: the pixels come out of another resampling",
@@ -77,16 +77,16 @@ def fewer_generations(facts: Facts) -> Idea | None:
     if facts.base is None or facts.living is None or half < 2:
         return None
     prompts = knob(PROMPTS).own(facts.base)
-    turned = turn(facts, {GROUP: half, PROMPTS: prompts}) if prompts is not None else None
-    if turned is None or turned.useful_ratio < LEAST_USEFUL:
+    near = neighbour(facts, {GROUP: half, PROMPTS: prompts}) if prompts is not None else None
+    if near is None or near.useful_ratio < LEAST_USEFUL:
         return None
     now, then = (facts.living.share(size) for size in (facts.record.trainer.num_generations, half))
     return _idea(
         facts,
-        turned,
+        near,
         because="The same prompts with half the completions",
         caveat=f"It changes learning: groups without reward spread are predicted to go from {percent(1 - now)} to "
-        f"{percent(1 - then)}, and useful completions per second to {percent(turned.useful_ratio)} of now",
+        f"{percent(1 - then)}, and useful completions per second to {percent(near.useful_ratio)} of now",
     )
 
 
@@ -96,12 +96,12 @@ def long_tail(facts: Facts) -> Idea | None:
     tokens = facts.record.tokens
     if tokens is None or tokens.completion.p90 > 0.6 * tokens.completion.max:
         return None
-    turned = turn(facts, {LENGTH: 8 * math.ceil(tokens.completion.p90 / 8)})
-    if turned is None:
+    near = neighbour(facts, {LENGTH: 8 * math.ceil(tokens.completion.p90 / 8)})
+    if near is None:
         return None
     return _idea(
         facts,
-        turned,
+        near,
         because=f"Nine of ten completions have at most {amount(tokens.completion.p90)} tokens, the longest "
         f"{amount(tokens.completion.max)}, and the whole batch is padded to it; {percent(tokens.padding_share)} of the "
         "log-prob passes is padding. Lengths are assumed to stay as they were seen",
@@ -113,20 +113,20 @@ def use_vllm(facts: Facts) -> Idea | None:
     """vLLM decodes in larger batches and fewer kernels than `generate`, by a factor that no formula tells: what is
     predicted is the work that it leaves out, less the old policy's pass that TRL then makes."""
     limit = facts.limits.get("generation")
-    turned = turn(facts, {"grpo.use_vllm": True}, legal=True)
-    if turned is None or facts.record.trainer.use_vllm or not facts.on_gpu:
+    near = neighbour(facts, {"grpo.use_vllm": True}, legal=True)
+    if near is None or facts.record.trainer.use_vllm or not facts.on_gpu:
         return None
     if limit is None or limit.share > GOOD_LIMIT:
         return None
     return _idea(
         facts,
-        turned,
+        near,
         because=f"`generate` runs at {percent(limit.share)} of what this GPU can do. Counted is that finished "
         "completions leave vLLM's batch, that it computes a group's prompt once, and that TRL makes one more log-prob "
         "pass; how much faster it decodes is not predicted, and a search measures it",
         caveat="It changes learning a little: another engine samples, and TRL weighs samples by the difference; probe "
         "again and read the fidelity line",
-        predicts=turned.saving_s > 0.0,
+        predicts=near.saving_s > 0.0,
     )
 
 
@@ -181,13 +181,13 @@ def dead_groups(facts: Facts) -> Idea | None:
 RULES = (image_size, oversized_images, fewer_generations, long_tail, use_vllm, truncated, dead_groups)
 
 
-def _idea(facts: Facts, turned: Turn, *, because: str, predicts: bool = True, **more: Any) -> Idea:
+def _idea(facts: Facts, near: Neighbour, *, because: str, predicts: bool = True, **more: Any) -> Idea:
     """A learning knob's idea; without a number where the models cannot tell."""
     return Idea(
         kind="learning",
-        stages=concerned(facts, turned) if predicts else ("generation",),
-        changes=changes(facts, turned),
-        saving_s=turned.saving_s if predicts else None,
-        because=f"{because}. {moves(turned)}" if predicts else because,
+        stages=concerned(facts, near) if predicts else ("generation",),
+        changes=changes(facts, near),
+        saving_s=near.saving_s if predicts else None,
+        because=f"{because}. {moves(near)}" if predicts else because,
         **more,
     )

@@ -11,7 +11,7 @@ from grpo_autotune.advice.breakdown import break_down
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.advice.learning import LENGTH
-from grpo_autotune.advice.turns import changes, neighbours, turn
+from grpo_autotune.advice.neighbours import changes, neighbour, neighbours
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.hardware import Machine
@@ -63,10 +63,10 @@ def test_every_knob_is_advised_with_the_seconds_that_the_search_predicts(
     models = Models.from_probe(facts.base, record, machine, outcome)
     own_s = models.step_s(facts.base).value
     asked = set()
-    for row, turns in neighbours(facts):
-        for turned in turns:
+    for row, nearby in neighbours(facts):
+        for near in nearby:
             asked.add(row.key)
-            assert turned.saving_s == own_s - models.step_s(with_knobs(facts.base, turned.knobs)).value
+            assert near.saving_s == own_s - models.step_s(with_knobs(facts.base, near.knobs)).value
     expected = {"speedups", "grpo.dataloader_num_workers", "grpo.num_iterations", MICRO, GROUP}
     assert asked >= expected | ({"grpo.beta"} if record.trainer.beta else set())
     keys = {row.key for row in TABLE}
@@ -104,15 +104,15 @@ def test_a_search_without_a_budget_predicts_what_the_probe_advises(tmp_path: Pat
         runner=lambda path: PaperTrials(path, act=act),
         machine=CPU_MACHINE,
     )
-    turned = turn(facts_of(record, config), {"speedups": "auto"})
-    assert turned is not None and report.best.changed == {"speedups": "auto"}
-    own_s = sum(turned.before.values())
-    assert report.best.speedup == pytest.approx(own_s / (own_s - turned.saving_s), rel=1e-9)
+    near = neighbour(facts_of(record, config), {"speedups": "auto"})
+    assert near is not None and report.best.changed == {"speedups": "auto"}
+    own_s = sum(near.before.values())
+    assert report.best.speedup == pytest.approx(own_s / (own_s - near.saving_s), rel=1e-9)
 
 
 def test_a_trainer_without_a_configuration_is_asked_about_the_knobs_that_reach_it() -> None:
     facts = facts_of(record_of("qwen3_vl"), None)
-    asked = {row.key for row, turns in neighbours(facts) if turns}
+    asked = {row.key for row, nearby in neighbours(facts) if nearby}
     assert {"data.image_size", MICRO, "grpo.gradient_checkpointing", "speedups"} <= asked
     assert not {"model.attn_implementation", "peft.r"} & asked
     elsewhere = trainer_facts(model_config_json=CONFIGS["qwen3"], num_generations=7)
@@ -123,10 +123,10 @@ def test_what_may_not_fit_is_not_advised() -> None:
     record = record_of("qwen3")
     roomy = facts_of(record, None)
     tight = facts_of(record, None, CPU_MACHINE.model_copy(update={"memory_bytes": 2 * GIB}))
-    assert turn(roomy, {MICRO: 16}) is not None and turn(tight, {MICRO: 16}) is None
+    assert neighbour(roomy, {MICRO: 16}) is not None and neighbour(tight, {MICRO: 16}) is None
     unknown = demo_record(trainer=trainer_facts(model_config_json={"hidden_size": 8, "num_experts": 4}))
-    assert turn(facts_of(unknown, None), {MICRO: 16}) is None, "nobody knows what it takes"
-    assert turn(facts_of(unknown, None), {"grpo.beta": 0.0}) is not None
+    assert neighbour(facts_of(unknown, None), {MICRO: 16}) is None, "nobody knows what it takes"
+    assert neighbour(facts_of(unknown, None), {"grpo.beta": 0.0}) is not None
 
 
 @pytest.mark.parametrize("given", [{}, {"steps_per_generation": 8}, {"generation_batch_size": 16}])
@@ -134,31 +134,31 @@ def test_what_may_not_fit_is_not_advised() -> None:
 def test_changes_make_the_configuration_that_was_predicted(given: dict[str, Any], knobs: dict[str, Any]) -> None:
     record = record_of("qwen3")
     facts = facts_of(record, config_of(record, grpo=given))
-    turned = turn(facts, knobs)
-    assert facts.base is not None and turned is not None
-    after = RunConfig.from_dict(_set(facts.base, changes(facts, turned)))
-    assert after.batch == turned.config.batch
+    near = neighbour(facts, knobs)
+    assert facts.base is not None and near is not None
+    after = RunConfig.from_dict(_set(facts.base, changes(facts, near)))
+    assert after.batch == near.config.batch
     assert after.batch.generation_batch == (16 if MICRO in knobs else 8)
-    assert all(change.before is not None for change in changes(facts, turned))
+    assert all(change.before is not None for change in changes(facts, near))
 
 
 def test_loader_workers_hide_loading_on_idle_cores_behind_the_rest_of_the_step() -> None:
-    turned = turn(facts_of(record_of("qwen3_vl"), None), {"grpo.dataloader_num_workers": 2})
-    assert turned is not None  # the cores are 240 % / 4 = 60 % busy
-    assert turned.after["data"] == pytest.approx(0.6 * turned.before["data"])
+    near = neighbour(facts_of(record_of("qwen3_vl"), None), {"grpo.dataloader_num_workers": 2})
+    assert near is not None  # the cores are 240 % / 4 = 60 % busy
+    assert near.after["data"] == pytest.approx(0.6 * near.before["data"])
 
 
 def test_an_engine_that_stays_awake_spends_no_time_on_falling_asleep() -> None:
     record = vllm_record()
     engine = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
     facts = facts_of(record, config_of(record, vllm=engine), GPU_MACHINE)
-    turned = turn(facts, {"vllm.sleep_level": 0})
-    assert turned is not None and turned.saving_s == pytest.approx(1.0) and turned.stages == ("engine",)
-    assert [(c.key, c.after) for c in changes(facts, turned)] == [("vllm.enable_sleep_mode", False)]
+    near = neighbour(facts, {"vllm.sleep_level": 0})
+    assert near is not None and near.saving_s == pytest.approx(1.0) and near.stages == ("engine",)
+    assert [(c.key, c.after) for c in changes(facts, near)] == [("vllm.enable_sleep_mode", False)]
     large = config_of(record, vllm=engine | {"gpu_memory_utilization": 0.8})
     stages = [row.model_copy(update={"peak_bytes": 70 * GIB}) for row in record.timings.stages]
     full = record.model_copy(update={"timings": record.timings.model_copy(update={"stages": stages})})
-    assert turn(facts_of(full, large, GPU_MACHINE), {"vllm.sleep_level": 0}) is None, "not beside the trainer"
+    assert neighbour(facts_of(full, large, GPU_MACHINE), {"vllm.sleep_level": 0}) is None, "not beside the trainer"
 
 
 def test_several_ranks_wait_for_each_other_however_a_step_is_split() -> None:
@@ -171,14 +171,14 @@ def test_several_ranks_wait_for_each_other_however_a_step_is_split() -> None:
         ]
         waiting = record.timings.model_copy(update={"stages": stages})
         facts = facts_of(record.model_copy(update={"trainer": trainer, "timings": waiting}), None)
-        turned = turn(facts, {MICRO: 8})
-        assert turned is not None
-        assert turned.after["sync_wait"] / turned.before["sync_wait"] == pytest.approx(waits, rel=0.01)
+        near = neighbour(facts, {MICRO: 8})
+        assert near is not None
+        assert near.after["sync_wait"] / near.before["sync_wait"] == pytest.approx(waits, rel=0.01)
 
 
 def test_a_real_model_on_a_gpu_is_predicted_from_its_configuration() -> None:
     trainer = vllm_record().trainer.model_copy(update={"model_config_json": ARCHITECTURES["qwen3-8b"].config})
     record = vllm_record(trainer=trainer)
-    turned = turn(facts_of(record, config_of(record), GPU_MACHINE), {LENGTH: 504})
-    assert turned is not None and turned.saving_s > 0.0
-    assert knob(LENGTH).own(turned.config) == 504
+    near = neighbour(facts_of(record, config_of(record), GPU_MACHINE), {LENGTH: 504})
+    assert near is not None and near.saving_s > 0.0
+    assert knob(LENGTH).own(near.config) == 504

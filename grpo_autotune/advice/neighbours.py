@@ -1,4 +1,4 @@
-"""A knob of the table turned to a neighbouring value, and the seconds and memory that the models predict for it."""
+"""Knobs of the table at neighbouring values, and the seconds and memory that the models predict for each."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.report import Change
 
 FALL_SHARE = 0.05
-"""A stage is concerned by a turn if it has this part of all seconds that the turn takes off the stages."""
+"""A stage is concerned by a change if it has this part of all seconds that the change takes off the stages."""
 HUNGRY = {MICRO, "grpo.gradient_checkpointing"}
 """Knobs that take memory for speed: what they take is known where the architecture has formulas."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Knobs turned away from the base.
+class Neighbour:
+    """A configuration one change away from the base, as the models see it.
 
     Attributes:
         knobs: Key path -> value.
-        config: The base with them turned.
+        config: The base with them changed.
         saving_s: Predicted seconds per step of the base less those of `config`.
         before: Stage -> predicted seconds per step of the base.
         after: The same of `config`.
@@ -51,7 +51,7 @@ class Turn:
         return tuple(name for name in STAGES if falls.get(name, 0.0) > least)
 
 
-def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Turn]]]:
+def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
     """Every knob that can be turned here, with its legal values other than the base's own that are likely to fit.
 
     Knobs whose value nobody knows (of a trainer that somebody else built) are left out.
@@ -65,12 +65,12 @@ def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Turn]]]:
             continue
         value = row.own(base)
         others = [other for other in row.values(known) if not same_value(other, value)]
-        turns = [turned for other in others if (turned := turn(facts, {row.key: other})) is not None]
-        yield row, turns
+        nearby = [near for other in others if (near := neighbour(facts, {row.key: other})) is not None]
+        yield row, nearby
 
 
-def turn(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Turn | None:
-    """Ask the models about knobs turned; None without models, for what is illegal, and for what may not fit.
+def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Neighbour | None:
+    """Ask the models about changed knobs; None without models, for what is illegal, and for what may not fit.
 
     Args:
         facts: The probe.
@@ -95,23 +95,23 @@ def turn(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Turn | None:
     truncated = facts.record.tokens.truncated_share if facts.record.tokens else 0.0
     useful = [useful_per_step(c, facts.living, truncated) for c in (base, config)]
     ratio = useful[1] / useful[0] * step_s[0] / step_s[1] if useful[0] > 0.0 else 1.0
-    return Turn(knobs, config, step_s[0] - step_s[1], before, after, ratio, more_bytes)
+    return Neighbour(knobs, config, step_s[0] - step_s[1], before, after, ratio, more_bytes)
 
 
-def changes(facts: Facts, turned: Turn) -> tuple[Change, ...]:
+def changes(facts: Facts, near: Neighbour) -> tuple[Change, ...]:
     """The keys of the configuration to set, those that follow from the knobs included."""
     base = facts.base
     assert base is not None
-    values = {key: (knob(key).own(base), value) for key, value in turned.knobs.items() if key not in BATCH_KNOBS}
+    values = {key: (knob(key).own(base), value) for key, value in near.knobs.items() if key not in BATCH_KNOBS}
     if SLEEP in values and base.vllm.enable_sleep_mode is not None:  # the two keys have to agree
-        values = {"vllm.enable_sleep_mode": (base.vllm.enable_sleep_mode, turned.knobs[SLEEP] > 0)}
-    old, new, plan = base.grpo, turned.config.grpo, base.batch
+        values = {"vllm.enable_sleep_mode": (base.vllm.enable_sleep_mode, near.knobs[SLEEP] > 0)}
+    old, new, plan = base.grpo, near.config.grpo, base.batch
     defaults = {
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "num_generations": plan.num_generations,
     }
-    for name in new if BATCH_KNOBS & turned.knobs.keys() else ():
+    for name in new if BATCH_KNOBS & near.knobs.keys() else ():
         if new[name] != old.get(name):
             values[f"grpo.{name}"] = old.get(name, defaults.get(name)), new[name]
     return tuple(Change(key=key, before=_plain(before), after=_plain(after)) for key, (before, after) in values.items())
