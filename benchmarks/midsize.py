@@ -78,6 +78,7 @@ def midsize_config(
             "data": {"path": "digits", "params": {"canvas": pixels, "count": 64}, "max_eval_samples": 4}
             | {"eval_split": "test"},
             "rewards": [{"name": "benchmarks.midsize:variety"}],
+            "speedups": "none",
             "grpo": {
                 "max_steps": 200,
                 "learning_rate": 1e-5,

@@ -31,10 +31,10 @@ from grpo_autotune.hardware import detect
 from grpo_autotune.knobs import Knobs, with_knobs
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialSpec
-from grpo_autotune.search.evaluator import plain
 from grpo_autotune.search.folder import SearchFolder, load_search
 from grpo_autotune.search.space import points, space
 from grpo_autotune.search.study import name_of
+from grpo_autotune.search.trial_log import plain
 from grpo_autotune.trials.parent.runner import Runner
 
 BUDGET = "4m"

@@ -44,7 +44,7 @@ OVERRIDES = [
 """Completions of one length, so that both steps of a pair do the same work."""
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
+class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     """Attaches and detaches between steps, and times each step from outside."""
 
     def __init__(self, pairs: int) -> None:
@@ -107,7 +107,7 @@ def main() -> None:
     """Run the pairs and write `docs/benchmarks/overhead.json`."""
     config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", OVERRIDES)
     torch.set_num_threads(1)
-    turns = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
+    turns = BlockSchedule(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
     turns.trainer = quiet_trainer(config, Startup(), say)
     turns.trainer.add_callback(turns)
     original = turns.trainer._maybe_log_save_evaluate

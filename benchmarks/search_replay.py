@@ -35,7 +35,7 @@ from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.predict.models import Models
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
-from grpo_autotune.search.leaderboard import Book
+from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.session import search
 from grpo_autotune.search.study import Axes, Sampler, Study, name_of
 
@@ -59,7 +59,7 @@ class Sweep:
         self.by_name = {name_of(row["knobs"]): row for row in self.rows}
         self.record = ProbeRecord.model_validate(self.probe["record"])
         self.own = knobs_of(self.config, self.rows[0]["knobs"])
-        self.book = Book(self.config, self.own, self.record)
+        self.board = Leaderboard(self.config, self.own, self.record)
         self.seconds = sum(row["elapsed_s"] for row in self.rows)
 
     def score(self, knobs: Knobs) -> float:
@@ -67,7 +67,7 @@ class Sweep:
         row = self.by_name[name_of(knobs)]
         if row["status"] != "ok":
             return 0.0
-        return self.book.score(self.book.config_of(knobs), statistics.median(row["step_s"]))
+        return self.board.score(self.board.config_of(knobs), statistics.median(row["step_s"]))
 
     @cached_property
     def best(self) -> float:
@@ -143,10 +143,7 @@ class End(NamedTuple):
 class Silent:
     """A view that shows nothing."""
 
-    def say(self, line: str) -> None:
-        """Nothing."""
-
-    def show(self, standing: Any) -> None:
+    def show(self, state: Any) -> None:
         """Nothing."""
 
 
@@ -200,7 +197,7 @@ def alone(sweep: Sweep, budget_s: float, sampler: Sampler, seed: int) -> End:
             study.tell_infeasible(asked, len(left), {}, over_gib=1.0)
             continue
         step_s = float(np.median(rng.choice(row["step_s"], len(row["step_s"]))))
-        score = sweep.book.score(sweep.book.config_of(asked.knobs), step_s)
+        score = sweep.board.score(sweep.board.config_of(asked.knobs), step_s)
         study.tell(asked, score, len(left), {}, 1.0)
         best = max(best, (score, asked.knobs), key=lambda pair: pair[0])
     return End(best[1], spent_s, close_at_s)

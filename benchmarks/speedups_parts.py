@@ -94,7 +94,7 @@ def small_chunks(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
     speedup.NO_GRAD_CHUNK = 1 if plain else CHUNK
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
+class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     """Which steps are plain ones."""
 
     def __init__(self, turn: Callable[[bool], None]) -> None:
@@ -119,7 +119,7 @@ def stages_in_turns(
     off = [row for row in speedups.table() if row.name in names and not row.on]
     if off:
         raise SystemExit(f"{off[0].name} does not apply: {off[0].reason}")
-    trainer.add_callback(Turns(functools.partial(turn, speedups, names)))
+    trainer.add_callback(BlockSchedule(functools.partial(turn, speedups, names)))
     probe = Probe(trainer, warmup=WARMUP)
     trainer.train()
     timings = probe.record().timings

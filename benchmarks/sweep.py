@@ -24,9 +24,10 @@ from grpo_autotune.hardware import detect
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.search.evaluator import completion_lengths, plain
+from grpo_autotune.search.evaluator import completion_lengths
 from grpo_autotune.search.space import points, space
 from grpo_autotune.search.study import name_of
+from grpo_autotune.search.trial_log import plain
 from grpo_autotune.trials.parent.runner import Runner
 
 RECORDS = FOLDER / "sweep_records.json.gz"

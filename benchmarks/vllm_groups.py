@@ -30,7 +30,8 @@ mend_torchvision()
 import torch  # noqa: E402
 
 from benchmarks.vllm_rows import requests, vllm_trainer  # noqa: E402
-from grpo_autotune.rollout.colocate.unlock import engine_of  # noqa: E402
+from grpo_autotune.rollout.colocate.requests import JoinedRequests  # noqa: E402
+from grpo_autotune.rollout.parts import part_of  # noqa: E402
 from grpo_autotune.seams.layers import OUTER, AttributeSlot, wrap  # noqa: E402
 
 PROMPTS = 2
@@ -42,10 +43,10 @@ class Ways:
 
     def __init__(self, trainer: Any) -> None:
         self.generation, self.way = trainer.vllm_generation, "groups"
-        engine = engine_of(self.generation)
-        if engine is None:
+        joined = part_of(self.generation, JoinedRequests)
+        if joined is None:
             raise SystemExit("the engine is TRL's plain one")
-        self.joined = engine.parts["requests"]
+        self.joined = joined
         self.engine_s = 0.0
         wrap(AttributeSlot(self.generation.llm, "generate"), self._generate, OUTER)
         wrap(AttributeSlot(self.generation.llm.llm_engine, "step"), self._step, OUTER)

@@ -159,7 +159,9 @@ def run(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("runs/run"),
     speedups: Annotated[
         str | None,
-        typer.Option("--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, or names with commas."),
+        typer.Option(
+            "--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, names with commas, or a list in YAML."
+        ),
     ] = None,
     with_: Annotated[
         Path | None,

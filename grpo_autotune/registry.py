@@ -1,16 +1,18 @@
 """A name -> a function: built-ins and third parties come through the same door.
 
 A built-in is a row that names its function as text, `package.module:function`, so this module imports nothing of what
-it names. In a configuration any such text stands for a function too; the current folder is searched first.
+it names; and nothing that is named there imports this module. In a configuration any such text stands for a function
+too; the current folder is searched first.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from grpo_autotune.errors import ConfigError, nearest_hint
 
@@ -18,21 +20,51 @@ Kind = Literal["reward", "dataset", "model", "speedup"]
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
-_REWARDS, _DEMO = "grpo_autotune.train.rewards.builtin", "grpo_autotune.demo"
 
-_TABLE: dict[str, dict[str, str | Function]] = {
+class Builtin(NamedTuple):
+    """A function that comes with the package.
+
+    Attributes:
+        reference: `package.module:function`, imported when it is asked for.
+        needs: Package on the index that it needs beside the required ones, and the extra that brings it.
+    """
+
+    reference: str
+    needs: tuple[str, str] | None = None
+
+
+_REWARDS, _TRL_REWARDS = "grpo_autotune.train.rewards.builtin", "grpo_autotune.train.rewards.from_trl"
+_DEMO = "grpo_autotune.demo"
+_MATH = ("math-verify", "math")
+
+_TABLE: dict[Kind, dict[str, Builtin | Function]] = {
     "reward": {
-        "exact_match": f"{_REWARDS}:exact_match",
-        "numeric_match": f"{_REWARDS}:numeric_match",
-        "regex": f"{_REWARDS}:regex",
-        "format": f"{_REWARDS}:format",
-        "choice_letter": f"{_REWARDS}:choice_letter",
-        "box_iou": f"{_REWARDS}:box_iou",
-        "length": f"{_REWARDS}:length",
+        "exact_match": Builtin(f"{_REWARDS}:exact_match"),
+        "numeric_match": Builtin(f"{_REWARDS}:numeric_match"),
+        "regex": Builtin(f"{_REWARDS}:regex"),
+        "format": Builtin(f"{_REWARDS}:format"),
+        "choice_letter": Builtin(f"{_REWARDS}:choice_letter"),
+        "box_iou": Builtin(f"{_REWARDS}:box_iou"),
+        "length": Builtin(f"{_REWARDS}:length"),
+        "accuracy_reward": Builtin(f"{_TRL_REWARDS}:accuracy_reward", _MATH),
+        "reasoning_accuracy_reward": Builtin(f"{_TRL_REWARDS}:reasoning_accuracy_reward", _MATH),
+        "cosine_scaled_reward": Builtin(f"{_TRL_REWARDS}:cosine_scaled_reward", _MATH),
+        "think_format_reward": Builtin(f"{_TRL_REWARDS}:think_format_reward"),
+        "repetition_penalty_reward": Builtin(f"{_TRL_REWARDS}:repetition_penalty_reward"),
+        "soft_overlong_punishment": Builtin(f"{_TRL_REWARDS}:soft_overlong_punishment"),
     },
-    "dataset": {"digits": f"{_DEMO}:digits_dataset"},
-    "model": {"demo": f"{_DEMO}:demo_model_path"},
-    "speedup": {},  # those that come with the package: speedups/table.py
+    "dataset": {"digits": Builtin(f"{_DEMO}:digits_dataset")},
+    "model": {"demo": Builtin(f"{_DEMO}:demo_model_path")},
+    "speedup": {  # in the order in which they are installed
+        "shared_prefix": Builtin("grpo_autotune.speedups.shared_prefix.speedup:SharedPrefix"),
+        "shared_prefill": Builtin("grpo_autotune.speedups.generation.shared_prefill:SharedPrefill"),
+        "images_once": Builtin("grpo_autotune.speedups.images.images_once:ImagesOnce"),
+        "vision_cache": Builtin("grpo_autotune.speedups.images.vision_cache:VisionCache"),
+        "length_sort": Builtin("grpo_autotune.speedups.batches.length_sort:LengthSort"),
+        "skip_dead": Builtin("grpo_autotune.speedups.batches.skip_dead:SkipDead"),
+        "patch_embed": Builtin("grpo_autotune.speedups.images.patch_embed:PatchEmbed"),
+        "reward_overlap": Builtin("grpo_autotune.speedups.reward_overlap:RewardOverlap"),
+    },
 }
 
 
@@ -60,12 +92,12 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
 
 
 def names(kind: Kind) -> list[str]:
-    """Registered names of a kind."""
-    return sorted(_TABLE[kind])
+    """Registered names of a kind: speed-ups in the order in which they are installed, all others sorted."""
+    return list(_TABLE[kind]) if kind == "speedup" else sorted(_TABLE[kind])
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text has the form `package.module:function`."""
+    """Return whether a text has the form `package.module:function`."""
     module, colon, attribute = text.partition(":")
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
 
@@ -74,18 +106,31 @@ def resolve(kind: Kind, name: str) -> Function:
     """The function behind a registered name or a `package.module:function` text.
 
     Raises:
-        ConfigError: If there is none; lists the known names and the nearest.
+        ConfigError: There is none; lists the known names and the nearest. Or a package that it needs is not installed.
     """
-    entry = _TABLE[kind].get(name, name)
-    if not isinstance(entry, str):
+    entry = _TABLE[kind].get(name)
+    if entry is None and is_reference(name):
+        entry = Builtin(name)
+    if isinstance(entry, Builtin):
+        _check_installed(kind, name, entry)
+        return _load(kind, entry.reference)
+    if entry is not None:
         return entry
-    if is_reference(entry):
-        return _load(kind, entry)
     raise ConfigError(
         f"there is no {kind} of this name",
         where=name,
         fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
     )
+
+
+def _check_installed(kind: Kind, name: str, entry: Builtin) -> None:
+    if entry.needs is not None and importlib.util.find_spec(entry.needs[0].replace("-", "_")) is None:
+        package, extra = entry.needs
+        raise ConfigError(
+            f"this {kind} needs the package {package}, which is not installed",
+            where=name,
+            fix=f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'.",
+        )
 
 
 def _load(kind: str, reference: str) -> Function:
@@ -94,7 +139,7 @@ def _load(kind: str, reference: str) -> Function:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"cannot import {module_name} for this {kind}: {error}",
@@ -102,12 +147,12 @@ def _load(kind: str, reference: str) -> Function:
             fix=f"Modules are looked for in {folder}.",
         ) from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ConfigError(f"{module_name} has no {attribute}", where=reference, fix=_functions_of(module_name))
-        found = getattr(found, part)
-    if not callable(found):
+        value = getattr(value, part)
+    if not callable(value):
         raise ConfigError("this is not a function", where=reference)
-    function: Function = found
+    function: Function = value
     return function
 
 

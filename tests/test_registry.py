@@ -11,10 +11,19 @@ from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.registry import is_reference, names, register, resolve
 
+OF_TRL = [
+    "accuracy_reward",
+    "reasoning_accuracy_reward",
+    "cosine_scaled_reward",
+    "think_format_reward",
+    "repetition_penalty_reward",
+    "soft_overlong_punishment",
+]
+
 
 def test_every_built_in_reward_resolves_to_the_function_of_its_name() -> None:
     assert names("reward") == sorted(
-        ["exact_match", "numeric_match", "regex", "format", "choice_letter", "box_iou", "length"]
+        ["exact_match", "numeric_match", "regex", "format", "choice_letter", "box_iou", "length", *OF_TRL]
     )
     for name in names("reward"):
         assert resolve("reward", name).__name__ == name
@@ -23,11 +32,36 @@ def test_every_built_in_reward_resolves_to_the_function_of_its_name() -> None:
 def test_every_built_in_reward_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
-    assert rows == set(names("reward"))
+    assert rows == set(names("reward")) - set(OF_TRL)
 
 
 def test_demo_data_and_model_are_registered_like_any_other() -> None:
     assert "digits" in names("dataset") and "demo" in names("model")
+
+
+def test_every_reward_of_trl_is_registered() -> None:
+    import trl.rewards
+
+    assert {name.removeprefix("get_") for many in trl.rewards._import_structure.values() for name in many} == set(
+        OF_TRL
+    )
+
+
+@pytest.mark.parametrize("name", ["accuracy_reward", "reasoning_accuracy_reward", "cosine_scaled_reward"])
+def test_a_missing_package_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError) as caught:
+        resolve("reward", name)
+    assert str(caught.value) == (
+        f"{name}: this reward needs the package math-verify, which is not installed. Install it, or the extra `math`: "
+        "pip install 'grpo-autotune[math]'."
+    )
+
+
+def test_speed_ups_are_classes_of_their_names_in_the_order_of_installation() -> None:
+    assert names("speedup") == list(registry._TABLE["speedup"]) != sorted(names("speedup"))
+    for name in names("speedup"):
+        assert resolve("speedup", name)().name == name
 
 
 def test_a_third_party_registers_by_the_same_door(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,9 +82,9 @@ def test_a_third_party_registers_by_the_same_door(monkeypatch: pytest.MonkeyPatc
     [
         (
             "exact_mach",
-            "exact_mach: there is no reward of this name. Nearest: exact_match. Known: box_iou, choice_letter",
+            "exact_mach: there is no reward of this name. Nearest: exact_match. Known: accuracy_reward, box_iou",
         ),
-        ("qqq", "Known: box_iou, choice_letter"),
+        ("qqq", "Known: accuracy_reward, box_iou, choice_letter"),
         ("absent_module_xyz:f", "cannot import absent_module_xyz for this reward"),
         ("my_broken:f", "cannot import my_broken for this reward: invalid syntax (my_broken.py, line 2)"),
         ("my_rewards:absent", "my_rewards has no absent. Functions there: good."),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from grpo_autotune.rollout.failures import EngineFailure, engine_failure
 from grpo_autotune.rollout.server.log import logged_failure
 from grpo_autotune.train.arguments import as_config_errors
 from grpo_autotune.train.trainer import build_trainer
-from grpo_autotune.trials.child.failures import failure_of, log_of
+from grpo_autotune.trials.endings import ending_of_error
 from tests.support.training import text_config
 from tests_vllm.conftest import TRL_SETS
 
@@ -43,7 +44,8 @@ def failed(model: Path, **keys: Any) -> EngineFailure:
 def logged(error: BaseException) -> EngineFailure | None:
     """What a server's log would tell of it."""
     with NamedTemporaryFile("w") as log:
-        log.write("(EngineCore pid=1) ERROR [core.py:1] ".join(log_of(error).splitlines(keepends=True)))
+        lines = "".join(format_exception(error)).splitlines(keepends=True)
+        log.write("(EngineCore pid=1) ERROR [core.py:1] ".join(lines))
         log.write("\nRuntimeError: Engine core initialization failed. See root cause above.\n")
         log.flush()
         return logged_failure(Path(log.name))
@@ -61,7 +63,7 @@ def test_keys_and_values_do_not_fit(served: Served, monkeypatch: pytest.MonkeyPa
     assert found.longest is not None and 256 < found.longest < ROOMY
     assert f"Set vllm.max_model_len to {found.longest} or less, or raise" in found.fix
     assert "VLLM_CPU_KVCACHE_SPACE (GiB) by 23" in found.fix
-    trial = failure_of(error, lambda: None)
+    trial = ending_of_error(error, lambda: None)
     assert trial.status == "oom" and trial.error_type == "ValueError"
     assert trial.overshoot_bytes == found.needed_bytes - found.available_bytes
     engine = LLM(model=str(served("qwen3")), max_model_len=found.longest, max_num_seqs=4, max_num_batched_tokens=4096)
@@ -117,4 +119,4 @@ def test_training_says_it_in_one_line(served: Served, tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match=r"^VLLM_CPU_KVCACHE_SPACE: 1000\.00 GiB is asked for") as caught:
         build_trainer(config)
     assert "\n" not in str(caught.value)
-    assert failure_of(caught.value, lambda: None).status == "oom"
+    assert ending_of_error(caught.value, lambda: None).status == "oom"

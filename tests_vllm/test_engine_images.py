@@ -11,7 +11,8 @@ from PIL import Image
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.rollout.colocate.placeholders import collapsed, collapsed_prompt, image_lengths
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.colocate.requests import JoinedRequests
+from grpo_autotune.rollout.parts import engine_of, part_of
 from tests.support.exactness import set_to_train
 from tests_vllm.engines import NATS, Rows, scored, unlocked
 
@@ -60,7 +61,7 @@ def test_several_images_of_several_sizes_and_none(colocated: Colocated, mixed_ro
     batch, apart = scored(trainer)
     assert sorted(int(n) for n in batch["num_images"]) == [0, 0, 1, 1, 2, 2, 2, 2]
     assert apart.max() <= NATS
-    requests = engine_of(trainer.vllm_generation).parts["requests"]
+    requests = part_of(trainer.vllm_generation, JoinedRequests)
     assert (requests.completions, requests.sent) == (8, 4)
 
 

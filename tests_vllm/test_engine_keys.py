@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.colocate.processors import compare_pixels, compare_settings, settings, size_limit
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.train.trainer import build_trainer
 from tests.support.exactness import set_to_train
 from tests.support.training import picture_config

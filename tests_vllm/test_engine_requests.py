@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from grpo_autotune.rollout.colocate.requests import _runs
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.colocate.requests import JoinedRequests, _runs
+from grpo_autotune.rollout.parts import part_of
 from grpo_autotune.trials.child.fixed_lengths import FixedLengths, length_of
 from tests_vllm.engines import NATS, Rows, scored, unlocked
 
@@ -27,17 +27,17 @@ def asked(trainer: Any, group: int, colours: str, **params: Any) -> tuple[list[l
     text = trainer.processing_class.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     images = [[Image.new("RGB", LARGEST, colour)] for colour in colours.split()]
     ids = trainer.processing_class(images=images[0], text=text, return_tensors="pt")["input_ids"][0].tolist()
-    before = engine_of(generation).parts["requests"].sent
+    before = part_of(generation, JoinedRequests).sent
     generation.generation_kwargs = params
     prompts, completions, _, _ = generation.generate([ids] * len(images), images, group)
     assert prompts == [ids] * len(images)
-    return prompts, completions, engine_of(generation).parts["requests"].sent - before
+    return prompts, completions, part_of(generation, JoinedRequests).sent - before
 
 
 def test_completions_are_those_of_copies_in_their_order(colocated: Colocated, picture_rows: Rows) -> None:
     trainer = unlocked(colocated, "qwen3_vl", picture_rows, {}, **GROUPS)
     _, apart = scored(trainer)
-    requests = engine_of(trainer.vllm_generation).parts["requests"]
+    requests = part_of(trainer.vllm_generation, JoinedRequests)
     assert (requests.completions, requests.sent) == (8, 2)
     assert apart.max() <= NATS
 
@@ -66,7 +66,7 @@ def test_completions_of_fixed_lengths(colocated: Colocated, text_rows: Rows) -> 
     lengths.remove()
     wanted = [length_of([1, 3, 5], 2, *divmod(row, 4)) for row in range(8)]
     assert batch["completion_mask"].sum(dim=1).tolist() == wanted and len(set(wanted)) > 1
-    requests = engine_of(trainer.vllm_generation).parts["requests"]
+    requests = part_of(trainer.vllm_generation, JoinedRequests)
     assert (requests.completions, requests.sent) == (8, 2)
     assert apart.max() <= NATS
 

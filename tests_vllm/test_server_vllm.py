@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from trl.generation.vllm_client import VLLMClient
 
@@ -56,9 +55,9 @@ def _wait_until_healthy(address: str, child: subprocess.Popen[bytes], log: Path)
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and child.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError):
+            httpx2.get(f"{address}/health", timeout=5).raise_for_status()
+            return
+        except httpx2.HTTPError:
             time.sleep(1)
     pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
 

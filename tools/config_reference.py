@@ -27,6 +27,7 @@ from grpo_autotune.config.schema import (
 )
 from grpo_autotune.config.vllm import ENGINE_FIXED, VllmSection
 from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.speedups.selection import OPTIONS
 
 TRL_DOCS = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
 TRAINING_ARGUMENTS_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer"
@@ -117,7 +118,15 @@ def _engine() -> Iterator[str]:
 
 def _speedups() -> Iterator[str]:
     yield "## `speedups`\n"
-    yield f"{RunConfig.model_fields['speedups'].description} Default: `none`.\n"
+    field = RunConfig.model_fields["speedups"]
+    yield f"{field.description} Default: `{field.default}`.\n"
+    yield "| speed-up | option | accepts | default |"
+    yield "|---|---|---|---|"
+    for name, options in OPTIONS.items():
+        for option, accepted in options.items():
+            words = ", ".join(f"`{value}`" for value in accepted)
+            yield f"| `{name}` | `{option}` | {words} | `{accepted[0]}` |"
+    yield ""
 
 
 def _grpo() -> Iterator[str]:

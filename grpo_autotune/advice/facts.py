@@ -17,8 +17,8 @@ from grpo_autotune.predict.objective import Living, living_of
 from grpo_autotune.predict.room import busy_share, memory_of
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Change, Kind
+from grpo_autotune.registry import names
 from grpo_autotune.scripts.stand_in import config_of_script
-from grpo_autotune.speedups.table import names
 
 PASSES = ("policy_logprob", "reference_logprob", "backward")
 
@@ -74,7 +74,7 @@ class Facts:
             "model": {"name_or_path": "script"},
             "data": {"path": "script"},
             "rewards": [{"name": "script"}],
-            "speedups": [name for name in self.record.trainer.speedups if name in names()] or "none",
+            "speedups": [name for name in self.record.trainer.speedups if name in names("speedup")] or "none",
         }
         try:
             return config_of_script(RunConfig.from_dict(nobody), self.record)

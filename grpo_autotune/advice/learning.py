@@ -8,7 +8,7 @@ from typing import Any
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.neighbours import Neighbour, changes, neighbour
 from grpo_autotune.advice.sentences import concerned, moves
-from grpo_autotune.knobs import PROMPTS, given, knob
+from grpo_autotune.knobs import PROMPTS, context_of, knob
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.workload import tokens_at
 from grpo_autotune.records.report import Change
@@ -32,7 +32,7 @@ def image_size(facts: Facts) -> Idea | None:
     images, tokens = facts.record.images, facts.record.tokens
     if facts.base is None or images is None or images.tokens is None or tokens is None:
         return None
-    now, known = images.tokens.mean, given(facts.base, facts.machine, facts.record)
+    now, known = images.tokens.mean, context_of(facts.base, facts.machine, facts.record)
     sides = {side for side in knob(IMAGE_SIZE).values(known) if side is not None} | set(map(int, images.tokens_at))
     at = {side: tokens_at(side, facts.record, facts.base, {}) or now for side in sides}
     side = max((side for side, count in at.items() if count <= now / 2.0), default=None)
@@ -76,7 +76,7 @@ def fewer_generations(facts: Facts) -> Idea | None:
     half = facts.record.trainer.num_generations // 2
     if facts.base is None or facts.living is None or half < 2:
         return None
-    prompts = knob(PROMPTS).own(facts.base)
+    prompts = knob(PROMPTS).current(facts.base)
     near = neighbour(facts, {GROUP: half, PROMPTS: prompts}) if prompts is not None else None
     if near is None or near.useful_ratio < LEAST_USEFUL:
         return None

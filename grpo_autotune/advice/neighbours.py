@@ -8,10 +8,11 @@ from typing import Any
 
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.knobs import TABLE, Knob, Knobs, engine, given, knob, with_knobs
+from grpo_autotune.knobs import TABLE, Knobs, context_of, engine, knob, with_knobs
 from grpo_autotune.knobs.apply import BATCH_KNOBS, MICRO, SLEEP, same_value, why_not
+from grpo_autotune.knobs.table import Knob
 from grpo_autotune.predict.objective import useful_per_step
-from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
+from grpo_autotune.predict.room import fits
 from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.report import Change
 
@@ -59,11 +60,11 @@ def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
     base, machine = facts.base, facts.machine
     if base is None or machine is None or facts.models is None:
         return
-    known = given(base, machine, facts.record)
+    known = context_of(base, machine, facts.record)
     for row in TABLE:
         if facts.config is None and base.search.knobs.get(row.key, []) is None:
             continue
-        value = row.own(base)
+        value = row.current(base)
         others = [other for other in row.values(known) if not same_value(other, value)]
         nearby = [near for other in others if (near := neighbour(facts, {row.key: other})) is not None]
         yield row, nearby
@@ -88,7 +89,7 @@ def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Neighbour |
     if SLEEP in knobs and not _side_by_side(facts, config):
         return None
     more_bytes = models.peak_bytes(config, worst_case=True).value - models.peak_bytes(base, worst_case=True).value
-    if more_bytes > 0.0 and chance_to_fit(models, config, facts.memory_bytes()) < LEAST_CHANCE:
+    if more_bytes > 0.0 and not fits(models, config, facts.memory_bytes()):
         return None
     before, after = ({name: p.value for name, p in models.stages_s(c).items()} for c in (base, config))
     step_s = models.step_s(base).value, models.step_s(config).value
@@ -102,7 +103,7 @@ def changes(facts: Facts, near: Neighbour) -> tuple[Change, ...]:
     """The keys of the configuration to set, those that follow from the knobs included."""
     base = facts.base
     assert base is not None
-    values = {key: (knob(key).own(base), value) for key, value in near.knobs.items() if key not in BATCH_KNOBS}
+    values = {key: (knob(key).current(base), value) for key, value in near.knobs.items() if key not in BATCH_KNOBS}
     if SLEEP in values and base.vllm.enable_sleep_mode is not None:  # the two keys have to agree
         values = {"vllm.enable_sleep_mode": (base.vllm.enable_sleep_mode, near.knobs[SLEEP] > 0)}
     old, new, plan = base.grpo, near.config.grpo, base.batch

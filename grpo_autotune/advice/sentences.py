@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.neighbours import Neighbour, changes, neighbours
-from grpo_autotune.knobs import Knob, engine, given, kind_of, partition_matters
+from grpo_autotune.knobs import engine, kind_of
 from grpo_autotune.knobs.apply import MICRO, SLEEP
+from grpo_autotune.knobs.table import Knob, grpo_value
+from grpo_autotune.seams.loss import LOSS_KEYS, micro_batch_terms_of_keys
 from grpo_autotune.units import listing, percent, seconds, size
 
 MOVE_SHARE = 0.05
@@ -98,7 +100,9 @@ def _micro_batch(facts: Facts, near: Neighbour) -> str:
 
 def _partition(facts: Facts, near: Neighbour) -> str:
     assert facts.base is not None
-    reason = partition_matters(given(facts.base, record=facts.record))
+    loss = {name: grpo_value(name, facts.base) for name in LOSS_KEYS}
+    terms = micro_batch_terms_of_keys(loss, facts.record.trainer.model_config_json)
+    reason = listing([term.name for term in terms]) if terms else ""
     return f"This changes the loss, because {reason} depends on how the batch is split" if reason else ""
 
 

@@ -6,14 +6,14 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
 from grpo_autotune.knobs.context import model_config
 from grpo_autotune.rollout.server.process import Weights, weights_of
-from grpo_autotune.seams.torchvision_compat import ensure_torchvision
+from grpo_autotune.seams.torchvision_compat import ensure_torchvision, tell_once
 
 
 def mend_torchvision() -> None:
-    """Make torchvision importable beside a torch it was not built for, and print a note where that was needed."""
+    """Make torchvision importable beside a torch it was not built for, and say so once per environment."""
     finding = ensure_torchvision()
     if finding is not None:
-        say(f"note: {finding}")
+        tell_once(finding, say)
 
 
 def served_weights(config: RunConfig) -> Weights:

@@ -1,80 +1,56 @@
-"""Run somebody's unchanged TRL script with a probe on every `GRPOTrainer` it builds, as `cProfile` does for Python.
-
-TRL is not imported before the script does it, so that environment variables which the script sets first keep working.
-"""
+"""`grpo-autotune run`: an unchanged TRL script with a probe on every `GRPOTrainer`, as `cProfile` does for Python."""
 
 from __future__ import annotations
 
-import runpy
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
+from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
+from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, run_as_main
 from grpo_autotune.scripts.values import SPEEDUPS, ScriptValues, load_script_values
-from grpo_autotune.seams.import_hooks import (
-    CONFIG_MODULE,
-    ENGINE_MODULE,
-    TRAINER_MODULE,
-    Execute,
-    Hook,
-    after_import,
-    hook_imports,
-)
-from grpo_autotune.seams.torchvision_compat import import_mended
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
-class EnoughSteps(SystemExit):
-    """Ends the script once the steps asked for were measured; exit code 0."""
+class ScriptProbes(ScriptHooks):
+    """The probes of one script's trainers.
 
-    def __init__(self) -> None:
-        super().__init__(0)
+    Args:
+        out_dir: Folder of the first trainer's report; those of further ones lie in it.
+        steps: End the script after this many measured steps of one trainer; None lets it run.
+        values: Given to every trainer in place of what the script says.
+        receipt: Measurements of these values; a live speed that differs is reported.
+    """
 
-
-class ScriptProbes:
-    """The probes of one script's trainers."""
-
-    def __init__(
-        self, startup: Startup, out_dir: Path, steps: int | None, values: ScriptValues, receipt: Receipt | None = None
-    ) -> None:
-        self.startup, self.out_dir, self.steps, self.values, self.receipt = startup, out_dir, steps, values, receipt
+    def __init__(self, out_dir: Path, steps: int | None, values: ScriptValues, receipt: Receipt | None = None) -> None:
+        super().__init__(values, Startup(), say)
+        self.out_dir, self.steps, self.receipt = out_dir, steps, receipt
         self.probes: list[Any] = []
         self.folders: list[Path] = []
 
-    def hooks(self) -> dict[str, Hook]:
-        """What to do around the script's import of which module."""
-        return {
-            "torchvision": _mending,
-            CONFIG_MODULE: after_import(self.values.on_config_module),
-            TRAINER_MODULE: after_import(self._on_trainer_module),
-            ENGINE_MODULE: after_import(self._on_engine_module),
-        }
-
     def reports(self) -> list[Report]:
         """A report for each trainer that finished a step, saved in its folder by the first rank."""
-        found = []
+        reports = []
         for probe, folder in zip(self.probes, self.folders, strict=True):
             probe.detach()
             record = probe.record()
             if record.timings.step_s and is_first_rank():
-                found.append(report_of(record, None, folder))
-        return found
+                reports.append(report_of(record, None, folder))
+        return reports
 
     def closing_line(self) -> str:
-        """Where the reports are, or why there is none."""
+        """Paths of the reports, or the reason that there is none."""
         if not self.probes:
             return "No report: the script built no GRPOTrainer."
         measured = [folder for probe, folder in zip(self.probes, self.folders, strict=True) if probe.closed]
@@ -83,46 +59,22 @@ class ScriptProbes:
         return f"Saved: {', '.join(str(folder / 'report.json') for folder in measured)}"
 
     def now(self) -> str | None:
-        """What the newest trainer, or else the script, is doing."""
+        """The stage of the newest trainer, or else the phase of the script's start; for a heartbeat."""
         for probe in reversed(self.probes):
             if probe.recorder.is_open:
-                found: str | None = probe.now()
-                return found
+                stage: str | None = probe.now()
+                return stage
         return self.startup.now()
 
-    def _on_trainer_module(self, module: ModuleType) -> None:
-        from grpo_autotune.seams.layers import AttributeSlot, wrap
-
-        self.values.on_trainer_module(module)
-        wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._built)
-        wrap(AttributeSlot(module.GRPOTrainer, "train"), self._trained)
-        wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
-
-    def _on_engine_module(self, module: ModuleType) -> None:
-        from grpo_autotune.seams.layers import AttributeSlot, wrap
-
-        self.values.on_engine_module(module)
-        wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._phase("engine"))
-
-    def _phase(self, name: str) -> Any:
-        def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            with self.startup.phase(name):
-                return call_next(*args, **kwargs)
-
-        return timed
-
-    def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    def before_build(self) -> None:
         if self.probes:
             self.startup = Startup(born_s=time.time())
-        self.startup.since_birth("script")
-        kwargs = self.values.arguments(kwargs)
-        with self.startup.phase("trainer"):
-            call_next(trainer, *args, **kwargs)
+
+    def after_build(self, trainer: Any) -> None:
         from grpo_autotune.probe.probe import Probe
         from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
         from grpo_autotune.train.runs.stop_after import StopAfter
 
-        self.values.finish(trainer, say)
         if self.receipt is not None:
             for sentence in differences(self.receipt, detect()) if not self.probes else ():
                 warn(sentence)
@@ -135,8 +87,8 @@ class ScriptProbes:
         if self.steps is not None:
             trainer.add_callback(StopAfter(self.steps + probe.warmup))
 
-    def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
-        result = call_next(trainer, *args, **kwargs)
+    def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
+        result = train()
         probe = next((probe for probe in self.probes if probe.trainer is trainer), None)
         if probe is not None and self.steps is not None and probe.closed >= self.steps + probe.warmup:
             raise EnoughSteps
@@ -170,43 +122,34 @@ def run_script(
         ConfigError: There is no such script, or its trainer cannot be given the values.
         BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
-    if not script.is_file():
-        raise ConfigError(
-            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
-        )
-    probes = ScriptProbes(Startup(), out_dir, steps, values, receipt)
-    finder = hook_imports(probes.hooks())
-    before = sys.argv, sys.path[0]
-    sys.argv = [str(script), *arguments]
-    sys.path[0] = str(script.resolve().parent)
+    probes = ScriptProbes(out_dir, steps, values, receipt)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         with Heartbeat(probes.now, say), output:
-            runpy.run_path(str(script), run_name="__main__")
+            run_as_main(script, arguments, probes)
     finally:
         signal.signal(signal.SIGTERM, previous)
-        sys.argv, sys.path[0] = before
-        sys.meta_path.remove(finder)
         finish(probes)
 
 
 def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptValues, Receipt | None]:
-    """What `--with` and `--speedups` ask for; where the latter does, the receipt tells of something else.
+    """The values of `--with` and `--speedups`, and the receipt unless `--speedups` makes it one of something else.
 
     Raises:
         ConfigError: The file cannot be read or holds something else, or there is no such speed-up.
     """
     values, receipt = load_script_values(path) if path is not None else ({}, None)
     if speedups is not None:
-        values[SPEEDUPS] = speedups if speedups in ("auto", "none") else speedups.split(",")
+        values[SPEEDUPS] = _speedups_of(speedups)
         receipt = None
     return ScriptValues(values), receipt
 
 
-def _mending(execute: Execute, module: ModuleType) -> None:
-    finding = import_mended(execute, module)
-    if finding is not None:
-        say(f"note: {finding}")
+def _speedups_of(text: str) -> Any:
+    """The value of `--speedups`: `auto`, `none`, names with commas, or a list in YAML, whose items may have options."""
+    if text.startswith("["):
+        return parse_yaml(text, "--speedups")
+    return text if text in ("auto", "none") else text.split(",")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

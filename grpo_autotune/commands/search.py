@@ -28,13 +28,13 @@ def search_config(
     storage: str | None,
     script: list[str] | None = None,
 ) -> tuple[SearchReport, int]:
-    """Search with real trials, telling on standard error how it goes.
+    """Search with real trials, the progress on standard error.
 
     Returns:
         The report, and the exit code: 0, or 130 where Ctrl-C ended it.
 
     Raises:
-        AutotuneError: As `search.session.search`.
+        AutotuneError: As for `search.session.search`.
     """
     with SearchView(Console(stderr=True)) as view, _terminated_as_interrupted():
         report = search(

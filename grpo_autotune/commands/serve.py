@@ -93,12 +93,12 @@ def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) ->
 
 
 def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
-    there = len(detect().gpus)
-    if unknown := [index for index in gpus if index >= there]:
-        raise ConfigError(f"there is no GPU {unknown[0]}: this machine has {there}", where="--gpus")
+    count = len(detect().gpus)
+    if unknown := [index for index in gpus if index >= count]:
+        raise ConfigError(f"there is no GPU {unknown[0]}: this machine has {count}", where="--gpus")
     names = [str(index) for index in gpus]
     if not gpus and config.vllm.server_gpus is not None:
-        names, _ = split_gpus(config, there)
+        names, _ = split_gpus(config, count)
     return serving_at(config, served_weights(config), names)
 
 

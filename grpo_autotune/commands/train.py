@@ -35,7 +35,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
             from grpo_autotune.train.trainer import run_training
-            from grpo_autotune.train.trial_trainer import EngineTime
+            from grpo_autotune.train.trial_trainer import engine_time
         startup.since_birth("import")
         watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
@@ -45,7 +45,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 
-        with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, EngineTime(startup):
+        with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
             )

@@ -13,10 +13,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
-from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys, wrong_type
+from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.section import Section
 from grpo_autotune.config.sources import read_source, resolve_source
+from grpo_autotune.config.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
@@ -151,8 +152,9 @@ class RunConfig(Section):
     rewards: list[RewardItem] = Field(min_length=1)
     grpo: dict[str, Any] = {}
     vllm: VllmSection = VllmSection()
-    speedups: str | list[str] = "none"
-    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names."""
+    speedups: SpeedUps = "auto"
+    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names. An item may be a mapping with
+    options: `{name: shared_prefix, form: flex}` also tries FlexAttention, on CUDA, and takes it where it is faster."""
     search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None
@@ -189,12 +191,10 @@ class RunConfig(Section):
             check_engine_keys(vllm, known_paths())
         return vllm
 
-    @field_validator("speedups")
+    @field_validator("speedups", mode="before")
     @classmethod
-    def _speedups_word(cls, speedups: str | list[str]) -> str | list[str]:
-        if isinstance(speedups, str) and speedups not in ("auto", "none"):
-            raise wrong_type("speedups", speedups, "auto, none, or a list of names")
-        return speedups
+    def _speedups_shape(cls, speedups: Any) -> Any:
+        return check_speedups(speedups)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -259,8 +259,9 @@ class RunConfig(Section):
         return cls.from_dict(_mapping(parse_yaml(text, where), where))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; keys that hold their default are left out."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """Plain values; keys that hold their default are left out, `speedups` apart: a stored run says what it had."""
+        values = {**self.model_dump(mode="json", exclude_defaults=True), "speedups": self.speedups}
+        return {name: values[name] for name in type(self).model_fields if name in values}
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back to an equal configuration."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.vision_shapes import VisionShape, vision_shape
+from grpo_autotune.seams.loss import EXPERT_KEYS
 
 
 class Family(NamedTuple):
@@ -33,8 +34,6 @@ FAMILIES = {
     "qwen3_vl": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True, head_dim=128),
 }
 """From `transformers/models/<family>/modeling_<family>.py`; any other decoder is read as one without biases."""
-
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)

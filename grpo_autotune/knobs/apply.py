@@ -1,4 +1,4 @@
-"""A configuration with knobs turned. What exact knobs promise holds whatever is asked for:
+"""A configuration with knobs applied. The promise of exact knobs holds whatever is asked for:
 
     completions per optimizer step = micro batch x accumulation x world size     (kept, unless prompts per step change)
     completions per generation     = micro batch x steps per generation x world size
@@ -15,9 +15,10 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs.context import Given, given
-from grpo_autotune.knobs.table import PROMPTS, Kind, knob
+from grpo_autotune.knobs.context import context_of
+from grpo_autotune.knobs.table import PROMPTS, Kind, grpo_value, knob
 from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.seams.loss import LOSS_KEYS, micro_batch_terms_of_keys
 
 Knobs = dict[str, Any]
 """Key path -> value."""
@@ -31,7 +32,7 @@ BATCH_KNOBS = frozenset({GROUP, MICRO, STEPS, PROMPTS})
 
 
 def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
-    """The configuration with these knobs turned; equal to `config` where all have the user's own values.
+    """The configuration with these knobs applied; equal to `config` where all have the user's own values.
 
     Engine keys are left out where `grpo.use_vllm` ends up false.
 
@@ -39,15 +40,15 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
         ConfigError: A key is no knob, a value is of a wrong type, or the numbers of the batch do not fit together; the
             message names the rule.
     """
-    turned = {key: value for key, value in knobs.items() if not same_value(value, knob(key).own(config))}
-    if GROUP in turned and knobs.get(PROMPTS) is not None:
-        turned[PROMPTS] = knobs[PROMPTS]  # prompts are kept, and so completions change with the group
+    applied = {key: value for key, value in knobs.items() if not same_value(value, knob(key).current(config))}
+    if GROUP in applied and knobs.get(PROMPTS) is not None:
+        applied[PROMPTS] = knobs[PROMPTS]  # prompts are kept, and so completions change with the group
     values = config.to_dict()
-    if turned:
+    if applied:
         values.pop("receipt", None)  # it tells of another configuration
-    _turn_batch(values, config, {key: turned.pop(key) for key in list(turned) if key in BATCH_KNOBS})
-    uses_vllm = turned.get("grpo.use_vllm", config.use_vllm)
-    for key, value in turned.items():
+    _apply_batch(values, config, {key: applied.pop(key) for key in list(applied) if key in BATCH_KNOBS})
+    uses_vllm = applied.get("grpo.use_vllm", config.use_vllm)
+    for key, value in applied.items():
         section, _, name = key.rpartition(".")
         if section == "vllm" and not uses_vllm:
             continue
@@ -69,58 +70,41 @@ def knobs_of(config: RunConfig, keys: Iterable[str]) -> Knobs:
     Raises:
         ConfigError: A key is no knob.
     """
-    return {key: knob(key).own(config) for key in keys}
+    return {key: knob(key).current(config) for key in keys}
 
 
 def kind_of(config: RunConfig, key: str, record: ProbeRecord | None = None) -> Kind:
-    """Whether turning a knob changes what is learned. The micro batch does where the loss depends on how a step is
-    split into micro batches.
+    """`learning` if another value of a knob changes what is learned, else `exact`.
+
+    The micro batch changes it where the loss depends on how a step is split into micro batches.
 
     Raises:
         ConfigError: The key is no knob.
     """
     row = knob(key)
-    if key == MICRO and partition_matters(given(config, record=record)):
-        return "learning"
+    if key == MICRO:
+        loss = {name: grpo_value(name, config) for name in LOSS_KEYS}
+        return "learning" if micro_batch_terms_of_keys(loss, context_of(config, record=record).model) else row.kind
     return row.kind
 
 
-def partition_matters(known: Given) -> str:
-    """What in the loss depends on the split into micro batches, in words; empty where nothing does.
-
-    `bnpo` divides by each micro batch's tokens, the entropy quantile is taken within one, the entropy bonus is a mean
-    over one, and so is the experts' balance term (`_compute_loss` in trl/trainer/grpo_trainer.py).
-    """
-    grpo = known.config.grpo
-    quantile = grpo.get("top_entropy_quantile")
-    balance = grpo.get("router_aux_loss_coef")
-    reasons = {
-        "the loss type bnpo": grpo.get("loss_type") == "bnpo",
-        "top_entropy_quantile": quantile is not None and quantile < 1.0,
-        "the entropy bonus": bool(grpo.get("entropy_coef") or grpo.get("use_adaptive_entropy")),
-        "the experts' balance term": known.experts and balance != 0.0,
-    }
-    return " and ".join(name for name, holds in reasons.items() if holds)
-
-
 def same_value(left: Any, right: Any) -> bool:
-    """Whether two knob values are one and the same: 2 and 2.0 are, 1 and true are not."""
+    """True if two knob values are one and the same: 2 and 2.0 are, 1 and true are not."""
     return (type(left) is type(right) and bool(left == right)) or (_number(left) and _number(right) and left == right)
 
 
 def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeRecord | None = None) -> str | None:
-    """The rule that makes a combination illegal, in one sentence; None for a legal one.
+    """The rule that a combination breaks, in one sentence; None for a legal one.
 
     Memory is no rule of this function: the models judge it.
     """
     try:
-        turned = with_knobs(config, knobs)
-        values = knobs_of(config, knobs)
+        changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)
     except ConfigError as error:
         return str(error)
-    known = given(turned, machine, record)
+    known = context_of(changed, machine, record)
     for key, value in knobs.items():
-        if same_value(value, values[key]):
+        if same_value(value, baseline[key]):
             continue
         reason = knob(key).rule(known, value)
         if reason is not None:
@@ -128,31 +112,31 @@ def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeReco
     return None
 
 
-def _turn_batch(values: dict[str, Any], config: RunConfig, turned: Knobs) -> None:
-    """Write the batch's keys that change, on one device: T completions a step, D a generation, M a micro batch."""
-    if not turned:
+def _apply_batch(values: dict[str, Any], config: RunConfig, applied: Knobs) -> None:
+    """Write the keys of the batch that change, on one device: T completions per step, D per generation."""
+    if not applied:
         return
     plan = config.batch
     T, D = plan.micro_batch * plan.accumulation, plan.micro_batch * plan.steps_per_generation
-    group, micro = turned.get(GROUP, plan.num_generations), turned.get(MICRO, plan.micro_batch)
+    group, micro = applied.get(GROUP, plan.num_generations), applied.get(MICRO, plan.micro_batch)
     for key, count in (
         (GROUP, group),
         (MICRO, micro),
-        (STEPS, turned.get(STEPS, 1)),
-        (PROMPTS, turned.get(PROMPTS, 1)),
+        (STEPS, applied.get(STEPS, 1)),
+        (PROMPTS, applied.get(PROMPTS, 1)),
     ):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{count!r} is not a positive whole number", where=key)
-    if STEPS in turned:
-        D = plan.micro_batch * turned[STEPS]
-    if PROMPTS in turned:
-        T_new = _divided(turned[PROMPTS] * group, plan.processes, PROMPTS, "completions a step", "world size")
+    if STEPS in applied:
+        D = plan.micro_batch * applied[STEPS]
+    if PROMPTS in applied:
+        T_new = _divided(applied[PROMPTS] * group, plan.processes, PROMPTS, "completions per step", "world size")
         D = _divided(
-            D * T_new, T, PROMPTS, "completions a generation, kept in proportion to a step's,", "those of a step"
+            D * T_new, T, PROMPTS, "completions per generation, kept in proportion to a step's,", "those of a step"
         )
         T = T_new
-    accumulation = _divided(T, micro, MICRO, "completions a step on a device", "per_device_train_batch_size")
-    steps = _divided(D, micro, MICRO, "completions a generation on a device", "per_device_train_batch_size")
+    accumulation = _divided(T, micro, MICRO, "completions per step and device", "per_device_train_batch_size")
+    steps = _divided(D, micro, MICRO, "completions per generation and device", "per_device_train_batch_size")
     grpo = _section(values, "grpo")
     _write(grpo, "num_generations", group, plan.num_generations)
     _write(grpo, "per_device_train_batch_size", micro, plan.micro_batch)

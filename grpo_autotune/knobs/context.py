@@ -1,4 +1,4 @@
-"""What is known before a knob is turned: the configuration, the machine, the model's config.json, a probe's record."""
+"""The facts before a knob is applied: the configuration, the machine, the model's config.json, a probe's record."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.registry import names
 
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
-
-class Given(NamedTuple):
-    """What decides a knob's values and kind.
+class KnobContext(NamedTuple):
+    """The facts that decide a knob's values and kind.
 
     Attributes:
         config: The user's configuration.
-        machine: Null where only the configuration is asked about.
+        machine: None where only the configuration is asked about.
         model: The model's config.json; empty where nobody has it yet.
         record: A probe of this configuration, where there is one.
     """
@@ -40,13 +38,8 @@ class Given(NamedTuple):
         return nested if isinstance(nested, Mapping) else self.model
 
     @property
-    def experts(self) -> bool:
-        """Whether the model is a mixture of experts."""
-        return any(self.text.get(key) for key in EXPERT_KEYS)
-
-    @property
     def images(self) -> bool | None:
-        """Whether prompts hold images; null where that is not known."""
+        """True if prompts hold images; None where that is not known."""
         if self.record is not None:
             return self.record.images is not None
         if self.model and "vision_config" not in self.model:
@@ -60,10 +53,10 @@ class Given(NamedTuple):
         return len(self.machine.gpus) if self.machine is not None else 0
 
 
-def given(config: RunConfig, machine: Machine | None = None, record: ProbeRecord | None = None) -> Given:
+def context_of(config: RunConfig, machine: Machine | None = None, record: ProbeRecord | None = None) -> KnobContext:
     """Gather what is known without loading or downloading anything."""
     model = record.trainer.model_config_json if record is not None else model_config(config)
-    return Given(config, machine, model, record)
+    return KnobContext(config, machine, model, record)
 
 
 def model_config(config: RunConfig) -> Mapping[str, Any]:
@@ -85,10 +78,10 @@ def _stored(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _cached(name: str, revision: str | None, file: str) -> Path | None:
@@ -96,10 +89,10 @@ def _cached(name: str, revision: str | None, file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, file, revision=revision)
+        cached = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
@@ -107,10 +100,10 @@ def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
     cache: smaller images are enlarged, larger ones shrunk."""
     name, revision = str(config.model.name_or_path), config.model.revision
     whole = _stored(name, revision, "processor_config.json").get("image_processor") or {}
-    found = whole or _stored(name, revision, "preprocessor_config.json")
-    size = found.get("size") or {}
+    settings = whole or _stored(name, revision, "preprocessor_config.json")
+    size = settings.get("size") or {}
     least, most = (
-        found.get("min_pixels") or size.get("shortest_edge"),
-        found.get("max_pixels") or size.get("longest_edge"),
+        settings.get("min_pixels") or size.get("shortest_edge"),
+        settings.get("max_pixels") or size.get("longest_edge"),
     )
     return (int(least), int(most)) if least and most else None

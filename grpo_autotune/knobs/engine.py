@@ -1,4 +1,4 @@
-"""What a configuration makes of a colocated engine: defaults of TRL and vLLM filled in, and the memory that follows."""
+"""A colocated engine by its configuration: defaults of TRL and vLLM filled in, and the memory that follows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, EngineNeed, engine_need
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.knobs.context import Given
+from grpo_autotune.knobs.context import KnobContext
 from grpo_autotune.rollout.server.command import TRL_BATCHED_TOKENS
 
 TRL_SHARE = 0.3
@@ -19,6 +19,22 @@ VLLM_SHARE = 0.92
 
 SLEEP = 2
 """TRL's level (trl/generation/vllm_generation.py)."""
+
+DESCRIBED = frozenset(
+    {
+        "gpu_memory_utilization",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "tensor_parallel_size",
+        "sleep_level",
+        "enable_sleep_mode",
+        "weight_sync",
+        "mode",
+        "server_gpus",
+    }
+)
+"""Engine keys that a formula takes, or that `word` has in its own form."""
 
 
 def share_of(config: RunConfig) -> float:
@@ -58,52 +74,55 @@ def batched_tokens(config: RunConfig) -> int:
 
 
 def waves(config: RunConfig) -> float:
-    """How often the completions of a generation take turns: 1 where all are generated at once."""
+    """Rounds in which the completions of a generation are generated: 1 where all are at once."""
     return max(1.0, rows_of_generation(config) / running(config)) if config.use_vllm else 1.0
 
 
 def word(config: RunConfig) -> str:
-    """What generates, and its settings that no formula describes."""
+    """The engine that generates, and its settings that no formula describes."""
     section = config.vllm
     if not config.use_vllm:
         return "generate"
     if section.at_server and section.server_gpus is None:
         return "server"
-    switches = (section.enable_prefix_caching, section.enable_chunked_prefill, section.enforce_eager)
-    types = (section.kv_cache_dtype, section.quantization)
+    settings = section.model_dump(exclude_none=True)
+    others = [f"{name} {value}" for name, value in settings.items() if name not in DESCRIBED]
     place = () if section.server_gpus is None else ("server", section.server_gpus)
-    words = (*place, batched_tokens(config), section.weight_sync, sleep_level(config), *switches, *types)
-    return " ".join(map(str, words))
+    return " ".join(map(str, (*place, batched_tokens(config), section.weight_sync, sleep_level(config), *others)))
 
 
 def sleep_level(config: RunConfig) -> int:
-    """What the engine gives back while weights are trained."""
+    """Level of sleep while weights are trained, 0 for none: memory that the engine gives back."""
     if config.vllm.sleep_level is not None:
         return config.vllm.sleep_level
     return SLEEP if config.vllm.enable_sleep_mode else 0
 
 
-def longest(given: Given) -> int | None:
-    """Longest request in tokens: the model's own length where nothing is said; null where nobody knows it."""
-    found = given.config.vllm.max_model_len or given.text.get("max_position_embeddings")
-    return int(found) if found else None
+def longest(context: KnobContext) -> int | None:
+    """Longest request in tokens: the model's own length where nothing is said; None where nobody knows it."""
+    longest_row = context.config.vllm.max_model_len or context.text.get("max_position_embeddings")
+    return int(longest_row) if longest_row else None
 
 
-def share_bytes(given: Given) -> float | None:
-    """Bytes of the engine's share; null where it is not on a GPU of this machine."""
-    return share_of(given.config) * given.machine.gpus[0].memory_bytes if given.machine and given.machine.gpus else None
+def share_bytes(context: KnobContext) -> float | None:
+    """Bytes of the engine's share; None where it is not on a GPU of this machine."""
+    return (
+        share_of(context.config) * context.machine.gpus[0].memory_bytes
+        if context.machine and context.machine.gpus
+        else None
+    )
 
 
-def need_of(given: Given) -> EngineNeed | None:
-    """Memory of the engine, from the model's config.json alone; null where that has no formulas."""
-    whole, config = longest(given), given.config
+def need_of(context: KnobContext) -> EngineNeed | None:
+    """Memory of the engine, from the model's config.json alone; None where that has no formulas."""
+    whole, config = longest(context), context.config
     if whole is None:
         return None
     try:
-        shape = ModelShape.from_config(given.model)
+        shape = ModelShape.from_config(context.model)
     except ConfigError:
         return None
-    return need(shape, config, whole, whole, value_bytes(given))
+    return need(shape, config, whole, whole, value_bytes(context))
 
 
 def need(shape: ModelShape, config: RunConfig, whole: float, row: float, value: float) -> EngineNeed:
@@ -121,10 +140,15 @@ def need(shape: ModelShape, config: RunConfig, whole: float, row: float, value: 
     )
 
 
-def value_bytes(given: Given) -> float:
+def value_bytes(context: KnobContext) -> float:
     """Bytes of a number that the engine computes with; it follows the trainer."""
-    config = given.config
+    config = context.config
     if config.grpo.get("bf16") or config.grpo.get("fp16"):
         return HALF_BYTES
-    names: tuple[Any, ...] = (config.vllm.dtype, config.model.dtype, given.model.get("dtype"), given.text.get("dtype"))
+    names: tuple[Any, ...] = (
+        config.vllm.dtype,
+        config.model.dtype,
+        context.model.get("dtype"),
+        context.text.get("dtype"),
+    )
     return next((BYTES[str(name)] for name in names if str(name) in BYTES), HALF_BYTES)

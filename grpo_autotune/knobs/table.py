@@ -1,4 +1,4 @@
-"""What may be searched: one row a knob, which says whether it changes what is learned, its values, and why it matters.
+"""The table of knobs: a row says whether its knob changes what is learned, its values, and why it matters.
 
 Exact knobs change an optimizer step's time and memory and leave its mathematics alone; learning knobs change what is
 learned. The split is the one that decides into which tuned file a change may go.
@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, nearest_path
-from grpo_autotune.knobs import engine, rules, values
-from grpo_autotune.knobs.context import Given
+from grpo_autotune.knobs import engine, engine_knobs, rules, values
+from grpo_autotune.knobs.context import KnobContext
 
 Kind = Literal["exact", "learning"]
 
@@ -28,29 +28,30 @@ class Knob(NamedTuple):
     Attributes:
         key: Key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`).
         kind: `exact` or `learning`; see `kind_of` for the knob that can be either.
-        why: What turning it does to a step.
-        own: The user's own value, TRL's default where it is left out.
-        values: Values tried when the user names none, the own first; empty where the knob does not apply.
-        rule: What stands in the way of a value.
-        searched: Whether it is searched without being named in `search.knobs`.
+        why: Its effect on a step.
+        current: The user's own value, TRL's default where it is left out.
+        values: Values tried when the user names none, the user's own first; empty where the knob does not apply.
+        rule: The reason against a value.
+        searched: True if it is searched without being named in `search.knobs`.
     """
 
     key: str
     kind: Kind
     why: str
-    own: Callable[[RunConfig], Any]
-    values: Callable[[Given], tuple[Any, ...]]
+    current: Callable[[RunConfig], Any]
+    values: Callable[[KnobContext], tuple[Any, ...]]
     rule: rules.Rule = rules.no_rule
     searched: bool = False
 
 
-def _grpo(name: str, config: RunConfig) -> Any:
+def grpo_value(name: str, config: RunConfig) -> Any:
+    """The user's value of a key of `GRPOConfig`, TRL's default where it is left out."""
     return config.grpo[name] if name in config.grpo else grpo_keys()[name].default_value()
 
 
 def _vllm(name: str, default: Any, config: RunConfig) -> Any:
-    given = getattr(config.vllm, name)
-    return default if given is None else given
+    value = getattr(config.vllm, name)
+    return default if value is None else value
 
 
 def _rank(config: RunConfig) -> Any:
@@ -70,11 +71,11 @@ def _key(
     *,
     rule: rules.Rule = rules.no_rule,
     searched: bool = False,
-    own: Callable[[RunConfig], Any] | None = None,
+    current: Callable[[RunConfig], Any] | None = None,
 ) -> Knob:
     """A row whose values are found around the user's own."""
-    read = own or partial(_grpo, key.removeprefix("grpo."))
-    return Knob(key, kind, why, read, lambda given: find(given, read(given.config)), rule, searched)
+    read = current or partial(grpo_value, key.removeprefix("grpo."))
+    return Knob(key, kind, why, read, lambda context: find(context, read(context.config)), rule, searched)
 
 
 TABLE: tuple[Knob, ...] = (
@@ -90,7 +91,7 @@ TABLE: tuple[Knob, ...] = (
     Knob(
         "grpo.num_generations",
         "learning",
-        "the size of a group, at the same completions a step",
+        "the size of a group, at the same completions per step",
         lambda config: config.batch.num_generations,
         values.group_sizes,
         searched=True,
@@ -107,16 +108,16 @@ TABLE: tuple[Knob, ...] = (
         "vllm.gpu_memory_utilization",
         "exact",
         "memory for the engine's keys and values, taken from the trainer",
-        values.memory_shares,
-        rule=rules.memory_share_rule,
+        engine_knobs.memory_shares,
+        rule=engine_knobs.memory_share_rule,
         searched=True,
-        own=engine.share_of,
+        current=engine.share_of,
     ),
     _key(
         "grpo.gradient_checkpointing",
         "exact",
         "activations are kept instead of computed twice",
-        lambda given, own: values.switch(own),
+        lambda context, own: values.switch(own),
         searched=True,
     ),
     Knob(
@@ -132,87 +133,87 @@ TABLE: tuple[Knob, ...] = (
         "vllm.max_num_seqs",
         "exact",
         "completions that are generated at once: fewer leave room to each, more fill the device",
-        values.running_counts,
-        rule=rules.running_rule,
+        engine_knobs.running_counts,
+        rule=engine_knobs.running_rule,
         searched=True,
-        own=engine.running,
+        current=engine.running,
     ),
     _key(
         "vllm.max_num_batched_tokens",
         "exact",
         "tokens of one engine step: larger ones prefill faster and take memory for their activations",
-        values.batched_tokens,
-        rule=rules.batched_rule,
+        engine_knobs.batched_tokens,
+        rule=engine_knobs.batched_rule,
         searched=True,
-        own=engine.batched_tokens,
+        current=engine.batched_tokens,
     ),
     _key(
         "vllm.sleep_level",
         "exact",
         "the engine gives its memory back while weights are trained, for the time of falling asleep and waking",
-        values.sleep_levels,
-        rule=rules.sleep_rule,
+        engine_knobs.sleep_levels,
+        rule=engine_knobs.sleep_rule,
         searched=True,
-        own=engine.sleep_level,
+        current=engine.sleep_level,
     ),
     _key(
         "vllm.weight_sync",
         "exact",
         "an adapter is sent in no time and costs at every token; merged weights are sent whole and cost nothing then",
-        values.syncs,
-        rule=rules.sync_rule,
+        engine_knobs.syncs,
+        rule=engine_knobs.sync_rule,
         searched=True,
-        own=lambda config: config.vllm.weight_sync,
+        current=lambda config: config.vllm.weight_sync,
     ),
     _key(
         "vllm.enable_prefix_caching",
         "exact",
         "a group's prompt is prefilled once",
-        values.engine_switch,
-        rule=rules.colocate_rule,
-        own=partial(_vllm, "enable_prefix_caching", True),
+        engine_knobs.engine_switch,
+        rule=engine_knobs.colocate_rule,
+        current=partial(_vllm, "enable_prefix_caching", True),
     ),
     _key(
         "vllm.enable_chunked_prefill",
         "exact",
         "long prompts are prefilled beside the tokens of others",
-        values.engine_switch,
-        rule=rules.chunked_rule,
-        own=partial(_vllm, "enable_chunked_prefill", True),
+        engine_knobs.engine_switch,
+        rule=engine_knobs.chunked_rule,
+        current=partial(_vllm, "enable_chunked_prefill", True),
     ),
     _key(
         "vllm.enforce_eager",
         "exact",
         "no graphs and no compilation: a shorter start, slower tokens",
-        values.engine_switch,
-        rule=rules.colocate_rule,
-        own=partial(_vllm, "enforce_eager", False),
+        engine_knobs.engine_switch,
+        rule=engine_knobs.colocate_rule,
+        current=partial(_vllm, "enforce_eager", False),
     ),
     _key(
         "vllm.tensor_parallel_size",
         "exact",
         "GPUs that share one engine",
-        values.tensor_parallel_sizes,
-        rule=rules.tensor_parallel_rule,
+        engine_knobs.tensor_parallel_sizes,
+        rule=engine_knobs.tensor_parallel_rule,
         searched=True,
-        own=engine.written_tensor_parallel,
+        current=engine.written_tensor_parallel,
     ),
     _key(
         "vllm.server_gpus",
         "exact",
         "GPUs of a vLLM server beside the trainer; null is the engine in the training process",
-        values.server_gpus,
-        rule=rules.server_rule,
+        engine_knobs.server_gpus,
+        rule=engine_knobs.server_rule,
         searched=True,
-        own=lambda config: config.vllm.server_gpus,
+        current=lambda config: config.vllm.server_gpus,
     ),
     Knob(
         "grpo.use_vllm",
         "learning",
         "another engine samples, and TRL weighs its samples by how far its log-probs are off",
         lambda config: config.use_vllm,
-        values.engines,
-        rules.engine_rule,
+        engine_knobs.engines,
+        engine_knobs.engine_rule,
         searched=True,
     ),
     _key(
@@ -236,28 +237,28 @@ TABLE: tuple[Knob, ...] = (
         "exact",
         "work that TRL does twice is done once",
         lambda config: config.speedups,
-        lambda given: values.speed_ups(given, given.config.speedups),
+        lambda context: values.speed_ups(context, context.config.speedups),
         searched=True,
     ),
     _key(
         "vllm.kv_cache_dtype",
         "learning",
         "keys and values in 8 bits: twice as many completions at once, sampled a little differently",
-        values.cache_types,
-        rule=rules.cache_type_rule,
-        own=partial(_vllm, "kv_cache_dtype", "auto"),
+        engine_knobs.cache_types,
+        rule=engine_knobs.cache_type_rule,
+        current=partial(_vllm, "kv_cache_dtype", "auto"),
     ),
     _key(
         "vllm.quantization",
         "learning",
         "the engine's base in 8 bits: less memory to read at every token, sampled a little differently",
-        values.quantizations,
-        rule=rules.quantized_rule,
-        own=partial(_vllm, "quantization", None),
+        engine_knobs.quantizations,
+        rule=engine_knobs.quantized_rule,
+        current=partial(_vllm, "quantization", None),
     ),
     _key("grpo.max_completion_length", "learning", "the longest answer allowed", values.completion_lengths),
     _key("grpo.beta", "learning", "without a KL term no reference pass is made", values.betas),
-    _key("peft.r", "learning", "the adapter's rank", values.ranks, rule=rules.adapter_rule, own=_rank),
+    _key("peft.r", "learning", "the adapter's rank", values.ranks, rule=rules.adapter_rule, current=_rank),
     Knob(
         "grpo.steps_per_generation",
         "learning",
@@ -272,7 +273,7 @@ TABLE: tuple[Knob, ...] = (
         "base weights in 4 bits: less memory, more arithmetic",
         values.precisions,
         rule=rules.four_bit_rule,
-        own=lambda config: config.model.load_in_4bit,
+        current=lambda config: config.model.load_in_4bit,
     ),
     Knob(
         PROMPTS,

@@ -34,6 +34,11 @@ def memory_of(machine: Machine, trainer: TrainerFacts) -> int | None:
     return machine.memory_bytes // trainer.world_size
 
 
+def fits(models: PeakModel, config: RunConfig, memory_bytes: int | None) -> bool:
+    """True where the worst case fits into the memory with enough certainty to be run or advised."""
+    return chance_to_fit(models, config, memory_bytes) >= LEAST_CHANCE
+
+
 def chance_to_fit(models: PeakModel, config: RunConfig, memory_bytes: int | None) -> float:
     """Probability that the worst case stays within `MEMORY_SHARE` of the memory, its peak taken as log-normal with the
     models' interval; weighs a gain as in Gardner et al. 2014, "Bayesian optimization with inequality constraints"."""

@@ -27,7 +27,7 @@ from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
-from grpo_autotune.rollout.fidelity.training_log import is_watched, meter_of
+from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.units import duration
@@ -60,8 +60,8 @@ class Probe:
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
-        self.watched = is_watched(trainer)
-        self.fidelity = meter_of(trainer) if self.watched else FidelityMeter(trainer)
+        watching = meter_of(trainer)
+        self.watched, self.fidelity = watching is not None, watching or FidelityMeter(trainer)
         self.fidelity.around = lambda: self.recorder.span("", "probe")
         self.closed = 0
         self.engine = meter_for(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 
 from grpo_autotune.records.probe import Phase
+from grpo_autotune.seams.layers import Layer
 from grpo_autotune.units import duration
 
 LEAST_S = 1.0
@@ -62,3 +64,13 @@ class Startup:
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first counted."""
         return [Phase(name=name, seconds=max(0.0, seconds)) for name, seconds in self._seconds.items()]
+
+
+def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:
+    """A layer that books the time of every call to the start-up phase `name`."""
+
+    def layer(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with phase(name):
+            return call_next(*args, **kwargs)
+
+    return layer

@@ -1,16 +1,14 @@
-"""Workers as the parent holds them: a guardian's session each, a pipe for orders, and a pipe whose end ends them."""
+"""A command as its parent holds it: a guardian's session, and a pipe whose end ends them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
@@ -21,27 +19,12 @@ END_S = 10.0
 """What a guardian has to tidy up before it is killed with its group."""
 
 
-class Worker(Protocol):
-    """What a runner needs of a worker."""
-
-    @property
-    def pid(self) -> int: ...
-    def order(self, folder: Path) -> bool:
-        """Name a trial to run; whether there is still somebody to hear it."""
-
-    def poll(self) -> int | None:
-        """Exit code (negative: a signal), None while it runs."""
-
-    def end(self) -> None:
-        """Kill it and all it started, and wait until they are gone."""
-
-
 PYTHON = [sys.executable, "-P"]
 """Without the current folder on the path: a folder `vllm` of the user's there would pass for an installed vLLM."""
 
 
 class Guarded:
-    """A command behind its guardian, in a session of its own: nothing that it starts outlives it, nor this process.
+    """A command behind its guardian, in a session of its own: nothing that it starts outlives it or this process.
 
     Args:
         words: The command.
@@ -100,61 +83,11 @@ class Guarded:
         psutil.wait_procs(descendants, timeout=END_S)
 
 
-class GuardedWorker(Guarded):
-    """A worker behind its guardian.
-
-    Args:
-        folder: Of its first trial; its log gets what is written before the trial begins.
-        log: Standard output and error.
-        world_size: More than one are ranks under `torchrun`, which serve that one trial.
-    """
-
-    def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
-        words = [*PYTHON, "-m", "grpo_autotune.trials.child.worker"]
-        if world_size > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-            words = [sys.executable, *launch, "-m", "grpo_autotune.trials.child.worker", str(folder.absolute())]
-        super().__init__(words, log, without_rank(), subprocess.PIPE)
-
-    def order(self, folder: Path) -> bool:
-        if self._process.stdin is None or self._process.poll() is not None:
-            return False
-        try:
-            self._process.stdin.write(f"{folder.absolute()}\n".encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return False
-        return True
-
-    def end(self) -> None:
-        super().end()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-
-
-def oom_kills() -> int:
-    """Processes that the kernel has killed for memory so far: in this cgroup, or in the system if that is unknown."""
-    for path in _counters():
-        try:
-            found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
-        except OSError:
-            continue
-        if found is not None:
-            return int(found[1])
-    return 0
-
-
-def _counters() -> list[Path]:
-    """Where the kernel counts them: cgroup v2's `memory.events`, v1's `memory.oom_control`, and `/proc/vmstat`."""
-    try:
-        rows = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return []
-    v1 = Path("/sys/fs/cgroup/memory")
-    found = [v1.parent / path.lstrip("/") / "memory.events" for _, of, path in rows if not of]
-    found += [v1 / path.lstrip("/") / "memory.oom_control" for _, of, path in rows if "memory" in of.split(",")]
-    return [*found, Path("/proc/vmstat")]
+def exit_words(code: int) -> str:
+    """An exit code in words: `exit code 3`, or the name of the signal (a negative code)."""
+    if code >= 0:
+        return f"exit code {code}"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""The process between parent and worker: nothing that a trial started outlives it, nor the parent.
+"""The process between a parent and its command: nothing that the command starts outlives either.
 
     python -m grpo_autotune.processes.guardian LIFELINE COMMAND...
 

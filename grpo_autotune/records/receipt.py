@@ -35,7 +35,7 @@ class ChangedKnob(_Part):
 
 
 class Receipt(_Part):
-    """What `grpo-autotune search` measured of this configuration; `train` compares it with what it finds."""
+    """Measurements of this configuration by `grpo-autotune search`; `train` compares them with its own."""
 
     machine: str
     """Fingerprint of the hardware."""
@@ -56,7 +56,7 @@ class Receipt(_Part):
     baseline_step_s: float
     """Median seconds of a step of the configuration that the search began with."""
     speedup: float
-    """Useful completions a second over those of that configuration."""
+    """Useful completions per second over those of that configuration."""
     speedup_low: float
     """Lower end of its interval."""
     speedup_high: float

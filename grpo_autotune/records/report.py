@@ -19,8 +19,8 @@ class Change(Frozen):
     """One key of the configuration: its value (None: unknown to the probe) and the value it should have."""
 
     key: str
-    before: bool | int | float | str | None
-    after: bool | int | float | str | None
+    before: Any
+    after: Any
 
 
 class Advice(Frozen):

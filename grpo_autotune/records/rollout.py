@@ -1,4 +1,4 @@
-"""What is known of the rollout engine after a run: frozen, free of torch, and equal after a trip through JSON."""
+"""Facts about the rollout engine after a run: frozen, free of torch, and equal after a trip through JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FidelityPart(EngineRecord):
     """The differences of some of the sampled tokens.
 
     Attributes:
-        rows: Whether their prompts hold an image.
+        rows: `image` where their prompts hold one, else `text`.
         when: `first` for tokens sampled before the first optimizer step that was watched, else `later`.
         seen: `repeated` where the same prompt (and image) was sampled from under older weights, else `new`.
     """
@@ -35,7 +35,7 @@ class Cause(EngineRecord):
 
     Attributes:
         name: Such as `stale weights`.
-        points: Whether what was measured speaks for it; `unknown` where it cannot tell.
+        points: `yes` where what was measured speaks for it; `unknown` where it cannot tell.
         evidence: What was measured.
         check: What tells this cause from the others.
     """
@@ -47,7 +47,7 @@ class Cause(EngineRecord):
 
 
 class Fidelity(EngineRecord):
-    """How far the rollout engine's log-probs are from the trainer's, in nats over sampled tokens.
+    """Difference between the rollout engine's log-probs and the trainer's, in nats over sampled tokens.
 
     Both sides are compared as the model gives them. What truncated sampling and penalties do to the engine's numbers is
     computed from the trainer's logits and told apart as `shift_nats`.
@@ -58,18 +58,18 @@ class Fidelity(EngineRecord):
         tokens: Tokens compared.
         threshold_nats: The mean above which it is not rounding: the coarser of the two dtypes decides.
         ok: The mean is within the threshold, the engine samples with the trainer's parameters, and its weights follow.
-        dropped_share: Share of `dropped_of` whose importance weight is zero; null without the correction.
+        dropped_share: Share of `dropped_of` whose importance weight is zero; None without the correction.
         dropped_of: What is dropped as a whole: `samples` in TRL's `sequence_*` modes, `tokens` in its `token_*` modes.
-        shift_nats: Mean absolute difference that the sampling parameters make; null where they make none.
+        shift_nats: Mean absolute difference that the sampling parameters make; None where they make none.
         sampling: The parameters that the engine sampled with, where they are not plain sampling.
-        text_nats: Mean absolute difference over a fixed text that both sides score; null where that was not possible.
-        moved: Whether the engine's log-probs of that text moved whenever the trainer's did; null where the trainer's
+        text_nats: Mean absolute difference over a fixed text that both sides score; None where that was not possible.
+        moved: True if the engine's log-probs of that text moved whenever the trainer's did; None where the trainer's
             moved too little to tell.
         updates_checked: Optimizer steps (or groups of them) behind `moved`.
         trainer_moved_nats: Mean over them of how far the trainer's log-probs of the text moved.
         engine_moved_nats: The same of the engine's.
         parts: The differences by kind of row.
-        cause: What the evidence points to, where it is not ok; null where it does not decide.
+        cause: What the evidence points to, where it is not ok; None where it does not decide.
         causes: Every cause considered.
     """
 
@@ -93,7 +93,7 @@ class Fidelity(EngineRecord):
 
 
 class EngineFacts(EngineRecord):
-    """What the engine did in the measured generations. Rates are of this rank's engine.
+    """Work of the engine in the measured generations. Rates are of this rank's engine.
 
     Attributes:
         generations: Calls that asked it for completions.
@@ -105,19 +105,19 @@ class EngineFacts(EngineRecord):
         decode_s: Seconds of engine steps that only decoded.
         prefill_tokens_per_s: Prompt tokens computed over `prefill_s`.
         decode_tokens_per_s: Decoded tokens of the steps that only decoded, over `decode_s`.
-        images_encoded: Runs of the vision encoder; null where the engine does not tell.
+        images_encoded: Runs of the vision encoder; None where the engine does not tell.
         running_mean: Requests under way, over the engine's steps, each weighted with its seconds.
         running_max: Most of them.
         waiting_max: Most requests that waited for a place.
-        kv_use_max: Largest share of the key-value cache in use; null where the engine does not tell.
+        kv_use_max: Largest share of the key-value cache in use; None where the engine does not tell.
         kv_tokens: Tokens that the key-value cache holds.
         preemptions: Requests thrown out for lack of cache, to be computed anew.
-        start_s: Seconds that starting the engine took; null where it was started elsewhere.
-        sleep_s: Seconds a call of `sleep`; null without calls. `wake_s`, `sync_s`: the same of `wake_up` and of a
+        start_s: Seconds that starting the engine took; None where it was started elsewhere.
+        sleep_s: Seconds per call of `sleep`; None without calls. `wake_s`, `sync_s`: the same of `wake_up` and of a
             weight sync.
         syncs: Weight syncs.
         sync_bytes: Bytes that one of them moved.
-        sync_way: How (`merged`, `batched`, `adapter`).
+        sync_way: `merged`, `batched` or `adapter`.
         source: Where these numbers come from: the engine's scheduler in this process, or a server's metrics.
     """
 

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Frozen
-from grpo_autotune.records.trial import Status
+from grpo_autotune.records.report import Change, Kind
+from grpo_autotune.records.trial import Progress, Status, TrialSpec
 
 SCHEMA: Final = "grpo-autotune/search/1"
 
 Ended = Literal["budget", "exhausted", "interrupted", "prediction", "failing"]
-"""Why a search came to its end: time was up; nothing left could win; Ctrl-C; it only predicted (`--budget 0`); or
+"""Reason for the end of a search: time was up; nothing left could win; Ctrl-C; it only predicted (`--budget 0`); or
 trials failed one after another whatever the knobs."""
 
 
-class Guard(Frozen):
-    """What was found out about one value of one learning knob.
+class Guard(Change):
+    """Judgement of one value of one learning knob: does it learn the same?
 
     Attributes:
-        key: The knob.
-        before: The user's value.
-        after: The value judged.
-        proven: Whether it may enter `tuned.yaml` on the measurements alone.
-        why: In one sentence.
-        reward_difference: Mean reward with the change less that without, on the same prompts; null where not measured.
+        proven: True where it may enter `tuned.yaml` on the measurements alone.
+        why: The reason in one sentence.
+        reward_difference: Mean reward with the change less that without, on the same prompts; None where not measured.
         reward_low: Lower end of its interval.
         reward_high: Upper end.
         prompts: Pairs it rests on.
-        prompts_needed: Pairs that would settle it if difference and spread stay as seen; null where it is settled, or
-            where nothing was seen.
+        prompts_needed: Pairs that would settle it if difference and spread stay as measured; None where it is settled,
+            or where nothing was measured.
         truncated_before: Share of completions cut off without the change.
         truncated_after: Share with it.
     """
 
-    key: str
-    before: Any
-    after: Any
     proven: bool
     why: str
     reward_difference: float | None = None
@@ -50,44 +45,44 @@ class Guard(Frozen):
 
 
 class Candidate(Frozen):
-    """One configuration with everything that was found out about it.
+    """One configuration with all that was measured or predicted of it.
 
     Attributes:
         knobs: Key path -> value, of every knob of the space.
         changed: Those that differ from the user's.
-        number: Trial that measured it; null where it is predicted.
-        score: Useful completions a second.
+        number: Trial that measured it; None where it is predicted.
+        score: Useful completions per second.
         baseline_step_s: Median seconds of a step of the user's configuration that `speedup` was taken against: of the
             same race where `raced`.
         step_s: Median seconds of an optimizer step.
         step_s_ci: Its interval.
         steps: Steps it rests on.
-        predicted_s: What the models said of `step_s` before it was measured.
+        predicted_s: Prediction of `step_s` before it was measured.
         speedup: `score` over the baseline's.
         ci: Its interval; of the race where `raced`.
-        raced: Whether both were measured in turns on the same prompts.
+        raced: True where both were measured in an interleaved race on the same prompts.
         peak_bytes: Most memory.
-        worst_case: The step with longest prompts, largest images, full-length completions.
+        worst_case: Outcome of the step with the longest prompts, largest images and full-length completions.
     """
 
     knobs: dict[str, Any]
     changed: dict[str, Any]
-    number: int | None
+    number: int | None = None
     score: float
     step_s: float
     baseline_step_s: float
     step_s_ci: list[float]
     steps: int
-    predicted_s: float | None
+    predicted_s: float | None = None
     speedup: float
     ci: list[float]
-    raced: bool
-    peak_bytes: int | None
+    raced: bool = False
+    peak_bytes: int | None = None
     worst_case: Literal["passed", "not run"] = "not run"
 
 
 class TrialRow(Frozen):
-    """One trial of the table; `score` is null unless it was measured, `source` is who proposed it."""
+    """One trial of the table; `score` is None unless it was measured, `source` names what proposed it."""
 
     number: int
     purpose: str
@@ -104,7 +99,7 @@ class TrialRow(Frozen):
 
 
 class ModelError(Frozen):
-    """How far predictions made before a trial were from what it measured, as shares."""
+    """Relative errors of the predictions that were made before trials measured the same."""
 
     median: float
     p90: float
@@ -119,33 +114,66 @@ class Skipped(Frozen):
     example: dict[str, Any]
 
 
-class Contribution(Frozen):
-    """What one change of the winner brings: its speed over the speed with this change alone taken back.
+class Contribution(Change):
+    """Part of one change in the winner's speed: that speed over the speed with this change alone taken back.
 
     Attributes:
-        factor: Null where the winner without this change is no legal combination; `why` says so.
-        measured: False where the models say it.
+        factor: None where the winner without this change is no legal combination; `why` says so.
+        low: Lower end of its interval; None where it has none.
+        high: Upper end.
+        measured: False where it is predicted.
     """
 
-    key: str
-    before: Any
-    after: Any
-    kind: Literal["exact", "learning"]
-    factor: float | None
-    low: float | None
-    high: float | None
-    measured: bool
+    kind: Kind
+    factor: float | None = None
+    low: float | None = None
+    high: float | None = None
+    measured: bool = False
     why: str | None = None
 
 
 class ParetoRow(Frozen):
-    """A combination that no other beats in speed, reward and memory at once; a reward of null was not measured."""
+    """A combination that no other beats in speed, reward and memory at once; a reward of None was not measured."""
 
     number: int
     changed: dict[str, Any]
     speedup: float
     reward_difference: float | None
     peak_bytes: int | None
+
+
+class SearchProgress(NamedTuple):
+    """State of a running search, for the live view.
+
+    Attributes:
+        left_s: Seconds left of the budget.
+        total_s: The whole budget.
+        trial: The trial under way.
+        progress: Its stage and step; None before it tells any.
+        changed: Its knobs that differ from the user's.
+        done: Trials that are over.
+        baseline: The user's values of the knobs.
+        baseline_step_s: Seconds per step of the user's configuration; None until they are measured.
+        best_step_s: Seconds per step of the best so far.
+        best_changed: Its knobs that differ from the user's.
+        speedup: Its score over that of the user's configuration.
+        skipped: Combinations that are not run.
+        step_error: Median relative error of the predicted seconds per step; None until a prediction was checked.
+    """
+
+    left_s: float
+    total_s: float
+    trial: TrialSpec
+    done: int
+    skipped: list[Skipped]
+    progress: Progress | None = None
+    changed: dict[str, Any] = {}
+    baseline: dict[str, Any] = {}
+    baseline_step_s: float | None = None
+    best_step_s: float | None = None
+    best_changed: dict[str, Any] = {}
+    speedup: float = 1.0
+    step_error: float | None = None
 
 
 class SearchReport(Frozen):
@@ -156,7 +184,7 @@ class SearchReport(Frozen):
         best: Of `tuned.yaml`: the baseline itself where nothing beats it beyond noise.
         best_exact: Of `tuned.exact.yaml`.
         best_fast: Of `tuned.fast.yaml`.
-        exact_share: Part of the winner's gain (of its logarithm) that its exact knobs bring; null without a gain.
+        exact_share: Part of the winner's gain (of its logarithm) that its exact knobs bring; None without a gain.
         space: Knob -> its values.
         points: Legal combinations.
         memory_limit_bytes: What a trial may take.
@@ -194,5 +222,5 @@ class SearchReport(Frozen):
 
     @property
     def predicted(self) -> bool:
-        """Whether nothing of it but the probe was measured."""
+        """True where nothing but the probe was measured."""
         return self.ended == "prediction"

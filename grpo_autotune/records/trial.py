@@ -1,4 +1,4 @@
-"""What a trial is asked to do and what came of it: two files, the whole of what parent and child say to each other.
+"""The order of a trial and its outcome: two files, all that parent and child tell each other beside the heartbeat.
 
 Both are frozen, free of torch, and equal after a trip through JSON. Times are seconds, sizes bytes.
 """
@@ -34,9 +34,20 @@ HEARTBEAT_FILE = "heartbeat"
 LOG_FILE = "log.txt"
 SERVER_LOG = "server.txt"
 
+TRIAL_ARGUMENTS = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "push_to_hub": False,
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+}
+"""`GRPOConfig` keys of a run whose figures are wanted and whose model is not: it saves, uploads and reports nothing."""
+
 
 class Progress(NamedTuple):
-    """What a trial is doing: a phase of start-up or a stage, and the step it belongs to (0 before the first)."""
+    """Progress of a trial: a phase of start-up or a stage, and the step it belongs to (0 before the first)."""
 
     stage: str
     step: int
@@ -52,18 +63,18 @@ class TrialSpec(Frozen):
         config: The whole configuration, as `RunConfig.to_dict` gives it.
         knobs: Key path -> value, where it differs from the user's configuration or belongs to the space.
         steps: Optimizer steps to measure (for `rewards`: generation batches).
-        least_steps: Of them, those that are measured however long they take; null is all.
+        least_steps: Of them, those that are measured however long they take; None is all.
         enough_s: Seconds of training after which no more than `least_steps` are measured.
         warmup: Optimizer steps before them that are put aside.
         completion_lengths: Lengths in tokens to draw each completion's length from (repeatable, by row and seed);
-            null leaves lengths free.
-        seen_lengths: Lengths in tokens of the first prompts' completions, a list a prompt, which come before those.
+            None leaves lengths free.
+        seen_lengths: Lengths in tokens of the first prompts' completions, one list per prompt, which come before those.
         limit_s: Wall-clock limit of the whole trial, start-up included.
         hang_s: Longest age of the heartbeat after start-up.
         script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
             (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
         world_size: Processes; more than one are started by `torchrun`.
-        server_port: Where the server listens that was started for it on this machine; null where there is none.
+        server_port: Where the server listens that was started for it on this machine; None where there is none.
         source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`; for the record alone.
     """
 
@@ -94,24 +105,24 @@ class PromptReward(Frozen):
 
 
 class TrialOutcome(Frozen):
-    """What came of a trial.
+    """The outcome of a trial.
 
     Attributes:
         number: The trial's.
         status: See `Status`.
         why: One line for a trial that did not end well: error type and message, or what was seen from outside.
         error_type: Name of the exception's class, where there was one.
-        record: The probe's record; null where no step was measured.
+        record: The probe's record; None where no step was measured.
         step_s: Seconds of each measured step.
         peak_bytes: Most memory over the trial (CUDA allocator's reserved, or resident set of the process).
         idle_bytes: The same before the model was loaded; `peak_bytes - idle_bytes` is what the trial needed.
-        most_bytes: Most that the process could have held under a limit on its addresses; null without one.
+        most_bytes: Most that the process could have held under a limit on its addresses; None without one.
         overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
         startup_s: Seconds from the request to the first step's begin.
         elapsed_s: Seconds of the whole trial, as the parent saw them.
-        warm: Whether a process that had served another trial served this one.
+        warm: True if the process had run another trial before this one.
         rewards: Of a `rewards` trial.
-        lengths: Of a `probe`: its completions' lengths in tokens, a list a prompt, in the order in which they were
+        lengths: Of a `probe`: its completions' lengths in tokens, one list per prompt, in the order in which they were
             generated; empty where other trials cannot be given the same.
         notes: What could not be done as asked, a sentence each (lengths that an engine leaves free, for instance).
     """

@@ -58,7 +58,7 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
 
 def headline(report: SearchReport) -> list[str]:
     """The outcome in a few sentences."""
-    best, own = report.best, report.baseline
+    best, baseline = report.best, report.baseline
     timed = sum(row.purpose == "timed" and row.source != "race" for row in report.trials)
     time = f"{hms(report.elapsed_s)} of {hms(report.budget_s)}"
     spent = f"{time}, {_count(timed, 'timed trial')}, {report.points} legal combinations looked at"
@@ -66,31 +66,33 @@ def headline(report: SearchReport) -> list[str]:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
     if not best.changed:
-        tried = sum(row.purpose == "timed" and row.status == "ok" and row.knobs != own.knobs for row in report.trials)
-        found = "is already the best that was found" if tried or report.predicted else "stays: no other was measured"
-        lines = [end, f"Your configuration {found}; {seconds(own.step_s)} a step."]
+        tried = sum(
+            row.purpose == "timed" and row.status == "ok" and row.knobs != baseline.knobs for row in report.trials
+        )
+        verdict = "is already the best that was found" if tried or report.predicted else "stays: no other was measured"
+        lines = [end, f"Your configuration {verdict}; {seconds(baseline.step_s)} per step."]
     else:
         how = "Predicted" if report.predicted else "Raced" if best.raced else "Measured"
         lines = [
             end,
-            f"{how}: {_speed(best)} useful completions a second, interval at {percent(report.confidence)}, "
-            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} a step.",
-            f"tuned.yaml changes {changes(best.changed, own.knobs)}.",
+            f"{how}: {_speed(best)} useful completions per second, interval at {percent(report.confidence)}, "
+            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} per step.",
+            f"tuned.yaml changes {changes(best.changed, baseline.knobs)}.",
         ]
     for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
         if other.knobs != best.knobs:
             sure = "" if other.raced or report.predicted or not other.changed else ", not raced"
-            lines.append(f"{name}: {_speed(other)}{sure}, changes {changes(other.changed, own.knobs)}.")
+            lines.append(f"{name}: {_speed(other)}{sure}, changes {changes(other.changed, baseline.knobs)}.")
     return lines
 
 
-def changes(changed: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+def changes(changed: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     """`data.image_size 512 -> 256, grpo.num_generations 8 -> 4`; "nothing" of nothing."""
-    told = (f"{key} {value_words(own[key])} -> {value_words(value)}" for key, value in changed.items())
-    return ", ".join(told) or "nothing"
+    texts = (f"{key} {value_text(baseline[key])} -> {value_text(value)}" for key, value in changed.items())
+    return ", ".join(texts) or "nothing"
 
 
-def value_words(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A knob's value as YAML has it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -98,10 +100,10 @@ def value_words(value: Any) -> str:
 
 
 def guard_line(guard: Guard) -> str:
-    """What was found out about one value of a learning knob."""
+    """The judgement of one value of a learning knob."""
     verdict = "proven" if guard.proven else "not proven"
     more = "" if guard.prompts_needed is None else f"; about {guard.prompts_needed} prompts would settle it"
-    return f"{guard.key} {value_words(guard.before)} -> {value_words(guard.after)}: {verdict}, {guard.why}{more}."
+    return f"{guard.key} {value_text(guard.before)} -> {value_text(guard.after)}: {verdict}, {guard.why}{more}."
 
 
 def _gain_lines(report: SearchReport) -> Iterator[str]:
@@ -141,9 +143,9 @@ def _pareto_table(report: SearchReport) -> Table:
 
 
 def shown(report: SearchReport) -> list[ParetoRow]:
-    """The fastest rows, those of the emitted files among them."""
-    emitted = [report.best.knobs, report.best_exact.knobs, report.best_fast.knobs]
-    files = [row for row in report.pareto if {**report.baseline.knobs, **row.changed} in emitted]
+    """The fastest rows, those of the written files among them."""
+    written = [report.best.knobs, report.best_exact.knobs, report.best_fast.knobs]
+    files = [row for row in report.pareto if {**report.baseline.knobs, **row.changed} in written]
     others = [row for row in report.pareto if row not in files][: MOST_ROWS - len(files)]
     return [row for row in report.pareto if row in files or row in others]
 

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from grpo_autotune.render.search import changes, value_words
-from grpo_autotune.search.evaluator import Standing
+from grpo_autotune.records.search import SearchProgress
+from grpo_autotune.render.search import changes, value_text
 from grpo_autotune.units import hms, percent, seconds
 
 PLAIN_EVERY_S = 15.0
@@ -23,7 +23,7 @@ PURPOSES = {"probe": " (probe)", "timed": "", "rewards": " (rewards alone)", "wo
 
 
 class SearchView:
-    """What `search` is told to tell; a context manager that gives the terminal back.
+    """View of a running search; a context manager that gives the terminal back.
 
     Args:
         console: Where to write; made for standard error.
@@ -33,9 +33,9 @@ class SearchView:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        self._said: int | None = None
-        self._said_s = 0.0
-        self._told = set[str]()
+        self._printed_trial: int | None = None
+        self._printed_s = 0.0
+        self._printed_reasons = set[str]()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -52,69 +52,57 @@ class SearchView:
         """A line that stays."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, standing: Standing) -> None:
-        """Where the search stands now."""
+    def show(self, state: SearchProgress) -> None:
+        """Draw the state of the search, or print a line of it."""
         if self._live is not None:
-            self._live.update(Padding(Group(*(Text(line) for line in panel(standing))), (0, 1)), refresh=True)
+            self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
             return
-        number, now = standing.trial.number if standing.trial else None, self._clock()
-        if number != self._said or now - self._said_s >= PLAIN_EVERY_S:
-            self._said, self._said_s = number, now
-            self.say(plain_line(standing))
-            for row in standing.skipped:
-                if row.why not in self._told:
-                    self._told.add(row.why)
+        number, now = state.trial.number, self._clock()
+        if number != self._printed_trial or now - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_trial, self._printed_s = number, now
+            self.say(plain_line(state))
+            for row in state.skipped:
+                if row.why not in self._printed_reasons:
+                    self._printed_reasons.add(row.why)
                     self.say(f"not run: {row.count} combinations, {row.why}")
 
 
-def panel(standing: Standing) -> list[str]:
+def panel(state: SearchProgress) -> list[str]:
     """The lines of the live view."""
-    lines = [f"Search  {_left(standing)}, {standing.done} trials done", f"now     {_trial(standing)}"]
-    if standing.own is not None and standing.best is not None:
-        lines.append(f"own     {seconds(standing.own.step.value)} a step")
-        lines.append(f"best    {_best(standing)}")
-    for row in standing.skipped[:MOST_SKIPPED]:
+    lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
+    if state.baseline_step_s is not None and state.best_step_s is not None:
+        step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
+        lines.append(f"own     {seconds(state.baseline_step_s)} per step")
+        lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
+    for row in state.skipped[:MOST_SKIPPED]:
         lines.append(f"skipped {row.count}: {row.why}")
-    if "step" in standing.errors:
-        lines.append(f"models  off by {percent(standing.errors['step']['median'])} at the median")
+    if state.step_error is not None:
+        lines.append(f"models  off by {percent(state.step_error)} at the median")
     return lines
 
 
-def plain_line(standing: Standing) -> str:
+def plain_line(state: SearchProgress) -> str:
     """The same in one line."""
-    parts = [_left(standing), _trial(standing)]
-    if standing.best is not None and standing.own is not None:
-        parts.append(f"best x {standing.speedup:.2f}, own {seconds(standing.own.step.value)} a step")
-    if "step" in standing.errors:
-        parts.append(f"models off by {percent(standing.errors['step']['median'])}")
+    parts = [_left(state), _trial(state)]
+    if state.baseline_step_s is not None:
+        parts.append(f"best x {state.speedup:.2f}, own {seconds(state.baseline_step_s)} per step")
+    if state.step_error is not None:
+        parts.append(f"models off by {percent(state.step_error)}")
     return " | ".join(parts)
 
 
-def _left(standing: Standing) -> str:
-    if not standing.total_s:
+def _left(state: SearchProgress) -> str:
+    if not state.total_s:
         return "no budget: a probe, then a prediction"
-    return f"{hms(standing.left_s)} of {hms(standing.total_s)} left"
+    return f"{hms(state.left_s)} of {hms(state.total_s)} left"
 
 
-def _trial(standing: Standing) -> str:
-    trial, progress = standing.trial, standing.progress
-    if trial is None:
-        return "between two trials"
+def _trial(state: SearchProgress) -> str:
+    """The trial under way, its stage, and its changes cut to a line's end."""
+    trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
-    doing = "" if progress is None else f", {progress.stage}" + (f", step {progress.step}" if progress.step else "")
-    return f"{name}{doing}: {changes_of(standing)}"
-
-
-def changes_of(standing: Standing) -> str:
-    """What the trial in hand changes, cut to a line's end."""
-    text = ", ".join(f"{key.rpartition('.')[2]} {value_words(value)}" for key, value in standing.changed.items())
-    if not text:
-        return "your own configuration"
-    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
-
-
-def _best(standing: Standing) -> str:
-    assert standing.best is not None and standing.own is not None
-    changed = {key: value for key, value in standing.best.knobs.items() if standing.own.knobs.get(key) != value}
-    step = seconds(standing.best.step.value)
-    return f"x {standing.speedup:.2f}, {step} a step: {changes(changed, standing.own.knobs)}"
+    stage = "" if progress is None else f", {progress.stage}" + (f", step {progress.step}" if progress.step else "")
+    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
+    if len(text) > SHORT:
+        text = f"{text[: SHORT - 3]}..."
+    return f"{name}{stage}: {text or 'your own configuration'}"

@@ -1,6 +1,6 @@
-"""Why an engine did not start: recognised by the type of what was raised, or by the vLLM function that raised it.
+"""The failure of an engine to start: recognised by the type of the exception, or by the vLLM function that raised it.
 
-vLLM raises a plain `ValueError` where its share of memory is too small or not free. Which check it was is told by the
+vLLM raises a plain `ValueError` where its share of memory is too small or not free. The check is known by the
 innermost frame of the traceback; the message is read only for the figures it carries, never to find out what happened.
 What vLLM's own configuration classes refuse is a pydantic `ValidationError` with vLLM in its traceback.
 """
@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.out_of_memory import is_out_of_memory
+from grpo_autotune.records.trial import Status
 
 GIB = 1 << 30
 STEP = 0.05
@@ -26,20 +28,17 @@ STEP = 0.05
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """Environment variable: GiB of keys and values on the CPU; with it `gpu_memory_utilization` sizes nothing."""
 
-CPU_ALLOCATOR = "DefaultCPUAllocator: "
-"""Name of torch's CPU allocator in the plain `RuntimeError` that it raises (c10/core/impl/alloc_cpu.cpp)."""
-
 SHARE = "vllm.gpu_memory_utilization"
 LENGTH = "vllm.max_model_len"
 NUMBER = r"(-?[\d,]*\.?\d+)"
 
 
 class EngineFailure(NamedTuple):
-    """Why the engine did not start.
+    """The failure of an engine to start.
 
     Attributes:
         status: `oom`: memory; `invalid`: vLLM refuses a setting.
-        what: What happened, in one sentence with its figures.
+        what: One sentence with the figures.
         where: Key path it concerns most.
         fix: The nearest settings that vLLM would take.
         needed_bytes: Memory that it asked for, where vLLM says so.
@@ -47,7 +46,7 @@ class EngineFailure(NamedTuple):
         longest: The largest `max_model_len` that fits.
     """
 
-    status: Literal["oom", "invalid"]
+    status: Status
     what: str
     where: str
     fix: str
@@ -55,43 +54,52 @@ class EngineFailure(NamedTuple):
     available_bytes: int | None = None
     longest: int | None = None
 
+    @property
+    def overshoot_bytes(self) -> int | None:
+        """Memory that it asked for beyond what there was; None where vLLM does not say both, or had enough."""
+        if self.needed_bytes is None or self.available_bytes is None:
+            return None
+        return max(0, self.needed_bytes - self.available_bytes) or None
+
     def error(self) -> ConfigError:
         """As one line for a user."""
         return ConfigError(self.what, where=self.where, fix=self.fix)
 
 
 def engine_failure(error: BaseException) -> EngineFailure | None:
-    """Classify what building or starting an engine raised; null for what is no failure of an engine.
+    """Classify an exception from building or starting an engine; None for one that is no failure of an engine.
 
     Raised from another error counts as that one: the whole chain of causes is looked at.
     """
     for cause in causes(error):
         names = frames(cause)
-        if isinstance(cause, ValueError) and names and (read := CHECKS.get(names[-1])) is not None:
+        if isinstance(cause, ValueError) and names and (read := check_at(*names[-1])) is not None:
             return read(str(cause))
         if not any(module.startswith("vllm.") for module, _ in names):
             continue
         if isinstance(cause, ValidationError):
             return _refused(cause)
-        if _ran_out(cause):
+        if is_out_of_memory(cause):
             return device_failure(str(cause))
     return None
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
-    while error is not None:
+    """The error, what it was raised from, and so on; once each, since an error may be raised from itself."""
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        passed.add(id(error))
         yield error
         error = error.__cause__
 
 
 def frames(error: BaseException) -> list[tuple[str, str]]:
     """Module and function of every frame of the traceback, the raising one last."""
-    found, at = [], error.__traceback__
+    names, at = [], error.__traceback__
     while isinstance(at, TracebackType):
-        found.append((str(at.tb_frame.f_globals.get("__name__")), at.tb_frame.f_code.co_name))
+        names.append((str(at.tb_frame.f_globals.get("__name__")), at.tb_frame.f_code.co_name))
         at = at.tb_next
-    return found
+    return names
 
 
 def _keys_and_values(text: str) -> EngineFailure:
@@ -146,7 +154,7 @@ def _space_on_cpu(text: str) -> EngineFailure:
 
 
 def _refused(error: ValidationError) -> EngineFailure:
-    """What a class of `vllm.config` refuses; pydantic says the class, and vLLM's own sentence is the message."""
+    """A value that a class of `vllm.config` refuses: pydantic names the key, and vLLM's own sentence is the message."""
     first = error.errors()[0]
     sentence = _first(str(first["msg"]).removeprefix("Value error, "))
     key = ".".join(str(part) for part in first["loc"]) or _key_in(sentence)
@@ -169,6 +177,16 @@ CHECKS: dict[tuple[str, str], Callable[[str], EngineFailure]] = {
 """(module, function) that raises a `ValueError` about memory in vLLM 0.31 -> what reads its figures."""
 
 
+def check_at(module: str, function: str) -> Callable[[str], EngineFailure] | None:
+    """The reader of the check that a function makes; None where it makes none.
+
+    Args:
+        module: Its module; a path from a log may begin above the package.
+        function: Its name.
+    """
+    return next((read for at, read in CHECKS.items() if at[1] == function and f".{module}".endswith(f".{at[0]}")), None)
+
+
 def largest_share(available: int, total: int) -> float:
     """The largest share of `total` within what is available, on the grid of `STEP`, finer where that is nothing."""
     share = available / total
@@ -181,7 +199,7 @@ def least_share(needed: int, total: int) -> float:
 
 
 def _more_space(missing: int | None) -> str:
-    """How to give keys and values more memory, by what decides their size here."""
+    """Advice to give keys and values more memory, by what decides their size here."""
     if os.environ.get(CPU_SPACE):
         more = f" by {math.ceil(missing / GIB)}" if missing else ""
         return f"raise the environment variable {CPU_SPACE} (GiB){more}"
@@ -196,15 +214,10 @@ def _total_bytes() -> int | None:
     return int(platforms.current_platform.get_device_total_memory()) if platforms is not None else None
 
 
-def _ran_out(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-
-
 def _key_in(sentence: str) -> str:
     """The engine key that a sentence is about: the first name in it that is written as one."""
-    found = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)
-    return found[0] if found else ""
+    key = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)
+    return key[0] if key else ""
 
 
 def _or(*ways: str) -> str:
@@ -217,8 +230,8 @@ def _first(text: str) -> str:
     return " ".join(text.split())[:300].split(" See http")[0].split(" For further information")[0]
 
 
-def _gib(found: re.Match[str] | None) -> int | None:
-    return None if found is None else _bytes(found[1])
+def _gib(match: re.Match[str] | None) -> int | None:
+    return None if match is None else _bytes(match[1])
 
 
 def _bytes(gib: str) -> int:

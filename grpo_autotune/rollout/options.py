@@ -1,4 +1,4 @@
-"""What a user asks of the rollout engine, beyond what TRL can be told."""
+"""Options of the rollout engine, beyond what TRL can be told."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from grpo_autotune.errors import ConfigError
 WeightSync = Literal["auto", "merged", "batched", "adapter"]
 SleepLevel = Literal[0, 1, 2]
 
+GREEDY = 1e-5
+"""Temperature below which vLLM decodes greedily (`_SAMPLING_EPS` in vllm/sampling_params.py)."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Options of one engine.
 
     Attributes:
-        weight_sync: How trained weights reach the engine.
-        sleep_level: What it gives back while weights are trained; None leaves it to the trainer's
-            `vllm_enable_sleep_mode`, whose level is 2.
+        weight_sync: The way by which trained weights reach the engine.
+        sleep_level: 0, 1 or 2: nothing, the cache, or the cache and the weights are given back while weights are
+            trained; None leaves it to the trainer's `vllm_enable_sleep_mode`, whose level is 2.
         keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
         image_sizes: Width and height of the data's images, each size once; empty where they are not known. Found as
             the trainer is built.
@@ -45,8 +48,13 @@ class EngineOptions:
             ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
         """
         for name in keys.keys() & VLLM_TO_TRL.keys() - engine_names():
-            raise ConfigError("this is no engine key", where=name, fix=f"Give GRPOConfig {VLLM_TO_TRL[name]}.")
+            fix = f"Give GRPOConfig {VLLM_TO_TRL[name]} instead."
+            raise ConfigError("this is an argument of GRPOConfig, not of vllm.LLM", where=name, fix=fix)
         if "server_gpus" in keys:
-            raise ConfigError("nobody would start this server", where="server_gpus", fix="Use `grpo-autotune serve`.")
+            raise ConfigError(
+                "unlock_vllm starts no server",
+                where="server_gpus",
+                fix="Start one with `grpo-autotune serve`, and give its address to GRPOConfig (vllm_server_base_url).",
+            )
         vllm_section({"weight_sync": weight_sync, "sleep_level": sleep_level, **keys})
         return cls(weight_sync, sleep_level, MappingProxyType(dict(keys)))

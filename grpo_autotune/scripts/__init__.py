@@ -1,1 +1,1 @@
-"""Somebody's own TRL script: run as it is, with values, probes and speed-ups put in."""
+"""A user's TRL script: run as it is, with values, probes and speed-ups put in."""

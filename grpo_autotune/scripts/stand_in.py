@@ -1,4 +1,4 @@
-"""Somebody's own TRL script as a configuration: what its trainer has, so that the same knobs can be turned on it."""
+"""A configuration that stands in for a user's TRL script: it has the trainer's settings, for the knobs to turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTIONS = ("grpo", "vllm")
 
 
 def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
-    """A configuration for a script that nobody has looked at yet.
+    """A configuration for a script whose trainer is not known yet.
 
     Args:
         script: The script and its arguments.
@@ -38,6 +38,7 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
         "data": {"path": script[0]},
         "rewards": [{"name": script[0]}],
         "output": {"name": Path(script[0]).stem},
+        "speedups": "none",  # a script has none of its own
     }
     for item in settings:
         if item.partition(".")[0] not in ("search", "output"):
@@ -49,9 +50,9 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
 
 
 def config_of_script(config: RunConfig, record: ProbeRecord) -> RunConfig:
-    """The stand-in with what the probe saw of the script's trainer, and with the knobs that can reach a script.
+    """The stand-in with the settings of the script's trainer as the probe read them, and the knobs that reach a script.
 
-    How many steps the script's run has is not known; its wall time is judged by its seconds a step.
+    The number of steps of the script's run is not known: its wall time is judged by its seconds per step.
     """
     values = config.to_dict()
     values["grpo"] = {**_grpo(record.trainer), **values.get("grpo", {})}
@@ -62,24 +63,28 @@ def config_of_script(config: RunConfig, record: ProbeRecord) -> RunConfig:
 
 
 def overrides(config: RunConfig, turned: RunConfig) -> dict[str, Any]:
-    """What a script's trainer has to be given for a turned configuration: every key that differs, accumulation and the
-    like included."""
+    """Key path -> value that a script's trainer is given for a turned configuration: every key that differs.
+
+    Args:
+        config: The script's own configuration.
+        turned: The same with knobs turned, and with what follows from them, such as accumulation.
+    """
     before, after = config.to_dict(), turned.to_dict()
-    found = {
+    changed = {
         f"{section}.{key}": value
         for section in SECTIONS
         for key, value in after.get(section, {}).items()
         if before.get(section, {}).get(key) != value
     }
     if turned.data.image_size != config.data.image_size:
-        found[IMAGE_SIZE] = turned.data.image_size
+        changed[IMAGE_SIZE] = turned.data.image_size
     if turned.speedups != config.speedups:
-        found[SPEEDUPS] = turned.speedups
-    return found
+        changed[SPEEDUPS] = turned.speedups
+    return changed
 
 
 def _grpo(t: TrainerFacts) -> dict[str, Any]:
-    found = {
+    values = {
         "max_steps": 1,
         "per_device_train_batch_size": t.per_device_train_batch_size,
         "gradient_accumulation_steps": t.gradient_accumulation_steps,
@@ -92,10 +97,10 @@ def _grpo(t: TrainerFacts) -> dict[str, Any]:
         "dataloader_num_workers": t.dataloader_num_workers,
     }
     if t.use_vllm:
-        found["use_vllm"] = True
+        values["use_vllm"] = True
     if t.steps_per_generation != t.gradient_accumulation_steps:
-        found["steps_per_generation"] = t.steps_per_generation
-    return found
+        values["steps_per_generation"] = t.steps_per_generation
+    return values
 
 
 def _reaches(key: str, record: ProbeRecord) -> bool:

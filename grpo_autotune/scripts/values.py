@@ -20,6 +20,7 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys
 from grpo_autotune.config.messages import from_validation
 from grpo_autotune.config.section import Section
 from grpo_autotune.config.sources import read_source
+from grpo_autotune.config.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.errors import AutotuneError, ConfigError
@@ -28,7 +29,7 @@ from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.speedups.table import chosen
+from grpo_autotune.speedups.selection import chosen
 
 IMAGE_SIZE = "data.image_size"
 SPEEDUPS = "speedups"
@@ -36,7 +37,7 @@ RECEIPT = "receipt"
 
 
 class ScriptValues:
-    """What a script's trainers, and their vLLM engine, are given.
+    """Values for a script's trainers and their vLLM engine.
 
     Args:
         values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
@@ -60,20 +61,20 @@ class ScriptValues:
         self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
         self.unlocked = Unlocked(EngineOptions.of_section(engine))
         self.image_size: int | None = values.get(IMAGE_SIZE)
-        self.speedups: str | list[str] = values.get(SPEEDUPS) or "none"
+        self.speedups: SpeedUps = check_speedups(values.get(SPEEDUPS) or "none")
         chosen(self.speedups)
 
     def on_config_module(self, module: ModuleType) -> None:
-        """Given the module of `GRPOConfig` once it was imported; without keys to give, the class stays as it is."""
+        """Put the keys into `GRPOConfig`, whose module was imported; without keys the class stays as it is."""
         if self.grpo:
             wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
 
     def on_engine_module(self, module: ModuleType) -> None:
-        """Given the module of TRL's engine once it was imported: engines are mended whatever was asked for."""
+        """Unlock TRL's engine, whose module was imported: engines are mended whatever the values are."""
         self.unlocked.enter(module)
 
     def on_trainer_module(self, module: ModuleType) -> None:
-        """Given the module of `GRPOTrainer` once it was imported."""
+        """Unlock the engine of TRL's trainers, whose module was imported."""
         self.unlocked.enter_trainers(module)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A key reaches no script, or a value has a wrong type.
     """
-    found = {}
+    grpo = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
         name = key if section in ("", "grpo") else None
@@ -130,21 +131,22 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)
-        found[name] = value
-    check_values("grpo", found, grpo_keys())
-    return found
+        grpo[name] = value
+    check_values("grpo", grpo, grpo_keys())
+    return grpo
 
 
 def _check_agreement(overrides: Mapping[str, Any], engine: VllmSection) -> None:
-    """Refuse an engine key that is given under TRL's name and under vLLM's with different values."""
+    """Refuse an engine's setting that is given different values under TRL's name and under vLLM's."""
     for trl, value in engine.grpo_kwargs().items():
         if trl in overrides and overrides[trl] != value:
             given = {theirs: ours for ours, theirs in VLLM_TO_TRL.items() if getattr(engine, ours) is not None}
             ours = given.get(trl, "sleep_level")
             raise ConfigError(
-                f"this is {json.dumps(getattr(engine, ours))}, and grpo.{trl} is {json.dumps(overrides[trl])}",
+                f"set to {json.dumps(getattr(engine, ours))}, but grpo.{trl}, TRL's key for the same setting, is "
+                f"{json.dumps(overrides[trl])}",
                 where=f"vllm.{ours}",
-                fix="Remove one of the two.",
+                fix="Remove one of the two keys.",
             )
 
 
@@ -153,12 +155,12 @@ class _Images(Section):
 
 
 class _File(Section):
-    """What `grpo-autotune search --script` writes."""
+    """The file that `grpo-autotune search --script` writes."""
 
     grpo: dict[str, Any] = {}
     vllm: dict[str, Any] = {}
     data: _Images | None = None
-    speedups: str | list[str] = "none"
+    speedups: SpeedUps = "none"
     receipt: Receipt | None = None
 
 
@@ -177,8 +179,8 @@ def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
         given = _File.model_validate(parse_yaml(read_source(path), str(path)))
     except ValidationError as error:
         known = [*_File.model_fields, IMAGE_SIZE, *(f"{RECEIPT}.{key}" for key in Receipt.model_fields)]
-        found = from_validation(error, known)
-        raise ConfigError(found.what, where=f"{path}: {found.where}".rstrip(": "), fix=found.fix) from error
+        problem = from_validation(error, known)
+        raise ConfigError(problem.what, where=f"{path}: {problem.where}".rstrip(": "), fix=problem.fix) from error
     values = {f"grpo.{key}": value for key, value in given.grpo.items()}
     values |= {f"vllm.{key}": value for key, value in given.vllm.items()}
     values[SPEEDUPS] = given.speedups

@@ -20,7 +20,7 @@ _ABSENT = object()
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling `function` returns a coroutine: partials and callable instances too, as TRL decides it."""
+    """True if calling `function` returns a coroutine: partials and callable instances too, as TRL decides it."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
@@ -33,7 +33,7 @@ class Layer(Protocol):
 
 
 class Slot(Protocol):
-    """Where a wrapper is put, and how the place is restored."""
+    """A place for a wrapper, which can be restored."""
 
     def get(self) -> Callable[..., Any]: ...
     def put(self, wrapper: Callable[..., Any]) -> None: ...
@@ -48,8 +48,8 @@ class AttributeSlot:
         self.before = vars(owner).get(name, _ABSENT)
 
     def get(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(self.owner, self.name)
-        return found
+        function: Callable[..., Any] = getattr(self.owner, self.name)
+        return function
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         setattr(self.owner, self.name, wrapper)
@@ -69,8 +69,8 @@ class ItemSlot:
         self.before = owner[index]
 
     def get(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = self.owner[self.index]
-        return found
+        function: Callable[..., Any] = self.owner[self.index]
+        return function
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         self.owner[self.index] = wrapper
@@ -90,8 +90,8 @@ class ClassSlot:
         self.owner, self.name = owner, name
 
     def get(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(self.owner, self.name)
-        return found
+        function: Callable[..., Any] = getattr(self.owner, self.name)
+        return function
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         cls = type(self.owner)
@@ -149,7 +149,7 @@ class Point:
 
 
 class Handle:
-    """What `wrap` returns; `remove()` takes the layer out again and may be called twice."""
+    """A layer that was put on; `remove()` takes it out again and may be called twice."""
 
     def __init__(self, point: Point, layer: Layer) -> None:
         self._point: Point | None = point

@@ -49,12 +49,12 @@ def _process(by_grid: bool) -> Layer:
             return call_next(*args, **kwargs)
         if any(images):
             return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
-        found = call_next(*args, **{**kwargs, "images": None})
+        inputs = call_next(*args, **{**kwargs, "images": None})
         if by_grid:
             import torch
 
-            found[PATCHES], found[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
-        return found
+            inputs[PATCHES], inputs[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
+        return inputs
 
     return process
 
@@ -65,10 +65,10 @@ def _forward(trainer: Any, backbone: Any) -> Layer:
 
     def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         kwargs = without_empty(kwargs)
-        found = call_next(*args, **kwargs)
+        outputs = call_next(*args, **kwargs)
         if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):
-            found.last_hidden_state = found.last_hidden_state + _nothing(tower)
-        return found
+            outputs.last_hidden_state = outputs.last_hidden_state + _nothing(tower)
+        return outputs
 
     return forward
 
@@ -85,12 +85,12 @@ def _nothing(tower: Any) -> Any:
 
     sizes, side, weight = tower.config, tower.spatial_merge_size, next(tower.parameters())
     values = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
-    found = tower(
+    output = tower(
         torch.zeros(side * side, values, dtype=weight.dtype, device=weight.device),
         grid_thw=torch.tensor([[1, side, side]], device=weight.device),
         return_dict=True,
     )
-    return 0.0 * sum(tensor.sum() for tensor in _tensors((found.pooler_output, found.get("deepstack_features"))))
+    return 0.0 * sum(tensor.sum() for tensor in _tensors((output.pooler_output, output.get("deepstack_features"))))
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -89,7 +89,7 @@ def find(key: str) -> Seam:
 
 
 def slot_of(trainer: Any, row: Seam) -> Slot | None:
-    """Where `row` is on this trainer; None where this trainer has no use for it.
+    """The slot of `row` on this trainer; None where this trainer has no use for it.
 
     Raises:
         SeamError: The trainer needs the seam, and the installed version does not have it.
@@ -127,14 +127,14 @@ def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = O
 
 def reward_slots(trainer: Any) -> list[tuple[str, bool, Slot]]:
     """Each reward function's name, whether TRL awaits it, and its slot (a reward model's is its `forward`)."""
-    found: list[tuple[str, bool, Slot]] = []
+    slots: list[tuple[str, bool, Slot]] = []
     for index, function in enumerate(trainer.reward_funcs):
         name = trainer.reward_func_names[index]
         if hasattr(function, "forward") and hasattr(function, "parameters"):
-            found.append((name, False, AttributeSlot(function, "forward")))
+            slots.append((name, False, AttributeSlot(function, "forward")))
         else:
-            found.append((name, is_async(function), ItemSlot(trainer.reward_funcs, index)))
-    return found
+            slots.append((name, is_async(function), ItemSlot(trainer.reward_funcs, index)))
+    return slots
 
 
 def _owner(trainer: Any, path: str) -> Any:

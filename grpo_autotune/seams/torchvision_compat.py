@@ -10,12 +10,17 @@ transformers and vLLM import them wherever they are installed; nothing here read
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from grpo_autotune.console import is_first_rank
+from grpo_autotune.files import cache_dir, write_whole
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -137,3 +142,22 @@ def _mended_line() -> str:
         "torchvision's C operators cannot load beside this torch ('operator torchvision::nms does not exist'): "
         f"declared the two schemas its import needs{hidden}; box operators stay unusable. To mend it, {REMEDY}"
     )
+
+
+def tell_once(finding: str, say: Callable[[str], None]) -> None:
+    """Say a finding about the installed packages, unless this environment was told before.
+
+    The cache folder remembers it under the text, the versions and the folder of Python.
+    """
+    facts = [finding, sys.prefix, *(_version(package) for package in ("torch", "torchvision"))]
+    told = cache_dir() / "notes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+    if is_first_rank() and not told.exists():
+        say(f"note: {finding}")
+        write_whole(told, finding)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

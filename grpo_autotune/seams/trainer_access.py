@@ -1,4 +1,4 @@
-"""What engine, probe and speed-ups read off a trainer."""
+"""Facts that engine, probe and speed-ups read off a trainer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What to measure next, by the models: the legal combination whose gain over the best so far is expected to be largest.
+"""Acquisition by expected improvement: the legal combination with the largest expected gain over the best so far.
 
-Seconds a step are taken as log-normal with the models' interval, so that a combination that is predicted slower but
-unsure may still come before one that is surely a little faster. What needs too much memory, or loses at its most
-hopeful, is not run; the reason is kept.
+Seconds per step are taken as log-normal with the models' interval, so that a combination that is predicted slower but
+unsure may still come before one that is surely a little faster. A combination that needs too much memory, or loses at
+the hopeful end of its prediction, is not run; the reason is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo_autotune.predict.objective import Interval, run_ratio
 from grpo_autotune.predict.room import LEAST_CHANCE, LEAST_SIGMA, MEMORY_SHARE, Z_90, chance_to_fit
 from grpo_autotune.records.search import Skipped
 from grpo_autotune.records.trial import TrialOutcome
-from grpo_autotune.search.leaderboard import GROUP, JUDGED_BY_REWARDS, Book, Level
+from grpo_autotune.search.leaderboard import JUDGED_BY_REWARDS, Leaderboard, Level
 from grpo_autotune.search.space import Space, points
 from grpo_autotune.search.study import name_of
 
@@ -33,7 +33,7 @@ LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
 class Models(Protocol):
-    """What a search asks of its models (`grpo_autotune.predict.models.Models`)."""
+    """Models of time and memory (`grpo_autotune.predict.models.Models`)."""
 
     def step_s(self, config: RunConfig) -> Interval: ...
     def stages_s(self, config: RunConfig) -> dict[str, Interval]: ...
@@ -55,7 +55,7 @@ class Proposal(NamedTuple):
 
 @dataclass
 class Ranking:
-    """What may be measured, best first, and what was left out and why."""
+    """Proposals, best first, and the combinations left out by reason."""
 
     proposals: list[Proposal]
     skipped: dict[str, list[Knobs]] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Ranking:
     def rows(self) -> list[Skipped]:
         """The reasons with how many combinations each concerns."""
         return [
-            Skipped(why=why, count=len(found), example=found[0])
-            for why, found in sorted(self.skipped.items(), key=lambda item: -len(item[1]))
+            Skipped(why=why, count=len(left_out), example=left_out[0])
+            for why, left_out in sorted(self.skipped.items(), key=lambda item: -len(item[1]))
         ]
 
 
@@ -72,93 +72,104 @@ class Pool:
     """The legal combinations of a space, worked out once."""
 
     def __init__(self, space: Space, config: RunConfig, machine: Machine, most: int = MOST_POINTS) -> None:
-        self._space, self._config, self._machine = space, config, machine
+        self.space, self._config, self._machine = space, config, machine
         self.points = {name_of(knobs): knobs for knobs in itertools.islice(points(space, config, machine), most)}
         self.whole = len(self.points) < most
 
     def add_neighbours(self, knobs: Knobs) -> None:
-        """In a space too large to look at whole: the legal combinations with one knob other than here."""
+        """Add the legal combinations with one knob other than here, where the space is too large to be looked at
+        whole."""
         if not self.whole:
-            self.points |= {name_of(found): found for found in self._neighbours(knobs)}
+            self.points |= {name_of(neighbour): neighbour for neighbour in self._neighbours(knobs)}
 
     def _neighbours(self, knobs: Knobs) -> Iterator[Knobs]:
-        for key in self._space.keys:
-            for value in self._space.values[key]:
-                found = {**knobs, key: value}
-                if name_of(found) not in self.points and why_not(self._config, found, self._machine) is None:
-                    yield found
+        for key, axis in self.space.values.items():
+            for value in axis:
+                neighbour = {**knobs, key: value}
+                if name_of(neighbour) not in self.points and why_not(self._config, neighbour, self._machine) is None:
+                    yield neighbour
 
 
-def rank(pool: Sequence[Knobs], book: Book, models: Models, memory_bytes: int | None) -> Ranking:
+def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory_bytes: int | None) -> Ranking:
     """Judge combinations by the models.
 
     Args:
-        pool: Legal combinations that nobody has measured.
-        book: What is known; it holds the user's configuration.
+        candidates: Legal combinations that nobody has measured.
+        board: The leaderboard; it holds the user's configuration.
         models: Fitted to everything measured so far.
-        memory_bytes: What a trial may take; null leaves memory alone.
+        memory_bytes: Memory that a trial may take; None leaves memory alone.
 
     Returns:
         The largest expected gain first; while only the user's own is measured, the best predicted score, of those that
         need no proof if there are any.
     """
-    best = {level: _best_score(book, level) for level in LEVELS}
-    found = Ranking([])
-    for knobs in pool:
-        level = next(level for level in LEVELS if book.allows(knobs, level))
-        proposal, why = _judge(knobs, book, models, memory_bytes, best[level])
+    best = {level: _best_score(board, level) for level in LEVELS}
+    ranking = Ranking([])
+    for knobs in candidates:
+        level = next(level for level in LEVELS if board.allows(knobs, level))
+        proposal, why = _judge(knobs, board, models, memory_bytes, best[level])
         if proposal is not None:
-            found.proposals.append(proposal)
+            ranking.proposals.append(proposal)
         else:
-            found.skipped.setdefault(why, []).append(knobs)
-    if len(book.entries) == 1:  # a rival that may be taken as it is: what is unsure or needs proof is judged against it
-        found.proposals.sort(key=lambda proposal: (_needs_proof(book, proposal.knobs), -proposal.score))
+            ranking.skipped.setdefault(why, []).append(knobs)
+    if len(board.entries) == 1:  # a rival that may be taken as it is: later ones, unsure or unproven, have to beat it
+        ranking.proposals.sort(key=lambda proposal: (_is_unproven(board, proposal.knobs), -proposal.score))
     else:
-        found.proposals.sort(key=lambda proposal: -proposal.gain)
-    return found
+        ranking.proposals.sort(key=lambda proposal: -proposal.gain)
+    return ranking
 
 
-def _needs_proof(book: Book, knobs: Knobs) -> bool:
-    return any(book.proof(key, knobs[key]) == "unproven" for key in book.learning(knobs))
+def _is_unproven(board: Leaderboard, knobs: Knobs) -> bool:
+    return any(board.evidence(key, knobs[key]) == "unproven" for key in board.learning(knobs))
 
 
-def _best_score(book: Book, level: Level) -> float:
-    """What a combination has to beat: those that leave learning alone compete among themselves, for each file is asked
-    for; so do those that are or may be proven, or a value that was refuted would keep them from being tried; one that
-    never can be has to beat all."""
-    found = [entry for entry in book.entries.values() if book.may(entry, level)]
-    return max(book.score(entry.config, entry.step.value) for entry in found)
+def _best_score(board: Leaderboard, level: Level) -> float:
+    """The score that a combination has to beat: those that leave learning alone compete among themselves, for each file
+    is asked for; so do those that are or may be proven, or a value that was refuted would keep them from being tried;
+    one that never can be has to beat all."""
+    rivals = [entry for entry in board.entries.values() if board.may_win(entry, level)]
+    return max(board.score(entry.config, entry.step.value) for entry in rivals)
 
 
 def _judge(
-    knobs: Knobs, book: Book, models: Models, memory_bytes: int | None, best: float
+    knobs: Knobs, board: Leaderboard, models: Models, memory_bytes: int | None, best: float
 ) -> tuple[Proposal | None, str]:
-    if book.living is None and GROUP in book.changed(knobs):
-        return None, "no spread of rewards was seen, so nothing is known of other group sizes"
-    for key in book.learning(knobs):
-        guard = book.guard(key, knobs[key])
-        if guard is not None and not guard.proven and key in JUDGED_BY_REWARDS and key not in book.config.search.accept:
-            return None, f"{key} {knobs[key]} is not proven by its rewards"
-        if guard is None and book.had_no_time(key) and key not in book.config.search.accept:
-            return None, f"there is no time to compare the rewards of other values of {key}"
-    config = book.config_of(knobs)
+    why = _why_unproven(knobs, board)
+    if why is not None:
+        return None, why
+    config = board.config_of(knobs)
     chance = chance_to_fit(models, config, memory_bytes)
     if chance < LEAST_CHANCE:
         return None, f"predicted to need more than {MEMORY_SHARE:.0%} of the memory, or not surely less"
-    step = models.step_s(config)
-    hopeful = book.score(config, max(step.low, 1e-9))
+    step, baseline_s = models.step_s(config), board.baseline.step.value
+    hopeful = board.score(config, max(step.low, 1e-9))
     if hopeful <= best:
         return None, "slower than the best even at the hopeful end of its prediction"
-    if book.longer(config, step.low / book.baseline.step.value):
+    if board.is_too_long(config, step.low / baseline_s):
         return None, "the configured run would take longer (search.allow_longer_run)"
-    score = book.score(config, step.value)
-    if book.longer(config, step.value / book.baseline.step.value):
+    score = board.score(config, step.value)
+    if board.is_too_long(config, step.value / baseline_s):
         # Its median run is too long: what counts is the chance that it is not.
-        allowed = book.baseline.step.value / run_ratio(config, book.config, 1.0)
-        score = min(score, book.score(config, step.value) * allowed / step.value)
+        allowed_s = baseline_s / run_ratio(config, board.config, 1.0)
+        score = min(score, score * allowed_s / step.value)
     sigma = max(LEAST_SIGMA, math.log(step.high / max(step.low, 1e-9)) / (2 * Z_90))
     gain = chance * expected_gain(math.log(score / best), sigma)
     return Proposal(knobs, step.value, step.high, score, gain), ""
+
+
+def _why_unproven(knobs: Knobs, board: Leaderboard) -> str | None:
+    """The reason why a combination can never be proven to learn the same, if there is one."""
+    if board.is_group_unknown(knobs):
+        return "no spread of rewards was seen, so nothing is known of other group sizes"
+    for key in board.learning(knobs):
+        if key in board.config.search.accept:
+            continue
+        guard = board.guard(key, knobs[key])
+        if guard is not None and not guard.proven and key in JUDGED_BY_REWARDS:
+            return f"{key} {knobs[key]} is not proven by its rewards"
+        if guard is None and board.had_no_time(key):
+            return f"there is no time to compare the rewards of other values of {key}"
+    return None
 
 
 def expected_gain(mean: float, sigma: float) -> float:

@@ -1,4 +1,4 @@
-"""A budget of wall-clock seconds that is kept: what is left, what is set aside, and what the next trial will take."""
+"""A budget of wall-clock seconds that is kept: the rest, the part set aside, and the cost of the next trial."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def parse_budget(text: str) -> float:
     Raises:
         ConfigError: It is none of these.
     """
-    words = text.strip().lower()
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", words)
-    if words == "0":
+    plain = text.strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", plain)
+    if plain == "0":
         return 0.0
-    if not parts or "".join(number + unit for number, unit in parts) != words:
+    if not parts or "".join(number + unit for number, unit in parts) != plain:
         raise ConfigError(
             f"{text!r} is not a length of time",
             where="--budget",
@@ -46,12 +46,12 @@ class Budget:
 
     Args:
         total_s: All of it.
-        spent_s: What earlier processes of the same search spent.
+        spent_s: Seconds that earlier processes of the same search spent.
         clock: Seconds, monotonic; a wall clock that is set meanwhile changes nothing.
         begun: Its reading when this process began.
 
     Attributes:
-        end_s: What is kept for the worst-case step and the race.
+        end_s: Seconds kept for the worst-case step and the race.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Budget:
 
 
 class Costs:
-    """What a trial takes beside its measured steps, learnt from those that ended well.
+    """Seconds of a trial beside its measured steps, learnt from those that ended well.
 
     Args:
-        warm: Whether trials may share a process. Until one has, it is taken to save `WARM_SAVES` of a start.
+        warm: True where trials may share a process. Until one has, it is taken to save `WARM_SAVES` of a start.
     """
 
     def __init__(self, *, warm: bool = True) -> None:

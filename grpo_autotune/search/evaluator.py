@@ -1,317 +1,200 @@
-"""Where trials are run and written down: it numbers them, bounds their time, learns from them, and loses none.
-
-Everything it holds can be built again from the files of the folder (`recall`), in the order in which it was measured.
-"""
+"""Evaluation of a combination: a trial within its limits, learnt by leaderboard, models and study."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.predict.workload import quantiles
-from grpo_autotune.records.probe import ProbeRecord, cycle_means
-from grpo_autotune.records.search import Skipped, TrialRow
-from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
+from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.search import SearchProgress
+from grpo_autotune.records.trial import Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import overrides
 from grpo_autotune.search.acquisition import Models
-from grpo_autotune.search.budget import Budget, Costs
-from grpo_autotune.search.folder import SearchFolder, State
-from grpo_autotune.search.leaderboard import Book, Entry
-from grpo_autotune.search.study import Asked, Study, name_of
+from grpo_autotune.search.budget import SURE
+from grpo_autotune.search.leaderboard import Entry, Leaderboard
+from grpo_autotune.search.study import Claim, Study
+from grpo_autotune.search.trial_log import TrialLog
 
 GIB = 2**30
 LEAST_LIMIT_S = 60.0
 PATIENCE = 3.0
-"""A trial is stopped after this many times what it was expected to take."""
+"""A trial is stopped after this many times its expected seconds."""
 SERVER_S = 300.0
 """Longer for a trial that may have to start a vLLM server: no other trial tells how long that takes."""
-HANG_S = 120.0
 CHEAP = 0.3
 MOST_STEPS = 10
 LENGTHS = 200
-"""Completion lengths handed to a trial: quantiles of what the probe saw."""
+"""Completion lengths handed to a trial: quantiles of the probe's."""
 
 
-class Trials(Protocol):
-    """What runs trials (`grpo_autotune.trials.parent.runner.Runner`)."""
+class Evaluator:
+    """Evaluates combinations after the probe.
 
-    def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
-    def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
-    def close(self) -> None: ...
-
-
-class Standing(NamedTuple):
-    """What there is to see while a search runs."""
-
-    left_s: float
-    total_s: float
-    trial: TrialSpec | None
-    progress: Progress | None
-    changed: Knobs
-    done: int
-    own: Entry | None
-    best: Entry | None
-    speedup: float
-    skipped: list[Skipped]
-    errors: dict[str, dict[str, float]]
-
-
-class View(Protocol):
-    """Who is told how a search goes."""
-
-    def say(self, line: str) -> None: ...
-    def show(self, standing: Standing) -> None: ...
-
-
-@dataclass
-class Lab:
-    """One search's trials.
-
-    Attributes:
-        config: The user's configuration.
-        memory_bytes: What a trial may take; null where that is unknown.
-        notes: What trials could not do as asked.
-        lengths: Completion lengths of timed trials.
-        seen_lengths: Those of the probe, which come first.
-        script: A script and its arguments, in place of the configuration's own training.
-        out: Where `tuned.yaml` is copied.
+    Args:
+        log: Runs and records the trials.
+        board: The leaderboard, without an entry.
+        models: Models of the probe; every trial gives new ones.
+        study: The Optuna study.
+        probe: The probe's outcome.
     """
 
-    config: RunConfig
-    machine: Machine
-    folder: SearchFolder
-    runner: Trials
-    budget: Budget
-    view: View
-    fingerprint: str
-    script: list[str] | None = None
-    out: Path | None = None
-    costs: Costs = field(default_factory=Costs)
-    rows: list[TrialRow] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)
-    lengths: list[int] | None = None
-    seen_lengths: list[list[int]] = field(default_factory=list)
-    memory_bytes: int | None = None
-    _book: Book | None = None
-    _models: Models | None = None
-    _study: Study | None = None
-    _probe: TrialOutcome | None = None
+    def __init__(self, log: TrialLog, board: Leaderboard, models: Models, study: Study, probe: TrialOutcome) -> None:
+        self.log, self.board, self.models, self.study = log, board, models, study
+        self.budget, self.costs, self.machine = log.budget, log.costs, log.task.machine
+        self._probe, self._lengths = probe, completion_lengths(board.record)
 
     @property
-    def book(self) -> Book:
-        """What is known; there from the probe on."""
-        assert self._book is not None
-        return self._book
-
-    @property
-    def models(self) -> Models:
-        """Fitted to everything so far; there from the probe on."""
-        assert self._models is not None
-        return self._models
-
-    @property
-    def study(self) -> Study:
-        """The Optuna study; there from the probe on."""
-        assert self._study is not None
-        return self._study
-
-    def begin(self, book: Book, models: Models, study: Study, probe: TrialOutcome) -> None:
-        """Take over what the probe made possible."""
-        self._book, self._models, self._study, self._probe = book, models, study, probe
-        self.lengths, self.seen_lengths = completion_lengths(book.record), probe.lengths
-
-    def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
-        """A trial with the next free number."""
-        return TrialSpec(
-            number=self.folder.next_number(),
-            purpose=purpose,
-            config=plain(config),
-            knobs=knobs if self.script is None else overrides(self.config, config),
-            limit_s=max(1.0, limit_s),
-            hang_s=min(HANG_S, max(5.0, limit_s)),
-            script=self.script,
-            world_size=config.batch.processes,
-            completion_lengths=self.lengths if purpose == "timed" else None,
-            seen_lengths=self.seen_lengths if purpose == "timed" else [],
-            **more,
-        )
-
-    def run(self, spec: TrialSpec, watch: Callable[[Progress], None] = lambda progress: None) -> TrialOutcome:
-        """Run one trial; the view and `watch` are told what it does."""
-        self.show(spec)
-
-        def told(progress: Progress) -> None:
-            watch(progress)
-            self.show(spec, progress)
-
-        outcome = self.runner.run(spec, told)
-        self.remember()
-        return outcome
-
-    def heed(self, outcome: TrialOutcome) -> None:
-        """A limit that a trial's process was under bounds the others, too; what heap and threads take of it differs
-        from one to the next, so that the lowest counts."""
-        bounds = [bytes_ for bytes_ in (self.memory_bytes, outcome.most_bytes) if bytes_ is not None]
-        self.memory_bytes = min(bounds, default=None)
-
-    def knobs_of(self, spec: TrialSpec) -> Knobs:
-        """The combination that a trial is of; a script is told of keys that follow from it, too."""
-        if spec.script is None or self._book is None or spec.purpose in ("probe", "rewards"):
-            return spec.knobs
-        return knobs_of(RunConfig.from_dict(spec.config), self.book.own)
+    def repeats_probe(self) -> bool:
+        """True where trials can repeat the lengths of the probe's completions."""
+        return bool(self._probe.lengths)
 
     def expected_s(self, knobs: Knobs) -> float:
-        """What a timed trial of these knobs is expected to take."""
-        step_s = self.models.step_s(self.book.config_of(knobs)).value
+        """Expected seconds of a timed trial."""
+        step_s = self.models.step_s(self.board.config_of(knobs)).value
         return self.costs.trial_s(step_s, self.steps(step_s))
 
-    def patience_s(self, knobs: Knobs, config: RunConfig) -> float:
-        """Seconds after which a timed trial of these knobs is given up."""
-        server_s = 0.0 if config.vllm.server_gpus is None else SERVER_S
-        return max(LEAST_LIMIT_S, PATIENCE * self.expected_s(knobs)) + server_s
+    def affords(self, knobs: Knobs, room_s: float) -> bool:
+        """True where a timed trial surely fits into `room_s` seconds."""
+        return SURE * self.expected_s(knobs) <= room_s
 
     def steps(self, step_s: float) -> int:
         """Steps to measure: those of `search.steps`, and more while they are cheap beside starting the trial."""
         cheap = int(CHEAP * self.costs.beside_s / max(step_s, 1e-3))
-        return max(self.config.search.steps, min(MOST_STEPS, cheap))
+        return max(self.board.config.search.steps, min(MOST_STEPS, cheap))
 
-    def timed(self, knobs: Knobs, source: str, room_s: float, asked: Asked | None = None) -> Entry | None:
-        """Measure a combination in at most `room_s` seconds; null where it did not end well."""
-        config = self.book.config_of(knobs)
-        own_limit = self.config.search.trial_limit_s or self.patience_s(knobs, config)
+    def spec(self, purpose: Purpose, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
+        """A trial of the user's configuration with these knobs; for a script, all keys that follow from them."""
+        config = self.board.config_of({**self.board.baseline_knobs, **knobs})
+        if self.log.task.script is not None:
+            knobs = overrides(self.board.config, config)
+        if purpose == "timed":
+            more |= {"completion_lengths": self._lengths, "seen_lengths": self._probe.lengths}
+        return self.log.spec(purpose, config, knobs, limit_s, **more)
+
+    def run(self, purpose: Purpose, knobs: Knobs, limit_s: float, **more: Any) -> TrialOutcome:
+        """Run a trial that is not timed, and record it."""
+        spec = self.spec(purpose, knobs, limit_s, **more)
+        outcome = self.log.run(spec, self._progress(spec))
+        self.record(spec, outcome)
+        return outcome
+
+    def race(self, rival: Entry, rounds: int, limit_s: float) -> tuple[TrialOutcome, TrialOutcome]:
+        """Run so many rounds of the user's configuration and a rival interleaved, and record both."""
+        first = self.spec("timed", self.board.baseline_knobs, limit_s, steps=1, source="race")
+        second = self.spec("timed", rival.knobs, limit_s, steps=1, source="race")
+        second = second.model_copy(update={"number": first.number + 1})
+        outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
+        for spec, outcome in zip((first, second), outcomes, strict=True):
+            self.record(spec, outcome)
+        return outcomes[0], outcomes[1]
+
+    def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:
+        """Measure a combination in at most `room_s` seconds; None where it did not end well."""
+        config = self.board.config_of(knobs)
+        limit_s = self.board.config.search.trial_limit_s or patience_s(self.expected_s(knobs), config)
         steps = self.steps(self.models.step_s(config).value)
-        spec = self.spec("timed", config, knobs, min(own_limit, room_s), source=source, steps=steps)
+        spec = self.spec("timed", knobs, min(limit_s, room_s), source=source, steps=steps)
         try:
-            outcome = self.run(spec)
+            outcome = self.log.run(spec, self._progress(spec))
         except KeyboardInterrupt:
-            if asked is not None:
-                self.study.fail(asked, "stopped by Ctrl-C", spec.number)
+            if claim is not None:
+                self.study.fail(claim, "stopped by Ctrl-C", spec.number)
             raise
         entry = self.learn(spec, outcome)
-        if asked is not None:
-            self._tell(asked, outcome, entry, cut_short=room_s < own_limit)
+        if claim is not None:
+            self._tell(claim, outcome, entry, cut_short=room_s < limit_s)
         return entry
 
-    def adopt(self, asked: Asked | None) -> None:
+    def adopt_probe(self, claim: Claim | None) -> None:
         """Take the probe as the trial of the user's configuration."""
-        assert self._probe is not None
-        entry = self.book.add(self.book.own, self._probe, None)
-        if asked is not None:
-            self._tell(asked, self._probe, entry, cut_short=False)
+        entry = self.board.add(self.board.baseline_knobs, self._probe, None)
+        if claim is not None:
+            self._tell(claim, self._probe, entry, cut_short=False)
 
     def learn(self, spec: TrialSpec, outcome: TrialOutcome) -> Entry | None:
-        """Take a timed trial into account, a recalled one too."""
+        """Take a timed trial into account."""
         knobs = self.knobs_of(spec)
-        config = self.book.config_of(knobs)
-        predicted = self.models.step_s(config).value
-        entry = None
+        config = self.board.config_of(knobs)
+        predicted_s, entry = self.models.step_s(config).value, None
         if outcome.status == "ok" and outcome.step_s:
-            entry = self.book.add(knobs, outcome, predicted)
-        self._models = self.models.learn(config, outcome)
+            entry = self.board.add(knobs, outcome, predicted_s)
+        self.models = self.models.learn(config, outcome)
         self.costs.learn(outcome)
-        self.write(spec, outcome, predicted, entry)
+        self.log.record(spec, outcome, knobs, predicted_s, self.board.useful(config) if entry is not None else None)
         return entry
 
-    def write(
-        self, spec: TrialSpec, outcome: TrialOutcome, predicted_s: float | None = None, entry: Entry | None = None
-    ) -> None:
-        """One line of the table of trials."""
-        self.notes |= set(outcome.notes)
-        self.heed(outcome)
-        cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
-        step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
-        self.rows.append(
-            TrialRow(
-                number=spec.number,
-                purpose=spec.purpose,
-                knobs=self.knobs_of(spec),
-                status=outcome.status,
-                step_s=step_s,
-                predicted_s=predicted_s,
-                peak_bytes=outcome.peak_bytes,
-                why=outcome.why,
-                score=None if entry is None or step_s is None else self.book.score(entry.config, step_s),
-                elapsed_s=outcome.elapsed_s,
-                warm=outcome.warm,
-                source=spec.source,
-            )
-        )
-
-    def tell_again(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
-        """Tell a journal what it lost of a trial that has an outcome."""
+    def relearn(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
+        """Take a trial of an earlier process into account, and tell it to a journal that lost it."""
+        if spec.purpose != "timed":
+            self.record(spec, outcome)
+            self.costs.learn(outcome)
+            return
+        self.learn(spec, outcome)
         if spec.number not in self.study.numbers():
             knobs = self.knobs_of(spec)
-            entry = self.book.entries.get(name_of(knobs))
-            self._tell(self.study.ask(knobs), outcome, entry, cut_short=outcome.status == "timeout")
+            claim = self.study.ask(knobs)
+            self._tell(claim, outcome, self.board.entry(knobs), cut_short=outcome.status == "timeout")
 
-    def remember(self, *, finished: bool = False) -> None:
-        """Write down how far the search is."""
-        self.folder.save_state(
-            State(
-                fingerprint=self.fingerprint,
-                budget_s=self.budget.total_s,
-                elapsed_s=self.budget.elapsed_s,
-                finished=finished,
-            )
+    def record(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
+        """Enter a trial in the table and nowhere else."""
+        self.log.record(spec, outcome, self.knobs_of(spec))
+
+    def knobs_of(self, spec: TrialSpec) -> Knobs:
+        """The combination of a trial."""
+        if spec.script is None or spec.purpose in ("probe", "rewards"):
+            return spec.knobs
+        return knobs_of(RunConfig.from_dict(spec.config), self.board.baseline_knobs)
+
+    def _progress(self, spec: TrialSpec) -> SearchProgress:
+        board, step_error = self.board, self.models.errors().get("step")
+        baseline = board.baseline_knobs
+        state = self.log.progress(spec)._replace(
+            changed=board.changed({**baseline, **self.knobs_of(spec)}),
+            baseline=baseline,
+            step_error=None if step_error is None else step_error["median"],
+        )
+        if not board.has_baseline:
+            return state
+        best = board.ranking("fast")[0]
+        return state._replace(
+            baseline_step_s=board.baseline.step.value,
+            best_step_s=best.step.value,
+            best_changed=board.changed(best.knobs),
+            speedup=board.speedup(best).value,
         )
 
-    def show(self, spec: TrialSpec | None = None, progress: Progress | None = None) -> None:
-        """Let the view know where things stand."""
-        book = self._book
-        entries = [] if book is None or name_of(book.own) not in book.entries else book.ranking("fast")
-        self.view.show(
-            Standing(
-                left_s=self.budget.left_s,
-                total_s=self.budget.total_s,
-                trial=spec,
-                progress=progress,
-                changed={} if book is None or spec is None else book.changed({**book.own, **self.knobs_of(spec)}),
-                done=len(self.rows),
-                own=book.baseline if book is not None and entries else None,
-                best=entries[0] if entries else None,
-                speedup=book.speedup(entries[0]).value if book is not None and entries else 1.0,
-                skipped=self.skipped,
-                errors=self._models.errors() if self._models is not None else {},
-            )
-        )
-
-    def _tell(self, asked: Asked, outcome: TrialOutcome, entry: Entry | None, *, cut_short: bool) -> None:
-        facts = {"status": outcome.status, "why": outcome.why, "machine": self.machine.fingerprint}
+    def _tell(self, claim: Claim, outcome: TrialOutcome, entry: Entry | None, *, cut_short: bool) -> None:
+        attributes = {"status": outcome.status, "why": outcome.why, "machine": self.machine.fingerprint}
         if entry is not None and outcome.status == "ok":
-            score = self.book.score(entry.config, entry.step.value)
-            limit, peak = self.memory_bytes, outcome.peak_bytes
+            score = self.board.score(entry.config, entry.step.value)
+            limit, peak = self.log.memory_bytes, outcome.peak_bytes
             headroom = (limit - peak) / GIB if limit is not None and peak is not None else 0.0
             step = {"step_s": entry.step.value, "peak_bytes": outcome.peak_bytes}
-            self.study.tell(asked, score, outcome.number, {**facts, **step}, headroom)
+            self.study.tell(claim, score, outcome.number, {**attributes, **step}, headroom)
         elif outcome.status == "oom":
             over = max(0.001, (outcome.overshoot_bytes or 0) / GIB)
-            self.study.tell_infeasible(asked, outcome.number, facts, over_gib=over)
+            self.study.tell_infeasible(claim, outcome.number, attributes, over_gib=over)
         elif outcome.status == "timeout" and not cut_short:
-            self.study.tell_infeasible(asked, outcome.number, facts, over_time=1.0)
+            self.study.tell_infeasible(claim, outcome.number, attributes, over_time=1.0)
         else:
-            self.study.fail(asked, outcome.why or outcome.status, outcome.number)
+            self.study.fail(claim, outcome.why or outcome.status, outcome.number)
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
-    """A configuration for a trial: without the receipt of what it was before."""
-    values = config.to_dict()
-    values.pop("receipt", None)
-    return values
+def patience_s(expected_s: float, config: RunConfig) -> float:
+    """Seconds after which a timed trial is given up."""
+    server_s = 0.0 if config.vllm.server_gpus is None else SERVER_S
+    return max(LEAST_LIMIT_S, PATIENCE * expected_s) + server_s
 
 
 def completion_lengths(record: ProbeRecord, count: int = LENGTHS) -> list[int] | None:
-    """Lengths distributed as the probe's completions were: `count` quantiles of the line through its percentiles."""
+    """Lengths in tokens distributed as the probe's completions: `count` quantiles of the line through its
+    percentiles."""
     if record.tokens is None:
         return None
-    lengths = record.tokens.completion
-    longest = max(1, round(lengths.max))
-    return [min(longest, max(1, round(n))) for n in quantiles(lengths, (np.arange(count) + 0.5) / count)]
+    spread = record.tokens.completion
+    lengths = np.clip(np.rint(quantiles(spread, (np.arange(count) + 0.5) / count)), 1, max(1, round(spread.max)))
+    return [int(length) for length in lengths]

@@ -1,15 +1,15 @@
-"""The race for the end: a combination against the user's configuration in turns on the same prompts, so that what slows
-the machine slows both.
+"""Interleaved race of a combination against the user's configuration on the same prompts, so that a disturbance of the
+machine slows both.
 
-Each round gives one ratio of their seconds a step; the speed-up is the median ratio with its bootstrap interval. Rounds
-go on while the interval holds 1 and there is time.
+Each round gives one ratio of their seconds per step; the speed-up is the median ratio with its bootstrap interval.
+Rounds go on while the interval holds 1 and there is time.
 """
 
 from __future__ import annotations
 
-from grpo_autotune.predict.objective import Interval, median_interval
-from grpo_autotune.search.evaluator import Lab
-from grpo_autotune.search.leaderboard import Entry, scaled
+from grpo_autotune.predict.objective import median_interval
+from grpo_autotune.search.evaluator import Evaluator
+from grpo_autotune.search.leaderboard import Entry, RaceResult, scaled
 
 FIRST_ROUNDS = 5
 MORE_ROUNDS = 5
@@ -22,58 +22,44 @@ SPEED_MARGIN = 1.2
 """A round may take this much longer than both trials' medians say."""
 
 
-def race(lab: Lab, rival: Entry, room_s: float) -> Interval | None:
-    """Race a combination against the user's configuration; its score over the user's, or null where there was no time.
+def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
+    """Race a combination against the user's configuration, and enter the result.
 
-    The entry keeps the result and the seconds a step of the race. A rival that fails is marked as failing.
+    Returns:
+        The entry with the result; as it was where there was no time, and barred from winning where it failed.
     """
-    book = lab.book
-    end_s, pairs = lab.budget.elapsed_s + room_s, list[tuple[float, float]]()
+    board, budget = evaluator.board, evaluator.budget
+    end_s, pairs = budget.elapsed_s + room_s, list[tuple[float, float]]()
     wanted = FIRST_ROUNDS
     while len(pairs) < MOST_ROUNDS:
-        left_s = end_s - lab.budget.elapsed_s
-        rounds = min(wanted, rounds_that_fit(lab, rival, left_s))
+        left_s = end_s - budget.elapsed_s
+        rounds = min(wanted, rounds_that_fit(evaluator, rival, left_s))
         if rounds < LEAST_ROUNDS:
             break
-        found, why = _rounds(lab, rival, rounds, left_s)
-        if why is not None:
-            rival.fails, rival.raced = why, None
-            return None
-        pairs += found
+        baseline, other = evaluator.race(rival, rounds, left_s)
+        if baseline.status == "ok" and other.status not in ("ok", "timeout"):
+            return board.update(rival, fails=f"failed in the race: {other.why or other.status}", race=None)
+        rival = board.add_peak(rival, other.peak_bytes)
+        pairs += zip(baseline.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
             break
         ratios = [before / after for before, after in pairs]
-        rival.raced = scaled(median_interval(ratios, book.confidence), book.worth(rival.config))
-        rival.raced_own_s, rival.raced_s = (median_interval(side, book.confidence) for side in zip(*pairs, strict=True))
-        if rival.raced.low > 1.0 or rival.raced.high < 1.0:
+        speedup = scaled(median_interval(ratios, board.confidence), board.worth(rival.config))
+        before_s, after_s = (median_interval(side, board.confidence) for side in zip(*pairs, strict=True))
+        rival = board.update(rival, race=RaceResult(speedup, step=after_s, baseline_step=before_s))
+        if speedup.low > 1.0 or speedup.high < 1.0:
             break
         wanted = MORE_ROUNDS
-    return rival.raced
+    return rival
 
 
-def race_s(lab: Lab, rival_s: float) -> float:
+def race_s(evaluator: Evaluator, rival_s: float) -> float:
     """Seconds of the shortest race: both start side by side, warm up, and run the fewest rounds that count."""
-    return STARTS * lab.costs.cold_s + SPEED_MARGIN * (LEAST_ROUNDS + 1) * (lab.book.baseline.step.value + rival_s)
+    pair_s = evaluator.board.baseline.step.value + rival_s
+    return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (LEAST_ROUNDS + 1) * pair_s
 
 
-def rounds_that_fit(lab: Lab, rival: Entry, room_s: float) -> int:
+def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float) -> int:
     """Rounds after both have started and made a step to warm up."""
-    pair_s = SPEED_MARGIN * (lab.book.baseline.step.value + rival.step.value) * rival.cycle
-    return max(0, int((room_s - STARTS * lab.costs.cold_s) / pair_s) - 1)
-
-
-def _rounds(lab: Lab, rival: Entry, rounds: int, left_s: float) -> tuple[list[tuple[float, float]], str | None]:
-    """Seconds a step of both, round by round, or why the rival failed; the last round may have been cut short."""
-    book = lab.book
-    first = lab.spec("timed", book.baseline.config, book.own, left_s, steps=1, source="race")
-    second = lab.spec("timed", rival.config, rival.knobs, left_s, steps=1, source="race")
-    second = second.model_copy(update={"number": first.number + 1})
-    lab.show(second)
-    own, other = lab.runner.race([first, second], rounds=rounds, deadline_s=left_s)
-    lab.write(first, own)
-    lab.write(second, other)
-    lab.remember()
-    if own.status == "ok" and other.status not in ("ok", "timeout"):
-        return [], f"failed in the race: {other.why or other.status}"
-    rival.saw_peak(other.peak_bytes)
-    return list(zip(own.step_s, other.step_s, strict=False)), None
+    pair_s = SPEED_MARGIN * (evaluator.board.baseline.step.value + rival.step.value) * rival.cycle
+    return max(0, int((room_s - STARTS * evaluator.costs.cold_s) / pair_s) - 1)

@@ -1,4 +1,4 @@
-"""The folder of a search: readable by hand, used by one process at a time, and enough to go on from after any kill.
+"""Folder of a search: readable by hand, used by one process at a time, and enough to resume from after any kill.
 
 config.yaml  machine.json  study.journal  state.json  search.json  tuned.exact.yaml  tuned.yaml  tuned.fast.yaml
 trials/0007/{spec.json, outcome.json, ...}
@@ -6,10 +6,10 @@ trials/0007/{spec.json, outcome.json, ...}
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,20 +21,20 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.search import SCHEMA, SearchReport
 from grpo_autotune.records.stored import read_stored
-from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 
 SEARCH_FILE = "search.json"
 Record = TypeVar("Record", bound=Frozen)
 
 
 class State(Frozen):
-    """How far a search is.
+    """Progress of a search.
 
     Attributes:
         fingerprint: Of its configuration and space.
         budget_s: Budget it was given last.
         elapsed_s: Seconds spent, over all processes.
-        finished: Whether it came to its end.
+        finished: True where it came to its end.
     """
 
     fingerprint: str
@@ -43,31 +43,16 @@ class State(Frozen):
     finished: bool = False
 
 
-@dataclass(frozen=True)
 class SearchFolder:
-    """The places in it."""
+    """Paths and files of a search."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def machine(self) -> Path:
-        return self.path / "machine.json"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "study.journal"
-
-    @property
-    def report(self) -> Path:
-        return self.path / SEARCH_FILE
-
-    @property
-    def state_file(self) -> Path:
-        return self.path / "state.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.machine = path / "machine.json"
+        self.journal = path / "study.journal"
+        self.report = path / SEARCH_FILE
+        self.state_file = path / "state.json"
 
     def tuned(self, which: str) -> Path:
         """`tuned.yaml`, or `tuned.exact.yaml` and `tuned.fast.yaml`."""
@@ -79,24 +64,20 @@ class SearchFolder:
 
     def trials(self) -> list[tuple[TrialSpec, TrialOutcome | None]]:
         """Every trial that was begun, by number; one that was killed with its parent has no outcome."""
-        found = []
-        for place in sorted((self.path / "trials").glob("[0-9]*")):
-            spec = _read(place / "spec.json", TrialSpec)
+        trials = []
+        for folder in sorted((self.path / "trials").glob("[0-9]*")):
+            spec = _read(folder / SPEC_FILE, TrialSpec)
             if spec is not None:
-                found.append((spec, _read(place / "outcome.json", TrialOutcome)))
-        return found
+                trials.append((spec, _read(folder / OUTCOME_FILE, TrialOutcome)))
+        return trials
 
     def next_number(self) -> int:
         """Smallest number above those that were used."""
-        used = [int(place.name) for place in (self.path / "trials").glob("[0-9]*") if place.name.isdecimal()]
+        used = [int(folder.name) for folder in (self.path / "trials").glob("[0-9]*") if folder.name.isdecimal()]
         return max(used, default=-1) + 1
 
-    def state(self) -> State | None:
-        """How far the search in this folder is; null where there is none."""
-        return _read(self.state_file, State)
-
     def save_state(self, state: State) -> None:
-        """Remember how far it is."""
+        """Write the progress."""
         write_whole(self.state_file, state.model_dump_json(indent=2) + "\n")
 
     @contextmanager
@@ -122,12 +103,12 @@ class SearchFolder:
             lock.release()
 
     def check(self, fingerprint: str, *, resume: bool) -> State | None:
-        """The state to go on from; null for a new search.
+        """The state to resume from; None for a new search.
 
         Raises:
             ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
         """
-        state = self.state()
+        state = _read(self.state_file, State)
         if state is None:
             if not resume and self.report.exists():
                 raise ConfigError("this folder holds a search", where=str(self.path), fix="Give another --run-dir.")
@@ -149,7 +130,8 @@ class SearchFolder:
 
 
 def _read(path: Path, kind: type[Record]) -> Record | None:
-    """A record, or null where it is missing or torn: what a full disk or a kill left half written says nothing."""
+    """A record, or None where it is missing or torn: a file that a full disk or a kill left half written says
+    nothing."""
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
@@ -163,5 +145,10 @@ def load_search(source: Path) -> SearchReport:
         ConfigError: There is none, it is not JSON, or another version of the schema wrote it.
     """
     path = source / SEARCH_FILE if source.is_dir() else source
-    words = {"absent": "there is no search here", "written_by": "`grpo-autotune search`", "again": "Search again."}
-    return read_stored(path, SearchReport, SCHEMA, **words)
+    texts = {"absent": "there is no search here", "written_by": "`grpo-autotune search`", "again": "Search again."}
+    return read_stored(path, SearchReport, SCHEMA, **texts)
+
+
+def fingerprint(text: str) -> str:
+    """Short digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

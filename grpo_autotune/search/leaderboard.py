@@ -1,9 +1,9 @@
-"""What a search knows of each combination: measured seconds, score, memory, and whether it may be recommended."""
+"""Leaderboard of the measured combinations: seconds per step, score, memory, and what may be recommended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.stats import bootstrap
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import Kind, Knobs, kind_of, with_knobs
+from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.objective import (
     RESAMPLES,
     Interval,
@@ -27,18 +28,34 @@ from grpo_autotune.search.noninferiority import NO_TIME
 from grpo_autotune.search.study import name_of
 
 Level = Literal["exact", "tuned", "open", "fast"]
-"""What may be recommended: nothing learned changes; what changes is proven or accepted; that, or may still be proven;
-anything."""
-Proof = Literal["exact", "proven", "accepted", "unproven"]
-GROUP = "grpo.num_generations"
+"""Combinations that may be recommended: those that change nothing learned; those whose changes are proven or accepted;
+these, or may still be proven; all."""
+Evidence = Literal["exact", "proven", "accepted", "unproven"]
 JUDGED_BY_REWARDS = ("data.image_size",)
-"""Learning knobs that show in the rewards before any training; others show only in what is learnt."""
+"""Learning knobs that show in the rewards before any training; others show only in the trained policy."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class RaceResult:
+    """Interleaved race of a combination against the user's configuration: score over the user's, and seconds per step
+    of both."""
+
+    speedup: Interval
+    step: Interval
+    baseline_step: Interval
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One measured combination. Of the race: `raced` is its score over the user's, `raced_s` its seconds a step,
-    `raced_own_s` those of the user's configuration."""
+    """One measured combination.
+
+    Attributes:
+        steps_s: Seconds of each measured step.
+        cycle: Steps of a cycle of generating and reusing.
+        step: Seconds per step.
+        race: None until it was raced.
+        fails: Reason why it may not win; None without one.
+    """
 
     knobs: Knobs
     config: RunConfig
@@ -48,36 +65,30 @@ class Entry:
     step: Interval
     predicted_s: float | None
     peak_bytes: int | None
-    raced: Interval | None = None
-    raced_s: Interval | None = None
-    raced_own_s: Interval | None = None
+    race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None
 
     @property
     def cycles_s(self) -> list[float]:
-        """Seconds a step, one figure a cycle of generating and reusing."""
+        """Seconds per step of each whole cycle."""
         return cycle_means(self.steps_s, self.cycle)
-
-    def saw_peak(self, peak_bytes: int | None) -> None:
-        """Take the memory of another measurement of it into account."""
-        self.peak_bytes = max((peak for peak in (self.peak_bytes, peak_bytes) if peak is not None), default=None)
 
 
 @dataclass
-class Book:
-    """The entries of one search.
+class Leaderboard:
+    """The entries of one search, and the guards on learning knobs.
 
     Attributes:
         config: The user's configuration.
-        own: The user's values of the space's knobs.
+        baseline_knobs: The user's values of the space's knobs.
         record: The probe's record.
-        living: How the share of living groups follows the group size; null where no spread of rewards was seen.
-        guards: (knob, value's name) -> what was found out.
+        living: Share of living groups by group size; None where no spread of rewards was seen.
+        guards: (knob, value's name) -> judgement.
     """
 
     config: RunConfig
-    own: Knobs
+    baseline_knobs: Knobs
     record: ProbeRecord
     living: Living | None = field(init=False)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -85,19 +96,29 @@ class Book:
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
-    _ratios: dict[tuple[str, int, int], Interval] = field(default_factory=dict)
+    _ratios: dict[tuple[str, str, int, int], Interval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.living = living_of(self.record)
 
     @property
     def confidence(self) -> float:
+        """Confidence of every interval."""
         return self.config.search.confidence
+
+    @property
+    def has_baseline(self) -> bool:
+        """True once the user's configuration is measured."""
+        return name_of(self.baseline_knobs) in self.entries
 
     @property
     def baseline(self) -> Entry:
         """The user's configuration."""
-        return self.entries[name_of(self.own)]
+        return self.entries[name_of(self.baseline_knobs)]
+
+    def entry(self, knobs: Knobs) -> Entry | None:
+        """The entry of a combination, if it was measured."""
+        return self.entries.get(name_of(knobs))
 
     def config_of(self, knobs: Knobs) -> RunConfig:
         """The whole configuration of a combination."""
@@ -106,12 +127,19 @@ class Book:
             self._configs[name] = with_knobs(self.config, knobs)
         return self._configs[name]
 
+    # What a combination changes
+
     def changed(self, knobs: Knobs) -> Knobs:
         """The knobs that differ from the user's."""
-        return {key: value for key, value in knobs.items() if name_of({key: value}) != name_of({key: self.own[key]})}
+        base = self.baseline_knobs
+        return {key: value for key, value in knobs.items() if name_of({key: value}) != name_of({key: base[key]})}
+
+    def without(self, knobs: Knobs, *keys: str) -> Knobs:
+        """A combination with some knobs as the user has them."""
+        return {**knobs, **{key: self.baseline_knobs[key] for key in keys}}
 
     def kind(self, key: str) -> Kind:
-        """Whether a knob changes what is learned."""
+        """`learning` for a knob that changes what is learned, else `exact`."""
         if key not in self._kinds:
             self._kinds[key] = kind_of(self.config, key, self.record)
         return self._kinds[key]
@@ -120,114 +148,148 @@ class Book:
         """The changed knobs that change what is learned."""
         return [key for key in self.changed(knobs) if self.kind(key) == "learning"]
 
-    def proof(self, key: str, value: Any) -> Proof:
-        """Why a changed knob may be recommended."""
+    def evidence(self, key: str, value: Any) -> Evidence:
+        """Evidence that a changed knob leaves learning as it is."""
         if self.kind(key) == "exact":
             return "exact"
         if key in self.config.search.accept:
             return "accepted"
-        guard = self.guards.get((key, name_of({key: value})))
+        guard = self.guard(key, value)
         return "proven" if guard is not None and guard.proven else "unproven"
 
+    def guard(self, key: str, value: Any) -> Guard | None:
+        """The judgement of a value, if there is one."""
+        return self.guards.get((key, name_of({key: value})))
+
     def note(self, guard: Guard) -> None:
-        """Remember what was found out about a value."""
+        """Remember a judgement."""
         self.guards[guard.key, name_of({guard.key: guard.after})] = guard
 
     def had_no_time(self, key: str) -> bool:
-        """Whether a value of this knob was left without proof because the time did not hold it."""
+        """True where a value of this knob stays unproven for lack of time."""
         return any(guard.key == key and guard.why == NO_TIME for guard in self.guards.values())
 
-    def guard(self, key: str, value: Any) -> Guard | None:
-        """What was found out about a value."""
-        return self.guards.get((key, name_of({key: value})))
+    def is_group_unknown(self, knobs: Knobs) -> bool:
+        """True where the group size changes and no spread of rewards tells what another one is worth."""
+        return self.living is None and GROUP in self.changed(knobs)
+
+    # Measurements
 
     def add(self, knobs: Knobs, outcome: TrialOutcome, predicted_s: float | None) -> Entry:
-        """Enter what a trial measured; a combination measured again keeps all its steps."""
-        name, cycle = name_of(knobs), outcome.record.timings.cycle if outcome.record else 1
-        there = self.entries.get(name)
-        steps_s = [*(there.steps_s if there else []), *outcome.step_s]
-        peaks = [peak for peak in (there.peak_bytes if there else None, outcome.peak_bytes) if peak is not None]
+        """Enter a trial's measurement; a combination measured again keeps all its steps."""
+        before, cycle = self.entry(knobs), outcome.record.timings.cycle if outcome.record else 1
+        steps_s = [*(before.steps_s if before else []), *outcome.step_s]
         entry = Entry(
             knobs=knobs,
             config=self.config_of(knobs),
-            number=there.number if there else outcome.number,
+            number=before.number if before else outcome.number,
             steps_s=steps_s,
             cycle=cycle,
             step=step_interval(steps_s, cycle, self.confidence),
-            predicted_s=there.predicted_s if there else predicted_s,
-            peak_bytes=max(peaks, default=None),
+            predicted_s=before.predicted_s if before else predicted_s,
+            peak_bytes=_larger(before.peak_bytes if before else None, outcome.peak_bytes),
         )
-        self.entries[name] = entry
+        self.entries[name_of(knobs)] = entry
         return entry
 
-    def score(self, config: RunConfig, step_s: float) -> float:
-        """Useful completions a second."""
+    def add_worst_case(self, entry: Entry, outcome: TrialOutcome) -> Entry:
+        """Enter the outcome of a worst-case step; one that ran out of time says nothing."""
+        if outcome.status == "timeout":
+            return entry
+        if outcome.status == "ok":
+            return self.add_peak(entry, outcome.peak_bytes, worst_case="passed")
+        why = f"the worst-case step ended with {outcome.status}: {outcome.why or 'no reason given'}"
+        return self.update(entry, fails=why)
+
+    def add_peak(self, entry: Entry, peak_bytes: int | None, **changes: Any) -> Entry:
+        """Enter the memory of another measurement, and other changes with it."""
+        return self.update(entry, peak_bytes=_larger(entry.peak_bytes, peak_bytes), **changes)
+
+    def update(self, entry: Entry, **changes: Any) -> Entry:
+        """Replace an entry by one with other fields."""
+        later = self.entries[name_of(entry.knobs)] = replace(entry, **changes)
+        return later
+
+    # Scores
+
+    def useful(self, config: RunConfig) -> float:
+        """Useful completions per step."""
         if id(config) not in self._useful:
             truncated = self.record.tokens.truncated_share if self.record.tokens else 0.0
             self._useful[id(config)] = config, useful_per_step(config, self.living, truncated)
-        return self._useful[id(config)][1] / step_s
+        return self._useful[id(config)][1]
+
+    def score(self, config: RunConfig, step_s: float) -> float:
+        """Useful completions per second."""
+        return self.useful(config) / step_s
 
     def worth(self, config: RunConfig) -> float:
-        """Useful completions of a step over those of a step of the user's configuration."""
-        own = self.score(self.config, 1.0)
-        return self.score(config, 1.0) / own if own > 0.0 else 1.0
+        """Useful completions per step over those of the user's configuration."""
+        baseline = self.useful(self.config)
+        return self.useful(config) / baseline if baseline > 0.0 else 1.0
+
+    def ratio(self, slower: Entry, faster: Entry, cycles: int | None = None) -> Interval:
+        """Score of one entry over that of another, each by its own trials (their first `cycles`)."""
+        before, after = slower.cycles_s[:cycles], faster.cycles_s[:cycles]
+        pair = (name_of(slower.knobs), name_of(faster.knobs), len(before), len(after))
+        if pair not in self._ratios:
+            self._ratios[pair] = median_ratio(before, after, self.confidence)
+        return scaled(self._ratios[pair], self.worth(faster.config) / self.worth(slower.config))
 
     def speedup(self, entry: Entry) -> Interval:
         """Score over the user's: from the race where there was one, else from both trials' medians."""
-        if entry.raced is not None:
-            return entry.raced
+        if entry.race is not None:
+            return entry.race.speedup
         if entry is self.baseline:
             return Interval(1.0, 1.0, 1.0, entry.step.n)
         alike = min(len(self.baseline.cycles_s), len(entry.cycles_s))  # of the same prompts and lengths
-        before, after = self.baseline.cycles_s[:alike], entry.cycles_s[:alike]
-        known = (name_of(entry.knobs), len(before), len(after))
-        if known not in self._ratios:
-            self._ratios[known] = median_ratio(before, after, self.confidence)
-        return scaled(self._ratios[known], self.worth(entry.config))
+        return self.ratio(self.baseline, entry, alike)
 
-    def longer(self, config: RunConfig, step_ratio: float) -> bool:
-        """Whether the configured run would take longer, and that is not allowed."""
+    # Recommendations
+
+    def is_too_long(self, config: RunConfig, step_ratio: float) -> bool:
+        """True where the configured run would take longer, and that is not allowed."""
         return not self.config.search.allow_longer_run and run_ratio(config, self.config, step_ratio) > 1.0
 
-    def may(self, entry: Entry, level: Level) -> bool:
-        """Whether an entry may be recommended at a level."""
+    def may_win(self, entry: Entry, level: Level) -> bool:
+        """True where an entry may be recommended at a level."""
         if entry is self.baseline:
             return True
-        if entry.fails is not None or self.longer(entry.config, self._step_ratio(entry)):
+        if entry.fails is not None or self.is_too_long(entry.config, self._step_ratio(entry)):
             return False
         return self.allows(entry.knobs, level)
 
     def allows(self, knobs: Knobs, level: Level) -> bool:
-        """Whether what a combination changes is shown, or may still be, as a level asks."""
+        """True where a level allows every change of a combination."""
         allowed = ("exact",) if level == "exact" else ("exact", "proven", "accepted")
         return level == "fast" or all(
-            self.proof(key, value) in allowed or (level == "open" and self._undecided(key, value))
+            self.evidence(key, value) in allowed or (level == "open" and self._is_open(key, value))
             for key, value in self.changed(knobs).items()
         )
 
     def ranking(self, level: Level) -> list[Entry]:
         """Entries that may be recommended, best first."""
-        found = [entry for entry in self.entries.values() if self.may(entry, level)]
-        return sorted(found, key=lambda entry: -self.speedup(entry).value)
+        entries = [entry for entry in self.entries.values() if self.may_win(entry, level)]
+        return sorted(entries, key=lambda entry: -self.speedup(entry).value)
 
     def best(self, level: Level) -> Entry:
-        """The best that beats the user's configuration beyond noise; else that one. What was raced counts before what
-        was not, unless that stood its worst case and is faster whatever the noise in both."""
+        """The best that beats the user's configuration beyond noise; else that one. A raced entry counts before one
+        that was not, unless that passed its worst case and is faster whatever the noise in both."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
-        raced = next((entry for entry in better if entry.raced is not None), None)
+        raced = next((entry for entry in better if entry.race is not None), None)
         if raced is None:
             return better[0]
         surely = self.speedup(raced).high
         faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > surely)
         return next(faster, raced)
 
-    def _undecided(self, key: str, value: Any) -> bool:
-        """Whether a search can prove a learning knob's value, and has not looked yet."""
+    def _is_open(self, key: str, value: Any) -> bool:
+        """True where a search can prove a learning knob's value, and has not tried."""
         return self.guard(key, value) is None and (key == GROUP or key in JUDGED_BY_REWARDS)
 
     def _step_ratio(self, entry: Entry) -> float:
-        if entry.raced is not None:
-            return self.worth(entry.config) / entry.raced.value
+        if entry.race is not None:
+            return self.worth(entry.config) / entry.race.speedup.value
         return entry.step.value / self.baseline.step.value
 
 
@@ -257,3 +319,7 @@ def median_ratio(before_s: Iterable[float], after_s: Iterable[float], confidence
 def scaled(interval: Interval, factor: float) -> Interval:
     """An interval of something that is `factor` times as large."""
     return Interval(interval.value * factor, interval.low * factor, interval.high * factor, interval.n)
+
+
+def _larger(*peaks: int | None) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)

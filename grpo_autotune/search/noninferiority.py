@@ -1,8 +1,8 @@
-"""May a knob that changes what is learned go into `tuned.yaml`? Decided from rewards on the same prompts.
+"""Non-inferiority of a knob that changes what is learned, from rewards on the same prompts.
 
 Image size is judged by a paired non-inferiority test: the mean over prompts of (reward with the change - reward as the
-user has it) must lie above `-max_reward_drop` with the confidence asked for (one-sided t test). The two ends of the
-interval that is told each hold with that confidence on their own side.
+user has it) must lie above `-max_reward_drop` with the configured confidence (one-sided t test). Each end of the
+reported interval holds with that confidence on its own side.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import norm, ttest_1samp
 from scipy.stats import t as student
 
+from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.objective import Interval
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import PromptReward
@@ -50,22 +51,22 @@ def judge_rewards(
         return Guard(proven=False, why=why, reward_difference=float(difference.mean()), **plain)
     mean, low, high = _one_sided_ends(difference, confidence)
     plain |= {"reward_difference": mean, "reward_low": low, "reward_high": high}
-    told = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
+    text = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
     if _grew(pairs, confidence):
         cut = f"{plain['truncated_before']:.1%} -> {plain['truncated_after']:.1%}"
-        why = f"more completions are cut off at max_completion_length, {cut}; {told}"
+        why = f"more completions are cut off at max_completion_length, {cut}; {text}"
         return Guard(proven=False, why=why, **plain)
     if low > -margin:
-        return Guard(proven=True, why=told, **plain)
+        return Guard(proven=True, why=text, **plain)
     if high < -margin:
-        return Guard(proven=False, why=f"the reward falls by more than is allowed: {told}", **plain)
+        return Guard(proven=False, why=f"the reward falls by more than is allowed: {text}", **plain)
     needed = prompts_that_settle(difference, margin, confidence)
-    return Guard(proven=False, why=f"not settled: {told}", prompts_needed=needed, **plain)
+    return Guard(proven=False, why=f"not settled: {text}", prompts_needed=needed, **plain)
 
 
 def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float, confidence: float) -> int | None:
     """Smallest number of pairs whose interval would lie on one side of `-margin`, mean and spread staying as they are;
-    null where that is more than `MOST_PROMPTS`."""
+    None where that is more than `MOST_PROMPTS`."""
     values = np.asarray(difference, dtype=float)
     gap, spread = abs(float(values.mean()) + margin), float(values.std(ddof=1))
     if gap == 0.0:
@@ -78,29 +79,23 @@ def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float,
     return None
 
 
-def judge_generations(
-    before: int, after: int, living: Interval | None, speed: Interval, truncated: tuple[float, float] | None
-) -> Guard:
-    """May `num_generations` change? Where the useful completions a second rise by more than all noise in them.
+def judge_generations(before: int, after: int, living: Interval | None, speed: Interval) -> Guard:
+    """Judge a value of `num_generations`: proven where useful completions per second rise by more than all their noise.
 
     Args:
         before: The user's group size.
         after: The one judged.
-        living: Share of living groups at `after` over that at `before`, from the whole probe; null where no spread of
+        living: Share of living groups at `after` over that at `before`, from the whole probe; None where no spread of
             rewards was seen.
-        speed: Useful completions a second over the user's, the living share's own estimate included.
-        truncated: Share of completions cut off (before, after), where both were seen.
+        speed: Useful completions per second over the user's, the living share's own estimate included.
     """
-    plain: dict[str, Any] = {"key": "grpo.num_generations", "before": before, "after": after}
-    if truncated is not None:
-        plain |= {"truncated_before": truncated[0], "truncated_after": truncated[1]}
+    plain: dict[str, Any] = {"key": GROUP, "before": before, "after": after}
     if living is None:
-        return Guard(
-            proven=False, why="no group had any spread of rewards, so what a group teaches is unknown", **plain
-        )
+        why = "no group had any spread of rewards, so what a group teaches is unknown"
+        return Guard(proven=False, why=why, **plain)
     low = speed.low * living.low / living.value
-    told = f"useful completions a second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
-    return Guard(proven=low > 1.0, why=told if low > 1.0 else f"not beyond noise: {told}", prompts=living.n, **plain)
+    text = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
+    return Guard(proven=low > 1.0, why=text if low > 1.0 else f"not beyond noise: {text}", prompts=living.n, **plain)
 
 
 def _pairs(before: Sequence[PromptReward], after: Sequence[PromptReward]) -> list[tuple[PromptReward, PromptReward]]:
@@ -114,8 +109,8 @@ def _one_sided_ends(values: np.ndarray, confidence: float) -> tuple[float, float
     mean = float(values.mean())
     if float(values.std(ddof=1)) == 0.0:
         return mean, mean, mean
-    found = ttest_1samp(values, 0.0).confidence_interval(2.0 * confidence - 1.0)
-    return mean, float(found.low), float(found.high)
+    interval = ttest_1samp(values, 0.0).confidence_interval(2.0 * confidence - 1.0)
+    return mean, float(interval.low), float(interval.high)
 
 
 def _cut_share(row: PromptReward) -> float:
@@ -130,7 +125,7 @@ def _truncated(pairs: Sequence[tuple[PromptReward, PromptReward]]) -> dict[str, 
 
 
 def _grew(pairs: Sequence[tuple[PromptReward, PromptReward]], confidence: float) -> bool:
-    """Whether the truncated share rose beyond noise."""
+    """True where the truncated share rose beyond noise."""
     growth = np.array([_cut_share(new) - _cut_share(old) for old, new in pairs])
     _, low, _ = _one_sided_ends(growth, confidence)
     return low > 0.0

@@ -1,6 +1,6 @@
-"""The search: the user's configuration first, then what promises most, under a budget that is kept to the second.
+"""The search: the user's configuration first, then the most promising ones, under a budget that is kept to the second.
 
-    probe -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> reverts
+    probe -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> ablation
 
 Best-so-far files are written after every trial. Every step can be taken up again from the files of the folder.
 """
@@ -8,274 +8,259 @@ Best-so-far files are written after every trial. Every step can be taken up agai
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine, detect
+from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.models import Models as FittedModels
 from grpo_autotune.records.search import Ended, SearchReport
-from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.search.ablation import measure_reverts
-from grpo_autotune.search.acquisition import Proposal, Ranking, rank
-from grpo_autotune.search.budget import SURE, Budget, Costs
-from grpo_autotune.search.evaluator import Lab, Trials, View, plain
+from grpo_autotune.search.ablation import measure_ablations
+from grpo_autotune.search.acquisition import Pool, Proposal, Ranking, rank
+from grpo_autotune.search.budget import SURE, Budget
+from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.final_race import race, race_s
-from grpo_autotune.search.folder import SearchFolder
+from grpo_autotune.search.folder import SearchFolder, fingerprint
 from grpo_autotune.search.guard_trials import (
-    Rewards,
+    RewardTrials,
     group_s,
     judge_group,
     open_questions,
-    stand_worst_case,
+    run_worst_case,
     worst_case_s,
 )
-from grpo_autotune.search.leaderboard import GROUP, Entry, Level
-from grpo_autotune.search.start import Fit, measure_own, open_search, recall
-from grpo_autotune.search.study import Asked, Sampler, name_of
-from grpo_autotune.search.summary import report_of_search
-from grpo_autotune.search.tuned_files import emit
+from grpo_autotune.search.leaderboard import Entry, Level
+from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall
+from grpo_autotune.search.study import Claim, Sampler, name_of
+from grpo_autotune.search.summary import FILES, report_of_search
+from grpo_autotune.search.trial_log import Task, TrialLog, TrialRunner, View, plain
+from grpo_autotune.search.tuned_files import write_tuned
 from grpo_autotune.units import hms
 
 FAILURES = 4
 """So many failures in a row that no knob explains end a search."""
-SAMPLER_TURN = 3
+SAMPLER_EVERY = 3
 """Every third proposal is the sampler's."""
 SAMPLER: Sampler = "tpe"
 FINALISTS = 3
-BORROWED = 2
+SHARED = 2
+"""Other machines' best combinations that are measured here, too."""
 QUESTIONS_AT = 0.4
 """Part of the time for trials after which rewards of the leader's values are compared, so that what is left goes to
 values that hold; and how much of the time left each comparison may take."""
 QUESTIONS_ROOM = 0.5
 
 
-@dataclass
 class Session:
-    """One search, from the lock of its folder to its report.
+    """One search after its probe.
 
-    Attributes:
-        lab: Where its trials are run.
-        storage: URL of a shared study; null keeps it in the folder.
-        fit: Makes the models of a probe.
+    Args:
+        evaluator: Measures combinations.
+        pool: The legal combinations.
         sampler: Of the study.
+        shared: True where several machines share the study.
     """
 
-    lab: Lab
-    storage: str | None = None
-    fit: Fit = FittedModels.from_probe
-    sampler: Sampler = SAMPLER
-    ended: Ended = "budget"
-    why_ended: str = "the budget is spent"
-    turns: int = 0
-    failures: list[str] = field(default_factory=list)
-    stood: set[str] = field(default_factory=set)
+    def __init__(self, evaluator: Evaluator, pool: Pool, sampler: Sampler, *, shared: bool) -> None:
+        self._evaluator, self._pool, self._sampler, self._shared = evaluator, pool, sampler, shared
+        self._board, self._budget, self._log = evaluator.board, evaluator.budget, evaluator.log
+        self._study, self._rewards = evaluator.study, RewardTrials(evaluator)
+        self._ended: Ended = "budget"
+        self._why_ended = "the budget is spent"
+        self._proposals = 0
+        self._failures: list[str] = []
+        self._finalists: set[str] = set()
 
-    def run(self, recalled: Sequence[tuple[TrialSpec, TrialOutcome | None]] = ()) -> SearchReport:
+    def run(self, recalled: Recalled) -> SearchReport:
         """Search, and leave report and configurations in the folder.
 
         Raises:
-            ConfigError: The budget is too small, the space is empty, or the study is another one's.
+            ConfigError: The budget is too small.
             NothingSucceeded: The user's own configuration cannot be measured.
         """
-        lab = self.lab
         try:
-            self.space, self.pool = open_search(lab, recalled, self.fit, self.storage, self.sampler)
-            self.rewards = Rewards(lab)
-            if lab.budget.total_s == 0.0:
-                self.ended, self.why_ended = "prediction", "--budget 0: nothing but the probe was measured"
-                return self._close()
-            recall(lab, self.rewards, recalled)
-            measure_own(lab)
-            self._save_best()
-            self._loop()
-            self._borrow()
-            self._final()
+            if self._budget.total_s == 0.0:
+                self._ended, self._why_ended = "prediction", "--budget 0: nothing but the probe was measured"
+            else:
+                recall(self._evaluator, self._rewards, recalled)
+                measure_baseline(self._evaluator)
+                self._save_best()
+                self._loop()
+                self._measure_shared()
+                self._finish()
         except KeyboardInterrupt:
-            if lab._book is None or name_of(lab.book.own) not in lab.book.entries:
+            if not self._board.has_baseline:
                 raise
-            self.ended, self.why_ended = "interrupted", "stopped by Ctrl-C"
+            self._ended, self._why_ended = "interrupted", "stopped by Ctrl-C"
         finally:
-            lab.runner.close()
-            if lab._study is not None:
-                lab.study.close()
-        return self._close()
-
-    def _close(self) -> SearchReport:
-        lab = self.lab
-        report = report_of_search(lab, self.space, self.pool, self.ended, self.why_ended, self.sampler)
-        emit(lab, report)
-        write_whole(lab.folder.report, report.model_dump_json(indent=2) + "\n")
-        lab.remember(finished=self.ended != "interrupted")
+            self._log.close()
+            self._study.close()
+        report = self._report(self._why_ended)
+        write_tuned(self._log.task, self._board, report)
+        write_whole(self._log.task.folder.report, report.model_dump_json(indent=2) + "\n")
+        self._log.save_state(finished=self._ended != "interrupted")
         return report
+
+    def _report(self, why_ended: str) -> SearchReport:
+        return report_of_search(self._evaluator, self._pool, self._ended, why_ended, self._sampler)
+
+    def _save_best(self) -> None:
+        write_tuned(self._log.task, self._board, self._report("under way"))
 
     # The trials
 
     def _loop(self) -> None:
-        """Measure what promises most until nothing does, or the time for it is over."""
-        lab = self.lab
-        while True:
+        """Measure the most promising until nothing is, or the time for it is over."""
+        while self._ended != "failing":
             ranking = self._rank()
             self._keep_for_the_end()
             if self._questions() and (not ranking.proposals or self._spent_share() > QUESTIONS_AT):
-                self._prove()
+                self._judge_rewards()
                 continue
             if not ranking.proposals:
-                self.ended, self.why_ended = "exhausted", "nothing that is left can beat the best"
+                self._ended, self._why_ended = "exhausted", "nothing that is left can beat the best"
                 return
-            asked, source = self._next(ranking)
-            if asked is None and self._questions():
-                self._prove()
+            claim, source = self._next(ranking)
+            if claim is None and self._questions():
+                self._judge_rewards()
                 continue
-            if asked is None:
-                self.why_ended = "no other trial fits into what is left of the budget"
+            if claim is None:
+                self._why_ended = "no other trial fits into what is left of the budget"
                 return
-            before = len(lab.rows)
-            entry = lab.timed(asked.knobs, source, lab.budget.search_left_s, asked)
+            entry = self._evaluator.timed(claim.knobs, source, self._budget.search_left_s, claim)
             if entry is not None:
-                self.failures.clear()
-                self.pool.add_neighbours(entry.knobs)
+                self._failures.clear()
+                self._pool.add_neighbours(entry.knobs)
             else:
-                self._count_failure(lab.rows[before:])
+                self._count_failure()
             self._save_best()
-            if self.ended == "failing":
-                return
 
     def _keep_for_the_end(self) -> None:
-        """Time for the leader's worst case and race; with nothing to race, a first rival is worth more than that."""
-        lab = self.lab
-        leader = lab.book.ranking("open")[0]
-        rival = leader is not lab.book.baseline
-        lab.budget.keep(self._ends_s(leader) + group_s(lab, leader) if rival else 0.0)
+        """Keep time for the leader's worst case and race; with nothing to race, a first rival is worth more."""
+        leader = self._board.ranking("open")[0]
+        is_rival = leader is not self._board.baseline
+        self._budget.keep(self._end_s(leader) + group_s(self._evaluator, leader) if is_rival else 0.0)
 
-    def _ends_s(self, entry: Entry) -> float:
-        """What an entry's worst case and race take."""
-        return race_s(self.lab, entry.step.value) + worst_case_s(self.lab, entry)
+    def _end_s(self, entry: Entry) -> float:
+        """Expected seconds of an entry's worst case and race."""
+        return race_s(self._evaluator, entry.step.value) + worst_case_s(self._evaluator, entry)
 
     def _rank(self) -> Ranking:
-        lab = self.lab
-        taken = lab.study.taken() | set(lab.book.entries) | self._tried()
-        left = [knobs for name, knobs in self.pool.points.items() if name not in taken]
-        ranking = rank(left, lab.book, lab.models, lab.memory_bytes)
-        lab.skipped = ranking.rows()
+        taken = self._study.taken() | self._known()
+        left = [knobs for name, knobs in self._pool.points.items() if name not in taken]
+        ranking = rank(left, self._board, self._evaluator.models, self._log.memory_bytes)
+        self._log.skip(ranking.rows())
         return ranking
 
-    def _tried(self) -> set[str]:
-        """Combinations that failed here; a failed trial says nothing of others, and is not repeated."""
-        return {name_of(row.knobs) for row in self.lab.rows if row.purpose == "timed"}
+    def _known(self) -> set[str]:
+        """Combinations that were measured or failed here; a failed trial says nothing of others, and is not
+        repeated."""
+        return set(self._board.entries) | self._tried()
 
-    def _next(self, ranking: Ranking) -> tuple[Asked | None, str]:
-        """The next combination whose trial fits into the time; null where none does."""
-        lab = self.lab
-        room_s = lab.budget.search_left_s - self._set_aside_s()
-        fitting = [p for p in ranking.proposals if self._needs_s(p) <= room_s]
+    def _tried(self) -> set[str]:
+        return {name_of(row.knobs) for row in self._log.rows if row.purpose == "timed"}
+
+    def _next(self, ranking: Ranking) -> tuple[Claim | None, str]:
+        """The next combination whose trial fits into the time, and its source; None where none does."""
+        room_s = self._budget.search_left_s - self._set_aside_s()
+        fitting = [proposal.knobs for proposal in ranking.proposals if self._needs_s(proposal) <= room_s]
         if not fitting:
             return None, ""
-        self.turns += 1
-        if self.turns % SAMPLER_TURN == 0:
-            asked, source = lab.study.suggest([p.knobs for p in fitting]), "sampler"
+        self._proposals += 1
+        if self._proposals % SAMPLER_EVERY == 0:
+            claim, source = self._study.suggest(fitting), "sampler"
         else:
-            asked, source = lab.study.ask(fitting[0].knobs), "models"
-        by_name = {name_of(p.knobs): p for p in fitting}
-        if name_of(asked.knobs) in by_name:
-            return asked, source
-        if name_of(asked.knobs) in self._tried():  # put back by another machine that had lost it; known here
-            lab.study.fail(asked, "known")
+            claim, source = self._study.ask(fitting[0]), "models"
+        name = name_of(claim.knobs)
+        if name in {name_of(knobs) for knobs in fitting}:
+            return claim, source
+        if name in self._tried():  # put back by another machine that had lost it; known here
+            self._study.fail(claim, "known")
             return self._next(ranking)
-        return asked, "queue"
+        return claim, "queue"
 
     def _needs_s(self, proposal: Proposal) -> float:
-        return SURE * self.lab.costs.trial_s(proposal.step_s, self.lab.steps(proposal.step_s))
+        steps = self._evaluator.steps(proposal.step_s)
+        return SURE * self._evaluator.costs.trial_s(proposal.step_s, steps)
 
     def _questions(self) -> list[tuple[str, object]]:
-        """Values of the leader's learning knobs that rewards have to judge; what they refuted leads nobody."""
-        leaders = self.lab.book.ranking("open")[:1]
-        return [question for entry in leaders for question in open_questions(self.lab.book, entry)]
+        """Values of the leader's learning knobs that rewards have to judge; a refuted value leads nobody."""
+        return list(open_questions(self._board, self._board.ranking("open")[0]))
+
+    def _judge_rewards(self) -> None:
+        """Judge the values that the leader waits for, with half the time that is left for trials."""
+        for key, value in self._questions():
+            self._rewards.judge(key, value, QUESTIONS_ROOM * self._budget.search_left_s)
+        self._save_best()
 
     def _spent_share(self) -> float:
         """Part of the time for trials that is over."""
-        budget = self.lab.budget
-        return 1.0 - budget.search_left_s / (budget.total_s - budget.end_s)
+        return 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
 
     def _set_aside_s(self) -> float:
         """Seconds for comparing rewards, where the best so far needs that."""
-        return min(0.25 * self.lab.budget.total_s, 2 * self.rewards.cost_s(32)) if self._questions() else 0.0
+        return min(0.25 * self._budget.total_s, 2 * self._rewards.cost_s(32)) if self._questions() else 0.0
 
-    def _count_failure(self, rows: Sequence[object]) -> None:
+    def _count_failure(self) -> None:
         """End a search whose trials fail one after another for a reason that no knob explains."""
-        last = self.lab.rows[-1]
-        if not rows or last.status in ("oom", "timeout", "invalid"):
-            self.failures.clear()
+        last = self._log.rows[-1]
+        if last.status in ("oom", "timeout", "invalid"):
+            self._failures.clear()
             return
-        self.failures.append(last.status)
-        if len(self.failures) >= FAILURES and len(set(self.failures)) == 1:
-            self.ended = "failing"
-            self.why_ended = f"{len(self.failures)} trials in a row ended with {last.status}: {last.why or 'no reason'}"
+        self._failures.append(last.status)
+        if len(self._failures) >= FAILURES and len(set(self._failures)) == 1:
+            why = f"{len(self._failures)} trials in a row ended with {last.status}: {last.why or 'no reason'}"
+            self._ended, self._why_ended = "failing", why
 
-    def _save_best(self) -> None:
-        report = report_of_search(self.lab, self.space, self.pool, self.ended, "under way", self.sampler)
-        emit(self.lab, report)
-
-    def _borrow(self) -> None:
-        """Measure here what other machines of a shared study found best."""
-        lab = self.lab
-        for knobs, _ in lab.study.scores()[:BORROWED] if self.storage else ():
-            known = set(lab.book.entries) | self._tried()
-            if name_of(knobs) not in known and SURE * lab.expected_s(knobs) <= lab.budget.search_left_s:
-                lab.timed(knobs, "shared", lab.budget.search_left_s)
+    def _measure_shared(self) -> None:
+        """Measure here the best combinations of the other machines of a shared study."""
+        for knobs, _ in self._study.scores()[:SHARED] if self._shared else ():
+            room_s = self._budget.search_left_s
+            if name_of(knobs) not in self._known() and self._evaluator.affords(knobs, room_s):
+                self._evaluator.timed(knobs, "shared", self._budget.search_left_s)
 
     # The end
 
-    def _prove(self) -> None:
-        """Judge the values that the leader waits for, with half the time that is left for trials."""
-        lab = self.lab
-        for key, value in self._questions():
-            lab.book.note(self.rewards.judge(key, value, QUESTIONS_ROOM * lab.budget.search_left_s))
-        self._save_best()
-
-    def _final(self) -> None:
-        """Worst case and race for the best of each kind, then what each change of the winner brings."""
-        lab = self.lab
+    def _finish(self) -> None:
+        """Run worst case and race for the best of each file, then measure the parts of the winner's changes."""
         self._judge_groups()
-        levels: tuple[Level, ...] = ("tuned", "exact", "fast")
-        for level in levels:
+        for level in FILES:
             # The next best only where the best does not hold.
-            any(self._stands(entry) for entry in self._contenders(level))
+            any(self._holds(entry) for entry in self._contenders(level))
         self._save_best()
-        winner = lab.book.best("tuned")
-        if winner is not lab.book.baseline:
-            measure_reverts(lab, winner)
+        winner = self._board.best("tuned")
+        if winner is not self._board.baseline:
+            measure_ablations(self._evaluator, winner)
 
     def _judge_groups(self) -> None:
         """Judge the group sizes that `tuned.yaml` waits for, with the time that the race does not need."""
-        lab, book = self.lab, self.lab.book
-        for entry in book.ranking("open")[:FINALISTS]:
-            changed = book.changed(entry.knobs)
-            if [key for key, value in changed.items() if book.proof(key, value) == "unproven"] == [GROUP]:
-                judge_group(lab, entry, lab.budget.left_s - self._ends_s(entry))
+        for entry in self._board.ranking("open")[:FINALISTS]:
+            changed = self._board.changed(entry.knobs)
+            if [key for key, value in changed.items() if self._board.evidence(key, value) == "unproven"] == [GROUP]:
+                judge_group(self._evaluator, entry, self._budget.left_s - self._end_s(entry))
 
     def _contenders(self, level: Level) -> list[Entry]:
-        book = self.lab.book
-        found = [entry for entry in book.ranking(level) if entry is not book.baseline]
-        return [entry for entry in found if book.speedup(entry).value > 1.0][:FINALISTS]
+        rivals = [entry for entry in self._board.ranking(level) if entry is not self._board.baseline]
+        return [entry for entry in rivals if self._board.speedup(entry).value > 1.0][:FINALISTS]
 
-    def _stands(self, entry: Entry) -> bool:
-        """Whether an entry holds in the worst case and in the race; true where there was no time to see."""
-        lab, name = self.lab, name_of(entry.knobs)
-        if name not in self.stood:
-            self.stood.add(name)
-            if entry.worst_case == "not run" and stand_worst_case(lab, entry, lab.budget.left_s / 2) is False:
-                return False
-            race(lab, entry, lab.budget.left_s)
-            judge_group(lab, entry, lab.budget.left_s)
-        return entry.fails is None and (entry.raced is None or entry.raced.low > 1.0)
+    def _holds(self, contender: Entry) -> bool:
+        """True unless an entry fails in its worst case or loses its race, which are run once, while there is time."""
+        name = name_of(contender.knobs)
+        entry = self._board.entries[name]
+        if name not in self._finalists:
+            self._finalists.add(name)
+            if entry.worst_case == "not run":
+                entry = run_worst_case(self._evaluator, entry, self._budget.left_s / 2)
+            if entry.fails is None:
+                entry = race(self._evaluator, entry, self._budget.left_s)
+                judge_group(self._evaluator, entry, self._budget.left_s)
+        return entry.fails is None and (entry.race is None or entry.race.speedup.low > 1.0)
 
 
 def search(
@@ -287,7 +272,7 @@ def search(
     resume: bool = False,
     storage: str | None = None,
     view: View,
-    runner: Callable[[Path], Trials],
+    runner: Callable[[Path], TrialRunner],
     script: list[str] | None = None,
     fit: Fit = FittedModels.from_probe,
     sampler: Sampler = SAMPLER,
@@ -299,28 +284,28 @@ def search(
     Args:
         config: The user's configuration.
         budget_s: Seconds for everything; 0 predicts from a probe alone.
-        out: Where `tuned.yaml` is copied, too.
+        out: Path of a copy of `tuned.yaml`.
         run_dir: Folder of the search.
         resume: Go on with the search there.
-        storage: URL of a study that several machines share.
-        view: Told how it goes.
-        runner: Makes what runs trials in a folder.
+        storage: URL of a study that several machines share; None keeps it in the folder.
+        view: Receiver of the progress.
+        runner: Makes the runner of trials in a folder.
         script: A script and its arguments, whose `GRPOConfig` is searched instead.
         fit: Makes the models of a probe.
         sampler: Of the study.
         clock: Seconds, monotonic.
-        machine: What is there; looked at by default.
+        machine: This machine; detected by default.
 
     Raises:
         ConfigError: The folder is in use or finished, the budget too small, the space empty, the study another one's.
         EnvironmentProblem: The disk is full, or the database's driver is missing.
         NothingSucceeded: The user's own configuration cannot be measured.
     """
-    folder, machine = SearchFolder(run_dir), machine or detect()
     begun = clock()
+    folder, machine = SearchFolder(run_dir), machine or detect()
+    task = Task(config, machine, folder, fingerprint_of(config, script), script, out)
     with folder.locked():
-        fingerprint = fingerprint_of(config, script)
-        state = folder.check(fingerprint, resume=resume)
+        state = folder.check(task.fingerprint, resume=resume)
         write_whole(folder.config, config.to_yaml())
         write_whole(folder.machine, machine.model_dump_json(indent=2) + "\n")
         budget = Budget(budget_s, state.elapsed_s if state else 0.0, clock, begun)
@@ -330,18 +315,18 @@ def search(
                 where="--budget",
                 fix="Give a larger one; the time spent counts.",
             )
-        lab = Lab(config, machine, folder, runner(run_dir), budget, view, fingerprint, script, out)
-        lab.costs = Costs(warm=script is None)
-        with _disk_full_said(run_dir):
-            return Session(lab, storage, fit, sampler).run(folder.trials() if state else ())
+        recalled = folder.trials() if state else []
+        with _disk_full_said(run_dir), closing(TrialLog(task, runner(run_dir), budget, view)) as log:
+            evaluator, pool = open_search(log, recalled, fit, storage, sampler)
+            return Session(evaluator, pool, sampler, shared=bool(storage)).run(recalled)
 
 
 def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:
-    """Of what a study is about: everything but where files go and how long the search may take."""
+    """Fingerprint of a study's subject: everything but paths and the length of the search."""
     values = plain(config)
     values.pop("output", None)
     values["search"] = {key: value for key, value in values.get("search", {}).items() if key in ("knobs", "steps")}
-    return hashlib.sha256(json.dumps([values, script], sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(json.dumps([values, script], sort_keys=True))
 
 
 @contextmanager

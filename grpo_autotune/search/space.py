@@ -1,7 +1,7 @@
-"""The legal combinations of knob values, and for any other the rule that it breaks.
+"""Search space: the legal combinations of knob values, and for any other the rule that it breaks.
 
 Every knob that is searched by default, and any that the user names, is one axis; `search.knobs` puts its own values on
-an axis or takes it away. What breaks a rule is told before anything runs.
+an axis or takes it away. A value that breaks a rule is refused before anything runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import TABLE, Given, Knobs, given, knob
+from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
 from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
 
+FOREIGN = {"grpo": grpo_keys, "peft": peft_keys}
+"""Sections whose keys another package defines."""
 MOST_EXPLAINED = 2000
 """Illegal combinations looked at to say which rule empties a space."""
 
@@ -30,67 +33,59 @@ class Space:
     """The axes of a search.
 
     Attributes:
-        keys: The knobs, in the order of the table.
-        values: The values of each; the user's own is first, unless `search.knobs` leaves it out.
-        own: The user's own values.
+        values: The values of each knob; the user's own is first, unless `search.knobs` leaves it out.
+        baseline: The user's own values.
     """
 
-    keys: tuple[str, ...]
     values: dict[str, tuple[Any, ...]]
-    own: Knobs
+    baseline: Knobs
 
     @property
-    def size(self) -> int:
-        """Combinations, the illegal ones included."""
-        count = 1
-        for key in self.keys:
-            count *= len(self.values[key])
-        return count
+    def keys(self) -> tuple[str, ...]:
+        """The knobs, in the order of the table."""
+        return tuple(self.values)
 
 
 def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None) -> Space:
-    """The knobs that may be turned and their values.
+    """The axes of a search of this configuration.
 
     Args:
         config: The user's configuration; its `search` section restricts and extends.
-        machine: What is there.
+        machine: The machine of the trials.
         record: A probe of `config`; it tells the size of images that the configuration leaves as they are.
 
     Raises:
         ConfigError: `search.knobs` or `search.accept` names what is no knob, gives a knob no value or one of a wrong
             type, or no combination is legal.
     """
-    known, asked = given(config, machine, record), config.search.knobs
-    for key in asked:
-        _known(key, "search.knobs")
-    for key in config.search.accept:
-        _known(key, "search.accept")
+    known, asked = context_of(config, machine, record), config.search.knobs
+    for section, keys in (("search.knobs", asked), ("search.accept", config.search.accept)):
+        for key in keys:
+            with _at(f"{section}.{key}"):
+                knob(key)
     values = {row.key: _axis(known, row.key) for row in TABLE if _wanted(config, row.key)}
     values = {key: axis for key, axis in values.items() if axis and (len(axis) > 1 or key in asked)}
-    keys = tuple(values)
-    found = Space(keys, values, {key: knob(key).own(config) for key in keys})
-    if next(points(found, config, machine), None) is None:
+    axes = Space(values, knobs_of(config, values))
+    if next(points(axes, config, machine), None) is None:
         raise ConfigError(
-            f"no combination of these knobs is legal: {_emptied_by(found, config, machine)}",
+            f"no combination of these knobs is legal: {_emptied_by(axes, config, machine)}",
             where="search.knobs",
             fix="Give the knobs concerned other values, or leave them out",
         )
-    return found
+    return axes
 
 
-def points(found: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:
+def points(axes: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:
     """Every legal combination: the user's own first, then those with one change, with two, and so on."""
-    for point in _combinations(found):
-        if why_not(config, point, machine) is None:
-            yield point
+    return (point for point in _combinations(axes) if why_not(config, point, machine) is None)
 
 
-def _combinations(found: Space) -> Iterator[Knobs]:
-    first = {key: found.values[key][0] for key in found.keys}
-    others = [key for key in found.keys if len(found.values[key]) > 1]
+def _combinations(axes: Space) -> Iterator[Knobs]:
+    first = {key: axes.values[key][0] for key in axes.keys}
+    others = [key for key in axes.keys if len(axes.values[key]) > 1]
     for changes in range(len(others) + 1):
         for keys in itertools.combinations(others, changes):
-            for picked in itertools.product(*(found.values[key][1:] for key in keys)):
+            for picked in itertools.product(*(axes.values[key][1:] for key in keys)):
                 yield {**first, **dict(zip(keys, picked, strict=True))}
 
 
@@ -100,7 +95,7 @@ def _wanted(config: RunConfig, key: str) -> bool:
     return knob(key).searched or key in config.search.accept
 
 
-def _axis(known: Given, key: str) -> tuple[Any, ...]:
+def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
     """The values of one knob, the user's own first where it is among them."""
     row, asked = knob(key), known.config.search.knobs.get(key)
     if asked is None:
@@ -109,42 +104,41 @@ def _axis(known: Given, key: str) -> tuple[Any, ...]:
         raise ConfigError(
             "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it be."
         )
-    for value in asked:
-        _accepted(known.config, key, value)
-    own = row.own(known.config)
-    return unique(sorted(asked, key=lambda value: not same_value(value, own)))
+    with _at(f"search.knobs.{key}"):
+        for value in asked:
+            _check_type(known.config, key, value)
+    baseline = row.current(known.config)
+    return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
 
 
-def _known(key: str, where: str) -> None:
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Name this place in a refusal."""
     try:
-        knob(key)
+        yield
     except ConfigError as error:
-        raise ConfigError(error.what, where=f"{where}.{key}", fix=error.fix) from error
+        raise ConfigError(error.what, where=where, fix=error.fix) from error
 
 
-def _accepted(config: RunConfig, key: str, value: Any) -> None:
+def _check_type(config: RunConfig, key: str, value: Any) -> None:
     """Refuse a value that the configuration would refuse whatever the other knobs say: one of a wrong type."""
     section, _, name = key.rpartition(".")
-    try:
-        if section == "vllm":
-            RunConfig.from_dict({**config.to_dict(), "grpo": {"use_vllm": True}, "vllm": {name: value}})
-        elif section in ("data", "model"):
-            RunConfig.from_dict({**config.to_dict(), section: {**config.to_dict().get(section, {}), name: value}})
-        elif section == "grpo":
-            check_values("grpo", {name: value}, grpo_keys())
-        elif section == "peft":
-            check_values("peft", {name: value}, peft_keys())
-        elif not section and name in RunConfig.model_fields:
-            RunConfig.from_dict({**config.to_dict(), name: value})
-    except ConfigError as error:
-        raise ConfigError(error.what, where=f"search.knobs.{key}", fix=error.fix) from error
+    values = config.to_dict()
+    if section == "vllm":
+        RunConfig.from_dict({**values, "grpo": {"use_vllm": True}, "vllm": {name: value}})
+    elif section in ("data", "model"):
+        RunConfig.from_dict({**values, section: {**values.get(section, {}), name: value}})
+    elif section in FOREIGN:
+        check_values(section, {name: value}, FOREIGN[section]())
+    elif not section and name in RunConfig.model_fields:
+        RunConfig.from_dict({**values, name: value})
 
 
-def _emptied_by(found: Space, config: RunConfig, machine: Machine) -> str:
+def _emptied_by(axes: Space, config: RunConfig, machine: Machine) -> str:
     """The rule that most combinations break."""
     reasons = Counter(
         reason
-        for point in itertools.islice(_combinations(found), MOST_EXPLAINED)
+        for point in itertools.islice(_combinations(axes), MOST_EXPLAINED)
         if (reason := why_not(config, point, machine)) is not None
     )
     return reasons.most_common(1)[0][0].rstrip(".")

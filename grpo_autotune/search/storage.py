@@ -1,4 +1,4 @@
-"""Where a study lies: a journal in the run folder, or a database that several machines share."""
+"""Storage of a study: a journal in the run folder, or a database that several machines share."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _is_json(line: bytes) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's warnings that what is used here is experimental, or made for `optimize`."""
+    """Silence Optuna's warnings that a feature is experimental, or made for `optimize`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Heartbeat of storage")

@@ -1,9 +1,9 @@
-"""The Optuna study: which combinations were tried by anybody, what came of them, and what its sampler would try next.
+"""The Optuna study: the combinations that any machine tried, their scores, and the sampler's next proposal.
 
 Ask and tell, since `optimize(timeout=)` cannot interrupt a trial. The study lies in a journal in the run folder, or in
 a database that several machines share; then a trial's heartbeat is kept here while it runs, and those of machines that
-died are put back into the queue. What ran out of memory is told as complete, with a constraint and the worst feasible
-value, because samplers do not see a trial that failed.
+died are put back into the queue. A trial that ran out of memory is told as complete, with a constraint and the worst
+feasible value, because samplers do not see a trial that failed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from grpo_autotune.knobs import Knobs
 from grpo_autotune.search.storage import HEARTBEAT_S, quiet
 
 Sampler = Literal["tpe", "gp", "random"]
+Attributes = Mapping[str, Any]
 
 NAME = "grpo-autotune"
 STARTUP_TRIALS = 4
@@ -34,7 +35,7 @@ TIME = "time"
 
 @dataclass(frozen=True)
 class Axes:
-    """How knob values become Optuna's parameters: numbers by their rank, everything else as a category.
+    """Knob values as Optuna's parameters: numbers by their rank, everything else as a category.
 
     A rank, since values such as 128, 256, 768 have an order and no step; a knob of one value is no parameter.
     """
@@ -65,16 +66,13 @@ class Axes:
 
     def knobs(self, params: Mapping[str, Any]) -> Knobs:
         """The combination behind Optuna's parameters."""
-        found = {}
-        for key, axis in self.values.items():
-            if len(axis) == 1:
-                found[key] = axis[0]
-            else:
-                found[key] = axis[params[key]] if _numbers(axis) else json.loads(params[key])
-        return found
+        return {
+            key: axis[0] if len(axis) == 1 else axis[params[key]] if _numbers(axis) else json.loads(params[key])
+            for key, axis in self.values.items()
+        }
 
     def distance(self, left: Knobs, right: Knobs) -> float:
-        """How far two combinations are apart: ranks as shares of their axis, other values 0 or 1."""
+        """Distance of two combinations: ranks as shares of their axis, other values 0 or 1."""
         total = 0.0
         for key, axis in self.values.items():
             if _numbers(axis) and len(axis) > 1:
@@ -85,8 +83,8 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A combination that this process has taken on; to be told, or released."""
+class Claim:
+    """A combination that this process has taken on, until its result is told or it is released."""
 
     knobs: Knobs
     trial: optuna.Trial
@@ -101,12 +99,12 @@ class Study:
     """One study, opened.
 
     Args:
-        storage: Where it lies.
+        storage: Its storage.
         axes: Its knobs and their values.
         fingerprint: Of the configuration and the space; a study with another one is refused.
-        where: What to call the storage in messages.
+        where: Name of the storage in messages.
         seed: Of the sampler.
-        sampler: Which one proposes.
+        sampler: Name of the sampler.
 
     Raises:
         ConfigError: The study there belongs to another configuration or space.
@@ -127,54 +125,54 @@ class Study:
                 direction="maximize",
                 load_if_exists=True,
             )
-        there = self._study.user_attrs.get("fingerprint")
-        if there is None:
+        stored = self._study.user_attrs.get("fingerprint")
+        if stored is None:
             self._study.set_user_attr("fingerprint", fingerprint)
             self._study.set_user_attr("knobs", {key: list(axis) for key, axis in axes.values.items()})
-        elif there != fingerprint:
+        elif stored != fingerprint:
             raise ConfigError(
                 "the study there belongs to another configuration, or to other knobs",
                 where=where,
                 fix="Search in another folder or database, or with the configuration it was begun with.",
             )
 
-    def ask(self, knobs: Knobs) -> Asked:
+    def ask(self, knobs: Knobs) -> Claim:
         """Take on a combination. Where the queue of a shared study holds another machine's, that one comes first."""
         self._put_back_stale()
         self._study.enqueue_trial(self.axes.params(knobs))
         return self._take()
 
-    def suggest(self, pool: Sequence[Knobs]) -> Asked:
-        """Take on what the sampler proposes; where that is not in `pool` (illegal, or known), the nearest that is."""
+    def suggest(self, pool: Sequence[Knobs]) -> Claim:
+        """Take on the sampler's proposal; where that is not in `pool` (illegal, or known), the nearest that is."""
         self._put_back_stale()
-        asked = self._take()
-        if name_of(asked.knobs) in {name_of(knobs) for knobs in pool}:
-            return asked
-        self.fail(asked, "not legal, or already known")
-        return self.ask(min(pool, key=lambda knobs: self.axes.distance(asked.knobs, knobs)))
+        claim = self._take()
+        if name_of(claim.knobs) in {name_of(knobs) for knobs in pool}:
+            return claim
+        self.fail(claim, "not legal, or already known")
+        return self.ask(min(pool, key=lambda knobs: self.axes.distance(claim.knobs, knobs)))
 
-    def tell(self, asked: Asked, score: float, number: int, facts: Mapping[str, Any], headroom_gib: float) -> None:
-        """A trial that was measured: its score, and the memory that was left."""
-        self._note(asked, number, facts, {MEMORY: min(0.0, -headroom_gib), TIME: 0.0})
-        self._finish(asked, score, TrialState.COMPLETE)
+    def tell(self, claim: Claim, score: float, number: int, attributes: Attributes, headroom_gib: float) -> None:
+        """Tell the score of a measured trial, and the memory that it left."""
+        self._note(claim, number, attributes, {MEMORY: min(0.0, -headroom_gib), TIME: 0.0})
+        self._finish(claim, score, TrialState.COMPLETE)
 
     def tell_infeasible(
-        self, asked: Asked, number: int, facts: Mapping[str, Any], *, over_gib: float = 0.0, over_time: float = 0.0
+        self, claim: Claim, number: int, attributes: Attributes, *, over_gib: float = 0.0, over_time: float = 0.0
     ) -> None:
-        """A trial that ran out of memory, or of its own time: worse than every feasible one, and why."""
-        self._note(asked, number, facts, {MEMORY: over_gib, TIME: over_time})
-        feasible = [trial.value for trial in self._finished() if all(v <= 0.0 for v in trial.constraints.values())]
-        self._finish(asked, min((v for v in feasible if v is not None), default=0.0), TrialState.COMPLETE)
+        """Tell of a trial that ran out of memory, or of its own time: worse than every feasible one, and why."""
+        self._note(claim, number, attributes, {MEMORY: over_gib, TIME: over_time})
+        values = [trial.value for trial in self._feasible() if trial.value is not None]
+        self._finish(claim, min(values, default=0.0), TrialState.COMPLETE)
 
-    def fail(self, asked: Asked, why: str, number: int | None = None) -> None:
-        """A trial that says nothing about its knobs; samplers will not see it."""
-        self._note(asked, number, {"why": why})
-        self._finish(asked, None, TrialState.FAIL)
+    def fail(self, claim: Claim, why: str, number: int | None = None) -> None:
+        """Tell of a trial that says nothing about its knobs; samplers will not see it."""
+        self._note(claim, number, {"why": why})
+        self._finish(claim, None, TrialState.FAIL)
 
-    def release(self, asked: Asked) -> None:
+    def release(self, claim: Claim) -> None:
         """Put a combination back into the queue for another machine."""
-        self.fail(asked, "released")
-        self._study.enqueue_trial(self.axes.params(asked.knobs))
+        self.fail(claim, "released")
+        self._study.enqueue_trial(self.axes.params(claim.knobs))
 
     def taken(self) -> set[str]:
         """Names of all combinations that were told, or are under way anywhere."""
@@ -184,12 +182,11 @@ class Study:
 
     def scores(self) -> list[tuple[Knobs, float]]:
         """Every feasible combination and its score, best first, whoever measured it."""
-        feasible = [trial for trial in self._finished() if all(v <= 0.0 for v in trial.constraints.values())]
-        found = [(self.axes.knobs(trial.params), float(trial.value or 0.0)) for trial in feasible]
-        return sorted(found, key=lambda pair: -pair[1])
+        scores = [(self.axes.knobs(trial.params), float(trial.value or 0.0)) for trial in self._feasible()]
+        return sorted(scores, key=lambda pair: -pair[1])
 
     def numbers(self) -> set[int]:
-        """Trial numbers of the run folder that the study knows the end of."""
+        """Numbers of the run folder's trials that are finished in the study."""
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
         return {trial.user_attrs["number"] for trial in trials if trial.user_attrs.get("number") is not None}
 
@@ -203,40 +200,40 @@ class Study:
             self._storage.engine.dispose()
 
     def fail_abandoned(self) -> None:
-        """In a folder of one's own: what an earlier process left running is lost."""
+        """Fail the trials that an earlier process left running, in a folder that no other machine uses."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
             if trial.state is TrialState.WAITING:
                 self._study.ask()  # only a running trial can be told
             self._study.tell(trial.number, state=TrialState.FAIL)
 
-    def _take(self) -> Asked:
+    def _take(self) -> Claim:
         with quiet():
             trial = self._study.ask(fixed_distributions=self.axes.distributions())
-        asked = Asked(self.axes.knobs(trial.params), trial)
-        trial.set_user_attr("knobs", asked.knobs)
+        claim = Claim(self.axes.knobs(trial.params), trial)
+        trial.set_user_attr("knobs", claim.knobs)
         if isinstance(self._storage, RDBStorage):
             self._beats[trial.number] = _Heartbeat(self._storage, trial._trial_id)
-        return asked
+        return claim
 
     def _note(
-        self, asked: Asked, number: int | None, facts: Mapping[str, Any], constraints: Mapping[str, float] | None = None
+        self, claim: Claim, number: int | None, attributes: Attributes, constraints: Mapping[str, float] | None = None
     ) -> None:
-        # Another machine may have given a silent trial up; then its retry will say what it is worth.
+        # Another machine may have given a silent trial up; then its retry will give the score.
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             for name, value in (constraints or {}).items():
-                asked.trial.set_constraint(name, value)
-            for key, fact in {"number": number, **facts}.items():
-                asked.trial.set_user_attr(key, fact)
+                claim.trial.set_constraint(name, value)
+            for key, value in {"number": number, **attributes}.items():
+                claim.trial.set_user_attr(key, value)
 
-    def _finish(self, asked: Asked, value: float | None, state: TrialState) -> None:
-        beat = self._beats.pop(asked.trial.number, None)
+    def _finish(self, claim: Claim, value: float | None, state: TrialState) -> None:
+        beat = self._beats.pop(claim.trial.number, None)
         if beat is not None:
             beat.stop()
-        self._study.tell(asked.trial, value, state=state, skip_if_finished=True)
+        self._study.tell(claim.trial, value, state=state, skip_if_finished=True)
 
-    def _finished(self) -> list[FrozenTrial]:
-        found: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [trial for trial in found if self._is_whole(trial)]
+    def _feasible(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [t for t in trials if self._is_whole(t) and all(v <= 0.0 for v in t.constraints.values())]
 
     def _is_whole(self, trial: FrozenTrial) -> bool:
         return bool(trial.params.keys() >= self.axes.distributions().keys())

@@ -1,4 +1,4 @@
-"""What a speed-up is: it says whether it can run on a trainer, puts layers on seams, and takes them off again."""
+"""The interface of a speed-up: whether it can run on a trainer, putting layers on seams, and taking them off again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Values of `attn_implementation` that the shared prefix takes. Flash kernels align a causal mask to the last query."""
+
 _logger = logging.getLogger("grpo_autotune.speedups")
 
 
 class Removable(Protocol):
-    """What an installed speed-up holds, such as a `seams.layers.Handle`."""
+    """A part of an installed speed-up, such as a `seams.layers.Handle`."""
 
     def remove(self) -> None:
         """Take it out; may be called twice."""
@@ -42,16 +45,16 @@ class Installed:
 
     @property
     def note(self) -> str:
-        """What the table says of it beside its summary; empty where there is nothing to say."""
+        """Remark beside its summary in the table; empty where there is nothing to say."""
         return ""
 
     def facts(self) -> dict[str, float]:
-        """What it did so far, by name."""
+        """Counts of its work so far, by name."""
         return {}
 
 
 class SpeedUp(Protocol):
-    """One speed-up; its class is named in `speedups.table`, and built without arguments.
+    """One speed-up; its class is a row of the registry, and is built with the options that a configuration gives.
 
     Attributes:
         name: What configurations call it.

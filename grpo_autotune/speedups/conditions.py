@@ -1,4 +1,7 @@
-"""Whether a model drops activations at random while it trains: then a row's numbers depend on the rows beside it."""
+"""Conditions of a trainer that several speed-ups ask about: dropout, and methods of its own.
+
+Where a model drops activations at random, a row's numbers depend on the rows beside it.
+"""
 
 from __future__ import annotations
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.table import AUTO, chosen, load, names
+from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 
 class Row(NamedTuple):
@@ -23,14 +24,15 @@ class Row(NamedTuple):
 class SpeedUps:
     """The speed-ups of one trainer."""
 
-    def __init__(self, trainer: Any, wanted: Sequence[str]) -> None:
+    def __init__(self, trainer: Any, wanted: Sequence[Selection]) -> None:
         self._trainer = trainer
         self._installed: dict[str, Installed] = {}
         self._rows: list[Row] = []
         self._groups = Groups(trainer)
         try:
-            for name in dict.fromkeys([*names(), *wanted]):
-                self._rows.append(self._take(name, name in wanted))
+            asked = {selection.name: selection for selection in wanted}
+            for name in dict.fromkeys([*registry.names("speedup"), *asked]):
+                self._rows.append(self._take(name, asked.get(name)))
         except BaseException:
             self.remove()
             raise
@@ -38,10 +40,10 @@ class SpeedUps:
             self._groups.remove()
         setattr(trainer, SPEED_UPS, self)
 
-    def _take(self, name: str, wanted: bool) -> Row:
-        if not wanted:
+    def _take(self, name: str, selection: Selection | None) -> Row:
+        if selection is None:
             return Row(name, False, "not asked for")
-        speedup = load(name)
+        speedup = load(selection)
         why_not = speedup.applies(self._trainer)
         if why_not is not None:
             return Row(name, False, why_not)
@@ -66,7 +68,7 @@ class SpeedUps:
         return [f"speed-up {row.name:<{width}}  {'on ' if row.on else 'off'}  {row.reason}" for row in self.table()]
 
     def facts(self) -> dict[str, dict[str, float]]:
-        """What each installed speed-up did so far."""
+        """Counts of each installed speed-up's work so far."""
         return {name: installed.facts() for name, installed in self._installed.items()}
 
     def remove(self) -> None:
@@ -78,24 +80,25 @@ class SpeedUps:
             delattr(self._trainer, SPEED_UPS)
 
 
-def speed_up(trainer: Any, names: str | Sequence[str] = AUTO) -> SpeedUps:
+def speed_up(trainer: Any, names: Wanted = AUTO) -> SpeedUps:
     """Make the steps of `trainer` faster without changing what is learned.
 
     Args:
         trainer: A `trl.GRPOTrainer` that has not begun to train.
-        names: `auto` for all that fit, `none`, a name, or a list of names.
+        names: `auto` for all that fit, `none`, a name, or a list of names and of mappings with a name and options, such
+            as `{"name": "shared_prefix", "form": "flex"}`.
 
     Returns:
         What was put on: `table()` tells what is on and why the rest is not, `facts()` what it did, `remove()` takes
         it off again.
 
     Raises:
-        ConfigError: An unknown name, not a `GRPOTrainer`, installed already, or training has begun.
+        ConfigError: An unknown name or option, not a `GRPOTrainer`, installed already, or training has begun.
         SeamError: The installed TRL lacks a method that a speed-up wraps.
     """
     from trl import GRPOTrainer
 
-    wanted = chosen(names)
+    wanted = selections(names)
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     if hasattr(trainer, SPEED_UPS):

@@ -67,7 +67,7 @@ class RewardOverlap:
 
 
 def _moving(trainer: Any) -> list[int]:
-    """Which reward functions may start early."""
+    """Indices of the reward functions that may start early."""
     return [
         index
         for index, function in enumerate(trainer.reward_funcs)
@@ -76,7 +76,7 @@ def _moving(trainer: Any) -> list[int]:
 
 
 def _has_pass(trainer: Any) -> bool:
-    """Whether TRL computes log-probs between generation and rewards (`_generate_and_score_completions`)."""
+    """True if TRL computes log-probs between generation and rewards (`_generate_and_score_completions`)."""
     cycle = trainer.args.steps_per_generation * trainer.num_iterations
     corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
     return bool(trainer.beta != 0.0 or corrected or trainer.args.gradient_accumulation_steps % cycle)
@@ -127,9 +127,9 @@ class _Beside(Installed):
 
     def rollout(self, call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Start as soon as the completions are there."""
-        found = call_next(prompts, *args, **kwargs)
+        output = call_next(prompts, *args, **kwargs)
         if self._inputs is not None and not self.fell_back:
-            completion_ids, completions = found[1], found[3]
+            completion_ids, completions = output[1], output[3]
             given = {
                 **self._columns(),
                 "prompts": copied(prompts),
@@ -139,7 +139,7 @@ class _Beside(Installed):
             moving = _moving(self.trainer)
             futures = {index: self._start(self.trainer.reward_funcs[index], given) for index in moving}
             self._started = _Started(prompts, completions, futures)
-        return found
+        return output
 
     def rewards(
         self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
@@ -149,13 +149,13 @@ class _Beside(Installed):
         if started is None or started.prompts is not prompts or started.completions is not completions:
             return call_next(inputs, prompts, completions, *args, **kwargs)
         functions = self.trainer.reward_funcs
-        own = list(functions)
+        others = list(functions)
         try:
             for index, future in started.futures.items():
-                functions[index] = self._ready(own[index], future)
+                functions[index] = self._ready(others[index], future)
             return call_next(inputs, prompts, completions, *args, **kwargs)
         finally:
-            functions[:] = own
+            functions[:] = others
 
     def _start(self, function: Any, given: dict[str, Any]) -> Future[Any]:
         self._facts["calls"] += 1
@@ -166,7 +166,7 @@ class _Beside(Installed):
         return self._pool.submit(self._called, function, given)
 
     def _columns(self) -> dict[str, Any]:
-        """What a reward function is given beside the completions, as `_calculate_rewards` gathers it."""
+        """Arguments of a reward function beside the completions, as `_calculate_rewards` gathers it."""
         trainer = self.trainer
         rows = self._inputs
         columns: dict[str, Any] = {

@@ -16,7 +16,7 @@ FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribute
 
 
 class SelfCheck:
-    """Whether a speed-up may be used, decided at its first use.
+    """The decision whether a speed-up may be used, taken at its first use.
 
     Attributes:
         passed: None until it was tried.
@@ -49,14 +49,14 @@ class SelfCheck:
         with torch.no_grad():
             wanted = plain().double()
             try:
-                found = fast().double()
+                values = fast().double()
             except FAILURES as error:
                 self._installed.fall_back(f"its self-check failed: {type(error).__name__}: {first_line(error)}")
                 return False
-        if found.shape != wanted.shape:
-            self._installed.fall_back(f"its self-check found {what} of shape {tuple(found.shape)}")
+        if values.shape != wanted.shape:
+            self._installed.fall_back(f"its self-check found {what} of shape {tuple(values.shape)}")
             return False
-        self.difference = relative_difference(found, wanted)
+        self.difference = relative_difference(values, wanted)
         limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         if not self.difference <= limit:  # also where it is not a number
             self._installed.fall_back(f"its self-check found {what} off by {self.difference:.1e} (limit {limit:.0e})")
@@ -73,5 +73,5 @@ def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to its first line."""
+    """The message of an error, cut to its first line."""
     return next(iter(str(error).splitlines()), "")

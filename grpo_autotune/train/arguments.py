@@ -34,7 +34,7 @@ TRACKERS = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """What TRL is given, and one line for each value that was derived rather than written."""
+    """Arguments of TRL, and one line for each value that was derived rather than written."""
 
     grpo: GRPOConfig
     notes: tuple[str, ...]
@@ -48,7 +48,7 @@ def grpo_arguments(
     Args:
         config: The run.
         output_dir: Where checkpoints go.
-        reward_weights: One weight a reward function.
+        reward_weights: One weight per reward function.
         overrides: Keys that take precedence over everything (a probe's `max_steps`, for instance).
 
     Raises:

@@ -17,11 +17,11 @@ from grpo_autotune.console import is_first_rank
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
-from grpo_autotune.speedups.table import chosen
+from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
-from grpo_autotune.train.rewards.builtin import build_rewards
+from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.train.runs.quiet import quieten
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class TrainResult(Frozen):
-    """How a training run ended.
+    """The end of a training run.
 
     Attributes:
         folder: The run folder.
@@ -43,7 +43,7 @@ class TrainResult(Frozen):
         seconds: Wall time of this process's training loop.
         metrics: The newest train line of `train_log.jsonl` (loss, reward, kl, ...); empty if there was no log event.
         eval_metrics: The newest evaluation line; empty without one.
-        resumed_from: Step of the checkpoint this process began at; null for a fresh run.
+        resumed_from: Step of the checkpoint this process began at; None for a fresh run.
         signum: The signal that ended the run early, 0 if none did.
     """
 

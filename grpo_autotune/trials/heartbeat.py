@@ -1,7 +1,7 @@
 """The heartbeat of a trial: a file that the child rewrites at every span edge, and that the parent only looks at.
 
-A beat carries a number that always grows, so that the parent compares contents on its own clock: neither a clock that
-jumps nor a file system with coarse times can make a living trial look dead.
+A beat carries a number that always grows, so that the parent compares contents on its own clock: a clock that
+jumps or a file system with coarse times cannot make a running trial look dead.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _WIDTH = 96
 STARTING = "start-up"
 
 
-class Pulse:
-    """The child's side.
+class HeartbeatWriter:
+    """The heartbeat file as the child writes it.
 
     Args:
         folder: The trial's folder.
@@ -63,27 +63,27 @@ class BeatingStartup(Startup):
     """Phases of start-up that beat as they begin and end.
 
     Args:
-        pulse: The heartbeat.
+        heartbeat: The heartbeat.
         born_s: As `Startup`: None where this process was made for the trial.
     """
 
-    def __init__(self, pulse: Pulse, born_s: float | None) -> None:
+    def __init__(self, heartbeat: HeartbeatWriter, born_s: float | None) -> None:
         super().__init__(born_s=born_s)
-        self._pulse = pulse
+        self._heartbeat = heartbeat
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Book the time inside to `name`."""
-        self._pulse.beat(f"{STARTING}: {name}")
+        self._heartbeat.beat(f"{STARTING}: {name}")
         try:
             with super().phase(name):
                 yield
         finally:
-            self._pulse.again()
+            self._heartbeat.again()
 
 
-class PulseReader:
-    """The parent's side: what was seen last, and since when nothing has moved."""
+class HeartbeatReader:
+    """The heartbeat file as the parent reads it: the newest beat."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / HEARTBEAT_FILE
@@ -93,15 +93,15 @@ class PulseReader:
         self.progress = Progress(STARTING, 0, 0)
 
     def moved(self) -> bool:
-        """Whether there was a beat since the last call."""
+        """Return whether there was a beat since the last call."""
         try:
-            found = self._path.read_bytes()
+            content = self._path.read_bytes()
         except FileNotFoundError:
             return False
-        fields = found.decode(errors="replace").rstrip().split("\t")
-        if found == self._last or len(fields) != 5:
+        fields = content.decode(errors="replace").rstrip().split("\t")
+        if content == self._last or len(fields) != 5:
             return False
-        self._last, self.seen = found, True
+        self._last, self.seen = content, True
         self.began = fields[1] == "1"
         self.progress = Progress(fields[4], int(fields[2]), int(fields[3]))
         return True

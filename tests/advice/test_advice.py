@@ -21,7 +21,7 @@ from grpo_autotune.records.probe import (
     Utilisation,
 )
 from grpo_autotune.records.report import Change
-from grpo_autotune.speedups.table import names
+from grpo_autotune.registry import names
 from tests.support.sample_records import (
     CPU_MACHINE,
     GPU_MACHINE,
@@ -419,5 +419,5 @@ def test_speed_ups_of_a_script_are_a_call() -> None:
     plain = facts(config=None)
     (call,) = [idea for idea in knob_ideas(plain) if "speed_up" in idea.action]
     assert call.changes == () and (call.saving_s or 0.0) > 0.5
-    fast = facts(demo_record(trainer=trainer_facts(speedups=names())), config=None)
+    fast = facts(demo_record(trainer=trainer_facts(speedups=names("speedup"))), config=None)
     assert not [a for a in judge(fast) if "speed_up(" in a.text], "they are on"

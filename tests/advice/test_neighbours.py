@@ -181,4 +181,4 @@ def test_a_real_model_on_a_gpu_is_predicted_from_its_configuration() -> None:
     record = vllm_record(trainer=trainer)
     near = neighbour(facts_of(record, config_of(record), GPU_MACHINE), {LENGTH: 504})
     assert near is not None and near.saving_s > 0.0
-    assert knob(LENGTH).own(near.config) == 504
+    assert knob(LENGTH).current(near.config) == 504

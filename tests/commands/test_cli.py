@@ -37,6 +37,7 @@ def here(tiny, tmp_path) -> Path:
         "peft": {"r": 2, "target_modules": ["q_proj"]},
         "data": {"path": "rows.jsonl", "columns": {"prompt": "question"}},
         "rewards": [{"name": "judges:talkative"}],
+        "speedups": "none",
         "grpo": {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "max_steps": 500},
     }
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(config))

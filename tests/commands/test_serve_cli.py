@@ -32,6 +32,7 @@ def config(vllm: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
         "model": {"name_or_path": "owner/name"},
         "data": {"path": "rows.jsonl"},
         "rewards": [{"name": "exact_match"}],
+        "speedups": "none",
         "grpo": {"use_vllm": True},
         **sections,
     }
@@ -245,6 +246,8 @@ NO_ROOM = (
         (KV_UTILS, NO_ROOM, "oom", "vllm.max_model_len: one request of full length needs 2.00 GiB"),
         (("vllm/model.py", "load"), "torch.OutOfMemoryError: CUDA out of memory.", "oom", "the engine ran out of"),
         (("vllm/model.py", "load"), "RuntimeError: DefaultCPUAllocator: can't allocate", "oom", "ran out of memory"),
+        (("vllm/model.py", "load"), "OSError: [Errno 12] Cannot allocate memory", "oom", "ran out of memory"),
+        (("vllm/model.py", "load"), "RuntimeError: std::bad_alloc", "oom", "ran out of memory: std::bad_alloc"),
         (("vllm/model.py", "load"), NO_ROOM, None, "ValueError: To serve at least one request"),
         (("vllm/model.py", "load"), "OSError: no such model", None, "OSError: no such model"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from grpo_autotune.config.batch import COUNTS, batch_plan
 from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
 from grpo_autotune.config.schema import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig, known_paths, load_config
+from grpo_autotune.config.sources import profile_names
 from grpo_autotune.config.vllm import VLLM_TO_TRL
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
@@ -389,3 +391,30 @@ def test_a_key_that_would_be_ignored_is_refused(changes: dict[str, Any], told: s
 def test_a_key_of_a_mapping_is_a_plain_word() -> None:
     with pytest.raises(ConfigError, match="plain word"):
         parse_yaml("{[a]: 1}", "--set")
+
+
+def test_speed_ups_are_on_unless_a_configuration_says_otherwise() -> None:
+    base: Values = {"model": {"name_or_path": "demo"}, "data": {"path": "digits"}, "rewards": [{"name": "exact_match"}]}
+    assert RunConfig.from_dict(base).speedups == "auto"
+    assert RunConfig.from_dict(base).to_dict()["speedups"] == "auto", "a stored run says what it had"
+    assert load_config("demo").speedups == "none"
+    for profile in set(profile_names()) - {"demo"}:
+        assert load_config(profile).speedups == "auto"
+
+
+@pytest.mark.parametrize(
+    "value", ["auto", "none", ["skip_dead"], [{"name": "shared_prefix", "form": "flex"}, "images_once"], []]
+)
+def test_speed_ups_survive_a_trip(value: Any) -> None:
+    config = load_config("demo", [f"speedups={json.dumps(value)}"])
+    assert config.speedups == value
+    assert RunConfig.from_yaml(config.to_yaml()) == config and RunConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("value", ["fast", 3, {"name": "shared_prefix"}, [3], [{"form": "flex"}], [{"name": 1}]])
+def test_speed_ups_of_another_shape_are_one_line(value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [f"speedups={json.dumps(value)}"])
+    assert str(caught.value).startswith(
+        f"speedups: {value!r} is not accepted. Accepted: auto, none, or a list of names"
+    )

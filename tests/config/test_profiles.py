@@ -7,7 +7,7 @@ import pytest
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names, profiles_folder, resolve_source
 from grpo_autotune.registry import is_reference, names, resolve
-from grpo_autotune.train.rewards.builtin import build_rewards
+from grpo_autotune.train.rewards.build import build_rewards
 
 SHIPPED = {"demo", "qwen3-vl-2b-lora-1gpu", "qwen2.5-vl-7b-qlora-1gpu", "qwen3-1.7b-gsm8k-1gpu"}
 

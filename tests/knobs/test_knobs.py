@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from grpo_autotune.config.schema import RunConfig, known_paths
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Gpu, Machine
-from grpo_autotune.knobs import PROMPTS, TABLE, given, kind_of, knob, knobs_of, with_knobs
+from grpo_autotune.knobs import PROMPTS, TABLE, context_of, engine, kind_of, knob, knobs_of, with_knobs
 
 MICRO, GROUP, STEPS = "grpo.per_device_train_batch_size", "grpo.num_generations", "grpo.steps_per_generation"
 
@@ -184,24 +184,24 @@ def test_the_engines_own_values_are_those_of_trl_where_nothing_is_said() -> None
 
 def test_values_of_the_engine() -> None:
     plain = config(use_vllm=True)
-    on = {gpus: given(plain, machine(gpus)) for gpus in (0, 1)}
+    on = {gpus: context_of(plain, machine(gpus)) for gpus in (0, 1)}
     assert knob("vllm.max_num_seqs").values(on[0]) == (16, 4, 8)
     assert knob("vllm.sleep_level").values(on[0]) == (0,)
     assert knob("vllm.sleep_level").values(on[1]) == (0, 1, 2)
     assert knob("vllm.weight_sync").values(on[0]) == ("auto", "batched")
-    whole = given(RunConfig.from_dict({**plain.to_dict(), "peft": None}), machine(1))
+    whole = context_of(RunConfig.from_dict({**plain.to_dict(), "peft": None}), machine(1))
     assert knob("vllm.weight_sync").values(whole) == ("auto",)
-    server = given(config({"vllm": {"mode": "server"}}, use_vllm=True), machine(1))
+    server = context_of(config({"vllm": {"mode": "server"}}, use_vllm=True), machine(1))
     engine_rows = [row for row in TABLE if row.key.startswith("vllm.")]
     assert len(engine_rows) >= 11 and not any(row.values(server) for row in engine_rows)
 
 
 def test_gpus_that_do_not_train_may_serve() -> None:
     row, plain = knob("vllm.server_gpus"), config(use_vllm=True)
-    assert row.values(given(plain, machine())) == (None,)  # it can be asked for
-    assert row.values(given(plain, machine(1))) == (None,)
-    assert row.values(given(plain, machine(2))) == (None, 1)
-    assert row.values(given(plain, machine(8))) == (None, 1, 2, 4)
+    assert row.values(context_of(plain, machine())) == (None,)  # it can be asked for
+    assert row.values(context_of(plain, machine(1))) == (None,)
+    assert row.values(context_of(plain, machine(2))) == (None, 1)
+    assert row.values(context_of(plain, machine(8))) == (None, 1, 2, 4)
     turned = with_knobs(plain, {"vllm.server_gpus": 2})
     assert turned.vllm.grpo_kwargs() == {"vllm_mode": "server"} and turned.vllm.at_server
     assert with_knobs(turned, {"vllm.server_gpus": None}) == plain
@@ -215,9 +215,9 @@ def test_gpus_that_do_not_train_may_serve() -> None:
 def test_a_variable_sizes_the_engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     row, plain = knob("vllm.gpu_memory_utilization"), config(use_vllm=True)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    assert len(row.values(given(plain, machine()))) > 3
+    assert len(row.values(context_of(plain, machine()))) > 3
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
-    assert row.values(given(plain, machine())) == (0.3,) and len(row.values(given(plain, machine(1)))) > 3
+    assert row.values(context_of(plain, machine())) == (0.3,) and len(row.values(context_of(plain, machine(1)))) > 3
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,14 @@ def test_a_variable_sizes_the_engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
 def test_the_micro_batch_is_a_learning_knob_where_the_loss_depends_on_the_partition(partition: dict[str, Any]) -> None:
     assert kind_of(config(), MICRO) == "exact"
     assert kind_of(config(**partition), MICRO) == "learning"
+
+
+def test_speed_ups_are_tried_on_and_off() -> None:
+    flex = [{"name": "shared_prefix", "form": "flex"}]
+    axes = {str(own): knob("speedups").values(context_of(config({"speedups": own}))) for own in ("auto", "none", flex)}
+    assert list(axes.values()) == [("auto", "none"), ("none", "auto"), (flex, "auto")]
+    assert with_knobs(config(), {"speedups": flex}).speedups == flex
+    assert with_knobs(config({"speedups": flex}), {"speedups": flex}) == config({"speedups": flex})
 
 
 def test_kinds_are_the_designs() -> None:
@@ -241,7 +249,19 @@ def test_kinds_are_the_designs() -> None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.key)
 def test_the_users_own_value_comes_first(row: Any, gpus: int) -> None:
     user = config({"data": {"path": "p", "image_size": 512, "columns": {"image": "image"}}}, use_vllm=True)
-    axis = row.values(given(user, machine(gpus)))
-    assert not axis or axis[0] == row.own(user)
+    axis = row.values(context_of(user, machine(gpus)))
+    assert not axis or axis[0] == row.current(user)
     assert all((type(a), a) != (type(b), b) for i, a in enumerate(axis) for b in axis[:i]), "each value once"
     assert row.why and knob(row.key) is row
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.key.startswith("vllm.")], ids=lambda row: row.key)
+def test_values_of_an_engine_knob_are_told_apart_where_no_formula_does(row: Any) -> None:
+    name = row.key.removeprefix("vllm.")
+    if name in engine.DESCRIBED - {"weight_sync", "sleep_level", "max_num_batched_tokens", "server_gpus"}:
+        return
+    user = config(use_vllm=True)
+    tried = {"max_num_batched_tokens": 64, "server_gpus": 1, "sleep_level": 1, "weight_sync": "batched"}
+    others = {"kv_cache_dtype": "fp8", "quantization": "fp8"}
+    value = {**tried, **others}.get(name, not row.current(user))
+    assert engine.word(with_knobs(user, {row.key: value})) != engine.word(user)

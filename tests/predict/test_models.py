@@ -38,7 +38,9 @@ AXES: dict[str, list[Any]] = {
 def user_config(**changes: Any) -> RunConfig:
     grpo = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16, "beta": 0.04, "num_generations": 8}
     data = {"path": "p", "image_size": 768, "columns": {"image": "picture"}}
-    return config({"data": data, "peft": {"r": 8, "target_modules": "all-linear"}, **changes}, **grpo)
+    return config(
+        {"data": data, "peft": {"r": 8, "target_modules": "all-linear"}, "speedups": "none", **changes}, **grpo
+    )
 
 
 def probe_record(**changes: Any) -> ProbeRecord:

@@ -17,7 +17,7 @@ from grpo_autotune.render.search import render_search
 from grpo_autotune.render.search_live import SearchView, panel
 from grpo_autotune.scripts.stand_in import config_of_script, load_stand_in, overrides
 from grpo_autotune.search.folder import load_search
-from grpo_autotune.search.leaderboard import Book
+from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.session import search
 from grpo_autotune.search.space import space
 from grpo_autotune.search.summary import pareto
@@ -38,6 +38,8 @@ def test_the_end_tells_gain_split_contributions_pareto_and_files(tmp_path: Path)
     report, _ = searched(tmp_path, 400.0)
     text = render_search(report, width=200)
     assert f"Raced: x {report.best.speedup:.2f}" in text
+    assert " useful completions per second, interval at 90%, " in text and " per step.\n" in text
+    assert "useful completions per second" in (tmp_path / "tuned.yaml").read_text()
     for section in ("How the gain comes about", "What changes what is learned", "Speed against reward", "Not run"):
         assert section in text
     assert "from exact knobs" in text and "data.image_size 512 -> 256" in text and "measured" in text
@@ -77,23 +79,24 @@ def test_a_stored_search_prints_the_same(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_live_view_shows_time_trial_best_skipped_and_errors(tmp_path: Path) -> None:
     _, view = searched(tmp_path)
-    last = next(standing for standing in reversed(view.standings) if standing.progress and standing.skipped)
+    last = next(state for state in reversed(view.states) if state.progress and state.skipped)
     lines = "\n".join(panel(last))
     assert "left" in lines and "generation, step 1" in lines and "own " in lines and "best    x" in lines
     assert "skipped" in lines and "models  off by" in lines
+    assert lines.count(" per step") == 2
 
 
 def test_without_a_terminal_there_is_a_line_a_trial(tmp_path: Path) -> None:
     _, view = searched(tmp_path)
     out, now = io.StringIO(), [0.0]
     with SearchView(Console(file=out, width=500), lambda: now[0]) as plain:
-        for standing in view.standings:
-            plain.show(standing)
+        for state in view.states:
+            plain.show(state)
     said = out.getvalue().splitlines()
     skipped, lines = ([line for line in said if line.startswith("not run: ") is is_one] for is_one in (True, False))
     assert skipped and len(skipped) == len({line.partition(", ")[2] for line in skipped}), "each reason once"
     assert "| models off by 10%" in lines[-1]
-    assert len(lines) == len({standing.trial.number for standing in view.standings if standing.trial})
+    assert len(lines) == len({state.trial.number for state in view.states if state.trial})
     assert lines[0].endswith("| trial 0 (probe): your own configuration")
     told = "\n".join(lines)
     for words in ("(rewards alone): your own configuration", "(worst-case step): ", "(race): "):
@@ -105,19 +108,19 @@ def test_nothing_shown_is_beaten_by_another_row_of_the_same_learning() -> None:
     """Rewards that were never measured are equal all the same where the same is learned; a group size changes none."""
     config = user_config()
     own = {"data.image_size": 512, "grpo.num_generations": 8, "grpo.gradient_checkpointing": True}
-    book = Book(config, own, record_of(config))
+    board = Leaderboard(config, own, record_of(config))
 
     def add(number: int, step_s: float, gib: int, **changed: Any) -> None:
         knobs = own | {f"{'data' if key == 'image_size' else 'grpo'}.{key}": value for key, value in changed.items()}
-        ok = TrialOutcome(number=number, status="ok", record=book.record, step_s=[step_s] * 3, peak_bytes=gib * 2**30)
-        book.add(knobs, ok, None)
+        ok = TrialOutcome(number=number, status="ok", record=board.record, step_s=[step_s] * 3, peak_bytes=gib * 2**30)
+        board.add(knobs, ok, None)
 
     add(1, 2.0, 9)
     add(2, 1.0, 5, image_size=256)
     add(3, 1.5, 6, image_size=256, gradient_checkpointing=False)
     add(4, 2.5, 10, num_generations=4)
-    assert [row.number for row in pareto(book)] == [2, 1]
-    assert [row.reward_difference for row in pareto(book)] == [None, 0.0]
+    assert [row.number for row in pareto(board)] == [2, 1]
+    assert [row.reward_difference for row in pareto(board)] == [None, 0.0]
 
 
 def test_the_rows_of_the_files_are_never_cut_from_the_table(tmp_path: Path) -> None:

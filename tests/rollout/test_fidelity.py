@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from grpo_autotune.rollout.fidelity.causes import CHECKS, Evidence, diagnose
 from grpo_autotune.rollout.fidelity.meter import Dropped, Sum, threshold_nats
 from grpo_autotune.rollout.fidelity.row_keys import row_keys, row_kinds
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, differences, log_probs, parameters, shapes
-from grpo_autotune.rollout.metrics.server import CACHE, COUNTERS, GAUGES, read_metrics
+from grpo_autotune.rollout.metrics import server
+from grpo_autotune.rollout.metrics.server import CACHE, COUNTERS, GAUGES, ServerMeter, read_metrics
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
 """Two tokens' distributions over four words."""
@@ -195,7 +198,7 @@ METRICS = """# HELP vllm:num_requests_running Number of requests in model execut
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m"} 3.0
 vllm:num_requests_running{engine="1",model_name="m"} 2.0
-vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+03
+vllm:prompt_tokens_total {engine="0",model_name="m"} 1.5e+03
 vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0
 process_start_time_seconds 1.7e+09
 """
@@ -205,4 +208,32 @@ def test_a_server_s_metrics_are_read() -> None:
     found = read_metrics(METRICS)
     assert found[GAUGES["running_max"]] == 5.0 and found[COUNTERS["prompt_tokens"]] == 1500.0
     assert found[CACHE] == 1600.0
-    assert read_metrics("") == {} == read_metrics("<html>not found</html>")
+    assert read_metrics("") == {}
+
+
+def test_a_server_without_metrics_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = ServerMeter(SimpleNamespace(vllm_client=SimpleNamespace(base_url="http://here")), lambda: 0, lambda: True)
+    answers = [
+        httpx2.Response(200, text="<html>"),
+        httpx2.Response(404, text="vllm:x 1"),
+        httpx2.Response(200, text="x 1"),
+    ]
+    client = httpx2.Client(transport=httpx2.MockTransport(lambda request: answers.pop(0)))
+    monkeypatch.setattr(server, "http_client", lambda: client)
+    assert [meter._read() for _ in range(3)] == [{}, {}, {"x": 1.0}]
+
+
+def test_a_server_s_counters_become_facts() -> None:
+    generation = SimpleNamespace(vllm_client=SimpleNamespace(base_url="http://here"))
+    meter = ServerMeter(generation, lambda: 0, lambda: True)
+    before = dict.fromkeys(COUNTERS.values(), 10.0)
+    counted = {"prompt_tokens": 60.0, "cached_tokens": 20.0, "decode_tokens": 100.0, "preemptions": 1.0}
+    after = {COUNTERS[name]: 10.0 + value for name, value in counted.items()} | {CACHE: 1600.0}
+    seen = [{GAUGES["running_max"]: 2.0}, {GAUGES["running_max"]: 4.0, GAUGES["waiting_max"]: 1.0}]
+    meter._count_call(before, after, seen, 2.0)
+    facts = meter.facts(0)
+    assert facts is not None and facts.source == "server" and facts.kv_tokens == 1600
+    assert (facts.prompt_tokens, facts.cached_tokens, facts.prefill_tokens, facts.decode_tokens) == (60, 20, 40, 100)
+    assert (facts.prefill_s, facts.decode_s, facts.prefill_tokens_per_s, facts.decode_tokens_per_s) == (0, 2, None, 50)
+    assert (facts.running_mean, facts.running_max, facts.waiting_max, facts.preemptions) == (3, 4, 1, 1)
+    assert facts.kv_use_max is None is facts.images_encoded and facts.sync_s is None and facts.syncs == 0

@@ -89,7 +89,7 @@ def test_only_prompts_seen_on_both_sides_count() -> None:
 
 def test_group_size_needs_more_than_noise() -> None:
     speed = Interval(1.5, 1.4, 1.6, 9)
-    assert judge_generations(8, 4, Interval(0.9, 0.85, 0.95, 40), speed, None).proven
-    unsure = judge_generations(8, 4, Interval(0.9, 0.5, 1.2, 4), speed, None)
+    assert judge_generations(8, 4, Interval(0.9, 0.85, 0.95, 40), speed).proven
+    unsure = judge_generations(8, 4, Interval(0.9, 0.5, 1.2, 4), speed)
     assert not unsure.proven and "not beyond noise" in unsure.why
-    assert not judge_generations(8, 4, None, speed, None).proven
+    assert not judge_generations(8, 4, None, speed).proven

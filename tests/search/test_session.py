@@ -19,10 +19,10 @@ from grpo_autotune.records.search import Guard, SearchReport
 from grpo_autotune.records.trial import PromptReward, TrialOutcome, TrialSpec
 from grpo_autotune.search.acquisition import rank
 from grpo_autotune.search.budget import Budget, Costs, parse_budget
-from grpo_autotune.search.evaluator import SERVER_S, Lab, completion_lengths
+from grpo_autotune.search.evaluator import SERVER_S, completion_lengths, patience_s
 from grpo_autotune.search.folder import SearchFolder
-from grpo_autotune.search.guard_trials import Rewards
-from grpo_autotune.search.leaderboard import Book
+from grpo_autotune.search.guard_trials import RewardTrials
+from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.noninferiority import NO_TIME
 from grpo_autotune.search.session import search
 from tests.support.paper_machine import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
@@ -143,10 +143,10 @@ def test_a_slow_probe_ends_after_a_trials_steps(
 
 def test_entries_are_compared_over_the_steps_that_both_have() -> None:
     """Lengths differ from step to step, so a median over more of them is one of other work."""
-    book = Book(user_config(), {"grpo.per_device_train_batch_size": 2}, record_of(user_config()))
-    book.add(book.own, outcome_of([1.0, 2.0, 3.0, 9.0, 9.0, 9.0]), None)
-    rival = book.add({"grpo.per_device_train_batch_size": 4}, outcome_of([1.0, 2.0, 3.0]), None)
-    assert book.speedup(rival).value == pytest.approx(1.0)
+    board = Leaderboard(user_config(), {"grpo.per_device_train_batch_size": 2}, record_of(user_config()))
+    board.add(board.baseline_knobs, outcome_of([1.0, 2.0, 3.0, 9.0, 9.0, 9.0]), None)
+    rival = board.add({"grpo.per_device_train_batch_size": 4}, outcome_of([1.0, 2.0, 3.0]), None)
+    assert board.speedup(rival).value == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("accept", [[], ["data.image_size"]])
@@ -393,13 +393,13 @@ def test_a_speed_up_counts_generating_and_reusing_steps_alike() -> None:
     """Steps of 9, 1, 1 and 1 s against 5, 1, 1 and 1 s: 3 s on average against 2, though the medians are equal."""
     record = record_of(user_config())
     record = record.model_copy(update={"timings": record.timings.model_copy(update={"cycle": 4})})
-    book = Book(user_config(), {"grpo.gradient_checkpointing": True}, record)
+    board = Leaderboard(user_config(), {"grpo.gradient_checkpointing": True}, record)
     for number, (value, first_s) in enumerate(((True, 9.0), (False, 5.0))):
         steps_s = [first_s, 1.0, 1.0, 1.0] * 3
         ok = TrialOutcome(number=number, status="ok", record=record, step_s=steps_s)
-        book.add({"grpo.gradient_checkpointing": value}, ok, None)
-    fast = book.ranking("exact")[0]
-    assert fast.number == 1 and book.speedup(fast) == (1.5, 1.5, 1.5, 3)
+        board.add({"grpo.gradient_checkpointing": value}, ok, None)
+    fast = board.ranking("exact")[0]
+    assert fast.number == 1 and board.speedup(fast) == (1.5, 1.5, 1.5, 3)
 
 
 def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Path) -> None:
@@ -420,12 +420,12 @@ def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Pat
 @pytest.mark.parametrize("accept", [[], ["data.image_size"]])
 def test_where_one_value_could_not_be_proven_in_time_others_are_not_tried(accept: list[str]) -> None:
     record = record_of(user_config())
-    book = Book(user_config(accept=accept), {"data.image_size": 512}, record)
-    book.add({"data.image_size": 512}, TrialOutcome(number=1, status="ok", record=record, step_s=[2.0] * 3), None)
+    board = Leaderboard(user_config(accept=accept), {"data.image_size": 512}, record)
+    board.add({"data.image_size": 512}, TrialOutcome(number=1, status="ok", record=record, step_s=[2.0] * 3), None)
     smaller = [{"data.image_size": 256}]
-    assert len(rank(smaller, book, PaperModels(), None).proposals) == 1
-    book.note(Guard(key="data.image_size", before=512, after=384, proven=False, why=NO_TIME))
-    found = rank(smaller, book, PaperModels(), None)
+    assert len(rank(smaller, board, PaperModels(), None).proposals) == 1
+    board.note(Guard(key="data.image_size", before=512, after=384, proven=False, why=NO_TIME))
+    found = rank(smaller, board, PaperModels(), None)
     assert len(found.proposals) == len(accept)
     assert [row.why for row in found.rows()] == (
         [] if accept else ["there is no time to compare the rewards of other values of data.image_size"]
@@ -433,9 +433,9 @@ def test_where_one_value_could_not_be_proven_in_time_others_are_not_tried(accept
 
 
 def test_rewards_are_compared_on_as_many_prompts_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    book = Book(user_config(), {"data.image_size": 512}, record_of(user_config()))
-    lab = SimpleNamespace(config=book.config, book=book, models=PaperModels(), costs=SimpleNamespace(beside_s=0.0))
-    rewards, asked = Rewards(cast(Any, lab)), list[int]()
+    board = Leaderboard(user_config(), {"data.image_size": 512}, record_of(user_config()))
+    evaluator = SimpleNamespace(board=board, models=PaperModels(), costs=SimpleNamespace(beside_s=0.0))
+    rewards, asked = RewardTrials(cast(Any, evaluator)), list[int]()
 
     def measure(knobs: dict[str, Any], batches: int, limit_s: float) -> list[PromptReward]:
         asked.append(batches)
@@ -643,8 +643,7 @@ def test_lengths_are_drawn_as_the_probe_saw_them() -> None:
 
 @pytest.mark.parametrize(("expected_s", "least_s"), [(5.0, 60.0), (50.0, 150.0)])
 def test_a_trial_may_wait_for_a_server_of_its_own(expected_s: float, least_s: float) -> None:
-    lab = cast(Lab, SimpleNamespace(expected_s=lambda knobs: expected_s))
     plain = user_config()
     served = RunConfig.from_dict({**plain.to_dict(), "grpo": {"use_vllm": True}, "vllm": {"server_gpus": 0}})
-    assert Lab.patience_s(lab, {}, plain) == least_s
-    assert Lab.patience_s(lab, {}, served) == least_s + SERVER_S
+    assert patience_s(expected_s, plain) == least_s
+    assert patience_s(expected_s, served) == least_s + SERVER_S

@@ -25,13 +25,13 @@ def test_points_are_legal_distinct_and_begin_with_the_users_own() -> None:
     user, here = load_config("demo"), machine()
     found = space(user, here)
     every = list(points(found, user, here))
-    assert every[0] == found.own
+    assert every[0] == found.baseline
     assert with_knobs(user, every[0]) == user
     assert len(every) == len({repr(point) for point in every}) > 50
     for point in every:
         assert why_not(user, point, here) is None
         assert with_knobs(user, point).batch.completions_per_step == user.batch.completions_per_step
-    changes = [sum(point[key] != found.own[key] for key in found.keys) for point in every]
+    changes = [sum(point[key] != found.baseline[key] for key in found.keys) for point in every]
     assert changes == sorted(changes), "one change before two"
 
 
@@ -101,7 +101,7 @@ def test_values_that_no_combination_makes_legal_are_refused_at_once(knobs: dict[
 @pytest.mark.parametrize(
     ("knobs", "reason"),
     [
-        ({MICRO: 3}, "the 16 completions a step on a device are not a multiple of per_device_train_batch_size 3"),
+        ({MICRO: 3}, "the 16 completions per step and device are not a multiple of per_device_train_batch_size 3"),
         ({GROUP: 5}, "the generation batch must be a multiple of num_generations 5"),
         ({"data.image_size": 256}, "the prompts hold no images"),
         ({"grpo.use_vllm": True}, "needs the package vllm"),

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.search.storage import driver_url, journal_storage, mend_journal, shared_storage
-from grpo_autotune.search.study import Asked, Axes, Sampler, Study, name_of
+from grpo_autotune.search.study import Axes, Claim, Sampler, Study, name_of
 
 VALUES = {
     "data.image_size": (512, 128, 256),
@@ -42,10 +42,10 @@ def opened(path: Path, fingerprint: str = "one", sampler: Sampler = "tpe") -> St
     return Study(journal_storage(path), AXES, fingerprint, where=str(path), sampler=sampler)
 
 
-def told(study: Study, knobs: dict[str, Any], score: float, number: int) -> Asked:
-    asked = study.ask(knobs)
-    study.tell(asked, score, number, {"step_s": 1 / score}, 2.0)
-    return asked
+def told(study: Study, knobs: dict[str, Any], score: float, number: int) -> Claim:
+    claim = study.ask(knobs)
+    study.tell(claim, score, number, {"step_s": 1 / score}, 2.0)
+    return claim
 
 
 def test_knobs_and_parameters_are_two_ways_of_saying_the_same() -> None:
@@ -88,11 +88,11 @@ def test_what_the_sampler_proposes_is_in_the_pool_and_new(tmp_path: Path, sample
     left.remove(combination())
     seen = {name_of(combination())}
     for number in range(2, 8):
-        asked = study.suggest(left)
-        assert asked.knobs in left and name_of(asked.knobs) not in seen
-        seen.add(name_of(asked.knobs))
-        left.remove(asked.knobs)
-        study.tell(asked, random.Random(number).random(), number, {}, 1.0)
+        claim = study.suggest(left)
+        assert claim.knobs in left and name_of(claim.knobs) not in seen
+        seen.add(name_of(claim.knobs))
+        left.remove(claim.knobs)
+        study.tell(claim, random.Random(number).random(), number, {}, 1.0)
     assert study.taken() == seen
 
 

@@ -6,15 +6,15 @@ import io
 
 import pytest
 import torch
+from cachetools import LRUCache
 from PIL import Image, ImageDraw
 
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import make_trainer, spread_reward
 
 from grpo_autotune.probe.probe import Probe  # isort: skip
-from grpo_autotune.speedups.images.lazy_rows import Row, Rows, private  # isort: skip
+from grpo_autotune.speedups.images.lazy_rows import Row, Rows, image_bytes, private  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
-from grpo_autotune.speedups.images.lru_cache import LimitedCache  # isort: skip
 
 GROUPS = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
 
@@ -179,7 +179,7 @@ def test_rows_are_told_apart_by_content_and_kept_within_the_limit(tmp_path, draw
     path = tmp_path / "a.png"
     path.write_bytes(encoded.getvalue())
     stored = [{**row, "image": str(path)} if index in (0, 3) else row for index, row in enumerate(drawn_rows)]
-    cache = LimitedCache(1 << 20)
+    cache = LRUCache(1 << 20, getsizeof=image_bytes)
     rows = Rows(dataset_of(stored), cache, lazy=True)
     first, last = rows.__getitems__([0, 3])
     assert isinstance(first, Row) and first["image"] is last["image"] and len(cache) == 1
@@ -191,19 +191,15 @@ def test_rows_are_told_apart_by_content_and_kept_within_the_limit(tmp_path, draw
     assert first["prompt"] is not rows[0]["prompt"]
 
 
-def test_the_cache_forgets_what_was_used_longest_ago():
-    cache = LimitedCache(10)
-    cache.put("a", 1, 4)
-    cache.put("b", 2, 4)
-    assert cache.get("a") == 1
-    cache.put("c", 3, 4)
-    assert cache.get("b") is None and cache.get("a") == 1 and cache.used_bytes == 8
-    cache.put("d", 4, 11)
-    assert cache.get("d") is None and len(cache) == 2
-    cache.put("a", 5, 1)
-    assert cache.used_bytes == 5
-    cache.clear()
-    assert len(cache) == 0 and cache.used_bytes == 0
+def test_an_image_larger_than_the_cache_is_not_kept(drawn_rows):
+    from tests.support.trainers import dataset_of
+
+    size = image_bytes(drawn_rows[0]["image"])
+    cache = LRUCache(size - 1, getsizeof=image_bytes)
+    rows = Rows(dataset_of(drawn_rows), cache, lazy=True)
+    assert rows[0]["image"].tobytes() == drawn_rows[0]["image"].tobytes() and len(cache) == 0
+    rows.decoded = None
+    assert rows[0]["image"].tobytes() == drawn_rows[0]["image"].tobytes()
 
 
 def test_a_processor_that_looks_at_other_images_is_noticed(tiny, tmp_path, drawn_rows, monkeypatch, caplog):

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from grpo_autotune import registry
+from grpo_autotune.commands.run import values_for_script
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.scripts.stand_in import load_stand_in
+from grpo_autotune.scripts.values import load_script_values
 from grpo_autotune.seams.layers import INNER, wrap
 from grpo_autotune.seams.table import find, slot_of
-from grpo_autotune.speedups import table
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.install import speed_up
+from grpo_autotune.speedups.selection import Selection, chosen, load, selections
 from tests.support.trainers import losses, make_trainer
 
 from grpo_autotune.probe.probe import Probe  # isort: skip
@@ -40,7 +44,7 @@ class Counting:
 
 @pytest.fixture
 def counting(monkeypatch):
-    monkeypatch.setattr(table, "TABLE", {"counting": f"{__name__}:Counting"})
+    monkeypatch.setitem(registry._TABLE, "speedup", {"counting": registry.Builtin(f"{__name__}:Counting")})
     monkeypatch.setattr(Counting, "seen", [])
     return Counting.seen
 
@@ -64,7 +68,7 @@ def test_unknown_names_list_the_known(tiny, tmp_path, text_rows, counting):
 
 
 def test_a_third_party_speed_up_is_taken_by_reference(tiny, tmp_path, text_rows, monkeypatch):
-    monkeypatch.setattr(table, "TABLE", {})
+    monkeypatch.setitem(registry._TABLE, "speedup", {})
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     found = speed_up(trainer, [f"{__name__}:Counting"])
     assert found.table() == [(f"{__name__}:Counting", True, "counts")]
@@ -184,6 +188,77 @@ def test_a_configuration_names_its_speed_ups(tiny, tmp_path, counting):
         text_config(tiny("qwen3"), tmp_path, {"speedups": "fast"})
     with pytest.raises(ConfigError, match="speedups: there is no speed-up 'fast'"):
         build_trainer(text_config(tiny("qwen3"), tmp_path, {"speedups": ["fast"]}), say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("none", []),
+        ("skip_dead", ["skip_dead"]),
+        (["skip_dead", "a.b:C", "shared_prefix", "skip_dead"], ["shared_prefix", "skip_dead", "a.b:C"]),
+        ([{"name": "shared_prefix", "form": "flex"}], ["shared_prefix"]),
+    ],
+)
+def test_what_the_key_stands_for(wanted, names):
+    assert chosen(wanted) == names
+
+
+def test_auto_is_all_in_the_order_of_installation_without_options():
+    assert selections("auto") == [Selection(name) for name in registry.names("speedup")]
+    assert registry.names("speedup")[0] == "shared_prefix" and registry.names("speedup")[-1] == "reward_overlap"
+    for selection in selections("auto"):
+        assert load(selection).name == selection.name
+
+
+def test_a_registered_speed_up_comes_after_those_of_the_package(monkeypatch):
+    monkeypatch.setitem(registry._TABLE, "speedup", dict(registry._TABLE["speedup"]))
+    registry.register("speedup", "counting")(Counting)
+    assert chosen("auto")[-2:] == ["reward_overlap", "counting"]
+    assert isinstance(load(Selection("counting")), Counting)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([{"name": "shared_prefx"}], "speedups: there is no speed-up 'shared_prefx'. Accepted: auto, none, or a list"),
+        ([{"form": "flex"}], "speedups: there is no speed-up None. Accepted: auto, none, or a list of: shared_prefix"),
+        ([{"name": "shared_prefix", "from": "flex"}], "speedups: shared_prefix has no option 'from'. Accepted: form."),
+        (
+            [{"name": "shared_prefix", "form": "flax"}],
+            "speedups: form 'flax' of shared_prefix is not accepted. Accepted: split, flex.",
+        ),
+        ([{"name": "skip_dead", "form": "flex"}], "speedups: skip_dead has no option 'form'. It has none."),
+        (
+            ["shared_prefix", {"name": "shared_prefix", "form": "flex"}],
+            "speedups: shared_prefix is given twice with different options. Remove one of the two.",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_accepted_values(wanted, message):
+    with pytest.raises(ConfigError) as caught:
+        selections(wanted)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("auto", "auto"),
+        ("skip_dead,length_sort", ["skip_dead", "length_sort"]),
+        ("[{name: shared_prefix, form: flex}, skip_dead]", [{"name": "shared_prefix", "form": "flex"}, "skip_dead"]),
+    ],
+)
+def test_run_reads_names_and_lists_in_yaml(text, value):
+    assert values_for_script(None, text)[0].speedups == value
+
+
+def test_a_script_file_and_its_baseline(tmp_path):
+    with pytest.raises(ConfigError, match="form 'flax' of shared_prefix is not accepted"):
+        values_for_script(None, "[{name: shared_prefix, form: flax}]")
+    path = tmp_path / "values.yaml"
+    path.write_text("speedups: [{name: shared_prefix, form: flex}]\n")
+    assert load_script_values(path)[0]["speedups"] == [{"name": "shared_prefix", "form": "flex"}]
+    assert load_stand_in([__file__]).speedups == "none", "a script has none of its own"
 
 
 @pytest.mark.timeout(240)

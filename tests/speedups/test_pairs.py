@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
+from grpo_autotune.registry import names
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import make_trainer
 
 from grpo_autotune.speedups.install import speed_up  # isort: skip
-from grpo_autotune.speedups.table import TABLE  # isort: skip
 
-NAMES = tuple(TABLE)
+NAMES = tuple(names("speedup"))
 EVERYWHERE = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,

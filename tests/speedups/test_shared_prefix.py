@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.speedups.shared_prefix.regroup import sorted_inside
 from grpo_autotune.train.models.random_init import build_tokenizer, save_random_model
 from tests.support.exactness import apart, differences, generation, loss_and_gradients, ready
 from tests.support.tiny import TEXT, TEXTS
@@ -318,15 +317,6 @@ def test_regrouping_draws_the_permutation_that_trl_draws(tiny, tmp_path, text_ro
 def test_no_row_moves_where_the_loss_depends_on_the_micro_batch(tiny, tmp_path, text_rows, grpo):
     plain, _, _ = micro_batches(tiny("llama"), text_rows, tmp_path, "none", **grpo)
     assert micro_batches(tiny("llama"), text_rows, tmp_path, "shared_prefix", **grpo)[0] == plain
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=24), st.integers(1, 8))
-def test_rows_stay_inside_their_optimizer_step(groups, size):
-    order = sorted_inside(groups, size)
-    assert [row // size for row in order] == [row // size for row in range(len(groups))]
-    for begin in range(0, len(groups), size):
-        inside = [groups[row] for row in order[begin : begin + size]]
-        assert len(list(itertools.groupby(inside))) == len(set(inside))
 
 
 def test_evaluation_scores_the_same(tiny, tmp_path, ragged_picture_rows):

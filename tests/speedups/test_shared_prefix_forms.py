@@ -69,8 +69,29 @@ def reason(speedups) -> str:
 
 
 def test_flex_attention_is_offered_on_cuda_alone():
-    assert candidates(torch.device("cpu")) == []
-    assert [form.name for form in candidates(torch.device("cuda"))] == ["FlexAttention"]
+    assert candidates(torch.device("cpu"), "flex") == []
+    assert [form.name for form in candidates(torch.device("cuda"), "flex")] == ["FlexAttention"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tried"),
+    [
+        ("auto", False),
+        ("shared_prefix", False),
+        ([{"name": "shared_prefix"}], False),
+        ([{"name": "shared_prefix", "form": "split"}], False),
+        ([{"name": "shared_prefix", "form": "flex"}], True),
+    ],
+)
+def test_flex_attention_is_tried_where_it_is_asked_for(tiny, tmp_path, rows, monkeypatch, wanted, tried):
+    trainer = ready(tiny("qwen3"), rows, tmp_path, beta=0.05, **GROUPS)
+    monkeypatch.setattr(speedup, "candidates", lambda device, form: candidates(torch.device("cuda"), form))
+    speedups = speed_up(trainer, wanted)
+    assert ("FlexAttention is timed on the first batch" in reason(speedups)) is tried
+    speedups.remove()
+    monkeypatch.undo()
+    words = "FlexAttention needs CUDA, and this is cpu"
+    assert (words in reason(speed_up(trainer, wanted))) is tried
 
 
 def layout_of_lengths(prompts, completions):
@@ -116,7 +137,7 @@ def test_both_forms_compute_the_same(prompts, completions, window):
 )
 def test_a_model_scores_and_trains_the_same(tiny, tmp_path, picture_rows, rows, monkeypatch, kind, checkpointing):
     """Heads that share keys, and windows shorter than the prompt in all layers or in some."""
-    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(torch_flex.flex_attention)])
+    monkeypatch.setattr(speedup, "candidates", lambda device, form: [Flex(torch_flex.flex_attention)])
     monkeypatch.setattr(choice, "MARGIN", 0.0)
     model = tiny(kind) if kind.startswith("qwen") else other_model(kind, tmp_path)
 
@@ -130,7 +151,7 @@ def test_a_model_scores_and_trains_the_same(tiny, tmp_path, picture_rows, rows, 
 
 
 def test_autocast_to_bfloat16_is_as_far_from_float32_as_plain_trl(tiny, tmp_path, picture_rows, monkeypatch):
-    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(torch_flex.flex_attention)])
+    monkeypatch.setattr(speedup, "candidates", lambda device, form: [Flex(torch_flex.flex_attention)])
     monkeypatch.setattr(choice, "MARGIN", 0.0)
     exact, plain, fast = (
         ready(tiny("qwen3_vl"), picture_rows, tmp_path, lora=False, beta=0.05, bf16=bf16, **GROUPS)
@@ -207,7 +228,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_kernel_that_fails_is_told_once_and_left(tiny, tmp_path, rows, monkeypatch, caplog, name):
     make, words = BROKEN[name]
-    monkeypatch.setattr(speedup, "candidates", lambda device: [Flex(make())])
+    monkeypatch.setattr(speedup, "candidates", lambda device, form: [Flex(make())])
     monkeypatch.setattr(choice, "MARGIN", 0.0)
     found = differences(lambda: ready(tiny("qwen3"), rows, tmp_path, beta=0.05, **GROUPS), "shared_prefix")
     assert_exact(found)

@@ -11,6 +11,7 @@ import numpy as np
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.objective import Interval
+from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Progress, PromptReward, TrialOutcome, TrialSpec
 from tests.support.sample_records import demo_record, timings, token_facts, trainer_facts
 
@@ -37,6 +38,7 @@ def user_config(**search: Any) -> RunConfig:
             "model": {"name_or_path": "paper"},
             "data": {"path": "pictures", "image_size": 512, "columns": {"image": "image"}},
             "rewards": [{"name": "r"}],
+            "speedups": "none",
             "grpo": {
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 8,
@@ -201,11 +203,7 @@ class Listener:
     """Keeps what a view is told."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.standings: list[Any] = []
+        self.states: list[SearchProgress] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def show(self, standing: Any) -> None:
-        self.standings.append(standing)
+    def show(self, state: SearchProgress) -> None:
+        self.states.append(state)

@@ -349,6 +349,7 @@ def config_of(record: ProbeRecord, **sections: Any) -> RunConfig:
         "rewards": [{"name": "exact_match"}],
         "grpo": grpo | sections.pop("grpo", {}),
         "peft": {"r": t.peft["r"]} if t.peft else None,
+        "speedups": t.speedups or "none",
     }
     return RunConfig.from_dict(values | sections | {"data": values["data"] | sections.get("data", {})})
 

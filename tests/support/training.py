@@ -66,6 +66,7 @@ def _config(base: dict[str, Any], changes: Mapping[str, Any] | None, grpo: Mappi
         **base,
         "peft": {"r": 4, "target_modules": "all-linear"},
         "rewards": [{"name": "tests.support.training:uneven"}],
+        "speedups": "none",
         "grpo": {
             "max_steps": 4,
             "per_device_train_batch_size": 4,

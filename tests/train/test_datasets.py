@@ -15,6 +15,7 @@ from PIL import Image
 from grpo_autotune import registry
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, DataError
+from grpo_autotune.seams import stored_images
 from grpo_autotune.train.data import images
 from grpo_autotune.train.data.datasets import load_data
 
@@ -179,8 +180,11 @@ def test_real_gsm8k() -> None:
             "column completions has a name that TRL uses itself",
         ),
         ({"columns": {"prompt": "question"}, "params": {"a": 1}}, "data.params: params are for a registered"),
-        ({"columns": {"prompt": "question"}, "name": "main"}, "data.name: this is for a data set on the hub"),
-        ({"columns": {"prompt": "question"}, "revision": "v2"}, "data.revision: this is for a data set on the hub"),
+        ({"columns": {"prompt": "question"}, "name": "main"}, "data.name: only a data set on the hub has a name, and "),
+        (
+            {"columns": {"prompt": "question"}, "revision": "v2"},
+            "data.revision: only a data set on the hub has a revision",
+        ),
         ({"prompt_template": "{question:d}"}, "data.prompt_template: does not fit row 0"),
     ],
 )
@@ -333,7 +337,9 @@ def test_an_image_size_without_images_is_told(lines: str) -> None:
 
 
 def test_a_registered_data_set_has_no_revision() -> None:
-    assert "data.revision: this is for a data set on the hub" in problem(ConfigError, path="digits", revision="v1")
+    assert "data.revision: only a data set on the hub has a revision, and digits is a registered function" in problem(
+        ConfigError, path="digits", revision="v1"
+    )
 
 
 def test_a_whole_jpeg_with_something_behind_it_is_read(tmp_path: Path) -> None:
@@ -362,7 +368,7 @@ def test_image_folders_by_class_and_by_metadata(tmp_path: Path) -> None:
 
 
 def test_work_is_told_while_it_goes_on(gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "BATCH_ROWS", 2)
+    monkeypatch.setattr(stored_images, "BATCH_ROWS", 2)
     monkeypatch.setattr(images, "TELL_EVERY", 2)
     said: list[str] = []
     values = {"model": {"name_or_path": "m"}, "rewards": [{"name": "format"}], "grpo": GRPO}

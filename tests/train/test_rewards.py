@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError, RewardError
+from grpo_autotune.errors import AutotuneError, ConfigError, DataError, RewardError
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.rewards.builtin import build_rewards
-from grpo_autotune.train.rewards.guard import PATIENCE, guard
+from grpo_autotune.train.rewards.build import build_rewards
+from grpo_autotune.train.rewards.guard import PATIENCE, blaming_layer, guard
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/test.jsonl"
 
@@ -421,3 +421,22 @@ def test_trl_sees_name_and_kind_of_guarded_rewards() -> None:
     functions, _, names = built("format", f"{HERE}:async_ones")
     assert [get_callable_name(function) for function in functions] == names
     assert [is_async_callable(function) for function in functions] == [False, True]
+
+
+def test_a_scripts_reward_is_blamed_by_name_and_keeps_our_own_errors():
+    def run(error, awaited):
+        def fails():
+            raise error
+
+        async def fails_later():
+            fails()
+
+        layer = blaming_layer("judge", awaited=awaited)
+        with pytest.raises(AutotuneError) as caught:
+            asyncio.run(layer(fails_later)) if awaited else layer(fails)
+        return caught.value
+
+    for awaited in (False, True):
+        blamed, ours = run(KeyError("score"), awaited), run(DataError("row 3"), awaited)
+        assert str(blamed) == "reward judge: raised KeyError: 'score'" and isinstance(blamed.__cause__, KeyError)
+        assert str(ours) == "row 3" and ours.__cause__ is None  # its own cause would be a chain without an end

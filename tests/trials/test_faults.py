@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.records.trial import TrialOutcome
-from grpo_autotune.trials.parent.endings import ending_of_exit
+from grpo_autotune.trials.endings import ending_of_exit
 from grpo_autotune.trials.parent.runner import Runner
 from tests.support.trials import marked, processes, spec_of
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import pytest
 
-from grpo_autotune.processes.guarded import Worker
 from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
-from grpo_autotune.trials.parent.interleave import ALONE, Race, one_after_another, turn_order
+from grpo_autotune.trials.parent.interleave import ALONE, Race, block_order, one_after_another
 from grpo_autotune.trials.parent.runner import Runner, worker_key
 from grpo_autotune.trials.parent.watch import Stopwatch
+from grpo_autotune.trials.parent.worker import Worker
 from tests.support.trials import marked, processes, spec_of, wait_until_none
 
 ROOT = Path(__file__).parents[2]
@@ -229,9 +229,9 @@ def test_a_clock_that_jumps_counts_for_nothing() -> None:
     assert [stopwatch.look() for _ in range(5)] == [1.0, 1.0, 3.0, 3.0, 4.0]
 
 
-def test_turns_go_there_and_back() -> None:
-    assert [turn_order(2, number) for number in range(4)] == [[0, 1], [1, 0], [0, 1], [1, 0]]
-    assert turn_order(3, 1) == [2, 1, 0]
+def test_the_order_of_blocks_is_reversed_from_round_to_round() -> None:
+    assert [block_order(2, number) for number in range(4)] == [[0, 1], [1, 0], [0, 1], [1, 0]]
+    assert block_order(3, 1) == [2, 1, 0]
 
 
 class NeverAtRest:
@@ -258,7 +258,7 @@ def test_a_race_keeps_its_deadline_whatever_a_step_takes(tmp_path: Path) -> None
 
     specs = [TrialSpec(number=number, config={}) for number in (3, 4)]
     with Race(tmp_path, specs, lambda: now[0], wait, start, None) as race:
-        seen = [seen.ending.status for _, seen in race.run(5, 20.0)]
+        seen = [end.ending.status for _, end in race.run(5, 20.0) if end.ending]
     assert seen == ["timeout", "timeout"] and all(worker.ended for worker in workers)
     assert 20.0 < now[0] <= 23.0
 

@@ -18,11 +18,11 @@ import torch
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.scripts.values import ScriptValues, load_script_values
-from grpo_autotune.trials.child.execute import Server
-from grpo_autotune.trials.child.failures import failure_of
+from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.child.memory import MemoryMeter, available_bytes, release
-from grpo_autotune.trials.child.warm_state import KeptData, KeptEngine, NeedsFreshWorker
-from grpo_autotune.trials.heartbeat import BeatingStartup, Pulse, PulseReader
+from grpo_autotune.trials.child.warm_state import DataCache, EngineCache, NeedsFreshWorker
+from grpo_autotune.trials.endings import ending_of_error
+from grpo_autotune.trials.heartbeat import BeatingStartup, HeartbeatReader, HeartbeatWriter
 from tests.support.faults import TOO_MUCH
 from tests.support.trials import spec_of
 
@@ -54,13 +54,13 @@ RUNS_OUT: list[tuple[Exception, int | None]] = [
 
 @pytest.mark.parametrize(("error", "overshoot"), RUNS_OUT)
 def test_memory_is_known_by_what_was_raised(error: Exception, overshoot: int | None) -> None:
-    failure = failure_of(error, lambda: GIB)
+    failure = ending_of_error(error, lambda: GIB)
     assert (failure.status, failure.overshoot_bytes) == ("oom", overshoot)
     assert failure.why and "\n" not in failure.why
 
 
 def test_torchs_own_refusal_says_how_much_was_missing() -> None:
-    failure = failure_of(real_allocation_error(), lambda: GIB)
+    failure = ending_of_error(real_allocation_error(), lambda: GIB)
     assert (failure.status, failure.error_type, failure.overshoot_bytes) == ("oom", "RuntimeError", TOO_MUCH - GIB)
 
 
@@ -78,11 +78,16 @@ def test_torchs_own_refusal_says_how_much_was_missing() -> None:
     ],
 )
 def test_other_errors_go_by_their_type_and_never_by_words(error: Exception, status: str) -> None:
-    assert failure_of(error, lambda: GIB).status == status
+    assert ending_of_error(error, lambda: GIB).status == status
+
+
+def test_an_error_that_was_raised_from_itself_ends_a_trial_like_any_other() -> None:
+    error = ValueError("no judge")
+    assert ending_of_error(caused(error, error), lambda: GIB) == ("crashed", "ValueError: no judge", "ValueError", None)
 
 
 def test_a_thread_without_room_for_its_stack_is_memory() -> None:
-    assert failure_of(RuntimeError("can't start new thread"), lambda: 1 << 20).status == "oom"
+    assert ending_of_error(RuntimeError("can't start new thread"), lambda: 1 << 20).status == "oom"
 
 
 def test_the_peak_is_this_trials_and_falls_again() -> None:
@@ -102,6 +107,7 @@ def test_the_peak_is_this_trials_and_falls_again() -> None:
 def test_a_limit_on_addresses_is_one_on_what_a_process_can_hold() -> None:
     code = """
 import resource, psutil
+from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.child.memory import in_use, most_bytes
 assert most_bytes() is None
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (512 << 20), resource.RLIM_INFINITY))
@@ -118,30 +124,32 @@ except MemoryError:
 
 
 def test_a_reader_sees_each_beat_once(tmp_path: Path) -> None:
-    pulse, reader = Pulse(tmp_path), PulseReader(tmp_path)
+    heartbeat, reader = HeartbeatWriter(tmp_path), HeartbeatReader(tmp_path)
     assert not reader.moved()
-    startup = BeatingStartup(pulse, born_s=0.0)
+    startup = BeatingStartup(heartbeat, born_s=0.0)
     with startup.phase("model"):
         assert reader.moved() and reader.progress.stage == "start-up: model" and not reader.began
         assert not reader.moved()
     assert reader.moved()
-    pulse.of = 3
-    pulse.begin()
-    pulse.again()
+    heartbeat.of = 3
+    heartbeat.begin()
+    heartbeat.again()
     assert reader.moved() and reader.began and reader.progress == ("step", 0, 3)
-    Pulse(tmp_path, silent=True).beat("another rank")
+    HeartbeatWriter(tmp_path, silent=True).beat("another rank")
     assert not reader.moved()
-    pulse.close()
+    heartbeat.close()
 
 
 @pytest.fixture
 def serve(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., TrialOutcome]:
-    server = Server()
+    executor = TrialExecutor()
 
     def run(**spec: Any) -> TrialOutcome:
-        pulse = Pulse(tmp_path)
-        outcome = server.serve(spec_of(tiny("qwen3"), tmp_path, **spec), tmp_path, BeatingStartup(pulse, 0.0), pulse)
-        pulse.close()
+        heartbeat = HeartbeatWriter(tmp_path)
+        outcome = executor.execute(
+            spec_of(tiny("qwen3"), tmp_path, **spec), tmp_path, BeatingStartup(heartbeat, 0.0), heartbeat
+        )
+        heartbeat.close()
         return outcome
 
     return run
@@ -193,7 +201,7 @@ def test_data_is_read_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
 
     config = RunConfig.from_dict(spec_of(tiny("qwen3"), tmp_path).config)
     said: list[str] = []
-    kept = KeptData()
+    kept = DataCache()
     assert kept.load(config, said.append)[0] is kept.load(config, said.append)[0]
     assert len(said) == 1
     grpo = {**config.grpo, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}
@@ -213,12 +221,19 @@ class Engine:
 
 
 def test_an_engine_is_given_again_for_equal_arguments_only() -> None:
-    kept = KeptEngine()
+    kept = EngineCache()
     first = kept._start(lambda **arguments: Engine(), model="m", enable_sleep_mode=True)
     assert kept._start(lambda **arguments: Engine(), model="m", enable_sleep_mode=True) is first
     assert first.calls == ["wake_up", "reset_prefix_cache"]
     with pytest.raises(NeedsFreshWorker):
         kept._start(lambda **arguments: Engine(), model="m", enable_sleep_mode=False)
+
+
+def test_nothing_loads_torch_before_a_script_does() -> None:
+    """The script may set environment variables that torch reads when it is imported."""
+    code = "import sys, grpo_autotune.trials.child.worker, grpo_autotune.commands.run; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_knobs_of_a_script() -> None:
@@ -236,11 +251,12 @@ def test_knobs_of_a_script() -> None:
         ("grpo: {bf16: 'no'}", "grpo.bf16: 'no' is not accepted. Accepted: true or false"),
         (
             "{grpo: {vllm_gpu_memory_utilization: 0.3}, vllm: {gpu_memory_utilization: 0.5}}",
-            "vllm.gpu_memory_utilization: this is 0.5, and grpo.vllm_gpu_memory_utilization is 0.3. Remove one",
+            "vllm.gpu_memory_utilization: set to 0.5, but grpo.vllm_gpu_memory_utilization, TRL's key for the same "
+            "setting, is 0.3. Remove one of the two keys.",
         ),
         (
             "{grpo: {vllm_enable_sleep_mode: true}, vllm: {sleep_level: 0}}",
-            "vllm.sleep_level: this is 0, and grpo.vllm_enable_sleep_mode is true. Remove one",
+            "vllm.sleep_level: set to 0, but grpo.vllm_enable_sleep_mode, TRL's key for the same setting, is true.",
         ),
         ("vllm: {server_gpus: 1}", "vllm.server_gpus: nobody would start this server for a script. Start one with"),
         ("{grpo: {vllm_max_model_length: 99}, vllm: {max_model_len: 99}}", None),

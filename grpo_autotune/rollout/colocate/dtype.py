@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.parts import Part
 
 
-def llm_keys(generation: Any, options: EngineOptions) -> dict[str, Any]:
-    """The type of the trainer's forward pass: mixed precision's, else that of the weights (of a base in 4 bits, that of
-    its embeddings)."""
-    from vllm.platforms import current_platform
+class TrainerDtype(Part):
+    """The type of the trainer's forward pass for the engine."""
 
-    if current_platform.is_cpu():
-        _keep_weights_plain()
-    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(generation.accelerator.mixed_precision)
-    weights = generation.model.get_input_embeddings().weight.dtype
-    return {"dtype": mixed or str(weights).removeprefix("torch.")}
+    def llm_keys(self, generation: Any) -> dict[str, Any]:
+        """Mixed precision's type, else that of the weights (of a base in 4 bits, that of its embeddings)."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            _keep_weights_plain()
+        mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(generation.accelerator.mixed_precision)
+        weights = generation.model.get_input_embeddings().weight.dtype
+        return {"dtype": mixed or str(weights).removeprefix("torch.")}
 
 
 def _keep_weights_plain() -> None:

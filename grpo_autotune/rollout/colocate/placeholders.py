@@ -1,4 +1,4 @@
-"""One placeholder an image in every prompt that reaches the engine.
+"""One placeholder per image in every prompt that reaches the engine.
 
 TRL 1.16 hands over prompt ids in which each image's placeholder is expanded already to as many as the image has
 tokens; vLLM expands the first one of a run again and leaves the others, so that the model reads a longer prompt than
@@ -12,38 +12,59 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
-from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.parts import Part
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 PROMPT_IDS, MEDIA = "prompt_token_ids", "multi_modal_data"
 """Keys of a prompt that TRL hands to `LLM.generate`."""
 
 
-def install(generation: Any, options: EngineOptions) -> list[Handle]:
-    """Collapse the prompts of this engine; a server gets its images by another way, which is right as it is."""
-    image_id = image_token_id(generation.processing_class)
-    if generation.mode != "colocate" or image_id is None:
-        return []
+class OnePlaceholder(Part):
+    """The collapsed prompts of a colocated engine; a server gets its images by another way, which is right as it is."""
 
-    def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        sent = [collapsed_prompt(prompt, image_id) for prompt in prompts]
-        outputs = call_next(sent, *args, **kwargs)
-        for given, prompt, output in zip(prompts, sent, outputs, strict=True):
-            if prompt is not given:
-                _check_expanded(given[PROMPT_IDS], output.prompt_token_ids, image_id)
-        return outputs
+    def install(self, generation: Any) -> list[Handle]:
+        """Collapse prompts on their way to the engine, and check what it made of them."""
+        image_id = image_token_id(generation.processing_class)
+        if image_id is None:
+            return []
 
-    return [wrap(AttributeSlot(generation.llm, "generate"), generate, INNER)]
+        def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            sent = [collapsed_prompt(prompt, image_id) for prompt in prompts]
+            outputs = call_next(sent, *args, **kwargs)
+            for given, prompt, output in zip(prompts, sent, outputs, strict=True):
+                if prompt is not given:
+                    _check_expanded(given[PROMPT_IDS], output.prompt_token_ids, image_id)
+            return outputs
+
+        return [wrap(AttributeSlot(generation.llm, "generate"), generate, INNER)]
+
+
+class ServedImageTokens(Part):
+    """The check of a server's images: its processor is elsewhere, and it tells how many tokens it made of each."""
+
+    def install(self, generation: Any) -> list[Handle]:
+        """Check the counts as TRL puts them into a prompt."""
+        image_id = image_token_id(generation.processing_class)
+        if image_id is None:
+            return []
+
+        def place(call_next: Callable[..., Any], /, features: Any, prompt_ids: Any) -> Any:
+            if features is not None:
+                lengths = [at["length"] for at in features["mm_placeholders"]["image"]]
+                check_lengths(image_lengths(prompt_ids, image_id), lengths)
+            return call_next(features, prompt_ids)
+
+        return [wrap(AttributeSlot(generation, "_place_features"), place, INNER)]
 
 
 def image_token_id(processor: Any) -> int | None:
     """The id that stands for one image token; None for a text model."""
-    found: int | None = getattr(processor, "image_token_id", None)
-    return found
+    token: int | None = getattr(processor, "image_token_id", None)
+    return token
 
 
 def collapsed_prompt(prompt: Any, image_id: int) -> Any:
-    """A prompt of `LLM.generate` with one placeholder an image; the prompt itself where there is nothing to collapse.
+    """A prompt of `LLM.generate` with one placeholder per image; the prompt itself where there is nothing to collapse.
 
     Raises:
         EnvironmentProblem: Its runs of placeholders are not its images.

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.rollout.colocate.placeholders import MEDIA, check_lengths, image_lengths, image_token_id
-from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.colocate.placeholders import MEDIA
+from grpo_autotune.rollout.parts import Part
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 SETTINGS = (
@@ -55,16 +55,51 @@ NORMALIZING = frozenset({"do_rescale", "rescale_factor", "do_normalize", "image_
 KEY = "mm_processor_kwargs"
 
 
-def llm_keys(generation: Any, options: EngineOptions) -> dict[str, Any]:
-    """The limit of the engine's processor, where the data's images are known and the user gave none."""
-    processor = getattr(generation.processing_class, "image_processor", None)
-    if processor is None or not options.image_sizes:
-        return {}
-    keys: dict[str, Any] = {"limit_mm_per_prompt": {"video": 0}}  # TRL sends none, and it is the largest item there is
-    size = size_limit(processor, options.image_sizes)
-    if size is not None and KEY not in options.keys:
-        keys[KEY] = {"images_kwargs": {"size": size}}
-    return keys
+class TrainerProcessor(Part):
+    """The image processor of a colocated engine, sized for the data and compared with the trainer's."""
+
+    def llm_keys(self, generation: Any) -> dict[str, Any]:
+        """The limit of the engine's processor, where the data's images are known and the user gave none."""
+        processor = getattr(generation.processing_class, "image_processor", None)
+        if processor is None or not self.options.image_sizes:
+            return {}
+        keys: dict[str, Any] = {"limit_mm_per_prompt": {"video": 0}}  # TRL sends none, and it is the largest item
+        size = size_limit(processor, self.options.image_sizes)
+        if size is not None and KEY not in self.options.keys:
+            keys[KEY] = {"images_kwargs": {"size": size}}
+        return keys
+
+    def started(self, generation: Any, llm: Any) -> list[Handle]:
+        """Compare the settings of the two processors, and later the pixels of the first image.
+
+        Raises:
+            ConfigError: A setting differs.
+        """
+        ours = getattr(generation.processing_class, "image_processor", None)
+        model = llm.llm_engine.vllm_config.model_config
+        if ours is None or model.multimodal_config is None:
+            return []
+        from vllm.transformers_utils.processor import cached_get_processor
+
+        # the engine's own object leaves rescaling and normalizing to the vision tower, with the values of the saved
+        # files
+        saved = cached_get_processor(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        theirs, given = saved.image_processor, dict(self.options.keys.get(KEY) or {})
+        given |= given.pop("images_kwargs", {})
+        if model.multimodal_config.mm_device_do_normalize:
+            given = {name: value for name, value in given.items() if name not in NORMALIZING}
+        engines = settings(theirs, given)
+        compare_settings(settings(ours), engines)
+        state = {"checked": False}
+
+        def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            image = None if state["checked"] else _first_image(prompts)
+            if image is not None:
+                state["checked"] = True
+                compare_pixels(ours, theirs, {name: engines[name] for name in engines.keys() & {*given, "size"}}, image)
+            return call_next(prompts, *args, **kwargs)
+
+        return [wrap(AttributeSlot(llm, "generate"), generate, INNER)]
 
 
 def size_limit(processor: Any, image_sizes: Iterable[tuple[int, int]]) -> dict[str, int] | None:
@@ -72,73 +107,25 @@ def size_limit(processor: Any, image_sizes: Iterable[tuple[int, int]]) -> dict[s
     for a processor that does not, or whose own limit is no larger."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    own = _plain(processor.size)
-    if not isinstance(own, Mapping) or not {"shortest_edge", "longest_edge"} <= own.keys():
+    saved = _plain(processor.size)
+    if not isinstance(saved, Mapping) or not {"shortest_edge", "longest_edge"} <= saved.keys():
         return None
-    unit, least, most = processor.patch_size * processor.merge_size, own["shortest_edge"], own["longest_edge"]
+    unit, least, most = processor.patch_size * processor.merge_size, saved["shortest_edge"], saved["longest_edge"]
     resized = (smart_resize(height, width, unit, least, most) for width, height in image_sizes)
     limit = max(least, *(height * width for height, width in resized))
     return None if limit >= most else {"shortest_edge": least, "longest_edge": limit}
 
 
-def started(generation: Any, llm: Any, options: EngineOptions) -> list[Handle]:
-    """Compare the settings of the two processors, and the pixels of the first image.
-
-    Raises:
-        ConfigError: A setting differs.
-    """
-    ours = getattr(generation.processing_class, "image_processor", None)
-    model = llm.llm_engine.vllm_config.model_config
-    if ours is None or model.multimodal_config is None:
-        return []
-    from vllm.transformers_utils.processor import cached_get_processor
-
-    # the engine's own object leaves rescaling and normalizing to the vision tower, with the values of the saved files
-    saved = cached_get_processor(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    theirs, given = saved.image_processor, dict(options.keys.get(KEY) or {})
-    given |= given.pop("images_kwargs", {})
-    if model.multimodal_config.mm_device_do_normalize:
-        given = {name: value for name, value in given.items() if name not in NORMALIZING}
-    engines = settings(theirs, given)
-    compare_settings(settings(ours), engines)
-    state = {"checked": False}
-
-    def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        image = None if state["checked"] else _first_image(prompts)
-        if image is not None:
-            state["checked"] = True
-            compare_pixels(ours, theirs, {name: engines[name] for name in engines.keys() & {*given, "size"}}, image)
-        return call_next(prompts, *args, **kwargs)
-
-    return [wrap(AttributeSlot(llm, "generate"), generate, INNER)]
-
-
-def install(generation: Any, options: EngineOptions) -> list[Handle]:
-    """A server has its processor elsewhere; it tells how many tokens it made of each image."""
-    image_id = image_token_id(generation.processing_class)
-    if generation.mode != "server" or image_id is None:
-        return []
-
-    def place(call_next: Callable[..., Any], /, features: Any, prompt_ids: Any) -> Any:
-        if features is not None:
-            check_lengths(
-                image_lengths(prompt_ids, image_id), [at["length"] for at in features["mm_placeholders"]["image"]]
-            )
-        return call_next(features, prompt_ids)
-
-    return [wrap(AttributeSlot(generation, "_place_features"), place, INNER)]
-
-
 def settings(processor: Any, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The settings of an image processor that matter, with those that are given to every call in their place."""
-    found = {name: _plain(getattr(processor, name, None)) for name in SETTINGS}
-    size = found["size"]
+    values = {name: _plain(getattr(processor, name, None)) for name in SETTINGS}
+    size = values["size"]
     if isinstance(size, dict):  # processors of Qwen-VL keep both spellings of their limits
         edges = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")}
-        found["size"] = size | (given.get("size") or {}) | {k: v for k, v in edges.items() if v is not None}
+        values["size"] = size | (given.get("size") or {}) | {k: v for k, v in edges.items() if v is not None}
         if "longest_edge" in size:
-            found |= {"min_pixels": None, "max_pixels": None}
-    return found | {name: _plain(value) for name, value in given.items() if name in SETTINGS and name not in SPELLINGS}
+            values |= {"min_pixels": None, "max_pixels": None}
+    return values | {name: _plain(value) for name, value in given.items() if name in SETTINGS and name not in SPELLINGS}
 
 
 def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -169,9 +156,9 @@ def compare_pixels(ours: Any, theirs: Any, given: Mapping[str, Any], image: Any)
     b = theirs(images=[image], return_tensors="pt", **given)["pixel_values"].float()
     apart = float((a - b).abs().mean()) if a.shape == b.shape else None
     if apart is None or apart > PIXELS_APART:
-        how = f"{list(a.shape)} and {list(b.shape)} values" if apart is None else f"values {apart:.3g} apart"
+        told = f"{list(a.shape)} and {list(b.shape)} values" if apart is None else f"values {apart:.3g} apart"
         raise ConfigError(
-            f"{type(ours).__name__} of the trainer and {type(theirs).__name__} of the engine make {how} of one image",
+            f"{type(ours).__name__} of the trainer and {type(theirs).__name__} of the engine make {told} of one image",
             where=f"vllm.{KEY}",
             fix="Give the trainer the processor that is saved with the model.",
         )

@@ -18,49 +18,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_autotune.rollout.colocate.placeholders import MEDIA, PROMPT_IDS
-from grpo_autotune.rollout.colocate.unlock import engine_of
-from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.options import GREEDY, EngineOptions
+from grpo_autotune.rollout.parts import Part
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-
-GREEDY = 1e-5
-"""Temperature below which vLLM decodes greedily (`_SAMPLING_EPS`), and takes no n above 1."""
 
 LENGTHS = "grpo_autotune_max_tokens"
 """Key of `SamplingParams.extra_args`: the children's `max_tokens`, by index."""
 
 
-def install(generation: Any, options: EngineOptions) -> list[Handle]:
-    """Join the requests of this engine; ranks that share one (tensor parallelism) keep TRL's copies."""
-    if generation.mode != "colocate" or generation.tensor_parallel_size > 1:
-        return []
-    from vllm.v1.engine.parallel_sampling import ParentRequest
-
-    joined = JoinedRequests(generation)
-    engine = engine_of(generation)
-    if engine is not None:
-        engine.parts["requests"] = joined
-    return [
-        wrap(AttributeSlot(generation, "generate"), joined.batch, INNER),
-        wrap(AttributeSlot(generation.llm, "generate"), joined.requests, INNER),
-        wrap(AttributeSlot(ParentRequest, "_get_child_sampling_params"), _child_params, INNER),
-    ]
-
-
-class JoinedRequests:
-    """The layers of one engine.
+class JoinedRequests(Part):
+    """The joined requests of one engine; ranks that share one (tensor parallelism) keep TRL's copies.
 
     Attributes:
         completions: Completions that TRL asked for, so far.
         sent: Requests that the engine was sent for them.
     """
 
-    def __init__(self, generation: Any) -> None:
-        self._rank = generation.accelerator.process_index
-        self._signature = inspect.signature(generation.generate)
-        self._group = 0
-        self._rows = 0
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self._rank, self._group, self._rows = 0, 0, 0
+        self._signature = inspect.Signature()
         self.completions = 0
         self.sent = 0
+
+    def install(self, generation: Any) -> list[Handle]:
+        """Put layers on TRL's batch, on the engine's requests, and on vLLM's child requests."""
+        if generation.tensor_parallel_size > 1:
+            return []
+        from vllm.v1.engine.parallel_sampling import ParentRequest
+
+        self._rank = generation.accelerator.process_index
+        self._signature = inspect.signature(generation.generate)
+        return [
+            wrap(AttributeSlot(generation, "generate"), self.batch, INNER),
+            wrap(AttributeSlot(generation.llm, "generate"), self.requests, INNER),
+            wrap(AttributeSlot(ParentRequest, "_get_child_sampling_params"), _child_params, INNER),
+        ]
 
     def batch(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """`VLLMGeneration.generate`: its next `LLM.generate` is for these rows."""
@@ -78,6 +71,7 @@ class JoinedRequests:
         rows = self._rows if len(prompts) == self._rows else 0
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * rows
         if not rows or any(one is None or one.n != 1 or one.temperature < GREEDY for one in params):
+            # decoding greedily, vLLM takes no n above 1
             return call_next(prompts, sampling_params=sampling_params, **kwargs)
         self._rows = 0  # whatever else is asked for during this generation is not TRL's batch
         first = self._rank * rows  # this rank's first row in the generation batch
@@ -104,7 +98,7 @@ def _runs(prompts: Sequence[Any], params: Sequence[Any], members: Sequence[int])
 
 
 def _same_prompt(left: Any, right: Any) -> bool:
-    """Whether ids and images are equal; an image is compared by its pixels where it is another object."""
+    """True if ids and images are equal; an image is compared by its pixels where it is another object."""
     return bool(left[PROMPT_IDS] == right[PROMPT_IDS] and left.get(MEDIA) == right.get(MEDIA))
 
 
@@ -135,10 +129,10 @@ def _child_params(call_next: Callable[..., Any], parent: Any, index: int, /) -> 
     extra = params.extra_args or {}
     if LENGTHS not in extra:
         return params
-    own = copy.copy(params)
-    own.max_tokens = extra[LENGTHS][index]
-    own.extra_args = {key: value for key, value in extra.items() if key != LENGTHS} or None
-    return own
+    child = copy.copy(params)
+    child.max_tokens = extra[LENGTHS][index]
+    child.extra_args = {key: value for key, value in extra.items() if key != LENGTHS} or None
+    return child
 
 
 def _single(output: Any) -> list[Any]:

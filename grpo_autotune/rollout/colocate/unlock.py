@@ -1,14 +1,8 @@
-"""Where TRL builds its colocated engine, the engine is given every key that was asked for, and the parts that mend it.
+"""Entrances to TRL's engine: it is given every key that was asked for, and the parts that put it right.
 
 `VLLMGeneration.__init__` is where TRL decides on the engine, and the global `LLM` of its module is what it calls there;
 both are wrapped on the class and the module, since trainers build theirs inside their own constructor. That one is
-wrapped too, for the data whose images the engine is sized for, and to mend the finished trainer. A part (`PARTS`) is a
-module that defines some of:
-
-    llm_keys(generation, options) -> dict              arguments of `LLM` that it needs; the user's win over them
-    started(generation, llm, options) -> handles       its layers on the `LLM`, before TRL calls any of its methods
-    connected(generation, client, options) -> handles  its layers on a server's client, before TRL asks it anything
-    install(generation, options) -> handles            its layers on the finished `VLLMGeneration`, in both modes
+wrapped too, for the data whose images the engine is sized for, and to mend the finished trainer.
 """
 
 from __future__ import annotations
@@ -18,69 +12,32 @@ import importlib
 import inspect
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
+from grpo_autotune.config.vllm import VLLM_TO_TRL
+from grpo_autotune.rollout.colocate.dtype import TrainerDtype
 from grpo_autotune.rollout.colocate.image_sizes import image_sizes
+from grpo_autotune.rollout.colocate.placeholders import OnePlaceholder, ServedImageTokens
+from grpo_autotune.rollout.colocate.processors import TrainerProcessor
+from grpo_autotune.rollout.colocate.requests import JoinedRequests
+from grpo_autotune.rollout.fidelity.training_log import FidelityLog
 from grpo_autotune.rollout.options import EngineOptions, SleepLevel, WeightSync
+from grpo_autotune.rollout.parts import MARK, Engine, Part, engine_of
+from grpo_autotune.rollout.server.client import ServerSync
+from grpo_autotune.rollout.sync.sync import ColocateSync
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, TRAINER_MODULE
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
-PARTS: tuple[str, ...] = (
-    "grpo_autotune.rollout.colocate.dtype",
-    "grpo_autotune.rollout.sync.sync",
-    "grpo_autotune.rollout.colocate.processors",
-    "grpo_autotune.rollout.colocate.placeholders",
-    "grpo_autotune.rollout.colocate.requests",
-    "grpo_autotune.rollout.server.client",
-    "grpo_autotune.rollout.fidelity.training_log",
-)
-"""In the order of installation: of equal order, a later part's layers lie outside an earlier one's on the same seam."""
-
-ARGUMENTS = {
-    "tensor_parallel_size": "tensor_parallel_size",
-    "gpu_memory_utilization": "gpu_memory_utilization",
-    "max_model_len": "max_model_length",
-    "max_num_seqs": "max_num_seqs",
-    "enable_sleep_mode": "enable_sleep_mode",
-    "model_impl": "model_impl",
+PARTS: dict[str, tuple[type[Part], ...]] = {
+    "colocate": (TrainerDtype, ColocateSync, TrainerProcessor, OnePlaceholder, JoinedRequests, FidelityLog),
+    "server": (ServerSync, ServedImageTokens, FidelityLog),
 }
-"""Engine keys that `VLLMGeneration` itself goes by -> its argument (TRL 1.16)."""
-
-_MARK = "grpo_autotune_engine"
-
-
-class Engine:
-    """One unlocked `VLLMGeneration`; `engine_of` finds it.
-
-    Attributes:
-        options: What was asked for.
-        llm_keys: What `LLM` was given in the end; empty for a server.
-        start_s: Seconds that `LLM(...)` took; null for a server.
-        parts: What a part wants others to find, by a name that it chooses.
-    """
-
-    def __init__(self, options: EngineOptions) -> None:
-        self.options = options
-        self.llm_keys: dict[str, Any] = {}
-        self.start_s: float | None = None
-        self.parts: dict[str, Any] = {}
-        self.handles: list[Handle] = []
-
-    def take_off(self) -> None:
-        """Remove every layer."""
-        for handle in reversed(self.handles):
-            handle.remove()
-        self.handles = []
-
-
-def engine_of(generation: Any) -> Engine | None:
-    """What was done to a trainer's `vllm_generation`; None where it is TRL's plain one."""
-    found: Engine | None = vars(generation).get(_MARK)
-    return found
+"""By TRL's mode, in the order of installation: of equal order, a later part's layers lie outside an earlier one's on
+the same seam."""
 
 
 class Unlocked:
@@ -90,7 +47,7 @@ class Unlocked:
         self.options = options
         self._entrances: list[Handle] = []
         self._engines: list[tuple[Any, Engine]] = []
-        self._building: list[Any] = []
+        self._building: list[tuple[Any, Engine]] = []
         self._data: list[tuple[Any, ...]] = []
         self._signature = self._trainer_signature = inspect.Signature()
 
@@ -111,7 +68,7 @@ class Unlocked:
         self.close()
         for generation, engine in self._engines:
             engine.take_off()
-            vars(generation).pop(_MARK, None)
+            vars(generation).pop(MARK, None)
         self._engines = []
 
     def enter(self, module: ModuleType) -> None:
@@ -143,44 +100,50 @@ class Unlocked:
             return
         given = self._signature.bind(generation, *args, **kwargs).arguments
         del given[next(iter(given))]  # the object itself
-        data = self._data[-1] if self._data and given.get("mode") == "colocate" else ()
-        engine = Engine(replace(self.options, image_sizes=image_sizes(data)))
-        setattr(generation, _MARK, engine)
-        self._building.append(generation)
+        mode = given.get("mode", "colocate")
+        data = self._data[-1] if self._data and mode == "colocate" else ()
+        engine = Engine(replace(self.options, image_sizes=image_sizes(data)), PARTS.get(mode, ()))
+        setattr(generation, MARK, engine)
+        self._building.append((generation, engine))
         try:
-            call_next(generation, **(given | _arguments(self.options)))
+            call_next(generation, **(given | self._arguments()))
         finally:
             self._building.pop()
         self._engines.append((generation, engine))
-        for install in _defined("install"):
-            engine.handles += install(generation, engine.options)
+        for part in engine.parts:
+            engine.handles += part.install(generation)
 
     def _started(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not self._building:
             return call_next(*args, **kwargs)
-        generation = self._building[-1]
-        engine = cast(Engine, engine_of(generation))
-        needed = (keys(generation, engine.options) for keys in _defined("llm_keys"))
+        generation, engine = self._building[-1]
+        needed = (part.llm_keys(generation) for part in engine.parts)
         engine.llm_keys = functools.reduce(operator.or_, [kwargs, *needed, dict(engine.options.keys)])
         begun = time.monotonic()
         llm = call_next(*args, **engine.llm_keys)
         engine.start_s = time.monotonic() - begun
-        former = vars(llm).get(_MARK)
+        former = engine_of(llm)
         if former is not None:  # a worker gives the engine of its last trial again
             former.take_off()
-        setattr(llm, _MARK, engine)
-        for started in _defined("started"):
-            engine.handles += started(generation, llm, engine.options)
+        setattr(llm, MARK, engine)
+        for part in engine.parts:
+            engine.handles += part.started(generation, llm)
         return llm
 
     def _connected(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         client = call_next(*args, **kwargs)
         if self._building:
-            generation = self._building[-1]
-            engine = cast(Engine, engine_of(generation))
-            for connected in _defined("connected"):
-                engine.handles += connected(generation, client, engine.options)
+            generation, engine = self._building[-1]
+            for part in engine.parts:
+                engine.handles += part.connected(generation, client)
         return client
+
+    def _arguments(self) -> dict[str, Any]:
+        """The keys that `VLLMGeneration` itself goes by, under the names of its arguments."""
+        named = {_argument(key): value for key, value in self.options.keys.items()}
+        if self.options.sleep_level is not None:
+            named["enable_sleep_mode"] = self.options.sleep_level > 0
+        return {name: value for name, value in named.items() if name in self._signature.parameters}
 
 
 def data_of(given: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -197,8 +160,9 @@ def unlock_vllm(
     """Make the vLLM engine of every trainer built from here on right with images, and give it these keys.
 
     Args:
-        weight_sync: How trained weights reach the engine: `merged` is TRL's push of every merged tensor, `batched` the
-            same in batches, `adapter` sends the adapter alone; `auto` takes the cheapest that the model allows.
+        weight_sync: The way by which trained weights reach the engine: `merged` is TRL's push of every merged tensor,
+            `batched` the same in batches, `adapter` sends the adapter alone; `auto` takes the cheapest that the model
+            allows.
         sleep_level: What the engine gives back while weights are trained: 0, 1 or 2; by default as the trainer's
             `vllm_enable_sleep_mode` says, whose level is 2.
         **llm_keys: Arguments of `vllm.LLM`; they win over what TRL gives.
@@ -220,17 +184,6 @@ def unlock(options: EngineOptions) -> Unlocked:
     return unlocked
 
 
-def _arguments(options: EngineOptions) -> dict[str, Any]:
-    """The keys that `VLLMGeneration` itself goes by."""
-    found = {ARGUMENTS[key]: value for key, value in options.keys.items() if key in ARGUMENTS}
-    if options.sleep_level is not None:
-        found["enable_sleep_mode"] = options.sleep_level > 0
-    return found
-
-
-def _defined(name: str) -> Iterator[Callable[..., Any]]:
-    """This function of every part that defines it."""
-    for part in PARTS:
-        function = getattr(importlib.import_module(part), name, None)
-        if function is not None:
-            yield function
+def _argument(key: str) -> str:
+    """Name that `VLLMGeneration` has for an engine key, if it has one."""
+    return VLLM_TO_TRL.get(key, key).removeprefix("vllm_")

@@ -1,4 +1,4 @@
-"""Why engine and trainer disagree: what each possible cause would show, held against what was measured."""
+"""Causes of a difference between engine and trainer: what each would show, held against what was measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured.
+    """Measurements that speak for a cause or against it.
 
     Attributes:
         threshold_nats: Means above it are not rounding.
@@ -37,7 +37,7 @@ class Evidence:
         moved: As `Fidelity.moved`, with the means of how far either side moved.
         prompts: Prompts whose ids could be compared, `prompts_differ` of them with other ids in the engine.
         lengths: Tokens of one that differs: (the engine's, the trainer's).
-        image_tokens: Image tokens of it, and images: (the engine's, the trainer's, images); null where not known.
+        image_tokens: Image tokens of it, and images: (the engine's, the trainer's, images); None where not known.
         dropout: Name of a module whose dropout is active while the trainer computes log-probs; empty without.
         sampling: Parameters that differ: (the engine's, the trainer's).
         shift_nats: What they and truncation do to the log-probs.
@@ -67,34 +67,35 @@ class Evidence:
         return math.fsum(p.mean_nats * p.tokens for p in chosen) / tokens if tokens else None
 
     def off(self, **kind: str) -> bool | None:
-        """Whether a kind of rows is off; None where there are none."""
+        """True if a kind of rows is off; None where there are none."""
         return self.over(self.mean(**kind))
 
     def over(self, nats: float | None) -> bool | None:
-        """Whether a mean is above the threshold; None where it is not known."""
+        """True if a mean is above the threshold; None where it is not known."""
         return None if nats is None else nats > self.threshold_nats
 
     def other_size(self) -> str:
-        """How the engine's processor cuts an image into another number of tokens; empty where that is not the matter.
+        """The other number of tokens that the engine's processor makes of an image; empty where that is not the matter.
 
         Placeholders that are expanded twice make 2 n - 1 tokens of n.
         """
         if self.image_tokens is None:
             return ""
-        there, here, images = self.image_tokens
-        return (
-            "" if there in (here, 2 * here - images) else f"{there} image tokens in the engine where it has {here} here"
-        )
+        engine, trainer, images = self.image_tokens
+        expanded_twice = 2 * trainer - images
+        if engine in (trainer, expanded_twice):
+            return ""
+        return f"{engine} image tokens in the engine where it has {trainer} here"
 
     def text_off(self) -> bool | None:
-        """Whether the fixed text is off at any time."""
+        """True if the fixed text is off at any time; None where that is not known."""
         known = [nats for nats in (self.text_first, self.text_later) if nats is not None]
         return self.over(max(known)) if known else None
 
 
 def diagnose(evidence: Evidence) -> tuple[str | None, list[Cause]]:
     """The first cause that the evidence speaks for, and every cause with its evidence."""
-    found = {
+    judged = {
         "placeholders": _placeholders(evidence),
         "sampling parameters": _sampling(evidence),
         "stale weights": _stale_weights(evidence),
@@ -103,7 +104,7 @@ def diagnose(evidence: Evidence) -> tuple[str | None, list[Cause]]:
         "dropout": _dropout(evidence),
         "dtype": _dtype(evidence),
     }
-    causes = [Cause(name=n, points=points, evidence=told, check=CHECKS[n]) for n, (points, told) in found.items()]
+    causes = [Cause(name=n, points=points, evidence=told, check=CHECKS[n]) for n, (points, told) in judged.items()]
     return next((cause.name for cause in causes if cause.points == "yes"), None), causes
 
 
@@ -127,7 +128,7 @@ def _sampling(e: Evidence) -> tuple[Points, str]:
     if not e.sampling:
         return "no", "the engine sampled with the trainer's parameters"
     told = " and ".join(
-        f"{name} {there:g} where the trainer has {here:g}" for name, (there, here) in e.sampling.items()
+        f"{name} {engine:g} where the trainer has {trainer:g}" for name, (engine, trainer) in e.sampling.items()
     )
     if e.off():
         return "unknown", f"the engine sampled with {told}, but that alone does not explain the difference"

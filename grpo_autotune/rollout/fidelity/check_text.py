@@ -25,7 +25,7 @@ FOLLOWED = 0.1
 
 @dataclass(slots=True)
 class Scores:
-    """What one generation's comparison gave; the movement is None where the trainer's was too small to tell."""
+    """The comparison of one generation; the movement is None where the trainer's was too small to tell."""
 
     step: int
     gap_nats: float
@@ -35,7 +35,7 @@ class Scores:
 
     @property
     def followed(self) -> bool | None:
-        """Whether the engine moved with the trainer."""
+        """True if the engine moved with the trainer; None where the trainer's movement was too small to tell."""
         if self.trainer_moved_nats is None or self.engine_moved_nats is None:
             return None
         return self.engine_moved_nats >= FOLLOWED * self.trainer_moved_nats
@@ -50,11 +50,11 @@ class CheckText:
     anchor: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def choose(self, sequences: Iterable[Sequence[int]], special: Collection[int], longest: int) -> bool:
-        """Take the text from what the engine has just seen, less special tokens; whether there is one now."""
+        """Take the text from what the engine has just seen, less special tokens; True if there is one now."""
         if not self.ids:
-            found = [token for sequence in sequences for token in sequence if token not in special]
-            if len(found) >= SHORTEST and longest > SHORTEST:
-                self.ids = found[: min(LONGEST, longest)]
+            tokens = [token for sequence in sequences for token in sequence if token not in special]
+            if len(tokens) >= SHORTEST and longest > SHORTEST:
+                self.ids = tokens[: min(LONGEST, longest)]
         return bool(self.ids)
 
     def ask(self, score: Callable[[list[int]], list[float]]) -> None:
@@ -96,18 +96,18 @@ def scored_by_llm(llm: Any, ids: list[int]) -> list[float]:
     from vllm import SamplingParams
 
     wanted = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    found = llm.generate([{"prompt_token_ids": ids}], sampling_params=wanted, use_tqdm=False)[0].prompt_logprobs
-    return [row[token].logprob for row, token in zip(found[1:], ids[1:], strict=True)]
+    scored = llm.generate([{"prompt_token_ids": ids}], sampling_params=wanted, use_tqdm=False)[0].prompt_logprobs
+    return [row[token].logprob for row, token in zip(scored[1:], ids[1:], strict=True)]
 
 
 def scored_by_server(client: Any, ids: list[int]) -> list[float]:
-    """The same by a server, through TRL's client."""
-    found = client.get_sequence_logprobs([ids], [1], top_logprobs=1)
-    return [row[0] for row in found["actual_logprobs"][0]]
+    """Log-probs of a text's tokens but the first, by a server, through TRL's client."""
+    scored = client.get_sequence_logprobs([ids], [1], top_logprobs=1)
+    return [row[0] for row in scored["actual_logprobs"][0]]
 
 
 def due(generation: int) -> bool:
-    """Whether to do at this generation (counted from 0) what costs a pass of its own."""
+    """True at the generations (counted from 0) that are worth a pass of their own."""
     return generation < DENSE or generation % SPARSE == 0
 
 

@@ -1,4 +1,4 @@
-"""Rollout fidelity: whether the engine samples from the model that is trained, seen at every generation.
+"""Rollout fidelity: does the engine sample from the model that is trained? Checked at every generation.
 
 The numbers compared are log-probs of the tokens that the engine sampled: the engine's, which came with them, and the
 trainer's. A large difference biases every gradient, silently; so beside the size of it, the meter collects what tells
@@ -99,8 +99,8 @@ class FidelityMeter:
     Attributes:
         trainer: A `GRPOTrainer` with vLLM.
         around: Entered around work of the meter's own inside the engine's call.
-        asking: Whether the engine is working for the meter, not for the trainer.
-        raw: Whether the engine gives back the model's log-probs, not those of the distribution that it draws from.
+        asking: True while the engine works for the meter, not for the trainer.
+        raw: True if the engine gives back the model's log-probs, not those of the distribution that it draws from.
     """
 
     trainer: Any
@@ -149,7 +149,7 @@ class FidelityMeter:
         return trainer, " with ".join(words)
 
     def threshold_nats(self) -> float:
-        """As the function of this name, of both sides' formats."""
+        """`threshold_nats` of both sides' formats."""
         return threshold_nats(name.split(" with ")[0] for name in self.formats())
 
     def see(self, output: Mapping[str, Any]) -> dict[str, float]:
@@ -198,8 +198,8 @@ class FidelityMeter:
         if plain or not seen.count:
             return {}
         self.shift = self.shift.with_more(shift)
-        found = {"rollout/logp_diff_mean": seen.mean(), "rollout/logp_diff_max": seen.largest}
-        return found | ({"rollout/sampling_shift": shift.mean()} if shift.total else {})
+        metrics = {"rollout/logp_diff_mean": seen.mean(), "rollout/logp_diff_max": seen.largest}
+        return metrics | ({"rollout/sampling_shift": shift.mean()} if shift.total else {})
 
     def _cell(self, kind: Literal["image", "text"], key: Any, step: int) -> Cell:
         before = step if key is None else self.met.get(key, step)
@@ -208,7 +208,7 @@ class FidelityMeter:
         return kind, "first" if step == self.first_step else "later", "repeated" if before < step else "new"
 
     def facts(self) -> Fidelity | None:
-        """What was seen so far; None where no engine took part."""
+        """The fidelity so far; None where no engine took part."""
         if not (self.cells or self.scores):
             return None
         evidence, scored = self._evidence(), [scores.gap_nats for scores in self.scores]
@@ -278,15 +278,15 @@ class FidelityMeter:
 
     def _prompts_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Compare the token ids that the engine worked on with those that it was given."""
-        found = call_next(*args, **kwargs)
+        answer = call_next(*args, **kwargs)
         given = kwargs["prompts"] if "prompts" in kwargs else args[0]
         if self.trainer.model.training:
-            for theirs, ours in zip(found[0], given, strict=False):
+            for theirs, ours in zip(answer[0], given, strict=False):
                 self.prompts += 1
                 if list(theirs) != list(ours):
                     self.differ += 1
                     self._take_other_prompt(list(theirs), list(ours))
-        return found
+        return answer
 
     def _take_other_prompt(self, theirs: list[int], ours: list[int]) -> None:
         if self.lengths is None:
@@ -296,31 +296,31 @@ class FidelityMeter:
             self.image_tokens = (theirs.count(mark), ours.count(mark), images) if mark is not None and images else None
 
     def _llm_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        outputs = call_next(*args, **kwargs)
         if self.asking or not self.trainer.model.training:
-            return found
+            return outputs
         given = kwargs["sampling_params"] if "sampling_params" in kwargs else args[1]
         self._take(given[0] if isinstance(given, list | tuple) else given)
         llm = _llm(self.trainer)
         self.raw = llm.llm_engine.model_config.logprobs_mode == "raw_logprobs"
-        sequences = (ids for row in found for ids in (row.prompt_token_ids, row.outputs[0].token_ids))
+        sequences = (ids for row in outputs for ids in (row.prompt_token_ids, row.outputs[0].token_ids))
         longest = llm.llm_engine.model_config.max_model_len - 1
         self._ask(sequences, longest, lambda ids: scored_by_llm(llm, ids))
-        return found
+        return outputs
 
     def _client_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        answer = call_next(*args, **kwargs)
         if self.asking or not self.trainer.model.training:
-            return found
+            return answer
         self._take({**kwargs, **(kwargs.get("generation_kwargs") or {})})
         self.server = self.server or self.trainer.vllm_generation.vllm_client.get_server_info()
         self.raw = self.server["model_config"]["logprobs_mode"] == "raw_logprobs"
         if not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled):
             client = self.trainer.vllm_generation.vllm_client
-            sequences = [*found["prompt_ids"], *found["completion_ids"]]
+            sequences = [*answer["prompt_ids"], *answer["completion_ids"]]
             longest = int(self.server["model_config"]["max_model_len"]) - 1
             self._ask(sequences, longest, lambda ids: scored_by_server(client, ids))
-        return found
+        return answer
 
     def _ask(self, sequences: Iterable[Any], longest: int, score: Callable[[list[int]], list[float]]) -> None:
         special = getattr(self.trainer._tokenizer, "all_special_ids", [])

@@ -1,4 +1,4 @@
-"""What kind of row a completion belongs to, and how to know its prompt and images again in a later generation."""
+"""Rows of a generation: their kind, and a key by which prompt and images are known again in a later one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 
 def row_kinds(output: Mapping[str, Any]) -> list[Literal["image", "text"]]:
-    """For each row of a generation, whether its prompt holds an image."""
+    """`image` for each row of a generation whose prompt holds one, else `text`."""
     counts = output.get("num_images") or [0] * len(output["prompt_ids"])
     return ["image" if count else "text" for count in counts]
 

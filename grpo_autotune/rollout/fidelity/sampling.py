@@ -1,4 +1,4 @@
-"""What the sampling parameters do to a distribution, computed from logits as vLLM does it.
+"""Effect of the sampling parameters on a distribution, computed from logits as vLLM does it.
 
 vLLM gives back the log-probs of the distribution that it drew from. TRL asks for exactly that, since its importance
 weights need them; to see whether engine and trainer hold the same *model*, the same steps are applied to the trainer's
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from grpo_autotune.rollout.options import GREEDY
+
 PLAIN: dict[str, float] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -26,15 +28,13 @@ PLAIN: dict[str, float] = {
 }
 OTHERS = ("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "min_tokens", "logits_processors")
 """Parameters that change a distribution too, and whose effect is not computed here."""
-GREEDY = 1e-5
-"""Below this temperature vLLM takes the likeliest token."""
 
 
 def parameters(source: Any) -> dict[str, float]:
     """The numbers of `PLAIN` that a `SamplingParams` or a mapping holds, plain ones where it has none."""
     asked = {name: _get(source, name) for name in PLAIN}
-    found = {name: plain if asked[name] is None else float(asked[name]) for name, plain in PLAIN.items()}
-    return found | {"top_k": max(0.0, found["top_k"])}
+    given = {name: plain if asked[name] is None else float(asked[name]) for name, plain in PLAIN.items()}
+    return given | {"top_k": max(0.0, given["top_k"])}
 
 
 def others(source: Any) -> list[str]:
@@ -57,7 +57,7 @@ def differences(engine: Mapping[str, float], trainer: Mapping[str, float]) -> di
 
 
 def shapes(given: Mapping[str, float], temperature: float) -> bool:
-    """Whether sampling with `given` gives other log-probs than a softmax at `temperature`."""
+    """True if sampling with `given` gives other log-probs than a softmax at `temperature`."""
     return any(value != PLAIN[name] for name, value in given.items() if name != "temperature") or not math.isclose(
         given["temperature"], temperature
     )

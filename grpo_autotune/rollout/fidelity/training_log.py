@@ -8,50 +8,57 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grpo_autotune.rollout.colocate.unlock import engine_of
-from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.parts import Part, engine_of, part_of
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
 
-_PART = "fidelity"
+if TYPE_CHECKING:
+    from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 
 
-def install(generation: Any, options: EngineOptions) -> list[Handle]:
-    """Watch the trainer that this engine generates for."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
+class FidelityLog(Part):
+    """The watch on one engine's rollouts.
 
-    alive = weakref.ref(generation)
+    Attributes:
+        meter: Made when its trainer first generates.
+    """
 
-    def score(call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
-        ours = getattr(trainer, "vllm_generation", None)
-        if ours is None or ours is not alive() or not trainer.model.training:
-            return call_next(trainer, *args, **kwargs)
-        meter = meter_of(trainer)
-        output = call_next(trainer, *args, **kwargs)
-        for name, value in meter.see(output).items():
-            trainer._metrics["train"][name].append(value)
-        return output
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self.meter: FidelityMeter | None = None
 
-    handle = wrap(AttributeSlot(GRPOTrainer, "_generate_and_score_completions"), score)
-    weakref.finalize(generation, handle.remove)
-    return [handle]
+    def install(self, generation: Any) -> list[Handle]:
+        """Watch the trainer that this engine generates for."""
+        from trl.trainer.grpo_trainer import GRPOTrainer
 
+        alive = weakref.ref(generation)
 
-def meter_of(trainer: Any) -> FidelityMeter:
-    """The meter of a trainer whose engine is unlocked, made and installed on first use."""
-    engine = engine_of(trainer.vllm_generation)
-    if engine is None:
-        raise ValueError("the trainer's engine is not unlocked")
-    if _PART not in engine.parts:
-        meter = engine.parts[_PART] = FidelityMeter(trainer)
-        engine.handles += meter.install()
-    found: FidelityMeter = engine.parts[_PART]
-    return found
+        def score(call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+            ours = getattr(trainer, "vllm_generation", None)
+            watched = ours is not None and ours is alive() and trainer.model.training
+            meter = meter_of(trainer) if watched else None
+            output = call_next(trainer, *args, **kwargs)
+            if meter is not None:
+                for name, value in meter.see(output).items():
+                    trainer._metrics["train"][name].append(value)
+            return output
+
+        handle = wrap(AttributeSlot(GRPOTrainer, "_generate_and_score_completions"), score)
+        weakref.finalize(generation, handle.remove)
+        return [handle]
 
 
-def is_watched(trainer: Any) -> bool:
-    """Whether `meter_of` has a meter that is given every generation without anybody's doing."""
+def meter_of(trainer: Any) -> FidelityMeter | None:
+    """The meter that is given every generation of a trainer, installed on first use; None with TRL's plain engine."""
+    from grpo_autotune.rollout.fidelity.meter import FidelityMeter
+
     generation = getattr(trainer, "vllm_generation", None)
-    return generation is not None and engine_of(generation) is not None
+    engine, log = engine_of(generation), part_of(generation, FidelityLog)
+    if engine is None or log is None:
+        return None
+    if log.meter is None:
+        log.meter = FidelityMeter(trainer)
+        engine.handles += log.meter.install()
+    return log.meter

@@ -1,7 +1,7 @@
-"""What the engine did while it generated: its scheduler tells, step by step, what each request had computed.
+"""Counters of the engine's scheduler: step by step, what each request had computed.
 
 Read off vLLM 0.31 (vllm/v1/core/sched/output.py). A colocated engine runs in this process, so its scheduler can be
-asked without its statistics being on (TRL starts it without). A server is asked over HTTP (`server_metrics`).
+asked without its statistics being on (TRL starts it without). A server is asked over HTTP (`metrics.server`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from grpo_autotune.records.rollout import EngineFacts
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.sync import sync
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
 
@@ -71,8 +71,8 @@ class EngineMeter:
 
     Attributes:
         generation: TRL's object that holds the engine.
-        step: Tells how many optimizer steps were made.
-        counting: Whether what the engine does at the moment belongs to training.
+        step: Returns the number of optimizer steps made.
+        counting: True while what the engine does belongs to training.
     """
 
     generation: Any
@@ -95,29 +95,32 @@ class EngineMeter:
         return [wrap(AttributeSlot(owner, name), layer) for owner, name, layer in slots if hasattr(owner, name)]
 
     def facts(self, first: int) -> EngineFacts | None:
-        """What was seen after optimizer step `first` (all of it, if nothing was); None before any generation."""
+        """The sums since optimizer step `first` (of all steps, if nothing came since); None before any generation."""
         total = together(self._seen(first))
         if not total.generations:
             return None
         busy_s = total.prefill_s + total.decode_s
         config = self.generation.llm.llm_engine.vllm_config.cache_config
+        engine = engine_of(self.generation)
         return EngineFacts(
             **{name: getattr(total, name) for name in SAME},
-            prefill_tokens_per_s=_over(total.prefill_tokens, total.prefill_s),
-            decode_tokens_per_s=_over(total.decode_only_tokens, total.decode_s),
-            running_mean=_over(total.running_s, busy_s),
+            prefill_tokens_per_s=per(total.prefill_tokens, total.prefill_s),
+            decode_tokens_per_s=per(total.decode_only_tokens, total.decode_s),
+            running_mean=per(total.running_s, busy_s),
             kv_tokens=config.num_gpu_blocks * config.block_size if config.num_gpu_blocks else None,
-            sleep_s=_over(total.sleep_s, total.sleeps),
-            wake_s=_over(total.wake_s, total.wakes),
-            sync_s=_over(total.sync_s, total.syncs),
-            start_s=started.start_s if (started := engine_of(self.generation)) is not None else None,
+            sleep_s=per(total.sleep_s, total.sleeps),
+            wake_s=per(total.wake_s, total.wakes),
+            sync_s=per(total.sync_s, total.syncs),
+            start_s=None if engine is None else engine.start_s,
             **self._sync_facts(total.syncs),
         )
 
     def _sync_facts(self, syncs: int) -> dict[str, Any]:
         """Way and median bytes of the last syncs, where they are this package's own."""
-        own = sync.facts(self.generation)[-syncs:] if syncs else []
-        return {"sync_way": own[-1].way, "sync_bytes": round(statistics.median(s.bytes for s in own))} if own else {}
+        last = sync.facts(self.generation)[-syncs:] if syncs else []
+        if not last:
+            return {}
+        return {"sync_way": last[-1].way, "sync_bytes": round(statistics.median(row.bytes for row in last))}
 
     def _seen(self, first: int) -> list[Turn]:
         return [turn for turn in self.turns if turn.step >= first and turn.generations] or list(self.turns)
@@ -133,12 +136,12 @@ class EngineMeter:
 
         def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             begin = self.clock()
-            found = call_next(*args, **kwargs)
+            answer = call_next(*args, **kwargs)
             if self.counting():
                 turn = self._turn()
                 setattr(turn, count, getattr(turn, count) + 1)
                 setattr(turn, f"{what}_s", getattr(turn, f"{what}_s") + self.clock() - begin)
-            return found
+            return answer
 
         return timed
 
@@ -148,24 +151,24 @@ class EngineMeter:
         return call_next(*args, **kwargs)
 
     def _schedule_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        output = call_next(*args, **kwargs)
         if self.counting():
-            self._book(found)
-        return found
+            self._count(output)
+        return output
 
     def _step_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._scheduled = Scheduled()
         begin = self.clock()
-        found = call_next(*args, **kwargs)
+        outputs = call_next(*args, **kwargs)
         if self.counting():
             seconds, work, turn = self.clock() - begin, self._scheduled, self._turn()
             turn.prefill_s += seconds if work.prefill else 0.0
             turn.decode_s += 0.0 if work.prefill else seconds
             turn.decode_only_tokens += 0 if work.prefill else work.decode
             turn.running_s += work.running * seconds
-        return found
+        return outputs
 
-    def _book(self, output: Any) -> None:
+    def _count(self, output: Any) -> None:
         """Count what the scheduler has just decided to compute."""
         turn, scheduler, work = self._turn(), scheduler_of(self.generation.llm), Scheduled()
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -212,5 +215,6 @@ def together(turns: Iterable[Turn]) -> Turn:
     return total
 
 
-def _over(amount: float, by: float) -> float | None:
+def per(amount: float, by: float) -> float | None:
+    """A rate or a mean; None where nothing was counted."""
     return amount / by if by else None

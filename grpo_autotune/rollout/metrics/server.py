@@ -1,4 +1,4 @@
-"""What a vLLM server did while it generated for this trainer, from its `/metrics`.
+"""Counters of a vLLM server while it generates for this trainer, from its `/metrics`.
 
 Counters are read before and after TRL's call; how many requests ran and how full the cache was is asked meanwhile, a
 few times a second. A server that also works for others counts their requests too.
@@ -6,15 +6,18 @@ few times a second. A server that also works for others counts their requests to
 
 from __future__ import annotations
 
-import re
 import threading
-import urllib.request
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
 from grpo_autotune.records.rollout import EngineFacts
-from grpo_autotune.rollout.metrics.scheduler import EngineMeter, together
+from grpo_autotune.rollout.metrics.scheduler import SAME, EngineMeter, per, together
+from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 POLL_S = 0.2
@@ -31,24 +34,24 @@ GAUGES = {
     "kv_use_max": "vllm:kv_cache_usage_perc",
 }
 CACHE = "vllm:cache_config_info"
-_LINE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        match = _LINE.match(line)
-        if match is None:
-            continue
-        name, value = match["name"], float(match["value"])
-        if name == CACHE:
-            labels = dict(_LABEL.findall(match["labels"] or ""))
-            sizes = [labels.get(key, "") for key in ("num_gpu_blocks", "block_size")]
-            value = float(sizes[0]) * float(sizes[1]) if all(size.isdigit() for size in sizes) else 0.0
-        found[name] = found.get(name, 0.0) + value
-    return found
+    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    values: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] += _cache_tokens(sample.labels) if sample.name == CACHE else sample.value
+    return dict(values)
+
+
+def _cache_tokens(labels: Mapping[str, str]) -> float:
+    sizes = [labels.get(key, "") for key in ("num_gpu_blocks", "block_size")]
+    return float(sizes[0]) * float(sizes[1]) if all(size.isdigit() for size in sizes) else 0.0
 
 
 @dataclass
@@ -70,25 +73,14 @@ class ServerMeter(EngineMeter):
         total = together(self._seen(first))
         if not total.generations:
             return None
-        calls_s = total.decode_s
+        untold = {name: getattr(total, name) or None for name in ("images_encoded", "running_max", "kv_use_max")}
         return EngineFacts(
-            generations=total.generations,
-            prompt_tokens=total.prompt_tokens,
-            cached_tokens=total.cached_tokens,
-            prefill_tokens=total.prompt_tokens - total.cached_tokens,
-            decode_tokens=total.decode_tokens,
-            prefill_s=0.0,
-            decode_s=calls_s,
+            **{name: getattr(total, name) for name in SAME} | untold,
             prefill_tokens_per_s=None,
-            decode_tokens_per_s=total.decode_tokens / calls_s if calls_s else None,
-            running_mean=total.running_s / calls_s if calls_s and total.running_s else None,
-            running_max=total.running_max or None,
-            waiting_max=total.waiting_max,
-            kv_use_max=total.kv_use_max or None,
+            decode_tokens_per_s=per(total.decode_tokens, total.decode_s),
+            running_mean=per(total.running_s, total.decode_s) or None,
             kv_tokens=self.kv_tokens,
-            preemptions=total.preemptions,
-            syncs=total.syncs,
-            sync_s=total.sync_s / total.syncs if total.syncs else None,
+            sync_s=per(total.sync_s, total.syncs),
             source="server",
         )
 
@@ -100,15 +92,15 @@ class ServerMeter(EngineMeter):
         watching.start()
         begin = self.clock()
         try:
-            found = call_next(*args, **kwargs)
+            answer = call_next(*args, **kwargs)
         finally:
             seconds = self.clock() - begin
             done.set()
             watching.join()
-        self._book_call(before, self._read(), seen, seconds)
-        return found
+        self._count_call(before, self._read(), seen, seconds)
+        return answer
 
-    def _book_call(
+    def _count_call(
         self, before: dict[str, float], after: dict[str, float], seen: list[dict[str, float]], seconds: float
     ) -> None:
         turn = self._turn()
@@ -121,6 +113,7 @@ class ServerMeter(EngineMeter):
         for name, metric in GAUGES.items():
             largest = max((values.get(metric, 0.0) for values in seen), default=0.0)
             setattr(turn, name, max(getattr(turn, name), largest if name == "kv_use_max" else int(largest)))
+        turn.prefill_tokens = turn.prompt_tokens - turn.cached_tokens
         running = [values.get(GAUGES["running_max"], 0.0) for values in seen]
         turn.running_s += seconds * sum(running) / len(running) if running else 0.0
         self.kv_tokens = int(after.get(CACHE, 0.0)) or None
@@ -130,11 +123,11 @@ class ServerMeter(EngineMeter):
             seen.append(self._read())
 
     def _read(self) -> dict[str, float]:
-        """What the server tells; nothing where it does not (its metrics may be switched off, or it is gone)."""
+        """The server's metrics; none where it tells none (they may be switched off, or it is gone)."""
         try:
-            with urllib.request.urlopen(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S) as reply:
-                return read_metrics(reply.read().decode())
-        except OSError:
+            reply = http_client().get(f"{self.generation.vllm_client.base_url}/metrics", timeout=TIMEOUT_S)
+            return read_metrics(reply.raise_for_status().text)
+        except (httpx2.HTTPError, ValueError):
             return {}
 
 

@@ -17,26 +17,14 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.vllm import OURS, VLLM_TO_TRL
+from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 
 HOST, PORT = "127.0.0.1", 8000
 """Of a server whose address the configuration leaves open: TRL looks for it on this machine, at vLLM's own port."""
 
-CLIENT_KEYS = frozenset(
-    {
-        "mode",
-        "weight_sync",
-        "sleep_level",
-        "server_gpus",
-        "enable_sleep_mode",
-        "server_base_url",
-        "server_host",
-        "server_port",
-        "server_timeout",
-        "group_port",
-        "structured_outputs_regex",
-    }
-)
+CLIENT_KEYS = OURS | (VLLM_TO_TRL.keys() - NAMES) | {"enable_sleep_mode"}
 """Keys of the `vllm` section that speak of the training process, or of the way to the server."""
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,14 +43,14 @@ ADAPTERS_KEPT = 2
 
 
 class Serving(NamedTuple):
-    """How to start a server.
+    """The command that starts a server.
 
     Attributes:
         model: What it serves: a folder or the name of a hub repository.
         options: Options of `vllm serve`, in words.
         environment: Variables beside those that are there.
         host: Where it listens.
-        port: Likewise.
+        port: The port there.
         notes: What was derived rather than written, a sentence each.
     """
 
@@ -87,7 +75,7 @@ class Serving(NamedTuple):
         return " ".join([*variables, shlex.join([*words, *self.options])])
 
     def words(self, python: Sequence[str]) -> list[str]:
-        """The same for this interpreter."""
+        """The command for this interpreter."""
         program = ["vllm.entrypoints.cli.main", "serve"] if has_command() else [SERVER_MODULE, "--model"]
         return [*python, "-m", *program, self.model, *self.options]
 
@@ -144,7 +132,7 @@ def _nearest(there: int, training: int) -> str:
 
 
 def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[str] = ()) -> Serving:
-    """How to serve a configuration's model so that it can be trained against.
+    """The command by which a configuration's model is served so that it can be trained against.
 
     Args:
         config: The run.
@@ -185,7 +173,7 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
 
 
 def has_command() -> bool:
-    """Whether the command `vllm` works: it asks for the package's version under the name `vllm`, which the CPU build on
+    """True if the command `vllm` works: it asks for the package's version under the name `vllm`, which the CPU build on
     the package index has under another. Without vLLM it is what a machine with it would have."""
     try:
         importlib.metadata.version("vllm")
@@ -195,18 +183,18 @@ def has_command() -> bool:
 
 
 def given_keys(config: RunConfig) -> dict[str, Any]:
-    """What the `vllm` section holds, as it was written."""
+    """The keys of the `vllm` section, as they were written."""
     return config.vllm.model_dump(exclude_none=True)
 
 
 def trained_dtype(config: RunConfig, model: Mapping[str, Any]) -> str | None:
-    """The type that the trainer computes in: vLLM alone would make float32 checkpoints bfloat16. Null if unknown."""
+    """The type that the trainer computes in: vLLM alone would make float32 checkpoints bfloat16. None if unknown."""
     text = model.get("text_config")
     stored = (
         model.get("dtype") or model.get("torch_dtype") or (text.get("dtype") if isinstance(text, Mapping) else None)
     )
-    found = config.model.dtype if config.model.dtype != "auto" else stored
-    return str(found) if found else None
+    dtype = config.model.dtype if config.model.dtype != "auto" else stored
+    return str(dtype) if dtype else None
 
 
 def listens_at(config: RunConfig) -> tuple[str, int]:
@@ -233,7 +221,7 @@ def listens_at(config: RunConfig) -> tuple[str, int]:
 
 
 def adapter_room(config: RunConfig) -> int | None:
-    """Rank that the server keeps room for; null where adapters are not what is sent.
+    """Rank that the server keeps room for; None where adapters are not what is sent.
 
     Raises:
         ConfigError: The rank is larger than any that vLLM takes.
@@ -266,7 +254,7 @@ def option(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _sync_keys(config: RunConfig, notes: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """What the server needs so that weights can reach it."""
+    """Keys that the server needs so that weights can reach it."""
     keys: dict[str, Any] = {}
     room = adapter_room(config)
     if room is not None:

@@ -1,4 +1,4 @@
-"""What ended a server, read from the traceback at the end of its log: the error's type, where it was raised, its words.
+"""The error that ended a server, read from the traceback at the end of its log: type, raising function and message.
 
 A server is another process, so that there is no exception to look at; its traceback has the same facts as one.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo_autotune.rollout.failures import CHECKS, CPU_ALLOCATOR, EngineFailure, device_failure
+from grpo_autotune.hardware.out_of_memory import is_memory_sign
+from grpo_autotune.rollout.failures import EngineFailure, check_at, device_failure
 
 RAISED = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (\S.*)$")
 """The last line of a traceback, behind whatever a logger puts in front of it."""
@@ -22,9 +23,7 @@ OF_PYDANTIC = "1 validation error for "
 MOST_SAID = 400
 
 SECOND_HAND = "Engine core initialization failed"
-"""vLLM's word from the process that did not fail itself."""
-
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+"""vLLM's message from the process that did not fail itself."""
 
 
 class Logged(NamedTuple):
@@ -33,7 +32,8 @@ class Logged(NamedTuple):
     Attributes:
         name: Its type.
         text: Its message, a line of it.
-        raised_in: Path without ending and function of the innermost frame; null where the log has no traceback.
+        raised_in: Module and function of the innermost frame, the module perhaps behind folders above its package; None
+            where the log has no traceback.
     """
 
     name: str
@@ -44,34 +44,30 @@ class Logged(NamedTuple):
 def last_error(log: Path) -> Logged | None:
     """The error that a log ends with: the first-hand one, where a process tells of another's."""
     lines = log.read_text(errors="replace").splitlines()
-    found = [(at, match) for at, line in enumerate(lines) if (match := RAISED.search(line))]
-    own = [(at, match) for at, match in found if not match[2].startswith(SECOND_HAND)]
-    if not own:
+    errors = [(at, match) for at, line in enumerate(lines) if (match := RAISED.search(line))]
+    first_hand = [(at, match) for at, match in errors if not match[2].startswith(SECOND_HAND)]
+    if not first_hand:
         return None
-    at, match = own[-1]
+    at, match = first_hand[-1]
     more = lines[at + 1 : at + 2] if match[2].startswith(OF_PYDANTIC) else []
     return Logged(match[1].rpartition(".")[2], " ".join([match[2], *more]), _innermost(lines[:at]))
 
 
 def logged_failure(log: Path) -> EngineFailure | None:
-    """As `engine.failures.engine_failure`, of a server; null for what is no want of memory."""
+    """The failure of a server that found no memory, as `rollout.failures` words it; None for any other error."""
     error = last_error(log)
     if error is None:
         return None
-    if error.raised_in is not None:
-        path, function = error.raised_in
-        for (module, name), read in CHECKS.items():
-            if name == function and path.endswith(module.replace(".", "/")):
-                return read(error.text)
-    out_of_memory = error.name in OUT_OF_MEMORY or (error.name == "RuntimeError" and CPU_ALLOCATOR in error.text)
-    return device_failure(error.text) if out_of_memory else None
+    if error.raised_in is not None and (read := check_at(*error.raised_in)) is not None:
+        return read(error.text)
+    return device_failure(error.text) if is_memory_sign([error.name], error.text) else None
 
 
 def words(error: Logged | None) -> str:
-    """For a person."""
+    """The error as one line for a user."""
     return "Its log says why." if error is None else f"{error.name}: {error.text}"[:MOST_SAID]
 
 
 def _innermost(lines: Sequence[str]) -> tuple[str, str] | None:
     match = next((match for line in reversed(lines) if (match := FRAME.search(line))), None)
-    return None if match is None else (match[1], match[2])
+    return None if match is None else (match[1].replace("/", "."), match[2])

@@ -7,11 +7,8 @@ the trainer is left the GPUs that it does not take.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +17,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.machine import installed
-from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
+from grpo_autotune.processes.guarded import PYTHON, Guarded, exit_words, without_rank
 from grpo_autotune.rollout.server.command import HOST, VISIBLE, Serving, serving, split_gpus
 from grpo_autotune.rollout.server.log import last_error, words
 
@@ -29,7 +26,7 @@ ANSWER_S = 5.0
 
 
 class Weights(NamedTuple):
-    """What a server serves.
+    """The weights that a server serves.
 
     Attributes:
         source: Folder, or name of a hub repository.
@@ -44,7 +41,7 @@ class VllmServer(Guarded):
     """A server, from its start on.
 
     Args:
-        wanted: How to start it.
+        wanted: The command.
         log: Gets its output.
 
     Raises:
@@ -77,15 +74,17 @@ class VllmServer(Guarded):
                 raise self.ended("the server did not start", code)
 
     def ended(self, what: str, code: int) -> EnvironmentProblem:
-        """That it ended, with the error that its log ends with."""
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return EnvironmentProblem(f"{what} ({how})", where=str(self.log), fix=words(last_error(self.log)))
+        """The error of a server that ended, with the one that its log ends with."""
+        return EnvironmentProblem(f"{what} ({exit_words(code)})", where=str(self.log), fix=words(last_error(self.log)))
 
     def _answers(self) -> bool:
+        import httpx2
+
+        from grpo_autotune.rollout.server.http import http_client
+
         try:
-            with urllib.request.urlopen(f"{self.wanted.address}/health", timeout=ANSWER_S):
-                return True
-        except (urllib.error.URLError, OSError):
+            return http_client().get(f"{self.wanted.address}/health", timeout=ANSWER_S).is_success
+        except httpx2.HTTPError:
             return False
 
 
@@ -130,7 +129,7 @@ def weights_of(
 
 
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
-    """How to serve these weights on these GPUs.
+    """The command that serves these weights on these GPUs.
 
     Raises:
         ConfigError: As `command.serving`.

@@ -20,7 +20,7 @@ _NUMBERS = itertools.count(1)
 
 
 def llm_keys(model: Any) -> dict[str, Any]:
-    """What `vllm.LLM` needs to run this model's adapter, one at a time."""
+    """Arguments of `vllm.LLM` to run this model's adapter, one at a time."""
     keys = {"enable_lora": True, "max_lora_rank": lora.engine_rank(model), "max_loras": 1, "max_cpu_loras": 1}
     return {**keys, "enable_tower_connector_lora": True} if lora.tower_layers(model) else keys
 
@@ -70,7 +70,7 @@ class Adapters:
         return call_next(*args, **kwargs)
 
     def _load(self, call_next: Callable[..., Any], request: Any, /) -> Any:
-        """What vLLM's `WorkerLoRAManager._load_adapter` makes of a folder, of the tensors at hand."""
+        """Make of the tensors at hand what vLLM's `WorkerLoRAManager._load_adapter` makes of a folder."""
         if request != self._request:
             return call_next(request)
         from vllm.lora.lora_model import LoRAModel

@@ -1,4 +1,4 @@
-"""What vLLM has computed with weights that are no longer those it holds, thrown away.
+"""Caches of vLLM that hold results of older weights, reset when new ones have come.
 
 Two caches hold such results: keys and values of prompts (the prefix cache), and embeddings of images (the encoder
 cache, keyed by the image alone). TRL 1.16 resets the first only: with trained vision weights, an image seen before
@@ -22,7 +22,7 @@ def reset(llm: Any, pushed: Iterable[str]) -> tuple[str, ...]:
 
 
 def changes_images(model: Any, pushed: Iterable[str]) -> bool:
-    """Whether one of these weights is of the parts of vLLM's model that embed images; when in doubt, yes."""
+    """True if one of these weights is of the parts of vLLM's model that embed images; when in doubt, yes."""
     from vllm.model_executor.models import supports_multimodal
 
     if not supports_multimodal(model):

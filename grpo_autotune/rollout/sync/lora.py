@@ -1,4 +1,4 @@
-"""What a trainer's adapter is made of, and whether vLLM can run it as an adapter."""
+"""A trainer's adapter: its layers and tensors, and the reasons for which vLLM cannot run it as an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log-probs; vLLM calls it experimental."""
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether PEFT has put an adapter on it."""
+    """True if PEFT has put an adapter on it."""
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
@@ -43,7 +43,7 @@ def tower_layers(model: Any) -> list[str]:
 
 
 def unmergeable(model: Any) -> str | None:
-    """Why the adapter is more than a product of two matrices added to a linear layer; None where it is not."""
+    """The reason why an adapter is more than a product of two matrices added to a linear layer; None if it is not."""
     if not is_adapted(model):
         return "the model has no adapter (peft)"
     if len(model.active_adapters) != 1:
@@ -74,7 +74,7 @@ def _not_plain(layer: Any, adapter: str) -> str | None:
 
 
 def refusal(model: Any) -> str | None:
-    """Why vLLM cannot run the trained adapter as one; None where it can."""
+    """The reason why vLLM cannot run the trained adapter as one; None where it can."""
     reason = unmergeable(model)
     if reason is not None:
         return reason
@@ -143,10 +143,10 @@ def tensors(generation: Any) -> dict[str, Any]:
     of vLLM.
     """
     adapter = active_adapter(generation.model)
-    found: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
     for name, layer in lora_layers(generation.model).items():
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         with generation._dist.gather_params([down, up]):
-            found[f"{name}.lora_A.weight"] = down.detach().clone()
-            found[f"{name}.lora_B.weight"] = up.detach() * layer.scaling[adapter]
-    return found
+            matrices[f"{name}.lora_A.weight"] = down.detach().clone()
+            matrices[f"{name}.lora_B.weight"] = up.detach() * layer.scaling[adapter]
+    return matrices

@@ -1,4 +1,4 @@
-"""How a trainer's weights reach the colocated engine: merged as TRL does it, batched, or the adapter alone.
+"""A trainer's weights on their way to the colocated engine: merged as TRL does it, batched, or the adapter alone.
 
 merged   TRL's: every tensor of the model, the adapter merged in, one `load_weights` call each.
 batched  One `load_weights` call, with the tensors that training has changed since the last sync.
@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.rollout.colocate.unlock import Engine, engine_of
 from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.parts import Part, part_of
 from grpo_autotune.rollout.sync import adapters, caches, lora
-from grpo_autotune.rollout.sync.weights import changing, is_4bit, weights
+from grpo_autotune.rollout.sync.weights import changing, has_4bit, weights
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 _logger = logging.getLogger("grpo_autotune.rollout")
@@ -33,19 +33,16 @@ TRL_LEVEL = 2
 SLOW_ON_CPU = "generation with an adapter that is not merged takes vLLM's CPU build about three times as long"
 """It gathers an adapter's matrices anew for every token (`lora/ops/torch_ops`): docs/benchmarks/vllm_sync.json."""
 
-PART = "sync"
-"""Its name among the parts of an unlocked engine."""
-
 
 class Sync(NamedTuple):
     """One weight sync.
 
     Attributes:
-        way: How.
+        way: One of `Way`.
         seconds: On this process's clock.
         bytes: Of the tensors handed to vLLM.
-        tensors: How many.
-        full: Whether it pushed every weight of the model.
+        tensors: Their number.
+        full: True if it pushed every weight of the model.
         reset: The caches that were reset.
     """
 
@@ -57,44 +54,42 @@ class Sync(NamedTuple):
     reset: tuple[str, ...]
 
 
+class WeightSync(Part):
+    """The weight syncs of one engine, in this process or at a server.
+
+    Attributes:
+        way: By which weights are sent.
+        why: The reason for it; empty where no engine has started, and on ranks that send nothing.
+        syncs: Every sync, oldest first.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self.way: Way = "merged"
+        self.why = ""
+        self.syncs: list[Sync] = []
+
+
 def facts(owner: Any) -> list[Sync]:
     """Every weight sync of a trainer or its `vllm_generation`, oldest first."""
-    found = _of(owner)
-    return [] if found is None else list(found.syncs)
+    part = part_of(getattr(owner, "vllm_generation", owner), WeightSync)
+    return [] if part is None else list(part.syncs)
 
 
 def way(owner: Any) -> tuple[Way, str] | None:
-    """How weights are synced, and why so; None where TRL does it by itself."""
-    found = _of(owner)
-    return None if found is None else (found.way, found.why)
-
-
-def _of(owner: Any) -> WeightSync | None:
-    engine = engine_of(getattr(owner, "vllm_generation", owner))
-    found: WeightSync | None = None if engine is None else engine.parts.get(PART)
-    return found
-
-
-def llm_keys(generation: Any, options: EngineOptions) -> dict[str, Any]:
-    """What `vllm.LLM` needs for the chosen way.
-
-    Raises:
-        ConfigError: The asked way is not possible.
-    """
-    chosen, _ = choose(generation, options)
-    keys = adapters.llm_keys(generation.model) if chosen == "adapter" else {}
-    # TRL asks for bitsandbytes here; vLLM's 4-bit layers take no pushed weights, so the engine holds them as numbers
-    return {**keys, "quantization": None} if _has_4bit(generation.model) else keys
+    """The way of a trainer's syncs, and the reason for it; None where TRL does it by itself."""
+    part = part_of(getattr(owner, "vllm_generation", owner), WeightSync)
+    return None if part is None else (part.way, part.why)
 
 
 def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
-    """The way, and why.
+    """The way for a trainer's weights, and the reason for it.
 
     Raises:
         ConfigError: The asked way is not possible.
     """
     model, asked = generation.model, options.weight_sync
-    if _has_4bit(model):
+    if has_4bit(model):
         _check_4bit(model, options)
     if asked == "merged" or asked == "batched":
         return asked, "asked for"
@@ -108,10 +103,6 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
     if generation.accelerator.device.type == "cpu":
         return "batched", SLOW_ON_CPU
     return "adapter", "the adapter is all that training changes"
-
-
-def _has_4bit(model: Any) -> bool:
-    return any(is_4bit(parameter) for parameter in model.parameters())
 
 
 def _check_4bit(model: Any, options: EngineOptions) -> None:
@@ -134,79 +125,76 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
             fix="Name the checkpoint that it was made from, with model.load_in_4bit: true.",
         )
     if (reason := lora.unmergeable(model)) is not None:
-        raise ConfigError(f"4-bit weights are synced beside plain LoRA only: {reason}", where="peft", fix="Change it.")
+        raise ConfigError(
+            f"a model in 4 bits trains with vLLM under a plain LoRA adapter only, and {reason}",
+            where="peft",
+            fix="Train LoRA without DoRA and biases on linear layers, or set model.load_in_4bit to false.",
+        )
 
 
 def _checkpoint(model: Any) -> dict[str, Any]:
     """The `config.json` that vLLM reads."""
     from transformers import PretrainedConfig
 
-    found: dict[str, Any] = PretrainedConfig.get_config_dict(model.name_or_path)[0]
-    return found
+    config: dict[str, Any] = PretrainedConfig.get_config_dict(model.name_or_path)[0]
+    return config
 
 
-def started(generation: Any, llm: Any, options: EngineOptions) -> list[Handle]:
-    """Layers on a new engine."""
-    sync = WeightSync(generation, llm, options)
-    cast(Engine, engine_of(generation)).parts[PART] = sync
-    return sync.on_engine()
+class ColocateSync(WeightSync):
+    """The weight syncs of an engine in this process."""
 
-
-def install(generation: Any, options: EngineOptions) -> list[Handle]:
-    """Layers on a finished `VLLMGeneration` whose engine lives in this process."""
-    sync = _of(generation)
-    return [] if sync is None else sync.on_generation()
-
-
-class WeightSync:
-    """The syncs of one colocated engine.
-
-    Attributes:
-        way: How.
-        why: Why so.
-        syncs: What each did.
-    """
-
-    def __init__(self, generation: Any, llm: Any, options: EngineOptions) -> None:
-        self.way, self.why = choose(generation, options)
-        if options.weight_sync == "auto":
-            lost = self.way == "batched" and self.why != SLOW_ON_CPU and lora.is_adapted(generation.model)
-            told = _logger.warning if lost else _logger.info
-            told("vllm.weight_sync: %s, since %s", self.way, self.why)
-        self.syncs: list[Sync] = []
-        self._generation, self._llm = generation, llm
-        self._adapters = adapters.Adapters(llm) if self.way == "adapter" else None
-        self._level = options.sleep_level
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self._generation: Any = None
+        self._llm: Any = None
+        self._adapters: adapters.Adapters | None = None
         self._slept: int | None = None
         self._generating = False
         self._pushed: list[str] = []
         self._bytes = 0
 
-    def on_engine(self) -> list[Handle]:
-        """Before TRL calls the engine."""
+    def llm_keys(self, generation: Any) -> dict[str, Any]:
+        """Decide on the way; the arguments of `vllm.LLM` for it.
+
+        Raises:
+            ConfigError: The asked way is not possible.
+        """
+        self.way, self.why = choose(generation, self.options)
+        keys = adapters.llm_keys(generation.model) if self.way == "adapter" else {}
+        # TRL asks for bitsandbytes here; vLLM's 4-bit layers take no pushed weights, so it holds them as numbers
+        return {**keys, "quantization": None} if has_4bit(generation.model) else keys
+
+    def started(self, generation: Any, llm: Any) -> list[Handle]:
+        """Put layers on sleep and waking, and on what takes adapters."""
+        if self.options.weight_sync == "auto":
+            lost = self.way == "batched" and self.why != SLOW_ON_CPU and lora.is_adapted(generation.model)
+            log = _logger.warning if lost else _logger.info
+            log("vllm.weight_sync: %s, since %s", self.way, self.why)
+        self._generation, self._llm = generation, llm
+        self._adapters = adapters.Adapters(llm) if self.way == "adapter" else None
         handles = [
-            wrap(AttributeSlot(self._llm, "sleep"), self._sleep, INNER),
-            wrap(AttributeSlot(self._llm, "wake_up"), self._wake_up, INNER),
+            wrap(AttributeSlot(llm, "sleep"), self._sleep, INNER),
+            wrap(AttributeSlot(llm, "wake_up"), self._wake_up, INNER),
         ]
         return handles if self._adapters is None else [*handles, *self._adapters.install()]
 
-    def on_generation(self) -> list[Handle]:
-        """Once TRL has built it."""
+    def install(self, generation: Any) -> list[Handle]:
+        """Put layers on TRL's sync, and on what it has to know of."""
         return [
-            wrap(AttributeSlot(self._generation, "sync_weights"), self._sync, INNER),
-            wrap(AttributeSlot(self._generation, "generate"), self._generate, INNER),
-            wrap(AttributeSlot(self._generation, "_iter_named_params"), self._counted, INNER),
+            wrap(AttributeSlot(generation, "sync_weights"), self._sync, INNER),
+            wrap(AttributeSlot(generation, "generate"), self._generate, INNER),
+            wrap(AttributeSlot(generation, "_iter_named_params"), self._counted, INNER),
         ]
 
     def _sleep(self, call_next: Callable[..., Any], /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        level = level if self._level is None else self._level
+        level = level if self.options.sleep_level is None else self.options.sleep_level
         if level == 0:
             return None  # idle as it is, with all it holds
         self._slept = max(level, self._slept or 0)
         return call_next(level, *args, **kwargs)
 
     def _wake_up(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return None if self._level == 0 else call_next(*args, **kwargs)
+        return None if self.options.sleep_level == 0 else call_next(*args, **kwargs)
 
     def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._generating = True
@@ -233,7 +221,7 @@ class WeightSync:
         self.syncs.append(Sync(self.way, time.perf_counter() - begun, self._bytes, len(self._pushed), full, reset))
 
     def _wake(self) -> None:
-        """As TRL does it before it pushes."""
+        """Wake the engine for weights, as TRL does it before it pushes."""
         if self._generation.enable_sleep_mode:
             from trl.generation.vllm_generation import empty_cache
 
@@ -261,10 +249,8 @@ class WeightSync:
         model = self._generation.model
         adapted = lora.is_adapted(model)
         if self._generation._dist.is_fsdp or (adapted and lora.unmergeable(model) is not None):
-            found = self._generation._iter_named_params()
-            pairs: Iterator[tuple[str, Any]] = (
-                (name, tensor) for name, tensor in found if only is None or name in only
-            )
+            merged = self._generation._iter_named_params()
+            pairs: Iterator[tuple[str, Any]] = (pair for pair in merged if only is None or pair[0] in only)
         else:
             pairs = weights(self._generation, only, merged=adapted and self.way == "batched")
         for name, tensor in pairs:

@@ -16,7 +16,7 @@ BASE_WEIGHT = ".base_layer.weight"
 
 
 def engine_name(model: Any, name: str) -> str | None:
-    """What vLLM calls the parameter `name`; None for what it has none of: adapters, and modules that PEFT replaced."""
+    """The name that vLLM has for the parameter `name`; None for adapters, and for modules that PEFT replaced."""
     if is_adapted(model):
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if model.prefix in name or "original_module" in name:
@@ -77,5 +77,10 @@ def numbers(parameter: Any) -> Any:
 
 
 def is_4bit(parameter: Any) -> bool:
-    """Whether bitsandbytes holds this weight in 4 bits."""
+    """True for a weight that bitsandbytes holds in 4 bits."""
     return type(parameter).__name__ == "Params4bit"
+
+
+def has_4bit(model: Any) -> bool:
+    """True for a model with such weights."""
+    return any(is_4bit(parameter) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Which rows of a batch are completions of one prompt: carried along in the generation batch, never guessed from ids.
+"""The group of each row of a batch, the completions of one prompt: carried in the batch, never guessed from ids.
 
 Two images of one size with one question have the same prompt ids and grids, so that ids cannot tell two prompts apart.
 TRL lays a generation batch out as G neighbouring rows a prompt, over all processes (`RepeatSampler`; its advantages
@@ -59,8 +59,8 @@ class Groups:
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        found = inputs.get(KEY) if isinstance(inputs, Mapping) else None
-        with self._under_way(found):
+        group_B = inputs.get(KEY) if isinstance(inputs, Mapping) else None
+        with self._under_way(group_B):
             return call_next(model, inputs, *args, **kwargs)
 
     @contextmanager
@@ -74,5 +74,5 @@ class Groups:
 
 def groups_of(trainer: Any) -> Groups:
     """The `Groups` of a trainer that speed-ups are being put on."""
-    found: Groups = getattr(trainer, _ATTRIBUTE)
-    return found
+    groups: Groups = getattr(trainer, _ATTRIBUTE)
+    return groups

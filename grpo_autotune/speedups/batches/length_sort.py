@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from grpo_autotune.seams.layers import INNER
-from grpo_autotune.seams.table import PREPARE_INPUTS, find, wrap_rows
+from grpo_autotune.seams.table import find
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.batches.rows import Batch, lengths, trim
-from grpo_autotune.speedups.conditions import LOSS, active_dropout, overridden
-
-DEPENDS_ON_PARTITION = ("bnpo",)
+from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows, steps_line_up, wrap_while_preparing
+from grpo_autotune.speedups.batches.rows import Batch, trim
+from grpo_autotune.speedups.conditions import active_dropout
 
 
 class LengthSort:
@@ -29,43 +25,23 @@ class LengthSort:
 
     def applies(self, trainer: Any) -> str | None:
         """None where the loss of an optimizer step does not depend on its micro batches."""
-        if trainer.loss_type in DEPENDS_ON_PARTITION:
-            return f"grpo.loss_type {trainer.loss_type} divides by the tokens of each micro batch"
-        if trainer._entropy_bonus_enabled:
-            return "grpo.entropy_coef or grpo.use_adaptive_entropy takes a mean over each micro batch"
-        if trainer.aux_loss_enabled:
-            return "grpo.router_aux_loss_coef takes a mean over each micro batch"
-        if trainer.top_entropy_quantile < 1.0:
-            return "grpo.top_entropy_quantile takes its threshold from each micro batch"
-        if _window(trainer) is None:
+        reason = depends_on_partition(trainer)
+        if reason is not None:
+            return reason
+        if not steps_line_up(trainer):
             return (
                 "grpo.steps_per_generation and grpo.gradient_accumulation_steps are no multiples of each other: an "
                 "optimizer step would take rows of two generations"
             )
-        other = overridden(trainer, LOSS)
-        if other is not None:
-            return f"{other}, which may depend on the micro batch"
         dropout = active_dropout(trainer.model)
         return None if dropout is None else f"{dropout}: rows in another order would draw other random numbers"
 
     def install(self, trainer: Any) -> Installed:
         """Put layers behind TRL's shuffle and its split into micro batches."""
         installed = _Sorting(self.name, trainer)
-        layers = (
-            (PREPARE_INPUTS, installed.prepare),
-            (find("shuffle"), installed.shuffle),
-            (find("unbuffer"), installed.unbuffer),
-        )
-        installed.handles += wrap_rows(trainer, layers, INNER)
+        installed.handles += sort_rows(trainer, "length")
+        installed.handles += wrap_while_preparing(trainer, [(find("unbuffer"), installed.unbuffer)])
         return installed
-
-
-def _window(trainer: Any) -> int | None:
-    """Micro batches of one generation that share an optimizer step; None where the two do not line up."""
-    generation, step = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
-    if step % generation == 0:
-        return int(generation)
-    return int(step) if generation % step == 0 else None
 
 
 class _Sorting(Installed):
@@ -77,47 +53,15 @@ class _Sorting(Installed):
         config = trainer.model.config.get_text_config()
         self._relative = getattr(config, "rope_parameters", None) is not None
         self._cells = self._kept = 0
-        self._preparing = False
 
     def facts(self) -> dict[str, float]:
         """Cells (rows x columns) of the micro batches as TRL padded them, and as they were trained on."""
         return {"padded_cells": float(self._cells), "kept_cells": float(self._kept)}
 
-    def prepare(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Tell this trainer's shuffle and split from those of others in this process."""
-        self._preparing = True
-        try:
-            return call_next(*args, **kwargs)
-        finally:
-            self._preparing = False
-
-    def shuffle(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """TRL's permutation, and within each optimizer step the longest rows first."""
-        batch: Batch = call_next(*args, **kwargs)
-        window = _window(self.trainer)
-        if not self._preparing or window is None:
-            return batch
-        rows = len(batch["completion_mask"])
-        size = rows // self.trainer.args.steps_per_generation * window
-        totals_B = lengths(batch)
-        order: list[int] = []
-        for first in range(0, rows, size):
-            longest_first = torch.argsort(totals_B[first : first + size], descending=True, stable=True)
-            order += (longest_first + first).tolist()
-        return {key: _reordered(value, order) for key, value in batch.items()}
-
     def unbuffer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """A micro batch without the columns that all of its rows pad."""
         batch: Batch = call_next(*args, **kwargs)
-        if not self._preparing:
-            return batch
         cut = trim(batch, self.trainer.pad_to_multiple_of, prompts=self._relative)
         self._cells += batch["prompt_ids"].numel() + batch["completion_ids"].numel()
         self._kept += cut["prompt_ids"].numel() + cut["completion_ids"].numel()
         return cut
-
-
-def _reordered(value: Any, order: list[int]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value if value.ndim == 0 else value[order]
-    return value if value is None else [value[row] for row in order]

@@ -70,34 +70,34 @@ def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> 
     keep_C = _longest(batch["completion_mask"].flip(1), multiple)
     if keep_P == width_P and keep_C == width_C:
         return batch
-    found = dict(batch)
+    cut = dict(batch)
     for key in PROMPT_KEYS:
-        found[key] = batch[key][:, width_P - keep_P :]
+        cut[key] = batch[key][:, width_P - keep_P :]
     for key in COMPLETION_KEYS:
         value = batch.get(key)
         if value is not None and value.ndim == 2 and value.shape[1] == width_C:
-            found[key] = value[:, :keep_C]
+            cut[key] = value[:, :keep_C]
     for key in BOTH_KEYS:
         if batch.get(key) is not None:
-            found[key] = batch[key][:, width_P - keep_P : width_P + keep_C]
-    return found
+            cut[key] = batch[key][:, width_P - keep_P : width_P + keep_C]
+    return cut
 
 
 def one_token(row: Batch, *, whole_prompt: bool) -> Batch:
     """A batch of one row cut to its first completion token, behind the whole prompt or behind its last token."""
     width_P, width_C = row["prompt_ids"].shape[1], row["completion_ids"].shape[1]
     keep_P = width_P if whole_prompt else 1
-    found = {name: value for name, value in row.items() if whole_prompt or name not in IMAGE_KEYS}
+    cut = {name: value for name, value in row.items() if whole_prompt or name not in IMAGE_KEYS}
     for key in PROMPT_KEYS:
-        found[key] = row[key][:, width_P - keep_P :]
+        cut[key] = row[key][:, width_P - keep_P :]
     for key in COMPLETION_KEYS:
         value = row.get(key)
         if value is not None and value.ndim == 2 and value.shape[1] == width_C:
-            found[key] = value[:, :1]
+            cut[key] = value[:, :1]
     for key in BOTH_KEYS:
         if row.get(key) is not None:
-            found[key] = row[key][:, width_P - keep_P : width_P + 1]
-    return found
+            cut[key] = row[key][:, width_P - keep_P : width_P + 1]
+    return cut
 
 
 def _longest(mask_left_padded: Any, multiple: int | None) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.loss import DIVISORS
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
@@ -30,17 +31,8 @@ what is summed up. Equal rewards of one function are equal to the last bit."""
 
 KEY = "living"
 
-ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
-"""Losses that TRL divides by the rows of the micro batch."""
-
-TOKEN_MEANS = ("bnpo",)
-"""Losses that it divides by the tokens of the micro batch."""
-
 TEXT_PARTS = ("language_model", "text_model", "lm_head")
 """Parts of a model's weights that a prompt without its images reaches; all others may belong to images."""
-
-WHOLE_MEANS = ("dapo", "cispo", "vespo")
-"""Losses that it divides by the tokens of the whole generation batch, which travel in the batch."""
 
 
 class SkipDead:
@@ -61,7 +53,7 @@ class SkipDead:
             return "grpo.top_entropy_quantile takes its threshold from all completions"
         if trainer.multi_objective_aggregation != "sum_then_normalize":
             return "grpo.multi_objective_aggregation couples the advantages of all groups"
-        if trainer.loss_type not in (*ROW_MEANS, *TOKEN_MEANS, *WHOLE_MEANS):
+        if trainer.loss_type not in DIVISORS:
             return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
         other = overridden(trainer, LOSS + GENERATION)
         if other is not None:
@@ -83,7 +75,7 @@ class SkipDead:
 
 
 def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
-    """Which completions have a reward, in a group whose rewards differ; boolean, shape (N,).
+    """Completions that have a reward, in a group whose rewards differ; boolean, shape (N,).
 
     Args:
         rewards: One column a reward function, shape (N, functions); NaN where it has none.
@@ -169,12 +161,12 @@ class _Skipping(Installed):
 
 
 def _gradient_rows(batch: Batch) -> torch.Tensor:
-    """Which rows of a micro batch have a gradient; boolean, shape (B,)."""
+    """Rows of a micro batch that have a gradient; boolean, shape (B,)."""
     advantages = batch["advantages"]
-    found = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
+    with_advantage_B = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
     if KEY in batch:
-        found = found & batch[KEY]
-    alive: torch.Tensor = found & _loss_mask(batch).any(dim=1)
+        with_advantage_B = with_advantage_B & batch[KEY]
+    alive: torch.Tensor = with_advantage_B & _loss_mask(batch).any(dim=1)
     return alive
 
 
@@ -184,10 +176,10 @@ def _loss_mask(batch: Batch) -> torch.Tensor:
 
 
 def _share(loss_type: str, part: Batch, whole: Batch) -> float | torch.Tensor:
-    """What turns the loss of `part` into that of `whole`: the quotient of what TRL divides the two by."""
-    if loss_type in WHOLE_MEANS:
+    """The factor from the loss of `part` to that of `whole`: the quotient of TRL's divisors."""
+    if DIVISORS[loss_type] == "generation tokens":
         return 1.0
-    if loss_type in ROW_MEANS:
+    if DIVISORS[loss_type] == "rows":
         return len(part["completion_ids"]) / len(whole["completion_ids"])
     return _loss_mask(part).sum().clamp(min=1.0) / _loss_mask(whole).sum().clamp(min=1.0)
 

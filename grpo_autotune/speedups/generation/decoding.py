@@ -91,9 +91,9 @@ def _of_rows(processor: Any, prompt_of_row: torch.Tensor) -> Any:
     ignored_U = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored_U, torch.Tensor):
         return processor
-    found = copy.copy(processor)
-    found.prompt_ignore_length = ignored_U[prompt_of_row.to(ignored_U.device)]
-    return found
+    bound = copy.copy(processor)
+    bound.prompt_ignore_length = ignored_U[prompt_of_row.to(ignored_U.device)]
+    return bound
 
 
 def _at(logits_AV: torch.Tensor, inside: torch.Tensor, rows: int) -> torch.Tensor:
@@ -117,25 +117,25 @@ def _draw(scores_BV: torch.Tensor, generation_config: Any, at_work: torch.Tensor
 
 
 def _select(state: Mapping[str, Any], rows: torch.Tensor, before: int) -> dict[str, Any]:
-    """What `generate` carries from step to step, for the given rows out of `before`.
+    """The state that `generate` carries from step to step, for the given rows out of `before`.
 
     Raises:
         Unsupported: Something in it is not known to have rows, or none.
     """
-    found: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     for name, value in state.items():
         if name in PROMPT_ONLY:
             continue
         if isinstance(value, torch.Tensor) and value.ndim:
-            found[name] = _select_tensor(name, value, rows, before)
+            selected[name] = _select_tensor(name, value, rows, before)
         elif isinstance(value, DynamicCache) and all(type(layer) in CACHE_LAYERS for layer in value.layers):
             value.batch_select_indices(rows)
-            found[name] = value
+            selected[name] = value
         elif value is None or isinstance(value, bool | int | float | str):
-            found[name] = value
+            selected[name] = value
         else:
             raise Unsupported(f"`{name}` ({type(value).__name__}) of the model is not known to be made of rows")
-    return found
+    return selected
 
 
 def _select_tensor(name: str, value: torch.Tensor, rows: torch.Tensor, before: int) -> torch.Tensor:

@@ -201,7 +201,7 @@ def _samples(batch: dict[str, Any], rows: list[int]) -> list[tuple[int, bool]]:
 
 
 def _alike(batch: dict[str, Any], first_rows: list[int], prompt_of_row: list[int]) -> bool:
-    """Whether all rows of each group have the same ids, masks and pixels."""
+    """True if all rows of each group have the same ids, masks and pixels."""
     rows = len(prompt_of_row)
     if "pixel_values" in batch and "num_images" not in batch:
         return False

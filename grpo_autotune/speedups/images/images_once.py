@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import datasets
 import torch
+from cachetools import LRUCache
 from PIL import Image as Pillow
 
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.images.lazy_rows import Rows, copied, private
-from grpo_autotune.speedups.images.lru_cache import LimitedCache
+from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
 
 DECODED_BYTES = 1 << 29
 """Memory for decoded images."""
@@ -78,20 +79,24 @@ class _Once(Installed):
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self.trainer = trainer
-        self._decoded: LimitedCache[Any] = LimitedCache(DECODED_BYTES)
-        self._processed: LimitedCache[Processed] = LimitedCache(PROCESSED_BYTES)
+        self._decoded: LRUCache[Hashable, Any] = LRUCache(DECODED_BYTES, getsizeof=image_bytes)
+        self._processed: LRUCache[Hashable, Processed] = LRUCache(
+            PROCESSED_BYTES, getsizeof=lambda made: made[0].nbytes
+        )
+        self._loaded: list[Rows] = []
         self._checked = False
         self._facts = {"asked": 0.0, "processed": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that the processor was asked for and that it worked on, and the memory that both kinds take."""
-        return {**self._facts, "kept_bytes": float(self._decoded.used_bytes + self._processed.used_bytes)}
+        return {**self._facts, "kept_bytes": float(self._decoded.currsize + self._processed.currsize)}
 
     def remove(self) -> None:
         """Take every layer out and forget the images; may be called twice."""
         super().remove()
+        for rows in self._loaded:
+            rows.decoded = None  # a loader under way goes on: from here on each of its rows decodes for itself
         self._decoded.clear()
-        self._decoded.limit_bytes = 0  # a loader under way goes on: from here on each of its rows decodes for itself
         self._processed.clear()
 
     def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +105,7 @@ class _Once(Installed):
         if isinstance(rows, datasets.Dataset) and _as_stored(rows):  # those to evaluate on may have a transform
             lazy = self.trainer.args.dataloader_num_workers == 0
             kwargs["dataset"] = Rows(rows, self._decoded, lazy=lazy)
+            self._loaded.append(kwargs["dataset"])
         return call_next(*args, **kwargs)
 
     def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,16 +133,16 @@ class _Once(Installed):
         self._facts["asked"] += len(flat)
         self._facts["processed"] += len(missing)
         for key in missing:
-            patches = known[key][0]
-            self._processed.put(key, known[key], patches.numel() * patches.element_size())
+            with suppress(ValueError):  # larger than the whole cache
+                self._processed[key] = known[key]
         whole = _together([known[key] for key in keys])
         return self._checked_once(call_next, flat, kwargs, whole)
 
     def _settings(self, kwargs: dict[str, Any]) -> str:
-        """What else the outcome depends on: the call's options and the processor's own."""
-        own = vars(self.trainer.processing_class.image_processor)
+        """The settings that the outcome depends on: the call's options and the processor's own."""
+        settings = vars(self.trainer.processing_class.image_processor)
         asked = {name: value for name, value in kwargs.items() if name != "return_tensors"}
-        return repr((sorted(asked.items(), key=str), sorted(own.items(), key=str)))
+        return repr((sorted(asked.items(), key=str), sorted(settings.items(), key=str)))
 
     def _checked_once(
         self, call_next: Callable[..., Any], images: list[Any], kwargs: dict[str, Any], whole: Processed
@@ -160,7 +166,7 @@ class _Once(Installed):
 
 
 def _as_stored(rows: datasets.Dataset) -> bool:
-    """Whether each copy of a row is what is stored, all of it."""
+    """True if each copy of a row is what is stored, all of it."""
     return rows.format["type"] is None and set(rows.format["columns"]) == set(rows.column_names)
 
 
@@ -171,7 +177,7 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _contents(images: Sequence[Any]) -> list[Hashable]:
-    """What tells images apart, pixel for pixel; copies of one object are looked at once."""
+    """Keys that tell images apart, pixel for pixel; copies of one object are looked at once."""
     known: dict[int, Hashable] = {}
     for image in images:
         if id(image) not in known:
@@ -189,8 +195,8 @@ def _apart(made: Any, count: int) -> list[Processed] | None:
     sizes = grid.prod(dim=-1).tolist()
     if len(sizes) != count or sum(sizes) != len(patches):
         return None
-    own = [part.clone() for part in torch.split(patches, sizes)]  # a part would keep the whole in memory
-    return list(zip(own, torch.split(grid, 1), strict=True))
+    parts = [part.clone() for part in torch.split(patches, sizes)]  # a part would keep the whole in memory
+    return list(zip(parts, torch.split(grid, 1), strict=True))
 
 
 def _together(parts: Sequence[Any]) -> Processed:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import datasets
+from cachetools import LRUCache
 from PIL import Image as Pillow
-
-from grpo_autotune.speedups.images.lru_cache import LimitedCache
 
 KEPT_ROWS = 256
 """Rows whose stored values are kept: the G copies of a row come one after the other."""
@@ -74,11 +74,11 @@ class Rows:
 
     Args:
         rows: What is read from.
-        decoded: Where decoded images are kept.
+        decoded: Where decoded images are kept; sizes by `image_bytes`.
         lazy: Whether rows are read on first use.
     """
 
-    def __init__(self, rows: datasets.Dataset, decoded: LimitedCache[Any], *, lazy: bool) -> None:
+    def __init__(self, rows: datasets.Dataset, decoded: LRUCache[Hashable, Any], *, lazy: bool) -> None:
         self._features = {name: _image_of(feature) for name, feature in rows.features.items()}
         self._stored = rows
         for name, image in self._features.items():
@@ -86,8 +86,9 @@ class Rows:
                 stored = datasets.Image(decode=False)
                 several = not isinstance(rows.features[name], datasets.Image)
                 self._stored = self._stored.cast_column(name, datasets.List(stored) if several else stored)
-        self._decoded, self._lazy = decoded, lazy
-        self._kept: LimitedCache[dict[str, Any]] = LimitedCache(KEPT_ROWS)
+        self.decoded: LRUCache[Hashable, Any] | None = decoded
+        self._lazy = lazy
+        self._kept: LRUCache[int, dict[str, Any]] = LRUCache(KEPT_ROWS)
         self.reads = 0
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class Rows:
         stored = self._kept.get(index)
         if stored is None:
             stored = dict(self._stored[index])
-            self._kept.put(index, stored, 1)
+            self._kept[index] = stored
             self.reads += 1
         return {name: self._value(name, value) for name, value in stored.items()}
 
@@ -120,11 +121,18 @@ class Rows:
         if not isinstance(stored, dict):
             return stored
         key = _content(stored), feature.mode
-        image = self._decoded.get(key)
+        image = None if self.decoded is None else self.decoded.get(key)
         if image is None:
             image = datasets.Image(mode=feature.mode).decode_example(stored)
-            self._decoded.put(key, image, image.width * image.height * len(image.getbands()))
+            if self.decoded is not None:
+                with suppress(ValueError):  # larger than the whole cache
+                    self.decoded[key] = image
         return image
+
+
+def image_bytes(image: Pillow.Image) -> int:
+    """Memory of a decoded image, a byte per pixel and band."""
+    return image.width * image.height * len(image.getbands())
 
 
 def _image_of(feature: Any) -> datasets.Image | None:
@@ -134,7 +142,7 @@ def _image_of(feature: Any) -> datasets.Image | None:
 
 
 def _content(stored: Mapping[str, Any]) -> Hashable:
-    """What tells stored images apart: their bytes, or the file they are in."""
+    """Key that tells stored images apart: a hash of their bytes, or the file they are in."""
     if stored["bytes"] is None:
         return str(stored["path"])
     return hashlib.blake2b(stored["bytes"], digest_size=20).digest()

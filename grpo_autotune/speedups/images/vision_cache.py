@@ -8,14 +8,15 @@ and a comparison of all pixels decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
-from grpo_autotune.speedups.images.lru_cache import LimitedCache
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -65,7 +66,7 @@ def _towers(model: Any) -> Iterator[Any]:
 
 
 def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
-    """Whether a call wants something other than the tower's named outputs, or brings its own inner numbers.
+    """True if a call wants something other than the tower's named outputs, or brings its own inner numbers.
 
     Models hand their own keywords on to the tower, the layout of a shared prefix too, which is the text's alone."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
@@ -85,12 +86,12 @@ class _Features(Installed):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._kept: LimitedCache[_Image] = LimitedCache(LIMIT_BYTES)
+        self._kept: LRUCache[Hashable, _Image] = LRUCache(LIMIT_BYTES, getsizeof=_size)
         self._facts = {"asked": 0.0, "computed": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that towers were asked for and that they ran on, and the memory their features take."""
-        return {**self._facts, "kept_bytes": float(self._kept.used_bytes)}
+        return {**self._facts, "kept_bytes": float(self._kept.currsize)}
 
     def remove(self) -> None:
         """Take every layer out and forget the features; may be called twice."""
@@ -129,7 +130,7 @@ class _Features(Installed):
 class _Run:
     """One call of a tower."""
 
-    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LimitedCache[_Image]) -> None:
+    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, _Image]) -> None:
         weight = next(tower.parameters())
         device = weight.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -143,16 +144,16 @@ class _Run:
     def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[_Image] | None:
         """Each image with its features; None where the tower's output cannot be taken apart."""
         keys = self._keys(parts, grid)
-        found: dict[Hashable, _Image] = {}
+        images: dict[Hashable, _Image] = {}
         for key, part in zip(keys, parts, strict=True):
             image = self._kept.get(key)
             if image is not None and torch.equal(image.patches, part):
-                found[key] = image
-        missing = {key: index for index, key in enumerate(keys) if key not in found}
-        if missing and not self._compute(found, missing, parts, grid):
+                images[key] = image
+        missing = {key: index for index, key in enumerate(keys) if key not in images}
+        if missing and not self._compute(images, missing, parts, grid):
             return None
-        self.output_type = self.output_type or next(iter(found.values())).features["type"]
-        return [found[key] for key in keys]
+        self.output_type = self.output_type or next(iter(images.values())).features["type"]
+        return [images[key] for key in keys]
 
     def _keys(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[Hashable]:
         """A fingerprint of each image; of two with one fingerprint the second is told apart by comparison."""
@@ -186,13 +187,14 @@ class _Run:
         for key, row, features in zip(missing, rows, separate, strict=True):
             image = _Image(parts[row].clone(), {**features, "type": type(output)})
             found[key] = image
-            self._kept.put(key, image, _size(image))
+            with suppress(ValueError):  # larger than the whole cache
+                self._kept[key] = image
         return True
 
 
 def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] | None:
     """The tower's output image by image, given each one's patches."""
-    found: list[dict[str, Any]] = [{} for _ in sizes]
+    images: list[dict[str, Any]] = [{} for _ in sizes]
     for name, value in output.items():
         if name not in PATCHES + TOKENS:
             return None
@@ -201,12 +203,12 @@ def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] |
         for tensor in value if several else [value]:
             if not isinstance(tensor, torch.Tensor) or len(tensor) != sum(rows):
                 return None
-            for features, part in zip(found, torch.split(tensor, rows), strict=True):
+            for features, part in zip(images, torch.split(tensor, rows), strict=True):
                 if several:
                     features.setdefault(name, []).append(part.clone())
                 else:
                     features[name] = part.clone()
-    return found
+    return images
 
 
 def _joined(images: Sequence[_Image]) -> dict[str, Any]:

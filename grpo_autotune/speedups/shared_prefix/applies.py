@@ -1,4 +1,4 @@
-"""Which trainers the shared prefix can serve, and the words for those that it cannot."""
+"""Conditions of the shared prefix on a trainer, and the sentence for each that fails."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
+from grpo_autotune.speedups.base import SERVED
 from grpo_autotune.speedups.conditions import active_dropout
-from grpo_autotune.speedups.table import SERVED
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def why_not(trainer: Any) -> str | None:
-    """Why a prompt cannot be shared on this trainer, in one sentence; None where it can."""
+    """The reason why a prompt cannot be shared on this trainer, in one sentence; None where it can."""
     return next((reason for rule in _RULES for reason in [rule(trainer)] if reason is not None), None)
 
 
@@ -23,8 +23,8 @@ def _dropout(trainer: Any) -> str | None:
 
 
 def _kernel(trainer: Any) -> str | None:
-    found = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
-    other = sorted(str(name) for name in found if name not in SERVED)
+    kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
+    other = sorted(str(name) for name in kinds if name not in SERVED)
     if not other:
         return None
     return f"model.attn_implementation {other[0]} is not served (served: {', '.join(SERVED)})"

@@ -95,8 +95,8 @@ def _layer(implementation: str) -> Callable[..., Any]:
             return call_next(module, query, key, value, attention_mask, **kwargs)
         kwargs.pop("position_ids", None)  # flash kernels would look for packed sequences in them
         given = (call_next, module, (query, key, value), layout, kwargs)
-        found = None if layout.form is None else layout.form(*given)
-        return split(*given) if found is None else found, None
+        output = None if layout.form is None else layout.form(*given)
+        return split(*given) if output is None else output, None
 
     return attention
 
@@ -131,12 +131,12 @@ class Split:
                 continue
             query, key, value = (_as_batch(state, span) for state in states)
             key, value = (
-                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), own], dim=2)
-                for state, own in ((states[1], key), (states[2], value))
+                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), completions], dim=2)
+                for state, completions in ((states[1], key), (states[2], value))
             )
             mask = self._mask(layout, prompt, span.width, window)
-            found = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
-            outputs.append((found if span.back is None else found[span.back])[None])
+            output = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
+            outputs.append((output if span.back is None else output[span.back])[None])
         return torch.cat(outputs, dim=1)
 
     def _mask(self, layout: Layout, before: int, width: int, window: int | None) -> torch.Tensor | None:
@@ -151,12 +151,14 @@ class Split:
 
 def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
     """The completions' part of (1, H, T, D) as (rows, H, S, D)."""
-    own = state[0, :, span.prompt_end : span.end] if span.spread is None else state[0].index_select(1, span.spread)
-    return own.view(own.shape[0], span.rows, span.width, -1).transpose(0, 1)
+    states_HTD = (
+        state[0, :, span.prompt_end : span.end] if span.spread is None else state[0].index_select(1, span.spread)
+    )
+    return states_HTD.view(states_HTD.shape[0], span.rows, span.width, -1).transpose(0, 1)
 
 
 def causal_mask(before: int, width: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Who looks at whom among `width` tokens after `before` others: (1, 1, S, before + S), true where they do."""
+    """Causal mask of `width` tokens S after `before` others, (1, 1, S, before + S); true where a token attends."""
     at = torch.arange(before, before + width, device=device)[:, None]
     to = torch.arange(before + width, device=device)
     looks = to <= at

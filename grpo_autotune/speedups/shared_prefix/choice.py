@@ -1,4 +1,4 @@
-"""Which form of attention a pass takes: where there is a choice, it is measured on the batch at hand.
+"""Choice of the form of attention for each pass: where there is one, it is measured on the batch at hand.
 
 The forms of `shared_prefix_attention` and `shared_prefix_flex` compute the same, and everything else of a pass is the
 same for both. So attention alone is timed, forward and, where gradients are wanted, backward: on random states with the
@@ -24,6 +24,9 @@ from grpo_autotune.speedups.shared_prefix.attention import Attention, Split, Sta
 from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled, failures
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 
+FLEX = "flex"
+"""The value of the option `form` that lets FlexAttention be tried."""
+
 ROUNDS = 5
 WARMUP = 2
 """Rounds that are not counted: they compile."""
@@ -38,12 +41,12 @@ ShapeClass = tuple[bool, int, int, int]
 """With gradients; and the binary digits of the tokens, of the longest prompt and of the widest group of completions."""
 
 
-def candidates(device: torch.device) -> list[Flex]:
-    """The forms beside `Split` that may be tried on a device."""
-    return [Flex(compiled())] if device.type == "cuda" else []
+def candidates(device: torch.device, form: str) -> list[Flex]:
+    """The forms beside `Split` that may be tried on a device: FlexAttention where `form` is `flex`, on CUDA."""
+    return [Flex(compiled())] if form == FLEX and device.type == "cuda" else []
 
 
-class Seen(NamedTuple):
+class ObservedAttention(NamedTuple):
     """Attention of one layer, as the self-check met it; `shapes` (1, H, T, D) and `dtypes` of query, key and value."""
 
     attention: Attention
@@ -75,7 +78,7 @@ class Choice:
 
     def __init__(self, form: Flex | None, clock: Clock = time.perf_counter) -> None:
         self._form, self._clock = form, clock
-        self._seen: dict[Any, Seen] = {}  # by sliding window, which is all that tells layers apart
+        self._seen: dict[Any, ObservedAttention] = {}  # by sliding window, which is all that tells layers apart
         self.timed: dict[ShapeClass, Timed] = {}
         self.passes = 0
 
@@ -85,7 +88,9 @@ class Choice:
 
     def _watch(self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]) -> None:
         shapes, dtypes = [state.shape for state in states], [state.dtype for state in states]
-        self._seen.setdefault(kwargs.get("sliding_window"), Seen(attention, module, shapes, dtypes, dict(kwargs)))
+        self._seen.setdefault(
+            kwargs.get("sliding_window"), ObservedAttention(attention, module, shapes, dtypes, dict(kwargs))
+        )
 
     def made(self, layout: Layout) -> Layout:
         """The layout with the form that is faster on it; under the autocast of the pass."""
@@ -108,18 +113,18 @@ class Choice:
         return {"flex_passes": self.passes, "flex_times_faster": best}
 
     def note(self) -> str:
-        """What is known of the form, for the table; empty where there is no choice."""
+        """Remark on the form for the table; empty where there is no choice."""
         if self._form is None:
             return ""
         if self._form.failed is not None:
             return f"{self._form.name} is not used: {self._form.failed}"
         if not self.timed:
             return f"{self._form.name} is timed on the first batch of each size"
-        found = [
+        measured = [
             f"{row.faster:.2f}x in a {'training' if row.shape[0] else 'no-gradient'} pass of {row.tokens} tokens"
             for row in self.timed.values()
         ]
-        return f"{self._form.name} where it is faster ({', '.join(found)})"
+        return f"{self._form.name} where it is faster ({', '.join(measured)})"
 
     def _faster(self, form: Flex, layout: Layout) -> float:
         """Seconds of `Split` over those of the form; 0 where the form fails or computes something else."""
@@ -134,18 +139,18 @@ class Choice:
         taken = {True: 0.0, False: 0.0}
         for seen in self._seen.values():
             states = _states(seen, layout)
-            found: dict[bool, list[torch.Tensor]] = {}
+            results: dict[bool, list[torch.Tensor]] = {}
             for by_form in (True, False) if number % 2 else (False, True):
                 _wait(layout)
                 begin = self._clock()
-                found[by_form] = self._once(form if by_form else None, seen, states, layout)
+                results[by_form] = self._once(form if by_form else None, seen, states, layout)
                 _wait(layout)
                 taken[by_form] += self._clock() - begin
             if not number and form.failed is None:
-                _compare(form, found[True], found[False])
+                _compare(form, results[True], results[False])
         return taken[False] / taken[True]
 
-    def _once(self, form: Flex | None, seen: Seen, states: States, layout: Layout) -> list[torch.Tensor]:
+    def _once(self, form: Flex | None, seen: ObservedAttention, states: States, layout: Layout) -> list[torch.Tensor]:
         given = (seen.attention, seen.module, states, layout, seen.kwargs)
         output = None if form is None else form(*given)
         if output is None:
@@ -155,7 +160,7 @@ class Choice:
         return [output, *torch.autograd.grad(output, states, torch.ones_like(output))]
 
 
-def _states(seen: Seen, layout: Layout) -> States:
+def _states(seen: ObservedAttention, layout: Layout) -> States:
     """Query, key and value such as the model's, for the tokens of this layout."""
     device = layout.source.device
     generator = torch.Generator(device).manual_seed(0)

@@ -67,7 +67,7 @@ class Flex:
         if other:
             raise NotImplementedError(f"layers with {', '.join(other)} are not served")
         query, key, value = states
-        found = self._kernel(
+        output = self._kernel(
             query,
             key,
             value,
@@ -75,11 +75,11 @@ class Flex:
             scale=kwargs.get("scaling"),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return found.transpose(1, 2).contiguous()
+        return output.transpose(1, 2).contiguous()
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """Who looks at whom in the flat sequence, as a `BlockMask`; made once a pass for all layers with this window."""
+    """Attention mask of the flat sequence as a `BlockMask`; made once a pass for all layers with this window."""
     key = ("blocks", window)
     if key not in layout.masks:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -90,13 +90,13 @@ def block_mask(layout: Layout, window: int | None) -> Any:
 
 
 def _looks(layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:
-    """Whether a token looks at another: both of one prompt, not ahead, and not into somebody else's completion."""
+    """Predicate of the mask: a token attends to those of its prompt, not ahead, and not in another completion."""
     prompt_T, owner_T, column_T = layout.prompt, layout.owner, layout.column
 
     def looks(batch: Any, head: Any, at: Any, to: Any) -> torch.Tensor:
         among = (owner_T[to] < 0) | (owner_T[to] == owner_T[at])
-        found: torch.Tensor = (to <= at) & (prompt_T[to] == prompt_T[at]) & among
-        return found if window is None else found & (column_T[at] - column_T[to] < window)
+        allowed: torch.Tensor = (to <= at) & (prompt_T[to] == prompt_T[at]) & among
+        return allowed if window is None else allowed & (column_T[at] - column_T[to] < window)
 
     return looks
 
@@ -109,14 +109,14 @@ def compiled() -> Kernel:
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    found: Kernel = torch.compile(flex_attention, fullgraph=True)
-    return found
+    kernel: Kernel = torch.compile(flex_attention, fullgraph=True)
+    return kernel
 
 
 @functools.cache
 def failures() -> tuple[type[BaseException], ...]:
-    """What compiling or starting a kernel raises where it cannot be had."""
-    found: tuple[type[BaseException], ...] = (
+    """Errors that compiling or starting a kernel raises where it is not available."""
+    errors: tuple[type[BaseException], ...] = (
         *FAILURES,
         AssertionError,
         OSError,
@@ -126,5 +126,5 @@ def failures() -> tuple[type[BaseException], ...]:
     try:
         triton = importlib.import_module("triton.errors")
     except ImportError:
-        return found
-    return (*found, triton.TritonError)
+        return errors
+    return (*errors, triton.TritonError)

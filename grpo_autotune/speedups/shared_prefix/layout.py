@@ -22,7 +22,7 @@ from grpo_autotune.speedups.shared_prefix.media import Media
 
 @dataclass(frozen=True)
 class Span:
-    """Where one prompt and its completions lie in the flat sequence: `start..prompt_end..end`.
+    """Place of one prompt and its completions in the flat sequence: `start..prompt_end..end`.
 
     Attributes:
         rows: Completions.
@@ -73,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is to be scored: ids and mask (B, W); rows of one number in `groups` share a prompt."""
+    """Rows to be scored: ids and mask (B, W); rows of one number in `groups` share a prompt."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor

@@ -19,7 +19,7 @@ _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_
 
 
 class Media:
-    """What `_get_per_token_logps_and_entropies` got beside ids and mask.
+    """Inputs of `_get_per_token_logps_and_entropies` beside ids and mask.
 
     Args:
         given: Its keyword arguments, as TRL names them.
@@ -40,7 +40,7 @@ class Media:
             self.patches = self.images
 
     def why_not(self, completion_width: int) -> str | None:
-        """Why these images cannot be told apart by row; None where they can."""
+        """The reason why these images cannot be told apart by row; None where they can."""
         other = [key for key in _OTHER_LAYOUTS if key in self.given]
         if other:
             return f"images of this kind ({', '.join(other)}) are not served"
@@ -53,25 +53,25 @@ class Media:
         return None
 
     def same(self, row: int, other: int) -> bool:
-        """Whether two rows have the same images, pixel for pixel."""
+        """True if two rows have the same images, pixel for pixel."""
         return all(torch.equal(ours, theirs) for ours, theirs in zip(self._of(row), self._of(other), strict=True))
 
     def of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The image tensors of some rows, in this order, as the model takes them."""
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         if "pixel_values" in self.given:
-            found["pixel_values"] = _rows(self.given["pixel_values"], self.patches, rows)
+            tensors["pixel_values"] = _rows(self.given["pixel_values"], self.patches, rows)
         for key in ("image_grid_thw", "image_sizes"):
             if key in self.given:
-                found[key] = _rows(self.given[key], self.images, rows)
-        return found if any(self.images[row + 1] > self.images[row] for row in rows) else {}
+                tensors[key] = _rows(self.given[key], self.images, rows)
+        return tensors if any(self.images[row + 1] > self.images[row] for row in rows) else {}
 
     def as_given(self, rows: Sequence[int]) -> dict[str, Any]:
-        """What TRL would be given for a batch of these rows alone."""
-        found = self.of(rows)
+        """The inputs that TRL would have for a batch of these rows alone."""
+        tensors = self.of(rows)
         if "num_images" in self.given:
-            found["num_images"] = [self.given["num_images"][row] for row in rows]
-        return found | {key: self.given[key][list(rows)] for key in BY_TOKEN if key in self.given}
+            tensors["num_images"] = [self.given["num_images"][row] for row in rows]
+        return tensors | {key: self.given[key][list(rows)] for key in BY_TOKEN if key in self.given}
 
     def _of(self, row: int) -> list[torch.Tensor]:
         tensors = []

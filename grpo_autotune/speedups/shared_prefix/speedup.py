@@ -2,7 +2,7 @@
 
 TRL scores a batch of G completions of one prompt as G rows of prompt and completion, in the old-policy, reference and
 training passes alike. Here the batch becomes one flat sequence in which a prompt is followed by its completions
-(`shared_prefix_layout`), attention keeps the completions apart (`shared_prefix_attention`), and TRL's own fused head
+(`layout`), attention keeps the completions apart (`attention`), and TRL's own fused head
 turns the hidden states of the scored tokens into log-probs. All of it happens inside one call of the model that TRL
 would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
 """
@@ -19,13 +19,13 @@ from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups, groups_of
+from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
-from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates
+from grpo_autotune.speedups.shared_prefix.choice import FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, layout_of
 from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN
-from grpo_autotune.speedups.shared_prefix.regroup import wrap_shuffle
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -44,45 +44,55 @@ both ways), its completion looks back at itself. A model that passes on one kind
 
 
 class SharedPrefix:
-    """As `speedups.base.SpeedUp`."""
+    """As `speedups.base.SpeedUp`.
+
+    Args:
+        form: Form of attention: `split`, or `flex` for FlexAttention where it is measured to be faster, on CUDA.
+    """
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once a group in log-probs and backward"
 
+    def __init__(self, form: str = "split") -> None:
+        self._form = form
+
     def applies(self, trainer: Any) -> str | None:
-        """See `shared_prefix_fit`."""
+        """See `why_not`."""
         return why_not(trainer)
 
     def install(self, trainer: Any) -> Installed:
         """Layers on the log-prob method, the backbones, the attention function and TRL's shuffle."""
-        return _SharedPrefix(trainer)
+        return _SharedPrefix(trainer, self._form)
 
 
 class _SharedPrefix(Installed):
     """The speed-up on one trainer."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, form: str) -> None:
         super().__init__(SharedPrefix.name)
         self.trainer = trainer
         self.checks: dict[Kind, SelfCheck] = {}
         self.passes = {"shared": 0, "plain": 0}
         self.tokens = {"shared": 0, "plain": 0}
-        self.forms = Choice(next(iter(candidates(trainer.accelerator.device)), None))
+        device = trainer.accelerator.device
+        self.forms = Choice(next(iter(candidates(device, form)), None))
+        self._no_form = f"FlexAttention needs CUDA, and this is {device.type}" if form == FLEX else ""
         groups = groups_of(trainer)
         try:
             self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
-            self.handles += wrap_shuffle(trainer)
+            if depends_on_partition(trainer) is None:
+                self.handles += sort_rows(trainer, "group")
         except BaseException:
             self.remove()
             raise
 
     @property
     def note(self) -> str:
-        """Which form attention takes, where there is a choice."""
-        return self.forms.note()
+        """The form of attention, where there is a choice or one was asked for."""
+        return self.forms.note() or self._no_form
 
     def facts(self) -> dict[str, float]:
         """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is
@@ -150,12 +160,12 @@ class _SharedPrefix(Installed):
         count, width = batch.input_ids.shape
         everything = list(range(count))
         plain = count * width
-        found = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
-        shared = sum(batch.tokens(chunk) for chunk in found)
-        return None if shared > WORTH * plain else found
+        passes = [everything] if batch_size is None else list(chunks(batch, NO_GRAD_CHUNK * batch_size * width))
+        shared = sum(batch.tokens(chunk) for chunk in passes)
+        return None if shared > WORTH * plain else passes
 
     def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
-        """Whether two completions of each kind, of one prompt if there are such, score the same by both paths."""
+        """True if two completions of each kind, of one prompt if there are such, score the same by both paths."""
         return all(
             self._checked_on(rows, self.checks.setdefault(kind, SelfCheck(self)), call_next, model, batch)
             for kind, rows in _samples(batch).items()
@@ -201,8 +211,8 @@ class _SharedPrefix(Installed):
                 fused_lm_head=True,
                 **{ARGUMENT: layout},
             )
-        found = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
-        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in found)
+        scores = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
+        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in scores)
         return logps, entropy
 
 
@@ -229,7 +239,7 @@ def _samples(batch: Batch) -> dict[Kind, list[int]]:
 
 
 def _inputs(base: Any, batch: Batch, layout: Layout) -> dict[str, Any]:
-    """What the model takes for a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
+    """Model inputs of a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
     flat = {
         key: batch.media.given[key].reshape(-1)[layout.source][None] for key in BY_TOKEN if key in batch.media.given
     }
@@ -259,8 +269,8 @@ def _positions(base: Any, batch: Batch, layout: Layout, images: dict[str, Any]) 
             attention_mask=mask,
             mm_token_type_ids=batch.media.given["mm_token_type_ids"][first],
         )
-        found: torch.Tensor = positions[:, layout.prompt, layout.column][:, None]
-        return found
+        flat_positions: torch.Tensor = positions[:, layout.prompt, layout.column][:, None]
+        return flat_positions
     return layout.column[None]
 
 
@@ -268,10 +278,10 @@ def _wrap_backbone(model: Any) -> Handle:
     """Keep of the flat sequence the hidden states of the tokens to be scored, before TRL's head sees them."""
 
     def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        outputs = call_next(*args, **kwargs)
         layout = kwargs.get(ARGUMENT)
         if layout is not None:
-            found.last_hidden_state = found.last_hidden_state[:, layout.scored]
-        return found
+            outputs.last_hidden_state = outputs.last_hidden_state[:, layout.scored]
+        return outputs
 
     return wrap(AttributeSlot(base_of(model).base_model, "forward"), forward, INNER)

@@ -69,15 +69,15 @@ def check_rows(config: RunConfig, rows: int) -> None:
 def _rows(
     data: DataSection, path: str, split: str | None, limit: int | None, progress: Callable[[str], None]
 ) -> datasets.Dataset:
-    own = path == data.path
+    is_train = path == data.path
     progress(f"reading {path}{f' ({split})' if split else ''}")
     rows = read_rows(
         path,
         split,
-        name=data.name if own else None,
-        revision=data.revision if own else None,
-        params=data.params if own else None,
-        where="data.path" if own else "data.eval_path",
+        name=data.name if is_train else None,
+        revision=data.revision if is_train else None,
+        params=data.params if is_train else None,
+        where="data.path" if is_train else "data.eval_path",
     )
     if len(rows) == 0:
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
@@ -130,10 +130,10 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSectio
         return
     values = {}
     for field in _fields(data.prompt_template):
-        there = renamed if field in renamed.column_names else rows
-        if field not in there.column_names:
+        source = renamed if field in renamed.column_names else rows
+        if field not in source.column_names:
             raise _missing(field, rows, "data.prompt_template")
-        values[field] = there[field][:]
+        values[field] = source[field][:]
     for row in range(len(rows)):
         try:
             prompt = data.prompt_template.format(**{field: column[row] for field, column in values.items()})

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,34 +23,29 @@ from PIL import Image, ImageOps
 
 from grpo_autotune.errors import DataError
 from grpo_autotune.files import cache_dir
+from grpo_autotune.seams.stored_images import (
+    BATCH_ROWS,
+    ImageColumn,
+    Stored,
+    image_column,
+    image_columns,
+    image_feature,
+)
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is not a whole image."""
 
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 95
-BATCH_ROWS = 256
 TELL_EVERY = 4 * BATCH_ROWS
-
-Stored = Mapping[str, Any]
-"""An image as `datasets` stores it: `bytes`, or the `path` of a file."""
 
 
 @dataclass(frozen=True)
-class _Column:
-    """One image column: its rows (images not decoded), whether a row holds a list, and how to name a row."""
+class _Column(ImageColumn):
+    """An image column with the folder that relative paths start from, and the data set's name, for messages."""
 
-    name: str
-    rows: datasets.Dataset
-    several: bool
     base: Path
     where: str
-
-    def batches(self) -> Iterator[tuple[int, list[list[Stored | None]]]]:
-        """Number of the first row, and the images of `BATCH_ROWS` rows."""
-        for start in range(0, len(self.rows), BATCH_ROWS):
-            values = self.rows[start : start + BATCH_ROWS][self.name]
-            yield start, [(value or []) if self.several else [value] for value in values]
 
     def content(self, image: Stored) -> bytes:
         """The image file's bytes."""
@@ -59,7 +54,7 @@ class _Column:
         return self.path(image).read_bytes()
 
     def path(self, image: Stored) -> Path:
-        """Where the image's file is; relative paths start from the data file's folder."""
+        """The path of an image's file."""
         if image["path"] is None:
             raise ValueError("neither a path nor bytes")
         return self.base / str(image["path"])
@@ -71,7 +66,7 @@ def prepare_images(
     """Make the columns `image` and `images` readable, no side of an image longer than asked.
 
     Args:
-        rows: Rows whose images are paths, bytes, or `datasets` images; a null image stays null.
+        rows: Rows whose images are paths, bytes, or `datasets` images; an image that is None stays None.
         image_size: Longest side in pixels; larger images are shrunk, aspect kept, none is enlarged. None leaves all.
         base: Folder that relative paths start from.
         where: The data set's name, for messages.
@@ -80,45 +75,43 @@ def prepare_images(
     Raises:
         DataError: For the first image that cannot be read, naming its row (counted from 0).
     """
-    if image_size is not None and not {"image", "images"}.intersection(rows.column_names):
+    names = image_columns(rows.column_names)
+    if image_size is not None and not names:
         progress(f"data.image_size is {image_size}, and {where} has no images")
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name in ("image", "images"):
-            if name in rows.column_names:
-                column = _column(rows, name, base, where)
-                larger, moved = _check(column, image_size, pool, progress)
-                if larger and image_size is not None:
-                    progress(f"resizing the images of {where} to {image_size} px")
-                    rows = _replace(rows, column, _shrink_all(column, image_size, pool, progress))
-                elif moved:
-                    rows = _replace(rows, column, _absolute(column))
-                else:
-                    rows = rows.cast_column(name, _feature(column.several, decode=True))
+        for name in names:
+            column = _column(rows, name, base, where)
+            larger, moved = _check(column, image_size, pool, progress)
+            if larger and image_size is not None:
+                progress(f"resizing the images of {where} to {image_size} px")
+                rows = _replace(rows, column, _shrink_all(column, image_size, pool, progress))
+            elif moved:
+                rows = _replace(rows, column, _absolute(column))
+            else:
+                rows = rows.cast_column(name, image_feature(column.several, decode=True))
     return rows
 
 
 def _column(rows: datasets.Dataset, name: str, base: Path, where: str) -> _Column:
-    several = isinstance(rows.features[name], (datasets.List, datasets.LargeList))
     try:
-        undecoded = rows.select_columns([name]).cast_column(name, _feature(several, decode=False))
+        plain = image_column(rows, name)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(
             f"the column {name} holds {rows.features[name]}, not images",
             where=where,
             fix="Map another in data.columns.",
         ) from error
-    return _Column(name, undecoded, several, base, where)
-
-
-def _feature(several: bool, *, decode: bool) -> Any:
-    image = datasets.Image(decode=decode)
-    return datasets.List(image) if several else image
+    return _Column(name, plain.rows, plain.several, base, where)
 
 
 def _check(
     column: _Column, image_size: int | None, pool: Executor, progress: Callable[[str], None]
 ) -> tuple[bool, bool]:
-    """Whether some image is larger than asked, and whether some path is relative; `DataError` for a broken image."""
+    """Read every image; answer if one is larger than asked, and if a path is relative.
+
+    Raises:
+        DataError: For a broken image.
+    """
 
     def check(numbered: tuple[int, Stored]) -> tuple[bool, bool]:
         row, image = numbered
@@ -227,7 +220,7 @@ def _absolute(column: _Column) -> Iterator[list[Stored | None]]:
 def _replace(rows: datasets.Dataset, column: _Column, images: Iterator[list[Stored | None]]) -> datasets.Dataset:
     values: list[Any] = list(images) if column.several else [row[0] for row in images]
     return rows.remove_columns(column.name).add_column(
-        column.name, values, feature=_feature(column.several, decode=True)
+        column.name, values, feature=image_feature(column.several, decode=True)
     )
 
 

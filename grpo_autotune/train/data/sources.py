@@ -46,7 +46,7 @@ def read_rows(
     if path in names("dataset") or is_reference(path):
         for key, value in (("name", name), ("revision", revision)):
             if value is not None:
-                raise ConfigError("this is for a data set on the hub", where=f"data.{key}", fix="Remove it.")
+                raise _hub_only(key, f"{path} is a registered function")
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
             raise ConfigError(f"{path} returned {type(rows).__name__}, not a datasets.Dataset", where=where)
@@ -55,8 +55,7 @@ def read_rows(
         raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
     local = place.is_file() or (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file()
     if (revision is not None and (local or place.is_dir())) or (name is not None and local):
-        key = "revision" if revision is not None else "name"
-        raise ConfigError("this is for a data set on the hub", where=f"data.{key}", fix=f"Remove it: {path} is here.")
+        raise _hub_only("revision" if revision is not None else "name", f"{path} is on this machine")
     if place.is_file():
         builder = FILE_BUILDERS.get(place.suffix.lower())
         if builder is None:
@@ -74,6 +73,12 @@ def read_rows(
     if hint := nearest_hint(path, names("dataset")):
         raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
     return _load(path, split or "test", where, path, name=name, revision=revision)
+
+
+def _hub_only(key: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"only a data set on the hub has a {key}, and {reason}", where=f"data.{key}", fix=f"Remove data.{key}."
+    )
 
 
 def _read_folder(folder: Path, split: str | None, where: str, name: str | None) -> datasets.Dataset:

@@ -21,6 +21,7 @@ from trl.trainer.utils import create_model_from_path
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.registry import is_reference, names, resolve
+from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.train.models.random_init import random_model_path
 
 VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
@@ -28,7 +29,7 @@ VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "im
 
 
 def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
-    """Where the weights come from: a folder, or the name of a hub repository.
+    """The source of the weights: a folder, or the name of a hub repository.
 
     Raises:
         ConfigError: `model.name_or_path` is a path, and nothing is there.
@@ -100,10 +101,10 @@ def check_images(processor: Any, columns: Sequence[str]) -> None:
     Raises:
         ConfigError: The data has an image column, and the processor has nothing for images.
     """
-    column = next((name for name in ("image", "images") if name in columns), None)
-    if column is not None and not hasattr(processor, "image_processor"):
+    images = image_columns(columns)
+    if images and not hasattr(processor, "image_processor"):
         raise ConfigError(
-            f"the data has the column {column}, and this model takes no images",
+            f"the data has the column {images[0]}, and this model takes no images",
             where="model",
             fix="Take a vision-language model, or data without images.",
         )

@@ -189,7 +189,7 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 
 def build_processor(config: Mapping[str, Any], tokenizer: Any, *, min_pixels: int | None = None) -> Any:
-    """What turns this model's text and images into tensors: the processor of a vision model, else the tokenizer itself.
+    """The processor of a vision model, else the tokenizer itself: both turn the model's input into tensors.
 
     Args:
         config: The model's config.json.

@@ -1,4 +1,4 @@
-"""Where the answer stands in a text, and what it says: a number, a letter, a box.
+"""Reading an answer out of a text: a number, a letter, a box.
 
 The same reading serves a completion and the reference in the data, so that both may carry the marks people use:
 `<answer>72</answer>`, `\\boxed{72}`, or `#### 72` (GSM8K, Cobbe et al. 2021, arXiv:2110.14168). Of several only the
@@ -38,7 +38,7 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def final_answer(text: str) -> str:
-    """The text of a completion as TRL gives it to rewards: plain text, or that of the assistant's last message."""
+    """The answer in a text: the last one between tags or in a box, or what follows the last `####`; else all of it."""
     tagged = ANSWER_TAG.findall(text)
     if tagged:
         text = str(tagged[-1])
@@ -58,8 +58,8 @@ def read_number(answer: object) -> float | None:
     """
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         return float(answer)
-    found = list(NUMBER.finditer(_plain(final_answer(str(answer)))))
-    return _value(found[-1]) if found else None
+    numbers = list(NUMBER.finditer(_plain(final_answer(str(answer)))))
+    return _value(numbers[-1]) if numbers else None
 
 
 def read_letter(answer: object, letters: str = "ABCDE") -> str | None:
@@ -95,10 +95,10 @@ def read_box(answer: object) -> tuple[float, float, float, float] | None:
         if len(answer) != 4 or not all(isinstance(side, (int, float)) for side in answer):
             return None
         return float(answer[0]), float(answer[1]), float(answer[2]), float(answer[3])
-    found = BOX.findall(final_answer(str(answer)))
-    if not found:
+    boxes = BOX.findall(final_answer(str(answer)))
+    if not boxes:
         return None
-    left, top, right, bottom = (float(side) for side in found[-1])
+    left, top, right, bottom = (float(side) for side in boxes[-1])
     return left, top, right, bottom
 
 

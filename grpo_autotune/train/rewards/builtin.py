@@ -1,4 +1,4 @@
-"""The built-in rewards, and the door through which every reward comes.
+"""The built-in rewards.
 
 A reward has TRL's signature: keywords `prompts`, `completions`, `completion_ids` and one list for each column of the
 data, all of the batch's length B; it returns B numbers, None where it does not apply to a row. Settings are
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.registry import resolve
 from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL, check_params, guard
+from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL
 
 ANSWER_LAST = r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*"
 """One answer between tags, not empty, at the end of the text."""
 
 Completion = str | Sequence[Mapping[str, Any]]
+Box = tuple[float, float, float, float]
+Read = TypeVar("Read")
 
 
 def exact_match(
@@ -31,7 +32,7 @@ def exact_match(
     Args:
         completions: B completions.
         column: Column that holds the reference.
-        ignore_case: Whether `Paris` is `paris`.
+        ignore_case: Take `Paris` for `paris`.
         columns: The data's columns, B values each.
 
     Raises:
@@ -44,7 +45,7 @@ def exact_match(
 
     return [
         None if reference is None else float(tidy(completion_text(completion)) == tidy(str(reference)))
-        for completion, reference in zip(completions, _column(columns, column), strict=True)
+        for completion, reference in zip(completions, column_of(columns, column), strict=True)
     ]
 
 
@@ -64,13 +65,10 @@ def numeric_match(
         ConfigError: If the data has no such column.
     """
 
-    def judge(completion: Completion, reference: object) -> float | None:
-        wanted, given = read_number(reference), read_number(completion_text(completion))
-        if wanted is None:
-            return None
+    def score(wanted: float, given: float | None) -> float:
         return float(given is not None and abs(given - wanted) <= relative_tolerance * max(abs(wanted), 1e-12))
 
-    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+    return _scored(completions, column_of(columns, column), read_number, score)
 
 
 def regex(*, completions: Sequence[Completion], pattern: str, **columns: Any) -> list[float | None]:
@@ -99,12 +97,8 @@ def choice_letter(
     Raises:
         ConfigError: If the data has no such column.
     """
-
-    def judge(completion: Completion, reference: object) -> float | None:
-        wanted = read_letter(reference, letters)
-        return None if wanted is None else float(read_letter(completion_text(completion), letters) == wanted)
-
-    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+    read = partial(read_letter, letters=letters)
+    return _scored(completions, column_of(columns, column), read, lambda wanted, given: float(given == wanted))
 
 
 def box_iou(
@@ -122,14 +116,11 @@ def box_iou(
         ConfigError: If the data has no such column.
     """
 
-    def judge(completion: Completion, reference: object) -> float | None:
-        wanted, given = read_box(reference), read_box(completion_text(completion))
-        if wanted is None:
-            return None
+    def score(wanted: Box, given: Box | None) -> float:
         overlap = 0.0 if given is None else _overlap(wanted, given)
         return overlap if threshold is None else float(overlap >= threshold)
 
-    return [judge(c, reference) for c, reference in zip(completions, _column(columns, column), strict=True)]
+    return _scored(completions, column_of(columns, column), read_box, score)
 
 
 def length(
@@ -148,35 +139,34 @@ def length(
     return [min(1.0, max(0.0, (max_tokens - len(ids)) / slack)) for ids in completion_ids]
 
 
-def build_rewards(config: RunConfig) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
-    """The reward functions of a configuration, guarded (see `reward_guard`), their weights and their names.
+def _scored(
+    completions: Sequence[Completion],
+    references: Sequence[object],
+    read: Callable[[object], Read | None],
+    score: Callable[[Read, Read | None], float],
+) -> list[float | None]:
+    """The score of what is read from each completion against its reference; None where nothing is read from that."""
+    pairs = (
+        (read(reference), read(completion_text(completion)))
+        for completion, reference in zip(completions, references, strict=True)
+    )
+    return [None if wanted is None else score(wanted, given) for wanted, given in pairs]
 
-    A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`.
+
+def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """A column of the data, B values.
 
     Raises:
-        ConfigError: If a name is unknown, or a parameter is none of the function's.
+        ConfigError: The data has none of this name.
     """
-    functions: list[Callable[..., Any]] = []
-    names: list[str] = []
-    for place, item in enumerate(config.rewards):
-        function = resolve("reward", item.name)
-        check_params(function, item.params, f"rewards[{place}].params")
-        base = item.name.rpartition(":")[2].rpartition(".")[2]
-        again = sum(name == base or re.fullmatch(rf"{re.escape(base)}_\d+", name) is not None for name in names)
-        names.append(f"{base}_{again + 1}" if again else base)
-        functions.append(guard(function, names[-1], item.params, alone=len(config.rewards) == 1))
-    return functions, [item.weight for item in config.rewards], names
-
-
-def _column(columns: Mapping[str, Any], name: str) -> Sequence[object]:
     if name not in columns:
-        there = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
+        others = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
         raise ConfigError(
             f"the data has no column {name}, which a reward reads",
             where="rewards[].params.column",
-            fix=f"Columns: {there}. Name one there, or map one in data.columns.",
+            fix=f"Columns: {others}. Name one there, or map one in data.columns.",
         )
-    values: Sequence[object] = columns[name]
+    values: Sequence[Any] = columns[name]
     return values
 
 
@@ -187,7 +177,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"{pattern!r} is not a pattern: {error}", where="rewards[].params.pattern") from error
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+def _overlap(a: Box, b: Box) -> float:
     """Intersection over union; a box without area overlaps nothing."""
     areas = [(box[2] - box[0]) * (box[3] - box[1]) if box[2] > box[0] and box[3] > box[1] else 0.0 for box in (a, b)]
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])

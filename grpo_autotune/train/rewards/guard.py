@@ -5,14 +5,15 @@ Without it a reward of the wrong length or of nothing but None shows up as a sha
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from grpo_autotune.errors import AutotuneError, ConfigError, RewardError, nearest_hint
+from grpo_autotune.seams.layers import Layer, is_async, wrap
+from grpo_autotune.seams.table import reward_slots
 
 PATIENCE = 10
 """Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
@@ -26,38 +27,80 @@ GIVEN_BY_TRL = frozenset(
 
 
 def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
-    """Wrap a reward function: params bound, name kept, its result judged.
+    """Wrap a reward function: params bound, name kept, its result checked.
 
     Args:
         function: Sync or async, of TRL's reward signature; the wrapper is of the same kind.
         name: What logs call it.
         params: Keywords that win over columns of the same name.
-        alone: Whether it is the only reward, so that a batch of nothing but None cannot be learned from.
+        alone: True if it is the only reward, so that a batch of nothing but None cannot be learned from.
 
     Returns:
         A function whose calls raise `RewardError` if it raises, returns the wrong number of values, values that are not
         numbers, or only None.
     """
-    judge = _Judge(name, patience=1 if alone else PATIENCE)
-    if _is_async(function):
+    check = _ResultCheck(name, patience=1 if alone else PATIENCE)
+    if is_async(function):
 
         async def guarded_async(**batch: Any) -> list[float | None]:
-            with _Blame(name, batch):
+            with blame(name, batch):
                 values = await function(**{**batch, **params})
-            return judge(values, batch)
+            return check(values, batch)
 
         return _named(guarded_async, name, function)
 
     def guarded(**batch: Any) -> list[float | None]:
-        with _Blame(name, batch):
+        with blame(name, batch):
             values = function(**{**batch, **params})
-        return judge(values, batch)
+        return check(values, batch)
 
     return _named(guarded, name, function)
 
 
+@contextmanager
+def blame(name: str, batch: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Turn what a reward function raises inside the block into a `RewardError` that names it; our own errors pass.
+
+    Args:
+        name: Name of the reward function.
+        batch: The function's arguments, whose first row the message shows; None shows none.
+    """
+    try:
+        yield
+    except AutotuneError:
+        raise
+    except Exception as error:
+        fix = None if batch is None else _first_sample(batch)
+        raise RewardError(f"raised {type(error).__name__}: {error}", where=f"reward {name}", fix=fix) from error
+
+
+def blame_rewards(trainer: Any) -> None:
+    """Let each reward function of a `trl.GRPOTrainer` that was built elsewhere raise errors that name it."""
+    for name, awaited, slot in reward_slots(trainer):
+        wrap(slot, blaming_layer(name, awaited=awaited))
+
+
+def blaming_layer(name: str, *, awaited: bool) -> Layer:
+    """The layer that `blame_rewards` puts on a reward function.
+
+    Args:
+        name: Name of the reward function.
+        awaited: True for an async function.
+    """
+
+    async def call_async(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with blame(name):
+            return await call_next(*args, **kwargs)
+
+    def call(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with blame(name):
+            return call_next(*args, **kwargs)
+
+    return call_async if awaited else call
+
+
 def check_params(function: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
-    """Judge that every parameter is named in the signature: `**kwargs` is for columns, and would hide a slip.
+    """Check that every parameter is named in the signature: `**kwargs` is for columns, and would hide a misspelt name.
 
     Raises:
         ConfigError: For the first that is not; with the nearest that is.
@@ -74,8 +117,8 @@ def check_params(function: Callable[..., Any], params: Mapping[str, Any], where:
             raise ConfigError("the function has no such parameter", where=f"{where}.{name}", fix=hint)
 
 
-class _Judge:
-    """Judges what one reward function returns, over its life."""
+class _ResultCheck:
+    """Checks the results of one reward function, over its life."""
 
     def __init__(self, name: str, patience: int) -> None:
         self.name, self.patience = name, patience
@@ -87,9 +130,9 @@ class _Judge:
         rewards, expected = list(values), len(batch["completions"])
         if len(rewards) != expected:
             raise self._error(f"returned {len(rewards)} values for {expected} completions", batch)
-        strange = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
-        if strange is not None:
-            raise self._error(f"returned {strange!r}, which is not a number", batch)
+        no_number = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
+        if no_number is not None:
+            raise self._error(f"returned {no_number!r}, which is not a number", batch)
         numbers = [float(value) for value in rewards if value is not None]
         if any(math.isinf(number) for number in numbers):
             raise self._error("returned an infinite reward", batch)
@@ -105,24 +148,6 @@ class _Judge:
         return RewardError(what, where=f"reward {self.name}", fix=_first_sample(batch))
 
 
-class _Blame:
-    """Turns whatever somebody's reward function raises into a `RewardError` that names it; our own errors pass."""
-
-    def __init__(self, name: str, batch: Mapping[str, Any]) -> None:
-        self.name, self.batch = name, batch
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, AutotuneError):
-            raise RewardError(
-                f"raised {type(error).__name__}: {error}", where=f"reward {self.name}", fix=_first_sample(self.batch)
-            ) from error
-
-
 def _first_sample(batch: Mapping[str, Any]) -> str:
     """Prompt, completion and columns of the first row, each cut short; images and settings left out."""
     shown = []
@@ -131,13 +156,6 @@ def _first_sample(batch: Mapping[str, Any]) -> str:
             text = " ".join(str(values[0]).split())
             shown.append(f"{key.removesuffix('s')} {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
     return f"First sample: {'; '.join(shown)}."
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, as TRL judges it: a partial by its function, an instance by `__call__`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _named(guarded: Callable[..., Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a JSON line for each log event, and one line on the terminal."""
+"""The log and the progress of a run: a JSON line for each log event, and one line on the terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PLAIN_INTERVAL_S = 10.0
 """Seconds between two lines where standard error is no terminal."""
 
 RECENT_STEPS = 20
-"""Steps that the shown seconds a step are a mean of."""
+"""Steps that the shown seconds per step are a mean of."""
 
 
 class TrainLog(TrainerCallback):  # type: ignore[misc]
-    """Appends one JSON line a log event: `kind` train or eval, `step`, `time` (Unix seconds), `step_s`, TRL's metrics.
+    """Appends a JSON line per log event: `kind` train or eval, `step`, `time` (Unix seconds), `step_s`, TRL's metrics.
 
     Args:
         path: The file; lines already there stay.
@@ -51,14 +51,14 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         line: dict[str, Any] = {"kind": kind, "step": state.global_step, "time": round(self._clock(), 3)}
         if kind == "train":
-            line["step_s"] = self._seconds_a_step(state.global_step)
+            line["step_s"] = self._seconds_per_step(state.global_step)
         line.update({name: _json_number(value) for name, value in logs.items()})
         self.last[kind] = line
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _seconds_a_step(self, step: int) -> float | None:
+    def _seconds_per_step(self, step: int) -> float | None:
         """Mean wall seconds since the last train event, whatever they were spent on."""
         now, steps = self._clock(), step - self._since_step
         seconds = round((now - self._since_s) / steps, 4) if steps else None
@@ -67,7 +67,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
-    """Step, reward, KL, seconds a step and time left: a live line on a terminal, else a plain one now and then.
+    """Step, reward, KL, seconds per step and time left: a live line on a terminal, else a plain one now and then.
 
     Args:
         metrics: TRL's metrics since the last log event (`trainer._metrics["train"]`), read after each step.

@@ -41,8 +41,8 @@ class Checkpoint:
 
 def survey(folder: Path) -> list[Checkpoint]:
     """All checkpoints in a folder, newest first, each judged."""
-    found = [(int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))]
-    return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(found, reverse=True)]
+    saved = [(int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))]
+    return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(saved, reverse=True)]
 
 
 def seal(folder: Path, world_size: int) -> None:
@@ -64,7 +64,7 @@ def set_aside(checkpoint: Checkpoint) -> Path:
 
 
 def find_flaw(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
+    """The reason why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
     marker = _read_json(folder / MARKER)
     return _sealed_flaw(folder, marker) if marker else _plain_flaw(folder)
 
@@ -107,7 +107,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _opens(path: Path) -> bool:
-    """Whether a file is complete: safetensors checks its length against its header, a zip's directory is at its end."""
+    """True if a file is complete: safetensors checks its length against its header, a zip's directory is at its end."""
     if path.suffix != ".safetensors":
         return zipfile.is_zipfile(path)
     try:

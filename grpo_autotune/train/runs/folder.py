@@ -41,7 +41,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a whole checkpoint, or (null) at step 0; `torn` are the newer ones that cannot be used."""
+    """The start of a run: at a whole checkpoint, or (None) at step 0; `torn` are the newer ones that cannot be used."""
 
     checkpoint: Checkpoint | None
     torn: tuple[Checkpoint, ...]
@@ -60,31 +60,31 @@ def find_start(folder: RunFolder, resume: bool) -> Start:
     """
     if folder.path.exists() and not folder.path.is_dir():
         raise ConfigError("this is a file, not a folder", where=str(folder.path), fix="Give another folder with --out.")
-    found = survey(folder.checkpoints)
+    saved = survey(folder.checkpoints)
     if not resume:
-        if found or folder.model.exists():
-            what = f"checkpoints up to step {found[0].step}" if found else "a trained model"
+        if saved or folder.model.exists():
+            what = f"checkpoints up to step {saved[0].step}" if saved else "a trained model"
             raise ConfigError(
                 f"this folder holds {what} already, which a new run would overwrite",
                 where=str(folder.path),
                 fix="Go on with --resume, or give another folder with --out",
             )
         return Start(None, ())
-    weights_only = next((checkpoint for checkpoint in found if checkpoint.flaw == WEIGHTS_ONLY), None)
-    if weights_only is not None and all(checkpoint.flaw is not None for checkpoint in found):
+    weights_only = next((checkpoint for checkpoint in saved if checkpoint.flaw == WEIGHTS_ONLY), None)
+    if weights_only is not None and all(checkpoint.flaw is not None for checkpoint in saved):
         raise ConfigError(
             f"{weights_only.path.name}: {WEIGHTS_ONLY}, so training cannot go on from it",
             where=str(folder.path),
             fix="Start a new run in another folder with --out; its model.name_or_path may be that checkpoint.",
         )
-    if not found and folder.model.exists():
+    if not saved and folder.model.exists():
         raise ConfigError(
             "this folder holds a trained model and no checkpoint to go on from; training again would overwrite it",
             where=str(folder.path),
             fix="Give another folder with --out.",
         )
-    whole = next((index for index, checkpoint in enumerate(found) if checkpoint.flaw is None), len(found))
-    return Start(found[whole] if whole < len(found) else None, tuple(found[:whole]))
+    whole = next((index for index, checkpoint in enumerate(saved) if checkpoint.flaw is None), len(saved))
+    return Start(saved[whole] if whole < len(saved) else None, tuple(saved[:whole]))
 
 
 def enter(folder: RunFolder, config: RunConfig, start: Start, say: Callable[[str], None]) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-import datasets
-from transformers.utils import logging as transformers_logging
-
 WARNINGS = (
     r"`\w*gradient_checkpointing\w*` is deprecated and will be removed in v6",  # TRL 1.16 uses transformers' old names
     r"You have passed exclude_modules=.* but no modules were excluded",  # the frozen tower was no target anyhow
@@ -15,20 +12,30 @@ WARNINGS = (
 """Patterns at the start of a warning's text."""
 
 LOG_LINES = {
+    # `import peft` imports bitsandbytes wherever it is installed; only a model in 4 bits on a CPU would use this kernel
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
     "trl.trainer.grpo_trainer": "You passed `model_init_kwargs` to the `GRPOConfig`, but your model is already",
 }
 """Logger -> start of the line that is dropped there."""
 
 
-def quieten(*, bars: bool) -> None:
-    """Drop the known lines in this process; without `bars` also the progress bars of loading, mapping and saving."""
-    for pattern in WARNINGS:
-        warnings.filterwarnings("ignore", message=pattern)
+def drop_log_lines() -> None:
+    """Drop the known lines of loggers in this process; before PEFT is imported, which writes one of them."""
     for name, start in LOG_LINES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Drop) for known in logger.filters):
             logger.addFilter(_Drop(start))
+
+
+def quieten(*, bars: bool) -> None:
+    """Drop the known lines in this process; without `bars` also the progress bars of loading, mapping and saving."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    for pattern in WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    drop_log_lines()
     if not bars:
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()

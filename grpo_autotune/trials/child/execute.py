@@ -15,41 +15,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import say
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.rollout.colocate.unlock import engine_of
+from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.server.process import address_keys, leave_gpus
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.seams.trainer_access import SPEED_UPS
-from grpo_autotune.trials.child.failures import failure_of, log_of
 from grpo_autotune.trials.child.memory import MemoryMeter, available_bytes, clear_finished_frames, most_bytes, release
 from grpo_autotune.trials.child.script import run_script
-from grpo_autotune.trials.child.warm_state import KeptData, KeptEngine
-from grpo_autotune.trials.heartbeat import Pulse
+from grpo_autotune.trials.child.warm_state import DataCache, EngineCache
+from grpo_autotune.trials.endings import ending_of_error
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 if TYPE_CHECKING:
-    from grpo_autotune.trials.child.measure import Measured
+    from grpo_autotune.trials.child.measure import Measurement
 
 DEFAULT_SEED = 42
 """Of transformers' `TrainingArguments.seed`."""
 
 
-class Server:
-    """Serves trials in this process, one after another.
+class TrialExecutor:
+    """Runs trials in this process, one after another.
 
     Attributes:
-        reusable: Whether nothing of the trials so far is in the way of another.
+        reusable: True while nothing of the trials so far is in the way of another.
     """
 
     def __init__(self) -> None:
         self.reusable = True
-        self._data = KeptData()
-        self._engine: KeptEngine | None = None
+        self._data = DataCache()
+        self._engine: EngineCache | None = None
         self._idle_bytes: int | None = None
         self._gpus_left = False
         self._model: Callable[[], Any] = lambda: None
 
-    def serve(self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse) -> TrialOutcome:
+    def execute(self, spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter) -> TrialOutcome:
         """Run the trial; whatever it raises becomes its outcome, and a traceback in the log.
 
         Raises:
@@ -58,17 +59,17 @@ class Server:
         meter = MemoryMeter()
         try:
             if spec.script is None:
-                measured = self._run_config(spec, folder, startup, pulse, meter)
+                measured = self._run_config(spec, folder, startup, heartbeat, meter)
             else:
-                measured = run_script(spec, folder, startup, pulse, meter.restart)
+                measured = run_script(spec, folder, startup, heartbeat, meter.restart)
         except Exception as error:  # noqa: BLE001 - the one boundary: a failed trial is data
             self.reusable = False
-            failure, most = failure_of(error, available_bytes), most_bytes()
+            ending, most = ending_of_error(error, available_bytes), most_bytes()
             _forget_frames(error)  # they hold the trainer
             release()
             with contextlib.suppress(OSError):  # a full disk, which may be what went wrong
-                sys.stderr.write(log_of(error))
-            return self._outcome(spec, meter.peak_bytes(), meter, {"most_bytes": most, **failure._asdict()})
+                sys.stderr.write("".join(traceback.format_exception(error)))
+            return self._outcome(spec, meter.peak_bytes(), meter, {"most_bytes": most, **ending._asdict()})
         peak_bytes, most = meter.peak_bytes(), most_bytes()
         release()
         if self._model() is not None:
@@ -77,15 +78,15 @@ class Server:
         self.reusable = spec.script is None and self._model() is None
         return self._outcome(spec, peak_bytes, meter, {"status": "ok", "most_bytes": most, **measured._asdict()})
 
-    def _outcome(self, spec: TrialSpec, peak_bytes: int, meter: MemoryMeter, found: dict[str, Any]) -> TrialOutcome:
+    def _outcome(self, spec: TrialSpec, peak_bytes: int, meter: MemoryMeter, facts: dict[str, Any]) -> TrialOutcome:
         """Idle is what this process held before its first model: what libraries and an engine keep counts as needed."""
         if self._idle_bytes is None:
             self._idle_bytes = meter.idle_bytes
-        return TrialOutcome(number=spec.number, peak_bytes=peak_bytes, idle_bytes=self._idle_bytes, **found)
+        return TrialOutcome(number=spec.number, peak_bytes=peak_bytes, idle_bytes=self._idle_bytes, **facts)
 
     def _run_config(
-        self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, meter: MemoryMeter
-    ) -> Measured:
+        self, spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, meter: MemoryMeter
+    ) -> Measurement:
         config = RunConfig.from_dict(spec.config)
         if not self._gpus_left:
             leave_gpus(config)
@@ -102,35 +103,31 @@ class Server:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if self._engine is None:
-            self._engine = KeptEngine()
+            self._engine = EngineCache()
         self._engine.forget_ranks()
         meter.restart()
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
-        found = None if spec.server_port is None else address_keys(spec.server_port)
-        trainer = quiet_trainer(config, startup, _say, self._data.load, found)
+        address = None if spec.server_port is None else address_keys(spec.server_port)
+        trainer = quiet_trainer(config, startup, say, self._data.load, address)
         self._model = weakref.ref(trainer.model)
         try:
-            return measure(trainer, spec, folder, startup, pulse, trainer.train)
+            return measure(trainer, spec, folder, startup, heartbeat, trainer.train)
         finally:
             if (speed_ups := getattr(trainer, SPEED_UPS, None)) is not None:
                 speed_ups.remove()  # their layers on TRL's functions hold the trainer
-            _let_go(trainer)
+            _detach_engine(trainer)
 
 
-def _let_go(trainer: Any) -> None:
+def _detach_engine(trainer: Any) -> None:
     """Take off the engine, which this process keeps, all that holds the trainer."""
-    generation = getattr(trainer, "vllm_generation", None)
-    unlocked = None if generation is None else engine_of(generation)
-    if unlocked is not None:
-        unlocked.take_off()
-        unlocked.parts.clear()
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    engine = engine_of(getattr(trainer, "vllm_generation", None))
+    if engine is not None:
+        engine.take_off()
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    while error is not None:
+    cleared: set[int] = set()
+    while error is not None and id(error) not in cleared:
+        cleared.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -40,10 +40,10 @@ class FixedLengths:
         lengths: Lengths in tokens, the end-of-sequence token included; at `max_completion_length` or above it a
             completion is cut there and has none.
         seed: Of the draw.
-        seen: Lengths of the first prompts' completions, a list a prompt, in place of drawn ones.
+        seen: Lengths of the first prompts' completions, one list per prompt, in place of drawn ones.
 
     Attributes:
-        notes: Why lengths are free, where they cannot be fixed.
+        notes: The reason that lengths are free, where they cannot be fixed.
     """
 
     def __init__(self, trainer: Any, lengths: Sequence[int], seed: int, seen: Sequence[Sequence[int]] = ()) -> None:
@@ -76,7 +76,7 @@ class FixedLengths:
             self._handles.append(wrap(slot, layer))
 
     def _turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """One generation of this rank's rows; those of evaluation are none of ours."""
+        """One generation of this rank's rows; those of evaluation are left as they are."""
         if not self._trainer.model.training:
             return call_next(prompt_ids, *args, **kwargs)
         accelerator, rows = self._trainer.accelerator, len(prompt_ids)
@@ -116,7 +116,7 @@ class FixedLengths:
 
 
 def why_free(trainer: Any) -> str | None:
-    """Why this trainer's lengths cannot be fixed row by row; None where they can."""
+    """Reason that this trainer's lengths cannot be fixed row by row; None where they can."""
     if getattr(trainer, "rollout_func", None) is not None:
         return "a rollout function generates them"
     if getattr(trainer, "tools", None):

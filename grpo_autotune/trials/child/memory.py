@@ -73,10 +73,10 @@ def clear_finished_frames() -> None:
 
     A vLLM engine's start leaves such exceptions, and with them TRL's trainer.
     """
-    for found in gc.get_objects():
-        if isinstance(found, FrameType) and not found.f_code.co_flags & _SUSPENDS:
+    for frame in gc.get_objects():
+        if isinstance(frame, FrameType) and not frame.f_code.co_flags & _SUSPENDS:
             with contextlib.suppress(RuntimeError):  # it still runs
-                found.clear()
+                frame.clear()
 
 
 def available_bytes() -> int | None:
@@ -101,7 +101,7 @@ def most_bytes() -> int | None:
 
 
 def _on_cuda() -> bool:
-    """Whether torch is here and has a GPU; a script may import torch later, once it has chosen one."""
+    """Return whether torch was imported and has a GPU; a script may import it later, once it has chosen one."""
     return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
 
 
@@ -110,5 +110,5 @@ def _of_status(field: str) -> int | None:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         return None
-    found = next((line for line in lines if line.startswith(f"{field}:")), None)
-    return int(found.split()[1]) * 1024 if found else None
+    row = next((line for line in lines if line.startswith(f"{field}:")), None)
+    return int(row.split()[1]) * 1024 if row else None

@@ -1,6 +1,6 @@
-"""Rewards without training: the trainer's own path samples and judges the data's first prompts, and nothing is learned.
+"""Rewards without training: the trainer's own path generates for the data's first prompts and computes their rewards.
 
-What that path computes beside it, log-probabilities for a loss that nobody takes, is left out.
+The log-probabilities that this path computes for the loss are left out.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from accelerate.utils import gather_object
 from grpo_autotune.records.trial import PromptReward
 from grpo_autotune.seams.layers import INNER, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
-from grpo_autotune.trials.heartbeat import Pulse
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
-def measure_rewards(trainer: Any, batches: int, pulse: Pulse) -> tuple[list[float], list[PromptReward]]:
-    """Sample and judge `batches` generation batches.
+def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> tuple[list[float], list[PromptReward]]:
+    """Generate `batches` generation batches and compute their rewards.
 
     Args:
         trainer: A `trl.GRPOTrainer` over an indexable data set.
         batches: Generation batches; fewer where the data set ends before.
-        pulse: Beats before each batch.
+        heartbeat: Beats before each batch.
 
     Returns:
-        Seconds a batch, and the rewards of each prompt, in the data set's order.
+        Seconds of each batch, and the rewards of each prompt, in the data set's order.
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
     batches = max(1, min(batches, len(trainer.train_dataset) // prompts))
-    sampled = _Sampled(trainer)
+    samples = _Samples(trainer)
     trainer.model.train()
-    pulse.of = batches
-    pulse.begin()
-    seconds, found = [], []
+    heartbeat.of = batches
+    heartbeat.begin()
+    seconds, rewards = [], []
     try:
         for batch in range(batches):
-            pulse.beat("rewards")
+            heartbeat.beat("rewards")
             begin = time.perf_counter()
             rows = range(batch * prompts, (batch + 1) * prompts)
             with torch.no_grad():
                 trainer._generate_and_score_completions(_share(trainer, [row for row in rows for _ in range(group)]))
             seconds.append(time.perf_counter() - begin)
-            found += sampled.by_prompt(rows, group)
-            pulse.step = batch + 1
+            rewards += samples.by_prompt(rows, group)
+            heartbeat.step = batch + 1
     finally:
-        sampled.remove()
-    return seconds, found
+        samples.remove()
+    return seconds, rewards
 
 
 def _share(trainer: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -58,15 +58,15 @@ def _share(trainer: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
     return [trainer.train_dataset[row] for row in rows[rank * size : (rank + 1) * size]]
 
 
-class _Sampled:
-    """What came of the newest generation, over all ranks."""
+class _Samples:
+    """Rewards of the newest generation, over all ranks."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
         self._handles: list[Handle] = []
-        layers = {"rewards": self._judge, "rollout": self._rollout, "logps": self._no_logps}
+        layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
         for key, layer in layers.items():
             slot = slot_of(trainer, find(key))
             if slot is not None:
@@ -83,18 +83,18 @@ class _Sampled:
             for row, part in zip(rows, cut, strict=True)
         ]
 
-    def _judge(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _total(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         rewards_BF = call_next(*args, **kwargs)
         weights_F = self._trainer.reward_weights.to(rewards_BF.device)
         self._rewards = (rewards_BF * weights_F).nansum(dim=1).tolist()
         return rewards_BF
 
     def _rollout(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        rollout = call_next(*args, **kwargs)
         tokenizer = getattr(self._trainer.processing_class, "tokenizer", self._trainer.processing_class)
         ends = {*self._trainer.eos_token_ids, tokenizer.pad_token_id}
-        self._truncated = gather_object([not ids or ids[-1] not in ends for ids in found[1]])
-        return found
+        self._truncated = gather_object([not ids or ids[-1] not in ends for ids in rollout[1]])
+        return rollout
 
     def _no_logps(
         self,

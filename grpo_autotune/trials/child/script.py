@@ -1,46 +1,37 @@
-"""A trial of somebody's own TRL script: its `GRPOConfig` takes the trial's values, and its first `train()` is measured.
+"""A trial of a user's TRL script: its `GRPOConfig` takes the trial's values, and its first `train()` is measured.
 
 The script ends where its first training would.
 """
 
 from __future__ import annotations
 
-import functools
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from grpo_autotune.errors import AutotuneError, ConfigError, RewardError
+from grpo_autotune.console import say
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.records.trial import TrialSpec
+from grpo_autotune.records.trial import TRIAL_ARGUMENTS, TrialSpec
+from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, run_as_main
 from grpo_autotune.scripts.values import ScriptValues
-from grpo_autotune.seams.import_hooks import CONFIG_MODULE, ENGINE_MODULE, TRAINER_MODULE, after_import, hook_imports
-from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.seams.torchvision_compat import import_mended
-from grpo_autotune.train.trial_trainer import TRIAL
-from grpo_autotune.trials.heartbeat import Pulse
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 if TYPE_CHECKING:
-    from grpo_autotune.trials.child.measure import Measured
-
-
-class _Finished(SystemExit):
-    """Ends the script once its training was measured."""
+    from grpo_autotune.trials.child.measure import Measurement
 
 
 def run_script(
-    spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
-) -> Measured:
+    spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, trl_imported: Callable[[], None]
+) -> Measurement:
     """Run `spec.script` as `python script arguments...` would, up to the end of its first training.
 
     Args:
         spec: The trial.
         folder: Its folder.
         startup: Gets the phases `script`, `model`, `engine` and `trainer`.
-        pulse: The heartbeat.
+        heartbeat: The heartbeat.
         trl_imported: Called once TRL's trainer was imported, before any model is there.
 
     Raises:
@@ -49,21 +40,9 @@ def run_script(
         Exception: Whatever the script raises.
     """
     path, *arguments = spec.script or [""]
-    if not Path(path).is_file():
-        raise ConfigError("no such script", where=path, fix="Give the path of a Python file that builds a GRPOTrainer.")
-    trial = _ScriptTrial(spec, folder, startup, pulse, trl_imported)
-    hook_imports(
-        {
-            "torchvision": _mend,
-            CONFIG_MODULE: after_import(trial.values.on_config_module),
-            TRAINER_MODULE: after_import(trial.on_trainer_module),
-            ENGINE_MODULE: after_import(trial.on_engine_module),
-        }
-    )
-    sys.argv = [path, *arguments]
-    sys.path[0] = str(Path(path).resolve().parent)
+    trial = _ScriptTrial(spec, folder, startup, heartbeat, trl_imported)
     try:
-        runpy.run_path(path, run_name="__main__")
+        run_as_main(Path(path), arguments, trial)
     except SystemExit as end:
         if trial.measured is None and end.code not in (None, 0):
             raise ConfigError(f"the script ended with {end.code!r} before it trained", where=path) from end
@@ -72,84 +51,29 @@ def run_script(
     return trial.measured
 
 
-class _ScriptTrial:
-    """The patches on TRL, and what came of the first training."""
+class _ScriptTrial(ScriptHooks):
+    """The measurement of a script's first training."""
 
     def __init__(
-        self, spec: TrialSpec, folder: Path, startup: Startup, pulse: Pulse, trl_imported: Callable[[], None]
+        self,
+        spec: TrialSpec,
+        folder: Path,
+        startup: Startup,
+        heartbeat: HeartbeatWriter,
+        trl_imported: Callable[[], None],
     ) -> None:
-        self._spec, self._folder, self._startup, self._pulse = spec, folder, startup, pulse
-        self._trl_imported = trl_imported
-        self.values = ScriptValues(spec.knobs, TRIAL)
-        self.measured: Measured | None = None
+        super().__init__(ScriptValues(spec.knobs, TRIAL_ARGUMENTS), startup, say)
+        self._spec, self._folder, self._heartbeat, self._trl_imported = spec, folder, heartbeat, trl_imported
+        self.measured: Measurement | None = None
 
     def on_trainer_module(self, module: ModuleType) -> None:
         self._trl_imported()
-        self.values.on_trainer_module(module)
-        wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._built)
-        wrap(AttributeSlot(module.GRPOTrainer, "train"), self._trained)
-        wrap(AttributeSlot(module, "create_model_from_path"), self._phase("model"))
+        super().on_trainer_module(module)
 
-    def on_engine_module(self, module: ModuleType) -> None:
-        self.values.on_engine_module(module)
-        wrap(AttributeSlot(module.VLLMGeneration, "__init__"), self._phase("engine"))
-
-    def _phase(self, name: str) -> Any:
-        def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            with self._startup.phase(name):
-                return call_next(*args, **kwargs)
-
-        return timed
-
-    def _built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-        kwargs = self.values.arguments(kwargs)
-        self._startup.since_birth("script")
-        with self._startup.phase("trainer"):
-            call_next(trainer, *args, **kwargs)
-        self.values.finish(trainer, _say)
-
-    def _trained(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-        from grpo_autotune.seams.table import reward_slots
+    def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
+        from grpo_autotune.train.rewards.guard import blame_rewards
         from grpo_autotune.trials.child.measure import measure
 
-        for name, is_async, slot in reward_slots(trainer):
-            wrap(slot, _blaming_async(name) if is_async else _blaming(name))
-        train = functools.partial(call_next, trainer, *args, **kwargs)
-        self.measured = measure(trainer, self._spec, self._folder, self._startup, self._pulse, train)
-        raise _Finished
-
-
-def _blaming(name: str) -> Any:
-    def reward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return call_next(*args, **kwargs)
-        except Exception as error:
-            raise _blame(name, error) from error
-
-    return reward
-
-
-def _blaming_async(name: str) -> Any:
-    async def reward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return await call_next(*args, **kwargs)
-        except Exception as error:
-            raise _blame(name, error) from error
-
-    return reward
-
-
-def _blame(name: str, error: Exception) -> AutotuneError:
-    if isinstance(error, AutotuneError):
-        return error
-    return RewardError(f"raised {type(error).__name__}: {error}", where=f"reward {name}")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
-def _mend(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-    finding = import_mended(execute, module)
-    if finding is not None:
-        _say(f"note: {finding}")
+        blame_rewards(trainer)
+        self.measured = measure(trainer, self._spec, self._folder, self.startup, self._heartbeat, train)
+        raise EnoughSteps

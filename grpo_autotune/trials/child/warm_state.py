@@ -1,4 +1,4 @@
-"""What a warm worker keeps from trial to trial beside its imports: data that was read, and a vLLM engine that runs.
+"""Caches of a warm worker, kept from trial to trial: data sets that were read, and a vLLM engine that runs.
 
 An engine is given again where TRL asks for one with equal arguments; the weights are pushed into it before it first
 generates, as always. Two engines do not fit into one process, so a different one needs another worker.
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, after_import, hook_imports
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.trials.exit_codes import OTHER_ENGINE
 
 if TYPE_CHECKING:
     from grpo_autotune.train.data.datasets import Splits
 
-KEPT = 4
-"""Data sets; trials differ in them by image size."""
+MOST_DATA_SETS = 4
+"""Trials differ in their data by image size."""
 
 INNERMOST = INNER + 1
 """Inside the layer that fills in the engine's keys: what counts is what the engine is built with in the end."""
@@ -31,14 +32,12 @@ SET_BY_TRL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class NeedsFreshWorker(SystemExit):
     """The engine of this process is another one than the trial asks for."""
 
-    CODE = 75
-
     def __init__(self) -> None:
-        super().__init__(self.CODE)
+        super().__init__(OTHER_ENGINE)
 
 
-class KeptData:
-    """Reads the data of a configuration once; to be given to `build_trainer`."""
+class DataCache:
+    """Data sets by their section of the configuration; each is read once. `load` is given to `build_trainer`."""
 
     def __init__(self) -> None:
         self._read: dict[str, Splits] = {}
@@ -52,13 +51,13 @@ class KeptData:
             check_rows(config, len(self._read[key][0]))
         else:
             self._read[key] = load_data(config, progress)
-        if len(self._read) > KEPT:
+        if len(self._read) > MOST_DATA_SETS:
             self._read.pop(next(iter(self._read)))
         return self._read[key]
 
 
-class KeptEngine:
-    """Stands at TRL's `LLM(...)` from its import on."""
+class EngineCache:
+    """The vLLM engine of this process, given again where TRL starts one with equal arguments; a layer on `LLM(...)`."""
 
     def __init__(self) -> None:
         self._engine: Any = None
@@ -67,7 +66,7 @@ class KeptEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether an engine was started in this process."""
+        """True if an engine was started in this process."""
         return self._engine is not None
 
     def forget_ranks(self) -> None:

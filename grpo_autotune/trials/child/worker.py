@@ -1,4 +1,4 @@
-"""The child: it runs one trial after another as the parent names them, and says what came of each in a file.
+"""The child process: it runs one trial after another as the parent names them, and writes an outcome file for each.
 
     python -m grpo_autotune.trials.child.worker            trial folders on standard input, a line each
     python -m grpo_autotune.trials.child.worker FOLDER     that one trial, as a rank under `torchrun`
@@ -17,50 +17,45 @@ from pathlib import Path
 from grpo_autotune.files import write_whole
 from grpo_autotune.processes.guardian import die_with_parent
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
-from grpo_autotune.trials.child.execute import Server
-from grpo_autotune.trials.heartbeat import STARTING, BeatingStartup, Pulse
-
-CANNOT_WRITE_EXIT = 74
-"""The outcome could not be written (EX_IOERR of sysexits.h)."""
-
-RETIRED_EXIT = 1
-"""The outcome was written, and this process is not to be used again: a trial failed in it, or left too much behind."""
+from grpo_autotune.trials.child.execute import TrialExecutor
+from grpo_autotune.trials.exit_codes import CANNOT_WRITE, RETIRED
+from grpo_autotune.trials.heartbeat import STARTING, BeatingStartup, HeartbeatWriter
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve trials until standard input ends, or run the one that is named."""
+    """Run trials until standard input ends, or run the one that is named."""
     die_with_parent(os.getppid())
-    server = Server()
+    executor = TrialExecutor()
     if arguments:
-        return _serve_one(server, Path(arguments[0]), warm=False)
+        return _run_one(executor, Path(arguments[0]), warm=False)
     warm = False
     for line in sys.stdin:
-        code = _serve_one(server, Path(line.rstrip("\n")), warm=warm)
+        code = _run_one(executor, Path(line.rstrip("\n")), warm=warm)
         if code:
             return code
         warm = True
     return 0
 
 
-def _serve_one(server: Server, folder: Path, *, warm: bool) -> int:
-    """Run the trial in `folder`; 0 if this process can serve another."""
+def _run_one(executor: TrialExecutor, folder: Path, *, warm: bool) -> int:
+    """Run the trial in `folder`; 0 if this process can run another."""
     rank = int(os.environ.get("RANK", "0"))
     _log_to(folder / LOG_FILE)
     spec = TrialSpec.model_validate_json((folder / SPEC_FILE).read_text(encoding="utf-8"))
-    pulse = Pulse(folder, silent=rank > 0)
-    pulse.beat(STARTING)
-    startup = BeatingStartup(pulse, born_s=time.time() if warm else None)
-    outcome = server.serve(spec, folder, startup, pulse)
-    pulse.close()
+    heartbeat = HeartbeatWriter(folder, silent=rank > 0)
+    heartbeat.beat(STARTING)
+    startup = BeatingStartup(heartbeat, born_s=time.time() if warm else None)
+    outcome = executor.execute(spec, folder, startup, heartbeat)
+    heartbeat.close()
     try:
         write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
-    except OSError:  # nor can the log
-        return CANNOT_WRITE_EXIT
-    return 0 if server.reusable else RETIRED_EXIT
+    except OSError:  # the log cannot be written either
+        return CANNOT_WRITE
+    return 0 if executor.reusable else RETIRED
 
 
 def outcome_path(folder: Path, rank: int) -> Path:
-    """Where a rank writes what came of its part."""
+    """Outcome file of a rank."""
     return folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
 
 
@@ -76,6 +71,6 @@ def _log_to(path: Path) -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == CANNOT_WRITE_EXIT:
+    if code == CANNOT_WRITE:
         os._exit(code)  # Python's last flush of the log would fail as well, and end with a code of its own
     sys.exit(code)

@@ -1,16 +1,17 @@
-"""The rows on which memory is dearest: the prompts that become the most tokens, their images counted as the model will.
+"""The rows that need most memory: the prompts that become the most tokens, their images counted as the model will.
 
 Of a large data set a sample is looked at: evenly spaced rows, and those whose text is longest.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import datasets
-from PIL import Image
+
+from grpo_autotune.seams.stored_images import header_size, image_column, image_columns
 
 SAMPLE = 2000
 LONGEST = 200
@@ -44,23 +45,13 @@ def _tokens(processor: Any, rows: datasets.Dataset, texts: list[str]) -> list[in
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     patches = getattr(getattr(processor, "image_processor", None), "get_number_of_image_patches", None)
     merge = getattr(getattr(processor, "image_processor", None), "merge_size", 1)
-    for name in {"image", "images"}.intersection(rows.column_names):
-        several = isinstance(rows.features[name], datasets.List | datasets.LargeList)
-        undecoded = datasets.Image(decode=False)
-        column = rows.select_columns([name]).cast_column(name, datasets.List(undecoded) if several else undecoded)
-        for row, stored in enumerate(column[name][:]):
-            for width, height in map(_size, stored if several else [stored]):
+    for name in image_columns(rows.column_names):
+        batches = (batch for _, batch in image_column(rows, name).batches())
+        for row, images in enumerate(chain.from_iterable(batches)):
+            for width, height in (header_size(image) for image in images if image is not None):
                 area = patches(height, width, {}) // merge**2 if patches is not None else width * height
                 counts[row] += int(area)
     return counts
-
-
-def _size(stored: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Width and height, read from the file's head."""
-    if stored is None:
-        return 0, 0
-    with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as image:
-        return image.size
 
 
 def _text(prompt: Any) -> str:

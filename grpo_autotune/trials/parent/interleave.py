@@ -1,6 +1,7 @@
-"""A race: trials alive side by side that run in turns, so that the machine's moods fall on all of them alike.
+"""An interleaved race: trials side by side run a block each in turn, so that the machine's load falls on all alike.
 
-The order of turns is there and back again (A B, B A, A B, ...), so that a steady drift cancels out of the differences.
+The order of blocks is reversed from round to round (A B, B A, A B, ...), so that a steady drift cancels out of the
+differences.
 """
 
 from __future__ import annotations
@@ -12,31 +13,33 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 
-from grpo_autotune.processes.guarded import Worker
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.trials.parent.endings import Ending
-from grpo_autotune.trials.parent.watch import LOOK_S, Attempt, Seen, Stopwatch, Watch, prepare_folder
-from grpo_autotune.trials.turn_file import allow, blocks_done
+from grpo_autotune.trials.block_limit import blocks_done, set_block_limit
+from grpo_autotune.trials.endings import Ending
+from grpo_autotune.trials.parent.folder import prepare_folder
+from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Stopwatch, Watch
+from grpo_autotune.trials.parent.worker import Worker
 
 STOP_S = 30.0
-"""What a trial that is told to stop has to end its step and write its outcome."""
+"""Seconds for a trial that is told to stop, in which it ends its step and writes its outcome."""
+
 LATE_S = 1.0
-"""Past the deadline no more than this: one that is in the middle of a step then is ended."""
+"""Seconds past the deadline after which a trial in the middle of a step is ended."""
 
 AROUND_S = 60.0
-"""Starting and ending a trial's process takes no longer than this."""
+"""Seconds that starting and ending a trial's process take at most."""
 
 ALONE = "measured one after another, each block with a start of its own: together they do not fit into memory"
 
 
 def fits_together(specs: Sequence[TrialSpec]) -> bool:
-    """Whether it is worth trying: an engine in the training process takes its share of the GPU for good, and two of
-    them more than there is."""
+    """Return whether memory may hold all at once: an engine in the training process takes its share of the GPU for
+    good, and two of them take more than there is."""
     return not any(spec.config.get("grpo", {}).get("use_vllm") for spec in specs)
 
 
-def turn_order(lanes: int, round_number: int) -> list[int]:
-    """Whose turn it is in a round, first to last."""
+def block_order(lanes: int, round_number: int) -> list[int]:
+    """The trials in the order of their blocks in a round."""
     order = list(range(lanes))
     return order if round_number % 2 == 0 else order[::-1]
 
@@ -50,7 +53,7 @@ class Race(AbstractContextManager["Race"]):
         clock: Seconds, monotonic.
         wait: Sleeps.
         start: Gives a trial in its folder to a worker.
-        watch: Told what the trial whose turn it is is doing.
+        watch: Called with the progress of the trial whose block runs.
     """
 
     def __init__(
@@ -64,15 +67,15 @@ class Race(AbstractContextManager["Race"]):
     ) -> None:
         self._wait, self._stopwatch = wait, Stopwatch(clock)
         self._start, self._clock, self._watch = start, clock, watch or (lambda progress: None)
-        self._again: set[int] = set()
+        self._restarted: set[int] = set()
         self._lanes: list[Attempt] = []
-        self._seen: dict[int, Seen] = {}
+        self._ends: dict[int, AttemptEnd] = {}
         self._steps: list[list[int]] = [[] for _ in specs]
         self._rounds = 0
         try:
             for spec in specs:
                 folder = prepare_folder(run_dir, spec)
-                allow(folder, 0)
+                set_block_limit(folder, 0)
                 self._lanes.append(self._attempt(spec, folder))
         except BaseException:
             self.__exit__()
@@ -86,47 +89,47 @@ class Race(AbstractContextManager["Race"]):
         """Seconds since the race was called."""
         return self._stopwatch.look()
 
-    def run(self, rounds: int, deadline_s: float) -> list[tuple[Attempt, Seen]]:
-        """Start all, warm each up, let them run in turns, and stop them; what was seen of each."""
+    def run(self, rounds: int, deadline_s: float) -> list[tuple[Attempt, AttemptEnd]]:
+        """Start all, warm each up, interleave their blocks, and stop them; return the end of each."""
         everyone = range(len(self._lanes))
-        self._until(lambda: all(self._at_rest(lane, 0) for lane in everyone), deadline_s)
+        self._until(lambda: all(self._is_waiting(lane, 0) for lane in everyone), deadline_s)
         for lane in everyone:
-            self._turn(lane, 1, deadline_s)
+            self._run_block(lane, 1, deadline_s)
         longest_s = 0.0
-        while not self._seen and self._rounds < rounds and self.elapsed_s + longest_s < deadline_s:
+        while not self._ends and self._rounds < rounds and self.elapsed_s + longest_s < deadline_s:
             begun_s = self.elapsed_s
-            for lane in turn_order(len(self._lanes), self._rounds):
-                self._turn(lane, self._rounds + 2, deadline_s)
-            if self._seen or self.elapsed_s > deadline_s:
+            for lane in block_order(len(self._lanes), self._rounds):
+                self._run_block(lane, self._rounds + 2, deadline_s)
+            if self._ends or self.elapsed_s > deadline_s:
                 break
             self._rounds += 1
             longest_s = max(longest_s, self.elapsed_s - begun_s)
         for attempt in self._lanes:
             attempt.idle = False
-            allow(attempt.folder, None)
+            set_block_limit(attempt.folder, None)
         self._until(
-            lambda: len(self._seen) == len(self._lanes),
+            lambda: len(self._ends) == len(self._lanes),
             min(self.elapsed_s + STOP_S, deadline_s + LATE_S),
             all_of_them=True,
         )
         for lane, attempt in enumerate(self._lanes):
-            if lane not in self._seen:
+            if lane not in self._ends:
                 attempt.worker.end()
-                self._seen[lane] = Seen(Ending("timeout", "did not stop in time at the race's end"))
-        return [(attempt, self._seen[lane]) for lane, attempt in enumerate(self._lanes)]
+                self._ends[lane] = AttemptEnd(Ending("timeout", "did not stop in time at the race's end"))
+        return [(attempt, self._ends[lane]) for lane, attempt in enumerate(self._lanes)]
 
     def began_without_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
-        """Whether memory ran out before a single round was over."""
+        """Return whether memory ran out before a single round was over."""
         return self._rounds == 0 and any(outcome.status == "oom" for outcome in outcomes)
 
     def by_round(self, outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-        """The outcomes with one mean a round in place of each step's seconds."""
+        """The outcomes with one mean per round in place of each step's seconds."""
         return [
             outcome.model_copy(update={"step_s": self._means(outcome.step_s, self._steps[lane])})
             for lane, outcome in enumerate(outcomes)
         ]
 
-    def keep(self, lane: int) -> Worker:
+    def release_worker(self, lane: int) -> Worker:
         """Hand out the worker of a trial that went well; the caller ends it."""
         return self._lanes.pop(lane).worker
 
@@ -141,38 +144,38 @@ class Race(AbstractContextManager["Race"]):
         blocks = [step_s[begin:end] for begin, end in itertools.pairwise(edges)]
         return [fmean(block) for block in blocks if block]
 
-    def _turn(self, lane: int, blocks: int, deadline_s: float) -> None:
+    def _run_block(self, lane: int, blocks: int, deadline_s: float) -> None:
         """Let one run until it has done so many blocks, the warm-up being the first."""
         attempt = self._lanes[lane]
-        if self._seen:
+        if self._ends:
             return
         attempt.idle = False
-        allow(attempt.folder, blocks)
-        self._until(lambda: self._at_rest(lane, blocks), deadline_s)
+        set_block_limit(attempt.folder, blocks)
+        self._until(lambda: self._is_waiting(lane, blocks), deadline_s)
         attempt.idle = True
-        self._steps[lane].append(attempt.pulse.progress.step)
+        self._steps[lane].append(attempt.heartbeat.progress.step)
 
-    def _at_rest(self, lane: int, blocks: int) -> bool:
+    def _is_waiting(self, lane: int, blocks: int) -> bool:
         attempt = self._lanes[lane]
-        attempt.idle = blocks_done(attempt.pulse.progress.stage) == blocks
+        attempt.idle = blocks_done(attempt.heartbeat.progress.stage) == blocks
         return attempt.idle
 
     def _until(self, done: Callable[[], bool], deadline_s: float, all_of_them: bool = False) -> None:
         """Look at all until `done`, one of them ended (or all), or the time is up."""
         while True:
             for lane, attempt in enumerate(self._lanes):
-                if lane not in self._seen and (seen := attempt.look()) is not None:
-                    if not seen.heard and lane not in self._again:  # a warm worker that was about to end
-                        self._again.add(lane)
+                if lane not in self._ends and (end := attempt.look()) is not None:
+                    if not end.taken_up and lane not in self._restarted:  # a warm worker that was about to end
+                        self._restarted.add(lane)
                         attempt.worker.end()
                         self._lanes[lane] = self._attempt(attempt.spec, attempt.folder)
                         continue
-                    self._seen[lane] = seen
-                    if seen.ending.status is not None:
+                    self._ends[lane] = end
+                    if end.ending is not None:
                         attempt.worker.end()
-            if done() or (self._seen and not all_of_them) or self.elapsed_s > deadline_s:
+            if done() or (self._ends and not all_of_them) or self.elapsed_s > deadline_s:
                 return
-            self._wait(LOOK_S)
+            self._wait(POLL_S)
 
 
 def one_after_another(
@@ -183,25 +186,25 @@ def one_after_another(
     clock: Callable[[], float] = time.monotonic,
     watch: Watch | None = None,
 ) -> list[TrialOutcome]:
-    """The same turns with a trial for each block; the figures beside the rounds' are the last block's."""
-    found: list[list[TrialOutcome]] = [[] for _ in specs]
+    """The same order with a trial for each block; the figures beside the rounds' are the last block's."""
+    by_lane: list[list[TrialOutcome]] = [[] for _ in specs]
     longest_s, spent_s, done = 0.0, 0.0, 0
     while done < rounds and spent_s + longest_s < deadline_s:
         begun_s = spent_s
-        for lane in turn_order(len(specs), done):
+        for lane in block_order(len(specs), done):
             left_s = max(1.0, deadline_s - spent_s)
             spec, before_s = specs[lane].model_copy(update={"limit_s": min(specs[lane].limit_s, left_s)}), clock()
-            found[lane].append(run(spec, watch))
-            spent_s += _seconds(clock() - before_s, found[lane][-1].elapsed_s)
+            by_lane[lane].append(run(spec, watch))
+            spent_s += _seconds(clock() - before_s, by_lane[lane][-1].elapsed_s)
         done += 1
         longest_s = max(longest_s, spent_s - begun_s)
-        if any(outcomes[-1].status != "ok" for outcomes in found):
+        if any(outcomes[-1].status != "ok" for outcomes in by_lane):
             break
-    return [_together(spec, outcomes) for spec, outcomes in zip(specs, found, strict=True)]
+    return [_together(spec, outcomes) for spec, outcomes in zip(specs, by_lane, strict=True)]
 
 
 def _seconds(passed: float, elapsed_s: float) -> float:
-    """What a trial took: by the clock, starting and ending its process included, unless that has jumped meanwhile."""
+    """Seconds of a trial by the clock, its process's start and end included, unless the clock has jumped meanwhile."""
     return passed if elapsed_s <= passed <= elapsed_s + AROUND_S else elapsed_s
 
 

@@ -1,4 +1,4 @@
-"""The parent of trials: it gives each to a worker, kills what it started when it must, and names every ending."""
+"""The parent of trials: it gives each to a worker, kills what it started when it must, and classifies every ending."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 
 from grpo_autotune.config.batch import batch_plan
 from grpo_autotune.files import write_whole
-from grpo_autotune.processes.guarded import GuardedWorker, Worker, oom_kills
+from grpo_autotune.hardware.out_of_memory import kernel_kills
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
-from grpo_autotune.trials.parent.endings import ending_of_exit, read_outcome
+from grpo_autotune.trials.endings import ending_of_exit
+from grpo_autotune.trials.parent.folder import prepare_folder, read_outcome
 from grpo_autotune.trials.parent.interleave import Race, fits_together, one_after_another
-from grpo_autotune.trials.parent.server_pool import KeptServer, is_served
-from grpo_autotune.trials.parent.watch import LOOK_S, Attempt, Seen, Watch, prepare_folder
+from grpo_autotune.trials.parent.server_pool import ServerPool, is_served
+from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Watch
+from grpo_autotune.trials.parent.worker import GuardedWorker, Worker
 
 Spawn = Callable[[Path, Path, int], Worker]
 
@@ -31,7 +33,7 @@ class Runner(AbstractContextManager["Runner"]):
 
     Args:
         run_dir: The run folder; trials live in `trials/0007` there.
-        warm: Whether a worker may serve several trials.
+        warm: Let a worker run several trials.
         clock: Seconds, monotonic.
         wait: Sleeps for so many seconds between two looks.
         spawn: Starts a worker for a trial's folder, its log, and a number of ranks.
@@ -49,14 +51,14 @@ class Runner(AbstractContextManager["Runner"]):
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
         self._worker: Worker | None = None
         self._key: str | None = None
-        self._server = KeptServer(clock)
+        self._server = ServerPool(clock)
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is.
 
         Args:
             spec: The trial.
-            watch: Told what the trial is doing whenever that changes.
+            watch: Called with the trial's progress whenever that changes.
 
         Returns:
             Its outcome, also in its folder. A failed trial is one, too.
@@ -65,21 +67,21 @@ class Runner(AbstractContextManager["Runner"]):
             OSError: The run folder cannot be written.
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone.
         """
-        folder, kills = prepare_folder(self._run_dir, spec), oom_kills()
+        folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
         try:
             served = self._served(spec, folder, watch or ignore)
             if isinstance(served, TrialOutcome):
                 return served
             spec, server_s = served
             attempt, warm = self._give(spec, folder, watch)
-            seen = self._until_seen(attempt)
-            if warm and not seen.heard:  # the worker ended before it took the trial up
+            end = self._until_end(attempt)
+            if warm and not end.taken_up:  # the worker ended before it took the trial up
                 self._retire()
                 attempt, _ = self._give(spec, folder, watch)
-                seen = self._until_seen(attempt)
-            if seen.ending.status is not None:
+                end = self._until_end(attempt)
+            if end.ending is not None:
                 self._retire()
-            outcome = self._outcome(attempt, seen, kills, server_s)
+            outcome = self._outcome(attempt, end, kills, server_s)
             if outcome.status == "timeout" and server_s:
                 outcome = outcome.model_copy(
                     update={"why": f"{outcome.why}; its server took {server_s:.0f} s to start"}
@@ -116,14 +118,14 @@ class Runner(AbstractContextManager["Runner"]):
         Raises:
             As `run`.
         """
-        kills = oom_kills()
+        kills = kernel_kills()
         if fits_together(specs):
             self._server.end()
             with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
-                outcomes = [self._outcome(attempt, seen, kills) for attempt, seen in race.run(rounds, deadline_s)]
+                outcomes = [self._outcome(attempt, end, kills) for attempt, end in race.run(rounds, deadline_s)]
                 key = worker_key(specs[0])
                 if outcomes[0].status == "ok" and self._warm and key is not None:
-                    self._worker, self._key = race.keep(0), key
+                    self._worker, self._key = race.release_worker(0), key
             if not race.began_without_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
@@ -142,30 +144,31 @@ class Runner(AbstractContextManager["Runner"]):
 
     def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
         """A failed trial, with its server's reason where that ended first."""
-        why = self._server.why_ended()
-        if why is None:
+        ending = self._server.ending()
+        if ending is None:
             return outcome
-        found = outcome.model_copy(update=why)
-        write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
-        return found
+        update = {"status": ending.status, "why": ending.why, "overshoot_bytes": ending.overshoot_bytes}
+        blamed = outcome.model_copy(update=update)
+        write_whole(folder / OUTCOME_FILE, blamed.model_dump_json(indent=1))
+        return blamed
 
     def _served(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
         """The trial with its server's address and the seconds of the server's start, or that there is none."""
         if is_served(spec) and self._key != worker_key(spec):
             self._retire()  # an engine in there may hold what the server needs
-        found = self._server.ready(spec, folder, watch)
-        if isinstance(found, TrialOutcome):
+        served = self._server.ready(spec, folder, watch)
+        if isinstance(served, TrialOutcome):
             self._retire()
-            write_whole(folder / OUTCOME_FILE, found.model_dump_json(indent=1))
-        elif found[0] is not spec:
-            write_whole(folder / SPEC_FILE, found[0].model_dump_json(indent=1))
-        return found
+            write_whole(folder / OUTCOME_FILE, served.model_dump_json(indent=1))
+        elif served[0] is not spec:
+            write_whole(folder / SPEC_FILE, served[0].model_dump_json(indent=1))
+        return served
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _give(self, spec: TrialSpec, folder: Path, watch: Watch | None) -> tuple[Attempt, bool]:
-        """Give the trial to the worker there is, or to a new one; whether it is a warm one."""
+        """Give the trial to the worker there is, or to a new one; True if it is a warm one."""
         before = self._worker
         self._worker = self._start(spec, folder)
         self._key = worker_key(spec)
@@ -183,20 +186,20 @@ class Runner(AbstractContextManager["Runner"]):
         worker.order(folder)
         return worker
 
-    def _until_seen(self, attempt: Attempt) -> Seen:
-        while (seen := attempt.look()) is None:
-            self._wait(LOOK_S)
-        return seen
+    def _until_end(self, attempt: Attempt) -> AttemptEnd:
+        while (end := attempt.look()) is None:
+            self._wait(POLL_S)
+        return end
 
-    def _outcome(self, attempt: Attempt, seen: Seen, kills: int, server_s: float = 0.0) -> TrialOutcome:
-        ending = ending_of_exit(seen.code, oom_kills() > kills) if seen.code is not None else seen.ending
-        found = read_outcome(attempt.folder, attempt.spec, ending)
+    def _outcome(self, attempt: Attempt, end: AttemptEnd, kills: int, server_s: float = 0.0) -> TrialOutcome:
+        ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills)
+        written = read_outcome(attempt.folder, attempt.spec, ending)
         started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
-        outcome = found.model_copy(
+        outcome = written.model_copy(
             update={
                 "elapsed_s": attempt.elapsed_s + server_s,
                 "startup_s": started_s,
-                "warm": found.warm and not server_s,
+                "warm": written.warm and not server_s,
             }
         )
         write_whole(attempt.folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
@@ -204,7 +207,7 @@ class Runner(AbstractContextManager["Runner"]):
 
 
 def ignore(progress: object) -> None:
-    """A watch that looks away."""
+    """A watch that does nothing."""
 
 
 def worker_key(spec: TrialSpec) -> str | None:
@@ -212,7 +215,7 @@ def worker_key(spec: TrialSpec) -> str | None:
 
     Without an engine in the process a worker keeps imports and data, and the model is loaded anew. An engine stays, so
     what it is built from must be equal (trl/generation/vllm_generation.py, `_init_vllm`); a trial whose engine turns
-    out to be another one after all is given to a new worker (`search.kept`).
+    out to be another one after all is given to a new worker (`trials.child.warm_state`).
     """
     if spec.script is not None or spec.world_size > 1:
         return None

@@ -19,6 +19,7 @@ from grpo_autotune.records.trial import SERVER_LOG, Progress, TrialOutcome, Tria
 from grpo_autotune.rollout.server.command import split_gpus
 from grpo_autotune.rollout.server.log import logged_failure
 from grpo_autotune.rollout.server.process import OwnServer, server_key, weights_of
+from grpo_autotune.trials.endings import Ending, ending_of_engine
 from grpo_autotune.trials.parent.watch import Watch
 
 
@@ -26,7 +27,7 @@ class TooSlow(Exception):
     """The server does not answer within its trial's limit."""
 
 
-class KeptServer:
+class ServerPool:
     """At most one server, and the trials it can serve.
 
     Args:
@@ -53,11 +54,11 @@ class KeptServer:
         Args:
             spec: The trial.
             folder: Its folder; a server that is started logs there.
-            watch: Told that it starts.
+            watch: Called when it starts.
 
         Returns:
-            The trial with the server's address, and the seconds that its start took (0 for one that was there); or what
-            came of the trial, where the server did not start.
+            The trial with the server's address, and the seconds that its start took (0 for one that was there); or the
+            outcome of the trial, where the server did not start.
 
         Raises:
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`.
@@ -79,21 +80,21 @@ class KeptServer:
             why = f"over its limit of {spec.limit_s:g} s, while its server started"
             return TrialOutcome(number=spec.number, status="timeout", why=why, elapsed_s=self._clock() - begun)
         except AutotuneError as error:
-            failure = _failure(folder / SERVER_LOG) or {"status": "invalid", "why": str(error)}
+            ending = _logged_ending(folder / SERVER_LOG) or Ending("invalid", str(error))
             self.end()
-            return TrialOutcome(number=spec.number, elapsed_s=self._clock() - begun, **failure)
+            return TrialOutcome(number=spec.number, elapsed_s=self._clock() - begun, **ending._asdict())
         assert self._server is not None
         seconds = self._clock() - begun if started else 0.0
         given = {"server_port": self._server.port, "limit_s": max(1.0, spec.limit_s - seconds)}
         return spec.model_copy(update=given), seconds
 
-    def why_ended(self) -> dict[str, Any] | None:
-        """What a trial's outcome should say of a server that ended under it; null where it runs, or there is none."""
+    def ending(self) -> Ending | None:
+        """The ending of a trial whose server ended under it; None while that runs, and where there is none."""
         server = self._server
         if server is None or (code := server.poll()) is None:
             return None
-        ended = {"status": "crashed", "why": str(server.ended("the server ended under the trial", code))}
-        return _failure(server.log) or ended
+        crash = Ending("crashed", str(server.ended("the server ended under the trial", code)))
+        return _logged_ending(server.log) or crash
 
     def end(self) -> None:
         """End the server, and wait until it is gone."""
@@ -102,10 +103,10 @@ class KeptServer:
             server.end()
 
     def _start(self, spec: TrialSpec, folder: Path, watch: Watch, look: Callable[[], None]) -> bool:
-        """Start a server, unless the one that there is will do; whether it was started."""
-        config, there = RunConfig.from_dict(spec.config), len(detect().gpus)
-        weights, (gpus, _) = weights_of(config, _source, model_config), split_gpus(config, there)
-        server, pushed = self._server, there > 0 and config.vllm.weight_sync != "adapter"
+        """Start a server, unless the one that there is will do; return whether it was started."""
+        config, gpu_count = RunConfig.from_dict(spec.config), len(detect().gpus)
+        weights, (gpus, _) = weights_of(config, _source, model_config), split_gpus(config, gpu_count)
+        server, pushed = self._server, gpu_count > 0 and config.vllm.weight_sync != "adapter"
         alive = server is not None and server.poll() is None
         if server is not None and alive and not pushed and server.key == server_key(config, weights, gpus):
             return False
@@ -117,7 +118,7 @@ class KeptServer:
 
 
 def is_served(spec: TrialSpec) -> bool:
-    """Whether a trial's configuration asks for a server of its own."""
+    """Return whether a trial's configuration asks for a server of its own."""
     section: dict[str, Any] = spec.config.get("vllm") or {}
     return spec.script is None and section.get("server_gpus") is not None
 
@@ -128,10 +129,7 @@ def _source(config: RunConfig) -> str:
     return model_source(config, lambda line: None)
 
 
-def _failure(log: Path) -> dict[str, Any] | None:
-    """An outcome's words for a server that found no memory; null for any other."""
-    found = logged_failure(log) if log.exists() else None
-    if found is None:
-        return None
-    lacking = (found.needed_bytes or 0) - (found.available_bytes or 0)
-    return {"status": found.status, "why": str(found.error()), "overshoot_bytes": max(0, lacking) or None}
+def _logged_ending(log: Path) -> Ending | None:
+    """The ending by a server that found no memory, from its log; None for any other."""
+    failure = logged_failure(log) if log.exists() else None
+    return None if failure is None else ending_of_engine(failure)

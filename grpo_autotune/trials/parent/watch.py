@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo_autotune.files import write_whole
-from grpo_autotune.processes.guarded import Worker
-from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, Progress, TrialSpec
-from grpo_autotune.trials.child.warm_state import NeedsFreshWorker
-from grpo_autotune.trials.heartbeat import PulseReader
-from grpo_autotune.trials.parent.endings import Ending, clear
+from grpo_autotune.records.trial import OUTCOME_FILE, Progress, TrialSpec
+from grpo_autotune.trials.endings import Ending
+from grpo_autotune.trials.exit_codes import OTHER_ENGINE
+from grpo_autotune.trials.heartbeat import HeartbeatReader
+from grpo_autotune.trials.parent.worker import Worker
 
-LOOK_S = 0.02
+POLL_S = 0.02
 JUMP_S = 10.0
 """More than this between two looks is a clock that jumped, or a machine that slept."""
 
@@ -41,15 +40,18 @@ class Stopwatch:
         return self.seconds
 
 
-class Seen(NamedTuple):
-    """How a trial went as seen from outside: its exit code, or why it must be ended; neither where an outcome lies.
+class AttemptEnd(NamedTuple):
+    """The end of an attempt as the parent sees it.
 
-    `heard` is false where the worker ended without taking the trial up: another one may.
+    Attributes:
+        ending: The reason to end its worker; None where that ended by itself, or wrote an outcome.
+        code: Exit code of a worker that ended without an outcome.
+        taken_up: False where the worker ended before it took the trial up: another worker may run it.
     """
 
-    ending: Ending = Ending()
+    ending: Ending | None = None
     code: int | None = None
-    heard: bool = True
+    taken_up: bool = True
 
 
 class Attempt:
@@ -60,16 +62,16 @@ class Attempt:
         spec: The trial.
         folder: Its folder.
         clock: Seconds, monotonic.
-        watch: Told what the trial is doing whenever that changes.
+        watch: Called with the trial's progress whenever that changes.
 
     Attributes:
         startup_s: Seconds until its first step; None before.
-        idle: Whether it waits for its turn: then silence is no hang, and its limit does not run down.
+        idle: True while it waits for its next block: then silence is no hang, and its limit does not run down.
     """
 
     def __init__(self, worker: Worker, spec: TrialSpec, folder: Path, clock: Callable[[], float], watch: Watch) -> None:
         self.worker, self.spec, self.folder = worker, spec, folder
-        self.pulse = PulseReader(folder)
+        self.heartbeat = HeartbeatReader(folder)
         self.startup_s: float | None = None
         self.idle = False
         self._watch, self._stopwatch = watch, Stopwatch(clock)
@@ -80,41 +82,28 @@ class Attempt:
         """Seconds since it was given."""
         return self._stopwatch.look()
 
-    def look(self) -> Seen | None:
-        """What has come of it; None while it goes on."""
+    def look(self) -> AttemptEnd | None:
+        """Its end; None while it goes on."""
         code = self.worker.poll()
         before_s, now_s = self._stopwatch.seconds, self._stopwatch.look()
-        if self.pulse.moved():
+        if self.heartbeat.moved():
             self._moved_s = now_s
-            if self.startup_s is None and self.pulse.began:
+            if self.startup_s is None and self.heartbeat.began:
                 self.startup_s = now_s
-            self._watch(self.pulse.progress)
+            self._watch(self.heartbeat.progress)
         if (self.folder / OUTCOME_FILE).exists() and (self.spec.world_size == 1 or code is not None):
-            return Seen()
+            return AttemptEnd()
         if code is not None:
-            return Seen(code=code, heard=self.pulse.seen and code != NeedsFreshWorker.CODE)
+            return AttemptEnd(code=code, taken_up=self.heartbeat.seen and code != OTHER_ENGINE)
         if self.idle:
             self._idle_s += now_s - before_s
             self._moved_s = now_s
         return self._overdue(now_s - self._idle_s, now_s - self._moved_s)
 
-    def _overdue(self, active_s: float, silent_s: float) -> Seen | None:
-        spec, stage = self.spec, self.pulse.progress.stage
+    def _overdue(self, active_s: float, silent_s: float) -> AttemptEnd | None:
+        spec, stage = self.spec, self.heartbeat.progress.stage
         if active_s > spec.limit_s:
-            return Seen(Ending("timeout", f"over its limit of {spec.limit_s:g} s, in {stage}"))
-        if self.pulse.began and silent_s > spec.hang_s:
-            return Seen(Ending("hang", f"no sign of life for {spec.hang_s:g} s, in {stage}"))
+            return AttemptEnd(Ending("timeout", f"over its limit of {spec.limit_s:g} s, in {stage}"))
+        if self.heartbeat.began and silent_s > spec.hang_s:
+            return AttemptEnd(Ending("hang", f"no sign of life for {spec.hang_s:g} s, in {stage}"))
         return None
-
-
-def prepare_folder(run_dir: Path, spec: TrialSpec) -> Path:
-    """Make the trial's folder, and put the spec into it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    folder = run_dir / "trials" / f"{spec.number:04d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    write_whole(folder / SPEC_FILE, spec.model_dump_json(indent=1))
-    return folder

@@ -1,4 +1,4 @@
-"""Trials that take turns: each runs only as many blocks as it was allowed, and waits outside its own steps' time.
+"""Blocks of an interleaved trial: it runs as many as its parent allows, and waits outside its own steps' time.
 
 A waiting child holds its memory and leaves the processor alone.
 """
@@ -14,22 +14,22 @@ from transformers import TrainerCallback
 
 from grpo_autotune.seams.layers import Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
-from grpo_autotune.trials.heartbeat import Pulse
-from grpo_autotune.trials.turn_file import WAITING, allowed
+from grpo_autotune.trials.block_limit import WAITING, block_limit
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
-LOOK_S = 0.01
+POLL_S = 0.01
 WITHOUT_END = 1_000_000
 """Optimizer steps that no race reaches."""
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
-    """The child's side, put around a trainer that has a probe already.
+class BlockSchedule(TrainerCallback):  # type: ignore[misc]
+    """Holds a trainer at the end of each block until the parent allows the next; the trainer has its probe already.
 
     Args:
         trainer: The trainer.
         folder: The trial's folder.
         probe: Its probe; a step's time begins anew after a wait.
-        pulse: The heartbeat, which tells the parent how many blocks are done.
+        heartbeat: The heartbeat, which tells the parent how many blocks are done.
         block: Optimizer steps of a block.
         wait: Sleeps.
     """
@@ -39,11 +39,11 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         trainer: Any,
         folder: Path,
         probe: Any,
-        pulse: Pulse,
+        heartbeat: HeartbeatWriter,
         block: int,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._trainer, self._folder, self._probe, self._pulse = trainer, folder, probe, pulse
+        self._trainer, self._folder, self._probe, self._heartbeat = trainer, folder, probe, heartbeat
         self._block, self._wait = block, wait
         self._handles: list[Handle] = []
         self._first = self._last = 0
@@ -63,11 +63,11 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self._hold()
 
     def _after_step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        found = call_next(*args, **kwargs)
+        result = call_next(*args, **kwargs)
         if self._trainer.state.global_step != self._last:
             self._last = self._trainer.state.global_step
             self._hold()
-        return found
+        return result
 
     def _hold(self) -> None:
         """At a block's end, wait until the next is allowed; then its first step begins."""
@@ -78,19 +78,19 @@ class Turns(TrainerCallback):  # type: ignore[misc]
             return
         blocks = beyond + 1 if done else 0
         self._drain()
-        self._pulse.beat(f"{WAITING}{blocks}")
-        while (limit := allowed(self._folder)) is not None and limit <= blocks:
-            self._wait(LOOK_S)
+        self._heartbeat.beat(f"{WAITING}{blocks}")
+        while (limit := block_limit(self._folder)) is not None and limit <= blocks:
+            self._wait(POLL_S)
         self._stop_if_told()
-        self._pulse.beat("step")
+        self._heartbeat.beat("step")
         self._probe.recorder.open_root()
 
     def _stop_if_told(self) -> None:
-        if allowed(self._folder) is None:
+        if block_limit(self._folder) is None:
             self._trainer.control.should_training_stop = True
 
     def _drain(self) -> None:
-        """Let the device finish: what this trial has queued must not run in another's turn."""
+        """Let the device finish: what this trial has queued must not run in another's block."""
         import torch
 
         if torch.cuda.is_available():

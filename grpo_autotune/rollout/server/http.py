@@ -1,0 +1,16 @@
+"""The HTTP client that asks vLLM servers: one per process, and a connection for each request."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import httpx2
+
+
+@lru_cache(maxsize=1)
+def http_client() -> httpx2.Client:
+    """The client; made once, since loading the certificates takes 50 ms.
+
+    Connections are not kept: a server may end, and another one start at its port.
+    """
+    return httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0))

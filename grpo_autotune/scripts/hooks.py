@@ -1,0 +1,135 @@
+"""A user's TRL script run as `__main__`, with layers on the trainers that it builds.
+
+TRL is not imported before the script does it, so that environment variables which the script sets first keep working.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.startup import Startup, timed
+from grpo_autotune.scripts.values import ScriptValues
+from grpo_autotune.seams.import_hooks import (
+    CONFIG_MODULE,
+    ENGINE_MODULE,
+    TRAINER_MODULE,
+    Execute,
+    Hook,
+    after_import,
+    hook_imports,
+)
+from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.torchvision_compat import import_mended, tell_once
+
+
+class EnoughSteps(SystemExit):
+    """Ends the script once its training was measured; exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class ScriptHooks:
+    """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is booked by phase.
+
+    A subclass overrides `before_build`, `after_build` and `train`.
+
+    Args:
+        values: Given to every trainer in place of what the script says.
+        startup: Gets the phases `script`, `model`, `engine` and `trainer`; a subclass may exchange it per trainer.
+        say: Takes lines of progress.
+    """
+
+    def __init__(self, values: ScriptValues, startup: Startup, say: Callable[[str], None]) -> None:
+        self.values, self.startup, self.say = values, startup, say
+
+    def hooks(self) -> dict[str, Hook]:
+        """Hooks around the script's imports, by module."""
+        return {
+            "torchvision": self._mend_torchvision,
+            CONFIG_MODULE: after_import(self.values.on_config_module),
+            TRAINER_MODULE: after_import(self.on_trainer_module),
+            ENGINE_MODULE: after_import(self._on_engine_module),
+        }
+
+    def on_trainer_module(self, module: ModuleType) -> None:
+        """Put the layers on TRL's trainer once it was imported, before any model is there."""
+        self.values.on_trainer_module(module)
+        wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._build)
+        wrap(AttributeSlot(module.GRPOTrainer, "train"), self._train)
+        wrap(AttributeSlot(module, "create_model_from_path"), timed(self._phase, "model"))
+
+    def before_build(self) -> None:
+        """Prepare for a trainer that the script is about to build."""
+
+    def after_build(self, trainer: Any) -> None:
+        """Receive a trainer that was built and has its values and speed-ups."""
+
+    def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
+        """Call `train`, which is the trainer's own with the script's arguments, and return its result.
+
+        Raises:
+            EnoughSteps: The script is to end here.
+        """
+        return train()
+
+    def _on_engine_module(self, module: ModuleType) -> None:
+        self.values.on_engine_module(module)
+        wrap(AttributeSlot(module.VLLMGeneration, "__init__"), timed(self._phase, "engine"))
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self.startup.phase(name)
+
+    def _build(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+        self.before_build()
+        self.startup.since_birth("script")
+        kwargs = self.values.arguments(kwargs)
+        with self.startup.phase("trainer"):
+            call_next(trainer, *args, **kwargs)
+        self.values.finish(trainer, self.say)
+        self.after_build(trainer)
+
+    def _train(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.train(trainer, partial(call_next, trainer, *args, **kwargs))
+
+    def _mend_torchvision(self, execute: Execute, module: ModuleType) -> None:
+        finding = import_mended(execute, module)
+        if finding is not None:
+            tell_once(finding, self.say)
+
+
+def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:
+    """Run `script` as `python script arguments...` would, until it ends or `hooks` has measured enough.
+
+    Args:
+        script: A Python file.
+        arguments: The rest of the script's `sys.argv`.
+        hooks: Put around the script's imports; `sys.argv` and `sys.path` are as before once the script has ended.
+
+    Raises:
+        ConfigError: There is no such script, or its trainer cannot be given the values.
+        BaseException: Whatever ends the script: its own error, `SystemExit`, `KeyboardInterrupt`.
+    """
+    if not script.is_file():
+        raise ConfigError(
+            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
+        )
+    before = sys.argv, sys.path[0]
+    finder = hook_imports(hooks.hooks())
+    sys.argv = [str(script), *arguments]
+    sys.path[0] = str(script.resolve().parent)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except EnoughSteps:
+        pass
+    finally:
+        sys.argv, sys.path[0] = before
+        sys.meta_path.remove(finder)

@@ -1,0 +1,181 @@
+"""The trials of one search: each is numbered, kept within time, shown while it runs, and entered in the table.
+
+All of it can be built again from the files of the folder, in the order in which it was measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.hardware import Machine
+from grpo_autotune.knobs import Knobs
+from grpo_autotune.records.probe import cycle_means
+from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow
+from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
+from grpo_autotune.search.budget import Budget, Costs
+from grpo_autotune.search.folder import SearchFolder, State
+
+HANG_S = 120.0
+
+
+class TrialRunner(Protocol):
+    """Runner of trials in child processes (`grpo_autotune.trials.parent.runner.Runner`)."""
+
+    def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
+    def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
+    def close(self) -> None: ...
+
+
+class View(Protocol):
+    """Receiver of a search's progress."""
+
+    def show(self, state: SearchProgress) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Subject and place of a search.
+
+    Attributes:
+        config: The user's configuration; for a script a stand-in.
+        fingerprint: Of the configuration and the script.
+        script: A script and its arguments, in place of the configuration's own training.
+        out: Path of a copy of `tuned.yaml`.
+    """
+
+    config: RunConfig
+    machine: Machine
+    folder: SearchFolder
+    fingerprint: str
+    script: list[str] | None = None
+    out: Path | None = None
+
+
+class TrialLog:
+    """Numbers, runs and records trials.
+
+    Attributes:
+        costs: Seconds of a trial beside its steps, learnt from the trials.
+        rows: The table of trials.
+        skipped: Combinations that are not run, and why.
+        notes: Shortcomings that trials reported.
+        memory_bytes: Memory that a trial may take; None where that is unknown.
+    """
+
+    def __init__(self, task: Task, runner: TrialRunner, budget: Budget, view: View) -> None:
+        self.task, self.budget = task, budget
+        self._runner, self._view = runner, view
+        self.costs = Costs(warm=task.script is None)
+        self.rows: list[TrialRow] = []
+        self.skipped: list[Skipped] = []
+        self.notes: set[str] = set()
+        self.memory_bytes: int | None = None
+
+    def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
+        """A trial with the next free number."""
+        return TrialSpec(
+            number=self.task.folder.next_number(),
+            purpose=purpose,
+            config=plain(config),
+            knobs=knobs,
+            limit_s=max(1.0, limit_s),
+            hang_s=min(HANG_S, max(5.0, limit_s)),
+            script=self.task.script,
+            world_size=config.batch.processes,
+            **more,
+        )
+
+    def progress(self, spec: TrialSpec) -> SearchProgress:
+        """State of the search at the start of a trial."""
+        return SearchProgress(self.budget.left_s, self.budget.total_s, spec, len(self.rows), self.skipped)
+
+    def run(
+        self, spec: TrialSpec, state: SearchProgress, watch: Callable[[Progress], None] = lambda progress: None
+    ) -> TrialOutcome:
+        """Run one trial; the view is shown `state`, and it and `watch` each progress of the trial."""
+        self._view.show(state)
+
+        def report(progress: Progress) -> None:
+            watch(progress)
+            self._view.show(state._replace(left_s=self.budget.left_s, progress=progress))
+
+        outcome = self._runner.run(spec, report)
+        self.save_state()
+        return outcome
+
+    def race(
+        self, specs: Sequence[TrialSpec], state: SearchProgress, *, rounds: int, deadline_s: float
+    ) -> list[TrialOutcome]:
+        """Run trials interleaved, step by step."""
+        self._view.show(state)
+        outcomes = self._runner.race(specs, rounds=rounds, deadline_s=deadline_s)
+        self.save_state()
+        return outcomes
+
+    def record(
+        self,
+        spec: TrialSpec,
+        outcome: TrialOutcome,
+        knobs: Knobs,
+        predicted_s: float | None = None,
+        useful: float | None = None,
+    ) -> None:
+        """Enter a trial in the table, with its predicted seconds per step, and with its score where the useful
+        completions per step are given."""
+        self.notes |= set(outcome.notes)
+        self.limit_memory(outcome.most_bytes)
+        cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
+        step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
+        row = TrialRow(
+            number=spec.number,
+            purpose=spec.purpose,
+            knobs=knobs,
+            status=outcome.status,
+            step_s=step_s,
+            predicted_s=predicted_s,
+            peak_bytes=outcome.peak_bytes,
+            why=outcome.why,
+            score=None if useful is None or step_s is None else useful / step_s,
+            elapsed_s=outcome.elapsed_s,
+            warm=outcome.warm,
+            source=spec.source,
+        )
+        self.rows.append(row)
+
+    def skip(self, rows: list[Skipped]) -> None:
+        """Replace the reasons for combinations that are not run."""
+        self.skipped = rows
+
+    def limit_memory(self, most_bytes: int | None) -> None:
+        """Lower the memory limit. A limit on one trial's process holds for the others, too; the room that heap and
+        threads take of it differs from one to the next, so that the lowest counts."""
+        bounds = [bytes_ for bytes_ in (self.memory_bytes, most_bytes) if bytes_ is not None]
+        self.memory_bytes = min(bounds, default=None)
+
+    def save_state(self, *, finished: bool = False) -> None:
+        """Write the progress of the search into its folder."""
+        budget = self.budget
+        self.task.folder.save_state(
+            State(
+                fingerprint=self.task.fingerprint,
+                budget_s=budget.total_s,
+                elapsed_s=budget.elapsed_s,
+                finished=finished,
+            )
+        )
+
+    def close(self) -> None:
+        """End the processes of the runner."""
+        self._runner.close()
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """A configuration for a trial: without the receipt of an earlier search."""
+    values = config.to_dict()
+    values.pop("receipt", None)
+    return values

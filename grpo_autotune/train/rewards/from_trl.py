@@ -1,0 +1,130 @@
+"""TRL's own rewards (`trl.rewards`, TRL 1.16), with parameters that a configuration can give.
+
+Each has TRL's signature. Those that TRL makes by a `get_...` function take that function's arguments as parameters, and
+those that read the column `solution` take the name of another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_autotune.train.rewards.builtin import column_of
+
+Messages = Sequence[Mapping[str, Any]]
+Log = Callable[[str, list[Any]], None]
+
+
+def accuracy_reward(
+    *, completions: Sequence[Messages], column: str = "solution", log_extra: Log | None = None, **columns: Any
+) -> list[float | None]:
+    """1 where math-verify finds the completion's LaTeX answer equal to the reference; None where it cannot read that.
+
+    Args:
+        completions: B completions.
+        column: Column that holds the reference.
+        log_extra: TRL's, for the table of completions.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: The data has no such column.
+    """
+    from trl.rewards import accuracy_reward as trls
+
+    values: list[float | None] = trls(completions, _texts(columns, column), log_extra=log_extra)
+    return values
+
+
+def reasoning_accuracy_reward(
+    *,
+    completions: Sequence[Messages],
+    column: str = "solution",
+    reasoning_delimiters: list[str] | None = None,
+    log_extra: Log | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """As `accuracy_reward`, of the text behind the last of the delimiters; 0 where there is none of them.
+
+    Args:
+        completions: B completions.
+        column: Column that holds the reference.
+        reasoning_delimiters: Ends of the reasoning, `["</think>"]` by default.
+        log_extra: TRL's, for the table of completions.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: The data has no such column.
+    """
+    from trl.rewards import reasoning_accuracy_reward as trls
+
+    solution = _texts(columns, column)
+    values: list[float | None] = trls(completions, solution, reasoning_delimiters, log_extra=log_extra)
+    return values
+
+
+def cosine_scaled_reward(
+    *,
+    completions: Sequence[Messages],
+    completion_ids: Sequence[Sequence[int]],
+    max_len: int,
+    column: str = "solution",
+    min_value_wrong: float = -1.0,
+    max_value_wrong: float = -0.5,
+    min_value_correct: float = 0.5,
+    max_value_correct: float = 1.0,
+    **columns: Any,
+) -> list[float | None]:
+    """As `accuracy_reward`, scaled by length: right answers gain by being short, wrong ones by being long.
+
+    Args:
+        completions: B completions.
+        completion_ids: Their tokens.
+        max_len: Tokens at which the scale ends.
+        column: Column that holds the reference.
+        min_value_wrong: Reward of a wrong answer at length 0.
+        max_value_wrong: Of one of `max_len` tokens and more.
+        min_value_correct: Reward of a right answer of `max_len` tokens and more.
+        max_value_correct: Of one at length 0.
+        columns: The data's columns, B values each.
+
+    Raises:
+        ConfigError: The data has no such column.
+    """
+    from trl.rewards import get_cosine_scaled_reward
+
+    reward = get_cosine_scaled_reward(max_len, min_value_wrong, max_value_wrong, min_value_correct, max_value_correct)
+    values: list[float | None] = reward(completions, _texts(columns, column), completion_ids)
+    return values
+
+
+def think_format_reward(*, completions: Sequence[Messages], **columns: Any) -> list[float]:
+    """1 where a completion begins with its one `<think>...</think>`."""
+    from trl.rewards import think_format_reward as trls
+
+    values: list[float] = trls(completions)
+    return values
+
+
+def repetition_penalty_reward(
+    *, completion_ids: Sequence[Sequence[int]], ngram_size: int = 3, max_penalty: float = -1.0, **columns: Any
+) -> list[float]:
+    """The share of n-grams of tokens that are repeated, times `max_penalty`, which is not positive."""
+    from trl.rewards import get_repetition_penalty_reward
+
+    values: list[float] = get_repetition_penalty_reward(ngram_size, max_penalty)(completion_ids)
+    return values
+
+
+def soft_overlong_punishment(
+    *, completion_ids: Sequence[Sequence[int]], max_completion_len: int, soft_punish_cache: int, **columns: Any
+) -> list[float]:
+    """0 up to `max_completion_len - soft_punish_cache` tokens, falling to -1 at `max_completion_len` (DAPO, eq. 13)."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    values: list[float] = get_soft_overlong_punishment(max_completion_len, soft_punish_cache)(completion_ids)
+    return values
+
+
+def _texts(columns: Mapping[str, Any], name: str) -> list[str]:
+    """math-verify reads text only."""
+    return [str(value) for value in column_of(columns, name)]

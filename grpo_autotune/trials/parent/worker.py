@@ -1,0 +1,61 @@
+"""A worker as the parent holds it: a child process behind its guardian, and a pipe for orders."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
+
+CHILD = "grpo_autotune.trials.child.worker"
+
+
+class Worker(Protocol):
+    """A process that runs one trial after another."""
+
+    @property
+    def pid(self) -> int: ...
+    def order(self, folder: Path) -> bool:
+        """Name a trial to run; return whether the process is alive to read it."""
+
+    def poll(self) -> int | None:
+        """Exit code (negative: a signal), None while it runs."""
+
+    def end(self) -> None:
+        """Kill it and all it started, and wait until they are gone."""
+
+
+class GuardedWorker(Guarded):
+    """A worker behind its guardian.
+
+    Args:
+        folder: Of its first trial.
+        log: Standard output and error, until the trial leads them to its own log.
+        world_size: More than one are ranks under `torchrun`, which run that one trial.
+    """
+
+    def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
+        words = [*PYTHON, "-m", CHILD]
+        if world_size > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+            words = [sys.executable, *launch, "-m", CHILD, str(folder.absolute())]
+        super().__init__(words, log, without_rank(), subprocess.PIPE)
+
+    def order(self, folder: Path) -> bool:
+        if self._process.stdin is None or self._process.poll() is not None:
+            return False
+        try:
+            self._process.stdin.write(f"{folder.absolute()}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def end(self) -> None:
+        super().end()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
