@@ -1,1 +1,1 @@
-"""What to change, and what it is predicted to save: small rules over one probe's numbers, each with its derivation."""
+"""Changes to make and the seconds they are predicted to save: sentences over the one predictor."""

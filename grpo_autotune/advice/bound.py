@@ -1,4 +1,4 @@
-"""What bounds the step, in one sentence, and what a reader must know before trusting the numbers."""
+"""The stage that bounds the step, in one sentence, and warnings to read before trusting the numbers."""
 
 from __future__ import annotations
 
@@ -45,36 +45,36 @@ def _meaning(limit: Limit) -> str:
 
 def warnings(facts: Facts) -> list[str]:
     """Lines to read first: the engine samples from another distribution, or the measurement is thin."""
-    found: list[str] = []
+    lines: list[str] = []
     fidelity, b, record = facts.record.fidelity, facts.breakdown, facts.record
     if fidelity is not None and not fidelity.ok:
-        found.append(_unfaithful(fidelity))
+        lines.append(_unfaithful(fidelity))
     if b.shares.get("other", 0.0) > LARGE_OTHER:
-        found.append(
+        lines.append(
             f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
             "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
         )
     count, cycle = len(record.timings.step_s), record.timings.cycle
     if count < cycle:
-        found.append(
+        lines.append(
             f"The measured steps do not hold a whole cycle of generating and reusing, which is {cycle} steps here "
             f"({count} measured): the seconds and shares are not those of a long run. Measure {cycle} steps or a "
             "multiple of it."
         )
     if count < FEW_STEPS:
-        found.append(
+        lines.append(
             f"Only {count} step{'s were' if count > 1 else ' was'} measured: treat the seconds as a first guess."
         )
     elif b.step_spread_s > LARGE_SPREAD * b.step_s:
-        found.append(
+        lines.append(
             f"The steps differ much from each other (± {seconds(b.step_spread_s)} around {seconds(b.step_s)}): "
             "measure more of them, and see that nothing else uses this machine."
         )
-    return found
+    return lines
 
 
 def _unfaithful(f: Fidelity) -> str:
-    """How the samples are wrong, what the evidence points to, and what it rules out."""
+    """The error of the samples, the cause that the evidence points to, and those it rules out."""
     if f.mean_nats > f.threshold_nats:
         wrong = (
             f"its log-probs are {f.mean_nats:.3g} nats off on average (at most {f.threshold_nats:.3g} is rounding in "

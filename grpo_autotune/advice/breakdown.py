@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from grpo_autotune.errors import NothingSucceeded
-from grpo_autotune.records.probe import StageTimings
+from grpo_autotune.records.probe import StageTimings, cycle_means
 
 
 class Limit(NamedTuple):
-    """How close a stage comes to this machine's measured ceiling.
+    """Closeness of a stage to this machine's measured ceiling.
 
     Attributes:
         share: Time the ceiling would allow over time taken, 0 to 1.
@@ -50,15 +50,6 @@ class Breakdown:
     def seconds(self, *stages: str) -> float:
         """Seconds of a step that these stages take together."""
         return math.fsum(self.self_s.get(stage, 0.0) for stage in stages)
-
-
-def cycle_means(values: Sequence[float], cycle: int) -> list[float]:
-    """Mean of each whole cycle of `values`; the values themselves where there is no whole cycle. Any `cycle` steps in a
-    row hold each kind of step once, so it does not matter where the first cycle begins."""
-    whole = len(values) - len(values) % cycle
-    if whole == 0:
-        return list(values)
-    return [math.fsum(values[i : i + cycle]) / cycle for i in range(0, whole, cycle)]
 
 
 def half_quartile_range(values: Sequence[float]) -> float:

@@ -1,25 +1,40 @@
-"""What a rule may look at, and what it answers."""
+"""The input of every advice, one probe accounted for, and its output, an idea."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from grpo_autotune.advice.breakdown import Breakdown, Limit
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.hardware import Machine
+from grpo_autotune.predict.models import Models
+from grpo_autotune.predict.objective import Living, living_of
+from grpo_autotune.predict.room import busy_share, memory_of
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Change, Kind
+from grpo_autotune.registry import names
+from grpo_autotune.scripts.stand_in import config_of_script
 
 PASSES = ("policy_logprob", "reference_logprob", "backward")
-HEADROOM = 0.9
-"""Share of the device's memory that an advice may fill: the rest is left to fragmentation and to longer completions."""
 
 
 @dataclass(frozen=True)
 class Idea:
-    """What a rule answers: `because` derives the saving in words, `caveat` says what to watch.
+    """One advice before it is put into a sentence.
 
-    `action` is said in place of the changes where no key does it.
+    Attributes:
+        kind: `exact` or `learning`.
+        stages: Stages that get shorter, or that the advice is about.
+        because: The derivation of the saving, in words.
+        changes: What to set.
+        saving_s: Predicted seconds per step; None where none are saved, or where the models cannot tell.
+        caveat: What to watch.
+        action: Said in place of the changes where no key does it.
     """
 
     kind: Kind
@@ -39,73 +54,81 @@ class Facts:
         record: What was measured.
         breakdown: Seconds by stage.
         limits: Stage to its share of the machine's ceiling, where it is known.
-        machine: `Machine` as JSON, null where it is not known.
-        config: The run's configuration as a dict, null for a trainer somebody else built.
+        machine: What it was measured on; None where that is not known.
+        config: The run's configuration; None for a trainer that somebody else built.
     """
 
     record: ProbeRecord
     breakdown: Breakdown
     limits: Mapping[str, Limit] = field(default_factory=dict)
-    machine: Mapping[str, Any] | None = None
-    config: Mapping[str, Any] | None = None
+    machine: Machine | None = None
+    config: RunConfig | None = None
 
-    def setting(self, section: str, key: str) -> Any:
-        """A value of the configuration file, null where it is not set or there is no file."""
-        return ((self.config or {}).get(section) or {}).get(key)
+    @cached_property
+    def base(self) -> RunConfig | None:
+        """The configuration that knobs are turned on: the run's own, else one made of the trainer's facts; None where
+        these do not fit together in this process (another world size)."""
+        if self.config is not None:
+            return self.config
+        nobody: dict[str, Any] = {
+            "model": {"name_or_path": "script"},
+            "data": {"path": "script"},
+            "rewards": [{"name": "script"}],
+            "speedups": [name for name in self.record.trainer.speedups if name in names("speedup")] or "none",
+        }
+        try:
+            return config_of_script(RunConfig.from_dict(nobody), self.record)
+        except ConfigError:
+            return None
+
+    @cached_property
+    def models(self) -> Models | None:
+        """The search's models, which know nothing but this probe; None where the probe does not tell enough."""
+        if self.base is None or self.machine is None or self.record.tokens is None:
+            return None
+        return Models.from_probe(self.base, self.record, self.machine)
+
+    @property
+    def has_formulas(self) -> bool:
+        """True if the cost formulas describe the model's architecture."""
+        try:
+            ModelShape.from_config(self.record.trainer.model_config_json)
+        except ConfigError:
+            return False
+        return True
+
+    @cached_property
+    def living(self) -> Living | None:
+        """Share of groups whose rewards differ, by group size; None where no spread of rewards was seen."""
+        return living_of(self.record)
+
+    @property
+    def grpo(self) -> Mapping[str, Any]:
+        """The configuration's `grpo` section; empty without a configuration."""
+        return self.config.grpo if self.config is not None else {}
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the trainer's model is on a CUDA device."""
+        """True if the trainer's model is on a CUDA device."""
         return self.record.trainer.device.startswith("cuda")
 
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of one number in the model's dtype."""
-        return 4 if self.record.trainer.dtype.endswith("32") else 2
-
     def part_s(self, stage: str, part: str) -> float:
-        """Seconds of a step that a part of a stage takes."""
+        """Seconds per step of a part of a stage."""
         return self.breakdown.parts_s.get((stage, part), 0.0)
 
     def peak_bytes(self) -> int | None:
-        """Most memory any stage took."""
+        """Most memory that any stage took."""
         return max((row.peak_bytes for row in self.record.timings.stages if row.peak_bytes), default=None)
 
     def memory_bytes(self) -> int | None:
-        """Memory that one rank may use: its GPU's, or its share of the machine's."""
-        machine = self.machine or {}
-        if self.on_gpu:
-            gpus = machine.get("gpus") or []
-            return int(gpus[0]["memory_bytes"]) if gpus else None
-        total = machine.get("memory_bytes")
-        return int(total) // self.record.trainer.world_size if total else None
-
-    def free_bytes(self) -> int | None:
-        """Memory that is left at the peak, less the headroom; null where it is not known."""
-        total, peak = self.memory_bytes(), self.peak_bytes()
-        return None if total is None or peak is None else int(HEADROOM * total) - peak
+        """Memory that one rank may use."""
+        return memory_of(self.machine, self.record.trainer) if self.machine is not None else None
 
     def busy_share(self, *stages: str) -> float | None:
-        """How busy the device is while these stages run, 0 to 1: the GPU, or this rank's part of the cores."""
-        rows = [row for row in self.record.utilisation if row.stage in stages]
-        cores = ((self.machine or {}).get("cores") or 0) / self.record.trainer.world_size
-        if self.on_gpu:
-            seen = [(row.samples, row.gpu_percent / 100.0) for row in rows if row.gpu_percent is not None]
-        else:
-            seen = [
-                (row.samples, row.cpu_percent / 100.0 / cores) for row in rows if cores and row.cpu_percent is not None
-            ]
-        weight = sum(samples for samples, _ in seen)
-        return min(1.0, sum(samples * share for samples, share in seen) / weight) if weight else None
+        """Share of the time in which the device works while these stages run, 0 to 1."""
+        return busy_share(self.record, self.machine, *stages) if self.machine is not None else None
 
     def dead_share(self) -> float | None:
-        """Share of groups without reward spread; null where no group was seen."""
+        """Share of groups without reward spread; None where no group was seen."""
         tokens = self.record.tokens
         return tokens.dead_groups / tokens.groups if tokens and tokens.groups else None
-
-    def groups_per_step(self) -> float:
-        """Groups generated an optimizer step, over all ranks: a generation batch serves
-        `steps_per_generation * num_iterations` micro steps, of which a step takes `gradient_accumulation_steps`."""
-        t = self.record.trainer
-        per_batch = t.generation_batch_size / t.num_generations
-        return per_batch * t.gradient_accumulation_steps / (t.steps_per_generation * t.num_iterations)

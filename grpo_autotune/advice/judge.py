@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
-from grpo_autotune.advice import exact, learning, speedups
+from grpo_autotune.advice import learning, observed
 from grpo_autotune.advice.facts import Facts, Idea
+from grpo_autotune.advice.sentences import knob_ideas
 from grpo_autotune.records.report import Advice, Change
 from grpo_autotune.units import listing, percent, seconds
 
 LEAST_SHARE = 0.01
 """A predicted saving below this share of the step is not worth a user's time."""
 
-Rule = Callable[[Facts], Idea | None]
-RULES: tuple[Rule, ...] = (*exact.RULES, speedups.speed_ups, *learning.RULES)
+
+def ideas(facts: Facts) -> Iterator[Idea]:
+    """Everything that may be advised: the knobs as the models see them, then what follows from the record alone."""
+    yield from knob_ideas(facts)
+    for rule in (*observed.RULES, *learning.RULES):
+        idea = rule(facts)
+        if idea is not None:
+            yield idea
 
 
-def judge(facts: Facts, rules: Iterable[Rule] = RULES) -> list[Advice]:
+def judge(facts: Facts, candidates: Iterable[Idea] | None = None) -> list[Advice]:
     """The verdict: exact advice before advice that changes learning, each by predicted saving."""
-    ideas = [idea for rule in rules if (idea := rule(facts)) is not None]
-    worth = [i for i in ideas if i.saving_s is None or i.saving_s >= LEAST_SHARE * facts.breakdown.step_s]
+    least_s = LEAST_SHARE * facts.breakdown.step_s
+    candidates = ideas(facts) if candidates is None else candidates
+    worth = [idea for idea in candidates if idea.saving_s is None or idea.saving_s >= least_s]
     worth.sort(key=lambda idea: (idea.kind != "exact", -(idea.saving_s or 0.0)))
     return [advice_of(idea, facts) for idea in worth]
 
 
 def amdahl(facts: Facts, stages: Iterable[str]) -> float | None:
-    """Amdahl's law (Amdahl 1967): with a share s of the step gone the step is 1 / (1 - s) times faster; null at s =
+    """Amdahl's law (Amdahl 1967): with a share s of the step gone the step is 1 / (1 - s) times faster; None at s =
     1."""
     rest = 1.0 - sum(facts.breakdown.shares.get(stage, 0.0) for stage in stages)
     return 1.0 / rest if rest > 1e-6 else None

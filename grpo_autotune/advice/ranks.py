@@ -11,7 +11,7 @@ from grpo_autotune.records.probe import RankTimings
 
 
 class Excess(NamedTuple):
-    """Seconds a step by which a rank works longer than the mean of the others, and the stage with most of it."""
+    """Seconds per step by which a rank works longer than the mean of the others, and the stage with most of it."""
 
     rank: int
     extra_s: float
@@ -21,7 +21,7 @@ class Excess(NamedTuple):
 
 def excesses(rows: Sequence[RankTimings]) -> list[Excess]:
     """Each rank's excess, largest first; a rank's work is its step less `sync_wait`. Empty for fewer than two ranks."""
-    found = []
+    longer = []
     for row in rows:
         others = [other for other in rows if other.rank != row.rank]
         stages = [stage for stage in row.stages if stage != "sync_wait"]
@@ -29,5 +29,5 @@ def excesses(rows: Sequence[RankTimings]) -> list[Excess]:
             continue
         extra = {s: row.stages[s] - statistics.fmean(other.stages.get(s, 0.0) for other in others) for s in stages}
         stage = max(extra, key=lambda name: extra[name])
-        found.append(Excess(row.rank, math.fsum(extra.values()), stage, extra[stage]))
-    return sorted(found, key=lambda excess: -excess.extra_s)
+        longer.append(Excess(row.rank, math.fsum(extra.values()), stage, extra[stage]))
+    return sorted(longer, key=lambda excess: -excess.extra_s)

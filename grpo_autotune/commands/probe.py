@@ -52,7 +52,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
                 finally:
                     watched.pop()
                     probe.detach()
-    return report_of(probe.record(), config.model_dump(mode="json"), out_dir), code
+    return report_of(probe.record(), config, out_dir), code
 
 
 def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:

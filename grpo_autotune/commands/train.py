@@ -60,7 +60,7 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
     record = probe.record()
     if not (is_first_rank() and record.timings.step_s):
         return
-    report = report_of(record, config.model_dump(mode="json"), out_dir)
+    report = report_of(record, config, out_dir)
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
     shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)
     say(f"{seconds(report.step_s)} per step: {shares}; `grpo-autotune report {out_dir}` prints the whole breakdown")

@@ -1,4 +1,4 @@
-"""Where LoRA's parameters sit: on the decoder's matrices or on the vision tower's.
+"""Places of LoRA's parameters: on the decoder's matrices or on the vision tower's.
 
 A matrix of `in` x `out` gets `r * (in + out)` adapter parameters (Hu et al. 2021, arXiv:2106.09685, section 4.1). Which
 matrices are adapted follows PEFT's own rule for `target_modules`: a list matches by the end of the module's path, a

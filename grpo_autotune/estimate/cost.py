@@ -1,4 +1,4 @@
-"""What one optimizer step has to compute and move, stage by stage, and the least time a machine needs for it.
+"""Operations and bytes of one optimizer step, stage by stage, and the least time a machine needs for it.
 
 The step is TRL 1.16's: prompts are generated from and scored once a copy, nothing is shared inside a group. The limit
 is the roofline of Williams, Waterman and Patterson 2009 (doi:10.1145/1498765.1498785): a phase takes at least the
@@ -7,13 +7,12 @@ longer of its operations over the matrix rate and its bytes over the memory band
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from grpo_autotune.estimate.adapters import NO_ADAPTERS, AdapterSizes, adapter_sizes
 from grpo_autotune.estimate.passes import Batch, Training, Work, attention_flops, backward, forward, square_grid
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.records.probe import ImageFacts, TokenFacts, TrainerFacts
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -138,69 +137,69 @@ def _decode(shape: ModelShape, facts: WorkFacts, steps: float, decoded: float) -
 
 
 def limit_seconds(work: Work, matrix_flops_s: float, memory_bytes_s: float) -> float:
-    """Least seconds for `work` at a matrix rate (operations a second) and a memory bandwidth (bytes a second)."""
+    """Least seconds for `work` at a matrix rate (operations per second) and a memory bandwidth (bytes per second)."""
     return sum(max(flops / matrix_flops_s, moved / memory_bytes_s) for flops, moved in work.phases)
 
 
 def facts_from_records(
     shape: ModelShape,
-    trainer: Mapping[str, Any],
-    tokens: Mapping[str, Any],
-    images: Mapping[str, Any] | None = None,
+    trainer: TrainerFacts,
+    tokens: TokenFacts,
+    images: ImageFacts | None = None,
     *,
     old_policy: bool | None = None,
 ) -> WorkFacts:
-    """Read the facts off a probe's records in their JSON form.
+    """Read the facts off a probe's records.
 
     Args:
         shape: The model's sizes.
-        trainer: What the run had (`TrainerFacts`).
-        tokens: Token counts (`TokenFacts`).
-        images: Image counts (`ImageFacts`); null without images.
+        trainer: What the run had.
+        tokens: Token counts.
+        images: Image counts; those without a patch grid count as no images.
         old_policy: Whether the old policy's pass was seen to run; by TRL's own rule where not given.
     """
-    generates_every = trainer["steps_per_generation"] * trainer["num_iterations"]
-    misaligned = trainer["gradient_accumulation_steps"] % generates_every != 0
+    misaligned = trainer.gradient_accumulation_steps % (trainer.steps_per_generation * trainer.num_iterations) != 0
+    seen = images if images is not None and images.tokens is not None else None
     return WorkFacts(
-        micro_batch=trainer["per_device_train_batch_size"],
-        passes=trainer["gradient_accumulation_steps"],
-        generation_rows=trainer["per_device_train_batch_size"] * trainer["steps_per_generation"],
-        iterations=trainer["num_iterations"],
-        group=trainer["num_generations"],
-        prompt_tokens=tokens["prompt"]["mean"],
-        completion_tokens=tokens["completion"]["mean"],
-        longest_completion=tokens["completion"]["max"],
-        padding_share=tokens["padding_share"],
-        images=images["per_prompt"] if images else 0.0,
-        image_tokens=images["tokens"]["mean"] if images else 0.0,
-        use_vllm=trainer["use_vllm"],
-        old_policy=misaligned or trainer["use_vllm"] if old_policy is None else old_policy,
-        reference=trainer["beta"] != 0,
-        compact_head=str(trainer["device"]).startswith(("cuda", "xpu")),
+        micro_batch=trainer.per_device_train_batch_size,
+        passes=trainer.gradient_accumulation_steps,
+        generation_rows=trainer.per_device_train_batch_size * trainer.steps_per_generation,
+        iterations=trainer.num_iterations,
+        group=trainer.num_generations,
+        prompt_tokens=tokens.prompt.mean,
+        completion_tokens=tokens.completion.mean,
+        longest_completion=tokens.completion.max,
+        padding_share=tokens.padding_share,
+        images=seen.per_prompt if seen else 0.0,
+        image_tokens=seen.tokens.mean if seen and seen.tokens else 0.0,
+        use_vllm=trainer.use_vllm,
+        old_policy=misaligned or trainer.use_vllm if old_policy is None else old_policy,
+        reference=trainer.beta != 0,
+        compact_head=trainer.device.startswith(("cuda", "xpu")),
         training=training_of(shape, trainer),
     )
 
 
-def training_of(shape: ModelShape, trainer: Mapping[str, Any]) -> Training:
-    """What is trained, from the trainer's facts.
+def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
+    """Trained parameters and their number formats, from the trainer's facts.
 
     A tower is taken as frozen in full fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in
     float32 (`autocast_adapter_dtype`); other weights have the dtype that the model's config names, activations the
     run's.
     """
-    peft, trained = trainer["peft"], trainer["trainable_parameters"]
+    peft, trained = trainer.peft, trainer.trainable_parameters
     adapters: AdapterSizes = adapter_sizes(shape, peft) if peft else NO_ADAPTERS
-    config = trainer["model_config_json"]
+    config = trainer.model_config_json
     quantization = config.get("quantization_config") or {}
-    stored_bytes = VALUE_BYTES.get(config.get("dtype") or trainer["dtype"], 4)
+    stored_bytes = VALUE_BYTES.get(config.get("dtype") or trainer.dtype, 4)
     weight_bytes = next((size for key, size in PACKED_BYTES.items() if quantization.get(key)), stored_bytes)
     return Training(
         text_weights=not peft,
         vision_weights=not peft and trained > shape.text_parameters,
         adapters=adapters,
-        checkpointing=trainer["gradient_checkpointing"],
-        attention_backward=2.0 if trainer["attn_implementation"] == "eager" else 2.5,
-        value_bytes=VALUE_BYTES.get(trainer["dtype"], 4),
+        checkpointing=trainer.gradient_checkpointing,
+        attention_backward=2.0 if trainer.attn_implementation == "eager" else 2.5,
+        value_bytes=VALUE_BYTES.get(trainer.dtype, 4),
         weight_bytes=weight_bytes,
         trainable_bytes=4 if peft else stored_bytes,
         trainable=trained,

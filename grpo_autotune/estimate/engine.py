@@ -1,4 +1,4 @@
-"""What a vLLM engine needs inside its share of memory: weights, the activations of one engine step, keys and values.
+"""Memory that a vLLM engine needs inside its share: weights, the activations of one engine step, keys and values.
 
 vLLM takes its share whole and gives what weights and activations leave to keys and values
 (`determine_available_memory` in vllm/v1/worker/gpu_worker.py). It starts where they hold one request of full length
@@ -59,7 +59,7 @@ def engine_need(
     cache_bytes: float | None = None,
     tensor_parallel: int = 1,
 ) -> EngineNeed:
-    """What an engine needs.
+    """Memory that an engine needs.
 
     Args:
         shape: The model.

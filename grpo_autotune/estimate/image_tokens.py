@@ -12,7 +12,7 @@ def image_tokens(height: float, width: float, unit: int, bounds: tuple[int, int]
     Args:
         height: In pixels; `width` likewise.
         unit: Side of a token in pixels: patch side times merge side.
-        bounds: Least and most pixels of an image; null for none.
+        bounds: Least and most pixels of an image; None for none.
     """
     rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
     least, most = bounds or (0, math.inf)

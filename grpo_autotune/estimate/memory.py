@@ -1,4 +1,4 @@
-"""How much memory an optimizer step takes beyond an idle process: what stays, and what each phase adds to it.
+"""Memory of an optimizer step beyond an idle process: what stays, and what each phase adds to it.
 
 Counted in numbers kept, from the code that runs (transformers 5 modelling files, TRL 1.16). A step's peak is its
 largest phase. Allocators round up and keep what was freed, so a measured peak is about the formula times a factor near
@@ -219,14 +219,14 @@ def kept_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bo
     value = training.value_bytes
     inputs = shape.hidden * batch.tokens * value
     layer = inputs if training.checkpointing else layer_bytes(shape, batch, training, eager=eager, padded=padded)
-    found = shape.layers * layer + 3 * inputs  # embeddings, and the last norm's input and output
+    kept = shape.layers * layer + 3 * inputs  # embeddings, and the last norm's input and output
     vision = shape.vision
     if vision is None or not batch.patches or not training.through_tower(vision):
-        return found
+        return kept
     block_inputs = vision.hidden * batch.patches * value
-    found += MERGER_NUMBERS * vision.mergers * vision.merged * batch.patches / vision.merge**2 * value
+    kept += MERGER_NUMBERS * vision.mergers * vision.merged * batch.patches / vision.merge**2 * value
     block = block_inputs if training.checkpointing else block_bytes(vision, batch, training, eager=eager)
-    return found + vision.depth * block
+    return kept + vision.depth * block
 
 
 def layer_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: bool, padded: bool = False) -> float:
@@ -264,9 +264,9 @@ def largest_intermediate(shape: ModelShape, batch: Batch, training: Training, *,
     if vision is None or not batch.patches:
         return decoder * value
     an_image = batch.grid[0] * batch.grid[1]
-    own = 3 * vision.heads * an_image * an_image if eager else 0  # images go through attention one after another
-    tower = (2 * vision.hidden + max((3 if vision.gated else 2) * vision.mlp, 8 * vision.hidden)) * batch.patches + own
-    return max(decoder, tower) * value
+    scores = 3 * vision.heads * an_image * an_image if eager else 0  # images go through attention one after another
+    tower = (2 * vision.hidden + max((3 if vision.gated else 2) * vision.mlp, 8 * vision.hidden)) * batch.patches
+    return max(decoder, tower + scores) * value
 
 
 def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: bool, tiles: int) -> float:
@@ -278,8 +278,8 @@ def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: b
     rows, columns = min(scored, TILE_TOKENS), min(shape.vocab, TILE_VOCAB)
     tile = rows * (TILE_VOCAB if fused else columns) * training.value_bytes
     copies = 0.0 if fused else tiles * rows * columns * STATE_BYTES
-    own = shape.head_weights * STATE_BYTES if training.text_weights and tiles == BACKWARD_TILES else 0.0
-    return tile + copies + scored * shape.hidden * STATE_BYTES + own
+    gradient = shape.head_weights * STATE_BYTES if training.text_weights and tiles == BACKWARD_TILES else 0.0
+    return tile + copies + scored * shape.hidden * STATE_BYTES + gradient
 
 
 def _scored(facts: WorkFacts, sizes: Sizes) -> float:

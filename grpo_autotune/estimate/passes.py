@@ -72,7 +72,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and in how many bytes things are kept.
+    """Trained parameters, and the bytes in which things are kept.
 
     Attributes:
         text_weights: The decoder's own weights are trained (full fine-tuning).
@@ -98,15 +98,15 @@ class Training:
     trainable: float
 
     def through_tower(self, vision: VisionShape) -> bool:
-        """Whether the backward pass goes through the vision tower: trained, adapted, or pulled in by checkpointing."""
+        """True if the backward pass goes through the vision tower: trained, adapted, or pulled in by checkpointing."""
         return self.into_tower(vision) or self.adapters.blocks + self.adapters.mergers > 0
 
     def into_tower(self, vision: VisionShape) -> bool:
-        """Whether the input of the tower's first block needs a gradient."""
+        """True if the input of the tower's first block needs a gradient."""
         return self.vision_weights or (self.checkpointing and vision.input_hooked)
 
     def into_text(self, vision: VisionShape | None) -> bool:
-        """Whether the input of the decoder's first layer needs a gradient."""
+        """True if the input of the decoder's first layer needs a gradient."""
         return self.text_weights or self.checkpointing or (vision is not None and self.through_tower(vision))
 
 
@@ -132,14 +132,14 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
     Checkpointing adds the blocks' forward without each block's last product, which nothing saved needs
     (`torch.utils.checkpoint` stops early). TRL's head recomputes its logits (`trl/kernels/chunked_logprob.py`).
     """
-    own = 1 if training.text_weights else 0
+    whole = 1 if training.text_weights else 0
     linear = 2 * shape.layers * shape.layer_weights * batch.tokens
     attention = attention_flops(shape, batch.rows, causal_pairs(batch.length))
-    flops = linear * (1 + own) + attention * training.attention_backward
+    flops = linear * (1 + whole) + attention * training.attention_backward
     flops += 4 * training.adapters.text * batch.tokens
     traffic = _layer_traffic(shape) * shape.layers * batch.tokens * training.value_bytes
     weights = shape.layers * shape.layer_parameters * training.weight_bytes
-    moved = traffic * (1 + own) + weights
+    moved = traffic * (1 + whole) + weights
     if not training.into_text(shape.vision if batch.patches else None):
         flops -= 2 * (shape.qkv_weights + training.adapters.text_first) * batch.tokens
     if training.checkpointing:
@@ -148,7 +148,10 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
         if not training.adapters.on_text_end:
             flops -= 2 * shape.layers * shape.hidden * shape.mlp * batch.tokens
     scored = batch.rows * batch.scored
-    head = (2 * shape.head_weights * scored * (2 + own), _head_traffic(shape, scored, training, touches=4 + own))
+    head = (
+        2 * shape.head_weights * scored * (2 + whole),
+        _head_traffic(shape, scored, training, touches=4 + whole),
+    )
     gradients = (0.0, 2 * training.trainable * training.trainable_bytes)
     tower: tuple[tuple[float, float], ...] = ()
     if shape.vision and batch.patches and training.through_tower(shape.vision):
@@ -189,16 +192,16 @@ def _tower_forward(vision: VisionShape, batch: Batch, lora: AdapterSizes, traini
 
 
 def _tower_backward(vision: VisionShape, batch: Batch, training: Training) -> tuple[float, float]:
-    own = 1 if training.vision_weights else 0
+    whole = 1 if training.vision_weights else 0
     blocks = 2 * vision.depth * vision.block_weights * batch.patches
     merged = batch.patches / vision.merge**2
     mergers = 2 * vision.mergers * vision.merger_weights * merged
     attention = tower_attention_flops(vision, batch.rows * batch.images, batch.grid)
-    flops = (blocks + mergers) * (1 + own) + 2 * own * vision.patch_weights * batch.patches
+    flops = (blocks + mergers) * (1 + whole) + 2 * whole * vision.patch_weights * batch.patches
     flops += attention * training.attention_backward
     flops += 4 * (training.adapters.blocks * batch.patches + training.adapters.mergers * merged)
     traffic = vision.parameters + _block_traffic(vision) * vision.depth * batch.patches
-    moved = traffic * (1 + own)
+    moved = traffic * (1 + whole)
     if not training.into_tower(vision):
         flops -= 2 * (3 * vision.hidden**2 + training.adapters.blocks_first) * batch.patches
     if training.checkpointing:

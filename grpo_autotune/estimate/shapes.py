@@ -16,7 +16,7 @@ from grpo_autotune.seams.loss import EXPERT_KEYS
 
 
 class Family(NamedTuple):
-    """How a decoder family deviates from the plain one; a string names the config key that says it."""
+    """Deviation of a decoder family from the plain one; a string names the config key that says it."""
 
     qkv_bias: bool | str = False
     out_bias: bool | str = False

@@ -48,7 +48,7 @@ class VisionShape:
         out: Channels handed to the language model.
         deepstack: Number of further mergers that feed the first layers of the language model.
         positions: Rows of the learned position embedding (0: none).
-        window: Side of an attention window in merged tokens; null if every block attends to the whole image.
+        window: Side of an attention window in merged tokens; None if every block attends to the whole image.
         full_blocks: Number of blocks that attend to the whole image.
         input_hooked: Whether transformers takes the patch embedding for an input embedding. Gradient checkpointing then
             makes its output require a gradient (`enable_input_require_grads`), and a frozen tower is in the backward.

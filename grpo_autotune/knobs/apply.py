@@ -14,6 +14,7 @@ from typing import Any
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import context_of
 from grpo_autotune.knobs.table import PROMPTS, Kind, grpo_value, knob
 from grpo_autotune.records.probe import ProbeRecord
@@ -90,6 +91,25 @@ def kind_of(config: RunConfig, key: str, record: ProbeRecord | None = None) -> K
 def same_value(left: Any, right: Any) -> bool:
     """True if two knob values are one and the same: 2 and 2.0 are, 1 and true are not."""
     return (type(left) is type(right) and bool(left == right)) or (_number(left) and _number(right) and left == right)
+
+
+def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeRecord | None = None) -> str | None:
+    """The rule that a combination breaks, in one sentence; None for a legal one.
+
+    Memory is no rule of this function: the models judge it.
+    """
+    try:
+        changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)
+    except ConfigError as error:
+        return str(error)
+    known = context_of(changed, machine, record)
+    for key, value in knobs.items():
+        if same_value(value, baseline[key]):
+            continue
+        reason = knob(key).rule(known, value)
+        if reason is not None:
+            return f"{reason}."
+    return None
 
 
 def _apply_batch(values: dict[str, Any], config: RunConfig, applied: Knobs) -> None:

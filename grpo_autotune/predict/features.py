@@ -1,6 +1,6 @@
-"""What each stage's seconds are made of: calls that cost a fixed time each, and work that costs time in proportion.
+"""Features of each stage's seconds: calls that cost a fixed time each, and work that costs time in proportion.
 
-A feature is a count an optimizer step; a stage's seconds are a sum of features times non-negative coefficients, which
+A feature is a count per optimizer step; a stage's seconds are a sum of features times non-negative coefficients, which
 `fit` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
 """
 
@@ -40,42 +40,42 @@ SPARED = "_spared"
 
 
 class Rates(NamedTuple):
-    """How many operations the machine does in the time it moves a byte; only this exchange rate matters here."""
+    """Operations that the machine does in the time it moves a byte; only this exchange rate matters here."""
 
     flops_per_byte: float
 
 
 def features(load: Workload, rates: Rates) -> dict[str, Features]:
     """Features of every part that runs, by the names of `PARTS`."""
-    return {part: found for part, make in MAKERS.items() if (found := make(load, rates)) is not None}
+    return {part: counts for part, make in MAKERS.items() if (counts := make(load, rates)) is not None}
 
 
 def _generation(load: Workload, rates: Rates) -> Features:
     facts, suffix = load.facts, "@vllm" if load.facts.use_vllm else ""
     steps = max(facts.longest_completion - 1.0, 0.0) * load.generations * load.waves
     decoded = max(facts.completion_tokens - 1.0, 0.0) * load.generations if facts.use_vllm else steps
-    found = {"calls": load.generations, "steps": steps}
+    counts = {"calls": load.generations, "steps": steps}
     if load.shape is None:
         tokens = facts.generation_rows * facts.prompt_tokens * load.generations
-        found |= {"prompt_tokens": tokens, "tokens": facts.generation_rows * decoded}
+        counts |= {"prompt_tokens": tokens, "tokens": facts.generation_rows * decoded}
     else:
         *prefill, decode = generation_work(load.shape, facts).phases
-        found |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
-        found |= _work("decode", decode, rates)
-        found |= _spared(load, found, "shared_prefill", facts.group, 0.0)
-    return {f"{name}{suffix}": count for name, count in found.items()}
+        counts |= _named(Work(tuple(prefill)), ("tower", "text", "head"), rates)
+        counts |= _work("decode", decode, rates)
+        counts |= _spared(load, counts, "shared_prefill", facts.group, 0.0)
+    return {f"{name}{suffix}": count for name, count in counts.items()}
 
 
 def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters: bool = True) -> Features:
     """`copies`: rows of one prompt that a speed-up finds together. A training pass has a micro batch of them, a pass
     without gradients goes over the whole generation (`_rows` in speedups/shared_prefix/speedup.py)."""
     facts = load.facts
-    found = {"calls": passes, "rows": passes * facts.micro_batch}
+    counts = {"calls": passes, "rows": passes * facts.micro_batch}
     if load.shape is None:
-        return found | _plain(load, passes)
+        return counts | _plain(load, passes)
     one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
-    found |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
-    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
+    counts |= _named(one * passes, ("tower", "text", "head"), rates) | _scores(load, load.shape, passes)
+    return counts | _spared(load, counts, "shared_prefix", copies, facts.completion_tokens)
 
 
 def _training_forward(load: Workload, rates: Rates) -> Features:
@@ -95,22 +95,22 @@ def _reference(load: Workload, rates: Rates) -> Features | None:
 
 def _backward(load: Workload, rates: Rates) -> Features:
     facts = load.facts
-    found = {"calls": float(facts.passes), "rows": float(facts.passes * facts.micro_batch)}
+    counts = {"calls": float(facts.passes), "rows": float(facts.passes * facts.micro_batch)}
     if facts.training.checkpointing:
-        found["calls_again"] = float(facts.passes)
+        counts["calls_again"] = float(facts.passes)
     if load.shape is None:
-        return found | _plain(load, facts.passes * (1.5 if facts.training.checkpointing else 1.0))
+        return counts | _plain(load, facts.passes * (1.5 if facts.training.checkpointing else 1.0))
     work = backward(load.shape, training_batch(load.shape, facts), facts.training) * facts.passes
     head, text, *rest = work.phases
-    found |= _work("head", head, rates) | _work("text", text, rates)
+    counts |= _work("head", head, rates) | _work("text", text, rates)
     if len(rest) > 1:
-        found |= _work("tower", rest[0], rates)
-    found |= _scores(load, load.shape, facts.passes)
+        counts |= _work("tower", rest[0], rates)
+    counts |= _scores(load, load.shape, facts.passes)
     copies = min(facts.group, facts.micro_batch)
-    return found | _spared(load, found, "shared_prefix", copies, facts.completion_tokens)
+    return counts | _spared(load, counts, "shared_prefix", copies, facts.completion_tokens)
 
 
-def _spared(load: Workload, found: Features, by: str, copies: int, completion: float) -> Features:
+def _spared(load: Workload, counts: Features, by: str, copies: int, completion: float) -> Features:
     """Under the speed-up `by`, operations with each prompt and its images counted once for its `copies` in a pass, and
     those that are spared beside them: what becomes of these is for the fit to find out."""
     if by not in load.speedups:
@@ -118,12 +118,12 @@ def _spared(load: Workload, found: Features, by: str, copies: int, completion: f
     prompt = load.facts.prompt_tokens
     text = (prompt / copies + completion) / max(prompt + completion, 1.0)
     shares = {"text_flops": text, "tower_flops": 0.0 if _tower_is_kept(load) else 1.0 / copies}
-    done = {name: found[name] * share for name, share in shares.items() if name in found}
-    return done | {f"{name}{SPARED}": found[name] - count for name, count in done.items()}
+    done = {name: counts[name] * share for name, share in shares.items() if name in counts}
+    return done | {f"{name}{SPARED}": counts[name] - count for name, count in done.items()}
 
 
 def _tower_is_kept(load: Workload) -> bool:
-    """Whether an image's features serve all passes of a step."""
+    """Return whether an image's features serve all passes of a step."""
     training = load.facts.training
     frozen = not (training.vision_weights or training.adapters.blocks or training.adapters.mergers)
     return frozen and "vision_cache" in load.speedups
@@ -156,10 +156,19 @@ def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], 
     return make
 
 
+def _engine(load: Workload, rates: Rates) -> Features | None:
+    return {"calls": load.generations} if load.wakes else None
+
+
+def _sync_wait(load: Workload, rates: Rates) -> Features:
+    """One rank pays for the calls; several wait for work that differs, however a step is split into calls."""
+    return {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
+
+
 def _data(load: Workload, rates: Rates) -> Features:
-    rows, suffix = load.rows_loaded, "@workers" if load.trainer["dataloader_num_workers"] else ""
-    found = {"calls": float(load.facts.passes), "rows": rows, "pixels": rows * load.facts.images * load.pixels}
-    return {f"{name}{suffix}": count for name, count in found.items()}
+    rows, suffix = load.rows_loaded, "@workers" if load.trainer.dataloader_num_workers else ""
+    counts = {"calls": float(load.facts.passes), "rows": rows, "pixels": rows * load.facts.images * load.pixels}
+    return {f"{name}{suffix}": count for name, count in counts.items()}
 
 
 def _prompt(load: Workload, rates: Rates) -> Features:
@@ -195,8 +204,8 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "prompt": _prompt,
     "reward": _reward,
     "weight_sync": _occasions(lambda load: load.generations),
-    "engine": _occasions(lambda load: load.generations),
-    "sync_wait": _occasions(lambda load: float(load.facts.passes)),
+    "engine": _engine,
+    "sync_wait": _sync_wait,
     "log_save_eval": _occasions(lambda load: 1.0),
     "other": _other,
 }
@@ -204,10 +213,10 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
 
 def _named(work: Work, names: tuple[str, ...], rates: Rates) -> Features:
     """Phases of a pass, the last of `names` belonging to the last phase."""
-    found: Features = {}
+    counts: Features = {}
     for name, phase in zip(names[-len(work.phases) :], work.phases, strict=True):
-        found |= _work(name, phase, rates)
-    return found
+        counts |= _work(name, phase, rates)
+    return counts
 
 
 def _work(name: str, phase: tuple[float, float], rates: Rates) -> Features:

@@ -17,37 +17,31 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_autotune.estimate.memory import memory
-from grpo_autotune.predict.regression import Floats, Solved, solve
+from grpo_autotune.predict.regression import Estimate, Floats, Solved, solve
 from grpo_autotune.predict.workload import Workload
 
 NOISE = 0.05
 """Relative standard deviation of a measured increment."""
 
 
-class Guess(NamedTuple):
-    """First guess of a weight, and its relative standard deviation."""
-
-    weight: float
-    spread: float
-
-
 HOST = {
-    "stays": Guess(1.0, 0.3),
-    "images": Guess(1.0, 0.5),
-    "pixels": Guess(2.0, 0.6),
-    "generation": Guess(0.7, 0.7),
-    "activations": Guess(0.7, 0.6),
-    "head": Guess(3.0, 1.3),
-    "engine": Guess(1.0, 0.3),
-    "shift": Guess(0.25, 1.0),
+    "stays": Estimate(1.0, 0.3),
+    "images": Estimate(1.0, 0.5),
+    "pixels": Estimate(2.0, 0.6),
+    "generation": Estimate(0.7, 0.7),
+    "activations": Estimate(0.7, 0.6),
+    "head": Estimate(3.0, 1.3),
+    "engine": Estimate(1.0, 0.3),
+    "shift": Estimate(0.25, 1.0),
 }
-"""On a CPU. `shift` is what libraries load and keep beside the model, as a share of the first increment measured."""
+"""First guesses of the weights on a CPU. `shift` is what libraries load and keep beside the model, as a share of the
+first increment measured."""
 
-DEVICE = {"peak": Guess(1.0, 0.3), "shift": Guess(0.05, 2.0)}
+DEVICE = {"peak": Estimate(1.0, 0.3), "shift": Estimate(0.05, 2.0)}
 """On a GPU."""
 
 
-class PeakSeen(NamedTuple):
+class PeakObservation(NamedTuple):
     """One trial's memory; `at_least`: it ran out, so that it would have taken more."""
 
     load: Workload
@@ -56,22 +50,14 @@ class PeakSeen(NamedTuple):
     at_least: bool
 
 
-class PeakGuess(NamedTuple):
-    """Bytes beyond idle with their relative standard deviation, and the idle process's."""
-
-    increment: float
-    spread: float
-    idle: float
-
-
 @dataclass(frozen=True)
 class PeakFit:
     """Weights of the formula's components that fit the trials."""
 
-    seen: tuple[PeakSeen, ...]
+    seen: tuple[PeakObservation, ...]
 
     @cached_property
-    def _known(self) -> list[PeakSeen]:
+    def _known(self) -> list[PeakObservation]:
         return [one for one in self.seen if not one.at_least]
 
     @cached_property
@@ -89,42 +75,48 @@ class PeakFit:
     def _columns(self, load: Workload) -> Floats:
         """Bytes of each component at the first guess of its weight."""
         parts = {**components(load), "shift": self._unit}
-        return np.array([parts[name] * guess.weight for name, guess in guesses_of(load).items()])
+        return np.array([parts[name] * guess.mean for name, guess in guesses_of(load).items()])
 
-    def predict(self, load: Workload) -> PeakGuess:
-        """Bytes that a configuration needs; never less than one that needed less by the formula and ran out."""
+    @cached_property
+    def idle(self) -> float:
+        """Bytes of the idle process; 0 before any trial."""
+        return statistics.median([one.idle for one in self.seen] or [0.0])
+
+    def predict(self, load: Workload) -> Estimate:
+        """Bytes beyond idle that a configuration needs; at least those of one that needs less by the formula and ran
+        out."""
         if not self.seen:
-            return PeakGuess(increment(load), 1.0, 0.0)
+            return Estimate(increment(load), 1.0)
         columns = self._columns(load)
-        found = float(columns @ self._solved.coefficients)
+        bytes_ = float(columns @ self._solved.coefficients)
         for one in self.seen:
             below = float(self._columns(one.load) @ self._solved.coefficients)
-            if one.at_least and found >= below:
-                found = max(found, one.increment * found / max(below, 1.0))
-        shares = columns / max(found, 1.0)
+            if one.at_least and bytes_ >= below:
+                bytes_ = max(bytes_, one.increment * bytes_ / max(below, 1.0))
+        shares = columns / max(bytes_, 1.0)
         spread = math.sqrt(float(shares @ self._solved.scatter @ shares) + NOISE**2)
-        return PeakGuess(found, spread, statistics.median(one.idle for one in self.seen))
+        return Estimate(bytes_, spread)
 
 
-def guesses_of(load: Workload) -> dict[str, Guess]:
+def guesses_of(load: Workload) -> dict[str, Estimate]:
     """The components of this device's peak."""
-    return DEVICE if str(load.trainer["device"]).startswith("cuda") else HOST
+    return DEVICE if load.trainer.device.startswith("cuda") else HOST
 
 
 def components(load: Workload) -> dict[str, float]:
     """Bytes by component; for an architecture without formulas, of its weights and what trains alone."""
     if load.shape is None:
         return dict.fromkeys(HOST, 0.0) | {"stays": increment(load), "peak": increment(load)}
-    found = memory(load.shape, load.facts, load.sizes)
+    parts = memory(load.shape, load.facts, load.sizes)
     return {
-        "stays": found.weights + found.moments + found.gradients,
-        "images": found.images,
-        "pixels": found.pixels,
-        "generation": found.prefill + found.cache,
-        "activations": found.activations + found.backward,
-        "head": found.head,
-        "engine": found.engine,
-        "peak": found.peak,
+        "stays": parts.weights + parts.moments + parts.gradients,
+        "images": parts.images,
+        "pixels": parts.pixels,
+        "generation": parts.prefill + parts.cache,
+        "activations": parts.activations + parts.backward,
+        "head": parts.head,
+        "engine": parts.engine,
+        "peak": parts.peak,
     }
 
 
@@ -133,6 +125,6 @@ def increment(load: Workload) -> float:
     if load.shape is None:
         training = load.facts.training
         return float(
-            load.trainer["parameters"] * training.weight_bytes + training.trainable * 4 * training.trainable_bytes
+            load.trainer.parameters * training.weight_bytes + training.trainable * 4 * training.trainable_bytes
         )
     return memory(load.shape, load.facts, load.sizes).peak

@@ -1,4 +1,4 @@
-"""What a configuration will cost before it runs: seconds by stage and the peak of memory, each with an interval.
+"""Cost of a configuration before it runs: seconds by stage and the peak of memory, each with an interval.
 
 The first guess comes from the probe alone; every trial that ended well is learnt, and the prediction made before it was
 is kept, so that the models' error is known. A search that is resumed builds them again by learning the same outcomes in
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -21,10 +21,12 @@ from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.predict.features import PARTS, Rates, features
-from grpo_autotune.predict.memory import PeakFit, PeakSeen, increment
-from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Place, Seen, wide
+from grpo_autotune.predict.memory import PeakFit, PeakObservation, increment
+from grpo_autotune.predict.objective import Interval
+from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Observation, Place, wide
+from grpo_autotune.predict.room import busy_share
 from grpo_autotune.predict.workload import Workload, workload
-from grpo_autotune.records.probe import ProbeRecord, StageTimings
+from grpo_autotune.records.probe import ProbeRecord, StageTimings, cycle_means
 from grpo_autotune.records.trial import TrialOutcome
 
 CPU_FLOPS_PER_BYTE = 8.0
@@ -34,19 +36,13 @@ CPU_FLOPS_PER_BYTE = 8.0
 GPU_FLOPS_PER_BYTE = 250.0
 """The same for a card that the table of GPUs does not know; those of the last five years lie between 150 and 350."""
 
+LEAST_S = 1e-9
+"""A part of fewer seconds per step teaches nothing: no clock tells them apart."""
 CONFIDENCE = 0.9
 FIRST_SPREAD = 0.25
 """Relative error expected of a step's seconds before any prediction was checked, and the number of checks it counts
 for: the interval narrows as predictions prove good, and widens as they do not."""
 FIRST_CHECKS = 3
-
-
-class Prediction(NamedTuple):
-    """A value, and the interval that holds it with 90 % confidence."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Check(NamedTuple):
@@ -66,7 +62,7 @@ class Models:
         record: Its probe.
         machine: What it ran on.
         outcomes: Trials learnt, in order, each with its configuration.
-        checks: Predictions made before each of them was learnt.
+        checks: Intervals made before each of them was learnt.
     """
 
     base: RunConfig
@@ -113,14 +109,14 @@ class Models:
             return self
         return replace(self, outcomes=(*self.outcomes, (config, outcome)), checks=tuple(checks))
 
-    def step_s(self, config: RunConfig) -> Prediction:
+    def step_s(self, config: RunConfig) -> Interval:
         """Seconds of an optimizer step."""
         parts = self._parts(config)
         value = math.fsum(mean for mean, _ in parts.values())
         scatter = math.sqrt(math.fsum((mean * spread) ** 2 for mean, spread in parts.values())) / max(value, 1e-12)
         return self._interval("step", value, scatter)
 
-    def stages_s(self, config: RunConfig) -> dict[str, Prediction]:
+    def stages_s(self, config: RunConfig) -> dict[str, Interval]:
         """Seconds of each stage that runs."""
         held: dict[str, list[tuple[float, float]]] = {}
         for part, guess in self._parts(config).items():
@@ -130,7 +126,7 @@ class Models:
             for stage, both in held.items()
         }
 
-    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval:
         """Most memory over a run: of the process on a CPU, of the device on a GPU.
 
         Args:
@@ -138,18 +134,18 @@ class Models:
             worst_case: With the longest prompts, the largest images and full-length completions.
         """
         guess = self._peaks.predict(self._load(config, worst_case=worst_case))
-        found = self._interval("memory", guess.increment, guess.spread)
-        return Prediction(*(guess.idle + bytes_ for bytes_ in found))
+        increment, idle = self._interval("memory", guess.mean, guess.spread), self._peaks.idle
+        return Interval(idle + increment.value, idle + increment.low, idle + increment.high)
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Relative error of the predictions made before each trial was learnt, by stage, `step` and `memory`."""
-        found: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for name in dict.fromkeys(check.name for check in self.checks):
             off = [abs(c.predicted / c.measured - 1.0) for c in self.checks if c.name == name and c.measured > 0.0]
             if off:
                 p90 = float(np.percentile(off, 90))
-                found[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
-        return found
+                errors[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
+        return errors
 
     @cached_property
     def _rates(self) -> Rates:
@@ -161,12 +157,12 @@ class Models:
     @cached_property
     def _image_tokens(self) -> dict[str, float]:
         """Tokens of an image at the sizes that trials had."""
-        found = {}
+        tokens = {}
         for config, outcome in self.outcomes:
             images = outcome.record.images if outcome.record is not None else None
             if images is not None and images.tokens is not None and config.data.image_size is not None:
-                found[str(config.data.image_size)] = images.tokens.mean
-        return found
+                tokens[str(config.data.image_size)] = images.tokens.mean
+        return tokens
 
     def _load(self, config: RunConfig, *, worst_case: bool = False) -> Workload:
         return workload(
@@ -177,7 +173,7 @@ class Models:
     def _fits(self) -> dict[tuple[str, str], Fit]:
         """A fit for every part of a stage and every choice of speed-ups that any trial had; those without the probe's
         own choice begin from it."""
-        seen: dict[tuple[str, str], list[Seen]] = {}
+        seen: dict[tuple[str, str], list[Observation]] = {}
         for config, outcome in self.outcomes:
             record = outcome.record
             if outcome.status != "ok" or record is None or record.tokens is None:
@@ -185,34 +181,52 @@ class Models:
             load = workload(config, config, record, self.machine, measured=True)
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
-                if part in made and seconds > 0.0:
-                    seen.setdefault((part, family(config)), []).append(Seen(made[part], seconds, place))
-        own = family(self.base)
-        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == own}
-        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != own}
-        return {(part, own): fit for part, fit in first.items()} | others
+                if part in made and seconds > LEAST_S:
+                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place))
+        base_choice = family(self.base)
+        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
+        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
+        return {(part, base_choice): fit for part, fit in first.items()} | others
 
     def _parts(self, config: RunConfig) -> dict[str, tuple[float, float]]:
         """Mean and relative standard deviation of every part that is predicted to run."""
         load = self._load(config)
         made, place = features(load, self._rates), place_of(config, load)
-        found = {}
+        parts = {}
         for part, wanted in made.items():
             fit, doubt = self._fit_for(part, family(config))
             if fit is not None:
                 guess = fit.predict(wanted, place)
-                found[part] = (guess.mean, math.hypot(guess.spread, doubt))
-        return found
+                parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
+        if "data" in parts and load.trainer.dataloader_num_workers and not self._knows_workers:
+            parts["data"] = self._beside(load.trainer.dataloader_num_workers, parts)
+        return parts
+
+    @property
+    def _knows_workers(self) -> bool:
+        """True if any trial had loader workers."""
+        records = [outcome.record for _, outcome in self.outcomes if outcome.record is not None]
+        return any(record.trainer.dataloader_num_workers for record in records)
+
+    def _beside(self, workers: int, parts: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+        """First guess of the loading that a step still waits for when workers load the next one beside it: what takes
+        longer than the rest of the step, and on a CPU the share for which no core is idle."""
+        loading = parts["data"][0]
+        rest = math.fsum(mean for mean, _ in parts.values()) - loading
+        hidden = loading - max(0.0, loading / workers - rest)
+        on_gpu = self.record.trainer.device.startswith("cuda")
+        busy = 0.0 if on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
+        return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
-        own = family(self.base)
+        base_choice = family(self.base)
         also = ["training_forward"] if part in PASSES else []
         for name in (part, *also):
-            for there in (choice, own):
-                if (name, there) in self._fits:
-                    strange = STRANGE_SPREAD if there != choice or name != part else 0.0
-                    return self._fits[name, there], strange
+            for known in (choice, base_choice):
+                if (name, known) in self._fits:
+                    strange = STRANGE_SPREAD if known != choice or name != part else 0.0
+                    return self._fits[name, known], strange
         return None, 0.0
 
     @cached_property
@@ -220,9 +234,9 @@ class Models:
         seen = [one for config, outcome in self.outcomes if (one := self._peak_of(config, outcome)) is not None]
         return PeakFit(tuple(seen))
 
-    def _peak_of(self, config: RunConfig, outcome: TrialOutcome) -> PeakSeen | None:
-        """What a trial tells about memory. A bare record tells the peak of its stages; beyond what an idle process
-        takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
+    def _peak_of(self, config: RunConfig, outcome: TrialOutcome) -> PeakObservation | None:
+        """One trial's memory; None where it tells nothing. A bare record tells the peak of its stages; beyond what an
+        idle process takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
         record = outcome.record if outcome.record is not None and outcome.record.tokens is not None else None
         ran_out = outcome.status == "oom"
         if record is None and not ran_out:
@@ -237,29 +251,31 @@ class Models:
             idle = 0 if record.trainer.device.startswith("cuda") else max(0, peak - round(increment(load)))
         if not peak or idle is None or peak <= idle:
             return None
-        return PeakSeen(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
+        return PeakObservation(load, peak - idle + (outcome.overshoot_bytes or 0), idle, ran_out)
 
-    def _interval(self, name: str, value: float, scatter: float) -> Prediction:
+    def _interval(self, name: str, value: float, scatter: float) -> Interval:
         """`scatter` and the errors of earlier predictions, together."""
         off = [math.log(c.predicted / c.measured) for c in self.checks if c.name == name and min(c[1:]) > 0.0]
         known = math.sqrt((FIRST_CHECKS * FIRST_SPREAD**2 + math.fsum(e * e for e in off)) / (FIRST_CHECKS + len(off)))
         reach = wide(CONFIDENCE, FIRST_CHECKS + len(off)) * math.hypot(known, min(scatter, 1.0))
-        return Prediction(value, value * math.exp(-reach), value * math.exp(reach))
+        return Interval(value, value * math.exp(-reach), value * math.exp(reach))
 
 
+BUSY_STAGES = ("generation", "policy_logprob", "reference_logprob", "backward")
+"""Stages that loader workers share the cores with."""
 PASSES = ("old_policy", "reference_logprob")
 """Passes without gradients: what the training forward taught prices them until one was timed."""
 
 
 def place_of(config: RunConfig, load: Workload) -> Place:
-    """Where a setting stands: numbers that work grows with, words for what no formula describes."""
+    """Place of a setting among others: numbers that work grows with, words for what no formula describes."""
     facts = load.facts
     numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
     words = (
-        load.trainer["attn_implementation"],
+        load.trainer.attn_implementation,
         facts.training.checkpointing,
         engine.word(config),
-        load.trainer["dataloader_num_workers"],
+        load.trainer.dataloader_num_workers,
     )
     return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
 
@@ -272,31 +288,25 @@ def family(config: RunConfig) -> str:
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
     """Seconds of each stage that ran: the median over cycles of generating and reusing."""
-    found = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
-    return {name: seconds for name, seconds in found.items() if seconds > 0.0}
+    medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
+    return {name: seconds for name, seconds in medians.items() if seconds > 0.0}
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
     """The same by the names of `features.PARTS`: the policy's passes apart."""
-    found: dict[str, float] = {}
+    medians: dict[str, float] = {}
     for row in timings.stages:
         if row.name == "policy_logprob" and row.parts:
-            found |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
+            medians |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
         elif row.name in PARTS:
-            found[row.name] = _median(row.per_step_s, timings.cycle)
-    return found
+            medians[row.name] = _median(row.per_step_s, timings.cycle)
+    return medians
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:
     cycle = outcome.record.timings.cycle if outcome.record is not None else 1
-    return _cycles(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
+    return cycle_means(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
 
 
 def _median(values: Sequence[float], cycle: int) -> float:
-    return statistics.median(_cycles(values, cycle)) if values else 0.0
-
-
-def _cycles(values: Sequence[float], cycle: int) -> list[float]:
-    """Mean of each whole cycle; the values themselves where there is no whole one."""
-    whole = len(values) - len(values) % cycle
-    return [math.fsum(values[i : i + cycle]) / cycle for i in range(0, whole, cycle)] if whole else list(values)
+    return statistics.median(cycle_means(values, cycle)) if values else 0.0

@@ -1,4 +1,4 @@
-"""What a search makes better: useful completions a second, each figure with its interval.
+"""The objective of a search: useful completions per second, each figure with its interval.
 
 A group of G completions holds G - 1 degrees of freedom after its mean is taken out, and none where all rewards are
 equal. So a step is worth the sum over its groups of (G - 1) x [rewards differ], less truncated completions where the
@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.stats import betabinom, bootstrap
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.records.probe import ProbeRecord, TokenFacts
+from grpo_autotune.records.probe import ProbeRecord, TokenFacts, cycle_means
 
 RESAMPLES = 2000
 LIVING_RESAMPLES = 200
@@ -27,26 +27,32 @@ MOST_PRECISION = 200.0
 
 
 class Interval(NamedTuple):
-    """A median (or another estimate) of `n` values with its interval; of one value there is none, and the ends are
-    the value."""
+    """A value with the two ends of its interval.
+
+    Attributes:
+        value: A median, another estimate, or a prediction.
+        low: Lower end; the value itself where one observation is all there is.
+        high: Upper end.
+        n: Observations it rests on; 0 for a prediction.
+    """
 
     value: float
     low: float
     high: float
-    n: int
+    n: int = 0
 
     def overlaps(self, other: Interval) -> bool:
-        """Whether the two cannot be told apart; one value alone never can."""
+        """Return whether the two cannot be told apart; one value alone never can."""
         if self.n < 2 or other.n < 2:
             return True
         return self.low <= other.high and other.low <= self.high
 
 
 class Living(NamedTuple):
-    """How the share of groups whose rewards differ depends on their size.
+    """Share of groups whose rewards differ, as a function of their size.
 
     Attributes:
-        a: First parameter of the beta distribution of pass rates over prompts; null where rewards are not pass or
+        a: First parameter of the beta distribution of pass rates over prompts; None where rewards are not pass or
             fail, and the share is `seen` whatever the size.
         b: Second parameter.
         power: The other rewards' part: dead share = (dead share by the first reward) ** power.
@@ -74,7 +80,7 @@ def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
     middle = statistics.median(numbers)
     if len(numbers) < 2:
         return Interval(middle, middle, middle, len(numbers))
-    found = bootstrap(
+    ends = bootstrap(
         (np.asarray(numbers, dtype=float),),
         np.median,
         n_resamples=RESAMPLES,
@@ -82,7 +88,7 @@ def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Interval(middle, float(found.low), float(found.high), len(numbers))
+    return Interval(middle, float(ends.low), float(ends.high), len(numbers))
 
 
 def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Interval:
@@ -90,15 +96,8 @@ def step_interval(step_s: Sequence[float], cycle: int, confidence: float) -> Int
     return median_interval(cycle_means(step_s, cycle), confidence)
 
 
-def cycle_means(step_s: Sequence[float], cycle: int) -> list[float]:
-    """Seconds a step of each whole cycle; where there is none, of the steps there are."""
-    whole = len(step_s) // cycle * cycle
-    means = [statistics.fmean(step_s[start : start + cycle]) for start in range(0, whole, cycle)]
-    return means or list(step_s)
-
-
 def living_of(record: ProbeRecord) -> Living | None:
-    """Pool the probe's groups; null where no rewards were seen, or no group had any spread."""
+    """Pool the probe's groups; None where no rewards were seen, or no group had any spread."""
     tokens = record.tokens
     if tokens is None or not tokens.groups or tokens.dead_groups >= tokens.groups:
         return None
@@ -114,7 +113,7 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
     if living.a is None:
         return Interval(value, value, value, living.groups)
     rng, count = np.random.default_rng(0), len(tokens.pass_rates)
-    found = [
+    ratios = [
         (fit.share(after) / fit.share(before))
         for fit in (
             _fit(tokens, record.trainer.num_generations, rng.integers(0, count, count)) for _ in range(LIVING_RESAMPLES)
@@ -122,29 +121,31 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
         if fit.a is not None
     ]
     tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(found or [value], [tail, 100.0 - tail])
+    low, high = np.percentile(ratios or [value], [tail, 100.0 - tail])
     return Interval(value, float(low), float(high), living.groups)
 
 
 def useful_per_step(config: RunConfig, living: Living | None, truncated_share: float) -> float:
-    """Useful completions an optimizer step; with unknown rewards every group counts as living."""
-    plan = config.batch
+    """Useful completions per optimizer step; with unknown rewards every group counts as living."""
+    size = config.batch.num_generations
     masked = truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
-    per_group = max(0.0, plan.num_generations * (1.0 - masked) - 1.0)
-    share = 1.0 if living is None else living.share(plan.num_generations)
-    return groups_per_step(config) * per_group * share
+    return useful_completions(groups_per_step(config), size, 1.0 if living is None else living.share(size), masked)
+
+
+def useful_completions(groups: float, size: int, living_share: float, masked_share: float) -> float:
+    """Useful completions among `groups` groups of `size`, of which a share lives and a share of completions is
+    masked."""
+    return groups * living_share * max(0.0, size * (1.0 - masked_share) - 1.0)
 
 
 def groups_per_step(config: RunConfig) -> float:
-    """Groups generated an optimizer step: a generation serves `steps_per_generation * num_iterations` micro steps, of
-    which a step takes `accumulation`."""
+    """Groups generated per optimizer step, over all devices."""
     plan = config.batch
-    per_generation = plan.generation_batch / plan.num_generations
-    return per_generation * plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
+    return plan.completions_per_step / (plan.num_iterations * plan.num_generations)
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:
-    """Wall time of the configured run over that of `own`, given the ratio of their seconds a step.
+    """Wall time of the configured run over that of `own`, given the ratio of their seconds per step.
 
     `max_steps` fixes the number of steps; without it a run is so many passes over the prompts, and TRL's sampler
     repeats each prompt `num_generations * num_iterations` times (trl/trainer/grpo_trainer.py, `_get_train_sampler`).

@@ -53,13 +53,13 @@ LEAST = 1e-15
 
 
 class Place(NamedTuple):
-    """Where a setting stands among others: numbers as logarithms to base 2, words for what no formula describes."""
+    """Place of a setting among others: numbers as logarithms to base 2, words for what no formula describes."""
 
     numbers: tuple[float, ...]
     words: tuple[str, ...]
 
 
-class Seen(NamedTuple):
+class Observation(NamedTuple):
     """One observation: features, seconds, where it was made."""
 
     features: Features
@@ -68,7 +68,7 @@ class Seen(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean and its relative standard deviation."""
+    """A mean and its relative standard deviation: of seconds, of bytes, or of a weight before anything is measured."""
 
     mean: float
     spread: float
@@ -91,8 +91,8 @@ def solve(rows: Floats, spreads: Floats, noise: float) -> Solved:
     """
     system = np.vstack([rows / noise, np.diag(1.0 / spreads)])
     target = np.concatenate([np.full(len(rows), 1.0 / noise), 1.0 / spreads])
-    found, _ = nnls(system, target)
-    return Solved(found, np.asarray(np.linalg.inv(system.T @ system), dtype=np.float64))
+    coefficients, _ = nnls(system, target)
+    return Solved(coefficients, np.asarray(np.linalg.inv(system.T @ system), dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Fit:
         base: A fit to draw the first guess from: the same stage under other speed-ups.
     """
 
-    seen: tuple[Seen, ...]
+    seen: tuple[Observation, ...]
     base: Fit | None = None
 
     def predict(self, features: Features, place: Place) -> Estimate:
@@ -128,7 +128,7 @@ class Fit:
 
     @cached_property
     def coefficients(self) -> dict[str, float]:
-        """Seconds a unit of each feature."""
+        """Seconds per unit of each feature."""
         return {
             name: float(x) * self._guesses[name] for name, x in zip(self.names, self._solved.coefficients, strict=True)
         }
@@ -171,13 +171,13 @@ class Fit:
 
     @cached_property
     def _pulls(self) -> Floats:
-        """What each observation adds to the logarithm of the factor, where the likeness to it is one."""
+        """Contribution of each observation to the logarithm of the factor, where the likeness to it is one."""
         sums = [math.fsum(count * self.coefficients[name] for name, count in one.features.items()) for one in self.seen]
         left = [math.log(one.seconds / max(plain, LEAST)) for one, plain in zip(self.seen, sums, strict=True)]
         return np.asarray(self._inverse @ np.array(left), dtype=np.float64)
 
 
-def first_guess(probe: Seen, names: Sequence[str]) -> dict[str, float]:
+def first_guess(probe: Observation, names: Sequence[str]) -> dict[str, float]:
     """Coefficients that give the probe's seconds: fixed shares for occasions, one price for all operations, and an
     equal share for every other count. What the probe does not have costs what its like costs there: `steps@vllm` what
     `steps` do; nothing where it has no like."""
@@ -205,7 +205,7 @@ def like(name: str) -> str:
 
 
 def is_work(name: str) -> bool:
-    """Whether a feature is counted in operations."""
+    """Return whether a feature is counted in operations."""
     return name.partition("@")[0].endswith(WORK_ENDINGS)
 
 

@@ -27,42 +27,44 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import pixel_bounds
-from grpo_autotune.records.probe import ProbeRecord, Spread
+from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import SERVED
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.units import GIB
 
-QUANTILES = np.linspace(0.0, 1.0, 201)
+PLACES = np.linspace(0.0, 1.0, 201)
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the models are told of a configuration.
+    """Input of the models: the work of one configuration.
 
     Attributes:
-        shape: The model's sizes; null for an architecture without formulas.
+        shape: The model's sizes; None for an architecture without formulas.
         facts: Work of an optimizer step.
         sizes: What memory depends on beside it.
-        trainer: `TrainerFacts` as JSON.
+        trainer: The trainer's facts under it.
         pixels: Pixels of an image as the data set holds it.
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
         speedups: Names of the speed-ups that are asked for and that this setting lets work.
         waves: How often the completions of a generation take turns in the engine.
+        wakes: Whether the engine is put to sleep and woken, where the probe's was.
     """
 
     shape: ModelShape | None
     facts: WorkFacts
     sizes: Sizes
-    trainer: Mapping[str, Any]
+    trainer: TrainerFacts
     pixels: float
     rows_loaded: float
     generations: float
     speedups: frozenset[str]
     waves: float = 1.0
+    wakes: bool = True
 
 
 def workload(
@@ -89,33 +91,34 @@ def workload(
     shape = _shape(record)
     trainer = _trainer(config, base, record)
     tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
-    cap = trainer["max_completion_length"]
+    cap = trainer.max_completion_length
     plan = config.batch
     rows = plan.micro_batch * plan.steps_per_generation
     prompts = max(1.0, rows / plan.num_generations)
-    longest_prompt = tokens["prompt"]["max"] if worst_case else expected_longest(_spread(tokens["prompt"]), prompts)
-    lengths = _spread(tokens["completion"])
-    completion = float(cap) if worst_case else expected_longest(lengths, rows, cap)
-    mean = float(cap) if worst_case else mean_length(lengths, cap)
-    tokens["completion"] = {**tokens["completion"], "mean": mean, "max": completion}
+    longest_prompt = tokens.prompt.max if worst_case else expected_longest(tokens.prompt, prompts)
+    completion = float(cap) if worst_case else expected_longest(tokens.completion, rows, cap)
+    mean = float(cap) if worst_case else mean_length(tokens.completion, cap)
+    lengths = tokens.completion.model_copy(update={"mean": mean, "max": completion})
+    tokens = tokens.model_copy(update={"completion": lengths})
     facts = facts_from_records(
         shape or TEXT_ONLY, trainer, tokens, images, old_policy=_old_policy(config, base, record)
     )
     used = facts.prompt_tokens + facts.completion_tokens
     padded = max(longest_prompt + completion, used)
-    known = tokens["padding_share"] if measured else 1.0 - used / padded
-    image_max = (images["tokens"]["max"] if worst_case else images["tokens"]["mean"]) if images else 0.0
+    known = tokens.padding_share if measured else 1.0 - used / padded
+    grid = images.tokens if images is not None else None
+    image_max = 0.0 if grid is None else grid.max if worst_case else grid.mean
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
         image_tokens=image_max,
-        eager=trainer["attn_implementation"] == "eager",
+        eager=trainer.attn_implementation == "eager",
         moments_bytes=_moments_bytes(config, facts),
-        reference_model=trainer["has_ref_model"] and trainer["beta"] != 0,
+        reference_model=trainer.has_ref_model and trainer.beta != 0,
         engine_bytes=_engine_bytes(config, machine, shape, longest_prompt + completion, worst_case=worst_case),
         engine_sleeps=engine.sleep_level(config) > 0,
         fused=facts.compact_head,
-        loaded_pixels=_loaded_pixels(config, trainer, pixels * (images["per_prompt"] if images else 0.0)),
+        loaded_pixels=_loaded_pixels(config, trainer, pixels * facts.images),
     )
     return Workload(
         shape=shape,
@@ -127,43 +130,43 @@ def workload(
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=_effective(config, trainer),
         waves=engine.waves(config),
+        wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
 
 
-def _effective(config: RunConfig, trainer: Mapping[str, Any]) -> frozenset[str]:
-    found = set(chosen(config.speedups))
+def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
+    """Speed-ups that are asked for and can work."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
-    dropout = (trainer["peft"] or {}).get("lora_dropout")
-    if trainer["attn_implementation"] not in SERVED or compiled or dropout:
-        found -= {"shared_prefix"}
-    return frozenset(found)
+    dropout = (trainer.peft or {}).get("lora_dropout")
+    whole = trainer.attn_implementation in SERVED and not compiled and not dropout
+    return frozenset(set(chosen(config.speedups)) - (set() if whole else {"shared_prefix"}))
 
 
 def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:
     """Expected longest of so many draws: the quantile n / (n + 1), cut off at `cap`."""
-    found = float(np.interp(draws / (draws + 1.0), QUANTILES, _curve(lengths)))
-    return min(found, cap) if cap else found
+    longest = float(quantiles(lengths, np.array([draws / (draws + 1.0)]))[0])
+    return min(longest, cap) if cap else longest
 
 
 def mean_length(lengths: Spread, cap: float | None = None) -> float:
     """Mean length, each cut off at `cap`."""
     if not cap or cap >= lengths.max:
         return lengths.mean
-    curve = _curve(lengths)
+    curve = quantiles(lengths, PLACES)
     return float(np.minimum(curve, cap).mean() / curve.mean() * lengths.mean)
 
 
-def _curve(lengths: Spread) -> NDArray[np.float64]:
-    """Lengths by quantile: lines through the percentiles of a record, from a least length that gives its mean."""
+def quantiles(lengths: Spread, places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lengths at places between 0 and 1: lines through the percentiles of a record, from a least length, which is not
+    recorded, that gives the recorded mean."""
     above = 0.4 * (lengths.p50 + lengths.p90) / 2 + 0.09 * (lengths.p90 + lengths.p99) / 2
     above += 0.01 * (lengths.p99 + lengths.max) / 2
     least = min(lengths.p50, max(1.0, (lengths.mean - above) * 4 - lengths.p50))
-    points = [least, lengths.p50, lengths.p90, lengths.p99, lengths.max]
-    return np.interp(QUANTILES, [0.0, 0.5, 0.9, 0.99, 1.0], points)
+    return np.interp(places, [0.0, 0.5, 0.9, 0.99, 1.0], [least, lengths.p50, lengths.p90, lengths.p99, lengths.max])
 
 
 def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str, float]) -> float | None:
-    """Tokens of an image whose longest side is at most `side` pixels; null where images have no grid.
+    """Tokens of an image whose longest side is at most `side` pixels; None where images have no grid.
 
     A size that was seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is
     scaled as the processor would scale a square.
@@ -193,11 +196,10 @@ def _shape(record: ProbeRecord) -> ModelShape | None:
         return None
 
 
-def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> dict[str, Any]:
-    """`TrainerFacts` of `config`: the probe's, with what the turned knobs change."""
-    facts = record.trainer.model_dump()
-    plan = config.batch
-    facts |= {
+def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> TrainerFacts:
+    """The trainer's facts under `config`: the probe's, with what the turned knobs change."""
+    facts, plan = record.trainer, config.batch
+    update: dict[str, Any] = {
         "num_generations": plan.num_generations,
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
@@ -208,57 +210,48 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> dict[st
     for key in ("gradient_checkpointing", "use_vllm", "max_completion_length", "beta", "dataloader_num_workers"):
         value = _turned(config, base, f"grpo.{key}")
         if value is not None:
-            facts[key] = value
+            update[key] = value
     kernel = _turned(config, base, "model.attn_implementation")
     if config.model.attn_implementation != base.model.attn_implementation:
-        facts["attn_implementation"] = kernel or "sdpa"
+        update["attn_implementation"] = kernel or "sdpa"
     rank = _turned(config, base, "peft.r")
-    if rank is not None and facts["peft"]:
-        facts["trainable_parameters"] = facts["trainable_parameters"] * rank / facts["peft"].get("r", rank)
-        facts["peft"] = {**facts["peft"], "r": rank}
+    if rank is not None and facts.peft:
+        update["trainable_parameters"] = facts.trainable_parameters * rank / facts.peft.get("r", rank)
+        update["peft"] = {**facts.peft, "r": rank}
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None
-        facts["model_config_json"] = {**facts["model_config_json"], "quantization_config": quantization}
-    return facts
+        update["model_config_json"] = {**facts.model_config_json, "quantization_config": quantization}
+    return facts.model_copy(update=update)
 
 
 def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:
-    """The knob's value where it differs from the base's, else null."""
-    own, value = knobs_of(base, [key])[key], knobs_of(config, [key])[key]
-    return None if same_value(own, value) else value
+    """The knob's value where it differs from the base's, else None."""
+    before, value = knobs_of(base, [key])[key], knobs_of(config, [key])[key]
+    return None if same_value(before, value) else value
 
 
 def _tokens(
     config: RunConfig, base: RunConfig, record: ProbeRecord, seen: Mapping[str, float]
-) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
-    """Token counts, image counts (null without a patch grid) and pixels of an image at the configuration's size."""
-    assert record.tokens is not None
-    tokens = record.tokens.model_dump()
-    images = record.images
+) -> tuple[TokenFacts, ImageFacts | None, float]:
+    """Token counts, image counts and pixels of an image at the configuration's size."""
+    tokens, images = record.tokens, record.images
+    assert tokens is not None
     if images is None:
         return tokens, None, 0.0
-    side, pixels = config.data.image_size, images.pixels.mean
-    if images.tokens is None:
-        return tokens, None, pixels
-    found = images.model_dump()
-    same = side == base.data.image_size
-    if side is not None and not same:
-        pixels *= min(1.0, side**2 / (base.data.image_size or math.sqrt(images.pixels.p50)) ** 2)
-        after = tokens_at(side, record, base, seen) or images.tokens.mean
-        fewer = images.tokens.mean - after
-        found["tokens"] = {name: n * after / images.tokens.mean for name, n in found["tokens"].items()}
-        text = {name: n - images.per_prompt * fewer for name, n in tokens["prompt"].items()}
-        tokens["prompt"] = {name: max(1.0, n) for name, n in text.items()}
-    return tokens, found, pixels
-
-
-def _spread(values: Mapping[str, float]) -> Spread:
-    return Spread(**values)
+    side, pixels, now = config.data.image_size, images.pixels.mean, images.tokens
+    if now is None or side is None or side == base.data.image_size:
+        return tokens, images, pixels
+    pixels *= min(1.0, side**2 / (base.data.image_size or math.sqrt(images.pixels.p50)) ** 2)
+    after = tokens_at(side, record, base, seen) or now.mean
+    fewer = images.per_prompt * (now.mean - after)
+    grid = Spread(**{name: n * after / now.mean for name, n in now})
+    prompt = Spread(**{name: max(1.0, n - fewer) for name, n in tokens.prompt})
+    return tokens.model_copy(update={"prompt": prompt}), images.model_copy(update={"tokens": grid}), pixels
 
 
 def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool | None:
-    """Whether the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
+    """True if the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
     row = next((row for row in record.timings.stages if row.name == "policy_logprob"), None)
     parts = sum(row.parts.get("old_policy", [])) > 0 if row is not None else None
     before, after = base.batch, config.batch
@@ -273,10 +266,10 @@ def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
 
 
-def _loaded_pixels(config: RunConfig, trainer: Mapping[str, Any], row_pixels: float) -> float:
+def _loaded_pixels(config: RunConfig, trainer: TrainerFacts, row_pixels: float) -> float:
     """Pixels of the rows that are loaded for a step; under speed-ups those of one generation batch, as
     `images_once` has it."""
-    if trainer["device"] != "cpu":
+    if trainer.device != "cpu":
         return 0.0
     plan = config.batch
     rows = plan.micro_batch * plan.steps_per_generation

@@ -6,6 +6,8 @@ step are in step order.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_autotune.records.base import Frozen
@@ -72,6 +74,13 @@ class StageTimings(Frozen):
     warmup_s: list[float] = []
     stages: list[StageRow]
     cycle: int = 1
+
+
+def cycle_means(values: Sequence[float], cycle: int) -> list[float]:
+    """Mean of each whole cycle of `values`; the values themselves where there is no whole cycle. Any `cycle` steps in a
+    row hold each kind of step once, so it does not matter where the first cycle begins."""
+    whole = len(values) - len(values) % cycle
+    return [math.fsum(values[at : at + cycle]) / cycle for at in range(0, whole, cycle)] or list(values)
 
 
 class Spread(Frozen):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from typing import Any
 
 from grpo_autotune.advice.bound import bound, warnings
-from grpo_autotune.advice.breakdown import break_down, cycle_means
+from grpo_autotune.advice.breakdown import break_down
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
-from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow
+from grpo_autotune.predict.objective import useful_completions
+from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means
 from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
@@ -27,7 +27,7 @@ def build_report(
     record: ProbeRecord,
     machine: Machine | None = None,
     ceilings: Ceilings | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: RunConfig | None = None,
 ) -> Report:
     """Account for a probe, judge it, and put everything a reader needs beside it.
 
@@ -35,7 +35,7 @@ def build_report(
         record: What was measured.
         machine: The machine it was measured on; without it, advice that needs its memory or cores is left out.
         ceilings: The machine's measured matrix rate and memory bandwidth; without them no `limit_share`.
-        config: The run's configuration as a dict; null for a trainer that somebody else built.
+        config: The run's configuration; None for a trainer that somebody else built.
 
     Raises:
         NothingSucceeded: No optimizer step was measured.
@@ -45,8 +45,8 @@ def build_report(
         record=record,
         breakdown=breakdown,
         limits=limits_of(record, breakdown, ceilings),
-        machine=machine.model_dump(mode="json") if machine else None,
-        config=dict(config) if config is not None else None,
+        machine=machine,
+        config=config,
     )
     return report_of_facts(facts)
 
@@ -77,8 +77,8 @@ def report_of_facts(facts: Facts) -> Report:
         ranks=_ranks(record.ranks, b.step_s),
         metrics=flat_metrics(record, b),
         trainer=record.trainer,
-        machine=dict(facts.machine) if facts.machine is not None else None,
-        config=dict(facts.config) if facts.config is not None else None,
+        machine=facts.machine.model_dump(mode="json") if facts.machine is not None else None,
+        config=facts.config.model_dump(mode="json") if facts.config is not None else None,
         versions=record.versions,
     )
 
@@ -120,27 +120,25 @@ def _ms_per_token(stage: str, self_s: float, record: ProbeRecord) -> float | Non
 
 
 def _rates(facts: Facts) -> Rates | None:
-    """Work a second over all ranks. Token counts are one rank's, and the ranks' batches are equally large.
-
-    Useful completions: G - 1 degrees of freedom in each group whose rewards differ, less the truncated completions
-    where the trainer masks them.
-    """
+    """Work per second over all ranks. Token counts are one rank's, and the ranks' batches are equally large."""
     tokens, t, step_s = facts.record.tokens, facts.record.trainer, facts.breakdown.step_s
     if tokens is None:
         return None
     dead = facts.dead_share()
-    masked = tokens.truncated_share if facts.setting("grpo", "mask_truncated_completions") else 0.0
-    per_group = max(0.0, t.num_generations * (1.0 - masked) - 1.0)
+    masked = tokens.truncated_share if facts.grpo.get("mask_truncated_completions") else 0.0
+    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.world_size
+    groups = rows / (t.num_iterations * t.num_generations)
+    useful = None if dead is None else useful_completions(groups, t.num_generations, 1.0 - dead, masked) / step_s
     completion = tokens.completion_per_step * t.world_size / step_s
     return Rates(
         tokens_per_s=tokens.prompt_per_step * t.world_size / step_s + completion,
         completion_tokens_per_s=completion,
-        useful_completions_per_s=None if dead is None else facts.groups_per_step() * (1.0 - dead) * per_group / step_s,
+        useful_completions_per_s=useful,
     )
 
 
 def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
-    """Mean and slowest rank of each stage; null for a run of one rank."""
+    """Mean and slowest rank of each stage; None for a run of one rank."""
     if len(rows) < 2:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row.stages))
@@ -151,9 +149,9 @@ def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
         slowest = max(spent, key=lambda rank: spent[rank])
         mean_s = statistics.fmean(spent.values())
         stages.append(RankStage(name=name, mean_s=mean_s, slowest_s=spent[slowest], slowest_rank=slowest))
-    found = [
+    stragglers = [
         Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage)
         for e in excesses(rows)
         if e.extra_s > STRAGGLER_SHARE * step_s
     ]
-    return Ranks(world_size=len(rows), stages=stages, stragglers=found)
+    return Ranks(world_size=len(rows), stages=stages, stragglers=stragglers)

@@ -1,4 +1,4 @@
-"""How near each stage comes to this machine's measured ceilings."""
+"""Closeness of each stage to this machine's measured ceilings."""
 
 from __future__ import annotations
 
@@ -32,25 +32,19 @@ def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | No
         shape = ModelShape.from_config(record.trainer.model_config_json)
     except ConfigError:
         return {}
-    images = record.images.model_dump() if record.images is not None and record.images.tokens is not None else None
-    facts = facts_from_records(
-        shape,
-        record.trainer.model_dump(),
-        record.tokens.model_dump(),
-        images,
-        old_policy=("policy_logprob", "old_policy") in breakdown.parts_s,
-    )
+    seen = ("policy_logprob", "old_policy") in breakdown.parts_s
+    facts = facts_from_records(shape, record.trainer, record.tokens, record.images, old_policy=seen)
     shared = {stage for name in record.trainer.speedups for stage in WORK_LEFT_OUT.get(name, ())}
-    found = {
+    limits = {
         stage: limit_of(work, breakdown.seconds(stage), ceilings)
         for stage, work in stage_work(shape, facts).items()
         if stage not in shared
     }
-    return {stage: limit for stage, limit in found.items() if limit is not None}
+    return {stage: limit for stage, limit in limits.items() if limit is not None}
 
 
 def limit_of(work: Work, spent_s: float, ceilings: Ceilings) -> Limit | None:
-    """Share of the limit, and the ceiling to which most of the least time is due; null without time or work.
+    """Share of the limit, and the ceiling to which most of the least time is due; None without time or work.
 
     Both ceilings are measured, so work that stays in a cache can pass the one on memory; the share is then 1.
     """

@@ -6,11 +6,12 @@ import math
 
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
+from grpo_autotune.knobs.apply import why_not
+from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Contribution
-from grpo_autotune.search.acquisition import Models, fits
+from grpo_autotune.search.acquisition import Models
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import Entry, Leaderboard
-from grpo_autotune.search.space import why_not
 from grpo_autotune.search.study import name_of
 
 

@@ -18,33 +18,26 @@ from scipy.special import ndtr
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.predict.models import Prediction
-from grpo_autotune.predict.objective import run_ratio
-from grpo_autotune.records.probe import TrainerFacts
+from grpo_autotune.knobs.apply import why_not
+from grpo_autotune.predict.objective import Interval, run_ratio
+from grpo_autotune.predict.room import LEAST_CHANCE, LEAST_SIGMA, MEMORY_SHARE, Z_90, chance_to_fit
 from grpo_autotune.records.search import Skipped
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.leaderboard import JUDGED_BY_REWARDS, Leaderboard, Level
-from grpo_autotune.search.space import Space, points, why_not
+from grpo_autotune.search.space import Space, points
 from grpo_autotune.search.study import name_of
 
-MEMORY_SHARE = 0.95
-LEAST_CHANCE = 0.75
-"""Of fitting into the memory: what is less likely to is not run until the models are surer of it."""
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
-LEAST_SIGMA = 0.02
-"""Of the logarithm of predicted seconds: what a median of a few steps itself is unsure of."""
-Z_90 = 1.645
-"""The models' interval covers 90 %."""
 
 
 class Models(Protocol):
     """Models of time and memory (`grpo_autotune.predict.models.Models`)."""
 
-    def step_s(self, config: RunConfig) -> Prediction: ...
-    def stages_s(self, config: RunConfig) -> dict[str, Prediction]: ...
-    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction: ...
+    def step_s(self, config: RunConfig) -> Interval: ...
+    def stages_s(self, config: RunConfig) -> dict[str, Interval]: ...
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval: ...
     def learn(self, config: RunConfig, outcome: TrialOutcome) -> Models: ...
     def errors(self) -> dict[str, dict[str, float]]: ...
 
@@ -179,29 +172,7 @@ def _why_unproven(knobs: Knobs, board: Leaderboard) -> str | None:
     return None
 
 
-def fits(models: Models, config: RunConfig, memory_bytes: int | None) -> bool:
-    """True where the worst case fits into the memory with enough certainty to be run."""
-    return chance_to_fit(models, config, memory_bytes) >= LEAST_CHANCE
-
-
-def chance_to_fit(models: Models, config: RunConfig, memory_bytes: int | None) -> float:
-    """Probability that the worst case stays within `MEMORY_SHARE` of the memory, its peak taken as log-normal with the
-    models' interval; weighs a gain as in Gardner et al. 2014, "Bayesian optimization with inequality constraints"."""
-    if memory_bytes is None:
-        return 1.0
-    peak = models.peak_bytes(config, worst_case=True)
-    sigma = max(LEAST_SIGMA, math.log(peak.high / max(peak.value, 1.0)) / Z_90)
-    return float(ndtr(math.log(max(MEMORY_SHARE * memory_bytes, 1.0) / max(peak.value, 1.0)) / sigma))
-
-
 def expected_gain(mean: float, sigma: float) -> float:
     """Expected positive part of a normal variable."""
     z = mean / sigma
     return sigma * (z * float(ndtr(z)) + math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
-
-
-def memory_of(machine: Machine, trainer: TrainerFacts) -> int | None:
-    """Bytes that one rank of a trial may take: its GPU's, or its share of the machine's."""
-    if trainer.device.startswith("cuda"):
-        return machine.gpus[0].memory_bytes if machine.gpus else None
-    return machine.memory_bytes // trainer.world_size

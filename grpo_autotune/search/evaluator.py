@@ -8,6 +8,7 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import Knobs, knobs_of
+from grpo_autotune.predict.workload import quantiles
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Purpose, TrialOutcome, TrialSpec
@@ -190,20 +191,10 @@ def patience_s(expected_s: float, config: RunConfig) -> float:
 
 
 def completion_lengths(record: ProbeRecord, count: int = LENGTHS) -> list[int] | None:
-    """Lengths in tokens distributed as the probe's completions: `count` quantiles of the line through its percentiles.
-
-    The shortest is not recorded; it is put where the line has the mean that was measured.
-    """
+    """Lengths in tokens distributed as the probe's completions: `count` quantiles of the line through its
+    percentiles."""
     if record.tokens is None:
         return None
     spread = record.tokens.completion
-    quantiles = (np.arange(count) + 0.5) / count
-
-    def line(shortest: float) -> np.ndarray:
-        lengths = (shortest, spread.p50, spread.p90, spread.p99, spread.max)
-        return np.interp(quantiles, (0.0, 0.5, 0.9, 0.99, 1.0), lengths)
-
-    base = line(0.0).mean()  # the mean grows with the shortest, in a straight line
-    shortest = np.clip((spread.mean - base) / (line(1.0).mean() - base), 1.0, max(1.0, spread.p50))
-    lengths = np.clip(np.rint(line(shortest)), 1, max(1, round(spread.max)))
+    lengths = np.clip(np.rint(quantiles(spread, (np.arange(count) + 0.5) / count)), 1, max(1, round(spread.max)))
     return [int(length) for length in lengths]

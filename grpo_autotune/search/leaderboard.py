@@ -16,13 +16,12 @@ from grpo_autotune.predict.objective import (
     RESAMPLES,
     Interval,
     Living,
-    cycle_means,
     living_of,
     run_ratio,
     step_interval,
     useful_per_step,
 )
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.noninferiority import NO_TIME

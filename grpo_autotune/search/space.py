@@ -17,8 +17,8 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of, with_knobs
-from grpo_autotune.knobs.apply import same_value
+from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
+from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
 
@@ -73,25 +73,6 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
             fix="Give the knobs concerned other values, or leave them out",
         )
     return axes
-
-
-def why_not(config: RunConfig, knobs: Knobs, machine: Machine) -> str | None:
-    """The rule that a combination breaks, in one sentence; None for a legal one.
-
-    Memory is no rule of this function: the models judge it.
-    """
-    try:
-        changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)
-    except ConfigError as error:
-        return str(error)
-    known = context_of(changed, machine)
-    for key, value in knobs.items():
-        if same_value(value, baseline[key]):
-            continue
-        reason = knob(key).rule(known, value)
-        if reason is not None:
-            return f"{reason}."
-    return None
 
 
 def points(axes: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.predict.objective import cycle_means
+from grpo_autotune.records.probe import cycle_means
 from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow
 from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.search.budget import Budget, Costs

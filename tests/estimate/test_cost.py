@@ -319,8 +319,8 @@ def spread(mean: float, largest: float) -> dict[str, float]:
     return {"mean": mean, "p50": mean, "p90": largest, "p99": largest, "max": largest}
 
 
-def records(**changes: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A probe's trainer, token and image facts in their JSON form."""
+def records(**changes: Any) -> tuple[TrainerFacts, TokenFacts, ImageFacts]:
+    """A probe's trainer, token and image facts."""
     trainer = TrainerFacts(
         **{
             "model_config_json": CONFIGS["qwen2_5_vl"],
@@ -371,7 +371,7 @@ def records(**changes: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         decodes_per_image=1.0,
         processings_per_image=2.0,
     )
-    return trainer.model_dump(mode="json"), tokens.model_dump(mode="json"), images.model_dump(mode="json")
+    return trainer, tokens, images
 
 
 def test_facts_from_a_probes_records() -> None:

@@ -16,7 +16,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, with_knobs
 from grpo_autotune.predict.features import PARTS, SPARED, Rates, features
 from grpo_autotune.predict.models import Models, part_seconds, stage_seconds
-from grpo_autotune.predict.regression import Fit, Place, Seen, first_guess
+from grpo_autotune.predict.regression import Fit, Observation, Place, first_guess
 from grpo_autotune.predict.workload import Workload, expected_longest, mean_length, tokens_at, workload
 from grpo_autotune.records.probe import STAGES, ProbeRecord, StageRow, StageTimings
 from grpo_autotune.records.trial import TrialOutcome
@@ -131,7 +131,7 @@ class Truth:
         record = base.model_copy(
             update={
                 "timings": StageTimings(steps=[1, 2, 3], step_s=steps, stages=rows),
-                "trainer": base.trainer.model_copy(update=load.trainer),
+                "trainer": load.trainer,
                 "tokens": tokens.model_copy(update={"prompt": prompt}) if tokens else None,
                 "images": images,
             }
@@ -310,9 +310,9 @@ def test_a_shared_prefix_that_cannot_work_spares_nothing(knobs: dict[str, Any]) 
 def test_what_no_formula_describes_is_learnt_by_knob() -> None:
     """Work at a price of 1e-9 s, a tenth more under the word `slow`; tried at some sizes, asked at others."""
 
-    def seen(flops: float, word: str) -> Seen:
+    def seen(flops: float, word: str) -> Observation:
         seconds = 0.1 + flops * 1e-9 * (1.1 if word == "slow" else 1.0)
-        return Seen({"calls": 1.0, "text_flops": flops}, seconds, Place((math.log2(flops),), (word,)))
+        return Observation({"calls": 1.0, "text_flops": flops}, seconds, Place((math.log2(flops),), (word,)))
 
     fit = Fit(tuple(seen(1e9 * size, word) for size in (1, 2, 4, 8) for word in ("fast", "slow")))
     for word in ("fast", "slow"):
@@ -324,7 +324,7 @@ def test_what_no_formula_describes_is_learnt_by_knob() -> None:
 
 
 def test_what_the_probe_did_not_have_costs_what_its_like_costs() -> None:
-    probe = Seen({"calls": 2.0, "steps": 100.0, "text_flops": 1e9, "rows": 8.0}, 10.0, Place((1.0,), ("a",)))
+    probe = Observation({"calls": 2.0, "steps": 100.0, "text_flops": 1e9, "rows": 8.0}, 10.0, Place((1.0,), ("a",)))
     guess = first_guess(
         probe, ["calls", "steps", "rows", "text_flops", "steps@vllm", "tower_flops", "calls_again", "odd"]
     )

@@ -20,7 +20,15 @@ from grpo_autotune.render.sentences import LEGEND
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import report_of_facts
 from grpo_autotune.report.files import load_report, save_report
-from tests.support.sample_records import CPU_MACHINE, GPU_MACHINE, demo_record, timings, two_rank_record, vllm_record
+from tests.support.sample_records import (
+    CPU_MACHINE,
+    GPU_MACHINE,
+    config_of,
+    demo_record,
+    timings,
+    two_rank_record,
+    vllm_record,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LIMITS = {
@@ -29,8 +37,9 @@ LIMITS = {
     "reference_logprob": Limit(0.31, "matrix"),
     "backward": Limit(0.35, "matrix"),
 }
-VLLM_CONFIG = {"vllm": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}, "grpo": {"eval_steps": 1}}
-DEMO_CONFIG = {"data": {"image_size": 384}}
+ENGINE = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.4}
+VLLM_CONFIG = config_of(vllm_record(), vllm=ENGINE, grpo={"eval_steps": 1})
+DEMO_CONFIG = config_of(demo_record(), data={"image_size": 384})
 
 
 def report_of(record: ProbeRecord, **more: Any) -> Report:

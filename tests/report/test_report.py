@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import load_report, save_report
 from grpo_autotune.report.limits import limit_of
-from tests.support.sample_records import demo_record, timings, token_facts, trainer_facts, two_rank_record, vllm_record
+from tests.support.sample_records import (
+    CPU_MACHINE,
+    config_of,
+    demo_record,
+    timings,
+    token_facts,
+    trainer_facts,
+    two_rank_record,
+    vllm_record,
+)
 
 REPORT_PAGE = Path(__file__).parents[2] / "docs" / "report.md"
 
@@ -50,10 +61,10 @@ def test_stages_sum_to_the_step(times: StageTimings) -> None:
     assert min(times.step_s) - 1e-9 <= report.step_s <= max(times.step_s) + 1e-9
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(any_timings())
 def test_a_report_is_equal_after_json(times: StageTimings) -> None:
-    report = build_report(demo_record(timings=times))
+    report = build_report(demo_record(timings=times), CPU_MACHINE)
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
@@ -107,6 +118,21 @@ def test_less_than_a_whole_cycle_is_said() -> None:
     assert "median of 3 steps" in render(cycle(4))
 
 
+@pytest.mark.parametrize("entrance", [["-m", "grpo_autotune", "report"], ["-c", "import grpo_autotune.commands.run"]])
+def test_a_stored_report_is_printed_and_a_script_started_without_the_predictor(
+    entrance: list[str], tmp_path: Path
+) -> None:
+    """A script may set its threads before numpy is loaded."""
+    save_report(build_report(demo_record()), tmp_path)
+    place = [str(tmp_path)] if "-m" in entrance else []
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *entrance, *place], capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "grpo_autotune.report.files" in loaded
+    assert not loaded & {"numpy", "scipy", "torch", "grpo_autotune.predict", "grpo_autotune.advice"}
+
+
 def test_nothing_measured_is_said() -> None:
     with pytest.raises(NothingSucceeded, match="no optimizer step was measured"):
         build_report(demo_record(timings=StageTimings(steps=[], step_s=[], stages=[])))
@@ -143,7 +169,7 @@ def test_rates_over_all_ranks() -> None:
 
 def test_useful_completions_count_a_reused_batch_once_and_leave_masked_ones_out() -> None:
     reused = demo_record(trainer=trainer_facts(num_iterations=2), tokens=token_facts(truncated_share=0.5))
-    rates = build_report(reused, config={"grpo": {"mask_truncated_completions": True}}).rates
+    rates = build_report(reused, config=config_of(reused, grpo={"mask_truncated_completions": True})).rates
     assert rates is not None
     assert rates.useful_completions_per_s == pytest.approx(2 / 2 * 0.9 * (8 * 0.5 - 1) / 5.04)
     unseen = build_report(demo_record(tokens=token_facts(groups=0, dead_groups=0, pass_rates=[]))).rates
@@ -179,7 +205,7 @@ def test_ranks_mean_slowest_and_straggler() -> None:
 
 @pytest.mark.parametrize("record", [demo_record(), vllm_record(), two_rank_record()])
 def test_saved_and_loaded_is_the_same(record: ProbeRecord, tmp_path: Path) -> None:
-    report = build_report(record, config={"grpo": {"beta": 0.04}})
+    report = build_report(record, config=config_of(record))
     path = save_report(report, tmp_path / "run")
     assert load_report(path) == load_report(tmp_path / "run") == report
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.json"]
@@ -296,7 +322,7 @@ def test_a_real_probe_end_to_end(tiny: Any, tmp_path: Path, picture_rows: Any) -
     record = probe.record()
     probe.detach()
     fast = ceilings_of(1e12, 1e11)
-    report = build_report(record, detect(), fast, {"grpo": {"beta": 0.05}})
+    report = build_report(record, detect(), fast, config_of(record))
     assert sum(row.self_s for row in report.stages) == pytest.approx(report.step_s, abs=1e-6)
     assert sum(part.self_s for part in report.stage("policy_logprob").parts) == pytest.approx(
         report.stage("policy_logprob").self_s, rel=1e-6

@@ -13,10 +13,11 @@ import pytest
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceeded
-from grpo_autotune.predict.models import Prediction
+from grpo_autotune.predict.objective import Interval
+from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
 from grpo_autotune.records.search import Guard, SearchReport
 from grpo_autotune.records.trial import PromptReward, TrialOutcome, TrialSpec
-from grpo_autotune.search.acquisition import LEAST_CHANCE, chance_to_fit, rank
+from grpo_autotune.search.acquisition import rank
 from grpo_autotune.search.budget import Budget, Costs, parse_budget
 from grpo_autotune.search.evaluator import SERVER_S, completion_lengths, patience_s
 from grpo_autotune.search.folder import SearchFolder
@@ -153,9 +154,9 @@ def test_the_first_rival_is_the_best_that_needs_no_proof_and_not_the_least_known
     tmp_path: Path, accept: list[str]
 ) -> None:
     class Doubtful(PaperModels):
-        def step_s(self, config: RunConfig) -> Prediction:
+        def step_s(self, config: RunConfig) -> Interval:
             value, unsure = super().step_s(config).value, config.batch.micro_batch == 4
-            return Prediction(value, value / (1e4 if unsure else 1.1), value * (1e4 if unsure else 1.1))
+            return Interval(value, value / (1e4 if unsure else 1.1), value * (1e4 if unsure else 1.1))
 
         def learn(self, config: RunConfig, outcome: TrialOutcome) -> PaperModels:
             return self
@@ -185,8 +186,8 @@ def test_what_may_not_fit_is_worth_less_until_the_models_are_sure() -> None:
             super().__init__()
             self.spread = spread
 
-        def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
-            return Prediction(8.0 * GIB, 8.0 * GIB / self.spread, 8.0 * GIB * self.spread)
+        def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval:
+            return Interval(8.0 * GIB, 8.0 * GIB / self.spread, 8.0 * GIB * self.spread)
 
     config, limit = user_config(), 9 * GIB
     chances = [chance_to_fit(Unsure(spread), config, limit) for spread in (1.01, 1.1, 1.5, 3.0)]

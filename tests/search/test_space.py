@@ -11,8 +11,8 @@ import pytest
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import knobs_of, rules, with_knobs
-from grpo_autotune.knobs.apply import SERVER
-from grpo_autotune.search.space import points, space, why_not
+from grpo_autotune.knobs.apply import SERVER, why_not
+from grpo_autotune.search.space import points, space
 from tests.knobs.test_knobs import GROUP, MICRO, config, machine
 from tests.support.sample_records import demo_record
 

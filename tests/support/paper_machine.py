@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
-from grpo_autotune.predict.models import Prediction
+from grpo_autotune.predict.objective import Interval
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Progress, PromptReward, TrialOutcome, TrialSpec
 from tests.support.sample_records import demo_record, timings, token_facts, trainer_facts
@@ -72,16 +72,16 @@ class PaperModels:
     def __init__(self, error: float = 1.1) -> None:
         self.error, self.seen = error, 0
 
-    def step_s(self, config: RunConfig) -> Prediction:
+    def step_s(self, config: RunConfig) -> Interval:
         value = self.error * seconds(config)
-        return Prediction(value, 0.7 * value, 1.4 * value)
+        return Interval(value, 0.7 * value, 1.4 * value)
 
-    def stages_s(self, config: RunConfig) -> dict[str, Prediction]:
+    def stages_s(self, config: RunConfig) -> dict[str, Interval]:
         value = 0.5 * seconds(config)
-        return {"generation": Prediction(value, value, value)}
+        return {"generation": Interval(value, value, value)}
 
-    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Prediction:
-        return Prediction(peak(config), peak(config), peak(config))
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval:
+        return Interval(peak(config), peak(config), peak(config))
 
     def learn(self, config: RunConfig, outcome: TrialOutcome) -> PaperModels:
         later = PaperModels(self.error)

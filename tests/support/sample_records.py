@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.hardware import Gpu, Machine
 from grpo_autotune.records.probe import (
     STAGES,
     ImageFacts,
@@ -22,23 +24,55 @@ from grpo_autotune.records.rollout import EngineFacts, Fidelity, FidelityPart
 from grpo_autotune.rollout.fidelity.causes import Evidence, diagnose
 
 GIB = 1024**3
-CPU_MACHINE: dict[str, Any] = {"cpu": "Test CPU", "cores": 4, "memory_bytes": 16 * GIB, "gpus": []}
-GPU_MACHINE: dict[str, Any] = {
-    "cpu": "Test CPU",
-    "cores": 32,
-    "memory_bytes": 256 * GIB,
-    "gpus": [{"name": "Test GPU", "memory_bytes": 80 * GIB, "capability": [9, 0]}],
-}
+CPU_MACHINE = Machine(
+    cpu="Test CPU",
+    cores=4,
+    memory_bytes=16 * GIB,
+    gpus=(),
+    python="3.11",
+    platform="test",
+    versions={},
+    fingerprint="test",
+)
+GPU_MACHINE = CPU_MACHINE.model_copy(
+    update={
+        "cores": 32,
+        "memory_bytes": 256 * GIB,
+        "gpus": (Gpu(name="Test GPU", memory_bytes=80 * GIB, capability="9.0"),),
+    }
+)
 VL_CONFIG: dict[str, Any] = {
     "model_type": "qwen3_vl",
-    "text_config": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "vision_config": {"hidden_size": 64, "depth": 3, "patch_size": 16, "spatial_merge_size": 2},
+    "tie_word_embeddings": True,
+    "text_config": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 384,
+        "vocab_size": 16_000,
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "depth": 3,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "out_hidden_size": 128,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 576,
+        "deepstack_visual_indexes": [0],
+    },
 }
 TEXT_CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
     "hidden_size": 4096,
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
 }
 
 
@@ -294,12 +328,38 @@ def vllm_record(**changes: Any) -> ProbeRecord:
     return ProbeRecord(**plain | changes)
 
 
+def config_of(record: ProbeRecord, **sections: Any) -> RunConfig:
+    """A configuration whose run would have a record's trainer, with keys of its sections changed or added."""
+    t = record.trainer
+    grpo: dict[str, Any] = {
+        "per_device_train_batch_size": t.per_device_train_batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "num_generations": t.num_generations,
+        "num_iterations": t.num_iterations,
+        "max_completion_length": t.max_completion_length,
+        "gradient_checkpointing": t.gradient_checkpointing,
+        "beta": t.beta,
+        "loss_type": t.loss_type,
+        "use_vllm": t.use_vllm,
+        "max_steps": 100,
+    }
+    values: dict[str, Any] = {
+        "model": {"name_or_path": "nowhere/model"},
+        "data": {"path": "rows.jsonl"},
+        "rewards": [{"name": "exact_match"}],
+        "grpo": grpo | sections.pop("grpo", {}),
+        "peft": {"r": t.peft["r"]} if t.peft else None,
+        "speedups": t.speedups or "none",
+    }
+    return RunConfig.from_dict(values | sections | {"data": values["data"] | sections.get("data", {})})
+
+
 def two_rank_record() -> ProbeRecord:
     """The small run on two processes, of which the second is slower at generating."""
     fast = {"generation": 1.2, "policy_logprob": 0.9, "backward": 1.6, "sync_wait": 0.8, "other": 0.02}
     slow = fast | {"generation": 2.0, "sync_wait": 0.0}
     return demo_record(
         timings=timings(fast, {("policy_logprob", "training_forward"): 0.9}),
-        trainer=trainer_facts(world_size=2, generation_batch_size=32),
+        trainer=trainer_facts(world_size=2, generation_batch_size=32, beta=0.0),
         ranks=[RankTimings(rank=r, step_s=4.52, stages=s) for r, s in enumerate((fast, slow))],
     )

@@ -1,0 +1,130 @@
+"""Advice that no knob of the table follows: a reward that waits, a slow rank, logging and evaluating too often.
+
+Each saving comes from the probe's own seconds.
+"""
+
+from __future__ import annotations
+
+import math
+
+from grpo_autotune.advice.facts import Facts, Idea
+from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.records.probe import STAGE_WORDS
+from grpo_autotune.records.report import Change
+from grpo_autotune.units import percent, seconds
+
+CADENCE_KEYS = {"log": "logging_steps", "save": "save_steps", "evaluate": "eval_steps"}
+
+
+def waiting_reward(facts: Facts) -> Idea | None:
+    """A plain reward function that waits (for a server, a sandbox) can wait for all completions at once.
+
+    TRL calls plain functions one after the other and awaits `async def` ones together. If the processor is busy for a
+    share c of the reward stage, 1 - c of the plain functions' time is waiting; asked all at once, n completions wait
+    as long as one, which saves (1 - 1/n) of it. A function that computes is left alone.
+    """
+    plain = [call for call in facts.record.rewards if not call.is_async]
+    everything = sum(call.calls * call.mean_s for call in facts.record.rewards)
+    seen = [u for u in facts.record.utilisation if u.stage == "reward" and u.cpu_percent is not None]
+    t = facts.record.trainer
+    rows = t.per_device_train_batch_size * t.steps_per_generation
+    if not plain or everything <= 0.0 or not seen or seen[0].samples < 3:
+        return None
+    computing = max(min(1.0, (seen[0].cpu_percent or 0.0) / 100.0), (seen[0].gpu_percent or 0.0) / 100.0)
+    if computing > 0.5 or rows < 2:
+        return None
+    slowest = max(plain, key=lambda call: call.calls * call.mean_s)
+    share = sum(call.calls * call.mean_s for call in plain) / everything
+    return Idea(
+        kind="exact",
+        stages=("reward",),
+        action=f"make the reward function {slowest.name} an `async def` that awaits all completions at once",
+        saving_s=facts.breakdown.seconds("reward") * share * (1.0 - computing) * (1.0 - 1.0 / rows),
+        because=f"It takes {seconds(slowest.mean_s)} a call, and the processor is busy for only {percent(computing)} "
+        "of "
+        f"the time: it waits. It is assumed that {rows} completions can wait at the same time",
+    )
+
+
+def straggler(facts: Facts) -> Idea | None:
+    """A rank that works longer than the others makes all of them wait.
+
+    A rank's work is its step less `sync_wait`. If the slowest rank worked no longer than the mean of the others, a step
+    would be shorter by the difference. Seen from another rank that comes out of its waiting, seen from the slowest
+    out of the stage in which it is slower, and no more than that can be saved.
+    """
+    slowest = next(iter(excesses(facts.record.ranks)), None)
+    if slowest is None:
+        return None
+    stage = slowest.stage if slowest.rank == facts.record.rank else "sync_wait"
+    return Idea(
+        kind="exact",
+        stages=(stage,),
+        action=f"find out why rank {slowest.rank} is slower than the others",
+        saving_s=min(slowest.extra_s, facts.breakdown.seconds(stage)),
+        because=f"The other ranks wait for it; {seconds(slowest.stage_s)} a step of the difference is in "
+        f"{STAGE_WORDS.get(slowest.stage, slowest.stage)}. Longer prompts or completions on that rank, or another "
+        "process on its device, are the usual reasons",
+    )
+
+
+def log_save_eval(facts: Facts) -> Idea | None:
+    """Doing the dearest of logging, saving and evaluating half as often saves half of its seconds in a long run.
+
+    One of them that happens every N steps takes (seconds of one) / N of a step, however many of them a short probe
+    happened to hold. Silent where N is not known (see `_long_run_s`), or none was measured.
+    """
+    costs = {part: cost for part in CADENCE_KEYS if (cost := _long_run_s(facts, part)) is not None}
+    part = max(costs, key=lambda name: costs[name][0], default=None)
+    if part is None:
+        return None
+    (cost_s, every), key = costs[part], CADENCE_KEYS[part]
+    known = _configured(facts, part) is not None
+    verbs = {"log": "log", "save": "save checkpoints", "evaluate": "evaluate"}
+    return Idea(
+        kind="exact",
+        stages=("log_save_eval",),
+        changes=(Change(key=f"grpo.{key}", before=every, after=2 * every),) if known else (),
+        action="" if known else f"{verbs[part]} half as often (`{key}`)",
+        saving_s=min(cost_s / 2.0, facts.part_s("log_save_eval", part)),
+        because=f"It takes {seconds(cost_s * every)} each time, which is {seconds(cost_s)} of a step where it happens "
+        + (f"every {every} steps" if every > 1 else "at every step"),
+    )
+
+
+RULES = (waiting_reward, straggler, log_save_eval)
+
+
+def _configured(facts: Facts, part: str) -> int | None:
+    """Optimizer steps between two of `part` by the configuration; None where it gives no number of steps."""
+    every = facts.grpo.get(CADENCE_KEYS[part])
+    strategy = facts.grpo.get(CADENCE_KEYS[part].replace("_steps", "_strategy"))
+    counted = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    return every if counted and strategy in (None, "steps") else None
+
+
+def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
+    """Seconds of a step that a part of `log_save_eval` takes in a long run, and the steps between two of it; None where
+    none was measured or the steps between are not known.
+
+    They come from the configuration, or, for saving and evaluating, from the distance between the measured steps in
+    which it happened. Logging has a few microseconds in every step, so its steps are the multiples of the configured
+    number.
+    """
+    timings = facts.record.timings
+    row = next((row for row in timings.stages if row.name == "log_save_eval"), None)
+    if row is None or part not in row.parts:
+        return None
+    spent, configured = row.parts[part], _configured(facts, part)
+    if part == "log":
+        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if step % (configured or 1) == 0]
+    else:
+        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if s > 0.0]
+    every = configured
+    if every is None and part != "log" and len(times) > 1:
+        every = round((times[-1][0] - times[0][0]) / (len(times) - 1))
+    total_s = math.fsum(timings.step_s)
+    if not times or not every or total_s <= 0.0:
+        return None
+    scale = facts.breakdown.step_s * len(timings.step_s) / total_s
+    return math.fsum(s for _, s in times) / len(times) / every * scale, every

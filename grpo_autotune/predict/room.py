@@ -1,0 +1,62 @@
+"""One rank's part of the machine: its memory, the chance that a configuration fits into it, how busy its device is."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from scipy.special import ndtr
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.hardware import Machine
+from grpo_autotune.predict.objective import Interval
+from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
+
+MEMORY_SHARE = 0.95
+LEAST_CHANCE = 0.75
+"""Of fitting into the memory: what is less likely to is neither run nor advised until the models are surer of it."""
+LEAST_SIGMA = 0.02
+"""Standard deviation of a predicted logarithm at least: what a median of a few steps itself is unsure of."""
+Z_90 = 1.645
+"""Standard deviations to either end of the models' interval, which covers 90 %."""
+
+
+class PeakModel(Protocol):
+    """The part of the models that predicts memory."""
+
+    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval: ...
+
+
+def memory_of(machine: Machine, trainer: TrainerFacts) -> int | None:
+    """Bytes that one rank may take: its GPU's, or its share of the machine's."""
+    if trainer.device.startswith("cuda"):
+        return machine.gpus[0].memory_bytes if machine.gpus else None
+    return machine.memory_bytes // trainer.world_size
+
+
+def fits(models: PeakModel, config: RunConfig, memory_bytes: int | None) -> bool:
+    """True where the worst case fits into the memory with enough certainty to be run or advised."""
+    return chance_to_fit(models, config, memory_bytes) >= LEAST_CHANCE
+
+
+def chance_to_fit(models: PeakModel, config: RunConfig, memory_bytes: int | None) -> float:
+    """Probability that the worst case stays within `MEMORY_SHARE` of the memory, its peak taken as log-normal with the
+    models' interval; weighs a gain as in Gardner et al. 2014, "Bayesian optimization with inequality constraints"."""
+    if memory_bytes is None:
+        return 1.0
+    peak = models.peak_bytes(config, worst_case=True)
+    sigma = max(LEAST_SIGMA, math.log(peak.high / max(peak.value, 1.0)) / Z_90)
+    return float(ndtr(math.log(max(MEMORY_SHARE * memory_bytes, 1.0) / max(peak.value, 1.0)) / sigma))
+
+
+def busy_share(record: ProbeRecord, machine: Machine, *stages: str) -> float | None:
+    """Share of the time in which the device works while these stages run, 0 to 1: the GPU, or the rank's part of the
+    cores; None where nobody looked."""
+    cores = machine.cores / record.trainer.world_size
+    rows = [row for row in record.utilisation if row.stage in stages]
+    if record.trainer.device.startswith("cuda"):
+        seen = [(row.samples, row.gpu_percent / 100.0) for row in rows if row.gpu_percent is not None]
+    else:
+        seen = [(row.samples, row.cpu_percent / 100.0 / cores) for row in rows if row.cpu_percent is not None]
+    samples = sum(count for count, _ in seen)
+    return min(1.0, sum(count * share for count, share in seen) / samples) if samples else None
