@@ -153,6 +153,7 @@ def tell_once(finding: str, say: Callable[[str], None]) -> None:
     told = cache_dir() / "notes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     if is_first_rank() and not told.exists():
         say(f"note: {finding}")
+        told.parent.mkdir(exist_ok=True)
         write_whole(told, finding)
 
 

@@ -144,3 +144,13 @@ def test_absent_torchvision_is_no_finding() -> None:
         "from grpo_autotune.seams.torchvision_compat import ensure_torchvision as e\nprint(e())"
     )
     assert lines == ["None"]
+
+
+def test_a_finding_is_told_once_with_a_fresh_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_autotune.seams.torchvision_compat import tell_once
+
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+    tell_once("a build for another torch", said.append)
+    tell_once("a build for another torch", said.append)
+    assert said == ["note: a build for another torch"]
