@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -153,8 +154,9 @@ def tell_once(finding: str, say: Callable[[str], None]) -> None:
     told = cache_dir() / "notes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     if is_first_rank() and not told.exists():
         say(f"note: {finding}")
-        told.parent.mkdir(exist_ok=True)
-        write_whole(told, finding)
+        with suppress(OSError):  # a cache that cannot be written is no reason to end a run
+            told.parent.mkdir(exist_ok=True)
+            write_whole(told, finding)
 
 
 def _version(package: str) -> str:
