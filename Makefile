@@ -1,10 +1,12 @@
-# The environments are made once and again when their list of packages changes (the stamp files).
+# Minutes on two CPU cores: check 1, test-fast 2, test 11, test-vllm 15; all that guards the project (.ci/run) 22, with
+# the last two side by side. The environments are made once, a few minutes each, and again when their list of packages
+# changes (the stamp files).
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-vllm bench bench-vllm exact
+.PHONY: help install demo test test-fast test-vllm check docs bench bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -17,15 +19,21 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 	$(BIN)/grpo-autotune search demo --budget 3m --run-dir $(RUN)/search --out $(RUN)/tuned.yaml
 	$(BIN)/grpo-autotune train $(RUN)/tuned.yaml --out $(RUN)/train
 
-test test-vllm: export OMP_NUM_THREADS := 1 # a worker a core: threads of two that share a core wait for each other
+test test-fast test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
 test: .venv/.installed ## run the whole test suite
 	$(BIN)/python -m pytest tests -n auto --dist loadfile
+
+test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process: under two minutes
+	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
 
 check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed ## write the generated parts of the pages anew: picture, tables, tree, configuration reference
+	$(BIN)/python -m tools.pages
 
 bench: .venv/.installed ## measure everything the README and the pages claim: hours; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.overhead

@@ -1,13 +1,15 @@
-"""Fixtures that are dear to build: each once a session."""
+"""Which tests are slow and what the others may not do, and fixtures that are costly to build: each once per session."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.support.tiny import tiny_model
 
@@ -15,6 +17,59 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job: the commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SLOW_FIXTURES = {"tiny", "quick_model"}
+"""A test that asks for one of these trains or loads a model, and is marked `slow`."""
+CHILD_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn"}
+"""Audit events of Python that announce a child process."""
+
+fast_test: pytest.Item | None = None
+"""The test under way, if it is not marked `slow`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global fast_test
+    fast_test = None if item.get_closest_marker("slow") else item
+    try:
+        return (yield)
+    finally:
+        fast_test = None
+
+
+def pytest_configure() -> None:
+    sys.addaudithook(_refuse_child)
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
+def _refuse_child(event: str, args: tuple[Any, ...]) -> None:
+    if event in CHILD_EVENTS and args[:1] != ("uname",):  # Python's own module platform asks it, once per process
+        _refuse(" ".join(map(str, ["starts a child process:", event, *args[:1]])))
+
+
+def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    _refuse(f"trains ({type(optimizer).__name__}.step)")
+
+
+def _refuse(action: str) -> None:
+    """Fail the test under way, in every run: else `make test-fast` would grow slow unnoticed."""
+    if fast_test is not None:
+        pytest.fail(f"{fast_test.nodeid} {action}: mark it with pytest.mark.slow")
+
+
+@pytest.fixture(autouse=True)
+def no_speedup_left() -> Iterator[None]:
+    """Take off what a test left on: one layer is on a function that all models share, others hold their trainer."""
+    yield
+    install = sys.modules.get("grpo_autotune.speedups.install")
+    for speedups in install.installed() if install else ():
+        speedups.remove()
 
 
 @pytest.fixture(scope="session")
@@ -50,21 +105,3 @@ def text_rows() -> list[dict[str, Any]]:
         {"prompt": [{"role": "user", "content": f"What is {row} plus three?"}], "answer": str(row + 3)}
         for row in range(4)
     ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(monkeypatch):
-    """Take every speed-up off again: one of its layers is on a function that all models share."""
-    from grpo_autotune.speedups import install
-
-    made = []
-    put_on = install.SpeedUps.__init__
-
-    def remember(speedups, *args, **kwargs):
-        put_on(speedups, *args, **kwargs)
-        made.append(speedups)
-
-    monkeypatch.setattr(install.SpeedUps, "__init__", remember)
-    yield
-    for speedups in made:
-        speedups.remove()

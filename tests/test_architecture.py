@@ -262,6 +262,7 @@ def test_nothing_is_caught_blindly() -> None:
     assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/trials/child/execute.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entrance",
     [

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tools.readme_tree import tree, with_tree
-
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {"vllm", "bitsandbytes", "requests"}
 """Extras, imported only where they are needed."""
@@ -30,6 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(built.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_profile(wheel: set[str]) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_autotune").rglob("*.py")}
     profiles = {f"grpo_autotune/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")}
@@ -72,33 +71,10 @@ def test_the_installed_version_is_the_one_written_down() -> None:
     assert importlib.metadata.version("grpo-autotune") == project()["version"]
 
 
+@pytest.mark.slow
 def test_make_help_lists_every_target() -> None:
     told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert declared is not None
     for target in declared[1].split():
         assert re.search(rf"^make {target} +\w", told, re.MULTILINE), target
-
-
-def test_readme_has_a_line_for_every_module() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert readme == with_tree(readme), "bring it up to date: python -m tools.readme_tree"
-    assert "cli.py" in tree()
-
-
-def test_readme_commands_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    told = subprocess.run(
-        [sys.executable, "-m", "grpo_autotune", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    used = set(re.findall(r"(?:^|`)grpo-autotune ([a-z]+)\b", readme, re.MULTILINE))
-    assert used >= {"probe", "train", "report", "run", "doctor"}
-    for command in used:
-        assert re.search(rf"^\W*{command}\b", told, re.MULTILINE), command
-
-
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"

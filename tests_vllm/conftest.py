@@ -26,15 +26,24 @@ SECTIONS = {"qwen2_5_vl": [4, 6, 6], "qwen3_vl": [8, 4, 4]}
 LARGEST_IMAGE = 112 * 112
 """Pixels. vLLM warms up with the largest image that the saved processor lets through."""
 
+THEIR_WARNINGS = r"default:::(?!grpo_autotune|tests)"
+"""vLLM and what it brings warn much and differ from release to release; errors are the warnings in our own modules."""
+
 TRL_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """With these in the environment the next trainer of the process would take itself for one of several."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     if str(ENV_FOLDER) not in {str(Path(entry).resolve()) for entry in sys.path}:
         pytest.exit("tests_vllm runs by `make test-vllm`, which puts tests/env on PYTHONPATH", returncode=3)
     if importlib.util.find_spec("vllm") is None:
         pytest.exit("tests_vllm needs vLLM: `make test-vllm` makes the environment that has it", returncode=3)
+    config.addinivalue_line("filterwarnings", THEIR_WARNINGS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.vllm)
 
 
 @pytest.fixture(scope="session")

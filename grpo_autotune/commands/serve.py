@@ -21,6 +21,7 @@ from grpo_autotune.hardware import detect
 from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
+from grpo_autotune.units import duration
 
 GRACE_S = 20.0
 """What a server has to shut down after a signal before it is killed."""
@@ -121,9 +122,9 @@ def _until_healthy(server: VllmServer, log: Path) -> None:
     Raises:
         EnvironmentProblem: It ended before.
     """
-    with Heartbeat(lambda: f"the server starts, {server.age_s:.0f} s (its log: {log})", say):
+    with Heartbeat(lambda: f"the server starts, {duration(server.age_s)} (its log: {log})", say):
         server.until_healthy()
-    say(f"the server answers at {server.wanted.address} after {server.age_s:.0f} s")
+    say(f"the server answers at {server.wanted.address} after {duration(server.age_s)}")
 
 
 def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:

@@ -13,8 +13,9 @@ from grpo_autotune.hardware.machine import installed
 from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.context import KnobContext
 from grpo_autotune.knobs.values import divisors, switch
-from grpo_autotune.rollout.failures import CPU_SPACE, GIB
+from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.rollout.server.command import SENDS, split_gpus
+from grpo_autotune.units import GIB
 
 MOST_SHARE = 0.95
 BATCHED_TOKENS = (2048, 4096, 8192, 16384)

@@ -28,9 +28,10 @@ from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import pixel_bounds
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
-from grpo_autotune.rollout.failures import CPU_SPACE, GIB
+from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import SERVED
 from grpo_autotune.speedups.selection import chosen
+from grpo_autotune.units import GIB
 
 PLACES = np.linspace(0.0, 1.0, 201)
 SMALL_MOMENTS = {"8bit": 2.0}

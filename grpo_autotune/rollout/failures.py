@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.out_of_memory import is_out_of_memory
 from grpo_autotune.records.trial import Status
+from grpo_autotune.units import GIB
 
-GIB = 1 << 30
 STEP = 0.05
 """Of the shares of memory that are suggested."""
 

@@ -18,8 +18,8 @@ from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.leaderboard import Entry, Leaderboard
 from grpo_autotune.search.study import Claim, Study
 from grpo_autotune.search.trial_log import TrialLog
+from grpo_autotune.units import GIB
 
-GIB = 2**30
 LEAST_LIMIT_S = 60.0
 PATIENCE = 3.0
 """A trial is stopped after this many times its expected seconds."""

@@ -22,6 +22,7 @@ from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.search import SCHEMA, SearchReport
 from grpo_autotune.records.stored import read_stored
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
+from grpo_autotune.units import hms
 
 SEARCH_FILE = "search.json"
 Record = TypeVar("Record", bound=Frozen)
@@ -116,7 +117,7 @@ class SearchFolder:
         if not resume:
             raise ConfigError(
                 "this folder holds a search that was "
-                + ("finished" if state.finished else f"stopped after {state.elapsed_s:.0f} s"),
+                + ("finished" if state.finished else f"stopped after {hms(state.elapsed_s)}"),
                 where=str(self.path),
                 fix="Go on with --resume (a finished one with a larger --budget), or give another --run-dir.",
             )

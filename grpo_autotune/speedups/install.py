@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class SpeedUps:
         if not self._installed:
             self._groups.remove()
         setattr(trainer, SPEED_UPS, self)
+        _on.add(self)
 
     def _take(self, name: str, selection: Selection | None) -> Row:
         if selection is None:
@@ -78,6 +80,15 @@ class SpeedUps:
         self._groups.remove()
         if getattr(self._trainer, SPEED_UPS, None) is self:
             delattr(self._trainer, SPEED_UPS)
+        _on.discard(self)
+
+
+_on: weakref.WeakSet[SpeedUps] = weakref.WeakSet()
+
+
+def installed() -> list[SpeedUps]:
+    """The speed-ups of every trainer of this process that has not been rid of them."""
+    return list(_on)
 
 
 def speed_up(trainer: Any, names: Wanted = AUTO) -> SpeedUps:

@@ -64,6 +64,7 @@ def test_what_a_search_found_is_given_to_the_script(tiny, tmp_path):
     assert "more than the 0.001 s of the receipt" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -83,6 +84,7 @@ def test_a_file_of_something_else_is_one_line(tmp_path, text, message):
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_script_keeps_the_errors_of_its_own_configuration(tmp_path):
     script = tmp_path / "own.py"
     script.write_text(
@@ -96,6 +98,7 @@ def test_a_script_keeps_the_errors_of_its_own_configuration(tmp_path):
     assert done.returncode == 0 and "fell back to another size" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_whose_own_values_fail_keeps_its_error_beside_ours(tmp_path):
     script = tmp_path / "own.py"
     script.write_text(
@@ -134,6 +137,7 @@ def test_sigterm_still_prints_the_breakdown(tiny, tmp_path):
     assert "generation" in out and (tmp_path / "report" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_script_is_one_line(tmp_path):
     done = run(tmp_path, "nowhere.py")
     assert done.returncode == 2

@@ -130,6 +130,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_command_alone(here: Path) -> None:
     done = serve(here, "--dry-run", "--set", "vllm.max_model_len=128")
     assert done.returncode == 0, done.stderr
@@ -139,6 +140,7 @@ def test_a_dry_run_prints_the_command_alone(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -154,6 +156,7 @@ def test_mistakes_are_one_line(here: Path, words: list[str], code: int, said: st
     assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_vllm_it_says_so(here: Path) -> None:
     done = serve(here)
     assert done.returncode == 3
@@ -201,6 +204,7 @@ class Ended(Serving):
         return [*python, "-c", "raise SystemExit('ValueError: taken')"]
 
 
+@pytest.mark.slow
 def test_a_stranger_at_the_port_is_not_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "need_vllm", lambda: None)
     with socketserver.TCPServer(("127.0.0.1", 0), Healthy) as stranger:

@@ -235,6 +235,7 @@ scalars = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.text(min_size=1), scalars))
 def test_yaml_text_gives_back_every_value_with_its_type(values: dict[str, Any]) -> None:
@@ -348,6 +349,7 @@ def test_a_source_that_cannot_be_used(here: Path, source: str, expected: str) ->
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_reading_a_configuration_loads_no_heavy_library() -> None:
     code = (
         "import sys; from grpo_autotune.config.schema import load_config; load_config('qwen3-1.7b-gsm8k-1gpu');"

@@ -184,6 +184,7 @@ def test_hub_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HUB_OFFLINE" in doctor.check_hub().detail
 
 
+@pytest.mark.slow
 def test_importing_the_checks_is_light() -> None:
     import subprocess
 

@@ -78,6 +78,7 @@ def test_without_any_spread_nothing_is_known_of_groups() -> None:
     assert living_ratio(record_of([0.0] * 20, 20), 8, 4, 0.9) is None
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_living_ratio_narrows_with_groups() -> None:
     few, many = (living_ratio(record_of(*drawn(0.3, n, 8)), 8, 2, 0.9) for n in (8, 200))
     assert few is not None and many is not None

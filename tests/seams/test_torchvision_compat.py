@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BROKEN = """
 import torch
 from torchvision import extension, _meta_registrations

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 
 from grpo_autotune.search.storage import shared_storage
 
@@ -76,6 +78,16 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(data, ignore_errors=True)
 
 
+@contextmanager
+def opened(url: str) -> Iterator[RDBStorage]:
+    storage = shared_storage(url)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def machine(url: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.support.study_worker", url, str(folder), "400", *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -94,6 +106,7 @@ def timed(folder: Path) -> list[str]:
     return [json.dumps(row["knobs"], sort_keys=True) for row in found]
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: Path) -> None:
     first = machine(database, tmp_path / "a", "hang")
     wait_for(tmp_path / "a" / "hanging", first)
@@ -104,13 +117,14 @@ def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: P
     _, error = second.communicate(timeout=120)
     assert second.returncode == 0, error
 
-    study = optuna.load_study(study_name="grpo-autotune", storage=shared_storage(database))
-    states = [trial.state for trial in study.trials]
+    with opened(database) as storage:
+        trials = optuna.load_study(study_name="grpo-autotune", storage=storage).trials
+    states = [trial.state for trial in trials]
     assert optuna.trial.TrialState.RUNNING not in states, "the dead machine's trial is still booked as running"
-    lost = [trial for trial in study.trials if "retry_history" in trial.system_attrs]
+    lost = [trial for trial in trials if "retry_history" in trial.system_attrs]
     assert len(lost) == 1, "the dead machine's trial was put back once"
     retried = json.dumps(lost[0].user_attrs["knobs"], sort_keys=True)
-    done = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.COMPLETE]
+    done = [trial for trial in trials if trial.state is optuna.trial.TrialState.COMPLETE]
     names = [json.dumps(trial.user_attrs["knobs"], sort_keys=True) for trial in done]
     assert len(names) == len(set(names)), "no combination was measured twice"
     assert retried in timed(tmp_path / "b"), "the other machine ran it"
@@ -118,9 +132,10 @@ def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: P
     assert own is not None, "each machine measures its own baseline"
 
 
-def test_another_configuration_does_not_join(database: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_configuration_does_not_join(database: str) -> None:
     from grpo_autotune.errors import ConfigError
     from grpo_autotune.search.study import Axes, Study
 
-    with pytest.raises(ConfigError, match="another configuration"):
-        Study(shared_storage(database), Axes.of({"grpo.beta": (0.0, 0.1)}), "other", where="--storage")
+    with opened(database) as storage, pytest.raises(ConfigError, match="another configuration"):
+        Study(storage, Axes.of({"grpo.beta": (0.0, 0.1)}), "other", where="--storage")

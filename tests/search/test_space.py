@@ -10,7 +10,7 @@ import pytest
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs import knobs_of, rules, with_knobs
+from grpo_autotune.knobs import engine_knobs, knobs_of, with_knobs
 from grpo_autotune.knobs.apply import SERVER, why_not
 from grpo_autotune.search.space import points, space
 from tests.knobs.test_knobs import GROUP, MICRO, config, machine
@@ -167,7 +167,7 @@ def test_where_a_server_may_stand(
     vllm: dict[str, Any], gpus: int, knobs: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(rules, "installed", lambda package: True)
+    monkeypatch.setattr(engine_knobs, "installed", lambda package: True)
     said = why_not(config({"vllm": vllm}, use_vllm=True), knobs, machine(gpus))
     assert said is None if reason is None else reason in str(said)
 

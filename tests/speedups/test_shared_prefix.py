@@ -72,7 +72,7 @@ def assert_exact(found, *, shared: bool = True) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3", "llama"])
-@pytest.mark.parametrize(("lora", "checkpointing"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("lora", "checkpointing"), list(itertools.product([True, False], repeat=2)))
 def test_four_architectures(tiny, tmp_path, ragged_picture_rows, ragged_text_rows, kind, lora, checkpointing):
     def build():
         trainer = ready(
@@ -349,6 +349,16 @@ def test_remove_leaves_model_and_library_as_they_were(tiny, tmp_path, picture_ro
     assert [set(vars(owner)) for owner in owners] == attributes
 
 
+def test_attention_layer_goes_with_its_last_user_removed_or_forgotten():
+    before = dict(AttentionInterface._global_mapping)
+    layers = [attention.AttentionLayer("sdpa"), attention.AttentionLayer("sdpa")]
+    layers[0].remove()
+    layers[0].remove()
+    assert AttentionInterface._global_mapping != before
+    layers.clear()
+    assert AttentionInterface._global_mapping == before
+
+
 def why(trainer) -> str:
     row = next(row for row in speed_up(trainer, "shared_prefix").table() if row.name == "shared_prefix")
     assert not row.on
@@ -419,6 +429,7 @@ def test_a_model_it_cannot_serve_is_found_out_and_trains_on_trl(tmp_path, ragged
     assert len(warnings_of_ours) == 1 and "its self-check found log-probs off by" in warnings_of_ours[0]
 
 
+@pytest.mark.slow
 def test_a_model_that_counts_by_the_mask_is_found_out_where_prompts_are_padded(tmp_path, caplog):
     """OPT's positions skip the padding, which the first batch does not have."""
     config = {

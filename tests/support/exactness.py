@@ -36,11 +36,11 @@ def generation(trainer: GRPOTrainer, seed: int = 0) -> dict[str, Any]:
     """One generation batch as TRL scores it, with noise where equal numbers would hide a mistake."""
     torch.manual_seed(seed)
     batch: dict[str, Any] = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: one noise on every device
     for key in ("old_per_token_logps", "ref_per_token_logps"):
         if key in batch:
-            batch[key] = batch[key] + 0.1 * torch.randn(batch[key].shape, generator=generator)
-    batch["advantages"] = torch.randn(batch["advantages"].shape, generator=generator)
+            batch[key] = batch[key] + 0.1 * torch.randn(batch[key].shape, generator=generator).to(batch[key])
+    batch["advantages"] = torch.randn(batch["advantages"].shape, generator=generator).to(batch["advantages"])
     return batch
 
 

@@ -19,17 +19,17 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, torch.Tensor):
-                self._seen.add(given.untyped_storage()._cdata)
+        for tensor in _tensors(
+            (args, kwargs)
+        ):  # not made by an operation; its address may be another's when it is freed
+            self._count(tensor.untyped_storage(), 0)
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for tensor in _tensors(made):
+            self._count(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return made
 
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, storage: Any, size: int) -> None:
+        key = storage._cdata
         if key in self._seen:
             return
         self._seen.add(key)
@@ -40,3 +40,7 @@ class LiveBytes(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

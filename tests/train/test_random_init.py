@@ -181,6 +181,7 @@ def _build(folder: str, log: str) -> None:
             Path(folder).mkdir()
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_builds(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     folder, log = str(tmp_path / "model"), str(tmp_path / "log")

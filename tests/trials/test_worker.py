@@ -90,6 +90,7 @@ def test_a_thread_without_room_for_its_stack_is_memory() -> None:
     assert ending_of_error(RuntimeError("can't start new thread"), lambda: 1 << 20).status == "oom"
 
 
+@pytest.mark.slow
 def test_the_peak_is_this_trials_and_falls_again() -> None:
     size = 256 << 20
     first = MemoryMeter()
@@ -104,6 +105,7 @@ def test_the_peak_is_this_trials_and_falls_again() -> None:
     assert left is not None and left > 0
 
 
+@pytest.mark.slow
 def test_a_limit_on_addresses_is_one_on_what_a_process_can_hold() -> None:
     code = """
 import resource, psutil

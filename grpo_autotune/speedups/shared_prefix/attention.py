@@ -11,6 +11,7 @@ T: tokens of the flat sequence, S: width of a group's completions, P: its prompt
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -55,26 +56,27 @@ class AttentionLayer:
     """The layer on the attention function called `implementation`, which acts where it is given a layout.
 
     The function is transformers' own and not one trainer's: a layer for each trainer would pile up where many are built
-    in a process, so there is one for all.
+    in a process, so there is one for all, which goes with its last user, removed or forgotten.
     """
 
     def __init__(self, implementation: str) -> None:
         from transformers import AttentionInterface
 
-        self._implementation: str | None = implementation
         if not _users[implementation]:
             slot = ItemSlot(AttentionInterface._global_mapping, implementation)
             _handles[implementation] = wrap(slot, _layer(implementation), INNER)
         _users[implementation] += 1
+        self._leave = weakref.finalize(self, _leave, implementation)
 
     def remove(self) -> None:
         """Take the layer out with its last user; may be called twice."""
-        if self._implementation is None:
-            return
-        _users[self._implementation] -= 1
-        if not _users[self._implementation]:
-            _handles.pop(self._implementation).remove()
-        self._implementation = None
+        self._leave()
+
+
+def _leave(implementation: str) -> None:
+    _users[implementation] -= 1
+    if not _users[implementation]:
+        _handles.pop(implementation).remove()
 
 
 def _layer(implementation: str) -> Callable[..., Any]:

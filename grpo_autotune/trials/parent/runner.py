@@ -18,6 +18,7 @@ from grpo_autotune.trials.parent.interleave import Race, fits_together, one_afte
 from grpo_autotune.trials.parent.server_pool import ServerPool, is_served
 from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Watch
 from grpo_autotune.trials.parent.worker import GuardedWorker, Worker
+from grpo_autotune.units import duration
 
 Spawn = Callable[[Path, Path, int], Worker]
 
@@ -84,7 +85,7 @@ class Runner(AbstractContextManager["Runner"]):
             outcome = self._outcome(attempt, end, kills, server_s)
             if outcome.status == "timeout" and server_s:
                 outcome = outcome.model_copy(
-                    update={"why": f"{outcome.why}; its server took {server_s:.0f} s to start"}
+                    update={"why": f"{outcome.why}; its server took {duration(server_s)} to start"}
                 )
             if outcome.status != "ok":
                 outcome = self._blamed(outcome, folder)

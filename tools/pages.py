@@ -1,0 +1,86 @@
+"""The generated parts of the pages, each from the code or from committed figures: `make docs` writes them all.
+
+A part stands between two marks that name it; two files are generated whole. Tests hold the pages to this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from grpo_autotune.render.terminal import render
+from grpo_autotune.report.files import load_report
+from tools import architecture, config_reference
+from tools.readme_speedups import table
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = "[...]"
+
+
+class Part(NamedTuple):
+    """One generated part of a page; `name` stands in the marks around it."""
+
+    page: str
+    name: str
+    text: Callable[[], str]
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name}: make docs -->\n"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- end of {self.name} -->\n"
+
+
+def picture_of_a_probe() -> str:
+    """The committed report of the demo as it is printed: its table, what bounds it, and the first learning advice."""
+    sections = render(load_report(ROOT / "docs" / "benchmarks" / "demo")).rstrip().split("\n\n")
+    end_of_table = next(index for index, section in enumerate(sections) if section.startswith(" one step"))
+    shown = ["\n\n".join(sections[: end_of_table + 1])]
+    shown += [section for section in sections if section.startswith("What bounds it")]
+    shown += [section.split("\n 2. ")[0] for section in sections if section.startswith("What to change: alters")]
+    return "\n".join(["```", f"\n{LEFT_OUT}\n".join(shown), "```", ""])
+
+
+SMALL = ("speedups",)
+LARGER = ("speedups_100m", "speedups_100m_text", "speedups_100m_256", "speedups_100m_small")
+LARGER_OFF = ("speedups_100m_off", "speedups_100m_off_long")
+
+PARTS = (
+    Part("README.md", "grpo-autotune report docs/benchmarks/demo", picture_of_a_probe),
+    Part("README.md", "speed-ups", partial(table, SMALL, ", checkpointing")),
+    Part("README.md", "rooms", architecture.room_map),
+    Part("docs/speedups.md", "100 million, checkpointing", partial(table, LARGER, ", checkpointing")),
+    Part("docs/speedups.md", "100 million, no checkpointing", partial(table, LARGER_OFF, "")),
+    Part("docs/architecture.md", "files", architecture.file_tree),
+    Part("docs/architecture.md", "seams", architecture.seam_table),
+)
+FILES: dict[str, Callable[[], str]] = {
+    "docs/configuration.md": config_reference.markdown,
+    "docs/rooms.svg": architecture.picture,
+}
+
+
+def with_parts(name: str, text: str) -> str:
+    """The text of a page with its generated parts brought up to date.
+
+    Raises:
+        ValueError: A mark is missing, or is there twice.
+    """
+    for part in PARTS:
+        if part.page == name:
+            before, rest = text.split(part.begin)
+            _, after = rest.split(part.end)
+            text = before + part.begin + part.text() + part.end + after
+    return text
+
+
+if __name__ == "__main__":
+    for name in dict.fromkeys(part.page for part in PARTS):
+        page = ROOT / name
+        page.write_text(with_parts(name, page.read_text()))
+    for name, text in FILES.items():
+        (ROOT / name).write_text(text())
