@@ -54,7 +54,7 @@ class Sweep:
     def __init__(self, path: Path = RECORDS) -> None:
         with gzip.open(path, "rt") as file:
             stored = json.load(file)
-        self.config = RunConfig.from_dict(stored["config"])
+        self.config = RunConfig.from_dict({"speedups": "none", **stored["config"]})
         self.probe, *self.rows = stored["rows"]
         self.by_name = {name_of(row["knobs"]): row for row in self.rows}
         self.record = ProbeRecord.model_validate(self.probe["record"])
