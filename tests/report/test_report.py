@@ -118,6 +118,7 @@ def test_less_than_a_whole_cycle_is_said() -> None:
     assert "median of 3 steps" in render(cycle(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entrance", [["-m", "grpo_autotune", "report"], ["-c", "import grpo_autotune.commands.run"]])
 def test_a_stored_report_is_printed_and_a_script_started_without_the_predictor(
     entrance: list[str], tmp_path: Path

@@ -231,6 +231,7 @@ def test_an_engine_is_given_again_for_equal_arguments_only() -> None:
         kept._start(lambda **arguments: Engine(), model="m", enable_sleep_mode=False)
 
 
+@pytest.mark.slow
 def test_nothing_loads_torch_before_a_script_does() -> None:
     """The script may set environment variables that torch reads when it is imported."""
     code = "import sys, grpo_autotune.trials.child.worker, grpo_autotune.commands.run; print('torch' in sys.modules)"
