@@ -11,6 +11,8 @@ import httpx2
 def http_client() -> httpx2.Client:
     """The client; made once, since loading the certificates takes 50 ms.
 
-    Connections are not kept: a server may end, and another one start at its port.
+    Connections are not kept: a server may end, and another one start at its port. A proxy in the environment is for the
+    way out of a cluster: it does not reach a server on this machine, and one of an unknown kind would be an error here.
     """
-    return httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0))
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.Client(limits=limits, follow_redirects=True, trust_env=False)
