@@ -15,4 +15,5 @@ def http_client() -> httpx2.Client:
     way out of a cluster: it does not reach a server on this machine, and one of an unknown kind would be an error here.
     """
     limits = httpx2.Limits(max_keepalive_connections=0)
-    return httpx2.Client(limits=limits, follow_redirects=True, trust_env=False)
+    trusted = httpx2.create_ssl_context()  # of the environment (SSL_CERT_FILE), which `trust_env` leaves out
+    return httpx2.Client(verify=trusted, limits=limits, follow_redirects=True, trust_env=False)
