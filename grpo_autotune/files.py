@@ -31,8 +31,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     Args:
         path: The file; its folder has to be there.
         content: Bytes, or text to be encoded as UTF-8.
-        durable: Wait until the disk holds content and name, so that a power cut cannot undo them; False for a message
-            that only running processes read.
+        durable: Wait until the disk holds content and name, so that a power cut cannot undo them; False where that
+            is not worth the wait, as for a message between running processes.
 
     Raises:
         OSError: The disk is full, or the folder is missing or cannot be written.

@@ -14,6 +14,7 @@ from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.hardware import Machine
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.registry import names
+from grpo_autotune.seams.stored_images import image_columns
 
 
 class KnobContext(NamedTuple):
@@ -44,7 +45,7 @@ class KnobContext(NamedTuple):
             return self.record.images is not None
         if self.model and "vision_config" not in self.model:
             return False
-        told = self.config.data.image_size is not None or {"image", "images"} & self.config.data.columns.keys()
+        told = self.config.data.image_size is not None or image_columns(self.config.data.columns)
         return True if told else None
 
     @property

@@ -1,7 +1,7 @@
 """Features of each stage's seconds: calls that cost a fixed time each, and work that costs time in proportion.
 
 A feature is a count per optimizer step; a stage's seconds are a sum of features times non-negative coefficients, which
-`fit` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
+`regression` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
 """
 
 from __future__ import annotations

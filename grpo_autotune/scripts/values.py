@@ -29,6 +29,7 @@ from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.speedups.selection import chosen
 
 IMAGE_SIZE = "data.image_size"
@@ -195,7 +196,7 @@ def _resized(rows: Any, size: int) -> Any:
 
     from grpo_autotune.train.data.images import prepare_images
 
-    if not isinstance(rows, datasets.Dataset) or not {"image", "images"}.intersection(rows.column_names):
+    if not isinstance(rows, datasets.Dataset) or not image_columns(rows.column_names):
         raise ConfigError(
             "the script gives its trainer no data set with a column of images by the keyword train_dataset",
             where=IMAGE_SIZE,

@@ -150,13 +150,17 @@ def tell_once(finding: str, say: Callable[[str], None]) -> None:
 
     The cache folder remembers it under the text, the versions and the folder of Python.
     """
+    if not is_first_rank():
+        return
     facts = [finding, sys.prefix, *(_version(package) for package in ("torch", "torchvision"))]
-    told = cache_dir() / "notes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-    if is_first_rank() and not told.exists():
-        say(f"note: {finding}")
-        with suppress(OSError):  # a cache that cannot be written is no reason to end a run
-            told.parent.mkdir(exist_ok=True)
-            write_whole(told, finding)
+    name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+    with suppress(OSError):  # a cache that cannot be read or written is no reason to end a run
+        told = cache_dir() / "notes" / name
+        if told.exists():
+            return
+        told.parent.mkdir(exist_ok=True)
+        write_whole(told, finding)
+    say(f"note: {finding}")
 
 
 def _version(package: str) -> str:

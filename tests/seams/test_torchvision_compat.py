@@ -154,3 +154,13 @@ def test_a_finding_is_told_once_with_a_fresh_cache_folder(tmp_path: Path, monkey
     tell_once("a build for another torch", said.append)
     tell_once("a build for another torch", said.append)
     assert said == ["note: a build for another torch"]
+
+
+def test_a_cache_folder_that_cannot_be_made_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_autotune.seams.torchvision_compat import tell_once
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "file" / "cache"))
+    said: list[str] = []
+    tell_once("a build for another torch", said.append)
+    assert said == ["note: a build for another torch"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -241,6 +243,16 @@ def test_removal_leaves_nothing(tiny, tmp_path, drawn_rows):
     assert patched(trainer) != before
     speedups.remove()
     assert patched(trainer) == before
+
+
+def test_the_rows_of_a_loader_that_ended_are_not_kept(tiny, tmp_path, drawn_rows):
+    """Every evaluation has a loader of its own, whose rows keep what is stored of 256 of them."""
+    trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **GROUPS)
+    speedups = speed_up(trainer, ["images_once"])
+    rows = weakref.ref(trainer.get_train_dataloader().dataset)
+    gc.collect()
+    assert rows() is None
+    speedups.remove()
 
 
 def test_a_loader_under_way_shares_nothing_after_removal(tiny, tmp_path, drawn_rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from io import BytesIO
@@ -259,6 +260,16 @@ def test_each_distinct_image_is_shrunk_once_and_none_enlarged(
     with Image.open(tmp_path / "img/0.png") as original:
         expected = real(original, (150, 75), Image.Resampling.LANCZOS)
     assert train[0]["image"].tobytes() == expected.tobytes()
+
+
+def test_a_full_disk_leaves_no_part_of_an_image(gallery: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        load(path=gallery, columns={"image": "photo"}, image_size=150)
+    assert list((tmp_path / "cache" / "images").iterdir()) == []
 
 
 def test_images_in_the_rows_themselves_lists_and_gaps(tmp_path: Path) -> None:

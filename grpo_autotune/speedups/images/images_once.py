@@ -2,12 +2,13 @@
 
 TRL runs the processor over all prompts twice a generation, for generation and for log-probs, on G copies of each image.
 Images are told apart by their pixels, so that whatever happened to one on the way, what comes out is what the processor
-makes of it. Rows are read on generating steps only (`image_rows`).
+makes of it. Rows are read on generating steps only (`lazy_rows`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -83,7 +84,7 @@ class _Once(Installed):
         self._processed: LRUCache[Hashable, Processed] = LRUCache(
             PROCESSED_BYTES, getsizeof=lambda made: made[0].nbytes
         )
-        self._loaded: list[Rows] = []
+        self._loaded: weakref.WeakSet[Rows] = weakref.WeakSet()  # each evaluation has a loader of its own
         self._checked = False
         self._facts = {"asked": 0.0, "processed": 0.0}
 
@@ -105,7 +106,7 @@ class _Once(Installed):
         if isinstance(rows, datasets.Dataset) and _as_stored(rows):  # those to evaluate on may have a transform
             lazy = self.trainer.args.dataloader_num_workers == 0
             kwargs["dataset"] = Rows(rows, self._decoded, lazy=lazy)
-            self._loaded.append(kwargs["dataset"])
+            self._loaded.add(kwargs["dataset"])
         return call_next(*args, **kwargs)
 
     def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Attention over the flat sequence in one FlexAttention kernel, with a mask of blocks of 128 tokens.
 
-The kernel skips the blocks in which nobody looks at anybody, so that it computes what `shared_prefix_attention` does
+The kernel skips the blocks in which nobody looks at anybody, so that it computes what `attention` does
 and a little more at the edges, in one launch a layer however many prompts there are, and without copying a prompt's
 keys and values once a completion. torch has a fused kernel with a backward pass on CUDA only.
 """
@@ -29,7 +29,7 @@ Kernel = Callable[..., torch.Tensor]
 
 
 class Flex:
-    """As `shared_prefix_attention.Form`.
+    """As `attention.Form`.
 
     Args:
         kernel: `torch.nn.attention.flex_attention.flex_attention`, compiled.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import datasets
 from PIL import Image, ImageOps
 
 from grpo_autotune.errors import DataError
-from grpo_autotune.files import cache_dir
+from grpo_autotune.files import cache_dir, write_whole
 from grpo_autotune.seams.stored_images import (
     BATCH_ROWS,
     ImageColumn,
@@ -182,18 +181,16 @@ def _shrunk(content: bytes, stem: Path, image_size: int) -> Path:
             target = stem.with_suffix(f".{(image.format or 'png').lower()}")
         if target.exists():
             return target
-        partial = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
-        if scale >= 1:
-            partial.write_bytes(content)
-        else:
+        if scale < 1:
             upright = _resizable(ImageOps.exif_transpose(image), as_jpeg)
             width, height = (max(1, round(side * scale)) for side in upright.size)
-            small = upright.resize((width, height), Image.Resampling.LANCZOS)
+            small, file = upright.resize((width, height), Image.Resampling.LANCZOS), BytesIO()
             if as_jpeg:
-                small.save(partial, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+                small.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
             else:
-                small.save(partial, "PNG", compress_level=1)
-    partial.replace(target)
+                small.save(file, "PNG", compress_level=1)
+            content = file.getvalue()
+    write_whole(target, content, durable=False)
     return target
 
 

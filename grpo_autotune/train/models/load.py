@@ -23,6 +23,7 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.registry import is_reference, names, resolve
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.train.models.random_init import random_model_path
+from grpo_autotune.train.runs.quiet import CPU_4BIT, tell_dropped
 
 VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 """Names of the image encoder (`PreTrainedModel.get_encoder` in transformers/modeling_utils.py)."""
@@ -71,6 +72,8 @@ def load_model(config: RunConfig, source: str) -> Any:
         options["device_map"] = None  # each process holds a whole copy; "auto" would spread one over all GPUs
     with _load_errors(source):
         model = create_model_from_path(source, **options)
+    if section.load_in_4bit and model.device.type == "cpu":
+        tell_dropped(CPU_4BIT)
     if section.freeze_vision_tower:
         model.get_submodule(vision_tower(model)).requires_grad_(False)
     return model

@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo_autotune.errors import AutotuneError, ConfigError, RewardError, nearest_hint
 from grpo_autotune.seams.layers import Layer, is_async, wrap
+from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.seams.table import reward_slots
 
 PATIENCE = 10
@@ -152,7 +153,7 @@ def _first_sample(batch: Mapping[str, Any]) -> str:
     """Prompt, completion and columns of the first row, each cut short; images and settings left out."""
     shown = []
     for key, values in batch.items():
-        if isinstance(values, list) and values and key != "completion_ids" and key not in {"image", "images"}:
+        if isinstance(values, list) and values and key != "completion_ids" and key not in IMAGE_COLUMNS:
             text = " ".join(str(values[0]).split())
             shown.append(f"{key.removesuffix('s')} {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
     return f"First sample: {'; '.join(shown)}."

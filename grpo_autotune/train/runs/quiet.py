@@ -11,9 +11,10 @@ WARNINGS = (
 )
 """Patterns at the start of a warning's text."""
 
+CPU_4BIT = "bitsandbytes.backends.cpu.ops"
 LOG_LINES = {
     # `import peft` imports bitsandbytes wherever it is installed; only a model in 4 bits on a CPU would use this kernel
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    CPU_4BIT: "Failed to load CPU gemm_4bit_forward from kernels-community",
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
     "trl.trainer.grpo_trainer": "You passed `model_init_kwargs` to the `GRPOConfig`, but your model is already",
 }
@@ -26,6 +27,15 @@ def drop_log_lines() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Drop) for known in logger.filters):
             logger.addFilter(_Drop(start))
+
+
+def tell_dropped(name: str) -> None:
+    """Write the newest line that was dropped at a logger after all: this run can use it."""
+    logger = logging.getLogger(name)
+    for known in logger.filters:
+        if isinstance(known, _Drop) and known.dropped is not None:
+            logger.callHandlers(known.dropped)
+            known.dropped = None
 
 
 def quieten(*, bars: bool) -> None:
@@ -45,6 +55,10 @@ class _Drop(logging.Filter):
     def __init__(self, start: str) -> None:
         super().__init__()
         self._start = start
+        self.dropped: logging.LogRecord | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self._start)
+        if not record.getMessage().startswith(self._start):
+            return True
+        self.dropped = record
+        return False
