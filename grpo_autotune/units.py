@@ -38,6 +38,11 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: `1 core`, `4 cores`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def listing(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

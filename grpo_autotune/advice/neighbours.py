@@ -62,7 +62,7 @@ def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
         return
     known = context_of(base, machine, facts.record)
     for row in TABLE:
-        if facts.config is None and base.search.knobs.get(row.key, []) is None:
+        if facts.config is None and not _is_recorded(row.key, base):
             continue
         value = row.current(base)
         others = [other for other in row.values(known) if not same_value(other, value)]
@@ -116,6 +116,12 @@ def changes(facts: Facts, near: Neighbour) -> tuple[Change, ...]:
         if new[name] != old.get(name):
             values[f"grpo.{name}"] = old.get(name, defaults.get(name)), new[name]
     return tuple(Change(key=key, before=_plain(before), after=_plain(after)) for key, (before, after) in values.items())
+
+
+def _is_recorded(key: str, base: RunConfig) -> bool:
+    """True if a probe records the value of a knob, so that it is known of a trainer that somebody else built."""
+    reaches = base.search.knobs.get(key, []) is not None
+    return reaches and not key.startswith("vllm.") and key != "grpo.torch_compile"
 
 
 def _side_by_side(facts: Facts, config: RunConfig) -> bool:

@@ -36,7 +36,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
             from grpo_autotune.train.trial_trainer import quiet_trainer
         startup.since_birth("import")
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
-            trainer = quiet_trainer(config, startup, say, overrides=overrides)
+            trainer = quiet_trainer(config, startup, say, overrides=overrides, out_dir=out_dir)
             probe = Probe(trainer, startup=startup, out_dir=out_dir)
             watched.append(probe.now)
             total = probe.warmup + -(-steps // probe.cycle) * probe.cycle

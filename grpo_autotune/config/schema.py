@@ -191,6 +191,14 @@ class RunConfig(Section):
             check_engine_keys(vllm, known_paths())
         return vllm
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tuned_without_speedups(cls, values: Any) -> Any:
+        """A tuned configuration that says nothing of speed-ups was measured without any, as its receipt tells."""
+        if isinstance(values, Mapping) and values.get("receipt") is not None:
+            return {"speedups": "none", **values}
+        return values
+
     @field_validator("speedups", mode="before")
     @classmethod
     def _speedups_shape(cls, speedups: Any) -> Any:

@@ -12,7 +12,9 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
+from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.search import SearchProgress
+from grpo_autotune.records.trial import Progress
 from grpo_autotune.render.search import changes, value_text
 from grpo_autotune.units import hms, percent, seconds
 
@@ -101,8 +103,16 @@ def _trial(state: SearchProgress) -> str:
     """The trial under way, its stage, and its changes cut to a line's end."""
     trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
-    stage = "" if progress is None else f", {progress.stage}" + (f", step {progress.step}" if progress.step else "")
+    stage = "" if progress is None else f"; {_stage(progress)}"
     text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
     if len(text) > SHORT:
         text = f"{text[: SHORT - 3]}..."
-    return f"{name}{stage}: {text or 'your own configuration'}"
+    return f"{name}: {text or 'your own configuration'}{stage}"
+
+
+def _stage(progress: Progress) -> str:
+    """The step of a trial and what it does there, or its phase of start-up."""
+    stage = STAGE_WORDS.get(progress.stage, progress.stage)
+    if not progress.step:
+        return stage
+    return f"step {progress.step}" if progress.stage == "other" else f"step {progress.step}, {stage}"

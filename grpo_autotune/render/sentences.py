@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo_autotune.records.report import Report
-from grpo_autotune.units import amount, listing, percent, seconds, size
+from grpo_autotune.units import amount, listing, percent, plural, seconds, size
 
 LEGEND = {
     "generation": "sampling the completions",
@@ -81,7 +81,7 @@ def _batch(report: Report) -> str:
 def _machine(report: Report) -> str:
     machine = report.machine or {}
     gpus = machine.get("gpus") or []
-    cpu = f"{machine.get('cpu') or 'CPU'}, {machine.get('cores')} cores" if machine else ""
+    cpu = f"{machine.get('cpu') or 'CPU'}, {plural(machine['cores'], 'core')}" if machine else ""
     memory = f", {size(machine['memory_bytes'])} memory" if machine.get("memory_bytes") else ""
     cards = listing([f"{gpu['name']} ({size(gpu['memory_bytes'])})" for gpu in gpus]) if gpus else ""
     known = "; ".join(text for text in (cards, cpu + memory) if text) or "not known"

@@ -147,7 +147,8 @@ class Evaluator:
         """The combination of a trial."""
         if spec.script is None or spec.purpose in ("probe", "rewards"):
             return spec.knobs
-        return knobs_of(RunConfig.from_dict(spec.config), self.board.baseline_knobs)
+        config = RunConfig.from_dict({"speedups": "none", **spec.config})  # a stored trial may leave the key out
+        return knobs_of(config, self.board.baseline_knobs)
 
     def _progress(self, spec: TrialSpec) -> SearchProgress:
         board, step_error = self.board, self.models.errors().get("step")

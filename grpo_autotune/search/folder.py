@@ -103,8 +103,13 @@ class SearchFolder:
         finally:
             lock.release()
 
-    def check(self, fingerprint: str, *, resume: bool) -> State | None:
+    def check(self, fingerprint: str, *, without_speedups: str, resume: bool) -> State | None:
         """The state to resume from; None for a new search.
+
+        Args:
+            fingerprint: Of the configuration to search.
+            without_speedups: Of the same without speed-ups, which are on where the configuration leaves the key out.
+            resume: Go on with the search there.
 
         Raises:
             ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
@@ -120,6 +125,12 @@ class SearchFolder:
                 + ("finished" if state.finished else f"stopped after {hms(state.elapsed_s)}"),
                 where=str(self.path),
                 fix="Go on with --resume (a finished one with a larger --budget), or give another --run-dir.",
+            )
+        if state.fingerprint == without_speedups != fingerprint:
+            raise ConfigError(
+                "the search in this folder was begun without speed-ups",
+                where=str(self.path),
+                fix="Go on with --set speedups=none, or give another --run-dir.",
             )
         if state.fingerprint != fingerprint:
             raise ConfigError(

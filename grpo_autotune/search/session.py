@@ -305,7 +305,8 @@ def search(
     folder, machine = SearchFolder(run_dir), machine or detect()
     task = Task(config, machine, folder, fingerprint_of(config, script), script, out)
     with folder.locked():
-        state = folder.check(task.fingerprint, resume=resume)
+        plain_print = fingerprint_of(config.model_copy(update={"speedups": "none"}), script)
+        state = folder.check(task.fingerprint, without_speedups=plain_print, resume=resume)
         write_whole(folder.config, config.to_yaml())
         write_whole(folder.machine, machine.model_dump_json(indent=2) + "\n")
         budget = Budget(budget_s, state.elapsed_s if state else 0.0, clock, begun)
@@ -325,6 +326,8 @@ def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:
     """Fingerprint of a study's subject: everything but paths and the length of the search."""
     values = plain(config)
     values.pop("output", None)
+    if values["speedups"] == "none":
+        values.pop("speedups")  # the folder of a search without speed-ups may leave the key out
     values["search"] = {key: value for key, value in values.get("search", {}).items() if key in ("knobs", "steps")}
     return fingerprint(json.dumps([values, script], sort_keys=True))
 

@@ -15,7 +15,7 @@ from grpo_autotune.records.search import Candidate, SearchReport
 from grpo_autotune.scripts.stand_in import overrides
 from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.trial_log import Task, plain
-from grpo_autotune.units import hms
+from grpo_autotune.units import hms, plural
 
 TITLES = {
     "exact": "the fastest found with everything that decides what is learned as it was",
@@ -101,5 +101,5 @@ def _head(report: SearchReport, which: str, candidate: Candidate, script: list[s
 
 def _hardware(machine: Machine) -> str:
     gpus = ", ".join(gpu.name for gpu in machine.gpus)
-    cpu = f"{machine.cores} cores of {machine.cpu}, {machine.memory_bytes / 2**30:.0f} GiB"
+    cpu = f"{plural(machine.cores, 'core')} of {machine.cpu}, {machine.memory_bytes / 2**30:.0f} GiB"
     return f"{gpus}; {cpu}" if gpus else cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def quiet_trainer(
     say: Say,
     load: LoadData | None = None,
     overrides: Mapping[str, Any] | None = None,
+    out_dir: Path | None = None,
 ) -> Any:
     """Build the trainer of `config` as training does, but for a measurement: it saves, uploads and reports nothing.
 
@@ -35,6 +37,7 @@ def quiet_trainer(
         say: Takes lines of progress.
         load: Reads the data; None reads it as training does.
         overrides: `GRPOConfig` keys that take precedence.
+        out_dir: The trainer's `output_dir`, which it makes; None is the run's own.
 
     Raises:
         AutotuneError: As `train.trainer.build_trainer`.
@@ -42,11 +45,12 @@ def quiet_trainer(
     from grpo_autotune.train.data.datasets import load_data
     from grpo_autotune.train.trainer import build_trainer
 
+    folder = {} if out_dir is None else {"output_dir": str(out_dir)}
     with engine_time(startup):
         return build_trainer(
             config,
             phase=startup.phase,
-            grpo_overrides={**TRIAL_ARGUMENTS, **(overrides or {})},
+            grpo_overrides={**TRIAL_ARGUMENTS, **folder, **(overrides or {})},
             say=say,
             load=load_data if load is None else load,
         )

@@ -115,6 +115,10 @@ def test_a_trainer_without_a_configuration_is_asked_about_the_knobs_that_reach_i
     asked = {row.key for row, nearby in neighbours(facts) if nearby}
     assert {"data.image_size", MICRO, "grpo.gradient_checkpointing", "speedups"} <= asked
     assert not {"model.attn_implementation", "peft.r"} & asked
+    engine = facts_of(vllm_record(), None, GPU_MACHINE)
+    asked = {row.key for row, _ in neighbours(engine)}
+    assert MICRO in asked, "and about no key whose value the probe does not record"
+    assert not {key for key in asked if key.startswith("vllm.")} | asked & {"grpo.torch_compile"}
     elsewhere = trainer_facts(model_config_json=CONFIGS["qwen3"], num_generations=7)
     assert list(neighbours(facts_of(demo_record(trainer=elsewhere), None))) == [], "no legal batch in this process"
 

@@ -32,3 +32,11 @@ def test_a_trial() -> None:
     outcome = TrialOutcome.model_validate_json((STORED / "outcome.json").read_text())
     assert spec.number == outcome.number and outcome.status == "ok" and outcome.record is not None
     assert RunConfig.from_dict(spec.config).grpo["num_generations"] > 1
+
+
+def test_a_tuned_configuration_that_leaves_speed_ups_out_has_none() -> None:
+    values = load_config(STORED / "tuned.yaml").to_dict()
+    del values["speedups"]
+    assert RunConfig.from_dict(values).speedups == "none"
+    del values["receipt"]
+    assert RunConfig.from_dict(values).speedups == "auto"

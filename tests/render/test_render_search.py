@@ -12,9 +12,10 @@ from rich.console import Console
 from grpo_autotune.cli import main
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import TABLE, with_knobs
-from grpo_autotune.records.trial import TrialOutcome
+from grpo_autotune.records.search import SearchProgress
+from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
 from grpo_autotune.render.search import render_search
-from grpo_autotune.render.search_live import SearchView, panel
+from grpo_autotune.render.search_live import SearchView, panel, plain_line
 from grpo_autotune.scripts.stand_in import config_of_script, load_stand_in, overrides
 from grpo_autotune.search.folder import load_search
 from grpo_autotune.search.leaderboard import Leaderboard
@@ -81,7 +82,7 @@ def test_the_live_view_shows_time_trial_best_skipped_and_errors(tmp_path: Path) 
     _, view = searched(tmp_path)
     last = next(state for state in reversed(view.states) if state.progress and state.skipped)
     lines = "\n".join(panel(last))
-    assert "left" in lines and "generation, step 1" in lines and "own " in lines and "best    x" in lines
+    assert "left" in lines and "step 1, generation" in lines and "own " in lines and "best    x" in lines
     assert "skipped" in lines and "models  off by" in lines
     assert lines.count(" per step") == 2
 
@@ -102,6 +103,20 @@ def test_without_a_terminal_there_is_a_line_a_trial(tmp_path: Path) -> None:
     for words in ("(rewards alone): your own configuration", "(worst-case step): ", "(race): "):
         assert words in told
     assert "gradient_checkpointing false" in told and "False" not in told
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [
+        (Progress("start-up: model", 0, 0), "start-up: model"),
+        (Progress("backward", 2, 9), "step 2, the backward pass"),
+        (Progress("other", 2, 9), "step 2"),
+    ],
+)
+def test_the_stage_stands_last(progress: Progress, text: str) -> None:
+    trial = TrialSpec(number=0, purpose="probe", config={}, knobs={}, limit_s=9.0, hang_s=9.0, steps=1)
+    state = SearchProgress(5.0, 9.0, trial, 0, [], progress=progress)
+    assert plain_line(state).endswith(f"| trial 0 (probe): your own configuration; {text}")
 
 
 def test_nothing_shown_is_beaten_by_another_row_of_the_same_learning() -> None:

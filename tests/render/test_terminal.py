@@ -128,3 +128,8 @@ def test_without_colour_there_are_no_escapes() -> None:
 def test_a_report_without_a_fact_still_prints(field: str) -> None:
     report = REPORTS["two_ranks"].model_copy(update={field: None, "rewards": [], "startup": [], "verdict": []})
     assert "4.52 s per optimizer step" in render(report)
+
+
+def test_one_core_is_one_core() -> None:
+    machine = CPU_MACHINE.model_copy(update={"cores": 1})
+    assert "1 core, " in render(report_of(demo_record(), machine=machine, config=DEMO_CONFIG))

@@ -19,12 +19,12 @@ from grpo_autotune.records.search import Guard, SearchReport
 from grpo_autotune.records.trial import PromptReward, TrialOutcome, TrialSpec
 from grpo_autotune.search.acquisition import rank
 from grpo_autotune.search.budget import Budget, Costs, parse_budget
-from grpo_autotune.search.evaluator import SERVER_S, completion_lengths, patience_s
+from grpo_autotune.search.evaluator import SERVER_S, Evaluator, completion_lengths, patience_s
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.guard_trials import RewardTrials
 from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.noninferiority import NO_TIME
-from grpo_autotune.search.session import search
+from grpo_autotune.search.session import fingerprint_of, search
 from tests.support.paper_machine import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.support.sample_records import demo_record, spread, token_facts
 
@@ -530,6 +530,29 @@ def test_another_configuration_is_not_gone_on_with(tmp_path: Path) -> None:
     other["model"]["name_or_path"] = "other"
     with pytest.raises(ConfigError, match="another configuration"):
         Paper(tmp_path, RunConfig.from_dict(other)).search(600.0, resume=True)
+
+
+def test_a_folder_whose_configuration_leaves_speed_ups_out_was_searched_without_them(tmp_path: Path) -> None:
+    plain = {
+        "model": {"name_or_path": "m"},
+        "data": {"path": "d.jsonl"},
+        "rewards": [{"name": "exact_match"}],
+        "grpo": {"max_steps": 3},
+    }
+    assert fingerprint_of(RunConfig.from_dict({**plain, "speedups": "none"}), None) == "2bad662bf0509993", "as stored"
+    assert fingerprint_of(RunConfig.from_dict({**plain, "speedups": "auto"}), None) == "e77b0e958d878efa", "as stored"
+    Paper(tmp_path, RunConfig.from_dict({**user_config().to_dict(), "speedups": "none"})).search()
+    with pytest.raises(ConfigError, match=r"without speed-ups.*--set speedups=none"):
+        Paper(tmp_path, RunConfig.from_dict({**user_config().to_dict(), "speedups": "auto"})).search(600.0, resume=True)
+
+
+def test_a_stored_trial_of_a_script_that_leaves_speed_ups_out_had_none() -> None:
+    config = user_config().to_dict()
+    del config["speedups"]
+    limits = {"limit_s": 1.0, "hang_s": 1.0, "steps": 1}
+    spec = TrialSpec(number=1, purpose="timed", config=config, knobs={}, script=["train.py"], **limits)
+    evaluator = cast(Evaluator, SimpleNamespace(board=SimpleNamespace(baseline_knobs={"speedups": "none"})))
+    assert Evaluator.knobs_of(evaluator, spec) == {"speedups": "none"}
 
 
 def test_two_searches_in_one_folder(tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem, TrainingError
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.registry import register
 from grpo_autotune.train.models.load import load_processor
 from grpo_autotune.train.runs.callbacks import ProgressLine
 from grpo_autotune.train.runs.checkpoints import find_flaw
 from grpo_autotune.train.runs.signals import StopRequest
 from grpo_autotune.train.trainer import build_trainer, run_training
+from grpo_autotune.train.trial_trainer import quiet_trainer
 from tests.support.training import log_lines, picture_config, text_config
 
 Tiny = Callable[[str], Path]
@@ -267,3 +269,13 @@ def test_weights_that_are_cut_short_are_one_line(tiny: Tiny, tmp_path: Path) -> 
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ConfigError, match="cannot load"):
         build_trainer(text_config(torn, tmp_path))
+
+
+def test_a_measurement_leaves_the_runs_own_folder_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = text_config(tiny("qwen3"), tmp_path)
+    trainer = quiet_trainer(config, Startup(), lambda line: None, out_dir=tmp_path / "measured")
+    assert trainer.args.output_dir == str(tmp_path / "measured")
+    assert not (config.run_dir / "checkpoints").exists()

@@ -108,7 +108,7 @@ class TrialExecutor:
         meter.restart()
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
         address = None if spec.server_port is None else address_keys(spec.server_port)
-        trainer = quiet_trainer(config, startup, say, self._data.load, address)
+        trainer = quiet_trainer(config, startup, say, self._data.load, address, folder)
         self._model = weakref.ref(trainer.model)
         try:
             return measure(trainer, spec, folder, startup, heartbeat, trainer.train)
