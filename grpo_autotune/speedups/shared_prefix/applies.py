@@ -43,7 +43,7 @@ def _architecture(trainer: Any) -> str | None:
 
 def _aux_loss(trainer: Any) -> str | None:
     if getattr(trainer, "aux_loss_enabled", False):
-        return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once a completion"
+        return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once per completion"
     return None
 
 

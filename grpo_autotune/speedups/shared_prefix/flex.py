@@ -2,7 +2,7 @@
 
 The kernel skips the blocks in which nobody looks at anybody, so that it computes what `shared_prefix_attention` does
 and a little more at the edges, in one launch a layer however many prompts there are, and without copying a prompt's
-keys and values once a completion. torch has a fused kernel with a backward pass on CUDA only.
+keys and values once per completion. torch has a fused kernel with a backward pass on CUDA only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Flex:
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """Attention mask of the flat sequence as a `BlockMask`; made once a pass for all layers with this window."""
+    """Attention mask of the flat sequence as a `BlockMask`; made once per pass for all layers with this window."""
     key = ("blocks", window)
     if key not in layout.masks:
         from torch.nn.attention.flex_attention import create_block_mask
