@@ -2,7 +2,7 @@
 
 TRL runs the processor over all prompts twice a generation, for generation and for log-probs, on G copies of each image.
 Images are told apart by their pixels, so that whatever happened to one on the way, what comes out is what the processor
-makes of it. Rows are read on generating steps only (`image_rows`).
+makes of it. Rows are read on generating steps only (`lazy_rows`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Choice of the form of attention for each pass: where there is one, it is measured on the batch at hand.
 
-The forms of `shared_prefix_attention` and `shared_prefix_flex` compute the same, and everything else of a pass is the
+The forms of `attention` and `flex` compute the same, and everything else of a pass is the
 same for both. So attention alone is timed, forward and, where gradients are wanted, backward: on random states with the
 heads and types that the self-check saw in the model, in the layout of the batch under way, once per class of shapes.
 Neither the model nor the random stream notices.

@@ -1,6 +1,6 @@
 """Attention over the flat sequence in one FlexAttention kernel, with a mask of blocks of 128 tokens.
 
-The kernel skips the blocks in which nobody looks at anybody, so that it computes what `shared_prefix_attention` does
+The kernel skips the blocks in which nobody looks at anybody, so that it computes what `attention` does
 and a little more at the edges, in one launch a layer however many prompts there are, and without copying a prompt's
 keys and values once per completion. torch has a fused kernel with a backward pass on CUDA only.
 """
@@ -21,7 +21,7 @@ from grpo_autotune.speedups.shared_prefix.attention import Attention, States
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 
 OTHER_TERMS = ("softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change scores: layers that give one are not served."""
+"""Arguments of transformers' attention functions that change scores: layers that give one are not supported."""
 
 _logger = logging.getLogger("grpo_autotune.speedups")
 
@@ -29,7 +29,7 @@ Kernel = Callable[..., torch.Tensor]
 
 
 class Flex:
-    """As `shared_prefix_attention.Form`.
+    """As `attention.Form`.
 
     Args:
         kernel: `torch.nn.attention.flex_attention.flex_attention`, compiled.
@@ -65,7 +65,7 @@ class Flex:
     def _attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor:
         other = [name for name in OTHER_TERMS if kwargs.get(name) is not None]
         if other:
-            raise NotImplementedError(f"layers with {', '.join(other)} are not served")
+            raise NotImplementedError(f"layers with {', '.join(other)} are not supported")
         query, key, value = states
         output = self._kernel(
             query,

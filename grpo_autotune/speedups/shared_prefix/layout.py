@@ -51,7 +51,7 @@ class Layout:
         owner: The row whose completion it belongs to, -1 in a prompt, (T,).
         scored: The token whose next one is scored, for each completion token of the batch, row by row; (N,).
         first_rows: For each prompt the row that stands for it.
-        form: How attention is computed over it (`shared_prefix_attention.Form`).
+        form: How attention is computed over it (`attention.Form`).
         masks: Attention masks by what tells them apart, kept for all layers of the model.
     """
 

@@ -43,7 +43,7 @@ class Media:
         """The reason why these images cannot be told apart by row; None where they can."""
         other = [key for key in _OTHER_LAYOUTS if key in self.given]
         if other:
-            return f"images of this kind ({', '.join(other)}) are not served"
+            return f"images of this kind ({', '.join(other)}) are not supported"
         pixels = self.given.get("pixel_values")
         if pixels is not None and self.patches[-1] != len(pixels):
             return "images laid out one row per prompt are not supported"
