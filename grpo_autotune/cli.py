@@ -269,6 +269,13 @@ def _print(reports: Sequence[Any], as_json: bool) -> None:
         show(render(report))
 
 
+def _usage(error: Any) -> str:
+    """A mistake on the command line, the option or argument named, and the command that lists what there is."""
+    message = error.format_message()
+    command = f"{error.ctx.info_name} " if error.ctx is not None and error.ctx.parent is not None else ""
+    return f"{message if message.endswith(('.', '?')) else f'{message}.'} See `grpo-autotune {command}--help`."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (1 error, 2 configuration, 3 environment, 4 nothing succeeded).
 
@@ -285,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"grpo-autotune: {error}", everywhere=not isinstance(error, ConfigError | EnvironmentProblem))
         return error.exit_code
     except USAGE_ERROR as error:
-        complain(f"grpo-autotune: {error}", everywhere=False)
+        complain(f"grpo-autotune: {_usage(error)}", everywhere=False)
         return ConfigError.exit_code
     except KeyboardInterrupt:
         complain("grpo-autotune: stopped by Ctrl-C", everywhere=False)

@@ -1,4 +1,4 @@
-"""A name -> a function: built-ins and third parties come through the same door.
+"""Functions by name: rewards, data sets, models and speed-ups, built in or registered by third parties.
 
 A built-in is a row that names its function as text, `package.module:function`, so this module imports nothing of what
 it names; and nothing that is named there imports this module. In a configuration any such text stands for a function

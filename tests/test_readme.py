@@ -68,3 +68,32 @@ ROOT = Path(__file__).parent.parent
 def test_figures_in_the_text_are_the_committed_benchmarks(page: str, benchmark: str, ratio: str, words: str) -> None:
     found = json.loads((ROOT / "docs" / "benchmarks" / f"{benchmark}.json").read_text())["ratios"][ratio]
     assert words.format(**found) in (ROOT / page).read_text()
+
+
+def test_cost_of_a_probe() -> None:
+    ratio = json.loads((ROOT / "docs/benchmarks/overhead.json").read_text())["ratios"]["step_with_probe_over_without"]
+    cost, low, high = (f"{100 * (ratio[name] - 1):.1f}" for name in ("median", "low", "high"))
+    words = f"costs {cost} % of a half-second step (95 % interval {low} to {high} %, {ratio['n']} pairs of steps"
+    assert words in (ROOT / "docs/plugin.md").read_text()
+
+
+def test_search_against_optunas_samplers() -> None:
+    ratios = json.loads((ROOT / "docs/benchmarks/search_replay.json").read_text())["ratios"]
+
+    def below(who: str, share: int) -> str:
+        score = ratios[f"{who}, {share}% of the sweep's time: score over the best"]["median"]
+        return f"{1 - score:.0%}"
+
+    def until(who: str) -> str:
+        return f"{ratios[f'{who}, 12%: share of the time until one within 3% was measured']['median']:.1%}"
+
+    words = [
+        f"random search ends {below('random alone', 12)} below",
+        f"TPE ends {below('tpe alone', 5)} below, random search {below('random alone', 5)}",
+        f"GP ends {below('gp alone', 3)} below, TPE and random search {below('tpe alone', 3)}",
+        f"measures the best after {until('ours (tpe)')} of the time",
+        f"within 3% of it after {until('gp alone')}, TPE after {until('tpe alone')}",
+    ]
+    page = (ROOT / "docs/search.md").read_text().replace(" %", "%")
+    assert below("random alone", 3) == below("tpe alone", 3)
+    assert [text for text in words if text not in page] == []

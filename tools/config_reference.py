@@ -61,8 +61,8 @@ DATA_NOTES = """\
 - A prompt is text (it becomes a user message) or a list of messages. `columns` renames: the column keeps our name only.
   Every column that is not mapped is passed to the rewards as it is.
 - `prompt_template` may use the data's names and ours; a literal brace is written twice.
-- An image folder has one sub-folder a class (the column `label` then holds the class's name), or a `metadata.csv` with
-  `file_name`.
+- An image folder has one sub-folder per class (the column `label` then holds the class's name), or a `metadata.csv`
+  with `file_name`.
 - With `image_size`, each distinct image is resized once and kept in the cache folder, so later runs find it there.
   Boxes in answers are not rescaled.
 """
@@ -97,7 +97,7 @@ def _section(name: str, section: type[BaseModel], introduction: str | None = Non
     yield "|---|---|---|---|"
     for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        yield f"| `{key}` | {_accepts(field)} | {default} | {field.description} |"
+        yield f"| `{key}` | {_accepts(field)} | {default} | {' '.join((field.description or '').split())} |"
     yield ""
 
 

@@ -1,1 +1,1 @@
-"""Changes to make and the seconds they are predicted to save: sentences over the one predictor."""
+"""Advice of a report: changes to make, and the seconds that each is predicted to save."""

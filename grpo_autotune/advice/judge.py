@@ -1,4 +1,4 @@
-"""Ask every rule, drop what is not worth a word, rank the rest, and say it."""
+"""Every rule's advice: what saves too little is dropped, the rest is ranked and put into sentences."""
 
 from __future__ import annotations
 

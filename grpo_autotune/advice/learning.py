@@ -72,7 +72,7 @@ def oversized_images(facts: Facts) -> Idea | None:
 
 def fewer_generations(facts: Facts) -> Idea | None:
     """Half the completions per prompt with as many prompts per step, where useful completions per second keep up: a
-    smaller group has fewer degrees of freedom and is dead oftener."""
+    smaller group has fewer degrees of freedom and more often has equal rewards."""
     half = facts.record.trainer.num_generations // 2
     if facts.base is None or facts.living is None or half < 2:
         return None

@@ -69,7 +69,7 @@ def straggler(facts: Facts) -> Idea | None:
 
 
 def log_save_eval(facts: Facts) -> Idea | None:
-    """Doing the dearest of logging, saving and evaluating half as often saves half of its seconds in a long run.
+    """Doing the most expensive of logging, saving and evaluating half as often saves half of its seconds in a long run.
 
     One of them that happens every N steps takes (seconds of one) / N of a step, however many of them a short probe
     happened to hold. Silent where N is not known (see `_long_run_s`), or none was measured.

@@ -1,1 +1,1 @@
-"""RunConfig: one YAML file that says what to train, in the ecosystem's own keys."""
+"""The configuration: one YAML file that says what to train, in the keys of TRL, PEFT and vLLM."""

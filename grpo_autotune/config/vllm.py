@@ -1,7 +1,7 @@
 """The `vllm` section: engine keys verbatim, and the keys of this package (`OURS`, and the name `mode`).
 
 Any key of vLLM's `EngineArgs` is accepted: those of the installed release, read from its source, else those of the
-release in `vllm_names`. The keys with a field here are the ones that tuning turns; the others pass through.
+release in `vllm_names`. The keys with a field here are those that a search changes; the others pass through.
 """
 
 from __future__ import annotations

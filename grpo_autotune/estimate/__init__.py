@@ -1,1 +1,1 @@
-"""Models of cost: a model's sizes from its config.json, and the work each stage does."""
+"""Cost formulas: a model's sizes from its config.json, and operations, bytes and memory of each stage."""

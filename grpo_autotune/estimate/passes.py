@@ -165,7 +165,7 @@ def causal_pairs(length: float) -> float:
 
 
 def attention_flops(shape: ModelShape, rows: float, pairs: float) -> float:
-    """Scores and their product with the values: 2 + 2 operations a pair and query channel, in every layer."""
+    """Scores and their product with the values: 2 + 2 operations per pair and query channel, in every layer."""
     return 4 * shape.layers * shape.attention_width * rows * pairs
 
 

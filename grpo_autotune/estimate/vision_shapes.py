@@ -83,7 +83,7 @@ class VisionShape:
 
     @property
     def merger_weights(self) -> int:
-        """Weights of one merger's two matrices, applied once a merged token."""
+        """Weights of one merger's two matrices, applied once per merged token."""
         return self.merged**2 + self.merged * self.out
 
     @property

@@ -1,4 +1,4 @@
-"""This machine and its speed: detected, looked up in a table of GPUs, measured once and kept."""
+"""This machine: processor, memory, GPUs, and the speed it was measured to reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The knobs of a search, and a configuration with knobs applied."""
+"""Knobs, the settings that a search may change: their values and rules, and a configuration with them applied."""
 
 from __future__ import annotations
 

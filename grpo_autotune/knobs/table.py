@@ -19,7 +19,7 @@ from grpo_autotune.knobs.context import KnobContext
 Kind = Literal["exact", "learning"]
 
 PROMPTS = "prompts_per_step"
-"""The one knob that is no key of the configuration: distinct prompts an optimizer step."""
+"""The one knob that is no key of the configuration: distinct prompts per optimizer step."""
 
 
 class Knob(NamedTuple):
@@ -227,7 +227,7 @@ TABLE: tuple[Knob, ...] = (
     _key(
         "grpo.torch_compile",
         "exact",
-        "fewer kernels a step, for a compilation at the start and at every new shape",
+        "fewer kernels per step, for a compilation at the start and at every new shape",
         values.compiling,
         rule=rules.compile_rule,
         searched=True,
@@ -278,7 +278,7 @@ TABLE: tuple[Knob, ...] = (
     Knob(
         PROMPTS,
         "learning",
-        "distinct prompts an optimizer step; accumulation follows",
+        "distinct prompts per optimizer step; accumulation follows",
         _prompts,
         values.prompts_per_step,
     ),

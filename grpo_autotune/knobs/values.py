@@ -68,7 +68,7 @@ def switch(own: Any) -> tuple[bool, bool]:
 
 
 def workers(context: KnobContext, own: int) -> tuple[int, ...]:
-    """None, one, and as many as leave a core to the training process."""
+    """No worker, one, and as many as leave a core to the training process."""
     cores = context.machine.cores if context.machine is not None else 1
     room = max(0, cores // context.config.batch.processes - 1)
     return (own, *(n for n in (0, 1, 2, 4) if n != own and n <= room))
@@ -104,7 +104,7 @@ def iterations(context: KnobContext, own: int) -> tuple[int, ...]:
 
 
 def betas(context: KnobContext, own: float) -> tuple[float, ...]:
-    """The user's own, and none: no reference pass is made then."""
+    """The user's own, and 0: no reference pass is made then."""
     return (own,) if own == 0 else (own, 0.0)
 
 

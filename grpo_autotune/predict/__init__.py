@@ -1,1 +1,1 @@
-"""Seconds and memory of a configuration that has not run: the one predictor."""
+"""Predictions: seconds and memory of a configuration that has not run, for the advice and for the search."""

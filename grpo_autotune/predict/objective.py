@@ -23,7 +23,7 @@ RESAMPLES = 2000
 LIVING_RESAMPLES = 200
 """Of the probe's groups; each is fitted anew, a few milliseconds."""
 MOST_PRECISION = 200.0
-"""Upper bound of a + b in the fit: with few groups the likelihood may grow for ever as prompts become alike."""
+"""Upper bound of a + b in the fit: with few groups the likelihood may grow without bound as prompts become alike."""
 
 
 class Interval(NamedTuple):

@@ -1,9 +1,9 @@
 """Seconds as a sum of features times non-negative coefficients, and what that sum leaves, learnt by knob.
 
-The coefficients come from non-negative least squares on relative errors (Lawson and Hanson 1974) with a prior row a
-feature, so that a single observation already answers and every further one weighs more than the prior. What remains as
-a factor is a Gaussian process over the knobs with one additive term a knob (Duvenaud et al. 2011, arXiv:1112.4394), so
-that what was learnt about one knob holds whatever the others are.
+The coefficients come from non-negative least squares on relative errors (Lawson and Hanson 1974) with one prior row
+per feature, so that a single observation already answers and every further one weighs more than the prior. What
+remains as a factor is a Gaussian process over the knobs with one additive term per knob (Duvenaud et al. 2011,
+arXiv:1112.4394), so that what was learnt about one knob holds whatever the others are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 OCCASION_SHARES = {"calls": 0.05, "rows": 0.05, "steps": 0.3, "calls_again": 0.02}
 """First guess, before trials tell: share of a stage's seconds that goes into occasions rather than work. Decoding has
-the largest: it starts hundreds of small operations a step."""
+the largest: it starts hundreds of small operations per step."""
 
 WORK_ENDINGS = ("_flops", "_bytes", "_scores", SPARED)
 """Features counted in operations: before trials tell, all of them cost the same, but for those that are spared."""
@@ -179,8 +179,8 @@ class Fit:
 
 def first_guess(probe: Observation, names: Sequence[str]) -> dict[str, float]:
     """Coefficients that give the probe's seconds: fixed shares for occasions, one price for all operations, and an
-    equal share for every other count. What the probe does not have costs what its like costs there: `steps@vllm` what
-    `steps` do; nothing where it has no like."""
+    equal share for every other count. What the probe does not have costs what the nearest feature costs there:
+    `steps@vllm` what `steps` do; nothing where there is none."""
     counts = {name: count for name, count in probe.features.items() if count > 0.0}
     shares = {name: OCCASION_SHARES[kind] for name in counts if (kind := name.partition("@")[0]) in OCCASION_SHARES}
     worked = math.fsum(count * _weight(name) for name, count in counts.items() if is_work(name))
@@ -214,7 +214,7 @@ def _weight(name: str) -> float:
 
 
 def likeness(place: Place, numbers: Floats, words: NDArray[np.str_]) -> Floats:
-    """Covariance of a setting's factor with each of the others': one term a dimension."""
+    """Covariance of a setting's factor with each of the others': one term per dimension."""
     apart = (numbers - np.array(place.numbers)) / TERM_REACH
     terms = np.exp(-0.5 * apart**2).sum(axis=1) + (words == np.array(place.words)).sum(axis=1)
     return np.asarray(TERM_SPREAD**2 * terms, dtype=np.float64)

@@ -1,1 +1,1 @@
-"""Measurement: spans summed into stages, facts about tokens and images, and samples of the machine."""
+"""Measurement of a trainer: seconds by stage, facts about tokens and images, and samples of the machine."""

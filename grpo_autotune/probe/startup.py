@@ -67,7 +67,7 @@ class Startup:
 
 
 def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:
-    """A layer that books the time of every call to the start-up phase `name`."""
+    """A layer that counts the time of every call as the start-up phase `name`."""
 
     def layer(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with phase(name):

@@ -1,1 +1,1 @@
-"""Every frozen type that is written as JSON, free of torch."""
+"""The types of the JSON files: probe, report, trial, search and receipt; free of torch."""

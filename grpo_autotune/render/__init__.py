@@ -1,1 +1,1 @@
-"""Report in, text out; nothing else."""
+"""Reports as text for a terminal, from the report alone."""

@@ -1,4 +1,4 @@
-"""`report.json` on disk: written whole or not at all, and read back with a clear word when it cannot be."""
+"""`report.json` on disk: written whole or not at all, and read back, or one clear error."""
 
 from __future__ import annotations
 

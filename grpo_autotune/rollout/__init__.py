@@ -1,1 +1,1 @@
-"""vLLM inside TRL: made right, opened for tuning, measured."""
+"""Completions by vLLM: TRL's engine corrected and tunable, weight sync, a vLLM server, and measurements of them."""

@@ -38,7 +38,7 @@ class EnoughSteps(SystemExit):
 
 
 class ScriptHooks:
-    """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is booked by phase.
+    """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is counted by phase.
 
     A subclass overrides `before_build`, `after_build` and `train`.
 

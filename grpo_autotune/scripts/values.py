@@ -53,7 +53,7 @@ class ScriptValues:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
         if engine.server_gpus is not None:
             raise ConfigError(
-                "nobody would start this server for a script",
+                "a script's run does not start a server of its own",
                 where="vllm.server_gpus",
                 fix="Start one with `grpo-autotune serve`, and give vllm.server_base_url.",
             )

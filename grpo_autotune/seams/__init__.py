@@ -1,1 +1,1 @@
-"""The one owner of every patch on TRL and vLLM: a table of seams, and one wrapper a seam that holds ordered layers."""
+"""The patches on TRL and vLLM: a table of the wrapped functions, and one wrapper for each, with ordered layers."""

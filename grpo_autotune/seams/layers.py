@@ -1,4 +1,4 @@
-"""One wrapper a seam, holding an ordered list of layers, so that whoever needs a seam can come and go in any order.
+"""One wrapper per seam, holding an ordered list of layers, so that whoever needs a seam can come and go in any order.
 
 A *slot* is a place that holds a callable: an attribute of an object, class or module, an item of a list, or a method
 that Python looks up on the class (a processor's `__call__`). The first layer put on a slot installs the wrapper; when

@@ -17,7 +17,7 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, 
 from grpo_autotune.seams.trainer_access import base_of, models_of
 
 PATCHES, GRID = "pixel_values", "image_grid_thw"
-"""What TRL cuts into micro batches and hands to models of Qwen-VL's kind: patches (n, values) and a row an image."""
+"""What TRL cuts into micro batches and hands to models of Qwen-VL's kind: patches (n, values) and a row per image."""
 
 
 def mend(trainer: Any) -> list[Handle]:

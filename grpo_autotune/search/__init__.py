@@ -1,1 +1,1 @@
-"""The search: trials in child processes, models of time and memory, and a study that chooses what to measure next."""
+"""The search: which configuration to try next within a budget, and which one to recommend."""

@@ -102,7 +102,7 @@ def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
         return unique(row.values(known))
     if not asked:
         raise ConfigError(
-            "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it be."
+            "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it out."
         )
     with _at(f"search.knobs.{key}"):
         for value in asked:

@@ -65,7 +65,7 @@ class SpeedUps:
         return Row(row.name, True, "; ".join(filter(None, (row.reason, installed.note))))
 
     def lines(self) -> list[str]:
-        """The table as text, a line a speed-up."""
+        """The table as text, a line per speed-up."""
         width = max((len(row.name) for row in self.table()), default=0)
         return [f"speed-up {row.name:<{width}}  {'on ' if row.on else 'off'}  {row.reason}" for row in self.table()]
 

@@ -1,4 +1,4 @@
-"""Training: from a RunConfig to a GRPOTrainer, its data, rewards, checkpoints and log.
+"""Training: a GRPOTrainer made from a configuration, with its data, rewards, checkpoints and log.
 
 transformers and TRL load torchvision on import, which some installations cannot without help, and PEFT, which logs a
 line that no run needs: both are seen to first, here, for every module of this package.

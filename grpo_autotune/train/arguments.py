@@ -1,4 +1,4 @@
-"""The `grpo` and `vllm` sections as TRL's own `GRPOConfig`; the few derived values are said aloud."""
+"""The `grpo` and `vllm` sections as TRL's own `GRPOConfig`; the few derived values are printed."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def grpo_arguments(
 
 @contextmanager
 def unlocked_engine(config: RunConfig) -> Iterator[None]:
-    """Trainers built inside get the engine that the `vllm` section describes, right with images and sized for those of
-    their data."""
+    """Trainers built inside get the engine that the `vllm` section describes, corrected for images and sized for those
+    of their data."""
     if not config.use_vllm:
         yield
         return

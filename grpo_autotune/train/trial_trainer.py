@@ -58,7 +58,7 @@ def quiet_trainer(
 
 @contextmanager
 def engine_time(startup: Startup) -> Iterator[None]:
-    """Book the start of TRL's vLLM engine to the phase `engine`, while entered."""
+    """Count the start of TRL's vLLM engine as the phase `engine`, while entered."""
     handles: list[Handle] = []
 
     def imported(module: ModuleType) -> None:

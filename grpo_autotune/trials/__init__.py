@@ -1,1 +1,1 @@
-"""Trials of configurations in child processes."""
+"""Trials: short measurements of one configuration each, in child processes."""

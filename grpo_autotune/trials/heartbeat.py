@@ -73,7 +73,7 @@ class BeatingStartup(Startup):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book the time inside to `name`."""
+        """Count the time inside as `name`."""
         self._heartbeat.beat(f"{STARTING}: {name}")
         try:
             with super().phase(name):

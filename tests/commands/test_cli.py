@@ -99,6 +99,9 @@ def test_a_failure_on_another_rank_than_the_first_is_told(here):
         (["report", "nowhere"], 2, "nowhere"),
         (["probe", "no-such-profile"], 2, "no-such-profile"),
         (["probe", "--stepz", "3"], 2, "--stepz"),
+        (["probe", "--steps", "0"], 2, "'--steps': Input should be greater than or equal to 1. See `"),
+        (["report"], 2, "Missing argument 'RUN_DIR'. See `grpo-autotune report --help`."),
+        (["serch"], 2, "No such command 'serch'. Did you mean 'search', 'serve'? See `grpo-autotune --help`."),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(here, words, code, told):

@@ -374,7 +374,7 @@ def test_refusals_name_the_key(tiny, tmp_path, text_rows):
     eager = make_trainer(tiny("qwen3"), text_rows, tmp_path, model_init_kwargs={"attn_implementation": "eager"})
     assert (
         why(eager)
-        == "model.attn_implementation eager is not served (served: sdpa, flash_attention_2, flash_attention_3)"
+        == "model.attn_implementation eager is not supported (supported: sdpa, flash_attention_2, flash_attention_3)"
     )
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     trainer.args.torch_compile = True

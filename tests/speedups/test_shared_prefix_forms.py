@@ -243,4 +243,4 @@ def test_layers_that_change_scores_are_not_served():
     states = tuple(torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
     form = Flex(torch_flex.flex_attention)
     assert form(sdpa_attention_forward, None, states, layout, {"softcap": 50.0}) is None
-    assert form.failed == "NotImplementedError: layers with softcap are not served"
+    assert form.failed == "NotImplementedError: layers with softcap are not supported"

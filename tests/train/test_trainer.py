@@ -156,6 +156,14 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[AutotuneError], st
 }
 
 
+def test_vllm_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before data and model are loaded, with the extra of this package."""
+    monkeypatch.setattr("grpo_autotune.train.trainer.installed", lambda package: False)
+    config = text_config(tmp_path / "no-model", tmp_path, use_vllm=True)
+    with pytest.raises(EnvironmentProblem, match=r"^grpo\.use_vllm: .*not installed.*grpo-autotune\[vllm\]"):
+        build_trainer(config, load=lambda *_: pytest.fail("the data was read"))
+
+
 def test_images_for_a_model_that_cannot_see(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model: the data has the column image, and this model takes no images"):
         build_trainer(picture_config(tiny("qwen3"), tmp_path))

@@ -261,7 +261,7 @@ def test_knobs_of_a_script() -> None:
             "{grpo: {vllm_enable_sleep_mode: true}, vllm: {sleep_level: 0}}",
             "vllm.sleep_level: set to 0, but grpo.vllm_enable_sleep_mode, TRL's key for the same setting, is true.",
         ),
-        ("vllm: {server_gpus: 1}", "vllm.server_gpus: nobody would start this server for a script. Start one with"),
+        ("vllm: {server_gpus: 1}", "vllm.server_gpus: a script's run does not start a server of its own. Start one"),
         ("{grpo: {vllm_max_model_length: 99}, vllm: {max_model_len: 99}}", None),
     ],
 )

@@ -70,7 +70,7 @@ class Sum:
 
 @dataclass(slots=True)
 class Dropped:
-    """Importance weights of zero: a whole sample's in TRL's `sequence_*` modes (one weight a row), else a token's."""
+    """Importance weights of zero: a whole sample's in TRL's `sequence_*` modes (one weight per row), else a token's."""
 
     zero: int = 0
     all: int = 0
@@ -177,7 +177,7 @@ class FidelityMeter:
         return metrics
 
     def _compare(self, output: Mapping[str, Any], theirs: Any, mask: Any, step: int) -> dict[str, float]:
-        """Book the differences by kind of row. TRL logs the plain ones itself, so only others are a metric."""
+        """Add up the differences by kind of row. TRL logs the plain ones itself, so only others are a metric."""
         ours, given = output.get("old_per_token_logps"), PLAIN if self.raw else self._given()
         plain = ours is not None and not shapes(given, self.trainer.temperature)
         if self.shaped_by or not (plain or due(self.seen)):

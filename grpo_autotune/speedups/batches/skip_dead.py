@@ -145,7 +145,7 @@ class _Skipping(Installed):
                 self._left_out = 0
 
     def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL gathers a number a row for its metrics, and every rank must give as many: NaN, which they leave out."""
+        """TRL gathers a number per row for its metrics, and every rank must give as many: NaN, which they leave out."""
         if self._left_out and tensor.ndim == 1 and tensor.is_floating_point():
             tensor = torch.cat([tensor, tensor.new_full((self._left_out,), torch.nan)])
         return call_next(tensor, *args, **kwargs)

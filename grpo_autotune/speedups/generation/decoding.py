@@ -1,9 +1,9 @@
 """Generation for groups of rows that share a prompt: each prompt is read once, and rows that are done cost nothing.
 
 `decode` takes the place of the loop inside transformers' `generate` (its `custom_generate`), which has prepared
-everything for one row a prompt: images encoded, positions, masks, processors. After reading the prompts it goes on with
-all rows, each with a copy of its prompt's cache. Tokens are drawn for all rows together, those that are done included:
-the random stream is that of TRL's own call, so the same seed gives the same completions.
+everything for one row per prompt: images encoded, positions, masks, processors. After reading the prompts it goes on
+with all rows, each with a copy of its prompt's cache. Tokens are drawn for all rows together, those that are done
+included: the random stream is that of TRL's own call, so the same seed gives the same completions.
 
 Legend: U distinct prompts, B rows, A rows that the model still runs, V vocabulary.
 """

@@ -154,7 +154,7 @@ def private(row: Any) -> dict[str, Any]:
 
 
 def copied(values: Iterable[Any]) -> list[Any]:
-    """A value a row (its prompt, its completion) for somebody else's code: no row shares anything with another."""
+    """One value per row (its prompt, its completion) for somebody else's code: no row shares anything with another."""
     return [copy.deepcopy(value) for value in values]
 
 

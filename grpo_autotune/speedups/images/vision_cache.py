@@ -27,7 +27,7 @@ PATCHES = ("last_hidden_state",)
 """Outputs of one row a patch."""
 
 TOKENS = ("pooler_output", "deepstack_features")
-"""Outputs of one row an image token (a square of patches)."""
+"""Outputs of one row per image token (a square of patches)."""
 
 
 class VisionCache:

@@ -27,7 +27,7 @@ def _kernel(trainer: Any) -> str | None:
     other = sorted(str(name) for name in kinds if name not in SERVED)
     if not other:
         return None
-    return f"model.attn_implementation {other[0]} is not served (served: {', '.join(SERVED)})"
+    return f"model.attn_implementation {other[0]} is not supported (supported: {', '.join(SERVED)})"
 
 
 def _architecture(trainer: Any) -> str | None:
@@ -43,7 +43,7 @@ def _architecture(trainer: Any) -> str | None:
 
 def _aux_loss(trainer: Any) -> str | None:
     if getattr(trainer, "aux_loss_enabled", False):
-        return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once a completion"
+        return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once per completion"
     return None
 
 

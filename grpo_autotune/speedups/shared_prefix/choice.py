@@ -2,7 +2,7 @@
 
 The forms of `attention` and `flex` compute the same, and everything else of a pass is the
 same for both. So attention alone is timed, forward and, where gradients are wanted, backward: on random states with the
-heads and types that the self-check saw in the model, in the layout of the batch under way, once a class of shapes.
+heads and types that the self-check saw in the model, in the layout of the batch under way, once per class of shapes.
 Neither the model nor the random stream notices.
 
 H: heads, T: tokens of the flat sequence, D: width of a head.

@@ -2,7 +2,7 @@
 
 The kernel skips the blocks in which nobody looks at anybody, so that it computes what `attention` does
 and a little more at the edges, in one launch a layer however many prompts there are, and without copying a prompt's
-keys and values once a completion. torch has a fused kernel with a backward pass on CUDA only.
+keys and values once per completion. torch has a fused kernel with a backward pass on CUDA only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grpo_autotune.speedups.shared_prefix.attention import Attention, States
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 
 OTHER_TERMS = ("softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change scores: layers that give one are not served."""
+"""Arguments of transformers' attention functions that change scores: layers that give one are not supported."""
 
 _logger = logging.getLogger("grpo_autotune.speedups")
 
@@ -65,7 +65,7 @@ class Flex:
     def _attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor:
         other = [name for name in OTHER_TERMS if kwargs.get(name) is not None]
         if other:
-            raise NotImplementedError(f"layers with {', '.join(other)} are not served")
+            raise NotImplementedError(f"layers with {', '.join(other)} are not supported")
         query, key, value = states
         output = self._kernel(
             query,
@@ -79,7 +79,7 @@ class Flex:
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """Attention mask of the flat sequence as a `BlockMask`; made once a pass for all layers with this window."""
+    """Attention mask of the flat sequence as a `BlockMask`; made once per pass for all layers with this window."""
     key = ("blocks", window)
     if key not in layout.masks:
         from torch.nn.attention.flex_attention import create_block_mask

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
-"""Keys with one value a token, (B, P + C)."""
+"""Keys with one value per token, (B, P + C)."""
 
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
 
@@ -43,10 +43,10 @@ class Media:
         """The reason why these images cannot be told apart by row; None where they can."""
         other = [key for key in _OTHER_LAYOUTS if key in self.given]
         if other:
-            return f"images of this kind ({', '.join(other)}) are not served"
+            return f"images of this kind ({', '.join(other)}) are not supported"
         pixels = self.given.get("pixel_values")
         if pixels is not None and self.patches[-1] != len(pixels):
-            return "images laid out one row a prompt are not served"
+            return "images laid out one row per prompt are not supported"
         kinds = self.given.get("mm_token_type_ids")
         if kinds is not None and bool(kinds[:, -completion_width:].any()):
             return "completions hold images"

@@ -1,4 +1,4 @@
-"""shared_prefix: the prompt, its images and the vision tower go through the model once a group, not once a completion.
+"""shared_prefix: prompt, images and vision tower go through the model once per group, not once per completion.
 
 TRL scores a batch of G completions of one prompt as G rows of prompt and completion, in the old-policy, reference and
 training passes alike. Here the batch becomes one flat sequence in which a prompt is followed by its completions
@@ -51,7 +51,7 @@ class SharedPrefix:
     """
 
     name = "shared_prefix"
-    summary = "prompt, images and vision tower once a group in log-probs and backward"
+    summary = "prompt, images and vision tower once per group in log-probs and backward"
 
     def __init__(self, form: str = "split") -> None:
         self._form = form

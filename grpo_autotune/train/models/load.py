@@ -128,7 +128,7 @@ def check_padding(processor: Any, source: str) -> None:
         raise ConfigError(
             f"the processor of {source} pads on the {side}, and GRPO needs prompts padded on the left",
             where="model.name_or_path",
-            fix="It ignores padding_side='left': mend its tokenizer class, or use another one",
+            fix="It ignores padding_side='left': correct its tokenizer class, or use another one",
         )
 
 

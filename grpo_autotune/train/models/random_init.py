@@ -93,7 +93,7 @@ WORDS = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Any:
-    """Train a byte-level BPE on `texts` and dress it as a Qwen tokenizer: ChatML template, vision tokens, left padding.
+    """Train a byte-level BPE on `texts`, in the form of a Qwen tokenizer: ChatML, vision tokens, left padding.
 
     Args:
         texts: What it learns merges from; anything else still encodes, byte by byte.

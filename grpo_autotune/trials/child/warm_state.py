@@ -43,7 +43,7 @@ class DataCache:
         self._read: dict[str, Splits] = {}
 
     def load(self, config: RunConfig, progress: Callable[[str], None]) -> Splits:
-        """As `train.datasets.load_data`, from memory where the section `data` is one that was read before."""
+        """As `train.data.datasets.load_data`, from memory where the section `data` is one that was read before."""
         from grpo_autotune.train.data.datasets import check_rows, load_data
 
         key = config.data.model_dump_json()
