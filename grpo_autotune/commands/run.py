@@ -17,7 +17,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
-from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, run_as_main
+from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, require_script, run_as_main
 from grpo_autotune.scripts.values import SPEEDUPS, ScriptValues, load_script_values
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
@@ -122,6 +122,7 @@ def run_script(
         ConfigError: There is no such script, or its trainer cannot be given the values.
         BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
+    require_script(script)
     probes = ScriptProbes(out_dir, steps, values, receipt)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -106,6 +106,18 @@ class ScriptHooks:
             tell_once(finding, self.say)
 
 
+def require_script(script: Path) -> None:
+    """Refuse a path at which there is no file.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not script.is_file():
+        raise ConfigError(
+            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
+        )
+
+
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:
     """Run `script` as `python script arguments...` would, until it ends or `hooks` has measured enough.
 
@@ -118,10 +130,7 @@ def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> N
         ConfigError: There is no such script, or its trainer cannot be given the values.
         BaseException: Whatever ends the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
-    if not script.is_file():
-        raise ConfigError(
-            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
-        )
+    require_script(script)
     before = sys.argv, sys.path[0]
     finder = hook_imports(hooks.hooks())
     sys.argv = [str(script), *arguments]

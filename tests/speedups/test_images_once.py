@@ -250,6 +250,7 @@ def test_the_rows_of_a_loader_that_ended_are_not_kept(tiny, tmp_path, drawn_rows
     trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **GROUPS)
     speedups = speed_up(trainer, ["images_once"])
     rows = weakref.ref(trainer.get_train_dataloader().dataset)
+    trainer.accelerator._dataloaders.clear()  # accelerate keeps every loader that it prepared
     gc.collect()
     assert rows() is None
     speedups.remove()

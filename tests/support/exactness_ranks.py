@@ -52,7 +52,7 @@ def main() -> None:
         "on": [row.name for row in speedups.table() if row.on],
         "facts": speedups.facts(),
     }
-    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(f"\n{json.dumps(told)}\n")  # on a line of its own, whatever another rank has begun
     sys.stdout.flush()
 
 
