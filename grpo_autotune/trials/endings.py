@@ -61,7 +61,12 @@ def ending_of_error(error: BaseException, available: Callable[[], int | None]) -
         error: The exception; one that was raised from an error about memory counts as that error.
         available: Bytes that this process could still have, for errors that name only what was requested.
     """
-    memory = next((cause for cause in causes(error) if is_out_of_memory(cause, available)), None)
+
+    def room() -> int:
+        """Where it cannot be read, a thread that does not start is taken for want of memory."""
+        return available() or 0
+
+    memory = next((cause for cause in causes(error) if is_out_of_memory(cause, room)), None)
     if memory is not None:
         missing = missing_bytes(str(memory), available)
         return Ending("oom", one_line(memory), type(memory).__name__, missing)
