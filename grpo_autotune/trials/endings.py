@@ -63,7 +63,7 @@ def ending_of_error(error: BaseException, available: Callable[[], int | None]) -
     """
 
     def room() -> int:
-        """Where it cannot be read, a thread that does not start is taken for want of memory."""
+        """Bytes left; 0 where they cannot be read: a thread that does not start counts as want of memory then."""
         return available() or 0
 
     memory = next((cause for cause in causes(error) if is_out_of_memory(cause, room)), None)
