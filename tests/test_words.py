@@ -16,10 +16,12 @@ PACKAGE = Path(__file__).parent.parent / "grpo_autotune"
 
 OPENING = re.compile(r"(What|Where|Whether|How|Which|When|Who|Whose|Why|Does|Do|Is|Are|May|Can|That)\b")
 """A docstring opens with a noun phrase or an imperative instead."""
-COUNTED = "seconds|tokens|completions|milliseconds|ms|trials|steps|bytes|samples|images|prompts|s|requests|calls"
+COUNTED = (
+    "seconds|milliseconds|ms|s|tokens|completions|trials|steps|bytes|samples|images|prompts|requests|calls|times|once"
+)
 UNIT = "second|step|token|minute|prompt|group|rank|completion|trial|sequence|micro batch|call"
-RATE = re.compile(rf"\b({COUNTED}) an? ({UNIT})\b", re.IGNORECASE)
-"""Said with "per" instead, in messages too."""
+RATE = re.compile(rf"(\b({COUNTED})|\}}) an? ({UNIT})\b", re.IGNORECASE)
+"""Said with "per" instead, in messages too, where a number in braces stands before it."""
 NULL = re.compile(r"\bnull\b")
 LOCALS = {"found", "own", "there"}
 CLASSES = {"Seen", "Given", "Asked", "Standing", "Lab", "Book", "Kept", "Told", "Wanted", "Known"}
@@ -81,6 +83,7 @@ def test_rule_of_words(rule) -> None:
         (openings, 'class A:\n    """What a run costs."""', 'class A:\n    """Cost of a run."""'),
         (rates, 'print(f"{x} useful completions a second")', 'print(f"{x} useful completions per second")'),
         (rates, "# 3 ms a step", "# a step of 3 ms"),
+        (rates, 'f"{seconds(x)} a call"', 'f"{seconds(x)} per call"'),
         (nulls, '"""Seconds; null without steps."""', '"""Seconds; None without steps."""'),
         (names, "for own in rows:\n    pass", "print(own)"),
         (names, "if (found := 1):\n    pass", "self.found = 1"),

@@ -40,9 +40,8 @@ def waiting_reward(facts: Facts) -> Idea | None:
         stages=("reward",),
         action=f"make the reward function {slowest.name} an `async def` that awaits all completions at once",
         saving_s=facts.breakdown.seconds("reward") * share * (1.0 - computing) * (1.0 - 1.0 / rows),
-        because=f"It takes {seconds(slowest.mean_s)} a call, and the processor is busy for only {percent(computing)} "
-        "of "
-        f"the time: it waits. It is assumed that {rows} completions can wait at the same time",
+        because=f"It takes {seconds(slowest.mean_s)} per call, and the processor is busy for only {percent(computing)} "
+        f"of the time: it waits. It is assumed that {rows} completions can wait at the same time",
     )
 
 
@@ -62,7 +61,7 @@ def straggler(facts: Facts) -> Idea | None:
         stages=(stage,),
         action=f"find out why rank {slowest.rank} is slower than the others",
         saving_s=min(slowest.extra_s, facts.breakdown.seconds(stage)),
-        because=f"The other ranks wait for it; {seconds(slowest.stage_s)} a step of the difference is in "
+        because=f"The other ranks wait for it; {seconds(slowest.stage_s)} per step of the difference is in "
         f"{STAGE_WORDS.get(slowest.stage, slowest.stage)}. Longer prompts or completions on that rank, or another "
         "process on its device, are the usual reasons",
     )

@@ -94,7 +94,7 @@ def _micro_batch(facts: Facts, near: Neighbour) -> str:
         f"The same {t.per_device_train_batch_size * t.gradient_accumulation_steps} completions go through the model in "
         f"{times} calls"
         + (f"; the device is {percent(busy)} busy in these passes" if busy is not None else "")
-        + ". It is assumed that a call costs a fixed time beside its work, and that the weights are read once a call"
+        + ". It is assumed that a call costs a fixed time beside its work, and that the weights are read once per call"
     )
 
 
@@ -137,7 +137,7 @@ def _speedups(facts: Facts, near: Neighbour) -> str:
             "a prompt that was computed before. It is assumed that what is left out costs a tenth of its time"
         )
     if images is not None and images.decodes_per_image > 1.0:
-        times = f"Each image is decoded {images.decodes_per_image:.0f} times a step"
+        times = f"Each image is decoded {images.decodes_per_image:.0f} times per step"
         text = f"{text}. {times}" if text else times
     return text or "Work that TRL does twice is done once"
 

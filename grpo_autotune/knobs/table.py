@@ -266,7 +266,7 @@ TABLE: tuple[Knob, ...] = (
         lambda config: config.batch.steps_per_generation,
         values.steps_per_generation,
     ),
-    _key("grpo.num_iterations", "learning", "times a completion is trained on", values.iterations),
+    _key("grpo.num_iterations", "learning", "times per completion is trained on", values.iterations),
     _key(
         "model.load_in_4bit",
         "learning",

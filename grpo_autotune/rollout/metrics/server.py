@@ -1,7 +1,7 @@
 """Counters of a vLLM server while it generates for this trainer, from its `/metrics`.
 
 Counters are read before and after TRL's call; how many requests ran and how full the cache was is asked meanwhile, a
-few times a second. A server that also works for others counts their requests too.
+few times per second. A server that also works for others counts their requests too.
 """
 
 from __future__ import annotations
