@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ from grpo_autotune.search.study import name_of
 
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
+TIE = 0.03
+"""Predicted scores that differ by less are equal before anything but the user's own was measured."""
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
@@ -101,7 +103,7 @@ def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory
 
     Returns:
         The largest expected gain first; while only the user's own is measured, the best predicted score, of those that
-        need no proof if there are any.
+        need no proof if there are any, and of equal ones that with the fewest changes.
     """
     best = {level: _best_score(board, level) for level in LEVELS}
     ranking = Ranking([])
@@ -113,10 +115,23 @@ def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory
         else:
             ranking.skipped.setdefault(why, []).append(knobs)
     if len(board.entries) == 1:  # a rival that may be taken as it is: later ones, unsure or unproven, have to beat it
-        ranking.proposals.sort(key=lambda proposal: (_is_unproven(board, proposal.knobs), -proposal.score))
+        ranking.proposals.sort(key=_by_prediction(board, ranking.proposals))
     else:
         ranking.proposals.sort(key=lambda proposal: -proposal.gain)
     return ranking
+
+
+def _by_prediction(board: Leaderboard, proposals: Sequence[Proposal]) -> Callable[[Proposal], tuple[float, ...]]:
+    """Sort key: those that need no proof, by score, and of those as good as the best the ones with fewer changes."""
+    proven = [proposal.score for proposal in proposals if not _is_unproven(board, proposal.knobs)]
+    enough = (1.0 - TIE) * max(proven, default=math.inf)
+
+    def key(proposal: Proposal) -> tuple[float, ...]:
+        unproven = _is_unproven(board, proposal.knobs)
+        equal = not unproven and proposal.score >= enough
+        return unproven, not equal, len(board.changed(proposal.knobs)) if equal else 0, -proposal.score
+
+    return key
 
 
 def _is_unproven(board: Leaderboard, knobs: Knobs) -> bool:

@@ -171,6 +171,25 @@ def test_the_first_rival_is_the_best_that_needs_no_proof_and_not_the_least_known
     }
 
 
+def test_the_first_rival_has_no_change_that_is_predicted_to_bring_next_to_nothing(tmp_path: Path) -> None:
+    class Exact(PaperModels):
+        """Micro batches of 8 take half of the time, and without checkpointing a step takes 1 % less."""
+
+        def step_s(self, config: RunConfig) -> Interval:
+            plain = 0.99 if config.grpo["gradient_checkpointing"] is False else 1.0
+            value = plain * (0.5 if config.batch.micro_batch >= 8 else 1.0)
+            return Interval(value, value / 1.1, value * 1.1)
+
+        def learn(self, config: RunConfig, outcome: TrialOutcome) -> PaperModels:
+            return self
+
+    paper = Paper(tmp_path)
+    paper.search(budget_s=150.0, models=Exact())
+    first = paper.timed()[1].knobs
+    assert first["grpo.per_device_train_batch_size"] >= 8 and first["grpo.gradient_checkpointing"] is True
+    assert sum(first[key] != value for key, value in paper.timed()[0].knobs.items()) == 1
+
+
 def test_what_cannot_fit_or_win_never_runs(tmp_path: Path) -> None:
     paper = Paper(tmp_path)
     report = paper.search()
