@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_autotune.advice.breakdown import Limit
 from grpo_autotune.advice.facts import Facts
+from grpo_autotune.probe.breakdown import Limit
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.rollout import Fidelity
 from grpo_autotune.units import listing, percent, seconds

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from grpo_autotune.advice.breakdown import Breakdown, Limit
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.shapes import ModelShape
@@ -15,6 +14,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Living, living_of
 from grpo_autotune.predict.room import busy_share, memory_of
+from grpo_autotune.probe.breakdown import Breakdown, Limit
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Change, Kind
 from grpo_autotune.registry import names

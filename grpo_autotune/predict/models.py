@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from grpo_autotune.predict.objective import Interval
 from grpo_autotune.predict.regression import STRANGE_SPREAD, Fit, Observation, Place, wide
 from grpo_autotune.predict.room import busy_share
 from grpo_autotune.predict.workload import Workload, workload
+from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, StageTimings, cycle_means
 from grpo_autotune.records.trial import TrialOutcome
 
@@ -287,26 +288,18 @@ def family(config: RunConfig) -> str:
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
-    """Seconds of each stage that ran: the median over cycles of generating and reusing."""
-    medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
-    return {name: seconds for name, seconds in medians.items() if seconds > 0.0}
+    """Seconds of each stage that ran, as a report tells them; empty without a measured step."""
+    return {name: s for name, s in break_down(timings).self_s.items() if s > 0.0} if timings.step_s else {}
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
     """The same by the names of `features.PARTS`: the policy's passes apart."""
-    medians: dict[str, float] = {}
-    for row in timings.stages:
-        if row.name == "policy_logprob" and row.parts:
-            medians |= {part: _median(s, timings.cycle) for part, s in row.parts.items() if part in PARTS}
-        elif row.name in PARTS:
-            medians[row.name] = _median(row.per_step_s, timings.cycle)
-    return medians
+    seconds = stage_seconds(timings)
+    if seconds:
+        seconds |= {part: s for (stage, part), s in break_down(timings).parts_s.items() if stage == "policy_logprob"}
+    return {part: s for part, s in seconds.items() if part in PARTS}
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:
     cycle = outcome.record.timings.cycle if outcome.record is not None else 1
     return cycle_means(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
-
-
-def _median(values: Sequence[float], cycle: int) -> float:
-    return statistics.median(cycle_means(values, cycle)) if values else 0.0

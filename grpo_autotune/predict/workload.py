@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo_autotune.config.batch import BatchPlan
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
@@ -34,6 +35,7 @@ from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.units import GIB
 
 PLACES = np.linspace(0.0, 1.0, 201)
+MOST_PADDING = 0.99
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
@@ -91,21 +93,17 @@ def workload(
     shape = _shape(record)
     trainer = _trainer(config, base, record)
     tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
-    cap = trainer.max_completion_length
-    plan = config.batch
-    rows = plan.micro_batch * plan.steps_per_generation
-    prompts = max(1.0, rows / plan.num_generations)
-    longest_prompt = tokens.prompt.max if worst_case else expected_longest(tokens.prompt, prompts)
-    completion = float(cap) if worst_case else expected_longest(tokens.completion, rows, cap)
-    mean = float(cap) if worst_case else mean_length(tokens.completion, cap)
-    lengths = tokens.completion.model_copy(update={"mean": mean, "max": completion})
-    tokens = tokens.model_copy(update={"completion": lengths})
+    plan, cap = config.batch, trainer.max_completion_length
+    tokens, longest_prompt = _in_batch(tokens, plan, cap, worst_case=worst_case)
     facts = facts_from_records(
         shape or TEXT_ONLY, trainer, tokens, images, old_policy=_old_policy(config, base, record)
     )
-    used = facts.prompt_tokens + facts.completion_tokens
-    padded = max(longest_prompt + completion, used)
-    known = tokens.padding_share if measured else 1.0 - used / padded
+    if not measured:
+        padded = _padded(tokens, longest_prompt)
+        if not worst_case:
+            padded *= _padding_beyond_formula(base, record)
+        facts = replace(facts, padding_share=1.0 - 1.0 / max(1.0, padded))
+    completion = tokens.completion.max
     grid = images.tokens if images is not None else None
     image_max = 0.0 if grid is None else grid.max if worst_case else grid.mean
     sizes = Sizes(
@@ -122,16 +120,43 @@ def workload(
     )
     return Workload(
         shape=shape,
-        facts=replace(facts, padding_share=known),
+        facts=facts,
         sizes=sizes,
         trainer=trainer,
         pixels=pixels,
-        rows_loaded=float(rows * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)),
+        rows_loaded=float(
+            plan.micro_batch
+            * plan.steps_per_generation
+            * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
+        ),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=_effective(config, trainer),
         waves=engine.waves(config),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
+
+
+def _in_batch(tokens: TokenFacts, plan: BatchPlan, cap: int, *, worst_case: bool = False) -> tuple[TokenFacts, float]:
+    """Token counts whose longest completion is the one expected in a generation, and its longest prompt."""
+    rows = plan.micro_batch * plan.steps_per_generation
+    prompts = max(1.0, rows / plan.num_generations)
+    longest_prompt = tokens.prompt.max if worst_case else expected_longest(tokens.prompt, prompts)
+    longest = float(cap) if worst_case else expected_longest(tokens.completion, rows, cap)
+    mean = float(cap) if worst_case else mean_length(tokens.completion, cap)
+    lengths = tokens.completion.model_copy(update={"mean": mean, "max": longest})
+    return tokens.model_copy(update={"completion": lengths}), longest_prompt
+
+
+def _padded(tokens: TokenFacts, longest_prompt: float) -> float:
+    """Tokens of a row that is padded to the longest prompt and completion, over those that it holds."""
+    return (longest_prompt + tokens.completion.max) / (tokens.prompt.mean + tokens.completion.mean)
+
+
+def _padding_beyond_formula(base: RunConfig, record: ProbeRecord) -> float:
+    """Padded tokens that the probe measured over those of the formula: the base is predicted as it was measured."""
+    assert record.tokens is not None
+    formula = max(1.0, _padded(*_in_batch(record.tokens, base.batch, record.trainer.max_completion_length)))
+    return 1.0 / (1.0 - min(record.tokens.padding_share, MOST_PADDING)) / formula
 
 
 def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 
 from grpo_autotune.advice.bound import bound, warnings
-from grpo_autotune.advice.breakdown import break_down
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.predict.objective import useful_completions
+from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means
 from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.report.limits import limits_of

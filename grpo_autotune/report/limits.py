@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from grpo_autotune.advice.breakdown import Breakdown, Limit
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import facts_from_records, limit_seconds, stage_work
 from grpo_autotune.estimate.passes import Work
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Ceilings
+from grpo_autotune.probe.breakdown import Breakdown, Limit
 from grpo_autotune.records.probe import ProbeRecord
 
 _PASSES = ("policy_logprob", "reference_logprob", "backward")

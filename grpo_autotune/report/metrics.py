@@ -10,7 +10,7 @@ divides all epochs' `update_actor` by the tokens of the generated batch. `perf/t
 
 from __future__ import annotations
 
-from grpo_autotune.advice.breakdown import Breakdown
+from grpo_autotune.probe.breakdown import Breakdown
 from grpo_autotune.records.probe import ProbeRecord
 
 

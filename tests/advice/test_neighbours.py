@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.advice.breakdown import break_down
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.advice.learning import LENGTH
@@ -18,6 +17,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import PROMPTS, TABLE, knob, with_knobs
 from grpo_autotune.knobs.apply import GROUP, MICRO
 from grpo_autotune.predict.models import Models
+from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.session import search
@@ -76,6 +76,17 @@ def test_every_knob_is_advised_with_the_seconds_that_the_search_predicts(
         if advice.predicted_saving is not None:
             after = RunConfig.from_dict(_set(facts.base, advice.changes))
             assert advice.predicted_saving == pytest.approx(own_s - models.step_s(after).value, rel=1e-9)
+
+
+@pytest.mark.parametrize(("record", "machine", "sections"), CASES)
+def test_the_base_is_predicted_as_its_report_tells_it(
+    record: ProbeRecord, machine: Machine, sections: dict[str, Any] | None
+) -> None:
+    facts = facts_of(record, None if sections is None else config_of(record, **sections), machine)
+    assert facts.base is not None and facts.models is not None
+    predicted = {name: stage.value for name, stage in facts.models.stages_s(facts.base).items()}
+    ran = {name: seconds for name, seconds in facts.breakdown.self_s.items() if seconds > 0.0}
+    assert predicted == pytest.approx(ran, rel=1e-6)
 
 
 def _set(base: RunConfig, told: Any) -> dict[str, Any]:

@@ -441,8 +441,9 @@ def test_tokens_at_other_sizes() -> None:
 
 def test_cycles_count_whole() -> None:
     rows = [StageRow(name="generation", per_step_s=[4.0, 0.0, 4.0, 0.0, 4.0])]
+    rows += [StageRow(name="other", per_step_s=[1.0] * 5)]
     timings = StageTimings(steps=[1, 2, 3, 4, 5], step_s=[5.0, 1.0, 5.0, 1.0, 5.0], stages=rows, cycle=2)
-    assert stage_seconds(timings) == part_seconds(timings) == {"generation": 2.0}
+    assert stage_seconds(timings) == part_seconds(timings) == {"generation": 2.0, "other": 1.0}
 
 
 def test_models_need_a_machine_of_any_kind() -> None:

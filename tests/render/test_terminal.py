@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.advice.breakdown import Limit, break_down
 from grpo_autotune.advice.facts import Facts
+from grpo_autotune.probe.breakdown import Limit, break_down
 from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.sentences import LEGEND

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.advice.breakdown import Limit
 from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.estimate.passes import Work
 from grpo_autotune.hardware import Ceilings, detect
+from grpo_autotune.probe.breakdown import Limit
 from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
 from grpo_autotune.records.report import SCHEMA, Report, StageReport
 from grpo_autotune.render.terminal import render
