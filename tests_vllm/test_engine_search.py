@@ -18,8 +18,9 @@ from grpo_autotune.knobs import TABLE
 from grpo_autotune.records.search import SearchReport
 from tests.support.training import text_config
 
-SHARE, RUNNING, SYNC = "vllm.gpu_memory_utilization", "vllm.max_num_seqs", "vllm.weight_sync"
-BUDGET_S = 120
+RUNNING = "vllm.max_num_seqs"
+BUDGET_S = 300
+"""A limit with room for a machine where other work triples the start of an engine; the search ends before."""
 GRACE_S = 60
 EXACT = 1e-4
 
@@ -27,8 +28,7 @@ EXACT = 1e-4
 @pytest.fixture
 def config(served: Callable[[str], Path], tmp_path: Path) -> Path:
     """LoRA with an engine that generates one completion after another."""
-    asked = {SHARE: [0.1, 0.15], RUNNING: [1, 8], SYNC: ["auto", "batched"]}
-    knobs: dict[str, Any] = {row.key: None for row in TABLE if row.searched} | asked
+    knobs: dict[str, Any] = {row.key: None for row in TABLE if row.searched} | {RUNNING: [1, 8]}
     changes = {
         "search": {"knobs": knobs, "steps": 2},
         "vllm": {"max_model_len": 256, "gpu_memory_utilization": 0.1, "max_num_seqs": 1},
@@ -68,7 +68,7 @@ def test_a_search_turns_the_engines_keys(config: Path, tmp_path: Path) -> None:
     statuses = [trial.status for trial in found.trials]
     assert {"ok"} <= set(statuses) <= {"ok", "timeout"}, said[-3000:]  # the budget may end while an engine starts
     assert "timeout" not in statuses or found.ended == "budget", said[-3000:]
-    turned = [trial for trial in found.trials if trial.knobs.get(RUNNING) == 8 or trial.knobs.get(SHARE) == 0.15]
+    turned = [trial for trial in found.trials if trial.knobs.get(RUNNING) == 8]
     assert turned or found.ended == "budget", "time was left, and no trial had another engine than the user's"
     tuned = load_config(tmp_path / "tuned.yaml")
     assert tuned.use_vllm and tuned.vllm.max_model_len == 256

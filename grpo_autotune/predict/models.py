@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -185,6 +185,9 @@ class Models:
                 if part in made and seconds > LEAST_S:
                     seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place))
         base_choice = family(self.base)
+        for part, seconds in reported_seconds(self.record.timings).items():
+            if len(seen.get((part, base_choice), ())) == 1:
+                seen[part, base_choice][0] = seen[part, base_choice][0]._replace(seconds=seconds)
         first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
         others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
         return {(part, base_choice): fit for part, fit in first.items()} | others
@@ -288,18 +291,31 @@ def family(config: RunConfig) -> str:
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
-    """Seconds of each stage that ran, as a report tells them; empty without a measured step."""
-    return {name: s for name, s in break_down(timings).self_s.items() if s > 0.0} if timings.step_s else {}
+    """Seconds of each stage that ran: the median over cycles of generating and reusing."""
+    medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
+    return {name: seconds for name, seconds in medians.items() if seconds > 0.0}
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
     """The same by the names of `features.PARTS`: the policy's passes apart."""
-    seconds = stage_seconds(timings)
-    if seconds:
-        seconds |= {part: s for (stage, part), s in break_down(timings).parts_s.items() if stage == "policy_logprob"}
-    return {part: s for part, s in seconds.items() if part in PARTS}
+    medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
+    for row in timings.stages:
+        if row.name == "policy_logprob":
+            medians |= {part: _median(values, timings.cycle) for part, values in row.parts.items()}
+    return {part: seconds for part, seconds in medians.items() if part in PARTS}
+
+
+def reported_seconds(timings: StageTimings) -> dict[str, float]:
+    """The same as a report's table tells them: what the probe alone has measured is predicted from these numbers."""
+    breakdown = break_down(timings)
+    parts = {part: s for (stage, part), s in breakdown.parts_s.items() if stage == "policy_logprob"}
+    return {part: s for part, s in (breakdown.self_s | parts).items() if part in PARTS}
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:
     cycle = outcome.record.timings.cycle if outcome.record is not None else 1
     return cycle_means(outcome.step_s or (outcome.record.timings.step_s if outcome.record is not None else []), cycle)
+
+
+def _median(values: Sequence[float], cycle: int) -> float:
+    return statistics.median(cycle_means(values, cycle)) if values else 0.0
