@@ -33,9 +33,10 @@ class Layer(Protocol):
 
 
 class Slot(Protocol):
-    """A place for a wrapper, which can be restored."""
+    """A place for a wrapper, which can be restored; `original` is what stands below all layers."""
 
     def get(self) -> Callable[..., Any]: ...
+    def original(self) -> Callable[..., Any]: ...
     def put(self, wrapper: Callable[..., Any]) -> None: ...
     def restore(self) -> None: ...
 
@@ -50,6 +51,9 @@ class AttributeSlot:
     def get(self) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(self.owner, self.name)
         return function
+
+    def original(self) -> Callable[..., Any]:
+        return _method(type(self.owner), self) if self.before is _ABSENT else self.get()
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         setattr(self.owner, self.name, wrapper)
@@ -72,6 +76,8 @@ class ItemSlot:
         function: Callable[..., Any] = self.owner[self.index]
         return function
 
+    original = get
+
     def put(self, wrapper: Callable[..., Any]) -> None:
         self.owner[self.index] = wrapper
 
@@ -93,6 +99,10 @@ class ClassSlot:
         function: Callable[..., Any] = getattr(self.owner, self.name)
         return function
 
+    def original(self) -> Callable[..., Any]:
+        cls = type(self.owner)
+        return _method(vars(cls).get("_seam_base", cls), self)
+
     def put(self, wrapper: Callable[..., Any]) -> None:
         cls = type(self.owner)
         if "_seam_base" not in vars(cls):
@@ -108,15 +118,22 @@ class ClassSlot:
             self.owner.__class__ = vars(cls)["_seam_base"]
 
 
+def _method(cls: type, slot: AttributeSlot | ClassSlot) -> Callable[..., Any]:
+    """A method as the class has it when it is called: somebody may patch the class after us."""
+    if not inspect.isfunction(getattr(cls, slot.name, None)):
+        return slot.get()
+    return lambda *args, **kwargs: getattr(cls, slot.name)(slot.owner, *args, **kwargs)
+
+
 class Point:
     """The wrapper of one slot and its layers, outermost first."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
-        self.original = slot.get()
+        self.original = slot.original()
         self.layers: list[tuple[int, Layer]] = []
         self.call: Callable[..., Any] = self.original
-        self.wrapper = self._wrapper()
+        self.wrapper = self._wrapper(slot.get())
         setattr(self.wrapper, _MARK, self)
         slot.put(self.wrapper)
 
@@ -126,16 +143,16 @@ class Point:
         for _, layer in reversed(layers):
             self.call = functools.partial(layer, self.call)
 
-    def _wrapper(self) -> Callable[..., Any]:
-        if is_async(self.original):
+    def _wrapper(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if is_async(function):
 
-            @functools.wraps(self.original)
+            @functools.wraps(function)
             async def awaited(*args: Any, **kwargs: Any) -> Any:
                 return await self.call(*args, **kwargs)
 
             return awaited
 
-        @functools.wraps(self.original)
+        @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             return self.call(*args, **kwargs)
 

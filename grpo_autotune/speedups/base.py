@@ -59,10 +59,13 @@ class SpeedUp(Protocol):
     Attributes:
         name: What configurations call it.
         summary: What it does, in one line.
+        stands_for: Methods that it takes the place of, as `conditions.overridden` names them: it is off where one of
+            them is not TRL's.
     """
 
     name: str
     summary: str
+    stands_for: tuple[str, ...]
 
     def applies(self, trainer: Any) -> str | None:
         """None where it can run on this trainer, else why not: one sentence that names the key."""

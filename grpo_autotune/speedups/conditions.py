@@ -1,4 +1,4 @@
-"""Conditions of a trainer that several speed-ups ask about: dropout, and methods of its own.
+"""Conditions of a trainer that several speed-ups ask about: dropout, and methods that are not TRL's.
 
 Where a model drops activations at random, a row's numbers depend on the rows beside it.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+
+from grpo_autotune.seams.trainer_access import base_of, models_of
 
 
 def active_dropout(model: Any) -> str | None:
@@ -27,17 +29,79 @@ def _key(name: str) -> str:
 
 LOSS = ("compute_loss", "_compute_loss")
 GENERATION = ("_generate_and_score_completions",)
+MICRO_BATCH = (*LOSS, "_prepare_inputs", "training_step")
+"""Methods that see a micro batch, from the scoring of its completions to its gradients."""
+WATCHED = (
+    *GENERATION,
+    *MICRO_BATCH,
+    "_generate",
+    "_generate_single_turn",
+    "_calculate_rewards",
+    "_get_per_token_logps_and_entropies",
+    "_get_dataloader",
+    "data_collator",
+    "model.generate",
+    "model.forward",
+)
+"""All that a speed-up takes the place of: asked again when training begins."""
+
+LIBRARIES = {"trl", "transformers", "accelerate", "peft", "torch", "deepspeed", "grpo_autotune"}
+"""Packages whose code on a trainer is what speed-ups were made for."""
 
 
 def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
-    """The method that a subclass of `GRPOTrainer` brings along, in words; None where it has none or is ours."""
+    """The first of `methods` that is not TRL's on this trainer, in words; None where all are TRL's or ours.
+
+    A method may be replaced on the trainer, by a subclass, or on `GRPOTrainer` itself.
+
+    Args:
+        trainer: A `trl.GRPOTrainer`.
+        methods: Names of its methods; `model.NAME` is a method of the policy, the reference model and their backbones,
+            which are transformers' or the model's own.
+    """
     from trl import GRPOTrainer
 
-    for cls in type(trainer).__mro__:
-        if cls is GRPOTrainer:
-            return None
-        if not cls.__module__.startswith("grpo_autotune."):
-            for method in methods:
-                if method in vars(cls):
-                    return f"{cls.__name__} has a `{method}` of its own"
+    for method in methods:
+        if method.startswith("model."):
+            reason = _of_models(trainer, method.removeprefix("model."))
+        else:
+            cls = _owner(type(trainer), method)
+            if not issubclass(GRPOTrainer, cls) and not cls.__module__.startswith("grpo_autotune."):
+                return f"{cls.__name__} has a `{method}` of its own"
+            reason = replaced(trainer, method)
+        if reason is not None:
+            return reason
     return None
+
+
+def _of_models(trainer: Any, method: str) -> str | None:
+    models = [base_of(model) for model in models_of(trainer)]
+    parts = [*models, *(model.base_model for model in models if hasattr(model, "base_model"))]
+    return next((reason for part in parts if (reason := replaced(part, method)) is not None), None)
+
+
+def _owner(cls: type, method: str) -> type:
+    """The class that `cls` has the method from; `object` where its objects alone have it."""
+    return next((base for base in cls.__mro__ if method in vars(base)), object)
+
+
+def replaced(holder: Any, method: str) -> str | None:
+    """The code of neither `LIBRARIES` nor the holder's class that runs when its `method` is called, in words, or None.
+
+    A wrapper bears the names of what it wraps, so that each link is asked in which module it was written.
+    """
+    owner = _owner(type(holder), method)
+    for place, name in ((holder, f"the {type(holder).__name__}"), (owner, owner.__name__)):
+        link = vars(place).get(method)
+        while link is not None:
+            module = _module(link)
+            if module.partition(".")[0] not in LIBRARIES and module != owner.__module__:
+                return f"{name}'s `{method}` was replaced by {getattr(link, '__qualname__', link)} of {module}"
+            link = getattr(link, "__wrapped__", None)
+    return None
+
+
+def _module(function: Any) -> str:
+    """The module whose code runs, whatever the function calls itself."""
+    plain = getattr(function, "__func__", function)
+    return str(getattr(plain, "__globals__", {}).get("__name__") or type(plain).__module__)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups
+from grpo_autotune.speedups.conditions import WATCHED, overridden
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
+
+_logger = logging.getLogger("grpo_autotune.speedups")
 
 
 class Row(NamedTuple):
@@ -27,26 +32,48 @@ class SpeedUps:
 
     def __init__(self, trainer: Any, wanted: Sequence[Selection]) -> None:
         self._trainer = trainer
+        self._wanted = {selection.name: selection for selection in wanted}
         self._installed: dict[str, Installed] = {}
         self._rows: list[Row] = []
-        self._groups = Groups(trainer)
+        self._put_on()
+        self._start = wrap(AttributeSlot(trainer, "_inner_training_loop"), self._begin, INNER)
+        setattr(trainer, SPEED_UPS, self)
+        _on.add(self)
+
+    def _put_on(self) -> None:
+        self._groups = Groups(self._trainer)
+        self._replaced = _replaced(self._trainer)
         try:
-            asked = {selection.name: selection for selection in wanted}
-            for name in dict.fromkeys([*registry.names("speedup"), *asked]):
-                self._rows.append(self._take(name, asked.get(name)))
+            for name in dict.fromkeys([*registry.names("speedup"), *self._wanted]):
+                self._rows.append(self._take(name, self._wanted.get(name)))
         except BaseException:
-            self.remove()
+            self._take_off()
             raise
         if not self._installed:
             self._groups.remove()
-        setattr(trainer, SPEED_UPS, self)
-        _on.add(self)
+
+    def _take_off(self) -> None:
+        for installed in reversed(list(self._installed.values())):
+            installed.remove()
+        self._groups.remove()
+
+    def _begin(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Decide anew where methods were replaced since, and say what that turns off."""
+        if _replaced(self._trainer) != self._replaced:
+            before = {row.name for row in self.table() if row.on}
+            self._take_off()
+            self._installed, self._rows = {}, []
+            self._put_on()
+            for row in self.table():
+                if row.name in before and not row.on:
+                    _logger.warning("speed-up %s is off: %s", row.name, row.reason)
+        return call_next(*args, **kwargs)
 
     def _take(self, name: str, selection: Selection | None) -> Row:
         if selection is None:
             return Row(name, False, "not asked for")
         speedup = load(selection)
-        why_not = speedup.applies(self._trainer)
+        why_not = speedup.applies(self._trainer) or overridden(self._trainer, getattr(speedup, "stands_for", ()))
         if why_not is not None:
             return Row(name, False, why_not)
         self._installed[name] = speedup.install(self._trainer)
@@ -75,12 +102,15 @@ class SpeedUps:
 
     def remove(self) -> None:
         """Leave the trainer as it was; may be called twice."""
-        for installed in reversed(list(self._installed.values())):
-            installed.remove()
-        self._groups.remove()
+        self._take_off()
+        self._start.remove()
         if getattr(self._trainer, SPEED_UPS, None) is self:
             delattr(self._trainer, SPEED_UPS)
         _on.discard(self)
+
+
+def _replaced(trainer: Any) -> tuple[str | None, ...]:
+    return tuple(overridden(trainer, (method,)) for method in WATCHED)
 
 
 _on: weakref.WeakSet[SpeedUps] = weakref.WeakSet()

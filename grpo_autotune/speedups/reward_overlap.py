@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from grpo_autotune.seams.layers import INNER, is_async
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import GENERATION
 from grpo_autotune.speedups.images.lazy_rows import copied
 
 ALLOWED = "may_run_beside"
@@ -40,6 +41,7 @@ class RewardOverlap:
 
     name = "reward_overlap"
     summary = "reward functions run beside the old-policy and reference passes"
+    stands_for = (*GENERATION, "_generate", "_calculate_rewards")
 
     def applies(self, trainer: Any) -> str | None:
         """None where there is a function that may move and something to hide it behind."""

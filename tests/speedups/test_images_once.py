@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
+import json
+import pickle
 import weakref
 
+import datasets
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from cachetools import LRUCache
 from PIL import Image, ImageDraw
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import make_trainer, spread_reward
 
 from grpo_autotune.probe.probe import Probe  # isort: skip
+from grpo_autotune.seams.layers import AttributeSlot, wrap  # isort: skip
 from grpo_autotune.speedups.images.lazy_rows import Row, Rows, image_bytes, private  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
@@ -36,14 +43,13 @@ def drawn_rows():
 def batches(trainer):
     """Pixels and grids of every generation batch of a run."""
     seen = []
-    inner = trainer._generate_and_score_completions
 
-    def kept(*args, **kwargs):
-        found = inner(*args, **kwargs)
+    def kept(call_next, *args, **kwargs):
+        found = call_next(*args, **kwargs)
         seen.append((found["pixel_values"].clone(), found["image_grid_thw"].clone()))
         return found
 
-    trainer._generate_and_score_completions = kept
+    wrap(AttributeSlot(trainer, "_generate_and_score_completions"), kept)
     return seen
 
 
@@ -264,3 +270,32 @@ def test_a_loader_under_way_shares_nothing_after_removal(tiny, tmp_path, drawn_r
     speedups.remove()
     images = [row["image"] for row in next(iter(loader))]
     assert len({id(image) for image in images}) == len(images) == 8
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda row: isinstance(row, dict) and dict(row),
+        lambda row: {**row},
+        lambda row: row | {},
+        lambda row: {} | row,
+        lambda row: (lambda **values: values)(**row),
+        copy.copy,
+        copy.deepcopy,
+        lambda row: row.copy(),
+        lambda row: pickle.loads(pickle.dumps(row)),
+        lambda row: type(row)(row),
+        lambda row: {"n": row.pop("n"), **row},
+        lambda row: json.loads(json.dumps(row)),
+        lambda row: row if row == {"n": 1, "text": "b"} else None,
+    ],
+)
+def test_a_row_is_a_dictionary_to_all_code(use):
+    rows = Rows(datasets.Dataset.from_list([{"n": 0, "text": "a"}, {"n": 1, "text": "b"}]), LRUCache(1), lazy=True)
+    assert use(rows[1]) == {"n": 1, "text": "b"} and rows.reads == 1
+
+
+def test_a_row_is_not_read_on_its_way_through_the_loader():
+    rows = Rows(datasets.Dataset.from_list([{"n": 0}, {"n": 1}]), LRUCache(1), lazy=True)
+    batch = pin_memory(send_to_device([rows[0], rows[1]], torch.device("cpu")))
+    assert rows.reads == 0 and [row["n"] for row in batch] == [0, 1] and rows.reads == 2

@@ -9,6 +9,7 @@ from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import make_trainer, spread_reward
 
 from trl import GRPOTrainer  # isort: skip
+from grpo_autotune.seams.layers import AttributeSlot, wrap  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.batches.rows import take, trim  # isort: skip
 from grpo_autotune.speedups.batches.order import depends_on_partition  # isort: skip
@@ -63,12 +64,12 @@ def test_training_is_the_same_on_fewer_cells(tiny, tmp_path, ragged_rows, pictur
 def test_rows_stay_inside_their_optimizer_step(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, steps_per_generation=4, gradient_accumulation_steps=2)
 
-    def generated(inputs):
+    def generated(call_next, inputs):
         mask = torch.tril(torch.ones(8, 8, dtype=torch.long))
         ids = {"prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask}
         return {**ids, "row": torch.arange(8), "other": list("abcdefgh")}
 
-    trainer._generate_and_score_completions = generated
+    wrap(AttributeSlot(trainer, "_generate_and_score_completions"), generated)
 
     def shuffled() -> list[int]:
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from grpo_autotune.seams.table import find
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows, steps_line_up, wrap_while_preparing
 from grpo_autotune.speedups.batches.rows import Batch, trim
-from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout
 
 
 class LengthSort:
@@ -22,6 +22,7 @@ class LengthSort:
 
     name = "length_sort"
     summary = "completions of similar length share a micro batch, cut to the longest of them"
+    stands_for = (*GENERATION, *MICRO_BATCH)
 
     def applies(self, trainer: Any) -> str | None:
         """None where the loss of an optimizer step does not depend on its micro batches."""

@@ -19,7 +19,7 @@ from grpo_autotune.seams.loss import micro_batch_terms_of
 from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, wrap_rows
 from grpo_autotune.speedups.batches.groups import KEY
 from grpo_autotune.speedups.batches.rows import Batch, lengths
-from grpo_autotune.speedups.conditions import LOSS, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, overridden
 
 SortKey = Literal["group", "length"]
 
@@ -31,7 +31,7 @@ def depends_on_partition(trainer: Any) -> str | None:
     terms = micro_batch_terms_of(trainer)
     if terms:
         return terms[0].reason
-    other = overridden(trainer, LOSS)
+    other = overridden(trainer, MICRO_BATCH)
     return None if other is None else f"{other}, which may depend on the micro batch"
 
 

@@ -23,13 +23,17 @@ from grpo_autotune.seams.loss import DIVISORS
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
-from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout, overridden
+from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout
 
 ROUNDING = 2.0 * torch.finfo(torch.float32).eps
 """What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of
 what is summed up. Equal rewards of one function are equal to the last bit."""
 
-KEY = "living"
+KEY = "dead_advantage"
+"""Column of a batch: the advantage that TRL gave a row of a dead group, NaN for all others. A row whose advantage was
+changed after scoring differs from it, and is trained on."""
+LABEL = "living"
+"""Prefix of the metrics of the rows that are left."""
 
 TEXT_PARTS = ("language_model", "text_model", "lm_head")
 """Parts of a model's weights that a prompt without its images reaches; all others may belong to images."""
@@ -40,6 +44,7 @@ class SkipDead:
 
     name = "skip_dead"
     summary = "completions without a gradient are left out of the training pass"
+    stands_for = (*GENERATION, *LOSS)
 
     def applies(self, trainer: Any) -> str | None:
         """None where a zero advantage means a zero gradient."""
@@ -55,9 +60,6 @@ class SkipDead:
             return "grpo.multi_objective_aggregation couples the advantages of all groups"
         if trainer.loss_type not in DIVISORS:
             return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
-        other = overridden(trainer, LOSS + GENERATION)
-        if other is not None:
-            return f"{other}, which is not known to give a zero advantage no gradient"
         dropout = active_dropout(trainer.model)
         return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
 
@@ -123,7 +125,11 @@ class _Skipping(Installed):
         """Let the batch carry it through TRL's shuffle and split."""
         self._living_B = None
         output = call_next(*args, **kwargs)
-        return output if self._living_B is None else {**output, KEY: self._living_B}
+        if self._living_B is None:
+            return output
+        advantages = output["advantages"]
+        living = self._living_B if advantages.ndim == 1 else self._living_B[:, None]
+        return {**output, KEY: torch.where(living, torch.nan, advantages)}
 
     def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The micro batch's loss, computed on the rows that have one."""
@@ -162,10 +168,11 @@ class _Skipping(Installed):
 
 def _gradient_rows(batch: Batch) -> torch.Tensor:
     """Rows of a micro batch that have a gradient; boolean, shape (B,)."""
-    advantages = batch["advantages"]
-    with_advantage_B = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(dim=1)
-    if KEY in batch:
-        with_advantage_B = with_advantage_B & batch[KEY]
+    advantages, dead = batch["advantages"], batch.get(KEY)
+    trained = advantages != 0
+    if dead is not None and dead.shape == advantages.shape:
+        trained = trained & (advantages != dead)
+    with_advantage_B = trained if trained.ndim == 1 else trained.any(dim=1)
     alive: torch.Tensor = with_advantage_B & _loss_mask(batch).any(dim=1)
     return alive
 
@@ -199,8 +206,8 @@ class _Relabelled:
             values, before = self._metrics[name], self._before.get(name, 0)
             if len(values) > before:
                 if self._share:
-                    self._metrics[f"{KEY}/{name}"].extend(values[before:])
+                    self._metrics[f"{LABEL}/{name}"].extend(values[before:])
                 del values[before:]
                 if not values:
                     del self._metrics[name]
-        self._metrics[f"{KEY}/share"].append(self._share)
+        self._metrics[f"{LABEL}/share"].append(self._share)

@@ -20,7 +20,7 @@ from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take
-from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.conditions import GENERATION, active_dropout
 from grpo_autotune.speedups.generation.decoding import Decoder, Unsupported
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
@@ -50,6 +50,7 @@ class SharedPrefill:
 
     name = "shared_prefill"
     summary = "generate reads each group's prompt once, and drops rows that are done"
+    stands_for = (*GENERATION, "_generate_single_turn", "model.generate", "model.forward")
 
     def applies(self, trainer: Any) -> str | None:
         """None where transformers generates from whole prompts, token by token."""

@@ -21,6 +21,7 @@ from PIL import Image as Pillow
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import GENERATION, replaced
 from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
 
 DECODED_BYTES = 1 << 29
@@ -43,6 +44,7 @@ class ImagesOnce:
 
     name = "images_once"
     summary = "each distinct image decoded and processed once, rows read on generating steps only"
+    stands_for = (*GENERATION, "_generate", "_get_dataloader", "data_collator", "_prepare_inputs", "training_step")
 
     def applies(self, trainer: Any) -> str | None:
         """None where images come from rows that do not change."""
@@ -51,6 +53,9 @@ class ImagesOnce:
             return "the model (model.name_or_path) has no image processor"
         if not set(processor.model_input_names) >= MADE:
             return f"the image processor {type(processor).__name__} (model.name_or_path) pads images to each other"
+        other = replaced(processor, "__call__")
+        if other is not None:
+            return f"{other}, which may make each copy of an image anew"
         if trainer.environment_factories is not None:
             return "environment_factory: environments make the prompts"
         rows = trainer.train_dataset

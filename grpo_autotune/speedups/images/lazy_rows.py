@@ -7,8 +7,9 @@ knows its number and nothing else until it is asked; its images come from a cach
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,53 +21,71 @@ KEPT_ROWS = 256
 """Rows whose stored values are kept: the G copies of a row come one after the other."""
 
 
-class Row:
-    """A row as TRL uses one: a dictionary to look at and to write into, read on first use.
+class Row(dict[str, Any]):
+    """A row of a data set: a dictionary to all code, read when it is first looked at or written into."""
 
-    No `Mapping`: accelerate rebuilds mappings value by value to move tensors in them, which would read every row.
-    """
+    __slots__ = ("_index", "_rows")
 
-    __slots__ = ("_index", "_rows", "_values")
+    def __init__(self, *values: Any, **more: Any) -> None:
+        super().__init__(*values, **more)
+        self._rows: Rows | None = None
+        self._index = -1
 
-    def __init__(self, rows: Rows, index: int) -> None:
-        self._rows, self._index = rows, index
-        self._values: dict[str, Any] | None = None
+    @classmethod
+    def at(cls, rows: Rows, index: int) -> Row:
+        """Row `index` of `rows`, not read: its names are there for code in C that takes no method's word for it."""
+        row = cls(dict.fromkeys(rows.names))
+        row._rows, row._index = rows, index
+        return row
 
-    def _read(self) -> dict[str, Any]:
-        if self._values is None:
-            self._values = self._rows.read(self._index)
-        return self._values
+    def read(self) -> Row:
+        """The row itself, with its values."""
+        if self._rows is not None:
+            rows, self._rows = self._rows, None
+            super().update(rows.read(self._index))
+        return self
 
-    def __getitem__(self, name: str) -> Any:
-        return self._read()[name]
+    def to(self, *_: Any, **__: Any) -> Row:
+        """The row itself: accelerate asks it to move to a device, and would else read and rebuild it as a mapping."""
+        return self
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._read()[name] = value
+    def pin_memory(self) -> Row:
+        """The row itself: torch's loader asks the same before it takes a mapping apart."""
+        return self
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._read()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and dict.__eq__(self.read(), other)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
-    def __len__(self) -> int:
-        return len(self._read())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """As a dictionary's."""
-        return self._read().get(name, default)
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
 
-    def keys(self) -> Any:
-        """As a dictionary's."""
-        return self._read().keys()
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
 
-    def values(self) -> Any:
-        """As a dictionary's."""
-        return self._read().values()
 
-    def items(self) -> Any:
-        """As a dictionary's."""
-        return self._read().items()
+def _read_first(method: Any) -> Any:
+    @functools.wraps(method)
+    def read_first(row: Row, *args: Any, **kwargs: Any) -> Any:
+        return method(row.read(), *args, **kwargs)
+
+    return read_first
+
+
+READERS = """
+    __contains__ __delitem__ __getitem__ __ior__ __iter__ __len__ __or__ __repr__ __reversed__ __ror__
+    __setitem__ clear copy get items keys pop popitem setdefault update values
+"""
+"""Methods of a dictionary that see its values. Python's own `dict(row)` and `**row` come through `__iter__` and `keys`
+where a subclass has an `__iter__` of its own."""
+
+for _name in READERS.split():
+    setattr(Row, _name, _read_first(getattr(dict, _name)))
 
 
 class Rows:
@@ -87,6 +106,7 @@ class Rows:
                 several = not isinstance(rows.features[name], datasets.Image)
                 self._stored = self._stored.cast_column(name, datasets.List(stored) if several else stored)
         self.decoded: LRUCache[Hashable, Any] | None = decoded
+        self.names = rows.column_names
         self._lazy = lazy
         self._kept: LRUCache[int, dict[str, Any]] = LRUCache(KEPT_ROWS)
         self.reads = 0
@@ -95,7 +115,7 @@ class Rows:
         return len(self._stored)
 
     def __getitem__(self, index: int) -> Row | dict[str, Any]:
-        return Row(self, index) if self._lazy else self.read(index)
+        return Row.at(self, index) if self._lazy else self.read(index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row | dict[str, Any]]:
         return [self[index] for index in indices]

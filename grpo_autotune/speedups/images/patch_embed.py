@@ -15,6 +15,7 @@ from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import replaced
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 CHECKED_PATCHES = 64
@@ -25,12 +26,14 @@ class PatchEmbed:
 
     name = "patch_embed"
     summary = "patches of images embedded by one matrix product instead of a Conv3d"
+    stands_for = ()
 
     def applies(self, trainer: Any) -> str | None:
         """None where a model has such a convolution."""
-        if next(_convolutions(trainer), None) is None:
+        convolutions = list(_convolutions(trainer))
+        if not convolutions:
             return "the model (model.name_or_path) has no Conv3d whose stride is its kernel"
-        return None
+        return next(filter(None, (replaced(convolution, "forward") for convolution in convolutions)), None)
 
     def install(self, trainer: Any) -> Installed:
         """Put a layer on each such convolution of the policy and of the reference model."""

@@ -16,7 +16,7 @@ from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.conditions import active_dropout, replaced
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -35,12 +35,16 @@ class VisionCache:
 
     name = "vision_cache"
     summary = "the frozen vision tower runs once on each distinct image"
+    stands_for = ()
 
     def applies(self, trainer: Any) -> str | None:
         """None where the model has a vision tower that nothing changes."""
         tower = next(_towers(trainer.model), None)
         if tower is None:
             return "the model (model.name_or_path) has no vision tower of Qwen-VL's kind"
+        other = replaced(tower, "forward")
+        if other is not None:
+            return other
         if any(weight.requires_grad for weight in tower.parameters()):
             return "the vision tower is trained (model.freeze_vision_tower, peft.target_modules)"
         dropout = active_dropout(tower)

@@ -20,6 +20,7 @@ from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
+from grpo_autotune.speedups.conditions import GENERATION
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
@@ -52,6 +53,7 @@ class SharedPrefix:
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once per group in log-probs and backward"
+    stands_for = (*GENERATION, "_get_per_token_logps_and_entropies", "model.forward")
 
     def __init__(self, form: str = "split") -> None:
         self._form = form
