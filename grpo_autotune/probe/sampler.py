@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from grpo_autotune.hardware.nvml import ask
 from grpo_autotune.records.probe import Utilisation
 
 INTERVAL_S = 0.2
@@ -25,20 +26,19 @@ class NvmlDevice:
     """Utilisation, memory and power of one GPU through NVML.
 
     Args:
-        uuid_or_index: The CUDA device's UUID (`GPU-...`), or its NVML index.
+        uuid: The CUDA device's UUID as torch has it: without the prefix `GPU-`, or `MIG-` for a slice.
 
     Raises:
         pynvml.NVMLError: There is no driver, or no such GPU.
     """
 
-    def __init__(self, uuid_or_index: str | int) -> None:
+    def __init__(self, uuid: str) -> None:
         import pynvml
 
         self._nvml = pynvml
         pynvml.nvmlInit()
-        by_uuid = isinstance(uuid_or_index, str)
-        find = pynvml.nvmlDeviceGetHandleByUUID if by_uuid else pynvml.nvmlDeviceGetHandleByIndex
-        self._handle = find(uuid_or_index)
+        piece = ask(pynvml, "nvmlDeviceGetHandleByUUID", f"MIG-{uuid}")
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") if piece is None else piece
 
     def read(self) -> dict[str, float]:
         """Percent busy, bytes in use, watts; without those that the GPU does not report."""

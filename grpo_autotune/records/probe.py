@@ -183,7 +183,11 @@ class RankTimings(Frozen):
 
 
 class TrainerFacts(Frozen):
-    """Facts of the trainer as it ran, which may differ from its YAML."""
+    """Facts of the trainer as it ran, which may differ from its YAML.
+
+    On CUDA `device_bytes` is the memory of this rank's device, and `device_room_bytes` what of it the process held or
+    could still take when the probe began: other processes' share left out. None elsewhere.
+    """
 
     model_config_json: dict[str, Any]
     model_class: str
@@ -210,6 +214,8 @@ class TrainerFacts(Frozen):
     world_size: int
     reward_weights: list[float]
     speedups: list[str] = []
+    device_bytes: int | None = None
+    device_room_bytes: int | None = None
 
 
 class ProbeRecord(Frozen):
