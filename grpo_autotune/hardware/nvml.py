@@ -61,8 +61,8 @@ def driver() -> Iterator[Any]:
 
 
 def ask(nvml: Any, question: str, *arguments: Any) -> Any:
-    """The answer of one of NVML's functions; None where the part, the driver or the machine has none."""
-    if nvml is None:
+    """The answer of one of NVML's functions; None where the part, the driver or the machine has none, or about None."""
+    if nvml is None or None in arguments:
         return None
     try:
         return getattr(nvml, question)(*arguments)

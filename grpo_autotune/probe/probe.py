@@ -15,7 +15,7 @@ from typing import IO, Any
 from transformers import TrainerCallback
 
 from grpo_autotune.console import HEARTBEAT_S
-from grpo_autotune.hardware.device import room_of
+from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -163,6 +163,7 @@ class Probe:
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
             versions=versions(),
+            runtime=runtime_facts(self.trainer.args.device),
         )
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
@@ -276,10 +277,9 @@ def _readers(device: Any) -> list[Any]:
     readers: list[Any] = [ProcessReader()]
     if device.type == "cuda":
         import pynvml
-        import torch
 
         try:
-            readers.append(NvmlDevice(str(torch.cuda.get_device_properties(device).uuid)))
+            readers.append(NvmlDevice(device))
         except pynvml.NVMLError:
             return readers
     return readers

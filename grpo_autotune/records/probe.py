@@ -219,7 +219,10 @@ class TrainerFacts(Frozen):
 
 
 class ProbeRecord(Frozen):
-    """Everything one probe measured on this rank, with the other ranks' stage means."""
+    """Everything one probe measured on this rank, with the other ranks' stage means.
+
+    `versions` are those of packages; `runtime` is what else makes a GPU fast or slow (`hardware.device.runtime_facts`).
+    """
 
     timings: StageTimings
     trainer: TrainerFacts
@@ -234,3 +237,4 @@ class ProbeRecord(Frozen):
     rank: int = 0
     ranks: list[RankTimings] = []
     versions: dict[str, str] = {}
+    runtime: dict[str, str] = {}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from grpo_autotune.hardware.device import room_of
+from grpo_autotune.hardware.device import ALLOCATOR, room_of, runtime_facts
 from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.context import context_of, gpu_bytes
 from grpo_autotune.predict.room import memory_of
@@ -69,10 +69,38 @@ def test_budgets_are_of_the_device_that_the_probe_ran_on() -> None:
         assert engine.share_bytes(context_of(config, GPU_MACHINE, seen)) == share
 
 
+def at(uuid: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device whose GPU torch knows by this UUID."""
+    answer = SimpleNamespace(uuid=uuid, is_integrated=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: answer)
+    return CUDA
+
+
 def test_samples_come_from_the_devices_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     piece = Card(name="H200 MIG 1g.18gb", uuid="MIG-7", used_bytes=7)
     driver = with_gpus(monkeypatch, Card(uuid="GPU-5", used_bytes=5), Card(uuid="GPU-6", slices=[piece]))
-    assert NvmlDevice("7").read() == {"gpu_memory_bytes": 7.0}, "a slice reports no utilisation"
-    assert NvmlDevice("5").read() == {"gpu_memory_bytes": 5.0}
+    assert NvmlDevice(at("7", monkeypatch)).read() == {"gpu_memory_bytes": 7.0}, "a slice reports no utilisation"
+    assert NvmlDevice(at("5", monkeypatch)).read() == {"gpu_memory_bytes": 5.0}
     with pytest.raises(driver.NVMLError):
-        NvmlDevice("8")
+        NvmlDevice(at("8", monkeypatch))
+
+
+def test_what_makes_a_gpu_fast_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime_facts(torch.device("cpu")) == {}
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    with_gpus(monkeypatch, Card(uuid="GPU-5"), Card(uuid="GPU-6", power_w=350.0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch._C, "_get_sdp_priority_order", lambda: [3, 1, 2, 0, 4])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr("grpo_autotune.hardware.device.package_version", lambda name: None)
+    device = at("6", monkeypatch)
+    facts = {"gpu": "NVIDIA H100", "cuda": "13.0", "cudnn": "91500", "nccl": "2.28.3", "driver": "580.65.06"}
+    facts |= {"sdpa": "cudnn, flash, efficient, math", "allocator": "default", "power_limit": "350 W"}
+    assert runtime_facts(device) == facts
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert runtime_facts(device) == facts | {"sdpa": "flash, efficient, math", "allocator": "expandable_segments:True"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune import files, hardware
+from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import ceilings, machine
 from grpo_autotune.hardware.gpus import GPUS, find_gpu
 
@@ -169,6 +170,43 @@ def test_a_torn_file_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPa
     path.write_text(path.read_text()[:20])
     assert measure(0.5).memory_bytes_s == whole.memory_bytes_s / 2
     assert json.loads(path.read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize(("free", "files"), [(16 * 2**30, 1), (2 * 2**30, 0)])
+def test_a_gpu_without_room_is_measured_and_not_kept(
+    free: int, files: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ceilings, "free_bytes", lambda device: free)
+    monkeypatch.setattr(ceilings, "runtime_facts", lambda device: {"driver": "580.65", "power_limit": "700 W"})
+    monkeypatch.setattr(ceilings, "matrix_rate", lambda *args: ceilings.Products(4096, 1e14, 1.0))
+    monkeypatch.setattr(ceilings, "copy_rate", lambda *args: 1e12)
+    assert hardware.measure_ceilings("cuda", "bfloat16").matrix_flops_s == 1e14
+    assert len(list((cache / "ceilings").iterdir())) == files
+
+
+def test_what_decides_a_gpus_rates_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    facts = {"gpu": "NVIDIA H100 PCIe", "driver": "580.65", "power_limit": "350 W"}
+    monkeypatch.setattr(ceilings, "runtime_facts", lambda device: facts)
+    plain = ceilings._settings("cuda", "bfloat16")
+    assert plain == "cuda-NVIDIA_H100_PCIe_580.65_350_W_-"
+    facts["power_limit"] = "300 W"
+    assert ceilings._settings("cuda", "bfloat16") != plain
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert "_high-" in ceilings._settings("cuda", "float32") and ceilings._settings("cpu", "float32") == "cpu-"
+
+
+def test_without_a_cache_a_probe_still_has_its_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1000})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(EnvironmentProblem, match=r"the cache folder cannot be made .* Point GRPO_AUTOTUNE_CACHE"):
+        files.cache_dir()
+    assert measure(0.25).matrix_side == 256
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceilings, "write_whole", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    assert measure(0.25).matrix_side == 256
 
 
 def test_this_machine_is_measured_in_seconds(cache: Path) -> None:

@@ -36,6 +36,7 @@ class Card:
     persistence: bool | None = True
     throttle: int | None = 0
     nvlink: bool = True
+    peers: bool = True
     card: Card | None = None
 
 
@@ -49,6 +50,7 @@ class Driver:
     """What `import pynvml` finds."""
 
     NVMLError = NVMLError
+    NVML_ERROR_NOT_FOUND = 6
     NVML_P2P_CAPS_INDEX_READ = (0,)  # as the bindings have it
     NVML_P2P_CAPS_INDEX_NVLINK = 2
     NVML_P2P_STATUS_OK = 0
@@ -125,7 +127,7 @@ class Driver:
 
     def nvmlDeviceGetP2PStatus(self, one: Card, other: Card, what: int) -> int:
         assert isinstance(what, int)
-        return 0 if one.nvlink and other.nvlink else 5
+        return 0 if (one.nvlink and other.nvlink if what == 2 else one.peers and other.peers) else 5
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, *cards: Card, visible: str | None = None) -> Driver:
