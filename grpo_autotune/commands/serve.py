@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from grpo_autotune.commands.imports import served_weights
+from grpo_autotune.commands.imports import served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
@@ -54,6 +54,7 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
     """
     if not dry_run:
         need_vllm()
+    set_environment()
     wanted = _wanted(config, gpus)
     for note in wanted.notes:
         say(note)
