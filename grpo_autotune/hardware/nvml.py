@@ -72,8 +72,9 @@ def ask(nvml: Any, question: str, *arguments: Any) -> Any:
 
 def all_handles(nvml: Any) -> list[Any]:
     """Handles of every GPU of the driver, in PCI order."""
-    found = (ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(ask(nvml, "nvmlDeviceGetCount") or 0))
-    return [handle for handle in found if handle is not None]
+    count = ask(nvml, "nvmlDeviceGetCount") or 0
+    handles = (ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(count))
+    return [handle for handle in handles if handle is not None]
 
 
 def visible_handles(nvml: Any) -> list[Any]:

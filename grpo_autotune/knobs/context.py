@@ -50,7 +50,7 @@ class KnobContext(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        """GPUs of the machine."""
+        """GPUs of the machine that CUDA shows."""
         return len(self.machine.gpus) if self.machine is not None else 0
 
 

@@ -93,11 +93,11 @@ def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
 
 def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:
     """Keep the trainer from `nn.DataParallel`, which TRL refuses, and its reference model beside the policy."""
-    there, grpo._n_gpu = grpo.n_gpu, 1
+    count, grpo._n_gpu = grpo.n_gpu, 1
     grpo.model_init_kwargs = {**(grpo.model_init_kwargs or {}), **place}
     return (
-        f"{there - 1} of {there} GPUs stay unused: a process trains on one; "
-        f"`torchrun --nproc-per-node {there} -m grpo_autotune train ...` uses all"
+        f"{count - 1} of {count} GPUs stay unused: a process trains on one; "
+        f"`torchrun --nproc-per-node {count} -m grpo_autotune train ...` uses all"
     )
 
 

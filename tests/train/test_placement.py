@@ -22,7 +22,8 @@ def config(**grpo: Any) -> RunConfig:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
 
 
 @pytest.mark.parametrize(
