@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from grpo_autotune.console import ProgressBar
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import cache_dir
+from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.train.models.random_init import (
     CHAT_TEMPLATE,
     build_processor,
@@ -220,7 +221,7 @@ def demo_model_path(recipe: Recipe | None = None, progress: Progress | None = No
     recipe = recipe or Recipe()
     facts = [CONFIG, asdict(recipe), CHAT_TEMPLATE, QUESTION, FORMS, CANVAS_PX, DIGIT_PX, RASTER_PX, HELD_OUT]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_dir() / "demo" / f"qwen3-vl-digits-{key}"
+    folder = cache_dir("demo") / f"qwen3-vl-digits-{key}"
     with built_once(folder) as missing:
         if missing:
             with _progress_bar(recipe.steps) if progress is None else nullcontext(progress) as told:
@@ -249,7 +250,6 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
     Returns:
         The model (float32) and its processor.
     """
-    import torch
 
     tokenizer = build_tokenizer([QUESTION, "system user assistant", *(form.format(7) for form in FORMS)] * 3)
     config = with_tokenizer(CONFIG, tokenizer)
@@ -259,8 +259,7 @@ def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
     def told(step: float) -> None:
         progress(step / recipe.steps)
 
-    with torch.random.fork_rng(devices=[]), _one_thread():
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed), _one_thread():
         model = random_model(config, seed=recipe.seed)
         model.train()
         with _patches_by_matmul(model.model.visual):

@@ -6,11 +6,16 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from grpo_autotune.errors import EnvironmentProblem
 
-def cache_dir() -> Path:
-    """The folder for models, downloads and measured ceilings, created on first use.
+
+def cache_dir(part: str = "") -> Path:
+    """The folder for models, downloads and measured ceilings, or a part of it, created on first use.
 
     It is `GRPO_AUTOTUNE_CACHE`, else `grpo-autotune` in `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        EnvironmentProblem: It cannot be made.
     """
     chosen = os.environ.get("GRPO_AUTOTUNE_CACHE")
     if chosen:
@@ -18,8 +23,15 @@ def cache_dir() -> Path:
     else:
         xdg = os.environ.get("XDG_CACHE_HOME")
         folder = (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "grpo-autotune"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the cache folder cannot be made ({error.strerror})",
+            where=str(folder / part),
+            fix="Point GRPO_AUTOTUNE_CACHE to a folder that can be written.",
+        ) from error
+    return folder / part
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:

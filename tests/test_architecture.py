@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_autotune"
 
 LAYERS = (
-    ("errors", "files", "units", "processes"),
+    ("errors",),
+    ("files", "units", "processes"),
     ("console",),
     ("records", "registry", "hardware", "seams"),
     ("config", "speedups"),

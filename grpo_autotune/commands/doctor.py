@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_autotune.console import show
-from grpo_autotune.doctor import run_checks
+from grpo_autotune.doctor.checks import run_checks
 
 
 def show_findings(*, as_json: bool) -> int:

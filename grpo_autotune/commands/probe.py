@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from grpo_autotune.commands.imports import mend_torchvision, served_weights
+from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import INTERRUPTED_EXIT, Heartbeat, ProgressBar, say
 from grpo_autotune.probe.startup import Startup
@@ -27,6 +27,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     """
     startup, code = Startup(), 0
     watched: list[Callable[[], str | None]] = [startup.now]
+    set_environment()
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):

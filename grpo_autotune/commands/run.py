@@ -10,9 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.report import Report
@@ -72,11 +74,13 @@ class ScriptProbes(ScriptHooks):
 
     def after_build(self, trainer: Any) -> None:
         from grpo_autotune.probe.probe import Probe
-        from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
+        from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
         from grpo_autotune.train.runs.stop_after import StopAfter
 
         if self.receipt is not None:
-            for sentence in differences(self.receipt, detect()) if not self.probes else ():
+            runtime = runtime_facts(trainer.args.device)
+            sentences = (*differences(self.receipt, detect()), *set_up_otherwise(self.receipt, runtime))
+            for sentence in sentences if not self.probes else ():
                 warn(sentence)
             trainer.add_callback(SpeedWatch(self.receipt, warn))
         number = len(self.probes) + 1
@@ -123,6 +127,7 @@ def run_script(
         BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
     """
     require_script(script)
+    set_environment()
     probes = ScriptProbes(out_dir, steps, values, receipt)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:

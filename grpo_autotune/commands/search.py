@@ -10,6 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import INTERRUPTED_EXIT
 from grpo_autotune.records.search import SearchReport
@@ -36,6 +37,7 @@ def search_config(
     Raises:
         AutotuneError: As for `search.session.search`.
     """
+    set_environment()
     with SearchView(Console(stderr=True)) as view, _terminated_as_interrupted():
         report = search(
             config,

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from grpo_autotune.commands.imports import served_weights
+from grpo_autotune.commands.imports import served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
-from grpo_autotune.rollout.server.command import Serving, split_gpus
+from grpo_autotune.hardware.nvml import ORDER, VISIBLE
+from grpo_autotune.rollout.server.command import Serving, names_of_gpus, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
 from grpo_autotune.units import duration
@@ -41,7 +42,7 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
     Args:
         config: The run.
         out_dir: The log goes to `serve.log` there.
-        gpus: GPUs of the server; all that are visible without.
+        gpus: GPUs of the server, numbered among those that this process sees; all of them without.
         dry_run: Only print the command.
 
     Returns:
@@ -53,6 +54,7 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
     """
     if not dry_run:
         need_vllm()
+    set_environment()
     wanted = _wanted(config, gpus)
     for note in wanted.notes:
         say(note)
@@ -96,8 +98,8 @@ def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) ->
 def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
     count = len(detect().gpus)
     if unknown := [index for index in gpus if index >= count]:
-        raise ConfigError(f"there is no GPU {unknown[0]}: this machine has {count}", where="--gpus")
-    names = [str(index) for index in gpus]
+        raise ConfigError(f"there is no GPU {unknown[0]}: {count} can be seen here", where="--gpus")
+    names = [names_of_gpus(count)[index] for index in gpus]
     if not gpus and config.vllm.server_gpus is not None:
         names, _ = split_gpus(config, count)
     return serving_at(config, served_weights(config), names)
@@ -131,8 +133,9 @@ def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
     say("train against it with these keys, from another terminal:")
     say(f"  grpo: {{use_vllm: true}}   vllm: {{mode: server, server_base_url: {wanted.address}}}")
     if gpus:
-        others = [index for index in range(len(detect().gpus)) if index not in gpus]
-        left = f"CUDA_VISIBLE_DEVICES={','.join(map(str, others))}" if others else "no GPU is left for the trainer"
+        others = [name for index, name in enumerate(names_of_gpus(len(detect().gpus))) if index not in gpus]
+        order = f"{ORDER}={wanted.environment[ORDER]}"
+        left = f"{order} {VISIBLE}={','.join(others)}" if others else "no GPU is left for the trainer"
         say(f"  and on the other GPUs: {left}")
     say("Ctrl-C ends it")
 

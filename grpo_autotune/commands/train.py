@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.imports import mend_torchvision, served_weights
+from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
@@ -28,12 +29,13 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     startup = Startup()
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
+    set_environment()
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
-            from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences
+            from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
             from grpo_autotune.train.trainer import run_training
             from grpo_autotune.train.trial_trainer import engine_time
         startup.since_birth("import")
@@ -42,6 +44,9 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             warn(sentence)
 
         def prepare(trainer: Any) -> None:
+            runtime = runtime_facts(trainer.args.device)
+            for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
+                warn(sentence)
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
 

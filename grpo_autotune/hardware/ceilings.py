@@ -1,20 +1,26 @@
 """The rates that this machine reaches: matrix products in the run's dtype, and memory bandwidth; measured once, kept.
 
 A stage's share of its limit refers to these, not to a data sheet. Measuring takes about two seconds. On a machine whose
-cores were busy with something else the result is used, but not kept.
+cores were busy with something else, and on a GPU too full for products and copies that reach its limits, the result is
+used, but not kept. Nor is it where the cache folder cannot be written.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir, write_whole
+from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.hardware.machine import detect, package_version
 
 MATRIX_BUDGET_S = 1.2
@@ -26,6 +32,10 @@ QUIET_SHARE = 0.75
 SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 """Size of the copy, far larger than the caches, so that it reaches memory."""
+
+
+LEAST_KEPT_SIDE, LEAST_KEPT_COPY = 8192, 512 * 2**20
+"""Of a GPU: smaller products are slower than its limit, and smaller copies may stay within its cache."""
 
 
 class Ceilings(BaseModel):
@@ -75,29 +85,47 @@ def measure_ceilings(
 
     kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    key = f"{detect().fingerprint}-{kind}-{dtype}-{threads}-torch{package_version('torch')}"
-    path = cache_dir() / "ceilings" / f"{key}.json"
-    if path.is_file() and not fresh:
-        try:
+    path = _path(f"{detect().fingerprint}-{_settings(device, dtype)}{dtype}-{threads}-torch{package_version('torch')}")
+    if path is not None and not fresh:
+        with suppress(OSError, ValidationError):
             return Ceilings.model_validate_json(path.read_bytes())
-        except ValidationError:
-            path.unlink(missing_ok=True)
-    start = clock()
+    start, copied = clock(), min(COPY_BYTES[kind], free_bytes(device) // 8)
+    had_room = kind == "cpu" or (largest_side(device) >= LEAST_KEPT_SIDE and copied >= LEAST_KEPT_COPY)
     products = matrix_rate(device, dtype, clock, cpu_clock)
     measured = Ceilings(
         device=kind,
         dtype=dtype,
         threads=threads,
         matrix_flops_s=products.flops_s,
-        memory_bytes_s=copy_rate(device, min(COPY_BYTES[kind], free_bytes(device) // 8), clock),
+        memory_bytes_s=copy_rate(device, copied, clock),
         matrix_side=products.side,
         quiet=kind != "cpu" or products.cores >= QUIET_SHARE * threads,
         measured_s=clock() - start,
     )
-    if measured.quiet:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, measured.model_dump_json(indent=2))
+    if path is not None and measured.quiet and had_room:
+        with suppress(OSError):
+            write_whole(path, measured.model_dump_json(indent=2))
     return measured
+
+
+def _path(key: str) -> Path | None:
+    """Cache file of a key; None where there is no cache."""
+    try:
+        return cache_dir("ceilings") / f"{key}.json"
+    except EnvironmentProblem:
+        return None
+
+
+def _settings(device: str, dtype: str) -> str:
+    """The device and what besides the hardware decides its rates, as the beginning of a key."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return "cpu-"
+    facts = runtime_facts(torch.device(device))
+    told = [facts.get(name, "") for name in ("gpu", "driver", "power_limit")]
+    tf32 = torch.get_float32_matmul_precision() if dtype == "float32" else ""
+    return f"cuda-{re.sub(r'[^A-Za-z0-9.]+', '_', ' '.join([*told, tf32]))}-"
 
 
 class Products(NamedTuple):
@@ -114,7 +142,7 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
 
     random = torch.Generator(device)  # a run may be under way: its own stream of random numbers stays untouched
     side, best_side, best = SMALLEST_SIDE, SMALLEST_SIDE, 0.0
-    largest = min(LARGEST_SIDE, math.isqrt(free_bytes(device) // 64))
+    largest = largest_side(device)
     wall_s = cpu_s = 0.0
     while True:
         draws = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
@@ -129,6 +157,11 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
         if 8 * seconds > LONGEST_PRODUCT_S or 2 * side > largest or wall_s > MATRIX_BUDGET_S:
             return Products(best_side, best, cpu_s / wall_s)
         side *= 2
+
+
+def largest_side(device: str) -> int:
+    """Side of the largest square product that is tried: a device that is nearly full has room for small ones alone."""
+    return min(LARGEST_SIDE, math.isqrt(free_bytes(device) // 64))
 
 
 def free_bytes(device: str) -> int:

@@ -1,7 +1,9 @@
 """A table of GPUs: the vendor's figures, each row with its source.
 
 Rates are dense (data sheets that print the rate with sparsity are halved) with float32 accumulation, which is what
-training uses; GeForce cards reach half of their float16-accumulation rate this way.
+training uses; GeForce cards reach half of their float16-accumulation rate this way. A system's total is divided by its
+GPUs. H20: NVIDIA publishes no data sheet, and the named page gives both figures. GB10: the page gives 1 PFLOP/s in
+4 bits with sparsity, of which an eighth is bfloat16 without.
 """
 
 from __future__ import annotations
@@ -47,7 +49,21 @@ class GpuRow(NamedTuple):
     source: str
 
 
-GPUS = (
+CARDS = (
+    GpuRow("GB300", r"\bGB300\b", 279 * GB, 2500e12, 8.0e12, True, f"{NVIDIA}/gb300-nvl72/"),
+    GpuRow("GB200", r"\bGB200\b", 186 * GB, 2500e12, 8.0e12, True, f"{NVIDIA}/gb200-nvl72/"),
+    GpuRow("GH200 144GB", r"\bGH200 144G", 144 * GB, 989.5e12, 4.9e12, True, f"{NVIDIA}/grace-hopper-superchip/"),
+    GpuRow("GH200 96GB", r"\bGH200\b", 96 * GB, 989.5e12, 4.0e12, True, f"{NVIDIA}/grace-hopper-superchip/"),
+    GpuRow(
+        "GB10",
+        r"\bGB10\b",
+        128 * GB,
+        125e12,
+        273e9,
+        True,
+        "https://www.nvidia.com/en-us/products/workstations/dgx-spark/",
+    ),
+    GpuRow("B300", r"\bB300\b", 288 * GB, 2250e12, 8.0e12, True, f"{NVIDIA}/hgx/"),
     GpuRow("B200", r"\bB200\b", 180 * GB, 2250e12, 8.0e12, True, f"{NVIDIA}/dgx-b200/"),
     GpuRow("H200 NVL", r"\bH200 NVL\b", 141 * GB, 835.5e12, 4.8e12, True, f"{NVIDIA}/h200/"),
     GpuRow("H200 SXM", r"\bH200\b", 141 * GB, 989.5e12, 4.8e12, True, f"{NVIDIA}/h200/"),
@@ -62,11 +78,23 @@ GPUS = (
         f"{NVIDIA_PDF}/gtcs22/data-center/h100/PB-11133-001_v01.pdf",
     ),
     GpuRow("H100 SXM", r"\bH100\b", 80 * GB, 989.5e12, 3.35e12, True, f"{NVIDIA}/h100/"),
+    GpuRow("H20", r"\bH20\b(?!-3e)", 96 * GB, 148e12, 4.0e12, True, "https://willitrunai.com/es/gpus/h20-96gb"),
     GpuRow("A100 80GB PCIe", r"\bA100 80GB PCIe\b", 80 * GB, 312e12, 1.935e12, True, AMPERE),
     GpuRow("A100 80GB SXM", r"\bA100.*80GB\b", 80 * GB, 312e12, 2.039e12, True, AMPERE),
     GpuRow("A100 40GB", r"\bA100\b", 40 * GB, 312e12, 1.555e12, True, AMPERE),
     GpuRow("L40S", r"\bL40S\b", 48 * GB, 362.05e12, 864e9, True, f"{NVIDIA}/l40s/"),
+    GpuRow("L40", r"\bL40\b", 48 * GB, 181.05e12, 864e9, True, f"{NVIDIA}/l40/"),
     GpuRow("L4", r"\bL4\b", 24 * GB, 121e12, 300e9, True, f"{NVIDIA}/l4/"),
+    GpuRow("A40", r"\bA40\b", 48 * GB, 149.7e12, 696e9, True, f"{NVIDIA}/a40/"),
+    GpuRow(
+        "A10G",
+        r"\bA10G\b",
+        24 * GB,
+        70e12,
+        600e9,
+        True,
+        "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
+    ),
     GpuRow("A10", r"\bA10\b", 24 * GB, 125e12, 600e9, True, f"{NVIDIA_PDF}/Data-Center/a10/pdf/a10-datasheet.pdf"),
     GpuRow(
         "RTX PRO 6000 Blackwell Server",
@@ -123,7 +151,18 @@ GPUS = (
 )
 """Longer names first: the first row whose pattern matches counts."""
 
+EXPORTED = (("H100", "H800"), ("A100", "A800"))
+"""A card, and the one sold in China in its place: its chip and memory with slower NVLink (https://aiwiki.ai/wiki/nvidia_a800)."""
+
+GPUS = CARDS + tuple(
+    row._replace(name=row.name.replace(card, sold), pattern=row.pattern.replace(card, sold))
+    for card, sold in EXPORTED
+    for row in CARDS
+    if row.name.startswith(card)
+)
+
 
 def find_gpu(name: str) -> GpuRow | None:
-    """The row of a card by the name its driver reports; None for a card that is not in the table."""
-    return next((row for row in GPUS if re.search(row.pattern, name)), None)
+    """The row of a card by the name its driver reports; None for one that is not in the table, and for a part of one
+    (MIG), whose rates are a share that the name does not tell."""
+    return next((row for row in GPUS if re.search(row.pattern, name) and not re.search(r"\bMIG\b", name)), None)

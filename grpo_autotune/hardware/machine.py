@@ -9,10 +9,13 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from grpo_autotune.hardware.nvml import Gpu, ask, bytes_counted_as_host, describe, driver, visible_handles
 
 PACKAGES = (
     "grpo-autotune",
@@ -34,26 +37,17 @@ CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 
 
-class Gpu(BaseModel):
-    """One GPU: the driver's name for it, its memory, its compute capability (such as "9.0")."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    memory_bytes: int
-    capability: str
-
-
 class Machine(BaseModel):
     """The machine and the installed packages.
 
     Attributes:
         cpu: Model name of the processor.
         cores: Cores this process may use (affinity and the container's quota counted).
-        memory_bytes: Memory this process may use (the container's limit counted).
-        gpus: All GPUs of the driver, whether visible to CUDA or not.
+        memory_bytes: Memory of the host that this process may use (the container's limit counted, GPUs' own left out).
+        gpus: GPUs that CUDA shows this process, as it numbers them under `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
+        driver: Version of the NVIDIA driver; None without one.
         versions: Versions of the installed packages among `PACKAGES`.
-        fingerprint: Short hash of the hardware; equal on machines with the same hardware.
+        fingerprint: Short hash of the processor, the memory's size and the kinds of GPU; equal on machines alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +56,7 @@ class Machine(BaseModel):
     cores: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
+    driver: str | None = None
     python: str
     platform: str
     versions: dict[str, str]
@@ -70,18 +65,33 @@ class Machine(BaseModel):
 
 def detect() -> Machine:
     """Describe this machine; imports neither torch nor a driver's library beyond NVML's bindings."""
-    cpu, cores, memory_bytes, gpus = cpu_model(), usable_cores(), usable_memory_bytes(), detect_gpus()
-    hardware = [cpu, cores, round(memory_bytes / 2**30), [gpu.model_dump() for gpu in gpus]]
+    cpu, cores = cpu_model(), usable_cores()
+    with driver() as nvml:
+        memory_bytes = usable_memory_bytes(bytes_counted_as_host(nvml))
+        gpus = tuple(describe(nvml, handle, memory_bytes) for handle in visible_handles(nvml))
+        driver_version = ask(nvml, "nvmlSystemGetDriverVersion")
     return Machine(
         cpu=cpu,
         cores=cores,
         memory_bytes=memory_bytes,
         gpus=gpus,
+        driver=driver_version,
         python=platform.python_version(),
         platform=platform.platform(),
         versions={name: version for name in PACKAGES if (version := package_version(name)) is not None},
-        fingerprint=hashlib.sha256(json.dumps(hardware).encode()).hexdigest()[:12],
+        fingerprint=fingerprint(cpu, cores, memory_bytes, gpus),
     )
+
+
+def fingerprint(cpu: str, cores: int, memory_bytes: int, gpus: Iterable[Gpu]) -> str:
+    """Short hash of a machine's hardware. Sizes count in steps of 1.4 times, since what a virtual machine has differs a
+    little from boot to boot; of GPUs their kinds count, since a run leaves some to a server."""
+    kinds = {(gpu.name, _size_class(gpu.memory_bytes), gpu.capability) for gpu in gpus}
+    return hashlib.sha256(json.dumps([cpu, cores, _size_class(memory_bytes), sorted(kinds)]).encode()).hexdigest()[:12]
+
+
+def _size_class(size_bytes: int) -> int:
+    return round(2 * math.log2(max(1, size_bytes)))
 
 
 @lru_cache(maxsize=32)
@@ -116,35 +126,13 @@ def usable_cores() -> int:
     return cores
 
 
-def usable_memory_bytes() -> int:
-    """Memory this process may use: the machine's, and no more than the container's limit."""
+def usable_memory_bytes(of_gpus: int = 0) -> int:
+    """Memory this process may use: the machine's without those bytes `of_gpus`, at most the container's limit."""
     import psutil
 
-    total = int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total) - of_gpus
     limit = _cgroup_line("memory.max")
     return min(total, int(limit)) if limit.isdigit() else total
-
-
-def detect_gpus() -> tuple[Gpu, ...]:
-    """GPUs that NVML lists; none where there is no NVIDIA driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(handle),
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                capability=".".join(str(part) for part in pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-            )
-            for handle in handles
-        )
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _cgroup_line(name: str) -> str:

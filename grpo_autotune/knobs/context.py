@@ -12,7 +12,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.hardware import Machine
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
 from grpo_autotune.registry import names
 from grpo_autotune.seams.stored_images import image_columns
 
@@ -50,8 +50,15 @@ class KnobContext(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        """GPUs of the machine."""
+        """GPUs of the machine that CUDA shows."""
         return len(self.machine.gpus) if self.machine is not None else 0
+
+
+def gpu_bytes(machine: Machine | None, trainer: TrainerFacts | None) -> int | None:
+    """Memory of the GPU that a rank trains on: as its process saw it, else the first visible one's; or None."""
+    if trainer is not None and trainer.device_bytes is not None:
+        return trainer.device_bytes
+    return machine.gpus[0].memory_bytes if machine is not None and machine.gpus else None
 
 
 def context_of(config: RunConfig, machine: Machine | None = None, record: ProbeRecord | None = None) -> KnobContext:

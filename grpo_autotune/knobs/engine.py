@@ -8,7 +8,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, EngineNeed, engine_need
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.knobs.context import KnobContext
+from grpo_autotune.knobs.context import KnobContext, gpu_bytes
 from grpo_autotune.rollout.server.command import TRL_BATCHED_TOKENS
 
 TRL_SHARE = 0.3
@@ -106,11 +106,8 @@ def longest(context: KnobContext) -> int | None:
 
 def share_bytes(context: KnobContext) -> float | None:
     """Bytes of the engine's share; None where it is not on a GPU of this machine."""
-    return (
-        share_of(context.config) * context.machine.gpus[0].memory_bytes
-        if context.machine and context.machine.gpus
-        else None
-    )
+    whole = gpu_bytes(context.machine, context.record.trainer if context.record is not None else None)
+    return None if whole is None else share_of(context.config) * whole
 
 
 def need_of(context: KnobContext) -> EngineNeed | None:

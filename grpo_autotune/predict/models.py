@@ -152,7 +152,8 @@ class Models:
     def _rates(self) -> Rates:
         if not self.record.trainer.device.startswith("cuda"):
             return Rates(CPU_FLOPS_PER_BYTE)
-        row = find_gpu(self.machine.gpus[0].name) if self.machine.gpus else None
+        first = self.machine.gpus[0].name if self.machine.gpus else ""
+        row = find_gpu(self.record.runtime.get("gpu", first))
         return Rates(row.matrix_flops_s / row.bandwidth_bytes_s if row is not None else GPU_FLOPS_PER_BYTE)
 
     @cached_property

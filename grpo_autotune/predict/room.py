@@ -9,6 +9,7 @@ from scipy.special import ndtr
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
+from grpo_autotune.knobs.context import gpu_bytes
 from grpo_autotune.predict.objective import Interval
 from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
 
@@ -28,9 +29,9 @@ class PeakModel(Protocol):
 
 
 def memory_of(machine: Machine, trainer: TrainerFacts) -> int | None:
-    """Bytes that one rank may take: its GPU's, or its share of the machine's."""
+    """Bytes that one rank may take: of its GPU what other processes leave, or its share of the machine's."""
     if trainer.device.startswith("cuda"):
-        return machine.gpus[0].memory_bytes if machine.gpus else None
+        return trainer.device_room_bytes or gpu_bytes(machine, trainer)
     return machine.memory_bytes // trainer.world_size
 
 

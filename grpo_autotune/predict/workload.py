@@ -27,7 +27,7 @@ from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
-from grpo_autotune.knobs.context import pixel_bounds
+from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import SERVED
@@ -113,7 +113,7 @@ def workload(
         eager=trainer.attn_implementation == "eager",
         moments_bytes=_moments_bytes(config, facts),
         reference_model=trainer.has_ref_model and trainer.beta != 0,
-        engine_bytes=_engine_bytes(config, machine, shape, longest_prompt + completion, worst_case=worst_case),
+        engine_bytes=_engine_bytes(config, machine, record, shape, longest_prompt + completion, worst_case=worst_case),
         engine_sleeps=engine.sleep_level(config) > 0,
         fused=facts.compact_head,
         loaded_pixels=_loaded_pixels(config, trainer, pixels * facts.images),
@@ -302,14 +302,20 @@ def _loaded_pixels(config: RunConfig, trainer: TrainerFacts, row_pixels: float) 
 
 
 def _engine_bytes(
-    config: RunConfig, machine: Machine, shape: ModelShape | None, row: float, *, worst_case: bool
+    config: RunConfig,
+    machine: Machine,
+    record: ProbeRecord,
+    shape: ModelShape | None,
+    row: float,
+    *,
+    worst_case: bool,
 ) -> float:
     """The engine's memory in the training process. On a GPU its share is taken whole. On a CPU its keys and values are
     promised and filled as they are used: those of a generation at first, in the end all."""
     if not config.use_vllm or config.vllm.at_server:
         return 0.0
-    if machine.gpus:
-        return engine.share_of(config) * machine.gpus[0].memory_bytes
+    if (whole := gpu_bytes(machine, record.trainer)) is not None:
+        return engine.share_of(config) * whole
     if shape is None:
         return 0.0
     need = engine.need(shape, config, row, row, BYTES.get(config.model.dtype, FLOAT_BYTES))

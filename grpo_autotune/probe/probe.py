@@ -15,6 +15,7 @@ from typing import IO, Any
 from transformers import TrainerCallback
 
 from grpo_autotune.console import HEARTBEAT_S
+from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -64,6 +65,7 @@ class Probe:
         self.watched, self.fidelity = watching is not None, watching or FidelityMeter(trainer)
         self.fidelity.around = lambda: self.recorder.span("", "probe")
         self.closed = 0
+        self._room = room_of(trainer.args.device)
         self.engine = meter_for(
             getattr(trainer, "vllm_generation", None),
             step=lambda: self.closed,
@@ -146,7 +148,7 @@ class Probe:
         """Everything measured so far; can be called at any time, also after `detach`."""
         timings = self._timings()
         first = self.closed - len(timings.steps)
-        facts, steps, engine = facts_of(self.trainer), len(timings.steps), self._engine_facts(first)
+        facts, steps, engine = facts_of(self.trainer, self._room), len(timings.steps), self._engine_facts(first)
         return ProbeRecord(
             timings=timings,
             trainer=facts,
@@ -161,6 +163,7 @@ class Probe:
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
             versions=versions(),
+            runtime=runtime_facts(self.trainer.args.device),
         )
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
@@ -274,10 +277,9 @@ def _readers(device: Any) -> list[Any]:
     readers: list[Any] = [ProcessReader()]
     if device.type == "cuda":
         import pynvml
-        import torch
 
         try:
-            readers.append(NvmlDevice(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
+            readers.append(NvmlDevice(device))
         except pynvml.NVMLError:
             return readers
     return readers

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from grpo_autotune.hardware.device import handle_of
 from grpo_autotune.records.probe import Utilisation
 
 INTERVAL_S = 0.2
@@ -22,23 +23,23 @@ class _Sums:
 
 
 class NvmlDevice:
-    """Utilisation, memory and power of one GPU through NVML.
+    """Utilisation, memory and power of one GPU, or of a MIG slice, through NVML.
 
     Args:
-        uuid_or_index: The CUDA device's UUID (`GPU-...`), or its NVML index.
+        device: A CUDA device of this process.
 
     Raises:
-        pynvml.NVMLError: There is no driver, or no such GPU.
+        pynvml.NVMLError: There is no driver, or it does not know the device.
     """
 
-    def __init__(self, uuid_or_index: str | int) -> None:
+    def __init__(self, device: Any) -> None:
         import pynvml
 
         self._nvml = pynvml
         pynvml.nvmlInit()
-        by_uuid = isinstance(uuid_or_index, str)
-        find = pynvml.nvmlDeviceGetHandleByUUID if by_uuid else pynvml.nvmlDeviceGetHandleByIndex
-        self._handle = find(uuid_or_index)
+        self._handle = handle_of(pynvml, device)
+        if self._handle is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
     def read(self) -> dict[str, float]:
         """Percent busy, bytes in use, watts; without those that the GPU does not report."""

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from grpo_autotune.hardware import package_version
+from grpo_autotune.hardware.device import DeviceRoom
 from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 
@@ -29,8 +30,13 @@ def cycle_of(args: Any) -> int:
     return math.lcm(every, micro_steps) // micro_steps
 
 
-def facts_of(trainer: Any) -> TrainerFacts:
-    """Read the trainer's model, arguments and batch arithmetic."""
+def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
+    """Read the trainer's model, arguments and batch arithmetic.
+
+    Args:
+        trainer: A `trl.GRPOTrainer`.
+        room: Memory of its device, as it was at the start; None on a CPU.
+    """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
@@ -60,6 +66,8 @@ def facts_of(trainer: Any) -> TrainerFacts:
         world_size=trainer.accelerator.num_processes,
         reward_weights=[float(w) for w in trainer.reward_weights],
         speedups=_speedups_of(trainer),
+        device_bytes=room.total if room is not None else None,
+        device_room_bytes=room.usable if room is not None else None,
     )
 
 

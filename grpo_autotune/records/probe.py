@@ -183,7 +183,11 @@ class RankTimings(Frozen):
 
 
 class TrainerFacts(Frozen):
-    """Facts of the trainer as it ran, which may differ from its YAML."""
+    """Facts of the trainer as it ran, which may differ from its YAML.
+
+    On CUDA `device_bytes` is the memory of this rank's device, and `device_room_bytes` what of it the process held or
+    could still take when the probe began: other processes' share left out. None elsewhere.
+    """
 
     model_config_json: dict[str, Any]
     model_class: str
@@ -210,10 +214,15 @@ class TrainerFacts(Frozen):
     world_size: int
     reward_weights: list[float]
     speedups: list[str] = []
+    device_bytes: int | None = None
+    device_room_bytes: int | None = None
 
 
 class ProbeRecord(Frozen):
-    """Everything one probe measured on this rank, with the other ranks' stage means."""
+    """Everything one probe measured on this rank, with the other ranks' stage means.
+
+    `versions` are those of packages; `runtime` is what else makes a GPU fast or slow (`hardware.device.runtime_facts`).
+    """
 
     timings: StageTimings
     trainer: TrainerFacts
@@ -228,3 +237,4 @@ class ProbeRecord(Frozen):
     rank: int = 0
     ranks: list[RankTimings] = []
     versions: dict[str, str] = {}
+    runtime: dict[str, str] = {}

@@ -167,6 +167,7 @@ class Report(Frozen):
     machine: dict[str, Any] | None
     config: dict[str, Any] | None
     versions: dict[str, str]
+    runtime: dict[str, str] = {}
 
     def stage(self, name: str) -> StageReport:
         """The row of one stage."""

@@ -80,6 +80,7 @@ def report_of_facts(facts: Facts) -> Report:
         machine=facts.machine.model_dump(mode="json") if facts.machine is not None else None,
         config=facts.config.model_dump(mode="json") if facts.config is not None else None,
         versions=record.versions,
+        runtime=record.runtime,
     )
 
 

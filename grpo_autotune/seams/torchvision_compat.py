@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_autotune.console import is_first_rank
+from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir, write_whole
 
 SCHEMAS = (
@@ -154,11 +155,10 @@ def tell_once(finding: str, say: Callable[[str], None]) -> None:
         return
     facts = [finding, sys.prefix, *(_version(package) for package in ("torch", "torchvision"))]
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-    with suppress(OSError):  # a cache that cannot be read or written is no reason to end a run
-        told = cache_dir() / "notes" / name
+    with suppress(OSError, EnvironmentProblem):  # a cache that cannot be read or written is no reason to end a run
+        told = cache_dir("notes") / name
         if told.exists():
             return
-        told.parent.mkdir(exist_ok=True)
         write_whole(told, finding)
     say(f"note: {finding}")
 

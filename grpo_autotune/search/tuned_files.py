@@ -70,6 +70,7 @@ def receipt_of(board: Leaderboard, machine: Machine, report: SearchReport, candi
         machine=machine.fingerprint,
         hardware=_hardware(machine),
         versions=machine.versions,
+        runtime=board.record.runtime,
         step_s_low=candidate.step_s_ci[0],
         step_s_high=candidate.step_s_ci[1],
         predicted_step_s=candidate.predicted_s,

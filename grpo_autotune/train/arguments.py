@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,11 +33,16 @@ TRACKERS = {
 """`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
 
 
+SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
+"""Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
+
+
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments of TRL, and one line for each value that was derived rather than written."""
+    """Arguments of TRL, where this process loads its model, and one line for each value that was derived."""
 
     grpo: GRPOConfig
+    placement: dict[str, Any]
     notes: tuple[str, ...]
 
 
@@ -65,7 +71,34 @@ def grpo_arguments(
     keys["reward_weights"] = reward_weights
     keys.setdefault("output_dir", output_dir)
     with as_config_errors("grpo"):
-        return Arguments(GRPOConfig(**keys), tuple(notes))
+        grpo = GRPOConfig(**keys)
+    place = placement(keys, config.batch.processes)
+    if grpo.n_gpu > 1:
+        notes.append(_on_one_gpu(grpo, place))
+    return Arguments(grpo, place, tuple(notes))
+
+
+def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """The option of `from_pretrained` that puts a process's model on the GPU it trains on; empty where TRL decides.
+
+    TRL alone would spread the model of one process over every GPU it sees, one of which works at a time, and load
+    those of several through the host's memory. What is sharded is placed by what shards it.
+    """
+    sharded = any(keys.get(key) or os.environ.get(name, "").lower() in ("1", "true") for key, name in SHARDING.items())
+    on_host = not torch.cuda.is_available() or keys.get("use_cpu")
+    if sharded or on_host:
+        return {"device_map": None} if sharded or processes > 1 else {}
+    return {"device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+
+
+def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:
+    """Keep the trainer from `nn.DataParallel`, which TRL refuses, and its reference model beside the policy."""
+    count, grpo._n_gpu = grpo.n_gpu, 1
+    grpo.model_init_kwargs = {**(grpo.model_init_kwargs or {}), **place}
+    return (
+        f"{count - 1} of {count} GPUs stay unused: a process trains on one; "
+        f"`torchrun --nproc-per-node {count} -m grpo_autotune train ...` uses all"
+    )
 
 
 @contextmanager

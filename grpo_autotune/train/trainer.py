@@ -142,7 +142,7 @@ def build_trainer(
         source = model_source(config, say)
         processor = load_processor(config, source)
         check_images(processor, train_data.column_names)
-        model = load_model(config, source)
+        model = load_model(config, source, arguments.placement)
         adapter = lora_config(config, model)
     with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
         trainer = ResumableTrainer(

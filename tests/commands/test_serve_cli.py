@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shlex
 import socketserver
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 import pytest
 import yaml
 
+from grpo_autotune.commands import serve as serve_command
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.hardware import detect
 from grpo_autotune.processes.guarded import without_rank
 from grpo_autotune.rollout.server import process
 from grpo_autotune.rollout.server.command import Serving, serving, split_gpus
 from grpo_autotune.rollout.server.log import last_error, logged_failure, words
 from tests.commands.test_cli import environment
+from tests.support.nvml import Card, with_gpus
 
 MODEL = {"dtype": "float32", "model_type": "qwen3"}
 
@@ -163,6 +167,30 @@ def test_without_vllm_it_says_so(here: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("grpo-autotune: serve: serving needs the package vllm")
 
 
+def test_gpus_are_numbered_as_this_process_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_gpus(monkeypatch, *[Card(uuid=f"GPU-{index}") for index in range(4)], visible="3,2,GPU-1")
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    here = config(model={"name_or_path": str(tmp_path)})
+    assert serve_command.serve_config(here, out_dir=tmp_path, gpus=[0, 2], dry_run=True) == 0
+    assert "CUDA_VISIBLE_DEVICES=3,GPU-1 CUDA_DEVICE_ORDER=PCI_BUS_ID " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^--gpus: there is no GPU 3: 3 can be seen here"):
+        serve_command.serve_config(here, out_dir=tmp_path, gpus=[3], dry_run=True)
+
+
+def test_what_a_server_takes_is_hidden_from_the_trainer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, *[Card(uuid=f"GPU-{index}") for index in range(4)], visible="1,3,0")
+    for name in ("CUDA_DEVICE_ORDER", "GRPO_AUTOTUNE_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    own = config({"server_gpus": 1})
+    assert process.leave_gpus(own) == ["0"]
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("1,3", "PCI_BUS_ID")
+    assert len(detect().gpus) == 3, "a report of this run still knows the whole machine"
+    assert split_gpus(own, 3) == (["0"], ["1", "3"])
+
+
 def test_a_server_of_the_runs_own_takes_the_last_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     own = config({"server_gpus": 2})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -183,6 +211,7 @@ def test_a_server_of_the_runs_own_takes_the_last_gpus(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="a run on several machines cannot start a server"):
         split_gpus(own, 8)
     monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     found = serving(own, "owner/name", MODEL, ["6", "7"])
     assert found.environment["CUDA_VISIBLE_DEVICES"] == "6,7" and options(found)["tensor-parallel-size"] == "2"
     assert "server-gpus" not in options(found)

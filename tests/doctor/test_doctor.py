@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune import doctor
+from grpo_autotune.doctor import checks as doctor
+from grpo_autotune.doctor import gpus
+from grpo_autotune.doctor.finding import Finding
 from grpo_autotune.hardware import Gpu, Machine, detect
+from tests.support.nvml import Card, with_gpus
 
 GIB = 2**30
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def machine(**changes: Any) -> Machine:
-    return detect().model_copy(update={"cores": 8, "memory_bytes": 64 * GIB, "gpus": ()} | changes)
+    return detect().model_copy(update={"cores": 8, "memory_bytes": 64 * GIB, "gpus": (), "driver": None} | changes)
 
 
 def card(name: str) -> Gpu:
@@ -89,7 +93,7 @@ def test_vllm(installed: dict[str, str], status: str, detail: str, monkeypatch: 
 def test_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_python().status == "ok"
     monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 4))
-    assert doctor.check_python() == doctor.Finding("python", "fail", "3.10.4: too old", "use Python 3.11 or newer")
+    assert doctor.check_python() == Finding("python", "fail", "3.10.4: too old", "use Python 3.11 or newer")
 
 
 def test_torch_on_this_machine_and_beside_a_driver_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +138,62 @@ def test_torchvision_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     [("NVIDIA H200", "ok", "80.0 GiB"), ("Tesla T4", "warn", "no bfloat16"), ("Some Card", "ok", "not in the table")],
 )
 def test_gpus(name: str, status: str, detail: str) -> None:
-    found = doctor.check_gpus(machine(gpus=(card(name),)))
+    found = gpus.check_gpus(machine(gpus=(card(name),)))
     assert found.status == status and detail in found.detail
-    assert doctor.check_gpus(machine()).status == "ok"
+    assert gpus.check_gpus(machine()).status == "ok"
+    assert "unset CUDA_VISIBLE_DEVICES" in gpus.check_gpus(machine(driver="580.65")).remedy
+
+
+HEALTHY = {"gpu memory": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("cards", "found"),
+    [
+        ([Card()], HEALTHY),
+        ([], {}),
+        ([Card(memory_bytes=None, power_w=None, persistence=None, throttle=None)], HEALTHY),
+        ([Card(processes=[(7, 6 * GIB), (8, 4 * GIB)])], {"gpu memory": "warn 10.0 GiB of GPU 0 (pid 7, 8)"}),
+        ([Card(), Card(used_bytes=3 * GIB)], {"gpu memory": "warn 3.0 GiB of GPU 1", "gpu links": "ok NVLink"}),
+        ([Card(processes=[(os.getpid(), 6 * GIB)], used_bytes=GIB // 2)], HEALTHY),
+        ([Card(persistence=False)], {**HEALTHY, "gpu driver": "warn persistence mode is off"}),
+        ([Card(throttle=0x44)], {**HEALTHY, "gpu clocks": "warn GPU 0 by the power limit and GPU 0 by heat"}),
+        ([Card(throttle=0x1)], HEALTHY),
+        ([Card(), Card(nvlink=False)], {**HEALTHY, "gpu links": "ok without NVLink"}),
+        ([Card(), Card(nvlink=False, peers=False)], {**HEALTHY, "gpu links": "warn no peer access"}),
+        ([Card(slices=[Card(name="H200 MIG 1g.18gb", used_bytes=2 * GIB)])], {"gpu memory": "warn 2.0 GiB of GPU 0"}),
+    ],
+)
+def test_health(cards: list[Card], found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, *cards)
+    findings = gpus.check_health()
+    assert {finding.check for finding in findings} == found.keys()
+    for finding in findings:
+        status, _, detail = found[finding.check].partition(" ")
+        assert finding.status == status and detail in finding.detail and bool(finding.remedy) == (status != "ok")
+
+
+def test_settings_around_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    import torch
+
+    assert gpus.check_setting(machine()) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_get_sdp_priority_order", lambda: [3, 1, 2, 0, 4])
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY, 0))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    two = machine(gpus=(card("NVIDIA H200"),) * 2)
+    found = {finding.check: finding for finding in gpus.check_setting(two)}
+    assert found["attention"].detail.endswith("cudnn, flash, mem_efficient, math")
+    assert found["allocator"].detail == "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    assert found["addresses"].status == "ok"
+    assert found["processes"].status == "warn" and "torchrun --nproc-per-node 2" in found["processes"].remedy
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64 * GIB, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = {finding.check: finding for finding in gpus.check_setting(two)}
+    assert found["addresses"].status == "fail" and "processes" not in found
 
 
 def test_memory() -> None:
@@ -188,6 +245,6 @@ def test_hub_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_the_checks_is_light() -> None:
     import subprocess
 
-    code = "import sys, grpo_autotune.doctor; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    code = "import sys, grpo_autotune.doctor.checks as _; print({'torch', 'transformers', 'trl'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

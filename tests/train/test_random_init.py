@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.estimate.architectures import ARCHITECTURES, Architecture, architecture
+from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.train.models import random_init
 from grpo_autotune.train.models.random_init import (
     FIRST_SPECIAL_ID,
@@ -22,6 +24,7 @@ from grpo_autotune.train.models.random_init import (
     build_tokenizer,
     built_once,
     empty_model,
+    random_model,
     random_model_path,
     save_random_model,
 )
@@ -92,6 +95,38 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
     first, again, other = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == again != other
+
+
+def test_a_seed_of_ours_is_no_seed_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds every GPU, and what forks the host's stream alone does not put theirs back."""
+    seeds: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeds.append(("all", seed)))
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeds.append(("one", seed)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext(seeds.append(("kept", len(devices)))))
+    random_model(SMALL)
+    with seeded(7, torch.device("cuda", 1)):
+        pass
+    assert seeds == [("kept", 0), ("kept", 1), ("one", 7)]
+
+
+def test_a_gpu_in_use_draws_the_weights_where_it_has_room(
+    small_architecture: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+
+    def save(config: object, folder: Path, *, dtype: str, device: Any = None) -> None:
+        places.append(str(device))
+        if device is not None and dtype == "float32":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(random_init, "save_random_model", save)
+    random_model_path("small")
+    for name, answer in {"is_initialized": True, "current_device": 3, "empty_cache": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    random_model_path("small")
+    random_model_path("small", "float32")
+    assert places == ["None", "cuda:3", "cuda:3", "None"]
 
 
 def test_compact_tokenizer_round_trips_any_text() -> None:

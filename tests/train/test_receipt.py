@@ -10,7 +10,14 @@ import pytest
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.records.receipt import ChangedKnob, Receipt
-from grpo_autotune.train.runs.receipt_check import WARMUP_STEPS, WATCHED_STEPS, SpeedWatch, differences, off_by
+from grpo_autotune.train.runs.receipt_check import (
+    WARMUP_STEPS,
+    WATCHED_STEPS,
+    SpeedWatch,
+    differences,
+    off_by,
+    set_up_otherwise,
+)
 
 MACHINE = Machine(
     cpu="c", cores=2, memory_bytes=2**34, gpus=(), python="3.11", platform="p", fingerprint="here",
@@ -60,6 +67,13 @@ def test_another_machine_and_other_versions_are_said() -> None:
     assert len(found) == 2
     assert "another machine (2 cores of c)" in found[0]
     assert "trl 1.15.0 -> 1.16.0" in found[1] and "torch" not in found[1]
+
+
+def test_a_gpu_that_is_set_up_otherwise_is_said() -> None:
+    tuned = receipt(runtime={"driver": "580.65", "power_limit": "700 W", "sdpa": "cudnn, flash"})
+    assert list(set_up_otherwise(tuned, tuned.runtime)) == list(set_up_otherwise(tuned, {})) == []
+    (told,) = set_up_otherwise(tuned, {"driver": "580.65", "power_limit": "400 W", "sdpa": "flash", "nccl": "2.28"})
+    assert told.endswith("set up otherwise: power_limit 700 W -> 400 W; sdpa cudnn, flash -> flash")
 
 
 @pytest.mark.parametrize(("step_s", "word"), [(2.5, "25% more"), (1.6, "20% less")])

@@ -20,6 +20,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.vllm import OURS, VLLM_TO_TRL
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.nvml import ORDER, PCI, VISIBLE, visible_names
 
 HOST, PORT = "127.0.0.1", 8000
 """Of a server whose address the configuration leaves open: TRL looks for it on this machine, at vLLM's own port."""
@@ -35,8 +36,6 @@ TRL_BATCHED_TOKENS = 4096
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """The server without the command `vllm`."""
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 ADAPTERS_KEPT = 2
 """The one that generates, and the next while it is loaded."""
@@ -86,7 +85,7 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
 
     Args:
         config: The run.
-        there: GPUs of the machine.
+        there: GPUs that this process sees.
 
     Returns:
         Both as `CUDA_VISIBLE_DEVICES` names them.
@@ -94,7 +93,7 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: Too few are left to train on, or none was asked for although there are some.
     """
-    wanted, seen = config.vllm.server_gpus or 0, _visible(there)
+    wanted, seen = config.vllm.server_gpus or 0, names_of_gpus(there)
     if wanted == 0 and there == 0:
         return [], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.batch.processes))
@@ -114,12 +113,12 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
     return seen[left:], seen[:left]
 
 
-def _visible(there: int) -> list[str]:
-    """GPUs that CUDA shows this process; it ends the list at the first name that is none."""
-    told = os.environ.get(VISIBLE)
-    names = [str(index) for index in range(there)] if told is None else [name.strip() for name in told.split(",")]
-    real = list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
-    return real if there else []
+def names_of_gpus(there: int) -> list[str]:
+    """The `there` GPUs that CUDA shows this process, as `CUDA_VISIBLE_DEVICES` names them; the list ends at the
+    first name that is none."""
+    told = visible_names()
+    names = map(str, range(there)) if told is None else itertools.takewhile(lambda name: name not in ("", "-1"), told)
+    return list(names)[:there]
 
 
 def _nearest(there: int, training: int) -> str:
@@ -147,7 +146,7 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     notes: list[str] = []
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if gpus:
-        environment[VISIBLE] = ",".join(gpus)
+        environment |= {VISIBLE: ",".join(gpus), ORDER: os.environ.get(ORDER, PCI)}
         if len(gpus) > 1 and "tensor_parallel_size" not in keys:
             keys["tensor_parallel_size"] = len(gpus)
             notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")

@@ -17,8 +17,9 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.machine import installed
+from grpo_autotune.hardware.nvml import BEFORE, ORDER, PCI, VISIBLE
 from grpo_autotune.processes.guarded import PYTHON, Guarded, exit_words, without_rank
-from grpo_autotune.rollout.server.command import HOST, VISIBLE, Serving, serving, split_gpus
+from grpo_autotune.rollout.server.command import HOST, Serving, serving, split_gpus
 from grpo_autotune.rollout.server.log import last_error, words
 
 LOOK_S = 0.5
@@ -159,7 +160,8 @@ def leave_gpus(config: RunConfig) -> list[str]:
         return []
     serve, train = split_gpus(config, len(detect().gpus))
     if train:
-        os.environ[VISIBLE] = ",".join(train)
+        os.environ.setdefault(ORDER, PCI)
+        os.environ |= {VISIBLE: ",".join(train), BEFORE: ",".join([*train, *serve])}
     return serve
 
 

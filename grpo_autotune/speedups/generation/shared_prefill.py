@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid
 
+from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.mixed_image_rows import without_empty
 from grpo_autotune.seams.table import find, wrap_rows
@@ -152,14 +153,14 @@ class _Sharing(Installed):
         def plain() -> torch.Tensor:
             told = copy.deepcopy(config)
             told.return_dict_in_generate = told.output_logits = True
-            with _same_draws(device):
+            with seeded(0, device):
                 logits = call_next(**_inputs(take(batch, [row, row])), generation_config=told).logits
             return torch.stack(logits)
 
         def shared() -> torch.Tensor:
             record: list[torch.Tensor] = []
             decoder = Decoder(torch.tensor([0, 0]), record)
-            with _same_draws(device):
+            with seeded(0, device):
                 call_next(**_inputs(take(batch, [row])), generation_config=config, custom_generate=decoder)
             return torch.stack(record)
 
@@ -168,21 +169,6 @@ class _Sharing(Installed):
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.trainer.model.dtype
         return dtype
-
-
-class _same_draws:  # noqa: N801  # a context manager
-    """Inside it, tokens are drawn from one seed; outside, the random stream is where it was."""
-
-    def __init__(self, device: torch.device) -> None:
-        devices = [device] if device.type == "cuda" else []
-        self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(0)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
 
 
 def _first_rows(groups_B: torch.Tensor) -> tuple[list[int], list[int]]:

@@ -150,8 +150,7 @@ def _shrink_all(
     column: _Column, image_size: int, pool: Executor, progress: Callable[[str], None]
 ) -> Iterator[list[Stored | None]]:
     """Each row's images as paths of files that are no larger than asked; each distinct image is worked on once."""
-    folder = cache_dir() / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir("images")
     done: dict[str, str] = {}
 
     def digest(image: Stored) -> str:

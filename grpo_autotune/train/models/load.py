@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,25 @@ def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
     return name
 
 
-def load_model(config: RunConfig, source: str) -> Any:
-    """The policy before any adapter, on the device TRL would load it to; the vision tower frozen where asked.
+def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> Any:
+    """The policy before any adapter; the vision tower frozen where asked.
+
+    Args:
+        config: The run.
+        source: Where its weights are.
+        placement: `device_map`, as `arguments.placement` has it; TRL decides where it is empty.
 
     Raises:
         ConfigError: The weights cannot be loaded from `source`, or there is no vision tower to freeze.
         EnvironmentProblem: `model.load_in_4bit` without bitsandbytes.
     """
     section = config.model
-    options: dict[str, Any] = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code}
+    options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, **placement}
     for name in ("revision", "attn_implementation"):
         if getattr(section, name) is not None:
             options[name] = getattr(section, name)
     if section.load_in_4bit:
         options["quantization_config"] = _four_bit(config)
-    if config.batch.processes > 1:
-        options["device_map"] = None  # each process holds a whole copy; "auto" would spread one over all GPUs
     with _load_errors(source):
         model = create_model_from_path(source, **options)
     if section.load_in_4bit and model.device.type == "cpu":

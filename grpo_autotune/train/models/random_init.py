@@ -13,13 +13,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.files import cache_dir
+from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 SPECIAL_TOKENS = (
@@ -165,12 +166,18 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         return _model_class(config)(_config_object(config))
 
 
-def random_model(config: Mapping[str, Any], *, dtype: str = "float32", seed: int = 0) -> Any:
-    """The model of a config.json with weights drawn as transformers draws them; torch's random state is left alone."""
+def random_model(config: Mapping[str, Any], *, dtype: str = "float32", seed: int = 0, device: Any = None) -> Any:
+    """The model of a config.json with weights drawn as transformers draws them; torch's random state is left alone.
+
+    Args:
+        config: As in the model's config.json.
+        dtype: Name of a torch dtype.
+        seed: Of the weights, which differ from one kind of device to another.
+        device: Where they are drawn and stay; None for the host.
+    """
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device), nullcontext() if device is None else device:
         return _model_class(config)._from_config(_config_object(config), dtype=getattr(torch, dtype))
 
 
@@ -254,6 +261,7 @@ def save_random_model(
     min_pixels: int | None = None,
     dtype: str = "float32",
     seed: int = 0,
+    device: Any = None,
 ) -> Path:
     """Build a model of a config.json with random weights and write it with its tokenizer or processor.
 
@@ -262,8 +270,9 @@ def save_random_model(
         folder: Where to write; must not exist yet.
         tokenizer: A compact one, to which the config's vocabulary is cut; None for a padded one.
         min_pixels: See `build_processor`.
-        dtype: Name of a torch dtype.
-        seed: Of the weights.
+        dtype: As in `random_model`.
+        seed: As there.
+        device: As there.
 
     Returns:
         `folder`.
@@ -273,7 +282,7 @@ def save_random_model(
         tokenizer = build_tokenizer(WORDS, vocab_size=text["vocab_size"])
     else:
         config = with_tokenizer(config, tokenizer)
-    model = random_model(config, dtype=dtype, seed=seed)
+    model = random_model(config, dtype=dtype, seed=seed, device=device)
     return save_model(model, build_processor(config, tokenizer, min_pixels=min_pixels), folder)
 
 
@@ -292,15 +301,31 @@ def random_model_path(name: str, dtype: str = "auto", notify: Callable[[str], No
     config = architecture(name).config
     dtype = "bfloat16" if dtype == "auto" else dtype
     recipe = hashlib.sha256(json.dumps([config, WORDS, CHAT_TEMPLATE, dtype], sort_keys=True).encode()).hexdigest()
-    folder = cache_dir() / "random-init" / f"{name}-{dtype}-{recipe[:12]}"
+    folder = cache_dir("random-init") / f"{name}-{dtype}-{recipe[:12]}"
     with built_once(folder) as missing:
         if missing:
             size_bytes = _stored_bytes(config, dtype)
             _require_disk(folder.parent, size_bytes, name)
             if notify is not None:
                 notify(f"building {name} with random weights, {size_bytes / 1e9:.1f} GB, in {folder}")
-            save_random_model(config, folder, dtype=dtype)
+            _save_drawn_fast(config, folder, dtype)
     return folder
+
+
+def _save_drawn_fast(config: Mapping[str, Any], folder: Path, dtype: str) -> None:
+    """Build the model on the GPU that this process uses, where it has room: a host takes a minute for billions of
+    weights. A process that has not begun to use one, such as a search, does not begin for this."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            save_random_model(config, folder, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+            return
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            torch.cuda.empty_cache()
+    save_random_model(config, folder, dtype=dtype)
 
 
 @contextmanager

