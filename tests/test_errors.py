@@ -29,7 +29,7 @@ def test_a_hint_names_the_nearest_or_says_something_else() -> None:
         ("vllm.beta", "grpo.beta"),
         ("beta", "grpo.beta"),
         ("model.name", "data.name"),
-        ("vllm.max_model_length", "vllm.max_model_len"),
+        ("vllm.max_model_lne", "vllm.max_model_len"),
         ("vllm.num_generation", "grpo.num_generations"),
         ("data.imagesize", "data.image_size"),
         ("grpo.zzz", None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,20 +15,6 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
-
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "swanlab": ("swanlab",),
-    "clearml": ("clearml",),
-    "neptune": ("neptune",),
-    "dvclive": ("dvclive",),
-    "codecarbon": ("codecarbon",),
-}
-"""`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +38,8 @@ def grpo_arguments(
 
     Raises:
         ConfigError: TRL or transformers refuses a value.
-        EnvironmentProblem: A tracker of `grpo.report_to` is not installed.
     """
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
-    check_trackers(keys.get("report_to"))
     notes = _without_accelerator(keys)
     keys["trust_remote_code"] = config.model.trust_remote_code
     if config.model.revision is not None:  # TRL loads a reference model by name: the same revision, then
@@ -81,22 +64,6 @@ def unlocked_engine(config: RunConfig) -> Iterator[None]:
         options = replace(options, keys={**keys, **options.keys})
     with unlock(options):
         yield
-
-
-def check_trackers(report_to: str | list[str] | None) -> None:
-    """Refuse a tracker whose package is missing.
-
-    Raises:
-        EnvironmentProblem: Naming tracker and package.
-    """
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        packages = TRACKERS.get(name, ())
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise EnvironmentProblem(
-                f"{name} is asked for, and the package {packages[0]} is not installed",
-                where="grpo.report_to",
-                fix=f"Install it (pip install {packages[0]}), or remove {name}",
-            )
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def message(values: Values) -> str:
         ({"peft": {"lora_dropuot": 0}}, "peft.lora_dropuot: unknown key. Nearest known key: peft.lora_dropout."),
         (
             {"vllm": {"max_model_length": 9}},
-            "vllm.max_model_length: unknown key. Nearest known key: vllm.max_model_len.",
+            "vllm.max_model_length: unknown key. Use vllm.max_model_len.",
         ),
         (
             {"rewards": [{"name": "x", "wieght": 1}]},
