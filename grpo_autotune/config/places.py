@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
+from grpo_autotune.files import is_file, is_folder
 from grpo_autotune.registry import is_reference, names, source_of
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+MOST_OF_HUB_ID = 96
+"""Characters of a repository's name on the hub (`validate_repo_id` in huggingface_hub)."""
 SPLIT = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[.*\])?")
 """A part of `datasets`' split notation, parts being joined by `+`."""
 
@@ -42,13 +45,13 @@ def check_data_place(
         return
     if params:
         raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
-    is_whole = place.is_file() or (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file()
-    if hub_only and (is_whole or (place.is_dir() and hub_only == "revision")):
+    saved = any(is_file(place / name) for name in ("dataset_dict.json", "dataset_info.json"))
+    if hub_only and (is_file(path) or saved or (is_folder(path) and hub_only == "revision")):
         raise _hub_only(hub_only, f"{path} is on this machine")
-    if place.is_file():
-        _check_file(place, where)
-    elif not place.is_dir():
-        if not HUB_ID.fullmatch(path) or place.suffix.lower() in FILE_BUILDERS:
+    if is_file(path):
+        _check_file(place.expanduser(), where)
+    elif not is_folder(path):
+        if not HUB_ID.fullmatch(path) or len(path) > MOST_OF_HUB_ID or place.suffix.lower() in FILE_BUILDERS:
             raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
         if hint := nearest_hint(path, names("dataset")):
             raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
@@ -75,10 +78,9 @@ def check_model_place(name: str, where: str = "model.name_or_path") -> None:
     Raises:
         ConfigError: It is such a path.
     """
-    folder = Path(name).expanduser()
-    if name in names("model") or is_reference(name) or folder.is_dir():
+    if name in names("model") or is_reference(name) or is_folder(name):
         return
-    if folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+    if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ConfigError(
             f"{name} is not a folder with a model",
             where=where,
@@ -92,12 +94,12 @@ def _splits(path: str) -> Sequence[str]:
     place, whole = Path(path), Path(path) / "dataset_dict.json"
     if path == "digits":
         return ("train", "test")
-    if whole.is_file():
+    if is_file(whole):
         try:
-            return tuple(map(str, json.loads(whole.read_text(encoding="utf-8"))["splits"]))
+            return tuple(map(str, json.loads(whole.expanduser().read_text(encoding="utf-8"))["splits"]))
         except (OSError, ValueError, KeyError, TypeError):  # `datasets` will say what is wrong with it
             return ()
-    return ("train",) if place.is_file() or (place / "state.json").is_file() else ()
+    return ("train",) if is_file(place) or is_file(place / "state.json") else ()
 
 
 def _check_file(place: Path, where: str) -> None:

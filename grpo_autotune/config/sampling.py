@@ -81,7 +81,7 @@ def _check_range(where: str, value: Any, legal: Range) -> None:
     if not isinstance(value, int | float):
         return
     above = value > 0 if legal.is_open else value >= legal.least
-    if not (above and value <= legal.most and math.isfinite(value)):
+    if not (above and value <= legal.most and value != math.inf):
         lower = "above 0" if legal.is_open else f"at least {legal.least:g}"
         accepted = lower if math.isinf(legal.most) else f"{lower} and at most {legal.most:g}"
         closest = legal.most if value > legal.most else legal.least

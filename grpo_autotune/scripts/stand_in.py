@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_autotune.config.schema import RunConfig, override
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import is_file
 from grpo_autotune.knobs import TABLE
 from grpo_autotune.knobs.apply import SERVER
 from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
@@ -27,7 +28,7 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: There is no such script, or a setting is not legal.
     """
-    if not script or not Path(script[0]).is_file():
+    if not script or not is_file(script[0]):
         raise ConfigError(
             "no such script",
             where=f"--script {' '.join(script)}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from grpo_autotune.config.schema import RunConfig
@@ -48,7 +49,10 @@ def grpo_arguments(
     keys["reward_weights"] = reward_weights
     keys.setdefault("output_dir", output_dir)
     with as_config_errors("grpo"):
-        return Arguments(GRPOConfig(**keys), tuple(notes))
+        arguments = GRPOConfig(**keys)
+        if not arguments.use_vllm:  # said now, and not once the model is loaded
+            GenerationConfig(cache_implementation=arguments.cache_implementation, **(arguments.generation_kwargs or {}))
+        return Arguments(arguments, tuple(notes))
 
 
 @contextmanager

@@ -103,6 +103,8 @@ def test_a_wrong_type_names_the_path_the_value_and_what_is_accepted(sections: Va
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "each decides the other. Remove one of them."),
         ({"num_generations": 1}, "grpo.num_generations: must be at least 2, and is 1. Nearest legal: 2."),
         ({"gradient_accumulation_steps": 0}, "grpo.gradient_accumulation_steps: must be at least 1, and is 0."),
+        ({"per_device_train_batch_size": 10**400}, "grpo.per_device_train_batch_size: must be at most 1048576."),
+        ({"per_device_train_batch_size": 999_983, "gradient_accumulation_steps": 999_983}, "Nearest legal: per_d"),
     ],
 )  # fmt: skip
 def test_impossible_arithmetic_says_the_rule_and_the_nearest_legal_values(grpo: Values, expected: str) -> None:

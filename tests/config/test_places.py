@@ -72,6 +72,20 @@ def test_what_may_be_there_passes() -> None:
         check_model_place(name)
 
 
+def test_the_home_is_written_as_in_a_shell(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    data("~/rows.jsonl")
+    check_model_place("~/saved")
+
+
+@pytest.mark.parametrize("path", ["x" * 999, "a/" * 500 + "b", "~no-such-user/rows.jsonl"])
+def test_a_text_that_cannot_be_a_path(path: str) -> None:
+    with pytest.raises(AutotuneError, match="there is no file or folder"):
+        data(path)
+    with pytest.raises(AutotuneError, match="is not a folder with a model"):
+        check_model_place(path)
+
+
 @pytest.mark.parametrize("name", ["./nope", "/nope", "~/nope", "a/b/c", "rows.jsonl"])
 def test_a_model_folder_that_is_none(name: str) -> None:
     with pytest.raises(AutotuneError, match=rf"^model\.name_or_path: {name} is not a folder with a model"):

@@ -79,7 +79,7 @@ def _rows(
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    place = Path(path)
+    place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
     return prepare_images(_columns(rows, data, path), data.image_size, base.absolute(), path, progress)
 

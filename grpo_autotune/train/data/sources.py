@@ -42,14 +42,16 @@ def read_rows(
     """
     check_data_place(path, name=name, revision=revision, params=params, where=where)
     check_split(path, split, where.replace("path", "split"))
-    place = Path(path)
     if path in names("dataset") or is_reference(path):
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
             raise ConfigError(f"{path} returned {type(rows).__name__}, not a datasets.Dataset", where=where)
         return rows
+    place = Path(path).expanduser()
     if place.is_file():
-        return _load(FILE_BUILDERS[place.suffix.lower()], split or "train", where, path, data_files={"train": path})
+        return _load(
+            FILE_BUILDERS[place.suffix.lower()], split or "train", where, path, data_files={"train": str(place)}
+        )
     if place.is_dir():
         return _read_folder(place, split, where, name)
     return _load(path, split or "test", where, path, name=name, revision=revision)

@@ -70,7 +70,5 @@ def _number(item: Any) -> float | None:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several, a number beyond floats
             pass
     shape = f" of shape {tuple(item.shape)}" if getattr(item, "shape", ()) else ""
-    raise ValueError(
-        f"returned {shortened(printable(repr(item)), SHOWN)} ({type(item).__name__}{shape}) for a completion, "
-        "which is not a number"
-    )
+    value = shortened(printable(repr(item)), SHOWN)
+    raise ValueError(f"returned {value} ({type(item).__name__}{shape}), which is not a number")
