@@ -145,7 +145,7 @@ def source_of(kind: Kind, name: str) -> Definition | None:
 
 
 def _entry(kind: Kind, name: str) -> Builtin | Function:
-    """What a name or a reference stands for, its packages looked for.
+    """The entry of a name or a reference, its packages looked for.
 
     Raises:
         ConfigError: As `resolve`.
@@ -183,7 +183,7 @@ def _load(kind: str, reference: str) -> Function:
         raise _no_import(module_name, kind, reference, error) from error
     for part in attribute.split("."):
         if not hasattr(value, part):
-            public = [name for name, there in vars(sys.modules[module_name]).items() if callable(there)]
+            public = [name for name, member in vars(sys.modules[module_name]).items() if callable(member)]
             raise ConfigError(f"{module_name} has no {attribute}", where=reference, fix=_listed(public))
         value = getattr(value, part)
     if not callable(value):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
-from grpo_autotune.config.reward_arguments import check_rewards
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
