@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,7 +56,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
     """Run a short real trial and print where its seconds went."""
 
     def action() -> int:
-        loaded = _load(config, set_)
+        loaded = _load(config, set_, "trial")
         from grpo_autotune.commands.probe import probe_config
 
         folder = out or loaded.run_dir / "probe"
@@ -79,7 +79,7 @@ def train(
     """Train a configuration."""
 
     def action() -> int:
-        loaded = _load(config, set_, trains=True)
+        loaded = _load(config, set_, "train")
         from grpo_autotune.commands.train import train_config
 
         return train_config(loaded, out_dir=out or loaded.run_dir, resume=resume)
@@ -113,7 +113,7 @@ def search(
         from grpo_autotune.search.budget import parse_budget
 
         budget_s = parse_budget(budget)
-        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_), None)
+        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_, "trial"), None)
         from grpo_autotune.commands.search import search_config
         from grpo_autotune.render.search import render_search
 
@@ -210,7 +210,7 @@ def serve(
     """Start a vLLM server that the configuration can be trained against (vllm.mode server)."""
 
     def action() -> int:
-        loaded = _load(config, set_)
+        loaded = _load(config, set_, "serve")
         from grpo_autotune.commands.serve import serve_config
 
         return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=_numbers(gpus), dry_run=dry_run)
@@ -238,16 +238,19 @@ def _numbers(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def _load(source: str | None, overrides: list[str] | None, *, trains: bool = False) -> Any:
+def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
-    from grpo_autotune.commands.early import check_early
+    from grpo_autotune.commands.early import check_early, check_model
     from grpo_autotune.config.schema import load_config, resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
     label, _ = resolve_source(source)
     say(f"Configuration: {label}")
     config = load_config(source, overrides or [])
-    check_early(config, {} if trains else TRIAL_ARGUMENTS)
+    if purpose == "serve":  # it needs neither data nor rewards
+        check_model(config)
+    else:
+        check_early(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
     return config
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 import tokenize
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -219,8 +220,9 @@ def _source_text(module_name: str, kind: str, reference: str) -> str | None:
         path, origin = spec.submodule_search_locations, spec.origin
     if origin is None or not origin.endswith(".py"):
         return None
-    with tokenize.open(origin) as file:
+    with suppress(OSError, UnicodeDecodeError, SyntaxError), tokenize.open(origin) as file:
         return file.read()
+    return None  # inside an archive, or in an encoding that the import will complain of
 
 
 def _assigned(tree: ast.Module) -> set[str]:

@@ -36,11 +36,20 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
                 raise ConfigError(error.what, where=f"search.{section}.{key}", fix=error.fix) from error
     check_rewards(config)
     _check_data(config)
+    check_model(config)
+    check_packages(config, overrides)
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that is not there.
+
+    Raises:
+        ConfigError: There is no such folder or architecture.
+    """
     if config.model.random_init is not None:
         architecture(config.model.random_init)
     else:
         check_model_place(str(config.model.name_or_path))
-    check_packages(config, overrides)
 
 
 def _check_data(config: RunConfig) -> None:
