@@ -49,6 +49,18 @@ WORDS = {
 ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType({"scale_rewards": frozenset({"bool"})})
 """Key -> types accepted beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
 
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "importance_sampling_level": ("token", "sequence"),
+        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+        "scale_rewards": ("group", "batch", "none"),
+        "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    }
+)
+"""Key annotated as text -> the texts that TRL's step knows; it refuses others after the first generation
+(trl/trainer/grpo_trainer.py, TRL 1.16)."""
+
 
 @dataclass(frozen=True)
 class ForeignKey:
@@ -188,6 +200,8 @@ def _field(entry: ast.stmt) -> ForeignKey | None:
             return None
         value = given.get("default")
     accepts = accepted_types(entry.annotation) | ALSO_ACCEPTED.get(name, frozenset())
+    if name in CHOICES:
+        accepts = accepts - {"str"} | {repr(choice) for choice in CHOICES[name]}
     return ForeignKey(name, accepts, _literal(value))
 
 

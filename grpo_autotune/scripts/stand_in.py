@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig, override
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import is_file
@@ -97,6 +98,8 @@ def _grpo(t: TrainerFacts) -> dict[str, Any]:
         "gradient_checkpointing": t.gradient_checkpointing,
         "dataloader_num_workers": t.dataloader_num_workers,
     }
+    if not grpo_keys()["loss_type"].allows(t.loss_type):  # of a subclass
+        del values["loss_type"]
     if t.use_vllm:
         values["use_vllm"] = True
     if t.steps_per_generation != t.gradient_accumulation_steps:
