@@ -109,7 +109,8 @@ def _check_setting(name: str, value: Any, *, in_vllm: bool) -> None:
 def _generate_names() -> frozenset[str]:
     """Settings that `GenerationConfig.__init__` takes out of its keywords, as installed."""
     source = class_in_source("transformers", "generation/configuration_utils.py", "GenerationConfig")
-    calls = (node for node in ast.walk(source) if isinstance(node, ast.Call))
+    methods = (entry for entry in source.body if isinstance(entry, ast.FunctionDef) and entry.name == "__init__")
+    calls = (node for method in methods for node in ast.walk(method) if isinstance(node, ast.Call))
     popped = (call.args[0] for call in calls if ast.unparse(call.func) == "kwargs.pop")
     names = {name.value for name in popped if isinstance(name, ast.Constant)}
     return frozenset(str(name) for name in names if not str(name).startswith("_"))

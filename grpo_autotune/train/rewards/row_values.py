@@ -39,8 +39,8 @@ def row_values(returned: Any, rows: int) -> list[float | None]:
     if shape is not None:
         if math.prod(shape) != rows or rows not in shape:
             raise ValueError(f"returned {type(returned).__name__} of shape {tuple(shape)} for {rows} completions")
-        array = returned.to_numpy() if hasattr(returned, "to_numpy") else returned
-        returned = array.reshape(-1).tolist()
+        array = returned if hasattr(returned, "tolist") else returned.to_numpy()
+        returned = (array.reshape(-1) if hasattr(array, "reshape") else array).tolist()
     items = list(islice(iter(returned), rows + 1))
     if len(items) == 1 < rows and len(_plain(items[0], rows)) == rows:
         items = _plain(items[0], rows)
