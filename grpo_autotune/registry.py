@@ -2,7 +2,7 @@
 
 A built-in is a row that names its function as text, `package.module:function`, so this module imports nothing of what
 it names; and nothing that is named there imports this module. In a configuration any such text stands for a function
-too; the current folder is searched first.
+too; the current folder is searched first. `source_of` reads a function's definition without importing it.
 """
 
 from __future__ import annotations
@@ -137,12 +137,13 @@ def source_of(kind: Kind, name: str) -> Definition | None:
     except SyntaxError as error:
         raise _no_import(module_name, kind, entry.reference, error) from error
     functions = {node.name: node for node in tree.body if isinstance(node, Definition)}
+    defined = [node.name for node in ast.walk(tree) if isinstance(node, Definition | ast.ClassDef)]
     first = attribute.partition(".")[0]
     if first not in text and "import *" not in text and "__getattr__" not in text:
         raise ConfigError(f"{module_name} has no {attribute}", where=entry.reference, fix=_listed(list(functions)))
-    others = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} | _assigned(tree)
-    definition = functions.get(attribute) if attribute not in others else None
-    return None if definition is None or definition.decorator_list else definition
+    definition = functions.get(attribute)
+    is_sole = defined.count(attribute) == 1 and attribute not in _assigned(tree)
+    return definition if definition is not None and is_sole and not definition.decorator_list else None
 
 
 def _entry(kind: Kind, name: str) -> Builtin | Function:

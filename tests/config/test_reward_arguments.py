@@ -27,6 +27,9 @@ def dressed(x): ...
 def twice(x): ...
 twice = dressed(twice)
 class Judge: ...
+def either(completions): ...
+if imported:
+    def either(completions, scale, **columns): ...
 """
 
 
@@ -103,6 +106,7 @@ def test_a_mistake_is_seen_in_the_text(
         ("judges_in_text:dressed", {"anything": 1}),
         ("judges_in_text:twice", {"anything": 1}),
         ("judges_in_text:Judge", {}),
+        ("judges_in_text:either", {"scale": 1}),
         ("judges_in_text:imported", {}),
     ],
 )
