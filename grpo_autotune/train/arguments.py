@@ -51,7 +51,8 @@ def grpo_arguments(
     with as_config_errors("grpo"):
         arguments = GRPOConfig(**keys)
         if not arguments.use_vllm:  # said now, and not once the model is loaded
-            GenerationConfig(cache_implementation=arguments.cache_implementation, **(arguments.generation_kwargs or {}))
+            settings = {"do_sample": True, "cache_implementation": arguments.cache_implementation}
+            GenerationConfig(**{**settings, **(arguments.generation_kwargs or {})})
         return Arguments(arguments, tuple(notes))
 
 

@@ -132,6 +132,14 @@ def test_an_async_reward_too_and_a_forgotten_await() -> None:
     coroutine.close()
 
 
+def test_an_iterator_that_raises_is_blamed_like_a_function() -> None:
+    def judge(**columns: Any) -> Any:
+        return (float({}["gold"]) for _ in range(2))
+
+    with pytest.raises(RewardError, match=r"^reward judge: raised KeyError: 'gold'\. First sample: prompt"):
+        guard(judge, "judge", {}, alone=True)(**BATCH)
+
+
 def test_a_sample_in_a_message_is_printable_and_short() -> None:
     with pytest.raises(RewardError) as caught:
         guard(returns(torch.zeros(2, 2)), "judge", {}, alone=True)(**BATCH)

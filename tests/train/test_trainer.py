@@ -140,6 +140,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[AutotuneError], st
         ConfigError,
         r"^grpo: log_completions_hub_repo is set",
     ),
+    "GenerationConfig": (
+        {"model": {"name_or_path": "./nowhere"}},
+        {"cache_implementation": "statik"},
+        ConfigError,
+        r"^grpo: Invalid `cache_implementation` \(statik\)",
+    ),
     "TRL's trainer": (
         {},
         {"sync_ref_model": True},

@@ -14,7 +14,7 @@ from grpo_autotune.errors import AutotuneError, RewardError, printable, shortene
 from grpo_autotune.seams.layers import Layer, is_async, wrap
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.seams.table import reward_slots
-from grpo_autotune.train.rewards.row_values import row_values
+from grpo_autotune.train.rewards.row_values import NotNumbers, row_values
 
 PATIENCE = 10
 """Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
@@ -41,15 +41,13 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
 
         async def guarded_async(**batch: Any) -> list[float | None]:
             with blame(name, batch):
-                values = await function(**{**batch, **params})
-            return check(values, batch)
+                return check(await function(**{**batch, **params}), batch)
 
         return _named(guarded_async, name, function)
 
     def guarded(**batch: Any) -> list[float | None]:
         with blame(name, batch):
-            values = function(**{**batch, **params})
-        return check(values, batch)
+            return check(function(**{**batch, **params}), batch)
 
     return _named(guarded, name, function)
 
@@ -106,7 +104,7 @@ class _ResultCheck:
     def __call__(self, values: Any, batch: Mapping[str, Any]) -> list[float | None]:
         try:
             rewards = row_values(values, len(batch["completions"]))
-        except ValueError as error:
+        except NotNumbers as error:
             raise self._error(str(error), batch) from error
         numbers = [value for value in rewards if value is not None]
         if any(math.isinf(number) for number in numbers):

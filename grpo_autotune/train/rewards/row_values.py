@@ -18,6 +18,10 @@ SHOWN = 60
 """Characters of a value in a message."""
 
 
+class NotNumbers(ValueError):
+    """Something else than one number per row; the text says what, with type and shape."""
+
+
 def row_values(returned: Any, rows: int) -> list[float | None]:
     """The numbers that a reward function returned, in rows' order; None where it has none.
 
@@ -29,16 +33,16 @@ def row_values(returned: Any, rows: int) -> list[float | None]:
         rows: Number of completions, B.
 
     Raises:
-        ValueError: It is something else; the text says what, with type and shape.
+        NotNumbers: It is something else.
     """
     if inspect.isawaitable(returned):
-        raise ValueError("returned a coroutine: define the function with `async def`, or await inside it")
+        raise NotNumbers("returned a coroutine: define the function with `async def`, or await inside it")
     shape = getattr(returned, "shape", None)
     if isinstance(returned, str | bytes | Mapping | Set) or (shape is None and not hasattr(returned, "__iter__")):
-        raise ValueError(f"returned {type(returned).__name__}, not a list of numbers")
+        raise NotNumbers(f"returned {type(returned).__name__}, not a list of numbers")
     if shape is not None:
         if math.prod(shape) != rows or rows not in shape:
-            raise ValueError(f"returned {type(returned).__name__} of shape {tuple(shape)} for {rows} completions")
+            raise NotNumbers(f"returned {type(returned).__name__} of shape {tuple(shape)} for {rows} completions")
         array = returned if hasattr(returned, "tolist") else returned.to_numpy()
         returned = (array.reshape(-1) if hasattr(array, "reshape") else array).tolist()
     items = list(islice(iter(returned), rows + 1))
@@ -46,7 +50,7 @@ def row_values(returned: Any, rows: int) -> list[float | None]:
         items = _plain(items[0], rows)
     if len(items) != rows:
         count = len(returned) if hasattr(returned, "__len__") else "more" if len(items) > rows else len(items)
-        raise ValueError(f"returned {count} values for {rows} completions")
+        raise NotNumbers(f"returned {count} values for {rows} completions")
     return [_number(item) for item in items]
 
 
@@ -67,8 +71,8 @@ def _number(item: Any) -> float | None:
     if not isinstance(item, str | bytes) and not is_complex and hasattr(item, "__float__"):
         try:
             return float(item)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several, a number beyond floats
+        except (TypeError, ValueError, ArithmeticError, RuntimeError):  # an array of several, a number beyond floats
             pass
     shape = f" of shape {tuple(item.shape)}" if getattr(item, "shape", ()) else ""
     value = shortened(printable(repr(item)), SHOWN)
-    raise ValueError(f"returned {value} ({type(item).__name__}{shape}), which is not a number")
+    raise NotNumbers(f"returned {value} ({type(item).__name__}{shape}), which is not a number")
