@@ -49,16 +49,16 @@ ENGINE_RANGES = RANGES | {
 """The same with vLLM."""
 
 UNUSABLE = {
-    "stop_strings": "TRL gives `generate` no tokenizer to look for them; with grpo.use_vllm the key is stop",
-    "token_healing": "TRL gives `generate` no tokenizer for it",
-    "return_dict_in_generate": "TRL takes the tokens alone",
-    "num_return_sequences": "use grpo.num_generations",
-    "n": "use grpo.num_generations",
-    "max_new_tokens": "use grpo.max_completion_length",
-    "max_tokens": "use grpo.max_completion_length",
-    "temperature": "use grpo.temperature, which the training pass divides by as well",
+    "stop_strings": "TRL gives `generate` no tokenizer to look for them. With grpo.use_vllm the key is stop.",
+    "token_healing": "TRL gives `generate` no tokenizer for it.",
+    "return_dict_in_generate": "TRL takes the tokens alone.",
+    "num_return_sequences": "Use grpo.num_generations.",
+    "n": "Use grpo.num_generations.",
+    "max_new_tokens": "Use grpo.max_completion_length.",
+    "max_tokens": "Use grpo.max_completion_length.",
+    "temperature": "Use grpo.temperature, which the training pass divides by as well.",
 }
-"""Keys of `generation_kwargs` that break TRL's step or contradict it, and the reason."""
+"""Keys of `generation_kwargs` that break TRL's step or contradict it, and the reason or what to do."""
 
 
 def check_sampling(grpo: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def _check_range(where: str, value: Any, legal: Range) -> None:
 def _check_setting(name: str, value: Any, *, in_vllm: bool) -> None:
     where = f"grpo.generation_kwargs.{name}"
     if name in UNUSABLE:
-        raise ConfigError("this setting cannot be used here", where=where, fix=f"The reason: {UNUSABLE[name]}.")
+        raise ConfigError("this setting cannot be used here", where=where, fix=UNUSABLE[name])
     if name == "do_sample" and value is not True:
         raise ConfigError("all completions of a group would be the same", where=where, fix="Remove it.")
     names = _engine_names() if in_vllm else _generate_names()

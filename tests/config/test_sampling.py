@@ -39,9 +39,9 @@ def test_a_value_that_nothing_samples_with(grpo: dict[str, Any], expected: str) 
         ({"top_p": 0}, "top_p: must be above 0 and at most 1"),
         (
             {"stop_strings": ["</a>"]},
-            "stop_strings: this setting cannot be used here. The reason: TRL gives `generate`",
+            "stop_strings: this setting cannot be used here. TRL gives `generate`",
         ),
-        ({"max_new_tokens": 5}, "max_new_tokens: this setting cannot be used here. The reason: use grpo.max_compl"),
+        ({"max_new_tokens": 5}, "max_new_tokens: this setting cannot be used here. Use grpo.max_compl"),
         ({"do_sample": False}, "do_sample: all completions of a group would be the same. Remove it."),
         ({"no_such": 1}, "no_such: transformers' GenerationConfig has no such setting. Remove it."),
         (
