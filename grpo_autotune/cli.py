@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_autotune.console import INTERRUPTED_EXIT, complain, output_aside, say, show
-from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem
+from grpo_autotune.console import INTERRUPTED_EXIT, accept_any_text, complain, output_aside, say, show
+from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
@@ -56,9 +56,9 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
     """Run a short real trial and print where its seconds went."""
 
     def action() -> int:
+        loaded = _load(config, set_, "trial")
         from grpo_autotune.commands.probe import probe_config
 
-        loaded = _load(config, set_)
         folder = out or loaded.run_dir / "probe"
         with output_aside() if json_ else nullcontext():
             measured, code = probe_config(loaded, steps=steps, out_dir=folder)
@@ -79,9 +79,9 @@ def train(
     """Train a configuration."""
 
     def action() -> int:
+        loaded = _load(config, set_, "train")
         from grpo_autotune.commands.train import train_config
 
-        loaded = _load(config, set_)
         return train_config(loaded, out_dir=out or loaded.run_dir, resume=resume)
 
     return action
@@ -110,12 +110,13 @@ def search(
     """Find a faster configuration that learns the same, within a budget."""
 
     def action() -> int:
-        from grpo_autotune.commands.search import search_config
-        from grpo_autotune.render.search import render_search
         from grpo_autotune.search.budget import parse_budget
 
         budget_s = parse_budget(budget)
-        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_), None)
+        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_, "trial"), None)
+        from grpo_autotune.commands.search import search_config
+        from grpo_autotune.render.search import render_search
+
         folder = run_dir or loaded.run_dir / "search"
         with output_aside() if json_ else nullcontext():
             result, code = search_config(
@@ -209,9 +210,9 @@ def serve(
     """Start a vLLM server that the configuration can be trained against (vllm.mode server)."""
 
     def action() -> int:
+        loaded = _load(config, set_, "serve")
         from grpo_autotune.commands.serve import serve_config
 
-        loaded = _load(config, set_)
         return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=_numbers(gpus), dry_run=dry_run)
 
     return action
@@ -237,12 +238,20 @@ def _numbers(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def _load(source: str | None, overrides: list[str] | None) -> Any:
+def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
+    """A configuration whose mistakes are said before the command's own imports, which take seconds."""
+    from grpo_autotune.commands.early import check_early, check_model
     from grpo_autotune.config.schema import load_config, resolve_source
+    from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
     label, _ = resolve_source(source)
     say(f"Configuration: {label}")
-    return load_config(source, overrides or [])
+    config = load_config(source, overrides or [])
+    if purpose == "serve":  # it needs neither data nor rewards
+        check_model(config)
+    else:
+        check_early(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
+    return config
 
 
 def _load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
@@ -273,7 +282,8 @@ def _usage(error: Any) -> str:
     """A mistake on the command line, the option or argument named, and the command that lists what there is."""
     message = error.format_message()
     command = f"{error.ctx.info_name} " if error.ctx is not None and error.ctx.parent is not None else ""
-    return f"{message if message.endswith(('.', '?')) else f'{message}.'} See `grpo-autotune {command}--help`."
+    line = shortened(printable(message), LONGEST // 2)
+    return f"{line if line.endswith(('.', '?')) else f'{line}.'} See `grpo-autotune {command}--help`."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = words[:1] == ["--debug"]
+    accept_any_text()
     try:
         action = app(words, standalone_mode=False)
         return action() if callable(action) else int(action or 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -24,6 +26,25 @@ HEARTBEAT_S = 5.0
 
 REPEAT_S = 15.0
 """Seconds after which the same thing is said again."""
+
+
+SIGNS = {"±": "+-", "µ": "u", "█": "#", "─": "-", "━": "-", "│": "|", "╸": "-", "╺": "-", "•": "*", "…": "..."}
+"""Signs of our own output and of rich's -> what stands for each where the terminal's encoding has no such sign."""
+
+
+def accept_any_text() -> None:
+    """Let standard output and error take every character: one that their encoding has not is written otherwise."""
+    codecs.register_error("grpo-autotune", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="grpo-autotune")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 def is_first_rank() -> bool:

@@ -1,12 +1,15 @@
 """The exception tree: a mistake of the user's is one of these, and only `cli.main` catches them.
 
-A message is one line: what is wrong, where (a key path, a file, a row), and what to do. For a name that does not exist
-`nearest` finds the one that was probably meant.
+A message is one printable line of at most `LONGEST` characters: what is wrong, where (a key path, a file, a row), and
+what to do. For a name that does not exist `nearest` finds the one that was probably meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+
+LONGEST = 370
+"""Characters of a message; the command's name and a rank's number still fit in front of it in 400."""
 
 
 class AutotuneError(Exception):
@@ -25,9 +28,8 @@ class AutotuneError(Exception):
         super().__init__(what, where, fix)
 
     def __str__(self) -> str:
-        line = f"{self.where}: {self.what}" if self.where else self.what
-        line = f"{line.rstrip('.')}. {self.fix}" if self.fix else line
-        return " ".join(line.split())
+        where, what, fix = (printable(part or "") for part in (self.where, self.what, self.fix))
+        return _line(*_fitted([where, what.rstrip(".") if fix else what, fix], LONGEST - len(". ") - len(": ")))
 
 
 class ConfigError(AutotuneError):
@@ -64,6 +66,32 @@ class SeamError(EnvironmentProblem):
     """The installed TRL or vLLM lacks a method that the probe or a speed-up has to wrap."""
 
 
+def printable(text: str) -> str:
+    """The text in one line, white space as single spaces, and each control character as its escape."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, its middle left out where it has more than `most` characters."""
+    tail = (most - 5) // 3
+    return text if len(text) <= most else f"{text[: most - 5 - tail]} ... {text[-tail:]}"
+
+
+def _fitted(parts: list[str], most: int) -> list[str]:
+    """Parts shortened to `most` characters in all: the longest first, as long as they do not fit."""
+    shares, room = [0] * len(parts), most
+    for done, place in enumerate(sorted(range(len(parts)), key=lambda place: len(parts[place]))):
+        shares[place] = min(len(parts[place]), room // (len(parts) - done))
+        room -= shares[place]
+    return [shortened(part, share) for part, share in zip(parts, shares, strict=True)]
+
+
+def _line(where: str, what: str, fix: str) -> str:
+    line = f"{where}: {what}" if where else what
+    return f"{line}. {fix}" if fix else line
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like `name`; None where none is `cutoff` alike (0 to 1, as `difflib` counts)."""
     import difflib
@@ -78,13 +106,34 @@ def nearest_hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def nearest_path(path: str, known: Sequence[str]) -> str | None:
-    """The known key path that was probably meant: the same key of another section, else a similar one, here first."""
+    """The known key path that was probably meant: the same key of another section, else one typed wrongly, here first.
+
+    A key that only resembles another one is no mistake in typing: the advice would change the run.
+    """
     section, _, name = path.rpartition(".")
-    beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     anywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
     if name in anywhere:
         return anywhere[name]
-    if near := nearest(name, beside, cutoff=0.5):
-        return beside[near]
-    near = nearest(name, anywhere)
-    return anywhere[near] if near else None
+    beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    for keys in (beside, anywhere):
+        slips = {key: _slips(name, key) for key in keys}
+        closest = [key for key, count in slips.items() if count == min(slips.values())]
+        if len(closest) == 1 and slips[closest[0]] <= (1 if len(name) < 8 else 2):
+            return keys[closest[0]]
+    return None
+
+
+def _slips(typed: str, meant: str) -> int:
+    """Slips between two words: letters too many, missing or exchanged count 1, a wrong one 2 (Damerau 1964)."""
+    if abs(len(typed) - len(meant)) > 2:
+        return 3
+    before, row = [0], list(range(len(meant) + 1))
+    for i, letter in enumerate(typed, 1):
+        before, last, row = row, before, [i]
+        for j, other in enumerate(meant, 1):
+            cost = min(row[-1], before[j]) + 1
+            cost = min(cost, before[j - 1] + 2 * (letter != other))
+            if i > 1 and j > 1 and (letter, other) == (meant[j - 2], typed[i - 2]):
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

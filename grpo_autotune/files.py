@@ -70,3 +70,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def is_file(path: str | Path) -> bool:
+    """True if a file is there (`~` is the home); False too for a text that cannot be a path, where pathlib raises."""
+    with suppress(OSError, RuntimeError):  # a name that is too long, the home of a user that there is not
+        return Path(path).expanduser().is_file()
+    return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """The same for a folder."""
+    with suppress(OSError, RuntimeError):
+        return Path(path).expanduser().is_dir()
+    return False

@@ -2,15 +2,18 @@
 
 A built-in is a row that names its function as text, `package.module:function`, so this module imports nothing of what
 it names; and nothing that is named there imports this module. In a configuration any such text stands for a function
-too; the current folder is searched first.
+too; the current folder is searched first. `source_of` reads a function's definition without importing it.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
+import tokenize
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -18,6 +21,7 @@ from grpo_autotune.errors import ConfigError, nearest_hint
 
 Kind = Literal["reward", "dataset", "model", "speedup"]
 Function = Callable[..., Any]
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
 F = TypeVar("F", bound=Function)
 
 
@@ -108,19 +112,58 @@ def resolve(kind: Kind, name: str) -> Function:
     Raises:
         ConfigError: There is none; lists the known names and the nearest. Or a package that it needs is not installed.
     """
+    entry = _entry(kind, name)
+    return _load(kind, entry.reference) if isinstance(entry, Builtin) else entry
+
+
+def source_of(kind: Kind, name: str) -> Definition | None:
+    """The definition of a function by name, read in its source text: nothing is imported.
+
+    Returns:
+        The definition; None where the text alone cannot tell: a class, a decorated or an imported function.
+
+    Raises:
+        ConfigError: As `resolve`, where the text shows it.
+    """
+    entry = _entry(kind, name)
+    if not isinstance(entry, Builtin):
+        return None
+    module_name, _, attribute = entry.reference.partition(":")
+    text = _source_text(module_name, kind, entry.reference)
+    if text is None:
+        return None
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise _no_import(module_name, kind, entry.reference, error) from error
+    functions = {node.name: node for node in tree.body if isinstance(node, Definition)}
+    defined = [node.name for node in ast.walk(tree) if isinstance(node, Definition | ast.ClassDef)]
+    first = attribute.partition(".")[0]
+    if first not in text and "import *" not in text and "__getattr__" not in text:
+        raise ConfigError(f"{module_name} has no {attribute}", where=entry.reference, fix=_listed(list(functions)))
+    definition = functions.get(attribute)
+    is_sole = defined.count(attribute) == 1 and attribute not in _assigned(tree)
+    return definition if definition is not None and is_sole and not definition.decorator_list else None
+
+
+def _entry(kind: Kind, name: str) -> Builtin | Function:
+    """The entry of a name or a reference, its packages looked for.
+
+    Raises:
+        ConfigError: As `resolve`.
+    """
     entry = _TABLE[kind].get(name)
     if entry is None and is_reference(name):
         entry = Builtin(name)
+    if entry is None:
+        raise ConfigError(
+            f"there is no {kind} of this name",
+            where=name,
+            fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
+        )
     if isinstance(entry, Builtin):
         _check_installed(kind, name, entry)
-        return _load(kind, entry.reference)
-    if entry is not None:
-        return entry
-    raise ConfigError(
-        f"there is no {kind} of this name",
-        where=name,
-        fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
-    )
+    return entry
 
 
 def _check_installed(kind: Kind, name: str, entry: Builtin) -> None:
@@ -135,20 +178,15 @@ def _check_installed(kind: Kind, name: str, entry: Builtin) -> None:
 
 def _load(kind: str, reference: str) -> Function:
     module_name, _, attribute = reference.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _look_here()
     try:
         value: Any = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"cannot import {module_name} for this {kind}: {error}",
-            where=reference,
-            fix=f"Modules are looked for in {folder}.",
-        ) from error
+        raise _no_import(module_name, kind, reference, error) from error
     for part in attribute.split("."):
         if not hasattr(value, part):
-            raise ConfigError(f"{module_name} has no {attribute}", where=reference, fix=_functions_of(module_name))
+            public = [name for name, member in vars(sys.modules[module_name]).items() if callable(member)]
+            raise ConfigError(f"{module_name} has no {attribute}", where=reference, fix=_listed(public))
         value = getattr(value, part)
     if not callable(value):
         raise ConfigError("this is not a function", where=reference)
@@ -156,8 +194,54 @@ def _load(kind: str, reference: str) -> Function:
     return function
 
 
-def _functions_of(module_name: str) -> str:
-    public = [
-        name for name, value in vars(sys.modules[module_name]).items() if callable(value) and not name.startswith("_")
-    ]
+def _look_here() -> None:
+    """Let imports look in the current folder first."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _source_text(module_name: str, kind: str, reference: str) -> str | None:
+    """The text of a module that is not imported for it; None where it has no text.
+
+    Raises:
+        ConfigError: There is no such module.
+    """
+    if module_name in sys.modules and getattr(sys.modules[module_name], "__file__", None) is None:
+        return None
+    _look_here()
+    importlib.invalidate_caches()
+    parts, path, origin = module_name.split("."), None, None
+    for depth in range(len(parts)):
+        name = ".".join(parts[: depth + 1])
+        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None:
+            raise _no_import(module_name, kind, reference, ModuleNotFoundError(f"No module named {name!r}"))
+        path, origin = spec.submodule_search_locations, spec.origin
+    if origin is None or not origin.endswith(".py"):
+        return None
+    with suppress(OSError, UnicodeDecodeError, SyntaxError), tokenize.open(origin) as file:
+        return file.read()
+    return None  # inside an archive, or in an encoding that the import will complain of
+
+
+def _assigned(tree: ast.Module) -> set[str]:
+    """Names that a module binds by an assignment or an import, wherever it does."""
+    nodes = list(ast.walk(tree))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imports = (node.names for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    return stored | {alias.asname or alias.name for aliases in imports for alias in aliases}
+
+
+def _no_import(module_name: str, kind: str, reference: str, error: ImportError | SyntaxError) -> ConfigError:
+    return ConfigError(
+        f"cannot import {module_name} for this {kind}: {error}",
+        where=reference,
+        fix=f"Modules are looked for in {Path.cwd()}.",
+    )
+
+
+def _listed(functions: list[str]) -> str:
+    public = [name for name in functions if not name.startswith("_")]
     return f"Functions there: {', '.join(public)}." if public else ""

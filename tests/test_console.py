@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
 
 from grpo_autotune import console
-from grpo_autotune.console import REPEAT_S, Heartbeat, ProgressBar, complain, say, show, warn
+from grpo_autotune.console import REPEAT_S, Heartbeat, ProgressBar, accept_any_text, complain, say, show, warn
 
 
 class Clock:
@@ -72,3 +73,24 @@ def test_progress_of_other_ranks_is_silent(monkeypatch: pytest.MonkeyPatch) -> N
         with ProgressBar("probing", 4, Console(file=screen, force_terminal=terminal)) as bar:
             bar.update(3, "beside", "a line")
         assert not screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"## 3 us +-1 -- \\u7b54\\ud800"),
+        ("cp1252", "## 3 µs ±1 -- \\u7b54\\ud800".encode("cp1252")),
+        ("gbk", "██ 3 us ±1 ── 答\\ud800".encode("gbk")),
+        ("utf-8", "██ 3 µs ±1 ── 答\\ud800".encode()),
+    ],
+)
+def test_a_terminal_of_any_encoding_takes_every_text(
+    encoding: str, shown: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(screen, encoding=encoding))
+    accept_any_text()
+    show("██ 3 µs ±1 ── 答\ud800")
+    say("██ 3 µs ±1 ── 答\ud800")
+    assert screen.getvalue() == 2 * (shown + b"\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_autotune.errors import ConfigError, nearest, nearest_hint, nearest_path
+from grpo_autotune.errors import LONGEST, ConfigError, nearest, nearest_hint, nearest_path
 
 PATHS = ["grpo.beta", "grpo.num_generations", "vllm.max_model_len", "data.image_size", "data.name", "output.name"]
 
@@ -29,7 +29,7 @@ def test_a_hint_names_the_nearest_or_says_something_else() -> None:
         ("vllm.beta", "grpo.beta"),
         ("beta", "grpo.beta"),
         ("model.name", "data.name"),
-        ("vllm.max_model_length", "vllm.max_model_len"),
+        ("vllm.max_model_lne", "vllm.max_model_len"),
         ("vllm.num_generation", "grpo.num_generations"),
         ("data.imagesize", "data.image_size"),
         ("grpo.zzz", None),
@@ -37,3 +37,15 @@ def test_a_hint_names_the_nearest_or_says_something_else() -> None:
 )
 def test_the_same_key_elsewhere_comes_before_a_similar_one(path: str, meant: str | None) -> None:
     assert nearest_path(path, PATHS) == meant
+
+
+def test_a_long_message_keeps_its_short_parts_and_is_cut_in_the_middle() -> None:
+    line = str(ConfigError("x" * 5000 + "!", where="data.path", fix="Remove it."))
+    assert len(line) <= LONGEST
+    assert line.startswith("data.path: xxx") and line.endswith("xxx!. Remove it.") and " ... " in line
+    every = str(ConfigError("w" * 900, where="a" * 900, fix="f" * 900))
+    assert len(every) <= LONGEST and all(letter * 50 in every for letter in "awf")
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert str(ConfigError("a\x00b\x1b[31m\ud800", where="k", fix="né\t\n你")) == "k: a\\x00b\\x1b[31m\\ud800. né 你"

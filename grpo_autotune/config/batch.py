@@ -10,6 +10,7 @@ processes (`WORLD_SIZE`, which torchrun sets).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +119,11 @@ COUNTS = {
 }
 """Key -> smallest legal value. A group of one has its own reward as mean, so its advantage is always zero."""
 
+MOST = 2**20
+"""Largest legal value of each."""
+SEARCHED = 4096
+"""Group sizes above the one wanted among which the next legal one is looked for; else it is the whole batch."""
+
 MAY_BE_NULL = frozenset(
     {"steps_per_generation", "generation_batch_size", "num_generations_eval", "max_completion_length"}
 )
@@ -132,6 +138,8 @@ def _check_counts(grpo: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"must be at least {least}, and is {count}", where=f"grpo.{name}", fix=f"Nearest legal: {least}."
             )
+        if count > MOST:
+            raise ConfigError(f"must be at most {MOST}", where=f"grpo.{name}", fix=f"Nearest legal: {MOST}.")
 
 
 def _steps_per_generation(batch: int | None, steps: int | None, micro: int, processes: int, accumulation: int) -> int:
@@ -157,7 +165,7 @@ def _steps_per_generation(batch: int | None, steps: int | None, micro: int, proc
 def _check_groups(plan: BatchPlan, steps_name: str) -> None:
     group = plan.num_generations
     if plan.generation_batch % group:
-        legal_micro = [m for m in range(1, 4 * plan.micro_batch + group + 1) if not m * _rest(plan) % group]
+        unit = group // math.gcd(group, plan.processes * plan.steps_per_generation)
         raise ConfigError(
             f"the generation batch must be a multiple of num_generations {group}, and is {plan.generation_batch} "
             f"(per_device_train_batch_size {plan.micro_batch} x world size {plan.processes} x {steps_name} "
@@ -170,39 +178,28 @@ def _check_groups(plan: BatchPlan, steps_name: str) -> None:
                 "num_generations",
                 "per_device_train_batch_size",
                 plan.micro_batch,
-                legal_micro,
+                unit,
             ),
         )
     if plan.eval_batch is not None and plan.eval_batch % plan.eval_generations:
         micro, group = plan.eval_batch // plan.processes, plan.eval_generations
-        legal_micro = [m for m in range(1, 4 * micro + group + 1) if not m * plan.processes % group]
+        unit = group // math.gcd(group, plan.processes)
         raise ConfigError(
             f"the evaluation batch must be a multiple of the completions per prompt ({group}), and is "
             f"{plan.eval_batch} (per_device_eval_batch_size {micro} x world size {plan.processes})",
             where="grpo.per_device_eval_batch_size",
-            fix=_remedy(
-                plan.eval_batch, group, 1, "num_generations_eval", "per_device_eval_batch_size", micro, legal_micro
-            ),
+            fix=_remedy(plan.eval_batch, group, 1, "num_generations_eval", "per_device_eval_batch_size", micro, unit),
         )
 
 
-def _rest(plan: BatchPlan) -> int:
-    return plan.processes * plan.steps_per_generation
-
-
-def _remedy(
-    batch: int, group: int, least: int, group_key: str, micro_key: str, micro: int, legal_micro: list[int]
-) -> str:
-    groups = [g for g in range(least, batch + 1) if batch % g == 0]
-    choices = [f"{group_key} {_words(_nearest(groups, group))}"] if groups else []
-    choices.append(f"{micro_key} {_words(_nearest(legal_micro, micro))}")
+def _remedy(batch: int, group: int, least: int, group_key: str, micro_key: str, micro: int, unit: int) -> str:
+    """The nearest divisors of the batch, or the nearest micro batches: the multiples of `unit`."""
+    below = next((g for g in range(min(group - 1, batch), least - 1, -1) if batch % g == 0), None)
+    above = next((g for g in range(group + 1, min(batch, group + SEARCHED) + 1) if batch % g == 0), batch)
+    groups = ([] if below is None else [below]) + ([above] if group < above <= MOST else [])
+    choices = [f"{group_key} {_words(groups)}"] if groups else []
+    choices.append(f"{micro_key} {_words(_nearest_multiples(micro, unit))}")
     return f"Nearest legal: {', or '.join(choices)}."
-
-
-def _nearest(legal: list[int], wanted: int) -> list[int]:
-    """The nearest legal values below and above the one wanted."""
-    below, above = [x for x in legal if x < wanted], [x for x in legal if x > wanted]
-    return below[-1:] + above[:1]
 
 
 def _nearest_multiples(wanted: int, of: int) -> list[int]:

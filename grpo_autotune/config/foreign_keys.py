@@ -30,6 +30,7 @@ PEFT_SOURCES = (
 )
 
 ENGINE_SOURCES = (("vllm", "engine/arg_utils.py", "EngineArgs"),)
+SAMPLING_SOURCES = (("vllm", "sampling_params.py", "SamplingParams"),)
 
 ANYTHING = "anything"
 
@@ -47,6 +48,18 @@ WORDS = {
 
 ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType({"scale_rewards": frozenset({"bool"})})
 """Key -> types accepted beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "importance_sampling_level": ("token", "sequence"),
+        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+        "scale_rewards": ("group", "batch", "none"),
+        "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    }
+)
+"""Key annotated as text -> the texts that TRL's step knows; it refuses others after the first generation
+(trl/trainer/grpo_trainer.py, TRL 1.16)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,12 @@ def engine_keys() -> Mapping[str, ForeignKey]:
     return _keys(ENGINE_SOURCES)
 
 
+@lru_cache(maxsize=1)
+def sampling_keys() -> Mapping[str, ForeignKey]:
+    """Keys of the installed vLLM's `SamplingParams`. Raises as `grpo_keys`."""
+    return _keys(SAMPLING_SOURCES)
+
+
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
     """Check the types of known keys; unknown ones are left to the caller.
 
@@ -138,8 +157,8 @@ def wrong_type(where: str, value: object, accepted: str) -> ConfigError:
 def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
     keys: dict[str, ForeignKey] = {}
     for package, path, class_name in sources:
-        for key in _class_keys(_source_file(package, path), class_name):
-            keys[key.name] = key
+        fields = (_field(entry) for entry in class_in_source(package, path, class_name).body)
+        keys |= {key.name: key for key in fields if key is not None}
     return MappingProxyType(keys)
 
 
@@ -150,11 +169,17 @@ def _source_file(package: str, path: str) -> Path:
     return Path(spec.origin).parent / path
 
 
-def _class_keys(source: Path, class_name: str) -> list[ForeignKey]:
+def class_in_source(package: str, path: str, class_name: str) -> ast.ClassDef:
+    """The definition of a class in an installed package's source text.
+
+    Raises:
+        EnvironmentProblem: The package is missing, or has no such class in this file.
+    """
+    source = _source_file(package, path)
     tree = ast.parse(source.read_text(encoding="utf-8")) if source.is_file() else ast.Module(body=[], type_ignores=[])
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return [key for entry in node.body if (key := _field(entry)) is not None]
+            return node
     raise EnvironmentProblem(
         f"{source} has no class {class_name}",
         fix="Install the versions that grpo-autotune's package metadata asks for.",
@@ -174,7 +199,9 @@ def _field(entry: ast.stmt) -> ForeignKey | None:
         if isinstance(init, ast.Constant) and init.value is False:
             return None
         value = given.get("default")
-    accepts = frozenset(_accepts(entry.annotation)) | ALSO_ACCEPTED.get(name, frozenset())
+    accepts = accepted_types(entry.annotation) | ALSO_ACCEPTED.get(name, frozenset())
+    if name in CHOICES:
+        accepts = accepts - {"str"} | {repr(choice) for choice in CHOICES[name]}
     return ForeignKey(name, accepts, _literal(value))
 
 
@@ -187,6 +214,11 @@ def _literal(node: ast.expr | None) -> str | None:
     except ValueError:
         return None
     return text
+
+
+def accepted_types(annotation: ast.expr) -> frozenset[str]:
+    """The types and literals of an annotation, as `ForeignKey.accepts` has them."""
+    return frozenset(_accepts(annotation))
 
 
 def _accepts(node: ast.expr) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from grpo_autotune.config.foreign_keys import wrong_type
+from grpo_autotune.config.renamed_keys import fate
 from grpo_autotune.errors import ConfigError, nearest_path
 
 ACCEPTED = {
@@ -25,7 +26,10 @@ ACCEPTED = {
 }
 """Pydantic's error type -> what may be written instead."""
 
-MOST_LISTED = 20
+MOST_LISTED = 12
+
+HOSTS = ("search", "output", "receipt")
+"""Sections whose keys are meant nowhere else: `grpo.steps` is not `search.steps`."""
 
 
 def from_validation(error: ValidationError, known: Sequence[str]) -> ConfigError:
@@ -48,15 +52,18 @@ def from_validation(error: ValidationError, known: Sequence[str]) -> ConfigError
 
 
 def unknown_key(loc: Sequence[str | int], known: Sequence[str]) -> ConfigError:
-    """An unknown key, with the nearest known one: the same name in another section, else a similar name beside it."""
+    """An unknown key: what became of it, or the known one that was probably meant, or those of its section."""
     keys = [str(part) for part in loc if not isinstance(part, int)]
-    near = nearest_path(".".join(keys), known)
+    if advice := fate(keys[-1]):
+        return ConfigError("unknown key", where=_path(loc), fix=advice)
+    section = ".".join(keys[:-1])
+    meant = [path for path in known if not section or path.partition(".")[0] not in HOSTS or path.startswith(section)]
+    near = nearest_path(".".join(keys), meant)
     if near:
         return ConfigError("unknown key", where=_path(loc), fix=f"Nearest known key: {near}.")
-    section = ".".join(keys[:-1])
     beside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == section]
-    listed = ", ".join([*beside[:MOST_LISTED], *(["..."] if len(beside) > MOST_LISTED else [])])
-    return ConfigError("unknown key", where=_path(loc), fix=f"Known here: {listed}.")
+    more = f" and {len(beside) - MOST_LISTED} more" if len(beside) > MOST_LISTED else ""
+    return ConfigError("unknown key", where=_path(loc), fix=f"Known here: {', '.join(beside[:MOST_LISTED])}{more}.")
 
 
 def _path(loc: Sequence[str | int]) -> str:

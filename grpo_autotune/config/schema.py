@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
+from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.section import Section
 from grpo_autotune.config.sources import read_source, resolve_source
 from grpo_autotune.config.speedups import SpeedUps, check_speedups
@@ -171,6 +172,7 @@ class RunConfig(Section):
                 raise unknown_key(("grpo", name), known_paths())
         check_values("grpo", grpo, grpo_keys())
         batch_plan(grpo)
+        check_sampling(grpo)
         return grpo
 
     @field_validator("peft")

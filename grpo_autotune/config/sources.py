@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_autotune.errors import ConfigError, nearest_hint
+from grpo_autotune.files import is_file, is_folder
 
 DEFAULT_FILE = "grpo.yaml"
 DEFAULT_PROFILE = "demo"
@@ -38,9 +39,9 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
         here = Path(DEFAULT_FILE)
         return (f"./{DEFAULT_FILE}", here) if here.is_file() else resolve_source(DEFAULT_PROFILE)
     path = Path(source)
-    if path.is_file():
+    if is_file(path):
         return str(source), path
-    if path.is_dir() and path.name not in profile_names():
+    if is_folder(path) and path.name not in profile_names():
         raise ConfigError("this is a folder", where=str(source), fix="Name the YAML file in it.")
     if path.suffix in {".yaml", ".yml"} or path.name != str(source):
         raise ConfigError(

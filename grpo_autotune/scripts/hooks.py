@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import is_file
 from grpo_autotune.probe.startup import Startup, timed
 from grpo_autotune.scripts.values import ScriptValues
 from grpo_autotune.seams.import_hooks import (
@@ -112,7 +113,7 @@ def require_script(script: Path) -> None:
     Raises:
         ConfigError: There is none.
     """
-    if not script.is_file():
+    if not is_file(script):
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
         )

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig, override
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import is_file
 from grpo_autotune.knobs import TABLE
 from grpo_autotune.knobs.apply import SERVER
 from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
@@ -27,7 +29,7 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: There is no such script, or a setting is not legal.
     """
-    if not script or not Path(script[0]).is_file():
+    if not script or not is_file(script[0]):
         raise ConfigError(
             "no such script",
             where=f"--script {' '.join(script)}",
@@ -96,6 +98,8 @@ def _grpo(t: TrainerFacts) -> dict[str, Any]:
         "gradient_checkpointing": t.gradient_checkpointing,
         "dataloader_num_workers": t.dataloader_num_workers,
     }
+    if not grpo_keys()["loss_type"].allows(t.loss_type):  # of a subclass
+        del values["loss_type"]
     if t.use_vllm:
         values["use_vllm"] = True
     if t.steps_per_generation != t.gradient_accumulation_steps:

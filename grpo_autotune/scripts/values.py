@@ -24,6 +24,7 @@ from grpo_autotune.config.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.errors import AutotuneError, ConfigError
+from grpo_autotune.files import is_file
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
@@ -174,7 +175,7 @@ def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
     Raises:
         ConfigError: It cannot be read, it is no YAML, or it holds something else.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
     try:
         given = _File.model_validate(parse_yaml(read_source(path), str(path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from grpo_autotune.config.schema import RunConfig
@@ -17,20 +17,6 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
-
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "swanlab": ("swanlab",),
-    "clearml": ("clearml",),
-    "neptune": ("neptune",),
-    "dvclive": ("dvclive",),
-    "codecarbon": ("codecarbon",),
-}
-"""`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
 
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
@@ -59,10 +45,8 @@ def grpo_arguments(
 
     Raises:
         ConfigError: TRL or transformers refuses a value.
-        EnvironmentProblem: A tracker of `grpo.report_to` is not installed.
     """
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
-    check_trackers(keys.get("report_to"))
     notes = _without_accelerator(keys)
     keys["trust_remote_code"] = config.model.trust_remote_code
     if config.model.revision is not None:  # TRL loads a reference model by name: the same revision, then
@@ -72,6 +56,9 @@ def grpo_arguments(
     keys.setdefault("output_dir", output_dir)
     with as_config_errors("grpo"):
         grpo = GRPOConfig(**keys)
+        if not grpo.use_vllm:  # said now, and not once the model is loaded
+            settings = {"do_sample": True, "cache_implementation": grpo.cache_implementation}
+            GenerationConfig(**{**settings, **(grpo.generation_kwargs or {})})
     place = placement(keys, config.batch.processes)
     if grpo.n_gpu > 1:
         notes.append(_on_one_gpu(grpo, place))
@@ -114,22 +101,6 @@ def unlocked_engine(config: RunConfig) -> Iterator[None]:
         options = replace(options, keys={**keys, **options.keys})
     with unlock(options):
         yield
-
-
-def check_trackers(report_to: str | list[str] | None) -> None:
-    """Refuse a tracker whose package is missing.
-
-    Raises:
-        EnvironmentProblem: Naming tracker and package.
-    """
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        packages = TRACKERS.get(name, ())
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise EnvironmentProblem(
-                f"{name} is asked for, and the package {packages[0]} is not installed",
-                where="grpo.report_to",
-                fix=f"Install it (pip install {packages[0]}), or remove {name}",
-            )
 
 
 @contextmanager

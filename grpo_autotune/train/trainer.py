@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank
-from grpo_autotune.errors import EnvironmentProblem
-from grpo_autotune.hardware.machine import installed
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
@@ -119,15 +118,10 @@ def build_trainer(
     say = say or say_on(Console(stderr=True))
     quieten(bars=sys.stderr.isatty())
     chosen(config.speedups)
-    if config.use_vllm and not installed("vllm"):
-        raise EnvironmentProblem(
-            "completions by vLLM need the package vllm, which is not installed",
-            where="grpo.use_vllm",
-            fix="Install the extra: pip install 'grpo-autotune[vllm]', or set the key to false.",
-        )
+    check_packages(config, grpo_overrides or {})
     with phase("data"):
         train_data, eval_data = load(config, say)
-        functions, weights, _ = build_rewards(config)
+        functions, weights, _ = build_rewards(config, train_data.column_names)
     arguments = grpo_arguments(
         config,
         output_dir=str(RunFolder(config.run_dir).checkpoints),

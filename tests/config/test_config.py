@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_autotune.config.batch import COUNTS, batch_plan
-from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
+from grpo_autotune.config.foreign_keys import CHOICES, grpo_keys, peft_keys
 from grpo_autotune.config.schema import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig, known_paths, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.config.vllm import VLLM_TO_TRL
@@ -47,7 +48,7 @@ def message(values: Values) -> str:
         ({"peft": {"lora_dropuot": 0}}, "peft.lora_dropuot: unknown key. Nearest known key: peft.lora_dropout."),
         (
             {"vllm": {"max_model_length": 9}},
-            "vllm.max_model_length: unknown key. Nearest known key: vllm.max_model_len.",
+            "vllm.max_model_length: unknown key. Use vllm.max_model_len.",
         ),
         (
             {"rewards": [{"name": "x", "wieght": 1}]},
@@ -72,6 +73,8 @@ def test_a_wrong_key_is_named_with_the_nearest(sections: Values, expected: str) 
         ({"grpo": {"max_steps": 1.5}}, "grpo.max_steps: 1.5 is not accepted. Accepted: a whole number."),
         ({"grpo": {"use_vllm": "yes"}}, "grpo.use_vllm: 'yes' is not accepted. Accepted: true or false."),
         ({"grpo": {"save_strategy": False}}, "grpo.save_strategy: false is not accepted. Accepted: text."),
+        ({"grpo": {"loss_type": "grpoo"}}, "grpo.loss_type: 'grpoo' is not accepted. Accepted: 'bnpo' or 'cispo' or"),
+        ({"grpo": {"scale_rewards": "off"}}, "Accepted: 'batch' or 'group' or 'none' or true or false."),
         ({"peft": {"r": "8"}}, "peft.r: '8' is not accepted. Accepted: a whole number."),
         ({"peft": {"bias": "some"}}, "peft.bias: 'some' is not accepted. Accepted: 'all' or 'lora_only' or 'none'."),
         ({"model": {"name_or_path": "x", "dtype": "fp16"}}, "Accepted: 'auto', 'float32', 'bfloat16' or 'float16'."),
@@ -103,6 +106,8 @@ def test_a_wrong_type_names_the_path_the_value_and_what_is_accepted(sections: Va
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "each decides the other. Remove one of them."),
         ({"num_generations": 1}, "grpo.num_generations: must be at least 2, and is 1. Nearest legal: 2."),
         ({"gradient_accumulation_steps": 0}, "grpo.gradient_accumulation_steps: must be at least 1, and is 0."),
+        ({"per_device_train_batch_size": 10**400}, "grpo.per_device_train_batch_size: must be at most 1048576."),
+        ({"per_device_train_batch_size": 999_983, "gradient_accumulation_steps": 999_983}, "Nearest legal: per_d"),
     ],
 )  # fmt: skip
 def test_impossible_arithmetic_says_the_rule_and_the_nearest_legal_values(grpo: Values, expected: str) -> None:
@@ -157,6 +162,14 @@ def test_keys_types_and_defaults_are_those_of_the_installed_classes() -> None:
             if key.default is not None and default is not MISSING:
                 assert key.default_value() == getattr(default, "value", default), name
                 assert key.allows(key.default_value()), name
+
+
+def test_choices_are_those_that_trls_step_compares_with() -> None:
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.origin is not None
+    step = (Path(spec.origin).parent / "trainer" / "grpo_trainer.py").read_text(encoding="utf-8")
+    for key, choices in CHOICES.items():
+        assert f"self.{key} " in step and all(f'"{choice}"' in step for choice in choices), key
 
 
 def test_batch_arithmetic_agrees_with_trl() -> None:

@@ -353,7 +353,7 @@ def test_params_win_over_a_column_of_the_same_name() -> None:
         ("raises", "reward raises: raised KeyError: 'gold'. First sample: prompt "),
         ("short", "reward short: returned 1 values for 2 completions. First sample: prompt "),
         ("scalar", "reward scalar: returned float, not a list of numbers. First sample: prompt "),
-        ("words", "reward words: returned 'good', which is not a number. First sample: prompt "),
+        ("words", "reward words: returned 'good' (str), which is not a number. First sample: prompt "),
         ("nones", "reward nones: returned only None, so there is nothing to learn from. First sample: prompt "),
     ],
 )

@@ -140,6 +140,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[AutotuneError], st
         ConfigError,
         r"^grpo: log_completions_hub_repo is set",
     ),
+    "GenerationConfig": (
+        {"model": {"name_or_path": "./nowhere"}},
+        {"cache_implementation": "statik"},
+        ConfigError,
+        r"^grpo: Invalid `cache_implementation` \(statik\)",
+    ),
     "TRL's trainer": (
         {},
         {"sync_ref_model": True},
@@ -158,7 +164,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[AutotuneError], st
 
 def test_vllm_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before data and model are loaded, with the extra of this package."""
-    monkeypatch.setattr("grpo_autotune.train.trainer.installed", lambda package: False)
+    monkeypatch.setattr("grpo_autotune.config.packages.importlib.util.find_spec", lambda package: None)
     config = text_config(tmp_path / "no-model", tmp_path, use_vllm=True)
     with pytest.raises(EnvironmentProblem, match=r"^grpo\.use_vllm: .*not installed.*grpo-autotune\[vllm\]"):
         build_trainer(config, load=lambda *_: pytest.fail("the data was read"))

@@ -13,15 +13,11 @@ from typing import Any
 
 import datasets
 
+from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.config.schema import DataSection, RunConfig
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.train.data.images import prepare_images
 from grpo_autotune.train.data.sources import read_rows
-
-TAKEN = frozenset(
-    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
-)
-"""Keywords that TRL gives every reward beside the data's columns."""
 
 Message = Mapping[str, Any]
 Splits = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -83,7 +79,7 @@ def _rows(
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    place = Path(path)
+    place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
     return prepare_images(_columns(rows, data, path), data.image_size, base.absolute(), path, progress)
 
@@ -94,7 +90,7 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> datasets.
         if theirs not in rows.column_names:
             raise _missing(theirs, rows, f"data.columns.{ours}")
     renamed = _renamed(rows, data.columns)
-    taken = sorted(TAKEN.intersection(renamed.column_names))
+    taken = sorted(GIVEN_BY_TRL.intersection(renamed.column_names))
     if taken:
         raise ConfigError(
             f"the column {taken[0]} has a name that TRL uses itself",

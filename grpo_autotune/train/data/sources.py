@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import datasets
 
-from grpo_autotune.errors import ConfigError, DataError, nearest_hint
+from grpo_autotune.config.places import FILE_BUILDERS, check_data_place, check_split
+from grpo_autotune.errors import ConfigError, DataError
 from grpo_autotune.registry import is_reference, names, resolve
 
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def read_rows(
@@ -42,43 +40,21 @@ def read_rows(
         ConfigError: If there is nothing of that name, or no such split.
         DataError: If it is there and cannot be read.
     """
-    place = Path(path)
+    check_data_place(path, name=name, revision=revision, params=params, where=where)
+    check_split(path, split, where.replace("path", "split"))
     if path in names("dataset") or is_reference(path):
-        for key, value in (("name", name), ("revision", revision)):
-            if value is not None:
-                raise _hub_only(key, f"{path} is a registered function")
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
             raise ConfigError(f"{path} returned {type(rows).__name__}, not a datasets.Dataset", where=where)
         return rows
-    if params:
-        raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
-    local = place.is_file() or (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file()
-    if (revision is not None and (local or place.is_dir())) or (name is not None and local):
-        raise _hub_only("revision" if revision is not None else "name", f"{path} is on this machine")
+    place = Path(path).expanduser()
     if place.is_file():
-        builder = FILE_BUILDERS.get(place.suffix.lower())
-        if builder is None:
-            endings = ", ".join(FILE_BUILDERS)
-            raise ConfigError(
-                f"a file ending in {place.suffix or 'nothing'} cannot be read", where=where, fix=f"Accepted: {endings}."
-            )
-        if place.stat().st_size == 0:
-            raise DataError("the file is empty", where=path)
-        return _load(builder, split or "train", where, path, data_files={"train": str(place)})
+        return _load(
+            FILE_BUILDERS[place.suffix.lower()], split or "train", where, path, data_files={"train": str(place)}
+        )
     if place.is_dir():
         return _read_folder(place, split, where, name)
-    if not HUB_ID.fullmatch(path) or place.suffix.lower() in FILE_BUILDERS:
-        raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
-    if hint := nearest_hint(path, names("dataset")):
-        raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
     return _load(path, split or "test", where, path, name=name, revision=revision)
-
-
-def _hub_only(key: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"only a data set on the hub has a {key}, and {reason}", where=f"data.{key}", fix=f"Remove data.{key}."
-    )
 
 
 def _read_folder(folder: Path, split: str | None, where: str, name: str | None) -> datasets.Dataset:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoProcessor, BitsAndBytesConfig
 from trl.trainer.utils import create_model_from_path
 
+from grpo_autotune.config.places import check_model_place
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.registry import is_reference, names, resolve
@@ -41,17 +41,9 @@ def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
     name = str(section.name_or_path)
     if name in names("model") or is_reference(name):
         return str(resolve("model", name)())
+    check_model_place(name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ConfigError(
-            f"{name} is not a folder with a model",
-            where="model.name_or_path",
-            fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
-            + ", ".join(names("model")),
-        )
-    return name
+    return str(folder) if folder.is_dir() else name
 
 
 def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> Any:
@@ -64,7 +56,6 @@ def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> 
 
     Raises:
         ConfigError: The weights cannot be loaded from `source`, or there is no vision tower to freeze.
-        EnvironmentProblem: `model.load_in_4bit` without bitsandbytes.
     """
     section = config.model
     options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, **placement}
@@ -180,12 +171,6 @@ def _also_exclude(given: str | list[str] | None, tower: str) -> str:
 
 def _four_bit(config: RunConfig) -> BitsAndBytesConfig:
     """NF4 with double quantisation, as QLoRA has it (arXiv 2305.14314, section 3)."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EnvironmentProblem(
-            "4-bit weights need bitsandbytes, which is not installed",
-            where="model.load_in_4bit",
-            fix="Install it: pip install 'grpo-autotune[quantization]'",
-        )
     dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
-from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.registry import resolve
-from grpo_autotune.train.rewards.guard import check_params, guard
+from grpo_autotune.config.reward_arguments import check_arguments
+from grpo_autotune.config.schema import RewardItem, RunConfig
+from grpo_autotune.registry import is_reference, resolve
+from grpo_autotune.train.rewards.guard import guard
 
 
-def build_rewards(config: RunConfig) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
+def build_rewards(
+    config: RunConfig, columns: Collection[str] | None = None
+) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
     """The reward functions of a configuration, guarded (see `rewards.guard`), their weights and their names.
 
     A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`.
 
+    Args:
+        config: The run.
+        columns: Columns of its data; None where they are not known.
+
     Raises:
-        ConfigError: If a name is unknown, or a parameter is none of the function's.
+        ConfigError: A name is unknown, a parameter is none of the function's or is missing, or a column is.
     """
     functions: list[Callable[..., Any]] = []
     names: list[str] = []
     for place, item in enumerate(config.rewards):
         function = resolve("reward", item.name)
-        check_params(function, item.params, f"rewards[{place}].params")
+        _check(function, item, f"rewards[{place}]", columns)
         base = item.name.rpartition(":")[2].rpartition(".")[2]
         again = sum(name == base or re.fullmatch(rf"{re.escape(base)}_\d+", name) is not None for name in names)
         names.append(f"{base}_{again + 1}" if again else base)
         functions.append(guard(function, names[-1], item.params, alone=len(config.rewards) == 1))
     return functions, [item.weight for item in config.rewards], names
+
+
+def _check(function: Callable[..., Any], item: RewardItem, where: str, columns: Collection[str] | None) -> None:
+    """Check a function's arguments; a built-in one judges no rows besides, which tells of a wrong pattern or column."""
+    given = None if columns is None else [name for name in columns if name != "prompt"]
+    with suppress(ValueError):  # a callable of another language shows no signature
+        check_arguments(inspect.signature(function), item.params, where, given)
+    if given is not None and not is_reference(item.name) and function.__module__.startswith(__package__):
+        no_rows: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", *given)}
+        function(**{**no_rows, **item.params})

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.rewards.answers import completion_text, final_answer, read_box, read_letter, read_number
-from grpo_autotune.train.rewards.guard import GIVEN_BY_TRL
 
 ANSWER_LAST = r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*"
 """One answer between tags, not empty, at the end of the text."""

@@ -5,26 +5,22 @@ Without it a reward of the wrong length or of nothing but None shows up as a sha
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from grpo_autotune.errors import AutotuneError, ConfigError, RewardError, nearest_hint
+from grpo_autotune.errors import AutotuneError, RewardError, printable, shortened
 from grpo_autotune.seams.layers import Layer, is_async, wrap
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.seams.table import reward_slots
+from grpo_autotune.train.rewards.row_values import NotNumbers, row_values
 
 PATIENCE = 10
 """Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
 
-SHOWN = 160
-"""Characters of a sample shown in a message."""
-
-GIVEN_BY_TRL = frozenset(
-    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
-)
+SHOWN, MOST_SHOWN = 45, 4
+"""Characters of a value of the sample in a message, and number of such values."""
 
 
 def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
@@ -45,15 +41,13 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
 
         async def guarded_async(**batch: Any) -> list[float | None]:
             with blame(name, batch):
-                values = await function(**{**batch, **params})
-            return check(values, batch)
+                return check(await function(**{**batch, **params}), batch)
 
         return _named(guarded_async, name, function)
 
     def guarded(**batch: Any) -> list[float | None]:
         with blame(name, batch):
-            values = function(**{**batch, **params})
-        return check(values, batch)
+            return check(function(**{**batch, **params}), batch)
 
     return _named(guarded, name, function)
 
@@ -100,24 +94,6 @@ def blaming_layer(name: str, *, awaited: bool) -> Layer:
     return call_async if awaited else call
 
 
-def check_params(function: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
-    """Check that every parameter is named in the signature: `**kwargs` is for columns, and would hide a misspelt name.
-
-    Raises:
-        ConfigError: For the first that is not; with the nearest that is.
-    """
-    signature = inspect.signature(function).parameters
-    settable = [
-        name
-        for name, parameter in signature.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in GIVEN_BY_TRL
-    ]
-    for name in params:
-        if name not in settable:
-            hint = nearest_hint(name, settable, f"Parameters: {', '.join(settable) or 'none'}.")
-            raise ConfigError("the function has no such parameter", where=f"{where}.{name}", fix=hint)
-
-
 class _ResultCheck:
     """Checks the results of one reward function, over its life."""
 
@@ -126,15 +102,11 @@ class _ResultCheck:
         self.abstained: int | None = 0  # calls so far, all of them of nothing but None; None once it gave a value
 
     def __call__(self, values: Any, batch: Mapping[str, Any]) -> list[float | None]:
-        if not hasattr(values, "__len__") or isinstance(values, (str, Mapping)):
-            raise self._error(f"returned {type(values).__name__}, not a list of numbers", batch)
-        rewards, expected = list(values), len(batch["completions"])
-        if len(rewards) != expected:
-            raise self._error(f"returned {len(rewards)} values for {expected} completions", batch)
-        no_number = next((value for value in rewards if value is not None and not hasattr(value, "__float__")), None)
-        if no_number is not None:
-            raise self._error(f"returned {no_number!r}, which is not a number", batch)
-        numbers = [float(value) for value in rewards if value is not None]
+        try:
+            rewards = row_values(values, len(batch["completions"]))
+        except NotNumbers as error:
+            raise self._error(str(error), batch) from error
+        numbers = [value for value in rewards if value is not None]
         if any(math.isinf(number) for number in numbers):
             raise self._error("returned an infinite reward", batch)
         if not all(math.isnan(number) for number in numbers):
@@ -154,9 +126,14 @@ def _first_sample(batch: Mapping[str, Any]) -> str:
     shown = []
     for key, values in batch.items():
         if isinstance(values, list) and values and key != "completion_ids" and key not in IMAGE_COLUMNS:
-            text = " ".join(str(values[0]).split())
-            shown.append(f"{key.removesuffix('s')} {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
-    return f"First sample: {'; '.join(shown)}."
+            shown.append(f"{key.removesuffix('s')} {shortened(printable(_text(values[0])), SHOWN)}")
+    return f"First sample: {'; '.join(shown[:MOST_SHOWN])}."
+
+
+def _text(value: Any) -> str:
+    """A value as text; of messages, that of the last one."""
+    is_messages = isinstance(value, list) and value and isinstance(value[-1], Mapping) and "content" in value[-1]
+    return str(value[-1]["content"] if is_messages else value)
 
 
 def _named(guarded: Callable[..., Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,61 @@
+"""Checks of a configuration that need no library: its mistakes are said before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.packages import check_packages
+from grpo_autotune.config.places import check_data_place, check_model_place, check_split
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.architectures import architecture
+from grpo_autotune.knobs.table import knob
+from grpo_autotune.speedups.selection import chosen
+
+
+def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """Refuse names that do not exist, files that are not there, and keys whose package is not installed.
+
+    Args:
+        config: The run.
+        overrides: `GRPOConfig` keys that the command puts in place of the configuration's.
+
+    Raises:
+        ConfigError: A speed-up, a knob, a reward or its parameter, a file, a split or a model does not exist.
+        DataError: The data file is empty.
+        EnvironmentProblem: A package is missing.
+    """
+    chosen(config.speedups)
+    for section, keys in (("knobs", config.search.knobs), ("accept", config.search.accept)):
+        for key in keys:
+            try:
+                knob(key)
+            except ConfigError as error:
+                raise ConfigError(error.what, where=f"search.{section}.{key}", fix=error.fix) from error
+    check_rewards(config)
+    _check_data(config)
+    check_model(config)
+    check_packages(config, overrides)
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that is not there.
+
+    Raises:
+        ConfigError: There is no such folder or architecture.
+    """
+    if config.model.random_init is not None:
+        architecture(config.model.random_init)
+    else:
+        check_model_place(str(config.model.name_or_path))
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    check_data_place(data.path, name=data.name, revision=data.revision, params=data.params, where="data.path")
+    check_split(data.path, data.split, "data.split")
+    if data.eval_path is not None:
+        check_data_place(data.eval_path, name=None, revision=None, params=None, where="data.eval_path")
+    check_split(data.eval_path or data.path, data.eval_split, "data.eval_split")

@@ -1,0 +1,110 @@
+"""Packages that keys of a configuration need beside the required ones: looked for, never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import EnvironmentProblem
+
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "swanlab": ("swanlab",),
+    "clearml": ("clearml",),
+    "neptune": ("neptune",),
+    "dvclive": ("dvclive",),
+    "codecarbon": ("codecarbon",),
+}
+"""`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
+
+KERNELS: dict[str, tuple[str, ...]] = {
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+    "flash_attention_4": ("flash_attn", "kernels"),
+}
+"""`model.attn_implementation` -> the same; a name with a slash is a kernel on the hub, and needs the last of them
+(transformers/modeling_flash_attention_utils.py)."""
+
+OPTIMIZERS = {
+    "galore": ("galore_torch",),
+    "apollo": ("apollo_torch",),
+    "lomo": ("lomo_optim",),
+    "adalomo": ("lomo_optim",),
+    "grokadamw": ("grokadamw",),
+    "adamw_torch_4bit": ("torchao",),
+    "adamw_torch_8bit": ("torchao",),
+    "schedule_free": ("schedulefree",),
+    "stable_adamw": ("optimi",),
+    "ademamix": ("bitsandbytes",),
+    "adamw_bnb": ("bitsandbytes",),
+    "adamw_8bit": ("bitsandbytes",),
+    "lion": ("bitsandbytes",),
+    "paged": ("bitsandbytes",),
+    "rmsprop_bnb": ("bitsandbytes",),
+}
+"""Beginning of `grpo.optim` -> the same (transformers/trainer_optimizer.py)."""
+
+
+class Need(NamedTuple):
+    """A key whose value needs one of several packages.
+
+    Attributes:
+        where: Key path.
+        value: Its value, as a message shows it.
+        packages: Names to import, of which one must be there.
+        install: Requirement for pip.
+        otherwise: What else the user can do.
+    """
+
+    where: str
+    value: str
+    packages: tuple[str, ...]
+    install: str
+    otherwise: str
+
+
+def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """Refuse a key that needs a package which is not installed.
+
+    Args:
+        config: The run.
+        overrides: `GRPOConfig` keys that take precedence.
+
+    Raises:
+        EnvironmentProblem: Naming key, value and package.
+    """
+    for need in _needs(config, {**config.grpo, **overrides}):
+        if not any(importlib.util.find_spec(package) for package in need.packages):
+            raise EnvironmentProblem(
+                f"{need.value} needs the package {need.packages[0]}, which is not installed",
+                where=need.where,
+                fix=f"Install it (pip install {need.install}), or {need.otherwise}.",
+            )
+
+
+def _needs(config: RunConfig, grpo: Mapping[str, Any]) -> Iterator[Need]:
+    kernel = config.model.attn_implementation or ""
+    if config.use_vllm:
+        yield Need("grpo.use_vllm", "true", ("vllm",), "'grpo-autotune[vllm]'", "set the key to false")
+    if config.model.load_in_4bit:
+        extra = "'grpo-autotune[quantization]'"
+        yield Need("model.load_in_4bit", "true", ("bitsandbytes",), extra, "set the key to false")
+    if grpo.get("use_liger_kernel"):
+        yield Need("grpo.use_liger_kernel", "true", ("liger_kernel",), "liger-kernel", "set the key to false")
+    if packages := KERNELS.get(kernel.removeprefix("paged|"), ("kernels",) if "/" in kernel else None):
+        yield Need("model.attn_implementation", kernel, packages, packages[0].replace("_", "-"), "write sdpa")
+    report_to = grpo.get("report_to")
+    for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
+        if packages := TRACKERS.get(tracker):
+            yield Need("grpo.report_to", tracker, packages, packages[0], f"remove {tracker}")
+    optim = str(grpo.get("optim", ""))
+    for start, packages in OPTIMIZERS.items():
+        if optim.startswith(start):
+            install = "torch-optimi" if packages == ("optimi",) else packages[0].replace("_", "-")
+            yield Need("grpo.optim", optim, packages, install, "write adamw_torch_fused")

@@ -1,0 +1,119 @@
+"""Places that a configuration names, data and model: what the file system tells of them before a library reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.errors import ConfigError, DataError, nearest_hint
+from grpo_autotune.files import is_file, is_folder
+from grpo_autotune.registry import is_reference, names, source_of
+
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+MOST_OF_HUB_ID = 96
+"""Characters of a repository's name on the hub (`validate_repo_id` in huggingface_hub)."""
+SPLIT = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[.*\])?")
+"""A part of `datasets`' split notation, parts being joined by `+`."""
+
+
+def check_data_place(
+    path: str, *, name: str | None, revision: str | None, params: Mapping[str, Any] | None, where: str
+) -> None:
+    """Refuse a data set that is not there, or that cannot have the keys it is given.
+
+    Args:
+        path: Registered name, `package.module:function`, file, folder, or hub id.
+        name: Configuration of a hub data set.
+        revision: Branch, tag or commit on the hub.
+        params: Arguments of a registered function.
+        where: Key path of `path`.
+
+    Raises:
+        ConfigError: It is not there, or a key is of another kind of data.
+        DataError: It is an empty file.
+    """
+    place = Path(path)
+    hub_only = next((key for key, value in (("revision", revision), ("name", name)) if value is not None), None)
+    if path in names("dataset") or is_reference(path):
+        if hub_only:
+            raise _hub_only(hub_only, f"{path} is a registered function")
+        source_of("dataset", path)
+        return
+    if params:
+        raise ConfigError("params are for a registered data-set function", where="data.params", fix="Remove them.")
+    saved = any(is_file(place / name) for name in ("dataset_dict.json", "dataset_info.json"))
+    if hub_only and (is_file(path) or saved or (is_folder(path) and hub_only == "revision")):
+        raise _hub_only(hub_only, f"{path} is on this machine")
+    if is_file(path):
+        _check_file(place.expanduser(), where)
+    elif not is_folder(path):
+        if not HUB_ID.fullmatch(path) or len(path) > MOST_OF_HUB_ID or place.suffix.lower() in FILE_BUILDERS:
+            raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
+        if hint := nearest_hint(path, names("dataset")):
+            raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
+
+
+def check_split(path: str, split: str | None, where: str) -> None:
+    """Refuse a split that a file, a saved data set or the demo's digits does not have; others cannot be asked here.
+
+    Raises:
+        ConfigError: Naming the splits that there are.
+    """
+    splits = _splits(path)
+    for part in (split or "").split("+") if splits else ():
+        match = SPLIT.fullmatch(part.strip())
+        if match is not None and match["name"] not in (*splits, "all"):
+            raise ConfigError(
+                f"{path} has no split {match['name']}", where=where, fix=f"Splits there: {', '.join(splits)}."
+            )
+
+
+def check_model_place(name: str, where: str = "model.name_or_path") -> None:
+    """Refuse the path of a model at which there is no folder; a registered name and a hub id pass.
+
+    Raises:
+        ConfigError: It is such a path.
+    """
+    if name in names("model") or is_reference(name) or is_folder(name):
+        return
+    if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ConfigError(
+            f"{name} is not a folder with a model",
+            where=where,
+            fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
+            + ", ".join(names("model")),
+        )
+
+
+def _splits(path: str) -> Sequence[str]:
+    """Names of the splits at a place; none where only a library can tell."""
+    place, whole = Path(path), Path(path) / "dataset_dict.json"
+    if path == "digits":
+        return ("train", "test")
+    if is_file(whole):
+        try:
+            return tuple(map(str, json.loads(whole.expanduser().read_text(encoding="utf-8"))["splits"]))
+        except (OSError, ValueError, KeyError, TypeError):  # `datasets` will say what is wrong with it
+            return ()
+    return ("train",) if is_file(place) or is_file(place / "state.json") else ()
+
+
+def _check_file(place: Path, where: str) -> None:
+    if place.suffix.lower() not in FILE_BUILDERS:
+        raise ConfigError(
+            f"a file ending in {place.suffix or 'nothing'} cannot be read",
+            where=where,
+            fix=f"Accepted: {', '.join(FILE_BUILDERS)}.",
+        )
+    if place.stat().st_size == 0:
+        raise DataError("the file is empty", where=str(place))
+
+
+def _hub_only(key: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"only a data set on the hub has a {key}, and {reason}", where=f"data.{key}", fix=f"Remove data.{key}."
+    )
