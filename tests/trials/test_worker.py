@@ -47,6 +47,8 @@ RUNS_OUT: list[tuple[Exception, int | None]] = [
     (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
     (RuntimeError("std::bad_alloc"), None),
     (RuntimeError("unable to mmap 345248 bytes from file <model.safetensors>: Cannot allocate memory (12)"), None),
+    (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), None),
+    (RuntimeError("CUDA Error: out of memory at csrc/cumem_allocator.cpp:62"), None),
     (caused(RewardError("raised MemoryError: ", where="reward judge"), MemoryError()), None),
     (caused(ConfigError("cannot load m"), OSError(errno.ENOMEM, "Cannot allocate memory")), None),
 ]
@@ -79,6 +81,16 @@ def test_torchs_own_refusal_says_how_much_was_missing() -> None:
 )
 def test_other_errors_go_by_their_type_and_never_by_words(error: Exception, status: str) -> None:
     assert ending_of_error(error, lambda: GIB).status == status
+
+
+def test_a_gpu_that_failed_is_nobody_elses_fault() -> None:
+    error = torch.AcceleratorError(
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+    )
+    for met in (error, caused(RewardError("raised AcceleratorError", where="reward judge"), error)):
+        ending = ending_of_error(met, lambda: GIB)
+        assert (ending.status, ending.error_type) == ("crashed", "AcceleratorError")
+        assert "the GPU failed" in ending.why and "device-side assert triggered (an earlier call" in ending.why
 
 
 def test_an_error_that_was_raised_from_itself_ends_a_trial_like_any_other() -> None:

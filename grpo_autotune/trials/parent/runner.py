@@ -193,7 +193,8 @@ class Runner(AbstractContextManager["Runner"]):
         return end
 
     def _outcome(self, attempt: Attempt, end: AttemptEnd, kills: int, server_s: float = 0.0) -> TrialOutcome:
-        ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills)
+        log = attempt.folder / LOG_FILE
+        ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills, log)
         written = read_outcome(attempt.folder, attempt.spec, ending)
         started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
         outcome = written.model_copy(
