@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
@@ -108,12 +109,12 @@ def test_the_peak_is_this_trials_and_falls_again() -> None:
     size = 256 << 20
     first = MemoryMeter()
     held = torch.ones(size // 4)
-    assert first.peak_bytes() - first.idle_bytes > 0.9 * size
+    assert first.facts()["peak_bytes"] - first.idle.host > 0.9 * size
     del held
     release()
     second = MemoryMeter()
-    assert second.idle_bytes < first.idle_bytes + 0.5 * size
-    assert second.peak_bytes() - second.idle_bytes < 0.5 * size
+    assert second.idle.host < first.idle.host + 0.5 * size
+    assert second.facts()["peak_bytes"] - second.idle.host < 0.5 * size
     left = available_bytes()
     assert left is not None and left > 0
 
@@ -184,6 +185,20 @@ def test_purposes(serve: Callable[..., TrialOutcome]) -> None:
     assert max(seen) <= 6 and len({len(group) for group in probe.lengths}) == 1 and not worst.lengths
     assert probe.record.tokens.completion.max in seen
     assert probe.idle_bytes == worst.idle_bytes  # this process's own, before its first model
+
+
+def test_memory_that_runs_out_is_not_hidden_by_smaller_batches(
+    serve: Callable[..., TrialOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    outcome = serve(grpo={"auto_find_batch_size": True})
+    assert outcome.status == "oom" and len(calls) == 1
 
 
 def test_rewards_are_those_of_training(serve: Callable[..., TrialOutcome], tmp_path: Path, monkeypatch: Any) -> None:
