@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import INTERRUPTED_EXIT, Heartbeat, ProgressBar, say
+from grpo_autotune.hardware.device_memory import expand_segments
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
@@ -31,6 +33,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):
+            expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.stop_after import StopAfter

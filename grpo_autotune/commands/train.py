@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device import runtime_facts
+from grpo_autotune.hardware.device_memory import expand_segments
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
@@ -33,6 +35,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
         with startup.phase("import"):
+            expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise

@@ -1,26 +1,59 @@
-"""Signs that memory ran out: an error's class with its message, and the kernel's own kills.
+"""Signs that memory ran out, and that a GPU failed: an error's class with its message, and the kernel's own kills.
 
-A message alone says nothing: somebody's judge may report `out of memory`. It is read only where the class is one that
-the allocators raise beside other errors.
+A message alone says nothing: somebody's judge may report `out of memory`. It is read only where the class is exactly
+one that allocators and drivers raise beside other errors, and only from its beginning. Classes go by their full names,
+so that a log can be read as an exception is, and another library's class of the same name counts for nothing.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 SIGNS = (
     ("MemoryError", ""),  # CPython's
-    ("OutOfMemoryError", ""),  # torch's, for a device
+    (r"torch\.OutOfMemoryError", ""),  # of the caching allocator of a device
     ("OSError", rf"\[Errno {errno.ENOMEM}\]"),  # the kernel refuses
     ("RuntimeError", "(?s:.*)DefaultCPUAllocator: "),  # torch's, for the host (c10/core/impl/alloc_cpu.cpp)
     ("RuntimeError", r"std::bad_alloc"),  # C++'s, through pybind11
     ("RuntimeError", rf"unable to mmap (?s:.*)\({errno.ENOMEM}\)$"),  # weights (aten/src/ATen/MapAllocator.cpp)
-    ("SafetensorError", rf"(?s:.*)\bos error {errno.ENOMEM}\b"),  # as Rust words the kernel's refusal
+    (r"(safetensors\._)?safetensors_rust\.SafetensorError", rf"(?s:.*)\bos error {errno.ENOMEM}\b"),  # of the kernel
+    (r"torch\.AcceleratorError|RuntimeError", r"CUDA error: out of memory\b"),  # outside the caching allocator
+    ("RuntimeError", r"CUDA driver error: out of memory\b"),  # of an address range (c10/cuda/driver_api.h)
+    ("RuntimeError", r"CUDA error: CUBLAS_STATUS_ALLOC_FAILED\b"),
+    ("RuntimeError", r"CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublas(Lt)?Create\("),  # no room for it
+    ("RuntimeError", r"cuDNN error: CUDNN_STATUS_(INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION|ALLOC)_FAILED\b"),
+    (r"torch\.distributed\.DistBackendError", r"NCCL error in: (?s:.*)Cuda failure (\d+ )?'out of memory'"),
+    ("RuntimeError", r"Triton Error \[CUDA\]: out of memory$"),  # triton/backends/nvidia/driver.c
+    ("RuntimeError", r"CUDA Error: out of memory at "),  # vLLM's pool that sleeps (csrc/cumem_allocator.cpp)
+    ("RuntimeError", r"CUDA out of memory occurred when warming up "),  # vLLM's runner, in the place of torch's
 )
-"""Class, and the pattern at the start of its message that tells memory from other reasons."""
+"""Full name of the class and the beginning of its message; without one, the class and those under it say it alone."""
+
+FAULTS = (
+    "an illegal memory access was encountered",
+    "an illegal instruction was encountered",
+    "device-side assert triggered",
+    "hardware stack error",
+    "invalid program counter",
+    "misaligned address",
+    "uncorrectable ECC error encountered",
+    "uncorrectable NVLink error detected during the execution",
+    "unspecified launch failure",
+)
+"""The driver's texts (`cuGetErrorString`) for what leaves a process in an inconsistent state, as its manual says."""
+
+FAULT = re.compile(
+    rf"(?:CUDA driver error: |CUDA Error: |CUDA error: |Triton Error \[CUDA\]: )(?:{'|'.join(FAULTS)})\b"
+)
+
+ENDED_ITSELF = re.compile(rb"^Error out of memory at line \d+ in file \S+$", re.MULTILINE)
+"""The last words of bitsandbytes, which ends the process by `exit(1)` where CUDA has no memory (csrc/ops.cuh)."""
+
+LAST_WORDS = 4096
+"""Bytes at the end of a log in which they stand."""
 
 NO_THREAD = "can't start new thread"
 """CPython's message (Modules/_threadmodule.c) for a stack that could not be mapped, or for too many threads."""
@@ -34,15 +67,18 @@ _REQUESTED = re.compile(rf"[Tt]ried to allocate {_SIZE}")
 _FREE = re.compile(rf"of which {_SIZE} is free")
 
 
-def is_memory_sign(classes: Iterable[str], message: str) -> bool:
+def is_memory_sign(classes: Sequence[str], message: str) -> bool:
     """Return whether an error says that memory ran out, on the device or the host.
 
     Args:
-        classes: Names of its class and of the classes above it; a log gives the first alone.
+        classes: Full names of its class and of the classes above it; a log gives the first alone.
         message: Its message.
     """
-    names = set(classes)
-    return any(name in names and re.match(pattern, message) is not None for name, pattern in SIGNS)
+    return any(
+        re.fullmatch(kind, name) is not None and re.match(text, message) is not None
+        for kind, text in SIGNS
+        for name in (classes[:1] if text else classes)
+    )
 
 
 def is_out_of_memory(error: BaseException, available: Callable[[], int | None] = lambda: None) -> bool:
@@ -56,7 +92,42 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None] =
     if type(error) is RuntimeError and str(error) == NO_THREAD:
         left = available()
         return left is not None and left < STACK_BYTES
-    return is_memory_sign((kind.__name__ for kind in type(error).__mro__), str(error))
+    return is_memory_sign([_full_name(kind) for kind in type(error).__mro__], str(error))
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Return whether an exception says that a device failed under its process, which can then do no more with it.
+
+    torch raises `AcceleratorError` for every error of the CUDA runtime; what others raise goes by the driver's text.
+    """
+    if any(_full_name(kind) == "torch.AcceleratorError" for kind in type(error).__mro__):
+        return not is_out_of_memory(error)
+    return type(error) is RuntimeError and FAULT.match(str(error)) is not None
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Return whether memory that ran out or a failed device is behind an exception, and not the code that met it."""
+    return any(is_out_of_memory(cause) or is_device_failure(cause) for cause in causes(error))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on; once each, since an error may be raised from itself.
+
+    torch's compiler keeps the error that it replaces as `inner_exception`.
+    """
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        passed.add(id(error))
+        yield error
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+
+
+def ended_for_memory(log: Path) -> bool:
+    """Return whether a process without an outcome says at the end of its log that it ended itself for memory."""
+    try:
+        return ENDED_ITSELF.search(log.read_bytes()[-LAST_WORDS:]) is not None
+    except OSError:
+        return False
 
 
 def missing_bytes(message: str, available: Callable[[], int | None]) -> int | None:
@@ -99,3 +170,8 @@ def _counters() -> list[Path]:
 
 def _bytes(size: re.Match[str]) -> int:
     return round(float(size[1]) * _UNITS[size[2]])
+
+
+def _full_name(kind: type) -> str:
+    """The name of a class as a traceback shows it."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

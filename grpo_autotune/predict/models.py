@@ -148,9 +148,14 @@ class Models:
                 errors[name] = {"median": statistics.median(off), "p90": p90, "n": len(off)}
         return errors
 
+    @property
+    def _on_gpu(self) -> bool:
+        """True if the probed trainer's model was on a CUDA device."""
+        return self.record.trainer.device.startswith("cuda")
+
     @cached_property
     def _rates(self) -> Rates:
-        if not self.record.trainer.device.startswith("cuda"):
+        if not self._on_gpu:
             return Rates(CPU_FLOPS_PER_BYTE)
         first = self.machine.gpus[0].name if self.machine.gpus else ""
         row = find_gpu(self.record.runtime.get("gpu", first))
@@ -219,8 +224,7 @@ class Models:
         loading = parts["data"][0]
         rest = math.fsum(mean for mean, _ in parts.values()) - loading
         hidden = loading - max(0.0, loading / workers - rest)
-        on_gpu = self.record.trainer.device.startswith("cuda")
-        busy = 0.0 if on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
+        busy = 0.0 if self._on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
         return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
@@ -244,8 +248,8 @@ class Models:
         idle process takes, that is all of it on a GPU, and by assumption what the formula says on a CPU."""
         record = outcome.record if outcome.record is not None and outcome.record.tokens is not None else None
         ran_out = outcome.status == "oom"
-        if record is None and not ran_out:
-            return None
+        if record is None and (not ran_out or (self._on_gpu and outcome.device_memory is None)):
+            return None  # nothing was measured, or it was the host's memory that ran out
         if record is None:
             load = self._load(config, worst_case=True)
         else:

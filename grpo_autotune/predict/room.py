@@ -14,6 +14,7 @@ from grpo_autotune.predict.objective import Interval
 from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
 
 MEMORY_SHARE = 0.95
+"""Of the memory, what is planned for: the models predict what tensors need, and an allocator takes more than that."""
 LEAST_CHANCE = 0.75
 """Of fitting into the memory: what is less likely to is neither run nor advised until the models are surer of it."""
 LEAST_SIGMA = 0.02

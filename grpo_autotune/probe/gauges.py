@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
+
 RESIDENT_EVERY_S = 1e-3
 
 
@@ -54,12 +56,14 @@ class ResidentGauge:
 
 
 class CudaGauge:
-    """Most bytes the allocator held since the last reading, on the current device."""
+    """Most bytes that tensors had since the last reading, on the current device; what is outside torch's allocator when
+    the gauge is made does not count as added."""
+
+    def __init__(self) -> None:
+        DEVICE_MEMORY()
 
     def __call__(self) -> int:
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return int(peak)
+        return DEVICE_MEMORY()
 
     def close(self) -> None:
         """Keep the interface of `ResidentGauge`: there is no file to close."""

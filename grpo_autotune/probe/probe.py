@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from grpo_autotune.console import HEARTBEAT_S
 from grpo_autotune.hardware.device import room_of, runtime_facts
+from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
@@ -25,7 +26,7 @@ from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
-from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageTimings
+from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
@@ -162,6 +163,7 @@ class Probe:
             weight_sync_bytes=self.weight_sync_bytes if engine is None else engine.sync_bytes,
             rank=self.trainer.accelerator.process_index,
             ranks=self._ranks(timings),
+            device_memory=DeviceMemory(**DEVICE_MEMORY.facts()) if self.recorder.timer is not None else None,
             versions=versions(),
             runtime=runtime_facts(self.trainer.args.device),
         )

@@ -116,7 +116,7 @@ class SpanRecorder:
 
     def begin(self, stage: str, part: str = "") -> Span:
         """Open a span under the innermost open one."""
-        self._gauge()
+        self._gauge(self._stack[-1] if self._stack else None, stage)
         parent = self._stack[-1].index if self._stack else -1
         span = Span(stage, part, parent, len(self._spans), self.clock())
         if self.timer is not None:
@@ -129,7 +129,9 @@ class SpanRecorder:
 
     def end(self, span: Span) -> None:
         """Close `span` and whatever an exception left open inside it."""
-        self._gauge()
+        self._gauge(
+            self._stack[-1] if self._stack else None, self._spans[span.parent].stage if span.parent >= 0 else None
+        )
         now = self.clock()
         mark = self.timer.mark() if self.timer is not None else None
         while self._stack:
@@ -160,11 +162,14 @@ class SpanRecorder:
         """Return whether the caller is the thread that runs the optimizer step."""
         return threading.get_ident() == self._thread
 
-    def _gauge(self) -> None:
-        if self.memory is not None:
-            used = self.memory()
-            if self._stack and used > self._stack[-1].peak_bytes:
-                self._stack[-1].peak_bytes = used
+    def _gauge(self, inner: Span | None, stage: str | None) -> None:
+        """Book the memory to the span under way, `inner`, before `stage` goes on; a device keeps its peak between two
+        readings, so that none is needed where the stage stays."""
+        if self.memory is None or (self.timer is not None and inner is not None and inner.stage == stage):
+            return
+        used = self.memory()
+        if inner is not None and used > inner.peak_bytes:
+            inner.peak_bytes = used
 
 
 class _Timed:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,11 @@ LAUNCHERS = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 END_S = 10.0
 """What a guardian has to tidy up before it is killed with its group."""
 
+GONE_S = 60.0
+"""Seconds after which a killed process counts as one that cannot be killed: it waits inside the system, such as in the
+driver of a GPU."""
+
+LOOK_S = 0.05
 
 PYTHON = [sys.executable, "-P"]
 """Without the current folder on the path: a folder `vllm` of the user's there would pass for an installed vLLM."""
@@ -48,6 +54,7 @@ class Guarded:
                 stdin=stdin, stdout=file, stderr=file, pass_fds=(read,), start_new_session=True, env=environment,
             )  # fmt: skip
         os.close(read)
+        self._left: list[psutil.Process] = []
 
     @property
     def pid(self) -> int:
@@ -69,18 +76,36 @@ class Guarded:
         except subprocess.TimeoutExpired:
             return None
 
+    @property
+    def is_lost(self) -> bool:
+        """True while a process of it lives on, though it was killed."""
+        return any(_lives(process) for process in self._left)
+
     def end(self) -> None:
+        """Kill it and all it started, and wait until they are gone, `GONE_S` at most (see `is_lost`)."""
         descendants = _descendants(self.pid)
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
         if self.wait(END_S) is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self.wait(GONE_S)
         for process in descendants:  # still there only if the guardian was killed before it could do this
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(descendants, timeout=END_S)
+        self._left = until_gone(descendants)
+
+
+def until_gone(
+    processes: Sequence[psutil.Process],
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], None] = time.sleep,
+) -> list[psutil.Process]:
+    """Wait until killed processes are gone, `GONE_S` at most; those that are still there."""
+    begun, left = clock(), list(processes)
+    while (left := [process for process in left if _lives(process)]) and clock() - begun < GONE_S:
+        wait(LOOK_S)
+    return left
 
 
 def exit_words(code: int) -> str:
@@ -88,6 +113,16 @@ def exit_words(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Return whether a process holds anything; a zombie does only while one of its threads is stuck."""
+    try:
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -166,6 +166,26 @@ class Utilisation(Frozen):
     power_w: float | None = None
 
 
+class DeviceMemory(Frozen):
+    """Memory on the CUDA device over a run, without what a sleeping engine gave back.
+
+    Attributes:
+        allocated_bytes: Most that tensors had: what was needed.
+        reserved_bytes: Most that the allocator took for them, what lay between tensors included.
+        outside_bytes: Most that was added outside of the allocator: NCCL, libraries, captured graphs.
+        device_bytes: Most that was in use on the whole device, other processes included.
+        retries: How often the allocator emptied its cache for want of room, which takes time.
+        failures: How often it found none after that.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    outside_bytes: int
+    device_bytes: int
+    retries: int
+    failures: int
+
+
 class Phase(Frozen):
     """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
     (`script` and `before_attach`: a script until its trainer was built, or until `attach`)."""
@@ -236,5 +256,6 @@ class ProbeRecord(Frozen):
     weight_sync_bytes: int | None = None
     rank: int = 0
     ranks: list[RankTimings] = []
+    device_memory: DeviceMemory | None = None
     versions: dict[str, str] = {}
     runtime: dict[str, str] = {}

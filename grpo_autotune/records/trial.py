@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.records.base import Frozen
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import DeviceMemory, ProbeRecord
 
 Status = Literal["ok", "oom", "hang", "timeout", "killed", "crashed", "invalid", "reward_failed"]
 """How a trial ended.
@@ -38,12 +38,14 @@ TRIAL_ARGUMENTS = {
     "save_strategy": "no",
     "report_to": "none",
     "push_to_hub": False,
+    "auto_find_batch_size": False,
     "eval_on_start": False,
     "load_best_model_at_end": False,
     "logging_strategy": "steps",
     "logging_steps": 1,
 }
-"""`GRPOConfig` keys of a run whose figures are wanted and whose model is not: it saves, uploads and reports nothing."""
+"""`GRPOConfig` keys of a run whose figures are wanted and whose model is not: it saves, uploads and reports nothing,
+and does not go on with smaller batches where memory ran out."""
 
 
 class Progress(NamedTuple):
@@ -114,8 +116,10 @@ class TrialOutcome(Frozen):
         error_type: Name of the exception's class, where there was one.
         record: The probe's record; None where no step was measured.
         step_s: Seconds of each measured step.
-        peak_bytes: Most memory over the trial (CUDA allocator's reserved, or resident set of the process).
-        idle_bytes: The same before the model was loaded; `peak_bytes - idle_bytes` is what the trial needed.
+        peak_bytes: Most memory over the trial: the resident set of the process, or on CUDA what tensors had and what
+            was added outside of the allocator (where memory ran out, all that the allocator held).
+        idle_bytes: What of it no model is the reason for: `peak_bytes - idle_bytes` is what the trial needed.
+        device_memory: On CUDA the figures behind it, and those of the whole device.
         most_bytes: Most that the process could have held under a limit on its addresses; None without one.
         overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
         startup_s: Seconds from the request to the first step's begin.
@@ -135,6 +139,7 @@ class TrialOutcome(Frozen):
     step_s: list[float] = []
     peak_bytes: int | None = None
     idle_bytes: int | None = None
+    device_memory: DeviceMemory | None = None
     most_bytes: int | None = None
     overshoot_bytes: int | None = None
     startup_s: float | None = None

@@ -1,6 +1,7 @@
 """The failure of an engine to start: recognised by the type of the exception, or by the vLLM function that raised it.
 
-vLLM raises a plain `ValueError` where its share of memory is too small or not free. The check is known by the
+vLLM raises a plain `ValueError` where its share of memory is too small or not free, and an `AssertionError` where
+others change it meanwhile. The check is known by the
 innermost frame of the traceback; the message is read only for the figures it carries, never to find out what happened.
 What vLLM's own configuration classes refuse is a pydantic `ValidationError` with vLLM in its traceback.
 """
@@ -11,14 +12,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.hardware.out_of_memory import is_out_of_memory
+from grpo_autotune.hardware.out_of_memory import causes, is_out_of_memory
 from grpo_autotune.records.trial import Status
 from grpo_autotune.units import GIB
 
@@ -37,7 +38,7 @@ class EngineFailure(NamedTuple):
     """The failure of an engine to start.
 
     Attributes:
-        status: `oom`: memory; `invalid`: vLLM refuses a setting.
+        status: `oom`: memory; `invalid`: vLLM refuses a setting; `crashed`: neither's fault.
         what: One sentence with the figures.
         where: Key path it concerns most.
         fix: The nearest settings that vLLM would take.
@@ -73,7 +74,8 @@ def engine_failure(error: BaseException) -> EngineFailure | None:
     """
     for cause in causes(error):
         names = frames(cause)
-        if isinstance(cause, ValueError) and names and (read := check_at(*names[-1])) is not None:
+        checked = isinstance(cause, ValueError | AssertionError)
+        if checked and names and (read := check_at(*names[-1])) is not None:
             return read(str(cause))
         if not any(module.startswith("vllm.") for module, _ in names):
             continue
@@ -82,15 +84,6 @@ def engine_failure(error: BaseException) -> EngineFailure | None:
         if is_out_of_memory(cause):
             return device_failure(str(cause))
     return None
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on; once each, since an error may be raised from itself."""
-    passed: set[int] = set()
-    while error is not None and id(error) not in passed:
-        passed.add(id(error))
-        yield error
-        error = error.__cause__
 
 
 def frames(error: BaseException) -> list[tuple[str, str]]:
@@ -168,13 +161,20 @@ def device_failure(text: str) -> EngineFailure:
     return EngineFailure("oom", what, SHARE, fix)
 
 
+def _changed_meanwhile(text: str) -> EngineFailure:
+    """`Worker.determine_available_memory`: somebody gave memory back while vLLM measured what is free."""
+    what = "more memory of the GPU was free after vLLM's measurement than before: another process gave some back"
+    return EngineFailure("crashed", what, SHARE, "Try again while nothing else starts or ends on this GPU")
+
+
 CHECKS: dict[tuple[str, str], Callable[[str], EngineFailure]] = {
     ("vllm.v1.core.kv_cache_utils", "_check_enough_kv_cache_memory"): _keys_and_values,
     ("vllm.v1.worker.utils", "request_memory"): _share_of_gpu,
+    ("vllm.v1.worker.gpu_worker", "determine_available_memory"): _changed_meanwhile,
     ("vllm.v1.worker.cpu_worker", "__init__"): _share_of_gpu,
     ("vllm.v1.worker.cpu_worker", "determine_available_memory"): _space_on_cpu,
 }
-"""(module, function) that raises a `ValueError` about memory in vLLM 0.31 -> what reads its figures."""
+"""(module, function) whose `ValueError` or `AssertionError` is about memory in vLLM 0.31 -> what reads its figures."""
 
 
 def check_at(module: str, function: str) -> Callable[[str], EngineFailure] | None:

@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import torch
 
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.speedups.base import Installed
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest root mean square of the difference, relative to that of the plain values (at least 1)."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
-"""What a model that a speed-up was not made for may raise; lack of memory is a `RuntimeError` too."""
+"""What a model that a speed-up was not made for may raise.
+
+Memory that ran out and a GPU that failed are `RuntimeError`s too, and say nothing about the model: whoever catches
+these raises those again (`is_of_the_machine`).
+"""
 
 
 class SelfCheck:
@@ -38,6 +43,9 @@ class SelfCheck:
             fast: The same values by the speed-up.
             dtype: What matrix products run in.
             what: What is compared, for the message.
+
+        Raises:
+            RuntimeError: Memory ran out, or the GPU failed.
         """
         if self.passed is None:
             self.passed = self._agree(plain, fast, dtype, what)
@@ -51,6 +59,8 @@ class SelfCheck:
             try:
                 values = fast().double()
             except FAILURES as error:
+                if is_of_the_machine(error):
+                    raise
                 self._installed.fall_back(f"its self-check failed: {type(error).__name__}: {first_line(error)}")
                 return False
         if values.shape != wanted.shape:

@@ -18,7 +18,6 @@ from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
 
-
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
 
@@ -113,14 +112,14 @@ def as_config_errors(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if (failure := engine_failure(error)) is None:
-            raise
-        raise failure.error() from error
     except (ValueError, TypeError, NotImplementedError) as error:
         if (failure := engine_failure(error)) is not None:
             raise failure.error() from error
         raise ConfigError(str(error).strip() or type(error).__name__, where=where) from error
+    except (RuntimeError, AssertionError) as error:
+        if (failure := engine_failure(error)) is None:
+            raise
+        raise failure.error() from error
     except (ImportError, OSError) as error:  # what requests raises is an OSError, not a ConnectionError
         raise EnvironmentProblem(str(error).strip(), where=where) from error
 

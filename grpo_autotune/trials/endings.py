@@ -1,20 +1,28 @@
 """The classifier of endings: an exception, an engine's failure or an exit code becomes a status and one line.
 
-A log is never searched for words: an exception goes by its type, and what vLLM raises by the function that raised it
-(`rollout.failures`, which reads a server's log the same way).
+A log is not searched for words: an exception goes by its type, and what vLLM raises by the function that raised it
+(`rollout.failures`, which reads a server's log the same way). A library that ends the process raises nothing: there the
+log's last lines are read for its own.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
-from grpo_autotune.hardware.out_of_memory import is_out_of_memory, missing_bytes
+from grpo_autotune.hardware.out_of_memory import (
+    causes,
+    ended_for_memory,
+    is_device_failure,
+    is_out_of_memory,
+    missing_bytes,
+)
 from grpo_autotune.processes.guarded import exit_words
 from grpo_autotune.records.trial import LOG_FILE, Status
-from grpo_autotune.rollout.failures import EngineFailure, causes, engine_failure
+from grpo_autotune.rollout.failures import EngineFailure, engine_failure
 from grpo_autotune.trials.exit_codes import CANNOT_WRITE
 
 LONGEST_WHY = 400
@@ -31,6 +39,11 @@ BY_TYPE: tuple[tuple[type[BaseException], Status], ...] = (
 
 ONE_LINE = (ConfigError, EnvironmentProblem, DataError, RewardError)
 """Errors whose message is whole without their type."""
+
+DEVICE_FAILED = (
+    "the GPU failed, and its process can do no more with it: {} (an earlier call may be the cause: "
+    "CUDA_LAUNCH_BLOCKING=1 shows which)"
+)
 
 OWN_FAULT = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 """Signals that a process brings upon itself."""
@@ -55,7 +68,7 @@ class Ending(NamedTuple):
 
 
 def ending_of_error(error: BaseException, available: Callable[[], int | None]) -> Ending:
-    """Classify an exception that ended a trial: by memory, then as an engine's failure, then by its own type.
+    """Classify an exception that ended a trial: a failed device, memory, an engine's failure, then its own type.
 
     Args:
         error: The exception; one that was raised from an error about memory counts as that error.
@@ -66,6 +79,9 @@ def ending_of_error(error: BaseException, available: Callable[[], int | None]) -
         """Bytes left; 0 where they cannot be read: a thread that does not start counts as want of memory then."""
         return available() or 0
 
+    failed = next((cause for cause in causes(error) if is_device_failure(cause)), None)
+    if failed is not None:
+        return Ending("crashed", DEVICE_FAILED.format(_first_line(failed)), type(failed).__name__)
     memory = next((cause for cause in causes(error) if is_out_of_memory(cause, room)), None)
     if memory is not None:
         missing = missing_bytes(str(memory), available)
@@ -81,13 +97,16 @@ def ending_of_engine(failure: EngineFailure) -> Ending:
     return Ending(failure.status, str(failure.error()), overshoot_bytes=failure.overshoot_bytes)
 
 
-def ending_of_exit(code: int, memory_kills: bool) -> Ending:
+def ending_of_exit(code: int, memory_kills: bool, log: Path | None = None) -> Ending:
     """Classify the end of a process without an outcome.
 
     Args:
         code: Exit code; negative, the signal that ended it.
         memory_kills: True if the kernel has killed for memory since the trial began.
+        log: Its log: a library that ends its process for want of memory says so in its last line.
     """
+    if code > 0 and log is not None and ended_for_memory(log):
+        return Ending("oom", f"ended itself, as memory on the GPU ran out; see {LOG_FILE}")
     status, why = next((status, why) for applies, status, why in BY_EXIT if applies(code, memory_kills))
     return Ending(status, why.format(how=exit_words(code)))
 
@@ -98,3 +117,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ONE_LINE):
         return text
     return f"{type(error).__name__}: {text[:LONGEST_WHY]}".removesuffix(": ")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:LONGEST_WHY]

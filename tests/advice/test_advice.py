@@ -13,6 +13,7 @@ from grpo_autotune.advice.judge import advice_of, amdahl, judge
 from grpo_autotune.advice.sentences import knob_ideas
 from grpo_autotune.probe.breakdown import Limit, break_down
 from grpo_autotune.records.probe import (
+    DeviceMemory,
     ProbeRecord,
     RankTimings,
     RewardCall,
@@ -388,6 +389,9 @@ def test_warnings() -> None:
     assert any("Only 1 step was" in line for line in warnings(facts(single)))
     uneven = demo_record(timings=demo_record().timings.model_copy(update={"step_s": [1.0, 5.0, 9.0]}))
     assert any("differ much" in line for line in warnings(facts(uneven)))
+    memory = {"allocated_bytes": 1, "reserved_bytes": 2, "outside_bytes": 0, "device_bytes": 3, "failures": 0}
+    full = demo_record().model_copy(update={"device_memory": DeviceMemory(**memory, retries=7)})
+    assert any("was full 7 times" in line for line in warnings(facts(full)))
 
 
 def shared(**changes: Any) -> Facts:

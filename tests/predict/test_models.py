@@ -18,7 +18,7 @@ from grpo_autotune.predict.features import PARTS, SPARED, Rates, features
 from grpo_autotune.predict.models import Models, part_seconds, stage_seconds
 from grpo_autotune.predict.regression import Fit, Observation, Place, first_guess
 from grpo_autotune.predict.workload import Workload, expected_longest, mean_length, tokens_at, workload
-from grpo_autotune.records.probe import STAGES, ProbeRecord, StageRow, StageTimings
+from grpo_autotune.records.probe import STAGES, DeviceMemory, ProbeRecord, StageRow, StageTimings
 from grpo_autotune.records.trial import TrialOutcome
 from tests.knobs.test_knobs import GROUP, MICRO, config, machine
 from tests.support.sample_records import image_facts, spread, token_facts, trainer_facts
@@ -455,3 +455,9 @@ def test_models_need_a_machine_of_any_kind() -> None:
     assert isinstance(gpu, Machine) and models.step_s(truth.user).value > 0.0
     larger = with_knobs(truth.user, {MICRO: 8, "grpo.gradient_checkpointing": False})
     assert models.peak_bytes(larger).value > models.peak_bytes(truth.user).value
+    oom = TrialOutcome(number=1, status="oom", peak_bytes=400 * GIB, idle_bytes=GIB)
+    told = models.learn(larger, oom).peak_bytes(larger, worst_case=True)
+    assert told == models.peak_bytes(larger, worst_case=True), "it was the host's memory that ran out"
+    figures = {"allocated_bytes": 0, "outside_bytes": 0, "device_bytes": 0, "retries": 0, "failures": 1}
+    device = oom.model_copy(update={"device_memory": DeviceMemory(reserved_bytes=400 * GIB, **figures)})
+    assert models.learn(larger, device).peak_bytes(larger, worst_case=True).value > 300 * GIB

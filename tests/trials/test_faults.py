@@ -98,3 +98,10 @@ def test_a_spec_that_is_no_configuration(tmp_path: Path, tiny: Callable[[str], P
 def test_endings_without_an_outcome(code: int, out_of_memory: bool, status: str) -> None:
     ending = ending_of_exit(code, out_of_memory)
     assert ending.status == status and ending.why
+
+
+def test_a_library_that_ends_the_process_for_memory(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("Error out of memory at line 543 in file /src/csrc/ops.cu\n")
+    assert ending_of_exit(1, False, log).status == "oom"
+    assert ending_of_exit(-11, False, log).status == "crashed"

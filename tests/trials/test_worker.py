@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
@@ -47,6 +48,8 @@ RUNS_OUT: list[tuple[Exception, int | None]] = [
     (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
     (RuntimeError("std::bad_alloc"), None),
     (RuntimeError("unable to mmap 345248 bytes from file <model.safetensors>: Cannot allocate memory (12)"), None),
+    (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), None),
+    (RuntimeError("CUDA Error: out of memory at csrc/cumem_allocator.cpp:62"), None),
     (caused(RewardError("raised MemoryError: ", where="reward judge"), MemoryError()), None),
     (caused(ConfigError("cannot load m"), OSError(errno.ENOMEM, "Cannot allocate memory")), None),
 ]
@@ -81,6 +84,16 @@ def test_other_errors_go_by_their_type_and_never_by_words(error: Exception, stat
     assert ending_of_error(error, lambda: GIB).status == status
 
 
+def test_a_gpu_that_failed_is_nobody_elses_fault() -> None:
+    error = torch.AcceleratorError(
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+    )
+    for met in (error, caused(RewardError("raised AcceleratorError", where="reward judge"), error)):
+        ending = ending_of_error(met, lambda: GIB)
+        assert (ending.status, ending.error_type) == ("crashed", "AcceleratorError")
+        assert "the GPU failed" in ending.why and "device-side assert triggered (an earlier call" in ending.why
+
+
 def test_an_error_that_was_raised_from_itself_ends_a_trial_like_any_other() -> None:
     error = ValueError("no judge")
     assert ending_of_error(caused(error, error), lambda: GIB) == ("crashed", "ValueError: no judge", "ValueError", None)
@@ -96,12 +109,12 @@ def test_the_peak_is_this_trials_and_falls_again() -> None:
     size = 256 << 20
     first = MemoryMeter()
     held = torch.ones(size // 4)
-    assert first.peak_bytes() - first.idle_bytes > 0.9 * size
+    assert first.facts()["peak_bytes"] - first.idle.host > 0.9 * size
     del held
     release()
     second = MemoryMeter()
-    assert second.idle_bytes < first.idle_bytes + 0.5 * size
-    assert second.peak_bytes() - second.idle_bytes < 0.5 * size
+    assert second.idle.host < first.idle.host + 0.5 * size
+    assert second.facts()["peak_bytes"] - second.idle.host < 0.5 * size
     left = available_bytes()
     assert left is not None and left > 0
 
@@ -172,6 +185,20 @@ def test_purposes(serve: Callable[..., TrialOutcome]) -> None:
     assert max(seen) <= 6 and len({len(group) for group in probe.lengths}) == 1 and not worst.lengths
     assert probe.record.tokens.completion.max in seen
     assert probe.idle_bytes == worst.idle_bytes  # this process's own, before its first model
+
+
+def test_memory_that_runs_out_is_not_hidden_by_smaller_batches(
+    serve: Callable[..., TrialOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    outcome = serve(grpo={"auto_find_batch_size": True})
+    assert outcome.status == "oom" and len(calls) == 1
 
 
 def test_rewards_are_those_of_training(serve: Callable[..., TrialOutcome], tmp_path: Path, monkeypatch: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo_autotune.hardware.out_of_memory import is_memory_sign
+from grpo_autotune.hardware.out_of_memory import ended_for_memory, is_memory_sign
 from grpo_autotune.rollout.failures import EngineFailure, check_at, device_failure
 
 RAISED = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (\S.*)$")
@@ -30,7 +30,7 @@ class Logged(NamedTuple):
     """An error in a log.
 
     Attributes:
-        name: Its type.
+        name: Full name of its type.
         text: Its message, a line of it.
         raised_in: Module and function of the innermost frame, the module perhaps behind folders above its package; None
             where the log has no traceback.
@@ -50,11 +50,13 @@ def last_error(log: Path) -> Logged | None:
         return None
     at, match = first_hand[-1]
     more = lines[at + 1 : at + 2] if match[2].startswith(OF_PYDANTIC) else []
-    return Logged(match[1].rpartition(".")[2], " ".join([match[2], *more]), _innermost(lines[:at]))
+    return Logged(match[1], " ".join([match[2], *more]), _innermost(lines[:at]))
 
 
 def logged_failure(log: Path) -> EngineFailure | None:
     """The failure of a server that found no memory, as `rollout.failures` words it; None for any other error."""
+    if ended_for_memory(log):
+        return device_failure("a kernel of bitsandbytes found none")
     error = last_error(log)
     if error is None:
         return None
@@ -65,7 +67,7 @@ def logged_failure(log: Path) -> EngineFailure | None:
 
 def words(error: Logged | None) -> str:
     """The error as one line for a user."""
-    return "Its log says why." if error is None else f"{error.name}: {error.text}"[:MOST_SAID]
+    return "Its log says why." if error is None else f"{error.name.rpartition('.')[2]}: {error.text}"[:MOST_SAID]
 
 
 def _innermost(lines: Sequence[str]) -> tuple[str, str] | None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.speedups.selfcheck import TOLERANCE
 from grpo_autotune.speedups.shared_prefix.attention import Attention, Split, States
 from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled, failures
@@ -131,6 +132,8 @@ class Choice:
         try:
             quotients = [self._round(form, layout, number) for number in range(WARMUP + ROUNDS)]
         except failures() as error:
+            if is_of_the_machine(error):
+                raise
             form.give_up(f"{type(error).__name__} while it was timed")
         return 0.0 if form.failed is not None else statistics.median(quotients[WARMUP:])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.speedups.selfcheck import FAILURES, first_line
 from grpo_autotune.speedups.shared_prefix.attention import Attention, States
 from grpo_autotune.speedups.shared_prefix.layout import Layout
@@ -53,6 +54,8 @@ class Flex:
         try:
             return self._attend(states, layout, kwargs)
         except failures() as error:
+            if is_of_the_machine(error):
+                raise
             self.give_up(f"{type(error).__name__}: {first_line(error)}")
             return None
 

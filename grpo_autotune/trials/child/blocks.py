@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.hardware.device_memory import cuda_in_use
 from grpo_autotune.seams.layers import Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.trials.block_limit import WAITING, block_limit
@@ -91,7 +92,5 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
 
     def _drain(self) -> None:
         """Let the device finish: what this trial has queued must not run in another's block."""
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if (cuda := cuda_in_use()) is not None:
+            cuda.synchronize()

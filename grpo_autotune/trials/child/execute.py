@@ -7,6 +7,7 @@ stream set by that trial's own seed, so that a warm worker trains as a fresh one
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 import weakref
@@ -16,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
+from grpo_autotune.hardware.device_memory import expand_segments
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.server.process import address_keys, leave_gpus
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.seams.trainer_access import SPEED_UPS
-from grpo_autotune.trials.child.memory import MemoryMeter, available_bytes, clear_finished_frames, most_bytes, release
+from grpo_autotune.trials.child.memory import (
+    Idle,
+    MemoryMeter,
+    available_bytes,
+    clear_finished_frames,
+    most_bytes,
+    release,
+)
 from grpo_autotune.trials.child.script import run_script
 from grpo_autotune.trials.child.warm_state import DataCache, EngineCache
 from grpo_autotune.trials.endings import ending_of_error
@@ -46,7 +55,7 @@ class TrialExecutor:
         self.reusable = True
         self._data = DataCache()
         self._engine: EngineCache | None = None
-        self._idle_bytes: int | None = None
+        self._idle: Idle | None = None
         self._gpus_left = False
         self._model: Callable[[], Any] = lambda: None
 
@@ -62,27 +71,30 @@ class TrialExecutor:
                 measured = self._run_config(spec, folder, startup, heartbeat, meter)
             else:
                 measured = run_script(spec, folder, startup, heartbeat, meter.restart)
+            figures, most = self._figures(meter), most_bytes()
+            release()
+            if self._model() is not None:
+                clear_finished_frames()
+                release()
         except Exception as error:  # noqa: BLE001 - the one boundary: a failed trial is data
             self.reusable = False
             ending, most = ending_of_error(error, available_bytes), most_bytes()
             _forget_frames(error)  # they hold the trainer
-            release()
+            try:
+                release()
+            except RuntimeError as failure:  # a library's error was the first sign that the device failed
+                ending = ending_of_error(failure, available_bytes)
             with contextlib.suppress(OSError):  # a full disk, which may be what went wrong
                 sys.stderr.write("".join(traceback.format_exception(error)))
-            return self._outcome(spec, meter.peak_bytes(), meter, {"most_bytes": most, **ending._asdict()})
-        peak_bytes, most = meter.peak_bytes(), most_bytes()
-        release()
-        if self._model() is not None:
-            clear_finished_frames()
-            release()
+            figures = self._figures(meter, ran_out=ending.status == "oom")
+            return TrialOutcome(number=spec.number, most_bytes=most, **figures, **ending._asdict())
         self.reusable = spec.script is None and self._model() is None
-        return self._outcome(spec, peak_bytes, meter, {"status": "ok", "most_bytes": most, **measured._asdict()})
+        return TrialOutcome(number=spec.number, status="ok", most_bytes=most, **figures, **measured._asdict())
 
-    def _outcome(self, spec: TrialSpec, peak_bytes: int, meter: MemoryMeter, facts: dict[str, Any]) -> TrialOutcome:
+    def _figures(self, meter: MemoryMeter, *, ran_out: bool = False) -> dict[str, Any]:
         """Idle is what this process held before its first model: what libraries and an engine keep counts as needed."""
-        if self._idle_bytes is None:
-            self._idle_bytes = meter.idle_bytes
-        return TrialOutcome(number=spec.number, peak_bytes=peak_bytes, idle_bytes=self._idle_bytes, **facts)
+        self._idle = meter.idle = self._idle or meter.idle
+        return meter.facts(ran_out=ran_out)
 
     def _run_config(
         self, spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, meter: MemoryMeter
@@ -92,6 +104,7 @@ class TrialExecutor:
             leave_gpus(config)
             self._gpus_left = True
         with startup.phase("import"):
+            expand_segments(os.environ)
             ensure_torchvision()
             from accelerate.state import AcceleratorState, GradientState
             from transformers import set_seed

@@ -1,8 +1,9 @@
 """Memory of one trial inside a process that serves several: what is idle, the peak since then, and what is left after.
 
 On the CPU `ru_maxrss` never falls, so the kernel's high-water mark is reset before each trial (proc(5): 5 into
-`clear_refs`) and read as `VmHWM`. On CUDA both figures are the caching allocator's reserved bytes. torch is never
-imported here: a script may set environment variables before it does.
+`clear_refs`) and read as `VmHWM`. On CUDA it is what tensors had at most, as `hardware.device_memory` counts it. Which
+of the two counts is known at the end, by what the process came to use: a machine with a GPU may train on its processor.
+torch is never imported here: a script may set environment variables before it does.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import ctypes
 import gc
 import inspect
 import resource
-import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple
 
 import psutil
+
+from grpo_autotune.hardware.device_memory import DEVICE_MEMORY, cuda_in_use
+from grpo_autotune.records.probe import DeviceMemory
 
 COLLECTIONS = 3
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -24,8 +28,19 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
+class Idle(NamedTuple):
+    """Bytes held before a model is there, on the host and on the device."""
+
+    host: int
+    device: int
+
+
 class MemoryMeter:
-    """Idle bytes as they were on construction or at the last `restart`, and the peak since."""
+    """Memory of a trial since construction or the last `restart`.
+
+    Attributes:
+        idle: What was held then.
+    """
 
     def __init__(self) -> None:
         self.restart()
@@ -33,37 +48,46 @@ class MemoryMeter:
     def restart(self) -> None:
         """Take what is held now for idle."""
         release()
-        self._cuda = _on_cuda()
-        if self._cuda:
-            sys.modules["torch"].cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):  # a kernel without it: then the peak is the process's own
-                _CLEAR_REFS.write_text("5")
-        self.idle_bytes = in_use()
+        with contextlib.suppress(OSError):  # a kernel without it: then the peak is the process's own
+            _CLEAR_REFS.write_text("5")
+        DEVICE_MEMORY.restart()
+        self.idle = Idle(in_use(), DEVICE_MEMORY.in_use())
 
-    def peak_bytes(self) -> int:
-        """Most bytes since construction."""
-        if self._cuda:
-            return int(sys.modules["torch"].cuda.max_memory_reserved())
-        return max(_of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, self.idle_bytes)
+    def facts(self, *, ran_out: bool = False) -> dict[str, Any]:
+        """Peak and idle bytes by the names of `TrialOutcome`: the device's where this process uses one.
+
+        Args:
+            ran_out: Memory ran out: then what was held was not enough, whatever tensors had of it.
+        """
+        if cuda_in_use() is None:
+            peak = _of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return {"peak_bytes": max(peak, self.idle.host), "idle_bytes": self.idle.host}
+        with contextlib.suppress(RuntimeError):  # a device that failed says nothing more
+            DEVICE_MEMORY()
+        device = DeviceMemory(**DEVICE_MEMORY.facts())
+        most = device.reserved_bytes if ran_out else device.allocated_bytes
+        idle = self.idle.device + device.outside_bytes
+        return {"peak_bytes": most + device.outside_bytes, "idle_bytes": idle, "device_memory": device}
 
 
 def in_use() -> int:
-    """Bytes held now: the CUDA allocator's reserved, or the resident set."""
-    if _on_cuda():
-        return int(sys.modules["torch"].cuda.memory_reserved())
+    """Bytes of the resident set now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def release() -> None:
-    """Give back what nothing refers to any more: to the device, and from the C library to the system."""
+    """Give back what nothing refers to any more: to the device, and from the C library to the system.
+
+    Raises:
+        RuntimeError: The device failed (`torch.AcceleratorError`), perhaps in an earlier call.
+    """
     gc.unfreeze()  # vLLM freezes what is there when its engine starts, TRL's half-built trainer included
     for _ in range(COLLECTIONS):  # a finalizer may let go of what only the next one finds
         if not gc.collect():
             break
-    if _on_cuda():
-        sys.modules["torch"].cuda.synchronize()
-        sys.modules["torch"].cuda.empty_cache()
+    if (cuda := cuda_in_use()) is not None:
+        cuda.synchronize()
+        cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -94,15 +118,10 @@ def most_bytes() -> int | None:
     The limit counts addresses: libraries and holes in the heap take of it and hold nothing.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY or _on_cuda():
+    if limit == resource.RLIM_INFINITY or cuda_in_use() is not None:
         return None
     held = psutil.Process().memory_info()
     return max(0, limit - int(held.vms - held.rss))
-
-
-def _on_cuda() -> bool:
-    """Return whether torch was imported and has a GPU; a script may import it later, once it has chosen one."""
-    return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
 
 
 def _of_status(field: str) -> int | None:

@@ -68,4 +68,6 @@ def _as_one(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
     gravest = min(outcomes, key=lambda outcome: GRAVEST.index(outcome.status))
     worst = max(outcomes, key=lambda outcome: (outcome.peak_bytes or 0) - (outcome.idle_bytes or 0))
     base = outcomes[0] if gravest.status == "ok" else gravest
-    return base.model_copy(update={"peak_bytes": worst.peak_bytes, "idle_bytes": worst.idle_bytes})
+    return base.model_copy(
+        update={name: getattr(worst, name) for name in ("peak_bytes", "idle_bytes", "device_memory")}
+    )

@@ -15,6 +15,7 @@ from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, Trial
 from grpo_autotune.trials.endings import ending_of_exit
 from grpo_autotune.trials.parent.folder import prepare_folder, read_outcome
 from grpo_autotune.trials.parent.interleave import Race, fits_together, one_after_another
+from grpo_autotune.trials.parent.recovery import Recovery, used_gpu_bytes
 from grpo_autotune.trials.parent.server_pool import ServerPool, is_served
 from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Watch
 from grpo_autotune.trials.parent.worker import GuardedWorker, Worker
@@ -38,6 +39,7 @@ class Runner(AbstractContextManager["Runner"]):
         clock: Seconds, monotonic.
         wait: Sleeps for so many seconds between two looks.
         spawn: Starts a worker for a trial's folder, its log, and a number of ranks.
+        used: Bytes in use on the GPUs of this machine; None where nobody tells.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class Runner(AbstractContextManager["Runner"]):
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
         spawn: Spawn = GuardedWorker,
+        used: Callable[[], int | None] = used_gpu_bytes,
     ) -> None:
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
         self._worker: Worker | None = None
         self._key: str | None = None
         self._server = ServerPool(clock)
+        self._recovery = Recovery(used, clock, wait)
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is.
@@ -69,6 +73,8 @@ class Runner(AbstractContextManager["Runner"]):
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone.
         """
         folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
+        if (lost := self._recovery.lost()) is not None:
+            return self._written(TrialOutcome(number=spec.number, **lost._asdict()), folder)
         try:
             served = self._served(spec, folder, watch or ignore)
             if isinstance(served, TrialOutcome):
@@ -90,6 +96,8 @@ class Runner(AbstractContextManager["Runner"]):
             if outcome.status != "ok":
                 outcome = self._blamed(outcome, folder)
                 self.close()
+                if (lost := self._recovery.lost()) is not None:
+                    outcome = self._written(outcome.model_copy(update={"why": f"{outcome.why}; {lost.why}"}), folder)
             elif self._key is None or not self._warm:
                 self._retire()
         except BaseException:
@@ -120,7 +128,7 @@ class Runner(AbstractContextManager["Runner"]):
             As `run`.
         """
         kills = kernel_kills()
-        if fits_together(specs):
+        if fits_together(specs) and self._recovery.lost() is None:
             self._server.end()
             with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
                 outcomes = [self._outcome(attempt, end, kills) for attempt, end in race.run(rounds, deadline_s)]
@@ -149,9 +157,12 @@ class Runner(AbstractContextManager["Runner"]):
         if ending is None:
             return outcome
         update = {"status": ending.status, "why": ending.why, "overshoot_bytes": ending.overshoot_bytes}
-        blamed = outcome.model_copy(update=update)
-        write_whole(folder / OUTCOME_FILE, blamed.model_dump_json(indent=1))
-        return blamed
+        return self._written(outcome.model_copy(update=update), folder)
+
+    def _written(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
+        """The outcome, written into the trial's folder."""
+        write_whole(folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
+        return outcome
 
     def _served(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
         """The trial with its server's address and the seconds of the server's start, or that there is none."""
@@ -160,7 +171,7 @@ class Runner(AbstractContextManager["Runner"]):
         served = self._server.ready(spec, folder, watch)
         if isinstance(served, TrialOutcome):
             self._retire()
-            write_whole(folder / OUTCOME_FILE, served.model_dump_json(indent=1))
+            self._written(served, folder)
         elif served[0] is not spec:
             write_whole(folder / SPEC_FILE, served[0].model_dump_json(indent=1))
         return served
@@ -183,7 +194,8 @@ class Runner(AbstractContextManager["Runner"]):
             if key is not None and key == self._key and worker.order(folder):
                 return worker
             worker.end()
-        worker = self._spawn(folder, folder / LOG_FILE, spec.world_size)
+        self._recovery.before_start(others=self._server.alive)
+        worker = self._recovery.watch(self._spawn(folder, folder / LOG_FILE, spec.world_size))
         worker.order(folder)
         return worker
 
@@ -193,7 +205,8 @@ class Runner(AbstractContextManager["Runner"]):
         return end
 
     def _outcome(self, attempt: Attempt, end: AttemptEnd, kills: int, server_s: float = 0.0) -> TrialOutcome:
-        ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills)
+        log = attempt.folder / LOG_FILE
+        ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills, log)
         written = read_outcome(attempt.folder, attempt.spec, ending)
         started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
         outcome = written.model_copy(
@@ -203,8 +216,7 @@ class Runner(AbstractContextManager["Runner"]):
                 "warm": written.warm and not server_s,
             }
         )
-        write_whole(attempt.folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
-        return outcome
+        return self._written(outcome, attempt.folder)
 
 
 def ignore(progress: object) -> None:

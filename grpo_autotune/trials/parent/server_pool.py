@@ -88,6 +88,11 @@ class ServerPool:
         given = {"server_port": self._server.port, "limit_s": max(1.0, spec.limit_s - seconds)}
         return spec.model_copy(update=given), seconds
 
+    @property
+    def alive(self) -> bool:
+        """True while there is a server that runs."""
+        return self._server is not None and self._server.poll() is None
+
     def ending(self) -> Ending | None:
         """The ending of a trial whose server ended under it; None while that runs, and where there is none."""
         server = self._server
@@ -107,8 +112,7 @@ class ServerPool:
         config, gpu_count = RunConfig.from_dict(spec.config), len(detect().gpus)
         weights, (gpus, _) = weights_of(config, _source, model_config), split_gpus(config, gpu_count)
         server, pushed = self._server, gpu_count > 0 and config.vllm.weight_sync != "adapter"
-        alive = server is not None and server.poll() is None
-        if server is not None and alive and not pushed and server.key == server_key(config, weights, gpus):
+        if server is not None and self.alive and not pushed and server.key == server_key(config, weights, gpus):
             return False
         self.end()
         watch(Progress("start-up: server", 0, 0))

@@ -24,8 +24,12 @@ class Worker(Protocol):
     def poll(self) -> int | None:
         """Exit code (negative: a signal), None while it runs."""
 
+    @property
+    def is_lost(self) -> bool:
+        """True while a process of it lives on, though it was killed."""
+
     def end(self) -> None:
-        """Kill it and all it started, and wait until they are gone."""
+        """Kill it and all it started, and wait until they are gone or cannot be killed."""
 
 
 class GuardedWorker(Guarded):

@@ -1,0 +1,60 @@
+"""What a speed-up's check takes for a model that it does not fit, and what it leaves to whoever runs the trial."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.shared_prefix.choice import Choice
+from grpo_autotune.speedups.shared_prefix.flex import Flex
+
+OF_THE_MACHINE = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered\n"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+]
+
+
+def raising(error: BaseException) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("error", OF_THE_MACHINE)
+def test_a_check_that_meets_the_machine_decides_nothing(error: BaseException) -> None:
+    installed = Installed("a speed-up")
+    check = SelfCheck(installed)
+    with pytest.raises(type(error)) as raised:
+        check.run(lambda: torch.ones(2), raising(error), torch.float32, "values")
+    assert raised.value is error
+    assert check.passed is None and installed.fell_back is None
+
+
+def test_a_model_that_it_does_not_fit_leaves_the_work_to_trl() -> None:
+    installed = Installed("a speed-up")
+    check = SelfCheck(installed)
+    assert not check.run(lambda: torch.ones(2), raising(RuntimeError("no such head")), torch.float32, "values")
+    assert installed.fell_back == "its self-check failed: RuntimeError: no such head"
+
+
+@pytest.mark.parametrize("error", OF_THE_MACHINE)
+def test_flex_attention_does_not_take_the_machine_for_the_kernel(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flex, nothing = Flex(raising(error)), SimpleNamespace(tokens=4)
+    monkeypatch.setattr(Flex, "_attend", raising(error))
+    with pytest.raises(type(error)):
+        flex(None, None, (torch.ones(1),) * 3, nothing, {})  # type: ignore[arg-type]
+    choice = Choice(flex)
+    monkeypatch.setattr(Choice, "_round", raising(error))
+    with pytest.raises(type(error)):
+        choice._faster(flex, nothing)  # type: ignore[arg-type]
+    assert flex.failed is None
