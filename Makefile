@@ -27,6 +27,9 @@ test: .venv/.installed ## run the whole test suite
 test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process: under two minutes
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
 
+test-gpu: .venv/.installed ## run the exactness tests on this machine's GPU
+	GRPO_AUTOTUNE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu tests/speedups -k "not ranks"
+
 check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
