@@ -183,7 +183,8 @@ class Models:
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > LEAST_S:
-                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place))
+                    idle = _idle(record, PARTS[part])
+                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place, idle))
         base_choice = family(self.base)
         first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
         others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
@@ -298,6 +299,12 @@ def part_seconds(timings: StageTimings) -> dict[str, float]:
     if seconds:
         seconds |= {part: s for (stage, part), s in break_down(timings).parts_s.items() if stage == "policy_logprob"}
     return {part: s for part, s in seconds.items() if part in PARTS}
+
+
+def _idle(record: ProbeRecord, stage: str) -> float | None:
+    """Share of a stage's time in which a GPU ran no kernel; None where nobody looked."""
+    busy = record.profiled.busy_share(stage) if record.profiled is not None else None
+    return None if busy is None else 1.0 - busy
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:

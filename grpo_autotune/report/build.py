@@ -70,6 +70,7 @@ def report_of_facts(facts: Facts) -> Report:
         startup=record.startup,
         images=record.images,
         tokens=record.tokens,
+        profiled=record.profiled,
         rates=_rates(facts),
         rewards=record.rewards,
         weight_sync_bytes=record.weight_sync_bytes,
