@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo_autotune.advice.facts import Facts
-from grpo_autotune.probe.breakdown import Limit
+from grpo_autotune.probe.breakdown import SLOW, Limit
 from grpo_autotune.records.probe import STAGE_WORDS, ProfiledStep
 from grpo_autotune.records.rollout import Fidelity
 from grpo_autotune.units import amount, listing, percent, seconds
@@ -79,6 +79,12 @@ def warnings(facts: Facts) -> list[str]:
         lines.append(
             f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
             "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
+        )
+    if b.slow_steps:
+        lines.append(
+            f"{b.slow_steps} of {len(record.timings.step_s) // record.timings.cycle} measured steps took more than "
+            f"{SLOW:g} times the median, the slowest {b.slowest:.1f} times: something was used for the first time "
+            "(kernels, shapes, caches), or other work disturbed this machine. Measure more steps."
         )
     count, cycle = len(record.timings.step_s), record.timings.cycle
     if count < cycle:

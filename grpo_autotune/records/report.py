@@ -156,6 +156,8 @@ class Report(Frozen):
     step_seconds: list[float]
     warmup_s: list[float]
     cycle: int
+    slowest: float | None = None
+    slow_steps: int | None = None
     stages: list[StageReport]
     bound: str
     verdict: list[Advice]

@@ -61,6 +61,8 @@ def report_of_facts(facts: Facts) -> Report:
         step_seconds=record.timings.step_s,
         warmup_s=record.timings.warmup_s,
         cycle=record.timings.cycle,
+        slowest=b.slowest,
+        slow_steps=b.slow_steps,
         stages=[_stage(row, facts) for row in record.timings.stages],
         bound=bound(facts),
         verdict=judge(facts),

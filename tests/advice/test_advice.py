@@ -114,6 +114,17 @@ def test_launches_bind_a_stage_in_which_the_gpu_waits_for_the_host() -> None:
     assert works == "Generation bounds the step: 69% of 29.1 s. A kernel runs in 90% of its time."
 
 
+def test_slow_steps_are_counted_and_said() -> None:
+    record = demo_record()
+    times = record.timings.model_copy(update={"step_s": [1.0, 1.0, 3.2], "cycle": 1})
+    slow = facts(record.model_copy(update={"timings": times}))
+    assert slow.breakdown.slow_steps == 1 and slow.breakdown.slowest == 3.2
+    assert any(
+        "1 of 3 measured steps took more than 1.5 times the median, the slowest 3.2" in w for w in warnings(slow)
+    )
+    assert not any("times the median" in line for line in warnings(facts()))
+
+
 def test_ranks_share_the_cores() -> None:
     assert facts().busy_share("backward") == pytest.approx(0.6)
     two, wide = demo_record(trainer=trainer_facts(world_size=2)), CPU_MACHINE.model_copy(update={"cores": 8})
