@@ -24,7 +24,7 @@ from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, versions
 from grpo_autotune.records.probe import ProbeRecord, ProfiledStep, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
@@ -174,6 +174,7 @@ class Probe:
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             profiled=self._profiled,
+            speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
             engine=engine,

@@ -274,7 +274,11 @@ class TrainerFacts(Frozen):
 
 
 class ProbeRecord(Frozen):
-    """Everything one probe measured on this rank, with the other ranks' stage means."""
+    """Everything one probe measured on this rank, with the other ranks' stage means.
+
+    Attributes:
+        speedups: Counts of the work of each speed-up that is on, by its name.
+    """
 
     timings: StageTimings
     trainer: TrainerFacts
@@ -283,6 +287,7 @@ class ProbeRecord(Frozen):
     rewards: list[RewardCall] = []
     utilisation: list[Utilisation] = []
     profiled: ProfiledStep | None = None
+    speedups: dict[str, dict[str, float]] = {}
     startup: list[Phase] = []
     fidelity: Fidelity | None = None
     engine: EngineFacts | None = None
