@@ -131,9 +131,10 @@ def real_size(bench: Bench) -> None:
     batch = forced_batch(trainer, 6 if bench.tiny else COMPLETION)
     plain, single = scores(trainer, batch), scores(trainer, batch, at_once=1)
     installed = speed_up(trainer, ["shared_prefix"])
-    batch["group_id"] = torch.arange(len(plain), device=bench.device) // trainer.num_generations
-    with groups_of(trainer)._under_way(batch["group_id"]):
-        shared = scores(trainer, batch)
+    groups = groups_of(trainer)
+    groups.current = torch.arange(len(plain), device=bench.device) // trainer.num_generations
+    shared = scores(trainer, batch)
+    groups.current = None
     passes = installed.facts()["shared_prefix"]
     mask = batch["completion_mask"].bool()
     yardstick, apart = (float((other - plain)[mask].square().mean().sqrt()) for other in (single, shared))
