@@ -6,7 +6,7 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-vllm check docs bench bench-vllm exact
+.PHONY: help install demo test test-fast test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ test: .venv/.installed ## run the whole test suite
 
 test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process: under two minutes
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
+
+test-gpu: .venv/.installed ## run the exactness tests on this machine's GPU
+	GRPO_AUTOTUNE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu tests/speedups -k "not ranks"
 
 check: .venv/.installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -55,6 +58,9 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.search_live
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
+
+bench-gpu: .venv/.installed ## measure this machine's GPU, nine stages in under ten minutes; the JSON goes to runs/gpu_check
+	$(BIN)/python -m benchmarks.gpu_check
 
 bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM's CPU build: a few minutes; JSON as above
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/env $(VLLM_BIN)/python -m benchmarks.vllm_sync

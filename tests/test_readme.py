@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,14 @@ def test_search_against_optunas_samplers() -> None:
     page = (ROOT / "docs/search.md").read_text().replace(" %", "%")
     assert below("random alone", 3) == below("tpe alone", 3)
     assert [text for text in words if text not in page] == []
+
+
+def test_a_factor_stands_behind_the_word_cpu_until_a_gpu_s_was_measured() -> None:
+    """In every page; with a `docs/benchmarks/gpu_*.json` committed, that file's figures stand beside them."""
+    if list((ROOT / "docs" / "benchmarks").glob("gpu_*.json")):
+        return
+    factor = re.compile(r"\b\d+\.\d+x\b|\bx \d+\.\d+ \(\d|\d times (faster|sooner|as fast)")
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        first = factor.search(text)
+        assert first is None or "CPU" in text[: first.start()], f"{page.name}: {first[0]}"

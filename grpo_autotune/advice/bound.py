@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from grpo_autotune.advice.facts import Facts
-from grpo_autotune.probe.breakdown import Limit
-from grpo_autotune.records.probe import STAGE_WORDS
+from grpo_autotune.probe.breakdown import SLOW, Limit
+from grpo_autotune.records.probe import STAGE_WORDS, ProfiledStep
 from grpo_autotune.records.rollout import Fidelity
-from grpo_autotune.units import listing, percent, seconds
+from grpo_autotune.units import amount, listing, percent, seconds
 
 ALONE = 0.4
 FEW_STEPS = 3
 LARGE_OTHER = 0.02
 LARGE_SPREAD = 0.2
+LAUNCHES = 0.7
+"""Busy share of a GPU below which the host, which launches its kernels, bounds a stage."""
 CEILINGS = {"matrix": "matrix rate", "memory": "memory bandwidth"}
 
 
@@ -28,11 +30,35 @@ def bound(facts: Facts) -> str:
         both = f"{STAGE_WORDS[first]} ({percent(share)}) and {STAGE_WORDS[second]} ({percent(less)})"
         text = f"{both} bound the step of {step}"
     text = text[0].upper() + text[1:]
-    limit = facts.limits.get(first)
-    if limit is None:
-        return f"{text}."
-    name = "It runs" if share >= ALONE or not rest else "The first of them runs"
-    return f"{text}. {name} at {percent(limit.share)} of this machine's {CEILINGS[limit.by]}{_meaning(limit)}."
+    subject = "It" if share >= ALONE or not rest else "The first of them"
+    limit, kernels = facts.limits.get(first), _kernels(facts, first)
+    if limit is not None:
+        meaning = _meaning(limit) if kernels is None else ""
+        text += f". {subject} runs at {percent(limit.share)} of this machine's {CEILINGS[limit.by]}{meaning}"
+    return f"{text}." if kernels is None else f"{text}. {kernels}."
+
+
+def _kernels(facts: Facts, stage: str) -> str | None:
+    """The share of a stage's time in which a kernel ran, and their number where launches bind it; None where nobody
+    looked."""
+    profiled = facts.record.profiled
+    busy = profiled.busy_share(stage) if profiled is not None else None
+    if profiled is None or busy is None:
+        return None
+    if busy >= LAUNCHES:
+        return f"A kernel runs in {percent(busy)} of its time"
+    return (
+        f"Launches bind it: a kernel runs in {percent(busy)} of its time, and the GPU waits for the host in the rest "
+        f"({kernels_per(profiled, stage)})"
+    )
+
+
+def kernels_per(profiled: ProfiledStep, *stages: str) -> str:
+    """Kernels of some stages in words, per token for generation, per micro batch for the others."""
+    per_token = profiled.per_token() if "generation" in stages else None
+    if per_token is not None:
+        return f"{amount(per_token)} kernels per token"
+    return f"{amount(profiled.per_micro_batch(stages))} kernels per micro batch"
 
 
 def _meaning(limit: Limit) -> str:
@@ -53,6 +79,12 @@ def warnings(facts: Facts) -> list[str]:
         lines.append(
             f"{percent(b.shares['other'])} of the step ({seconds(b.self_s['other'])}) is outside every function that "
             "the probe measures: the trainer's own bookkeeping, or what the script and its callbacks do."
+        )
+    if b.slow_steps:
+        lines.append(
+            f"{b.slow_steps} of {len(record.timings.step_s) // record.timings.cycle} measured steps took more than "
+            f"{SLOW:g} times the median, the slowest {b.slowest:.1f} times: something was used for the first time "
+            "(kernels, shapes, caches), or other work disturbed this machine. Measure more steps."
         )
     count, cycle = len(record.timings.step_s), record.timings.cycle
     if count < cycle:

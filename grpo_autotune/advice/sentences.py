@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from grpo_autotune.advice.bound import kernels_per
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.neighbours import Neighbour, changes, neighbours
 from grpo_autotune.knobs import engine, kind_of
@@ -86,7 +87,7 @@ def _short(value: float) -> str:
 
 
 def _micro_batch(facts: Facts, near: Neighbour) -> str:
-    t, after = facts.record.trainer, near.config.batch
+    t, after, profiled = facts.record.trainer, near.config.batch, facts.record.profiled
     busy = facts.busy_share(*PASSES)
     calls = t.gradient_accumulation_steps / after.accumulation
     times = f"{calls:g} times fewer" if calls >= 1.0 else f"{1 / calls:g} times more"
@@ -94,6 +95,7 @@ def _micro_batch(facts: Facts, near: Neighbour) -> str:
         f"The same {t.per_device_train_batch_size * t.gradient_accumulation_steps} completions go through the model in "
         f"{times} calls"
         + (f"; the device is {percent(busy)} busy in these passes" if busy is not None else "")
+        + (f", which take {kernels_per(profiled, *PASSES)}" if profiled is not None and busy is not None else "")
         + ". It is assumed that a call costs a fixed time beside its work, and that the weights are read once per call"
     )
 

@@ -47,6 +47,10 @@ class WorkFacts:
         reference: Whether the reference pass runs (with adapters off, or on a model of its own).
         compact_head: The LM head projects completion positions only (CUDA with Triton), else every position.
         training: What is trained, and in how many bytes.
+        tokens_share: Share of plain TRL's tokens that the log-prob passes forward; below 1 under a speed-up.
+        tower_share: Share of plain TRL's images that the vision tower runs on, in the passes and in generation.
+        prefill_share: Share of the prompts that generation reads.
+        decode_share: Share of the rows that decoding steps run.
     """
 
     micro_batch: int
@@ -65,6 +69,10 @@ class WorkFacts:
     reference: bool
     compact_head: bool
     training: Training
+    tokens_share: float = 1.0
+    tower_share: float = 1.0
+    prefill_share: float = 1.0
+    decode_share: float = 1.0
 
     @property
     def row_tokens(self) -> float:
@@ -99,12 +107,14 @@ def policy_parts(shape: ModelShape, facts: WorkFacts) -> dict[str, Work]:
 
 
 def training_batch(shape: ModelShape, facts: WorkFacts) -> Batch:
-    """Batch of one log-prob pass: prompt and completion of each row, image included."""
+    """Batch of one log-prob pass: prompt and completion of each row, image included; what a speed-up leaves out makes
+    rows shorter on average."""
     return Batch(
         rows=facts.micro_batch,
-        length=facts.row_tokens,
+        length=facts.row_tokens * facts.tokens_share,
+        held=facts.row_tokens * (1.0 - facts.tokens_share),
         scored=facts.completion_tokens if facts.compact_head else facts.row_tokens - 1,
-        images=facts.images,
+        images=facts.images * facts.tower_share,
         grid=square_grid(shape.vision, facts.image_tokens) if shape.vision else (0, 0),
     )
 
@@ -115,10 +125,10 @@ def generation_work(shape: ModelShape, facts: WorkFacts) -> Work:
     A decoding step reads every weight once and the keys and values of all sequences so far. `generate` of transformers
     decodes all rows until the longest is done; vLLM drops those that are.
     """
-    copies = facts.generation_rows / facts.group if facts.use_vllm else facts.generation_rows
-    prompts = replace(training_batch(shape, facts), rows=copies, length=facts.prompt_tokens, scored=1)
+    copies = facts.generation_rows / facts.group if facts.use_vllm else facts.generation_rows * facts.prefill_share
+    prompts = replace(training_batch(shape, facts), rows=copies, length=facts.prompt_tokens, held=0.0, scored=1)
     steps = max(facts.longest_completion - 1, 0.0)
-    decoded = max(facts.completion_tokens - 1, 0.0) if facts.use_vllm else steps
+    decoded = max(facts.completion_tokens - 1, 0.0) if facts.use_vllm else steps * facts.decode_share
     prefill, decode = forward(shape, prompts, facts.training), _decode(shape, facts, steps, decoded)
     return (prefill + decode) * (facts.micro_batch * facts.passes / facts.generation_rows / facts.iterations)
 

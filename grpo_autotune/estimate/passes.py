@@ -51,6 +51,7 @@ class Batch:
         scored: Positions of each that the LM head projects.
         images: Images of each row.
         grid: Height and width of an image in patches.
+        held: Tokens of each row's prompt that go through the model in another row; this row's attend to them.
     """
 
     rows: float
@@ -58,11 +59,17 @@ class Batch:
     scored: float
     images: float = 0.0
     grid: tuple[int, int] = (0, 0)
+    held: float = 0.0
 
     @property
     def tokens(self) -> float:
         """Tokens of the batch."""
         return self.rows * self.length
+
+    @property
+    def pairs(self) -> float:
+        """Query-key pairs of a row."""
+        return causal_pairs(self.held + self.length) - causal_pairs(self.held)
 
     @property
     def patches(self) -> float:
@@ -114,7 +121,7 @@ def forward(shape: ModelShape, batch: Batch, training: Training, *, adapters: bo
     """One forward pass: vision tower, decoder, LM head (`adapters` off: LoRA is disabled, as for the reference)."""
     lora = training.adapters if adapters else NO_ADAPTERS
     text_flops = 2 * (shape.layers * shape.layer_weights + lora.text) * batch.tokens
-    text_flops += attention_flops(shape, batch.rows, causal_pairs(batch.length))
+    text_flops += attention_flops(shape, batch.rows, batch.pairs)
     text_bytes = shape.layers * shape.layer_parameters * training.weight_bytes + lora.text * training.trainable_bytes
     text_bytes += _layer_traffic(shape) * shape.layers * batch.tokens * training.value_bytes
     scored = batch.rows * batch.scored
@@ -134,7 +141,7 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
     """
     whole = 1 if training.text_weights else 0
     linear = 2 * shape.layers * shape.layer_weights * batch.tokens
-    attention = attention_flops(shape, batch.rows, causal_pairs(batch.length))
+    attention = attention_flops(shape, batch.rows, batch.pairs)
     flops = linear * (1 + whole) + attention * training.attention_backward
     flops += 4 * training.adapters.text * batch.tokens
     traffic = _layer_traffic(shape) * shape.layers * batch.tokens * training.value_bytes

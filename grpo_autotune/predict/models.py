@@ -189,7 +189,8 @@ class Models:
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > LEAST_S:
-                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place))
+                    idle = _idle(record, PARTS[part])
+                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place, idle))
         base_choice = family(self.base)
         for part, seconds in reported_seconds(self.record.timings).items():
             if len(seen.get((part, base_choice), ())) == 1:
@@ -315,6 +316,12 @@ def reported_seconds(timings: StageTimings) -> dict[str, float]:
     breakdown = break_down(timings)
     parts = {part: s for (stage, part), s in breakdown.parts_s.items() if stage == "policy_logprob"}
     return {part: s for part, s in (breakdown.self_s | parts).items() if part in PARTS}
+
+
+def _idle(record: ProbeRecord, stage: str) -> float | None:
+    """Share of a stage's time in which a GPU ran no kernel; None where nobody looked."""
+    busy = record.profiled.busy_share(stage) if record.profiled is not None else None
+    return None if busy is None else 1.0 - busy
 
 
 def _steps(outcome: TrialOutcome) -> list[float]:

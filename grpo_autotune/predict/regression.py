@@ -25,7 +25,10 @@ Floats = NDArray[np.float64]
 
 OCCASION_SHARES = {"calls": 0.05, "rows": 0.05, "steps": 0.3, "calls_again": 0.02}
 """First guess, before trials tell: share of a stage's seconds that goes into occasions rather than work. Decoding has
-the largest: it starts hundreds of small operations per step."""
+the largest: it starts hundreds of small operations per step. On a GPU the probe's kernels tell (`Observation.idle`)."""
+
+MOST_IDLE = 0.8
+"""Share of a stage at most that goes into launches by the first guess."""
 
 WORK_ENDINGS = ("_flops", "_bytes", "_scores", SPARED)
 """Features counted in operations: before trials tell, all of them cost the same, but for those that are spared."""
@@ -60,11 +63,15 @@ class Place(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One observation: features, seconds, where it was made."""
+    """One observation: features, seconds, where it was made.
+
+    `idle` is the share of the seconds in which a GPU waited for the host to launch kernels; None where nobody looked.
+    """
 
     features: Features
     seconds: float
     place: Place
+    idle: float | None = None
 
 
 class Estimate(NamedTuple):
@@ -183,6 +190,9 @@ def first_guess(probe: Observation, names: Sequence[str]) -> dict[str, float]:
     `steps@vllm` what `steps` do; nothing where there is none."""
     counts = {name: count for name, count in probe.features.items() if count > 0.0}
     shares = {name: OCCASION_SHARES[kind] for name in counts if (kind := name.partition("@")[0]) in OCCASION_SHARES}
+    launches = next((name for kind in ("steps", "calls") for name in shares if name.partition("@")[0] == kind), None)
+    if probe.idle is not None and launches is not None:
+        shares[launches] = max(min(probe.idle, MOST_IDLE), OCCASION_SHARES["calls"])
     worked = math.fsum(count * _weight(name) for name, count in counts.items() if is_work(name))
     others = [name for name in counts if name not in shares and not is_work(name)]
     if not worked and not others:

@@ -52,13 +52,12 @@ def chance_to_fit(models: PeakModel, config: RunConfig, memory_bytes: int | None
 
 
 def busy_share(record: ProbeRecord, machine: Machine, *stages: str) -> float | None:
-    """Share of the time in which the device works while these stages run, 0 to 1: the GPU, or the rank's part of the
-    cores; None where nobody looked."""
+    """Share of the time in which the device works while these stages run, 0 to 1: a GPU by its kernels (NVML counts
+    every window in which one ran), else the rank's part of the cores; None where nobody looked."""
+    if record.trainer.device.startswith("cuda"):
+        return record.profiled.busy_share(*stages) if record.profiled is not None else None
     cores = machine.cores / record.trainer.world_size
     rows = [row for row in record.utilisation if row.stage in stages]
-    if record.trainer.device.startswith("cuda"):
-        seen = [(row.samples, row.gpu_percent / 100.0) for row in rows if row.gpu_percent is not None]
-    else:
-        seen = [(row.samples, row.cpu_percent / 100.0 / cores) for row in rows if row.cpu_percent is not None]
+    seen = [(row.samples, row.cpu_percent / 100.0 / cores) for row in rows if row.cpu_percent is not None]
     samples = sum(count for count, _ in seen)
     return min(1.0, sum(count * share for count, share in seen) / samples) if samples else None

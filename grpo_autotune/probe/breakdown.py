@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.records.probe import StageTimings, cycle_means
 
+SLOW = 1.5
+"""Times the median: a step that takes longer is counted as slow."""
+
 
 class Limit(NamedTuple):
     """Closeness of a stage to this machine's measured ceiling.
@@ -37,6 +40,8 @@ class Breakdown:
         mean_s: Stage to its plain mean over the measured steps (over whole cycles of them).
         spread_s: Stage to half the interquartile range of its seconds over steps (over cycles).
         parts_s: (stage, part) to seconds, scaled as `self_s` is.
+        slowest: Seconds of the slowest step (cycle) over the median.
+        slow_steps: Steps (cycles) that took more than `SLOW` times the median.
     """
 
     step_s: float
@@ -46,6 +51,8 @@ class Breakdown:
     mean_s: dict[str, float]
     spread_s: dict[str, float]
     parts_s: dict[tuple[str, str], float]
+    slowest: float = 1.0
+    slow_steps: int = 0
 
     def seconds(self, *stages: str) -> float:
         """Seconds of a step that these stages take together."""
@@ -88,4 +95,6 @@ def break_down(timings: StageTimings) -> Breakdown:
         mean_s={name: statistics.fmean(values) if values else 0.0 for name, values in per_cycle.items()},
         spread_s={name: half_quartile_range(values) for name, values in per_cycle.items()},
         parts_s=parts,
+        slowest=max(cycles) / step_s,
+        slow_steps=sum(seconds > SLOW * step_s for seconds in cycles),
     )

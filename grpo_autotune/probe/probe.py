@@ -20,18 +20,20 @@ from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.gauges import gauges_for
+from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, versions
-from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, RankTimings, StageTimings
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, versions
+from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, ProfiledStep, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.table import CALLBACKS, TABLE
+from grpo_autotune.seams.trainer_access import base_of
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
@@ -46,13 +48,21 @@ class Probe:
         startup: Phases measured before; without, the time since the process's birth is one phase.
         out_dir: Folder that gets `spans.jsonl`, a line per step (ranks other than 0 add their number).
         warmup: Steps at the start that are not measured; by default one cycle of generating and reusing.
+        profile: On a GPU, record the kernels of the first step of the last cycle that is not measured, where that is
+            not the first cycle of all.
 
     Raises:
         SeamError: The installed TRL lacks a method that holds a stage.
     """
 
     def __init__(
-        self, trainer: Any, *, startup: Startup | None = None, out_dir: Path | None = None, warmup: int | None = None
+        self,
+        trainer: Any,
+        *,
+        startup: Startup | None = None,
+        out_dir: Path | None = None,
+        warmup: int | None = None,
+        profile: bool = False,
     ) -> None:
         self.trainer = trainer
         self.startup = startup or _born_now()
@@ -67,6 +77,9 @@ class Probe:
         self.fidelity.around = lambda: self.recorder.span("", "probe")
         self.closed = 0
         self._room = room_of(trainer.args.device)
+        self.profiles = profile and timer is not None
+        self._kernels: KernelProfile | None = None
+        self._profiled: ProfiledStep | None = None
         self.engine = meter_for(
             getattr(trainer, "vllm_generation", None),
             step=lambda: self.closed,
@@ -135,12 +148,18 @@ class Probe:
         if self.recorder.is_open:
             if step <= self._last_step:
                 return
-            self._keep(self.recorder.close_root(step))
+            spans = self.recorder.close_root(step)
+            if self._kernels is not None:
+                self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
+            self._keep(spans)
         self._open(step)
 
     def train_ended(self) -> None:
         """Stop sampling and publish this rank's means to the others."""
         self.recorder.abandon()
+        if self._kernels is not None:
+            self._kernels.stop()
+            self._kernels = None
         self._sampler.stop()
         publish(self._means(self._timings()), self._topic)
         self._ended = True
@@ -157,6 +176,8 @@ class Probe:
             images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
+            profiled=self._profiled,
+            speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
             engine=engine,
@@ -180,7 +201,24 @@ class Probe:
     def _open(self, step: int) -> None:
         self._last_step = step
         self._sampler.start()
+        if self.profiles and 0 < self.closed == self.warmup - self.cycle:
+            try:
+                self._kernels = KernelProfile(base_of(self.trainer.model), lambda: self.recorder.inside("generation"))
+            except RuntimeError:  # somebody else's profiler is at work
+                self.profiles = False
         self.recorder.open_root()
+
+    def _profile_of(self, spans: StepSpans, kernels: KernelProfile) -> ProfiledStep:
+        entries = kernels.stop()
+        stages = kernels_by_stage(spans, entries, stages_of(spans, self.recorder.timer).self_s, kernels.paused)
+        longest = max((len(ids) for ids in self.rollout[1]), default=0)
+        generated = any(row.stage == "generation" for row in stages)
+        return ProfiledStep(
+            step=spans.step,
+            micro_batches=self.trainer.args.gradient_accumulation_steps,
+            tokens=(min(longest, PASSES) if kernels.paused else longest) or None if generated else None,
+            stages=stages,
+        )
 
     def _means(self, timings: StageTimings) -> RankTimings:
         return RankTimings(

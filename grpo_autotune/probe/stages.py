@@ -42,7 +42,7 @@ def stages_of(step: StepSpans, timer: DeviceTimer | None = None) -> StepStages:
         seconds = _self_seconds(step.spans, device)
     stages = StepStages(step.step, math.fsum(seconds), defaultdict(float), defaultdict(float), defaultdict(float))
     calls: dict[str, int] = defaultdict(int)
-    for span, self_s, host_s, (stage, part) in zip(step.spans, seconds, host, _classify(step.spans), strict=True):
+    for span, self_s, host_s, (stage, part) in zip(step.spans, seconds, host, classify(step.spans), strict=True):
         stages.self_s[stage] += self_s
         stages.host_s[stage] += host_s
         if part:
@@ -63,7 +63,7 @@ def _self_seconds(spans: Sequence[Span], totals: Sequence[float]) -> list[float]
     return seconds
 
 
-def _classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
+def classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
     """Stage and part of each span's self time. Parents come before children in the list."""
     classes: list[tuple[str, str]] = []
     for span in spans:
@@ -79,13 +79,14 @@ def _hidden(step: StepSpans) -> dict[str, float]:
     """Seconds of other threads' spans during which the main thread was not itself inside that stage."""
     hidden: dict[str, float] = {}
     for stage in {span.stage for span in step.others}:
-        busy = _union((s.start_s, s.start_s + s.host_s) for s in step.others if s.stage == stage)
-        waited = _union((s.start_s, s.start_s + s.host_s) for s in step.spans if s.stage == stage)
-        hidden[stage] = _length(busy) - _length(_intersection(busy, waited))
+        busy = union((s.start_s, s.start_s + s.host_s) for s in step.others if s.stage == stage)
+        waited = union((s.start_s, s.start_s + s.host_s) for s in step.spans if s.stage == stage)
+        hidden[stage] = length(busy) - length(intersection(busy, waited))
     return hidden
 
 
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Intervals that cover the same moments, in order and apart."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -95,12 +96,14 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def _intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
+def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
+    """Stretches that an interval of each has in common."""
     pairs = ((max(x[0], y[0]), min(x[1], y[1])) for x, y in itertools.product(a, b))
     return [(begin, end) for begin, end in pairs if end > begin]
 
 
-def _length(intervals: Iterable[Interval]) -> float:
+def length(intervals: Iterable[Interval]) -> float:
+    """Their seconds in all."""
     return math.fsum(end - begin for begin, end in intervals)
 
 

@@ -92,5 +92,11 @@ def _speedups_of(trainer: Any) -> list[str]:
     return [row.name for row in on.table() if row.on] if on is not None else []
 
 
+def speedup_counts(trainer: Any) -> dict[str, dict[str, float]]:
+    """Counts of the work of each speed-up of this trainer, by its name."""
+    on = getattr(trainer, SPEED_UPS, None)
+    return {name: dict(counts) for name, counts in on.facts().items()} if on is not None else {}
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)

@@ -7,7 +7,7 @@ step are in step order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_autotune.records.base import Frozen
@@ -194,6 +194,67 @@ class Phase(Frozen):
     seconds: float
 
 
+class KernelTime(Frozen):
+    """One kernel by its name: how often it ran in a stage, and its seconds in all."""
+
+    name: str
+    count: int
+    seconds: float
+
+
+class StageKernels(Frozen):
+    """The GPU's work of one stage in the profiled step.
+
+    Attributes:
+        stage: Its name.
+        seconds: Seconds of the stage that were profiled.
+        busy_s: Seconds of them in which a kernel or a copy ran.
+        kernels: Kernels and copies that ran.
+        launches: Calls that started them; a captured graph is one call.
+        top: The kernels that took longest.
+    """
+
+    stage: str
+    seconds: float
+    busy_s: float
+    kernels: int
+    launches: int
+    top: list[KernelTime] = []
+
+
+class ProfiledStep(Frozen):
+    """Kernels of one optimizer step, from the GPU's own timeline.
+
+    Attributes:
+        step: Its number.
+        micro_batches: Micro batches that were trained on in it.
+        tokens: Tokens of the longest completion that were generated while the profiler looked; None where none were.
+        stages: By stage, those that ran.
+    """
+
+    step: int
+    micro_batches: int
+    tokens: int | None
+    stages: list[StageKernels]
+
+    def of(self, *stages: str) -> list[StageKernels]:
+        """The rows of some stages."""
+        return [row for row in self.stages if row.stage in stages]
+
+    def busy_share(self, *stages: str) -> float | None:
+        """Share of these stages' time in which a kernel ran, 0 to 1; None where none was profiled."""
+        seconds = sum(row.seconds for row in self.of(*stages))
+        return min(1.0, sum(row.busy_s for row in self.of(*stages)) / seconds) if seconds > 0.0 else None
+
+    def per_micro_batch(self, stages: Iterable[str]) -> float:
+        """Kernels of these stages per micro batch."""
+        return sum(row.kernels for row in self.of(*stages)) / max(1, self.micro_batches)
+
+    def per_token(self) -> float | None:
+        """Kernels of generation per token of the longest completion; None where none was generated."""
+        return sum(row.kernels for row in self.of("generation")) / self.tokens if self.tokens else None
+
+
 class RankTimings(Frozen):
     """Mean seconds per step by stage on one rank."""
 
@@ -241,7 +302,10 @@ class TrainerFacts(Frozen):
 class ProbeRecord(Frozen):
     """Everything one probe measured on this rank, with the other ranks' stage means.
 
-    `versions` are those of packages; `runtime` is what else makes a GPU fast or slow (`hardware.device.runtime_facts`).
+    Attributes:
+        speedups: Counts of the work of each speed-up that is on, by its name.
+        versions: Those of packages.
+        runtime: What else makes a GPU fast or slow (`hardware.device.runtime_facts`).
     """
 
     timings: StageTimings
@@ -250,6 +314,8 @@ class ProbeRecord(Frozen):
     images: ImageFacts | None = None
     rewards: list[RewardCall] = []
     utilisation: list[Utilisation] = []
+    profiled: ProfiledStep | None = None
+    speedups: dict[str, dict[str, float]] = {}
     startup: list[Phase] = []
     fidelity: Fidelity | None = None
     engine: EngineFacts | None = None

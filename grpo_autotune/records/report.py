@@ -7,7 +7,15 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Frozen
-from grpo_autotune.records.probe import ImageFacts, Phase, RewardCall, TokenFacts, TrainerFacts, Utilisation
+from grpo_autotune.records.probe import (
+    ImageFacts,
+    Phase,
+    ProfiledStep,
+    RewardCall,
+    TokenFacts,
+    TrainerFacts,
+    Utilisation,
+)
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
 
 SCHEMA: Final = "grpo-autotune/report/1"
@@ -148,6 +156,8 @@ class Report(Frozen):
     step_seconds: list[float]
     warmup_s: list[float]
     cycle: int
+    slowest: float | None = None
+    slow_steps: int | None = None
     stages: list[StageReport]
     bound: str
     verdict: list[Advice]
@@ -157,6 +167,7 @@ class Report(Frozen):
     startup: list[Phase]
     images: ImageFacts | None
     tokens: TokenFacts | None
+    profiled: ProfiledStep | None = None
     rates: Rates | None
     rewards: list[RewardCall]
     weight_sync_bytes: int | None

@@ -182,8 +182,11 @@ def _devices(report: Report) -> list[str]:
     gpu = [(u.samples, u.gpu_percent) for u in used if u.gpu_percent is not None]
     power = [(u.samples, u.power_w) for u in used if u.power_w is not None]
     words = []
-    if gpu:
-        words.append(f"the GPU was busy {_mean(gpu):.0f}% of the time")
+    profiled = report.profiled
+    if profiled is not None and (busy := profiled.busy_share(*(row.stage for row in profiled.stages))) is not None:
+        words.append(f"the GPU worked {percent(busy)} of the time (by the kernels of step {profiled.step})")
+    elif gpu:
+        words.append(f"the GPU was in use {_mean(gpu):.0f}% of the time (by NVML, for which any kernel counts)")
     if power:
         words.append(f"drew {_mean(power):.0f} W")
     if cpu:

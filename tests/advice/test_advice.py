@@ -15,8 +15,10 @@ from grpo_autotune.probe.breakdown import Limit, break_down
 from grpo_autotune.records.probe import (
     DeviceMemory,
     ProbeRecord,
+    ProfiledStep,
     RankTimings,
     RewardCall,
+    StageKernels,
     StageRow,
     StageTimings,
     Utilisation,
@@ -76,6 +78,13 @@ def on_gpu(**more: Any) -> ProbeRecord:
     return demo_record(**plain | more)
 
 
+def profiled(generation_s: float, passes_s: float) -> ProfiledStep:
+    """A step's kernels: busy seconds of a generation of 20 s, and of the backward pass of 6 s."""
+    rows = (("generation", 20.0, generation_s, 300_000), ("backward", 6.0, passes_s, 96_000))
+    stages = [StageKernels(stage=a, seconds=b, busy_s=c, kernels=d, launches=d) for a, b, c, d in rows]
+    return ProfiledStep(step=2, micro_batches=8, tokens=100, stages=stages)
+
+
 # knobs of the table
 
 
@@ -85,6 +94,36 @@ def test_a_larger_micro_batch_saves_what_calls_cost() -> None:
     assert idea and idea.kind == "exact" and 0.0 < (idea.saving_s or 0.0) < 0.2 * (0.9 + 0.7 + 1.6) + 0.3
     assert "8 times fewer calls" in idea.because and "60% busy" in idea.because
     assert "policy_logprob 900 ms -> 842 ms" in idea.because, "the models' seconds by stage"
+
+
+def test_a_gpu_is_busy_where_a_kernel_runs_and_not_where_nvml_saw_one() -> None:
+    seen = facts(on_gpu())
+    assert seen.busy_share("backward") is None, "NVML's 90 % say nothing"
+    idea = of_knob(facts(on_gpu(profiled=profiled(6.0, 2.4))), MICRO)
+    assert idea and "the device is 40% busy in these passes, which take 12 000 kernels per micro batch" in idea.because
+    works = of_knob(facts(on_gpu(profiled=profiled(6.0, 5.7))), MICRO)
+    assert idea.saving_s and works and works.saving_s and idea.saving_s > 1.5 * works.saving_s
+
+
+def test_launches_bind_a_stage_in_which_the_gpu_waits_for_the_host() -> None:
+    waits = facts(on_gpu(profiled=profiled(6.0, 2.4)))
+    assert bound(waits).endswith(
+        "It runs at 4.0% of this machine's memory bandwidth. Launches bind it: a kernel runs in 30% of its time, and "
+        "the GPU waits for the host in the rest (3 000 kernels per token)."
+    )
+    works = bound(facts(on_gpu(profiled=profiled(18.0, 2.4)), limits={}))
+    assert works == "Generation bounds the step: 69% of 29.1 s. A kernel runs in 90% of its time."
+
+
+def test_slow_steps_are_counted_and_said() -> None:
+    record = demo_record()
+    times = record.timings.model_copy(update={"step_s": [1.0, 1.0, 3.2], "cycle": 1})
+    slow = facts(record.model_copy(update={"timings": times}))
+    assert slow.breakdown.slow_steps == 1 and slow.breakdown.slowest == 3.2
+    assert any(
+        "1 of 3 measured steps took more than 1.5 times the median, the slowest 3.2" in w for w in warnings(slow)
+    )
+    assert not any("times the median" in line for line in warnings(facts()))
 
 
 def test_ranks_share_the_cores() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_autotune.registry import names
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
-from tests.support.trainers import make_trainer
+from tests.support.trainers import SAME, make_trainer
 
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
@@ -48,7 +48,7 @@ def test_two_by_two(tiny, tmp_path, picture_rows, plain, names):
     off = [row for row in speedups.table() if row.name in names and not row.on]
     assert not off
     assert rewards_of(trainer) == plain[0]
-    assert gap(weights_of(trainer), plain[1]) < 1e-6
+    assert gap(weights_of(trainer), plain[1]) < SAME
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3", "llama"])
@@ -57,7 +57,7 @@ def test_all_that_fit_on_other_models(tiny, tmp_path, picture_rows, text_rows, k
     wanted, _ = run("none", tiny, tmp_path, rows, kind)
     trainer, speedups = run("auto", tiny, tmp_path, rows, kind)
     assert rewards_of(trainer) == rewards_of(wanted)
-    assert gap(weights_of(trainer), weights_of(wanted)) < 1e-6
+    assert gap(weights_of(trainer), weights_of(wanted)) < SAME
     on = {row.name for row in speedups.table() if row.on}
     images = {"images_once", "vision_cache", "patch_embed"}
     assert on == set(NAMES) - (set() if kind.endswith("vl") else images)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
-from tests.support.trainers import make_trainer
+from tests.support.trainers import DEVICE, SAME, make_trainer
 
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
@@ -22,7 +22,7 @@ def test_same_values_and_gradients(tiny, tmp_path, picture_rows, kind):
     shape = (5, layer.in_channels, *layer.kernel_size)
 
     def run() -> list[torch.Tensor]:
-        patches = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        patches = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
         layer.zero_grad()
         out = layer(patches)
         out.square().sum().backward()
@@ -34,7 +34,7 @@ def test_same_values_and_gradients(tiny, tmp_path, picture_rows, kind):
     assert "forward" in vars(layer), "the layer is on"
     for mine, theirs in zip(run(), plain, strict=True):
         assert mine.shape == theirs.shape
-        assert float((mine - theirs).norm() / theirs.norm()) < 1e-6
+        assert float((mine - theirs).norm() / theirs.norm()) < SAME
     assert next(row for row in speedups.table() if row.name == "patch_embed").on
     speedups.remove()
     assert patched(trainer) == before
@@ -47,14 +47,14 @@ def test_training_is_the_same(tiny, tmp_path, picture_rows):
 
     (plain_rewards, plain), (rewards, mine) = train("none"), train("patch_embed")
     assert rewards == plain_rewards
-    assert gap(mine, plain) < 1e-6
+    assert gap(mine, plain) < SAME
 
 
 def test_a_wrong_product_is_noticed_and_left_to_the_convolution(tiny, tmp_path, picture_rows, caplog):
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
     speedups = speed_up(trainer, ["patch_embed"])
     layer = convolution(trainer)
-    patches = torch.randn(3, layer.in_channels, *layer.kernel_size)
+    patches = torch.randn(3, layer.in_channels, *layer.kernel_size, device=DEVICE)
     layer.dilation = (1, 1, 1)
     wanted = torch.nn.functional.conv3d(patches, layer.weight, layer.bias, layer.stride) + 1.0
     layer._conv_forward = lambda *args: wanted  # a convolution that is none

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grpo_autotune.train.models.random_init import build_tokenizer, save_random_model
 from tests.support.exactness import apart, differences, generation, loss_and_gradients, ready
 from tests.support.tiny import TEXT, TEXTS
-from tests.support.trainers import losses, make_trainer
+from tests.support.trainers import DEVICE, EXACT, losses, make_trainer
 
 from grpo_autotune.speedups.shared_prefix import attention  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -24,7 +24,6 @@ import torch  # isort: skip
 from datasets import Dataset, Features, Image, Sequence, Value  # isort: skip
 from transformers import AttentionInterface, AutoTokenizer  # isort: skip
 
-EXACT = 1e-5
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -118,7 +117,7 @@ def test_images_that_differ_in_pixels_alone_are_not_merged(tiny, tmp_path, pictu
     media = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    wrong_groups = torch.zeros(8, dtype=torch.long)
+    wrong_groups = torch.zeros(8, dtype=torch.long, device=DEVICE)
     assert batch_of(ids, mask, batch["completion_ids"].shape[1], wrong_groups, media).groups == [0] * 4 + [4, 5, 6, 7]
 
 
@@ -214,7 +213,7 @@ def test_autocast_to_bfloat16_is_as_far_from_float32_as_plain_trl(tiny, tmp_path
 
     exact, plain, fast = build(), build(bf16=True), build(bf16=True)
     installed = speed_up(fast, "shared_prefix")
-    batch = {**generation(exact), "group_id": torch.arange(8) // 4}
+    batch = {**generation(exact), "group_id": torch.arange(8, device=DEVICE) // 4}
     wanted, coarse, found = (loss_and_gradients(trainer, batch)[1] for trainer in (exact, plain, fast))
     by_autocast = max(apart(coarse[name], wanted[name]) for name in wanted)
     by_both = max(apart(found[name], wanted[name]) for name in wanted)
@@ -534,14 +533,14 @@ def synthetic(trainer, images, words, lengths, more, order):
         mask[line, wide - len(prompt) : wide + len(completion)] = 1
     counts = [row[3] for row in rows]
     media = {
-        "pixel_values": torch.cat([row[2] for row in rows]),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * sum(counts)),
+        "pixel_values": torch.cat([row[2] for row in rows]).to(DEVICE),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * sum(counts), device=DEVICE),
         "num_images": counts,
-        "mm_token_type_ids": (input_ids == config.image_token_id).long() * mask,
+        "mm_token_type_ids": ((input_ids == config.image_token_id).long() * mask).to(DEVICE),
     }
     return {
-        "groups": torch.tensor([row[0] for row in rows]),
-        "ids": (input_ids, mask, max(longest, 1)),
+        "groups": torch.tensor([row[0] for row in rows], device=DEVICE),
+        "ids": (input_ids.to(DEVICE), mask.to(DEVICE), max(longest, 1)),
         "media": media if sum(counts) else {},
     }
 

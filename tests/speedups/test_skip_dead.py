@@ -10,7 +10,7 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
-from tests.support.trainers import make_trainer
+from tests.support.trainers import SAME, make_trainer
 
 from trl import GRPOTrainer  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -79,7 +79,7 @@ def test_five_steps_end_in_the_same_weights(tiny, tmp_path, picture_rows, text_r
     mine, speedups, _ = run(tiny, tmp_path, rows, "skip_dead", kind=kind, max_steps=5)
     assert speedups.facts()["skip_dead"]["skipped_rows"] == 20.0
     assert rewards_of(mine) == rewards_of(plain)
-    assert gap(weights_of(mine), weights_of(plain)) < 1e-6
+    assert gap(weights_of(mine), weights_of(plain)) < SAME
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_masked_completions_are_skipped_whatever_their_reward(tiny, tmp_path, te
     plain, _, _ = run(tiny, tmp_path, text_rows, "none", reward=half_dead, **grpo)
     mine, speedups, _ = run(tiny, tmp_path, text_rows, "skip_dead", reward=half_dead, **grpo)
     assert speedups.facts()["skip_dead"]["skipped_rows"] >= 8
-    assert gap(weights_of(mine), weights_of(plain)) < 1e-6
+    assert gap(weights_of(mine), weights_of(plain)) < SAME
     _, speedups, _ = run(tiny, tmp_path, text_rows, "skip_dead", reward=alternating, **grpo)
     assert speedups.facts()["skip_dead"]["skipped_rows"] > 0, "truncated ones"
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
-from tests.support.trainers import make_trainer
+from tests.support.trainers import DEVICE, EXACT, SAME, make_trainer
 
 from grpo_autotune.speedups.images import vision_cache  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -45,7 +45,7 @@ def test_training_is_the_same(tiny, tmp_path, varied_rows, kind, lora, grpo):
     plain, _ = trained("none", tiny(kind), varied_rows, tmp_path, **settings)
     mine, speedups = trained("vision_cache", tiny(kind), varied_rows, tmp_path, **settings)
     assert rewards_of(mine) == rewards_of(plain)
-    assert gap(weights_of(mine), weights_of(plain)) < 1e-6
+    assert gap(weights_of(mine), weights_of(plain)) < SAME
     facts = speedups.facts()["vision_cache"]
     towers = 1 if lora else 2
     assert facts["computed"] == 4 * towers, "four distinct images, in each of the towers"
@@ -71,8 +71,8 @@ def test_features_are_those_of_the_tower(tiny, tmp_path, picture_rows):
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
     tower = tower_of(trainer)
     size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
-    grid = torch.tensor([[1, 4, 4], [1, 2, 4], [1, 4, 4], [1, 4, 4]])
-    patches = torch.randn(16 * 3 + 8, size, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[1, 4, 4], [1, 2, 4], [1, 4, 4], [1, 4, 4]], device=DEVICE)
+    patches = torch.randn(16 * 3 + 8, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     patches[24:40] = patches[:16]
     patches[40:] = patches[:16].flip(1)  # the same sum, other pixels
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_features_are_those_of_the_tower(tiny, tmp_path, picture_rows):
         for name, value in plain.items():
             pairs = zip(output[name], value, strict=True) if isinstance(value, list) else [(output[name], value)]
             for mine, theirs in pairs:
-                assert float((mine - theirs).abs().max()) < 1e-5
+                assert float((mine - theirs).abs().max()) < EXACT
     assert speedups.facts()["vision_cache"]["computed"] == 3
 
 
@@ -93,14 +93,14 @@ def test_new_weights_make_new_features(tiny, tmp_path, picture_rows):
     speedups = speed_up(trainer, ["vision_cache"])
     tower = tower_of(trainer)
     size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
-    call = {"grid_thw": torch.tensor([[1, 4, 4]]), "return_dict": True}
-    patches = torch.randn(16, size)
+    call = {"grid_thw": torch.tensor([[1, 4, 4]], device=DEVICE), "return_dict": True}
+    patches = torch.randn(16, size, device=DEVICE)
     before = tower(patches, **call).pooler_output
     tower.load_state_dict({name: value * 1.5 for name, value in tower.state_dict().items()})
     after = tower(patches, **call).pooler_output
     assert not torch.allclose(before, after)
     speedups.remove()
-    assert torch.allclose(tower(patches, **call).pooler_output, after, atol=1e-5)
+    assert torch.allclose(tower(patches, **call).pooler_output, after, atol=EXACT)
 
 
 def test_it_forgets_within_its_memory(tiny, tmp_path, varied_rows, monkeypatch):

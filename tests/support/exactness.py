@@ -9,6 +9,7 @@ from tests.support.trainers import make_trainer
 
 from grpo_autotune.seams.table import find, wrap_rows  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
+from grpo_autotune.speedups.selection import Wanted  # isort: skip
 import torch  # isort: skip
 from trl import GRPOTrainer  # isort: skip
 
@@ -60,7 +61,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def differences(
-    build: Callable[[], GRPOTrainer], names: str | Sequence[str], change: Callable[[dict[str, Any]], None] | None = None
+    build: Callable[[], GRPOTrainer], names: Wanted, change: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, float]:
     """Generate, score and train on one batch with both; relative differences of everything that is computed.
 

@@ -62,8 +62,10 @@ def _measure_steps(
         notes += keep_worst_rows(trainer)
         lengths, warmup = [trainer.max_completion_length], max(1, spec.warmup)  # the first step makes the moments
     fixed = FixedLengths(trainer, lengths, trainer.args.seed, spec.seen_lengths) if lengths else None
-    probe = Probe(trainer, startup=startup, out_dir=folder)
+    probe = Probe(trainer, startup=startup, out_dir=folder, profile=spec.purpose == "probe")
     probe.warmup = _whole_cycles(max(1, warmup) if is_interleaved(folder) else warmup, probe.cycle)
+    if probe.profiles:
+        probe.warmup = max(probe.warmup, probe.cycle) + probe.cycle
     block = _whole_cycles(spec.steps, probe.cycle)
     schedule = BlockSchedule(trainer, folder, probe, heartbeat, block) if is_interleaved(folder) else None
     total = WITHOUT_END if schedule else probe.warmup + block
