@@ -15,6 +15,7 @@ from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import in_copies
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 CHECKED_PATCHES = 64
@@ -30,7 +31,7 @@ class PatchEmbed:
         """None where a model has such a convolution."""
         if next(_convolutions(trainer), None) is None:
             return "the model (model.name_or_path) has no Conv3d whose stride is its kernel"
-        return None
+        return in_copies(trainer)
 
     def install(self, trainer: Any) -> Installed:
         """Put a layer on each such convolution of the policy and of the reference model."""

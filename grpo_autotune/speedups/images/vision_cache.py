@@ -16,7 +16,7 @@ from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.conditions import active_dropout, in_parts
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -43,6 +43,8 @@ class VisionCache:
             return "the model (model.name_or_path) has no vision tower of Qwen-VL's kind"
         if any(weight.requires_grad for weight in tower.parameters()):
             return "the vision tower is trained (model.freeze_vision_tower, peft.target_modules)"
+        if (reason := in_parts(trainer)) is not None:
+            return reason
         dropout = active_dropout(tower)
         return None if dropout is None else f"{dropout}: the tower's features are drawn anew each time"
 

@@ -1,0 +1,55 @@
+"""Conditions that several speed-ups share: a model whose ranks must run the same modules."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from grpo_autotune import registry
+from grpo_autotune.speedups.selection import Selection, load
+from tests.support.trainers import make_trainer
+
+SKIPPING = ("shared_prefix", "shared_prefill", "vision_cache", "skip_dead")
+"""Speed-ups by which a rank may leave out modules that another rank runs."""
+
+
+def parallel(fsdp=False, stage=None):
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    kind = "NO" if stage is None else "DEEPSPEED"
+    return {
+        "is_fsdp_enabled": fsdp,
+        "accelerator": SimpleNamespace(
+            state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=SimpleNamespace(value=kind)
+        ),
+    }
+
+
+@pytest.fixture
+def refusals(tiny, tmp_path, picture_rows):
+    trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path, beta=0.0)
+
+    def refusals(gpus=1, **state):
+        args = SimpleNamespace(n_gpu=gpus, **vars(trainer.args))
+        stand_in = SimpleNamespace(**{**vars(trainer), **parallel(**state), "args": args})
+        return {name: load(Selection(name)).applies(stand_in) for name in registry.names("speedup")}
+
+    return refusals
+
+
+@pytest.mark.parametrize(("state", "key"), [({"fsdp": True}, "FSDP"), ({"stage": 3}, "DeepSpeed")])
+def test_a_rank_leaves_no_module_out_that_gathers_its_weights(refusals, state, key):
+    reasons = refusals(**state)
+    assert all(key in reasons[name] for name in SKIPPING), reasons
+    assert reasons["patch_embed"] is None, "it runs the same module, in another way"
+
+
+def test_whole_models_are_sped_up(refusals):
+    assert not any(refusals()[name] for name in SKIPPING)
+    assert not any(refusals(stage=2)[name] for name in SKIPPING if name != "shared_prefill")
+
+
+def test_no_layer_is_put_on_modules_that_are_copied_to_other_gpus(refusals):
+    reasons = refusals(gpus=2)
+    for name in ("shared_prefix", "vision_cache", "skip_dead", "patch_embed"):
+        assert "one process per GPU" in reasons[name]
