@@ -64,10 +64,10 @@ def server_rule(context: KnobContext, value: Any) -> str | None:
             split_gpus(config, context.gpus)
         except ConfigError as error:
             return f"{error.where} {value}: {error.what}"
-    if context.gpus == 0 and (config.peft is None or config.model.load_in_4bit or config.vllm.weight_sync not in SENDS):
+    if context.gpus == 0 and (config.peft is None or config.vllm.weight_sync not in SENDS):
         return (
-            f"vllm.server_gpus {value} without a GPU needs a peft section on a base that is not in 4 bits, and "
-            "vllm.weight_sync adapter or auto: all weights are sent over NCCL"
+            f"vllm.server_gpus {value} without a GPU needs a peft section, and vllm.weight_sync adapter or auto: all "
+            "weights are sent over NCCL"
         )
     return None
 
@@ -121,7 +121,20 @@ def sleep_rule(context: KnobContext, value: Any) -> str | None:
     """vLLM's CPU build has no sleep mode."""
     if value and context.gpus == 0:
         return f"vllm.sleep_level {value} needs a GPU: vLLM's CPU build has no sleep mode"
-    return beside_rule(context, value)
+    return beside_rule(context, value) or _weights_come_back(context)
+
+
+def _weights_come_back(context: KnobContext) -> str | None:
+    """The reason why an engine that has slept would have no weights (`rollout.sync.sync.check_quantized`)."""
+    config = context.config
+    if (
+        config.vllm.quantization is not None
+        and not config.vllm.at_server
+        and engine.sleep_level(config) == engine.SLEEP
+    ):
+        name = config.vllm.quantization
+        return f"vllm.sleep_level 2 throws the engine's weights away, and {name} layers take no new ones"
+    return None
 
 
 def sync_rule(context: KnobContext, value: Any) -> str | None:
@@ -131,6 +144,8 @@ def sync_rule(context: KnobContext, value: Any) -> str | None:
         return colocate_rule(context, value)
     if value == "adapter" and config.peft is None:
         return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
+    if value != "adapter" and config.vllm.quantization is not None:
+        return f"vllm.weight_sync {value} pushes weights, and layers in {config.vllm.quantization} take none"
     if value == "merged" and config.model.load_in_4bit:
         return "vllm.weight_sync merged would round the adapter away in weights of 4 bits (model.load_in_4bit)"
     if value in ("merged", "batched") and config.vllm.at_server and context.gpus == 0:
@@ -146,7 +161,7 @@ def quantized_rule(context: KnobContext, value: Any) -> str | None:
         return f"vllm.quantization {value} needs a GPU"
     if context.config.vllm.weight_sync != "adapter" or context.config.peft is None:
         return f"vllm.quantization {value} needs vllm.weight_sync adapter: weights cannot be pushed into quantized ones"
-    return colocate_rule(context, value) or room_rule(context, value)
+    return colocate_rule(context, value) or room_rule(context, value) or _weights_come_back(context)
 
 
 def cache_type_rule(context: KnobContext, value: Any) -> str | None:

@@ -226,7 +226,7 @@ def adapter_room(config: RunConfig) -> int | None:
     Raises:
         ConfigError: The rank is larger than any that vLLM takes.
     """
-    if config.peft is None or config.model.load_in_4bit or given_keys(config).get("weight_sync", "auto") not in SENDS:
+    if config.peft is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
         return None
     rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])
     room = next((size for size in ADAPTER_RANKS if size >= rank), None)
