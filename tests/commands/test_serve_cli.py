@@ -90,7 +90,7 @@ def test_adapters_that_have_none() -> None:
     with pytest.raises(ConfigError, match=r"^peft.r: vLLM takes adapters up to rank 512"):
         serving(config(peft={"r": 1000}), "m", MODEL)
     with pytest.raises(ConfigError, match=r"^model.load_in_4bit: a vLLM server takes no weights"):
-        config(peft={"r": 8}, model={"name_or_path": "m", "load_in_4bit": True})
+        serving(config(peft={"r": 8}, model={"name_or_path": "m", "load_in_4bit": True}), "m", MODEL)
 
 
 def test_gpus_of_the_server() -> None:
