@@ -17,7 +17,7 @@ from grpo_autotune.records.trial import HEARTBEAT_FILE, Progress
 _WIDTH = 96
 STARTING = "start-up"
 COMPILING = "compiling"
-ANSWER = "a server's answer"
+ANSWER = "generation elsewhere"
 UNHURRIED = ("reward", COMPILING, ANSWER)
 """Stages that say nothing for as long as somebody else works: a judge, a compiler, a server. The trial's limit ends
 them, and silence does not."""

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
 
@@ -17,22 +19,26 @@ from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
 @contextlib.contextmanager
 def beating(trainer: Any, heartbeat: HeartbeatWriter) -> Iterator[None]:
     """Inside it, what `trainer` computes beats."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with contextlib.ExitStack() as handles:
-        handles.callback(_forwards(trainer, heartbeat).remove)
-        for slot, layer in _engine(getattr(trainer, "vllm_generation", None), heartbeat):
+        handles.callback(base.register_forward_pre_hook(lambda module, inputs: _beat_eagerly(heartbeat)).remove)
+        for slot, layer in _elsewhere(base, getattr(trainer, "vllm_generation", None), heartbeat):
             handles.callback(wrap(slot, layer, INNER).remove)
         handles.enter_context(beating_with_compiles(heartbeat))
         yield
 
 
-def _forwards(trainer: Any, heartbeat: HeartbeatWriter) -> Any:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.register_forward_pre_hook(lambda module, inputs: heartbeat.again())
+def _beat_eagerly(heartbeat: HeartbeatWriter) -> None:
+    """Beat, but leave no break in a graph that is being compiled."""
+    if not torch.compiler.is_compiling():
+        heartbeat.again()
 
 
-def _engine(generation: Any, heartbeat: HeartbeatWriter) -> Iterator[tuple[AttributeSlot, Callable[..., Any]]]:
-    """Layers on the steps of an engine in this process, and on what a server is asked to generate."""
+def _elsewhere(
+    base: Any, generation: Any, heartbeat: HeartbeatWriter
+) -> Iterator[tuple[AttributeSlot, Callable[..., Any]]]:
+    """Layers on the steps of an engine in this process, and on what a server or another thread is asked to generate."""
 
     def step(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         heartbeat.again()
@@ -43,11 +49,11 @@ def _engine(generation: Any, heartbeat: HeartbeatWriter) -> Iterator[tuple[Attri
             return call_next(*args, **kwargs)
 
     engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
-    if engine is not None:
-        yield AttributeSlot(engine, "step"), step
-    client = getattr(generation, "vllm_client", None)
-    if client is not None:
-        yield AttributeSlot(client, "generate"), ask
+    asked = ((getattr(generation, "vllm_client", None), "generate"), (base, "generate_batch"))
+    slots = [(engine, "step", step), *((owner, name, ask) for owner, name in asked)]
+    for owner, name, layer in slots:
+        if hasattr(owner, name):
+            yield AttributeSlot(owner, name), layer
 
 
 @contextlib.contextmanager
