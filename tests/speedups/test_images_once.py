@@ -264,3 +264,28 @@ def test_a_loader_under_way_shares_nothing_after_removal(tiny, tmp_path, drawn_r
     speedups.remove()
     images = [row["image"] for row in next(iter(loader))]
     assert len({id(image) for image in images}) == len(images) == 8
+
+
+class OnAnotherDevice:
+    """The CPU, which is not called so."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_image_goes_to_the_device_once_in_the_towers_type(tiny, tmp_path, drawn_rows, monkeypatch, dtype):
+    """Whose copies there are those that the model makes of the processor's output."""
+    settings = {"model_init_kwargs": {"dtype": dtype}, "max_steps": 1, "beta": 0.05, **GROUPS}
+    seen = {}
+    for names in ("none", "images_once"):
+        trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **settings)
+        seen[names] = batches(trainer)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.accelerator), "device", OnAnotherDevice())
+            speedups = speed_up(trainer, names)
+        trainer.train()
+    facts = speedups.facts()["images_once"]
+    assert facts["sent"] == 2 and facts["processed"] == 3, "of the two prompts of a step, once for both passes"
+    for (mine, grid), (plain, wanted) in zip(seen["images_once"], seen["none"], strict=True):
+        assert mine.dtype == getattr(torch, dtype) and torch.equal(mine, plain.to(mine.dtype))
+        assert torch.equal(grid, wanted)
