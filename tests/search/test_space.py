@@ -219,6 +219,10 @@ def test_missing_extras_are_named_where_the_machine_could(monkeypatch: pytest.Mo
     assert "flash-attn, which is not installed" in str(
         why_not(config(), {"model.attn_implementation": "flash_attention_2"}, gpu)
     )
+    hub = {"model.attn_implementation": "kernels-community/flash-attn2"}
+    assert "needs the package kernels" in str(why_not(config(), hub, gpu))
+    third = {"model.attn_implementation": "flash_attention_3"}
+    assert "flash-attn-3, which is not installed" in str(why_not(config(), third, gpu))
     assert "vllm, which is not installed" in str(why_not(config(), {"grpo.use_vllm": True}, gpu))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
-from grpo_autotune.speedups.base import SERVED
+from grpo_autotune.speedups.base import SERVED, kernel_name
 from grpo_autotune.speedups.conditions import active_dropout, in_parts
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -24,7 +24,7 @@ def _dropout(trainer: Any) -> str | None:
 
 def _kernel(trainer: Any) -> str | None:
     kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
-    other = sorted(str(name) for name in kinds if name not in SERVED)
+    other = sorted(str(name) for name in kinds if kernel_name(name) not in SERVED)
     if not other:
         return None
     return f"model.attn_implementation {other[0]} is not supported (supported: {', '.join(SERVED)})"
