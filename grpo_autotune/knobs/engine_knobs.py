@@ -19,6 +19,11 @@ from grpo_autotune.units import GIB
 
 MOST_SHARE = 0.95
 BATCHED_TOKENS = (2048, 4096, 8192, 16384)
+SPECULATIONS: tuple[dict[str, Any], ...] = (
+    {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    {"method": "suffix"},
+)
+"""Drafts without a model of their own: what followed the same tokens before, in this text or in any."""
 MEMORY_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -164,6 +169,18 @@ def quantized_rule(context: KnobContext, value: Any) -> str | None:
     return colocate_rule(context, value) or room_rule(context, value) or _weights_come_back(context)
 
 
+def speculation_rule(context: KnobContext, value: Any) -> str | None:
+    """Rejection sampling in vLLM knows no `min_p` (`_validate_spec_decode` in vllm/sampling_params.py), and suffix
+    trees come from a package."""
+    if value is None:
+        return colocate_rule(context, value)
+    if context.config.grpo.get("min_p"):
+        return "vllm.speculative_config cannot sample with grpo.min_p"
+    if value.get("method") == "suffix" and not installed("arctic_inference"):
+        return "vllm.speculative_config suffix needs the package arctic-inference, which is not installed"
+    return colocate_rule(context, value)
+
+
 def cache_type_rule(context: KnobContext, value: Any) -> str | None:
     """Keys and values in 8 bits have kernels on a GPU."""
     if str(value).startswith("fp8") and context.gpus == 0:
@@ -249,6 +266,14 @@ def syncs(context: KnobContext, own: str) -> tuple[str, ...]:
 def cache_types(context: KnobContext, own: str) -> tuple[str, ...]:
     """The user's own, and 8 bits on a GPU."""
     return (own, *(("fp8",) if context.gpus and own != "fp8" else ())) if colocates(context) else ()
+
+
+def speculations(context: KnobContext, own: dict[str, Any] | None) -> tuple[dict[str, Any] | None, ...]:
+    """None, the user's own, and on a GPU those that draft from the text."""
+    if not colocates(context):
+        return ()
+    others = (value for value in (None, *(SPECULATIONS if context.gpus else ())) if value != own)
+    return (own, *(value for value in others if value is None or speculation_rule(context, value) is None))
 
 
 def quantizations(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
