@@ -17,7 +17,7 @@ LEAST = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 1e-3, torch.f
 
 TIMES = 3.0
 """How many times as far apart as two plain computations it may be: a shared prompt is 1 to 2 times, and with positions
-that are off by one 4 to 14 times (8 and 12 layers in bfloat16 on a CPU)."""
+that are off by one 4 to 14 times (8 to 24 layers in bfloat16 on a CPU)."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a model that a speed-up was not made for may raise; lack of memory is a `RuntimeError` too."""

@@ -7,6 +7,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_autotune.estimate.memory import Sizes, memory
+from grpo_autotune.estimate.shapes import ModelShape
+from tests.estimate.test_cost import run_facts, training
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import make_trainer
 
@@ -128,6 +131,19 @@ def test_a_call_waits_for_one_read_of_its_hashes(tiny, tmp_path, picture_rows):
         with Reads() as reads:
             tower(patches, **call)
     assert reads.count == 0, "tensors are read as lists, of all images at once"
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_estimate_knows_the_memory_of_features(tiny, tmp_path, picture_rows, kind):
+    trainer = make_trainer(tiny(kind), picture_rows, tmp_path)
+    speedups, tower = speed_up(trainer, ["vision_cache"]), tower_of(trainer)
+    size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
+    with torch.no_grad():
+        tower(torch.randn(3 * 16, size), grid_thw=torch.tensor([[1, 4, 4]] * 3), return_dict=True)
+    shape = ModelShape.from_config(trainer.model.config.to_dict())
+    for limit, expected in ((1e9, speedups.facts()["vision_cache"]["kept_bytes"]), (7.0, 7.0)):
+        sizes = Sizes(10.0, 10.0, 4.0, kept_images=3, feature_limit=limit)
+        assert memory(shape, run_facts(shape, training=training(shape)), sizes).features == expected
 
 
 def test_new_weights_make_new_features(tiny, tmp_path, picture_rows):
