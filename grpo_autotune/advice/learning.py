@@ -116,12 +116,17 @@ def use_vllm(facts: Facts) -> Idea | None:
     near = neighbour(facts, {"grpo.use_vllm": True}, legal=True)
     if near is None or facts.record.trainer.use_vllm or not facts.on_gpu:
         return None
-    if limit is None or limit.share > GOOD_LIMIT:
+    if limit is not None and limit.share > GOOD_LIMIT:
         return None
+    runs = (
+        "launches each kernel of each token"
+        if limit is None
+        else f"runs at {percent(limit.share)} of what this GPU can do"
+    )
     return _idea(
         facts,
         near,
-        because=f"`generate` runs at {percent(limit.share)} of what this GPU can do. Counted is that finished "
+        because=f"`generate` {runs}. Counted is that finished "
         "completions leave vLLM's batch, that it computes a group's prompt once, and that TRL makes one more log-prob "
         "pass; how much faster it decodes is not predicted, and a search measures it",
         caveat="It changes learning a little: another engine samples, and TRL weighs samples by the difference; probe "

@@ -144,6 +144,15 @@ class OutputSection(Section):
     """Name of the run; the configuration file's name by default."""
 
 
+def packed_at_server() -> ConfigError:
+    """The error of a base in 4 bits whose weights would go to a server."""
+    return ConfigError(
+        "a vLLM server takes no weights of a base in 4 bits: they would be sent packed",
+        where="model.load_in_4bit",
+        fix="Set vllm.mode to colocate, or this to false.",
+    )
+
+
 class RunConfig(Section):
     """Everything that decides a training run. Frozen; equal after a trip through YAML or JSON."""
 
@@ -214,6 +223,8 @@ class RunConfig(Section):
                 where="model.load_in_4bit",
                 fix="Add a peft section.",
             )
+        if self.model.load_in_4bit and self.use_vllm and self.vllm.at_server:
+            raise packed_at_server()
         held_out = self.data.eval_path is not None or self.data.eval_split is not None
         on_start = bool(self.grpo.get("eval_on_start"))
         if not held_out and (on_start or self.batch.eval_batch is not None):

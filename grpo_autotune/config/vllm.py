@@ -85,6 +85,9 @@ class VllmSection(Section):
     """Type of the KV cache (`auto`, `fp8`, ...); 8 bits change what is sampled."""
     quantization: str | None = None
     """Quantization of the engine's weights (`fp8`, `bitsandbytes`, ...); it changes what is sampled."""
+    speculative_config: dict[str, Any] | None = None
+    """Draft tokens that the model checks several at a time (`{method: ngram, num_speculative_tokens: 4}`); what is
+    accepted is distributed as without."""
     mm_processor_kwargs: dict[str, Any] | None = None
     """Arguments of the engine's image processor, which must agree with the trainer's."""
     limit_mm_per_prompt: dict[str, Any] | None = None

@@ -30,7 +30,7 @@ SAMPLED_COPIES = 3
 (`_sample` in transformers/generation/utils.py)."""
 
 PIXEL_COPIES = 2
-"""Copies of the image processor's float32 output: the batch's, and its shuffled and split copy (`_prepare_inputs` in
+"""Copies of the image processor's output: the batch's, and its shuffled and split copy (`_prepare_inputs` in
 trl/trainer/grpo_trainer.py)."""
 
 MERGER_NUMBERS = 5
@@ -38,6 +38,7 @@ MERGER_NUMBERS = 5
 activation, input of the last product (`Qwen3VLVisionPatchMerger` in modeling_qwen3_vl.py); none is checkpointed."""
 
 PIXEL_BYTES = 4
+"""The image processor's output is float32."""
 DECODED_BYTES = 4
 """Bytes of a pixel in an RGB image that Pillow decoded: three channels in a word (Imaging.h, `IMAGING_TYPE_UINT8`)."""
 
@@ -61,6 +62,8 @@ class Sizes:
         loaded_pixels: Pixels of all images that the loader decodes for a step; 0 where the model is on a GPU. TRL loads
             a whole generation batch for every micro step, and the trainer holds those of one optimizer step at a time
             (`get_batch_samples` in transformers/trainer.py).
+        kept_images: Images whose features `vision_cache` keeps, which take `feature_limit` bytes at most.
+        pixel_bytes: Bytes of a number of the image processor's output where the model runs.
     """
 
     prompt: float
@@ -73,6 +76,9 @@ class Sizes:
     engine_sleeps: bool = False
     fused: bool = False
     loaded_pixels: float = 0.0
+    kept_images: float = 0.0
+    feature_limit: float = 0.0
+    pixel_bytes: float = PIXEL_BYTES
 
     @property
     def row(self) -> float:
@@ -94,6 +100,7 @@ class Memory:
         head: The tiles of logits in training.
         pixels: The image processor's output for a generation.
         images: Decoded images of a step's rows.
+        features: Outputs of a frozen vision tower that are kept.
         cache: Keys and values of `generate`.
         prefill: Largest intermediate of the prefill; decoding's logits where they are larger.
         update: Temporaries of the optimizer's update.
@@ -111,6 +118,7 @@ class Memory:
     head: float
     pixels: float
     images: float
+    features: float
     cache: float
     prefill: float
     update: float
@@ -129,7 +137,7 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """Bytes beyond an idle process in each phase of a step."""
-        stays = self.weights + self.moments + self.pixels + self.images
+        stays = self.weights + self.moments + self.pixels + self.images + self.features
         engine = 0.0 if self.engine_sleeps else self.engine
         return {
             "generation": stays + self.cache + self.prefill + self.engine,
@@ -166,8 +174,9 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
             head_bytes(shape, scored, training, fused=sizes.fused, tiles=FORWARD_TILES),
         ),
         head=head_bytes(shape, scored, training, fused=sizes.fused, tiles=BACKWARD_TILES),
-        pixels=PIXEL_COPIES * _pixel_bytes(shape.vision, prompts),
+        pixels=PIXEL_COPIES * _pixel_bytes(shape.vision, prompts, sizes.pixel_bytes),
         images=DECODED_BYTES * sizes.loaded_pixels,
+        features=min(sizes.feature_limit, sizes.kept_images * _feature_bytes(shape, sizes.image_tokens, training)),
         cache=copies * sizes.row * shape.kv_bytes_per_token(training.value_bytes) if fills else 0.0,
         prefill=max(largest_intermediate(shape, prompts, training, eager=sizes.eager), sampled) if fills else 0.0,
         update=training.trainable * training.trainable_bytes,
@@ -286,11 +295,19 @@ def _scored(facts: WorkFacts, sizes: Sizes) -> float:
     return facts.micro_batch * (sizes.completion if facts.compact_head else sizes.row - 1)
 
 
-def _pixel_bytes(vision: VisionShape | None, batch: Batch) -> float:
+def _feature_bytes(shape: ModelShape, tokens: float, training: Training) -> float:
+    """A tower's outputs for one image: of its last block for each patch, of each merger for each token."""
+    vision = shape.vision
+    if vision is None:
+        return 0.0
+    return tokens * (vision.merge**2 * vision.hidden + (1 + vision.deepstack) * vision.out) * training.value_bytes
+
+
+def _pixel_bytes(vision: VisionShape | None, batch: Batch, bytes_: float) -> float:
     """One copy of the patches' pixels: channels x frames x side^2 of each."""
     if vision is None:
         return 0.0
-    return batch.patches * vision.channels * vision.temporal_patch * vision.patch**2 * PIXEL_BYTES
+    return batch.patches * vision.channels * vision.temporal_patch * vision.patch**2 * bytes_
 
 
 def _adapters(training: Training) -> float:

@@ -82,7 +82,10 @@ def word(config: RunConfig) -> str:
     """The engine that generates, and its settings that no formula describes."""
     section = config.vllm
     if not config.use_vllm:
-        return "generate"
+        continuous = config.grpo.get("use_transformers_continuous_batching")
+        return " ".join(
+            filter(None, ("generate", config.grpo.get("cache_implementation"), "paged" if continuous else ""))
+        )
     if section.at_server and section.server_gpus is None:
         return "server"
     settings = section.model_dump(exclude_none=True)

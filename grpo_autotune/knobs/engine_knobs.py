@@ -19,6 +19,11 @@ from grpo_autotune.units import GIB
 
 MOST_SHARE = 0.95
 BATCHED_TOKENS = (2048, 4096, 8192, 16384)
+SPECULATIONS: tuple[dict[str, Any], ...] = (
+    {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    {"method": "suffix"},
+)
+"""Drafts without a model of their own: what followed the same tokens before, in this text or in any."""
 MEMORY_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -64,10 +69,10 @@ def server_rule(context: KnobContext, value: Any) -> str | None:
             split_gpus(config, context.gpus)
         except ConfigError as error:
             return f"{error.where} {value}: {error.what}"
-    if context.gpus == 0 and (config.peft is None or config.model.load_in_4bit or config.vllm.weight_sync not in SENDS):
+    if context.gpus == 0 and (config.peft is None or config.vllm.weight_sync not in SENDS):
         return (
-            f"vllm.server_gpus {value} without a GPU needs a peft section on a base that is not in 4 bits, and "
-            "vllm.weight_sync adapter or auto: all weights are sent over NCCL"
+            f"vllm.server_gpus {value} without a GPU needs a peft section, and vllm.weight_sync adapter or auto: all "
+            "weights are sent over NCCL"
         )
     return None
 
@@ -121,7 +126,20 @@ def sleep_rule(context: KnobContext, value: Any) -> str | None:
     """vLLM's CPU build has no sleep mode."""
     if value and context.gpus == 0:
         return f"vllm.sleep_level {value} needs a GPU: vLLM's CPU build has no sleep mode"
-    return beside_rule(context, value)
+    return beside_rule(context, value) or _weights_come_back(context)
+
+
+def _weights_come_back(context: KnobContext) -> str | None:
+    """The reason why an engine that has slept would have no weights (`rollout.sync.sync.check_quantized`)."""
+    config = context.config
+    if (
+        config.vllm.quantization is not None
+        and not config.vllm.at_server
+        and engine.sleep_level(config) == engine.SLEEP
+    ):
+        name = config.vllm.quantization
+        return f"vllm.sleep_level 2 throws the engine's weights away, and {name} layers take no new ones"
+    return None
 
 
 def sync_rule(context: KnobContext, value: Any) -> str | None:
@@ -131,6 +149,8 @@ def sync_rule(context: KnobContext, value: Any) -> str | None:
         return colocate_rule(context, value)
     if value == "adapter" and config.peft is None:
         return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
+    if value != "adapter" and config.vllm.quantization is not None:
+        return f"vllm.weight_sync {value} pushes weights, and layers in {config.vllm.quantization} take none"
     if value == "merged" and config.model.load_in_4bit:
         return "vllm.weight_sync merged would round the adapter away in weights of 4 bits (model.load_in_4bit)"
     if value in ("merged", "batched") and config.vllm.at_server and context.gpus == 0:
@@ -146,7 +166,19 @@ def quantized_rule(context: KnobContext, value: Any) -> str | None:
         return f"vllm.quantization {value} needs a GPU"
     if context.config.vllm.weight_sync != "adapter" or context.config.peft is None:
         return f"vllm.quantization {value} needs vllm.weight_sync adapter: weights cannot be pushed into quantized ones"
-    return colocate_rule(context, value) or room_rule(context, value)
+    return colocate_rule(context, value) or room_rule(context, value) or _weights_come_back(context)
+
+
+def speculation_rule(context: KnobContext, value: Any) -> str | None:
+    """Rejection sampling in vLLM knows no `min_p` (`_validate_spec_decode` in vllm/sampling_params.py), and suffix
+    trees come from a package."""
+    if value is None:
+        return colocate_rule(context, value)
+    if context.config.grpo.get("min_p"):
+        return "vllm.speculative_config cannot sample with grpo.min_p"
+    if value.get("method") == "suffix" and not installed("arctic_inference"):
+        return "vllm.speculative_config suffix needs the package arctic-inference, which is not installed"
+    return colocate_rule(context, value)
 
 
 def cache_type_rule(context: KnobContext, value: Any) -> str | None:
@@ -234,6 +266,14 @@ def syncs(context: KnobContext, own: str) -> tuple[str, ...]:
 def cache_types(context: KnobContext, own: str) -> tuple[str, ...]:
     """The user's own, and 8 bits on a GPU."""
     return (own, *(("fp8",) if context.gpus and own != "fp8" else ())) if colocates(context) else ()
+
+
+def speculations(context: KnobContext, own: dict[str, Any] | None) -> tuple[dict[str, Any] | None, ...]:
+    """None, the user's own, and on a GPU those that draft from the text."""
+    if not colocates(context):
+        return ()
+    others = (value for value in (None, *(SPECULATIONS if context.gpus else ())) if value != own)
+    return (own, *(value for value in others if value is None or speculation_rule(context, value) is None))
 
 
 def quantizations(context: KnobContext, own: str | None) -> tuple[str | None, ...]:

@@ -9,12 +9,19 @@ from typing import Any
 
 from grpo_autotune.hardware.machine import installed
 from grpo_autotune.knobs.context import KnobContext, pixel_bounds
+from grpo_autotune.speedups.base import kernel_name
 
 Rule = Callable[[KnobContext, Any], str | None]
 """Takes what is known, with the knob applied in its `config`, and the knob's value."""
 
-FLASH_KERNELS = ("flash_attention_2", "flash_attention_3")
+FLASH_KERNELS = {
+    "flash_attention_2": ("flash_attn", "flash-attn, which is not installed (the extra `flash-attn`)"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3, which is not installed (or `kernels`)"),
+}
+"""Kernel -> module that holds it, and its package in words; `kernels` loads either from the hub."""
 FLASH_CAPABILITY = 8.0
+HOPPER = range(9, 10)
+"""Major compute capability that FlashAttention 3 is made for."""
 
 
 def no_rule(context: KnobContext, value: Any) -> str | None:
@@ -37,19 +44,55 @@ def image_rule(context: KnobContext, value: Any) -> str | None:
 
 def kernel_rule(context: KnobContext, value: Any) -> str | None:
     """Flash kernels need their package, a GPU of the Ampere generation or later, and half precision."""
-    if value not in FLASH_KERNELS:
+    kernel = kernel_name(value)
+    if kernel not in FLASH_KERNELS:
         return None
-    name = f"model.attn_implementation {value}"
+    name, (module, package) = f"model.attn_implementation {value}", FLASH_KERNELS[kernel]
     if context.gpus == 0:
         return f"{name} needs an NVIDIA GPU, and this machine has none"
-    if not installed("flash_attn") and not installed("kernels"):
-        return f"{name} needs the package flash-attn, which is not installed (the extra `flash-attn`)"
+    if not installed("kernels") and (value != kernel or not installed(module)):
+        return f"{name} needs the package {package if value == kernel else 'kernels, which is not installed'}"
     capability = min(float(gpu.capability) for gpu in context.machine.gpus) if context.machine is not None else 0.0
     if capability < FLASH_CAPABILITY:
         return f"{name} needs a GPU of compute capability 8.0 or more, and this one has {capability}"
+    if kernel == "flash_attention_3" and int(capability) not in HOPPER:
+        return f"{name} is made for Hopper (compute capability 9.0), and this GPU has {capability}"
     if context.config.model.dtype == "float32" and not context.config.grpo.get("bf16"):
         return f"{name} takes bfloat16 or float16, and model.dtype is float32"
     return None
+
+
+def cache_rule(context: KnobContext, value: Any) -> str | None:
+    """A kind of cache is `generate`'s."""
+    grpo = context.config.grpo
+    if value is not None and (context.config.use_vllm or grpo.get("use_transformers_continuous_batching")):
+        return (
+            f"grpo.cache_implementation {value} means nothing to vLLM and continuous batching, which page their caches"
+        )
+    return None
+
+
+def continuous_rule(context: KnobContext, value: Any) -> str | None:
+    """Continuous batching is for text, and TRL turns the model that it generates with into half precision for good
+    (`_generate_single_turn` in trl/trainer/grpo_trainer.py)."""
+    config, name = context.config, "grpo.use_transformers_continuous_batching true"
+    if not value:
+        return None
+    if config.use_vllm:
+        return f"{name} means nothing with grpo.use_vllm true"
+    if context.images or "vision_config" in context.model:
+        return f"{name} takes no model with a vision tower (TRL refuses it)"
+    if context.gpus == 0:
+        return f"{name} is not searched without a GPU"
+    half = config.grpo.get("fp16") or config.grpo.get("bf16") is not False
+    if half and (config.peft is not None or config.model.dtype not in ("bfloat16", "float16")):
+        return f"{name} casts the trained weights to half precision for good, unless grpo.bf16 and fp16 are false"
+    return None
+
+
+def pin_rule(context: KnobContext, value: Any) -> str | None:
+    """Memory is pinned for a GPU."""
+    return "grpo.dataloader_pin_memory true needs a GPU" if value and context.gpus == 0 else None
 
 
 def worker_rule(context: KnobContext, value: Any) -> str | None:

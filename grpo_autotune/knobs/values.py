@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_autotune.knobs.context import KnobContext
-from grpo_autotune.knobs.rules import FLASH_KERNELS, compile_rule, kernel_rule
+from grpo_autotune.knobs.rules import FLASH_KERNELS, cache_rule, compile_rule, continuous_rule, kernel_rule
+from grpo_autotune.speedups.base import kernel_name
 
 IMAGE_SHARES = (0.5, 0.625, 0.75)
 """Sides tried, as shares of the present one: a quarter, two fifths and half of its tokens."""
@@ -57,14 +58,23 @@ def prompts_per_step(context: KnobContext) -> tuple[int, ...]:
 def kernels(context: KnobContext) -> tuple[str | None, ...]:
     """The user's own, and every other kernel that runs here; None is transformers' choice, `sdpa`."""
     current = context.config.model.attn_implementation
-    same = {current, "sdpa"} if current is None else {current}
-    others = [name for name in ("sdpa", "eager", *FLASH_KERNELS[:1]) if name not in same]
+    others = (name for name in ("sdpa", "eager", *FLASH_KERNELS) if name != kernel_name(current))
     return (current, *(name for name in others if kernel_rule(context, name) is None))
 
 
 def switch(own: Any) -> tuple[bool, bool]:
     """The user's own, and the other."""
     return (True, False) if own else (False, True)
+
+
+def caches(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
+    """The user's own, and on a GPU the one that `generate` is compiled over."""
+    return (own, *(name for name in ("static",) if context.gpus and name != own and not cache_rule(context, name)))
+
+
+def continuous(context: KnobContext, own: bool) -> tuple[bool, ...]:
+    """Both on a GPU, where transformers can generate so."""
+    return switch(own) if own or (context.gpus and continuous_rule(context, True) is None) else (False,)
 
 
 def workers(context: KnobContext, own: int) -> tuple[int, ...]:

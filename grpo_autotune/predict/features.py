@@ -12,7 +12,7 @@ from typing import NamedTuple
 from grpo_autotune.estimate.cost import generation_work, training_batch
 from grpo_autotune.estimate.passes import Work, backward, forward
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.predict.workload import Workload
+from grpo_autotune.predict.workload import Workload, tower_is_kept
 
 Features = dict[str, float]
 
@@ -117,16 +117,9 @@ def _spared(load: Workload, counts: Features, by: str, copies: int, completion: 
         return {}
     prompt = load.facts.prompt_tokens
     text = (prompt / copies + completion) / max(prompt + completion, 1.0)
-    shares = {"text_flops": text, "tower_flops": 0.0 if _tower_is_kept(load) else 1.0 / copies}
+    shares = {"text_flops": text, "tower_flops": 0.0 if tower_is_kept(load.facts, load.speedups) else 1.0 / copies}
     done = {name: counts[name] * share for name, share in shares.items() if name in counts}
     return done | {f"{name}{SPARED}": counts[name] - count for name, count in done.items()}
-
-
-def _tower_is_kept(load: Workload) -> bool:
-    """Return whether an image's features serve all passes of a step."""
-    training = load.facts.training
-    frozen = not (training.vision_weights or training.adapters.blocks or training.adapters.mergers)
-    return frozen and "vision_cache" in load.speedups
 
 
 def _plain(load: Workload, passes: float) -> Features:

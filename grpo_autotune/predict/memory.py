@@ -109,7 +109,7 @@ def components(load: Workload) -> dict[str, float]:
         return dict.fromkeys(HOST, 0.0) | {"stays": increment(load), "peak": increment(load)}
     parts = memory(load.shape, load.facts, load.sizes)
     return {
-        "stays": parts.weights + parts.moments + parts.gradients,
+        "stays": parts.weights + parts.moments + parts.gradients + parts.features,
         "images": parts.images,
         "pixels": parts.pixels,
         "generation": parts.prefill + parts.cache,

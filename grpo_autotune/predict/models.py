@@ -29,6 +29,7 @@ from grpo_autotune.predict.workload import Workload, workload
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, StageTimings, cycle_means
 from grpo_autotune.records.trial import TrialOutcome
+from grpo_autotune.speedups.base import kernel_name
 
 CPU_FLOPS_PER_BYTE = 8.0
 """Operations a core does in the time it moves a byte from memory: about 60 a nanosecond against 8 bytes, as
@@ -282,7 +283,7 @@ def place_of(config: RunConfig, load: Workload) -> Place:
     facts = load.facts
     numbers = (facts.micro_batch, facts.row_tokens, facts.generation_rows)
     words = (
-        load.trainer.attn_implementation,
+        kernel_name(load.trainer.attn_implementation),
         facts.training.checkpointing,
         engine.word(config),
         load.trainer.dataloader_num_workers,

@@ -22,7 +22,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
-from grpo_autotune.estimate.memory import Sizes
+from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
@@ -30,12 +30,14 @@ from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
-from grpo_autotune.speedups.base import SERVED
+from grpo_autotune.speedups.base import FEATURE_BYTES, SERVED, kernel_name
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.units import GIB
 
 PLACES = np.linspace(0.0, 1.0, 201)
 MOST_PADDING = 0.99
+STEPS_KEPT = 4
+"""Steps of a trial, whose images' features `vision_cache` keeps; a run fills its memory to the limit in time."""
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
@@ -106,6 +108,8 @@ def workload(
     completion = tokens.completion.max
     grid = images.tokens if images is not None else None
     image_max = 0.0 if grid is None else grid.max if worst_case else grid.mean
+    speedups, on_gpu = _effective(config, trainer), trainer.device.startswith("cuda")
+    prompts = plan.micro_batch * plan.accumulation / plan.num_generations
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
@@ -117,6 +121,9 @@ def workload(
         engine_sleeps=engine.sleep_level(config) > 0,
         fused=facts.compact_head,
         loaded_pixels=_loaded_pixels(config, trainer, pixels * facts.images),
+        kept_images=STEPS_KEPT * prompts * facts.images if tower_is_kept(facts, speedups) else 0.0,
+        feature_limit=FEATURE_BYTES,
+        pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
     )
     return Workload(
         shape=shape,
@@ -130,7 +137,7 @@ def workload(
             * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
         ),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
-        speedups=_effective(config, trainer),
+        speedups=speedups,
         waves=engine.waves(config),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
@@ -159,11 +166,18 @@ def _padding_beyond_formula(base: RunConfig, record: ProbeRecord) -> float:
     return 1.0 / (1.0 - min(record.tokens.padding_share, MOST_PADDING)) / formula
 
 
+def tower_is_kept(facts: WorkFacts, speedups: frozenset[str]) -> bool:
+    """Return whether an image's features serve all passes of a step, and later ones."""
+    adapters = facts.training.adapters
+    frozen = not (facts.training.vision_weights or adapters.blocks or adapters.mergers)
+    return frozen and "vision_cache" in speedups
+
+
 def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     """Speed-ups that are asked for and can work."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     dropout = (trainer.peft or {}).get("lora_dropout")
-    whole = trainer.attn_implementation in SERVED and not compiled and not dropout
+    whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
     return frozenset(set(chosen(config.speedups)) - (set() if whole else {"shared_prefix"}))
 
 

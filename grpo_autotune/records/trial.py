@@ -13,7 +13,7 @@ from grpo_autotune.records.probe import DeviceMemory, ProbeRecord
 Status = Literal["ok", "oom", "hang", "timeout", "killed", "crashed", "invalid", "reward_failed"]
 """How a trial ended.
 
-`oom`: memory ran out, on the device or the host; `hang`: no span edge for too long; `timeout`: over its own limit;
+`oom`: memory ran out, on the device or the host; `hang`: no sign of life for too long; `timeout`: over its own limit;
 `killed`: by a signal that nobody here sent; `invalid`: the configuration or the machine refuses it; `reward_failed`: a
 reward raised or returned what cannot be used; `crashed`: any other error.
 """
@@ -72,7 +72,7 @@ class TrialSpec(Frozen):
             None leaves lengths free.
         seen_lengths: Lengths in tokens of the first prompts' completions, one list per prompt, which come before those.
         limit_s: Wall-clock limit of the whole trial, start-up included.
-        hang_s: Longest age of the heartbeat after start-up.
+        hang_s: Longest age of the heartbeat after start-up, but in a stage that works elsewhere (a reward, a compiler).
         script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
             (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
         world_size: Processes; more than one are started by `torchrun`.

@@ -23,8 +23,8 @@ from grpo_autotune.units import GIB
 LEAST_LIMIT_S = 60.0
 PATIENCE = 3.0
 """A trial is stopped after this many times its expected seconds."""
-SERVER_S = 300.0
-"""Longer for a trial that may have to start a vLLM server: no other trial tells how long that takes."""
+ENGINE_S = 300.0
+"""Longer for a trial that may have to start vLLM: no other trial tells how long that takes."""
 CHEAP = 0.3
 MOST_STEPS = 10
 LENGTHS = 200
@@ -187,8 +187,8 @@ class Evaluator:
 
 def patience_s(expected_s: float, config: RunConfig) -> float:
     """Seconds after which a timed trial is given up."""
-    server_s = 0.0 if config.vllm.server_gpus is None else SERVER_S
-    return max(LEAST_LIMIT_S, PATIENCE * expected_s) + server_s
+    starts = config.use_vllm and (not config.vllm.at_server or config.vllm.server_gpus is not None)
+    return max(LEAST_LIMIT_S, PATIENCE * expected_s) + (ENGINE_S if starts else 0.0)
 
 
 def completion_lengths(record: ProbeRecord, count: int = LENGTHS) -> list[int] | None:

@@ -18,6 +18,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine, detect
+from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.models import Models as FittedModels
 from grpo_autotune.records.search import Ended, SearchReport
@@ -45,6 +46,8 @@ from grpo_autotune.units import hms
 
 FAILURES = 4
 """So many failures in a row that no knob explains end a search."""
+EARLY = "grpo.use_vllm"
+"""Switch whose gain no formula predicts, and which is on a GPU the largest there is: it is tried first."""
 SAMPLER_EVERY = 3
 """Every third proposal is the sampler's."""
 SAMPLER: Sampler = "tpe"
@@ -176,7 +179,7 @@ class Session:
         if self._proposals % SAMPLER_EVERY == 0:
             claim, source = self._study.suggest(fitting), "sampler"
         else:
-            claim, source = self._study.ask(fitting[0]), "models"
+            claim, source = self._study.ask(self._early(fitting) or fitting[0]), "models"
         name = name_of(claim.knobs)
         if name in {name_of(knobs) for knobs in fitting}:
             return claim, source
@@ -184,6 +187,14 @@ class Session:
             self._study.fail(claim, "known")
             return self._next(ranking)
         return claim, "queue"
+
+    def _early(self, fitting: list[Knobs]) -> Knobs | None:
+        """The smallest change to another engine, where the trials run on a GPU; None once one was tried."""
+        tried = any(row.knobs.get(EARLY) for row in self._log.rows)
+        if tried or self._board.baseline_knobs.get(EARLY) is not False or not self._evaluator.machine.gpus:
+            return None
+        switched = [knobs for knobs in fitting if knobs.get(EARLY)]
+        return min(switched, key=lambda knobs: len(self._board.changed(knobs)), default=None)
 
     def _needs_s(self, proposal: Proposal) -> float:
         steps = self._evaluator.steps(proposal.step_s)

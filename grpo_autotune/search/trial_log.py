@@ -21,6 +21,8 @@ from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.folder import SearchFolder, State
 
 HANG_S = 120.0
+"""Longest silence of a single process; ranks wait for each other, and a collective has a limit of its own
+(`trials.child.collectives`)."""
 
 
 class TrialRunner(Protocol):
@@ -84,7 +86,7 @@ class TrialLog:
             config=plain(config),
             knobs=knobs,
             limit_s=max(1.0, limit_s),
-            hang_s=min(HANG_S, max(5.0, limit_s)),
+            hang_s=min(HANG_S, max(5.0, limit_s)) if config.batch.processes == 1 else max(1.0, limit_s),
             script=self.task.script,
             world_size=config.batch.processes,
             **more,

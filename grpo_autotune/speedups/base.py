@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
 """Values of `attn_implementation` that the shared prefix takes. Flash kernels align a causal mask to the last query."""
+
+FEATURE_BYTES = 1 << 30
+"""Memory of `vision_cache` for features, on the tower's device."""
+
+_FLASH = re.compile(r"flash[-_]att(?:entio)?n[-_]?(\d?)")
+
+
+def kernel_name(implementation: str | None) -> str:
+    """The attention kernel of an `attn_implementation` under transformers' own name for it.
+
+    Builds from the hub (`kernels-community/flash-attn2`, `.../vllm-flash-attn3`), which transformers puts in the place
+    of a package that is not installed, are FlashAttention like the others; None is `sdpa`.
+    """
+    if implementation is None:
+        return "sdpa"
+    flash = _FLASH.search(implementation)
+    return implementation if flash is None else f"flash_attention_{flash[1] or 2}"
+
 
 _logger = logging.getLogger("grpo_autotune.speedups")
 

@@ -16,6 +16,11 @@ from grpo_autotune.records.trial import HEARTBEAT_FILE, Progress
 
 _WIDTH = 96
 STARTING = "start-up"
+COMPILING = "compiling"
+ANSWER = "generation elsewhere"
+UNHURRIED = ("reward", COMPILING, ANSWER)
+"""Stages that say nothing for as long as somebody else works: a judge, a compiler, a server. The trial's limit ends
+them, and silence does not."""
 
 
 class HeartbeatWriter:
@@ -51,6 +56,16 @@ class HeartbeatWriter:
     def again(self) -> None:
         """Say that what was under way still is."""
         self.beat(self._stage)
+
+    @contextlib.contextmanager
+    def within(self, stage: str) -> Iterator[None]:
+        """Say that `stage` is under way inside, and then again what was."""
+        before = self._stage
+        self.beat(stage)
+        try:
+            yield
+        finally:
+            self.beat(before)
 
     def close(self) -> None:
         """Give the file back."""

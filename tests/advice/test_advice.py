@@ -348,6 +348,8 @@ def test_vllm_is_advised_without_a_number_that_nobody_knows() -> None:
     assert idea and "`generate` runs at 4.0% of what this GPU can do" in idea.because
     assert changes(idea) == {"grpo.use_vllm": True} and "not predicted" in idea.because
     assert learning.use_vllm(facts()) is None
+    unknown = learning.use_vllm(facts(on_gpu(), machine=GPU_MACHINE, limits={}))
+    assert unknown and "launches each kernel of each token" in unknown.because
     good = LIMITS | {"generation": Limit(0.6, "memory")}
     assert learning.use_vllm(facts(on_gpu(), machine=GPU_MACHINE, limits=good)) is None
 

@@ -93,8 +93,8 @@ def test_adapters_have_room(rank: int, room: str) -> None:
 def test_adapters_that_have_none() -> None:
     with pytest.raises(ConfigError, match=r"^peft.r: vLLM takes adapters up to rank 512"):
         serving(config(peft={"r": 1000}), "m", MODEL)
-    packed = config(peft={"r": 8}, model={"name_or_path": "m", "load_in_4bit": True})
-    assert "enable-lora" not in options(serving(packed, "m", MODEL))
+    with pytest.raises(ConfigError, match=r"^model.load_in_4bit: a vLLM server takes no weights"):
+        serving(config(peft={"r": 8}, model={"name_or_path": "m", "load_in_4bit": True}), "m", MODEL)
 
 
 def test_gpus_of_the_server() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,19 @@ from hypothesis import strategies as st
 from grpo_autotune.config.schema import RunConfig, known_paths
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Gpu, Machine
-from grpo_autotune.knobs import PROMPTS, TABLE, context_of, engine, kind_of, knob, knobs_of, with_knobs
+from grpo_autotune.knobs import (
+    PROMPTS,
+    TABLE,
+    context_of,
+    engine,
+    engine_knobs,
+    kind_of,
+    knob,
+    knobs_of,
+    rules,
+    with_knobs,
+)
+from grpo_autotune.knobs.apply import why_not
 
 MICRO, GROUP, STEPS = "grpo.per_device_train_batch_size", "grpo.num_generations", "grpo.steps_per_generation"
 
@@ -237,6 +250,81 @@ def test_speed_ups_are_tried_on_and_off() -> None:
     assert with_knobs(config({"speedups": flex}), {"speedups": flex}) == config({"speedups": flex})
 
 
+def installed(*packages: str) -> Callable[[str], bool]:
+    return lambda package: package in packages
+
+
+@pytest.mark.parametrize(
+    ("packages", "capability", "kernels"),
+    [
+        ((), "9.0", ("eager",)),
+        (("flash_attn",), "9.0", ("eager", "flash_attention_2")),
+        (("flash_attn", "flash_attn_interface"), "9.0", ("eager", "flash_attention_2", "flash_attention_3")),
+        (("flash_attn", "flash_attn_interface"), "8.0", ("eager", "flash_attention_2")),
+        (("kernels",), "9.0", ("eager", "flash_attention_2", "flash_attention_3")),
+        (("kernels",), "10.0", ("eager", "flash_attention_2")),
+        (("kernels",), "7.5", ("eager",)),
+    ],
+)
+def test_flash_kernels_are_tried_where_they_run(
+    monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...], capability: str, kernels: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(rules, "installed", installed(*packages))
+    card = machine(1).gpus[0].model_copy(update={"capability": capability})
+    here = machine().model_copy(update={"gpus": (card,)})
+    row, plain = knob("model.attn_implementation"), config(bf16=True)
+    assert row.values(context_of(plain, here)) == (None, *kernels)
+    hub = config({"model": {"random_init": "qwen3-0.6b", "attn_implementation": "kernels-community/flash-attn2"}})
+    assert "flash_attention_2" not in row.values(context_of(hub, here))[1:], "it is the user's own"
+
+
+def test_ways_to_generate_are_tried_where_they_run() -> None:
+    cache, paged = knob("grpo.cache_implementation"), knob("grpo.use_transformers_continuous_batching")
+    plain, whole = config(), config({"peft": None, "model": {"random_init": "qwen3-0.6b", "dtype": "bfloat16"}})
+    for user, gpus, caches, ways in (
+        (plain, 0, (None,), (False,)),
+        (plain, 1, (None, "static"), (False,)),
+        (config(bf16=False), 1, (None, "static"), (False, True)),
+        (whole, 1, (None, "static"), (False, True)),
+        (config(use_vllm=True), 1, (None,), (False,)),
+        (config({"model": {"random_init": "qwen3-vl-2b"}}, bf16=False), 1, (None, "static"), (False,)),
+    ):
+        known = context_of(user, machine(gpus))
+        assert (cache.values(known), paged.values(known)) == (caches, ways)
+    assert "casts the trained weights" in str(why_not(plain, {paged.key: True}, machine(1)))
+    assert "no model with a vision tower" in str(
+        why_not(config({"model": {"random_init": "qwen3-vl-2b"}}), {paged.key: True}, machine(1))
+    )
+    both = {paged.key: True, cache.key: "static"}
+    assert "page their caches" in str(why_not(config(bf16=False), both, machine(1)))
+    words = {engine.word(with_knobs(plain, {key: value})) for key, value in both.items()}
+    assert len({"generate", *words}) == 3, "the models tell them apart"
+
+
+def test_drafts_are_tried_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_knobs, "installed", installed("vllm"))
+    row, plain = knob("vllm.speculative_config"), config(use_vllm=True)
+    ngram, suffix = engine_knobs.SPECULATIONS
+    assert row.kind == "exact" and row.values(context_of(plain, machine())) == (None,)
+    assert row.values(context_of(plain, machine(1))) == (None, ngram)
+    assert row.values(context_of(config(use_vllm=True, min_p=0.1), machine(1))) == (None,)
+    assert "arctic-inference" in str(why_not(plain, {row.key: suffix}, machine(1)))
+    assert "min_p" in str(why_not(config(use_vllm=True, min_p=0.1), {row.key: ngram}, machine(1)))
+    monkeypatch.setattr(engine_knobs, "installed", installed("vllm", "arctic_inference"))
+    assert row.values(context_of(plain, machine(1))) == (None, ngram, suffix)
+    own = config({"vllm": {"speculative_config": suffix}}, use_vllm=True)
+    assert row.values(context_of(own, machine(1))) == (suffix, None, ngram)
+    assert with_knobs(plain, {row.key: suffix}) == own
+    assert own.vllm.engine_kwargs()["speculative_config"] == {"method": "suffix"}
+
+
+def test_memory_is_pinned_for_a_gpu() -> None:
+    row = knob("grpo.dataloader_pin_memory")
+    assert row.values(context_of(config(), machine())) == (True,)
+    assert row.values(context_of(config(), machine(1))) == (True, False)
+    assert "needs a GPU" in str(why_not(config(dataloader_pin_memory=False), {row.key: True}, machine()))
+
+
 def test_kinds_are_the_designs() -> None:
     learning = {row.key for row in TABLE if row.kind == "learning"}
     assert {"data.image_size", GROUP, PROMPTS, "grpo.max_completion_length", "grpo.beta", "peft.r"} <= learning
@@ -262,6 +350,6 @@ def test_values_of_an_engine_knob_are_told_apart_where_no_formula_does(row: Any)
         return
     user = config(use_vllm=True)
     tried = {"max_num_batched_tokens": 64, "server_gpus": 1, "sleep_level": 1, "weight_sync": "batched"}
-    others = {"kv_cache_dtype": "fp8", "quantization": "fp8"}
+    others = {"kv_cache_dtype": "fp8", "quantization": "fp8", "speculative_config": {"method": "ngram"}}
     value = {**tried, **others}.get(name, not row.current(user))
     assert engine.word(with_knobs(user, {row.key: value})) != engine.word(user)

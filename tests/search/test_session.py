@@ -13,13 +13,15 @@ import pytest
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceeded
+from grpo_autotune.hardware import Gpu
+from grpo_autotune.knobs import TABLE, engine_knobs
 from grpo_autotune.predict.objective import Interval
 from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
 from grpo_autotune.records.search import Guard, SearchReport
 from grpo_autotune.records.trial import PromptReward, TrialOutcome, TrialSpec
 from grpo_autotune.search.acquisition import rank
 from grpo_autotune.search.budget import Budget, Costs, parse_budget
-from grpo_autotune.search.evaluator import SERVER_S, Evaluator, completion_lengths, patience_s
+from grpo_autotune.search.evaluator import ENGINE_S, Evaluator, completion_lengths, patience_s
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.guard_trials import RewardTrials
 from grpo_autotune.search.leaderboard import Leaderboard
@@ -49,8 +51,7 @@ class Paper:
             runner=lambda folder: self.trials,
             fit=lambda *probe: models,
             clock=self.trials.clock,
-            machine=MACHINE,
-            **more,
+            **{"machine": MACHINE, **more},
         )
 
     def tuned(self, which: str = "tuned") -> RunConfig:
@@ -685,8 +686,27 @@ def test_lengths_are_drawn_as_the_probe_saw_them() -> None:
 
 
 @pytest.mark.parametrize(("expected_s", "least_s"), [(5.0, 60.0), (50.0, 150.0)])
-def test_a_trial_may_wait_for_a_server_of_its_own(expected_s: float, least_s: float) -> None:
+def test_a_trial_may_wait_for_an_engine_of_its_own(expected_s: float, least_s: float) -> None:
     plain = user_config()
-    served = RunConfig.from_dict({**plain.to_dict(), "grpo": {"use_vllm": True}, "vllm": {"server_gpus": 0}})
     assert patience_s(expected_s, plain) == least_s
-    assert patience_s(expected_s, served) == least_s + SERVER_S
+    for vllm, starts in (({}, True), ({"server_gpus": 0}, True), ({"mode": "server"}, False)):
+        served = RunConfig.from_dict({**plain.to_dict(), "grpo": {"use_vllm": True}, "vllm": vllm})
+        assert patience_s(expected_s, served) == least_s + ENGINE_S * starts
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_vllm_is_tried_first_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """No formula tells what it brings, and it changes what is learned: by prediction it would come last."""
+    monkeypatch.setattr(engine_knobs, "installed", lambda package: True)
+    micro, vllm = "grpo.per_device_train_batch_size", "grpo.use_vllm"
+    knobs = {row.key: None for row in TABLE} | {micro: [2, 4, 8], vllm: [False, True]}
+    card = Gpu(name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30, capability="9.0")
+    machine = MACHINE.model_copy(update={"gpus": (card,) * gpus})
+    if not gpus:
+        monkeypatch.setattr(engine_knobs, "engine_rule", lambda context, value: None)
+    paper = Paper(tmp_path, user_config(knobs=knobs))
+    paper.search(machine=machine)
+    first = paper.timed()[1].knobs
+    assert first == ({micro: 2, vllm: True} if gpus else {micro: 8, vllm: False})
+    if gpus:
+        assert paper.timed()[2].knobs[micro] > 2, "once is enough"

@@ -188,7 +188,14 @@ def test_ways_to_sync_need_what_they_send() -> None:
     assert "in weights of 4 bits" in str(why_not(packed, {"vllm.weight_sync": "merged"}, machine(1)))
     quantized = {"vllm.quantization": "fp8"}
     assert "needs vllm.weight_sync adapter" in str(why_not(config(use_vllm=True), quantized, machine(1)))
-    assert why_not(config(use_vllm=True), {**quantized, "vllm.weight_sync": "adapter"}, machine(1)) is None
+    adapter = {**quantized, "vllm.weight_sync": "adapter"}
+    assert why_not(config(use_vllm=True), adapter, machine(1)) is None
+    assert "take no new ones" in str(why_not(config(use_vllm=True), {**adapter, "vllm.sleep_level": 2}, machine(1)))
+    own = config({"vllm": {"quantization": "fp8", "weight_sync": "adapter"}}, use_vllm=True)
+    assert "take none" in str(why_not(own, {"vllm.weight_sync": "batched"}, machine(1)))
+    assert "take no new ones" in str(why_not(own, {"vllm.sleep_level": 2}, machine(1)))
+    served = {"vllm.server_gpus": 1}
+    assert "takes no weights of a base in 4 bits" in str(why_not(packed, served, machine(2)))
 
 
 def test_an_engine_that_its_share_cannot_hold_is_not_run() -> None:
@@ -212,6 +219,10 @@ def test_missing_extras_are_named_where_the_machine_could(monkeypatch: pytest.Mo
     assert "flash-attn, which is not installed" in str(
         why_not(config(), {"model.attn_implementation": "flash_attention_2"}, gpu)
     )
+    hub = {"model.attn_implementation": "kernels-community/flash-attn2"}
+    assert "needs the package kernels" in str(why_not(config(), hub, gpu))
+    third = {"model.attn_implementation": "flash_attention_3"}
+    assert "flash-attn-3, which is not installed" in str(why_not(config(), third, gpu))
     assert "vllm, which is not installed" in str(why_not(config(), {"grpo.use_vllm": True}, gpu))
 
 

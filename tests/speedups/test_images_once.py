@@ -299,3 +299,28 @@ def test_a_row_is_not_read_on_its_way_through_the_loader():
     rows = Rows(datasets.Dataset.from_list([{"n": 0}, {"n": 1}]), LRUCache(1), lazy=True)
     batch = pin_memory(send_to_device([rows[0], rows[1]], torch.device("cpu")))
     assert rows.reads == 0 and [row["n"] for row in batch] == [0, 1] and rows.reads == 2
+
+
+class OnAnotherDevice:
+    """The CPU, which is not called so."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_image_goes_to_the_device_once_in_the_towers_type(tiny, tmp_path, drawn_rows, monkeypatch, dtype):
+    """Whose copies there are those that the model makes of the processor's output."""
+    settings = {"model_init_kwargs": {"dtype": dtype}, "max_steps": 1, "beta": 0.05, **GROUPS}
+    seen = {}
+    for names in ("none", "images_once"):
+        trainer = make_trainer(tiny("qwen3_vl"), drawn_rows, tmp_path, **settings)
+        seen[names] = batches(trainer)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.accelerator), "device", OnAnotherDevice())
+            speedups = speed_up(trainer, names)
+        trainer.train()
+    facts = speedups.facts()["images_once"]
+    assert facts["sent"] == 2 and facts["processed"] == 3, "of the two prompts of a step, once for both passes"
+    for (mine, grid), (plain, wanted) in zip(seen["images_once"], seen["none"], strict=True):
+        assert mine.dtype == getattr(torch, dtype) and torch.equal(mine, plain.to(mine.dtype))
+        assert torch.equal(grid, wanted)

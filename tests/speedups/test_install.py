@@ -175,6 +175,22 @@ def test_self_check_compares_once(caplog):
     assert broken.fell_back is not None and broken.fell_back.endswith("'shared_prefix'")
 
 
+@pytest.mark.parametrize(
+    ("rounding", "off", "passes"),
+    [(0.0, 9e-4, True), (0.0, 2e-3, False), (1e-3, 2e-3, True), (1e-3, 4e-3, False), (3e-2, 6e-2, True)],
+)
+def test_a_difference_is_measured_by_the_rounding_of_plain_values(rounding, off, passes):
+    """In bfloat16: 2e-3 is a wrong position in a model of few layers, and 6e-2 right in one of many."""
+    from grpo_autotune.speedups.selfcheck import SelfCheck
+
+    wanted, installed = torch.tensor([[-0.5, 0.5]]), Installed("any")
+    check = SelfCheck(installed)
+    found = check.run(
+        lambda: wanted, lambda: wanted + off, torch.bfloat16, "log-probs", again=lambda: wanted + rounding
+    )
+    assert found == passes and (installed.fell_back is None) == passes
+
+
 def test_a_configuration_names_its_speed_ups(tiny, tmp_path, counting):
     from grpo_autotune.train.trainer import build_trainer
     from tests.support.training import text_config

@@ -5,18 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_autotune.estimate.memory import Sizes, memory
+from grpo_autotune.estimate.shapes import ModelShape
+from tests.estimate.test_cost import run_facts, training
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import DEVICE, EXACT, SAME, make_trainer
 
 from grpo_autotune.speedups.images import vision_cache  # isort: skip
+from grpo_autotune.speedups.images.towers import towers_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
 GROUPS = {"per_device_train_batch_size": 4, "num_generations": 4, "beta": 0.05, "max_steps": 5}
 
 
+class Reads(TorchDispatchMode):
+    """Counts the reads of single numbers, each of which a GPU is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
 def tower_of(trainer):
-    return next(vision_cache._towers(trainer.model))
+    return next(towers_of(trainer.model))
 
 
 def freeze(trainer):
@@ -86,6 +101,49 @@ def test_features_are_those_of_the_tower(tiny, tmp_path, picture_rows):
             for mine, theirs in pairs:
                 assert float((mine - theirs).abs().max()) < EXACT
     assert speedups.facts()["vision_cache"]["computed"] == 3
+
+
+def test_pixels_anywhere_make_another_hash():
+    """Of equal sums, of moved rows and columns, of the least bit; the same in any company, and in half precision."""
+    hashed = vision_cache._Hash()
+    patches = torch.randn(48, 24, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        image = patches.to(dtype)
+        least = image.clone()
+        least[47, 23] = torch.nextafter(least[47, 23].float(), torch.tensor(9.0)) if dtype == torch.float32 else 9.0
+        others = [least, image.flip(0), image.flip(1), image.roll(1, 1), image[[1, 0, *range(2, 48)]], -image]
+        hashes = {tuple(hashed(each).tolist()) for each in (image, *others)}
+        assert len(hashes) == 1 + len(others)
+        before = hashed(image).tolist()
+        hashed(torch.zeros(400, 96, dtype=dtype))  # its factors are more now
+        assert hashed(image.clone()).tolist() == before
+
+
+def test_a_call_waits_for_one_read_of_its_hashes(tiny, tmp_path, picture_rows):
+    trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
+    speed_up(trainer, ["vision_cache"])
+    tower = tower_of(trainer)
+    size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
+    call = {"grid_thw": torch.tensor([[1, 4, 4]] * 3), "return_dict": True}
+    patches = torch.randn(48, size)
+    with torch.no_grad():
+        tower(patches, **call)
+        with Reads() as reads:
+            tower(patches, **call)
+    assert reads.count == 0, "tensors are read as lists, of all images at once"
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_estimate_knows_the_memory_of_features(tiny, tmp_path, picture_rows, kind):
+    trainer = make_trainer(tiny(kind), picture_rows, tmp_path)
+    speedups, tower = speed_up(trainer, ["vision_cache"]), tower_of(trainer)
+    size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
+    with torch.no_grad():
+        tower(torch.randn(3 * 16, size), grid_thw=torch.tensor([[1, 4, 4]] * 3), return_dict=True)
+    shape = ModelShape.from_config(trainer.model.config.to_dict())
+    for limit, expected in ((1e9, speedups.facts()["vision_cache"]["kept_bytes"]), (7.0, 7.0)):
+        sizes = Sizes(10.0, 10.0, 4.0, kept_images=3, feature_limit=limit)
+        assert memory(shape, run_facts(shape, training=training(shape)), sizes).features == expected
 
 
 def test_new_weights_make_new_features(tiny, tmp_path, picture_rows):

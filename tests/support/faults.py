@@ -45,10 +45,11 @@ def asks_too_much(completion_ids: list[list[int]], **columns: Any) -> list[float
 
 
 def hangs(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """It leaves a process behind in a session of its own, as a careless sandbox does."""
+    """The backward pass after it never ends, and it leaves a process behind in a session of its own, as a careless
+    sandbox does."""
     if _due():
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-        time.sleep(600)
+        torch.Tensor.backward = lambda *args, **kwargs: time.sleep(600)  # type: ignore[method-assign]
     return _fine(completion_ids)
 
 

@@ -56,9 +56,9 @@ def test_memory_that_runs_out_at_the_start(
     assert outcome.record is None and outcome.startup_s is None
 
 
-def test_a_hang_in_a_reward(attempt: Callable[..., TrialOutcome]) -> None:
+def test_a_hang_in_the_backward_pass(attempt: Callable[..., TrialOutcome]) -> None:
     outcome = attempt("tests.support.faults:hangs", call=2, hang_s=2.0)
-    assert (outcome.status, outcome.why) == ("hang", "no sign of life for 2 s, in reward")
+    assert (outcome.status, outcome.why) == ("hang", "no sign of life for 2 s, in backward")
 
 
 def test_a_limit_that_is_shorter_than_start_up(attempt: Callable[..., TrialOutcome]) -> None:

@@ -209,7 +209,7 @@ Runner(Path(sys.argv[1])).run(TrialSpec.model_validate_json(Path(sys.argv[2]).re
 def test_nothing_outlives_a_parent_that_is_killed(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reward hangs, and has started a process in a session of its own."""
+    """The backward pass hangs, and the reward has started a process in a session of its own."""
     (tmp_path / "spec.json").write_text(
         spec_of(tiny("qwen3"), tmp_path, reward="tests.support.faults:hangs").model_dump_json()
     )

@@ -2,6 +2,9 @@
 
 Read off vLLM 0.31 (vllm/v1/core/sched/output.py). A colocated engine runs in this process, so its scheduler can be
 asked without its statistics being on (TRL starts it without). A server is asked over HTTP (`metrics.server`).
+
+With asynchronous scheduling the engine decides on a batch while the device works on the one before, so that a step's
+seconds belong to the batch whose tokens come back in it (`step_with_batch_queue` in vllm/v1/engine/core.py).
 """
 
 from __future__ import annotations
@@ -80,7 +83,9 @@ class EngineMeter:
     counting: Callable[[], bool]
     clock: Callable[[], float] = time.perf_counter
     turns: deque[Turn] = field(default_factory=lambda: deque(maxlen=KEEP))
-    _scheduled: Scheduled = field(default_factory=Scheduled)
+    _under_way: dict[int, Scheduled] = field(default_factory=dict)
+    _returned: Scheduled | None = None
+    _unbooked_s: float = 0.0
 
     def install(self) -> list[Handle]:
         """Put layers on the engine's step, its scheduler, its sleep and the weight sync; none without an engine."""
@@ -89,6 +94,7 @@ class EngineMeter:
         slots = [(self.generation, "sync_weights", self._timed("sync"))]
         if scheduler is not None:
             slots.append((scheduler, "schedule", self._schedule_layer))
+            slots.append((scheduler, "update_from_output", self._update_layer))
             slots.append((engine, "step", self._step_layer))
             slots.append((llm, "generate", self._generate_layer))
             slots += [(llm, "sleep", self._timed("sleep")), (llm, "wake_up", self._timed("wake"))]
@@ -146,6 +152,7 @@ class EngineMeter:
         return timed
 
     def _generate_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._unbooked_s = 0.0
         if self.counting():
             self._turn().generations += 1
         return call_next(*args, **kwargs)
@@ -156,17 +163,29 @@ class EngineMeter:
             self._count(output)
         return output
 
+    def _update_layer(self, call_next: Callable[..., Any], output: Any, /, *args: Any, **kwargs: Any) -> Any:
+        work = self._under_way.pop(id(output), None)
+        if work is not None:
+            self._returned = work if self._returned is None else self._returned.and_then(work)
+        return call_next(output, *args, **kwargs)
+
     def _step_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        self._scheduled = Scheduled()
-        begin = self.clock()
+        self._returned, begin = None, self.clock()
         outputs = call_next(*args, **kwargs)
         if self.counting():
-            seconds, work, turn = self.clock() - begin, self._scheduled, self._turn()
-            turn.prefill_s += seconds if work.prefill else 0.0
-            turn.decode_s += 0.0 if work.prefill else seconds
-            turn.decode_only_tokens += 0 if work.prefill else work.decode
-            turn.running_s += work.running * seconds
+            self._unbooked_s += self.clock() - begin
+            if self._returned is not None:
+                self._book(self._returned, self._unbooked_s)
+                self._unbooked_s = 0.0
         return outputs
+
+    def _book(self, work: Scheduled, seconds: float) -> None:
+        """Book seconds to the batch that took them."""
+        turn = self._turn()
+        turn.prefill_s += seconds if work.prefill else 0.0
+        turn.decode_s += 0.0 if work.prefill else seconds
+        turn.decode_only_tokens += 0 if work.prefill else work.decode
+        turn.running_s += work.running * seconds
 
     def _count(self, output: Any) -> None:
         """Count what the scheduler has just decided to compute."""
@@ -192,7 +211,7 @@ class EngineMeter:
         turn.running_max = max(turn.running_max, work.running)
         turn.waiting_max = max(turn.waiting_max, scheduler.get_request_counts()[1])
         turn.kv_use_max = max(turn.kv_use_max, scheduler.kv_cache_manager.usage)
-        self._scheduled = self._scheduled.and_then(work)
+        self._under_way[id(output)] = work
 
 
 SAME = sorted({f.name for f in fields(Turn)} & set(EngineFacts.model_fields) - {"sleep_s", "wake_s", "sync_s"})

@@ -27,7 +27,7 @@ from grpo_autotune.rollout.parts import part_of
 from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
 from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync
-from grpo_autotune.rollout.sync.weights import has_4bit
+from grpo_autotune.rollout.sync.weights import packed
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 RESET_IMAGES = "/reset_encoder_cache"
@@ -60,7 +60,7 @@ class ServerSync(WeightSync):
         """Decide on the way to the server, before TRL opens its own.
 
         Raises:
-            ConfigError: The adapter cannot be sent as a file, or there is none.
+            ConfigError: The adapter cannot be sent as a file, there is none, or the model's weights are packed.
             EnvironmentProblem: The trainer has no GPU, or the server takes no adapters.
         """
         self.client, self.base, self._model = client, client.model, generation.model
@@ -104,6 +104,12 @@ class ServerSync(WeightSync):
 
     def _choose(self, device: Any) -> Way:
         asked, cuda = self.options.weight_sync, device.type == "cuda"
+        if (kind := packed(self._model)) is not None:
+            raise ConfigError(
+                f"a server takes no weights that are packed in 4 or 8 bits ({kind}), and no adapter on them",
+                where="vllm.mode",
+                fix="Set it to colocate, or train on a base that is not quantized.",
+            )
         if asked in ("merged", "batched") or (asked == "auto" and cuda):
             if cuda:
                 return "merged"
@@ -192,8 +198,6 @@ def no_adapter_because(model: Any) -> str | None:
     reason = lora.refusal(model)
     if reason is not None:
         return reason
-    if has_4bit(model):
-        return "the adapter belongs to a base in 4 bits, and the server holds another one"
     seeing = lora.tower_layers(model)
     return f"a server takes no adapter on the vision tower ({seeing[0]})" if seeing else None
 

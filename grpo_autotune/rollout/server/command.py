@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.schema import RunConfig, packed_at_server
 from grpo_autotune.config.vllm import OURS, VLLM_TO_TRL
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
@@ -140,8 +140,11 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
         gpus: GPUs of the server, as `CUDA_VISIBLE_DEVICES` names them; all that are visible without.
 
     Raises:
-        ConfigError: `vllm.server_base_url` is no address to listen at, or the adapter's rank has no room in vLLM.
+        ConfigError: `vllm.server_base_url` is no address to listen at, the adapter's rank has no room in vLLM, or the
+            base is in 4 bits.
     """
+    if config.model.load_in_4bit:
+        raise packed_at_server()
     keys = {name: value for name, value in given_keys(config).items() if name not in CLIENT_KEYS}
     notes: list[str] = []
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -225,7 +228,7 @@ def adapter_room(config: RunConfig) -> int | None:
     Raises:
         ConfigError: The rank is larger than any that vLLM takes.
     """
-    if config.peft is None or config.model.load_in_4bit or given_keys(config).get("weight_sync", "auto") not in SENDS:
+    if config.peft is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
         return None
     rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])
     room = next((size for size in ADAPTER_RANKS if size >= rank), None)

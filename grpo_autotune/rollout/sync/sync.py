@@ -6,7 +6,8 @@ adapter  The adapter's own matrices, which vLLM adds on the fly.
 
 The first sync pushes everything, since nobody can tell whether the trainer still has the weights that vLLM read from
 the checkpoint; so does the first one after the engine has slept at level 2, which throws weights away. At level 1 they
-wait in host memory: what TRL syncs again only because the engine slept needs no push.
+wait in host memory: what TRL syncs again only because the engine slept needs no push. An engine that has quantized its
+weights (transposed, scaled) takes none at all: an adapter is all that it is sent.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import Part, part_of
 from grpo_autotune.rollout.sync import adapters, caches, lora
-from grpo_autotune.rollout.sync.weights import changing, has_4bit, weights
+from grpo_autotune.rollout.sync.weights import changing, has_4bit, packed, weights
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 _logger = logging.getLogger("grpo_autotune.rollout")
@@ -86,11 +87,17 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
     """The way for a trainer's weights, and the reason for it.
 
     Raises:
-        ConfigError: The asked way is not possible.
+        ConfigError: The asked way is not possible, or the model's weights are packed in a way that vLLM does not take.
     """
     model, asked = generation.model, options.weight_sync
     if has_4bit(model):
         _check_4bit(model, options)
+    elif (kind := packed(model)) is not None:
+        raise ConfigError(
+            f"vLLM takes no weights that are packed in 8 bits ({kind})",
+            where="model.name_or_path",
+            fix="Train on a base that is not quantized, or with model.load_in_4bit: true.",
+        )
     if asked == "merged" or asked == "batched":
         return asked, "asked for"
     reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
@@ -140,6 +147,33 @@ def _checkpoint(model: Any) -> dict[str, Any]:
     return config
 
 
+def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
+    """Refuse what a quantized engine cannot do: take weights, and have them thrown away.
+
+    Args:
+        quantization: Of the engine's weights; None for none.
+        way: By which weights are sent.
+        sleep_level: Of the engine, 0 for none.
+
+    Raises:
+        ConfigError: It would have to.
+    """
+    if quantization is None:
+        return
+    if way != "adapter":
+        raise ConfigError(
+            f"{quantization} layers of vLLM take no weights from the trainer, and weights are sent {way}",
+            where="vllm.quantization",
+            fix="Leave it out, or set vllm.weight_sync to adapter and train a LoRA adapter (peft).",
+        )
+    if sleep_level == TRL_LEVEL:
+        raise ConfigError(
+            f"asleep at level 2 an engine throws its weights away, and {quantization} layers take no new ones",
+            where="vllm.sleep_level",
+            fix="Set it to 1 or 0, or leave vllm.quantization out.",
+        )
+
+
 class ColocateSync(WeightSync):
     """The weight syncs of an engine in this process."""
 
@@ -149,6 +183,7 @@ class ColocateSync(WeightSync):
         self._llm: Any = None
         self._adapters: adapters.Adapters | None = None
         self._slept: int | None = None
+        self._quantized = False
         self._generating = False
         self._pushed: list[str] = []
         self._bytes = 0
@@ -160,12 +195,24 @@ class ColocateSync(WeightSync):
             ConfigError: The asked way is not possible.
         """
         self.way, self.why = choose(generation, self.options)
+        check_quantized(self.options.keys.get("quantization"), self.way, self._level(generation))
         keys = adapters.llm_keys(generation.model) if self.way == "adapter" else {}
         # TRL asks for bitsandbytes here; vLLM's 4-bit layers take no pushed weights, so it holds them as numbers
         return {**keys, "quantization": None} if has_4bit(generation.model) else keys
 
+    def _level(self, generation: Any) -> int:
+        asked = self.options.sleep_level
+        return TRL_LEVEL * bool(generation.enable_sleep_mode) if asked is None else asked
+
     def started(self, generation: Any, llm: Any) -> list[Handle]:
-        """Put layers on sleep and waking, and on what takes adapters."""
+        """Put layers on sleep and waking, and on what takes adapters.
+
+        Raises:
+            ConfigError: The checkpoint itself is quantized, and weights would have to be pushed.
+        """
+        quantization = llm.llm_engine.vllm_config.model_config.quantization
+        check_quantized(quantization, self.way, self._level(generation))
+        self._quantized = quantization is not None
         if self.options.weight_sync == "auto":
             lost = self.way == "batched" and self.why != SLOW_ON_CPU and lora.is_adapted(generation.model)
             log = _logger.warning if lost else _logger.info
@@ -206,9 +253,9 @@ class ColocateSync(WeightSync):
     def _sync(self, call_next: Callable[..., Any], /) -> None:
         begun = time.perf_counter()
         self._pushed, self._bytes = [], 0
-        full = not self.syncs or self._slept == TRL_LEVEL
+        full = not self._quantized and (not self.syncs or self._slept == TRL_LEVEL)
         reset: tuple[str, ...] = ()
-        if self._generating and not full:
+        if self._generating and self.syncs and not full:
             self._wake()  # within `generate` TRL syncs only because the engine slept
         elif self.way == "merged":
             call_next()

@@ -84,3 +84,11 @@ def is_4bit(parameter: Any) -> bool:
 def has_4bit(model: Any) -> bool:
     """True for a model with such weights."""
     return any(is_4bit(parameter) for parameter in model.parameters())
+
+
+def packed(model: Any) -> str | None:
+    """The type of weights that stand for others (4 bits, 8 bits); None for a model without."""
+    weights = model.parameters()
+    return next(
+        (type(weight).__name__ for weight in weights if is_4bit(weight) or not weight.is_floating_point()), None
+    )

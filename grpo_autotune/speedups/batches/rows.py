@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import functional
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 Batch = dict[str, Any]
@@ -81,6 +82,15 @@ def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> 
         if batch.get(key) is not None:
             cut[key] = batch[key][:, width_P - keep_P : width_P + keep_C]
     return cut
+
+
+def widened(batch: Batch, pad_token: int) -> Batch:
+    """The inputs of a model with one more column of padding before them: the same results, up to rounding."""
+    values = {"input_ids": pad_token, **dict.fromkeys(("attention_mask", *BOTH_KEYS), 0)}
+    return {
+        key: functional.pad(value, (1, 0), value=values[key]) if key in values else value
+        for key, value in batch.items()
+    }
 
 
 def one_token(row: Batch, *, whole_prompt: bool) -> Batch:

@@ -23,7 +23,7 @@ from grpo_autotune.seams.loss import DIVISORS
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
-from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout
+from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout, in_parts
 
 ROUNDING = 2.0 * torch.finfo(torch.float32).eps
 """What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of
@@ -60,6 +60,8 @@ class SkipDead:
             return "grpo.multi_objective_aggregation couples the advantages of all groups"
         if trainer.loss_type not in DIVISORS:
             return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
+        if (reason := in_parts(trainer)) is not None:
+            return reason
         dropout = active_dropout(trainer.model)
         return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
 

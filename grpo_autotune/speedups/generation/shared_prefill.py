@@ -20,7 +20,7 @@ from grpo_autotune.seams.mixed_image_rows import without_empty
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
-from grpo_autotune.speedups.batches.rows import take
+from grpo_autotune.speedups.batches.rows import take, widened
 from grpo_autotune.speedups.conditions import GENERATION, active_dropout
 from grpo_autotune.speedups.generation.decoding import Decoder, Unsupported
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -124,8 +124,8 @@ class _Sharing(Installed):
         if not _alike(batch, first_rows, prompt_of_row):
             return call_next(**kwargs)
         for row, with_images in _samples(batch, first_rows):
-            two_ways = self._two_ways(call_next, batch, row, config)
-            if not self._checks[with_images].run(*two_ways, self._dtype(), "scores"):
+            plain, shared, wider = self._ways(call_next, batch, row, config)
+            if not self._checks[with_images].run(plain, shared, self._dtype(), "scores", wider):
                 return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
         decoder = Decoder(torch.tensor(prompt_of_row))
@@ -140,21 +140,24 @@ class _Sharing(Installed):
         self._facts["row_steps_of_plain"] += decoder.steps * len(prompt_of_row)
         return ids
 
-    def _two_ways(
+    def _ways(
         self, call_next: Callable[..., Any], batch: dict[str, Any], row: int, config: Any
-    ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-        """Scores of the first tokens of two completions of one row's prompt: as TRL gets them, and shared."""
+    ) -> tuple[Callable[[], torch.Tensor], ...]:
+        """Scores of the first tokens of two completions of one row's prompt: as TRL gets them, shared, and as TRL gets
+        them behind one more column of padding."""
         device = batch["input_ids"].device
         config = copy.deepcopy(config)
         config.max_new_tokens = min(CHECKED_TOKENS, config.max_new_tokens or CHECKED_TOKENS)
         if config.min_new_tokens is not None:
             config.min_new_tokens = min(config.min_new_tokens, config.max_new_tokens)
 
-        def plain() -> torch.Tensor:
+        twice = _inputs(take(batch, [row, row]))
+
+        def plain(inputs: dict[str, Any] = twice) -> torch.Tensor:
             told = copy.deepcopy(config)
             told.return_dict_in_generate = told.output_logits = True
             with seeded(0, device):
-                logits = call_next(**_inputs(take(batch, [row, row])), generation_config=told).logits
+                logits = call_next(**inputs, generation_config=told).logits
             return torch.stack(logits)
 
         def shared() -> torch.Tensor:
@@ -164,7 +167,7 @@ class _Sharing(Installed):
                 call_next(**_inputs(take(batch, [row])), generation_config=config, custom_generate=decoder)
             return torch.stack(record)
 
-        return plain, shared
+        return plain, shared, lambda: plain(widened(twice, config.pad_token_id or 0))
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.trainer.model.dtype

@@ -2,7 +2,8 @@
 
 TRL runs the processor over all prompts twice a generation, for generation and for log-probs, on G copies of each image.
 Images are told apart by their pixels, so that whatever happened to one on the way, what comes out is what the processor
-makes of it. Rows are read on generating steps only (`lazy_rows`).
+makes of it. Rows are read on generating steps only (`lazy_rows`). To a GPU each distinct image goes once, through
+pinned memory and in the vision tower's type, which the model would turn it into first thing; copies are made there.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import datasets
 import torch
 from cachetools import LRUCache
 from PIL import Image as Pillow
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION, replaced
 from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
+from grpo_autotune.speedups.images.towers import towers_of
 
 DECODED_BYTES = 1 << 29
 """Memory for decoded images."""
@@ -76,6 +79,8 @@ class ImagesOnce:
             (find("rewards"), installed.rewards),
         )
         installed.handles += wrap_rows(trainer, layers, INNER)
+        if trainer.accelerator.device.type != "cpu":
+            installed.handles.append(wrap(AttributeSlot(trainer, "_prepare_input"), installed.send, INNER))
         return installed
 
 
@@ -91,10 +96,12 @@ class _Once(Installed):
         )
         self._loaded: weakref.WeakSet[Rows] = weakref.WeakSet()  # each evaluation has a loader of its own
         self._checked = False
-        self._facts = {"asked": 0.0, "processed": 0.0}
+        self._made = WeakTensorKeyDictionary()
+        self._sent: tuple[tuple[Hashable, ...], tuple[torch.Tensor, ...]] = ((), ())
+        self._facts = {"asked": 0.0, "processed": 0.0, "sent": 0.0}
 
     def facts(self) -> dict[str, float]:
-        """Images that the processor was asked for and that it worked on, and the memory that both kinds take."""
+        """Images that the processor was asked for, that it worked on and that went to a GPU, and the memory of all."""
         return {**self._facts, "kept_bytes": float(self._decoded.currsize + self._processed.currsize)}
 
     def remove(self) -> None:
@@ -104,6 +111,7 @@ class _Once(Installed):
             rows.decoded = None  # a loader under way goes on: from here on each of its rows decodes for itself
         self._decoded.clear()
         self._processed.clear()
+        self._sent = (), ()
 
     def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """A loader of rows that are read on first use; of whole rows where worker processes prepare them ahead."""
@@ -142,7 +150,24 @@ class _Once(Installed):
             with suppress(ValueError):  # larger than the whole cache
                 self._processed[key] = known[key]
         whole = _together([known[key] for key in keys])
+        self._made[whole[0]] = keys, known
         return self._checked_once(call_next, flat, kwargs, whole)
+
+    def send(self, call_next: Callable[..., Any], /, data: Any) -> Any:
+        """As the trainer puts a tensor on its device; patches made here go there once per image."""
+        if not isinstance(data, torch.Tensor) or data not in self._made or self.fell_back:
+            return call_next(data)
+        keys, known = self._made[data]
+        distinct = tuple(dict.fromkeys(keys))
+        if self._sent[0] != distinct:
+            sizes = [len(known[key][0]) for key in distinct]
+            patches = torch.cat([known[key][0] for key in distinct]).to(_tower_type(self.trainer, data.dtype))
+            patches = patches.pin_memory() if torch.cuda.is_available() else patches
+            patches = patches.to(self.trainer.accelerator.device, non_blocking=True)
+            self._sent = distinct, torch.split(patches, sizes)
+            self._facts["sent"] += len(distinct)
+        arrived = dict(zip(*self._sent, strict=True))
+        return call_next(torch.cat([arrived[key] for key in keys]))
 
     def _settings(self, kwargs: dict[str, Any]) -> str:
         """The settings that the outcome depends on: the call's options and the processor's own."""
@@ -174,6 +199,13 @@ class _Once(Installed):
 def _as_stored(rows: datasets.Dataset) -> bool:
     """True if each copy of a row is what is stored, all of it."""
     return rows.format["type"] is None and set(rows.format["columns"]) == set(rows.column_names)
+
+
+def _tower_type(trainer: Any, otherwise: torch.dtype) -> torch.dtype:
+    """The type of the vision towers, which images are turned into (`get_image_features` of Qwen-VL's models)."""
+    models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]
+    types = {tower.dtype for model in models for tower in towers_of(model)}
+    return types.pop() if len(types) == 1 else otherwise
 
 
 def _flat(images: Any) -> list[Any]:

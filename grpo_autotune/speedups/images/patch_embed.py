@@ -15,7 +15,7 @@ from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.conditions import replaced
+from grpo_autotune.speedups.conditions import in_copies, replaced
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 CHECKED_PATCHES = 64
@@ -33,7 +33,8 @@ class PatchEmbed:
         convolutions = list(_convolutions(trainer))
         if not convolutions:
             return "the model (model.name_or_path) has no Conv3d whose stride is its kernel"
-        return next(filter(None, (replaced(convolution, "forward") for convolution in convolutions)), None)
+        reasons = (in_copies(trainer), *(replaced(convolution, "forward") for convolution in convolutions))
+        return next(filter(None, reasons), None)
 
     def install(self, trainer: Any) -> Installed:
         """Put a layer on each such convolution of the policy and of the reference model."""

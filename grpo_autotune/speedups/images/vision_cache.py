@@ -1,27 +1,31 @@
 """A frozen vision tower runs once on each distinct image: for all copies, all passes, and later steps.
 
 Generation, the old-policy, reference and training passes all run the tower on G copies of each image, although nothing
-in it changes. Features are kept under what they were computed from, pixel for pixel: a fingerprint finds a candidate,
-and a comparison of all pixels decides.
+in it changes. Features are kept under a hash of all pixels that they were computed from, taken where the pixels are:
+two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both equal for two images that differ with a
+chance below 2^-50. One read of the hashes is all that a call waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
-from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.conditions import active_dropout, replaced
+from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
+from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
+from grpo_autotune.speedups.images.towers import towers_of
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
-LIMIT_BYTES = 1 << 30
-"""Memory for features and the pixels they belong to, on the tower's device."""
+LIMIT_BYTES = FEATURE_BYTES
+FORMS = 2
+"""Random linear forms of a hash."""
 
 PATCHES = ("last_hidden_state",)
 """Outputs of one row a patch."""
@@ -39,7 +43,7 @@ class VisionCache:
 
     def applies(self, trainer: Any) -> str | None:
         """None where the model has a vision tower that nothing changes."""
-        tower = next(_towers(trainer.model), None)
+        tower = next(towers_of(trainer.model), None)
         if tower is None:
             return "the model (model.name_or_path) has no vision tower of Qwen-VL's kind"
         other = replaced(tower, "forward")
@@ -47,6 +51,8 @@ class VisionCache:
             return other
         if any(weight.requires_grad for weight in tower.parameters()):
             return "the vision tower is trained (model.freeze_vision_tower, peft.target_modules)"
+        if (reason := in_parts(trainer)) is not None:
+            return reason
         dropout = active_dropout(tower)
         return None if dropout is None else f"{dropout}: the tower's features are drawn anew each time"
 
@@ -57,16 +63,9 @@ class VisionCache:
         if getattr(trainer, "ref_model", None) is not None and not trainer.args.sync_ref_model:
             models.append(trainer.ref_model)
         for model in models:
-            for tower in _towers(model):
+            for tower in towers_of(model):
                 installed.handles.append(wrap(AttributeSlot(tower, "forward"), installed.layer(tower), INNER))
         return installed
-
-
-def _towers(model: Any) -> Iterator[Any]:
-    """Vision towers that are called with patches and a grid, and merge squares of patches into tokens."""
-    for module in model.modules():
-        if hasattr(module, "patch_embed") and hasattr(module, "merger") and hasattr(module, "spatial_merge_size"):
-            yield module
 
 
 def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
@@ -78,11 +77,8 @@ def _asks_for_more(tower: Any, options: dict[str, Any]) -> bool:
     return not named or not given.keys() <= {"grid_thw", "return_dict", "use_cache", ARGUMENT}
 
 
-class _Image(NamedTuple):
-    """One image's patches, and the tower's outputs for it."""
-
-    patches: torch.Tensor
-    features: dict[str, Any]
+Features = dict[str, Any]
+"""The tower's outputs for one image, and under `type` the class that holds them."""
 
 
 class _Features(Installed):
@@ -90,7 +86,8 @@ class _Features(Installed):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._kept: LRUCache[Hashable, _Image] = LRUCache(LIMIT_BYTES, getsizeof=_size)
+        self._kept: LRUCache[Hashable, Features] = LRUCache(LIMIT_BYTES, getsizeof=_size)
+        self._hash = _Hash()
         self._facts = {"asked": 0.0, "computed": 0.0}
 
     def facts(self) -> dict[str, float]:
@@ -110,9 +107,10 @@ class _Features(Installed):
             grid = kwargs.get("grid_thw")
             if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
                 return call_next(patches, *args, **kwargs)
-            run = _Run(tower, call_next, self._kept)
-            parts = torch.split(patches, grid.prod(dim=-1).tolist())
-            images = run.images(parts, grid)
+            run = _Run(tower, call_next, self._kept, self._hash)
+            shapes = grid.tolist()
+            parts = torch.split(patches, [math.prod(shape) for shape in shapes])
+            images = run.images(parts, grid, shapes)
             self._facts["asked"] += len(parts)
             self._facts["computed"] += run.computed
             if images is None:
@@ -134,48 +132,37 @@ class _Features(Installed):
 class _Run:
     """One call of a tower."""
 
-    def __init__(self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, _Image]) -> None:
+    def __init__(
+        self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: _Hash
+    ) -> None:
         weight = next(tower.parameters())
         device = weight.device.type
         autocast = torch.is_autocast_enabled(device)
         self.dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         self.computed = 0
         self.output_type: Any = None
-        self._tower, self._call_next, self._kept = tower, call_next, kept
+        self._tower, self._call_next, self._kept, self._hash = tower, call_next, kept, hash_of
         written = sum(weight._version for weight in tower.parameters())  # a loaded checkpoint writes into them
         self._state = (id(tower), self.dtype, written)
 
-    def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[_Image] | None:
-        """Each image with its features; None where the tower's output cannot be taken apart."""
-        keys = self._keys(parts, grid)
-        images: dict[Hashable, _Image] = {}
-        for key, part in zip(keys, parts, strict=True):
-            image = self._kept.get(key)
-            if image is not None and torch.equal(image.patches, part):
-                images[key] = image
+    def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor, shapes: list[Any]) -> list[Features] | None:
+        """The features of each image; None where the tower's output cannot be taken apart."""
+        hashes = torch.stack([self._hash(part) for part in parts]).tolist()
+        keys = [
+            (self._state, tuple(shape), part.dtype, *hashed)
+            for part, shape, hashed in zip(parts, shapes, hashes, strict=True)
+        ]
+        images = {key: kept for key in keys if (kept := self._kept.get(key)) is not None}
         missing = {key: index for index, key in enumerate(keys) if key not in images}
         if missing and not self._compute(images, missing, parts, grid):
             return None
-        self.output_type = self.output_type or next(iter(images.values())).features["type"]
+        self.output_type = self.output_type or next(iter(images.values()))["type"]
         return [images[key] for key in keys]
-
-    def _keys(self, parts: Sequence[torch.Tensor], grid: torch.Tensor) -> list[Hashable]:
-        """A fingerprint of each image; of two with one fingerprint the second is told apart by comparison."""
-        sums = torch.stack([torch.stack([part.double().sum(), part[0].double().sum()]) for part in parts]).tolist()
-        keys: list[Hashable] = []
-        first: dict[Hashable, int] = {}
-        for index, (part, shape, total) in enumerate(zip(parts, grid.tolist(), sums, strict=True)):
-            key: Hashable = (self._state, tuple(shape), part.dtype, tuple(total))
-            while key in first and not torch.equal(parts[first[key]], part):
-                key = (key, "another")
-            first.setdefault(key, index)
-            keys.append(key)
-        return keys
 
     def _compute(
         self,
-        found: dict[Hashable, _Image],
-        missing: dict[Hashable, int],
+        images: dict[Any, Features],
+        missing: dict[Any, int],
         parts: Sequence[torch.Tensor],
         grid: torch.Tensor,
     ) -> bool:
@@ -188,12 +175,40 @@ class _Run:
         if separate is None:
             return False
         self.computed += len(rows)
-        for key, row, features in zip(missing, rows, separate, strict=True):
-            image = _Image(parts[row].clone(), {**features, "type": type(output)})
-            found[key] = image
+        for key, features in zip(missing, separate, strict=True):
+            images[key] = {**features, "type": type(output)}
             with suppress(ValueError):  # larger than the whole cache
-                self._kept[key] = image
+                self._kept[key] = images[key]
         return True
+
+
+class _Hash:
+    """Hashes of images: random linear forms of their bits, over patches and over the numbers of each."""
+
+    def __init__(self) -> None:
+        self._factors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        """Hash of (n, size) numbers of two or four bytes: `FORMS` 64-bit integers, on their device."""
+        bits = patches.contiguous().view(torch.int16 if patches.element_size() == 2 else torch.int32)
+        of_rows, of_columns = self._at_least(bits.shape[0], bits.shape[1], patches.device)
+        rows = torch.stack([(bits * factors).sum(dim=1) for factors in of_columns[:, : bits.shape[1]]])
+        return (rows * of_rows[:, : bits.shape[0]]).sum(dim=1)
+
+    def _at_least(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors for so many rows and columns: the same ones whatever was asked for before."""
+        known = self._factors.get(device)
+        if known is None or known[0].shape[1] < rows or known[1].shape[1] < columns:
+            known = _random(rows, 0).to(device), _random(columns, 1).to(device)
+            self._factors[device] = known
+        return known
+
+
+def _random(count: int, seed: int) -> torch.Tensor:
+    """Factors of `FORMS` linear forms, (FORMS, at least count): a power of two of them, so that they seldom change."""
+    generator = torch.Generator().manual_seed(seed)
+    width = 1 << (count - 1).bit_length()
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (width, FORMS), generator=generator).T.contiguous()
 
 
 def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] | None:
@@ -215,20 +230,18 @@ def _apart(output: Any, sizes: list[int], merged: int) -> list[dict[str, Any]] |
     return images
 
 
-def _joined(images: Sequence[_Image]) -> dict[str, Any]:
+def _joined(images: Sequence[Features]) -> dict[str, Any]:
     """The output of a tower that ran on `images`, in their order."""
     joined: dict[str, Any] = {}
-    for name, value in images[0].features.items():
+    for name, value in images[0].items():
         if isinstance(value, list):
             layers = range(len(value))
-            joined[name] = [torch.cat([image.features[name][layer] for image in images]) for layer in layers]
+            joined[name] = [torch.cat([image[name][layer] for image in images]) for layer in layers]
         elif name != "type":
-            joined[name] = torch.cat([image.features[name] for image in images])
+            joined[name] = torch.cat([image[name] for image in images])
     return joined
 
 
-def _size(image: _Image) -> int:
-    tensors = [image.patches]
-    for value in image.features.values():
-        tensors += value if isinstance(value, list) else [value] if isinstance(value, torch.Tensor) else []
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _size(image: Features) -> int:
+    values = (value if isinstance(value, list) else [value] for name, value in image.items() if name != "type")
+    return sum(tensor.numel() * tensor.element_size() for tensors in values for tensor in tensors)

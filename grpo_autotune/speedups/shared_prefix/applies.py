@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
-from grpo_autotune.speedups.base import SERVED
-from grpo_autotune.speedups.conditions import active_dropout
+from grpo_autotune.speedups.base import SERVED, kernel_name
+from grpo_autotune.speedups.conditions import active_dropout, in_parts
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -24,7 +24,7 @@ def _dropout(trainer: Any) -> str | None:
 
 def _kernel(trainer: Any) -> str | None:
     kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
-    other = sorted(str(name) for name in kinds if name not in SERVED)
+    other = sorted(str(name) for name in kinds if kernel_name(name) not in SERVED)
     if not other:
         return None
     return f"model.attn_implementation {other[0]} is not supported (supported: {', '.join(SERVED)})"
@@ -54,16 +54,8 @@ def _virtual_tokens(trainer: Any) -> str | None:
     return None
 
 
-def _parallel(trainer: Any) -> str | None:
-    args = trainer.args
-    if args.n_gpu > 1:
-        return "several GPUs in one process (torch.nn.DataParallel): start one process a GPU"
-    if trainer.is_fsdp_enabled:
-        return "FSDP shards the modules that it would put its layers on (grpo.fsdp)"
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO 3 shards the modules that it would put its layers on (grpo.deepspeed)"
-    if args.torch_compile:
+def _compiled(trainer: Any) -> str | None:
+    if trainer.args.torch_compile:
         return "a compiled model would be compiled again for every batch (grpo.torch_compile)"
     return None
 
@@ -74,5 +66,6 @@ _RULES: tuple[Callable[[Any], str | None], ...] = (
     _dropout,
     _aux_loss,
     _virtual_tokens,
-    _parallel,
+    in_parts,
+    _compiled,
 )

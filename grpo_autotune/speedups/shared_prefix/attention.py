@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from grpo_autotune.seams.layers import INNER, Handle, ItemSlot, wrap
+from grpo_autotune.speedups.base import kernel_name
 from grpo_autotune.speedups.shared_prefix.layout import Layout, Span
 
 ARGUMENT = "shared_prefix"
@@ -116,7 +117,7 @@ class Split:
     """
 
     def __init__(self, implementation: str) -> None:
-        self._masked = not implementation.startswith("flash")
+        self._masked = not kernel_name(implementation).startswith("flash")
 
     def __call__(
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]

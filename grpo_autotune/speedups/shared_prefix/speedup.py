@@ -20,6 +20,7 @@ from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
+from grpo_autotune.speedups.batches.rows import widened
 from grpo_autotune.speedups.conditions import GENERATION
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
@@ -179,20 +180,23 @@ class _SharedPrefix(Installed):
         if check.passed is not None:
             return check.passed
         alone = self.trainer.accelerator.unwrap_model(model)
+        text = base_of(alone).config.get_text_config()
+        ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+        inputs = {"input_ids": ids, "attention_mask": mask, **batch.media.as_given(rows)}
 
-        def plain() -> torch.Tensor:
-            return call_next(
-                alone,
-                batch.input_ids[rows],
-                batch.attention_mask[rows],
-                batch.completion_width,
-                **batch.media.as_given(rows),
-            )[0]
+        def plain(inputs: dict[str, Any] = inputs) -> torch.Tensor:
+            media = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+            return call_next(alone, inputs["input_ids"], inputs["attention_mask"], batch.completion_width, **media)[0]
+
+        def wider() -> torch.Tensor:
+            return plain(widened(inputs, getattr(text, "pad_token_id", None) or 0))
 
         def shared() -> torch.Tensor:
             return self._shared(alone, batch, rows, False, self.forms.watching)[0]
 
-        return check.run(plain, shared, getattr(torch, compute_dtype(self.trainer)), "log-probs")
+        dtype = getattr(torch, compute_dtype(self.trainer))
+        again = wider if getattr(text, "rope_parameters", None) is not None else None  # else a column is a position
+        return check.run(plain, shared, dtype, "log-probs", again)
 
     def _shared(
         self,

@@ -24,6 +24,7 @@ from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.server.process import address_keys, leave_gpus
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.seams.trainer_access import SPEED_UPS
+from grpo_autotune.trials.child.collectives import collective_limit
 from grpo_autotune.trials.child.memory import (
     Idle,
     MemoryMeter,
@@ -120,8 +121,9 @@ class TrialExecutor:
         self._engine.forget_ranks()
         meter.restart()
         set_seed(int(config.grpo.get("seed", DEFAULT_SEED)))
-        address = None if spec.server_port is None else address_keys(spec.server_port)
-        trainer = quiet_trainer(config, startup, say, self._data.load, address, folder)
+        overrides: dict[str, Any] = {} if spec.server_port is None else dict(address_keys(spec.server_port))
+        overrides |= collective_limit(spec, config.grpo.get("ddp_timeout"))
+        trainer = quiet_trainer(config, startup, say, self._data.load, overrides, folder)
         self._model = weakref.ref(trainer.model)
         try:
             return measure(trainer, spec, folder, startup, heartbeat, trainer.train)

@@ -13,6 +13,7 @@ from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import PromptReward, TrialSpec
 from grpo_autotune.train.runs.stop_after import Enough, StopAfter
 from grpo_autotune.trials.block_limit import is_interleaved
+from grpo_autotune.trials.child.beating import beating
 from grpo_autotune.trials.child.blocks import WITHOUT_END, BlockSchedule
 from grpo_autotune.trials.child.fixed_lengths import FixedLengths, lengths_seen
 from grpo_autotune.trials.child.reward_only import measure_rewards
@@ -40,17 +41,14 @@ def measure(
         spec: The trial.
         folder: Gets `spans.jsonl`.
         startup: What was measured of the start.
-        heartbeat: Beats at every span edge and every forward pass of the model.
+        heartbeat: Beats at every span edge, and inside them as `beating` says.
         train: Runs the trainer's training loop.
     """
-    beating = beat_with_forwards(trainer, heartbeat)
-    try:
+    with beating(trainer, heartbeat):
         if spec.purpose == "rewards":
             seconds, rewards = measure_rewards(trainer, spec.steps, heartbeat)
             return Measurement(step_s=tuple(seconds), rewards=tuple(rewards))
         return _measure_steps(trainer, spec, folder, startup, heartbeat, train)
-    finally:
-        beating.remove()
 
 
 def _measure_steps(
@@ -108,13 +106,6 @@ def outlast(trainer: Any, steps: int) -> None:
         a_generation = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
         if generations * a_generation < steps:
             args.max_steps = steps
-
-
-def beat_with_forwards(trainer: Any, heartbeat: HeartbeatWriter) -> Any:
-    """Beat before each forward of the model, since one span may hold the sampling of thousands of tokens."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.register_forward_pre_hook(lambda module, inputs: heartbeat.again())
 
 
 def _whole_cycles(steps: int, cycle: int) -> int:

@@ -24,7 +24,7 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
     Args:
         trainer: A `trl.GRPOTrainer` over an indexable data set.
         batches: Generation batches; fewer where the data set ends before.
-        heartbeat: Beats before each batch.
+        heartbeat: Beats before each batch and its rewards.
 
     Returns:
         Seconds of each batch, and the rewards of each prompt, in the data set's order.
@@ -32,14 +32,14 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
     batches = max(1, min(batches, len(trainer.train_dataset) // prompts))
-    samples = _Samples(trainer)
+    samples = _Samples(trainer, heartbeat)
     trainer.model.train()
     heartbeat.of = batches
     heartbeat.begin()
     seconds, rewards = [], []
     try:
         for batch in range(batches):
-            heartbeat.beat("rewards")
+            heartbeat.beat("generation")
             begin = time.perf_counter()
             rows = range(batch * prompts, (batch + 1) * prompts)
             with torch.no_grad():
@@ -61,8 +61,8 @@ def _share(trainer: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
 class _Samples:
     """Rewards of the newest generation, over all ranks."""
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, heartbeat: HeartbeatWriter) -> None:
+        self._trainer, self._heartbeat = trainer, heartbeat
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
         self._handles: list[Handle] = []
@@ -84,7 +84,8 @@ class _Samples:
         ]
 
     def _total(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        rewards_BF = call_next(*args, **kwargs)
+        with self._heartbeat.within("reward"):
+            rewards_BF = call_next(*args, **kwargs)
         weights_F = self._trainer.reward_weights.to(rewards_BF.device)
         self._rewards = (rewards_BF * weights_F).nansum(dim=1).tolist()
         return rewards_BF

@@ -16,6 +16,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TRIAL_ARGUMENTS, TrialSpec
 from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, run_as_main
 from grpo_autotune.scripts.values import ScriptValues
+from grpo_autotune.trials.child.collectives import collective_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class _ScriptTrial(ScriptHooks):
         heartbeat: HeartbeatWriter,
         trl_imported: Callable[[], None],
     ) -> None:
-        super().__init__(ScriptValues(spec.knobs, TRIAL_ARGUMENTS), startup, say)
+        limits = collective_limit(spec)
+        super().__init__(ScriptValues(spec.knobs, {**TRIAL_ARGUMENTS, **limits}), startup, say)
         self._spec, self._folder, self._heartbeat, self._trl_imported = spec, folder, heartbeat, trl_imported
         self.measured: Measurement | None = None
 

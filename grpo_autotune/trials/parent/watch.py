@@ -13,7 +13,7 @@ from typing import NamedTuple
 from grpo_autotune.records.trial import OUTCOME_FILE, Progress, TrialSpec
 from grpo_autotune.trials.endings import Ending
 from grpo_autotune.trials.exit_codes import OTHER_ENGINE
-from grpo_autotune.trials.heartbeat import HeartbeatReader
+from grpo_autotune.trials.heartbeat import UNHURRIED, HeartbeatReader
 from grpo_autotune.trials.parent.worker import Worker
 
 POLL_S = 0.02
@@ -104,6 +104,6 @@ class Attempt:
         spec, stage = self.spec, self.heartbeat.progress.stage
         if active_s > spec.limit_s:
             return AttemptEnd(Ending("timeout", f"over its limit of {spec.limit_s:g} s, in {stage}"))
-        if self.heartbeat.began and silent_s > spec.hang_s:
+        if self.heartbeat.began and silent_s > spec.hang_s and stage not in UNHURRIED:
             return AttemptEnd(Ending("hang", f"no sign of life for {spec.hang_s:g} s, in {stage}"))
         return None

@@ -1,0 +1,29 @@
+"""Limits of collectives in a trial of several ranks: one that never ends is an error with a message in the log.
+
+A rank that waits shows no sign of life while another judges or compiles, so that silence says nothing there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from grpo_autotune.records.trial import TrialSpec
+
+SHARE = 0.5
+"""Of a trial's limit: a collective that starts to hang in its first half ends it before the limit does."""
+
+
+def collective_limit(spec: TrialSpec, asked_s: Any = None) -> dict[str, int]:
+    """The `GRPOConfig` keys of a trial's ranks, and NCCL's own limits put into this process's environment.
+
+    Args:
+        spec: The trial.
+        asked_s: `ddp_timeout` of its configuration in seconds, which counts where it is shorter; None for the default.
+    """
+    if spec.world_size == 1:
+        return {}
+    limit_s = max(1, int(SHARE * spec.limit_s))
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process on an error
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(limit_s))  # of NCCL's watchdog, 480 otherwise
+    return {"ddp_timeout": limit_s if asked_s is None else min(limit_s, int(asked_s))}

@@ -1,0 +1,125 @@
+"""Silence that is no hang: judges, compilers, engines and servers, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_autotune.records.trial import Progress, TrialSpec
+from grpo_autotune.search.trial_log import TrialLog
+from grpo_autotune.trials.child.beating import beating
+from grpo_autotune.trials.child.collectives import collective_limit
+from grpo_autotune.trials.heartbeat import HeartbeatReader, HeartbeatWriter
+from grpo_autotune.trials.parent.watch import Attempt, AttemptEnd
+
+LIVING = SimpleNamespace(poll=lambda: None)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def writer(tmp_path: Path):
+    heartbeat = HeartbeatWriter(tmp_path)
+    heartbeat.begin()
+    yield heartbeat
+    heartbeat.close()
+
+
+def silence(attempt: Attempt, clock: Clock, seconds: float) -> AttemptEnd | None:
+    end = attempt.look()
+    for _ in range(int(seconds // 5)):
+        clock.now += 5.0
+        end = end or attempt.look()
+    return end
+
+
+@pytest.mark.parametrize(("stage", "hangs"), [("reward", False), ("compiling", False), ("backward", True)])
+def test_a_judge_of_130_seconds_is_no_hang(tmp_path: Path, writer: HeartbeatWriter, stage: str, hangs: bool) -> None:
+    clock = Clock()
+    attempt = Attempt(LIVING, TrialSpec(number=0, config={}, limit_s=400.0), tmp_path, clock, print)
+    writer.beat(stage)
+    end = silence(attempt, clock, 130)
+    assert (end is not None and end.ending is not None and end.ending.status == "hang") == hangs
+    if not hangs:
+        end = silence(attempt, clock, 300)
+        assert end is not None and end.ending is not None and end.ending.status == "timeout", "its limit ends it"
+
+
+def trainer_of(model: torch.nn.Module, generation: Any = None) -> Any:
+    return SimpleNamespace(
+        model=model, accelerator=SimpleNamespace(unwrap_model=lambda model: model), vllm_generation=generation
+    )
+
+
+def test_engine_steps_and_server_answers_beat(tmp_path: Path, writer: HeartbeatWriter) -> None:
+    reader, seen = HeartbeatReader(tmp_path), []
+
+    def look() -> None:
+        seen.append((reader.moved(), reader.progress.stage))
+
+    engine, client = SimpleNamespace(step=look), SimpleNamespace(generate=look)
+    generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=engine), vllm_client=client)
+    writer.beat("generation")
+    look()
+    with beating(trainer_of(torch.nn.Linear(1, 1), generation), writer):
+        engine.step()
+        engine.step()
+        client.generate()
+    look()
+    assert seen == [
+        (True, "generation"),
+        (True, "generation"),
+        (True, "generation"),
+        (True, "generation elsewhere"),
+        (True, "generation"),
+    ]
+    engine.step()
+    assert seen[-1] == (False, "generation"), "its layers are gone"
+
+
+def test_compiling_is_told(tmp_path: Path, writer: HeartbeatWriter) -> None:
+    model, reader, seen = torch.nn.Linear(1, 1), HeartbeatReader(tmp_path), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        reader.moved()
+        seen.append(reader.progress)
+        return graph.forward
+
+    writer.beat("policy_logprob")
+    with beating(trainer_of(model), writer):
+        torch.compile(model, backend=backend, fullgraph=True)(torch.ones(1, 1))
+    reader.moved()
+    assert seen == [Progress("compiling", 0, 0)] and reader.progress.stage == "policy_logprob"
+
+
+@pytest.mark.parametrize(("processes", "hang_s"), [(1, 120.0), (2, 900.0)])
+def test_ranks_that_wait_for_each_other_have_the_trials_limit(processes: int, hang_s: float) -> None:
+    config = SimpleNamespace(to_dict=dict, batch=SimpleNamespace(processes=processes))
+    task = SimpleNamespace(folder=SimpleNamespace(next_number=lambda: 1), script=None)
+    log = TrialLog(task, runner=None, budget=None, view=None)
+    assert log.spec("timed", config, {}, 900.0).hang_s == hang_s
+
+
+def test_collectives_end_before_the_trial_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        monkeypatch.delenv(name, raising=False)
+    alone = TrialSpec(number=0, config={}, limit_s=300.0)
+    assert collective_limit(alone) == {} and "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC" not in os.environ
+    ranks = alone.model_copy(update={"world_size": 2})
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    assert collective_limit(ranks) == {"ddp_timeout": 150}
+    assert collective_limit(ranks, 1800) == {"ddp_timeout": 150} and collective_limit(ranks, 60) == {"ddp_timeout": 60}
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "150"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1", "the user's own stays"
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
