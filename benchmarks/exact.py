@@ -1,6 +1,6 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
-    python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix]
+    python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
                                [--steps 50] [--skip batches runs ranks bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
@@ -40,7 +40,7 @@ mend_torchvision()
 
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from tests.support.exactness import apart, differences, ready, under_autocast  # noqa: E402
+from tests.support.exactness import apart, asked, differences, ready, under_autocast  # noqa: E402
 from tests.support.exactness_ranks import rows_of  # noqa: E402
 from tests.support.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
 from tests.support.trainers import make_trainer  # noqa: E402
@@ -102,7 +102,7 @@ def runs(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 path, data, models.folder / "out", lora=lora, max_steps=options.steps, beta=0.05, optim="sgd",
                 learning_rate=0.02, num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
             )  # fmt: skip
-            speedups = speed_up(trainer, wanted)
+            speedups = speed_up(trainer, asked(wanted))
             trainer.train()
             speedups.remove()
             rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
@@ -208,7 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
-    parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix"])
+    parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix", "shared_prefix=split"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")

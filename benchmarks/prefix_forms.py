@@ -1,9 +1,11 @@
 """Which form of a shared prompt is faster: one flat sequence, or the completions against the prompt's cache.
 
-    python -m benchmarks.prefix_forms [--cases 768px text ...] [--forms plain flat cache] [--rounds 6] [--add]
+    python -m benchmarks.prefix_forms [--cases 768px text ...] [--forms plain flat cascade cache] [--rounds 6] [--add]
 
-`shared_prefix` sends one row a group, the prompt followed by its completions, through the model, and cuts attention
-into the prompt by itself and the completions as a batch. The other form runs the model twice: on the prompt with
+`shared_prefix` sends one row a group, the prompt followed by its completions, through the model. `flat` cuts attention
+into the prompt by itself and the completions as a batch whose keys are copies of the prompt's and their own (`split`);
+`cascade` has prompts, completions, and completions against their prompt as calls of flash attention that are merged.
+`cache` runs the model twice: on the prompt with
 `use_cache=True`, and on the completions as a batch against the prompt's keys and values, repeated once a completion
 (`DynamicCache.batch_repeat_interleave`); gradients flow through the cache. Gradient checkpointing forbids a cache, so
 that form can only serve passes without gradients there; the training pass is measured without checkpointing.
@@ -46,14 +48,15 @@ from grpo_autotune.seams.trainer_access import base_of  # noqa: E402
 from grpo_autotune.speedups.batches.groups import groups_of  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT  # noqa: E402
+from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates  # noqa: E402
 from grpo_autotune.speedups.shared_prefix.layout import Layout, Span  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 CASES = {**speedups.CASES, "longer": Case(0, 200, 1060)}
 """`long` is the case whose tensors are of more than 32 MiB in one form alone, `longer` in both."""
 
-FORMS = ("flat", "cache")
-QUOTIENTS = (("flat", "cache"), ("plain", "flat"))
+FORMS = ("flat", "cascade", "cache")
+QUOTIENTS = (("flat", "cache"), ("flat", "cascade"), ("plain", "flat"), ("plain", "cascade"))
 MEDIA = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
 IMAGES = ("pixel_values", "image_grid_thw")
 
@@ -78,7 +81,9 @@ class Forms:
     @form.setter
     def form(self, form: str) -> None:
         self._form = form
-        self.installed._installed["shared_prefix"].fell_back = "its turn is over" if form == "plain" else None
+        shared: Any = self.installed._installed["shared_prefix"]
+        shared.fell_back = "its turn is over" if form == "plain" else None
+        shared.forms = Choice(next(iter(candidates(torch.device("cpu"), form)), None))
 
     def _batch(self, case: Case) -> dict[str, Any]:
         """A generation batch of one group; TRL is handed random completions in place of its own."""
@@ -119,7 +124,7 @@ class Forms:
 
     def _layer(self, call_next: Callable[..., Any], /, **inputs: Any) -> Any:
         layout = inputs.get(ARGUMENT)
-        if layout is None or self.form == "flat":
+        if layout is None or self.form != "cache":
             return call_next(**inputs)
         parts = [self._group(call_next, inputs, layout, span) for span in layout.spans]
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(parts, dim=1))
@@ -127,8 +132,8 @@ class Forms:
     def _group(self, call_next: Callable[..., Any], inputs: dict[str, Any], layout: Layout, span: Span) -> torch.Tensor:
         """The hidden states of one prompt and its completions, (1, T, D), by way of the cache."""
         assert len(layout.spans) == 1 and span.spread is None, "one group, all of one length"
-        prompt, rest = slice(span.start, span.prompt_end), slice(span.prompt_end, span.end)
-        length, ids, positions = span.prompt_end - span.start, inputs["input_ids"], inputs["position_ids"]
+        prompt, rest = slice(span.start, span.prompt_end), slice(span.begin, span.end)
+        length, ids, positions = span.prompt, inputs["input_ids"], inputs["position_ids"]
         kinds = inputs.get("mm_token_type_ids")
         cache = DynamicCache(config=base_of(self.trainer.model).config.get_text_config())
         first = call_next(
@@ -198,7 +203,7 @@ def main() -> None:
     """Measure every case asked for and write `docs/benchmarks/prefix_forms.json`."""
     parser = argparse.ArgumentParser(description="A shared prompt as one sequence against its cache.")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--forms", nargs="+", choices=["plain", *FORMS], default=FORMS)
+    parser.add_argument("--forms", nargs="+", choices=["plain", *FORMS], default=["flat", "cache"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--size", choices=["14m", "100m"], default="14m")
     parser.add_argument("--name", default="prefix_forms")
@@ -218,7 +223,7 @@ def main() -> None:
         for name, value in more.items():
             sys.stdout.write(f"{value['median']:7.3f}  {value['low']:.3f} .. {value['high']:.3f}  {name}\n")
         sys.stdout.flush()
-        write(options.name, "python -m benchmarks.prefix_forms", rows, ratios)
+        write(options.name, f"python -m benchmarks.{' '.join(['prefix_forms', *sys.argv[1:]])}", rows, ratios)
 
 
 if __name__ == "__main__":

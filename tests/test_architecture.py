@@ -44,7 +44,7 @@ FLOORS = {
         ("colocate",),
     ),
     "speedups": (
-        ("base", "selection", "conditions", "selfcheck"),
+        ("base", "selection", "conditions", "selfcheck", "sdpa"),
         ("batches",),
         ("shared_prefix", "generation"),
         ("images",),

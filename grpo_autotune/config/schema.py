@@ -164,7 +164,8 @@ class RunConfig(Section):
     vllm: VllmSection = VllmSection()
     speedups: SpeedUps = "auto"
     """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names. An item may be a mapping with
-    options: `{name: shared_prefix, form: flex}` also tries FlexAttention, on CUDA, and takes it where it is faster."""
+    options: `{name: shared_prefix, form: cascade}` (or `flex`, FlexAttention) also tries that form of attention, on
+    CUDA, and takes it where it is faster."""
     search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None

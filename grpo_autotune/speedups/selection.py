@@ -14,7 +14,7 @@ AUTO, NONE = "auto", "none"
 Wanted = str | Sequence[str | Mapping[str, Any]]
 """Values of the key; one name stands for a list of it."""
 
-OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {"shared_prefix": {"form": ("split", "flex")}}
+OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {"shared_prefix": {"form": ("auto", "split", "flex", "cascade")}}
 """Speed-up -> option -> the accepted values, the default first; others have none."""
 
 

@@ -241,7 +241,7 @@ def test_a_registered_speed_up_comes_after_those_of_the_package(monkeypatch):
         ([{"name": "shared_prefix", "from": "flex"}], "speedups: shared_prefix has no option 'from'. Accepted: form."),
         (
             [{"name": "shared_prefix", "form": "flax"}],
-            "speedups: form 'flax' of shared_prefix is not accepted. Accepted: split, flex.",
+            "speedups: form 'flax' of shared_prefix is not accepted. Accepted: auto, split, flex, cascade.",
         ),
         ([{"name": "skip_dead", "form": "flex"}], "speedups: skip_dead has no option 'form'. It has none."),
         (

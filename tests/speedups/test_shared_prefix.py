@@ -16,12 +16,16 @@ from tests.support.exactness import apart, differences, generation, loss_and_gra
 from tests.support.tiny import TEXT, TEXTS
 from tests.support.trainers import DEVICE, EXACT, losses, make_trainer
 
-from grpo_autotune.speedups.shared_prefix import attention  # isort: skip
+from grpo_autotune.speedups.shared_prefix import attention, speedup  # isort: skip
+from grpo_autotune.speedups.batches.groups import KNOWN  # isort: skip
+from grpo_autotune.speedups.batches.rows import one_token, take  # isort: skip
+from grpo_autotune.speedups.shared_prefix.media import INPUTS  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.shared_prefix.attention import causal_mask  # isort: skip
 from grpo_autotune.speedups.shared_prefix.layout import batch_of, layout_of  # isort: skip
 import torch  # isort: skip
 from datasets import Dataset, Features, Image, Sequence, Value  # isort: skip
+from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from transformers import AttentionInterface, AutoTokenizer  # isort: skip
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -91,6 +95,65 @@ def test_four_architectures(tiny, tmp_path, ragged_picture_rows, ragged_text_row
     found = differences(build, "shared_prefix")
     assert_exact(found)
     assert {"ref_per_token_logps", "old_per_token_logps"} <= found.keys()
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("qwen3_vl", True), ("llama", False)])
+def test_the_form_with_copies_of_the_prompt(tiny, tmp_path, picture_rows, ragged_text_rows, kind, checkpointing):
+    def build():
+        rows = picture_rows if kind.endswith("vl") else ragged_text_rows
+        return ready(tiny(kind), rows, tmp_path, gradient_checkpointing=checkpointing, beta=0.05, **GROUPS)
+
+    found = differences(build, [{"name": "shared_prefix", "form": "split"}])
+    assert_exact(found)
+    assert "fact.cascade_passes" not in found
+
+
+class Reads(TorchDispatchMode):
+    """Which functions that wait for a device are called inside."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "masked_scatter")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        self.found |= {name} & {*self.WAITING}
+        return function(*args, **(kwargs or {}))
+
+
+def test_rows_carry_what_the_host_has_to_know_of_them(tiny, tmp_path, picture_rows, monkeypatch):
+    monkeypatch.setattr(speedup, "waits", lambda device: True)
+    split = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = ready(tiny("qwen3_vl"), picture_rows, tmp_path, lora=False, beta=0.05, **split)
+    speed_up(trainer, "shared_prefix")
+    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for batch in trainer._buffered_inputs:
+        ids, mask = (torch.cat([batch[f"prompt_{of}"], batch[f"completion_{of}"]], dim=1) for of in ("ids", "mask"))
+        given = {key: batch[key] for key in INPUTS if key in batch}
+        width, known_B = batch["completion_ids"].shape[1], batch[KNOWN]
+        read = batch_of(ids, mask, width, batch["group_id"], given)
+        with Reads() as reads:
+            known = batch_of(ids, mask, width, batch["group_id"], given, known_B)
+            assert known.media.why_not(width) is None
+        assert not reads.found
+        for name in ("groups", "prompt_lengths", "completion_lengths"):
+            assert getattr(known, name) == getattr(read, name)
+        assert known.media.patches == read.media.patches and known.media.images == read.media.images
+        mask[1, -1] = 1 - mask[1, -1]
+        with pytest.raises(RuntimeError, match="a mask was changed"):
+            batch_of(ids, mask, width, batch["group_id"], given, known_B)
+        loss, gradients = loss_and_gradients(trainer, batch)
+        without = {key: value for key, value in batch.items() if key != KNOWN}
+        wanted, wanted_gradients = loss_and_gradients(trainer, without)
+        assert torch.equal(loss, wanted)
+        assert all(torch.equal(gradients[name], wanted_gradients[name]) for name in gradients)
+    assert torch.equal(take(batch, [2, 0])[KNOWN], known_B[[2, 0]])
+    assert KNOWN not in one_token(take(batch, [2]), whole_prompt=True)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs)
+    assert KNOWN not in generation(trainer), "somebody else's loss may change a batch"
 
 
 def test_a_micro_batch_of_one_shares_where_no_backward_pass_follows(tiny, tmp_path, text_rows):
@@ -568,8 +631,10 @@ def test_a_layout_holds_each_prompt_once(tiny, tmp_path, text_rows):
     batch = batch_of(ids, mask, 2, torch.tensor([7, 7, 8]), {})
     assert batch.groups == [0, 0, 2] and batch.tokens([0, 1, 2]) == 5
     layout = layout_of(batch, [0, 1, 2])
-    assert ids.flatten()[layout.source].tolist() == [1, 2, 6, 8, 9]
-    assert layout.scored.tolist() == [0, 1, 0, 2, 4]
+    assert ids.flatten()[layout.source].tolist() == [1, 8, 9, 2, 6]
+    assert layout.scored.tolist() == [0, 3, 0, 4, 2]
+    assert ids.flatten()[layout.target].tolist() == [2, 3, 6, 7, 10]
+    assert layout.place.tolist() == [0, 1, 2, 3, 4]
     assert layout.tokens == 5 and layout.first_rows == [0, 2]
     alone = replace(batch, groups=[0, 1, 2])
     assert alone.tokens([0, 1, 2]) == 6

@@ -14,11 +14,15 @@ from tests.support.exactness import apart, differences, generation, loss_and_gra
 from grpo_autotune.speedups.shared_prefix import speedup, choice  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.shared_prefix.attention import Split  # isort: skip
-from grpo_autotune.speedups.shared_prefix.flex import Flex  # isort: skip
+from grpo_autotune.speedups.sdpa import without_cudnn  # isort: skip
+from grpo_autotune.speedups.shared_prefix.flex import Flex, _looks, block_mask, compiled_for_all_shapes  # isort: skip
 from grpo_autotune.speedups.shared_prefix.choice import Choice, candidates  # isort: skip
 from grpo_autotune.speedups.shared_prefix.layout import batch_of, layout_of  # isort: skip
 import torch  # isort: skip
+from torch._dynamo.exc import FailOnRecompileLimitHit  # isort: skip
+from torch._dynamo.utils import counters  # isort: skip
 from torch.nn.attention import flex_attention as torch_flex  # isort: skip
+from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # isort: skip
 
 
@@ -66,11 +70,6 @@ def with_form(trainer, form: Flex, clock):
 
 def reason(speedups) -> str:
     return next(row.reason for row in speedups.table() if row.name == "shared_prefix")
-
-
-def test_flex_attention_is_offered_on_cuda_alone():
-    assert candidates(torch.device("cpu"), "flex") == []
-    assert [form.name for form in candidates(torch.device("cuda"), "flex")] == ["FlexAttention"]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +235,150 @@ def test_a_kernel_that_fails_is_told_once_and_left(tiny, tmp_path, rows, monkeyp
     assert len(told) == 1 and "shared_prefix goes on without FlexAttention" in told[0] and words in told[0]
     assert "for this device" not in told[0]
     assert (found["fact.flex_passes"] > 0) is (name == "while it trains")
+
+
+CALLS = 2 * (choice.WARMUP + choice.ROUNDS) + 2
+"""Of the kernel before the forward of a training pass: timing, the two layers of the reference, and timing."""
+
+
+class FailsOnce:
+    """A kernel that fails at its nth call, counted from 0."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.calls = number, 0
+
+    def __call__(self, *states, **kwargs):
+        self.calls += 1
+        if self.calls == self.number + 1:
+            raise RuntimeError("no kernel image\nfor this device")
+        return torch_flex.flex_attention(*states, **kwargs)
+
+
+def checkpoint(trainer, reentrant):
+    """The trainer, with layers that are computed again in one of torch's two ways."""
+    trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": reentrant}
+    trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    return trainer
+
+
+def checkpointed(tiny, tmp_path, rows, monkeypatch, number, reentrant):
+    """The differences where the kernel fails at its nth call in a checkpointed training pass."""
+    monkeypatch.setattr(speedup, "candidates", lambda device, form: [Flex(FailsOnce(CALLS + number))])
+    monkeypatch.setattr(choice, "MARGIN", 0.0)
+    grpo = {"lora": False, "beta": 0.05, "gradient_checkpointing": True, **GROUPS}
+    return differences(lambda: checkpoint(ready(tiny("qwen3"), rows, tmp_path, **grpo), reentrant), "shared_prefix")
+
+
+@pytest.mark.parametrize(("number", "reentrant"), [(1, False), (1, True), (2, True)])
+def test_a_layer_that_is_computed_again_finds_the_form_that_it_had(
+    tiny, tmp_path, rows, monkeypatch, caplog, number, reentrant
+):
+    """The kernel fails at the second layer, or where the layers are computed again with nothing kept of the first."""
+    assert_exact(checkpointed(tiny, tmp_path, rows, monkeypatch, number, reentrant))
+    assert "goes on without FlexAttention: RuntimeError: no kernel image" in caplog.text
+
+
+def test_a_kernel_that_fails_where_a_checkpoint_counts_on_it_is_told(tiny, tmp_path, rows, monkeypatch):
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        checkpointed(tiny, tmp_path, rows, monkeypatch, number=2, reentrant=False)
+
+
+def test_the_limit_of_versions_is_a_failure_like_others():
+    def kernel(*states, **kwargs):
+        raise FailOnRecompileLimitHit("Hard failure due to fullgraph=True")
+
+    layout = layout_of_lengths([5], [[4, 4]])
+    states = tuple(torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    form = Flex(kernel)
+    assert form(sdpa_attention_forward, None, states, layout, {}) is None
+    assert form.failed == "FailOnRecompileLimitHit: Hard failure due to fullgraph=True"
+
+
+def test_growing_layouts_share_versions_of_the_kernel():
+    """torch's own limit is 8, and its kernel would not be compiled beyond it."""
+
+    def attend(query, key, value, *, block_mask, scale, enable_gqa):
+        return query * scale + block_mask.kv_num_blocks.sum() + (key.sum() + value.sum())
+
+    counters.clear()
+    form = Flex(compiled_for_all_shapes(attend, backend="eager"))
+    for number in range(12):
+        layout = layout_of_lengths([100 + 30 * number], [[20 + number, 9]])
+        for grad in (True, False):
+            states = tuple(
+                torch.randn(1, layout.tokens, heads, 16).transpose(1, 2).requires_grad_(grad) for heads in (4, 2, 2)
+            )
+            assert form(sdpa_attention_forward, None, states, layout, {"scaling": 0.3}) is not None
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+
+
+def test_forms_are_timed_on_states_laid_out_as_projections_leave_them(tiny, tmp_path, rows, monkeypatch):
+    strides = set()
+
+    def kernel(*states, **kwargs):
+        strides.update(state.transpose(1, 2).is_contiguous() for state in states)
+        return torch_flex.flex_attention(*states, **kwargs)
+
+    trainer = ready(tiny("llama"), rows, tmp_path, beta=0.0, **GROUPS)
+    with_form(trainer, Flex(kernel), Clock())
+    loss_and_gradients(trainer, generation(trainer))
+    assert strides == {True}
+
+
+@pytest.mark.parametrize("window", [None, 5, 150])
+@pytest.mark.parametrize(
+    ("prompts", "completions"),
+    [([5], [[4, 4]]), ([140, 300, 12], [[130, 9], [400, 20, 3], [0, 1]]), ([128, 256], [[129, 257], [1, 2, 300]])],
+)
+def test_blocks_are_those_of_the_whole_mask_and_it_is_not_made(prompts, completions, window):
+    layout = layout_of_lengths(prompts, completions)
+    tokens = layout.tokens
+    with Largest() as largest:
+        found = block_mask(layout, window)
+    wanted = torch_flex.create_block_mask(_looks(layout, window), None, None, tokens, tokens, device="cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(wanted, f"{kind}_num_blocks")
+        assert torch.equal(getattr(found, f"{kind}_num_blocks"), counts)
+        for ours, theirs, count in zip(
+            *(getattr(mask, f"{kind}_indices")[0, 0] for mask in (found, wanted)), counts[0, 0], strict=True
+        ):
+            assert torch.equal(ours[:count], theirs[:count])
+    assert found.seq_lengths == wanted.seq_lengths
+    assert largest.numbers <= max(tokens, (tokens // 128 + 2) ** 2)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            self.numbers = max(self.numbers, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return made
+
+
+def test_attention_on_spans_keeps_off_the_backend_that_plans_for_each_shape():
+    layout = layout_of_lengths([5, 3], [[4, 2], [3]])
+    states = tuple(torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    on = []
+
+    def attention(*given, **kwargs):
+        on.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise ValueError("enough")
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ValueError, match="enough"):
+        Split("sdpa")(attention, None, states, layout, {})
+    assert before and on == [False] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_cudnn_stays_where_a_user_has_switched_the_others_off(monkeypatch):
+    for name in ("flash", "mem_efficient", "math"):
+        monkeypatch.setattr(torch.backends.cuda, f"{name}_sdp_enabled", lambda: False)
+    with without_cudnn():
+        assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_layers_that_change_scores_are_not_served():

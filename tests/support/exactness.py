@@ -60,6 +60,12 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max()) / scale if scale else float(found.abs().max())
 
 
+def asked(names: str | Sequence[Any]) -> str | Sequence[Any]:
+    """Speed-ups as `speed_up` takes them; `shared_prefix=split` is one with its option `form`."""
+    name, given, form = names.partition("=") if isinstance(names, str) else ("", "", "")
+    return [{"name": name, "form": form}] if given else names
+
+
 def differences(
     build: Callable[[], GRPOTrainer], names: Wanted, change: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, float]:
@@ -67,11 +73,11 @@ def differences(
 
     Args:
         build: Makes the trainer, from scratch for each.
-        names: Speed-ups, as `speed_up` takes them.
+        names: Speed-ups, as `asked` reads them.
         change: Applied to both batches.
     """
     plain, fast = build(), build()
-    installed = speed_up(fast, names)
+    installed = speed_up(fast, asked(names))
     batches = [generation(plain), generation(fast)]
     found: dict[str, float] = {}
     for key in ("completion_ids", "ref_per_token_logps", "old_per_token_logps"):
@@ -166,12 +172,12 @@ def under_autocast(
 
     Args:
         build: Makes the trainer, from scratch for each; told whether to autocast to bfloat16.
-        names: Speed-ups to try, each by itself, as `speed_up` takes them.
+        names: Speed-ups to try, each by itself, as `asked` reads them.
         batches: How many; one batch's largest difference says little where everything is rounded.
     """
     exact, plain = build(False), build(True)
     sped_up = {name: build(True) for name in names}
-    installed = [speed_up(trainer, name) for name, trainer in sped_up.items()]
+    installed = [speed_up(trainer, asked(name)) for name, trainer in sped_up.items()]
     on = [[row.on for row in speedups.table()] for speedups in installed]
     found: dict[str, list[Rounded]] = {name: [] for name in names}
     for seed in range(batches):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.exactness import apart
+from tests.support.exactness import apart, asked
 from tests.support.trainers import make_trainer
 
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -39,7 +39,7 @@ def main() -> None:
             Path(model), rows_of(kind), Path(folder), lora=lora == "1", optim="sgd", learning_rate=0.05,
             ddp_find_unused_parameters=False, **json.loads(grpo),
         )  # fmt: skip
-        speedups = speed_up(trainer, wanted)
+        speedups = speed_up(trainer, asked(wanted))
         trainer.train()
         rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
         found.append((dict(trainer.model.named_parameters()), rewards, speedups, trainer.accelerator.num_processes))

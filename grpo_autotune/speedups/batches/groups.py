@@ -20,6 +20,10 @@ from grpo_autotune.seams.table import find, wrap_rows
 
 KEY = "group_id"
 
+KNOWN = "rows_known"
+"""Column, on the CPU, with what the host has to know of rows and would have to wait for a device to tell; whoever
+changes a row's masks drops it."""
+
 _ATTRIBUTE = "_grpo_autotune_groups"
 
 
@@ -28,11 +32,13 @@ class Groups:
 
     Attributes:
         current: The group of each row under way in TRL's scoring or loss, (B,); None outside, or where it is not known.
+        known: The column `KNOWN` of the rows under way in TRL's loss; None outside, or where they have none.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.current: torch.Tensor | None = None
+        self.known: torch.Tensor | None = None
         self._handles = wrap_rows(trainer, ((find("score"), self._score), (find("loss"), self._loss)), INNER)
         setattr(trainer, _ATTRIBUTE, self)
 
@@ -59,17 +65,17 @@ class Groups:
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        group_B = inputs.get(KEY) if isinstance(inputs, Mapping) else None
-        with self._under_way(group_B):
+        batch = inputs if isinstance(inputs, Mapping) else {}
+        with self._under_way(batch.get(KEY), batch.get(KNOWN)):
             return call_next(model, inputs, *args, **kwargs)
 
     @contextmanager
-    def _under_way(self, groups_B: torch.Tensor | None) -> Iterator[None]:
-        before, self.current = self.current, groups_B
+    def _under_way(self, groups_B: torch.Tensor | None, known_B: torch.Tensor | None = None) -> Iterator[None]:
+        before, self.current, self.known = (self.current, self.known), groups_B, known_B
         try:
             yield
         finally:
-            self.current = before
+            self.current, self.known = before
 
 
 def groups_of(trainer: Any) -> Groups:

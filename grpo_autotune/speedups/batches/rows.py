@@ -11,6 +11,8 @@ from typing import Any
 from torch.nn import functional
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from grpo_autotune.speedups.batches.groups import KNOWN
+
 Batch = dict[str, Any]
 
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
@@ -97,7 +99,8 @@ def one_token(row: Batch, *, whole_prompt: bool) -> Batch:
     """A batch of one row cut to its first completion token, behind the whole prompt or behind its last token."""
     width_P, width_C = row["prompt_ids"].shape[1], row["completion_ids"].shape[1]
     keep_P = width_P if whole_prompt else 1
-    cut = {name: value for name, value in row.items() if whole_prompt or name not in IMAGE_KEYS}
+    gone = {KNOWN} if whole_prompt else {KNOWN, *IMAGE_KEYS}
+    cut = {name: value for name, value in row.items() if name not in gone}
     for key in PROMPT_KEYS:
         cut[key] = row[key][:, width_P - keep_P :]
     for key in COMPLETION_KEYS:

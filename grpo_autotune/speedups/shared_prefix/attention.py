@@ -11,6 +11,7 @@ T: tokens of the flat sequence, S: width of a group's completions, P: its prompt
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -18,13 +19,18 @@ from typing import Any, Protocol
 
 import torch
 
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.seams.layers import INNER, Handle, ItemSlot, wrap
 from grpo_autotune.speedups.base import kernel_name
+from grpo_autotune.speedups.sdpa import without_cudnn
+from grpo_autotune.speedups.selfcheck import FAILURES, first_line
 from grpo_autotune.speedups.shared_prefix.layout import Layout, Span
 
 ARGUMENT = "shared_prefix"
 """Keyword that carries the layout through the model: gradient checkpointing computes a layer again in the backward
 pass, when nothing but the layer's own arguments is left to tell."""
+
+_logger = logging.getLogger("grpo_autotune.speedups")
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]
 
@@ -38,7 +44,7 @@ class Form(Protocol):
     def __call__(
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
-        """The output (1, T, H, D) for query, key and value (1, H, T, D); None leaves it to `Split`.
+        """The output (1, T, H, D) for query, key and value (1, H, T, D); None leaves the layer to `Split`.
 
         Args:
             attention: The function that the model is configured with.
@@ -47,6 +53,72 @@ class Form(Protocol):
             layout: Who belongs to whom.
             kwargs: What the layer hands its attention function beside.
         """
+
+
+OTHER_TERMS = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change scores."""
+
+
+def other_terms(kwargs: dict[str, Any]) -> list[str]:
+    """Those of `OTHER_TERMS` that a layer gives."""
+    return [name for name in OTHER_TERMS if kwargs.get(name) is not None]
+
+
+class FastForm:
+    """As `Form`: one that takes the place of `Split` until it fails.
+
+    Args:
+        timed: Whether it has to be measured as faster before a pass takes it.
+
+    Attributes:
+        key: What the option `form` calls it.
+        name: What messages call it.
+        failed: Why the work is left to `Split`, for good.
+    """
+
+    key = name = ""
+
+    def __init__(self, timed: bool) -> None:
+        self.timed = timed
+        self.failed: str | None = None
+
+    def __call__(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """As `Form`; a layer that is computed again gets what it got the first time.
+
+        Raises:
+            BaseException: It failed where gradient checkpointing already keeps what it left for the backward pass, memory ran
+                out, or the GPU failed.
+        """
+        layer = int(getattr(module, "layer_idx", -1))
+        served = layout.served.get(layer)
+        if served is False or (served is None and self.failed is not None):
+            return None
+        try:
+            output = self.attend(states, layout, kwargs)
+        except self.failures() as error:
+            if served or is_of_the_machine(error):
+                raise
+            self.give_up(f"{type(error).__name__}: {first_line(error)}")
+            output = None
+        if torch.is_grad_enabled():  # a re-entrant checkpoint's first call keeps nothing
+            layout.served[layer] = output is not None
+        return output
+
+    def attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The output (1, T, H, D), or None, as `Form`."""
+        raise NotImplementedError
+
+    def failures(self) -> tuple[type[BaseException], ...]:
+        """Errors that it raises where it is not available."""
+        return FAILURES
+
+    def give_up(self, reason: str) -> None:
+        """Leave the work to `Split` from now on, and say so once."""
+        if self.failed is None:
+            self.failed = reason
+            _logger.warning("shared_prefix goes on without %s: %s", self.name, reason)
 
 
 _handles: dict[str, Handle] = {}
@@ -123,24 +195,29 @@ class Split:
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """As `Form`."""
+        with without_cudnn():  # each span has a shape of its own
+            return self._attend(attention, module, states, layout, kwargs)
+
+    def _attend(
+        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         window = kwargs.get("sliding_window")
-        outputs = []
+        prompts, completions = [], []
         for span in layout.spans:
             query, key, value = (state[:, :, span.start : span.prompt_end] for state in states)
-            prompt = query.shape[2]
-            mask = self._mask(layout, 0, prompt, window) if window is not None and prompt > window else None
-            outputs.append(attention(module, query, key, value, mask, **kwargs)[0])
+            mask = self._mask(layout, 0, span.prompt, window) if window is not None and span.prompt > window else None
+            prompts.append(attention(module, query, key, value, mask, **kwargs)[0])
             if not span.width:
                 continue
             query, key, value = (_as_batch(state, span) for state in states)
             key, value = (
-                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), completions], dim=2)
-                for state, completions in ((states[1], key), (states[2], value))
+                torch.cat([state[:, :, span.start : span.prompt_end].expand(span.rows, -1, -1, -1), behind], dim=2)
+                for state, behind in ((states[1], key), (states[2], value))
             )
-            mask = self._mask(layout, prompt, span.width, window)
+            mask = self._mask(layout, span.prompt, span.width, window)
             output = attention(module, query, key, value, mask, **kwargs)[0].flatten(0, 1)  # (G S, H, D)
-            outputs.append((output if span.back is None else output[span.back])[None])
-        return torch.cat(outputs, dim=1)
+            completions.append((output if span.back is None else output[span.back])[None])
+        return torch.cat([*prompts, *completions], dim=1)
 
     def _mask(self, layout: Layout, before: int, width: int, window: int | None) -> torch.Tensor | None:
         if not self._masked:
@@ -154,9 +231,7 @@ class Split:
 
 def _as_batch(state: torch.Tensor, span: Span) -> torch.Tensor:
     """The completions' part of (1, H, T, D) as (rows, H, S, D)."""
-    states_HTD = (
-        state[0, :, span.prompt_end : span.end] if span.spread is None else state[0].index_select(1, span.spread)
-    )
+    states_HTD = state[0, :, span.begin : span.end] if span.spread is None else state[0].index_select(1, span.spread)
     return states_HTD.view(states_HTD.shape[0], span.rows, span.width, -1).transpose(0, 1)
 
 

@@ -21,12 +21,14 @@ import torch
 
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.speedups.selfcheck import TOLERANCE
-from grpo_autotune.speedups.shared_prefix.attention import Attention, Split, States
-from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled, failures
+from grpo_autotune.speedups.shared_prefix.attention import Attention, FastForm, Split, States
+from grpo_autotune.speedups.shared_prefix.cascade import Cascade
+from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled
 from grpo_autotune.speedups.shared_prefix.layout import Layout
+from grpo_autotune.speedups.shared_prefix.varlen import FlashCpu, FlashCuda
 
-FLEX = "flex"
-"""The value of the option `form` that lets FlexAttention be tried."""
+AUTO, SPLIT, FLEX, CASCADE = FORMS = ("auto", "split", "flex", "cascade")
+"""Values of the option `form`."""
 
 ROUNDS = 5
 WARMUP = 2
@@ -42,9 +44,14 @@ ShapeClass = tuple[bool, int, int, int]
 """With gradients; and the binary digits of the tokens, of the longest prompt and of the widest group of completions."""
 
 
-def candidates(device: torch.device, form: str) -> list[Flex]:
-    """The forms beside `Split` that may be tried on a device: FlexAttention where `form` is `flex`, on CUDA."""
-    return [Flex(compiled())] if form == FLEX and device.type == "cuda" else []
+def candidates(device: torch.device, form: str) -> list[FastForm]:
+    """The forms that may take the place of `Split` on a device, by the value of the option `form`.
+
+    On a CPU `Cascade` is taken as it is where `form` is `auto`; on CUDA both forms have to be asked for and are timed.
+    """
+    if device.type == "cuda":
+        return [Flex(compiled())] if form == FLEX else [Cascade(FlashCuda(), timed=True)] if form == CASCADE else []
+    return [Cascade(FlashCpu(), timed=False)] if device.type == "cpu" and form in (AUTO, CASCADE) else []
 
 
 class ObservedAttention(NamedTuple):
@@ -77,15 +84,17 @@ class Choice:
         passes: Those that took the form.
     """
 
-    def __init__(self, form: Flex | None, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, form: FastForm | None, clock: Clock = time.perf_counter) -> None:
         self._form, self._clock = form, clock
         self._seen: dict[Any, ObservedAttention] = {}  # by sliding window, which is all that tells layers apart
         self.timed: dict[ShapeClass, Timed] = {}
         self.passes = 0
 
     def watching(self, layout: Layout) -> Layout:
-        """The layout of a self-check, in which attention is looked at and left to `Split`."""
-        return layout if self._form is None else replace(layout, form=self._watch)
+        """The layout of a self-check: a form that is timed later looks at attention and leaves it to `Split`."""
+        if self._form is None:
+            return layout
+        return replace(layout, form=self._watch if self._form.timed else self._form)
 
     def _watch(self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]) -> None:
         shapes, dtypes = [state.shape for state in states], [state.dtype for state in states]
@@ -95,23 +104,29 @@ class Choice:
 
     def made(self, layout: Layout) -> Layout:
         """The layout with the form that is faster on it; under the autocast of the pass."""
-        if self._form is None or self._form.failed is not None or not self._seen:
-            return layout
-        shape = _class_of(layout)
-        if shape not in self.timed:
-            self.timed[shape] = Timed(shape, layout.tokens, self._faster(self._form, layout))
-            _logger.info("shared_prefix: %s", self.note())
-        if self._form.failed is not None or self.timed[shape].faster < MARGIN:
+        if self._form is None or self._form.failed is not None or not self._is_faster(self._form, layout):
             return layout
         self.passes += 1
         return replace(layout, form=self._form)
 
+    def _is_faster(self, form: FastForm, layout: Layout) -> bool:
+        if not form.timed:
+            return True
+        if not self._seen:
+            return False
+        shape = _class_of(layout)
+        if shape not in self.timed:
+            self.timed[shape] = Timed(shape, layout.tokens, self._faster(form, layout))
+            _logger.info("shared_prefix: %s", self.note())
+        return form.failed is None and self.timed[shape].faster >= MARGIN
+
     def facts(self) -> dict[str, float]:
-        """Passes that took the form, and how many times faster it was at best; empty where there is no choice."""
+        """Passes that took the form, and where it is timed how many times faster it was at best; empty without one."""
         if self._form is None:
             return {}
         best = max((row.faster for row in self.timed.values()), default=0.0)
-        return {"flex_passes": self.passes, "flex_times_faster": best}
+        timed = {f"{self._form.key}_times_faster": best} if self._form.timed else {}
+        return {f"{self._form.key}_passes": self.passes, **timed}
 
     def note(self) -> str:
         """Remark on the form for the table; empty where there is no choice."""
@@ -119,6 +134,8 @@ class Choice:
             return ""
         if self._form.failed is not None:
             return f"{self._form.name} is not used: {self._form.failed}"
+        if not self._form.timed:
+            return ""
         if not self.timed:
             return f"{self._form.name} is timed on the first batch of each size"
         measured = [
@@ -127,21 +144,21 @@ class Choice:
         ]
         return f"{self._form.name} where it is faster ({', '.join(measured)})"
 
-    def _faster(self, form: Flex, layout: Layout) -> float:
+    def _faster(self, form: FastForm, layout: Layout) -> float:
         """Seconds of `Split` over those of the form; 0 where the form fails or computes something else."""
         try:
             quotients = [self._round(form, layout, number) for number in range(WARMUP + ROUNDS)]
-        except failures() as error:
+        except form.failures() as error:
             if is_of_the_machine(error):
                 raise
             form.give_up(f"{type(error).__name__} while it was timed")
         return 0.0 if form.failed is not None else statistics.median(quotients[WARMUP:])
 
-    def _round(self, form: Flex, layout: Layout, number: int) -> float:
+    def _round(self, form: FastForm, layout: Layout, number: int) -> float:
         """Both forms over one layer of each kind; the first round compares what they compute."""
         taken = {True: 0.0, False: 0.0}
         for seen in self._seen.values():
-            states = _states(seen, layout)
+            states, layout = _states(seen, layout), replace(layout, served={})
             results: dict[bool, list[torch.Tensor]] = {}
             for by_form in (True, False) if number % 2 else (False, True):
                 _wait(layout)
@@ -153,7 +170,9 @@ class Choice:
                 _compare(form, results[True], results[False])
         return taken[False] / taken[True]
 
-    def _once(self, form: Flex | None, seen: ObservedAttention, states: States, layout: Layout) -> list[torch.Tensor]:
+    def _once(
+        self, form: FastForm | None, seen: ObservedAttention, states: States, layout: Layout
+    ) -> list[torch.Tensor]:
         given = (seen.attention, seen.module, states, layout, seen.kwargs)
         output = None if form is None else form(*given)
         if output is None:
@@ -167,15 +186,15 @@ def _states(seen: ObservedAttention, layout: Layout) -> States:
     """Query, key and value such as the model's, for the tokens of this layout."""
     device = layout.source.device
     generator = torch.Generator(device).manual_seed(0)
-    sizes = [(1, shape[1], layout.tokens, shape[3]) for shape in seen.shapes]
+    sizes = [(1, layout.tokens, shape[1], shape[3]) for shape in seen.shapes]  # as projections leave them
     grad = torch.is_grad_enabled()
     return tuple(
-        torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_(grad)
+        torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2).requires_grad_(grad)
         for size, dtype in zip(sizes, seen.dtypes, strict=True)
     )
 
 
-def _compare(form: Flex, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+def _compare(form: FastForm, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     """Have the form give up where its output or gradients differ by more than rounding."""
     limit = TOLERANCE.get(wanted[0].dtype, TOLERANCE[torch.bfloat16])
     for ours, theirs in zip(found, wanted, strict=True):
@@ -186,7 +205,7 @@ def _compare(form: Flex, found: list[torch.Tensor], wanted: list[torch.Tensor]) 
 
 
 def _class_of(layout: Layout) -> ShapeClass:
-    prompt = max(span.prompt_end - span.start for span in layout.spans)
+    prompt = max(span.prompt for span in layout.spans)
     width = max(span.width for span in layout.spans)
     return torch.is_grad_enabled(), layout.tokens.bit_length(), prompt.bit_length(), width.bit_length()
 

@@ -9,66 +9,45 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
-from grpo_autotune.hardware.out_of_memory import is_of_the_machine
-from grpo_autotune.speedups.selfcheck import FAILURES, first_line
-from grpo_autotune.speedups.shared_prefix.attention import Attention, States
-from grpo_autotune.speedups.shared_prefix.layout import Layout
+from grpo_autotune.speedups.selfcheck import FAILURES
+from grpo_autotune.speedups.shared_prefix.attention import FastForm, States, other_terms
+from grpo_autotune.speedups.shared_prefix.layout import Layout, sent
 
-OTHER_TERMS = ("softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change scores: layers that give one are not supported."""
+BLOCK = 128
+"""Queries and keys of a block."""
 
-_logger = logging.getLogger("grpo_autotune.speedups")
+VERSIONS = 64
+"""Most versions of the compiled kernel; torch's own limit is 8."""
 
 Kernel = Callable[..., torch.Tensor]
+Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-class Flex:
-    """As `attention.Form`.
+class Flex(FastForm):
+    """As `attention.FastForm`.
 
     Args:
         kernel: `torch.nn.attention.flex_attention.flex_attention`, compiled.
-
-    Attributes:
-        failed: Why the work is left to the other form, for good.
     """
 
-    name = "FlexAttention"
+    key, name = "flex", "FlexAttention"
 
     def __init__(self, kernel: Kernel) -> None:
+        super().__init__(timed=True)
         self._kernel = kernel
-        self.failed: str | None = None
 
-    def __call__(
-        self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
-        """As `Form`."""
-        if self.failed is not None:
-            return None
-        try:
-            return self._attend(states, layout, kwargs)
-        except failures() as error:
-            if is_of_the_machine(error):
-                raise
-            self.give_up(f"{type(error).__name__}: {first_line(error)}")
-            return None
-
-    def give_up(self, reason: str) -> None:
-        """Leave the work to the other form from now on, and say so once."""
-        if self.failed is None:
-            self.failed = reason
-            _logger.warning("shared_prefix goes on without %s: %s", self.name, reason)
-
-    def _attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor:
-        other = [name for name in OTHER_TERMS if kwargs.get(name) is not None]
-        if other:
-            raise NotImplementedError(f"layers with {', '.join(other)} are not supported")
+    def attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor:
+        """As `FastForm`."""
+        if other_terms(kwargs):
+            raise NotImplementedError(f"layers with {', '.join(other_terms(kwargs))} are not supported")
         query, key, value = states
         output = self._kernel(
             query,
@@ -80,16 +59,67 @@ class Flex:
         )
         return output.transpose(1, 2).contiguous()
 
+    def failures(self) -> tuple[type[BaseException], ...]:
+        """As `FastForm`: what compiling or starting a kernel raises."""
+        return _failures()
+
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """Attention mask of the flat sequence as a `BlockMask`; made once per pass for all layers with this window."""
+    """Attention mask of the flat sequence as a `BlockMask`; made once per pass for all layers with this window.
+
+    From the layout's lengths, on the host: `create_block_mask` would compute all T x T entries on the device.
+    """
     key = ("blocks", window)
     if key not in layout.masks:
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import BlockMask
 
-        tokens, device = layout.tokens, str(layout.source.device)
-        layout.masks[key] = create_block_mask(_looks(layout, window), None, None, tokens, tokens, device=device)
+        in_part, whole = (_ordered(blocks) for blocks in _blocks(layout, window))
+        arrived = sent(in_part | {f"whole {name}": value for name, value in whole.items()}, layout.source.device)
+        counts, indices, whole_counts, whole_indices = (tensor.int()[None, None] for tensor in arrived.values())
+        layout.masks[key] = BlockMask.from_kv_blocks(
+            counts,
+            indices,
+            whole_counts,
+            whole_indices,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=_looks(layout, window),
+            seq_lengths=(layout.tokens, layout.tokens),
+        )
     return layout.masks[key]
+
+
+def _ordered(blocks: Blocks) -> dict[str, torch.Tensor]:
+    """Number of the key blocks that each block of queries looks at, and all key blocks, those first."""
+    order = np.argsort(~blocks, axis=1, kind="stable")
+    return {"counts": torch.from_numpy(blocks.sum(1)), "indices": torch.from_numpy(order)}
+
+
+def _blocks(layout: Layout, window: int | None) -> tuple[Blocks, Blocks]:
+    """The key blocks (columns) that a block of queries (rows) looks at in part, and those it looks at as a whole."""
+    count, far = -(-layout.tokens // BLOCK), layout.tokens if window is None else window
+    touched = np.zeros((count, count), dtype=np.bool_)
+    rows = np.zeros((count, count), dtype=np.int64)  # of a block of queries, those that look at a whole block of keys
+    for begin, end, position, ranges in _pieces(layout):
+        for number in range(begin // BLOCK, -(-end // BLOCK)):
+            first, behind = max(begin, number * BLOCK), min(end, (number + 1) * BLOCK)
+            low, high = position + first - begin, position + behind - begin  # positions of these queries
+            for key_begin, keys, at in ranges:
+                least, most = key_begin + max(0, low - far + 1 - at), key_begin + min(keys, high - at)
+                if least < most:
+                    touched[number, least // BLOCK : -(-most // BLOCK)] = True
+                least, most = key_begin + max(0, high - far - at), key_begin + min(keys, low + 1 - at)
+                rows[number, -(-least // BLOCK) : most // BLOCK] += behind - first
+    return touched & (rows < BLOCK), rows == BLOCK
+
+
+def _pieces(layout: Layout) -> Iterator[tuple[int, int, int, list[tuple[int, int, int]]]]:
+    """Each prompt and completion: begin, end, the position of its first token behind the prompt's first, and the keys
+    that it may look at, each range with its begin, length and first position."""
+    for span in layout.spans:
+        prompt = (span.start, span.prompt, 0)
+        yield span.start, span.prompt_end, 0, [prompt]
+        for begin, length in zip(accumulate(span.lengths, initial=span.begin), span.lengths, strict=False):
+            yield begin, begin + length, span.prompt, [prompt, (begin, length, span.prompt)]
 
 
 def _looks(layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:
@@ -106,25 +136,37 @@ def _looks(layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:
 
 @functools.cache
 def compiled() -> Kernel:
-    """The fused kernel, compiled when it is first called; one for the process, as its versions are kept with it.
+    """The fused kernel, compiled when it is first called; one for the process, as its versions are kept with it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return compiled_for_all_shapes(flex_attention)
+
+
+def compiled_for_all_shapes(kernel: Kernel, backend: str = "inductor") -> Kernel:
+    """A kernel compiled with sizes left open, and with room for the versions that types, strides and windows ask for.
 
     As a full graph: torch would rather compute all T x T scores than compile a further version beyond its limit.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    versions = torch.compile(kernel, fullgraph=True, dynamic=True, backend=backend)
 
-    kernel: Kernel = torch.compile(flex_attention, fullgraph=True)
-    return kernel
+    def attend(*states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+            return versions(*states, **kwargs)
+
+    return attend
 
 
 @functools.cache
-def failures() -> tuple[type[BaseException], ...]:
-    """Errors that compiling or starting a kernel raises where it is not available."""
-    errors: tuple[type[BaseException], ...] = (
+def _failures() -> tuple[type[BaseException], ...]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    errors = (
         *FAILURES,
         AssertionError,
         OSError,
         ImportError,
         subprocess.SubprocessError,
+        FailOnRecompileLimitHit,
     )
     try:
         triton = importlib.import_module("triton.errors")

@@ -1,6 +1,6 @@
-"""One flat sequence for a batch: each prompt once, then the completions that follow it, without any padding.
+"""One flat sequence for a batch: each prompt once, then all completions, group by group, without any padding.
 
-    [prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ...]
+    [prompt 1 | prompt 2 | ... | completion 1.1 | completion 1.2 | ... | completion 2.1 | ...]
 
 A completion's last token is scored, and nothing follows it, so it is not in the sequence. The prompt's last token
 scores the first token of every completion of its group.
@@ -12,7 +12,8 @@ S: width of a group's completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,22 +23,40 @@ from grpo_autotune.speedups.shared_prefix.media import Media
 
 @dataclass(frozen=True)
 class Span:
-    """Place of one prompt and its completions in the flat sequence: `start..prompt_end..end`.
+    """Place of one prompt, `start..prompt_end`, and of its completions, `begin..end`, in the flat sequence.
 
     Attributes:
-        rows: Completions.
-        width: S, the longest completion; 0 where none has a token in the sequence.
+        lengths: Tokens of each completion.
         spread: Index of the flat token at each place of a (rows, S) rectangle; None where the rectangle is full.
         back: Index into that rectangle of each token; None where it is full.
     """
 
     start: int
     prompt_end: int
-    end: int
-    rows: int
-    width: int
-    spread: torch.Tensor | None
-    back: torch.Tensor | None
+    begin: int
+    lengths: list[int]
+    spread: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+
+    @property
+    def prompt(self) -> int:
+        """P."""
+        return self.prompt_end - self.start
+
+    @property
+    def end(self) -> int:
+        """End of its last completion."""
+        return self.begin + sum(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        """Completions."""
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """S, the longest completion; 0 where none has a token in the sequence."""
+        return max(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -50,9 +69,16 @@ class Layout:
         prompt: The number of its prompt, (T,).
         owner: The row whose completion it belongs to, -1 in a prompt, (T,).
         scored: The token whose next one is scored, for each completion token of the batch, row by row; (N,).
+        target: Which token of the batch that next one is, (N,).
+        place: Where its score goes in (rows, C), counted row by row; (N,).
+        edges: Where each prompt and each completion begins in the sequence, and T.
+        completion_edges: Where the completions of each prompt begin behind the last prompt, and their end.
         first_rows: For each prompt the row that stands for it.
+        first: The same on the device.
         form: How attention is computed over it (`attention.Form`).
-        masks: Attention masks by what tells them apart, kept for all layers of the model.
+        served: Whether the form served a layer, by the layer's number: gradient checkpointing computes a layer again,
+            and has to find the tensors that it found before.
+        masks: What is made once for all layers of the model, such as attention masks, by what tells them apart.
     """
 
     spans: list[Span]
@@ -61,14 +87,25 @@ class Layout:
     prompt: torch.Tensor
     owner: torch.Tensor
     scored: torch.Tensor
+    target: torch.Tensor
+    place: torch.Tensor
+    edges: torch.Tensor
+    completion_edges: torch.Tensor
     first_rows: list[int]
+    first: torch.Tensor
     form: Callable[..., torch.Tensor | None] | None = None
+    served: dict[int, bool] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """T."""
         return self.spans[-1].end
+
+    @property
+    def prompts(self) -> int:
+        """Tokens of all prompts, which come first."""
+        return self.spans[-1].prompt_end
 
 
 @dataclass(frozen=True)
@@ -88,10 +125,14 @@ class Batch:
         """P."""
         return self.input_ids.shape[1] - self.completion_width
 
+    def inside(self, row: int) -> int:
+        """Tokens of a row's completion that are in the sequence."""
+        return max(self.completion_lengths[row] - 1, 0)
+
     def tokens(self, rows: Sequence[int]) -> int:
         """Length of the flat sequence of some rows."""
         prompts = {self.groups[row]: self.prompt_lengths[row] for row in rows}
-        return sum(prompts.values()) + sum(max(self.completion_lengths[row] - 1, 0) for row in rows)
+        return sum(prompts.values()) + sum(map(self.inside, rows))
 
 
 def batch_of(
@@ -100,19 +141,62 @@ def batch_of(
     completion_width: int,
     group_B: torch.Tensor,
     given: dict[str, Any],
+    known_B: torch.Tensor | None = None,
 ) -> Batch:
-    """Read the batch; rows whose prompt or pixels differ from the rest of their group become groups of their own."""
+    """Read the batch; rows whose prompt or pixels differ from the rest of their group become groups of their own.
+
+    Args:
+        input_ids_BW: Prompts and completions.
+        attention_mask_BW: Of both.
+        completion_width: C.
+        group_B: Rows of one number may share a prompt.
+        given: Inputs of the model beside ids and mask.
+        known_B: What `known_of` said of these rows; without it their device is waited for.
+
+    Raises:
+        RuntimeError: The mask is another than the one that `known_of` saw; on CUDA the device tells it, later.
+    """
+    if known_B is not None:
+        return _known_batch(input_ids_BW, attention_mask_BW, completion_width, given, known_B)
     prompt_width = input_ids_BW.shape[1] - completion_width
     first = _first_of_group(group_B.tolist())
     prompts, masks = input_ids_BW[:, :prompt_width], attention_mask_BW[:, :prompt_width]
     same_B = (prompts == prompts[first]).all(1) & (masks == masks[first]).all(1)
-    counts = torch.stack([same_B.long(), masks.sum(1), attention_mask_BW[:, prompt_width:].sum(1)]).tolist()
+    counts = torch.stack([same_B.long(), *_lengths(attention_mask_BW, prompt_width)]).tolist()
     same, prompt_lengths, completion_lengths = counts
     media = Media(given, len(first))
     groups = [
         leader if leader == row or (same[row] and media.same(row, leader)) else row for row, leader in enumerate(first)
     ]
     return Batch(input_ids_BW, attention_mask_BW, completion_width, groups, prompt_lengths, completion_lengths, media)
+
+
+def known_of(batch: Batch) -> torch.Tensor | None:
+    """Facts of each row, on the CPU, to be carried with the rows: the number of its prompt, its prompt's and its
+    completion's tokens, and its patches, (B, 4); None where images cannot be told apart."""
+    if batch.media.why_not(batch.completion_width) is not None:
+        return None
+    patches = [end - begin for begin, end in pairwise(batch.media.patches)]
+    return torch.tensor([batch.groups, batch.prompt_lengths, batch.completion_lengths, patches]).T
+
+
+def _known_batch(
+    ids: torch.Tensor, mask: torch.Tensor, completion_width: int, given: dict[str, Any], known_B: torch.Tensor
+) -> Batch:
+    numbers, prompts, completions, patches = known_B.T.tolist()
+    of_host = sent({"prompts": known_B[:, 1], "completions": known_B[:, 2]}, mask.device)
+    of_mask = _lengths(mask, mask.shape[1] - completion_width)
+    same = torch.stack([*of_mask]) == torch.stack([*of_host.values()])
+    torch._assert_async(
+        same.all(), "a mask was changed after its batch was scored: speedups must leave shared_prefix out"
+    )
+    media = Media(given, len(numbers), patches)
+    return Batch(ids, mask, completion_width, _first_of_group(numbers), prompts, completions, media)
+
+
+def _lengths(mask_BW: torch.Tensor, prompt_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of each row's prompt and completion."""
+    return mask_BW[:, :prompt_width].sum(1), mask_BW[:, prompt_width:].sum(1)
 
 
 def chunks(batch: Batch, limit: int) -> Iterator[list[int]]:
@@ -127,67 +211,107 @@ def chunks(batch: Batch, limit: int) -> Iterator[list[int]]:
 
 
 def layout_of(batch: Batch, rows: Sequence[int]) -> Layout:
-    """Lay some rows of the batch out."""
-    width, prompt_width = batch.input_ids.shape[1], batch.prompt_width
+    """Lay some rows of the batch out; all that the device is told of it crosses in one copy."""
     by_group: dict[int, list[int]] = {}
     for row in rows:
         by_group.setdefault(batch.groups[row], []).append(row)
-    spans: list[Span] = []
-    columns: list[torch.Tensor] = []
-    origins: list[tuple[int, int, int]] = []  # (row, its prompt's number, tokens)
-    before: dict[int, tuple[int, int]] = {}  # row -> (last token of the prompt, first of the completion)
-    at = 0
-    for number, members in enumerate(by_group.values()):
-        length = batch.prompt_lengths[members[0]]
-        start, at = at, at + length
-        columns.append(torch.arange(prompt_width - length, prompt_width))
-        origins.append((members[0], number, length))
-        lengths = [max(batch.completion_lengths[row] - 1, 0) for row in members]
-        prompt_end = at
-        for row, inside in zip(members, lengths, strict=True):
-            before[row] = (prompt_end - 1, at)
-            columns.append(torch.arange(prompt_width, prompt_width + inside))
-            origins.append((row, number, inside))
-            at += inside
-        spans.append(_span(start, prompt_end, lengths, batch.input_ids.device))
-    row_T, prompt_T = (
-        torch.repeat_interleave(
-            torch.tensor([origin[part] for origin in origins]), torch.tensor([origin[2] for origin in origins])
-        )
-        for part in (0, 1)
-    )
-    column_T, device = torch.cat(columns), batch.input_ids.device
+    groups = list(by_group.values())
+    spans = _spans([(batch.prompt_lengths[members[0]], [batch.inside(row) for row in members]) for members in groups])
+    parts = _tokens(batch, groups, spans) | _scores(batch, rows, groups, spans)
+    parts["first"] = torch.tensor([members[0] for members in groups])
+    parts["edges"] = _edges([span.prompt for span in spans] + [length for span in spans for length in span.lengths])
+    parts["completion_edges"] = _edges([sum(span.lengths) for span in spans])
+    for number, span in enumerate(spans):
+        if min(span.lengths) != span.width:
+            parts[f"spread {number}"], parts[f"back {number}"] = _rectangle(span)
+    arrived = sent(parts, batch.input_ids.device)
+    spans = [
+        replace(span, spread=arrived.pop(f"spread {number}", None), back=arrived.pop(f"back {number}", None))
+        for number, span in enumerate(spans)
+    ]
     return Layout(
         spans=spans,
-        source=(row_T * width + column_T).to(device),
-        column=column_T.to(device),
-        prompt=prompt_T.to(device),
-        owner=torch.where(column_T < prompt_width, -1, row_T).to(device),
-        scored=_scored(batch, rows, before).to(device),
-        first_rows=[members[0] for members in by_group.values()],
+        source=arrived["source"],
+        column=arrived["column"],
+        prompt=arrived["prompt"],
+        owner=arrived["owner"],
+        scored=arrived["scored"],
+        target=arrived["target"],
+        place=arrived["place"],
+        edges=arrived["edges"],
+        completion_edges=arrived["completion_edges"],
+        first_rows=[members[0] for members in groups],
+        first=arrived["first"],
     )
 
 
-def _span(start: int, prompt_end: int, lengths: list[int], device: torch.device) -> Span:
-    width, end = max(lengths), prompt_end + sum(lengths)
-    spread = back = None
-    if min(lengths) != width:
-        filled = torch.arange(width) < torch.tensor(lengths)[:, None]
-        rectangle = torch.full(
-            filled.shape, prompt_end
-        )  # what fills the gaps is never looked at: it lies in the future
-        rectangle[filled] = torch.arange(prompt_end, end)
-        spread, back = rectangle.flatten().to(device), filled.flatten().nonzero()[:, 0].to(device)
-    return Span(start, prompt_end, end, len(lengths), width, spread, back)
+def _spans(sizes: list[tuple[int, list[int]]]) -> list[Span]:
+    """Places for prompts of so many tokens, and their completions."""
+    start, begin = 0, sum(prompt for prompt, _ in sizes)
+    spans = []
+    for prompt, lengths in sizes:
+        spans.append(Span(start, start + prompt, begin, lengths))
+        start, begin = start + prompt, spans[-1].end
+    return spans
 
 
-def _scored(batch: Batch, rows: Sequence[int], before: dict[int, tuple[int, int]]) -> torch.Tensor:
-    pieces = []
-    for row in rows:
-        last, first = before[row]
-        if batch.completion_lengths[row]:
-            pieces += [torch.tensor([last]), torch.arange(first, first + batch.completion_lengths[row] - 1)]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+def _tokens(batch: Batch, groups: list[list[int]], spans: list[Span]) -> dict[str, torch.Tensor]:
+    """Row, column, prompt and owner of each token of the sequence."""
+    width = batch.prompt_width
+    prompts = [(members[0], number, width - span.prompt, span.prompt)
+               for number, (members, span) in enumerate(zip(groups, spans, strict=True))]  # fmt: skip
+    completions = [(row, number, width, batch.inside(row)) for number, members in enumerate(groups) for row in members]
+    pieces = torch.tensor(prompts + completions)
+    row_T, prompt_T = pieces[:, :2].repeat_interleave(pieces[:, 3], dim=0).T
+    column_T = torch.cat([torch.arange(first, first + tokens) for *_, first, tokens in prompts + completions])
+    return {
+        "source": row_T * batch.input_ids.shape[1] + column_T,
+        "column": column_T,
+        "prompt": prompt_T,
+        "owner": torch.where(column_T < width, -1, row_T),
+    }
+
+
+def _scores(batch: Batch, rows: Sequence[int], groups: list[list[int]], spans: list[Span]) -> dict[str, torch.Tensor]:
+    """Places of the scored tokens in the sequence, in the batch, and in the result."""
+    before = {
+        row: (span.prompt_end - 1, begin)  # last token of the prompt, first of the completion
+        for members, span in zip(groups, spans, strict=True)
+        for row, begin in zip(members, accumulate(span.lengths, initial=span.begin), strict=False)
+    }
+    scored: list[int] = []
+    target: list[int] = []
+    place: list[int] = []
+    for number, row in enumerate(rows):
+        count, (last, begin) = batch.completion_lengths[row], before[row]
+        scored += [last, *range(begin, begin + count - 1)][:count]
+        first = row * batch.input_ids.shape[1] + batch.prompt_width
+        target += range(first, first + count)
+        place += range(number * batch.completion_width, number * batch.completion_width + count)
+    places = {"scored": scored, "target": target, "place": place}
+    return {name: torch.tensor(numbers, dtype=torch.long) for name, numbers in places.items()}
+
+
+def _edges(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([*accumulate(lengths, initial=0)])
+
+
+def _rectangle(span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """`spread` and `back` of a span; what fills the gaps is never looked at: it lies in the future."""
+    filled = torch.arange(span.width) < torch.tensor(span.lengths)[:, None]
+    rectangle = torch.full(filled.shape, span.begin)
+    rectangle[filled] = torch.arange(span.begin, span.end)
+    return rectangle.flatten(), filled.flatten().nonzero()[:, 0]
+
+
+def sent(parts: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of whole numbers on a device, by one copy that nothing waits for."""
+    if device.type == "cpu":
+        return parts
+    whole = torch.cat([part.flatten() for part in parts.values()])
+    whole = whole.pin_memory() if device.type == "cuda" else whole
+    pieces = torch.split(whole.to(device, non_blocking=True), [part.numel() for part in parts.values()])
+    return {name: piece.view(parts[name].shape) for name, piece in zip(parts, pieces, strict=True)}
 
 
 def _first_of_group(groups: list[int]) -> list[int]:

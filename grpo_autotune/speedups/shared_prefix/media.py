@@ -18,20 +18,28 @@ BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
 
 
+INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "num_images", *BY_TOKEN, *_OTHER_LAYOUTS)
+"""Keys of a batch that concern images."""
+
+
 class Media:
     """Inputs of `_get_per_token_logps_and_entropies` beside ids and mask.
 
     Args:
         given: Its keyword arguments, as TRL names them.
         rows: Rows of the batch.
+        patches: Of each row, where they are known, and with them that no completion holds an image.
     """
 
-    def __init__(self, given: Mapping[str, Any], rows: int) -> None:
+    def __init__(self, given: Mapping[str, Any], rows: int, patches: Sequence[int] | None = None) -> None:
+        self._known = patches is not None
         self.given = {key: value for key, value in given.items() if value is not None}
         pixels, grids = self.given.get("pixel_values"), self.given.get("image_grid_thw")
         counts = list(self.given.get("num_images") or [0] * rows)
         self.images = [0, *accumulate(counts)]
-        if pixels is None:
+        if patches is not None:
+            self.patches = [0, *accumulate(patches)]
+        elif pixels is None:
             self.patches = [0] * (rows + 1)
         elif grids is not None:
             by_image = [0, *accumulate(grids.prod(-1).tolist())]
@@ -48,7 +56,7 @@ class Media:
         if pixels is not None and self.patches[-1] != len(pixels):
             return "images laid out one row per prompt are not supported"
         kinds = self.given.get("mm_token_type_ids")
-        if kinds is not None and bool(kinds[:, -completion_width:].any()):
+        if not self._known and kinds is not None and bool(kinds[:, -completion_width:].any()):
             return "completions hold images"
         return None
 

@@ -9,6 +9,7 @@ would have called, so that DistributedDataParallel, autocast, adapters and gradi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +19,16 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.batches.groups import Groups, groups_of
+from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.batches.rows import widened
-from grpo_autotune.speedups.conditions import GENERATION
+from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
-from grpo_autotune.speedups.shared_prefix.choice import FLEX, Choice, candidates
-from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, layout_of
-from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN
+from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
+from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
+from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN, INPUTS
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -49,14 +50,15 @@ class SharedPrefix:
     """As `speedups.base.SpeedUp`.
 
     Args:
-        form: Form of attention: `split`, or `flex` for FlexAttention where it is measured to be faster, on CUDA.
+        form: Form of attention: `auto` for `cascade` on a CPU and `split` elsewhere; on CUDA `cascade` and `flex`
+            (FlexAttention) are taken where they are measured to be faster.
     """
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once per group in log-probs and backward"
     stands_for = (*GENERATION, "_get_per_token_logps_and_entropies", "model.forward")
 
-    def __init__(self, form: str = "split") -> None:
+    def __init__(self, form: str = AUTO) -> None:
         self._form = form
 
     def applies(self, trainer: Any) -> str | None:
@@ -80,9 +82,10 @@ class _SharedPrefix(Installed):
         device = trainer.accelerator.device
         self.forms = Choice(next(iter(candidates(device, form)), None))
         self._no_form = f"FlexAttention needs CUDA, and this is {device.type}" if form == FLEX else ""
-        groups = groups_of(trainer)
+        self._groups = groups = groups_of(trainer)
         try:
-            self.handles += wrap_rows(trainer, [(find("logps"), self._scores_layer(groups))], INNER)
+            layers = [(find("logps"), self._scores_layer(groups)), (find("score"), self._score)]
+            self.handles += wrap_rows(trainer, layers, INNER)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
@@ -99,7 +102,7 @@ class _SharedPrefix(Installed):
 
     def facts(self) -> dict[str, float]:
         """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is
-        a choice, the passes that took FlexAttention and how many times faster it was at best."""
+        a choice, the passes that took another form of attention and how many times faster it was at best."""
         return self.forms.facts() | {
             "shared_passes": self.passes["shared"],
             "plain_passes": self.passes["plain"],
@@ -107,6 +110,22 @@ class _SharedPrefix(Installed):
             "tokens_of_plain": self.tokens["plain"],
             "self_check_difference": max((check.difference for check in self.checks.values()), default=0.0),
         }
+
+    def _score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Have the rows of a generation carry what the host has to know of them, where a device would be waited for.
+
+        Not where somebody else's method sees micro batches, and may change them."""
+        output = call_next(*args, **kwargs)
+        device = output["prompt_ids"].device
+        if self.fell_back is not None or not waits(device) or overridden(self.trainer, MICRO_BATCH) is not None:
+            return output
+        ids, mask = (
+            torch.cat([output[f"prompt_{what}"], output[f"completion_{what}"]], dim=1) for what in ("ids", "mask")
+        )
+        group_B = self._groups.of_generation(len(ids))
+        media = {key: output[key] for key in INPUTS if key in output}
+        known_B = known_of(batch_of(ids, mask, output["completion_ids"].shape[1], group_B, media))
+        return output if known_B is None else {**output, KNOWN: known_B}
 
     def _scores_layer(self, groups: Groups) -> Callable[..., Scores]:
         def scores(
@@ -137,7 +156,7 @@ class _SharedPrefix(Installed):
             group_B = groups.current
             if self.fell_back is not None or compute_aux_loss or group_B is None or len(group_B) != len(input_ids):
                 return plain()
-            batch = batch_of(input_ids, attention_mask, logits_to_keep, group_B, media)
+            batch = batch_of(input_ids, attention_mask, logits_to_keep, group_B, media, groups.known)
             rows = self._rows(batch, batch_size)
             if rows is None or not self._checked(call_next, model, batch):
                 return plain()
@@ -207,19 +226,26 @@ class _SharedPrefix(Installed):
         with_form: Callable[[Layout], Layout] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of some rows, (rows, C), in one forward pass."""
-        kept = batch.attention_mask[list(rows), batch.prompt_width :].bool()
-        labels = batch.input_ids[list(rows), batch.prompt_width :][kept]
+        layout = layout_of(batch, rows)
         with self.trainer.accelerator.autocast():
-            layout = (with_form or self.forms.made)(layout_of(batch, rows))
+            layout = (with_form or self.forms.made)(layout)
             outputs = model(
                 **_inputs(base_of(self.trainer.accelerator.unwrap_model(model)), batch, layout),
-                shift_labels=labels[None],
+                shift_labels=batch.input_ids.reshape(-1)[layout.target][None],
                 fused_lm_head=True,
                 **{ARGUMENT: layout},
             )
         scores = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
-        logps, entropy = (value.new_zeros(kept.shape).masked_scatter(kept, value[0]) for value in scores)
+        shape = (len(rows), batch.completion_width)
+        logps, entropy = (
+            value.new_zeros(math.prod(shape)).index_copy(0, layout.place, value[0]).view(shape) for value in scores
+        )
         return logps, entropy
+
+
+def waits(device: torch.device) -> bool:
+    """True if reading a number of a tensor means waiting for all that its device has been given to do."""
+    return device.type != "cpu"
 
 
 def _samples(batch: Batch) -> dict[Kind, list[int]]:
@@ -263,7 +289,7 @@ def _positions(base: Any, batch: Batch, layout: Layout, images: dict[str, Any]) 
     """The positions that TRL's rows give these tokens: the model's own for images, else the column."""
     compute = getattr(base.base_model, "compute_3d_position_ids", None)
     if compute is not None and "image_grid_thw" in images:
-        first = layout.first_rows
+        first = layout.first
         mask = batch.attention_mask[first].clone()
         mask[:, batch.prompt_width :] = 1
         positions = compute(
