@@ -63,6 +63,7 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
         "length_sort": Builtin("grpo_autotune.speedups.batches.length_sort:LengthSort"),
         "skip_dead": Builtin("grpo_autotune.speedups.batches.skip_dead:SkipDead"),
         "patch_embed": Builtin("grpo_autotune.speedups.images.patch_embed:PatchEmbed"),
+        "lora_input": Builtin("grpo_autotune.speedups.lora_input:LoraInput"),
         "reward_overlap": Builtin("grpo_autotune.speedups.reward_overlap:RewardOverlap"),
     },
 }

@@ -243,6 +243,8 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
     if rank is not None and facts.peft:
         update["trainable_parameters"] = facts.trainable_parameters * rank / facts.peft.get("r", rank)
         update["peft"] = {**facts.peft, "r": rank}
+    if config.speedups != base.speedups:
+        update["speedups"] = chosen(config.speedups)
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None
