@@ -307,6 +307,22 @@ def test_a_shared_prefix_that_cannot_work_spares_nothing(knobs: dict[str, Any]) 
     assert shared(fast) and not shared(with_knobs(fast, knobs))
 
 
+def test_merged_passes_are_counted_as_they_run() -> None:
+    """Micro batches of two, groups of eight: as many calls as passes, and the prompt once for the rows of a pass."""
+    truth = Truth(noise=0.0)
+
+    def of(*names: str) -> tuple[float, float, float]:
+        load = truth.load(with_knobs(truth.user, {"speedups": list(names)}))
+        counts = features(load, Rates(1.0))["backward"]
+        return load.merged, counts["calls"], counts["text_flops"]
+
+    merged, calls, flops = of("shared_prefix", "merge_passes")
+    _, calls_apart, flops_apart = of("shared_prefix")
+    assert merged > 1.0 and calls == calls_apart / merged == 16.0 / merged
+    assert flops < flops_apart
+    assert of("merge_passes") == of(), "without shared prompts there is no room"
+
+
 def test_what_no_formula_describes_is_learnt_by_knob() -> None:
     """Work at a price of 1e-9 s, a tenth more under the word `slow`; tried at some sizes, asked at others."""
 

@@ -23,10 +23,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def half(tiny, tmp_path, rows, kind="qwen3", base=torch.bfloat16, **grpo):
     """A trainer under autocast, its base in half precision and its adapters in float32, as PEFT makes them."""
     lora = grpo.pop("lora", LoraConfig(r=2, target_modules=ALL))
-    trainer = ready(tiny(kind), rows, tmp_path, lora=lora, model_init_kwargs={"dtype": base}, **{"bf16": True, **grpo})
-    if trainer.args.gradient_checkpointing:
-        trainer.model.enable_input_require_grads()
-    return trainer
+    return ready(tiny(kind), rows, tmp_path, lora=lora, model_init_kwargs={"dtype": base}, **{"bf16": True, **grpo})
 
 
 def row_of(speedups):

@@ -54,17 +54,18 @@ class Groups:
 
     def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         groups_B = self.of_generation(len(inputs))
-        with self._under_way(groups_B):
+        with self.under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         group_B = inputs.get(KEY) if isinstance(inputs, Mapping) else None
-        with self._under_way(group_B):
+        with self.under_way(group_B):
             return call_next(model, inputs, *args, **kwargs)
 
     @contextmanager
-    def _under_way(self, groups_B: torch.Tensor | None) -> Iterator[None]:
+    def under_way(self, groups_B: torch.Tensor | None) -> Iterator[None]:
+        """A context in which `current` is `groups_B`."""
         before, self.current = self.current, groups_B
         try:
             yield
