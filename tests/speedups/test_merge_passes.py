@@ -14,6 +14,8 @@ from tests.support.trainers import make_trainer
 import torch  # isort: skip
 from trl import GRPOTrainer  # isort: skip
 from grpo_autotune.probe.probe import Probe  # isort: skip
+from grpo_autotune.seams.layers import INNER, wrap  # isort: skip
+from grpo_autotune.seams.table import find, slot_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
 HALF_GROUPS = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
@@ -138,23 +140,19 @@ def test_a_window_that_was_cut_off_is_forgotten(tiny, tmp_path, text_rows):
     assert_same(accumulated(trainer, batches, first=1), wanted)
 
 
-def test_a_pass_that_disagrees_is_not_used(tiny, tmp_path, text_rows, caplog):
+def test_a_pass_that_disagrees_is_not_used(tiny, tmp_path, text_rows):
+    def off_by_one(call_next, model, input_ids, *args, **kwargs):
+        logps, *rest = call_next(model, input_ids, *args, **kwargs)
+        return (logps + (len(input_ids) > 2), *rest)
+
     trainer = ready(tiny("qwen3"), text_rows, tmp_path, **HALF_GROUPS)
-    plain = trainer._get_per_token_logps_and_entropies
-
-    def of_many(model, ids, *args, **kwargs):
-        logps, *rest = plain(model, ids, *args, **kwargs)
-        return (logps + (len(ids) > 2), *rest)
-
-    batches = micro_batches(trainer)
-    wanted = accumulated(trainer, batches)
-    trainer._get_per_token_logps_and_entropies = of_many
     speedups = speed_up(trainer, ["shared_prefix", "merge_passes"])
-    for index, batch in enumerate(batches):
-        batch["group_id"] = torch.full((2,), index // 2)
-    assert_same(accumulated(trainer, batches), wanted)
+    batches = micro_batches(trainer)
+    wrap(slot_of(trainer, find("logps")), off_by_one, INNER)
+    found = accumulated(trainer, batches)
     row = next(row for row in speedups.table() if row.name == "merge_passes")
     assert not row.on and "self-check" in row.reason
+    assert_same(found, accumulated(trainer, batches))
 
 
 class OwnStep(GRPOTrainer):
@@ -162,7 +160,7 @@ class OwnStep(GRPOTrainer):
         return super().training_step(*args, **kwargs)
 
 
-def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows):
+def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows, monkeypatch):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **HALF_GROUPS)
 
     def why():
@@ -180,20 +178,18 @@ def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows):
         (trainer, "num_generations", 2, "whole groups"),
         (trainer, "is_fsdp_enabled", True, "FSDP"),
         (trainer, "__class__", OwnStep, "OwnStep has a `training_step`"),
-        (trainer.args, "gradient_accumulation_steps", 1, "nothing to merge"),
+        (trainer.args, "steps_per_generation", 1, "nothing to merge"),
         (trainer.args, "gradient_accumulation_steps", 3, "no multiples"),
         (trainer.args, "optim", "lomo", "grpo.optim"),
         (trainer.args, "torch_compile", True, "grpo.torch_compile"),
-        (trainer.accelerator.state, "deepspeed_plugin", SimpleNamespace(zero_stage=2), "DeepSpeed"),
+        (type(trainer.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=2), "DeepSpeed"),
         (trainer.model, "norm_of_batch", torch.nn.BatchNorm1d(1), "batch normalisation"),
         (trainer.model, "attention_dropout", 0.1, "attention_dropout"),
     ):
-        kept = getattr(owner, name, 0.0)
-        setattr(owner, name, value)
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value, raising=False)
             assert word in str(why()), name
-        finally:
-            setattr(owner, name, kept)
+    assert why() is None
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from grpo_autotune.seams.layers import INNER, OUTERMOST
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
-from grpo_autotune.speedups.batches.asked import Asked, joined, rows_of
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, steps_line_up, window
 from grpo_autotune.speedups.batches.passes import Part, planned
+from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
 from grpo_autotune.speedups.conditions import LOSS, active_dropout, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -106,7 +106,7 @@ _RULES: tuple[Callable[[Any], str | None], ...] = (_window, _whole_groups, _term
 class _Recorded(Exception):
     """Ends TRL's loss where it asks for log-probs."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Request) -> None:
         super().__init__("recorded")
         self.asked = asked
 
@@ -168,7 +168,7 @@ class _Merging(Installed):
     ) -> Any:
         """Record what is asked, or answer from the pass that was made of it."""
         if self._records:
-            raise _Recorded(Asked(input_ids, attention_mask, logits_to_keep, kwargs, self._groups.current))
+            raise _Recorded(Request(input_ids, attention_mask, logits_to_keep, kwargs, self._groups.current))
         if self._answers:
             return self._answers.pop(0)
         return call_next(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -197,7 +197,7 @@ class _Merging(Installed):
             gone += loss.detach()
         return loss_of_pass(last) + gone
 
-    def _asked(self, batch: Batch, loss_of: Callable[[Batch], Any]) -> Asked:
+    def _asked(self, batch: Batch, loss_of: Callable[[Batch], Any]) -> Request:
         self._records = True
         try:
             loss_of(batch)
@@ -207,7 +207,7 @@ class _Merging(Installed):
             self._records = False
         raise AssertionError("TRL's loss asks for no log-probs")
 
-    def _planned(self, model: Any, asked: list[Asked], held: list[Batch]) -> list[list[int]]:
+    def _planned(self, model: Any, asked: list[Request], held: list[Batch]) -> list[list[int]]:
         """Indices of the micro batches of each pass; one each where nothing was asked or merging is found wrong."""
         alone = [[index] for index in range(len(held))]
         if not asked:
@@ -222,7 +222,7 @@ class _Merging(Installed):
         merged = next((members for members in passes if len(members) > 1), None)
         return passes if merged and self._agrees(model, [asked[index] for index in merged]) else alone
 
-    def _agrees(self, model: Any, asked: list[Asked]) -> bool:
+    def _agrees(self, model: Any, asked: list[Request]) -> bool:
         """True if a micro batch scores the same by itself as in the pass; compared once."""
         single = self.trainer.accelerator.unwrap_model(model)
         width = asked[0].completion_width
@@ -234,7 +234,7 @@ class _Merging(Installed):
             "log-probs",
         )
 
-    def _scored(self, model: Any, asked: list[Asked]) -> list[Scores]:
+    def _scored(self, model: Any, asked: list[Request]) -> list[Scores]:
         """Log-probs and entropies of each, from one pass."""
         whole = joined(asked)
         with self._groups.under_way(whole.group):

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one micro batch asks of the model; only parts of one `kind` (the same inputs) can go together."""
+    """Rows of one micro batch; only parts of one `kind` (the same inputs) can go together."""
 
     kind: Hashable
     rows: Sequence[Row]

@@ -14,7 +14,7 @@ from grpo_autotune.speedups.batches.rows import BOTH_KEYS
 Joining = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """Log-probs that TRL asks for: ids and mask (B, P + C), C, the other arguments, and the group of each row."""
 
     input_ids: torch.Tensor
@@ -25,12 +25,12 @@ class Asked(NamedTuple):
 
     @property
     def kind(self) -> frozenset[tuple[str, Any]]:
-        """What has to be equal for two to go together."""
+        """The inputs that must be equal for two requests to go together."""
         groups = ("group", self.group is None)
         return frozenset({groups, *((key, _layout(value)) for key, value in self.others.items())})
 
 
-def rows_of(asked: Sequence[Asked]) -> list[list[Row]]:
+def rows_of(asked: Sequence[Request]) -> list[list[Row]]:
     """The rows of each in tokens, read from the device at once; where groups are not known, a row is one of its own."""
     columns = [
         torch.cat([one.attention_mask[:, : -one.completion_width].sum(1) for one in asked]),
@@ -42,7 +42,7 @@ def rows_of(asked: Sequence[Asked]) -> list[list[Row]]:
     return [[Row(*next(rows)) for _ in one.input_ids] for one in asked]
 
 
-def joined(asked: Sequence[Asked]) -> Asked:
+def joined(asked: Sequence[Request]) -> Request:
     """One call for all rows, of one `kind`: prompts padded on the left, completions on the right."""
     width = max(one.completion_width for one in asked)
     prompts = max(one.input_ids.shape[1] - one.completion_width for one in asked)
@@ -62,16 +62,16 @@ def joined(asked: Sequence[Asked]) -> Asked:
         for key in asked[0].others
     }
     ids, mask = ([getattr(one, name) for one in asked] for name in ("input_ids", "attention_mask"))
-    return Asked(widened(ids), widened(mask), width, others, _group(asked))
+    return Request(widened(ids), widened(mask), width, others, _group(asked))
 
 
-def _group(asked: Sequence[Asked]) -> torch.Tensor | None:
+def _group(asked: Sequence[Request]) -> torch.Tensor | None:
     groups = [one.group for one in asked if one.group is not None]
     return torch.cat(groups) if len(groups) == len(asked) else None
 
 
 def _layout(value: Any) -> Any:
-    """What two values have to have in common to be put together."""
+    """The layout that two values must share to be put together."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.ndim, tuple(value.shape[1:]) if value.ndim > 2 else ()
     return "list" if isinstance(value, list) else value
