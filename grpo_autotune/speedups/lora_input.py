@@ -24,6 +24,7 @@ class LoraInput:
 
     name = "lora_input"
     summary = "adapters read their half-precision input as it is, without PEFT's copy in float32"
+    stands_for: tuple[str, ...] = ()
 
     def applies(self, trainer: Any) -> str | None:
         """None where an adapter's input makes the round trip."""

@@ -58,7 +58,6 @@ def loss_and_gradients(trainer: GRPOTrainer, batch: dict[str, Any]) -> tuple[tor
 def micro_batches(trainer: GRPOTrainer, dead: Sequence[int] = ()) -> list[dict[str, Any]]:
     """A generation in TRL's micro batches, each cut to the longest of its rows; rows of `dead` have no advantage."""
     batch = generation(trainer)
-    batch.pop("living", None)  # by rewards that these advantages do not come from
     batch["advantages"][list(dead)] = 0.0
     parts = split_tensor_dict(split_pixel_values_by_grid(batch), trainer.args.steps_per_generation)
     return [trim(unsplit_pixel_values_by_grid(part)) for part in parts]

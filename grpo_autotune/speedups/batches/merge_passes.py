@@ -24,7 +24,7 @@ from grpo_autotune.speedups.batches.order import depends_on_partition, steps_lin
 from grpo_autotune.speedups.batches.passes import Part, planned
 from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
-from grpo_autotune.speedups.conditions import LOSS, active_dropout, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, active_dropout
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, None]
@@ -36,6 +36,7 @@ class MergePasses:
 
     name = "merge_passes"
     summary = "micro batches go through the model together where TRL's micro batch leaves room"
+    stands_for = (*MICRO_BATCH, "_get_per_token_logps_and_entropies", "model.forward")
 
     def applies(self, trainer: Any) -> str | None:
         """None where several micro batches add up to one gradient, whichever pass they are computed in."""
@@ -84,9 +85,6 @@ def _rows_apart(trainer: Any) -> str | None:
 
 def _loop(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
-    other = overridden(trainer, (*LOSS, "training_step"))
-    if other is not None:
-        return f"{other}, which may count on one pass a micro batch"
     if accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed counts backward passes (grpo.deepspeed)"
     if trainer.is_fsdp_enabled:
