@@ -1,11 +1,12 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
-                               [--steps 50] [--skip batches runs ranks bf16] [--merge]
+                               [--steps 50] [--skip batches windows runs ranks bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
-largest value. *Runs*: 50 optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
+largest value. *Windows*: the same for an accumulation whose micro batches split the groups, so that passes are merged.
+*Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further
 off than the tolerance. Models are those of the tests (two layers, float32).
 
@@ -38,9 +39,20 @@ from grpo_autotune.commands.imports import mend_torchvision
 
 mend_torchvision()
 
+import torch  # noqa: E402
+
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from tests.support.exactness import apart, asked, differences, ready, under_autocast  # noqa: E402
+from tests.support.exactness import (  # noqa: E402
+    accumulated,
+    apart,
+    asked,
+    differences,
+    gradients_apart,
+    micro_batches,
+    ready,
+    under_autocast,
+)
 from tests.support.exactness_ranks import rows_of  # noqa: E402
 from tests.support.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
 from tests.support.trainers import make_trainer  # noqa: E402
@@ -48,6 +60,7 @@ from tests.support.trainers import make_trainer  # noqa: E402
 TOLERANCE = 1e-5
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+HALF_GROUPS: dict[str, Any] = {"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 CONTEXT = ("fact.",)
 ROUNDED = ("log_probs", "loss", "gradients")
 BATCHES = 5
@@ -92,6 +105,25 @@ def batches(models: Models, options: argparse.Namespace) -> Iterator[dict[str, A
             }  # fmt: skip
 
 
+def windows(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination: an accumulation of four micro batches of half a group, each or merged."""
+    switches = itertools.product(options.architectures, [True, False], [True, False], options.losses, [0.05, 0.0])
+    for kind, lora, checkpointing, loss, beta in switches:
+        path, data = models.of(kind)
+        grpo: dict[str, Any] = {"num_iterations": 2, "loss_type": loss, "beta": beta, **HALF_GROUPS}
+        trainer = ready(path, data, models.folder / "out", lora=lora, gradient_checkpointing=checkpointing, **grpo)
+        speedups = speed_up(trainer, "auto")
+        parts = micro_batches(trainer)
+        fast, facts = accumulated(trainer, parts), speedups.facts().get("merge_passes", {})
+        speedups.remove()
+        plain = accumulated(trainer, parts)
+        yield {
+            "part": "windows", "architecture": kind, "lora": lora, "checkpointing": checkpointing, "loss_type": loss,
+            "beta": beta, "speedups": "auto", "passes": int(facts.get("passes", 0)),
+            "loss": apart(torch.tensor(fast.loss), torch.tensor(plain.loss)), "gradients": gradients_apart(fast, plain),
+        }  # fmt: skip
+
+
 def runs(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a run: rewards equal or not, and how far the final weights are apart."""
     for kind, lora, names in itertools.product(options.architectures, [True, False], options.speedups):
@@ -100,7 +132,7 @@ def runs(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]
         for wanted in ("none", names):
             trainer = make_trainer(
                 path, data, models.folder / "out", lora=lora, max_steps=options.steps, beta=0.05, optim="sgd",
-                learning_rate=0.02, num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                learning_rate=0.02, **HALF_GROUPS,
             )  # fmt: skip
             speedups = speed_up(trainer, asked(wanted))
             trainer.train()
@@ -204,7 +236,7 @@ def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
 
 def main() -> int:
     """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
-    parts = {"batches": batches, "runs": runs, "ranks": ranks, "bf16": bf16}
+    parts = {"batches": batches, "windows": windows, "runs": runs, "ranks": ranks, "bf16": bf16}
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)

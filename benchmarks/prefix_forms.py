@@ -105,7 +105,7 @@ class Forms:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         media = {key: batch[key] for key in MEDIA if key in batch}
-        with torch.no_grad(), groups_of(self.trainer)._under_way(batch["group_id"]):
+        with torch.no_grad(), groups_of(self.trainer).under_way(batch["group_id"]):
             found: torch.Tensor = self.trainer._get_per_token_logps_and_entropies(
                 self.trainer.model, ids, mask, batch["completion_ids"].shape[1], **media
             )[0]

@@ -6,7 +6,9 @@ Parts: `prefill` (512 px, 32 new tokens: seconds of generation), `images` (768 p
 (half of the groups without spread, beta 0: seconds of the training stages), `judge` (an async judge of three seconds
 beside a reference pass of at least three: the share of its seconds that is hidden), `patches` (768 px, the patch
 embedding alone, forward and backward), `chunks` (768 px, micro batch 1: seconds of the reference pass under
-shared_prefix in chunks of TRL's size against larger ones).
+shared_prefix in chunks of TRL's size against larger ones), `merge` (448 px, groups of eight in micro batches of four,
+merged or not: seconds of the training stages), `merge_whole` (the same in micro batches of eight, which merge_passes
+leaves alone on a CPU: two of them in a pass against one).
 
 The speed-up is installed throughout and is told to leave one step of each pair to TRL, the first and the second in
 turn. A ratio is that of plain seconds to those of its neighbouring step. For images, whose loader stays as it is
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.midsize import midsize_config
 from benchmarks.result import FOLDER, ratio, write
@@ -37,6 +40,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.speedups.batches import merge_passes, passes  # noqa: E402
 from grpo_autotune.speedups.install import SpeedUps, speed_up  # noqa: E402
 from grpo_autotune.speedups.shared_prefix import speedup  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
@@ -159,6 +163,35 @@ def no_grad_chunks(pairs: int) -> tuple[Rows, Ratios]:
     return rows, {f"chunks of {CHUNK}, {name}": value for name, value in ratios.items()}
 
 
+def unmerged(speedups: SpeedUps, names: Sequence[str], plain: bool) -> None:
+    """A plain step is one whose micro batches go through the model one by one."""
+    left_to_trl(speedups, ["merge_passes"], plain)
+
+
+def merge(pairs: int) -> tuple[Rows, Ratios]:
+    """Training on two groups in four micro batches."""
+    grpo = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "beta": 0.0}
+    config = config_of("benchmarks.midsize:variety", pixels=448, completion=64, grpo=grpo)
+    return stages_in_turns(config, ["shared_prefix", "vision_cache", "merge_passes"], TRAINING, pairs, unmerged)
+
+
+def _filled(planned: Callable[..., Any], *args: Any, **how: Any) -> Any:
+    """Passes as they are planned on a GPU."""
+    return planned(*args, **{**how, "by_launches": True})
+
+
+def merge_whole(pairs: int) -> tuple[Rows, Ratios]:
+    """Training on four groups in four micro batches, as merge_passes would do it on a GPU."""
+    grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "beta": 0.0}
+    config = config_of("benchmarks.midsize:variety", pixels=448, completion=64, grpo=grpo)
+    rules = tuple(rule for rule in merge_passes._RULES if rule is not merge_passes._whole_groups)
+    filled = functools.partial(_filled, passes.planned)
+    with patch.object(merge_passes, "_RULES", rules), patch.object(merge_passes, "planned", filled):
+        names = ["shared_prefix", "vision_cache", "merge_passes"]
+        rows, ratios = stages_in_turns(config, names, TRAINING, pairs, unmerged)
+    return rows, {f"whole groups, {name}": value for name, value in ratios.items()}
+
+
 def images(pairs: int) -> tuple[Rows, Ratios]:
     """Loading, decoding and processing for two prompts at eight micro steps a step, of images not seen before."""
     grpo = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "beta": 0.0, "max_steps": 2}
@@ -241,6 +274,8 @@ PARTS: dict[str, Callable[[int], tuple[Rows, Ratios]]] = {
     "judge": overlap,
     "patches": patches,
     "chunks": no_grad_chunks,
+    "merge": merge,
+    "merge_whole": merge_whole,
 }
 
 

@@ -66,7 +66,9 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
         "vision_cache": Builtin("grpo_autotune.speedups.images.vision_cache:VisionCache"),
         "length_sort": Builtin("grpo_autotune.speedups.batches.length_sort:LengthSort"),
         "skip_dead": Builtin("grpo_autotune.speedups.batches.skip_dead:SkipDead"),
+        "merge_passes": Builtin("grpo_autotune.speedups.batches.merge_passes:MergePasses"),
         "patch_embed": Builtin("grpo_autotune.speedups.images.patch_embed:PatchEmbed"),
+        "lora_input": Builtin("grpo_autotune.speedups.lora_input:LoraInput"),
         "reward_overlap": Builtin("grpo_autotune.speedups.reward_overlap:RewardOverlap"),
     },
 }

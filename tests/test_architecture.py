@@ -48,7 +48,7 @@ FLOORS = {
         ("batches",),
         ("shared_prefix", "generation"),
         ("images",),
-        ("reward_overlap",),
+        ("reward_overlap", "lora_input"),
         ("install",),
     ),
     "train": (("arguments", "data", "models", "rewards", "runs"), ("trainer",), ("trial_trainer",)),

@@ -8,7 +8,7 @@ string is a regular expression over the whole path, and `all-linear` is every li
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class AdapterSizes(NamedTuple):
         text_first: Of `text`, the input halves on the first layer's query, key and value projections.
         blocks_first: Of `blocks`, the input half on the first block's query-key-value projection.
         on_text_end: Whether the decoder layers' last matrix is adapted; `on_vision_end`: that of the tower's blocks.
+        text_copied: Numbers that a token leaves on all layers where each adapter keeps a copy of its input, beyond what
+            one copy of each input would; `blocks_copied`: a patch, on the tower's blocks.
     """
 
     text: int = 0
@@ -43,6 +45,8 @@ class AdapterSizes(NamedTuple):
     blocks_first: int = 0
     on_text_end: bool = False
     on_vision_end: bool = False
+    text_copied: int = 0
+    blocks_copied: int = 0
 
 
 NO_ADAPTERS = AdapterSizes()
@@ -74,7 +78,23 @@ def _sizes(shape: ModelShape, rank: int, targets: Any, excluded: Any) -> Adapter
         blocks_first=rank * sum(m.inputs for m in blocks if m.path.endswith("blocks.0.attn.qkv")),
         on_text_end=any(m.path.endswith(".down_proj") for m in text),
         on_vision_end=any(m.path.endswith((".mlp.down_proj", ".mlp.linear_fc2")) for m in blocks),
+        text_copied=_copied(text),
+        blocks_copied=_copied(blocks),
     )
+
+
+READ_TOGETHER = (".q_proj", ".k_proj", ".v_proj", ".gate_proj", ".up_proj")
+"""Matrices of one module that read one input, which nothing else keeps."""
+
+ATTENDED = (".o_proj", ".attn.proj")
+"""Matrices that read attention's output, which attention keeps as well."""
+
+
+def _copied(adapted: Sequence[Matrix]) -> int:
+    """Channels of the copies beyond one for each input; that of the MLP's last matrix is kept by its adapter alone."""
+    copies = sum(matrix.inputs for matrix in adapted if matrix.path.endswith(READ_TOGETHER + ATTENDED))
+    inputs = {m.path.rpartition(".")[0]: m.inputs for m in adapted if m.path.endswith(READ_TOGETHER)}
+    return copies - sum(inputs.values())
 
 
 def text_matrices(shape: ModelShape) -> Iterator[Matrix]:

@@ -194,8 +194,8 @@ def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
     """Trained parameters and their number formats, from the trainer's facts.
 
     A tower is taken as frozen in full fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in
-    float32 (`autocast_adapter_dtype`); other weights have the dtype that the model's config names, activations the
-    run's.
+    float32 (`autocast_adapter_dtype`), TRL those of a quantized base in bfloat16; other weights have the dtype that the
+    model's config names, activations the run's.
     """
     peft, trained = trainer.peft, trainer.trainable_parameters
     adapters: AdapterSizes = adapter_sizes(shape, peft) if peft else NO_ADAPTERS
@@ -213,4 +213,8 @@ def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
         weight_bytes=weight_bytes,
         trainable_bytes=4 if peft else stored_bytes,
         trainable=trained,
+        inputs_copied=bool(peft)
+        and VALUE_BYTES.get(trainer.dtype, 4) < 4
+        and not quantization
+        and "lora_input" not in trainer.speedups,
     )

@@ -201,7 +201,8 @@ def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager
     they are normalised, and as rotated; values as projected; under a mask (padded rows) or `eager` keys and values are
     kept repeated for every query head; then the output of attention. The MLP keeps the gate, its activation, the up
     projection and their product: 4 m. `eager` keeps the softmax of every head and pair of tokens in float32, and its
-    copy in the run's type (RMSNorm, TextAttention and TextMLP in `modeling_qwen3_vl.py`; `sdpa_attention.py`).
+    copy in the run's type (RMSNorm, TextAttention and TextMLP in `modeling_qwen3_vl.py`; `sdpa_attention.py`). Adapters
+    that cast their input keep a copy each.
     """
     h, w, kv, m = shape.hidden, shape.attention_width, shape.kv_width, shape.mlp
     half = training.value_bytes < STATE_BYTES
@@ -209,7 +210,8 @@ def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager
     projected = (w + kv) * (norm - 1) if shape.qk_norm else 0
     attended = 2 * w if padded or eager else 2 * kv
     scores = shape.heads * length * (STATE_BYTES / training.value_bytes + half) if eager else 0
-    return 2 * norm * h + projected + w + attended + w + 4 * m + scores
+    copies = training.adapters.text_copied / shape.layers if training.inputs_copied else 0
+    return 2 * norm * h + projected + w + attended + w + 4 * m + scores + copies
 
 
 def block_numbers(vision: VisionShape, grid: tuple[int, int], *, eager: bool) -> float:
@@ -247,6 +249,7 @@ def layer_bytes(shape: ModelShape, batch: Batch, training: Training, *, eager: b
 def block_bytes(vision: VisionShape, batch: Batch, training: Training, *, eager: bool) -> float:
     """Bytes that one block of the vision tower keeps."""
     numbers = block_numbers(vision, batch.grid, eager=eager)
+    numbers += training.adapters.blocks_copied / vision.depth if training.inputs_copied else 0
     return numbers * batch.patches * training.value_bytes
 
 

@@ -92,6 +92,7 @@ class Training:
         weight_bytes: Bytes of a weight of the decoder's layers (4-bit base: 0.5).
         trainable_bytes: Bytes of a trained parameter, of its gradient and of each optimizer state.
         trainable: Number of trained parameters.
+        inputs_copied: Each adapter keeps a copy of its input: PEFT casts it to float32, and autocast casts that back.
     """
 
     text_weights: bool
@@ -103,6 +104,7 @@ class Training:
     weight_bytes: float
     trainable_bytes: float
     trainable: float
+    inputs_copied: bool = False
 
     def through_tower(self, vision: VisionShape) -> bool:
         """True if the backward pass goes through the vision tower: trained, adapted, or pulled in by checkpointing."""

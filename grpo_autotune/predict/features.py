@@ -66,11 +66,13 @@ def _generation(load: Workload, rates: Rates) -> Features:
     return {f"{name}{suffix}": count for name, count in counts.items()}
 
 
-def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters: bool = True) -> Features:
-    """`copies`: rows of one prompt that a speed-up finds together. A training pass has a micro batch of them, a pass
-    without gradients goes over the whole generation (`_rows` in speedups/shared_prefix/speedup.py)."""
+def _pass(
+    load: Workload, rates: Rates, passes: float, copies: float, *, adapters: bool = True, merged: float = 1.0
+) -> Features:
+    """`copies`: rows of one prompt that a speed-up finds together. A training pass has those of its `merged` micro
+    batches, a pass without gradients goes over the whole generation (`_rows` in speedups/shared_prefix/speedup.py)."""
     facts = load.facts
-    counts = {"calls": passes, "rows": passes * facts.micro_batch}
+    counts = {"calls": passes / merged, "rows": passes * facts.micro_batch}
     if load.shape is None:
         return counts | _plain(load, passes)
     one = forward(load.shape, training_batch(load.shape, facts), facts.training, adapters=adapters)
@@ -79,7 +81,12 @@ def _pass(load: Workload, rates: Rates, passes: float, copies: int, *, adapters:
 
 
 def _training_forward(load: Workload, rates: Rates) -> Features:
-    return _pass(load, rates, load.facts.passes, min(load.facts.group, load.facts.micro_batch))
+    return _pass(load, rates, load.facts.passes, _copies_together(load), merged=load.merged)
+
+
+def _copies_together(load: Workload) -> float:
+    """Rows of one prompt in a training pass."""
+    return min(load.facts.group, load.facts.micro_batch * load.merged)
 
 
 def _old_policy(load: Workload, rates: Rates) -> Features | None:
@@ -95,9 +102,9 @@ def _reference(load: Workload, rates: Rates) -> Features | None:
 
 def _backward(load: Workload, rates: Rates) -> Features:
     facts = load.facts
-    counts = {"calls": float(facts.passes), "rows": float(facts.passes * facts.micro_batch)}
+    counts = {"calls": facts.passes / load.merged, "rows": float(facts.passes * facts.micro_batch)}
     if facts.training.checkpointing:
-        counts["calls_again"] = float(facts.passes)
+        counts["calls_again"] = facts.passes / load.merged
     if load.shape is None:
         return counts | _plain(load, facts.passes * (1.5 if facts.training.checkpointing else 1.0))
     work = backward(load.shape, training_batch(load.shape, facts), facts.training) * facts.passes
@@ -106,11 +113,10 @@ def _backward(load: Workload, rates: Rates) -> Features:
     if len(rest) > 1:
         counts |= _work("tower", rest[0], rates)
     counts |= _scores(load, load.shape, facts.passes)
-    copies = min(facts.group, facts.micro_batch)
-    return counts | _spared(load, counts, "shared_prefix", copies, facts.completion_tokens)
+    return counts | _spared(load, counts, "shared_prefix", _copies_together(load), facts.completion_tokens)
 
 
-def _spared(load: Workload, counts: Features, by: str, copies: int, completion: float) -> Features:
+def _spared(load: Workload, counts: Features, by: str, copies: float, completion: float) -> Features:
     """Under the speed-up `by`, operations with each prompt and its images counted once for its `copies` in a pass, and
     those that are spared beside them: what becomes of these is for the fit to find out."""
     if by not in load.speedups:

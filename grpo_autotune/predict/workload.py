@@ -31,6 +31,7 @@ from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import FEATURE_BYTES, SERVED, kernel_name
+from grpo_autotune.speedups.batches.passes import Part, Row, planned
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.units import GIB
 
@@ -38,6 +39,8 @@ PLACES = np.linspace(0.0, 1.0, 201)
 MOST_PADDING = 0.99
 STEPS_KEPT = 4
 """Steps of a trial, whose images' features `vision_cache` keeps; a run fills its memory to the limit in time."""
+ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp")
+"""Keys of `grpo` under which micro batches are not merged (`speedups/batches/merge_passes.py`)."""
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
@@ -55,6 +58,7 @@ class Workload:
         rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
         generations: Generations an optimizer step.
         speedups: Names of the speed-ups that are asked for and that this setting lets work.
+        merged: Micro batches of a training pass.
         waves: How often the completions of a generation take turns in the engine.
         wakes: Whether the engine is put to sleep and woken, where the probe's was.
     """
@@ -67,6 +71,7 @@ class Workload:
     rows_loaded: float
     generations: float
     speedups: frozenset[str]
+    merged: float = 1.0
     waves: float = 1.0
     wakes: bool = True
 
@@ -138,6 +143,7 @@ def workload(
         ),
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=speedups,
+        merged=_merged(plan, facts, longest_prompt + completion, speedups, trainer.device),
         waves=engine.waves(config),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
@@ -178,7 +184,30 @@ def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     dropout = (trainer.peft or {}).get("lora_dropout")
     whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
-    return frozenset(set(chosen(config.speedups)) - (set() if whole else {"shared_prefix"}))
+    off = set() if whole else {"shared_prefix", "merge_passes"}
+    if any(config.grpo.get(key) for key in ONE_BY_ONE):
+        off.add("merge_passes")
+    return frozenset(set(chosen(config.speedups)) - off)
+
+
+def _merged(plan: BatchPlan, facts: WorkFacts, row: float, speedups: frozenset[str], device: str) -> float:
+    """Micro batches of a training pass, for rows of mean length that are sorted by prompt within a step.
+
+    Args:
+        plan: Rows of a micro batch, and micro batches of a generation and of a step.
+        facts: Tokens of a row.
+        row: Tokens of a row as it is padded.
+        speedups: Those that work.
+        device: The trainer's.
+    """
+    window = min(plan.accumulation, plan.steps_per_generation)
+    if "merge_passes" not in speedups or max(plan.accumulation, plan.steps_per_generation) % window:
+        return 1.0
+    micro = plan.micro_batch
+    rows = [Row(n // plan.num_generations, facts.prompt_tokens, facts.completion_tokens) for n in range(window * micro)]
+    parts = [Part(None, rows[begin : begin + micro]) for begin in range(0, len(rows), micro)]
+    shared, by_launches = "shared_prefix" in speedups, device.startswith("cuda")
+    return window / len(planned(parts, micro * row, shared=shared, by_launches=by_launches))
 
 
 def expected_longest(lengths: Spread, draws: float, cap: float | None = None) -> float:
@@ -257,6 +286,8 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
     if rank is not None and facts.peft:
         update["trainable_parameters"] = facts.trainable_parameters * rank / facts.peft.get("r", rank)
         update["peft"] = {**facts.peft, "r": rank}
+    if config.speedups != base.speedups:
+        update["speedups"] = chosen(config.speedups)
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None

@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
+OUTERMOST = -10
+"""Around the probe: for calls that do no work and that it should not count."""
 OUTER = 0
 INNER = 10
 _MARK = "__grpo_autotune_point__"

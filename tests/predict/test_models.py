@@ -15,6 +15,7 @@ from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, with_knobs
 from grpo_autotune.predict.features import PARTS, SPARED, Rates, features
+from grpo_autotune.predict.memory import components
 from grpo_autotune.predict.models import Models, part_seconds, stage_seconds
 from grpo_autotune.predict.regression import Fit, Observation, Place, first_guess
 from grpo_autotune.predict.workload import Workload, expected_longest, mean_length, tokens_at, workload
@@ -305,6 +306,39 @@ def test_a_shared_prefix_that_cannot_work_spares_nothing(knobs: dict[str, Any]) 
         return "shared_prefix" in workload(turned, truth.user, probe_record(), truth.machine).speedups
 
     assert shared(fast) and not shared(with_knobs(fast, knobs))
+
+
+def test_merged_passes_are_counted_as_they_run() -> None:
+    """Micro batches of two, groups of eight: as many calls as passes, and the prompt once for the rows of a pass."""
+    truth = Truth(noise=0.0)
+
+    def of(*names: str) -> tuple[float, float, float]:
+        load = truth.load(with_knobs(truth.user, {"speedups": list(names)}))
+        counts = features(load, Rates(1.0))["backward"]
+        return load.merged, counts["calls"], counts["text_flops"]
+
+    merged, calls, flops = of("shared_prefix", "merge_passes")
+    _, calls_apart, flops_apart = of("shared_prefix")
+    assert merged > 1.0 and calls == calls_apart / merged == 16.0 / merged
+    assert flops < flops_apart
+    assert of("merge_passes") == of(), "without shared prompts there is no room"
+
+
+def test_adapters_that_copy_their_input_need_more_memory() -> None:
+    """Three copies of the hidden state and one of attention's output, a token and layer, in bfloat16; of the tower's
+    blocks, which have one matrix for query, key and value, attention's output."""
+    truth = Truth(noise=0.0)
+    apart = {"grpo.gradient_checkpointing": False}
+    plain, fast = (
+        components(truth.load(with_knobs(truth.user, {**apart, "speedups": names})))["activations"]
+        for names in ("none", ["lora_input"])
+    )
+    load = truth.load(with_knobs(truth.user, apart))
+    shape, tokens = load.shape, load.facts.micro_batch * load.sizes.row
+    assert shape is not None and shape.vision is not None
+    text = tokens * shape.layers * (3 * shape.hidden + shape.attention_width)
+    tower = load.facts.micro_batch * 48 * 48 * shape.vision.depth * shape.vision.hidden
+    assert plain - fast == pytest.approx(2 * (text + tower))
 
 
 def test_what_no_formula_describes_is_learnt_by_knob() -> None:

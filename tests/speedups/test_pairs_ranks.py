@@ -38,4 +38,7 @@ def test_two_processes(tiny, tmp_path):
         assert first[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 20.0}, case
         assert second[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 40.0}, case
     assert first["full vision"]["facts"]["images_once"]["processed"] <= 4
-    assert {"shared_prefix", "shared_prefill", "images_once", "vision_cache"} <= set(first["adapters"]["on"])
+    assert {"shared_prefix", "shared_prefill", "images_once", "vision_cache", "merge_passes"} <= set(
+        first["adapters"]["on"]
+    )
+    assert first["adapters"]["facts"]["merge_passes"]["passes"] < 20.0

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 from tests.support.trainers import make_trainer
 
 from grpo_autotune.seams.table import find, wrap_rows  # isort: skip
+from grpo_autotune.speedups.batches.rows import trim  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.selection import Wanted  # isort: skip
 import torch  # isort: skip
 from trl import GRPOTrainer  # isort: skip
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid  # isort: skip
 
 
 def ready(*args: Any, spread: float = 0.05, **kwargs: Any) -> GRPOTrainer:
@@ -52,6 +54,45 @@ def loss_and_gradients(trainer: GRPOTrainer, batch: dict[str, Any]) -> tuple[tor
     loss.backward()
     found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     return loss.detach(), found
+
+
+def micro_batches(trainer: GRPOTrainer, dead: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """A generation in TRL's micro batches, each cut to the longest of its rows; rows of `dead` have no advantage."""
+    batch = generation(trainer)
+    batch["advantages"][list(dead)] = 0.0
+    parts = split_tensor_dict(split_pixel_values_by_grid(batch), trainer.args.steps_per_generation)
+    return [trim(unsplit_pixel_values_by_grid(part)) for part in parts]
+
+
+class Accumulated(NamedTuple):
+    """What an accumulation computes: the summed loss, gradients by parameter, and TRL's metrics of each micro batch."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    metrics: dict[str, list[float]]
+
+
+def accumulated(trainer: GRPOTrainer, batches: Sequence[dict[str, Any]], first: int = 0) -> Accumulated:
+    """An accumulation as transformers' loop runs it, from micro step `first` on."""
+    trainer._step = first
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    total = 0.0
+    for index, batch in enumerate(batches):
+        trainer.accelerator.gradient_state._set_sync_gradients(index == len(batches) - 1)
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        trainer.accelerator.backward(loss)
+        total += float(loss.detach())
+        trainer._step += 1
+    trainer._step = 0
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return Accumulated(total, gradients, {name: list(values) for name, values in trainer._metrics["train"].items()})
+
+
+def gradients_apart(found: Accumulated, wanted: Accumulated) -> float:
+    """The largest relative difference of a gradient."""
+    assert found.gradients.keys() == wanted.gradients.keys() and wanted.gradients
+    return max(apart(found.gradients[name], wanted.gradients[name]) for name in wanted.gradients)
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

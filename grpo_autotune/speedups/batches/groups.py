@@ -60,17 +60,18 @@ class Groups:
 
     def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         groups_B = self.of_generation(len(inputs))
-        with self._under_way(groups_B):
+        with self.under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
         return {**output, KEY: groups_B}
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = inputs if isinstance(inputs, Mapping) else {}
-        with self._under_way(batch.get(KEY), batch.get(KNOWN)):
+        with self.under_way(batch.get(KEY), batch.get(KNOWN)):
             return call_next(model, inputs, *args, **kwargs)
 
     @contextmanager
-    def _under_way(self, groups_B: torch.Tensor | None, known_B: torch.Tensor | None = None) -> Iterator[None]:
+    def under_way(self, groups_B: torch.Tensor | None, known_B: torch.Tensor | None = None) -> Iterator[None]:
+        """A context in which `current` is `groups_B`, and `known` is `known_B`."""
         before, self.current, self.known = (self.current, self.known), groups_B, known_B
         try:
             yield

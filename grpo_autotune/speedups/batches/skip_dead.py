@@ -139,18 +139,25 @@ class _Skipping(Installed):
             return call_next(model, inputs, *args, **kwargs)
         kept = _gradient_rows(inputs).nonzero().flatten().tolist()
         rows = len(inputs["completion_ids"])
+        with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
+            loss = self._loss_of(kept, call_next, model, inputs, *args, **kwargs)
         self._rows += rows
         self._skipped += rows - len(kept)
-        with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
-            if len(kept) == rows:
-                return call_next(model, inputs, *args, **kwargs)
-            part = take(inputs, kept) if kept else self._stand_in(inputs)
-            share = _share(self.trainer.loss_type, part, inputs) if kept else 0.0
-            self._left_out = rows - len(part["completion_ids"])
-            try:
-                return call_next(model, part, *args, **kwargs) * share
-            finally:
-                self._left_out = 0
+        return loss
+
+    def _loss_of(
+        self, kept: list[int], call_next: Callable[..., Any], model: Any, inputs: Batch, *args: Any, **kwargs: Any
+    ) -> Any:
+        rows = len(inputs["completion_ids"])
+        if len(kept) == rows:
+            return call_next(model, inputs, *args, **kwargs)
+        part = take(inputs, kept) if kept else self._stand_in(inputs)
+        share = _share(self.trainer.loss_type, part, inputs) if kept else 0.0
+        self._left_out = rows - len(part["completion_ids"])
+        try:
+            return call_next(model, part, *args, **kwargs) * share
+        finally:
+            self._left_out = 0
 
     def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL gathers a number per row for its metrics, and every rank must give as many: NaN, which they leave out."""
@@ -203,7 +210,9 @@ class _Relabelled:
     def __enter__(self) -> None:
         self._before = {name: len(values) for name, values in self._metrics.items()}
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: object, *rest: object) -> None:
+        if error is not None:
+            return  # nothing was computed
         for name in list(self._metrics):
             values, before = self._metrics[name], self._before.get(name, 0)
             if len(values) > before:

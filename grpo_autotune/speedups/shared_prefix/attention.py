@@ -88,8 +88,8 @@ class FastForm:
         """As `Form`; a layer that is computed again gets what it got the first time.
 
         Raises:
-            BaseException: It failed where gradient checkpointing already keeps what it left for the backward pass, memory ran
-                out, or the GPU failed.
+            BaseException: It failed where gradient checkpointing already keeps what it left for the backward pass,
+                memory ran out, or the GPU failed.
         """
         layer = int(getattr(module, "layer_idx", -1))
         served = layout.served.get(layer)

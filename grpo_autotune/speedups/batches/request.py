@@ -1,0 +1,84 @@
+"""Log-probs that TRL's loss asks the model for, and several such calls put together as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from grpo_autotune.speedups.batches.passes import Row
+from grpo_autotune.speedups.batches.rows import BOTH_KEYS
+
+Joining = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+class Request(NamedTuple):
+    """Log-probs that TRL asks for: ids and mask (B, P + C), C, the other arguments, and the group of each row."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_width: int
+    others: dict[str, Any]
+    group: torch.Tensor | None
+
+    @property
+    def kind(self) -> frozenset[tuple[str, Any]]:
+        """The inputs that must be equal for two requests to go together."""
+        groups = ("group", self.group is None)
+        return frozenset({groups, *((key, _layout(value)) for key, value in self.others.items())})
+
+
+def rows_of(asked: Sequence[Request]) -> list[list[Row]]:
+    """The rows of each in tokens, read from the device at once; where groups are not known, a row is one of its own."""
+    columns = [
+        torch.cat([one.attention_mask[:, : -one.completion_width].sum(1) for one in asked]),
+        torch.cat([one.attention_mask[:, -one.completion_width :].sum(1) for one in asked]),
+    ]
+    group = _group(asked)
+    numbers = torch.arange(len(columns[0]), device=columns[0].device) if group is None else group
+    rows = iter(torch.stack([numbers, *columns], dim=1).tolist())
+    return [[Row(*next(rows)) for _ in one.input_ids] for one in asked]
+
+
+def joined(asked: Sequence[Request]) -> Request:
+    """One call for all rows, of one `kind`: prompts padded on the left, completions on the right."""
+    width = max(one.completion_width for one in asked)
+    prompts = max(one.input_ids.shape[1] - one.completion_width for one in asked)
+
+    def widened(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        padded = []
+        for one, value in zip(asked, values, strict=True):
+            right = width - one.completion_width
+            padded.append(nn.functional.pad(value, (prompts + width - right - value.shape[1], right)))
+        return torch.cat(padded)
+
+    def row_by_row(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(values))
+
+    others = {
+        key: _together([one.others[key] for one in asked], widened if key in BOTH_KEYS else row_by_row)
+        for key in asked[0].others
+    }
+    ids, mask = ([getattr(one, name) for one in asked] for name in ("input_ids", "attention_mask"))
+    return Request(widened(ids), widened(mask), width, others, _group(asked))
+
+
+def _group(asked: Sequence[Request]) -> torch.Tensor | None:
+    groups = [one.group for one in asked if one.group is not None]
+    return torch.cat(groups) if len(groups) == len(asked) else None
+
+
+def _layout(value: Any) -> Any:
+    """The layout that two values must share to be put together."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.ndim, tuple(value.shape[1:]) if value.ndim > 2 else ()
+    return "list" if isinstance(value, list) else value
+
+
+def _together(values: Sequence[Any], joining: Joining) -> Any:
+    """One argument for several micro batches: tensors and lists by row, a setting as it is."""
+    if isinstance(values[0], torch.Tensor):
+        return joining(values)
+    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
