@@ -51,6 +51,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups_parts
 	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.prefix_forms --cases 768px 448px 768px-256 text --forms flat cascade plain --rounds 5 --name prefix_cascade
+	$(BIN)/python -m benchmarks.decoding --models 16m --rounds 3
 	$(BIN)/python -m benchmarks.time_to_reward
 	$(BIN)/python -m benchmarks.model_error
 	$(BIN)/python -m benchmarks.warm_workers

@@ -62,6 +62,7 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
     "speedup": {  # in the order in which they are installed
         "shared_prefix": Builtin("grpo_autotune.speedups.shared_prefix.speedup:SharedPrefix"),
         "shared_prefill": Builtin("grpo_autotune.speedups.generation.shared_prefill:SharedPrefill"),
+        "merge_for_generation": Builtin("grpo_autotune.speedups.generation.merge_for_generation:MergeForGeneration"),
         "images_once": Builtin("grpo_autotune.speedups.images.images_once:ImagesOnce"),
         "vision_cache": Builtin("grpo_autotune.speedups.images.vision_cache:VisionCache"),
         "length_sort": Builtin("grpo_autotune.speedups.batches.length_sort:LengthSort"),

@@ -20,6 +20,7 @@ WORK_LEFT_OUT = {
     "skip_dead": _PASSES,
     "vision_cache": (*_PASSES, "generation"),
     "shared_prefill": ("generation",),
+    "merge_for_generation": ("generation",),
 }
 """Speed-up -> stages in which it computes less than plain TRL; how much less is in its own counts."""
 

@@ -14,7 +14,11 @@ AUTO, NONE = "auto", "none"
 Wanted = str | Sequence[str | Mapping[str, Any]]
 """Values of the key; one name stands for a list of it."""
 
-OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {"shared_prefix": {"form": ("auto", "split", "flex", "cascade")}}
+OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shared_prefix": {"form": ("auto", "split", "flex", "cascade")},
+    "shared_prefill": {"decode": ("eager", "graph")},
+    "merge_for_generation": {"weights": ("float32", "any")},
+}
 """Speed-up -> option -> the accepted values, the default first; others have none."""
 
 

@@ -5,32 +5,45 @@ everything for one row per prompt: images encoded, positions, masks, processors.
 with all rows, each with a copy of its prompt's cache. Tokens are drawn for all rows together, those that are done
 included: the random stream is that of TRL's own call, so the same seed gives the same completions.
 
-Legend: U distinct prompts, B rows, A rows that the model still runs, V vocabulary.
+On a GPU the host does not wait for each token: it looks some tokens late at which rows are done. Where all were done
+earlier, the tokens since then are discarded and the random stream is put back.
+
+Legend: U distinct prompts, B rows, A rows that the model still runs, T tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-SHRINK_AT = 0.75
+from grpo_autotune.speedups.generation.norms import one_kernel_norms
+from grpo_autotune.speedups.generation.step import (
+    Capture,
+    FixedStep,
+    GeneralStep,
+    GraphStep,
+    Unsupported,
+    select,
+)
+from grpo_autotune.speedups.generation.weights import for_decoding, products, replaced
+from grpo_autotune.speedups.sdpa import without_cudnn
+
+SHRINK_AT = {"cpu": 0.75}
 """Rows that are done leave the batch once at most this share of its rows is still at work: leaving copies the cache."""
 
-CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Kinds of cache whose rows can be selected without loss."""
+SHRINK_LATE = 0.25
+"""The same on other devices, where launches bind and a row costs little."""
 
-PROMPT_ONLY = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
-"""What the model takes with the prompt and never again."""
+LOOK_EVERY = {"cpu": 1}
+"""Tokens between two looks at which rows are done; elsewhere `LOOK_LATE`, as a look makes the device wait."""
 
+LOOK_LATE = 8
 
-class Unsupported(RuntimeError):
-    """The model keeps something in its cache, or wants something at each step, whose rows are not known here."""
+WORTH_IT = 16
+"""New tokens from which weights are laid out for decoding, which takes as long as about three tokens."""
 
 
 class Decoder:
@@ -39,10 +52,23 @@ class Decoder:
     Args:
         prompt_of_row: Which of the U prompts each row continues, shape (B,).
         record: Gets each step's scores as the model gave them, shape (B, V); None keeps none.
+        capture: Captures a step, for replays in place of calls; None runs the model for each token.
+        look_every: Tokens between two looks at which rows are done; None is the device's own.
+
+    Attributes:
+        steps: Decoding steps that plain generation would have run.
+        row_steps: Rows times steps that the model ran.
     """
 
-    def __init__(self, prompt_of_row: torch.Tensor, record: list[torch.Tensor] | None = None) -> None:
-        self.prompt_of_row, self.record = prompt_of_row, record
+    def __init__(
+        self,
+        prompt_of_row: torch.Tensor,
+        record: list[torch.Tensor] | None = None,
+        capture: Capture | None = None,
+        look_every: int | None = None,
+    ) -> None:
+        self.prompt_of_row, self.record, self.capture = prompt_of_row, record, capture
+        self.look_every = look_every
         self.steps = self.row_steps = 0
 
     def __call__(
@@ -55,35 +81,123 @@ class Decoder:
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """As `GenerationMixin._sample`; ids of U prompts in, ids of B rows out."""
+        longest = stopping_criteria.max_length or generation_config.max_length
+        every = self.look_every or LOOK_EVERY.get(input_ids.device.type, LOOK_LATE)
+        if not all(_is_of_tokens_alone(item) for item in (*logits_processor, *stopping_criteria)):
+            every = 1
+        with without_cudnn():
+            with products(model) as dtypes:
+                state, logits_BV = self._read(model, input_ids, model_kwargs)
+            long = longest - input_ids.shape[1] >= WORTH_IT and len(self.prompt_of_row) > 1
+            weights = for_decoding(model, dtypes) if long or self.record is not None else ()
+            with replaced(weights), one_kernel_norms(model):
+                process = LogitsProcessorList(_of_rows(processor, self.prompt_of_row) for processor in logits_processor)
+                text = _Text(input_ids[self.prompt_of_row], longest, stopping_criteria, every, generation_config)
+                return self._write(self._step(model, state, longest), logits_BV, process, text)
+
+    def _read(
+        self, model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Read the prompts; what `generate` carries on and the logits (B, V), for all rows."""
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
         state = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        ids_B = input_ids[self.prompt_of_row]
-        process = LogitsProcessorList(_of_rows(processor, self.prompt_of_row) for processor in logits_processor)
-        state = _select(state, self.prompt_of_row.to(input_ids.device), len(input_ids))
-        logits_AV = outputs.logits[:, -1].to(torch.float32)[self.prompt_of_row]
-        del outputs, inputs
-        at_work = torch.ones(len(ids_B), dtype=torch.long, device=ids_B.device)
-        inside = torch.arange(len(ids_B), device=ids_B.device)
+        state = select(state, self.prompt_of_row.to(input_ids.device), len(input_ids))
+        return state, outputs.logits[:, -1].to(torch.float32)[self.prompt_of_row]
+
+    def _step(self, model: Any, state: dict[str, Any], longest: int) -> GeneralStep:
+        if not FixedStep.fits(model, state):
+            if self.capture is not None:
+                raise Unsupported("decode: graph needs a model whose steps transformers prepares by itself")
+            return GeneralStep(model, state)
+        if self.capture is None:
+            return FixedStep(model, state, longest)
+        return GraphStep(model, state, longest, self.capture)
+
+    def _write(self, step: GeneralStep, logits_AV: torch.Tensor, process: Any, text: _Text) -> torch.Tensor:
+        """Draw and run until all rows are done; their ids."""
+        rows = len(logits_AV)
+        inside = torch.arange(rows, device=logits_AV.device)
+        shrink_at = SHRINK_AT.get(logits_AV.device.type, SHRINK_LATE)
         while True:
-            logits_BV = _at(logits_AV, inside, len(ids_B))
+            logits_BV = _at(logits_AV, inside, rows)
             if self.record is not None:
                 self.record.append(logits_BV.clone())
-            scores_BV = process(ids_B, logits_BV)
-            tokens_B = _draw(scores_BV, generation_config, at_work)
-            ids_B = torch.cat([ids_B, tokens_B[:, None]], dim=-1)
-            at_work = at_work & ~stopping_criteria(ids_B, None)
-            left = int(at_work.sum())
-            if not left:
-                return ids_B
-            if left <= SHRINK_AT * len(inside):
-                kept = at_work[inside].nonzero().flatten()
-                state, inside = _select(state, kept, len(inside)), inside[kept]
-            inputs = model.prepare_inputs_for_generation(ids_B[inside], next_sequence_length=1, **state)
-            outputs = model(**inputs, return_dict=True)
+            text.add(process(text.ids, logits_BV))
+            left = text.left()
+            if left == 0:
+                self.steps -= text.surplus
+                if self.record is not None:
+                    del self.record[len(self.record) - text.surplus :]
+                return text.ids.clone()
+            if left is not None and left <= shrink_at * len(inside):
+                kept = text.at_work[inside].nonzero().flatten()
+                step.keep(kept, len(inside))
+                inside = inside[kept]
+            logits_AV = step(text.ids if len(inside) == rows else text.ids[inside])
             self.steps, self.row_steps = self.steps + 1, self.row_steps + len(inside)
-            state = model._update_model_kwargs_for_generation(outputs, state)
-            logits_AV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+
+
+class _Text:
+    """The ids of the rows so far, and which rows are done.
+
+    Attributes:
+        ids: Token ids, shape (B, T).
+        at_work: 1 for each row that goes on, shape (B,).
+        surplus: Steps that were taken back after all rows were done.
+    """
+
+    def __init__(self, ids_BT: torch.Tensor, longest: int, criteria: Any, every: int, config: Any) -> None:
+        rows, self._tokens = ids_BT.shape
+        self._ids_BL = torch.empty(rows, longest, dtype=ids_BT.dtype, device=ids_BT.device)
+        self._ids_BL[:, : self._tokens] = ids_BT
+        self._criteria, self._every, self._config = criteria, every, config
+        self.at_work = torch.ones(rows, dtype=torch.long, device=ids_BT.device)
+        self.surplus = 0
+        self._unread: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self._ids_BL[:, : self._tokens]
+
+    def add(self, scores_BV: torch.Tensor) -> None:
+        """Draw the next token of each row from its scores."""
+        self._ids_BL[:, self._tokens] = _draw(scores_BV, self._config, self.at_work)
+        self._tokens += 1
+        self.at_work = self.at_work & ~self._criteria(self.ids, None)
+        keep_stream = self._every > 1 and self._config.do_sample
+        self._unread.append((self.at_work.sum(), _stream(scores_BV.device) if keep_stream else None))
+
+    def left(self) -> int | None:
+        """Rows at work; None while the host does not look. At 0 the text ends where plain generation ends."""
+        if len(self._unread) < self._every and self._tokens < self._ids_BL.shape[1]:
+            return None
+        left = torch.stack([count for count, _ in self._unread]).tolist()
+        if left[-1] == 0:
+            last = left.index(0)
+            self.surplus = len(left) - 1 - last
+            stream = self._unread[last][1]
+            if self.surplus and stream is not None:
+                _set_stream(self._ids_BL.device, stream)
+            self._tokens -= self.surplus
+        self._unread = []
+        return int(left[-1])
+
+
+def _stream(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_stream(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _is_of_tokens_alone(item: Any) -> bool:
+    """True for transformers' processors and criteria and ours: asked about a step too many, they change nothing."""
+    return type(item).__module__.startswith(("transformers.", "grpo_autotune."))
 
 
 def _of_rows(processor: Any, prompt_of_row: torch.Tensor) -> Any:
@@ -114,34 +228,3 @@ def _draw(scores_BV: torch.Tensor, generation_config: Any, at_work: torch.Tensor
         tokens_B = torch.argmax(scores_BV, dim=-1)
     padding = generation_config._pad_token_tensor
     return tokens_B if padding is None else tokens_B * at_work + padding.to(tokens_B.device) * (1 - at_work)
-
-
-def _select(state: Mapping[str, Any], rows: torch.Tensor, before: int) -> dict[str, Any]:
-    """The state that `generate` carries from step to step, for the given rows out of `before`.
-
-    Raises:
-        Unsupported: Something in it is not known to have rows, or none.
-    """
-    selected: dict[str, Any] = {}
-    for name, value in state.items():
-        if name in PROMPT_ONLY:
-            continue
-        if isinstance(value, torch.Tensor) and value.ndim:
-            selected[name] = _select_tensor(name, value, rows, before)
-        elif isinstance(value, DynamicCache) and all(type(layer) in CACHE_LAYERS for layer in value.layers):
-            value.batch_select_indices(rows)
-            selected[name] = value
-        elif value is None or isinstance(value, bool | int | float | str):
-            selected[name] = value
-        else:
-            raise Unsupported(f"`{name}` ({type(value).__name__}) of the model is not known to be made of rows")
-    return selected
-
-
-def _select_tensor(name: str, value: torch.Tensor, rows: torch.Tensor, before: int) -> torch.Tensor:
-    axis = 1 if name == "position_ids" and value.ndim == 3 else 0
-    if value.shape[axis] != before:
-        if value.shape[axis] == 1:
-            return value
-        raise Unsupported(f"`{name}` of the model has shape {tuple(value.shape)} for {before} rows")
-    return value.index_select(axis, rows.to(value.device))

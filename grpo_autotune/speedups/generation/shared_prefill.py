@@ -22,10 +22,11 @@ from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take, widened
 from grpo_autotune.speedups.conditions import GENERATION, active_dropout
-from grpo_autotune.speedups.generation.decoding import Decoder, Unsupported
+from grpo_autotune.speedups.generation.decoding import Decoder
+from grpo_autotune.speedups.generation.step import Capture, Unsupported, cuda_graph
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
-CHECKED_TOKENS = 2
+CHECKED_TOKENS = 3
 PLAIN = {
     "num_beams": 1,
     "use_cache": True,
@@ -47,11 +48,21 @@ self-check, so that this one leaves it out."""
 
 
 class SharedPrefill:
-    """The speed-up."""
+    """The speed-up.
+
+    Args:
+        decode: `eager` calls the model for each token; `graph`, on CUDA, replays a graph that was captured for the
+            number of rows and the bucket of tokens.
+    """
 
     name = "shared_prefill"
-    summary = "generate reads each group's prompt once, and drops rows that are done"
+    summary = (
+        "generate reads each group's prompt once, writes tokens into a cache with room, and drops rows that are done"
+    )
     stands_for = (*GENERATION, "_generate_single_turn", "model.generate", "model.forward")
+
+    def __init__(self, decode: str = "eager") -> None:
+        self.capture = cuda_graph if decode == "graph" else None
 
     def applies(self, trainer: Any) -> str | None:
         """None where transformers generates from whole prompts, token by token."""
@@ -66,11 +77,13 @@ class SharedPrefill:
         dropout = active_dropout(trainer.model)
         if dropout is not None:
             return f"{dropout}: TRL generates in train mode, and drops other parts of the prompt for each completion"
+        if self.capture is not None and trainer.accelerator.device.type != "cuda":
+            return "speedups: decode: graph needs a CUDA device"
         return _why_another_loop(trainer.generation_config)
 
     def install(self, trainer: Any) -> Installed:
         """Put layers on a turn of generation and on the model's `generate`."""
-        installed = _Sharing(self.name, trainer)
+        installed = _Sharing(self.name, trainer, self.capture)
         layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
         installed.handles += wrap_rows(trainer, layers, INNER)
         return installed
@@ -91,9 +104,9 @@ def _why_another_loop(config: Any) -> str | None:
 class _Sharing(Installed):
     """Layers of one trainer, and what they saved."""
 
-    def __init__(self, name: str, trainer: Any) -> None:
+    def __init__(self, name: str, trainer: Any, capture: Capture | None) -> None:
         super().__init__(name)
-        self.trainer = trainer
+        self.trainer, self._capture = trainer, capture
         self._checks = {with_images: SelfCheck(self) for with_images in (False, True)}
         self._turn: tuple[torch.Tensor, list[int] | None] | None = None
         self._facts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
@@ -128,7 +141,7 @@ class _Sharing(Installed):
             if not self._checks[with_images].run(plain, shared, self._dtype(), "scores", wider):
                 return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
-        decoder = Decoder(torch.tensor(prompt_of_row))
+        decoder = Decoder(torch.tensor(prompt_of_row), capture=self._capture)
         try:
             ids = call_next(**prompts, generation_config=config, custom_generate=decoder, **by_step)
         except Unsupported as error:
@@ -162,7 +175,7 @@ class _Sharing(Installed):
 
         def shared() -> torch.Tensor:
             record: list[torch.Tensor] = []
-            decoder = Decoder(torch.tensor([0, 0]), record)
+            decoder = Decoder(torch.tensor([0, 0]), record, self._capture)
             with seeded(0, device):
                 call_next(**_inputs(take(batch, [row])), generation_config=config, custom_generate=decoder)
             return torch.stack(record)
