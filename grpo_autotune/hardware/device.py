@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from typing import Any, NamedTuple
 
+from grpo_autotune.hardware.device_memory import asleep_bytes
 from grpo_autotune.hardware.machine import package_version
 from grpo_autotune.hardware.nvml import ask, driver, whole_card
 
@@ -38,15 +38,8 @@ def room_of(device: Any) -> DeviceRoom | None:
         import psutil
 
         free = max(free, int(psutil.virtual_memory().available))
-    held = torch.cuda.memory_reserved(device) - _asleep_bytes()
+    held = torch.cuda.memory_reserved(device) - asleep_bytes()
     return DeviceRoom(int(total), min(int(total), int(free) + max(0, held)))
-
-
-def _asleep_bytes() -> int:
-    """Bytes of a sleeping vLLM engine, which torch counts as reserved and the device does not hold."""
-    module = sys.modules.get("vllm.device_allocator.cumem")
-    pool = module.CuMemAllocator.instance if module is not None else None
-    return sum(row.handle[1] for row in pool.pointer_to_data.values() if row.is_asleep) if pool is not None else 0
 
 
 def runtime_facts(device: Any) -> dict[str, str]:

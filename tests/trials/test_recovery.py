@@ -15,8 +15,7 @@ from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.trials.parent.recovery import BACK_S, STILL_S, used_gpu_bytes
 from grpo_autotune.trials.parent.runner import Runner
 from grpo_autotune.trials.parent.worker import Worker
-
-GIB = 1 << 30
+from tests.support.nvml import GIB, Card, with_gpus
 
 
 class Time:
@@ -137,16 +136,10 @@ def test_memory_is_back_before_the_next_trial_starts(
     assert trials.time.now - 10.0 == pytest.approx(waited_s, abs=0.4)
 
 
-def test_nobody_tells_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pynvml
-
-    def missing() -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+def test_what_is_in_use_is_that_of_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch)
     assert used_gpu_bytes() is None
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=(handle + 1) * GIB))
+    with_gpus(monkeypatch, Card(used_bytes=GIB), Card(used_bytes=2 * GIB, uuid="GPU-1"), Card(memory_bytes=None))
     assert used_gpu_bytes() == 3 * GIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert used_gpu_bytes() == 2 * GIB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from grpo_autotune.hardware.nvml import ask, driver, visible_handles
 from grpo_autotune.trials.endings import Ending
 from grpo_autotune.trials.parent.worker import Worker
 
@@ -71,12 +72,8 @@ class Recovery:
 
 
 def used_gpu_bytes() -> int | None:
-    """Memory in use on all GPUs, by whomever; None where NVML tells of none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
-    except pynvml.NVMLError:
-        return None
+    """Memory in use on the GPUs that CUDA shows this process, by whomever; None where NVML tells of none."""
+    with driver() as nvml:
+        told = (ask(nvml, "nvmlDeviceGetMemoryInfo", handle) for handle in visible_handles(nvml))
+        used = [int(memory.used) for memory in told if memory is not None]
+    return sum(used) if used else None
