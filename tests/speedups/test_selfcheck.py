@@ -49,8 +49,8 @@ def test_a_model_that_it_does_not_fit_leaves_the_work_to_trl() -> None:
 def test_flex_attention_does_not_take_the_machine_for_the_kernel(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flex, nothing = Flex(raising(error)), SimpleNamespace(tokens=4)
-    monkeypatch.setattr(Flex, "_attend", raising(error))
+    flex, nothing = Flex(raising(error)), SimpleNamespace(tokens=4, served={})
+    monkeypatch.setattr(Flex, "attend", raising(error))
     with pytest.raises(type(error)):
         flex(None, None, (torch.ones(1),) * 3, nothing, {})  # type: ignore[arg-type]
     choice = Choice(flex)
