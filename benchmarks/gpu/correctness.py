@@ -106,7 +106,7 @@ def one_layer(bench: Bench, name: str, form: Any) -> None:
     exact = tuple(state.detach().double().requires_grad_() for state in states)
     wanted_output = by_mask(exact, layout, case)
     wanted = [wanted_output, *torch.autograd.grad(wanted_output, exact, torch.ones_like(wanted_output))]
-    worst = max(float((a.double() - b).detach().norm() / b.norm()) for a, b in zip(computed, wanted, strict=True))
+    worst = max(float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(computed, wanted, strict=True))
     bar = (2e-3, 1e-2) if bench.on_gpu else (0.0, 1e-5)
     bench.row(f"one layer against float64: {name}", worst, "", predicted=bar, ok=worst <= 2 * bar[1])
 
