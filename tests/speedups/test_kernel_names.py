@@ -56,7 +56,7 @@ def test_a_flash_kernel_is_given_no_mask(name: str) -> None:
         masks.append(mask)
         return query.transpose(1, 2), None
 
-    span = SimpleNamespace(start=0, prompt_end=3, end=7, rows=2, width=2, spread=None, back=None)
+    span = SimpleNamespace(start=0, prompt=3, prompt_end=3, begin=3, end=7, rows=2, width=2, spread=None, back=None)
     layout = SimpleNamespace(spans=[span], masks={}, source=torch.zeros(1))
     states = tuple(torch.zeros(1, 1, 7, 4) for _ in range(3))
     Split(name)(attention, None, states, layout, {})
