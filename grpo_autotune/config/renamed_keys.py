@@ -1,12 +1,12 @@
 """Fates of keys that people bring: those of older TRL, transformers and vLLM, and what other programs call ours.
 
-Read off the sources, not remembered:
+Sources:
 
 - TRL: the fields of `GRPOConfig`, `ModelConfig` and `ScriptArguments` at each tag of github.com/huggingface/trl from
   v0.14.0, the first with GRPO, against TRL 1.16 as installed; removed in commits a8cfca6 (#3364, v0.18), bfd25d1
   (#4651, v0.27) and 89070d2 (#4847, v0.28).
 - transformers: MIGRATION_GUIDE_V5.md, section Trainer, against `TrainingArguments` 5.23.
-- vLLM: `EngineArgs` of 0.6 to 0.11 against 0.31 (`vllm_names`).
+- vLLM, PPO trainers, Unsloth and verl: names in common use, held against `EngineArgs` 0.31 (`vllm_names`) alone.
 """
 
 from __future__ import annotations
