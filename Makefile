@@ -5,6 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 
+# Packages are installed uncompiled and Python keeps what it compiles: without, every child process of a test compiles
+# torch, transformers and TRL again, which takes three times as long as importing them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
 
