@@ -12,8 +12,9 @@ import importlib
 import importlib.util
 import sys
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -217,16 +218,24 @@ def _source_text(module_name: str, kind: str, reference: str) -> str | None:
     parts, path, origin = module_name.split("."), None, None
     for depth in range(len(parts)):
         name = ".".join(parts[: depth + 1])
-        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
-        spec = next((spec for spec in specs if spec is not None), None)
+        spec = _spec(name, path)
         if spec is None:
             raise _no_import(module_name, kind, reference, ModuleNotFoundError(f"No module named {name!r}"))
-        path, origin = spec.submodule_search_locations, spec.origin
+        path, origin = list(spec.submodule_search_locations or ()), spec.origin
     if origin is None or not origin.endswith(".py"):
         return None
     with suppress(OSError, UnicodeDecodeError, SyntaxError), tokenize.open(origin) as file:
         return file.read()
     return None  # inside an archive, or in an encoding that the import will complain of
+
+
+def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Where a module is, its parents not imported."""
+    specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+    try:
+        return next((spec for spec in specs if spec is not None), None)
+    except KeyError:  # a folder without __init__.py looks for its parent among the imported
+        return PathFinder.find_spec(name.rpartition(".")[2], path)
 
 
 def _assigned(tree: ast.Module) -> set[str]:

@@ -136,3 +136,16 @@ def test_arguments_against_the_datas_columns() -> None:
         check_arguments(inspect.signature(open_one), {}, "rewards[0]", ["answer"])
     with pytest.raises(ConfigError, match=r"takes no answer, which TRL gives to every reward\. Add \*\*kwargs"):
         check_arguments(inspect.signature(closed), {}, "rewards[0]", ["answer"])
+
+
+def test_a_module_in_folders_without_init_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder called like a module of Python's own, too: the parents are looked up, and not imported."""
+    folder = tmp_path / "without_init" / "time"
+    folder.mkdir(parents=True)
+    (folder / "rewards.py").write_text("def mine(completions, **kwargs):\n    return [0.0]\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    definition = source_of("reward", "without_init.time.rewards:mine")
+    assert definition is not None and definition.name == "mine"
+    assert "without_init" not in sys.modules
+    with pytest.raises(ConfigError, match=r"cannot import without_init\.time\.nowhere"):
+        source_of("reward", "without_init.time.nowhere:mine")

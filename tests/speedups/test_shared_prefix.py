@@ -611,7 +611,7 @@ def synthetic(trainer, images, words, lengths, more, order):
 def score(trainer, batch, groups):
     from grpo_autotune.speedups.batches.groups import groups_of
 
-    with torch.no_grad(), groups_of(trainer)._under_way(groups), warnings.catch_warnings():
+    with torch.no_grad(), groups_of(trainer).under_way(groups), warnings.catch_warnings():
         return trainer._get_per_token_logps_and_entropies(
             trainer.model, *batch["ids"], compute_entropy=True, **batch["media"]
         )
