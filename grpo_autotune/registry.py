@@ -230,7 +230,7 @@ def _source_text(module_name: str, kind: str, reference: str) -> str | None:
 
 
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Where a module is, its parents not imported."""
+    """The place of a module, its parents not imported."""
     specs = (finder.find_spec(name, path) for finder in sys.meta_path)
     try:
         return next((spec for spec in specs if spec is not None), None)

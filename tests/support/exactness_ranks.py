@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from tests.support.exactness import apart, asked
 from tests.support.trainers import make_trainer
 
@@ -54,6 +56,8 @@ def main() -> None:
     }
     sys.stdout.write(f"\n{json.dumps(told)}\n")  # on a line of its own, whatever another rank has begun
     sys.stdout.flush()
+    distributed.barrier()
+    distributed.destroy_process_group()  # else its threads may still run when the process ends, which aborts it
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from grpo_autotune.seams.mixed_image_rows import mend
 from tests.support.pairs import gap, rewards_of, trained, weights_of
 
@@ -62,6 +64,8 @@ def main() -> None:
             "on": [row.name for row in speedups.table() if row.on],
         }
     (out / f"rank{RANK}.json").write_text(json.dumps(found), encoding="utf-8")
+    distributed.barrier()
+    distributed.destroy_process_group()  # else its threads may still run when the process ends, which aborts it
 
 
 if __name__ == "__main__":
