@@ -162,8 +162,7 @@ class Point:
 
     def remove(self, layer: Layer) -> None:
         self.arrange([entry for entry in self.layers if entry[1] is not layer])
-        still_ours = getattr(self.slot.get(), _MARK, None) is self
-        if not self.layers and still_ours:
+        if not self.layers and _point_in(self.slot) is self:
             self.slot.restore()
 
 
@@ -182,13 +181,19 @@ class Handle:
 
 def wrap(slot: Slot, layer: Layer, order: int = OUTER) -> Handle:
     """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out."""
-    current = slot.get()
-    point = getattr(current, _MARK, None)
-    if not isinstance(point, Point) or not _same_place(point.slot, slot):
+    point = _point_in(slot)
+    if point is None or not _same_place(point.slot, slot):
         point = Point(slot)
     index = next((i for i, (other, _) in enumerate(point.layers) if other >= order), len(point.layers))
     point.arrange([*point.layers[:index], (order, layer), *point.layers[index:]])
     return Handle(point, layer)
+
+
+def _point_in(slot: Slot) -> Point | None:
+    """The point whose wrapper the slot holds; somebody's `functools.wraps` copies the mark to a function around it."""
+    function = slot.get()
+    point = getattr(function, _MARK, None)
+    return point if isinstance(point, Point) and point.wrapper is function else None
 
 
 def _same_place(a: Slot, b: Slot) -> bool:

@@ -1,17 +1,24 @@
 """Conditions of a trainer that several speed-ups ask about: dropout, a model in parts, and code that is not TRL's.
 
-Where a model drops activations at random, a row's numbers depend on the rows beside it. Where its weights are sharded,
-each module's forward gathers them from all ranks: a rank that leaves a module out, since its own images are known or
-its own rows are dead, leaves the others waiting.
+Where a model drops activations at random, or adds noise to them, a row's numbers depend on the rows beside it. Where
+its weights are sharded, each module's forward gathers them from all ranks: a rank that leaves a module out, since its
+own images are known or its own rows are dead, leaves the others waiting.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
+
+
+def active_noise(trainer: Any) -> str | None:
+    """The key that has training drop activations or add noise to them, in words; None where neither is on."""
+    alpha = trainer.args.neftune_noise_alpha
+    return active_dropout(trainer.model) if alpha is None else f"grpo.neftune_noise_alpha is {alpha:g}"
 
 
 def active_dropout(model: Any) -> str | None:
@@ -50,19 +57,6 @@ LOSS = ("compute_loss", "_compute_loss")
 GENERATION = ("_generate_and_score_completions",)
 MICRO_BATCH = (*LOSS, "_prepare_inputs", "training_step")
 """Methods that see a micro batch, from the scoring of its completions to its gradients."""
-WATCHED = (
-    *GENERATION,
-    *MICRO_BATCH,
-    "_generate",
-    "_generate_single_turn",
-    "_calculate_rewards",
-    "_get_per_token_logps_and_entropies",
-    "_get_dataloader",
-    "data_collator",
-    "model.generate",
-    "model.forward",
-)
-"""All that a speed-up takes the place of: asked again when training begins."""
 
 LIBRARIES = {"trl", "transformers", "accelerate", "peft", "torch", "deepspeed", "grpo_autotune"}
 """Packages whose code on a trainer is what speed-ups were made for."""
@@ -75,8 +69,8 @@ def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
 
     Args:
         trainer: A `trl.GRPOTrainer`.
-        methods: Names of its methods; `model.NAME` is a method of the policy, the reference model and their backbones,
-            which are transformers' or the model's own.
+        methods: Names of its methods; `model.NAME` is a method of the policy, the reference model, the models in their
+            adapters and their backbones, which are transformers', PEFT's or the model's own.
     """
     from trl import GRPOTrainer
 
@@ -94,8 +88,9 @@ def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
 
 
 def _of_models(trainer: Any, method: str) -> str | None:
-    models = [base_of(model) for model in models_of(trainer)]
-    parts = [*models, *(model.base_model for model in models if hasattr(model, "base_model"))]
+    models = list(models_of(trainer))
+    bases = [base_of(model) for model in models]
+    parts = [*models, *bases, *(base.base_model for base in bases if hasattr(base, "base_model"))]
     return next((reason for part in parts if (reason := replaced(part, method)) is not None), None)
 
 
@@ -123,4 +118,6 @@ def replaced(holder: Any, method: str) -> str | None:
 def _module(function: Any) -> str:
     """The module whose code runs, whatever the function calls itself."""
     plain = getattr(function, "__func__", function)
+    while isinstance(plain, functools.partial):
+        plain = plain.func
     return str(getattr(plain, "__globals__", {}).get("__name__") or type(plain).__module__)

@@ -11,9 +11,9 @@ from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
-from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.base import Installed, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.conditions import WATCHED, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, overridden
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 _logger = logging.getLogger("grpo_autotune.speedups")
@@ -32,7 +32,7 @@ class SpeedUps:
 
     def __init__(self, trainer: Any, wanted: Sequence[Selection]) -> None:
         self._trainer = trainer
-        self._wanted = {selection.name: selection for selection in wanted}
+        self._wanted = {selection.name: load(selection) for selection in wanted}
         self._installed: dict[str, Installed] = {}
         self._rows: list[Row] = []
         self._put_on()
@@ -42,7 +42,7 @@ class SpeedUps:
 
     def _put_on(self) -> None:
         self._groups = Groups(self._trainer)
-        self._replaced = _replaced(self._trainer)
+        self._replaced = self._foreign()
         try:
             for name in dict.fromkeys([*registry.names("speedup"), *self._wanted]):
                 self._rows.append(self._take(name, self._wanted.get(name)))
@@ -59,7 +59,7 @@ class SpeedUps:
 
     def _begin(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Decide anew where methods were replaced since, and say what that turns off."""
-        if _replaced(self._trainer) != self._replaced:
+        if self._foreign() != self._replaced:
             before = {row.name for row in self.table() if row.on}
             self._take_off()
             self._installed, self._rows = {}, []
@@ -69,11 +69,15 @@ class SpeedUps:
                     _logger.warning("speed-up %s is off: %s", row.name, row.reason)
         return call_next(*args, **kwargs)
 
-    def _take(self, name: str, selection: Selection | None) -> Row:
-        if selection is None:
+    def _foreign(self) -> set[str | None]:
+        """The methods that are not TRL's, of those that a speed-up stands for or that see how rows are dealt."""
+        methods = {*MICRO_BATCH, *(method for speedup in self._wanted.values() for method in _stands_for(speedup))}
+        return {overridden(self._trainer, (method,)) for method in methods}
+
+    def _take(self, name: str, speedup: SpeedUp | None) -> Row:
+        if speedup is None:
             return Row(name, False, "not asked for")
-        speedup = load(selection)
-        why_not = speedup.applies(self._trainer) or overridden(self._trainer, getattr(speedup, "stands_for", ()))
+        why_not = speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup))
         if why_not is not None:
             return Row(name, False, why_not)
         self._installed[name] = speedup.install(self._trainer)
@@ -109,8 +113,8 @@ class SpeedUps:
         _on.discard(self)
 
 
-def _replaced(trainer: Any) -> tuple[str | None, ...]:
-    return tuple(overridden(trainer, (method,)) for method in WATCHED)
+def _stands_for(speedup: SpeedUp) -> tuple[str, ...]:
+    return getattr(speedup, "stands_for", ())  # somebody's own may have none
 
 
 _on: weakref.WeakSet[SpeedUps] = weakref.WeakSet()

@@ -17,6 +17,10 @@ from torch import nn
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import replaced
+
+CAST = "_cast_input_dtype"
+"""PEFT's method of an adapter's layer that casts its input."""
 
 
 class LoraInput:
@@ -49,7 +53,7 @@ class _Uncast(Installed):
         super().__init__(name)
         self._left_out = 0
         self.handles += [
-            wrap(AttributeSlot(layer, "_cast_input_dtype"), self._cast, INNER) for layer in _adapted(trainer)
+            wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)
         ]
 
     def facts(self) -> dict[str, float]:
@@ -75,7 +79,7 @@ def _adapted(trainer: Any) -> Iterator[nn.Module]:
 
     for model in models_of(trainer):
         for layer in model.modules():
-            if isinstance(layer, Linear) and layer.lora_A and not layer.lora_variant:
+            if type(layer) is Linear and layer.lora_A and not layer.lora_variant and replaced(layer, CAST) is None:
                 dropped = any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in layer.lora_dropout.values())
                 if not dropped and all(part.weight.dtype == torch.float32 for part in layer.lora_A.values()):
                     yield layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import types
 
@@ -84,6 +85,20 @@ def test_a_foreign_patch_on_top_survives_our_leaving():
     handle.remove()
     assert thing.work(1) == 102
     assert seen == []
+
+
+def test_a_foreign_patch_that_bears_our_marks_is_not_taken_for_ours():
+    """`functools.wraps` copies what a function carries."""
+    thing, seen = Thing(), []
+    handle = wrap(AttributeSlot(thing, "work"), tracing("inside", seen))
+    ours = thing.work
+    thing.work = functools.wraps(ours)(lambda value: ours(value) + 100)  # type: ignore[method-assign]
+    foreign = thing.work
+    around = wrap(AttributeSlot(thing, "work"), tracing("around", seen))
+    assert thing.work(1) == 102 and seen == ["around", "inside"]
+    around.remove()
+    handle.remove()
+    assert thing.work is foreign and thing.work(1) == 102
 
 
 def test_a_dunder_is_wrapped_on_a_one_off_subclass_of_the_same_name():

@@ -1,4 +1,4 @@
-"""Conditions that several speed-ups share: a model whose ranks must run the same modules."""
+"""Conditions that several speed-ups share: noise, and a model whose ranks must run the same modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import Selection, load
 from tests.support.trainers import make_trainer
 
@@ -52,3 +53,11 @@ def test_no_layer_is_put_on_modules_that_are_copied_to_other_gpus(refusals):
     reasons = refusals(gpus=2)
     for name in ("shared_prefix", "vision_cache", "skip_dead", "patch_embed"):
         assert "one process per GPU" in reasons[name]
+
+
+def test_noise_on_embeddings_is_drawn_anew_for_each_row(tiny, tmp_path, text_rows):
+    batch = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, neftune_noise_alpha=5.0, **batch)
+    reasons = {row.name: row.reason for row in speed_up(trainer).table() if not row.on}
+    by_row = {"shared_prefix", "shared_prefill", "length_sort", "skip_dead", "merge_passes"}
+    assert {name for name, reason in reasons.items() if "grpo.neftune_noise_alpha is 5" in reason} == by_row

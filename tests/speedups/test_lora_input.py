@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.support.exactness import generation, loss_and_gradients, ready
 from tests.support.live_bytes import LiveBytes
@@ -84,6 +85,12 @@ def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows):
     assert not why(lora=False).on and "peft" in why(lora=False).reason
     assert not why(lora=LoraConfig(r=2, target_modules=ALL, lora_dropout=0.1)).on
     assert not why(lora=LoraConfig(r=2, target_modules=ALL, use_dora=True)).on
+
+
+def test_it_stands_in_for_nobody_elses_cast(tiny, tmp_path, text_rows, monkeypatch):
+    plain = BaseTunerLayer._cast_input_dtype
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", lambda self, x, dtype: plain(self, x * 2, dtype))
+    assert not row_of(speed_up(half(tiny, tmp_path, text_rows), ["lora_input"])).on
 
 
 def test_outside_autocast_peft_casts(tiny, tmp_path, text_rows):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from grpo_autotune.errors import TrainingError
 from grpo_autotune.speedups.batches.passes import Part, Row, planned, tokens_of
 from tests.support.exactness import accumulated, gradients_apart, micro_batches, ready
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
@@ -15,6 +16,9 @@ import torch  # isort: skip
 from trl import GRPOTrainer  # isort: skip
 from grpo_autotune.probe.probe import Probe  # isort: skip
 from grpo_autotune.seams.layers import INNER, wrap  # isort: skip
+from grpo_autotune.speedups.batches.groups import KNOWN  # isort: skip
+from grpo_autotune.speedups.batches.request import Request, rows_of  # isort: skip
+from grpo_autotune.speedups.shared_prefix import layout, speedup  # isort: skip
 from grpo_autotune.seams.table import find, slot_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
@@ -140,6 +144,16 @@ def test_a_window_that_was_cut_off_is_forgotten(tiny, tmp_path, text_rows):
     assert_same(accumulated(trainer, batches, first=1), wanted)
 
 
+def test_a_loss_in_between_never_takes_the_place_of_a_micro_batch(tiny, tmp_path, text_rows):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, **HALF_GROUPS)
+    speed_up(trainer, ["shared_prefix", "merge_passes"])
+    batch = micro_batches(trainer)[0]
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    trainer.compute_loss(trainer.model, dict(batch))
+    with pytest.raises(TrainingError, match="speedups: compute_loss was called in between"):
+        trainer.compute_loss(trainer.model, dict(batch))
+
+
 def test_a_pass_that_disagrees_is_not_used(tiny, tmp_path, text_rows):
     def off_by_one(call_next, model, input_ids, *args, **kwargs):
         logps, *rest = call_next(model, input_ids, *args, **kwargs)
@@ -153,6 +167,30 @@ def test_a_pass_that_disagrees_is_not_used(tiny, tmp_path, text_rows):
     row = next(row for row in speedups.table() if row.name == "merge_passes")
     assert not row.on and "self-check" in row.reason
     assert_same(found, accumulated(trainer, batches))
+
+
+def test_merged_passes_know_their_rows_without_waiting_for_a_device(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setattr(speedup, "waits", lambda device: True)
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, beta=0.05, **HALF_GROUPS)
+    speedups = speed_up(trainer, ["shared_prefix", "merge_passes"])
+    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batches, known = trainer._buffered_inputs, []
+
+    def batch_of(*given):
+        known.append(given[-1])
+        return layout.batch_of(*given)
+
+    monkeypatch.setattr(speedup, "batch_of", batch_of)
+    found = accumulated(trainer, batches)
+    assert speedups.facts()["merge_passes"] == {"micro_batches": 4.0, "passes": 2.0}
+    assert all(rows is not None for rows in known)
+    assert_same(found, accumulated(trainer, [{**batch, KNOWN: None} for batch in batches]))
+
+
+def test_rows_that_the_host_knows_are_not_read_from_the_device():
+    there = torch.ones(2, 7, dtype=torch.long, device="meta")
+    asked = [Request(there, there, 3, {}, there[:, 0], torch.tensor([[0, 4, 3, 0], [5, 2, 1, 0]]))] * 2
+    assert rows_of(asked) == [[Row(0, 4, 3), Row(5, 2, 1)]] * 2
 
 
 class OwnStep(GRPOTrainer):
@@ -206,7 +244,7 @@ def test_neighbours_go_together_as_long_as_that_pays_and_fits(by_launches, rows,
     """Two rows each, of a prompt of 100 tokens and a completion of 11."""
     parts = [Part("text", [Row(group, 100, 11)] * 2) for group in rows]
     assert planned(parts, most, shared=True, by_launches=by_launches) == wanted
-    assert max(tokens_of(parts[0].rows, shared=True), 0) == 120
+    assert tokens_of(parts[0].rows, shared=True) == 120
 
 
 def test_parts_of_another_kind_and_padded_rows_stay_apart():

@@ -62,7 +62,8 @@ class Groups:
         groups_B = self.of_generation(len(inputs))
         with self.under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
-        return {**output, KEY: groups_B}
+        rows = len(output["completion_ids"])  # somebody's own scoring may return more or fewer
+        return {**output, KEY: groups_B} if rows == len(groups_B) else output
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = inputs if isinstance(inputs, Mapping) else {}

@@ -14,7 +14,7 @@ from grpo_autotune.seams.table import find
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows, steps_line_up, wrap_while_preparing
 from grpo_autotune.speedups.batches.rows import Batch, trim
-from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout
+from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_noise
 
 
 class LengthSort:
@@ -34,8 +34,8 @@ class LengthSort:
                 "grpo.steps_per_generation and grpo.gradient_accumulation_steps are no multiples of each other: an "
                 "optimizer step would take rows of two generations"
             )
-        dropout = active_dropout(trainer.model)
-        return None if dropout is None else f"{dropout}: rows in another order would draw other random numbers"
+        noise = active_noise(trainer)
+        return None if noise is None else f"{noise}: rows in another order would draw other random numbers"
 
     def install(self, trainer: Any) -> Installed:
         """Put layers behind TRL's shuffle and its split into micro batches."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
@@ -24,7 +25,7 @@ from grpo_autotune.speedups.batches.order import depends_on_partition, steps_lin
 from grpo_autotune.speedups.batches.passes import Part, planned
 from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
-from grpo_autotune.speedups.conditions import MICRO_BATCH, active_dropout
+from grpo_autotune.speedups.conditions import MICRO_BATCH, active_noise, in_parts
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, None]
@@ -75,9 +76,9 @@ def _terms(trainer: Any) -> str | None:
 
 
 def _rows_apart(trainer: Any) -> str | None:
-    dropout = active_dropout(trainer.model)
-    if dropout is not None:
-        return f"{dropout}: more rows in a pass would draw other random numbers"
+    noise = active_noise(trainer)
+    if noise is not None:
+        return f"{noise}: more rows in a pass would draw other random numbers"
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.model.modules()):
         return "the model has batch normalisation, which mixes the rows of a pass"
     return None
@@ -87,10 +88,8 @@ def _loop(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
     if accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed counts backward passes (grpo.deepspeed)"
-    if trainer.is_fsdp_enabled:
-        return "FSDP gathers and reduces a micro batch at a time (grpo.fsdp)"
-    if args.n_gpu > 1:
-        return "several GPUs in one process (torch.nn.DataParallel): start one process a GPU"
+    if (reason := in_parts(trainer)) is not None:
+        return reason
     if "lomo" in str(args.optim):
         return f"grpo.optim {args.optim} updates the weights in each backward pass"
     return (
@@ -138,8 +137,11 @@ class _Merging(Installed):
         if not self.trainer.model.training:
             return call_next(model, inputs, *args, **kwargs)
         step, state = self.trainer._step, self.trainer.state
-        if self._last + 1 != step or self._state is not state:
+        if self._state is not state:
             self._held = []  # training was stopped within a window
+        elif self._held and self._last + 1 != step:
+            what = "compute_loss was called in between the micro batches of a step, some of which merge_passes holds back"
+            raise TrainingError(what, where="speedups", fix="Leave merge_passes out")
         self._held.append(inputs)
         self._last, self._state = step, state
         if not (self.trainer.accelerator.sync_gradients or (step + 1) % window(self.trainer) == 0):
@@ -166,7 +168,8 @@ class _Merging(Installed):
     ) -> Any:
         """Record what is asked, or answer from the pass that was made of it."""
         if self._records:
-            raise _Recorded(Request(input_ids, attention_mask, logits_to_keep, kwargs, self._groups.current))
+            groups = self._groups
+            raise _Recorded(Request(input_ids, attention_mask, logits_to_keep, kwargs, groups.current, groups.known))
         if self._answers:
             return self._answers.pop(0)
         return call_next(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -187,7 +190,7 @@ class _Merging(Installed):
             finally:
                 self._answers = []
 
-        gone = torch.zeros_like(held[0]["advantages"].sum())
+        gone = held[0]["advantages"].new_zeros(())
         for members in early:
             with accelerator.no_sync(model):
                 loss = loss_of_pass(members)
@@ -235,7 +238,7 @@ class _Merging(Installed):
     def _scored(self, model: Any, asked: list[Request]) -> list[Scores]:
         """Log-probs and entropies of each, from one pass."""
         whole = joined(asked)
-        with self._groups.under_way(whole.group):
+        with self._groups.under_way(whole.group, whole.known):
             logps, entropies, _ = self.trainer._get_per_token_logps_and_entropies(
                 model, whole.input_ids, whole.attention_mask, whole.completion_width, **whole.others
             )

@@ -15,13 +15,23 @@ Joining = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
 class Request(NamedTuple):
-    """Log-probs that TRL asks for: ids and mask (B, P + C), C, the other arguments, and the group of each row."""
+    """Log-probs that TRL asks for.
+
+    Attributes:
+        input_ids: (B, P + C).
+        attention_mask: The same.
+        completion_width: C.
+        others: The other arguments.
+        group: The group of each row, where it is known.
+        known: The column `groups.KNOWN` of the rows, where they have it.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     completion_width: int
     others: dict[str, Any]
     group: torch.Tensor | None
+    known: torch.Tensor | None = None
 
     @property
     def kind(self) -> frozenset[tuple[str, Any]]:
@@ -31,15 +41,17 @@ class Request(NamedTuple):
 
 
 def rows_of(asked: Sequence[Request]) -> list[list[Row]]:
-    """The rows of each in tokens, read from the device at once; where groups are not known, a row is one of its own."""
-    columns = [
-        torch.cat([one.attention_mask[:, : -one.completion_width].sum(1) for one in asked]),
-        torch.cat([one.attention_mask[:, -one.completion_width :].sum(1) for one in asked]),
-    ]
-    group = _group(asked)
-    numbers = torch.arange(len(columns[0]), device=columns[0].device) if group is None else group
-    rows = iter(torch.stack([numbers, *columns], dim=1).tolist())
-    return [[Row(*next(rows)) for _ in one.input_ids] for one in asked]
+    """The rows of each in tokens, where the host does not know them read from the device at once; where groups are not
+    known, a row is one of its own."""
+    known = _column([one.known for one in asked])
+    if known is None:
+        group = _column([one.group for one in asked])
+        prompts = torch.cat([one.attention_mask[:, : -one.completion_width].sum(1) for one in asked])
+        completions = torch.cat([one.attention_mask[:, -one.completion_width :].sum(1) for one in asked])
+        numbers = torch.arange(len(prompts), device=prompts.device) if group is None else group
+        known = torch.stack([numbers, prompts, completions], dim=1)
+    rows = iter(known[:, :3].tolist())
+    return [[Row(*next(rows)) for _ in range(len(one.input_ids))] for one in asked]
 
 
 def joined(asked: Sequence[Request]) -> Request:
@@ -62,12 +74,14 @@ def joined(asked: Sequence[Request]) -> Request:
         for key in asked[0].others
     }
     ids, mask = ([getattr(one, name) for one in asked] for name in ("input_ids", "attention_mask"))
-    return Request(widened(ids), widened(mask), width, others, _group(asked))
+    group, known = (_column([getattr(one, name) for one in asked]) for name in ("group", "known"))
+    return Request(widened(ids), widened(mask), width, others, group, known)
 
 
-def _group(asked: Sequence[Request]) -> torch.Tensor | None:
-    groups = [one.group for one in asked if one.group is not None]
-    return torch.cat(groups) if len(groups) == len(asked) else None
+def _column(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """A column of all rows; None where some have it not."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def _layout(value: Any) -> Any:

@@ -23,7 +23,7 @@ from grpo_autotune.seams.loss import DIVISORS
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
-from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_dropout, in_parts
+from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_noise, in_parts
 
 ROUNDING = 2.0 * torch.finfo(torch.float32).eps
 """What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of
@@ -62,8 +62,8 @@ class SkipDead:
             return f"grpo.loss_type {trainer.loss_type} is not known to give a zero advantage no gradient"
         if (reason := in_parts(trainer)) is not None:
             return reason
-        dropout = active_dropout(trainer.model)
-        return None if dropout is None else f"{dropout}: fewer rows would draw other random numbers"
+        noise = active_noise(trainer)
+        return None if noise is None else f"{noise}: fewer rows would draw other random numbers"
 
     def install(self, trainer: Any) -> Installed:
         """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""

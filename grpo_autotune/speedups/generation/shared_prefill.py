@@ -21,7 +21,7 @@ from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take, widened
-from grpo_autotune.speedups.conditions import GENERATION, active_dropout
+from grpo_autotune.speedups.conditions import GENERATION, active_noise
 from grpo_autotune.speedups.generation.decoding import Decoder
 from grpo_autotune.speedups.generation.step import Capture, Unsupported, cuda_graph
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -74,9 +74,9 @@ class SharedPrefill:
             return "rollout_func, tools or environment_factory: generation goes on from more than the prompts"
         if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
             return "DeepSpeed or FSDP: all ranks must run every step of generation together"
-        dropout = active_dropout(trainer.model)
-        if dropout is not None:
-            return f"{dropout}: TRL generates in train mode, and drops other parts of the prompt for each completion"
+        noise = active_noise(trainer)
+        if noise is not None:
+            return f"{noise}: TRL generates in train mode, and draws other numbers for the prompt of each completion"
         if self.capture is not None and trainer.accelerator.device.type != "cuda":
             return "speedups: decode: graph needs a CUDA device"
         return _why_another_loop(trainer.generation_config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
 from grpo_autotune.speedups.base import SERVED, kernel_name
-from grpo_autotune.speedups.conditions import active_dropout, in_parts
+from grpo_autotune.speedups.conditions import active_noise, in_parts
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -17,9 +17,9 @@ def why_not(trainer: Any) -> str | None:
     return next((reason for rule in _RULES for reason in [rule(trainer)] if reason is not None), None)
 
 
-def _dropout(trainer: Any) -> str | None:
-    dropout = active_dropout(trainer.model)
-    return None if dropout is None else f"{dropout}: TRL drops other parts of the prompt for each completion"
+def _noise(trainer: Any) -> str | None:
+    noise = active_noise(trainer)
+    return None if noise is None else f"{noise}: TRL draws other numbers for the prompt of each completion"
 
 
 def _kernel(trainer: Any) -> str | None:
@@ -63,7 +63,7 @@ def _compiled(trainer: Any) -> str | None:
 _RULES: tuple[Callable[[Any], str | None], ...] = (
     _architecture,
     _kernel,
-    _dropout,
+    _noise,
     _aux_loss,
     _virtual_tokens,
     in_parts,

@@ -27,8 +27,8 @@ from grpo_autotune.speedups.shared_prefix.flex import Flex, compiled
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 from grpo_autotune.speedups.shared_prefix.varlen import FlashCpu, FlashCuda
 
-AUTO, SPLIT, FLEX, CASCADE = FORMS = ("auto", "split", "flex", "cascade")
-"""Values of the option `form`."""
+AUTO, FLEX, CASCADE = "auto", "flex", "cascade"
+"""Values of the option `form`, beside `split`."""
 
 ROUNDS = 5
 WARMUP = 2
