@@ -64,6 +64,7 @@ class Sizes:
             (`get_batch_samples` in transformers/trainer.py).
         kept_images: Images whose features `vision_cache` keeps, which take `feature_limit` bytes at most.
         pixel_bytes: Bytes of a number of the image processor's output where the model runs.
+        weight_copies: Bytes of weights in other forms while `generate` runs.
     """
 
     prompt: float
@@ -79,6 +80,7 @@ class Sizes:
     kept_images: float = 0.0
     feature_limit: float = 0.0
     pixel_bytes: float = PIXEL_BYTES
+    weight_copies: float = 0.0
 
     @property
     def row(self) -> float:
@@ -103,6 +105,7 @@ class Memory:
         features: Outputs of a frozen vision tower that are kept.
         cache: Keys and values of `generate`.
         prefill: Largest intermediate of the prefill; decoding's logits where they are larger.
+        copies: Weights in other forms while completions are written.
         update: Temporaries of the optimizer's update.
         engine: vLLM's share.
         engine_sleeps: Whether the engine's share is free in training.
@@ -121,6 +124,7 @@ class Memory:
     features: float
     cache: float
     prefill: float
+    copies: float
     update: float
     engine: float
     engine_sleeps: bool
@@ -140,7 +144,7 @@ class Memory:
         stays = self.weights + self.moments + self.pixels + self.images + self.features
         engine = 0.0 if self.engine_sleeps else self.engine
         return {
-            "generation": stays + self.cache + self.prefill + self.engine,
+            "generation": stays + self.cache + self.prefill + self.copies + self.engine,
             "scoring": stays + self.forward + engine,
             "training": stays + self.training + engine,
             "optimizer": stays + self.gradients + self.update + engine,
@@ -179,6 +183,7 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
         features=min(sizes.feature_limit, sizes.kept_images * _feature_bytes(shape, sizes.image_tokens, training)),
         cache=copies * sizes.row * shape.kv_bytes_per_token(training.value_bytes) if fills else 0.0,
         prefill=max(largest_intermediate(shape, prompts, training, eager=sizes.eager), sampled) if fills else 0.0,
+        copies=sizes.weight_copies if fills else 0.0,
         update=training.trainable * training.trainable_bytes,
         engine=sizes.engine_bytes,
         engine_sleeps=sizes.engine_sleeps,

@@ -20,7 +20,7 @@ FLASH_KERNELS = {
 }
 """Kernel -> module that holds it, and its package in words; `kernels` loads either from the hub."""
 FLASH_CAPABILITY = 8.0
-HOPPER = range(9, 10)
+HOPPER = 9
 """Major compute capability that FlashAttention 3 is made for."""
 
 
@@ -55,7 +55,7 @@ def kernel_rule(context: KnobContext, value: Any) -> str | None:
     capability = min(float(gpu.capability) for gpu in context.machine.gpus) if context.machine is not None else 0.0
     if capability < FLASH_CAPABILITY:
         return f"{name} needs a GPU of compute capability 8.0 or more, and this one has {capability}"
-    if kernel == "flash_attention_3" and int(capability) not in HOPPER:
+    if kernel == "flash_attention_3" and int(capability) != HOPPER:
         return f"{name} is made for Hopper (compute capability 9.0), and this GPU has {capability}"
     if context.config.model.dtype == "float32" and not context.config.grpo.get("bf16"):
         return f"{name} takes bfloat16 or float16, and model.dtype is float32"

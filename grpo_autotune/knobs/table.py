@@ -298,7 +298,7 @@ TABLE: tuple[Knob, ...] = (
         lambda config: config.batch.steps_per_generation,
         values.steps_per_generation,
     ),
-    _key("grpo.num_iterations", "learning", "times per completion is trained on", values.iterations),
+    _key("grpo.num_iterations", "learning", "how often each completion is trained on", values.iterations),
     _key(
         "model.load_in_4bit",
         "learning",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
+from grpo_autotune.estimate.passes import Training
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
@@ -129,6 +130,7 @@ def workload(
         kept_images=STEPS_KEPT * prompts * facts.images if tower_is_kept(facts, speedups) else 0.0,
         feature_limit=FEATURE_BYTES,
         pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
+        weight_copies=0.0 if shape is None else weight_copies(shape, facts.training, speedups, on_gpu=on_gpu),
     )
     return Workload(
         shape=shape,
@@ -179,12 +181,28 @@ def tower_is_kept(facts: WorkFacts, speedups: frozenset[str]) -> bool:
     return frozen and "vision_cache" in speedups
 
 
+def weight_copies(shape: ModelShape, training: Training, speedups: Set[str], *, on_gpu: bool) -> float:
+    """Bytes of float32 weights with adapters added, and as they are laid out for decoding (`speedups/generation`)."""
+    if training.weight_bytes < FLOAT_BYTES:
+        return 0.0
+    layers, laid, merged = shape.layers * shape.layer_weights, 0.0, 0.0
+    if "shared_prefill" in speedups and (training.value_bytes < FLOAT_BYTES or not on_gpu):
+        laid = training.value_bytes * (layers + shape.head_weights)
+    if "merge_for_generation" in speedups and training.adapters.text:
+        merged = training.weight_bytes * layers
+    return laid + merged
+
+
 def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     """Speed-ups that are asked for and can work."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     dropout = (trainer.peft or {}).get("lora_dropout")
     whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
     off = set() if whole else {"shared_prefix", "merge_passes"}
+    if compiled or dropout:
+        off.add("merge_for_generation")
+    if dropout:
+        off.add("shared_prefill")
     if any(config.grpo.get(key) for key in ONE_BY_ONE):
         off.add("merge_passes")
     return frozenset(set(chosen(config.speedups)) - off)

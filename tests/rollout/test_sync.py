@@ -41,6 +41,14 @@ def test_packed_weights_never_go_to_a_server(weight: torch.nn.Parameter, way: An
         ServerSync(EngineOptions(way)).connected(generation, SimpleNamespace(model="base"))
 
 
+@pytest.mark.parametrize("way", ["auto", "merged"])
+def test_weights_never_go_to_a_server_that_quantizes_its_own(way: Any) -> None:
+    device = SimpleNamespace(device=torch.device("cuda"))
+    generation = SimpleNamespace(accelerator=device, model=torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"^vllm\.quantization: fp8 layers of vLLM take no weights"):
+        ServerSync(EngineOptions(way, keys={"quantization": "fp8"})).connected(generation, SimpleNamespace(model="b"))
+
+
 def test_weights_in_8_bits_never_go_to_an_engine() -> None:
     with pytest.raises(ConfigError, match="packed in 8 bits"):
         choose(SimpleNamespace(model=model_with(PACKED[2])), EngineOptions("auto"))

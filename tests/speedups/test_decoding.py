@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StopStringCriteria
 
 from tests.support.kernel_count import per_token
@@ -13,7 +13,7 @@ from tests.support.tiny import VISION_KINDS
 from grpo_autotune.speedups.generation import cache, decoding  # isort: skip
 from grpo_autotune.speedups.generation.decoding import Decoder  # isort: skip
 from grpo_autotune.speedups.generation.norms import one_kernel_norms  # isort: skip
-from grpo_autotune.speedups.generation.step import FixedStep, GeneralStep  # isort: skip
+from grpo_autotune.speedups.generation.step import FixedStep, GeneralStep, Unsupported  # isort: skip
 from grpo_autotune.speedups.generation.weights import for_decoding, products, replaced  # isort: skip
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 8, 9, 10]])
@@ -168,6 +168,33 @@ def test_shapes_are_constant_within_a_bucket(llama, monkeypatch):
 
     write(llama, Decoder(ROWS, capture=capture), new=40, eos_token_id=None)  # 45 tokens in buckets of 16
     assert len(captured) == 3
+
+
+def test_positions_that_the_host_recomputes_are_not_captured(tiny):
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert torch.equal(write(model, Decoder(ROWS))[0], write(model)[0])
+    with pytest.raises(Unsupported, match="rope_type dynamic"):
+        write(model, Decoder(ROWS, capture=again))
+
+
+def test_masks_are_those_of_the_text_models_kernel(tiny):
+    kernels = {"text_config": "eager", "vision_config": "sdpa"}
+    model = AutoModelForImageTextToText.from_pretrained(
+        tiny("qwen3_vl"), dtype=torch.float32, attn_implementation=kernels
+    )
+    assert torch.equal(write(model, Decoder(ROWS))[0], write(model)[0])
+
+
+def test_a_compiled_model_is_left_as_it_was_compiled(llama):
+    llama._compiled_call_impl = llama._call_impl
+    changed = []
+    llama.model.norm.register_forward_pre_hook(lambda norm, inputs: changed.append("forward" in vars(norm)))
+    write(llama, Decoder(ROWS))
+    assert changed and not any(changed) and not dtypes_of(llama)
 
 
 def test_weights_come_back_as_they_were(llama):

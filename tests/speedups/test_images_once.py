@@ -295,6 +295,21 @@ def test_a_row_is_a_dictionary_to_all_code(use):
     assert use(rows[1]) == {"n": 1, "text": "b"} and rows.reads == 1
 
 
+def test_rows_are_compared_by_their_values():
+    rows = Rows(datasets.Dataset.from_list([{"n": 0}, {"n": 0}, {"n": 1}]), LRUCache(1), lazy=True)
+    assert [rows[0] == other for other in (rows[1], rows[2], 0)] == [True, False, False]
+    assert [rows[0] != other for other in (rows[1], rows[2], 0)] == [False, True, True]
+
+
+def test_a_row_that_could_not_be_read_is_read_again(monkeypatch):
+    rows = Rows(datasets.Dataset.from_list([{"n": 1}]), LRUCache(1), lazy=True)
+    row = rows[0]
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Rows, "read", lambda self, index: (_ for _ in ()).throw(OSError("gone")))
+        len(row)
+    assert row["n"] == 1
+
+
 def test_a_row_is_not_read_on_its_way_through_the_loader():
     rows = Rows(datasets.Dataset.from_list([{"n": 0}, {"n": 1}]), LRUCache(1), lazy=True)
     batch = pin_memory(send_to_device([rows[0], rows[1]], torch.device("cpu")))

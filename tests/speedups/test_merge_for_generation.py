@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig
 
+from grpo_autotune.estimate.adapters import adapter_sizes
+from grpo_autotune.estimate.memory import Sizes, memory
+from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.predict.workload import weight_copies
+from tests.estimate.test_cost import run_facts, training
 from tests.support.exactness import set_to_train
 from tests.support.kernel_count import per_token
 from tests.support.trainers import make_trainer
 
-from grpo_autotune.speedups.generation import decoding  # isort: skip
+from grpo_autotune.speedups.generation import decoding, weights  # isort: skip
 from grpo_autotune.speedups.generation.decoding import Decoder  # isort: skip
 from grpo_autotune.speedups.generation.merge_for_generation import to_merge, merged  # isort: skip
 from grpo_autotune.speedups.generation.step import FixedStep  # isort: skip
@@ -62,6 +68,25 @@ def test_the_adapter_is_in_the_weights_while_it_generates(tiny, tmp_path, text_r
             assert torch.equal(layer(states), layer.base_layer(states))
 
 
+def test_the_estimate_knows_the_copies_of_weights(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setattr(weights, "WIDE", 1)
+    trainer = trainer_of(tiny, tmp_path, text_rows)
+    model, layers = trainer.model.get_base_model(), list(to_merge(trainer.model))
+    shape = ModelShape.from_config(trainer.model.config.to_dict())
+    sizes = adapter_sizes(shape, {"r": 4, "target_modules": TARGETS})
+    for dtype, value_bytes in ((torch.float32, 4), (torch.bfloat16, 2)):
+        with torch.no_grad(), merged(layers):
+            with torch.autocast("cpu", dtype, enabled=value_bytes == 2), weights.products(model) as dtypes:
+                model(IDS)
+            copies = [layer.get_base_layer().weight for layer in layers]
+            copies += [weight for _, weight in weights.for_decoding(model, dtypes)]
+        how = training(shape, text_weights=False, adapters=sizes, value_bytes=value_bytes)
+        names = {"shared_prefill", "merge_for_generation"}
+        assert weight_copies(shape, how, names, on_gpu=False) == sum(weight.nbytes for weight in copies)
+        found = memory(shape, run_facts(shape, training=how), Sizes(10.0, 10.0, 0.0, weight_copies=7.0))
+        assert found.phases["generation"] == replace(found, copies=0.0).phases["generation"] + 7.0
+
+
 def test_a_failed_generation_leaves_the_weights_too(tiny, tmp_path, text_rows):
     trainer = trainer_of(tiny, tmp_path, text_rows)
     layer = next(to_merge(trainer.model))
@@ -94,7 +119,7 @@ def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows, lora, reason
     assert not row.on and reason in row.reason
 
 
-def test_without_an_adapter_there_is_nothingto_merge(tiny, tmp_path, text_rows):
+def test_without_an_adapter_there_is_nothing_to_merge(tiny, tmp_path, text_rows):
     _, row = row_of(make_trainer(tiny("qwen3"), text_rows, tmp_path, lora=False), ["merge_for_generation"])
     assert not row.on and "no LoRA adapter" in row.reason
 

@@ -13,6 +13,7 @@ from grpo_autotune.speedups.generation.decoding import Decoder  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 from grpo_autotune.speedups.batches.rows import take  # isort: skip
 from grpo_autotune.speedups.generation.shared_prefill import _alike, _first_rows  # isort: skip
+from grpo_autotune.speedups.generation.step import FixedStep  # isort: skip
 
 GROUPS = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 12}
 
@@ -217,6 +218,12 @@ def test_a_wrong_cache_is_noticed_and_left_to_trl(tiny, tmp_path, text_rows, cap
     monkeypatch.undo()
     assert found == run(tiny, tmp_path, text_rows, "none", "llama")[2]
     assert speedups.facts()["shared_prefill"]["rows"] == 0
+
+
+def test_a_wrong_mask_is_noticed_where_no_prompt_is_padded(tiny, tmp_path, text_rows, caplog, monkeypatch):
+    monkeypatch.setattr(FixedStep, "_mask", lambda self, tokens: None)
+    run(tiny, tmp_path, [text_rows[0]] * 4, "shared_prefill", "llama")
+    assert "speed-up shared_prefill is off" in caplog.text
 
 
 def test_generate_outside_training_is_untouched(tiny, tmp_path, text_rows):

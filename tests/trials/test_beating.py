@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grpo_autotune.records.trial import Progress, TrialSpec
 from grpo_autotune.search.trial_log import TrialLog
+from grpo_autotune.speedups.generation.decoding import Decoder
 from grpo_autotune.trials.child.beating import beating
 from grpo_autotune.trials.child.collectives import collective_limit
 from grpo_autotune.trials.heartbeat import HeartbeatReader, HeartbeatWriter
@@ -86,6 +88,19 @@ def test_engine_steps_and_server_answers_beat(tmp_path: Path, writer: HeartbeatW
     ]
     engine.step()
     assert seen[-1] == (False, "generation"), "its layers are gone"
+
+
+def test_replays_of_a_captured_step_beat(tmp_path: Path, writer: HeartbeatWriter, tiny) -> None:
+    reader, seen = HeartbeatReader(tmp_path), []
+
+    def capture(step: Any) -> Any:
+        return lambda: seen.append(reader.moved()), step()
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    decoder = Decoder(torch.zeros(2, dtype=torch.long), capture=capture)
+    with beating(trainer_of(model), writer):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=6, eos_token_id=None, custom_generate=decoder)
+    assert seen == [True] * 5
 
 
 def test_compiling_is_told(tmp_path: Path, writer: HeartbeatWriter) -> None:

@@ -26,7 +26,7 @@ from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import part_of
 from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
-from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync
+from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync, check_quantized
 from grpo_autotune.rollout.sync.weights import packed
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
@@ -60,11 +60,13 @@ class ServerSync(WeightSync):
         """Decide on the way to the server, before TRL opens its own.
 
         Raises:
-            ConfigError: The adapter cannot be sent as a file, there is none, or the model's weights are packed.
+            ConfigError: The adapter cannot be sent as a file, there is none, or the weights of the model or the server
+                are packed.
             EnvironmentProblem: The trainer has no GPU, or the server takes no adapters.
         """
         self.client, self.base, self._model = client, client.model, generation.model
         self.way = self._choose(generation.accelerator.device)
+        check_quantized(self.options.keys.get("quantization"), self.way, 0)
         self.why = "a server takes an adapter from a file" if self.way == "adapter" else "TRL's push over NCCL"
 
         def opened(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:

@@ -37,8 +37,9 @@ SHRINK_AT = {"cpu": 0.75}
 SHRINK_LATE = 0.25
 """The same on other devices, where launches bind and a row costs little."""
 
-LOOK_EVERY = {"cpu": 1}
-"""Tokens between two looks at which rows are done; elsewhere `LOOK_LATE`, as a look makes the device wait."""
+LOOK_EVERY = {"cpu": 1, "mps": 1}
+"""Tokens between two looks at which rows are done; elsewhere `LOOK_LATE`, as a look makes the device wait. Apple's
+random stream cannot be put back by device."""
 
 LOOK_LATE = 8
 

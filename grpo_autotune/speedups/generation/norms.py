@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_autotune.speedups.generation.weights import is_compiled
+
 
 @contextmanager
 def one_kernel_norms(model: Any) -> Iterator[None]:
     """Inside it, norms of the kind `weight * x / sqrt(mean(x^2) + eps)` are one call of `rms_norm`.
 
-    The sum is taken in float32 as there; in bfloat16 the result is rounded once in place of twice.
+    The sum is taken in float32 as there; in bfloat16 the result is rounded once in place of twice. A compiled model
+    stays as it is.
     """
-    norms = [module for module in model.get_decoder().modules() if _is_such(module)]
+    norms = [] if is_compiled(model) else [module for module in model.get_decoder().modules() if _is_such(module)]
     try:
         for norm in norms:
             norm.forward = partial(_normed, norm, norm.forward)

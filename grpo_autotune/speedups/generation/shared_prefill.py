@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,8 +138,8 @@ class _Sharing(Installed):
         if not _alike(batch, first_rows, prompt_of_row):
             return call_next(**kwargs)
         for row, with_images in _samples(batch, first_rows):
-            plain, shared, wider = self._ways(call_next, batch, row, config)
-            if not self._checks[with_images].run(plain, shared, self._dtype(), "scores", wider):
+            plain, shared, again = self._ways(call_next, batch, row, config)
+            if not self._checks[with_images].run(plain, shared, self._dtype(), "scores", again):
                 return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
         decoder = Decoder(torch.tensor(prompt_of_row), capture=self._capture)
@@ -156,31 +157,37 @@ class _Sharing(Installed):
     def _ways(
         self, call_next: Callable[..., Any], batch: dict[str, Any], row: int, config: Any
     ) -> tuple[Callable[[], torch.Tensor], ...]:
-        """Scores of the first tokens of two completions of one row's prompt: as TRL gets them, shared, and as TRL gets
-        them behind one more column of padding."""
+        """Scores of the first tokens of two completions of one row's prompt, by itself and behind one more column of
+        padding: as TRL gets them, shared, and as TRL gets them with the two in each other's place."""
         device = batch["input_ids"].device
         config = copy.deepcopy(config)
         config.max_new_tokens = min(CHECKED_TOKENS, config.max_new_tokens or CHECKED_TOKENS)
         if config.min_new_tokens is not None:
             config.min_new_tokens = min(config.min_new_tokens, config.max_new_tokens)
 
-        twice = _inputs(take(batch, [row, row]))
+        told = copy.deepcopy(config)
+        told.return_dict_in_generate = told.output_logits = True
+        once, twice = (
+            (inputs, widened(inputs, config.pad_token_id or 0))
+            for inputs in (_inputs(take(batch, rows)) for rows in ([row], [row, row]))
+        )
 
-        def plain(inputs: dict[str, Any] = twice) -> torch.Tensor:
-            told = copy.deepcopy(config)
-            told.return_dict_in_generate = told.output_logits = True
-            with seeded(0, device):
-                logits = call_next(**inputs, generation_config=told).logits
-            return torch.stack(logits)
+        def plain(*widths: dict[str, Any]) -> torch.Tensor:
+            scores: list[torch.Tensor] = []
+            for inputs in widths:
+                with seeded(0, device):
+                    scores += call_next(**inputs, generation_config=told).logits
+            return torch.stack(scores)
 
         def shared() -> torch.Tensor:
             record: list[torch.Tensor] = []
-            decoder = Decoder(torch.tensor([0, 0]), record, self._capture)
-            with seeded(0, device):
-                call_next(**_inputs(take(batch, [row])), generation_config=config, custom_generate=decoder)
+            for inputs in once:
+                decoder = Decoder(torch.tensor([0, 0]), record, self._capture)
+                with seeded(0, device):
+                    call_next(**inputs, generation_config=config, custom_generate=decoder)
             return torch.stack(record)
 
-        return plain, shared, lambda: plain(widened(twice, config.pad_token_id or 0))
+        return partial(plain, *twice), shared, partial(plain, *reversed(twice))
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.trainer.model.dtype

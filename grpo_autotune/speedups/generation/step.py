@@ -70,7 +70,7 @@ class FixedStep(GeneralStep):
         self.mask_AL: torch.Tensor | None = None
         self.longest = longest
         all_roomy = make_room(state["past_key_values"], longest)
-        self.mask_is_final = all_roomy and model.config._attn_implementation == "sdpa"
+        self.mask_is_final = all_roomy and model.config.get_text_config()._attn_implementation == "sdpa"
 
     @staticmethod
     def fits(model: Any, state: Mapping[str, Any]) -> bool:
@@ -132,6 +132,8 @@ class GraphStep(FixedStep):
         super().__init__(model, state, longest)
         if not self.mask_is_final:
             raise Unsupported("decode: graph needs sdpa and layers that see the whole text")
+        if (kind := _dynamic_rope(model)) is not None:
+            raise Unsupported(f"decode: graph replays one step, and rope_type {kind} looks at the length at each")
         self.capture = capture
         self.replay: Callable[[], Any] | None = None
 
@@ -169,6 +171,16 @@ class GraphStep(FixedStep):
         self.mask_A11R[:, 0, 0, :tokens] = True if self.mask_AL is None else self.mask_AL[:, :tokens]
         inputs = {**self.inputs, "input_ids": self.tokens_A1, "attention_mask": self.mask_A11R}
         self.replay, self.logits = self.capture(lambda: self.model(**inputs, return_dict=True).logits)
+
+
+def _dynamic_rope(model: Any) -> str | None:
+    """The kind of rotary positions whose frequencies the host chooses by the length of the text; None without."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)  # of each kind of layer, or one
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if "dynamic" in str(kind):  # as `dynamic_rope_update` asks (transformers/modeling_rope_utils.py)
+                return str(kind)
+    return None
 
 
 def cuda_graph(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:

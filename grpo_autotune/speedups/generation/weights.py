@@ -32,11 +32,16 @@ def replaced(weights: Iterable[Replacement]) -> Iterator[None]:
             linear._parameters["weight"] = parameter
 
 
+def is_compiled(model: Any) -> bool:
+    """True for a model in which other weights, norms or hooks are other guards: a compilation for each generation."""
+    return getattr(model, "_compiled_call_impl", None) is not None
+
+
 @contextmanager
 def products(model: Any) -> Iterator[dict[nn.Linear, torch.dtype | None]]:
     """Note, while the model runs inside it, in which type autocast multiplies for each linear layer of the text model.
 
-    Layers that are not called are absent; None where autocast is off.
+    Layers that are not called are absent, and all of a compiled model; None where autocast is off.
     """
     dtypes: dict[nn.Linear, torch.dtype | None] = {}
 
@@ -44,7 +49,7 @@ def products(model: Any) -> Iterator[dict[nn.Linear, torch.dtype | None]]:
         kind = linear.weight.device.type
         dtypes[linear] = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    text = [*model.get_decoder().modules(), model.get_output_embeddings()]
+    text = [] if is_compiled(model) else [*model.get_decoder().modules(), model.get_output_embeddings()]
     handles = [module.register_forward_pre_hook(look) for module in text if type(module) is nn.Linear]
     try:
         yield dtypes
@@ -63,8 +68,6 @@ def for_decoding(model: Any, dtypes: Mapping[nn.Linear, torch.dtype | None]) -> 
         model: A causal language model of transformers, with or without a vision tower.
         dtypes: As `products` gives them.
     """
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        return  # other weights are other guards, and a compilation for each generation
     for linear, dtype in dtypes.items():
         if type(linear.weight) is not nn.Parameter:
             continue

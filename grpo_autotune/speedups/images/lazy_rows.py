@@ -41,8 +41,8 @@ class Row(dict[str, Any]):
     def read(self) -> Row:
         """The row itself, with its values."""
         if self._rows is not None:
-            rows, self._rows = self._rows, None
-            super().update(rows.read(self._index))
+            super().update(self._rows.read(self._index))
+            self._rows = None
         return self
 
     def to(self, *_: Any, **__: Any) -> Row:
@@ -54,7 +54,7 @@ class Row(dict[str, Any]):
         return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict.__eq__(self.read(), other)
+        return dict(self) == other  # which asks `other` in turn, if it is a row too
 
     def __ne__(self, other: object) -> bool:
         return not self == other

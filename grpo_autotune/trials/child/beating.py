@@ -1,4 +1,4 @@
-"""Signs of life inside one span of a trial: forwards, steps of an engine, answers of a server, and compiling.
+"""Signs of life inside one span of a trial: forwards, replayed steps, an engine's steps, a server's answers, compiling.
 
 A span may hold the sampling of thousands of tokens, by the model or by an engine, and a first forward may compile for
 minutes.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.speedups.generation.step import GraphStep
 from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
 
 
@@ -38,7 +39,8 @@ def _beat_eagerly(heartbeat: HeartbeatWriter) -> None:
 def _elsewhere(
     base: Any, generation: Any, heartbeat: HeartbeatWriter
 ) -> Iterator[tuple[AttributeSlot, Callable[..., Any]]]:
-    """Layers on the steps of an engine in this process, and on what a server or another thread is asked to generate."""
+    """Layers on the steps of an engine in this process, on replays of a captured step, which call no forward, and on
+    what a server or another thread is asked to generate."""
 
     def step(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         heartbeat.again()
@@ -50,7 +52,8 @@ def _elsewhere(
 
     engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
     asked = ((getattr(generation, "vllm_client", None), "generate"), (base, "generate_batch"))
-    slots = [(engine, "step", step), *((owner, name, ask) for owner, name in asked)]
+    steps = ((engine, "step"), (GraphStep, "__call__"))
+    slots = [*((owner, name, step) for owner, name in steps), *((owner, name, ask) for owner, name in asked)]
     for owner, name, layer in slots:
         if hasattr(owner, name):
             yield AttributeSlot(owner, name), layer
