@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.gpu.bench import Outcome
 from benchmarks.gpu.stages import SECONDS
+from grpo_autotune.hardware.device_memory import expand_segments
 
 SPARE_S = 5.0
 """Of the limit: to end the child and print."""
@@ -71,6 +72,7 @@ def run_child(options: argparse.Namespace, stages: list[str], scratch: Path, lim
     threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
     offline = {"HF_HUB_OFFLINE": "1", "GRPO_AUTOTUNE_CACHE": str(scratch / "cache")}
     environment = {**os.environ, **threads, **offline, "GRPO_AUTOTUNE_TEST_DEVICE": options.device}
+    expand_segments(environment)  # as the commands do
     with (options.out / "check.log").open("ab") as log:
         try:
             subprocess.run(

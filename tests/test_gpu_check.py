@@ -14,6 +14,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu import stages
 from benchmarks.gpu.bench import Bench, Outcome, OutOfTime, deadline
+from grpo_autotune.hardware.device_memory import ALLOCATOR, DEVICE_MEMORY, EXPANDABLE
 
 
 def started(monkeypatch: pytest.MonkeyPatch, out: Path, *names: str, run: Any) -> int:
@@ -84,6 +85,22 @@ def test_a_stage_ends_at_its_deadline_whatever_it_catches(tmp_path: Path) -> Non
     with pytest.raises(OutOfTime), deadline(0.1), bench.part("slow"):
         time.sleep(30.0)
     assert not bench.outcome.content["rows"]
+
+
+def test_stages_run_with_the_allocator_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+    monkeypatch.setattr("subprocess.run", lambda words, env, **more: given.update(env))
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    gpu_check.run_child(argparse.Namespace(out=tmp_path, device="cuda", tiny=False), ["steps"], tmp_path, 1.0)
+    assert given[ALLOCATOR[0]] == EXPANDABLE
+
+
+def test_a_run_s_memory_is_not_that_of_the_runs_before_it(tmp_path: Path) -> None:
+    from benchmarks.gpu.memory import allocated
+
+    DEVICE_MEMORY.reserved_bytes = 7
+    assert allocated(bench_in(tmp_path)) == 0 == DEVICE_MEMORY.facts()["reserved_bytes"]
 
 
 def bench_in(folder: Path) -> Bench:

@@ -25,22 +25,19 @@ def measure(bench: Bench) -> None:
         name = torch.cuda.get_device_name()
         bench.row("memory in use with a context", (total - free) / 1e9, "GB", predicted=(0.45, 0.6), note=name)
     from grpo_autotune.hardware import detect
+    from grpo_autotune.hardware.device import runtime_facts, sdpa_order
     from grpo_autotune.probe.trainer_facts import versions
 
-    machine: dict[str, Any] = {"machine": detect().model_dump(mode="json"), "versions": versions()}
-    machine["gpu"] = torch.cuda.get_device_name() if bench.on_gpu else "cpu"
-    machine["torch"] = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    runtime = runtime_facts(bench.device)
+    machine: dict[str, Any] = {"machine": detect().model_dump(mode="json"), "versions": versions(), "runtime": runtime}
+    machine["gpu"] = runtime.get("gpu", "cpu")
     if bench.on_gpu:
         machine["nvidia_smi"] = smi(QUERIED)
-        machine["capability"] = list(torch.cuda.get_device_capability())
     bench.outcome.content["machine"] = machine
     bench.outcome.write()
     with bench.part("order of attention backends"):
-        order = torch._C._get_sdp_priority_order()
-        first = torch.nn.attention.SDPBackend(order[0]).name if order else "unknown"
-        enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-        note = f"order {list(order)}, cuDNN enabled: {enabled}; CUDNN_ATTENTION is expected first"
-        bench.row("first attention backend", first, note=note)
+        order = sdpa_order()
+        bench.row("first attention backend", order[0], note=f"{', '.join(order)}; cudnn is expected first")
     if not bench.tiny:
         bench.row("seconds to import torch and TRL", import_s(), "s", predicted=(4.0, 8.0))
 

@@ -11,6 +11,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import fixed, release_trainer, run_config, train, trainer_of
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.predict.memory import increment
 from grpo_autotune.predict.workload import workload
 from grpo_autotune.probe.probe import Probe
@@ -44,8 +45,10 @@ def measure(bench: Bench) -> None:
 
 
 def allocated(bench: Bench) -> int:
-    """Bytes that tensors hold now; 0 on a CPU."""
-    return int(torch.cuda.memory_allocated()) if bench.on_gpu else 0
+    """Bytes that tensors hold now, 0 on a CPU; the peaks of earlier runs in this process are forgotten."""
+    bench.release()
+    DEVICE_MEMORY.restart()
+    return DEVICE_MEMORY.in_use()
 
 
 def tell_memory(bench: Bench, name: str, config: RunConfig, record: ProbeRecord, idle_bytes: int) -> None:

@@ -41,7 +41,7 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
         startup.since_birth("import")
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
             trainer = quiet_trainer(config, startup, say, overrides=overrides, out_dir=out_dir)
-            probe = Probe(trainer, startup=startup, out_dir=out_dir)
+            probe = Probe(trainer, startup=startup, out_dir=out_dir, profile=True)
             watched.append(probe.now)
             total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
             with ProgressBar("probing", total) as bar:

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_autotune.doctor.finding import Finding
 from grpo_autotune.hardware import find_gpu
-from grpo_autotune.hardware.device import ALLOCATOR, sdpa_order
+from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.hardware.machine import Machine
 from grpo_autotune.hardware.nvml import VISIBLE, ask, driver, visible_handles, whole_card
 from grpo_autotune.units import GIB, listing, size
@@ -118,15 +118,14 @@ def _links(nvml: Any, handles: Sequence[Any]) -> Finding | None:
 
 
 def _torch() -> Iterator[Finding]:
-    """The order of attention kernels, and the allocator."""
+    """Versions and settings by which the same GPU is fast or slow."""
     try:
         torch: Any = importlib.import_module("torch")
     except (ImportError, OSError):
         return
     if torch.cuda.is_available():
-        yield Finding("attention", "ok", f"torch asks its kernels in this order: {', '.join(sdpa_order())}")
-    setting = next((f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)), "")
-    yield Finding("allocator", "ok", setting or f"{ALLOCATOR[0]} is not set")
+        facts = runtime_facts(torch.device("cuda"))
+        yield Finding("gpu runtime", "ok", "; ".join(f"{name} {fact}" for name, fact in facts.items()))
 
 
 def _addresses() -> Finding:

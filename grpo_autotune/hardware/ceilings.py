@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir, write_whole
-from grpo_autotune.hardware.device import runtime_facts
+from grpo_autotune.hardware.device import room_of, runtime_facts
+from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.hardware.machine import detect, package_version
 
 MATRIX_BUDGET_S = 1.2
@@ -168,12 +169,11 @@ def free_bytes(device: str) -> int:
     """Bytes that can be allocated on the device now; a run may hold most of its memory."""
     import torch
 
-    if torch.device(device).type == "cpu":
-        import psutil
+    if (room := room_of(torch.device(device))) is not None:
+        return room.usable - DEVICE_MEMORY.in_use()
+    import psutil
 
-        return int(psutil.virtual_memory().available)
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
 
 
 def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float:

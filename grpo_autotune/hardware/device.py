@@ -6,15 +6,12 @@ import importlib
 import os
 from typing import Any, NamedTuple
 
-from grpo_autotune.hardware.device_memory import asleep_bytes
+from grpo_autotune.hardware.device_memory import ALLOCATOR, asleep_bytes
 from grpo_autotune.hardware.machine import package_version
 from grpo_autotune.hardware.nvml import ask, driver, whole_card
 
 KERNELS = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}
 """`torch.nn.attention.SDPBackend` by value, as `torch.backends.cuda` names them."""
-
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Where torch's allocator is configured: its name, and the one before torch 2.9."""
 
 
 class DeviceRoom(NamedTuple):

@@ -15,9 +15,9 @@ LOOK_S = 0.01
 """Between two questions to the driver, which cost more than the allocator's counters: what the allocator has taken it
 keeps until its cache is emptied, so that little is missed."""
 
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Names of the allocator's settings; vLLM looks for the second alone before it makes the pool of an engine that sleeps,
-which expandable segments do not go with."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that configure torch's allocator, the first since torch 2.9; vLLM looks for the second alone before it makes
+the pool of an engine that sleeps, which expandable segments do not go with."""
 
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: otherwise a cache of keys and values that grows by a token leaves one behind in every size."""
@@ -25,8 +25,8 @@ EXPANDABLE = "expandable_segments:True"
 
 def expand_segments(environment: MutableMapping[str, str]) -> None:
     """Ask torch's allocator for segments that grow, unless the user set it up; before torch is imported."""
-    if not any(name in environment for name in SETTINGS):
-        environment.update(dict.fromkeys(SETTINGS[:2], EXPANDABLE))
+    if not any(name in environment for name in ALLOCATOR):
+        environment.update(dict.fromkeys(ALLOCATOR[:2], EXPANDABLE))
 
 
 def cuda_in_use() -> Any:

@@ -32,7 +32,6 @@ class Gpu(BaseModel):
         memory_bytes: Its memory; the host's, where it has none of its own.
         capability: Compute capability, such as "9.0"; "0.0" where it is not reported.
         unified: Whether its memory is the host's (GB10, Jetson).
-        power_limit_w: Watts that the driver allows it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +40,6 @@ class Gpu(BaseModel):
     memory_bytes: int
     capability: str
     unified: bool = False
-    power_limit_w: float | None = None
 
 
 @contextmanager
@@ -102,14 +100,12 @@ def describe(nvml: Any, handle: Any, host_bytes: int) -> Gpu:
     card = whole_card(nvml, handle)
     memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
     capability = ask(nvml, "nvmlDeviceGetCudaComputeCapability", card) or (0, 0)
-    milliwatts = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", card)
     unified = memory is None or not memory.total
     return Gpu(
         name=ask(nvml, "nvmlDeviceGetName", handle) or "unknown GPU",
         memory_bytes=host_bytes if unified else int(memory.total),
         capability=".".join(map(str, capability)),
         unified=unified,
-        power_limit_w=None if milliwatts is None else milliwatts / 1000.0,
     )
 
 

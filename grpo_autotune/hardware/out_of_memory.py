@@ -39,6 +39,8 @@ FAULTS = (
     "hardware stack error",
     "invalid program counter",
     "misaligned address",
+    "operation not supported on global/shared address space",
+    "the launch timed out and was terminated",
     "uncorrectable ECC error encountered",
     "uncorrectable NVLink error detected during the execution",
     "unspecified launch failure",
@@ -46,7 +48,7 @@ FAULTS = (
 """The driver's texts (`cuGetErrorString`) for what leaves a process in an inconsistent state, as its manual says."""
 
 FAULT = re.compile(
-    rf"(?:CUDA driver error: |CUDA Error: |CUDA error: |Triton Error \[CUDA\]: )(?:{'|'.join(FAULTS)})\b"
+    rf"(?:CUDA driver error: |CUDA Error: |CUDA error: |HIP error: |Triton Error \[CUDA\]: )(?:{'|'.join(FAULTS)})\b"
 )
 
 ENDED_ITSELF = re.compile(rb"^Error out of memory at line \d+ in file \S+$", re.MULTILINE)
@@ -98,11 +100,12 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None] =
 def is_device_failure(error: BaseException) -> bool:
     """Return whether an exception says that a device failed under its process, which can then do no more with it.
 
-    torch raises `AcceleratorError` for every error of the CUDA runtime; what others raise goes by the driver's text.
+    It goes by the driver's text: torch raises `AcceleratorError` for every error of the CUDA runtime, such as a kernel that
+    was not built for this GPU, after which the process goes on as before.
     """
-    if any(_full_name(kind) == "torch.AcceleratorError" for kind in type(error).__mro__):
-        return not is_out_of_memory(error)
-    return type(error) is RuntimeError and FAULT.match(str(error)) is not None
+    names = {_full_name(kind) for kind in type(error).__mro__}
+    raised = type(error) is RuntimeError or "torch.AcceleratorError" in names
+    return raised and FAULT.match(str(error)) is not None
 
 
 def is_of_the_machine(error: BaseException) -> bool:

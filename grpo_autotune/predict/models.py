@@ -193,9 +193,11 @@ class Models:
                     idle = _idle(record, PARTS[part])
                     seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place, idle))
         base_choice = family(self.base)
+        measured = part_seconds(self.record.timings)
         for part, seconds in reported_seconds(self.record.timings).items():
-            if len(seen.get((part, base_choice), ())) == 1:
-                seen[part, base_choice][0] = seen[part, base_choice][0]._replace(seconds=seconds)
+            several = seen.get((part, base_choice), [])
+            if [one.seconds for one in several] == [measured.get(part)]:  # the probe's, and no trial's
+                several[0] = several[0]._replace(seconds=seconds)
         first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
         others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
         return {(part, base_choice): fit for part, fit in first.items()} | others

@@ -57,11 +57,11 @@ class KernelProfile:
         self.passes = 0
         self.paused: list[Interval] = []
         self._generating = generating
-        self._hook = model.register_forward_pre_hook(self._pass)
         self._since: float | None = None
         self._offset_s = time.time() - time.perf_counter()
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._profiler.start()
+        self._hook = model.register_forward_pre_hook(self._pass)  # last: another profiler may be at work
 
     def stop(self) -> list[Activity]:
         """End the profile; its entries, on the clock of spans (`time.perf_counter`)."""
@@ -77,7 +77,7 @@ class KernelProfile:
             self._resume()
         else:
             self.passes += 1
-            if self.passes > PASSES and self._since is None:
+            if self.passes > PASSES and self._since is None and not torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize()
                 self._toggle(False)
                 self._since = time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,8 @@ class Probe:
         trainer: A `trl.GRPOTrainer`; no other trainer of TRL has these seams.
         startup: Phases measured before; without, the time since the process's birth is one phase.
         out_dir: Folder that gets `spans.jsonl`, a line per step (ranks other than 0 add their number).
-        warmup: Steps at the start that are not measured; by default one cycle of generating and reusing.
+        warmup: Steps at the start that are not measured; by default one cycle of generating and reusing, and with a
+            profile one more.
         profile: On a GPU, record the kernels of the first step of the last cycle that is not measured, where that is
             not the first cycle of all.
 
@@ -67,8 +68,9 @@ class Probe:
         self.trainer = trainer
         self.startup = startup or _born_now()
         self.cycle = cycle_of(trainer.args)
-        self.warmup = self.cycle if warmup is None else warmup
         timer, self._gauge = gauges_for(trainer.args.device)
+        self.profiles = profile and timer is not None
+        self.warmup = self.cycle * (1 + self.profiles) if warmup is None else warmup
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
@@ -77,7 +79,6 @@ class Probe:
         self.fidelity.around = lambda: self.recorder.span("", "probe")
         self.closed = 0
         self._room = room_of(trainer.args.device)
-        self.profiles = profile and timer is not None
         self._kernels: KernelProfile | None = None
         self._profiled: ProfiledStep | None = None
         self.engine = meter_for(
@@ -105,6 +106,7 @@ class Probe:
         self._handles = []
         self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
+        self._drop_profile()
         self._sampler.stop()
         if self._gauge is not None:
             self.recorder.memory = None
@@ -157,9 +159,7 @@ class Probe:
     def train_ended(self) -> None:
         """Stop sampling and publish this rank's means to the others."""
         self.recorder.abandon()
-        if self._kernels is not None:
-            self._kernels.stop()
-            self._kernels = None
+        self._drop_profile()
         self._sampler.stop()
         publish(self._means(self._timings()), self._topic)
         self._ended = True
@@ -211,14 +211,20 @@ class Probe:
     def _profile_of(self, spans: StepSpans, kernels: KernelProfile) -> ProfiledStep:
         entries = kernels.stop()
         stages = kernels_by_stage(spans, entries, stages_of(spans, self.recorder.timer).self_s, kernels.paused)
-        longest = max((len(ids) for ids in self.rollout[1]), default=0)
-        generated = any(row.stage == "generation" for row in stages)
+        tokens = sum(max(one.completion, default=0) for one in self.tokens.generations if one.step == self.closed)
         return ProfiledStep(
             step=spans.step,
             micro_batches=self.trainer.args.gradient_accumulation_steps,
-            tokens=(min(longest, PASSES) if kernels.paused else longest) or None if generated else None,
+            tokens=(min(tokens, PASSES) if kernels.paused else tokens) or None,
             stages=stages,
         )
+
+    def _drop_profile(self) -> None:
+        """End the profile of a step that did not end."""
+        kernels, self._kernels = self._kernels, None
+        if kernels is not None:
+            with suppress(RuntimeError):  # the device may be why
+                kernels.stop()
 
     def _means(self, timings: StageTimings) -> RankTimings:
         return RankTimings(

@@ -228,7 +228,8 @@ class ProfiledStep(Frozen):
     Attributes:
         step: Its number.
         micro_batches: Micro batches that were trained on in it.
-        tokens: Tokens of the longest completion that were generated while the profiler looked; None where none were.
+        tokens: Tokens of each generation's longest completion that were generated while the profiler looked; None where
+            none were.
         stages: By stage, those that ran.
     """
 

@@ -180,14 +180,12 @@ def test_settings_around_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert gpus.check_setting(machine()) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch._C, "_get_sdp_priority_order", lambda: [3, 1, 2, 0, 4])
+    monkeypatch.setattr(gpus, "runtime_facts", lambda device: {"driver": "580.65", "power_limit": "700 W"})
     monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY, 0))
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     two = machine(gpus=(card("NVIDIA H200"),) * 2)
     found = {finding.check: finding for finding in gpus.check_setting(two)}
-    assert found["attention"].detail.endswith("cudnn, flash, mem_efficient, math")
-    assert found["allocator"].detail == "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    assert found["gpu runtime"].detail == "driver 580.65; power_limit 700 W"
     assert found["addresses"].status == "ok"
     assert found["processes"].status == "warn" and "torchrun --nproc-per-node 2" in found["processes"].remedy
     monkeypatch.setattr(resource, "getrlimit", lambda what: (64 * GIB, 0))

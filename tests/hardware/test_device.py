@@ -10,7 +10,9 @@ import psutil
 import pytest
 import torch
 
-from grpo_autotune.hardware.device import ALLOCATOR, room_of, runtime_facts
+from grpo_autotune.hardware.ceilings import free_bytes
+from grpo_autotune.hardware.device import room_of, runtime_facts
+from grpo_autotune.hardware.device_memory import ALLOCATOR
 from grpo_autotune.knobs import engine
 from grpo_autotune.knobs.context import context_of, gpu_bytes
 from grpo_autotune.predict.room import memory_of
@@ -54,6 +56,7 @@ def test_unified_memory_counts_the_kernels_caches_as_free(monkeypatch: pytest.Mo
     on_cuda(monkeypatch, free=2 * GIB, total=120 * GIB, integrated=1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=90 * GIB))
     assert room_of(CUDA) == (120 * GIB, 90 * GIB)
+    assert free_bytes(str(CUDA)) == 90 * GIB, "so that ceilings are those of the whole device"
 
 
 def test_budgets_are_of_the_device_that_the_probe_ran_on() -> None:

@@ -74,6 +74,7 @@ def test_memory_of_a_gpu_runs_out_in_many_words(error: BaseException) -> None:
         RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
         torch.distributed.DistBackendError(NCCL.format("999 'unknown error'")),
         ValueError("CUDA error: out of memory"),
+        torch.AcceleratorError(f"CUDA error: no kernel image is available for execution on the device{KERNELS}"),
     ],
 )
 def test_what_only_sounds_like_it_is_neither(error: BaseException) -> None:
@@ -85,6 +86,8 @@ def test_what_only_sounds_like_it_is_neither(error: BaseException) -> None:
     [
         torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered{KERNELS}"),
         torch.AcceleratorError(f"CUDA error: device-side assert triggered{KERNELS}"),
+        torch.AcceleratorError(f"HIP error: an illegal memory access was encountered{KERNELS}"),
+        RuntimeError("Triton Error [CUDA]: operation not supported on global/shared address space"),
         RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         RuntimeError("CUDA driver error: unspecified launch failure"),
     ],

@@ -378,6 +378,22 @@ def test_loader_workers_and_vllm_get_a_finite_guess() -> None:
         assert 0.3 * own < models.step_s(with_knobs(truth.user, knobs)).value < 3 * own
 
 
+def test_a_stage_that_the_probe_did_not_have_takes_what_the_first_trial_measured() -> None:
+    """A probe under `generate` pushes no weights, and no trial's seconds are the probe's."""
+    truth = Truth(noise=0.0)
+    record = truth.probe.record
+    assert record is not None
+    stages = [
+        row.model_copy(update={"per_step_s": [0.0] * 3}) if row.name in ("weight_sync", "engine") else row
+        for row in record.timings.stages
+    ]
+    probed = record.model_copy(update={"timings": record.timings.model_copy(update={"stages": stages})})
+    models = Models.from_probe(truth.user, probed, truth.machine, truth.probe)
+    with_engine = with_knobs(truth.user, {"grpo.use_vllm": True})
+    told = models.learn(with_engine, truth.outcome(with_engine, 1)).stages_s(with_engine)
+    assert told["weight_sync"].value == pytest.approx(truth.seconds(with_engine)["weight_sync"])
+
+
 def engine_bytes(monkeypatch: pytest.MonkeyPatch, gpus: int, worst_case: bool, space: str = "", **vllm: Any) -> float:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
     user = config({"vllm": vllm}, use_vllm=True)

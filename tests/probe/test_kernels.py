@@ -74,15 +74,23 @@ def test_a_generation_is_recorded_for_some_passes_and_what_follows_it_is_again(m
     )
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
-    model, generating = torch.nn.Linear(1, 1), True
+    model, generating, capturing = torch.nn.Linear(1, 1), True, True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     profile = KernelProfile(model, lambda: generating)
     for _ in range(PASSES + 5):
         model(torch.zeros(1))
+    assert toggled == [], "a graph that is being captured cannot wait for the device"
+    capturing = False
+    model(torch.zeros(1))
     assert toggled == [False]
     generating = False
     model(torch.zeros(1))
     assert toggled == [False, True] and len(profile.paused) == 1
     assert profile.stop() == [] and not model._forward_pre_hooks
+    profiler.start = lambda: torch.zeros(2) @ torch.zeros(3)  # another one is at work
+    with pytest.raises(RuntimeError):
+        KernelProfile(model, lambda: generating)
+    assert not model._forward_pre_hooks
 
 
 def test_a_real_profile_of_a_cpu_has_calls_and_no_device_work() -> None:
@@ -113,48 +121,99 @@ def test_the_device_s_own_notes_are_no_work() -> None:
     assert kernels.busy(activities(profiler)[:1]) == pytest.approx(5e-7)
 
 
+class HostTimer:
+    """The host's clock in a GPU's place."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def done(self, mark: float) -> bool:
+        return True
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+class KernelPerPass:
+    """In place of the profiler: each pass of the model launches a kernel of a microsecond."""
+
+    paused: list[Any] = []
+
+    def __init__(self, model: torch.nn.Module, generating: Callable[[], bool]) -> None:
+        self.entries: list[Activity] = []
+        self.hook = model.register_forward_pre_hook(self.launched)
+
+    def launched(self, *_: Any) -> None:
+        number, now = len(self.entries), time.perf_counter()
+        self.entries += [launch(number, now), kernel(number, now + 1.0, 1e-6)]
+
+    def stop(self) -> list[Activity]:
+        self.hook.remove()
+        return self.entries
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a probe has of a GPU, by stand-ins."""
+    from grpo_autotune.probe import probe
+
+    monkeypatch.setattr(probe, "gauges_for", lambda device: (HostTimer(), None))
+    monkeypatch.setattr(probe, "KernelProfile", KernelPerPass)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("generations", [1, 2])
 def test_the_last_step_that_is_not_measured_is_profiled(
-    tiny: Callable[[str], Path], tmp_path: Path, text_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], tmp_path: Path, text_rows: list[dict[str, Any]], generations: int
 ) -> None:
-    from grpo_autotune.probe import probe as module
+    from grpo_autotune.probe.probe import Probe
     from tests.support.trainers import make_trainer
 
-    class HostTimer:
-        def mark(self) -> float:
-            return time.perf_counter()
-
-        def done(self, mark: float) -> bool:
-            return True
-
-        def seconds(self, begin: float, end: float) -> float:
-            return end - begin
-
-    class KernelPerPass:
-        """In place of the profiler: each pass of the model launches a kernel of a microsecond."""
-
-        paused: list[Any] = []
-
-        def __init__(self, model: torch.nn.Module, generating: Callable[[], bool]) -> None:
-            self.entries: list[Activity] = []
-            self.hook = model.register_forward_pre_hook(self.launched)
-
-        def launched(self, *_: Any) -> None:
-            number, now = len(self.entries), time.perf_counter()
-            self.entries += [launch(number, now), kernel(number, now + 1.0, 1e-6)]
-
-        def stop(self) -> list[Activity]:
-            self.hook.remove()
-            return self.entries
-
-    monkeypatch.setattr(module, "gauges_for", lambda device: (HostTimer(), None))
-    monkeypatch.setattr(module, "KernelProfile", KernelPerPass)
-    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, generation_kwargs={"min_new_tokens": 6})
-    probe = module.Probe(trainer, warmup=2, profile=True)
+    often = {"steps_per_generation": 2 // generations, "generation_kwargs": {"min_new_tokens": 6}}
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **often)
+    probe = Probe(trainer, profile=True)
     trainer.train()
     probe.detach()
     record = probe.record()
     assert record.timings.steps == [3] and record.profiled is not None
-    assert (record.profiled.step, record.profiled.micro_batches, record.profiled.tokens) == (2, 2, 6)
+    assert (record.profiled.step, record.profiled.micro_batches) == (2, 2)
+    assert record.profiled.tokens == 6 * generations and record.profiled.per_token() == 1.0
     by_stage = {row.stage: row.kernels for row in record.profiled.stages if row.kernels}
-    assert by_stage == {"generation": 6, "policy_logprob": 2}
-    assert record.profiled.per_token() == 1.0 and record.profiled.per_micro_batch(("policy_logprob",)) == 1.0
+    assert by_stage == {"generation": 6 * generations, "policy_logprob": 2}
+    assert record.profiled.per_micro_batch(("policy_logprob",)) == 1.0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_training_that_fails_in_the_profiled_step_leaves_no_profile(
+    tiny: Callable[[str], Path], tmp_path: Path, text_rows: list[dict[str, Any]]
+) -> None:
+    from grpo_autotune.probe.probe import Probe
+    from tests.support.trainers import make_trainer
+
+    def judge(completions: list[Any], **kwargs: Any) -> list[float]:
+        if trainer.state.global_step == 1:
+            raise RuntimeError("the judge is gone")
+        return [0.5] * len(completions)
+
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, rewards=[judge], lora=False)
+    probe = Probe(trainer, profile=True)
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        trainer.train()
+    assert trainer.model._forward_pre_hooks
+    probe.detach()
+    assert not trainer.model._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_probe_by_the_command_has_a_profile(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo_autotune.commands import probe
+    from tests.support.training import text_config
+
+    for name in ("set_environment", "mend_torchvision"):
+        monkeypatch.setattr(probe, name, lambda: None)
+    monkeypatch.setattr(probe, "expand_segments", lambda environment: None)
+    monkeypatch.setattr(probe, "report_of", lambda record, config, folder: record)
+    record, code = probe.probe_config(text_config(tiny("qwen3"), tmp_path), steps=1, out_dir=tmp_path)
+    assert record.profiled is not None and record.timings.steps == [3] and code == 0

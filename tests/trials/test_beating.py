@@ -127,14 +127,14 @@ def test_ranks_that_wait_for_each_other_have_the_trials_limit(processes: int, ha
 
 
 def test_collectives_end_before_the_trial_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", raising=False)
     alone = TrialSpec(number=0, config={}, limit_s=300.0)
     assert collective_limit(alone) == {} and "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC" not in os.environ
     ranks = alone.model_copy(update={"world_size": 2})
-    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     assert collective_limit(ranks) == {"ddp_timeout": 150}
     assert collective_limit(ranks, 1800) == {"ddp_timeout": 150} and collective_limit(ranks, 60) == {"ddp_timeout": 60}
     assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "150"
-    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1", "the user's own stays"
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "60")
+    collective_limit(ranks)
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "60", "the user's own stays"
     monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -154,6 +155,14 @@ def test_a_reader_sees_each_beat_once(tmp_path: Path) -> None:
     HeartbeatWriter(tmp_path, silent=True).beat("another rank")
     assert not reader.moved()
     heartbeat.close()
+
+
+def test_a_worker_prints_what_its_encoding_does_not_have() -> None:
+    code = "from grpo_autotune.trials.child import worker; worker.main([]); print('答')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, input="", env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\u7b54\n"
 
 
 @pytest.fixture

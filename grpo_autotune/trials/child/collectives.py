@@ -15,7 +15,7 @@ SHARE = 0.5
 
 
 def collective_limit(spec: TrialSpec, asked_s: Any = None) -> dict[str, int]:
-    """The `GRPOConfig` keys of a trial's ranks, and NCCL's own limits put into this process's environment.
+    """The `GRPOConfig` keys of a trial's ranks, and the limit of NCCL's watchdog put into this process's environment.
 
     Args:
         spec: The trial.
@@ -24,6 +24,5 @@ def collective_limit(spec: TrialSpec, asked_s: Any = None) -> dict[str, int]:
     if spec.world_size == 1:
         return {}
     limit_s = max(1, int(SHARE * spec.limit_s))
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process on an error
-    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(limit_s))  # of NCCL's watchdog, 480 otherwise
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(limit_s))  # 480 otherwise
     return {"ddp_timeout": limit_s if asked_s is None else min(limit_s, int(asked_s))}

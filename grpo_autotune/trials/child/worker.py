@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_autotune.console import accept_any_text
 from grpo_autotune.files import write_whole
 from grpo_autotune.processes.guardian import die_with_parent
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
@@ -25,6 +26,7 @@ from grpo_autotune.trials.heartbeat import STARTING, BeatingStartup, HeartbeatWr
 def main(arguments: Sequence[str]) -> int:
     """Run trials until standard input ends, or run the one that is named."""
     die_with_parent(os.getppid())
+    accept_any_text()
     executor = TrialExecutor()
     if arguments:
         return _run_one(executor, Path(arguments[0]), warm=False)
