@@ -9,9 +9,8 @@ from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
-from grpo_autotune.knobs.table import knob
+from grpo_autotune.knobs.table import check_keys
 from grpo_autotune.speedups.selection import chosen
 
 
@@ -28,12 +27,7 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
         EnvironmentProblem: A package is missing.
     """
     chosen(config.speedups)
-    for section, keys in (("knobs", config.search.knobs), ("accept", config.search.accept)):
-        for key in keys:
-            try:
-                knob(key)
-            except ConfigError as error:
-                raise ConfigError(error.what, where=f"search.{section}.{key}", fix=error.fix) from error
+    check_keys(config.search)
     check_rewards(config)
     _check_data(config)
     check_model(config)
