@@ -11,6 +11,7 @@ from grpo_autotune.config.places import check_data_place, check_model_place, che
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.knobs.table import check_keys
+from grpo_autotune.registry import is_reference, source_of
 from grpo_autotune.speedups.selection import chosen
 
 
@@ -26,7 +27,8 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
         DataError: The data file is empty.
         EnvironmentProblem: A package is missing.
     """
-    chosen(config.speedups)
+    for name in filter(is_reference, chosen(config.speedups)):
+        source_of("speedup", name)
     check_keys(config.search)
     check_rewards(config)
     _check_data(config)
@@ -38,12 +40,15 @@ def check_model(config: RunConfig) -> None:
     """Refuse a model that is not there.
 
     Raises:
-        ConfigError: There is no such folder or architecture.
+        ConfigError: There is no such folder, function or architecture.
     """
+    name = str(config.model.name_or_path)
     if config.model.random_init is not None:
         architecture(config.model.random_init)
+    elif is_reference(name):
+        source_of("model", name)
     else:
-        check_model_place(str(config.model.name_or_path))
+        check_model_place(name)
 
 
 def _check_data(config: RunConfig) -> None:
