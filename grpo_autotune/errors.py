@@ -117,8 +117,9 @@ def nearest_path(path: str, known: Sequence[str]) -> str | None:
     beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     for keys in (beside, anywhere):
         slips = {key: _slips(name, key) for key in keys}
-        closest = [key for key, count in slips.items() if count == min(slips.values())]
-        if len(closest) == 1 and slips[closest[0]] <= (1 if len(name) < 8 else 2):
+        least = min(slips.values(), default=3)
+        closest = [key for key, count in slips.items() if count == least]
+        if len(closest) == 1 and least <= (1 if len(name) < 8 else 2):
             return keys[closest[0]]
     return None
 

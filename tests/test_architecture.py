@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tools.architecture import tree
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_autotune"
@@ -97,12 +100,15 @@ def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
             yield from (name if base == "grpo_autotune" or name in NAMES else base for name in whole)
 
 
-def imports() -> Iterator[tuple[str, str]]:
+@cache
+def imports() -> tuple[tuple[str, str], ...]:
     """Pairs of modules of this package: who imports, and what."""
-    for path in modules():
-        for name in imported_names(ast.parse(path.read_text()), package_of(path)):
-            if name.startswith("grpo_autotune."):
-                yield dotted_name(path), name
+    return tuple(
+        (dotted_name(path), name)
+        for path in modules()
+        for name in imported_names(tree(path), package_of(path))
+        if name.startswith("grpo_autotune.")
+    )
 
 
 REFERENCE = re.compile(r"grpo_autotune(\.\w+)+(:\w+(\.\w+)*)?")
@@ -124,13 +130,11 @@ def texts(tree: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def named_by_text() -> Iterator[tuple[str, str]]:
+@cache
+def named_by_text() -> tuple[tuple[str, str], ...]:
     """Pairs of modules of this package: who names one in a text, and which."""
-    for path in modules():
-        name = dotted_name(path)
-        if room(name) not in (*ENTRANCES, ""):
-            for named in texts(ast.parse(path.read_text())):
-                yield name, named
+    speakers = {dotted_name(path): path for path in modules() if room(dotted_name(path)) not in (*ENTRANCES, "")}
+    return tuple((name, named) for name, path in speakers.items() for named in texts(tree(path)))
 
 
 def level_of(name: str, floors: tuple[tuple[str, ...], ...] = LAYERS) -> int | None:
@@ -225,23 +229,19 @@ def test_sizes() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in modules()}
     assert not [f"{path.name}: {length}" for path, length in lengths.items() if length > 400]
     assert statistics.median(length for length in lengths.values() if length > 5) <= 150
-    spans = [
-        (node.end_lineno or node.lineno) - node.lineno + 1
-        for path in modules()
-        for node in functions(ast.parse(path.read_text()))
-    ]
+    spans = [(node.end_lineno or node.lineno) - node.lineno + 1 for path in modules() for node in functions(tree(path))]
     assert statistics.median(spans) <= 6 and statistics.quantiles(spans, n=10)[-1] <= 20
 
 
 def test_modules_and_public_functions_tell_their_idea() -> None:
     silent = []
     for path in modules():
-        tree = ast.parse(path.read_text())
-        if ast.get_docstring(tree) is None:
+        module = tree(path)
+        if ast.get_docstring(module) is None:
             silent.append(str(path.relative_to(ROOT)))
         silent += [
             f"{path.relative_to(ROOT)}: {node.name}"
-            for node in tree.body
+            for node in module.body
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
             and not node.name.startswith("_")
             and ast.get_docstring(node) is None
@@ -253,7 +253,7 @@ def test_nothing_is_caught_blindly() -> None:
     """A handler for everything may only add to the error, and raise; a trial's boundary is the one exception."""
     swallowed = []
     for path in modules():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
                 caught = (
                     {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"all"}

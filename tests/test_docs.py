@@ -23,7 +23,7 @@ from grpo_autotune.cli import app, main
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.registry import Kind, names, resolve
-from tools.architecture import floors, needed_arrows, room_imports
+from tools.architecture import floors, needed_arrows, room_imports, tree
 from tools.pages import FILES, PARTS, with_parts
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +86,9 @@ def files_made_by(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.page}: {part.name}")
 def test_generated_parts_are_current(part: Any) -> None:
-    text = (ROOT / part.page).read_text()
-    assert text.split(part.begin)[1].split(part.end)[0] == part.text(), "bring it up to date: make docs"
-    assert part.text().count("\n") > 5 and with_parts(part.page, text) == text
+    text, wanted = (ROOT / part.page).read_text(), part.text()
+    assert text.split(part.begin)[1].split(part.end)[0] == wanted, "bring it up to date: make docs"
+    assert wanted.count("\n") > 5 and with_parts(part.page, text) == text
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -250,11 +250,10 @@ def test_every_benchmark_is_on_its_page_with_its_command(path: Path) -> None:
 
 def test_quoted_messages_are_those_of_the_code() -> None:
     """In the first column of the troubleshooting page; `...` stands for what a message fills in."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "grpo_autotune").rglob("*.py")]
     literals = "\n".join(
         node.value
-        for tree in trees
-        for node in ast.walk(tree)
+        for path in (ROOT / "grpo_autotune").rglob("*.py")
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)

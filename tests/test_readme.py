@@ -57,6 +57,22 @@ ROOT = Path(__file__).parent.parent
         ("docs/speedups.md", "prefix_forms", "long: without gradients, flat over cache", "({median:.2f}); the cause"),
         ("docs/speedups.md", "prefix_forms", "longer: without gradients, flat over cache", "new pages, {median:.2f}."),
         (
+            "docs/speedups.md", "prefix_cascade", "768px: training, flat over cascade",
+            "and is {median:.2f}\n  times as fast ({low:.2f} to {high:.2f}, `docs",
+        ),
+        (
+            "docs/speedups.md", "decoding", "16m, full: seconds per token, before over now",
+            "new tokens it is {median:.2f} times as fast as a loop",
+        ),
+        (
+            "docs/speedups.md", "decoding", "16m, lora: seconds per token, before over now, merged",
+            "inputs, {median:.2f} times with LoRA merged",
+        ),
+        (
+            "docs/speedups.md", "decoding", "16m, lora: seconds per token, before over now",
+            "and {median:.2f} ({low:.2f} to {high:.2f}) with LoRA left apart",
+        ),
+        (
             "docs/speedups.md", "prefix_forms_heap", "768px-256: without gradients, flat over cache",
             "it is {median:.2f} and",
         ),
@@ -69,6 +85,21 @@ ROOT = Path(__file__).parent.parent
 def test_figures_in_the_text_are_the_committed_benchmarks(page: str, benchmark: str, ratio: str, words: str) -> None:
     found = json.loads((ROOT / "docs" / "benchmarks" / f"{benchmark}.json").read_text())["ratios"][ratio]
     assert words.format(**found) in (ROOT / page).read_text()
+
+
+def test_memory_of_a_shared_pass_and_kernels_of_a_token() -> None:
+    files = {
+        name: json.loads((ROOT / f"docs/benchmarks/{name}.json").read_text()) for name in ("prefix_cascade", "decoding")
+    }
+    ratios, rows = files["prefix_cascade"]["ratios"], files["decoding"]["rows"]
+    split, cascade = (
+        f"{100 / ratios[f'768px: memory of the training pass, plain over {form}']['median']:.0f} %"
+        for form in ("flat", "cascade")
+    )
+    kernels = {row["way"]: f"{row['kernels_per_token']:,.0f}" for row in rows if "kernels_per_token" in row}
+    page = " ".join((ROOT / "docs/speedups.md").read_text().split())
+    assert f"with *cascade* holds {cascade} of plain TRL's memory and with *split* {split}," in page
+    assert f"starts {kernels['now, merged']} kernels with LoRA merged, against {kernels['before']} (" in page
 
 
 def test_cost_of_a_probe() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ NULL = re.compile(r"\bnull\b")
 LOCALS = {"found", "own", "there"}
 CLASSES = {"Seen", "Given", "Asked", "Standing", "Lab", "Book", "Kept", "Told", "Wanted", "Known"}
 
+parsed = cache(ast.parse)
+
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -37,13 +40,13 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def openings(source: str) -> Iterator[tuple[int, str]]:
-    for line, text in docstrings(ast.parse(source)):
+    for line, text in docstrings(parsed(source)):
         if OPENING.match(text):
             yield line, text.splitlines()[0]
 
 
 def nulls(source: str) -> Iterator[tuple[int, str]]:
-    for line, text in docstrings(ast.parse(source)):
+    for line, text in docstrings(parsed(source)):
         if NULL.search(text):
             yield line, "`null` for `None`"
 
@@ -54,7 +57,7 @@ def rates(source: str) -> Iterator[tuple[int, str]]:
 
 
 def names(source: str) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in LOCALS:
             yield node.lineno, node.id
         if isinstance(node, ast.ClassDef) and node.name in CLASSES:

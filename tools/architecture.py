@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from grpo_autotune.seams.table import GRPO_MODULE, TABLE
@@ -18,9 +19,15 @@ PACKAGE = ROOT / "grpo_autotune"
 FILE_WIDTH, ROOM_WIDTH = 24, 13
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of a module, parsed once."""
+    return ast.parse(path.read_text())
+
+
 def first_sentence(path: Path) -> str:
     """The first sentence of a module's docstring."""
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(tree(path)) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<=[a-z)`])\. ", paragraph)[0].rstrip(".")
 
@@ -76,7 +83,7 @@ def room_imports() -> dict[str, set[str]]:
 
 def _imported_rooms(path: Path) -> Iterator[str]:
     """First names below the package of everything that a module imports; the package has no relative imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]

@@ -9,9 +9,9 @@ from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
-from grpo_autotune.knobs.table import knob
+from grpo_autotune.knobs.table import check_keys
+from grpo_autotune.registry import is_reference, source_of
 from grpo_autotune.speedups.selection import chosen
 
 
@@ -27,13 +27,9 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
         DataError: The data file is empty.
         EnvironmentProblem: A package is missing.
     """
-    chosen(config.speedups)
-    for section, keys in (("knobs", config.search.knobs), ("accept", config.search.accept)):
-        for key in keys:
-            try:
-                knob(key)
-            except ConfigError as error:
-                raise ConfigError(error.what, where=f"search.{section}.{key}", fix=error.fix) from error
+    for name in filter(is_reference, chosen(config.speedups)):
+        source_of("speedup", name)
+    check_keys(config.search)
     check_rewards(config)
     _check_data(config)
     check_model(config)
@@ -44,12 +40,15 @@ def check_model(config: RunConfig) -> None:
     """Refuse a model that is not there.
 
     Raises:
-        ConfigError: There is no such folder or architecture.
+        ConfigError: There is no such folder, function or architecture.
     """
+    name = str(config.model.name_or_path)
     if config.model.random_init is not None:
         architecture(config.model.random_init)
+    elif is_reference(name):
+        source_of("model", name)
     else:
-        check_model_place(str(config.model.name_or_path))
+        check_model_place(name)
 
 
 def _check_data(config: RunConfig) -> None:

@@ -25,10 +25,10 @@ TRACKERS = {
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "flash_attention_2": ("flash_attn", "kernels"),
-    "flash_attention_3": ("flash_attn_interface", "kernels"),
-    "flash_attention_4": ("flash_attn", "kernels"),
+    "flash_attention_3": ("kernels", "flash_attn_interface"),  # no index has a package of this module
+    "flash_attention_4": ("kernels", "flash_attn"),
 }
-"""`model.attn_implementation` -> the same; a name with a slash is a kernel on the hub, and needs the last of them
+"""`model.attn_implementation` -> the same; a name with a slash is a kernel on the hub, and needs `kernels`
 (transformers/modeling_flash_attention_utils.py)."""
 
 OPTIMIZERS = {
@@ -95,6 +95,8 @@ def _needs(config: RunConfig, grpo: Mapping[str, Any]) -> Iterator[Need]:
     if config.model.load_in_4bit:
         extra = "'grpo-autotune[quantization]'"
         yield Need("model.load_in_4bit", "true", ("bitsandbytes",), extra, "set the key to false")
+    if grpo.get("deepspeed"):
+        yield Need("grpo.deepspeed", "this key", ("deepspeed",), "'grpo-autotune[deepspeed]'", "remove the key")
     if grpo.get("use_liger_kernel"):
         yield Need("grpo.use_liger_kernel", "true", ("liger_kernel",), "liger-kernel", "set the key to false")
     if packages := KERNELS.get(kernel.removeprefix("paged|"), ("kernels",) if "/" in kernel else None):

@@ -53,7 +53,7 @@ def check_data_place(
     elif not is_folder(path):
         if not HUB_ID.fullmatch(path) or len(path) > MOST_OF_HUB_ID or place.suffix.lower() in FILE_BUILDERS:
             raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
-        if hint := nearest_hint(path, names("dataset")):
+        if "/" not in path and (hint := nearest_hint(path, names("dataset"))):
             raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
 
 
@@ -72,7 +72,7 @@ def check_split(path: str, split: str | None, where: str) -> None:
             )
 
 
-def check_model_place(name: str, where: str = "model.name_or_path") -> None:
+def check_model_place(name: str) -> None:
     """Refuse the path of a model at which there is no folder; a registered name and a hub id pass.
 
     Raises:
@@ -80,10 +80,10 @@ def check_model_place(name: str, where: str = "model.name_or_path") -> None:
     """
     if name in names("model") or is_reference(name) or is_folder(name):
         return
-    if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name) or name.startswith("."):
+    if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name):
         raise ConfigError(
             f"{name} is not a folder with a model",
-            where=where,
+            where="model.name_or_path",
             fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
             + ", ".join(names("model")),
         )

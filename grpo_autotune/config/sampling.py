@@ -52,6 +52,7 @@ UNUSABLE = {
     "stop_strings": "TRL gives `generate` no tokenizer to look for them. With grpo.use_vllm the key is stop.",
     "token_healing": "TRL gives `generate` no tokenizer for it.",
     "return_dict_in_generate": "TRL takes the tokens alone.",
+    "disable_compile": "TRL gives it to `GenerationConfig` itself.",
     "num_return_sequences": "Use grpo.num_generations.",
     "n": "Use grpo.num_generations.",
     "max_new_tokens": "Use grpo.max_completion_length.",

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
-from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.schema import RunConfig, SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext
@@ -319,8 +319,19 @@ TABLE: tuple[Knob, ...] = (
 BY_KEY = {row.key: row for row in TABLE}
 
 
-def knob(key: str) -> Knob:
-    """The row of a key.
+def check_keys(search: SearchSection) -> None:
+    """Refuse a key of `search.knobs` or `search.accept` that is no knob.
+
+    Raises:
+        ConfigError: As `knob`, with the place of the key.
+    """
+    for section, keys in (("knobs", search.knobs), ("accept", search.accept)):
+        for key in keys:
+            knob(key, f"search.{section}.{key}")
+
+
+def knob(key: str, where: str | None = None) -> Knob:
+    """The row of a key, which stands at `where` in the configuration.
 
     Raises:
         ConfigError: There is none; names the nearest.
@@ -330,6 +341,6 @@ def knob(key: str) -> Knob:
     near = nearest_path(key, list(BY_KEY))
     raise ConfigError(
         "this knob does not exist",
-        where=key,
+        where=where or key,
         fix=f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}.",
     )

@@ -47,7 +47,7 @@ from grpo_autotune.units import hms
 FAILURES = 4
 """So many failures in a row that no knob explains end a search."""
 EARLY = "grpo.use_vllm"
-"""Switch whose gain no formula predicts, and which is on a GPU the largest there is: it is tried first."""
+"""Switch whose gain no formula predicts, and which may be the largest on a GPU: it is tried first there."""
 SAMPLER_EVERY = 3
 """Every third proposal is the sampler's."""
 SAMPLER: Sampler = "tpe"

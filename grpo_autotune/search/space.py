@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
 from grpo_autotune.knobs.apply import same_value, why_not
+from grpo_autotune.knobs.table import check_keys
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.records.probe import ProbeRecord
 
@@ -59,10 +59,7 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
             type, or no combination is legal.
     """
     known, asked = context_of(config, machine, record), config.search.knobs
-    for section, keys in (("search.knobs", asked), ("search.accept", config.search.accept)):
-        for key in keys:
-            with _at(f"{section}.{key}"):
-                knob(key)
+    check_keys(config.search)
     values = {row.key: _axis(known, row.key) for row in TABLE if _wanted(config, row.key)}
     values = {key: axis for key, axis in values.items() if axis and (len(axis) > 1 or key in asked)}
     axes = Space(values, knobs_of(config, values))
@@ -104,20 +101,13 @@ def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
         raise ConfigError(
             "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it out."
         )
-    with _at(f"search.knobs.{key}"):
+    try:
         for value in asked:
             _check_type(known.config, key, value)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"search.knobs.{key}", fix=error.fix) from error
     baseline = row.current(known.config)
     return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
-
-
-@contextmanager
-def _at(where: str) -> Iterator[None]:
-    """Name this place in a refusal."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(error.what, where=where, fix=error.fix) from error
 
 
 def _check_type(config: RunConfig, key: str, value: Any) -> None:

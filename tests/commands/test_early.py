@@ -32,6 +32,8 @@ MISTAKES = {
     "judges has no bad": ["train", "--set", "rewards=[{name: 'judges:bad'}]"],
     "needs target_tokens and max_tokens": ["search", "--set", "rewards=[{name: length}]"],
     "speedups: there is no speed-up 'nope'": ["probe", "--set", "speedups=[nope]"],
+    "cannot import nowhere for this speedup": ["train", "--set", "speedups=['nowhere:Mine']"],
+    "cannot import nowhere for this model": ["serve", "--set", "model.name_or_path=nowhere:mine"],
     "search.knobs.grpo.betta": ["search", "--set", "search={knobs: {grpo.betta: [1]}}"],
     "search.accept.nope": ["train", "--set", "search.accept=[nope]"],
     "--budget": ["search", "--budget", "soon"],

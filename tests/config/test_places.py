@@ -64,7 +64,7 @@ def test_a_split_that_is_not_there(path: str, split: str, expected: str) -> None
 
 
 def test_what_may_be_there_passes() -> None:
-    for path in ("rows.jsonl", "saved", "digits", "openai/gsm8k", "."):
+    for path in ("rows.jsonl", "saved", "digits", "openai/gsm8k", "owner/digits", "."):
         data(path)
     for path, split in (("saved", "held_out[:10%]"), ("rows.jsonl", None), ("openai/gsm8k", "x"), ("digits", "all")):
         check_split(path, split, "data.split")

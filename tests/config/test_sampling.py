@@ -41,6 +41,7 @@ def test_a_value_that_nothing_samples_with(grpo: dict[str, Any], expected: str) 
             {"stop_strings": ["</a>"]},
             "stop_strings: this setting cannot be used here. TRL gives `generate`",
         ),
+        ({"disable_compile": False}, "disable_compile: this setting cannot be used here. TRL gives it"),
         ({"max_new_tokens": 5}, "max_new_tokens: this setting cannot be used here. Use grpo.max_compl"),
         ({"do_sample": False}, "do_sample: all completions of a group would be the same. Remove it."),
         ({"no_such": 1}, "no_such: transformers' GenerationConfig has no such setting. Remove it."),

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -317,9 +318,9 @@ def rewards(*items: Any) -> list[dict[str, Any]]:
     return [item if isinstance(item, dict) else {"name": item} for item in items]
 
 
-def built(*items: Any) -> tuple[list[Any], list[float], list[str]]:
+def built(*items: Any, columns: list[str] | None = None) -> tuple[list[Any], list[float], list[str]]:
     values = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "rewards": rewards(*items)}
-    return build_rewards(RunConfig.from_dict(values))
+    return build_rewards(RunConfig.from_dict(values), columns)
 
 
 HERE = __name__
@@ -340,6 +341,28 @@ def test_sync_stays_sync_and_async_async() -> None:
     assert asyncio.run(functions[1](**BATCH)) == [1.0, 1.0]
     assert asyncio.run(functions[2](**BATCH)) == [3.0, 3.0]
     assert functions[3](**BATCH) == [8.0, 8.0]
+
+
+def closed(
+    prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, log_extra: Any, log_metric: Any, gold: Any
+) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("item", "columns", "expected"),
+    [
+        (f"{HERE}:closed", ["prompt", "completion", "gold"], None),  # TRL keeps the first two
+        (f"{HERE}:closed", ["prompt", "gold", "image"], "takes no image, which TRL gives"),
+        (f"{HERE}:closed", ["prompt", "completion"], "needs gold"),
+        ("exact_match", ["prompt", "answer"], None),
+        ("exact_match", ["prompt", "completion"], "the data has no column answer"),
+        ({"name": "regex", "params": {"pattern": "("}}, ["prompt"], "pattern"),
+    ],
+)
+def test_the_columns_of_the_data_are_those_that_trl_gives(item: Any, columns: list[str], expected: str | None) -> None:
+    with nullcontext() if expected is None else pytest.raises(ConfigError, match=expected):
+        built(item, columns=columns)
 
 
 def test_params_win_over_a_column_of_the_same_name() -> None:

@@ -13,6 +13,9 @@ from grpo_autotune.config.schema import RewardItem, RunConfig
 from grpo_autotune.registry import is_reference, resolve
 from grpo_autotune.train.rewards.guard import guard
 
+KEPT_BY_TRL = ("prompt", "completion")
+"""Columns that no reward is given (`GRPOTrainer._calculate_rewards`, TRL 1.16)."""
+
 
 def build_rewards(
     config: RunConfig, columns: Collection[str] | None = None
@@ -42,7 +45,7 @@ def build_rewards(
 
 def _check(function: Callable[..., Any], item: RewardItem, where: str, columns: Collection[str] | None) -> None:
     """Check a function's arguments; a built-in one judges no rows besides, which tells of a wrong pattern or column."""
-    given = None if columns is None else [name for name in columns if name != "prompt"]
+    given = None if columns is None else [name for name in columns if name not in KEPT_BY_TRL]
     with suppress(ValueError):  # a callable of another language shows no signature
         check_arguments(inspect.signature(function), item.params, where, given)
     if given is not None and not is_reference(item.name) and function.__module__.startswith(__package__):
