@@ -16,8 +16,8 @@ LOOK_S = 0.01
 keeps until its cache is emptied, so that little is missed."""
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Variables that configure torch's allocator, the first since torch 2.9; vLLM looks for the second alone before it makes
-the pool of an engine that sleeps, which expandable segments do not go with."""
+"""Variables that configure torch's allocator, the first since torch 2.9; vLLM looks for the second alone before it
+makes the pool of an engine that sleeps, which expandable segments do not go with."""
 
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: otherwise a cache of keys and values that grows by a token leaves one behind in every size."""

@@ -100,8 +100,8 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None] =
 def is_device_failure(error: BaseException) -> bool:
     """Return whether an exception says that a device failed under its process, which can then do no more with it.
 
-    It goes by the driver's text: torch raises `AcceleratorError` for every error of the CUDA runtime, such as a kernel that
-    was not built for this GPU, after which the process goes on as before.
+    It goes by the driver's text: torch raises `AcceleratorError` for every error of the CUDA runtime, such as a kernel
+    that was not built for this GPU, after which the process goes on as before.
     """
     names = {_full_name(kind) for kind in type(error).__mro__}
     raised = type(error) is RuntimeError or "torch.AcceleratorError" in names

@@ -52,9 +52,7 @@ class _Uncast(Installed):
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self._left_out = 0
-        self.handles += [
-            wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)
-        ]
+        self.handles += [wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)]
 
     def facts(self) -> dict[str, float]:
         """Adapters with a layer, and the casts that were left out."""

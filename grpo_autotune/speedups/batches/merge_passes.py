@@ -140,7 +140,9 @@ class _Merging(Installed):
         if self._state is not state:
             self._held = []  # training was stopped within a window
         elif self._held and self._last + 1 != step:
-            what = "compute_loss was called in between the micro batches of a step, some of which merge_passes holds back"
+            what = (
+                "compute_loss was called in between the micro batches of a step, some of which merge_passes holds back"
+            )
             raise TrainingError(what, where="speedups", fix="Leave merge_passes out")
         self._held.append(inputs)
         self._last, self._state = step, state
