@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from grpo_autotune.records.probe import DeviceMemory
 from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
 from grpo_autotune.trials.parent.interleave import ALONE, Race, block_order, one_after_another
 from grpo_autotune.trials.parent.runner import Runner, worker_key
@@ -261,6 +262,17 @@ def test_a_race_keeps_its_deadline_whatever_a_step_takes(tmp_path: Path) -> None
         seen = [end.ending.status for _, end in race.run(5, 20.0) if end.ending]
     assert seen == ["timeout", "timeout"] and all(worker.ended for worker in workers)
     assert 20.0 < now[0] <= 23.0
+
+
+@pytest.mark.parametrize(("retries", "status", "lacked"), [(0, "ok", False), (2, "ok", True), (0, "oom", True)])
+def test_a_race_without_room_for_both_is_none(tmp_path: Path, retries: int, status: Any, lacked: bool) -> None:
+    figures = dict.fromkeys(DeviceMemory.model_fields, 0) | {"retries": retries}
+    outcomes = [
+        TrialOutcome(number=3, status="ok"),
+        TrialOutcome(number=4, status=status, device_memory=DeviceMemory(**figures)),
+    ]
+    with Race(tmp_path, [], time.monotonic, time.sleep, lambda *_: pytest.fail("no trial"), None) as race:
+        assert race.lacked_memory(outcomes) is lacked
 
 
 def test_turns_of_trials_end_with_the_deadline_however_long_each_is() -> None:

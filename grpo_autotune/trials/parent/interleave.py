@@ -118,9 +118,11 @@ class Race(AbstractContextManager["Race"]):
                 self._ends[lane] = AttemptEnd(Ending("timeout", "did not stop in time at the race's end"))
         return [(attempt, self._ends[lane]) for lane, attempt in enumerate(self._lanes)]
 
-    def began_without_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
-        """Return whether memory ran out before a single round was over."""
-        return self._rounds == 0 and any(outcome.status == "oom" for outcome in outcomes)
+    def lacked_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
+        """Return whether memory ran out before a single round was over, or an allocator had to empty its cache for room,
+        which costs the one that it happens to."""
+        full = any(outcome.device_memory is not None and outcome.device_memory.retries for outcome in outcomes)
+        return full or (self._rounds == 0 and any(outcome.status == "oom" for outcome in outcomes))
 
     def by_round(self, outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
         """The outcomes with one mean per round in place of each step's seconds."""

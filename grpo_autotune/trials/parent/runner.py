@@ -135,7 +135,7 @@ class Runner(AbstractContextManager["Runner"]):
                 key = worker_key(specs[0])
                 if outcomes[0].status == "ok" and self._warm and key is not None:
                     self._worker, self._key = race.release_worker(0), key
-            if not race.began_without_memory(outcomes):
+            if not race.lacked_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
         with self._server.held():
