@@ -119,7 +119,7 @@ class Race(AbstractContextManager["Race"]):
         return [(attempt, self._ends[lane]) for lane, attempt in enumerate(self._lanes)]
 
     def lacked_memory(self, outcomes: Sequence[TrialOutcome]) -> bool:
-        """Return whether memory ran out before a single round was over, or an allocator had to empty its cache for room,
+        """Return whether memory ran out before a single round was over, or an allocator had to make room,
         which costs the one that it happens to."""
         full = any(outcome.device_memory is not None and outcome.device_memory.retries for outcome in outcomes)
         return full or (self._rounds == 0 and any(outcome.status == "oom" for outcome in outcomes))
