@@ -32,13 +32,12 @@ def probe_config(config: RunConfig, *, steps: int, out_dir: Path) -> tuple[Repor
     set_environment()
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
-        with startup.phase("import"):
+        with startup.imports():
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.stop_after import StopAfter
             from grpo_autotune.train.trial_trainer import quiet_trainer
-        startup.since_birth("import")
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
             trainer = quiet_trainer(config, startup, say, overrides=overrides, out_dir=out_dir)
             probe = Probe(trainer, startup=startup, out_dir=out_dir, profile=True)

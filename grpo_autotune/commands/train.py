@@ -34,14 +34,13 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     set_environment()
     gpus = leave_gpus(config)
     with Heartbeat(lambda: watched[-1]()):
-        with startup.phase("import"):
+        with startup.imports():
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
             from grpo_autotune.train.trainer import run_training
             from grpo_autotune.train.trial_trainer import engine_time
-        startup.since_birth("import")
         watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
             warn(sentence)

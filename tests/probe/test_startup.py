@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from grpo_autotune.probe.startup import Startup
@@ -29,3 +31,16 @@ def test_a_phase_is_told_once_it_takes_time() -> None:
         assert startup.now() is None, "`0 s` tells nothing"
         now[0] = 125.0
         assert startup.now() == "start-up: import, 2 min 05 s"
+
+
+def test_imports_are_counted_from_birth_and_out_of_the_collectors_sight() -> None:
+    now = [103.0]
+    startup = Startup(lambda: now[0], born_s=100.0)
+    with startup.imports():
+        assert not gc.isenabled()
+        now[0] = 105.0
+    assert gc.isenabled() and (kept := gc.get_freeze_count())
+    with startup.imports():
+        pass
+    assert gc.get_freeze_count() <= kept, "a second trial of this process may leave garbage"
+    assert {phase.name: phase.seconds for phase in startup.phases()} == {"import": 5.0}

@@ -104,7 +104,7 @@ class TrialExecutor:
         if not self._gpus_left:
             leave_gpus(config)
             self._gpus_left = True
-        with startup.phase("import"):
+        with startup.imports():
             expand_segments(os.environ)
             ensure_torchvision()
             from accelerate.state import AcceleratorState, GradientState
@@ -113,7 +113,6 @@ class TrialExecutor:
             from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle, no trial's
             from grpo_autotune.train.trial_trainer import quiet_trainer
             from grpo_autotune.trials.child.measure import measure
-        startup.since_birth("import")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if self._engine is None:
