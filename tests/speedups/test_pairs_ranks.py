@@ -13,11 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+SHARED = ("whole groups", "a group over both")
+
 
 @pytest.mark.timeout(600)
 def test_two_processes(tiny, tmp_path):
     models = tiny("qwen3").parent
-    assert tiny("qwen3_vl").parent == models
+    assert tiny("qwen3_vl").parent == tiny("llama").parent == models
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,8 +37,15 @@ def test_two_processes(tiny, tmp_path):
         for found in (first[case], second[case]):
             assert found["same_rewards"], case
             assert found["gap"] < 1e-6, case
+        if case in SHARED:
+            continue
         assert first[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 20.0}, case
         assert second[case]["facts"]["skip_dead"] == {"rows": 40.0, "skipped_rows": 40.0}, case
+    for case in SHARED:
+        for found in (first[case], second[case]):
+            assert found["on"] == ["shared_prefix"]
+            facts = found["facts"]["shared_prefix"]
+            assert facts["plain_passes"] == 0 and facts["tokens"] < facts["tokens_of_plain"], case
     assert first["full vision"]["facts"]["images_once"]["processed"] <= 4
     assert {"shared_prefix", "shared_prefill", "images_once", "vision_cache", "merge_passes"} <= set(
         first["adapters"]["on"]

@@ -25,7 +25,22 @@ CASES: dict[str, dict[str, Any]] = {
         "without_image": (0, 1),
     },
     "adapters": {"kind": "qwen3_vl", "lora": True, "names": "auto"},
-}
+    "whole groups": {
+        "kind": "llama",
+        "lora": False,
+        "names": ["shared_prefix"],
+        "grpo": {
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "beta": 0.05,
+            "gradient_checkpointing": True, "max_steps": 3,
+        },
+    },
+    "a group over both": {
+        "kind": "qwen3_vl",
+        "lora": True,
+        "names": ["shared_prefix"],
+        "grpo": {"gradient_accumulation_steps": 1, "beta": 0.05, "gradient_checkpointing": False, "max_steps": 3},
+    },
+}  # fmt: skip
 
 
 def dead_on_the_second(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -53,8 +68,10 @@ def main() -> None:
         for names in ("none", what["names"]):
             rows = rows_of(what["kind"], what.get("without_image", ()))
             arguments = models / what["kind"], rows, out / "trainer"
-            settings = {"lora": what["lora"], "rewards": [dead_on_the_second], "max_steps": 5, **GROUPS}
-            trainer, speedups = trained(names, *arguments, change=mend, ddp_find_unused_parameters=False, **settings)
+            settings = {"rewards": [dead_on_the_second], "max_steps": 5, **GROUPS, **what.get("grpo", {})}
+            trainer, speedups = trained(
+                names, *arguments, change=mend, lora=what["lora"], ddp_find_unused_parameters=False, **settings
+            )
             runs.append((rewards_of(trainer), weights_of(trainer), speedups))
         (plain_rewards, plain, _), (rewards, mine, speedups) = runs
         found[case] = {
