@@ -47,6 +47,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         fast_test = None
+        if not gc.get_freeze_count():  # the end of a trial takes it back
+            gc.collect()
+            gc.freeze()
 
 
 def pytest_configure() -> None:

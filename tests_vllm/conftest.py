@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.train.models.random_init import build_tokenizer, save_random_model
-from tests.conftest import picture_rows, text_rows  # noqa: F401
+from tests.conftest import picture_rows, pytest_collection_finish, text_rows  # noqa: F401
 from tests.support.tiny import CONFIGS, TEXTS
 
 ENV_FOLDER = Path(__file__).parent.parent / "tests" / "env"
