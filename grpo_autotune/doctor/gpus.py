@@ -28,6 +28,9 @@ HELD_BACK = {
 READ, NVLINK, REACHED = 0, 2, 0
 """`NVML_P2P_CAPS_INDEX_READ`, `..._NVLINK` and `NVML_P2P_STATUS_OK` (the bindings have a tuple for the first)."""
 
+UNCORRECTED, SINCE_LOADED = 1, 0
+"""`NVML_MEMORY_ERROR_TYPE_UNCORRECTED` and `NVML_VOLATILE_ECC`, which counts since the driver was loaded."""
+
 SEEN_AS_USED = GIB
 """Memory in use from which on somebody else holds it, where a container hides the processes."""
 
@@ -58,7 +61,13 @@ def check_health() -> list[Finding]:
     """State of the GPUs, by the driver. To be asked before torch opens a context, which may count as somebody's."""
     with driver() as nvml:
         handles = visible_handles(nvml)
-        checks: tuple[Callable[[Any, Sequence[Any]], Finding | None], ...] = (_held, _clocks, _persistence, _links)
+        checks: tuple[Callable[[Any, Sequence[Any]], Finding | None], ...] = (
+            _held,
+            _clocks,
+            _persistence,
+            _memory_errors,
+            _links,
+        )
         findings = [check(nvml, handles) for check in checks] if handles else []
     return [finding for finding in findings if finding is not None]
 
@@ -101,6 +110,19 @@ def _persistence(nvml: Any, handles: Sequence[Any]) -> Finding | None:
         return None
     detail = "persistence mode is off: every process and every trial of a search starts seconds later"
     return Finding("gpu driver", "warn", detail, "sudo nvidia-smi -pm 1, or run nvidia-persistenced")
+
+
+def _memory_errors(nvml: Any, handles: Sequence[Any]) -> Finding | None:
+    """Errors of memory that ECC could not correct: each ended a process, and the next may."""
+    counts = [
+        ask(nvml, "nvmlDeviceGetTotalEccErrors", whole_card(nvml, handle), UNCORRECTED, SINCE_LOADED)
+        for handle in handles
+    ]
+    told = [f"{count} of GPU {index}" for index, count in enumerate(counts) if count]
+    if not told:
+        return None
+    detail = f"uncorrected memory errors since the driver was loaded: {listing(told)}"
+    return Finding("gpu errors", "warn", detail, "choose another GPU, or have it reset (nvidia-smi -q -d ECC)")
 
 
 def _links(nvml: Any, handles: Sequence[Any]) -> Finding | None:

@@ -14,6 +14,10 @@ KERNELS = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}
 """`torch.nn.attention.SDPBackend` by value, as `torch.backends.cuda` names them."""
 
 
+ECC_MODE = "nvmlDeviceGetEccMode"
+"""Gives whether memory is checked, now and after the next start; without HBM it takes memory and bandwidth."""
+
+
 class DeviceRoom(NamedTuple):
     """Memory of a device: all of it, and what this process holds or could still take."""
 
@@ -60,9 +64,11 @@ def runtime_facts(device: Any) -> dict[str, str]:
         "allocator": next((os.environ[name] for name in ALLOCATOR if os.environ.get(name)), "default"),
     }
     with driver() as nvml:
-        milliwatts = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", whole_card(nvml, handle_of(nvml, device)))
+        card = whole_card(nvml, handle_of(nvml, device))
+        milliwatts, ecc = (ask(nvml, question, card) for question in ("nvmlDeviceGetEnforcedPowerLimit", ECC_MODE))
         facts["driver"] = ask(nvml, "nvmlSystemGetDriverVersion")
         facts["power_limit"] = None if milliwatts is None else f"{milliwatts / 1000:.0f} W"
+        facts["ecc"] = None if ecc is None else "on" if ecc[0] else "off"
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 

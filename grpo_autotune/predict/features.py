@@ -12,7 +12,8 @@ from typing import NamedTuple
 from grpo_autotune.estimate.cost import generation_work, training_batch
 from grpo_autotune.estimate.passes import Work, backward, forward
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.predict.workload import Workload, tower_is_kept
+from grpo_autotune.predict.speedups import tower_is_kept
+from grpo_autotune.predict.workload import Workload
 
 Features = dict[str, float]
 

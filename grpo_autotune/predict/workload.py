@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,15 +23,15 @@ from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
-from grpo_autotune.estimate.passes import Training
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
+from grpo_autotune.predict.speedups import effective, tower_is_kept, weight_copies
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
-from grpo_autotune.speedups.base import FEATURE_BYTES, SERVED, kernel_name
+from grpo_autotune.speedups.base import FEATURE_BYTES
 from grpo_autotune.speedups.batches.passes import Part, Row, planned
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.units import GIB
@@ -40,8 +40,6 @@ PLACES = np.linspace(0.0, 1.0, 201)
 MOST_PADDING = 0.99
 STEPS_KEPT = 4
 """Steps of a trial, whose images' features `vision_cache` keeps; a run fills its memory to the limit in time."""
-ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp")
-"""Keys of `grpo` under which micro batches are not merged (`speedups/batches/merge_passes.py`)."""
 SMALL_MOMENTS = {"8bit": 2.0}
 """Bytes of Adam's moments a parameter, by a word in `grpo.optim`; else two moments in the parameter's own type."""
 
@@ -114,7 +112,7 @@ def workload(
     completion = tokens.completion.max
     grid = images.tokens if images is not None else None
     image_max = 0.0 if grid is None else grid.max if worst_case else grid.mean
-    speedups, on_gpu = _effective(config, trainer), trainer.device.startswith("cuda")
+    speedups, on_gpu = effective(config, trainer), trainer.device.startswith("cuda")
     prompts = plan.micro_batch * plan.accumulation / plan.num_generations
     sizes = Sizes(
         prompt=longest_prompt,
@@ -172,40 +170,6 @@ def _padding_beyond_formula(base: RunConfig, record: ProbeRecord) -> float:
     assert record.tokens is not None
     formula = max(1.0, _padded(*_in_batch(record.tokens, base.batch, record.trainer.max_completion_length)))
     return 1.0 / (1.0 - min(record.tokens.padding_share, MOST_PADDING)) / formula
-
-
-def tower_is_kept(facts: WorkFacts, speedups: frozenset[str]) -> bool:
-    """Return whether an image's features serve all passes of a step, and later ones."""
-    adapters = facts.training.adapters
-    frozen = not (facts.training.vision_weights or adapters.blocks or adapters.mergers)
-    return frozen and "vision_cache" in speedups
-
-
-def weight_copies(shape: ModelShape, training: Training, speedups: Set[str], *, on_gpu: bool) -> float:
-    """Bytes of float32 weights with adapters added, and as they are laid out for decoding (`speedups/generation`)."""
-    if training.weight_bytes < FLOAT_BYTES:
-        return 0.0
-    layers, laid, merged = shape.layers * shape.layer_weights, 0.0, 0.0
-    if "shared_prefill" in speedups and (training.value_bytes < FLOAT_BYTES or not on_gpu):
-        laid = training.value_bytes * (layers + shape.head_weights)
-    if "merge_for_generation" in speedups and training.adapters.text:
-        merged = training.weight_bytes * layers
-    return laid + merged
-
-
-def _effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
-    """Speed-ups that are asked for and can work."""
-    compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
-    dropout = (trainer.peft or {}).get("lora_dropout")
-    whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
-    off = set() if whole else {"shared_prefix", "merge_passes"}
-    if compiled or dropout:
-        off.add("merge_for_generation")
-    if dropout:
-        off.add("shared_prefill")
-    if any(config.grpo.get(key) for key in ONE_BY_ONE):
-        off.add("merge_passes")
-    return frozenset(set(chosen(config.speedups)) - off)
 
 
 def _merged(plan: BatchPlan, facts: WorkFacts, row: float, speedups: frozenset[str], device: str) -> float:

@@ -152,7 +152,8 @@ HEALTHY = {"gpu memory": "ok"}
     [
         ([Card()], HEALTHY),
         ([], {}),
-        ([Card(memory_bytes=None, power_w=None, persistence=None, throttle=None)], HEALTHY),
+        ([Card(memory_bytes=None, power_w=None, persistence=None, throttle=None, ecc=None)], HEALTHY),
+        ([Card(), Card(errors=2)], {**HEALTHY, "gpu errors": "warn 2 of GPU 1", "gpu links": "ok NVLink"}),
         ([Card(processes=[(7, 6 * GIB), (8, 4 * GIB)])], {"gpu memory": "warn 10.0 GiB of GPU 0 (pid 7, 8)"}),
         ([Card(), Card(used_bytes=3 * GIB)], {"gpu memory": "warn 3.0 GiB of GPU 1", "gpu links": "ok NVLink"}),
         ([Card(processes=[(os.getpid(), 6 * GIB)], used_bytes=GIB // 2)], HEALTHY),

@@ -102,7 +102,7 @@ def test_what_makes_a_gpu_fast_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_autotune.hardware.device.package_version", lambda name: None)
     device = at("6", monkeypatch)
     facts = {"gpu": "NVIDIA H100", "cuda": "13.0", "cudnn": "91500", "nccl": "2.28.3", "driver": "580.65.06"}
-    facts |= {"sdpa": "cudnn, flash, mem_efficient, math", "allocator": "default", "power_limit": "350 W"}
+    facts |= {"sdpa": "cudnn, flash, mem_efficient, math", "allocator": "default", "power_limit": "350 W", "ecc": "on"}
     assert runtime_facts(device) == facts
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_autotune.predict.workload import _effective
+from grpo_autotune.predict.speedups import effective
 from grpo_autotune.speedups.base import kernel_name
 from grpo_autotune.speedups.shared_prefix.applies import why_not
 from grpo_autotune.speedups.shared_prefix.attention import Split
@@ -74,4 +74,4 @@ def test_it_is_served_and_predicted_as_served(tiny, tmp_path, text_rows) -> None
         if name is not None:
             assert (why_not(trainer) is None) == served, name
         facts = trainer_facts(attn_implementation=name)
-        assert ("shared_prefix" in _effective(config, facts)) == served, name
+        assert ("shared_prefix" in effective(config, facts)) == served, name

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.memory import Sizes, memory
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.predict.workload import weight_copies
+from grpo_autotune.predict.speedups import weight_copies
 from tests.estimate.test_cost import run_facts, training
 from tests.support.exactness import set_to_train
 from tests.support.kernel_count import per_token

@@ -35,6 +35,8 @@ class Card:
     processes: list[tuple[int, int | None]] = field(default_factory=list)
     persistence: bool | None = True
     throttle: int | None = 0
+    ecc: bool | None = True
+    errors: int = 0
     nvlink: bool = True
     peers: bool = True
     card: Card | None = None
@@ -121,6 +123,13 @@ class Driver:
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, card: Card) -> int:
         return _or_not_supported(card.throttle)
+
+    def nvmlDeviceGetEccMode(self, card: Card) -> list[int]:
+        return [int(_or_not_supported(card.ecc)), 1]
+
+    def nvmlDeviceGetTotalEccErrors(self, card: Card, kind: int, since: int) -> int:
+        assert (kind, since) == (1, 0)
+        return _or_not_supported(card.errors if card.ecc else None)
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: Card) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in card.processes]

@@ -80,8 +80,8 @@ def joined(asked: Sequence[Request]) -> Request:
 
 def _column(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """A column of all rows; None where some have it not."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None
 
 
 def _layout(value: Any) -> Any:
