@@ -108,11 +108,17 @@ class ScriptHooks:
 
 
 def require_script(script: Path) -> None:
-    """Refuse a path at which there is no file.
+    """Refuse a path at which there is no file, or a notebook.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or it is one.
     """
+    if script.suffix == ".ipynb":
+        raise ConfigError(
+            "this is a notebook, and no script",
+            where=str(script),
+            fix=f"Run `jupyter nbconvert --to script {script}` and give what it writes, or attach(trainer) in a cell.",
+        )
     if not is_file(script):
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
