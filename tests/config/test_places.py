@@ -90,3 +90,16 @@ def test_a_text_that_cannot_be_a_path(path: str) -> None:
 def test_a_model_folder_that_is_none(name: str) -> None:
     with pytest.raises(AutotuneError, match=rf"^model\.name_or_path: {name} is not a folder with a model"):
         check_model_place(name)
+
+
+def test_an_adapter_alone_names_its_base_model(here: Path) -> None:
+    (here / "adapter").mkdir()
+    config = here / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 4}, indent=2))
+    with pytest.raises(AutotuneError, match=r"^model\.name_or_path: adapter holds an adapter of Qwen/Qwen3-0\.6B, and"):
+        check_model_place("adapter")
+    config.write_text("broken")
+    with pytest.raises(AutotuneError, match="an adapter of its base model"):
+        check_model_place("adapter")
+    (here / "adapter" / "config.json").write_text("{}")
+    check_model_place("adapter")
