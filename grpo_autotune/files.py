@@ -87,9 +87,8 @@ def full_disk_told(folder: Path, fix: str = "Make room, and go on with --resume.
     try:
         yield
     except Exception as error:
-        link: BaseException | None = error
-        while link is not None and not any(words in str(link) for words in FULL):
-            link = link.__cause__ or link.__context__
+        links = (error, error.__cause__, error.__context__)
+        link = next((link for link in links if any(words in str(link) for words in FULL)), None)
         if link is None:
             raise
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

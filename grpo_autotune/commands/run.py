@@ -112,9 +112,7 @@ class ScriptProbes(ScriptHooks):
             trainer.add_callback(StopAfter(self.steps + probe.warmup))
 
     def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
-        ours = [
-            (one, probe) for one in self.measured if (probe := one.probe()) is not None and probe.trainer is trainer
-        ]
+        ours = [(one, probe) for one in self.measured if (probe := one.probe()) and probe.trainer is trainer]
         try:
             result = train()
         finally:

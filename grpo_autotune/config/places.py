@@ -14,7 +14,6 @@ from grpo_autotune.registry import is_reference, names, source_of
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-BASE_MODEL = re.compile(r'"base_model_name_or_path":\s*"([^"]+)"')
 MOST_OF_HUB_ID = 96
 """Characters of a repository's name on the hub (`validate_repo_id` in huggingface_hub)."""
 SPLIT = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[.*\])?")
@@ -82,7 +81,8 @@ def check_model_place(name: str) -> None:
     adapter = Path(name) / "adapter_config.json"
     if is_file(adapter) and not is_file(adapter.with_name("config.json")):
         text = adapter.expanduser().read_text(encoding="utf-8", errors="replace")
-        base = match[1] if (match := BASE_MODEL.search(text)) else "its base model"
+        named = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', text)
+        base = named[1] if named else "its base model"
         raise ConfigError(
             f"{name} holds an adapter of {base}, and no model",
             where="model.name_or_path",

@@ -114,11 +114,8 @@ def require_script(script: Path) -> None:
         ConfigError: There is none, or it is one.
     """
     if script.suffix == ".ipynb":
-        raise ConfigError(
-            "this is a notebook, and no script",
-            where=str(script),
-            fix=f"Run `jupyter nbconvert --to script {script}` and give what it writes, or attach(trainer) in a cell.",
-        )
+        fix = f"Give what `jupyter nbconvert --to script {script}` writes, or use attach(trainer) in a cell."
+        raise ConfigError("this is a notebook, and no script", where=str(script), fix=fix)
     if not is_file(script):
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."

@@ -25,9 +25,6 @@ from grpo_autotune.rollout.options import EngineOptions
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
 
-BY_LOOP = ("loss", "runtime", "samples_per_second", "steps_per_second")
-"""Metrics of an evaluation that transformers reports by itself."""
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -81,7 +78,8 @@ def check_best_metric(args: GRPOConfig, rewards: Sequence[str], modules: Iterabl
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
     logged = re.findall(r'_metrics\[mode\]\[f?"([^"]+)"\]', inspect.getsource(grpo_trainer))
-    known = {*BY_LOOP, *(name.format(reward_func_name=reward) for name in logged for reward in rewards)}
+    known = {name.format(reward_func_name=reward) for name in logged for reward in rewards}
+    known |= {"loss", "runtime", "samples_per_second", "steps_per_second"}  # by transformers
     known -= set() if args.beta else {"kl"}
     texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
     if metric not in known and not any("log_metric" in text for text in texts):

@@ -164,16 +164,12 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     def check_stop(self) -> bool:
         """Learn whether any rank was asked to stop, outside a step; True if so."""
         self._agree(int(self._largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
-        return self.stopping
-
-    @property
-    def stopping(self) -> bool:
-        """True once all ranks know that one was asked to stop."""
         return bool(self.stop_request and self.stop_request.agreed)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """True for a stop, too: with `save_strategy: best` nothing is saved otherwise."""
-        return bool(super()._determine_best_metric(*args, **kwargs)) or self.stopping
+        stop = self.check_stop()
+        return bool(super()._determine_best_metric(*args, **kwargs)) or stop
 
     def _not_finite(self, what: str) -> TrainingError:
         return TrainingError(
@@ -273,7 +269,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = self._trainer.check_stop() or control.should_training_stop
 
     def _obey(self, control: Any) -> None:
-        if self._trainer.stopping:
+        request = self._trainer.stop_request
+        if request is not None and request.agreed:
             control.should_save = True
             control.should_training_stop = True
 
