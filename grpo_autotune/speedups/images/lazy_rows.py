@@ -54,7 +54,7 @@ class Row(dict[str, Any]):
         return self
 
     def __eq__(self, other: object) -> bool:
-        return dict(self) == other  # which asks `other` in turn, if it is a row too
+        return isinstance(other, Mapping) and dict(self) == other  # which asks `other` in turn, if it is a row too
 
     def __ne__(self, other: object) -> bool:
         return not self == other
