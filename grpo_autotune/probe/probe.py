@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import deque
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -94,7 +95,8 @@ class Probe:
         self._ended = False
         self._topic = f"grpo-autotune/probe-{next(_NUMBERS)}"
         self._file = self._open_spans(out_dir) if out_dir is not None else None
-        self._sampler = Sampler(self._stage_now, _readers(trainer.args.device))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes))
+        self._sampler = Sampler(self._stage_now, _readers(trainer.args.device), ranks=ranks)
         self._handles = install(self)
         self._callback = _Edges(self)
         trainer.add_callback(self._callback)
@@ -176,6 +178,7 @@ class Probe:
             images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
+            others=self._sampler.others(on_gpu=self.recorder.timer is not None),
             profiled=self._profiled,
             speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),
