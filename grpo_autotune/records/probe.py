@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
+from grpo_autotune.units import plural
 
 STAGE_WORDS = {
     "generation": "generation",
@@ -186,7 +187,7 @@ class OtherLoad(Frozen):
     def words(self) -> str:
         """The load as part of a sentence."""
         gpu = "" if self.gpu_percent is None else f" and {self.gpu_percent:.0f}% of the GPU's time"
-        return f"other processes took {self.cores:.2f} of {self.of} cores{gpu}"
+        return f"other processes took {self.cores:.2f} of {plural(self.of, 'core')}{gpu}"
 
 
 class DeviceMemory(Frozen):

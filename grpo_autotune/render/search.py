@@ -123,13 +123,11 @@ def _gain_lines(report: SearchReport) -> Iterator[str]:
 
 def _how_contributions(report: SearchReport) -> str:
     """The meaning of the contributions, and how far they are from the whole gain."""
-    text = "Each: the winner's speed over its speed with that change alone taken back"
-    if any(row.factor is not None and not row.measured for row in report.contributions):
-        text += "; those predicted share what the measured ones leave of the gain"
-    if abs(report.together - 1.0) < 0.02:
-        return f"{text}."
-    rest = "they help each other" if report.together > 1.0 else "they overlap"
-    return f"{text}. Multiplied, they are the gain but for x {report.together:.2f}: {rest}."
+    text = (
+        "Each: the winner's speed over its speed with that change alone taken back; where these multiply to more than "
+        "the gain, its parts in proportion. What is predicted shares the rest."
+    )
+    return f"{text} Together they bring x {report.together:.2f} more." if report.together > 1.02 else text
 
 
 def _contribution_table(rows: list[Contribution]) -> Table:

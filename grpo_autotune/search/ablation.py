@@ -44,7 +44,8 @@ def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:
     """The winner's combination without the changes that bring nothing, as measured, or as predicted of all of them
     together."""
     board, knobs = evaluator.board, winner.knobs
-    for row in reversed(contributions(evaluator, winner)):
+    rows = [contribution(evaluator, winner, key) for key in board.changed(winner.knobs)]
+    for row in sorted(rows, key=lambda row: row.factor or 0.0):
         fewer = board.without(knobs, row.key)
         if row.factor is None or _why_not(evaluator, fewer) is not None:
             continue
@@ -55,17 +56,26 @@ def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:
 
 
 def contributions(evaluator: Evaluator, winner: Entry) -> list[Contribution]:
-    """One row per change of the winner, largest first. Those that are predicted to bring something share the measured
-    gain that the others leave."""
+    """One row per change of the winner, largest first. Where the measured ones multiply to more than the gain, for they
+    overlap or the machine was faster then, they are its parts in proportion; those that are predicted to bring
+    something share what is left."""
     rows = [contribution(evaluator, winner, key) for key in evaluator.board.changed(winner.knobs)]
-    left = math.log(evaluator.board.speedup(winner).value)
-    left -= math.fsum(math.log(row.factor or 1.0) for row in rows if row.measured)
-    parts = {row.key: math.log(row.factor) for row in rows if not row.measured and row.factor is not None}
-    parts = {key: part if part > math.log(1.0 + TIE) else 0.0 for key, part in parts.items()}
-    scale = max(0.0, left) / (math.fsum(parts.values()) or 1.0)
-    scaled = {key: min(math.exp(part * scale), _most(evaluator, key, winner)) for key, part in parts.items()}
-    rows = [row.model_copy(update={"factor": scaled.get(row.key, row.factor)}) for row in rows]
-    return sorted(rows, key=lambda row: -(row.factor or 0.0))
+    gain = math.log(evaluator.board.speedup(winner).value)
+    measured = math.fsum(math.log(row.factor) for row in rows if row.measured and row.factor)
+    predicted = {row.key: math.log(row.factor) for row in rows if not row.measured and row.factor}
+    predicted = {key: part if part > math.log(1.0 + TIE) else 0.0 for key, part in predicted.items()}
+    shrink = min(1.0, max(0.0, gain) / measured) if measured > 0.0 else 1.0
+    share = max(0.0, gain - measured) / (math.fsum(predicted.values()) or 1.0)
+
+    def scaled(row: Contribution) -> Contribution:
+        if row.measured:
+            ends = {name: getattr(row, name) for name in ("factor", "low", "high")}
+            return row.model_copy(update={name: None if end is None else end**shrink for name, end in ends.items()})
+        part = predicted.get(row.key)
+        most = None if part is None else min(math.exp(part * share), _most(evaluator, row.key, winner))
+        return row.model_copy(update={"factor": most})
+
+    return sorted(map(scaled, rows), key=lambda row: -(row.factor or 0.0))
 
 
 def contribution(evaluator: Evaluator, winner: Entry, key: str) -> Contribution:

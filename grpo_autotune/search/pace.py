@@ -14,19 +14,21 @@ class Pace:
     """Seconds of the same steps over what they took in the first trial, between two measurements by a line.
 
     Attributes:
-        looks: Trial and logarithm of the pace, in order; 0 where the steps' own scatter explains the difference.
+        looks: Trial and logarithm of the ratio that was measured, in order, and the same where the steps' own scatter
+            does not explain it, else 0.
     """
 
     def __init__(self) -> None:
-        self.looks: list[tuple[int, float]] = []
+        self.looks: list[tuple[int, float, float]] = []
 
     def learn(self, number: int, ratio: Interval) -> None:
         """Take one more measurement of the user's configuration into account, over the first."""
-        self.looks.append((number, 0.0 if ratio.low <= 1.0 <= ratio.high else math.log(ratio.value)))
+        log = math.log(ratio.value)
+        self.looks.append((number, log, 0.0 if ratio.low <= 1.0 <= ratio.high else log))
 
     def at(self, number: int) -> float:
         """The pace during a trial; 1 as long as nothing was measured twice."""
-        numbers, logs = zip(*self.looks, strict=True) if self.looks else ((0,), (0.0,))
+        numbers, _, logs = zip(*self.looks, strict=True) if self.looks else ((0,), (0.0,), (0.0,))
         return math.exp(float(np.interp(number, numbers, logs)))
 
     @property

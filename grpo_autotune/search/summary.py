@@ -161,10 +161,11 @@ def _notes(board: Leaderboard) -> Iterator[str]:
         )
     yield from _evaluations(board)
     if len(board.pace.looks) > 1:
-        least, most = (math.exp(end(pace for _, pace in board.pace.looks)) for end in (min, max))
+        least, most = (math.exp(end(log for _, log, _ in board.pace.looks)) for end in (min, max))
         yield (
             f"Your configuration was measured {len(board.pace.looks)} times, and took x {least:.2f} to x {most:.2f} of "
-            "its first time: trials are compared at one pace, and the doubt of it is in their intervals."
+            "its first time: what its steps' scatter does not explain is taken out of comparisons, and the doubt of "
+            "that widens their intervals."
         )
     for entry in board.entries.values():
         if entry.fails is not None:
@@ -182,7 +183,8 @@ def _evaluations(board: Leaderboard) -> Iterator[str]:
             f"{own_s / (own_s - aside_s / 2.0):.2f} as fast and changes no weight: yours to choose."
         )
     elif board.config.batch.eval_batch is not None:
-        yield "Evaluations are not counted: none fell into the probe, or they come at no number of steps."
+        why = f"none of them, every {every} steps, fell into the probe" if every else "they come at no number of steps"
+        yield f"Evaluations are not counted: {why}."
 
 
 def _notes_of(pool: Pool) -> Iterator[str]:
