@@ -85,13 +85,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
 
 
 def _candidate(
-    board: Leaderboard,
-    knobs: Knobs,
-    step: Interval,
-    baseline_s: float,
-    speedup: Interval,
-    aside_s: float,
-    **more: Any,
+    board: Leaderboard, knobs: Knobs, step: Interval, baseline_s: float, speedup: Interval, aside_s: float, **more: Any
 ) -> Candidate:
     return Candidate(
         knobs=knobs,
