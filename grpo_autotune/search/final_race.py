@@ -7,6 +7,7 @@ Rounds go on while the interval holds 1 and there is time.
 
 from __future__ import annotations
 
+from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import Entry, RaceResult, scaled
@@ -43,7 +44,8 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
         pairs += zip(baseline.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
             break
-        aside = board.baseline.aside_s, rival.aside_s
+        sides = [stage_seconds(side.record.timings) if side.record else {} for side in (baseline, other)]
+        aside = [board.evaluating_s(stages_s) for stages_s in sides]
         ratios = [(before + aside[0]) / (after + aside[1]) for before, after in pairs]
         speedup = scaled(median_interval(ratios, board.confidence), board.worth(rival.config))
         speedup = board.bounded(speedup, board.baseline, rival)

@@ -61,6 +61,7 @@ class Entry:
         step: Seconds per step.
         stages_s: The same by stage.
         aside_s: Seconds per step that the run's evaluations take.
+        asides_s: The same beside each measured step, by its own stages: noise in them is noise in both.
         race: None until it was raced.
         fails: Reason why it may not win; None without one.
     """
@@ -75,6 +76,7 @@ class Entry:
     peak_bytes: int | None
     stages_s: Mapping[str, float] = field(default_factory=dict)
     aside_s: float = 0.0
+    asides_s: list[float] = field(default_factory=list)
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None
@@ -83,6 +85,11 @@ class Entry:
     def cycles_s(self) -> list[float]:
         """Seconds per step of each whole cycle."""
         return cycle_means(self.steps_s, self.cycle)
+
+    @property
+    def runs_s(self) -> list[float]:
+        """The same with evaluations."""
+        return cycle_means([step + aside for step, aside in zip(self.steps_s, self.asides_s, strict=True)], self.cycle)
 
 
 @dataclass
@@ -213,6 +220,7 @@ class Leaderboard:
             return before
         steps_s = [*(before.steps_s if before else []), *outcome.step_s]
         stages_s = stage_seconds(outcome.record.timings) if outcome.record else {}
+        asides_s = [*(before.asides_s if before else []), *self._asides_s(outcome, stages_s)]
         entry = Entry(
             knobs=knobs,
             config=self.config_of(knobs),
@@ -224,6 +232,7 @@ class Leaderboard:
             peak_bytes=_larger(before.peak_bytes if before else None, outcome.peak_bytes),
             stages_s=stages_s,
             aside_s=self.evaluating_s(stages_s),
+            asides_s=asides_s,
         )
         self.entries[name_of(knobs)] = entry
         if is_users:
@@ -269,6 +278,12 @@ class Leaderboard:
         before, after = (math.fsum(side.get(name, 0.0) for name in EVALUATING) for side in (probed, stages_s))
         return self.evaluation_s * (after / before if before > 0.0 and after > 0.0 else 1.0)
 
+    def _asides_s(self, outcome: TrialOutcome, stages_s: Mapping[str, float]) -> list[float]:
+        rows = outcome.record.timings.stages if outcome.record and self.evaluation_s else []
+        columns = zip(*(row.per_step_s for row in rows if row.name in EVALUATING), strict=True)
+        each = [self.evaluating_s({EVALUATING[0]: math.fsum(column)}) for column in columns]
+        return each if len(each) == len(outcome.step_s) else [self.evaluating_s(stages_s)] * len(outcome.step_s)
+
     def seconds(self, entry: Entry) -> float:
         """Seconds per step of a run, evaluations included, at the machine's first pace."""
         return entry.step.value / self.pace.at(entry.number) + entry.aside_s
@@ -281,8 +296,7 @@ class Leaderboard:
     def ratio(self, slower: Entry, faster: Entry) -> Interval:
         """Score of one entry over that of another, each by its own trial: step by step, as far as both go, for the
         same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
-        alike = zip(slower.cycles_s, faster.cycles_s, strict=False)
-        pairs = [(before + slower.aside_s) / (after + faster.aside_s) for before, after in alike]
+        pairs = [before / after for before, after in zip(slower.runs_s, faster.runs_s, strict=False)]
         names = (name_of(slower.knobs), name_of(faster.knobs), len(pairs))
         if names not in self._ratios:
             self._ratios[names] = median_interval(pairs, self.confidence)

@@ -297,6 +297,19 @@ def test_what_makes_only_steps_faster_is_worth_less_where_evaluations_take_half_
     assert board.speedup(rival).value == pytest.approx(expected, rel=1e-3) and expected < 1.4
 
 
+def test_noise_of_generation_is_noise_of_the_evaluations_that_follow_it() -> None:
+    """A change that leaves generation alone, in a trial that generated faster at two of three steps."""
+    stages = {"generation": 0.6, "backward": 0.4}
+    board = board_of(({CHECKPOINTING: True}, [1.0, 1.0, 1.0], stages), evaluation_s=1.0)
+    plain = timings(stages)
+    lucky = [0.5 / 0.9 * s if n else 1.3 * s for n, s in enumerate([0.54, 0.6, 0.66])]
+    rows = [row.model_copy(update={"per_step_s": lucky}) if row.name == "generation" else row for row in plain.stages]
+    record = record_of(config_of()).model_copy(update={"timings": plain.model_copy(update={"stages": rows})})
+    outcome = TrialOutcome(number=1, status="ok", record=record, step_s=[g + 0.4 for g in lucky])
+    entry = board.add({CHECKPOINTING: False}, outcome, None)
+    assert board.speedup(entry).low < 1.0 < board.speedup(entry).value
+
+
 def test_a_search_counts_evaluations_runs_none_in_its_trials_and_offers_fewer_in_words(tmp_path: Path) -> None:
     def evaluating(spec: TrialSpec, outcome: TrialOutcome) -> TrialOutcome:
         if spec.purpose != "probe" or outcome.record is None:
