@@ -102,6 +102,8 @@ def warnings(facts: Facts) -> list[str]:
             f"The steps differ much from each other (± {seconds(b.step_spread_s)} around {seconds(b.step_s)}): "
             "measure more of them, and see that nothing else uses this machine."
         )
+    if record.others is not None and record.others.matters:
+        lines.append(f"Meanwhile {record.others.words}: alone on the machine, a step may take less.")
     if record.device_memory is not None and record.device_memory.retries:
         lines.append(
             f"The GPU's memory was full {record.device_memory.retries} times, and its allocator emptied the cache to "

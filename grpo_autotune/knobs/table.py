@@ -318,6 +318,16 @@ TABLE: tuple[Knob, ...] = (
 
 BY_KEY = {row.key: row for row in TABLE}
 
+WORKERS = "grpo.dataloader_num_workers"
+REACH = {
+    WORKERS: ("data",),
+    "grpo.dataloader_pin_memory": ("data",),
+    "grpo.cache_implementation": ("generation",),
+    "grpo.use_transformers_continuous_batching": ("generation",),
+    "vllm.speculative_config": ("generation",),
+}
+"""Stages that a knob can make shorter; a knob that is not here may reach any."""
+
 
 def check_keys(search: SearchSection) -> None:
     """Refuse a key of `search.knobs` or `search.accept` that is no knob.

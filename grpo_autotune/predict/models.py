@@ -190,8 +190,8 @@ class Models:
             made, place = features(load, self._rates), place_of(config, load)
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > LEAST_S:
-                    idle = _idle(record, PARTS[part])
-                    seen.setdefault((part, family(config)), []).append(Observation(made[part], seconds, place, idle))
+                    one = Observation(made[part], seconds, place.of(part), _idle(record, PARTS[part]))
+                    seen.setdefault((part, family(config)), []).append(one)
         base_choice = family(self.base)
         measured = part_seconds(self.record.timings)
         for part, seconds in reported_seconds(self.record.timings).items():
@@ -210,7 +210,7 @@ class Models:
         for part, wanted in made.items():
             fit, doubt = self._fit_for(part, family(config))
             if fit is not None:
-                guess = fit.predict(wanted, place)
+                guess = fit.predict(wanted, place.of(part))
                 parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
         if "data" in parts and load.trainer.dataloader_num_workers and not self._knows_workers:
             parts["data"] = self._beside(load.trainer.dataloader_num_workers, parts)

@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 from scipy.stats import betabinom, bootstrap
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.records.probe import ProbeRecord, TokenFacts, cycle_means
 
 RESAMPLES = 2000
@@ -142,6 +143,12 @@ def groups_per_step(config: RunConfig) -> float:
     """Groups generated per optimizer step, over all devices."""
     plan = config.batch
     return plan.completions_per_step / (plan.num_iterations * plan.num_generations)
+
+
+def evaluation_every(config: RunConfig) -> int | None:
+    """Optimizer steps between two evaluations; None where they come at no number of steps, or never."""
+    every = grpo_value("eval_steps", config) or grpo_value("logging_steps", config)
+    return int(every) if grpo_value("eval_strategy", config) == "steps" and every >= 1 else None
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:

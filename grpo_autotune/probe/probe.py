@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import weakref
 from collections import deque
 from contextlib import nullcontext, suppress
@@ -98,7 +99,9 @@ class Probe:
         self._file = self._open_spans(out_dir) if out_dir is not None else None
         alive = weakref.ref(self)
         self._sampler = Sampler(
-            lambda: None if (probe := alive()) is None else probe._stage_now(), _readers(trainer.args.device)
+            lambda: None if (probe := alive()) is None else probe._stage_now(),
+            _readers(trainer.args.device),
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
         )
         self._handles = install(self)
         shared = [handle.remove for handle in self._handles if handle.shared]
@@ -185,6 +188,7 @@ class Probe:
             images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
+            others=self._sampler.others(on_gpu=self.recorder.timer is not None),
             profiled=self._profiled,
             speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),

@@ -1,19 +1,25 @@
-"""A thread that samples the machine five times per second for the stage under way."""
+"""A thread that samples the machine five times per second for the stage under way, and what others take of it."""
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 from grpo_autotune.hardware.device import handle_of
-from grpo_autotune.records.probe import Utilisation
+from grpo_autotune.records.probe import OtherLoad, Utilisation
 
 INTERVAL_S = 0.2
+MUCH, MUCH_BESIDE_GPU = 0.1, 0.5
+"""Shares of the cores, or half a core, from which others' work makes steps longer; beside a GPU only the larger one, or
+as much of the GPU's time as the smaller one."""
 
 
 @dataclass(slots=True)
@@ -48,6 +54,7 @@ class NvmlDevice:
             ("gpu_percent", lambda: nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
             ("gpu_memory_bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(self._handle).used),
             ("power_w", lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000.0),
+            ("other_gpu_percent", self._by_others),
         )
         for name, reader in readers:
             try:
@@ -55,6 +62,16 @@ class NvmlDevice:
             except nvml.NVMLError:
                 continue
         return values
+
+    def _by_others(self) -> float:
+        """Percent of the GPU that other processes used last; a container, whose numbers of processes are its own,
+        cannot tell."""
+        nvml, me = self._nvml, os.getpid()
+        if me not in {row.pid for row in nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}:
+            raise nvml.NVMLError(nvml.NVML_ERROR_NOT_FOUND)
+        rows = nvml.nvmlDeviceGetProcessUtilization(self._handle, int((time.time() - 1.0) * 1e6))
+        newest = {row.pid: row.smUtil for row in rows if row.smUtil and row.pid != me}
+        return float(sum(newest[pid] for pid in newest.keys() - (_own_pids() if newest else set())))
 
 
 class ProcessReader:
@@ -68,6 +85,30 @@ class ProcessReader:
         return {"cpu_percent": self._process.cpu_percent(), "rss_bytes": float(self._process.memory_info().rss)}
 
 
+def _own_pids() -> set[int]:
+    return {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+
+
+def _open_cores() -> set[int]:
+    """Numbers of the cores that this process may run on."""
+    told = getattr(os, "sched_getaffinity", None)
+    return set(told(0)) if told is not None else set(range(psutil.cpu_count() or 1))
+
+
+def others_s(ranks: int) -> tuple[float, float]:
+    """The clock, and seconds in which the cores open to this process were busy with other work than its own and its
+    children's; its sibling ranks are taken to work as much."""
+    busy, mine, open_cores = 0.0, 0.0, _open_cores()
+    for number, core in enumerate(psutil.cpu_times(percpu=True)):
+        if number in open_cores:  # a guest's time is in the user's as well
+            idle = (getattr(core, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
+            busy += sum(core) - sum(idle)
+    for pid in _own_pids():
+        with suppress(psutil.NoSuchProcess):
+            mine += sum(psutil.Process(pid).cpu_times()[:4])  # with those of children that ended
+    return time.monotonic(), busy - ranks * mine
+
+
 class Sampler:
     """Samples `readers` until stopped.
 
@@ -75,12 +116,18 @@ class Sampler:
         stage_now: Name of the stage under way, None to skip the sample.
         readers: What is read at each sample.
         interval_s: Seconds between samples.
+        ranks: Ranks on this machine.
     """
 
     def __init__(
-        self, stage_now: Callable[[], str | None], readers: Iterable[Any], interval_s: float = INTERVAL_S
+        self,
+        stage_now: Callable[[], str | None],
+        readers: Iterable[Any],
+        interval_s: float = INTERVAL_S,
+        ranks: int = 1,
     ) -> None:
         self._stage_now, self._readers, self._interval_s = stage_now, list(readers), interval_s
+        self._ranks, self._looks = ranks, list[tuple[float, float]]()
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -88,6 +135,7 @@ class Sampler:
     def start(self) -> None:
         """Begin sampling on a daemon thread; a second call does nothing."""
         if self._thread is None:
+            self._looks = self._looks[:1] or [others_s(self._ranks)]
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="grpo-autotune-sampler", daemon=True)
             self._thread.start()
@@ -99,6 +147,7 @@ class Sampler:
             if self._thread is not threading.current_thread():  # which may be the one that a probe is forgotten on
                 self._thread.join()
             self._thread = None
+            self._looks.append(others_s(self._ranks))
 
     def sample(self) -> None:
         """Take one sample now."""
@@ -110,6 +159,18 @@ class Sampler:
         sums.samples += 1
         for name, value in values.items():
             sums.totals[name] += value
+
+    def others(self, *, on_gpu: bool) -> OtherLoad | None:
+        """Load by other processes from the start to the end, or until now; None where the system counts no work."""
+        looks = [*self._looks, others_s(self._ranks)] if self._thread is not None else self._looks
+        if len(looks) < 2 or looks[-1][0] <= looks[0][0]:
+            return None
+        cores, of = (looks[-1][1] - looks[0][1]) / (looks[-1][0] - looks[0][0]), len(_open_cores())
+        seen = [(u.samples, u.other_gpu_percent) for u in self.summary() if u.other_gpu_percent is not None]
+        gpu = sum(n * percent for n, percent in seen) / sum(n for n, _ in seen) if seen else None
+        matters = cores >= (MUCH_BESIDE_GPU * of if on_gpu else min(0.5, MUCH * of)) or (gpu or 0.0) >= 100.0 * MUCH
+        load = OtherLoad(cores=max(0.0, cores), of=of, gpu_percent=gpu, matters=matters)
+        return load if cores > -MUCH else None
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):

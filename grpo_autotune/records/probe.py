@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
+from grpo_autotune.units import plural
 
 STAGE_WORDS = {
     "generation": "generation",
@@ -163,7 +164,30 @@ class Utilisation(Frozen):
     rss_bytes: int | None = None
     gpu_percent: float | None = None
     gpu_memory_bytes: int | None = None
+    other_gpu_percent: float | None = None
     power_w: float | None = None
+
+
+class OtherLoad(Frozen):
+    """Load by other processes while steps were measured.
+
+    Attributes:
+        cores: Cores that they took, on average, of those open to this process; a hypervisor counts with them.
+        of: Cores open to this process.
+        gpu_percent: Part of the GPU's time that they took; None without a GPU, or where nobody tells.
+        matters: True where the measured seconds are likely to be longer for it.
+    """
+
+    cores: float
+    of: int
+    gpu_percent: float | None = None
+    matters: bool = False
+
+    @property
+    def words(self) -> str:
+        """The load as part of a sentence."""
+        gpu = "" if self.gpu_percent is None else f" and {self.gpu_percent:.0f}% of the GPU's time"
+        return f"other processes took {self.cores:.2f} of {plural(self.of, 'core')}{gpu}"
 
 
 class DeviceMemory(Frozen):
@@ -304,6 +328,7 @@ class ProbeRecord(Frozen):
     """Everything one probe measured on this rank, with the other ranks' stage means.
 
     Attributes:
+        others: None where nobody tells.
         speedups: Counts of the work of each speed-up that is on, by its name.
         versions: Those of packages.
         runtime: What else makes a GPU fast or slow (`hardware.device.runtime_facts`).
@@ -315,6 +340,7 @@ class ProbeRecord(Frozen):
     images: ImageFacts | None = None
     rewards: list[RewardCall] = []
     utilisation: list[Utilisation] = []
+    others: OtherLoad | None = None
     profiled: ProfiledStep | None = None
     speedups: dict[str, dict[str, float]] = {}
     startup: list[Phase] = []

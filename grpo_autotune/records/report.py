@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.probe import (
     ImageFacts,
+    OtherLoad,
     Phase,
     ProfiledStep,
     RewardCall,
@@ -168,6 +169,7 @@ class Report(Frozen):
     images: ImageFacts | None
     tokens: TokenFacts | None
     profiled: ProfiledStep | None = None
+    others: OtherLoad | None = None
     rates: Rates | None
     rewards: list[RewardCall]
     weight_sync_bytes: int | None

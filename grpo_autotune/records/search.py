@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.probe import OtherLoad
 from grpo_autotune.records.report import Change, Kind
 from grpo_autotune.records.trial import Progress, Status, TrialSpec
 
@@ -184,10 +185,13 @@ class SearchReport(Frozen):
         best: Of `tuned.yaml`: the baseline itself where nothing beats it beyond noise.
         best_exact: Of `tuned.exact.yaml`.
         best_fast: Of `tuned.fast.yaml`.
+        together: The winner's speed-up over the product of its contributions.
         exact_share: Part of the winner's gain (of its logarithm) that its exact knobs bring; None without a gain.
         space: Knob -> its values.
         points: Legal combinations.
         memory_limit_bytes: What a trial may take.
+        evaluation_s: Seconds per step that evaluations take as the user has them, counted in every speed-up.
+        others: Load by other processes, in the middle one of the trials; None where nobody tells.
     """
 
     model_config = ConfigDict(
@@ -203,6 +207,7 @@ class SearchReport(Frozen):
     best_fast: Candidate
     exact_share: float | None
     contributions: list[Contribution]
+    together: float = 1.0
     guards: list[Guard]
     pareto: list[ParetoRow]
     trials: list[TrialRow]
@@ -214,6 +219,8 @@ class SearchReport(Frozen):
     sampler: str
     confidence: float
     memory_limit_bytes: int | None
+    evaluation_s: float = 0.0
+    others: OtherLoad | None = None
     budget_s: float
     elapsed_s: float
     files: dict[str, str]

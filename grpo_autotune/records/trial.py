@@ -77,7 +77,7 @@ class TrialSpec(Frozen):
             (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
         world_size: Processes; more than one are started by `torchrun`.
         server_port: Where the server listens that was started for it on this machine; None where there is none.
-        source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`; for the record alone.
+        source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`; for the record alone.
     """
 
     number: int

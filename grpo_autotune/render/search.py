@@ -38,10 +38,7 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
     if report.contributions:
         yield Padding(_contribution_table(report.contributions), (0, 0, 0, 2))
         if len(report.contributions) > 1:
-            text = (
-                "Each: the winner's speed over its speed with that change alone taken back; together they may be less."
-            )
-            yield Padding(Text(text, style="dim"), (0, 0, 0, 2))
+            yield Padding(Text(_how_contributions(report), style="dim"), (0, 0, 0, 2))
     yield from section("What changes what is learned", [guard_line(guard) for guard in report.guards])
     if report.pareto:
         yield Text("\nSpeed against reward and memory: nothing here is beaten in all three", style="bold")
@@ -65,6 +62,8 @@ def headline(report: SearchReport) -> list[str]:
     if report.predicted:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
+    if best.changed and not best.raced and not report.predicted:
+        end = f"The winner was not raced against your configuration: no time was left for it. {end}"
     if not best.changed:
         tried = sum(
             row.purpose == "timed" and row.status == "ok" and row.knobs != baseline.knobs for row in report.trials
@@ -76,9 +75,14 @@ def headline(report: SearchReport) -> list[str]:
         lines = [
             end,
             f"{how}: {_speed(best)} useful completions per second, interval at {percent(report.confidence)}, "
-            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} per step.",
+            f"{seconds(best.baseline_step_s)} -> {seconds(best.step_s)} per step"
+            f"{', evaluations apart' if report.evaluation_s else ''}.",
             f"tuned.yaml changes {changes(best.changed, baseline.knobs)}.",
         ]
+    if report.others is not None and report.others.matters:
+        lines.insert(
+            1, f"Warning: {report.others.words} while trials ran: their seconds and predictions are off by it."
+        )
     for name, other in (("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
         if other.knobs != best.knobs:
             sure = "" if other.raced or report.predicted or not other.changed else ", not raced"
@@ -115,6 +119,15 @@ def _gain_lines(report: SearchReport) -> Iterator[str]:
         f"x {report.best.speedup:.2f} = x {exact:.2f} from exact knobs ({percent(report.exact_share)} of the gain) "
         f"times x {learning:.2f} from knobs that change what is learned."
     )
+
+
+def _how_contributions(report: SearchReport) -> str:
+    """The meaning of the contributions, and how far they are from the whole gain."""
+    text = (
+        "Each: the winner's speed over its speed with that change alone taken back; where these multiply to more than "
+        "the gain, its parts in proportion. What is predicted shares the rest."
+    )
+    return f"{text} Together they bring x {report.together:.2f} more." if report.together > 1.02 else text
 
 
 def _contribution_table(rows: list[Contribution]) -> Table:
@@ -162,6 +175,8 @@ def _errors(report: SearchReport) -> Iterator[str]:
     for stage, error in report.model_error.items():
         off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
         yield f"{stage}: {off} ({_count(error.n, 'trial')})"
+    if report.others is not None:
+        yield f"meanwhile {report.others.words} (in the middle one of the trials)"
 
 
 def _count(number: int, what: str) -> str:

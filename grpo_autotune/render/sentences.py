@@ -191,6 +191,8 @@ def _devices(report: Report) -> list[str]:
         words.append(f"drew {_mean(power):.0f} W")
     if cpu:
         words.append(f"this process used {_mean(cpu) / 100.0:.2g} processor cores")
+    if report.others is not None:
+        words.append(report.others.words)
     return [f"On average {listing(words)}."] if words else []
 
 

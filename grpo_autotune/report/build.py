@@ -73,6 +73,7 @@ def report_of_facts(facts: Facts) -> Report:
         images=record.images,
         tokens=record.tokens,
         profiled=record.profiled,
+        others=record.others,
         rates=_rates(facts),
         rewards=record.rewards,
         weight_sync_bytes=record.weight_sync_bytes,

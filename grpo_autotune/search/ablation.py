@@ -1,51 +1,92 @@
-"""Ablation of a winner: its score over that of the winner with one change taken back, measured or predicted."""
+"""Ablation of a winner: its score over that of the winner with one change taken back, measured or predicted.
+
+Noise is booked to no change: none brings more than the stages that it reaches could (Amdahl), and what is only
+predicted shares the measured gain that the measured changes leave.
+"""
 
 from __future__ import annotations
 
 import math
 
-from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import why_not
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Contribution
-from grpo_autotune.search.acquisition import Models
+from grpo_autotune.search.acquisition import run_s
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.leaderboard import Entry, Leaderboard
-from grpo_autotune.search.study import name_of
+from grpo_autotune.search.leaderboard import TIE, Entry
+
+SMALL = 1.1
+"""A change that is predicted to bring less may turn out to bring nothing; then time for another race is needed."""
 
 
-def measure_ablations(evaluator: Evaluator, winner: Entry) -> None:
-    """Measure the winner with each change taken back, the largest predicted part first, while time is left."""
-    board, budget = evaluator.board, evaluator.budget
-    ablated = {key: board.without(winner.knobs, key) for key in board.changed(winner.knobs)}
-    parts = {
-        key: contribution(board, evaluator.models, evaluator.machine, winner, key).factor
-        for key, knobs in ablated.items()
-        if board.entry(knobs) is None
-    }
-    for key in sorted(parts, key=lambda key: -abs(math.log(parts[key] or 1.0))):
-        knobs = ablated[key]
-        if parts[key] is None or not fits(evaluator.models, board.config_of(knobs), evaluator.log.memory_bytes):
+def measure_ablations(evaluator: Evaluator, winner: Entry, kept_s: float) -> None:
+    """Measure the winner with each change taken back, the largest predicted part first, while time is left, and
+    `kept_s` with it where the outcome may lead."""
+    rows = [contribution(evaluator, winner, key) for key in evaluator.board.changed(winner.knobs)]
+    for row in sorted(rows, key=lambda row: -abs(math.log(row.factor or 1.0))):
+        if not row.measured and row.factor is not None:
+            room_s = evaluator.budget.left_s - (kept_s if row.factor < SMALL else 0.0)
+            taken_back(evaluator, evaluator.board.without(winner.knobs, row.key), room_s)
+
+
+def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | None:
+    """The entry of a combination, measured where it fits into memory and into `room_s` seconds; None without one."""
+    entry, memory_bytes = evaluator.board.entry(knobs), evaluator.log.memory_bytes
+    tried = entry is not None or any(row.knobs == knobs for row in evaluator.log.rows)
+    config = evaluator.board.config_of(knobs)
+    if tried or not fits(evaluator.models, config, memory_bytes) or not evaluator.affords(knobs, room_s):
+        return entry
+    return evaluator.timed(knobs, "revert", room_s)
+
+
+def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:
+    """The winner's combination without the changes that bring nothing, as measured, or as predicted of all of them
+    together."""
+    board, knobs = evaluator.board, winner.knobs
+    rows = [contribution(evaluator, winner, key) for key in board.changed(winner.knobs)]
+    for row in sorted(rows, key=lambda row: row.factor or 0.0):
+        fewer = board.without(knobs, row.key)
+        if row.factor is None or _why_not(evaluator, fewer) is not None:
             continue
-        if evaluator.affords(knobs, budget.left_s):
-            evaluator.timed(knobs, "revert", budget.left_s)
+        part = row.factor if row.measured else _predicted(evaluator, fewer, winner)
+        if min(part, _most(evaluator, row.key, winner)) < 1.0 + TIE and (row.low is None or row.low <= 1.0):
+            knobs = fewer
+    return knobs
 
 
-def contributions(board: Leaderboard, models: Models, machine: Machine, winner: Entry) -> list[Contribution]:
-    """One row per change of the winner, largest first."""
-    rows = [contribution(board, models, machine, winner, key) for key in board.changed(winner.knobs)]
-    return sorted(rows, key=lambda row: -(row.factor or 0.0))
+def contributions(evaluator: Evaluator, winner: Entry) -> list[Contribution]:
+    """One row per change of the winner, largest first. Where the measured ones multiply to more than the gain, for they
+    overlap or the machine was faster then, they are its parts in proportion; those that are predicted to bring
+    something share what is left."""
+    rows = [contribution(evaluator, winner, key) for key in evaluator.board.changed(winner.knobs)]
+    gain = math.log(evaluator.board.speedup(winner).value)
+    measured = math.fsum(math.log(row.factor) for row in rows if row.measured and row.factor)
+    predicted = {row.key: math.log(row.factor) for row in rows if not row.measured and row.factor}
+    predicted = {key: part if part > math.log(1.0 + TIE) else 0.0 for key, part in predicted.items()}
+    shrink = min(1.0, max(0.0, gain) / measured) if measured > 0.0 else 1.0
+    share = max(0.0, gain - measured) / (math.fsum(predicted.values()) or 1.0)
+
+    def scaled(row: Contribution) -> Contribution:
+        if row.measured:
+            ends = {name: getattr(row, name) for name in ("factor", "low", "high")}
+            return row.model_copy(update={name: None if end is None else end**shrink for name, end in ends.items()})
+        part = predicted.get(row.key)
+        most = None if part is None else min(math.exp(part * share), _most(evaluator, row.key, winner))
+        return row.model_copy(update={"factor": most})
+
+    return sorted(map(scaled, rows), key=lambda row: -(row.factor or 0.0))
 
 
-def contribution(board: Leaderboard, models: Models, machine: Machine, winner: Entry, key: str) -> Contribution:
+def contribution(evaluator: Evaluator, winner: Entry, key: str) -> Contribution:
     """Part of one change in the winner's score."""
+    board = evaluator.board
     knobs = board.without(winner.knobs, key)
     row = Contribution(key=key, before=board.baseline_knobs[key], after=winner.knobs[key], kind=board.kind(key))
     ablated = board.entry(knobs)
     if ablated is None:
-        why = why_not(board.config, knobs, machine)
-        factor = None if why is not None else _predicted(board, models, knobs, winner.knobs)
+        why = _why_not(evaluator, knobs)
+        factor = min(_predicted(evaluator, knobs, winner), _most(evaluator, key, winner)) if why is None else None
         return row.model_copy(update={"factor": factor, "why": why})
     raced = len(board.changed(winner.knobs)) == 1 and winner.race is not None  # against this very combination
     ratio = board.speedup(winner) if raced else board.ratio(ablated, winner)
@@ -53,31 +94,27 @@ def contribution(board: Leaderboard, models: Models, machine: Machine, winner: E
     return row.model_copy(update={"factor": ratio.value, "measured": True, **ends})
 
 
-def exact_share(board: Leaderboard, models: Models, machine: Machine, winner: Entry) -> float | None:
-    """Part of the logarithm of the winner's gain that its exact knobs bring; None without a gain.
-
-    The part of its learning knobs together is measured, or predicted, as one change's part is, and taken off the gain.
-    """
-    learning, total = board.learning(winner.knobs), board.speedup(winner).value
-    if winner is board.baseline or total <= 1.0:
+def exact_share(evaluator: Evaluator, winner: Entry, rows: list[Contribution]) -> float | None:
+    """Part of the logarithm of the winner's gain that its exact knobs bring, all but what its learning knobs do; None
+    without a gain, or where it is not known."""
+    total, learning = evaluator.board.speedup(winner).value, [row for row in rows if row.kind == "learning"]
+    if not rows or total <= 1.0 or any(row.factor is None for row in learning):
         return None
-    if not learning:
-        return 1.0
-    knobs = board.without(winner.knobs, *learning)
-    if name_of(knobs) == name_of(board.baseline_knobs):
-        return 0.0
-    ablated = board.entry(knobs)
-    if ablated is not None:
-        factor = board.ratio(ablated, winner).value
-    elif why_not(board.config, knobs, machine) is None:
-        factor = _predicted(board, models, knobs, winner.knobs)
-    else:
-        return None
-    return min(1.0, max(0.0, 1.0 - math.log(factor) / math.log(total)))
+    part = math.fsum(math.log(row.factor or 1.0) for row in learning) / math.log(total)
+    return min(1.0, max(0.0, 1.0 - part)) if len(learning) < len(rows) else 0.0
 
 
-def _predicted(board: Leaderboard, models: Models, slower: Knobs, faster: Knobs) -> float:
-    """Score of one combination over that of another, by the models."""
-    before, after = board.config_of(slower), board.config_of(faster)
-    steps = models.step_s(before).value / models.step_s(after).value
-    return steps * board.worth(after) / board.worth(before)
+def _why_not(evaluator: Evaluator, knobs: Knobs) -> str | None:
+    return why_not(evaluator.board.config, knobs, evaluator.machine)
+
+
+def _most(evaluator: Evaluator, key: str, winner: Entry) -> float:
+    board = evaluator.board
+    return board.most([key], board.entry(board.without(winner.knobs, key)) or board.baseline, winner)
+
+
+def _predicted(evaluator: Evaluator, slower: Knobs, faster: Entry) -> float:
+    """Score of an entry over that of another combination, by the models."""
+    board, config = evaluator.board, evaluator.board.config_of(slower)
+    before, after = (run_s(board, evaluator.models, one).value for one in (config, faster.config))
+    return before / after * board.worth(faster.config) / board.worth(config)

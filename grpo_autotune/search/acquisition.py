@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from scipy.special import ndtr
@@ -19,18 +19,17 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import why_not
+from grpo_autotune.knobs.table import REACH
 from grpo_autotune.predict.objective import Interval, run_ratio
 from grpo_autotune.predict.room import LEAST_CHANCE, LEAST_SIGMA, MEMORY_SHARE, Z_90, chance_to_fit
 from grpo_autotune.records.search import Skipped
 from grpo_autotune.records.trial import TrialOutcome
-from grpo_autotune.search.leaderboard import JUDGED_BY_REWARDS, Leaderboard, Level
+from grpo_autotune.search.leaderboard import JUDGED_BY_REWARDS, TIE, Leaderboard, Level
 from grpo_autotune.search.space import Space, points
 from grpo_autotune.search.study import name_of
 
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
-TIE = 0.03
-"""Predicted scores that differ by less are equal before anything but the user's own was measured."""
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
@@ -103,10 +102,14 @@ def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory
 
     Returns:
         The largest expected gain first; while only the user's own is measured, the best predicted score, of those that
-        need no proof if there are any, and of equal ones that with the fewest changes.
+        need no proof if there are any. Of about equal ones, that with the fewest changes.
     """
     best = {level: _best_score(board, level) for level in LEVELS}
     ranking = Ranking([])
+
+    def order(proposal: Proposal) -> tuple[float, ...]:
+        return -round(proposal.gain / TIE), len(board.changed(proposal.knobs)), -proposal.gain
+
     for knobs in candidates:
         level = next(level for level in LEVELS if board.allows(knobs, level))
         proposal, why = _judge(knobs, board, models, memory_bytes, best[level])
@@ -117,7 +120,7 @@ def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory
     if len(board.entries) == 1:  # a rival that may be taken as it is: later ones, unsure or unproven, have to beat it
         ranking.proposals.sort(key=_by_prediction(board, ranking.proposals))
     else:
-        ranking.proposals.sort(key=lambda proposal: -proposal.gain)
+        ranking.proposals.sort(key=order)
     return ranking
 
 
@@ -143,20 +146,20 @@ def _best_score(board: Leaderboard, level: Level) -> float:
     is asked for; so do those that are or may be proven, or a value that was refuted would keep them from being tried;
     one that never can be has to beat all."""
     rivals = [entry for entry in board.entries.values() if board.may_win(entry, level)]
-    return max(board.score(entry.config, entry.step.value) for entry in rivals)
+    return max(board.score(entry.config, board.seconds(entry)) for entry in rivals)
 
 
 def _judge(
     knobs: Knobs, board: Leaderboard, models: Models, memory_bytes: int | None, best: float
 ) -> tuple[Proposal | None, str]:
-    why = _why_unproven(knobs, board)
+    why = _why_unproven(knobs, board) or _why_idle(knobs, board)
     if why is not None:
         return None, why
     config = board.config_of(knobs)
     chance = chance_to_fit(models, config, memory_bytes)
     if chance < LEAST_CHANCE:
         return None, f"predicted to need more than {MEMORY_SHARE:.0%} of the memory, or not surely less"
-    step, baseline_s = models.step_s(config), board.baseline.step.value
+    step, baseline_s = run_s(board, models, config), board.seconds(board.baseline)
     hopeful = board.score(config, max(step.low, 1e-9))
     if hopeful <= best:
         return None, "slower than the best even at the hopeful end of its prediction"
@@ -172,6 +175,15 @@ def _judge(
     return Proposal(knobs, step.value, step.high, score, gain), ""
 
 
+def run_s(board: Leaderboard, models: Models, config: RunConfig) -> Interval:
+    """Predicted seconds per step of a run, its evaluations included."""
+    step = models.step_s(config)
+    if not board.evaluation_s:
+        return step
+    aside_s = board.evaluating_s({name: stage.value for name, stage in models.stages_s(config).items()})
+    return Interval(step.value + aside_s, step.low + aside_s, step.high + aside_s, step.n)
+
+
 def _why_unproven(knobs: Knobs, board: Leaderboard) -> str | None:
     """The reason why a combination can never be proven to learn the same, if there is one."""
     if board.is_group_unknown(knobs):
@@ -185,6 +197,15 @@ def _why_unproven(knobs: Knobs, board: Leaderboard) -> str | None:
         if guard is None and board.had_no_time(key):
             return f"there is no time to compare the rewards of other values of {key}"
     return None
+
+
+def _why_idle(knobs: Knobs, board: Leaderboard) -> str | None:
+    """The reason why a combination cannot be told from one that was measured, if it cannot."""
+    keys = [key for key in board.changed(knobs) if key in REACH]
+    plain = board.entry(board.without(knobs, *keys))
+    if plain is None or board.most(keys, plain, replace(plain, knobs=knobs)) > 1.0 + TIE:
+        return None
+    return "beside one that was measured they change only stages that take next to no time"
 
 
 def expected_gain(mean: float, sigma: float) -> float:

@@ -12,7 +12,7 @@ from grpo_autotune.records.trial import TrialOutcome
 
 END_SHARE = 0.2
 """Kept for the worst-case step and the race; more where starting two processes takes more, up to `MOST_END_SHARE`."""
-MOST_END_SHARE = 0.4
+MOST_END_SHARE = 0.6
 CLOSING_S = 2.0
 """Kept for ending the last process and writing the files; at most a tenth of the budget."""
 WARM_SAVES = 0.6

@@ -27,6 +27,8 @@ ENGINE_S = 300.0
 """Longer for a trial that may have to start vLLM: no other trial tells how long that takes."""
 CHEAP = 0.3
 MOST_STEPS = 10
+NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+"""`GRPOConfig` keys of trials: the probe has measured evaluations, and checkpoints are never written."""
 LENGTHS = 200
 """Completion lengths handed to a trial: quantiles of the probe's."""
 
@@ -73,6 +75,8 @@ class Evaluator:
             knobs = overrides(self.board.config, config)
         if purpose == "timed":
             more |= {"completion_lengths": self._lengths, "seen_lengths": self._probe.lengths}
+        if config.batch.eval_batch is not None:
+            config = config.model_copy(update={"grpo": config.grpo | NO_EVALUATION})
         return self.log.spec(purpose, config, knobs, limit_s, **more)
 
     def run(self, purpose: Purpose, knobs: Knobs, limit_s: float, **more: Any) -> TrialOutcome:
@@ -117,6 +121,7 @@ class Evaluator:
 
     def learn(self, spec: TrialSpec, outcome: TrialOutcome) -> Entry | None:
         """Take a timed trial into account."""
+        outcome = without_evaluations(outcome)
         knobs = self.knobs_of(spec)
         config = self.board.config_of(knobs)
         predicted_s, entry = self.models.step_s(config).value, None
@@ -183,6 +188,24 @@ class Evaluator:
             self.study.tell_infeasible(claim, outcome.number, attributes, over_time=1.0)
         else:
             self.study.fail(claim, outcome.why or outcome.status, outcome.number)
+
+
+def without_evaluations(outcome: TrialOutcome) -> TrialOutcome:
+    """An outcome without evaluations: a run has them at intervals of its own, which measured steps hit or miss."""
+    record = outcome.record
+    row = next((row for row in record.timings.stages if "evaluate" in row.parts), None) if record is not None else None
+    if record is None or row is None:
+        return outcome
+    parts = dict(row.parts)
+    spent = parts.pop("evaluate")
+    rest, step_s = (
+        [seconds - s for seconds, s in zip(values, spent, strict=True)]
+        for values in (row.per_step_s, record.timings.step_s)
+    )
+    alone = row.model_copy(update={"per_step_s": rest, "parts": parts})
+    stages = [alone if one is row else one for one in record.timings.stages]
+    timings = record.timings.model_copy(update={"step_s": step_s, "stages": stages})
+    return outcome.model_copy(update={"step_s": step_s, "record": record.model_copy(update={"timings": timings})})
 
 
 def patience_s(expected_s: float, config: RunConfig) -> float:

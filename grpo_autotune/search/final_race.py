@@ -7,6 +7,7 @@ Rounds go on while the interval holds 1 and there is time.
 
 from __future__ import annotations
 
+from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import Entry, RaceResult, scaled
@@ -43,8 +44,11 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
         pairs += zip(baseline.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
             break
-        ratios = [before / after for before, after in pairs]
+        sides = [stage_seconds(side.record.timings) if side.record else {} for side in (baseline, other)]
+        aside = [board.evaluating_s(stages_s) for stages_s in sides]
+        ratios = [(before + aside[0]) / (after + aside[1]) for before, after in pairs]
         speedup = scaled(median_interval(ratios, board.confidence), board.worth(rival.config))
+        speedup = board.bounded(speedup, board.baseline, rival)
         before_s, after_s = (median_interval(side, board.confidence) for side in zip(*pairs, strict=True))
         rival = board.update(rival, race=RaceResult(speedup, step=after_s, baseline_step=before_s))
         if speedup.low > 1.0 or speedup.high < 1.0:
@@ -53,13 +57,13 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
     return rival
 
 
-def race_s(evaluator: Evaluator, rival_s: float) -> float:
-    """Seconds of the shortest race: both start side by side, warm up, and run the fewest rounds that count."""
-    pair_s = evaluator.board.baseline.step.value + rival_s
-    return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (LEAST_ROUNDS + 1) * pair_s
+def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS) -> float:
+    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds."""
+    pair_s = (evaluator.board.baseline.step.value + rival.step.value) * rival.cycle
+    return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (rounds + 1) * pair_s
 
 
 def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float) -> int:
     """Rounds after both have started and made a step to warm up."""
-    pair_s = SPEED_MARGIN * (evaluator.board.baseline.step.value + rival.step.value) * rival.cycle
-    return max(0, int((room_s - STARTS * evaluator.costs.cold_s) / pair_s) - 1)
+    start_s = race_s(evaluator, rival, 0)
+    return max(0, int((room_s - start_s) / (race_s(evaluator, rival, 1) - start_s)))

@@ -19,6 +19,7 @@ PROMPTS = (256, 128, 64, 32, 16)
 """Compared at most, and fewer where time is short."""
 MARGIN = 1.3
 """Free lengths vary, and a trial of rewards that is cut short has none."""
+MOST_LONGER = 4.0
 GENERATING = ("generation", "prompt", "reward", "data", "engine", "weight_sync")
 """Stages of a step that a trial of rewards alone goes through."""
 
@@ -90,6 +91,8 @@ def group_s(evaluator: Evaluator, entry: Entry) -> float:
     board = evaluator.board
     if GROUP not in board.changed(entry.knobs) or board.evidence(GROUP, entry.knobs[GROUP]) != "unproven":
         return 0.0
+    if board.loses_groups(entry.knobs):
+        return 0.0
     ablated = board.without(entry.knobs, GROUP)
     return 0.0 if board.entry(ablated) is not None else SURE * evaluator.expected_s(ablated)
 
@@ -103,6 +106,13 @@ def judge_group(evaluator: Evaluator, entry: Entry, room_s: float) -> None:
     if after is None or GROUP in board.config.search.accept or (guard is not None and guard.proven):
         return
     before, knobs = board.baseline_knobs[GROUP], board.without(entry.knobs, GROUP)
+    if board.loses_groups(entry.knobs):
+        here, theirs = (board.living_groups(config) for config in (entry.config, board.config))
+        why = (
+            f"a gradient from fewer prompts: {here:.1f} groups with any spread of rewards per step, before {theirs:.1f}"
+        )
+        board.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
+        return
     ablated = board.entry(knobs)
     if ablated is None and evaluator.affords(knobs, room_s):
         ablated = evaluator.timed(knobs, "revert", room_s)
@@ -115,8 +125,11 @@ def judge_group(evaluator: Evaluator, entry: Entry, room_s: float) -> None:
 
 
 def worst_case_s(evaluator: Evaluator, entry: Entry) -> float:
-    """Expected seconds of an entry's worst-case step."""
-    return evaluator.costs.beside_s + 3.0 * entry.step.value
+    """Expected seconds of an entry's worst-case step: one that makes the moments, and one of full-length completions,
+    which takes longer by what the longest are longer than those of the probe."""
+    tokens, most = evaluator.board.record.tokens, evaluator.board.record.trainer.max_completion_length
+    longer = 1.0 if tokens is None else max(1.0, most / max(tokens.completion.max, 1.0))
+    return evaluator.costs.beside_s + 3.0 * min(longer, MOST_LONGER) * entry.step.value
 
 
 def run_worst_case(evaluator: Evaluator, entry: Entry, room_s: float) -> Entry:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-
-import numpy as np
-from scipy.stats import bootstrap
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import Kind, Knobs, kind_of, with_knobs
 from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.knobs.table import REACH, WORKERS
+from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import (
-    RESAMPLES,
     Interval,
     Living,
+    groups_per_step,
     living_of,
+    median_interval,
     run_ratio,
     step_interval,
     useful_per_step,
@@ -25,6 +26,7 @@ from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.noninferiority import NO_TIME
+from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.study import name_of
 
 Level = Literal["exact", "tuned", "open", "fast"]
@@ -33,6 +35,10 @@ these, or may still be proven; all."""
 Evidence = Literal["exact", "proven", "accepted", "unproven"]
 JUDGED_BY_REWARDS = ("data.image_size",)
 """Learning knobs that show in the rewards before any training; others show only in the trained policy."""
+TIE = 0.03
+"""Scores that differ by less are equal, unless measurements side by side tell them apart."""
+EVALUATING = ("generation", "prompt", "reward", "reference_logprob")
+"""Stages of a step that an evaluation goes through: its seconds are taken to follow theirs."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Entry:
         steps_s: Seconds of each measured step.
         cycle: Steps of a cycle of generating and reusing.
         step: Seconds per step.
+        stages_s: The same by stage.
+        aside_s: Seconds per step that the run's evaluations take.
+        asides_s: The same beside each measured step, by its own stages: noise in them is noise in both.
         race: None until it was raced.
         fails: Reason why it may not win; None without one.
     """
@@ -65,6 +74,9 @@ class Entry:
     step: Interval
     predicted_s: float | None
     peak_bytes: int | None
+    stages_s: Mapping[str, float] = field(default_factory=dict)
+    aside_s: float = 0.0
+    asides_s: list[float] = field(default_factory=list)
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None
@@ -73,6 +85,11 @@ class Entry:
     def cycles_s(self) -> list[float]:
         """Seconds per step of each whole cycle."""
         return cycle_means(self.steps_s, self.cycle)
+
+    @property
+    def runs_s(self) -> list[float]:
+        """The same with evaluations."""
+        return cycle_means([step + aside for step, aside in zip(self.steps_s, self.asides_s, strict=True)], self.cycle)
 
 
 @dataclass
@@ -83,6 +100,8 @@ class Leaderboard:
         config: The user's configuration.
         baseline_knobs: The user's values of the space's knobs.
         record: The probe's record.
+        evaluation_s: Seconds per step that evaluations take as the user has them.
+        pace: Pace of the machine from trial to trial.
         living: Share of living groups by group size; None where no spread of rewards was seen.
         guards: (knob, value's name) -> judgement.
     """
@@ -90,13 +109,15 @@ class Leaderboard:
     config: RunConfig
     baseline_knobs: Knobs
     record: ProbeRecord
+    evaluation_s: float = 0.0
+    pace: Pace = field(default_factory=Pace)
     living: Living | None = field(init=False)
     entries: dict[str, Entry] = field(default_factory=dict)
     guards: dict[tuple[str, str], Guard] = field(default_factory=dict)
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
-    _ratios: dict[tuple[str, str, int, int], Interval] = field(default_factory=dict)
+    _ratios: dict[tuple[str, str, int], Interval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.living = living_of(self.record)
@@ -173,12 +194,33 @@ class Leaderboard:
         """True where the group size changes and no spread of rewards tells what another one is worth."""
         return self.living is None and GROUP in self.changed(knobs)
 
+    def loses_groups(self, knobs: Knobs) -> bool:
+        """True where a step would have fewer living groups than the user's: its gradient comes from fewer prompts,
+        which nothing that is measured here outweighs."""
+        if self.living is None or GROUP not in self.changed(knobs) or GROUP in self.config.search.accept:
+            return False
+        return self.living_groups(self.config_of(knobs)) < (1.0 - 1e-9) * self.living_groups(self.config)
+
+    def living_groups(self, config: RunConfig) -> float:
+        """Expected groups per step whose rewards differ."""
+        share = 1.0 if self.living is None else self.living.share(config.batch.num_generations)
+        return groups_per_step(config) * share
+
     # Measurements
 
     def add(self, knobs: Knobs, outcome: TrialOutcome, predicted_s: float | None) -> Entry:
-        """Enter a trial's measurement; a combination measured again keeps all its steps."""
+        """Enter a trial's measurement. A combination measured again keeps all its steps; the user's keeps its first
+        ones, and shows the pace of the machine."""
         before, cycle = self.entry(knobs), outcome.record.timings.cycle if outcome.record else 1
+        is_users = name_of(knobs) == name_of(self.baseline_knobs)
+        if before is not None and is_users:
+            again = cycle_means(outcome.step_s, cycle)
+            alike = zip(again, before.cycles_s, strict=False)
+            self.pace.learn(outcome.number, median_interval([after / first for after, first in alike], self.confidence))
+            return before
         steps_s = [*(before.steps_s if before else []), *outcome.step_s]
+        stages_s = stage_seconds(outcome.record.timings) if outcome.record else {}
+        asides_s = [*(before.asides_s if before else []), *self._asides_s(outcome, stages_s)]
         entry = Entry(
             knobs=knobs,
             config=self.config_of(knobs),
@@ -188,8 +230,13 @@ class Leaderboard:
             step=step_interval(steps_s, cycle, self.confidence),
             predicted_s=before.predicted_s if before else predicted_s,
             peak_bytes=_larger(before.peak_bytes if before else None, outcome.peak_bytes),
+            stages_s=stages_s,
+            aside_s=self.evaluating_s(stages_s),
+            asides_s=asides_s,
         )
         self.entries[name_of(knobs)] = entry
+        if is_users:
+            self.pace.learn(entry.number, Interval(1.0, 1.0, 1.0))
         return entry
 
     def add_worst_case(self, entry: Entry, outcome: TrialOutcome) -> Entry:
@@ -223,18 +270,60 @@ class Leaderboard:
         """Useful completions per second."""
         return self.useful(config) / step_s
 
+    def evaluating_s(self, stages_s: Mapping[str, float]) -> float:
+        """Seconds per step that evaluations take where a step's stages take so long."""
+        if not self.evaluation_s:
+            return 0.0
+        probed = stage_seconds(self.record.timings)
+        before, after = (math.fsum(side.get(name, 0.0) for name in EVALUATING) for side in (probed, stages_s))
+        return self.evaluation_s * (after / before if before > 0.0 and after > 0.0 else 1.0)
+
+    def _asides_s(self, outcome: TrialOutcome, stages_s: Mapping[str, float]) -> list[float]:
+        rows = outcome.record.timings.stages if outcome.record and self.evaluation_s else []
+        columns = zip(*(row.per_step_s for row in rows if row.name in EVALUATING), strict=True)
+        each = [self.evaluating_s({EVALUATING[0]: math.fsum(column)}) for column in columns]
+        return each if len(each) == len(outcome.step_s) else [self.evaluating_s(stages_s)] * len(outcome.step_s)
+
+    def seconds(self, entry: Entry) -> float:
+        """Seconds per step of a run, evaluations included, at the machine's first pace."""
+        return entry.step.value / self.pace.at(entry.number) + entry.aside_s
+
     def worth(self, config: RunConfig) -> float:
         """Useful completions per step over those of the user's configuration."""
         baseline = self.useful(self.config)
         return self.useful(config) / baseline if baseline > 0.0 else 1.0
 
-    def ratio(self, slower: Entry, faster: Entry, cycles: int | None = None) -> Interval:
-        """Score of one entry over that of another, each by its own trials (their first `cycles`)."""
-        before, after = slower.cycles_s[:cycles], faster.cycles_s[:cycles]
-        pair = (name_of(slower.knobs), name_of(faster.knobs), len(before), len(after))
-        if pair not in self._ratios:
-            self._ratios[pair] = median_ratio(before, after, self.confidence)
-        return scaled(self._ratios[pair], self.worth(faster.config) / self.worth(slower.config))
+    def ratio(self, slower: Entry, faster: Entry) -> Interval:
+        """Score of one entry over that of another, each by its own trial: step by step, as far as both go, for the
+        same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
+        pairs = [before / after for before, after in zip(slower.runs_s, faster.runs_s, strict=False)]
+        names = (name_of(slower.knobs), name_of(faster.knobs), len(pairs))
+        if names not in self._ratios:
+            self._ratios[names] = median_interval(pairs, self.confidence)
+        value, low, high, n = self._ratios[names]
+        doubt = self.pace.doubt if n > 1 else math.inf
+        factor = self.worth(faster.config) / self.worth(slower.config)
+        factor *= self.pace.at(faster.number) / self.pace.at(slower.number)
+        return self.bounded(scaled(Interval(value, low / doubt, high * doubt, n), factor), slower, faster)
+
+    def bounded(self, ratio: Interval, slower: Entry, faster: Entry) -> Interval:
+        """A ratio of two entries within Amdahl's bounds; where they are next to nothing, noise is all there is."""
+        keys = [key for key in faster.knobs if name_of({key: faster.knobs[key]}) != name_of({key: slower.knobs[key]})]
+        most, least = self.most(keys, slower, faster), 1.0 / self.most(keys, faster, slower)
+        value, low, high = (min(max(number, least), most) for number in ratio[:3])
+        surely, at_best = (end if abs(end - 1.0) > TIE else 1.0 for end in (most, least))
+        return Interval(value, min(low, surely), max(high, at_best), ratio.n)
+
+    def most(self, keys: Sequence[str], slower: Entry, faster: Entry) -> float:
+        """Amdahl's bound on what some knobs' values in one entry bring over those in another: the stages that they
+        reach took as long there as was measured, and could take nothing here; infinite where they reach all."""
+        if not keys or not REACH.keys() >= set(keys) or not slower.stages_s or not faster.stages_s:
+            return math.inf
+        if any(key == WORKERS and faster.knobs[key] < slower.knobs[key] for key in keys):  # frees cores for the rest
+            return math.inf
+        reached = {stage for key in keys for stage in REACH[key]}
+        rest = math.fsum(s for name, s in faster.stages_s.items() if name not in reached)
+        return 1.0 + math.fsum(slower.stages_s.get(name, 0.0) for name in reached) / max(rest, 1e-9)
 
     def speedup(self, entry: Entry) -> Interval:
         """Score over the user's: from the race where there was one, else from both trials' medians."""
@@ -242,8 +331,7 @@ class Leaderboard:
             return entry.race.speedup
         if entry is self.baseline:
             return Interval(1.0, 1.0, 1.0, entry.step.n)
-        alike = min(len(self.baseline.cycles_s), len(entry.cycles_s))  # of the same prompts and lengths
-        return self.ratio(self.baseline, entry, alike)
+        return self.ratio(self.baseline, entry)
 
     # Recommendations
 
@@ -262,9 +350,12 @@ class Leaderboard:
     def allows(self, knobs: Knobs, level: Level) -> bool:
         """True where a level allows every change of a combination."""
         allowed = ("exact",) if level == "exact" else ("exact", "proven", "accepted")
-        return level == "fast" or all(
-            self.evidence(key, value) in allowed or (level == "open" and self._is_open(key, value))
-            for key, value in self.changed(knobs).items()
+        return level == "fast" or (
+            not self.loses_groups(knobs)
+            and all(
+                self.evidence(key, value) in allowed or (level == "open" and self._is_open(key, value))
+                for key, value in self.changed(knobs).items()
+            )
         )
 
     def ranking(self, level: Level) -> list[Entry]:
@@ -274,14 +365,16 @@ class Leaderboard:
 
     def best(self, level: Level) -> Entry:
         """The best that beats the user's configuration beyond noise; else that one. A raced entry counts before one
-        that was not, unless that passed its worst case and is faster whatever the noise in both."""
+        that was not, unless that passed its worst case and is faster whatever the noise in both; of those that were
+        raced and are as good within the noise of the best, the one with the fewest changes."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
-        raced = next((entry for entry in better if entry.race is not None), None)
-        if raced is None:
-            return better[0]
-        surely = self.speedup(raced).high
-        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > surely)
-        return next(faster, raced)
+        raced = [entry for entry in better if entry.race is not None]
+        if not raced:
+            return next((entry for entry in better if entry.worst_case == "passed"), better[0])
+        best = self.speedup(raced[0])
+        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > best.high)
+        as_good = (entry for entry in raced if self.speedup(entry).value >= best.low)
+        return next(faster, min(as_good, key=lambda entry: len(self.changed(entry.knobs))))
 
     def _is_open(self, key: str, value: Any) -> bool:
         """True where a search can prove a learning knob's value, and has not tried."""
@@ -290,30 +383,7 @@ class Leaderboard:
     def _step_ratio(self, entry: Entry) -> float:
         if entry.race is not None:
             return self.worth(entry.config) / entry.race.speedup.value
-        return entry.step.value / self.baseline.step.value
-
-
-def median_ratio(before_s: Iterable[float], after_s: Iterable[float], confidence: float) -> Interval:
-    """Median of `before_s` over that of `after_s`, with the bootstrap interval of two independent samples."""
-    before, after = np.asarray(list(before_s)), np.asarray(list(after_s))
-    value = float(np.median(before) / np.median(after))
-    fewer = min(before.size, after.size)
-    if fewer < 2:
-        return Interval(value, 0.0, float("inf"), fewer)
-
-    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(np.median(x, axis=axis) / np.median(y, axis=axis))
-
-    ends = bootstrap(
-        (before, after),
-        statistic,
-        n_resamples=RESAMPLES,
-        confidence_level=confidence,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(value, float(ends.low), float(ends.high), fewer)
+        return self.seconds(entry) / self.seconds(self.baseline)
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

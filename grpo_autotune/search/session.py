@@ -2,7 +2,8 @@
 
     probe -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> ablation
 
-Best-so-far files are written after every trial. Every step can be taken up again from the files of the folder.
+Whatever takes the lead after a race has a worst case and a race of its own (`ending`). Best-so-far files are written
+after every trial. Every step can be taken up again from the files of the folder.
 """
 
 from __future__ import annotations
@@ -18,24 +19,14 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.models import Models as FittedModels
 from grpo_autotune.records.search import Ended, SearchReport
-from grpo_autotune.search.ablation import measure_ablations
 from grpo_autotune.search.acquisition import Pool, Proposal, Ranking, rank
 from grpo_autotune.search.budget import SURE, Budget
+from grpo_autotune.search.ending import Ending, end_s
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.final_race import race, race_s
 from grpo_autotune.search.folder import SearchFolder, fingerprint
-from grpo_autotune.search.guard_trials import (
-    RewardTrials,
-    group_s,
-    judge_group,
-    open_questions,
-    run_worst_case,
-    worst_case_s,
-)
-from grpo_autotune.search.leaderboard import Entry, Level
+from grpo_autotune.search.guard_trials import RewardTrials, group_s, open_questions
 from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall
 from grpo_autotune.search.study import Claim, Sampler, name_of
 from grpo_autotune.search.summary import FILES, report_of_search
@@ -50,7 +41,9 @@ EARLY = "grpo.use_vllm"
 SAMPLER_EVERY = 3
 """Every third proposal is the sampler's."""
 SAMPLER: Sampler = "tpe"
-FINALISTS = 3
+OWN_EVERY = 5
+OWN_SHARE = 0.08
+"""The user's configuration is measured again after so many trials, where that takes no larger part of the budget."""
 SHARED = 2
 """Other machines' best combinations that are measured here, too."""
 QUESTIONS_AT = 0.4
@@ -75,9 +68,8 @@ class Session:
         self._study, self._rewards = evaluator.study, RewardTrials(evaluator)
         self._ended: Ended = "budget"
         self._why_ended = "the budget is spent"
-        self._proposals = 0
+        self._proposals = self._since_own = 0
         self._failures: list[str] = []
-        self._finalists: set[str] = set()
 
     def run(self, recalled: Recalled) -> SearchReport:
         """Search, and leave report and configurations in the folder.
@@ -120,6 +112,7 @@ class Session:
     def _loop(self) -> None:
         """Measure the most promising until nothing is, or the time for it is over."""
         while self._ended != "failing":
+            self._look_at_pace()
             ranking = self._rank()
             self._keep_for_the_end()
             if self._questions() and (not ranking.proposals or self._spent_share() > QUESTIONS_AT):
@@ -143,15 +136,23 @@ class Session:
                 self._count_failure()
             self._save_best()
 
+    def _look_at_pace(self) -> None:
+        """Measure the user's configuration again now and then, to see how fast the machine is meanwhile."""
+        self._since_own += 1
+        knobs, budget = self._board.baseline_knobs, self._budget
+        room_s = min(OWN_SHARE * budget.total_s, budget.search_left_s / 2.0)
+        if self._since_own > OWN_EVERY and self._evaluator.affords(knobs, room_s):
+            self._since_own = 0
+            self._evaluator.timed(knobs, "again", room_s)
+
     def _keep_for_the_end(self) -> None:
         """Keep time for the leader's worst case and race; with nothing to race, a first rival is worth more."""
         leader = self._board.ranking("open")[0]
         is_rival = leader is not self._board.baseline
-        self._budget.keep(self._end_s(leader) + group_s(self._evaluator, leader) if is_rival else 0.0)
-
-    def _end_s(self, entry: Entry) -> float:
-        """Expected seconds of an entry's worst case and race."""
-        return race_s(self._evaluator, entry.step.value) + worst_case_s(self._evaluator, entry)
+        evaluator, room_s = self._evaluator, 0.0
+        if is_rival:  # and for one more trial, without changes that bring nothing
+            room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + evaluator.expected_s(leader.knobs)
+        self._budget.keep(room_s)
 
     def _rank(self) -> Ranking:
         taken = self._study.taken() | self._known()
@@ -235,42 +236,14 @@ class Session:
             if name_of(knobs) not in self._known() and self._evaluator.affords(knobs, room_s):
                 self._evaluator.timed(knobs, "shared", self._budget.search_left_s)
 
-    # The end
-
     def _finish(self) -> None:
-        """Run worst case and race for the best of each file, then measure the parts of the winner's changes."""
-        self._judge_groups()
+        """Test the best of each file, then measure the parts of the winner's changes."""
+        ending = Ending(self._evaluator)
+        ending.judge_groups()
         for level in FILES:
-            # The next best only where the best does not hold.
-            any(self._holds(entry) for entry in self._contenders(level))
+            ending.settle(level)
         self._save_best()
-        winner = self._board.best("tuned")
-        if winner is not self._board.baseline:
-            measure_ablations(self._evaluator, winner)
-
-    def _judge_groups(self) -> None:
-        """Judge the group sizes that `tuned.yaml` waits for, with the time that the race does not need."""
-        for entry in self._board.ranking("open")[:FINALISTS]:
-            changed = self._board.changed(entry.knobs)
-            if [key for key, value in changed.items() if self._board.evidence(key, value) == "unproven"] == [GROUP]:
-                judge_group(self._evaluator, entry, self._budget.left_s - self._end_s(entry))
-
-    def _contenders(self, level: Level) -> list[Entry]:
-        rivals = [entry for entry in self._board.ranking(level) if entry is not self._board.baseline]
-        return [entry for entry in rivals if self._board.speedup(entry).value > 1.0][:FINALISTS]
-
-    def _holds(self, contender: Entry) -> bool:
-        """True unless an entry fails in its worst case or loses its race, which are run once, while there is time."""
-        name = name_of(contender.knobs)
-        entry = self._board.entries[name]
-        if name not in self._finalists:
-            self._finalists.add(name)
-            if entry.worst_case == "not run":
-                entry = run_worst_case(self._evaluator, entry, self._budget.left_s / 2)
-            if entry.fails is None:
-                entry = race(self._evaluator, entry, self._budget.left_s)
-                judge_group(self._evaluator, entry, self._budget.left_s)
-        return entry.fails is None and (entry.race is None or entry.race.speedup.low > 1.0)
+        ending.ablate()
 
 
 def search(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.hardware import Machine
+from grpo_autotune.predict.objective import evaluation_every
 from grpo_autotune.predict.room import memory_of
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord, StageTimings
 from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Models, Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
-from grpo_autotune.search.evaluator import Evaluator
+from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
 from grpo_autotune.search.leaderboard import Leaderboard
@@ -25,6 +27,7 @@ from grpo_autotune.search.study import Axes, Claim, Sampler, Study, name_of
 from grpo_autotune.search.trial_log import TrialLog
 from grpo_autotune.units import hms
 
+LEAST_EVALUATION_S = 1e-3
 PROBE_GROUPS = 16
 """Groups that the probe should see: their pass rates tell how group size matters."""
 MOST_PROBE_STEPS = 6
@@ -71,7 +74,10 @@ def open_search(
     )
     if not storage:
         study.fail_abandoned()
-    board = Leaderboard(config, dict(axes.baseline), record)
+    evaluation_s = evaluations_s(config, record.timings)
+    outcome = without_evaluations(outcome)
+    record = outcome.record or record
+    board = Leaderboard(config, dict(axes.baseline), record, evaluation_s)
     models = fit(config, record, task.machine, outcome)
     return Evaluator(log, board, models, study, outcome), Pool(axes, config, task.machine)
 
@@ -124,15 +130,25 @@ def _take_baseline(study: Study, knobs: dict[str, Any]) -> Claim | None:
     return claim
 
 
+def evaluations_s(config: RunConfig, timings: StageTimings) -> float:
+    """Seconds per step that a run's evaluations take: of one that was measured, over the steps between two of them; 0
+    where none was, or where they come at no number of steps."""
+    spent = [s for row in timings.stages for s in row.parts.get("evaluate", []) if s > LEAST_EVALUATION_S]
+    every = evaluation_every(config)
+    return statistics.fmean(spent) / every if spent and every else 0.0
+
+
 def _run_probe(log: TrialLog) -> TrialOutcome:
     config, total_s = log.task.config, log.budget.total_s
     plan = config.batch
     groups = max(1, plan.completions_per_step // plan.num_generations)
-    steps = max(config.search.steps, min(MOST_PROBE_STEPS, -(-PROBE_GROUPS // groups)))
+    every = evaluation_every(config) or 0  # a frequent evaluation is seen once
+    least = max(config.search.steps, every - 1 if every <= MOST_PROBE_STEPS + 1 else 0)
+    steps = max(least, min(MOST_PROBE_STEPS, -(-PROBE_GROUPS // groups)))
     limit_s = log.budget.left_s if total_s else UNBOUNDED_PROBE_S
     enough: dict[str, Any] = {}
     if plan.processes == 1 and total_s:  # several ranks would have to agree on when it is enough
-        enough = {"least_steps": config.search.steps, "enough_s": PROBE_SHARE * total_s}
+        enough = {"least_steps": least, "enough_s": PROBE_SHARE * total_s}
     spec = log.spec("probe", config, {}, limit_s, steps=steps, **enough)
     stages = [Progress("start-up", 0, 0)]
     outcome = log.run(spec, log.progress(spec), stages.append)

@@ -8,13 +8,13 @@ from typing import Any
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
-from grpo_autotune.predict.objective import Interval, step_interval
+from grpo_autotune.predict.objective import Interval, evaluation_every, step_interval
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
-from grpo_autotune.search.acquisition import Models, Pool
+from grpo_autotune.search.acquisition import Models, Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.leaderboard import Entry, Leaderboard, Level
+from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.search.trial_log import Task
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
@@ -23,12 +23,13 @@ FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: str, sampler: str) -> SearchReport:
     """Everything that is known so far."""
     board, models, log, task = evaluator.board, evaluator.models, evaluator.log, evaluator.log.task
+    loads = sorted(log.others, key=lambda load: load.cores)
     if board.has_baseline:
         baseline = candidate(board, board.baseline)
         winner = board.best("tuned")
         best, best_exact, best_fast = (candidate(board, board.best(level)) for level in FILES)
-        share = exact_share(board, models, task.machine, winner)
-        parts = contributions(board, models, task.machine, winner)
+        parts = contributions(evaluator, winner)
+        share = exact_share(evaluator, winner, parts)
     else:
         baseline, best, best_exact, best_fast = _predicted(board, models, pool, log.memory_bytes)
         share, parts = None, []
@@ -41,6 +42,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         best_fast=best_fast,
         exact_share=share,
         contributions=parts,
+        together=best.speedup / math.prod(row.factor or 1.0 for row in parts) if parts else 1.0,
         guards=list(board.guards.values()),
         pareto=pareto(board) if board.has_baseline else [],
         trials=log.rows,
@@ -52,6 +54,8 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         sampler=sampler,
         confidence=board.confidence,
         memory_limit_bytes=log.memory_bytes,
+        evaluation_s=board.evaluation_s,
+        others=loads[len(loads) // 2] if loads else None,
         budget_s=log.budget.total_s,
         elapsed_s=log.budget.elapsed_s,
         files=_files(task),
@@ -71,6 +75,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         step,
         baseline.value,
         board.speedup(entry),
+        entry.aside_s,
         number=entry.number,
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
@@ -80,12 +85,12 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
 
 
 def _candidate(
-    board: Leaderboard, knobs: Knobs, step: Interval, baseline_s: float, speedup: Interval, **more: Any
+    board: Leaderboard, knobs: Knobs, step: Interval, baseline_s: float, speedup: Interval, aside_s: float, **more: Any
 ) -> Candidate:
     return Candidate(
         knobs=knobs,
         changed=board.changed(knobs),
-        score=board.score(board.config_of(knobs), step.value),
+        score=board.score(board.config_of(knobs), step.value + aside_s),
         step_s=step.value,
         baseline_step_s=baseline_s,
         step_s_ci=_ends(step),
@@ -148,9 +153,32 @@ def _notes(board: Leaderboard) -> Iterator[str]:
             f"{board.living.share(group):.0%} of groups of {group} are expected to have any spread of rewards, "
             f"from the pass rates of {tokens.groups} groups of the probe."
         )
+    yield from _evaluations(board)
+    if len(board.pace.looks) > 1:
+        least, most = (math.exp(end(log for _, log, _ in board.pace.looks)) for end in (min, max))
+        yield (
+            f"Your configuration was measured {len(board.pace.looks)} times, and took x {least:.2f} to x {most:.2f} of "
+            "its first time: what its steps' scatter does not explain is taken out of comparisons, and the doubt of "
+            "that widens their intervals."
+        )
     for entry in board.entries.values():
         if entry.fails is not None:
             yield f"Trial {entry.number} was fast and may not win: {entry.fails}."
+
+
+def _evaluations(board: Leaderboard) -> Iterator[str]:
+    """The cost of evaluations, and the key that decides it: not turned here, since it is the user's to judge by."""
+    aside_s, step_s, every = board.evaluation_s, board.record.timings.step_s, evaluation_every(board.config)
+    if aside_s and every:
+        own_s = aside_s + step_interval(step_s, board.record.timings.cycle, board.confidence).value
+        yield (
+            f"Evaluations take {aside_s / own_s:.0%} of your run and count in every speed-up (in proportion to "
+            f"generation); checkpoints do not. grpo.eval_steps {every} -> {2 * every} would make the run x "
+            f"{own_s / (own_s - aside_s / 2.0):.2f} as fast and changes no weight: yours to choose."
+        )
+    elif board.config.batch.eval_batch is not None:
+        why = f"none of them, every {every} steps, fell into the probe" if every else "they come at no number of steps"
+        yield f"Evaluations are not counted: {why}."
 
 
 def _notes_of(pool: Pool) -> Iterator[str]:
@@ -167,22 +195,21 @@ def _predicted(
     """The models' choice for `--budget 0`: the user's configuration by the probe, the others by prediction."""
     timings = board.record.timings
     measured = step_interval(timings.step_s, timings.cycle, board.confidence)
-    baseline = _candidate(board, board.baseline_knobs, measured, measured.value, Interval(1.0, 1.0, 1.0, 0))
-    baseline_s, ranked = models.step_s(board.config).value, list[Candidate]()
+    once, aside_s = Interval(1.0, 1.0, 1.0, 0), board.evaluation_s
+    baseline = _candidate(board, board.baseline_knobs, measured, measured.value, once, aside_s)
+    baseline_s, ranked = run_s(board, models, board.config).value, list[Candidate]()
     for knobs in pool.points.values():
         config = board.config_of(knobs)
-        step = models.step_s(config)
-        ratio = step.value / baseline_s
+        step, run = models.step_s(config), run_s(board, models, config)
+        ratio = run.value / baseline_s
         if not fits(models, config, memory_bytes) or board.is_too_long(config, ratio) or board.is_group_unknown(knobs):
             continue
         speed = board.worth(config) / ratio
-        speedup = Interval(speed, speed * step.value / step.high, speed * step.value / max(step.low, 1e-9), 0)
-        predicted = Interval(step.value, step.low, step.high, 0)
-        peak = round(models.peak_bytes(config, worst_case=True).value)
-        ranked.append(
-            _candidate(board, knobs, predicted, measured.value, speedup, predicted_s=step.value, peak_bytes=peak)
-        )
-    ranked.sort(key=lambda row: -row.speedup)
+        speedup = Interval(speed, speed * run.value / run.high, speed * run.value / max(run.low, 1e-9), 0)
+        more = {"predicted_s": step.value, "peak_bytes": round(models.peak_bytes(config, worst_case=True).value)}
+        aside_s = run.value - step.value
+        ranked.append(_candidate(board, knobs, step._replace(n=0), measured.value, speedup, aside_s, **more))
+    ranked.sort(key=lambda row: (-round(math.log(row.speedup) / TIE), len(row.changed), -row.speedup))
 
     def first(*allowed: str) -> Candidate:
         rows = (row for row in ranked if {board.evidence(k, v) for k, v in row.changed.items()} <= set(allowed))

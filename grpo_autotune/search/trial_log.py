@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.records.probe import cycle_means
+from grpo_autotune.records.probe import OtherLoad, cycle_means
 from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow
 from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.search.budget import Budget, Costs
@@ -65,6 +65,7 @@ class TrialLog:
         costs: Seconds of a trial beside its steps, learnt from the trials.
         rows: The table of trials.
         skipped: Combinations that are not run, and why.
+        others: Load by other processes in each trial but races, where two of ours take turns.
         notes: Shortcomings that trials reported.
         memory_bytes: Memory that a trial may take; None where that is unknown.
     """
@@ -75,6 +76,7 @@ class TrialLog:
         self.costs = Costs(warm=task.script is None)
         self.rows: list[TrialRow] = []
         self.skipped: list[Skipped] = []
+        self.others: list[OtherLoad] = []
         self.notes: set[str] = set()
         self.memory_bytes: int | None = None
 
@@ -131,6 +133,8 @@ class TrialLog:
         completions per step are given."""
         self.notes |= set(outcome.notes)
         self.limit_memory(outcome.most_bytes)
+        if outcome.record is not None and outcome.record.others is not None and spec.source != "race":
+            self.others.append(outcome.record.others)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
         step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         row = TrialRow(

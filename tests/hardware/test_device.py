@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +87,15 @@ def test_samples_come_from_the_devices_own_part(monkeypatch: pytest.MonkeyPatch)
     assert NvmlDevice(at("5", monkeypatch)).read() == {"gpu_memory_bytes": 5.0}
     with pytest.raises(driver.NVMLError):
         NvmlDevice(at("8", monkeypatch))
+
+
+def test_a_gpu_tells_what_others_take_of_it_where_it_knows_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = os.getpid()
+    busy = [(me, 60), (1, 10), (1, 30), (2, 5)]  # the newest sample of a process is the last
+    with_gpus(monkeypatch, Card(uuid="GPU-5", processes=[(me, 1), (1, 1)], busy=busy))
+    assert NvmlDevice(at("5", monkeypatch)).read()["other_gpu_percent"] == 35.0
+    with_gpus(monkeypatch, Card(uuid="GPU-5", processes=[(1, 1)], busy=busy))
+    assert "other_gpu_percent" not in NvmlDevice(at("5", monkeypatch)).read()
 
 
 def test_what_makes_a_gpu_fast_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

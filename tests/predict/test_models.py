@@ -378,6 +378,21 @@ def test_loader_workers_and_vllm_get_a_finite_guess() -> None:
         assert 0.3 * own < models.step_s(with_knobs(truth.user, knobs)).value < 3 * own
 
 
+def test_a_lucky_trial_with_loader_workers_teaches_nothing_but_the_loading() -> None:
+    truth = Truth(noise=0.0)
+    turned = with_knobs(truth.user, {"grpo.dataloader_num_workers": 2})
+    lucky = truth.outcome(turned, 1)
+    assert lucky.record is not None
+    rows = [
+        row.model_copy(update={"per_step_s": [0.88 * s for s in row.per_step_s]}) for row in lucky.record.timings.stages
+    ]
+    timings = lucky.record.timings.model_copy(update={"stages": rows})
+    record = lucky.record.model_copy(update={"timings": timings})
+    models = truth.models().learn(turned, lucky.model_copy(update={"record": record}))
+    own, workers = models.stages_s(truth.user), models.stages_s(turned)
+    assert [stage for stage in own if workers[stage].value != pytest.approx(own[stage].value)] in ([], ["data"])
+
+
 def test_a_stage_that_the_probe_did_not_have_takes_what_the_first_trial_measured() -> None:
     """A probe under `generate` pushes no weights, and no trial's seconds are the probe's."""
     truth = Truth(noise=0.0)

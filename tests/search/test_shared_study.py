@@ -102,7 +102,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def timed(folder: Path) -> list[str]:
     rows = json.loads((folder / "search.json").read_text())["trials"]
-    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in ("race", "revert")]
+    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in ("race", "revert", "again")]
     return [json.dumps(row["knobs"], sort_keys=True) for row in found]
 
 

@@ -33,6 +33,7 @@ class Card:
     node: int | None = None
     slices: list[Card] = field(default_factory=list)
     processes: list[tuple[int, int | None]] = field(default_factory=list)
+    busy: list[tuple[int, int]] = field(default_factory=list)
     persistence: bool | None = True
     throttle: int | None = 0
     ecc: bool | None = True
@@ -133,6 +134,9 @@ class Driver:
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: Card) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in card.processes]
+
+    def nvmlDeviceGetProcessUtilization(self, card: Card, since_us: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, smUtil=percent) for pid, percent in card.busy]
 
     def nvmlDeviceGetP2PStatus(self, one: Card, other: Card, what: int) -> int:
         assert isinstance(what, int)

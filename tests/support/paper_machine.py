@@ -99,6 +99,7 @@ class PaperTrials:
         run_dir: The run folder.
         noise: Relative standard deviation of a step's seconds.
         rewards: Mean reward by image size.
+        drift: Part by which a step gets slower per second of the search.
         lengths: Of the probe's completions, where other trials can be given the same.
         most_bytes: A limit that trials are under and report, if not the machine's memory alone.
         act: Called with each spec before it runs; what it raises, or the outcome it returns, is what happens.
@@ -115,9 +116,10 @@ class PaperTrials:
         startup_s: float = 4.0,
         most_bytes: int | None = None,
         lengths: Sequence[list[int]] = (),
+        drift: float = 0.0,
     ) -> None:
         self.run_dir, self.noise, self.act, self.startup_s = run_dir, noise, act, startup_s
-        self.most_bytes, self.lengths = most_bytes, list(lengths)
+        self.most_bytes, self.lengths, self.drift = most_bytes, list(lengths), drift
         self.rewards = rewards or {512: 0.5, 256: 0.5}
         self.random = np.random.default_rng(0)
         self.specs: list[TrialSpec] = []
@@ -155,7 +157,7 @@ class PaperTrials:
                 overshoot_bytes=GIB,
                 elapsed_s=self.startup_s,
             )
-        step_s = seconds(config)
+        step_s = seconds(config) * (1.0 + self.drift * self.now)
         count = spec.steps + spec.warmup
         took = self.startup_s + count * step_s * (0.5 if spec.purpose == "rewards" else 1.0)
         if took > spec.limit_s:
