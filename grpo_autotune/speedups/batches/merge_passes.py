@@ -192,7 +192,7 @@ class _Merging(Installed):
             finally:
                 self._answers = []
 
-        gone = held[0]["advantages"].new_zeros(())
+        gone: torch.Tensor = held[0]["advantages"].new_zeros(())
         for members in early:
             with accelerator.no_sync(model):
                 loss = loss_of_pass(members)
