@@ -58,8 +58,15 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
 
 
 def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS) -> float:
-    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds."""
-    pair_s = (evaluator.board.baseline.step.value + rival.step.value) * rival.cycle
+    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds.
+
+    With an engine in one of them each block starts and warms up anew (`trials.parent.interleave`); of two in a row the
+    second may find its process warm.
+    """
+    baseline = evaluator.board.baseline
+    pair_s = (baseline.step.value + rival.step.value) * rival.cycle
+    if baseline.config.use_vllm or rival.config.use_vllm:
+        return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * pair_s
     return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (rounds + 1) * pair_s
 
 

@@ -19,6 +19,7 @@ from grpo_autotune.render.search import headline, render_search
 from grpo_autotune.search.ablation import contribution, contributions, exact_share
 from grpo_autotune.search.budget import Budget
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
+from grpo_autotune.search.final_race import race_s, rounds_that_fit
 from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.session import search
@@ -347,3 +348,17 @@ def test_what_others_took_stands_in_the_report(tmp_path: Path, matters: bool) ->
     warned = any(line.startswith("Warning: other processes took 1.25 of 4 cores") for line in headline(report))
     assert warned is matters
     assert "meanwhile other processes took 1.25 of 4 cores" in render_search(report)
+
+
+@pytest.mark.parametrize(
+    ("engine", "seconds", "fit"),
+    [(False, 1.5 * 60 + 1.2 * (3 + 1) * 5, 80), (True, (3 + 1) * 60 + 1.2 * 2 * 3 * 5, 7)],
+)
+def test_a_race_with_an_engine_counts_a_start_for_each_round(engine: bool, seconds: float, fit: int) -> None:
+    """A cold start of 60 s, steps of 3 s and 2 s: side by side both start once, engines at each change of sides."""
+    entries = [
+        SimpleNamespace(step=Interval(s, s, s), config=SimpleNamespace(use_vllm=engine), cycle=1) for s in (3, 2)
+    ]
+    evaluator = SimpleNamespace(costs=SimpleNamespace(cold_s=60.0), board=SimpleNamespace(baseline=entries[0]))
+    assert race_s(cast(Evaluator, evaluator), cast(Any, entries[1])) == pytest.approx(seconds)
+    assert rounds_that_fit(cast(Evaluator, evaluator), cast(Any, entries[1]), 576.0) == fit
