@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_autotune.console import INTERRUPTED_EXIT, accept_any_text, complain, output_aside, say, show
+from grpo_autotune.console import accept_any_text, as_warning, complain, is_first_rank, output_aside, say, show
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
+from grpo_autotune.processes.ending import Stopped, raising
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
@@ -58,13 +60,19 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
     def action() -> int:
         loaded = _load(config, set_, "trial")
         from grpo_autotune.commands.probe import probe_config
+        from grpo_autotune.report.files import save_report
 
         folder = out or loaded.run_dir / "probe"
-        with output_aside() if json_ else nullcontext():
-            measured, code = probe_config(loaded, steps=steps, out_dir=folder)
-        _print([measured], json_)
-        say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
-        return code
+        output = output_aside() if json_ else nullcontext()
+
+        def finish(measured: Any) -> None:
+            _print([measured], json_)
+            if is_first_rank():
+                save_report(measured, folder)
+            say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
+
+        probe_config(loaded, steps=steps, out_dir=folder, output=output, show=finish)
+        return 0
 
     return action
 
@@ -176,8 +184,9 @@ def run(
         from grpo_autotune.commands.run import ScriptProbes, run_script, values_for_script
 
         def finish(probes: ScriptProbes) -> None:
-            _print(probes.reports(), json_)
-            say(probes.closing_line())
+            with as_warning("no report"):
+                _print(probes.reports(), json_)
+                say(probes.closing_line())
 
         output = output_aside() if json_ else nullcontext()
         values, receipt = values_for_script(with_, speedups)
@@ -295,8 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = words[:1] == ["--debug"]
     accept_any_text()
     try:
-        action = app(words, standalone_mode=False)
-        return action() if callable(action) else int(action or 0)
+        with raising():
+            action = app(words, standalone_mode=False)
+            return action() if callable(action) else int(action or 0)
     except AutotuneError as error:
         if debug:
             raise
@@ -305,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USAGE_ERROR as error:
         complain(f"grpo-autotune: {_usage(error)}", everywhere=False)
         return ConfigError.exit_code
-    except KeyboardInterrupt:
-        complain("grpo-autotune: stopped by Ctrl-C", everywhere=False)
-        return INTERRUPTED_EXIT
+    except KeyboardInterrupt as error:
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        complain(f"grpo-autotune: stopped by {name}", everywhere=False)
+        return 128 + signum

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
+from grpo_autotune.errors import LONGEST, AutotuneError, printable, shortened
 from grpo_autotune.units import duration
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ def complain(line: str, *, everywhere: bool) -> None:
     elif everywhere:
         sys.stderr.write(f"rank {os.environ['RANK']}: {line}\n")
         sys.stderr.flush()
+
+
+@contextmanager
+def as_warning(what: str) -> Iterator[None]:
+    """Make a warning of any failure inside: for work of ours beside a training that must not suffer from it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the one boundary: what was trained counts more than what was measured
+        kind = "" if isinstance(error, AutotuneError) else f"{type(error).__name__}: "
+        warn(shortened(printable(f"{what}: {kind}{error}"), LONGEST))
 
 
 def show(text: str) -> None:

@@ -1,12 +1,17 @@
-"""The package's cache folder, and files that are written whole or not at all."""
+"""The package's cache folder, files that are written whole or not at all, and disks that are full."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grpo_autotune.errors import EnvironmentProblem
+
+FULL = ("No space left", "quota exceeded", "Not enough disk space", "PytorchStreamWriter", "unexpected pos")
+"""Words of errors on a full disk: the system's, those of `datasets`, and of `torch.save`, which gives no reason."""
 
 
 def cache_dir(part: str = "") -> Path:
@@ -70,6 +75,25 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def full_disk_told(folder: Path, fix: str = "Make room, and go on with --resume.") -> Iterator[None]:
+    """Turn a full disk into one line, whoever writes inside, mostly to `folder`, and whatever that raises.
+
+    Raises:
+        EnvironmentProblem: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        links = (error, error.__cause__, error.__context__)
+        link = next((link for link in links if any(words in str(link) for words in FULL)), None)
+        if link is None:
+            raise
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        what = f"the disk is full: {link} ({shutil.disk_usage(place).free} bytes are free)"
+        raise EnvironmentProblem(what, where=str(folder), fix=fix) from error
 
 
 def is_file(path: str | Path) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.console import is_first_rank
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.create import report_of
+from grpo_autotune.report.files import save_report
 
 
 class PrintableReport:
@@ -49,7 +51,10 @@ class AttachedProbe:
                 "nothing was measured: no optimizer step has ended since attach(trainer)",
                 fix="Call report() after trainer.train().",
             )
-        return PrintableReport(report_of(record, None, self._out_dir))
+        report = report_of(record, None)
+        if self._out_dir is not None and is_first_rank():
+            save_report(report, self._out_dir)
+        return PrintableReport(report)
 
     def detach(self) -> None:
         """Leave the trainer as it was; the report stays available."""
@@ -74,5 +79,5 @@ def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
 
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"attach() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
-    folder = None if out_dir is None else Path(out_dir)
+    folder = None if out_dir is None else Path(out_dir).absolute()  # wherever the script works later
     return AttachedProbe(Probe(trainer, out_dir=folder), folder)

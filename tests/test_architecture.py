@@ -250,7 +250,7 @@ def test_modules_and_public_functions_tell_their_idea() -> None:
 
 
 def test_nothing_is_caught_blindly() -> None:
-    """A handler for everything may only add to the error, and raise; a trial's boundary is the one exception."""
+    """A handler for everything may only add to the error, and raise, but at the boundaries of trials and of reports."""
     swallowed = []
     for path in modules():
         for node in ast.walk(tree(path)):
@@ -260,7 +260,8 @@ def test_nothing_is_caught_blindly() -> None:
                 )
                 if caught & {"all", "Exception", "BaseException"}:
                     swallowed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert [place.rpartition(":")[0] for place in swallowed] == ["grpo_autotune/trials/child/execute.py"]
+    boundaries = ["grpo_autotune/console.py", "grpo_autotune/trials/child/execute.py"]
+    assert [place.rpartition(":")[0] for place in swallowed] == boundaries
 
 
 @pytest.mark.slow
@@ -285,4 +286,4 @@ def test_import_help_and_a_stored_report_stay_light(entrance: list[str]) -> None
     assert "grpo_autotune" in loaded
     assert not loaded & set(HEAVY)
     rooms = {room(name) for name in loaded if name.startswith("grpo_autotune.")}
-    assert rooms <= {"cli", "console", "errors", "files", "records", "render", "report", "units"}
+    assert rooms <= {"cli", "console", "errors", "files", "processes", "records", "render", "report", "units"}

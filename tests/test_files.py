@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from grpo_autotune.files import write_whole
+from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.files import full_disk_told, write_whole
 
 
 @contextmanager
@@ -74,3 +76,30 @@ def test_a_missing_folder_is_an_error_and_stays_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "nowhere" / "a.json", "text")
     assert not list(tmp_path.iterdir())
+
+
+def write_text(path: str) -> None:
+    Path(path).write_text("x")
+
+
+def write_tensors(path: str) -> None:
+    import torch
+
+    torch.save({"weight": torch.zeros(1000)}, path)
+
+
+def fail_as_safetensors_does(path: str) -> None:
+    """It writes a file of its own beside the path and renames it: as root, over a device."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("write", [write_text, write_tensors, fail_as_safetensors_does])
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path: Path, write: Callable[[str], None]) -> None:
+    line = r"/new/run: the disk is full: .* \(\d+ bytes are free\)\. Go\."
+    with pytest.raises(EnvironmentProblem, match=line), full_disk_told(tmp_path / "new" / "run", "Go."):
+        write("/dev/full")
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), full_disk_told(tmp_path):
+        write_text(str(tmp_path / "missing" / "file"))

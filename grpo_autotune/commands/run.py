@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
-import signal
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.config.yaml_text import parse_yaml
-from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
+from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.probe.startup import Startup
+from grpo_autotune.processes.ending import raising
+from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.create import report_of
+from grpo_autotune.report.files import REPORT_FILE, clear, save_report
 from grpo_autotune.scripts.hooks import EnoughSteps, ScriptHooks, require_script, run_as_main
 from grpo_autotune.scripts.values import SPEEDUPS, ScriptValues, load_script_values
 
-SIGTERM_EXIT = 128 + signal.SIGTERM
+
+class _Measurement:
+    """The measurement of one trainer, which it does not keep alive: its record is taken when a training ends."""
+
+    def __init__(self, probe: Any, folder: Path) -> None:
+        self.probe, self.folder = weakref.ref(probe), folder
+        self.record: ProbeRecord | None = None
+
+    @as_warning("what was measured was not saved")
+    def take(self, probe: Any) -> None:
+        """Take what was measured so far, and save it: the script may end the process without another word."""
+        record = probe.record()
+        if record.timings.step_s:
+            self.record = record
+            if is_first_rank():
+                save_report(report_of(record, None, ceilings=False), self.folder)
+
+    @as_warning("no report")
+    def report(self) -> Report | None:
+        """The report with the machine's limits, saved; None where no step was finished, and on ranks but the first."""
+        if self.record is None or not is_first_rank():
+            return None
+        report = report_of(self.record, None)
+        with as_warning("the report was not saved"):
+            save_report(report, self.folder)
+        return report
 
 
 class ScriptProbes(ScriptHooks):
-    """The probes of one script's trainers.
+    """The probes of one script's trainers. What fails in measuring is a warning, and the script goes on.
 
     Args:
         out_dir: Folder of the first trainer's report; those of further ones lie in it.
@@ -38,40 +65,34 @@ class ScriptProbes(ScriptHooks):
     def __init__(self, out_dir: Path, steps: int | None, values: ScriptValues, receipt: Receipt | None = None) -> None:
         super().__init__(values, Startup(), say)
         self.out_dir, self.steps, self.receipt = out_dir, steps, receipt
-        self.probes: list[Any] = []
-        self.folders: list[Path] = []
+        self.measured: list[_Measurement] = []
 
     def reports(self) -> list[Report]:
         """A report for each trainer that finished a step, saved in its folder by the first rank."""
-        reports = []
-        for probe, folder in zip(self.probes, self.folders, strict=True):
-            probe.detach()
-            record = probe.record()
-            if record.timings.step_s and is_first_rank():
-                reports.append(report_of(record, None, folder))
-        return reports
+        return [report for one in self.measured if (report := one.report()) is not None]
 
     def closing_line(self) -> str:
         """Paths of the reports, or the reason that there is none."""
-        if not self.probes:
-            return "No report: the script built no GRPOTrainer."
-        measured = [folder for probe, folder in zip(self.probes, self.folders, strict=True) if probe.closed]
-        if not measured:
+        if not self.measured:
+            return "No report: the script built no GRPOTrainer that could be measured."
+        files = [one.folder / REPORT_FILE for one in self.measured if one.record is not None]
+        if not files:
             return "No report: no optimizer step was finished."
-        return f"Saved: {', '.join(str(folder / 'report.json') for folder in measured)}"
+        return f"Saved: {', '.join(str(file) for file in files if file.exists()) or 'nothing'}"
 
     def now(self) -> str | None:
         """The stage of the newest trainer, or else the phase of the script's start; for a heartbeat."""
-        for probe in reversed(self.probes):
-            if probe.recorder.is_open:
+        for one in reversed(self.measured):
+            if (probe := one.probe()) is not None and probe.recorder.is_open:
                 stage: str | None = probe.now()
                 return stage
         return self.startup.now()
 
     def before_build(self) -> None:
-        if self.probes:
+        if self.measured:
             self.startup = Startup(born_s=time.time())
 
+    @as_warning("a trainer is not measured")
     def after_build(self, trainer: Any) -> None:
         from grpo_autotune.probe.probe import Probe
         from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
@@ -80,21 +101,24 @@ class ScriptProbes(ScriptHooks):
         if self.receipt is not None:
             runtime = runtime_facts(trainer.args.device)
             sentences = (*differences(self.receipt, detect()), *set_up_otherwise(self.receipt, runtime))
-            for sentence in sentences if not self.probes else ():
+            for sentence in sentences if not self.measured else ():
                 warn(sentence)
             trainer.add_callback(SpeedWatch(self.receipt, warn))
-        number = len(self.probes) + 1
+        number = len(self.measured) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
         probe = Probe(trainer, startup=self.startup, out_dir=folder)
-        self.probes.append(probe)
-        self.folders.append(folder)
+        self.measured.append(_Measurement(probe, folder))
         if self.steps is not None:
             trainer.add_callback(StopAfter(self.steps + probe.warmup))
 
     def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
-        result = train()
-        probe = next((probe for probe in self.probes if probe.trainer is trainer), None)
-        if probe is not None and self.steps is not None and probe.closed >= self.steps + probe.warmup:
+        ours = [(one, probe) for one in self.measured if (probe := one.probe()) and probe.trainer is trainer]
+        try:
+            result = train()
+        finally:
+            for one, probe in ours:
+                one.take(probe)
+        if self.steps is not None and any(probe.closed >= self.steps + probe.warmup for _, probe in ours):
             raise EnoughSteps
         return result
 
@@ -128,13 +152,15 @@ def run_script(
     """
     require_script(script)
     set_environment()
+    out_dir = out_dir.absolute()  # wherever the script works later
+    with as_warning(f"{out_dir} keeps what an earlier run measured"):
+        if is_first_rank():
+            clear(out_dir)
     probes = ScriptProbes(out_dir, steps, values, receipt)
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Heartbeat(probes.now, say), output:
+        with raising(lambda signum: SystemExit(128 + signum)), Heartbeat(probes.now, say), output:
             run_as_main(script, arguments, probes)
     finally:
-        signal.signal(signal.SIGTERM, previous)
         finish(probes)
 
 
@@ -156,7 +182,3 @@ def _speedups_of(text: str) -> Any:
     if text.startswith("["):
         return parse_yaml(text, "--speedups")
     return text if text in ("auto", "none") else text.split(",")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(SIGTERM_EXIT)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -32,13 +28,13 @@ def search_config(
     """Search with real trials, the progress on standard error.
 
     Returns:
-        The report, and the exit code: 0, or 130 where Ctrl-C ended it.
+        The report, and the exit code: 0, or 130 where a signal ended it.
 
     Raises:
         AutotuneError: As for `search.session.search`.
     """
     set_environment()
-    with SearchView(Console(stderr=True)) as view, _terminated_as_interrupted():
+    with SearchView(Console(stderr=True)) as view:
         report = search(
             config,
             budget_s=budget_s,
@@ -51,17 +47,3 @@ def search_config(
             script=script,
         )
     return report, INTERRUPTED_EXIT if report.ended == "interrupted" else 0
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a search as Ctrl-C does: with the best so far, and no process left."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from grpo_autotune.commands.imports import served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
@@ -19,6 +17,7 @@ from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.nvml import ORDER, VISIBLE
+from grpo_autotune.processes.ending import Stopped, raising
 from grpo_autotune.rollout.server.command import Serving, names_of_gpus, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
@@ -26,14 +25,6 @@ from grpo_autotune.units import duration
 
 GRACE_S = 20.0
 """What a server has to shut down after a signal before it is killed."""
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:
@@ -65,7 +56,7 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
     log = out_dir / LOG
     say(wanted.line())
     try:
-        with _signals():
+        with raising(more=[signal.SIGINT]):
             _stay(config, wanted, gpus, log)
     except Stopped as stopped:
         return 128 + stopped.signum
@@ -138,20 +129,3 @@ def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
         left = f"{order} {VISIBLE}={','.join(others)}" if others else "no GPU is left for the trainer"
         say(f"  and on the other GPUs: {left}")
     say("Ctrl-C ends it")
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Meanwhile the first Ctrl-C or SIGTERM raises `Stopped`; what comes after it changes nothing."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import Heartbeat, is_first_rank, say, warn
+from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
+from grpo_autotune.files import full_disk_told
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.hardware.device_memory import expand_segments
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
+from grpo_autotune.report.files import save_report
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
 from grpo_autotune.units import percent, seconds
@@ -33,7 +36,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     probes: list[Any] = []
     set_environment()
     gpus = leave_gpus(config)
-    with Heartbeat(lambda: watched[-1]()):
+    with ExitStack() as ended, full_disk_told(out_dir), Heartbeat(lambda: watched[-1]()):
         with startup.imports():
             expand_segments(os.environ)
             mend_torchvision()
@@ -51,23 +54,27 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
                 warn(sentence)
             probes.append(Probe(trainer, startup=startup))
             watched.append(probes[0].now)
+            ended.callback(_tell_time, probes[0], config, out_dir)  # however it ends
 
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
             )
-        watched.pop()
-    say(result.line())
-    _tell_time(probes[0], config, out_dir)
+        say(result.line())
     return result.exit_code
 
 
+@as_warning("no report")
 def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
     probe.detach()
     record = probe.record()
     if not (is_first_rank() and record.timings.step_s):
         return
-    report = report_of(record, config, out_dir)
+    report = report_of(record, config)
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
     shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)
-    say(f"{seconds(report.step_s)} per step: {shares}; `grpo-autotune report {out_dir}` prints the whole breakdown")
+    line = f"{seconds(report.step_s)} per step: {shares}"
+    with as_warning("the report was not saved"):
+        save_report(report, out_dir)
+        line += f"; `grpo-autotune report {out_dir}` prints the whole breakdown"
+    say(line)

@@ -74,11 +74,22 @@ def check_split(path: str, split: str | None, where: str) -> None:
 
 
 def check_model_place(name: str) -> None:
-    """Refuse the path of a model at which there is no folder; a registered name and a hub id pass.
+    """Refuse the path of a model at which there is no folder, or an adapter alone; a registered name and a hub id pass.
 
     Raises:
         ConfigError: It is such a path.
     """
+    adapter = Path(name) / "adapter_config.json"
+    if is_file(adapter) and not is_file(adapter.with_name("config.json")):
+        text = adapter.expanduser().read_text(encoding="utf-8", errors="replace")
+        named = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', text)
+        base = named[1] if named else "its base model"
+        raise ConfigError(
+            f"{name} holds an adapter of {base}, and no model",
+            where="model.name_or_path",
+            fix=f"Write {base} to train a new adapter; to go on from this one, save what PEFT's merge_and_unload() "
+            "makes of both, and its tokenizer, in a folder, and write that.",
+        )
     if name in names("model") or is_reference(name) or is_folder(name):
         return
     if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name):

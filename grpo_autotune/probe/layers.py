@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ class Observer(Protocol):
 
 def install(probe: Observer) -> list[Handle]:
     """Put the probe's layers on every seam of its trainer.
+
+    A layer on what may outlive the trainer (a module, a class, a list of rewards, a processor) holds nothing of it.
 
     Raises:
         SeamError: The installed TRL lacks a method that holds a stage; nothing stays installed then.
@@ -189,7 +192,7 @@ def _rewards_layer(probe: Observer, row: Seam) -> Layer:
 
 
 def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
-    recorder = probe.recorder
+    recorder, seen = probe.recorder, probe.rewards
 
     def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -200,7 +203,7 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
         if span is not None:
             recorder.end_elsewhere(span)
         if counted:
-            probe.rewards.see(name, False, time.perf_counter() - begin)
+            seen.see(name, False, time.perf_counter() - begin)
         return scores
 
     async def awaited(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +212,7 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
         scores = await call_next(*args, **kwargs)
         recorder.end_elsewhere(span)
         if counted:
-            probe.rewards.see(name, True, span.host_s)
+            seen.see(name, True, span.host_s)
         return scores
 
     return awaited if is_async else timed
@@ -234,14 +237,16 @@ def _counters(probe: Observer) -> list[Handle]:
     if processor is not None:
         from datasets import Image
 
+        alive = weakref.ref(probe)
+
         def preprocess(call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
-            if probe.counting() and not probe.images.full:
-                probe.images.processed[probe.closed] += _count(images)
+            if (seen := alive()) is not None and seen.counting() and not seen.images.full:
+                seen.images.processed[seen.closed] += _count(images)
             return call_next(images, *args, **kwargs)
 
         def decode(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            if probe.counting() and not probe.images.full:
-                probe.images.decoded[probe.closed] += 1
+            if (seen := alive()) is not None and seen.counting() and not seen.images.full:
+                seen.images.decoded[seen.closed] += 1
             return call_next(*args, **kwargs)
 
         handles.append(wrap(ClassSlot(processor, "preprocess"), preprocess))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from collections import deque
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_autotune.console import HEARTBEAT_S
+from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
@@ -86,6 +87,7 @@ class Probe:
             step=lambda: self.closed,
             counting=lambda: self.counting() and not self.fidelity.asking,
         )
+        self._blind = False
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
         self._last_step = trainer.state.global_step
@@ -94,8 +96,14 @@ class Probe:
         self._ended = False
         self._topic = f"grpo-autotune/probe-{next(_NUMBERS)}"
         self._file = self._open_spans(out_dir) if out_dir is not None else None
-        self._sampler = Sampler(self._stage_now, _readers(trainer.args.device))
+        alive = weakref.ref(self)
+        self._sampler = Sampler(
+            lambda: None if (probe := alive()) is None else probe._stage_now(), _readers(trainer.args.device)
+        )
         self._handles = install(self)
+        shared = [handle.remove for handle in self._handles if handle.shared]
+        for leave in (self._sampler.stop, self.recorder.abandon, *shared):
+            weakref.finalize(self, leave)  # a probe may be forgotten with its trainer, without being detached
         self._callback = _Edges(self)
         trainer.add_callback(self._callback)
 
@@ -112,9 +120,6 @@ class Probe:
             self.recorder.memory = None
             self._gauge.close()
             self._gauge = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def counting(self) -> bool:
         """Return whether a training step is under way, outside evaluation."""
@@ -134,11 +139,15 @@ class Probe:
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
-        trainer = self.trainer
-        self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
-        self.images.see(self.closed, inputs, output, _merge_size(trainer))
-        if not self.watched:
-            self.fidelity.see(output)
+        if self._blind:
+            return
+        trainer, self._blind = self.trainer, True
+        with as_warning("completions are not looked at from here on"):
+            self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
+            self.images.see(self.closed, inputs, output, _merge_size(trainer))
+            if not self.watched:
+                self.fidelity.see(output)
+            self._blind = False
 
     def train_began(self) -> None:
         """Open the first step's tree."""
@@ -252,8 +261,12 @@ class Probe:
     def _settle(self, spans: StepSpans) -> None:
         self._steps.append(stages_of(spans, self.recorder.timer))
         if self._file is not None:
-            self._file.write(json.dumps(_line(spans)) + "\n")
-            self._file.flush()
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(_line(spans)) + "\n")
+            except OSError as error:
+                warn(f"{self._file} ends before step {spans.step}: {error.strerror}")
+                self._file = None
 
     def _timings(self) -> StageTimings:
         timer = self.recorder.timer
@@ -284,10 +297,12 @@ class Probe:
         patches = int(count(height, width, {}))
         return patches // _merge_size(self.trainer) ** 2
 
-    def _open_spans(self, folder: Path) -> IO[str]:
+    def _open_spans(self, folder: Path) -> Path:
         rank = self.trainer.accelerator.process_index
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")).open("w", encoding="utf-8")
+        path = folder.absolute() / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")
+        path.write_bytes(b"")
+        return path
 
 
 class _Edges(TrainerCallback):  # type: ignore[misc]

@@ -96,7 +96,8 @@ class Sampler:
         """End sampling; the samples stay."""
         if self._thread is not None:
             self._stop.set()
-            self._thread.join()
+            if self._thread is not threading.current_thread():  # which may be the one that a probe is forgotten on
+                self._thread.join()
             self._thread = None
 
     def sample(self) -> None:

@@ -1,1 +1,1 @@
-"""Child processes that cannot outlive their parent."""
+"""Child processes that cannot outlive their parent, and signals that end a command."""

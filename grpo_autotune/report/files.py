@@ -1,10 +1,10 @@
-"""`report.json` on disk: written whole or not at all, and read back, or one clear error."""
+"""`report.json` on disk: written whole or not at all, read back, or one clear error."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_autotune.files import write_whole
+from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.records.report import SCHEMA, Report
 from grpo_autotune.records.stored import read_stored
 
@@ -14,9 +14,17 @@ REPORT_FILE = "report.json"
 def save_report(report: Report, folder: str | Path) -> Path:
     """Write `report.json` into `folder`, which is created where it is missing; returns the file's path."""
     path = Path(folder) / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, report.model_dump_json(indent=2) + "\n")
+    with full_disk_told(path.parent, "Make room there."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, report.model_dump_json(indent=2) + "\n")
     return path
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run measured in `folder`, so that no trainer of it is left among those of the next."""
+    for kind in (REPORT_FILE, "spans*.jsonl"):
+        for path in (*folder.glob(kind), *folder.glob(f"trainer-*/{kind}")):
+            path.unlink()
 
 
 def load_report(source: str | Path) -> Report:

@@ -108,11 +108,14 @@ class ScriptHooks:
 
 
 def require_script(script: Path) -> None:
-    """Refuse a path at which there is no file.
+    """Refuse a path at which there is no file, or a notebook.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or it is one.
     """
+    if script.suffix == ".ipynb":
+        fix = f"Give what `jupyter nbconvert --to script {script}` writes, or use attach(trainer) in a cell."
+        raise ConfigError("this is a notebook, and no script", where=str(script), fix=fix)
     if not is_file(script):
         raise ConfigError(
             "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -173,20 +174,36 @@ class Handle:
         self._point: Point | None = point
         self._layer = layer
 
+    @property
+    def shared(self) -> bool:
+        """True for a layer on a module or a class, which outlive every trainer."""
+        return self._point is not None and isinstance(getattr(self._point.slot, "owner", None), type | types.ModuleType)
+
     def remove(self) -> None:
         if self._point is not None:
             self._point.remove(self._layer)
             self._point = None
 
 
-def wrap(slot: Slot, layer: Layer, order: int = OUTER) -> Handle:
-    """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out."""
+def wrap(slot: Slot, layer: Layer, order: int = OUTER, *, weakly: bool = False) -> Handle:
+    """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out.
+
+    `weakly`, for a place that may outlive it, keeps no object alive whose method the layer is.
+    """
+    layer = _while_alive(weakref.WeakMethod(layer)) if weakly and inspect.ismethod(layer) else layer
     point = _point_in(slot)
     if point is None or not _same_place(point.slot, slot):
         point = Point(slot)
     index = next((i for i, (other, _) in enumerate(point.layers) if other >= order), len(point.layers))
     point.arrange([*point.layers[:index], (order, layer), *point.layers[index:]])
     return Handle(point, layer)
+
+
+def _while_alive(method: Callable[[], Any]) -> Layer:
+    def called(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return call_next(*args, **kwargs) if (layer := method()) is None else layer(call_next, *args, **kwargs)
+
+    return called
 
 
 def _point_in(slot: Slot) -> Point | None:

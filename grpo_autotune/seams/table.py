@@ -117,7 +117,7 @@ def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = O
         for row, layer in layers:
             slot = slot_of(trainer, row)
             if slot is not None:
-                handles.append(wrap(slot, layer, order))
+                handles.append(wrap(slot, layer, order, weakly=row.owner != "trainer"))
     except BaseException:
         for handle in handles:
             handle.remove()

@@ -7,16 +7,15 @@ Best-so-far files are written after every trial. Every step can be taken up agai
 
 from __future__ import annotations
 
-import errno
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError, EnvironmentProblem
-from grpo_autotune.files import write_whole
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
@@ -328,7 +327,7 @@ def search(
                 fix="Give a larger one; the time spent counts.",
             )
         recalled = folder.trials() if state else []
-        with _disk_full_said(run_dir), closing(TrialLog(task, runner(run_dir), budget, view)) as log:
+        with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view)) as log:
             evaluator, pool = open_search(log, recalled, fit, storage, sampler)
             return Session(evaluator, pool, sampler, shared=bool(storage)).run(recalled)
 
@@ -341,15 +340,3 @@ def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:
         values.pop("speedups")  # the folder of a search without speed-ups may leave the key out
     values["search"] = {key: value for key, value in values.get("search", {}).items() if key in ("knobs", "steps")}
     return fingerprint(json.dumps([values, script], sort_keys=True))
-
-
-@contextmanager
-def _disk_full_said(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise EnvironmentProblem(
-            "the disk is full", where=str(folder), fix="Make room and go on with --resume; what was measured is kept."
-        ) from error

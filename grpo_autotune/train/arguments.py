@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +14,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from trl import GRPOConfig
+from trl.trainer import grpo_trainer
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
@@ -62,6 +66,25 @@ def grpo_arguments(
     if grpo.n_gpu > 1:
         notes.append(_on_one_gpu(grpo, place))
     return Arguments(grpo, place, tuple(notes))
+
+
+def check_best_metric(args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation of these `rewards` reports, as TRL's source tells.
+
+    Raises:
+        ConfigError: There is no such metric, and none of the rewards' `modules` speaks of `log_metric`.
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    logged = re.findall(r'_metrics\[mode\]\[f?"([^"]+)"\]', inspect.getsource(grpo_trainer))
+    known = {name.format(reward_func_name=reward) for name in logged for reward in rewards}
+    known |= {"loss", "runtime", "samples_per_second", "steps_per_second"}  # by transformers
+    known -= set() if args.beta else {"kl"}
+    texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
+    if metric not in known and not any("log_metric" in text for text in texts):
+        fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
+        raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
 
 
 def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:

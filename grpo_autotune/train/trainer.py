@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.records.base import Frozen
+from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
-from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, unlocked_engine
+from grpo_autotune.train.arguments import as_config_errors, check_best_metric, grpo_arguments, unlocked_engine
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.rewards.build import build_rewards
@@ -59,7 +61,7 @@ class TrainResult(Frozen):
 
     @property
     def exit_code(self) -> int:
-        """0, or 130 and 143 after Ctrl-C and SIGTERM."""
+        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1."""
         return exit_code(self.signum)
 
     def line(self) -> str:
@@ -121,13 +123,15 @@ def build_trainer(
     check_packages(config, grpo_overrides or {})
     with phase("data"):
         train_data, eval_data = load(config, say)
-        functions, weights, _ = build_rewards(config, train_data.column_names)
+        functions, weights, names = build_rewards(config, train_data.column_names)
     arguments = grpo_arguments(
         config,
         output_dir=str(RunFolder(config.run_dir).checkpoints),
         reward_weights=weights,
         overrides=grpo_overrides or {},
     )
+    modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
+    check_best_metric(arguments.grpo, names, modules)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -170,7 +174,7 @@ def run_training(
     grpo_overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train in a run folder until the end, or until Ctrl-C or SIGTERM asks for a stop.
+    """Train in a run folder until the end, or until Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop.
 
     Args:
         config: The run.
@@ -203,9 +207,14 @@ def run_training(
     log = TrainLog(folder.log)
     trainer.add_callback(log)
     begun = time.monotonic()
-    signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
-    if not signum:
-        trainer.save_model(str(folder.model))
+    with StopRequest() as trainer.stop_request:
+        signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
+        if not signum:
+            draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
+            trainer.save_model(str(draft))
+            if trainer.is_world_process_zero():
+                shutil.rmtree(folder.model, ignore_errors=True)
+                draft.rename(folder.model)
     return TrainResult(
         folder=str(folder.path),
         steps=trainer.state.global_step,
@@ -224,10 +233,9 @@ def _train(trainer: ResumableTrainer, start: Start, progress: ProgressLine) -> i
         trainer.args.eval_on_start = False  # it was done when the run began
     trainer.add_callback(progress)
     quieten(bars=False)  # those of saving would break the progress line
-    with StopRequest() as trainer.stop_request, _closing(progress):
-        with suppress(NothingLeft):
-            trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
-        agreed: int = trainer.stop_request.agreed
+    with _closing(progress), suppress(NothingLeft):
+        trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
+    agreed = trainer.stop_request.agreed if trainer.stop_request else 0
     return agreed if trainer.state.global_step < trainer.state.max_steps else 0
 
 

@@ -40,6 +40,7 @@ MISTAKES = {
     "grpo.temperature": ["probe", "--set", "grpo.temperature=0"],
     "grpo.use_liger_kernel: true needs the package liger_kernel": ["train", "--set", "grpo.use_liger_kernel=true"],
     "no such script": ["run", "nope.py"],
+    "nope.ipynb: this is a notebook, and no script. Give what `jupyter nbconvert": ["run", "nope.ipynb"],
     "there is no speed-up 'missing'": ["run", "--speedups", "missing", "judges.py"],
     "--script nope.py": ["search", "--script", "nope.py"],
     "nowhere": ["report", "nowhere"],

@@ -118,3 +118,16 @@ def test_text_in_another_encoding(name: str, content: bytes, expected: str, here
     with pytest.raises(DataError) as caught:
         data(name)
     assert str(caught.value).startswith(f"{name}: {expected}")
+
+
+def test_an_adapter_alone_names_its_base_model(here: Path) -> None:
+    (here / "adapter").mkdir()
+    config = here / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 4}, indent=2))
+    with pytest.raises(AutotuneError, match=r"^model\.name_or_path: adapter holds an adapter of Qwen/Qwen3-0\.6B, and"):
+        check_model_place("adapter")
+    config.write_text("broken")
+    with pytest.raises(AutotuneError, match="an adapter of its base model"):
+        check_model_place("adapter")
+    (here / "adapter" / "config.json").write_text("{}")
+    check_model_place("adapter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from grpo_autotune.probe import kernels
 from grpo_autotune.probe.kernels import PASSES, Activity, KernelProfile, activities, kernels_by_stage
 from grpo_autotune.probe.spans import Span, StepSpans
-from grpo_autotune.records.probe import ProfiledStep
+from grpo_autotune.records.probe import ProbeRecord, ProfiledStep
 
 STEP = StepSpans(
     7,
@@ -214,6 +215,9 @@ def test_a_probe_by_the_command_has_a_profile(
     for name in ("set_environment", "mend_torchvision"):
         monkeypatch.setattr(probe, name, lambda: None)
     monkeypatch.setattr(probe, "expand_segments", lambda environment: None)
-    monkeypatch.setattr(probe, "report_of", lambda record, config, folder: record)
-    record, code = probe.probe_config(text_config(tiny("qwen3"), tmp_path), steps=1, out_dir=tmp_path)
-    assert record.profiled is not None and record.timings.steps == [3] and code == 0
+    monkeypatch.setattr(probe, "report_of", lambda record, config: record)
+    shown: list[ProbeRecord] = []
+    config = text_config(tiny("qwen3"), tmp_path)
+    probe.probe_config(config, steps=1, out_dir=tmp_path, output=nullcontext(), show=shown.append)
+    (record,) = shown
+    assert record.profiled is not None and record.timings.steps == [3]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 import time
+import weakref
 
 import pytest
+from datasets import Image
 
+from grpo_autotune import attach
 from grpo_autotune.errors import ConfigError
 from tests.support.trainers import async_reward, losses, make_trainer, spread_reward
 
 from grpo_autotune.probe import probe as probe_module  # isort: skip
+from grpo_autotune.probe.facts import TokenCollector  # isort: skip
 from grpo_autotune.probe.probe import Probe  # isort: skip
 from transformers import TrainerCallback  # isort: skip
 import trl.trainer.grpo_trainer as grpo_module  # isort: skip
@@ -232,3 +238,34 @@ def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
     for _ in range(5):
         Probe(trainer, out_dir=tmp_path / "probe").detach()
     assert len(list(handles.iterdir())) == before
+
+
+def test_a_trainer_that_is_let_go_is_freed_though_its_training_failed(tiny, tmp_path, picture_rows):
+    """Rewards and processor go on to the next trainer; the first leaves neither a layer nor a thread."""
+    gc.collect()
+    pad, decode, threads = grpo_module.pad, Image.decode_example, set(threading.enumerate())
+    rewards = [spread_reward, failing_reward]
+    trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path, rewards=rewards)
+    attach(trainer, out_dir=tmp_path / "probe")
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        trainer.train()
+    model, processor = weakref.ref(trainer.model), trainer.processing_class
+    assert grpo_module.pad is not pad
+    trainer.train_dataset = None
+    del trainer
+    gc.collect()
+    assert model() is None
+    assert grpo_module.pad is pad and Image.decode_example is decode
+    assert {thread for thread in threading.enumerate() if thread.name == "grpo-autotune-sampler"} <= threads
+    assert processor.tokenizer is not None and rewards[0](completions=[[{"content": "a"}]]) == [1 / 6]
+
+
+def failing_reward(completions, **kwargs):
+    raise RuntimeError("the judge is gone")
+
+
+def test_completions_that_cannot_be_counted_end_no_training(tiny, tmp_path, text_rows, monkeypatch, capsys):
+    monkeypatch.setattr(TokenCollector, "see_output", None)
+    record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path))
+    assert record.timings.steps == [2, 3] and record.tokens is None
+    assert capsys.readouterr().err.count("completions are not looked at from here on: TypeError") == 1

@@ -6,6 +6,9 @@ import asyncio
 import functools
 import itertools
 import types
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -142,3 +145,17 @@ def test_a_missing_seam_is_one_line_with_stage_method_and_versions():
 
 def test_keys_of_the_table_are_unique():
     assert len({row.key for row in TABLE}) == len(TABLE)
+
+
+def test_a_layer_on_what_outlives_its_owner_keeps_it_not_alive() -> None:
+    class Adds:
+        def layer(self, call_next: Callable[..., Any], /, number: int) -> int:
+            return int(call_next(number)) + 1
+
+    place, adds = types.SimpleNamespace(double=lambda number: 2 * number), Adds()
+    alive, handle = weakref.ref(adds), wrap(AttributeSlot(place, "double"), adds.layer, weakly=True)
+    assert place.double(3) == 7
+    del adds
+    assert alive() is None and place.double(3) == 6
+    handle.remove()
+    assert not hasattr(place.double, "__grpo_autotune_point__")

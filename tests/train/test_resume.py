@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.runs.checkpoints import survey
+from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.train.trainer import TrainResult, run_training
 from tests.support.training import arm, log_lines, losses, picture_config, text_config
 
@@ -171,3 +173,55 @@ def test_a_finished_run_resumed_does_nothing(tiny: Tiny, tmp_path: Path) -> None
     result = run_training(config, tmp_path / "run", resume=True)
     assert (result.steps, result.signum, result.metrics["step"]) == (2, 0, 2)
     assert log_lines(tmp_path / "run") == before
+
+
+class AtSave(TrainerCallback):
+    """A scheduler whose signal comes while the first checkpoint is written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGUSR2)
+
+
+def test_a_signal_in_a_save_costs_no_further_step(tiny: Tiny, tmp_path: Path) -> None:
+    result = run_training(text_config(tiny("qwen3"), tmp_path), tmp_path / "run", callbacks=[AtSave()])
+    assert (result.steps, result.exit_code) == (2, 128 + signal.SIGUSR2)
+    assert [checkpoint.step for checkpoint in survey(tmp_path / "run" / "checkpoints")] == [2]
+
+
+def test_a_signal_in_an_evaluation_is_saved_though_no_evaluation_was_better(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grpo = {
+        "max_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+        "save_strategy": "best",
+        "metric_for_best_model": "runtime",
+        "greater_is_better": True,
+    }
+    held_out = {"data": {"eval_split": "train", "max_eval_samples": 1}}
+    config = text_config(tiny("qwen3"), tmp_path, held_out, **grpo)
+    monkeypatch.setattr(ResumableTrainer.__base__, "_determine_best_metric", lambda *args, **kwargs: False)
+    arm(monkeypatch, 4, signal.SIGUSR1)  # of step 2's evaluation
+    result = run_training(config, tmp_path / "run")
+    assert (result.steps, result.exit_code) == (2, 128 + signal.SIGUSR1)
+    assert [checkpoint.step for checkpoint in survey(tmp_path / "run" / "checkpoints")] == [2]
+
+
+def test_a_finished_model_is_whole(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that is cut short leaves no folder that says that training has finished."""
+
+    def cut_short(trainer: Any, folder: str, **kwargs: Any) -> None:
+        Path(folder).mkdir()
+        raise OSError("cut short")
+
+    config = text_config(tiny("qwen3"), tmp_path, max_steps=1, save_strategy="no")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cut short"):
+        patch.setattr(ResumableTrainer, "save_model", cut_short)
+        run_training(config, tmp_path / "run")
+    assert run_training(config, tmp_path / "run", resume=True).steps == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.yaml", "model", "train_log.jsonl"
+    ]  # fmt: skip

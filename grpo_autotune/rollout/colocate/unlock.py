@@ -12,6 +12,7 @@ import importlib
 import inspect
 import operator
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -46,7 +47,7 @@ class Unlocked:
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self._entrances: list[Handle] = []
-        self._engines: list[tuple[Any, Engine]] = []
+        self._engines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._building: list[tuple[Any, Engine]] = []
         self._data: list[tuple[Any, ...]] = []
         self._signature = self._trainer_signature = inspect.Signature()
@@ -66,10 +67,9 @@ class Unlocked:
     def remove(self) -> None:
         """`close`, and take every layer off the engines there are; an engine keeps the arguments it was built with."""
         self.close()
-        for generation, engine in self._engines:
-            engine.take_off()
-            vars(generation).pop(MARK, None)
-        self._engines = []
+        for generation in self._engines:
+            vars(generation).pop(MARK).take_off()
+        self._engines.clear()
 
     def enter(self, module: ModuleType) -> None:
         """Wrap the entrances of `trl.generation.vllm_generation`."""
@@ -90,9 +90,9 @@ class Unlocked:
             call_next(trainer, *args, **kwargs)
         finally:
             self._data.pop()
-        for generation, engine in self._engines:
-            if generation is getattr(trainer, "vllm_generation", None):
-                engine.handles += mixed_image_rows.mend(trainer)
+        generation = getattr(trainer, "vllm_generation", None)
+        if generation is not None and generation in self._engines:
+            vars(generation)[MARK].handles += mixed_image_rows.mend(trainer)
 
     def _built(self, call_next: Callable[..., Any], generation: Any, /, *args: Any, **kwargs: Any) -> None:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
@@ -109,7 +109,7 @@ class Unlocked:
             call_next(generation, **(given | self._arguments()))
         finally:
             self._building.pop()
-        self._engines.append((generation, engine))
+        self._engines.add(generation)
         for part in engine.parts:
             engine.handles += part.install(generation)
 

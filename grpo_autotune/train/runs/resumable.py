@@ -161,9 +161,15 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             raise self._not_finite("the loss or its gradient is not a finite number")
         self._agree(int(signum))
 
-    def check_stop(self) -> None:
-        """Learn whether any rank was asked to stop, outside a step."""
+    def check_stop(self) -> bool:
+        """Learn whether any rank was asked to stop, outside a step; True if so."""
         self._agree(int(self._largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
+        return bool(self.stop_request and self.stop_request.agreed)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """True for a stop, too: with `save_strategy: best` nothing is saved otherwise."""
+        stop = self.check_stop()
+        return bool(super()._determine_best_metric(*args, **kwargs)) or stop
 
     def _not_finite(self, what: str) -> TrainingError:
         return TrainingError(
@@ -258,6 +264,9 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_stop()
         self._obey(control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = self._trainer.check_stop() or control.should_training_stop
 
     def _obey(self, control: Any) -> None:
         request = self._trainer.stop_request

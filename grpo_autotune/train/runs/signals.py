@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for a stop; the trainer honours it at the end of the step, with a checkpoint.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; the trainer honours it after the step, with a checkpoint.
 
 Only the request is kept here. The trainer makes it collective: a signal may reach one rank and not the others.
 """
@@ -14,12 +14,14 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from grpo_autotune.processes.ending import ENDING
+
 REPEAT_S = 0.5
 """A launcher may forward a Ctrl-C that the terminal has sent already: within this time both are one wish."""
 
 
 class StopRequest:
-    """While entered, turns the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C ends the process at once.
+    """While entered, turns the first of these signals into a wish to stop; a second Ctrl-C ends the process at once.
 
     Args:
         say: Tells the user, from inside a signal handler: it must not print through a buffered stream.
@@ -31,7 +33,7 @@ class StopRequest:
         agreed: The signal that some rank has received, as all ranks know since the last step; 0 for none.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, *ENDING)
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class StopRequest:
         if self.signum == 0:
             self.signum, self._at_s = signum, now
             self._say(
-                f"{signal.Signals(signum).name}: saving a checkpoint at the end of this step, then stopping "
+                f"{signal.Signals(signum).name}: stopping after this step, evaluation or save, with a checkpoint "
                 "(Ctrl-C again ends at once, without saving)"
             )
         elif signum == signal.SIGINT and now - self._at_s > REPEAT_S:
@@ -74,7 +76,7 @@ class StopRequest:
 
 
 def exit_code(signum: int) -> int:
-    """The shell's convention for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 0 for none."""
+    """The shell's convention for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM; 0 for none."""
     return 128 + signum if signum else 0
 
 

@@ -1,7 +1,8 @@
-"""Stop a training run after so many optimizer steps, without changing its schedule."""
+"""Optimizer steps of a measurement: a run stops after them, its schedule unchanged, or goes on for as many."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -48,3 +49,17 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
             return False
         more, rest = divmod(done - self._enough.steps, self._enough.every)
         return more >= 0 and not rest and time.monotonic() - self._begun_s >= self._enough.seconds
+
+
+def outlast(trainer: Any, steps: int) -> None:
+    """Let a run that is configured for fewer than `steps` optimizer steps go on that long."""
+    args = trainer.args
+    if 0 < args.max_steps < steps:
+        args.max_steps = steps
+    elif args.max_steps <= 0:
+        rows = getattr(trainer.train_dataset, "__len__", lambda: 0)()
+        prompts = args.generation_batch_size / trainer.num_generations
+        generations = math.floor(rows / prompts) * args.num_train_epochs
+        a_generation = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
+        if generations * a_generation < steps:
+            args.max_steps = steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from grpo_autotune.probe.probe import Probe
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import PromptReward, TrialSpec
-from grpo_autotune.train.runs.stop_after import Enough, StopAfter
+from grpo_autotune.train.runs.stop_after import Enough, StopAfter, outlast
 from grpo_autotune.trials.block_limit import is_interleaved
 from grpo_autotune.trials.child.beating import beating
 from grpo_autotune.trials.child.blocks import WITHOUT_END, BlockSchedule
@@ -92,20 +91,6 @@ def _measure_steps(
         lengths=tuple(lengths_seen(trainer, generations)) if spec.purpose == "probe" else (),
         notes=(*notes, *(fixed.notes if fixed else ())),
     )
-
-
-def outlast(trainer: Any, steps: int) -> None:
-    """Let a run that is configured for fewer than `steps` optimizer steps go on that long."""
-    args = trainer.args
-    if 0 < args.max_steps < steps:
-        args.max_steps = steps
-    elif args.max_steps <= 0:
-        rows = getattr(trainer.train_dataset, "__len__", lambda: 0)()
-        prompts = args.generation_batch_size / trainer.num_generations
-        generations = math.floor(rows / prompts) * args.num_train_epochs
-        a_generation = args.steps_per_generation * trainer.num_iterations / args.gradient_accumulation_steps
-        if generations * a_generation < steps:
-            args.max_steps = steps
 
 
 def _whole_cycles(steps: int, cycle: int) -> int:
