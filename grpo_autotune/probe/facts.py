@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from grpo_autotune.records.probe import ImageFacts, RewardCall, Spread, TokenFacts, TrainerFacts
+from grpo_autotune.seams.stored_images import scaled
 
 KEEP = 4096
 LIVE_SPREAD = 1e-6
@@ -207,7 +208,7 @@ def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], i
     stride = max(1, len(sizes) // SIZE_SAMPLE)
     means = {}
     for side in SIZES:
-        counts = [patches(*(max(1, round(s * side / max(size))) for s in size)) for size in sizes[::stride]]
+        counts = [patches(*scaled(size, side)) for size in sizes[::stride]]
         known = [n for n in counts if n is not None]
         if known:
             means[str(side)] = sum(known) / len(known)

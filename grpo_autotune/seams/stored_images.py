@@ -15,6 +15,9 @@ IMAGE_COLUMNS = ("image", "images")
 
 BATCH_ROWS = 256
 
+THIN = 100
+"""Longer side by shorter one from which on the shorter is rounded up: Qwen-VL's processors refuse more than 200."""
+
 
 @dataclass(frozen=True)
 class ImageColumn:
@@ -34,7 +37,8 @@ class ImageColumn:
         """Number of the first row, and the images of `BATCH_ROWS` rows, a list for each row."""
         for start in range(0, len(self.rows), BATCH_ROWS):
             values = self.rows[start : start + BATCH_ROWS][self.name]
-            yield start, [(value or []) if self.several else [value] for value in values]
+            none: list[Stored | None] = [] if self.several else [None]
+            yield start, [none if v is None else v if isinstance(v, list) else [v] for v in values]
 
 
 def image_columns(names: Collection[str]) -> list[str]:
@@ -50,7 +54,10 @@ def image_column(rows: Any, name: str) -> ImageColumn:
     """
     import datasets
 
-    several = isinstance(rows.features[name], datasets.List | datasets.LargeList)
+    lists, item = datasets.List | datasets.LargeList, rows.features[name]
+    several = isinstance(item, lists)
+    if name == "image" and several and isinstance(item.feature, lists):
+        several = False  # one array of pixels
     feature = image_feature(several, decode=False)
     return ImageColumn(name, rows.select_columns([name]).cast_column(name, feature), several)
 
@@ -74,3 +81,11 @@ def header_size(image: Stored) -> tuple[int, int]:
     with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
         width, height = opened.size
     return width, height
+
+
+def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Width and height with another longest side, aspect kept; rounding makes no thin image thinner."""
+    most = max(size)
+    up = most > THIN * min(size)
+    width, height = (-(-side * longest // most) if up else round(side * (longest / most)) for side in size)
+    return max(1, width), max(1, height)

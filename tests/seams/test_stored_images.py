@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from grpo_autotune.seams import stored_images
-from grpo_autotune.seams.stored_images import header_size, image_column
+from grpo_autotune.seams.stored_images import header_size, image_column, scaled
 
 
 def test_a_column_of_either_kind_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,14 @@ def test_a_column_of_either_kind_in_batches(tmp_path: Path, monkeypatch: pytest.
 def test_a_column_of_something_else() -> None:
     with pytest.raises((TypeError, ValueError, NotImplementedError)):
         image_column(datasets.Dataset.from_dict({"image": [1, 2]}), "image")
+
+
+@pytest.mark.parametrize("longest", [56, 255, 256, 1000, 4096])
+@pytest.mark.parametrize("short", [1, 2, 3, 7, 16, 21])
+def test_scaling_makes_no_thin_image_thinner(short: int, longest: int) -> None:
+    for long in (100 * short + 1, 187 * short + 3, 200 * short, 1333 * short):
+        width, height = scaled((long, short), longest)
+        assert width == longest and (width / height <= long / short or height == 1)
+        assert scaled((short, long), longest) == (height, width)
+        assert abs(height - short * longest / long) < 1 or height == 1
+    assert scaled((400, 301), longest) == (longest, round(301 * (longest / 400)))

@@ -17,7 +17,7 @@ from grpo_autotune import registry
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, DataError
 from grpo_autotune.seams import stored_images
-from grpo_autotune.train.data import images
+from grpo_autotune.train.data import pictures
 from grpo_autotune.train.data.datasets import load_data
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/test.jsonl"
@@ -116,6 +116,14 @@ def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     write[ending](path)
     train, _ = load(path=str(path), columns={"prompt": "question"})
     assert len(train) == 10 and train[9] == {"prompt": user("What is 9 + 1?"), "gold": 10}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_a_byte_order_mark_and_other_ends_of_lines_are_no_text(ending: str, tmp_path: Path) -> None:
+    lines = {".jsonl": '{"q": "caf\u00e9", "a": 1}', ".csv": "q,a\r\ncaf\u00e9,1"}[ending]
+    (tmp_path / f"rows{ending}").write_bytes(f"{lines}\r\n".encode("utf-8-sig"))
+    train, _ = load(path=str(tmp_path / f"rows{ending}"), columns={"prompt": "q"})
+    assert train[:] == {"prompt": [user("caf\u00e9")], "a": [1]}
 
 
 def test_saved_folders_with_and_without_splits(tmp_path: Path) -> None:
@@ -380,7 +388,7 @@ def test_image_folders_by_class_and_by_metadata(tmp_path: Path) -> None:
 
 def test_work_is_told_while_it_goes_on(gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_images, "BATCH_ROWS", 2)
-    monkeypatch.setattr(images, "TELL_EVERY", 2)
+    monkeypatch.setattr(pictures, "TELL_EVERY", 2)
     said: list[str] = []
     values = {"model": {"name_or_path": "m"}, "rewards": [{"name": "format"}], "grpo": GRPO}
     data = {"path": gallery, "columns": {"image": "photo"}, "image_size": 50}

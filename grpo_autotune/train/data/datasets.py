@@ -17,7 +17,9 @@ from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.config.schema import DataSection, RunConfig
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.train.data.images import prepare_images
+from grpo_autotune.train.data.pictures import lift
 from grpo_autotune.train.data.sources import read_rows
+from grpo_autotune.train.models.load import size_check
 
 Message = Mapping[str, Any]
 Splits = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -39,11 +41,11 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
         DataError: If there are no rows, or a row cannot be used; the message says which (counted from 0).
     """
     data = config.data
-    train = _rows(data, data.path, data.split, data.max_samples, progress)
+    train = _rows(config, data.path, data.split, data.max_samples, progress)
     check_rows(config, len(train))
     if data.eval_path is None and data.eval_split is None:
         return train, None
-    return train, _rows(data, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
+    return train, _rows(config, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
 
 
 def check_rows(config: RunConfig, rows: int) -> None:
@@ -63,9 +65,9 @@ def check_rows(config: RunConfig, rows: int) -> None:
 
 
 def _rows(
-    data: DataSection, path: str, split: str | None, limit: int | None, progress: Callable[[str], None]
+    config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None]
 ) -> datasets.Dataset:
-    is_train = path == data.path
+    data, is_train = config.data, path == config.data.path
     progress(f"reading {path}{f' ({split})' if split else ''}")
     rows = read_rows(
         path,
@@ -81,11 +83,13 @@ def _rows(
         rows = rows.select(range(min(limit, len(rows))))
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
-    return prepare_images(_columns(rows, data, path), data.image_size, base.absolute(), path, progress)
+    finished, held = _columns(rows, data, path)
+    try_size = size_check(config, progress)
+    return prepare_images(finished, data.image_size, base.absolute(), path, progress, held, try_size)
 
 
-def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> datasets.Dataset:
-    """Rows under our column names, with `prompt` as messages."""
+def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[datasets.Dataset, list[list[Any]]]:
+    """Rows under our column names, with `prompt` as messages, and the images that each row's messages held."""
     for ours, theirs in data.columns.items():
         if theirs not in rows.column_names:
             raise _missing(theirs, rows, f"data.columns.{ours}")
@@ -97,13 +101,15 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> datasets.
             where=where,
             fix=f"Give it another, for instance data.columns: {{my_{taken[0]}: {taken[0]}}}.",
         )
-    prompts = [
-        _messages(prompt, data.system_prompt, f"{where}, row {row}") for row, prompt in _prompts(rows, renamed, data)
+    lifted = [
+        lift(_messages(prompt, data.system_prompt, f"{where}, row {row}"))
+        for row, prompt in _prompts(rows, renamed, data)
     ]
-    finished = renamed.add_column("_prompt", prompts)  # before the old one goes: rows without a column have no number
+    # Before the old one goes: rows without a column have no number.
+    finished = renamed.add_column("_prompt", [messages for messages, _ in lifted])
     if "prompt" in finished.column_names:
         finished = finished.remove_columns("prompt")
-    return finished.rename_column("_prompt", "prompt")
+    return finished.rename_column("_prompt", "prompt"), [held for _, held in lifted]
 
 
 def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:

@@ -2,7 +2,8 @@
 
 Resized images are files in the cache folder, named by their content's hash and the size, so rows that share an image
 share its file, and a search that tries the same size again finds it there. Every trainer and rollout engine then sees
-the same smaller image, whatever its own processor's limits.
+the same smaller image, whatever its own processor's limits. So do images that the data writes out as text, and those
+whose values a processor would cut off.
 """
 
 from __future__ import annotations
@@ -10,180 +11,171 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from grpo_autotune.errors import DataError
 from grpo_autotune.files import cache_dir, write_whole
-from grpo_autotune.seams.stored_images import (
-    BATCH_ROWS,
-    ImageColumn,
-    Stored,
-    image_column,
-    image_columns,
-    image_feature,
-)
+from grpo_autotune.seams.stored_images import THIN, Stored, image_columns, image_feature, scaled
+from grpo_autotune.train.data.pictures import INLINE, RowImages, stored_column
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is not a whole image."""
 
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 95
-TELL_EVERY = 4 * BATCH_ROWS
 
-
-@dataclass(frozen=True)
-class _Column(ImageColumn):
-    """An image column with the folder that relative paths start from, and the data set's name, for messages."""
-
-    base: Path
-    where: str
-
-    def content(self, image: Stored) -> bytes:
-        """The image file's bytes."""
-        if image["bytes"] is not None:
-            return bytes(image["bytes"])
-        return self.path(image).read_bytes()
-
-    def path(self, image: Stored) -> Path:
-        """The path of an image's file."""
-        if image["path"] is None:
-            raise ValueError("neither a path nor bytes")
-        return self.base / str(image["path"])
+CUT_OFF = ("I", "F", "LAB")
+"""Beginnings of the modes of which Pillow's conversion to RGB cuts values off, or which it does not know."""
+PNG_MODES = frozenset({"L", "LA", "RGB", "RGBA"})
+"""Modes that PNG stores and that can be interpolated."""
 
 
 def prepare_images(
-    rows: datasets.Dataset, image_size: int | None, base: Path, where: str, progress: Callable[[str], None]
+    rows: datasets.Dataset,
+    image_size: int | None,
+    base: Path,
+    where: str,
+    progress: Callable[[str], None],
+    held: Sequence[Sequence[Any]] = (),
+    try_size: Callable[[int, int], Any] = lambda height, width: None,
 ) -> datasets.Dataset:
-    """Make the columns `image` and `images` readable, no side of an image longer than asked.
+    """Put each row's images, readable and no side longer than asked, into `image`, or `images` where they are lists.
 
     Args:
-        rows: Rows whose images are paths, bytes, or `datasets` images; an image that is None stays None.
+        rows: Rows whose images are paths, bytes, text, or `datasets` images; an image that is None stays None.
         image_size: Longest side in pixels; larger images are shrunk, aspect kept, none is enlarged. None leaves all.
         base: Folder that relative paths start from.
         where: The data set's name, for messages.
         progress: Told what is under way.
+        held: Images that each row's messages held, as `pictures.lift` has them.
+        try_size: Called with height and width of thin images; raises a ValueError for those that the model refuses.
 
     Raises:
-        DataError: For the first image that cannot be read, naming its row (counted from 0).
+        DataError: For the first image that cannot be used, naming its row (counted from 0).
     """
     names = image_columns(rows.column_names)
-    if image_size is not None and not names:
-        progress(f"data.image_size is {image_size}, and {where} has no images")
+    if not names and any(held):
+        names = ["images"]
+        rows = rows.add_column("images", [[]] * len(rows), feature=image_feature(True, decode=False))
+    if not names:
+        if image_size is not None:
+            progress(f"data.image_size is {image_size}, and {where} has no images")
+        return rows
+    columns = [stored_column(rows, name, where) for name in names]
+    images = RowImages(columns, held, rows.select_columns(["prompt"]), base, where, progress)
+    gathered = len(names) > 1 or any(map(any, held))
+    name = "images" if gathered or columns[0].several else "image"
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name in names:
-            column = _column(rows, name, base, where)
-            larger, moved = _check(column, image_size, pool, progress)
-            if larger and image_size is not None:
-                progress(f"resizing the images of {where} to {image_size} px")
-                rows = _replace(rows, column, _shrink_all(column, image_size, pool, progress))
-            elif moved:
-                rows = _replace(rows, column, _absolute(column))
-            else:
-                rows = rows.cast_column(name, image_feature(column.several, decode=True))
-    return rows
-
-
-def _column(rows: datasets.Dataset, name: str, base: Path, where: str) -> _Column:
-    try:
-        plain = image_column(rows, name)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(
-            f"the column {name} holds {rows.features[name]}, not images",
-            where=where,
-            fix="Map another in data.columns.",
-        ) from error
-    return _Column(name, plain.rows, plain.several, base, where)
+        unfit, files = _check(images, image_size, try_size, pool)
+        if unfit:
+            progress(f"resizing the images of {where} to {image_size or 'their own size'} px")
+            return _replace(rows, names, name, _make_all(images, image_size, pool))
+    if files or gathered:
+        return _replace(rows, names, name, (row for _, batch in images.batches("listed") for row in batch))
+    rows = rows.cast_column(names[0], image_feature(columns[0].several, decode=True))
+    return rows if names == [name] else rows.rename_column(names[0], name)
 
 
 def _check(
-    column: _Column, image_size: int | None, pool: Executor, progress: Callable[[str], None]
+    images: RowImages, image_size: int | None, try_size: Callable[[int, int], Any], pool: Executor
 ) -> tuple[bool, bool]:
-    """Read every image; answer if one is larger than asked, and if a path is relative.
+    """Read every image; answer if one has to be made anew, and if one is a file."""
+    with_frames: list[tuple[int, str]] = []
 
-    Raises:
-        DataError: For a broken image.
-    """
-
-    def check(numbered: tuple[int, Stored]) -> tuple[bool, bool]:
+    def check(numbered: tuple[int, Stored]) -> bool:
         row, image = numbered
+        place, path = f"{images.where}, row {row}", f" {image['path']}" if image["path"] else ""
         try:
-            side = _longest_side(column.content(image))
+            size, mode, frames = _look(_content(image))
+            shown = _fitted(size, image_size)
+            if max(shown) > THIN * min(shown):
+                try_size(*reversed(shown))
         except READ_ERRORS as error:
-            file = f" {column.path(image)}" if image["path"] else ""
-            reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))  # Pillow names the buffer it read from
-            raise DataError(f"cannot read the image{file}: {reason}", where=f"{column.where}, row {row}") from error
-        relative = image["bytes"] is None and not Path(image["path"]).is_absolute()
-        return image_size is not None and side > image_size, relative
+            reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", getattr(error, "strerror", None) or str(error))
+            raise DataError(f"cannot read the image{path}: {reason}", where=place) from error
+        if frames:
+            with_frames.append((row, path))
+        return shown != size or frames or mode.startswith(CUT_OFF) or image["path"] == INLINE
 
-    larger = moved = False
-    for start, images in column.batches():
-        _tell(start, column, "checked", progress)
-        numbered = [(start + at, image) for at, row in enumerate(images) for image in row if image is not None]
-        for big, relative in pool.map(check, numbered):
-            larger, moved = larger or big, moved or relative
-    return larger, moved
+    unfit = files = False
+    for start, batch in images.batches("checked"):
+        numbered = [(row, image) for row, all_of_row in enumerate(batch, start) for image in all_of_row]
+        files = files or any(image["bytes"] is None for _, image in numbered)
+        unfit = any(list(pool.map(check, numbered))) or unfit
+    if with_frames:
+        row, path = min(with_frames)
+        told = f"the model sees only the first frame of the image{path} ({len(with_frames)} such images)"
+        images.progress(f"{images.where}, row {row}: {told}")
+    return unfit, files
 
 
-def _longest_side(content: bytes) -> int:
-    """Longest side in pixels of a whole image; it is decoded only where nothing cheaper proves that it is whole.
+def _content(image: Stored) -> bytes:
+    """The image file's bytes."""
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else bytes(image["bytes"])
 
-    A PNG carries checksums, and a whole JPEG ends in an end marker (ITU T.81, section B.1.1.3).
+
+def _look(content: bytes) -> tuple[tuple[int, int], str, bool]:
+    """Width and height of a whole image, its mode, and if it has several frames.
+
+    It is decoded only where nothing cheaper proves that it is whole: a PNG carries checksums, and a whole JPEG ends in
+    an end marker (ITU T.81, section B.1.1.3).
     """
     with Image.open(BytesIO(content)) as image:
-        side = max(image.size)
+        size, mode, frames = image.size, image.mode, _has_frames(image)
         if image.format == "PNG":
             image.verify()
         elif image.format != "JPEG" or JPEG_END not in content[-64:]:
             image.load()
-    return side
+    return size, mode, frames
 
 
-def _shrink_all(
-    column: _Column, image_size: int, pool: Executor, progress: Callable[[str], None]
-) -> Iterator[list[Stored | None]]:
-    """Each row's images as paths of files that are no larger than asked; each distinct image is worked on once."""
+def _has_frames(image: Image.Image) -> bool:
+    """True for several frames, of which `datasets` would keep the file open; the others of a photo are previews."""
+    return image.format != "MPO" and getattr(image, "is_animated", False)
+
+
+def _make_all(images: RowImages, image_size: int | None, pool: Executor) -> Iterator[list[Stored]]:
+    """Each row's images as paths of files that are fit to be shown; each distinct image is worked on once."""
     folder = cache_dir("images")
     done: dict[str, str] = {}
 
     def digest(image: Stored) -> str:
-        return hashlib.sha256(column.content(image)).hexdigest()[:40]
+        return hashlib.sha256(_content(image)).hexdigest()[:40]
 
-    def shrink(item: tuple[str, Stored]) -> str:
-        return str(_shrunk(column.content(item[1]), folder / f"{item[0]}-{image_size}", image_size))
+    def make(item: tuple[str, Stored]) -> str:
+        return str(_made(_content(item[1]), folder / item[0], image_size))
 
-    for start, images in column.batches():
-        _tell(start, column, "resized", progress)
-        present = [image for row in images for image in row if image is not None]
+    for _, batch in images.batches("resized"):
+        present = [image for row in batch for image in row]
         keys = list(pool.map(digest, present))
         fresh = {key: image for key, image in zip(keys, present, strict=True) if key not in done}
-        done.update(zip(fresh, pool.map(shrink, fresh.items()), strict=True))
+        done.update(zip(fresh, pool.map(make, fresh.items()), strict=True))
         left = iter(keys)
-        for row in images:
-            yield [None if image is None else {"bytes": None, "path": done[next(left)]} for image in row]
+        for row in batch:
+            yield [{"bytes": None, "path": done[next(left)]} for _ in row]
 
 
-def _shrunk(content: bytes, stem: Path, image_size: int) -> Path:
-    """Path of the file that holds the image no larger than asked; made if it is not there yet, whole or not at all."""
+def _made(content: bytes, stem: Path, image_size: int | None) -> Path:
+    """Path of the file that holds the image fit to be shown; made if it is not there yet, whole or not at all."""
     with Image.open(BytesIO(content)) as image:
-        scale = image_size / max(image.size)
+        width, height = _fitted(image.size, image_size)
+        as_it_is = (width, height) == image.size and not (image.mode.startswith(CUT_OFF) or _has_frames(image))
         as_jpeg = image.format == "JPEG"
-        target = stem.with_suffix(".jpg" if as_jpeg else ".png")
-        if scale >= 1:
-            target = stem.with_suffix(f".{(image.format or 'png').lower()}")
+        ending = (image.format or "png").lower() if as_it_is else "jpg" if as_jpeg else "png"
+        target = stem.with_name(f"{stem.name}-{width}x{height}.{ending}")
         if target.exists():
             return target
-        if scale < 1:
-            upright = _resizable(ImageOps.exif_transpose(image), as_jpeg)
-            width, height = (max(1, round(side * scale)) for side in upright.size)
-            small, file = upright.resize((width, height), Image.Resampling.LANCZOS), BytesIO()
+        if not as_it_is:
+            upright, file = _storable(ImageOps.exif_transpose(image), as_jpeg), BytesIO()
+            small = upright.resize(_fitted(upright.size, image_size), Image.Resampling.LANCZOS)
             if as_jpeg:
                 small.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
             else:
@@ -193,33 +185,37 @@ def _shrunk(content: bytes, stem: Path, image_size: int) -> Path:
     return target
 
 
-def _resizable(image: Image.Image, as_jpeg: bool) -> Image.Image:
-    """The image in a mode that can be interpolated and saved: a palette or a bitmap cannot, and PNG knows no CMYK."""
+def _fitted(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
+    return size if image_size is None or image_size >= max(size) else scaled(size, image_size)
+
+
+def _storable(image: Image.Image, as_jpeg: bool) -> Image.Image:
+    """The image in 8 bits per value, and in a mode that can be interpolated and saved."""
+    if image.mode.startswith(("I", "F")):
+        return _in_8_bits(image)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     if image.mode == "1":
         return image.convert("L")
-    if image.mode == "P":
-        return image.convert("RGBA" if "transparency" in image.info else "RGB")
-    return image if as_jpeg or image.mode != "CMYK" else image.convert("RGB")
+    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
+        return image.convert("RGBA")
+    return image if as_jpeg or image.mode in PNG_MODES else image.convert("RGB")
 
 
-def _absolute(column: _Column) -> Iterator[list[Stored | None]]:
-    for _, images in column.batches():
-        for row in images:
-            yield [
-                image
-                if image is None or image["bytes"] is not None
-                else {"bytes": None, "path": str(column.path(image))}
-                for image in row
-            ]
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """The image as shades of grey: its values where all lie in 0 to 255 (255 times those of floats in 0 to 1), else
+    stretched from its least to its largest; what is no number counts as the least."""
+    values = np.asarray(image, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if least >= 0.0 and most <= 255.0:
+        least, most = 0.0, 1.0 if image.mode == "F" and most <= 1.0 else 255.0
+    shades = (np.nan_to_num(values, nan=least, posinf=most, neginf=least) - least) * (255.0 / ((most - least) or 1.0))
+    return Image.fromarray(np.rint(shades).astype(np.uint8))
 
 
-def _replace(rows: datasets.Dataset, column: _Column, images: Iterator[list[Stored | None]]) -> datasets.Dataset:
-    values: list[Any] = list(images) if column.several else [row[0] for row in images]
-    return rows.remove_columns(column.name).add_column(
-        column.name, values, feature=image_feature(column.several, decode=True)
-    )
-
-
-def _tell(start: int, column: _Column, what: str, progress: Callable[[str], None]) -> None:
-    if start and start % TELL_EVERY == 0:
-        progress(f"{what} {start} of {len(column.rows)} rows' images")
+def _replace(rows: datasets.Dataset, names: list[str], name: str, images: Iterator[list[Stored]]) -> datasets.Dataset:
+    several = name == "images"
+    values: list[Any] = list(images) if several else [row[0] if row else None for row in images]
+    return rows.remove_columns(names).add_column(name, values, feature=image_feature(several, decode=True))

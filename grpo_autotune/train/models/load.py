@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def load_processor(config: RunConfig, source: str) -> Any:
         )
     check_padding(processor, source)
     return processor
+
+
+def size_check(config: RunConfig, say: Callable[[str], None]) -> Callable[[int, int], Any]:
+    """A call with height and width that raises a ValueError for an image that the model's processor would refuse; the
+    processor is loaded on the first call, since few data sets have such an image."""
+
+    @cache
+    def patches() -> Callable[..., Any]:
+        images = getattr(load_processor(config, model_source(config, say)), "image_processor", None)
+        return getattr(images, "get_number_of_image_patches", lambda height, width, options: None)
+
+    return lambda height, width: patches()(height, width, {})
 
 
 def check_images(processor: Any, columns: Sequence[str]) -> None:
