@@ -58,13 +58,32 @@ grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length
 DATA_NOTES = """\
 - `digits` is the one registered data set that comes with the package (the demo's).
 - Relative paths start from the current folder; image paths inside a data file start from that file's folder.
-- A prompt is text (it becomes a user message) or a list of messages. `columns` renames: the column keeps our name only.
-  Every column that is not mapped is passed to the rewards as it is.
+- A prompt is text (it becomes a user message) or a list of messages, also as JSON in a table of text; the content of a
+  message is text or a list of parts (`{type: text, text: ...}`, `{type: image}`). One column may mix them; keys that
+  are null do not count.
+- With `prompt_format: text` the model reads the text as it is, without a chat template: for data that has been through
+  one, and for models without one. Rewards then get completions as text. Such prompts have no pictures.
+- A row's pictures stand where its `<image>` markers and image parts are, as many as there are pictures; without any,
+  before the first user message's text.
+- A prompt that ends with an assistant turn is taken as TRL does: the turn is closed, and the model begins a new one.
+- Before the model loads, the shape of every row is checked, and the chat template is tried on the first, the last and
+  50 other rows.
+- `columns` renames: the column keeps our name only. Every column that is not mapped is passed to the rewards as it is.
 - `prompt_template` may use the data's names and ours; a literal brace is written twice.
 - An image folder has one sub-folder per class (the column `label` then holds the class's name), or a `metadata.csv`
   with `file_name`.
 - With `image_size`, each distinct image is resized once and kept in the cache folder, so later runs find it there.
-  Boxes in answers are not rescaled.
+  Boxes in answers are not rescaled. The short side of an image thinner than 100 to 1 is rounded up, so that none
+  becomes thinner than the model's processor takes (Qwen-VL: 200 to 1); one that is too thin by itself is refused with
+  its row.
+- Images stand in `image` or `images`, one or a list, or inside the parts of a message (`image`, `image_url`, `url`,
+  `path`, `base64`); each is a path (or `file://`), bytes, base64 or a data URI. A URL is refused: nothing is
+  downloaded. Rewards get the column `image` where each row has one, and `images` where they are lists. A prompt has as
+  many parts `{"type": "image"}` as its row has images, or none: then they come before the first text of a user.
+- Images of 16 bits, of 32-bit integers and of floats become grey of 8 bits: their values where all lie in 0 to 255
+  (those of floats in 0 to 1 times 255), else stretched from the image's least value (black) to its largest (white). Of
+  several frames (TIFF, GIF, APNG, WebP) the model sees the first, which is said.
+- Text files (.json, .jsonl, .csv) are in UTF-8; another encoding is refused with the line.
 """
 
 

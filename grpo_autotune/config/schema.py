@@ -91,6 +91,8 @@ class DataSection(Section):
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
     prompt_template: str | None = None
     """Prompt as a format string over columns: `"{question} Answer with a number."`"""
+    prompt_format: Literal["messages", "text"] = "messages"
+    """Text as a user message, to which the chat template is applied; `text` gives the model the text as it is."""
     system_prompt: str | None = None
     """System message put before every prompt."""
     max_samples: int | None = Field(default=None, ge=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError, NothingSucceeded
+from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.objective import evaluation_every
 from grpo_autotune.predict.room import memory_of
@@ -34,6 +34,7 @@ MOST_PROBE_STEPS = 6
 UNBOUNDED_PROBE_S = 1800.0
 PROBE_SHARE = 0.05
 """Of the budget; after so much training the probe measures no more steps than a trial does."""
+REFUSALS = {kind.__name__: kind for kind in (ConfigError, DataError, EnvironmentProblem)}
 
 Recalled = Sequence[tuple[TrialSpec, TrialOutcome | None]]
 Fit = Callable[[RunConfig, ProbeRecord, Machine, TrialOutcome], Models]
@@ -46,6 +47,7 @@ def open_search(
 
     Raises:
         ConfigError: The budget is too small, the space is empty, or the study is another one's.
+        ConfigError, DataError, EnvironmentProblem: As `train` would raise it before a model is loaded.
         NothingSucceeded: The configuration cannot be measured.
     """
     task, config = log.task, log.task.config
@@ -160,6 +162,8 @@ def _run_probe(log: TrialLog) -> TrialOutcome:
         at = f"in step {step} of {most}" if step else f"in {stage}"
         least_s = outcome.elapsed_s * whole / max(1, step)
         _too_small(log.budget, 3.0 * least_s, f"the probe of your configuration was {at} when it was over")
+    if outcome.status == "invalid" and outcome.error_type in REFUSALS:
+        raise REFUSALS[outcome.error_type](outcome.why or "")  # the line that `train` would have ended with
     if outcome.status != "ok":
         _not_measured(log)
     return outcome

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
@@ -85,6 +85,14 @@ def check_best_metric(args: GRPOConfig, rewards: Sequence[str], modules: Iterabl
     if metric not in known and not any("log_metric" in text for text in texts):
         fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
         raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
+
+
+def suppress_image_token(grpo: GRPOConfig, processor: Any, model: Any) -> None:
+    """Keep the image token among those that are never sampled, where the user's own list takes the place of TRL's."""
+    given = grpo.generation_kwargs or {}
+    if not grpo.use_vllm and "suppress_tokens" in given and isinstance(processor, ProcessorMixin):
+        tokens = [*(given["suppress_tokens"] or []), model.config.image_token_id]
+        grpo.generation_kwargs = {**given, "suppress_tokens": tokens}
 
 
 def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:

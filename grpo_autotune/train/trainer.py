@@ -21,8 +21,15 @@ from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
-from grpo_autotune.train.arguments import as_config_errors, check_best_metric, grpo_arguments, unlocked_engine
+from grpo_autotune.train.arguments import (
+    as_config_errors,
+    check_best_metric,
+    grpo_arguments,
+    suppress_image_token,
+    unlocked_engine,
+)
 from grpo_autotune.train.data.datasets import LoadData, load_data
+from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
@@ -140,7 +147,12 @@ def build_trainer(
         source = model_source(config, say)
         processor = load_processor(config, source)
         check_images(processor, train_data.column_names)
+        options = arguments.grpo.chat_template_kwargs or {}
+        train_data = fit_prompts(train_data, processor, options, config.data.path, say)
+        if eval_data is not None:
+            eval_data = fit_prompts(eval_data, processor, options, config.data.eval_path or config.data.path, say)
         model = load_model(config, source, arguments.placement)
+        suppress_image_token(arguments.grpo, processor, model)
         adapter = lora_config(config, model)
     with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
         trainer = ResumableTrainer(

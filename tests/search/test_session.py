@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from grpo_autotune.config.schema import RunConfig, load_config
-from grpo_autotune.errors import ConfigError, EnvironmentProblem, NothingSucceeded
+from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Gpu
 from grpo_autotune.knobs import TABLE, engine_knobs
 from grpo_autotune.predict.objective import Interval
@@ -602,6 +602,15 @@ def test_a_configuration_that_cannot_be_measured_is_said_so(tmp_path: Path) -> N
     with pytest.raises(NothingSucceeded, match=r"reward_failed.*r raised ValueError") as caught:
         Paper(tmp_path, act=act).search()
     assert caught.value.exit_code == 4
+
+
+def test_data_that_training_refuses_ends_a_search_with_the_same_line(tmp_path: Path) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        why = "rows.jsonl, row 3: the prompt is None"
+        return TrialOutcome(number=spec.number, status="invalid", why=why, error_type="DataError", elapsed_s=3.0)
+
+    with pytest.raises(DataError, match=r"^rows\.jsonl, row 3: the prompt is None$"):
+        Paper(tmp_path, act=act).search()
 
 
 def test_a_reward_that_starts_to_fail_ends_the_search_with_what_there_is(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A configuration's data section -> rows as TRL wants them: `prompt` as messages, images, and columns for rewards.
+"""A configuration's data section -> rows as TRL wants them: `prompt`, images, and columns for rewards.
 
 Text is rearranged here and nothing else: image columns are passed on as they are stored, so nothing is decoded or
 copied that need not be.
@@ -7,7 +7,7 @@ copied that need not be.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import datasets
 from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.config.schema import DataSection, RunConfig
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
+from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.train.data.images import prepare_images
 from grpo_autotune.train.data.pictures import lift
+from grpo_autotune.train.data.prompts import shaped, with_prompts
 from grpo_autotune.train.data.sources import read_rows
 from grpo_autotune.train.models.load import size_check
 
-Message = Mapping[str, Any]
 Splits = tuple[datasets.Dataset, datasets.Dataset | None]
 LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 
@@ -34,7 +35,8 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
         progress: Told, line by line, what is under way.
 
     Returns:
-        Rows with `prompt` (a list of messages), `image` or `images` where the data has any, and all other columns.
+        Rows with `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any,
+        and all other columns.
 
     Raises:
         ConfigError: If the data, a split or a column is not there, or there are too few rows for one generation.
@@ -89,7 +91,7 @@ def _rows(
 
 
 def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[datasets.Dataset, list[list[Any]]]:
-    """Rows under our column names, with `prompt` as messages, and the images that each row's messages held."""
+    """Rows under our column names, with `prompt` as TRL takes it, and the images that each row's messages held."""
     for ours, theirs in data.columns.items():
         if theirs not in rows.column_names:
             raise _missing(theirs, rows, f"data.columns.{ours}")
@@ -101,15 +103,15 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[dat
             where=where,
             fix=f"Give it another, for instance data.columns: {{my_{taken[0]}: {taken[0]}}}.",
         )
-    lifted = [
-        lift(_messages(prompt, data.system_prompt, f"{where}, row {row}"))
-        for row, prompt in _prompts(rows, renamed, data)
+    pictured = bool(image_columns(renamed.column_names))
+    if data.prompt_format == "text" and (pictured or data.system_prompt is not None):
+        kind = "pictures" if pictured else "data.system_prompt"
+        raise ConfigError(f"text that is taken as it is has no place for {kind}", where="data.prompt_format")
+    prompts = [
+        shaped(prompt, data, f"{where}, row {row}", pictured=pictured) for row, prompt in _prompts(rows, renamed, data)
     ]
-    # Before the old one goes: rows without a column have no number.
-    finished = renamed.add_column("_prompt", [messages for messages, _ in lifted])
-    if "prompt" in finished.column_names:
-        finished = finished.remove_columns("prompt")
-    return finished.rename_column("_prompt", "prompt"), [held for _, held in lifted]
+    lifted = [(prompt, []) if isinstance(prompt, str) else lift(prompt) for prompt in prompts]
+    return with_prompts(renamed, [prompt for prompt, _ in lifted]), [held for _, held in lifted]
 
 
 def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
@@ -137,8 +139,11 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSectio
             raise _missing(field, rows, "data.prompt_template")
         values[field] = source[field][:]
     for row in range(len(rows)):
+        cells = {field: column[row] for field, column in values.items()}
         try:
-            prompt = data.prompt_template.format(**{field: column[row] for field, column in values.items()})
+            if None in cells.values():
+                raise ValueError("a column that it names is empty there")
+            prompt = data.prompt_template.format(**cells)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"does not fit row {row}: {error}", where="data.prompt_template") from error
         yield row, prompt
@@ -164,29 +169,6 @@ def _fields(template: str) -> list[str]:
                 fix="Write a literal brace twice: {{ or }}.",
             )
     return fields
-
-
-def _messages(prompt: Any, system_prompt: str | None, where: str) -> list[Message]:
-    """A prompt as messages, behind the system prompt."""
-    messages: list[Message]
-    if isinstance(prompt, str) and prompt.strip():
-        messages = [{"role": "user", "content": prompt}]
-    elif (
-        isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) and "role" in turn for turn in prompt)
-    ):
-        messages = list(prompt)
-    else:
-        raise DataError(f"the prompt is {prompt!r}", where=where, fix="It must be text that is not empty, or messages.")
-    if system_prompt is None:
-        return messages
-    if messages[0]["role"] == "system":
-        raise ConfigError(
-            "the data's prompts have a system message already", where="data.system_prompt", fix="Set it to null."
-        )
-    text: Any = system_prompt
-    if not isinstance(messages[0].get("content"), str):
-        text = [{"type": "text", "text": system_prompt}]
-    return [{"role": "system", "content": text}, *messages]
 
 
 def _missing(column: str, rows: datasets.Dataset, where: str) -> ConfigError:

@@ -1,0 +1,95 @@
+"""Prompts as messages, whatever shape they have in the data, and each picture where the text has its place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import datasets
+from trl.trainer.utils import remove_none_values
+
+from grpo_autotune.config.schema import DataSection
+from grpo_autotune.errors import ConfigError, DataError
+
+Message = Mapping[str, Any]
+
+MARKER = "<image>"
+"""Place of a picture in a text."""
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+
+
+def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any]) -> datasets.Dataset:
+    """The rows with other prompts; messages as JSON, for Arrow would give all the same keys and knows no mixture."""
+    feature = datasets.Value("string") if isinstance(prompts[0], str) else datasets.Json()
+    column = datasets.Dataset.from_dict({"prompt": prompts}, features=datasets.Features(prompt=feature))
+    others = [name for name in rows.column_names if name != "prompt"]
+    return datasets.concatenate_datasets([rows.select_columns(others), column], axis=1) if others else column
+
+
+def shaped(prompt: Any, data: DataSection, where: str, *, pictured: bool) -> Any:
+    """A prompt as messages behind the system prompt, or as text where `data` says so; `pictured` data has markers.
+
+    Raises:
+        ConfigError, DataError: There is a system message already; the prompt is nothing that can be used.
+    """
+    as_text = data.prompt_format == "text"
+    if isinstance(prompt, str) and MESSAGES_AS_TEXT.match(prompt) and not as_text:
+        with suppress(ValueError):
+            prompt = json.loads(prompt)
+    elif isinstance(prompt, str) and prompt.strip():
+        if as_text:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    if as_text or not isinstance(prompt, list) or not prompt:
+        wanted = "text that is not empty, or messages (in a table of text, as JSON)"
+        raise DataError(f"the prompt is {prompt!r}", where=where, fix=f"It must be {wanted}.")
+    messages = [_turn(turn, where) for turn in remove_none_values(prompt)]
+    if data.system_prompt is not None and messages[0]["role"] == "system":
+        raise ConfigError(
+            "the data's prompts have a system message already", where="data.system_prompt", fix="Set it to null."
+        )
+    if data.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": data.system_prompt})
+    if not pictured and not has_parts(messages):
+        return messages
+    cut = [turn if turn["role"] == "tool" else {**turn, "content": list(_cut(turn["content"]))} for turn in messages]
+    places = [part for turn in cut if turn["role"] != "tool" for part in turn["content"] if part["type"] != "text"]
+    return cut if places else messages  # TRL adds none of its own to parts
+
+
+def has_parts(prompt: Sequence[Message]) -> bool:
+    """True if the content of a turn is a list of parts."""
+    return any(isinstance(turn["content"], list) for turn in prompt)
+
+
+def _turn(turn: Any, where: str) -> Message:
+    """A turn that has content or, TRL looking that key up all the same, tool calls alone."""
+    content = turn.get("content") if isinstance(turn, Mapping) and turn.get("role") else ()
+    is_usable = isinstance(content, str) or (
+        isinstance(content, list) and content != [] and all(map(_is_part, content))
+    )
+    if is_usable or (content is None and turn.get("tool_calls")):
+        return {**turn, "content": content}
+    raise DataError(
+        f"a turn of the prompt is {turn!r}",
+        where=where,
+        fix="It needs a role, and as content text or parts such as {type: text, text: ...} and {type: image}. "
+        "(Where a column mixes text and parts, text like 12 is read as a number.)",
+    )
+
+
+def _is_part(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return kind in ("image", "image_url") or (kind == "text" and isinstance(part.get("text"), str))
+
+
+def _cut(content: Any) -> Iterator[Message]:
+    """The parts of a content, its texts cut where a picture belongs."""
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
+        pieces = re.split(f"({MARKER})", part["text"]) if part["type"] == "text" else []
+        yield from [{"type": "image"} if piece == MARKER else {**part, "text": piece} for piece in pieces if piece]
+        if part["type"] != "text":
+            yield part
