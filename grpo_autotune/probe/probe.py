@@ -10,7 +10,9 @@ import json
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.table import CALLBACKS, TABLE
-from grpo_autotune.seams.trainer_access import base_of
+from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
@@ -185,7 +187,7 @@ class Probe:
             timings=timings,
             trainer=facts,
             tokens=self.tokens.facts(first, steps, self.cycle, facts),
-            images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
+            images=self.images.facts(first, steps, self.cycle, partial(image_tokens, self.trainer.processing_class)),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             others=self._sampler.others(on_gpu=self.recorder.timer is not None),
@@ -292,14 +294,6 @@ class Probe:
             return APART
         span = self.recorder.current()
         return None if span is None else span.stage or "other"
-
-    def _tokens_of_size(self, width: int, height: int) -> int | None:
-        processor = getattr(self.trainer.processing_class, "image_processor", None)
-        count = getattr(processor, "get_number_of_image_patches", None)
-        if count is None:
-            return None
-        patches = int(count(height, width, {}))
-        return patches // _merge_size(self.trainer) ** 2
 
     def _open_spans(self, folder: Path) -> Path:
         rank = self.trainer.accelerator.process_index
