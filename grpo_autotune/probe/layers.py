@@ -156,6 +156,8 @@ def _score_layer(probe: Observer, row: Seam) -> Layer:
 
     def score(call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("", row.key):
+            if recorder.is_open and trainer.environment_factories is not None:
+                recorder.begin("tools", "reset")  # until the rollout begins
             output = call_next(inputs, *args, **kwargs)
             if recorder.is_open and not recorder.inside(APART) and trainer.model.training:
                 with recorder.span("", "probe"):
@@ -170,6 +172,9 @@ def _rollout_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
     def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        before = recorder.current()
+        if before is not None and before.part == "reset":
+            recorder.end(before)
         with recorder.span(row.stage, row.part):
             result = call_next(*args, **kwargs)
         probe.rollout = result[0], result[1]

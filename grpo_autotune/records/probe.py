@@ -22,6 +22,7 @@ STAGE_WORDS = {
     "backward": "the backward pass",
     "data": "data loading",
     "prompt": "prompt processing",
+    "tools": "running tools and environments",
     "weight_sync": "pushing weights to vLLM",
     "engine": "vLLM's sleep and wake-up",
     "sync_wait": "waiting for other ranks",

@@ -14,6 +14,7 @@ LEGEND = {
     "backward": "the gradients",
     "data": "reading rows and decoding images",
     "prompt": "chat template, tokenizer and image processor",
+    "tools": "calls of tools, and resets of environments",
     "weight_sync": "pushing the weights to vLLM",
     "engine": "vLLM's sleep and wake-up",
     "sync_wait": "waiting for other ranks",
