@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
 from grpo_autotune.seams.layers import INNER, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
@@ -28,9 +29,14 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
 
     Returns:
         Seconds of each batch, and the rewards of each prompt, in the data set's order.
+
+    Raises:
+        ConfigError: The data set is streamed.
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise ConfigError("a streamed data set has no numbered prompts to compare rewards on", where="train_dataset")
     batches = max(1, min(batches, len(trainer.train_dataset) // prompts))
     samples = _Samples(trainer, heartbeat)
     trainer.model.train()
