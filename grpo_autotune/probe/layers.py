@@ -38,7 +38,7 @@ class Observer(Protocol):
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
 
-    def step_ended(self) -> None:
+    def step_ended(self, grad_norm: Any) -> None:
         """Close the step's tree of spans if an optimizer step is complete."""
 
 
@@ -226,10 +226,10 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
 def _step_end_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
-    def step_end(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def step_end(call_next: Callable[..., Any], /, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
-            result = call_next(*args, **kwargs)
-        probe.step_ended()
+            result = call_next(tr_loss, grad_norm, *args, **kwargs)
+        probe.step_ended(grad_norm)
         return result
 
     return step_end
