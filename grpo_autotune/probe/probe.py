@@ -162,7 +162,7 @@ class Probe:
         """Open the first step's tree."""
         self._open(self.trainer.state.global_step)
 
-    def step_ended(self, grad_norm: Any) -> None:
+    def step_ended(self, grad_norm: Any = None) -> None:
         """Close the tree if an optimizer step, whose gradient had this norm, is complete, and open the next one's."""
         step = self.trainer.state.global_step
         if self.recorder.is_open:

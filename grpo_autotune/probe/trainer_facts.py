@@ -90,7 +90,7 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
 
 
 def _speedups_of(trainer: Any) -> dict[str, tuple[bool, str]]:
-    """Whether each speed-up is on for this trainer, and its line of the table."""
+    """Speed-up -> whether it is on for this trainer, and the reason in the table."""
     put_on = getattr(trainer, SPEED_UPS, None)
     return {row.name: (row.on, row.reason) for row in put_on.table()} if put_on is not None else {}
 

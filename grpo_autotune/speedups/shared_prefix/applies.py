@@ -43,8 +43,8 @@ def _architecture(trainer: Any) -> str | None:
 
 def masks_of_its_own(model: Any) -> str | None:
     """The reason why tokens of an image may see one another both ways, as Gemma 3's do: `generate` asks the model."""
-    own = hasattr(model, "create_masks_for_generate")
-    return f"{type(model).__name__} makes attention masks of its own for images" if own else None
+    makes = hasattr(model, "create_masks_for_generate")
+    return f"{type(model).__name__} makes attention masks of its own for images" if makes else None
 
 
 def _aux_loss(trainer: Any) -> str | None:
