@@ -23,15 +23,12 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
     """Generate `batches` generation batches and compute their rewards.
 
     Args:
-        trainer: A `trl.GRPOTrainer` over an indexable data set.
+        trainer: A `trl.GRPOTrainer`; a `ConfigError` says where its data set is streamed.
         batches: Generation batches; fewer where the data set ends before.
         heartbeat: Beats before each batch and its rewards.
 
     Returns:
         Seconds of each batch, and the rewards of each prompt, in the data set's order.
-
-    Raises:
-        ConfigError: The data set is streamed.
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
