@@ -239,6 +239,7 @@ def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
 
     handles = Path("/proc/self/fd")
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    gc.collect()  # what earlier tests left open goes now
     before = len(list(handles.iterdir()))
     for _ in range(5):
         Probe(trainer, out_dir=tmp_path / "probe").detach()
