@@ -11,12 +11,14 @@ from grpo_autotune.advice.sentences import concerned, moves
 from grpo_autotune.knobs import PROMPTS, context_of, knob
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.workload import tokens_at
+from grpo_autotune.records.probe import NO_SIGNAL, SAVES_NOTHING
 from grpo_autotune.records.report import Change
-from grpo_autotune.units import amount, percent, seconds
+from grpo_autotune.units import amount, listing, percent, seconds
 
-ROW_STAGES = (*PASSES, "generation", "prompt", "reward")
+ROW_STAGES = (*PASSES, "generation", "prompt", "tools", "reward")
 IMAGE_SIZE = "data.image_size"
 LENGTH = "grpo.max_completion_length"
+LORA_DROPOUT = "peft.lora_dropout"
 MANY_DEAD = 0.3
 MANY_TRUNCATED = 0.2
 LEAST_USEFUL = 0.9
@@ -140,12 +142,13 @@ def truncated(facts: Facts) -> Idea | None:
     tokens, t = facts.record.tokens, facts.record.trainer
     if tokens is None or tokens.truncated_share < MANY_TRUNCATED:
         return None
+    lost = f" and masked: {_for_nothing(facts, tokens.truncated_share)}" if t.mask_truncated_completions else ""
     return Idea(
         kind="learning",
         stages=("generation",),
         changes=(Change(key=LENGTH, before=t.max_completion_length, after=2 * t.max_completion_length),),
-        because=f"{percent(tokens.truncated_share)} of the completions were cut off before they ended. Generation is "
-        f"predicted to take up to {seconds(facts.breakdown.seconds('generation'))} more of a step",
+        because=f"{percent(tokens.truncated_share)} of the completions were cut off before they ended{lost}. "
+        f"Generation is predicted to take up to {seconds(facts.breakdown.seconds('generation'))} more of a step",
         caveat="It changes learning. A model that never ends its answers needs a prompt or a reward for short ones "
         "instead",
     )
@@ -160,13 +163,14 @@ def dead_groups(facts: Facts) -> Idea | None:
     dead, tokens, t = facts.dead_share(), facts.record.tokens, facts.record.trainer
     if dead is None or tokens is None or dead < MANY_DEAD:
         return None
-    seen = f"{tokens.dead_groups} of {tokens.groups} groups had equal rewards and taught nothing"
+    seen = f"{tokens.dead_groups} of {tokens.groups} groups had equal rewards and taught nothing, "
+    seen += _for_nothing(facts, dead)
     if facts.living is None:
         return Idea(
             kind="learning",
             stages=ROW_STAGES,
             action="check the rewards, or start from a model that sometimes succeeds",
-            because=f"{seen}: at beta 0 such a step has no gradient at all",
+            because=f"{seen}. At beta 0 such a step has no gradient at all",
         )
     size = t.num_generations
     now, then = facts.living.share(size), facts.living.share(2 * size)
@@ -176,14 +180,59 @@ def dead_groups(facts: Facts) -> Idea | None:
         kind="learning",
         stages=ROW_STAGES,
         changes=(Change(key=GROUP, before=size, after=2 * size),),
-        because=f"{seen}, {percent(dead)} of the work. Groups of {2 * size}, half as many in a batch, are predicted to "
+        because=f"{seen}. Groups of {2 * size}, half as many in a batch, are predicted to "
         f"be without spread in {percent(1 - then)} of cases, if prompts succeed as often as seen here",
         caveat="It changes learning: fewer prompts per step. Leaving out prompts that always or never succeed helps as "
         "well",
     )
 
 
-RULES = (image_size, oversized_images, fewer_generations, long_tail, use_vllm, truncated, dead_groups)
+def no_gradient(facts: Facts) -> Idea | None:
+    """Steps whose gradient was zero, where neither equal rewards nor masked completions explain all of them."""
+    record, tokens, steps = facts.record, facts.record.tokens, len(facts.record.timings.step_s)
+    masked = tokens is not None and record.trainer.mask_truncated_completions and tokens.truncated_share == 1.0
+    if not record.zero_gradients or facts.dead_share() == 1.0 or masked:
+        return None
+    what, _, remedy = NO_SIGNAL["zero"].partition(": ")
+    seen = f"In {record.zero_gradients} of {steps} steps {what}, {_for_nothing(facts, record.zero_gradients / steps)}"
+    return Idea(kind="learning", stages=ROW_STAGES, action=remedy, because=seen)
+
+
+def saves_nothing(facts: Facts) -> Idea | None:
+    """A run that would end without a checkpoint."""
+    if facts.grpo.get("save_strategy") != "best" or facts.grpo.get("eval_strategy", "no") != "no":
+        return None
+    return Idea(kind="exact", stages=("log_save_eval",), action="evaluate, or save by steps", because=SAVES_NOTHING)
+
+
+def lora_dropout(facts: Facts) -> Idea | None:
+    """Dropout in the adapters turns off what would compute a prompt once for all of its completions: the saving is
+    that of the same configuration without it."""
+    base, reasons = facts.base, facts.record.trainer.speedups_off
+    off = [name for name, reason in reasons.items() if reason.startswith(LORA_DROPOUT)]
+    if base is None or not off:
+        return None
+    near = neighbour(facts, {}, config=base.model_copy(update={"grpo": {**base.grpo, "disable_dropout": True}}))
+    return Idea(
+        kind="learning",
+        stages=concerned(facts, near) if near else PASSES,
+        changes=(Change(key="grpo.disable_dropout", before=False, after=True),),
+        saving_s=near.saving_s if near else None,
+        because=f"{LORA_DROPOUT} keeps {listing(off)} off" + (f". {moves(near)}" if near else ""),
+        caveat="It changes learning: the adapters lose their dropout. peft.lora_dropout 0 is the same",
+    )
+
+
+ABOUT_ROWS = (image_size, oversized_images, fewer_generations, long_tail, truncated, dead_groups, no_gradient)
+RULES = (*ABOUT_ROWS, use_vllm, lora_dropout, saves_nothing)
+
+
+def _for_nothing(facts: Facts, share: float) -> str:
+    """Seconds of a step that went into this share of its completions, in words; those that `skip_dead` leaves out of
+    the passes took none there."""
+    skips = "skip_dead" in facts.record.trainer.speedups
+    lost_s = share * facts.breakdown.seconds(*(name for name in ROW_STAGES if not (skips and name in PASSES)))
+    return f"{seconds(lost_s)} of a step ({percent(lost_s / facts.breakdown.step_s)}) for nothing"
 
 
 def _idea(facts: Facts, near: Neighbour, *, because: str, predicts: bool = True, **more: Any) -> Idea:

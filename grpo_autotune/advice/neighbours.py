@@ -70,13 +70,14 @@ def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
         yield row, nearby
 
 
-def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Neighbour | None:
+def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False, config: RunConfig | None = None) -> Neighbour | None:
     """Ask the models about changed knobs; None without models, for what is illegal, and for what may not fit.
 
     Args:
         facts: The probe.
         knobs: Key path -> value.
         legal: Take the combination as legal: what stands in its way is a package to install.
+        config: The configuration to ask about where no knob leads to it.
     """
     base, machine, models = facts.base, facts.machine, facts.models
     if base is None or machine is None or models is None:
@@ -85,7 +86,7 @@ def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False) -> Neighbour |
         return None
     if not legal and why_not(base, knobs, machine, facts.record) is not None:
         return None
-    config = with_knobs(base, knobs)
+    config = config or with_knobs(base, knobs)
     if SLEEP in knobs and not _side_by_side(facts, config):
         return None
     more_bytes = models.peak_bytes(config, worst_case=True).value - models.peak_bytes(base, worst_case=True).value

@@ -106,7 +106,7 @@ class ScriptProbes(ScriptHooks):
             trainer.add_callback(SpeedWatch(self.receipt, warn))
         number = len(self.measured) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
-        probe = Probe(trainer, startup=self.startup, out_dir=folder)
+        probe = Probe(trainer, startup=self.startup, out_dir=folder, say=warn)
         self.measured.append(_Measurement(probe, folder))
         if self.steps is not None:
             trainer.add_callback(StopAfter(self.steps + probe.warmup))

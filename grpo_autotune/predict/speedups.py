@@ -21,7 +21,7 @@ ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "d
 def effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     """Speed-ups that are asked for and can work."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
-    dropout = (trainer.peft or {}).get("lora_dropout")
+    dropout = (trainer.peft or {}).get("lora_dropout") and not config.grpo.get("disable_dropout")
     whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
     off = set() if whole else {"shared_prefix", "merge_passes"}
     if compiled or dropout:

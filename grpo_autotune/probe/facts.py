@@ -74,6 +74,14 @@ class TokenCollector:
         """Completion lengths of every generation, warm-up included; empty once the first ones were dropped."""
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
+    def without_signal(self, group: int, weights: Sequence[float]) -> tuple[bool, bool]:
+        """True twice, if every completion of the newest generating step was cut off, and if no group of `group` has
+        rewards that differ."""
+        newest = [g for g in self.generations if g.step == self.generations[-1].step]
+        scored = [rewards for step, rewards in self.rewards if step == self.rewards[-1][0]]
+        live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
+        return bool(newest) and all(g.truncated == len(g.completion) for g in newest), bool(rates) and not live
+
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations from step `first` on.
 

@@ -38,7 +38,7 @@ class Observer(Protocol):
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         """Take the facts of one training generation."""
 
-    def step_ended(self) -> None:
+    def step_ended(self, grad_norm: Any) -> None:
         """Close the step's tree of spans if an optimizer step is complete."""
 
 
@@ -156,6 +156,8 @@ def _score_layer(probe: Observer, row: Seam) -> Layer:
 
     def score(call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("", row.key):
+            if recorder.is_open and trainer.environment_factories is not None:
+                recorder.begin("tools", "reset")  # until the rollout begins
             output = call_next(inputs, *args, **kwargs)
             if recorder.is_open and not recorder.inside(APART) and trainer.model.training:
                 with recorder.span("", "probe"):
@@ -170,6 +172,9 @@ def _rollout_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
     def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        before = recorder.current()
+        if before is not None and before.part == "reset":
+            recorder.end(before)
         with recorder.span(row.stage, row.part):
             result = call_next(*args, **kwargs)
         probe.rollout = result[0], result[1]
@@ -221,10 +226,10 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
 def _step_end_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
-    def step_end(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def step_end(call_next: Callable[..., Any], /, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
-            result = call_next(*args, **kwargs)
-        probe.step_ended()
+            result = call_next(tr_loss, grad_norm, *args, **kwargs)
+        probe.step_ended(grad_norm)
         return result
 
     return step_end

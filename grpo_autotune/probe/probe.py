@@ -10,7 +10,9 @@ import json
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from grpo_autotune.probe.gauges import gauges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
+from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup
@@ -35,7 +38,7 @@ from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.table import CALLBACKS, TABLE
-from grpo_autotune.seams.trainer_access import base_of
+from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
@@ -53,6 +56,7 @@ class Probe:
             profile one more.
         profile: On a GPU, record the kernels of the first step of the last cycle that is not measured, where that is
             not the first cycle of all.
+        say: Told, while training goes on, that steps have no learning signal.
 
     Raises:
         SeamError: The installed TRL lacks a method that holds a stage.
@@ -66,6 +70,7 @@ class Probe:
         out_dir: Path | None = None,
         warmup: int | None = None,
         profile: bool = False,
+        say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.trainer = trainer
         self.startup = startup or _born_now()
@@ -76,6 +81,7 @@ class Probe:
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
+        self.signal = SignalWatch(trainer, self.cycle, say)
         watching = meter_of(trainer)
         self.watched, self.fidelity = watching is not None, watching or FidelityMeter(trainer)
         self.fidelity.around = lambda: self.recorder.span("", "probe")
@@ -156,8 +162,8 @@ class Probe:
         """Open the first step's tree."""
         self._open(self.trainer.state.global_step)
 
-    def step_ended(self) -> None:
-        """Close the tree if an optimizer step is complete, and open the next one's."""
+    def step_ended(self, grad_norm: Any = None) -> None:
+        """Close the tree if an optimizer step, whose gradient had this norm, is complete, and open the next one's."""
         step = self.trainer.state.global_step
         if self.recorder.is_open:
             if step <= self._last_step:
@@ -165,6 +171,9 @@ class Probe:
             spans = self.recorder.close_root(step)
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
+            trainer = self.trainer
+            cut, equal = self.tokens.without_signal(trainer.num_generations, trainer.reward_weights.tolist())
+            self.signal.see(grad_norm, spans.spans[0].host_s, all_cut=cut, all_equal=equal)
             self._keep(spans)
         self._open(step)
 
@@ -185,11 +194,12 @@ class Probe:
             timings=timings,
             trainer=facts,
             tokens=self.tokens.facts(first, steps, self.cycle, facts),
-            images=self.images.facts(first, steps, self.cycle, self._tokens_of_size),
+            images=self.images.facts(first, steps, self.cycle, partial(image_tokens, self.trainer.processing_class)),
             rewards=self.rewards.facts(),
             utilisation=self._sampler.summary(),
             others=self._sampler.others(on_gpu=self.recorder.timer is not None),
             profiled=self._profiled,
+            zero_gradients=sum(list(self.signal.zero)[-steps:]) if steps else 0,
             speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
@@ -292,14 +302,6 @@ class Probe:
             return APART
         span = self.recorder.current()
         return None if span is None else span.stage or "other"
-
-    def _tokens_of_size(self, width: int, height: int) -> int | None:
-        processor = getattr(self.trainer.processing_class, "image_processor", None)
-        count = getattr(processor, "get_number_of_image_patches", None)
-        if count is None:
-            return None
-        patches = int(count(height, width, {}))
-        return patches // _merge_size(self.trainer) ** 2
 
     def _open_spans(self, folder: Path) -> Path:
         rank = self.trainer.accelerator.process_index

@@ -39,6 +39,7 @@ def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    table = _speedups_of(trainer)
     sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
     return TrainerFacts(
         model_config_json=json.loads(base.config.to_json_string(use_diff=False)),
@@ -65,7 +66,9 @@ def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
         dataloader_num_workers=args.dataloader_num_workers,
         world_size=trainer.accelerator.num_processes,
         reward_weights=[float(w) for w in trainer.reward_weights],
-        speedups=_speedups_of(trainer),
+        mask_truncated_completions=bool(trainer.mask_truncated_completions),
+        speedups=[name for name, (on, _) in table.items() if on],
+        speedups_off={name: reason for name, (on, reason) in table.items() if not on},
         device_bytes=room.total if room is not None else None,
         device_room_bytes=room.usable if room is not None else None,
     )
@@ -86,10 +89,10 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
     return plain
 
 
-def _speedups_of(trainer: Any) -> list[str]:
-    """Names of the speed-ups that are on for this trainer."""
-    on = getattr(trainer, SPEED_UPS, None)
-    return [row.name for row in on.table() if row.on] if on is not None else []
+def _speedups_of(trainer: Any) -> dict[str, tuple[bool, str]]:
+    """Speed-up -> whether it is on for this trainer, and the reason in the table."""
+    put_on = getattr(trainer, SPEED_UPS, None)
+    return {row.name: (row.on, row.reason) for row in put_on.table()} if put_on is not None else {}
 
 
 def speedup_counts(trainer: Any) -> dict[str, dict[str, float]]:

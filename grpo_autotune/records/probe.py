@@ -22,6 +22,7 @@ STAGE_WORDS = {
     "backward": "the backward pass",
     "data": "data loading",
     "prompt": "prompt processing",
+    "tools": "running tools and environments",
     "weight_sync": "pushing weights to vLLM",
     "engine": "vLLM's sleep and wake-up",
     "sync_wait": "waiting for other ranks",
@@ -32,6 +33,15 @@ STAGE_WORDS = {
 """Stage of an optimizer step -> its name in a sentence."""
 
 STAGES = tuple(STAGE_WORDS)
+
+NO_SIGNAL = {
+    "masked": "all completions were cut off and masked: raise max_completion_length or drop mask_truncated_completions",
+    "equal": "each group's rewards were equal: check the rewards, or take prompts that the model solves now and then",
+    "zero": "the gradient was zero: check which weights are trained, and which tokens masks and loss leave of them",
+}
+"""Cause of a step without a learning signal -> what was seen, and what to do."""
+
+SAVES_NOTHING = "save_strategy best saves after an evaluation, and eval_strategy is no: set one of them to steps"
 
 
 class StageRow(Frozen):
@@ -291,6 +301,7 @@ class RankTimings(Frozen):
 class TrainerFacts(Frozen):
     """Facts of the trainer as it ran, which may differ from its YAML.
 
+    `speedups_off` holds the reason of each speed-up that is off.
     On CUDA `device_bytes` is the memory of this rank's device, and `device_room_bytes` what of it the process held or
     could still take when the probe began: other processes' share left out. None elsewhere.
     """
@@ -319,7 +330,9 @@ class TrainerFacts(Frozen):
     dataloader_num_workers: int
     world_size: int
     reward_weights: list[float]
+    mask_truncated_completions: bool = False
     speedups: list[str] = []
+    speedups_off: dict[str, str] = {}
     device_bytes: int | None = None
     device_room_bytes: int | None = None
 
@@ -329,6 +342,7 @@ class ProbeRecord(Frozen):
 
     Attributes:
         others: None where nobody tells.
+        zero_gradients: Measured steps whose gradient was zero.
         speedups: Counts of the work of each speed-up that is on, by its name.
         versions: Those of packages.
         runtime: What else makes a GPU fast or slow (`hardware.device.runtime_facts`).
@@ -342,6 +356,7 @@ class ProbeRecord(Frozen):
     utilisation: list[Utilisation] = []
     others: OtherLoad | None = None
     profiled: ProfiledStep | None = None
+    zero_gradients: int = 0
     speedups: dict[str, dict[str, float]] = {}
     startup: list[Phase] = []
     fidelity: Fidelity | None = None

@@ -111,11 +111,13 @@ class Rates(Frozen):
         completion_tokens_per_s: Completion tokens alone.
         useful_completions_per_s: Sum over groups of G - 1 where the rewards differ (masked truncated completions left
             out) over seconds; None where no rewards were seen.
+        useless: Why it is zero; None where it is not.
     """
 
     tokens_per_s: float
     completion_tokens_per_s: float
     useful_completions_per_s: float | None
+    useless: str | None = None
 
 
 class RankStage(Frozen):

@@ -14,6 +14,7 @@ LEGEND = {
     "backward": "the gradients",
     "data": "reading rows and decoding images",
     "prompt": "chat template, tokenizer and image processor",
+    "tools": "calls of tools, and resets of environments",
     "weight_sync": "pushing the weights to vLLM",
     "engine": "vLLM's sleep and wake-up",
     "sync_wait": "waiting for other ranks",
@@ -44,7 +45,8 @@ def header_lines(report: Report) -> list[str]:
         )
     if rates is not None and rates.useful_completions_per_s is not None:
         useful = amount(rates.useful_completions_per_s)
-        lines.append(f"{useful} useful completions/s (those in groups whose rewards differ, less one per group)")
+        meaning = rates.useless or "those in groups whose rewards differ, less one per group"
+        lines.append(f"{useful} useful completions/s ({meaning})")
     facts = [f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
     if report.trainer.speedups:
         facts.append(f"Speed-ups: {', '.join(report.trainer.speedups)}")

@@ -16,6 +16,7 @@ from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycl
 from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
+from grpo_autotune.units import percent
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
@@ -130,15 +131,17 @@ def _rates(facts: Facts) -> Rates | None:
     if tokens is None:
         return None
     dead = facts.dead_share()
-    masked = tokens.truncated_share if facts.grpo.get("mask_truncated_completions") else 0.0
+    masked = tokens.truncated_share if t.mask_truncated_completions else 0.0
     rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.world_size
     groups = rows / (t.num_iterations * t.num_generations)
     useful = None if dead is None else useful_completions(groups, t.num_generations, 1.0 - dead, masked) / step_s
+    cut = f"{percent(masked)} of the completions were cut off and masked"
     completion = tokens.completion_per_step * t.world_size / step_s
     return Rates(
         tokens_per_s=tokens.prompt_per_step * t.world_size / step_s + completion,
         completion_tokens_per_s=completion,
         useful_completions_per_s=useful,
+        useless=None if useful != 0.0 else "each group's rewards were equal" if dead == 1.0 else cut,
     )
 
 

@@ -21,17 +21,15 @@ PATCHES, GRID = "pixel_values", "image_grid_thw"
 
 
 def mend(trainer: Any) -> list[Handle]:
-    """Put layers on a trainer's processor and models; none where its model takes no images."""
+    """Put layers on a trainer's processor and models; none where its images are no grids of patches: models of other
+    layouts take no micro batch without images either, and TRL's own error says that there are none."""
     processor = trainer.processing_class
-    images = getattr(processor, "image_processor", None)  # a tokenizer may know the token as well
-    if images is None or getattr(processor, "image_token_id", None) is None:
+    if GRID not in getattr(getattr(processor, "image_processor", None), "model_input_names", ()):
         return []
-    by_grid = GRID in images.model_input_names
-    handles = [wrap(ClassSlot(processor, "__call__"), _process(by_grid), INNER)]
-    if by_grid:
-        for model in models_of(trainer):
-            backbone = base_of(model).base_model
-            handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
+    handles = [wrap(ClassSlot(processor, "__call__"), _process, INNER)]
+    for model in models_of(trainer):
+        backbone = base_of(model).base_model
+        handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
     return handles
 
 
@@ -42,21 +40,17 @@ def without_empty(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in (PATCHES, GRID)}
 
 
-def _process(by_grid: bool) -> Layer:
-    def process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        images = kwargs.get("images")
-        if not isinstance(images, list) or all(row is not None for row in images):
-            return call_next(*args, **kwargs)
-        if any(images):
-            return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
-        inputs = call_next(*args, **{**kwargs, "images": None})
-        if by_grid:
-            import torch
+def _process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    import torch
 
-            inputs[PATCHES], inputs[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
-        return inputs
-
-    return process
+    images = kwargs.get("images")
+    if not isinstance(images, list) or all(row is not None for row in images):
+        return call_next(*args, **kwargs)
+    if any(images):
+        return call_next(*args, **{**kwargs, "images": [[] if row is None else row for row in images]})
+    inputs = call_next(*args, **{**kwargs, "images": None})
+    inputs[PATCHES], inputs[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
+    return inputs
 
 
 def _forward(trainer: Any, backbone: Any) -> Layer:

@@ -28,3 +28,13 @@ def models_of(trainer: Any) -> Iterator[Any]:
     yield trainer.model
     if getattr(trainer, "ref_model", None) is not None:
         yield trainer.ref_model
+
+
+def image_tokens(processor: Any, width: int, height: int) -> int | None:
+    """Tokens of an image; None where it is no grid of patches: others' method of that name counts tiles, or answers a
+    tuple."""
+    images: Any = getattr(processor, "image_processor", None)
+    count = getattr(images, "get_number_of_image_patches", None)
+    if count is None or "image_grid_thw" not in images.model_input_names:
+        return None
+    return int(count(height, width, {})) // getattr(images, "merge_size", 1) ** 2

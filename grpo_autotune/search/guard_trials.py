@@ -20,7 +20,7 @@ PROMPTS = (256, 128, 64, 32, 16)
 MARGIN = 1.3
 """Free lengths vary, and a trial of rewards that is cut short has none."""
 MOST_LONGER = 4.0
-GENERATING = ("generation", "prompt", "reward", "data", "engine", "weight_sync")
+GENERATING = ("generation", "prompt", "tools", "reward", "data", "engine", "weight_sync")
 """Stages of a step that a trial of rewards alone goes through."""
 
 

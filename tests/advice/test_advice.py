@@ -369,6 +369,57 @@ def test_where_no_rewards_differ_no_key_is_named() -> None:
     assert idea and not idea.changes and "rewards" in idea.action
 
 
+def test_what_teaches_nothing_says_how_much_of_a_step_it_took() -> None:
+    paid_s = 1.2 + 0.9 + 0.7 + 0.01 + 1.6 + 0.25  # every stage whose work goes by rows
+    half = demo_record(tokens=token_facts(truncated_share=0.5), trainer=trainer_facts(mask_truncated_completions=True))
+    cut = learning.truncated(facts(half))
+    assert cut and f"masked: {paid_s / 2:.2f} s of a step (46%) for nothing" in cut.because
+    dead = token_facts(dead_groups=20, pass_rates=[0.0] * 20)
+    idea = learning.dead_groups(facts(demo_record(tokens=dead)))
+    assert idea and f"{paid_s:.2f} s of a step (92%) for nothing" in idea.because
+    skipped = demo_record(tokens=dead, trainer=trainer_facts(speedups=["skip_dead"]))
+    idea = learning.dead_groups(facts(skipped))
+    assert idea and f"{1.2 + 0.01 + 0.25:.2f} s of a step" in idea.because
+
+
+def test_a_zero_gradient_is_said_where_nothing_else_explains_it() -> None:
+    idea = learning.no_gradient(facts(demo_record(zero_gradients=3)))
+    assert idea and "In 3 of 3 steps the gradient was zero, 4.66 s of a step (92%) for nothing" in idea.because
+    dead = token_facts(dead_groups=20, pass_rates=[0.0] * 20)
+    for known in (demo_record(), demo_record(zero_gradients=3, tokens=dead)):
+        assert learning.no_gradient(facts(known)) is None
+
+
+def test_the_best_checkpoint_needs_an_evaluation() -> None:
+    (advice,) = [a for a in judge(facts(sections={"grpo": {"save_strategy": "best"}})) if "save_strategy" in a.text]
+    assert advice.kind == "exact" and "set one of them to steps" in advice.text
+    evaluated = {"grpo": {"save_strategy": "best", "eval_strategy": "steps"}, "data": {"eval_split": "test"}}
+    assert learning.saves_nothing(facts(sections=evaluated)) is None
+
+
+def dropped(**changes: Any) -> Facts:
+    reason = "peft.lora_dropout is 0.05: TRL draws other numbers"
+    off = {"shared_prefix": reason, "shared_prefill": reason, "vision_cache": "the tower is trained"}
+    adapter = {"peft_type": "LORA", "r": 8, "lora_dropout": 0.05}
+    trainer = trainer_facts(per_device_train_batch_size=8, peft=adapter, speedups_off=off)
+    record = demo_record(trainer=trainer, tokens=token_facts(prompt=spread(300, 300, 300)))
+    return facts(record, {"speedups": "auto", "grpo": {"max_steps": 10, **changes}})
+
+
+def test_lora_dropout_costs_what_the_same_run_without_it_would_save() -> None:
+    f = dropped()
+    idea = learning.lora_dropout(f)
+    assert idea and idea.kind == "learning" and changes(idea) == {"grpo.disable_dropout": True}
+    assert "peft.lora_dropout keeps shared_prefix and shared_prefill off" in idea.because
+    assert f.models is not None and f.base is not None
+    without = f.base.model_copy(update={"grpo": f.base.grpo | {"disable_dropout": True}})
+    assert idea.saving_s == pytest.approx(f.models.step_s(f.base).value - f.models.step_s(without).value)
+    assert (idea.saving_s or 0.0) > 1.0 and {"generation", "backward"} <= set(idea.stages)
+    (advice,) = [a for a in judge(f) if "lora_dropout" in a.text]
+    assert "changes learning" in advice.text and advice.predicted_saving == idea.saving_s
+    assert learning.lora_dropout(facts()) is None
+
+
 # ranking and words
 
 

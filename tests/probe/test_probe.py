@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 from datasets import Image
 
 from grpo_autotune import attach
 from grpo_autotune.errors import ConfigError
-from tests.support.trainers import async_reward, losses, make_trainer, spread_reward
+from grpo_autotune.records.probe import NO_SIGNAL
+from grpo_autotune.report.build import build_report
+from tests.support.trainers import async_reward, losses, make_trainer, rising_reward, spread_reward
 
 from grpo_autotune.probe import probe as probe_module  # isort: skip
 from grpo_autotune.probe.facts import TokenCollector  # isort: skip
 from grpo_autotune.probe.probe import Probe  # isort: skip
-from transformers import TrainerCallback  # isort: skip
+import torch  # isort: skip
+from transformers import AutoTokenizer, TrainerCallback  # isort: skip
+import trl  # isort: skip
 import trl.trainer.grpo_trainer as grpo_module  # isort: skip
 
 ALWAYS = {"generation", "policy_logprob", "reward", "backward", "data", "prompt", "optimizer", "log_save_eval", "other"}
@@ -112,13 +118,12 @@ def test_several_rewards_sync_and_async_are_named(tiny, tmp_path, text_rows):
 
 
 def test_a_reward_model_is_the_rewards_time(tiny, tmp_path, text_rows):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     path = tiny("qwen3")
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
     model.config._name_or_path = str(path)
     trainer = make_trainer(path, text_rows, tmp_path, rewards=[model, spread_reward])
-    assert AutoTokenizer is not None
     record = probed(trainer)
     assert len(record.rewards) == 2 and all(row.calls == 3 for row in record.rewards)
     assert "forward" not in vars(model)
@@ -234,6 +239,7 @@ def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
 
     handles = Path("/proc/self/fd")
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
+    gc.collect()  # what earlier tests left open goes now
     before = len(list(handles.iterdir()))
     for _ in range(5):
         Probe(trainer, out_dir=tmp_path / "probe").detach()
@@ -269,3 +275,98 @@ def test_completions_that_cannot_be_counted_end_no_training(tiny, tmp_path, text
     record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path))
     assert record.timings.steps == [2, 3] and record.tokens is None
     assert capsys.readouterr().err.count("completions are not looked at from here on: TypeError") == 1
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 3}}\n</tool_call><|im_end|>'
+SLEEP_S = 0.05
+
+
+def add(a: int, b: int) -> str:
+    """Adds two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+
+    Returns:
+        Their sum.
+    """
+    time.sleep(SLEEP_S)
+    return str(a + b)
+
+
+class Adding:
+    """An environment with one tool."""
+
+    def reset(self, **kwargs):
+        time.sleep(SLEEP_S)
+
+    def add(self, a: int, b: int) -> str:
+        """Adds two numbers.
+
+        Args:
+            a: The first.
+            b: The second.
+
+        Returns:
+            Their sum.
+        """
+        return add(a, b)
+
+
+@pytest.mark.parametrize("given", [{"tools": [add]}, {"environment_factory": Adding}], ids=["tools", "environment"])
+def test_tools_and_environments_are_a_stage_of_their_own(tiny, tmp_path, text_rows, given, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    tokenizer = AutoTokenizer.from_pretrained(tiny("qwen3"), padding_side="left")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    grpo = {
+        "max_completion_length": 200,
+        "max_tool_calling_iterations": 1,
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, processor=tokenizer, given=given, **grpo)
+    call, generate = torch.tensor(tokenizer.encode(CALL, add_special_tokens=False)), trainer.model.generate
+
+    def calls_the_tool(*args, **kwargs):
+        if next(turns) % 2:
+            return generate(*args, **kwargs)
+        prompts = kwargs["input_ids"]
+        return torch.cat([prompts, call.expand(len(prompts), -1)], dim=1)
+
+    turns, trainer.model.generate = itertools.count(), calls_the_tool
+    record = probed(trainer)
+    (step_s,) = record.timings.step_s
+    parts = next(row for row in record.timings.stages if row.name == "tools").parts
+    assert parts["call"][0] >= 2 * SLEEP_S
+    assert ("reset" in parts) is ("environment_factory" in given)
+    assert parts.get("reset", [1.0])[0] >= 2 * SLEEP_S
+    assert seconds_by_stage(record)["prompt"] < step_s - sum(map(sum, parts.values()))
+
+
+def test_a_rollout_function_is_generation(tiny, tmp_path, text_rows, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollout(prompts, trainer):
+        time.sleep(SLEEP_S)
+        ids = [[5, 6, 7]] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": [[n + 5, 9] for n in range(len(prompts))], "logprobs": None}
+
+    given = {"rollout_func": rollout}
+    record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path, given=given, max_steps=2))
+    assert next(row for row in record.timings.stages if row.name == "generation").parts["rollout"][0] >= SLEEP_S
+
+
+@pytest.mark.parametrize("cause", ["masked", "equal", ""])
+def test_steps_without_a_learning_signal_are_told_and_counted(tiny, tmp_path, text_rows, cause):
+    grpo = {"max_steps": 4, "beta": 0.0, "generation_kwargs": {"min_new_tokens": 6}}
+    if cause == "masked":
+        grpo["mask_truncated_completions"] = True
+    rewards = [lambda completions, **kwargs: [1.0] * len(completions)] if cause == "equal" else [rising_reward]
+    told: list[str] = []
+    record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path, rewards=rewards, **grpo), say=told.append)
+    assert [NO_SIGNAL[cause] in line and "the last 3 steps, " in line for line in told] == [True] * bool(cause)
+    assert record.zero_gradients == (3 if cause else 0)
+    report = build_report(record)
+    assert report.rates is not None and bool(report.rates.useless) is bool(cause)
+    assert any("for nothing" in advice.text for advice in report.verdict) is bool(cause)

@@ -18,6 +18,7 @@ from grpo_autotune.hardware import Ceilings, detect
 from grpo_autotune.probe.breakdown import Limit
 from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
 from grpo_autotune.records.report import SCHEMA, Report, StageReport
+from grpo_autotune.render.sentences import header_lines
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import load_report, save_report
@@ -169,12 +170,26 @@ def test_rates_over_all_ranks() -> None:
 
 
 def test_useful_completions_count_a_reused_batch_once_and_leave_masked_ones_out() -> None:
-    reused = demo_record(trainer=trainer_facts(num_iterations=2), tokens=token_facts(truncated_share=0.5))
-    rates = build_report(reused, config=config_of(reused, grpo={"mask_truncated_completions": True})).rates
+    reused = demo_record(
+        trainer=trainer_facts(num_iterations=2, mask_truncated_completions=True),
+        tokens=token_facts(truncated_share=0.5),
+    )
+    rates = build_report(reused, config=config_of(reused)).rates
     assert rates is not None
     assert rates.useful_completions_per_s == pytest.approx(2 / 2 * 0.9 * (8 * 0.5 - 1) / 5.04)
     unseen = build_report(demo_record(tokens=token_facts(groups=0, dead_groups=0, pass_rates=[]))).rates
     assert unseen is not None and unseen.useful_completions_per_s is None
+
+
+def test_zero_useful_completions_have_a_reason() -> None:
+    dead = build_report(demo_record(tokens=token_facts(dead_groups=20, pass_rates=[0.0] * 20))).rates
+    masks = trainer_facts(mask_truncated_completions=True)
+    cut = build_report(demo_record(trainer=masks, tokens=token_facts(truncated_share=1.0)))
+    assert dead is not None and dead.useless == "each group's rewards were equal"
+    assert cut.rates is not None and cut.rates.useful_completions_per_s == 0.0
+    assert "0 useful completions/s (100% of the completions were cut off and masked)" in header_lines(cut)
+    alive = build_report(demo_record()).rates
+    assert alive is not None and alive.useless is None
 
 
 def test_familiar_metrics() -> None:

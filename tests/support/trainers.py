@@ -6,7 +6,7 @@ With `GRPO_AUTOTUNE_TEST_DEVICE=cuda` in the environment they train on the GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ def spread_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     return [len(completion[0]["content"]) % 7 / 6 for completion in completions]
 
 
+def rising_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Different for all completions."""
+    return [n / len(completions) for n in range(len(completions))]
+
+
 async def async_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
@@ -58,9 +63,12 @@ def make_trainer(
     rewards: list[Callable[..., Any]] | None = None,
     lora: bool | LoraConfig = True,
     processor: Any = None,
+    given: Mapping[str, Any] | None = None,
     **grpo: Any,
 ) -> GRPOTrainer:
-    """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden."""
+    """G = 2, micro batches of 2, two of them an optimizer step; three steps; everything may be overridden.
+
+    `given` are further arguments of the trainer itself."""
     settings = {
         "max_steps": 3,
         "num_generations": 2,
@@ -84,6 +92,7 @@ def make_trainer(
         eval_dataset=dataset_of(rows[:2]),
         processing_class=processor or AutoProcessor.from_pretrained(model, padding_side="left"),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora is True else lora or None,
+        **(given or {}),
     )
 
 

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.trials.child.fixed_lengths import FixedLengths, length_of, lengths_seen, why_free
+from grpo_autotune.trials.child.reward_only import measure_rewards
 from grpo_autotune.trials.child.worst_case import keep_worst_rows
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 from tests.support.trainers import make_trainer
 
 CHOICE = [1, 2, 4, 5, 9]
@@ -179,3 +183,12 @@ def test_the_worst_rows_are_those_with_the_most_tokens(tiny: Callable[[str], Pat
     )
     assert keep_worst_rows(trainer) == []
     assert [row["image"].size[0] for row in trainer.train_dataset] == [224, 112]
+
+
+def test_streamed_rows_have_no_numbers_to_compare_rewards_by(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset()
+    trainer = SimpleNamespace(
+        num_generations=2, train_dataset=rows, args=SimpleNamespace(generation_batch_size=2, output_dir=str(tmp_path))
+    )
+    with pytest.raises(ConfigError, match="a streamed data set has no numbered prompts"):
+        measure_rewards(trainer, 1, HeartbeatWriter(tmp_path, silent=True))

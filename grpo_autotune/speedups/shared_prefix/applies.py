@@ -41,6 +41,12 @@ def _architecture(trainer: Any) -> str | None:
     return None
 
 
+def masks_of_its_own(model: Any) -> str | None:
+    """The reason why tokens of an image may see one another both ways, as Gemma 3's do: `generate` asks the model."""
+    makes = hasattr(model, "create_masks_for_generate")
+    return f"{type(model).__name__} makes attention masks of its own for images" if makes else None
+
+
 def _aux_loss(trainer: Any) -> str | None:
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router's auxiliary loss (router_aux_loss_coef) counts the prompt once per completion"

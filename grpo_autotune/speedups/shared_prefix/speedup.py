@@ -24,7 +24,7 @@ from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.batches.rows import widened
 from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
-from grpo_autotune.speedups.shared_prefix.applies import why_not
+from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
@@ -82,6 +82,7 @@ class _SharedPrefix(Installed):
         device = trainer.accelerator.device
         self.forms = Choice(next(iter(candidates(device, form)), None))
         self._no_form = f"FlexAttention needs CUDA, and this is {device.type}" if form == FLEX else ""
+        self._own_masks = masks_of_its_own(base_of(trainer.model))
         self._groups = groups = groups_of(trainer)
         try:
             layers = [(find("logps"), self._scores_layer(groups)), (find("score"), self._score)]
@@ -176,6 +177,8 @@ class _SharedPrefix(Installed):
         if not any(batch.completion_lengths):
             return None
         reason = batch.media.why_not(batch.completion_width)
+        if reason is None and batch.media.images[-1]:
+            reason = self._own_masks
         if reason is not None:
             self.fall_back(reason)
             return None

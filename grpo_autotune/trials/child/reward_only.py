@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
 from grpo_autotune.seams.layers import INNER, Handle, wrap
 from grpo_autotune.seams.table import find, slot_of
@@ -22,7 +23,7 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
     """Generate `batches` generation batches and compute their rewards.
 
     Args:
-        trainer: A `trl.GRPOTrainer` over an indexable data set.
+        trainer: A `trl.GRPOTrainer`; a `ConfigError` says where its data set is streamed.
         batches: Generation batches; fewer where the data set ends before.
         heartbeat: Beats before each batch and its rewards.
 
@@ -31,6 +32,8 @@ def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> t
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise ConfigError("a streamed data set has no numbered prompts to compare rewards on", where="train_dataset")
     batches = max(1, min(batches, len(trainer.train_dataset) // prompts))
     samples = _Samples(trainer, heartbeat)
     trainer.model.train()

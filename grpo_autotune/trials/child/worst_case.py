@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from grpo_autotune.seams.stored_images import header_size, image_column, image_columns
+from grpo_autotune.seams.trainer_access import image_tokens
 
 SAMPLE = 2000
 LONGEST = 200
@@ -43,14 +44,12 @@ def _tokens(processor: Any, rows: datasets.Dataset, texts: list[str]) -> list[in
     """Tokens of each row's text and images; the chat template adds the same to all."""
     tokenizer = getattr(processor, "tokenizer", processor)
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    patches = getattr(getattr(processor, "image_processor", None), "get_number_of_image_patches", None)
-    merge = getattr(getattr(processor, "image_processor", None), "merge_size", 1)
     for name in image_columns(rows.column_names):
         batches = (batch for _, batch in image_column(rows, name).batches())
         for row, images in enumerate(chain.from_iterable(batches)):
             for width, height in (header_size(image) for image in images if image is not None):
-                area = patches(height, width, {}) // merge**2 if patches is not None else width * height
-                counts[row] += int(area)
+                tokens = image_tokens(processor, width, height)
+                counts[row] += width * height if tokens is None else tokens
     return counts
 
 
