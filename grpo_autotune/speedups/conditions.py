@@ -118,6 +118,16 @@ def replaced(holder: Any, method: str) -> str | None:
     return None
 
 
+def foreign_code(trainer: Any) -> str | None:
+    """The first code on a trainer or its model that is not TRL's or transformers' own, in words; None without any."""
+    from trl import GRPOTrainer
+
+    methods = [name for name in dir(GRPOTrainer) if name[:2] != "__" and callable(getattr(GRPOTrainer, name))]
+    patches = (replaced(module, "forward") for module in trainer.model.modules())
+    reason = overridden(trainer, (*methods, "data_collator", "model.forward")) or foreign_hook(trainer.model)
+    return reason or next(filter(None, patches), None)
+
+
 def foreign_hook(model: nn.Module) -> str | None:
     """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")

@@ -13,9 +13,8 @@ from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, in_parts, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, foreign_code, in_parts, overridden
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
-from grpo_autotune.speedups.step_check import StepCheck, why_checked
 
 _logger = logging.getLogger("grpo_autotune.speedups")
 
@@ -60,7 +59,9 @@ class SpeedUps:
             self._groups.remove()
         self._layers = [wrap(AttributeSlot(self._trainer, "training_step"), self._step, OUTERMOST)]
         whole = in_parts(self._trainer) is None and self._trainer.accelerator.state.deepspeed_plugin is None
-        if whole and (self._check == "always" or why_checked(self._trainer) is not None):
+        if whole and (self._check == "always" or foreign_code(self._trainer) is not None):
+            from grpo_autotune.speedups.step_check import StepCheck
+
             self._layers += StepCheck(self._trainer, self._installed.values()).handles
 
     def _take_off(self) -> None:
@@ -101,7 +102,7 @@ class SpeedUps:
             REWARDS,
             *(method for speedup in self._wanted.values() for method in _stands_for(speedup)),
         }
-        return {why_checked(self._trainer), *(overridden(self._trainer, (method,)) for method in methods)}
+        return {foreign_code(self._trainer), *(overridden(self._trainer, (method,)) for method in methods)}
 
     def _why_not(self, speedup: SpeedUp) -> str | None:
         return speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup))

@@ -10,6 +10,9 @@ from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.speedups.base import Installed
 
+Values = Callable[[], torch.Tensor]
+"""A computation, made when it is called."""
+
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest root mean square of the difference, relative to that of the plain values (at least 1), where nothing tells
 how much of it is rounding."""
@@ -42,14 +45,7 @@ class SelfCheck:
         self.passed: bool | None = None
         self.difference = 0.0
 
-    def run(
-        self,
-        plain: Callable[[], torch.Tensor],
-        fast: Callable[[], torch.Tensor],
-        dtype: torch.dtype,
-        what: str,
-        again: Callable[[], torch.Tensor] | None = None,
-    ) -> bool:
+    def run(self, plain: Values, fast: Values, dtype: torch.dtype, what: str, again: Values | None = None) -> bool:
         """Compute both without gradients, compare, and take the speed-up back on a mismatch.
 
         What they draw, as somebody's own noise does, is drawn again by whatever comes next.
@@ -72,14 +68,7 @@ class SelfCheck:
                 streams_back()
         return self.passed
 
-    def _agree(
-        self,
-        plain: Callable[[], torch.Tensor],
-        fast: Callable[[], torch.Tensor],
-        dtype: torch.dtype,
-        what: str,
-        again: Callable[[], torch.Tensor] | None,
-    ) -> bool:
+    def _agree(self, plain: Values, fast: Values, dtype: torch.dtype, what: str, again: Values | None) -> bool:
         with torch.no_grad():
             wanted = plain().double()
             try:

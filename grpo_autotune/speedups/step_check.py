@@ -12,12 +12,11 @@ import functools
 import logging
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer
 
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.layers import OUTERMOST
@@ -28,7 +27,6 @@ from grpo_autotune.speedups.batches.merge_passes import Merging
 from grpo_autotune.speedups.batches.order import window_ends
 from grpo_autotune.speedups.batches.rows import Batch, widened
 from grpo_autotune.speedups.batches.skip_dead import KEY, gradient_rows
-from grpo_autotune.speedups.conditions import foreign_hook, overridden, replaced
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 _logger = logging.getLogger("grpo_autotune.speedups")
@@ -38,14 +36,6 @@ BEFORE = {"images_once", "shared_prefill", "merge_for_generation", "reward_overl
 CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
 SAMPLE = 1 << 16
 """Numbers of each weight's gradient that are compared, at even distances."""
-
-
-def why_checked(trainer: Any) -> str | None:
-    """The first code on a trainer or its model that is not TRL's or transformers' own, in words; None without any."""
-    methods = [name for name in dir(GRPOTrainer) if name[:2] != "__" and callable(getattr(GRPOTrainer, name))]
-    patches = (replaced(module, "forward") for module in trainer.model.modules())
-    reason = overridden(trainer, (*methods, "data_collator", "model.forward")) or foreign_hook(trainer.model)
-    return reason or next(filter(None, patches), None)
 
 
 class StepCheck(Installed):
@@ -65,7 +55,7 @@ class StepCheck(Installed):
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         waits = self._merging is not None and not window_ends(self.trainer)
-        if self.trainer.model.training and not waits and any(one.fell_back is None for one in self._parts):
+        if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
             window = [*(self._merging.held if self._merging else ()), inputs]
             kinds = frozenset(map(_kind, window))
             new = torch.tensor([int(kinds not in self._compared)], device=self.trainer.accelerator.device)
@@ -81,7 +71,7 @@ class StepCheck(Installed):
         judged = [_judged(batch) for batch in window]
         wider = [widened(batch, getattr(text, "pad_token_id", None) or 0) for batch in judged]
         relative = getattr(text, "rope_parameters", None) is not None  # else a column of padding is a position
-        tried = functools.partial(self._tried, state, model, loss_of, [])
+        tried = functools.partial(self._tried, state, model, loss_of)
         plain, again = (functools.partial(tried, batches, plain=True) for batches in (judged, wider))
         dtype = getattr(torch, compute_dtype(self.trainer))
         what = "a micro step's loss, gradients or random draws"
@@ -91,13 +81,7 @@ class StepCheck(Installed):
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
 
     def _tried(
-        self,
-        state: State,
-        model: Any,
-        loss_of: Callable[[Batch], Any],
-        sizes: list[float],
-        window: list[Batch],
-        plain: bool = False,
+        self, state: State, model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
     ) -> torch.Tensor:
         """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
         accelerator, weights = self.trainer.accelerator, state.weights
@@ -123,8 +107,8 @@ class StepCheck(Installed):
             for weight, (gradient, hooks) in zip(weights, before, strict=True):
                 weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
-        sizes.append(float(gradients.square().mean().sqrt()) or 1.0)
-        return torch.cat([gradients / sizes[0], others * math.sqrt(len(gradients) / len(others))])
+        state.size = state.size or float(gradients.square().mean().sqrt()) or 1.0
+        return torch.cat([gradients / state.size, others * math.sqrt(len(gradients) / len(others))])
 
 
 class State:
@@ -134,10 +118,12 @@ class State:
 
     Attributes:
         weights: Trained weights that are there.
+        size: Of their gradients, once these were computed.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.weights: list[nn.Parameter] = []
+        self.size = 0.0
         self._met: dict[int, Any] = {}
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -179,12 +165,15 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 def _kind(batch: Batch) -> Hashable:
     """The inputs that a batch has, and whether its prompts and its completions are padded and all its rows trained."""
-    flags = torch.stack([batch["prompt_mask"].all(), batch["completion_mask"].all(), gradient_rows(batch).all()])
-    return frozenset(name for name, value in batch.items() if value is not None), *flags.tolist()
+    masks = [batch[key] for key in ("prompt_mask", "completion_mask") if key in batch]
+    masks += [gradient_rows(batch)] if {"advantages", "completion_mask"} <= batch.keys() else []
+    flags = [bool(mask.all()) for mask in masks]
+    return frozenset(name for name, value in batch.items() if value is not None), *flags
 
 
 def _judged(batch: Batch) -> Batch:
     """A batch to compare by: rows of dead groups have the advantage 0, of which TRL's is off by a rounding."""
-    if KEY not in batch or batch[KEY].shape != batch["advantages"].shape:
+    advantages, dead = batch.get("advantages"), batch.get(KEY)
+    if advantages is None or dead is None or dead.shape != advantages.shape:
         return batch
-    return {**batch, "advantages": batch["advantages"].masked_fill(batch["advantages"] == batch[KEY], 0.0)}
+    return {**batch, "advantages": advantages.masked_fill(advantages == dead, 0.0)}

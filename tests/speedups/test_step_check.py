@@ -16,9 +16,10 @@ from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.conditions import foreign_code
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selfcheck import SelfCheck
-from grpo_autotune.speedups.step_check import State, why_checked
+from grpo_autotune.speedups.step_check import State
 from tests.support.pairs import gap, weights_of
 from tests.support.trainers import GRPOTrainer, make_trainer
 
@@ -96,14 +97,14 @@ def test_speed_ups_that_are_right_stay_on(tiny, tmp_path, text_rows):
 def test_somebody_elses_code_is_found_wherever_it_is(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **BATCH)
     speed_up(trainer)
-    assert why_checked(trainer) is None
+    assert foreign_code(trainer) is None
     hook = trainer.model.get_base_model().model.layers[0].register_forward_hook(lambda *given: None)
-    assert "a Qwen3DecoderLayer of the model has a hook of" in why_checked(trainer)
+    assert "a Qwen3DecoderLayer of the model has a hook of" in foreign_code(trainer)
     hook.remove()
     trainer.data_collator = lambda rows: rows
-    assert "`data_collator` was replaced by" in why_checked(trainer)
+    assert "`data_collator` was replaced by" in foreign_code(trainer)
     trainer.__class__ = Theirs
-    assert why_checked(trainer) == "Theirs has a `_get_train_sampler` of its own"
+    assert foreign_code(trainer) == "Theirs has a `_get_train_sampler` of its own"
 
 
 @pytest.mark.slow
