@@ -34,6 +34,8 @@ _logger = logging.getLogger("grpo_autotune.speedups")
 BEFORE = {"images_once", "shared_prefill", "merge_for_generation", "reward_overlap", "length_sort"}
 """Speed-ups whose work is done when a micro batch is handed out."""
 CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
+DEAD = 1e-3
+"""Advantage that may be the rounding of equal rewards."""
 SAMPLE = 1 << 16
 """Numbers of each weight's gradient that are compared, at even distances."""
 
@@ -57,16 +59,18 @@ class StepCheck(Installed):
         waits = self._merging is not None and not window_ends(self.trainer)
         if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
             window = [*(self._merging.held if self._merging else ()), inputs]
-            kinds = frozenset(map(_kind, window))
-            new = torch.tensor([int(kinds not in self._compared)], device=self.trainer.accelerator.device)
+            kinds = frozenset(map(_kind, window)), any(map(_lives, window))
+            told = torch.tensor([[kinds not in self._compared, kinds[1]]]).int()
+            new, lives = self.trainer.accelerator.gather(told.to(self.trainer.accelerator.device)).any(0).tolist()
             self._compared.add(kinds)
-            if self.trainer.accelerator.gather(new).any():  # all ranks together, since losses are gathered
-                self._compare(window, model, lambda batch: call_next(model, batch, *args, **kwargs))
+            if new:  # on any rank: losses are gathered
+                self._compare(window, lives, model, lambda batch: call_next(model, batch, *args, **kwargs))
         return call_next(model, inputs, *args, **kwargs)
 
-    def _compare(self, window: list[Batch], model: Any, loss_of: Callable[[Batch], Any]) -> None:
+    def _compare(self, window: list[Batch], lives: bool, model: Any, loss_of: Callable[[Batch], Any]) -> None:
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
         state = State([*map(vars, (self.trainer, self.trainer.state, *self._parts)), window])
+        state.size = 0.0 if lives else math.inf
         text = base_of(self.trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
         wider = [widened(batch, getattr(text, "pad_token_id", None) or 0) for batch in judged]
@@ -118,7 +122,7 @@ class State:
 
     Attributes:
         weights: Trained weights that are there.
-        size: Of their gradients, once these were computed.
+        size: Of their gradients; 0 until these were computed.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
@@ -169,6 +173,12 @@ def _kind(batch: Batch) -> Hashable:
     masks += [gradient_rows(batch)] if {"advantages", "completion_mask"} <= batch.keys() else []
     flags = [bool(mask.all()) for mask in masks]
     return frozenset(name for name, value in batch.items() if value is not None), *flags
+
+
+def _lives(batch: Batch) -> bool:
+    """True if a batch has a gradient to compare, and not the rounding of none."""
+    advantages = _judged(batch).get("advantages")
+    return advantages is None or bool((advantages.abs() > DEAD).any())
 
 
 def _judged(batch: Batch) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import random
 from types import MethodType
 
@@ -21,15 +20,6 @@ from grpo_autotune.speedups.base import Installed  # noqa: E402
 from grpo_autotune.speedups.conditions import LOSS, overridden  # noqa: E402
 from tests.support.pairs import gap, weights_of  # noqa: E402
 from tests.support.trainers import make_trainer  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """Leave what there is to itself: each training collects garbage first, of all that was ever imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 BATCH = {
     "per_device_train_batch_size": 4,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 from collections import defaultdict, deque
@@ -58,14 +57,6 @@ def train(tiny, tmp_path, rows, names, cls=GRPOTrainer, check="auto", **grpo):
     speedups = speed_up(trainer, names, check=check)
     trainer.train()
     return weights_of(trainer), {row.name: row for row in speedups.table() if row.reason != "not asked for"}, trainer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """Leave what there is to itself: each training collects garbage first, of all that was ever imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
