@@ -51,7 +51,7 @@ FLOORS = {
         ("batches",),
         ("shared_prefix", "generation"),
         ("images",),
-        ("reward_overlap", "lora_input"),
+        ("reward_overlap", "lora_input", "step_check"),
         ("install",),
     ),
     "train": (("arguments", "data", "models", "rewards", "runs"), ("trainer",), ("trial_trainer",)),

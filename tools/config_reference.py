@@ -146,6 +146,9 @@ def _speedups() -> Iterator[str]:
             words = ", ".join(f"`{value}`" for value in accepted)
             yield f"| `{name}` | `{option}` | {words} | `{accepted[0]}` |"
     yield ""
+    yield "## `speedups_check`\n"
+    field = RunConfig.model_fields["speedups_check"]
+    yield f"{field.description} Default: `{field.default}`.\n"
 
 
 def _grpo() -> Iterator[str]:

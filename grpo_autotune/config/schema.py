@@ -168,6 +168,9 @@ class RunConfig(Section):
     """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names. An item may be a mapping with
     options: `{name: shared_prefix, form: cascade}` (or `flex`, FlexAttention) also tries that form of attention, on
     CUDA, and takes it where it is faster."""
+    speedups_check: Literal["auto", "always"] = "auto"
+    """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
+    where somebody else's code is on the trainer or the model, or `always`."""
     search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None

@@ -1,8 +1,9 @@
-"""Random draws from a seed that nobody else sees."""
+"""Random draws from a seed that nobody else sees, and random streams put back to where they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,3 +23,21 @@ def seeded(seed: int, device: Any = None) -> Iterator[None]:
             if on_cuda:
                 torch.cuda.manual_seed(seed)
             yield
+
+
+def random_streams() -> Callable[[], None]:
+    """Remember the streams of Python, NumPy, torch and the current GPU; the function returned puts them back."""
+    import numpy
+    import torch
+
+    at_hand: list[Any] = [(random.getstate, random.setstate), (numpy.random.get_state, numpy.random.set_state)]
+    at_hand.append((torch.get_rng_state, torch.set_rng_state))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        at_hand.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+    states = [(put, get()) for get, put in at_hand]
+
+    def put_back() -> None:
+        for put, state in states:
+            put(state)
+
+    return put_back

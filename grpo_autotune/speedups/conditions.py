@@ -58,8 +58,11 @@ GENERATION = ("_generate_and_score_completions",)
 MICRO_BATCH = (*LOSS, "_prepare_inputs", "training_step")
 """Methods that see a micro batch, from the scoring of its completions to its gradients."""
 
-LIBRARIES = {"trl", "transformers", "accelerate", "peft", "torch", "deepspeed", "grpo_autotune"}
-"""Packages whose code on a trainer is what speed-ups were made for."""
+REWARDS = "_calculate_rewards"
+"""A method that speed-ups read from, so that their layers must be around whatever else is."""
+
+LIBRARIES = {"trl", "transformers", "accelerate", "peft", "torch", "deepspeed", "grpo_autotune", "contextlib"}
+"""Packages whose code on a trainer is what speed-ups were made for; a wrapper of `contextlib` tells what it is on."""
 
 
 def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
@@ -112,6 +115,26 @@ def replaced(holder: Any, method: str) -> str | None:
             if module.partition(".")[0] not in LIBRARIES and module != owner.__module__:
                 return f"{name}'s `{method}` was replaced by {getattr(link, '__qualname__', link)} of {module}"
             link = getattr(link, "__wrapped__", None)
+    return None
+
+
+def foreign_code(trainer: Any) -> str | None:
+    """The first code on a trainer or its model that is not TRL's or transformers' own, in words; None without any."""
+    from trl import GRPOTrainer
+
+    methods = [name for name in dir(GRPOTrainer) if name[:2] != "__" and callable(getattr(GRPOTrainer, name))]
+    patches = (replaced(module, "forward") for module in trainer.model.modules())
+    reason = overridden(trainer, (*methods, "data_collator", "model.forward")) or foreign_hook(trainer.model)
+    return reason or next(filter(None, patches), None)
+
+
+def foreign_hook(model: nn.Module) -> str | None:
+    """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
+    for part in (*model.modules(), *model.parameters()):
+        for hook in (hook for kind in kinds for hook in (getattr(part, kind, None) or {}).values()):
+            if _module(hook).partition(".")[0] not in LIBRARIES:
+                return f"a {type(part).__name__} of the model has a hook of {_module(hook)}"
     return None
 
 

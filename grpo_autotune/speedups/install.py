@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
-from grpo_autotune.speedups.base import Installed, SpeedUp
+from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.conditions import MICRO_BATCH, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, foreign_code, in_parts, overridden
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 _logger = logging.getLogger("grpo_autotune.speedups")
+
+
+Check = Literal["auto", "always"]
+"""When whole micro steps are compared with plain TRL's: where somebody else's code takes part in them, or always."""
 
 
 class Row(NamedTuple):
@@ -30,11 +34,13 @@ class Row(NamedTuple):
 class SpeedUps:
     """The speed-ups of one trainer."""
 
-    def __init__(self, trainer: Any, wanted: Sequence[Selection]) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, wanted: Sequence[Selection], check: Check = "auto") -> None:
+        self._trainer, self._check = trainer, check
+        self._asked_at = -1
         self._wanted = {selection.name: load(selection) for selection in wanted}
         self._installed: dict[str, Installed] = {}
         self._rows: list[Row] = []
+        self._layers: list[Removable] = []
         self._put_on()
         self._start = wrap(AttributeSlot(trainer, "_inner_training_loop"), self._begin, INNER)
         setattr(trainer, SPEED_UPS, self)
@@ -51,33 +57,60 @@ class SpeedUps:
             raise
         if not self._installed:
             self._groups.remove()
+        self._layers = [wrap(AttributeSlot(self._trainer, "training_step"), self._step, OUTERMOST)]
+        whole = in_parts(self._trainer) is None and self._trainer.accelerator.state.deepspeed_plugin is None
+        if whole and (self._check == "always" or foreign_code(self._trainer) is not None):
+            from grpo_autotune.speedups.step_check import StepCheck
+
+            self._layers += StepCheck(self._trainer, self._installed.values()).handles
 
     def _take_off(self) -> None:
+        for handle in self._layers:
+            handle.remove()
         for installed in reversed(list(self._installed.values())):
             installed.remove()
         self._groups.remove()
 
     def _begin(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Decide anew where methods were replaced since, and say what that turns off."""
-        if self._foreign() != self._replaced:
-            before = {row.name for row in self.table() if row.on}
-            self._take_off()
-            self._installed, self._rows = {}, []
-            self._put_on()
-            for row in self.table():
-                if row.name in before and not row.on:
-                    _logger.warning("speed-up %s is off: %s", row.name, row.reason)
+        self._ask_again()
         return call_next(*args, **kwargs)
 
+    def _step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """With each optimizer step ask again: callbacks change settings and replace methods."""
+        if self._asked_at != self._trainer.state.global_step:
+            self._asked_at = self._trainer.state.global_step
+            self._ask_again()
+        return call_next(*args, **kwargs)
+
+    def _ask_again(self) -> None:
+        """Decide anew where something was replaced or set since, and say what that turns off."""
+        before = {row.name for row in self.table() if row.on}
+        if self._foreign() == self._replaced and not any(self._why_not(self._wanted[name]) for name in before):
+            return
+        self._take_off()
+        self._installed, self._rows = {}, []
+        self._put_on()
+        for row in self.table():
+            if row.name in before and not row.on:
+                _logger.warning("speed-up %s is off: %s", row.name, row.reason)
+
     def _foreign(self) -> set[str | None]:
-        """The methods that are not TRL's, of those that a speed-up stands for or that see how rows are dealt."""
-        methods = {*MICRO_BATCH, *(method for speedup in self._wanted.values() for method in _stands_for(speedup))}
-        return {overridden(self._trainer, (method,)) for method in methods}
+        """The methods that are not TRL's, of those that a speed-up stands for or that see how rows are dealt, and the
+        first of all that are on the trainer and its model."""
+        methods = {
+            *MICRO_BATCH,
+            REWARDS,
+            *(method for speedup in self._wanted.values() for method in _stands_for(speedup)),
+        }
+        return {foreign_code(self._trainer), *(overridden(self._trainer, (method,)) for method in methods)}
+
+    def _why_not(self, speedup: SpeedUp) -> str | None:
+        return speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup))
 
     def _take(self, name: str, speedup: SpeedUp | None) -> Row:
         if speedup is None:
             return Row(name, False, "not asked for")
-        why_not = speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup))
+        why_not = self._why_not(speedup)
         if why_not is not None:
             return Row(name, False, why_not)
         self._installed[name] = speedup.install(self._trainer)
@@ -125,13 +158,15 @@ def installed() -> list[SpeedUps]:
     return list(_on)
 
 
-def speed_up(trainer: Any, names: Wanted = AUTO) -> SpeedUps:
+def speed_up(trainer: Any, names: Wanted = AUTO, *, check: Check = "auto") -> SpeedUps:
     """Make the steps of `trainer` faster without changing what is learned.
 
     Args:
         trainer: A `trl.GRPOTrainer` that has not begun to train.
         names: `auto` for all that fit, `none`, a name, or a list of names and of mappings with a name and options, such
             as `{"name": "shared_prefix", "form": "flex"}`.
+        check: `auto` compares loss and gradients of a micro step with plain TRL's, on the first batch of each kind,
+            where somebody else's code is on the trainer or its model; `always` on every trainer.
 
     Returns:
         What was put on: `table()` tells what is on and why the rest is not, `facts()` what it did, `remove()` takes
@@ -152,4 +187,4 @@ def speed_up(trainer: Any, names: Wanted = AUTO) -> SpeedUps:
         )
     if trainer.is_in_train or trainer._step > 0:
         raise ConfigError("speed_up() was called after training began", fix="Call it before trainer.train().")
-    return SpeedUps(trainer, wanted)
+    return SpeedUps(trainer, wanted, check)

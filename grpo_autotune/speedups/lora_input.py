@@ -60,7 +60,7 @@ class _Uncast(Installed):
 
     def _cast(self, call_next: Callable[..., Any], /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
         """`x` where autocast would bring the copy back to the type that `x` has."""
-        if x is not None and x.dtype != dtype:
+        if x is not None and x.dtype != dtype and self.fell_back is None:
             device = x.device.type
             if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype:
                 self._left_out += 1

@@ -170,7 +170,7 @@ def build_trainer(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.speedups != "none":
-        for line in speed_up(trainer, config.speedups).lines():
+        for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)
     return trainer
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import random
 from types import MethodType
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from accelerate.hooks import ModelHook, add_hook_to_module  # noqa: E402
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor, TrainerCallback  # noqa: E402
+from transformers.models.qwen3 import modeling_qwen3  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
 from grpo_autotune import speed_up  # noqa: E402
@@ -220,4 +223,289 @@ def test_somebodys_own_scoring_may_return_more_rows(tiny, tmp_path, text_rows):
     trainer.__class__ = Doubled
     speedups = speed_up(trainer)
     trainer.train()
-    assert {row.name for row in speedups.table() if row.on} == {"merge_passes"}
+    assert {row.name for row in speedups.table() if row.on} == {"merge_passes", "merge_for_generation"}
+
+
+class OwnKl(GRPOTrainer):
+    """A squared distance of log-probs from those without the adapter, beside TRL's loss."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        ids, mask = (torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], dim=1) for of in ("ids", "mask"))
+        width = inputs["completion_ids"].shape[1]
+        scores = self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            reference = self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
+        return loss + 0.1 * ((scores - reference).square() * inputs["completion_mask"]).mean()
+
+
+class OwnForward(GRPOTrainer):
+    """An entropy bonus from a forward pass of its own."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        ids, mask = (torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], dim=1) for of in ("ids", "mask"))
+        chances = model(input_ids=ids, attention_mask=mask).logits.softmax(-1)
+        bonus = (chances * chances.clamp(min=1e-9).log()).sum(-1).mean()
+        return super().compute_loss(model, inputs, *args, **kwargs) + 0.1 * bonus
+
+
+class Remembering(GRPOTrainer):
+    """Counts, draws, keeps a moving mean in place, and takes an input out of its batch."""
+
+    def start(self):
+        self.calls, self.history, self.mean = 0, [], torch.zeros(())
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.calls += 1
+        self.history.append(random.random())
+        inputs["advantages"] = inputs.pop("advantages") * (1.0 + 0.5 * torch.rand(()))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss * (1.0 + self.mean.abs() + 0.1 * self.calls)
+
+
+class Centred(GRPOTrainer):
+    """Rewards less the mean of all, and smaller."""
+
+    def _calculate_rewards(self, *args, **kwargs):
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        return (rewards - rewards.mean()) / 3.0
+
+
+class Unsorted(GRPOTrainer):
+    """A sampler that lays copies of a prompt out apart, so that TRL's groups are of several prompts."""
+
+    def _get_train_sampler(self, dataset=None):
+        return [row for _ in range(64) for row in (0, 1, 2, 0, 3, 3, 1, 2)]
+
+
+class Cut(GRPOTrainer):
+    """The last token of each completion is not trained on."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        mask = output["completion_mask"]
+        return output | {"completion_mask": mask * (mask.cumsum(1) < mask.sum(1, keepdim=True))}
+
+
+class Whitened(GRPOTrainer):
+    """Advantages normalised anew over the micro batch, in place of a group."""
+
+    def _prepare_inputs(self, generation_batch):
+        batch = super()._prepare_inputs(generation_batch)
+        advantages = batch["advantages"]
+        return {**batch, "advantages": (advantages - advantages.mean()) / (advantages.std() + 0.1)}
+
+
+class Repeated(GRPOTrainer):
+    """The best row of a micro batch is trained on twice, the worst one not at all."""
+
+    def _prepare_inputs(self, generation_batch):
+        batch = super()._prepare_inputs(generation_batch)
+        order = batch["advantages"].argsort(descending=True)
+        rows = torch.cat([order[:1], order[:-1]])
+        return {key: value[rows] if getattr(value, "ndim", 0) else value for key, value in batch.items()}
+
+
+class OwnStep(GRPOTrainer):
+    """A training step of its own: half of the loss goes backward, and the gradients are cut."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) * 0.5
+        self.accelerator.backward(loss)
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.grad.clamp_(-0.1, 0.1)
+        self._step += 1
+        return loss.detach()
+
+
+def revived(original):
+    def rewards(self, *args, **kwargs):
+        scores = original(self, *args, **kwargs)
+        return scores + 0.1 * torch.arange(len(scores))[:, None]
+
+    return rewards
+
+
+def banned(original):
+    def generate(self, *args, **kwargs):
+        processors = LogitsProcessorList([SuppressTokensLogitsProcessor([5, 6, 7])])
+        return original(*args, **kwargs, logits_processor=processors)
+
+    return generate
+
+
+def told(event, act):
+    """A callback that does something at an event of its second step, or of each where that is what `act` wants."""
+
+    def change(trainer, monkeypatch):
+        def on_event(self, args, state, control, **kwargs):
+            act(trainer, state, kwargs)
+
+        trainer.add_callback(type("Told", (TrainerCallback,), {event: on_event})())
+
+    return change
+
+
+def in_second_step(act):
+    return told("on_step_begin", lambda trainer, state, _: act(trainer) if state.global_step == 1 else None)
+
+
+def adapters(trainer):
+    return [weight for weight in trainer.model.parameters() if weight.requires_grad]
+
+
+def decay(trainer, state, kwargs):
+    for weight in adapters(trainer):
+        weight.data.mul_(0.9)
+
+
+def halve_gradients(trainer, state, kwargs):
+    for weight in adapters(trainer):
+        weight.grad.mul_(0.5)
+
+
+def hook_optimizer(trainer, state, kwargs):
+    kwargs["optimizer"].optimizer.register_step_pre_hook(lambda *_: halve_gradients(trainer, state, kwargs))
+
+
+def drop(trainer):
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+
+
+def of_model(act):
+    def change(trainer, monkeypatch):
+        act(base_of(trainer.model).model, monkeypatch)
+
+    return change
+
+
+def fused_norm(model, monkeypatch):
+    def forward(self, states):
+        return torch.nn.functional.rms_norm(states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", forward)
+
+
+def own_attention(model, monkeypatch):
+    """As libraries do that put one function in the place of a layer's attention, whatever the mask says."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = modeling_qwen3.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        states = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        return self.o_proj(states.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3Attention, "forward", forward)
+
+
+def noisy(model, monkeypatch):
+    def add(module, given, states):
+        return states + 0.02 * torch.randn_like(states) if module.training else states
+
+    model.embed_tokens.register_forward_hook(add)
+
+
+def steered(model, monkeypatch):
+    """The last column of each row is pushed, as readers of activations do it."""
+
+    def push(module, given, states):
+        return torch.cat([states[:, :-1], states[:, -1:] + 0.5], dim=1)
+
+    model.layers[0].register_forward_hook(push)
+
+
+def each_weight(hook):
+    def change(trainer, monkeypatch):
+        for weight in adapters(trainer):
+            hook(weight)
+
+    return change
+
+
+def reworded(rows):
+    """Each copy of a row gets a wording of its own."""
+    return [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"][0]["content"] + "?" * (number % 3)}]}
+        for number, row in enumerate(rows)
+    ]
+
+
+def patch_when_training_begins(trainer, state, kwargs):
+    trainer.compute_loss = MethodType(penalised(GRPOTrainer.compute_loss), trainer)
+
+
+PRACTICES = {
+    "KL by another formula": subclass(OwnKl),
+    "a forward pass of its own": subclass(OwnForward),
+    "a loss that counts and draws": subclass(Remembering),
+    "rewards centred": subclass(Centred),
+    "rewards changed on the trainer": around_trainers_own("_calculate_rewards", revived),
+    "a sampler of its own": subclass(Unsorted),
+    "a collator of its own": lambda trainer, _: setattr(trainer, "data_collator", reworded),
+    "masks changed": subclass(Cut),
+    "advantages normalised anew": subclass(Whitened),
+    "rows twice and not at all": subclass(Repeated),
+    "a training step of its own": subclass(OwnStep),
+    "a logits processor": lambda trainer, _: setattr(
+        trainer.model, "generate", MethodType(banned(trainer.model.generate), trainer.model)
+    ),
+    "a norm on its class": of_model(fused_norm),
+    "attention on its class": of_model(own_attention),
+    "noise by a hook": of_model(noisy),
+    "activations pushed by a hook": of_model(steered),
+    "gradients clamped by hooks": each_weight(lambda weight: weight.register_hook(lambda g: g.clamp(-0.1, 0.1))),
+    "gradients halved behind them": each_weight(
+        lambda weight: weight.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", one.grad * 0.5))
+    ),
+    "a hook on the optimizer": told("on_train_begin", hook_optimizer),
+    "weights changed by a callback": told("on_step_end", decay),
+    "a loss put on as training begins": told("on_train_begin", patch_when_training_begins),
+    "KL turned on": in_second_step(lambda trainer: setattr(trainer, "beta", 0.5)),
+    "dropout turned on": in_second_step(drop),
+}
+"""What people do, beside the above."""
+LATE = {"rewards changed on the trainer", "a collator of its own", "a logits processor", "a norm on its class"}
+"""Those of them that are done after `speed_up`."""
+
+
+@pytest.mark.parametrize("what", PRACTICES)
+def test_what_people_do_is_learned_as_without_speed_ups(tiny, tmp_path, text_rows, monkeypatch, what):
+    def run(names):
+        with monkeypatch.context() as patch:
+            trainer = make_trainer(
+                tiny("qwen3"), text_rows, tmp_path, optim="sgd", learning_rate=2.0, rewards=[by_length], **BATCH
+            )
+            if what not in LATE:
+                PRACTICES[what](trainer, patch)
+            if hasattr(trainer, "start"):
+                trainer.start()
+            before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+            speedups = speed_up(trainer, names)
+            if what in LATE:
+                PRACTICES[what](trainer, patch)
+            trainer.train()
+            after = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+            speedups.remove()
+            return trainer, gap(after, before), after
+
+    (plain_trainer, moved, plain), (trainer, _, mine) = run("none"), run("auto")
+    assert moved > 1e-4
+    assert gap(mine, plain) <= 1e-6 * moved
+    assert trainer._step == plain_trainer._step
+    if hasattr(trainer, "history"):
+        assert (trainer.calls, trainer.history, trainer.mean) == (
+            plain_trainer.calls,
+            plain_trainer.history,
+            pytest.approx(plain_trainer.mean),
+        )

@@ -91,17 +91,16 @@ def test_a_micro_batch_of_dead_rows_still_runs_one_forward(tiny, tmp_path, text_
     rows = picture_rows if kind.endswith("vl") else text_rows
     trainer = make_trainer(tiny(kind), rows, tmp_path, rewards=[all_dead], lora=lora, **BATCH)
     speedups = speed_up(trainer, ["skip_dead"])
-    score = trainer._get_per_token_logps_and_entropies
 
-    def scored(model, input_ids, *args, **kwargs):
+    def scored(call_next, model, input_ids, *args, **kwargs):
         shapes.append(tuple(input_ids.shape))
-        return score(model, input_ids, *args, **kwargs)
+        return call_next(model, input_ids, *args, **kwargs)
 
     def backward(call_next, loss, *args, **kwargs):
         call_next(loss, *args, **kwargs)
         missing.extend(name for name, w in trainer.model.named_parameters() if w.requires_grad and w.grad is None)
 
-    trainer._get_per_token_logps_and_entropies = scored
+    wrap(AttributeSlot(trainer, "_get_per_token_logps_and_entropies"), scored, INNER)
     wrap(AttributeSlot(trainer.accelerator, "backward"), backward, INNER)
     before = weights_of(trainer)
     trainer.train()

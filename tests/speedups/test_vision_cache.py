@@ -13,6 +13,7 @@ from tests.estimate.test_cost import run_facts, training
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import DEVICE, EXACT, SAME, make_trainer
 
+from grpo_autotune.seams.layers import AttributeSlot, wrap  # isort: skip
 from grpo_autotune.speedups.images import vision_cache  # isort: skip
 from grpo_autotune.speedups.images.towers import towers_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -73,9 +74,17 @@ def test_the_tower_runs_on_new_images_and_in_the_self_check_alone(tiny, tmp_path
     """Whatever other speed-ups send through the model."""
     trainer = make_trainer(tiny(kind), varied_rows, tmp_path, lora=True, **GROUPS)
     runs: list[int] = []
-    tower_of(trainer).blocks[0].register_forward_pre_hook(lambda block, inputs: runs.append(trainer.state.global_step))
+    first = tower_of(trainer).blocks[0]
+
+    def count(call_next, *args, **kwargs):
+        runs.append(trainer.state.global_step)
+        return call_next(*args, **kwargs)
+
+    # a hook would be somebody else's code, and have steps checked
+    handle = wrap(AttributeSlot(first, "forward"), count)
     speedups = speed_up(trainer, names if names == "auto" else [names])
     trainer.train()
+    handle.remove()
     facts = speedups.facts()["vision_cache"]
     assert all(row.on for row in speedups.table() if row.name in ("vision_cache", "shared_prefix")) or names != "auto"
     assert facts["computed"] == 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.speedups.install import SpeedUps, speed_up
+from grpo_autotune.speedups.install import Check, SpeedUps, speed_up
 from tests.support.trainers import make_trainer
 
 
@@ -25,7 +25,9 @@ def rewards_of(trainer: Any) -> list[float]:
     return [line["reward"] for line in trainer.state.log_history if "reward" in line]
 
 
-def trained(names: Any, *args: Any, change: Callable[[Any], None] | None = None, **kwargs: Any) -> tuple[Any, SpeedUps]:
+def trained(
+    names: Any, *args: Any, change: Callable[[Any], None] | None = None, check: Check = "auto", **kwargs: Any
+) -> tuple[Any, SpeedUps]:
     """A trainer made by `make_trainer(*args, **kwargs)`, sped up by `names`, after its training.
 
     With plain gradient descent, so that weights differ by what gradients differ: Adam blows rounding up to whole steps
@@ -34,7 +36,7 @@ def trained(names: Any, *args: Any, change: Callable[[Any], None] | None = None,
     trainer = make_trainer(*args, **{"optim": "sgd", "learning_rate": 0.05, **kwargs})
     if change is not None:
         change(trainer)
-    speedups = speed_up(trainer, names)
+    speedups = speed_up(trainer, names, check=check)
     trainer.train()
     return trainer, speedups
 

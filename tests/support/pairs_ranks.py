@@ -68,7 +68,13 @@ def main() -> None:
         for names in ("none", what["names"]):
             rows = rows_of(what["kind"], what.get("without_image", ()))
             arguments = models / what["kind"], rows, out / "trainer"
-            settings = {"rewards": [dead_on_the_second], "max_steps": 5, **GROUPS, **what.get("grpo", {})}
+            settings = {
+                "check": "always",
+                "rewards": [dead_on_the_second],
+                "max_steps": 5,
+                **GROUPS,
+                **what.get("grpo", {}),
+            }
             trainer, speedups = trained(
                 names, *arguments, change=mend, lora=what["lora"], ddp_find_unused_parameters=False, **settings
             )

@@ -21,11 +21,11 @@ from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
-from grpo_autotune.speedups.batches.order import depends_on_partition, steps_line_up, window
+from grpo_autotune.speedups.batches.order import depends_on_partition, steps_line_up, window, window_ends
 from grpo_autotune.speedups.batches.passes import Part, planned
 from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
-from grpo_autotune.speedups.conditions import MICRO_BATCH, active_noise, in_parts
+from grpo_autotune.speedups.conditions import MICRO_BATCH, active_noise, foreign_hook, in_parts
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, None]
@@ -45,7 +45,7 @@ class MergePasses:
 
     def install(self, trainer: Any) -> Installed:
         """Put layers on the loss, and around the probe on the log-probs and the backward pass."""
-        installed = _Merging(self.name, trainer)
+        installed = Merging(self.name, trainer)
         installed.handles += wrap_rows(trainer, [(find("loss"), installed.loss)], INNER)
         layers = [(find("logps"), installed.scores), (find("backward"), installed.backward)]
         installed.handles += wrap_rows(trainer, layers, OUTERMOST)
@@ -81,7 +81,8 @@ def _rows_apart(trainer: Any) -> str | None:
         return f"{noise}: more rows in a pass would draw other random numbers"
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.model.modules()):
         return "the model has batch normalisation, which mixes the rows of a pass"
-    return None
+    hook = foreign_hook(trainer.model)
+    return None if hook is None else f"{hook}, which may depend on the micro batch"
 
 
 def _loop(trainer: Any) -> str | None:
@@ -108,15 +109,19 @@ class _Recorded(Exception):
         self.asked = asked
 
 
-class _Merging(Installed):
-    """Layers of one trainer, and the micro batches that wait."""
+class Merging(Installed):
+    """Layers of one trainer.
+
+    Attributes:
+        held: The micro batches that wait.
+    """
 
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self.trainer = trainer
         self._groups = groups_of(trainer)
         self._check = SelfCheck(self)
-        self._held: list[Batch] = []
+        self.held: list[Batch] = []
         self._last, self._state = -1, trainer.state
         self._waits = self._records = False
         self._answers: list[Scores] = []
@@ -138,18 +143,18 @@ class _Merging(Installed):
             return call_next(model, inputs, *args, **kwargs)
         step, state = self.trainer._step, self.trainer.state
         if self._state is not state:
-            self._held = []  # training was stopped within a window
-        elif self._held and self._last + 1 != step:
+            self.held = []  # training was stopped within a window
+        elif self.held and self._last + 1 != step:
             what = (
                 "compute_loss was called in between the micro batches of a step, some of which merge_passes holds back"
             )
             raise TrainingError(what, where="speedups", fix="Leave merge_passes out")
-        self._held.append(inputs)
+        self.held.append(inputs)
         self._last, self._state = step, state
-        if not (self.trainer.accelerator.sync_gradients or (step + 1) % window(self.trainer) == 0):
+        if not window_ends(self.trainer):
             self._waits = True
             return inputs["advantages"].new_zeros(())
-        held, self._held = self._held, []
+        held, self.held = self.held, []
         return self._window_loss(model, held, lambda batch: call_next(model, batch, *args, **kwargs))
 
     def backward(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from grpo_autotune.seams.loss import micro_batch_terms_of
 from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, wrap_rows
 from grpo_autotune.speedups.batches.groups import KEY
 from grpo_autotune.speedups.batches.rows import Batch, lengths
-from grpo_autotune.speedups.conditions import MICRO_BATCH, overridden
+from grpo_autotune.speedups.conditions import MICRO_BATCH, foreign_hook, overridden
 
 SortKey = Literal["group", "length"]
 
@@ -31,7 +31,7 @@ def depends_on_partition(trainer: Any) -> str | None:
     terms = micro_batch_terms_of(trainer)
     if terms:
         return terms[0].reason
-    other = overridden(trainer, MICRO_BATCH)
+    other = overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
     return None if other is None else f"{other}, which may depend on the micro batch"
 
 
@@ -45,6 +45,11 @@ def window(trainer: Any) -> int:
     """Micro batches, from the first of a generation, that always belong to one optimizer step."""
     args = trainer.args
     return min(args.steps_per_generation, args.gradient_accumulation_steps) if steps_line_up(trainer) else 1
+
+
+def window_ends(trainer: Any) -> bool:
+    """True in the last micro batch of such a window, or of an epoch's last step."""
+    return bool(trainer.accelerator.sync_gradients or (trainer._step + 1) % window(trainer) == 0)
 
 
 def sorted_inside(size: int, groups: Sequence[int] | None, lengths: Sequence[int] | None) -> list[int]:
@@ -115,7 +120,7 @@ class RowOrder:
         batch: Batch = call_next(*args, **kwargs)
         groups = batch[KEY].tolist() if "group" in self._keys and batch.get(KEY) is not None else None
         widths = lengths(batch).tolist() if "length" in self._keys else None
-        if groups is None and widths is None:
+        if (groups is None and widths is None) or depends_on_partition(self._trainer) is not None:
             return batch
         rows = len(groups if groups is not None else widths or ())
         size = rows // self._trainer.args.steps_per_generation * window(self._trainer)

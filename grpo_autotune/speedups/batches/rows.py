@@ -87,10 +87,12 @@ def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> 
 
 
 def widened(batch: Batch, pad_token: int) -> Batch:
-    """The inputs of a model with one more column of padding before them: the same results, up to rounding."""
-    values = {"input_ids": pad_token, **dict.fromkeys(("attention_mask", *BOTH_KEYS), 0)}
+    """Inputs of a model, or a micro batch, with one more column of padding before them: the same results, up to
+    rounding."""
+    values = {"input_ids": pad_token, "prompt_ids": pad_token}
+    values |= dict.fromkeys(("attention_mask", "prompt_mask", *BOTH_KEYS), 0)
     return {
-        key: functional.pad(value, (1, 0), value=values[key]) if key in values else value
+        key: functional.pad(value, (1, 0), value=values[key]) if key in values and value is not None else value
         for key, value in batch.items()
     }
 

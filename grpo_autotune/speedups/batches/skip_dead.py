@@ -137,7 +137,7 @@ class _Skipping(Installed):
         """The micro batch's loss, computed on the rows that have one."""
         if self.fell_back or not self.trainer.model.training:
             return call_next(model, inputs, *args, **kwargs)
-        kept = _gradient_rows(inputs).nonzero().flatten().tolist()
+        kept = gradient_rows(inputs).nonzero().flatten().tolist()
         rows = len(inputs["completion_ids"])
         with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
             loss = self._loss_of(kept, call_next, model, inputs, *args, **kwargs)
@@ -175,7 +175,7 @@ class _Skipping(Installed):
         return one_token(row, whole_prompt="pixel_values" in row and self._images_train)
 
 
-def _gradient_rows(batch: Batch) -> torch.Tensor:
+def gradient_rows(batch: Batch) -> torch.Tensor:
     """Rows of a micro batch that have a gradient; boolean, shape (B,)."""
     advantages, dead = batch["advantages"], batch.get(KEY)
     trained = advantages != 0

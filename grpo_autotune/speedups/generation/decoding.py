@@ -14,11 +14,13 @@ Legend: U distinct prompts, B rows, A rows that the model still runs, T tokens s
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
+from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.speedups.generation.norms import one_kernel_norms
 from grpo_autotune.speedups.generation.step import (
     Capture,
@@ -155,7 +157,7 @@ class _Text:
         self._criteria, self._every, self._config = criteria, every, config
         self.at_work = torch.ones(rows, dtype=torch.long, device=ids_BT.device)
         self.surplus = 0
-        self._unread: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._unread: list[tuple[torch.Tensor, Callable[[], None] | None]] = []
 
     @property
     def ids(self) -> torch.Tensor:
@@ -167,7 +169,7 @@ class _Text:
         self._tokens += 1
         self.at_work = self.at_work & ~self._criteria(self.ids, None)
         keep_stream = self._every > 1 and self._config.do_sample
-        self._unread.append((self.at_work.sum(), _stream(scores_BV.device) if keep_stream else None))
+        self._unread.append((self.at_work.sum(), random_streams() if keep_stream else None))
 
     def left(self) -> int | None:
         """Rows at work; None while the host does not look. At 0 the text ends where plain generation ends."""
@@ -179,21 +181,10 @@ class _Text:
             self.surplus = len(left) - 1 - last
             stream = self._unread[last][1]
             if self.surplus and stream is not None:
-                _set_stream(self._ids_BL.device, stream)
+                stream()
             self._tokens -= self.surplus
         self._unread = []
         return int(left[-1])
-
-
-def _stream(device: torch.device) -> torch.Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _set_stream(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _is_of_tokens_alone(item: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_autotune.speedups.conditions import replaced
 from grpo_autotune.speedups.generation.weights import is_compiled
 
 
@@ -33,7 +34,8 @@ def one_kernel_norms(model: Any) -> Iterator[None]:
 def _is_such(module: nn.Module) -> bool:
     """True for the class that most models copy from Llama; a forward that somebody replaced is left alone."""
     copied = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    return copied and "forward" not in vars(module) and getattr(module, "weight", None) is not None
+    untouched = "forward" not in vars(module) and replaced(module, "forward") is None
+    return copied and untouched and getattr(module, "weight", None) is not None
 
 
 def _normed(norm: Any, forward: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

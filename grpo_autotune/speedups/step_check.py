@@ -1,0 +1,189 @@
+"""Whole micro steps with the speed-ups and without, compared where somebody else's code takes part in them.
+
+On the first micro batch of each kind the loss goes backward without the speed-ups and with them, each from the same
+state, which is then put back: the micro step itself comes after that. Micro batches that `merge_passes` holds back are
+compared with the last of their window, all together.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.layers import OUTERMOST
+from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.trainer_access import base_of, compute_dtype
+from grpo_autotune.speedups.base import Installed
+from grpo_autotune.speedups.batches.merge_passes import Merging
+from grpo_autotune.speedups.batches.order import window_ends
+from grpo_autotune.speedups.batches.rows import Batch, widened
+from grpo_autotune.speedups.batches.skip_dead import KEY, gradient_rows
+from grpo_autotune.speedups.selfcheck import SelfCheck
+
+_logger = logging.getLogger("grpo_autotune.speedups")
+
+BEFORE = {"images_once", "shared_prefill", "merge_for_generation", "reward_overlap", "length_sort"}
+"""Speed-ups whose work is done when a micro batch is handed out."""
+CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
+DEAD = 1e-3
+"""Advantage that may be the rounding of equal rewards."""
+SAMPLE = 1 << 16
+"""Numbers of each weight's gradient that are compared, at even distances."""
+
+
+class StepCheck(Installed):
+    """The comparison on one trainer, whose model must lie whole in each process."""
+
+    def __init__(self, trainer: Any, installed: Iterable[Installed]) -> None:
+        super().__init__("step_check", wrap_rows(trainer, [(find("loss"), self._loss)], OUTERMOST))
+        self.trainer = trainer
+        self._parts = [one for one in installed if one.name not in BEFORE]
+        self._merging = next((one for one in self._parts if isinstance(one, Merging)), None)
+        self._compared: set[Hashable] = set()
+
+    def fall_back(self, reason: str) -> None:
+        """Leave micro steps to TRL from now on."""
+        for one in self._parts:
+            one.fall_back(reason)
+
+    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        waits = self._merging is not None and not window_ends(self.trainer)
+        if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
+            window = [*(self._merging.held if self._merging else ()), inputs]
+            kinds = frozenset(map(_kind, window)), any(map(_lives, window))
+            told = torch.tensor([[kinds not in self._compared, kinds[1]]]).int()
+            new, lives = self.trainer.accelerator.gather(told.to(self.trainer.accelerator.device)).any(0).tolist()
+            self._compared.add(kinds)
+            if new:  # on any rank: losses are gathered
+                self._compare(window, lives, model, lambda batch: call_next(model, batch, *args, **kwargs))
+        return call_next(model, inputs, *args, **kwargs)
+
+    def _compare(self, window: list[Batch], lives: bool, model: Any, loss_of: Callable[[Batch], Any]) -> None:
+        """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
+        state = State([*map(vars, (self.trainer, self.trainer.state, *self._parts)), window])
+        state.size = 0.0 if lives else math.inf
+        text = base_of(self.trainer.model).config.get_text_config()
+        judged = [_judged(batch) for batch in window]
+        wider = [widened(batch, getattr(text, "pad_token_id", None) or 0) for batch in judged]
+        relative = getattr(text, "rope_parameters", None) is not None  # else a column of padding is a position
+        tried = functools.partial(self._tried, state, model, loss_of)
+        plain, again = (functools.partial(tried, batches, plain=True) for batches in (judged, wider))
+        dtype = getattr(torch, compute_dtype(self.trainer))
+        what = "a micro step's loss, gradients or random draws"
+        try:
+            SelfCheck(self).run(plain, functools.partial(tried, judged), dtype, what, again if relative else None)
+        except torch.OutOfMemoryError:
+            _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
+
+    def _tried(
+        self, state: State, model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
+    ) -> torch.Tensor:
+        """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
+        accelerator, weights = self.trainer.accelerator, state.weights
+        before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]  # hooks may make steps
+        for weight in weights:
+            weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        fell_back = [one.fell_back for one in self._parts]
+        for one in self._parts if plain else ():
+            one.fell_back = "being compared"
+        if self._merging is not None:
+            self._merging.held = list(map(dict, window[:-1]))
+        try:
+            with torch.enable_grad(), accelerator.no_sync(model):
+                loss = loss_of(dict(window[-1]))
+                accelerator.backward(loss)
+            gradients = accelerator.gather(torch.cat([_sample(weight) for weight in weights]))
+            drawn = torch.rand(1, device=gradients.device), torch.rand(1).to(gradients.device)
+        finally:
+            fell_back = fell_back if plain else [one.fell_back for one in self._parts]
+            state.put_back()
+            for one, reason in zip(self._parts, fell_back, strict=True):
+                one.fell_back = reason
+            for weight, (gradient, hooks) in zip(weights, before, strict=True):
+                weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
+        others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
+        state.size = state.size or float(gradients.square().mean().sqrt()) or 1.0
+        return torch.cat([gradients / state.size, others * math.sqrt(len(gradients) / len(others))])
+
+
+class State:
+    """Whatever can be reached from `roots` through containers, modules and optimizers, and the random streams.
+
+    Objects of other libraries stay as they are, and so does whatever was written to a file or sent away.
+
+    Attributes:
+        weights: Trained weights that are there.
+        size: Of their gradients; 0 until these were computed.
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.weights: list[nn.Parameter] = []
+        self.size = 0.0
+        self._met: dict[int, Any] = {}
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._add(roots)
+        self._streams_back = random_streams()
+
+    def put_back(self) -> None:
+        """Make all of it what it was."""
+        for container, values in self._containers:
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(values)
+        for tensor, values in self._tensors:
+            if not torch.equal(tensor.detach().cpu(), values):
+                tensor.data.copy_(values)
+        self._streams_back()
+
+    def _add(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if id(value) in self._met:
+                continue
+            self._met[id(value)] = value  # and its number stays its own
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                self.weights.append(value)
+            if isinstance(value, torch.Tensor):
+                self._tensors.append((value, value.detach().to("cpu", copy=True)))
+            elif isinstance(value, nn.Module):
+                self._add([*value.buffers(), *(weight for weight in value.parameters() if weight.requires_grad)])
+            elif isinstance(value, torch.optim.Optimizer):
+                self._add([value.state])
+            elif type(value) in CONTAINERS:
+                self._containers.append((value, copy.copy(value)))
+                self._add(value.values() if isinstance(value, dict) else value)
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    flat = (torch.zeros_like(weight) if weight.grad is None else weight.grad).detach().flatten()
+    return flat[:: len(flat) // SAMPLE | 1].float()  # an odd distance comes to all columns
+
+
+def _kind(batch: Batch) -> Hashable:
+    """The inputs that a batch has, and whether its prompts and its completions are padded and all its rows trained."""
+    masks = [batch[key] for key in ("prompt_mask", "completion_mask") if key in batch]
+    masks += [gradient_rows(batch)] if {"advantages", "completion_mask"} <= batch.keys() else []
+    flags = [bool(mask.all()) for mask in masks]
+    return frozenset(name for name, value in batch.items() if value is not None), *flags
+
+
+def _lives(batch: Batch) -> bool:
+    """True if a batch has a gradient to compare, and not the rounding of none."""
+    advantages = _judged(batch).get("advantages")
+    return advantages is None or bool((advantages.abs() > DEAD).any())
+
+
+def _judged(batch: Batch) -> Batch:
+    """A batch to compare by: rows of dead groups have the advantage 0, of which TRL's is off by a rounding."""
+    advantages, dead = batch.get("advantages"), batch.get(KEY)
+    if advantages is None or dead is None or dead.shape != advantages.shape:
+        return batch
+    return {**batch, "advantages": advantages.masked_fill(advantages == dead, 0.0)}
