@@ -157,6 +157,7 @@ def test_a_reader_sees_each_beat_once(tmp_path: Path) -> None:
     heartbeat.close()
 
 
+@pytest.mark.slow
 def test_a_worker_prints_what_its_encoding_does_not_have() -> None:
     code = "from grpo_autotune.trials.child import worker; worker.main([]); print('答')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
