@@ -26,7 +26,7 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 test test-fast test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
 test: .venv/.installed ## run the whole test suite
-	$(BIN)/python -m pytest tests -n auto --dist loadfile
+	$(NICE) $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process: under two minutes
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
