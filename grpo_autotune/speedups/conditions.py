@@ -128,6 +128,12 @@ def foreign_code(trainer: Any) -> str | None:
     return reason or next(filter(None, patches), None)
 
 
+def has_foreign_callback(trainer: Any) -> bool:
+    """True if a callback of the trainer is of code outside `LIBRARIES`."""
+    callbacks = trainer.callback_handler.callbacks
+    return any(type(callback).__module__.partition(".")[0] not in LIBRARIES for callback in callbacks)
+
+
 def foreign_hook(model: nn.Module) -> str | None:
     """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")

@@ -13,7 +13,14 @@ from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, foreign_code, in_parts, overridden
+from grpo_autotune.speedups.conditions import (
+    MICRO_BATCH,
+    REWARDS,
+    foreign_code,
+    has_foreign_callback,
+    in_parts,
+    overridden,
+)
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 _logger = logging.getLogger("grpo_autotune.speedups")
@@ -76,8 +83,9 @@ class SpeedUps:
         return call_next(*args, **kwargs)
 
     def _step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """With each optimizer step ask again: callbacks change settings and replace methods."""
-        if self._asked_at != self._trainer.state.global_step:
+        """With each optimizer step ask again where somebody's code may change settings and replace methods."""
+        others = self._replaced != {None} or has_foreign_callback(self._trainer)
+        if others and self._asked_at != self._trainer.state.global_step:
             self._asked_at = self._trainer.state.global_step
             self._ask_again()
         return call_next(*args, **kwargs)
