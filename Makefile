@@ -1,4 +1,4 @@
-# Minutes on two CPU cores: check 1, test-fast 3, test 15, test-vllm 20; all that guards the project (.ci/run) about 31, with
+# Minutes on two CPU cores: check 1, test-fast 3, test 15, test-vllm 20; all that guards the project (.ci/run) about 28, with
 # the last two side by side. The environments are made once, a few minutes each, and again when their list of packages
 # changes (the stamp files).
 PYTHON ?= python3
@@ -28,7 +28,7 @@ test test-fast test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: thr
 test: .venv/.installed ## run the whole test suite
 	$(NICE) $(BIN)/python -m pytest tests -n auto --dist loadfile
 
-test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process: under two minutes
+test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
 
 test-gpu: .venv/.installed ## run the exactness tests on this machine's GPU
