@@ -12,6 +12,7 @@ from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.records.probe import DeviceMemory
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.scripts.hooks import ScriptHooks
+from grpo_autotune.scripts.values import ScriptValues
 from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.child.memory import MemoryMeter
 from grpo_autotune.trials.heartbeat import BeatingStartup, HeartbeatWriter
@@ -79,7 +80,8 @@ def test_a_machine_with_a_gpu_may_train_on_its_processor(cuda: FakeCuda) -> None
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[TrialOutcome, TrialExecutor]]:
-    """Run a script as a trial does, but for its layers on TRL's class, which would stay in this process."""
+    """Run a script as a trial does, but for its layers on TRL's classes, which would stay in this process."""
+    monkeypatch.setattr(ScriptValues, "on_config_module", lambda values, module: None)
     for layers in ("on_trainer_module", "_on_engine_module"):
         monkeypatch.setattr(ScriptHooks, layers, lambda hooks, module: None)
     monkeypatch.setattr("grpo_autotune.trials.child.script._ScriptTrial.on_trainer_module", lambda trial, module: None)
