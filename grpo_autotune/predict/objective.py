@@ -151,6 +151,12 @@ def evaluation_every(config: RunConfig) -> int | None:
     return int(every) if grpo_value("eval_strategy", config) == "steps" and every >= 1 else None
 
 
+def save_every(config: RunConfig) -> int | None:
+    """Optimizer steps between two checkpoints; None where they come at no number of steps, or never."""
+    every = grpo_value("save_steps", config)
+    return int(every) if grpo_value("save_strategy", config) == "steps" and every >= 1 else None
+
+
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:
     """Wall time of the configured run over that of `own`, given the ratio of their seconds per step.
 

@@ -343,6 +343,7 @@ class ProbeRecord(Frozen):
     Attributes:
         others: None where nobody tells.
         zero_gradients: Measured steps whose gradient was zero.
+        occasions: Seconds of one `evaluate` and one `save`, where they were measured apart from the steps.
         speedups: Counts of the work of each speed-up that is on, by its name.
         versions: Those of packages.
         runtime: What else makes a GPU fast or slow (`hardware.device.runtime_facts`).
@@ -357,6 +358,7 @@ class ProbeRecord(Frozen):
     others: OtherLoad | None = None
     profiled: ProfiledStep | None = None
     zero_gradients: int = 0
+    occasions: dict[str, float] = {}
     speedups: dict[str, dict[str, float]] = {}
     startup: list[Phase] = []
     fidelity: Fidelity | None = None

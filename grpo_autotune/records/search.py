@@ -191,6 +191,7 @@ class SearchReport(Frozen):
         points: Legal combinations.
         memory_limit_bytes: What a trial may take.
         evaluation_s: Seconds per step that evaluations take as the user has them, counted in every speed-up.
+        saving_s: The same of checkpoints.
         others: Load by other processes, in the middle one of the trials; None where nobody tells.
     """
 
@@ -220,6 +221,7 @@ class SearchReport(Frozen):
     confidence: float
     memory_limit_bytes: int | None
     evaluation_s: float = 0.0
+    saving_s: float = 0.0
     others: OtherLoad | None = None
     budget_s: float
     elapsed_s: float

@@ -176,11 +176,9 @@ def _judge(
 
 
 def run_s(board: Leaderboard, models: Models, config: RunConfig) -> Interval:
-    """Predicted seconds per step of a run, its evaluations included."""
+    """Predicted seconds per step of a run, its evaluations and checkpoints included."""
     step = models.step_s(config)
-    if not board.evaluation_s:
-        return step
-    aside_s = board.evaluating_s({name: stage.value for name, stage in models.stages_s(config).items()})
+    aside_s = board.apart_s({name: stage.value for name, stage in models.stages_s(config).items()})
     return Interval(step.value + aside_s, step.low + aside_s, step.high + aside_s, step.n)
 
 

@@ -45,7 +45,7 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
         if len(pairs) < LEAST_ROUNDS:
             break
         sides = [stage_seconds(side.record.timings) if side.record else {} for side in (baseline, other)]
-        aside = [board.evaluating_s(stages_s) for stages_s in sides]
+        aside = [board.apart_s(stages_s) for stages_s in sides]
         ratios = [(before + aside[0]) / (after + aside[1]) for before, after in pairs]
         speedup = scaled(median_interval(ratios, board.confidence), board.worth(rival.config))
         speedup = board.bounded(speedup, board.baseline, rival)

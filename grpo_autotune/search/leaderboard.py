@@ -60,7 +60,7 @@ class Entry:
         cycle: Steps of a cycle of generating and reusing.
         step: Seconds per step.
         stages_s: The same by stage.
-        aside_s: Seconds per step that the run's evaluations take.
+        aside_s: Seconds per step that the run's evaluations and checkpoints take.
         asides_s: The same beside each measured step, by its own stages: noise in them is noise in both.
         race: None until it was raced.
         fails: Reason why it may not win; None without one.
@@ -88,7 +88,7 @@ class Entry:
 
     @property
     def runs_s(self) -> list[float]:
-        """The same with evaluations."""
+        """The same with evaluations and checkpoints."""
         return cycle_means([step + aside for step, aside in zip(self.steps_s, self.asides_s, strict=True)], self.cycle)
 
 
@@ -101,6 +101,7 @@ class Leaderboard:
         baseline_knobs: The user's values of the space's knobs.
         record: The probe's record.
         evaluation_s: Seconds per step that evaluations take as the user has them.
+        saving_s: Seconds per step that checkpoints take.
         pace: Pace of the machine from trial to trial.
         living: Share of living groups by group size; None where no spread of rewards was seen.
         guards: (knob, value's name) -> judgement.
@@ -110,6 +111,7 @@ class Leaderboard:
     baseline_knobs: Knobs
     record: ProbeRecord
     evaluation_s: float = 0.0
+    saving_s: float = 0.0
     pace: Pace = field(default_factory=Pace)
     living: Living | None = field(init=False)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -231,7 +233,7 @@ class Leaderboard:
             predicted_s=before.predicted_s if before else predicted_s,
             peak_bytes=_larger(before.peak_bytes if before else None, outcome.peak_bytes),
             stages_s=stages_s,
-            aside_s=self.evaluating_s(stages_s),
+            aside_s=self.apart_s(stages_s),
             asides_s=asides_s,
         )
         self.entries[name_of(knobs)] = entry
@@ -270,22 +272,20 @@ class Leaderboard:
         """Useful completions per second."""
         return self.useful(config) / step_s
 
-    def evaluating_s(self, stages_s: Mapping[str, float]) -> float:
-        """Seconds per step that evaluations take where a step's stages take so long."""
-        if not self.evaluation_s:
-            return 0.0
+    def apart_s(self, stages_s: Mapping[str, float]) -> float:
+        """Seconds per step that evaluations and checkpoints take where a step's stages take so long."""
         probed = stage_seconds(self.record.timings)
         before, after = (math.fsum(side.get(name, 0.0) for name in EVALUATING) for side in (probed, stages_s))
-        return self.evaluation_s * (after / before if before > 0.0 and after > 0.0 else 1.0)
+        return self.saving_s + self.evaluation_s * (after / before if before > 0.0 and after > 0.0 else 1.0)
 
     def _asides_s(self, outcome: TrialOutcome, stages_s: Mapping[str, float]) -> list[float]:
-        rows = outcome.record.timings.stages if outcome.record and self.evaluation_s else []
+        rows = outcome.record.timings.stages if outcome.record else []
         columns = zip(*(row.per_step_s for row in rows if row.name in EVALUATING), strict=True)
-        each = [self.evaluating_s({EVALUATING[0]: math.fsum(column)}) for column in columns]
-        return each if len(each) == len(outcome.step_s) else [self.evaluating_s(stages_s)] * len(outcome.step_s)
+        each = [self.apart_s({EVALUATING[0]: math.fsum(column)}) for column in columns]
+        return each if len(each) == len(outcome.step_s) else [self.apart_s(stages_s)] * len(outcome.step_s)
 
     def seconds(self, entry: Entry) -> float:
-        """Seconds per step of a run, evaluations included, at the machine's first pace."""
+        """Seconds per step of a run, evaluations and checkpoints included, at the machine's first pace."""
         return entry.step.value / self.pace.at(entry.number) + entry.aside_s
 
     def worth(self, config: RunConfig) -> float:

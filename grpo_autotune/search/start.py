@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,9 +11,9 @@ from typing import Any, NoReturn
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
-from grpo_autotune.predict.objective import evaluation_every
+from grpo_autotune.predict.objective import evaluation_every, save_every
 from grpo_autotune.predict.room import memory_of
-from grpo_autotune.records.probe import ProbeRecord, StageTimings
+from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Models, Pool
@@ -76,10 +77,10 @@ def open_search(
     )
     if not storage:
         study.fail_abandoned()
-    evaluation_s = evaluations_s(config, record.timings)
+    evaluation_s, saving_s = occasions_s(config, record)
     outcome = without_evaluations(outcome)
     record = outcome.record or record
-    board = Leaderboard(config, dict(axes.baseline), record, evaluation_s)
+    board = Leaderboard(config, dict(axes.baseline), record, evaluation_s, saving_s)
     models = fit(config, record, task.machine, outcome)
     return Evaluator(log, board, models, study, outcome), Pool(axes, config, task.machine)
 
@@ -132,20 +133,21 @@ def _take_baseline(study: Study, knobs: dict[str, Any]) -> Claim | None:
     return claim
 
 
-def evaluations_s(config: RunConfig, timings: StageTimings) -> float:
-    """Seconds per step that a run's evaluations take: of one that was measured, over the steps between two of them; 0
-    where none was, or where they come at no number of steps."""
-    spent = [s for row in timings.stages for s in row.parts.get("evaluate", []) if s > LEAST_EVALUATION_S]
-    every = evaluation_every(config)
-    return statistics.fmean(spent) / every if spent and every else 0.0
+def occasions_s(config: RunConfig, record: ProbeRecord) -> tuple[float, float]:
+    """Seconds per step that a run's evaluations and its checkpoints take: of one that was measured, over the steps
+    between two of them; 0 where none was, or where they come at no number of steps."""
+    seen = [s for row in record.timings.stages for s in row.parts.get("evaluate", []) if s > LEAST_EVALUATION_S]
+    once = {**record.occasions, **({"evaluate": statistics.fmean(seen)} if seen else {})}
+    every = {"evaluate": evaluation_every(config), "save": save_every(config)}
+    evaluation_s, saving_s = (once.get(name, 0.0) / (steps or math.inf) for name, steps in every.items())
+    return evaluation_s, saving_s
 
 
 def _run_probe(log: TrialLog) -> TrialOutcome:
     config, total_s = log.task.config, log.budget.total_s
     plan = config.batch
     groups = max(1, plan.completions_per_step // plan.num_generations)
-    every = evaluation_every(config) or 0  # a frequent evaluation is seen once
-    least = max(config.search.steps, every - 1 if every <= MOST_PROBE_STEPS + 1 else 0)
+    least = config.search.steps
     steps = max(least, min(MOST_PROBE_STEPS, -(-PROBE_GROUPS // groups)))
     limit_s = log.budget.left_s if total_s else UNBOUNDED_PROBE_S
     enough: dict[str, Any] = {}

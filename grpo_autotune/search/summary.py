@@ -18,6 +18,7 @@ from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.search.trial_log import Task
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
+SHOWN_SHARE = 0.01
 
 
 def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: str, sampler: str) -> SearchReport:
@@ -55,6 +56,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         confidence=board.confidence,
         memory_limit_bytes=log.memory_bytes,
         evaluation_s=board.evaluation_s,
+        saving_s=board.saving_s,
         others=loads[len(loads) // 2] if loads else None,
         budget_s=log.budget.total_s,
         elapsed_s=log.budget.elapsed_s,
@@ -167,17 +169,20 @@ def _notes(board: Leaderboard) -> Iterator[str]:
 
 
 def _evaluations(board: Leaderboard) -> Iterator[str]:
-    """The cost of evaluations, and the key that decides it: not turned here, since it is the user's to judge by."""
+    """The cost of evaluations and checkpoints, and the keys that decide it: not turned here, since they are the user's
+    to judge by."""
     aside_s, step_s, every = board.evaluation_s, board.record.timings.step_s, evaluation_every(board.config)
+    own_s = aside_s + board.saving_s + step_interval(step_s, board.record.timings.cycle, board.confidence).value
+    if (saving := board.saving_s / own_s) >= SHOWN_SHARE:
+        yield f"Checkpoints (grpo.save_steps) take {saving:.0%} of your run and count in every speed-up."
     if aside_s and every:
-        own_s = aside_s + step_interval(step_s, board.record.timings.cycle, board.confidence).value
         yield (
             f"Evaluations take {aside_s / own_s:.0%} of your run and count in every speed-up (in proportion to "
-            f"generation); checkpoints do not. grpo.eval_steps {every} -> {2 * every} would make the run x "
+            f"generation). grpo.eval_steps {every} -> {2 * every} would make the run x "
             f"{own_s / (own_s - aside_s / 2.0):.2f} as fast and changes no weight: yours to choose."
         )
     elif board.config.batch.eval_batch is not None:
-        why = f"none of them, every {every} steps, fell into the probe" if every else "they come at no number of steps"
+        why = "their rows are streamed" if every else "they come at no number of steps"
         yield f"Evaluations are not counted: {why}."
 
 
@@ -195,7 +200,7 @@ def _predicted(
     """The models' choice for `--budget 0`: the user's configuration by the probe, the others by prediction."""
     timings = board.record.timings
     measured = step_interval(timings.step_s, timings.cycle, board.confidence)
-    once, aside_s = Interval(1.0, 1.0, 1.0, 0), board.evaluation_s
+    once, aside_s = Interval(1.0, 1.0, 1.0, 0), board.evaluation_s + board.saving_s
     baseline = _candidate(board, board.baseline_knobs, measured, measured.value, once, aside_s)
     baseline_s, ranked = run_s(board, models, board.config).value, list[Candidate]()
     for knobs in pool.points.values():

@@ -18,9 +18,10 @@ _WIDTH = 96
 STARTING = "start-up"
 COMPILING = "compiling"
 ANSWER = "generation elsewhere"
-UNHURRIED = ("reward", COMPILING, ANSWER)
-"""Stages that say nothing for as long as somebody else works: a judge, a compiler, a server. The trial's limit ends
-them, and silence does not."""
+SAVING = "saving"
+UNHURRIED = ("reward", COMPILING, ANSWER, SAVING)
+"""Stages that say nothing for as long as somebody else works: a judge, a compiler, a server, a disk. The trial's limit
+ends them, and silence does not."""
 
 
 class HeartbeatWriter:

@@ -23,7 +23,7 @@ from grpo_autotune.search.final_race import race_s, rounds_that_fit
 from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.session import search
-from grpo_autotune.search.start import evaluations_s
+from grpo_autotune.search.start import occasions_s
 from tests.support.paper_machine import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.support.sample_records import timings
 
@@ -279,10 +279,25 @@ def test_evaluations_are_taken_out_of_steps_and_counted_by_their_interval() -> N
     outcome = without_evaluations(TrialOutcome(number=1, status="ok", record=record, step_s=seen.step_s))
     assert outcome.step_s == pytest.approx(plain.step_s)
     assert outcome.record is not None and outcome.record.timings.step_s == pytest.approx(plain.step_s)
-    assert evaluations_s(config_of(EVALUATING), seen) == pytest.approx(1.2)
-    assert evaluations_s(config_of({"eval_strategy": "steps", "logging_steps": 3}), seen) == pytest.approx(2.0)
-    assert evaluations_s(config_of({"eval_strategy": "epoch"}), seen) == 0.0
-    assert evaluations_s(config_of(EVALUATING), plain) == 0.0
+    assert occasions_s(config_of(EVALUATING), record)[0] == pytest.approx(1.2)
+    assert occasions_s(config_of({"eval_strategy": "steps", "logging_steps": 3}), record)[0] == pytest.approx(2.0)
+    assert occasions_s(config_of({"eval_strategy": "epoch"}), record)[0] == 0.0
+
+
+def test_what_no_step_held_is_counted_as_it_was_measured_apart() -> None:
+    record = record_of(user_config()).model_copy(update={"occasions": {"evaluate": 6.0, "save": 4.0}})
+    assert occasions_s(config_of({**EVALUATING, "save_steps": 8}), record) == pytest.approx((1.2, 0.5))
+    assert occasions_s(config_of({"save_steps": 8, "save_strategy": "epoch"}), record) == (0.0, 0.0)
+    assert occasions_s(config_of({}), record.model_copy(update={"occasions": {}})) == (0.0, 0.0)
+    fast = {"generation": 0.25, "backward": 0.1}
+    board = board_of(
+        ({CHECKPOINTING: True}, [1.0] * 3, {"generation": 0.5, "backward": 0.5}),
+        ({CHECKPOINTING: False}, [0.35] * 3, fast),
+        evaluation_s=1.0,
+        saving_s=0.5,
+    )
+    own, rival = board.entries.values()
+    assert rival.aside_s - 0.5 == pytest.approx((own.aside_s - 0.5) / 2.0)
 
 
 def test_what_makes_only_steps_faster_is_worth_less_where_evaluations_take_half_of_the_run() -> None:

@@ -21,9 +21,9 @@ MARK = "GRPO_AUTOTUNE_TEST_MARK"
 def spec_of(
     model: Path, folder: Path, number: int = 0, reward: str = "tests.support.training:uneven", **spec: Any
 ) -> TrialSpec:
-    """Two steps after one of warm-up on a text model; `grpo` and everything of `TrialSpec` may be given."""
-    grpo = spec.pop("grpo", {})
-    config = text_config(model, folder, {"rewards": [{"name": reward}]}, **grpo)
+    """Two steps after one of warm-up on a text model; `grpo`, `data` and everything of `TrialSpec` may be given."""
+    grpo, data = spec.pop("grpo", {}), spec.pop("data", {})
+    config = text_config(model, folder, {"rewards": [{"name": reward}], "data": data}, **grpo)
     return TrialSpec.model_validate({"number": number, "config": config.to_dict(), "steps": 2, **spec})
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationMixin
+from trl import GRPOTrainer
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
@@ -195,6 +196,27 @@ def test_purposes(serve: Callable[..., TrialOutcome]) -> None:
     assert max(seen) <= 6 and len({len(group) for group in probe.lengths}) == 1 and not worst.lengths
     assert probe.record.tokens.completion.max in seen
     assert probe.idle_bytes == worst.idle_bytes  # this process's own, before its first model
+
+
+def test_what_a_probe_of_few_steps_misses_is_measured_after_them(
+    serve: Callable[..., TrialOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    evaluate = GRPOTrainer.evaluate
+
+    def counted(self: GRPOTrainer, held_out: Any = None, **more: Any) -> Any:
+        rows.append(0 if held_out is None else len(held_out))
+        return evaluate(self, held_out, **more)
+
+    monkeypatch.setattr(GRPOTrainer, "evaluate", counted)
+    keys = {"eval_strategy": "steps", "eval_steps": 50, "per_device_eval_batch_size": 4, "save_steps": 50}
+    data = {"eval_split": "train[:6]"}
+    rare = serve(purpose="probe", data=data, grpo=keys)
+    assert rare.record is not None, rare.why
+    assert rare.record.occasions["evaluate"] > 0.0 < rare.record.occasions["save"] and rows == [2]
+    assert len(rare.step_s) == 2 and not list(tmp_path.rglob("checkpoint-*"))
+    often = serve(purpose="probe", data=data, grpo={**keys, "eval_steps": 1, "save_strategy": "no"})
+    assert often.record is not None and often.record.occasions == {} and set(rows[1:]) == {0}
 
 
 def test_memory_that_runs_out_is_not_hidden_by_smaller_batches(

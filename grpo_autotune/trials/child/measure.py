@@ -15,9 +15,10 @@ from grpo_autotune.trials.block_limit import is_interleaved
 from grpo_autotune.trials.child.beating import beating
 from grpo_autotune.trials.child.blocks import WITHOUT_END, BlockSchedule
 from grpo_autotune.trials.child.fixed_lengths import FixedLengths, lengths_seen
+from grpo_autotune.trials.child.occasions import checkpoint_s, evaluation_s
 from grpo_autotune.trials.child.reward_only import measure_rewards
 from grpo_autotune.trials.child.worst_case import keep_worst_rows
-from grpo_autotune.trials.heartbeat import HeartbeatWriter
+from grpo_autotune.trials.heartbeat import SAVING, HeartbeatWriter
 
 
 class Measurement(NamedTuple):
@@ -85,12 +86,26 @@ def _measure_steps(
         if fixed is not None:
             fixed.remove()
     record, generations = probe.record(), probe.tokens.from_the_first()
+    if spec.purpose == "probe":
+        record = record.model_copy(update={"occasions": _occasions(trainer, spec, record, heartbeat)})
     return Measurement(
         record,
         tuple(record.timings.step_s),
         lengths=tuple(lengths_seen(trainer, generations)) if spec.purpose == "probe" else (),
         notes=(*notes, *(fixed.notes if fixed else ())),
     )
+
+
+def _occasions(trainer: Any, spec: TrialSpec, record: ProbeRecord, heartbeat: HeartbeatWriter) -> dict[str, float]:
+    """Seconds of one evaluation, unless a step held one, and of one checkpoint; a script's trainer saves none here."""
+    seen, seconds = {name for row in record.timings.stages for name in row.parts}, dict[str, float | None]()
+    if trainer.args.eval_strategy == "steps" and "evaluate" not in seen:
+        heartbeat.beat("evaluation")
+        seconds["evaluate"] = evaluation_s(trainer)
+    if spec.script is None and spec.config.get("grpo", {}).get("save_strategy", "steps") == "steps":
+        with heartbeat.within(SAVING):
+            seconds["save"] = checkpoint_s(trainer)
+    return {name: s for name, s in seconds.items() if s is not None}
 
 
 def _whole_cycles(steps: int, cycle: int) -> int:
