@@ -30,6 +30,8 @@ from grpo_autotune.search.study import name_of
 
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
+BUSY_TIE = 0.1
+"""`TIE` of first predictions where others took the machine's time while the probe measured."""
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
@@ -127,7 +129,8 @@ def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory
 def _by_prediction(board: Leaderboard, proposals: Sequence[Proposal]) -> Callable[[Proposal], tuple[float, ...]]:
     """Sort key: those that need no proof, by score, and of those as good as the best the ones with fewer changes."""
     proven = [proposal.score for proposal in proposals if not _is_unproven(board, proposal.knobs)]
-    enough = (1.0 - TIE) * max(proven, default=math.inf)
+    busy = board.record.others is not None and board.record.others.matters
+    enough = (1.0 - (BUSY_TIE if busy else TIE)) * max(proven, default=math.inf)
 
     def key(proposal: Proposal) -> tuple[float, ...]:
         unproven = _is_unproven(board, proposal.knobs)

@@ -17,6 +17,7 @@ from grpo_autotune.hardware import Gpu
 from grpo_autotune.knobs import TABLE, engine_knobs
 from grpo_autotune.predict.objective import Interval
 from grpo_autotune.predict.room import LEAST_CHANCE, chance_to_fit
+from grpo_autotune.records.probe import OtherLoad
 from grpo_autotune.records.search import Guard, SearchReport
 from grpo_autotune.records.trial import PromptReward, TrialOutcome, TrialSpec
 from grpo_autotune.search.acquisition import rank
@@ -460,6 +461,22 @@ def test_where_one_value_could_not_be_proven_in_time_others_are_not_tried(accept
     assert [row.why for row in found.rows()] == (
         [] if accept else ["there is no time to compare the rewards of other values of data.image_size"]
     )
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_small_predicted_gain_is_in_the_first_rival_only_where_nobody_disturbed_the_probe(busy: bool) -> None:
+    class Near(PaperModels):
+        def step_s(self, config: RunConfig) -> Interval:
+            value = (1.0 if config.grpo.get("dataloader_num_workers") else 1.06) / (1 + config.batch.micro_batch)
+            return Interval(value, 0.5 * value, 2.0 * value)
+
+    load = OtherLoad(cores=1.4, of=2, matters=True) if busy else None
+    record = record_of(user_config()).model_copy(update={"others": load})
+    micro, workers = "grpo.per_device_train_batch_size", "grpo.dataloader_num_workers"
+    board = Leaderboard(user_config(), {micro: 2, workers: 0}, record)
+    board.add({micro: 2, workers: 0}, TrialOutcome(number=1, status="ok", record=record, step_s=[2.0] * 3), None)
+    first = rank([{micro: 8, workers: n} for n in (1, 0)], board, Near(), None).proposals[0]
+    assert first.knobs[workers] == (0 if busy else 1)
 
 
 def test_rewards_are_compared_on_as_many_prompts_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,5 +91,6 @@ def off_by(receipt: Receipt, step_s: float) -> str | None:
         return None
     return (
         f"a step takes {step_s:.3g} s here, {abs(ratio - 1.0):.0%} {'more' if ratio > 1.0 else 'less'} than the "
-        f"{receipt.step_s:.3g} s of the receipt: answers of another length, a machine busier or idler than then, or another configuration"
+        f"{receipt.step_s:.3g} s of the receipt: answers of another length, a machine busier or idler than then, or "
+        "another configuration"
     )
