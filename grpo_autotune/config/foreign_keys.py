@@ -64,16 +64,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """One key of another library's configuration class.
+    """One key of another library's configuration class."""
 
-    Attributes:
-        name: The key, verbatim.
-        accepts: Names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`.
-        default: The default as Python source, for instance `"8"` or `"None"`; None where the class computes it.
-    """
-
-    name: str
-    accepts: frozenset[str]
+    name: str  # the key, verbatim
+    accepts: frozenset[str]  # names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`
+    # the default as Python source, for instance `"8"` or `"None"`; None where the class computes it
     default: str | None
 
     def default_value(self) -> object:

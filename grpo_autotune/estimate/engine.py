@@ -23,19 +23,12 @@ EIGHT_BITS = 1.0
 
 
 class EngineNeed(NamedTuple):
-    """Bytes on one device.
+    """Bytes on one device."""
 
-    Attributes:
-        weights: The model.
-        activations: The largest layer of an engine step, and the logits that completions are drawn from.
-        request: Keys and values of one request of full length.
-        row: Those of a prompt with its completion, as they are expected.
-    """
-
-    weights: float
-    activations: float
-    request: float
-    row: float
+    weights: float  # the model
+    activations: float  # the largest layer of an engine step, and the logits that completions are drawn from
+    request: float  # keys and values of one request of full length
+    row: float  # those of a prompt with its completion, as they are expected
 
     @property
     def least(self) -> float:

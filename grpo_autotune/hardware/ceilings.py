@@ -40,29 +40,18 @@ LEAST_KEPT_SIDE, LEAST_KEPT_COPY = 8192, 512 * 2**20
 
 
 class Ceilings(BaseModel):
-    """Measured limits of one device.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        dtype: Name of the matrices' dtype.
-        threads: Threads torch used (1 on a GPU).
-        matrix_flops_s: Best rate of a square matrix product, operations per second.
-        memory_bytes_s: Best rate of a large copy, bytes read and written per second.
-        matrix_side: Side of the product that reached the best rate.
-        measured_s: Seconds the measurement took.
-        quiet: Whether the process had its threads' cores to itself (true on a GPU, where that is not known).
-    """
+    """Measured limits of one device."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: str
-    dtype: str
-    threads: int
-    matrix_flops_s: float
-    memory_bytes_s: float
-    matrix_side: int
-    measured_s: float
-    quiet: bool = True
+    device: str  # "cpu" or "cuda"
+    dtype: str  # name of the matrices' dtype
+    threads: int  # threads torch used (1 on a GPU)
+    matrix_flops_s: float  # best rate of a square matrix product, operations per second
+    memory_bytes_s: float  # best rate of a large copy, bytes read and written per second
+    matrix_side: int  # side of the product that reached the best rate
+    measured_s: float  # seconds the measurement took
+    quiet: bool = True  # whether the process had its threads' cores to itself (true on a GPU, where that is not known)
 
 
 def measure_ceilings(

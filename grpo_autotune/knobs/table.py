@@ -23,25 +23,16 @@ PROMPTS = "prompts_per_step"
 
 
 class Knob(NamedTuple):
-    """One row.
+    """One row."""
 
-    Attributes:
-        key: Key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`).
-        kind: `exact` or `learning`; see `kind_of` for the knob that can be either.
-        why: Its effect on a step.
-        current: The user's own value, TRL's default where it is left out.
-        values: Values tried when the user names none, the user's own first; empty where the knob does not apply.
-        rule: The reason against a value.
-        searched: True if it is searched without being named in `search.knobs`.
-    """
-
-    key: str
-    kind: Kind
-    why: str
-    current: Callable[[RunConfig], Any]
+    key: str  # key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`)
+    kind: Kind  # `exact` or `learning`; see `kind_of` for the knob that can be either
+    why: str  # its effect on a step
+    current: Callable[[RunConfig], Any]  # the user's own value, TRL's default where it is left out
+    # values tried when the user names none, the user's own first; empty where the knob does not apply
     values: Callable[[KnobContext], tuple[Any, ...]]
-    rule: rules.Rule = rules.no_rule
-    searched: bool = False
+    rule: rules.Rule = rules.no_rule  # the reason against a value
+    searched: bool = False  # True if it is searched without being named in `search.knobs`
 
 
 def grpo_value(name: str, config: RunConfig) -> Any:

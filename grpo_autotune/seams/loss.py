@@ -32,15 +32,10 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class Term(NamedTuple):
-    """A part of the loss that depends on the micro batch.
+    """A part of the loss that depends on the micro batch."""
 
-    Attributes:
-        name: As a sentence names it.
-        reason: Names the configuration's key and the dependence.
-    """
-
-    name: str
-    reason: str
+    name: str  # as a sentence names it
+    reason: str  # names the configuration's key and the dependence
 
 
 def micro_batch_terms(

@@ -42,23 +42,14 @@ ADAPTERS_KEPT = 2
 
 
 class Serving(NamedTuple):
-    """The command that starts a server.
+    """The command that starts a server."""
 
-    Attributes:
-        model: What it serves: a folder or the name of a hub repository.
-        options: Options of `vllm serve`, in words.
-        environment: Variables beside those that are there.
-        host: Where it listens.
-        port: The port there.
-        notes: What was derived rather than written, a sentence each.
-    """
-
-    model: str
-    options: tuple[str, ...]
-    environment: dict[str, str]
-    host: str
-    port: int
-    notes: tuple[str, ...]
+    model: str  # what it serves: a folder or the name of a hub repository
+    options: tuple[str, ...]  # options of `vllm serve`, in words
+    environment: dict[str, str]  # variables beside those that are there
+    host: str  # where it listens
+    port: int  # the port there
+    notes: tuple[str, ...]  # what was derived rather than written, a sentence each
 
     @property
     def address(self) -> str:

@@ -27,15 +27,10 @@ ANSWER_S = 5.0
 
 
 class Weights(NamedTuple):
-    """The weights that a server serves.
+    """The weights that a server serves."""
 
-    Attributes:
-        source: Folder, or name of a hub repository.
-        config_json: The model's config.json; empty where nobody has it yet.
-    """
-
-    source: str
-    config_json: Mapping[str, Any]
+    source: str  # folder, or name of a hub repository
+    config_json: Mapping[str, Any]  # the model's config.json; empty where nobody has it yet
 
 
 class VllmServer(Guarded):

@@ -36,23 +36,14 @@ SLOW_ON_CPU = "generation with an adapter that is not merged takes vLLM's CPU bu
 
 
 class Sync(NamedTuple):
-    """One weight sync.
+    """One weight sync."""
 
-    Attributes:
-        way: One of `Way`.
-        seconds: On this process's clock.
-        bytes: Of the tensors handed to vLLM.
-        tensors: Their number.
-        full: True if it pushed every weight of the model.
-        reset: The caches that were reset.
-    """
-
-    way: Way
-    seconds: float
-    bytes: int
-    tensors: int
-    full: bool
-    reset: tuple[str, ...]
+    way: Way  # one of `Way`
+    seconds: float  # on this process's clock
+    bytes: int  # of the tensors handed to vLLM
+    tensors: int  # their number
+    full: bool  # True if it pushed every weight of the model
+    reset: tuple[str, ...]  # the caches that were reset
 
 
 class WeightSync(Part):

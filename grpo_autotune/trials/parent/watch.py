@@ -41,17 +41,11 @@ class Stopwatch:
 
 
 class AttemptEnd(NamedTuple):
-    """The end of an attempt as the parent sees it.
+    """The end of an attempt as the parent sees it."""
 
-    Attributes:
-        ending: The reason to end its worker; None where that ended by itself, or wrote an outcome.
-        code: Exit code of a worker that ended without an outcome.
-        taken_up: False where the worker ended before it took the trial up: another worker may run it.
-    """
-
-    ending: Ending | None = None
-    code: int | None = None
-    taken_up: bool = True
+    ending: Ending | None = None  # the reason to end its worker; None where that ended by itself, or wrote an outcome
+    code: int | None = None  # exit code of a worker that ended without an outcome
+    taken_up: bool = True  # False where the worker ended before it took the trial up: another worker may run it
 
 
 class Attempt:
