@@ -62,11 +62,7 @@ class Need(NamedTuple):
 
 
 def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """Refuse a key that needs a package which is not installed.
-
-    Args:
-        config: The run.
-        overrides: `GRPOConfig` keys that take precedence.
+    """Refuse a key that needs a package which is not installed; `overrides` are `GRPOConfig` keys that take precedence.
 
     Raises:
         EnvironmentProblem: Naming key, value and package.

@@ -137,14 +137,9 @@ def facts_from_records(
     *,
     old_policy: bool | None = None,
 ) -> WorkFacts:
-    """Read the facts off a probe's records.
+    """Read the facts off a probe's records; images without a patch grid count as none.
 
-    Args:
-        shape: The model's sizes.
-        trainer: What the run had.
-        tokens: Token counts.
-        images: Image counts; those without a patch grid count as no images.
-        old_policy: Whether the old policy's pass was seen to run; by TRL's own rule where not given.
+    `old_policy` tells whether that pass was seen to run; where it is not given, TRL's own rule decides.
     """
     misaligned = trainer.gradient_accumulation_steps % (trainer.steps_per_generation * trainer.num_iterations) != 0
     seen = images if images is not None and images.tokens is not None else None

@@ -54,16 +54,9 @@ def engine_need(
 ) -> EngineNeed:
     """Memory that an engine needs.
 
-    Args:
-        shape: The model.
-        longest: `max_model_len`.
-        row: Tokens of a prompt with its completion.
-        batched_tokens: `max_num_batched_tokens`.
-        running: `max_num_seqs`.
-        value_bytes: Bytes a number that it computes with.
-        weight_bytes: Bytes a weight; as it computes, without.
-        cache_bytes: Bytes a number of keys and values; likewise.
-        tensor_parallel: GPUs that share the model.
+    `longest` (`max_model_len`), `row` (a prompt with its completion) and `batched_tokens` (`max_num_batched_tokens`)
+    are tokens, and `running` is `max_num_seqs`. Bytes are those of a number that it computes with; weights, and keys
+    and values, take as many where nothing else is given. `tensor_parallel` GPUs share the model.
     """
     token = shape.kv_bytes_per_token(value_bytes if cache_bytes is None else cache_bytes) / tensor_parallel
     layer = batched_tokens * (2 * shape.hidden + max(3 * shape.mlp, 6 * shape.attention_width)) * value_bytes

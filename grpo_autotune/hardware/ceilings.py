@@ -62,14 +62,11 @@ def measure_ceilings(
     cpu_clock: Callable[[], float] = time.process_time,
     fresh: bool = False,
 ) -> Ceilings:
-    """This machine's ceilings, from its cache file or measured now.
+    """This machine's ceilings for a device as torch names it ("cpu", "cuda:1") and "float32", "bfloat16" or "float16":
+    from its cache file, or measured where that cannot be read or they are to be `fresh`.
 
-    Args:
-        device: As torch names it ("cpu", "cuda", "cuda:1").
-        dtype: "float32", "bfloat16" or "float16".
-        clock: Seconds that only grow.
-        cpu_clock: Seconds of processor time this process has used, over all threads.
-        fresh: Measure even if there is a cache file. One that cannot be read is measured again anyway.
+    `clock` gives seconds that only grow, `cpu_clock` seconds of processor time that this process has used, over all
+    threads.
     """
     import torch
 

@@ -168,12 +168,8 @@ CHECKS: dict[tuple[str, str], Callable[[str], EngineFailure]] = {
 
 
 def check_at(module: str, function: str) -> Callable[[str], EngineFailure] | None:
-    """The reader of the check that a function makes; None where it makes none.
-
-    Args:
-        module: Its module; a path from a log may begin above the package.
-        function: Its name.
-    """
+    """The reader of the check that a function makes, None where it makes none; its module may begin above the package,
+    as a path in a log does."""
     return next((read for at, read in CHECKS.items() if at[1] == function and f".{module}".endswith(f".{at[0]}")), None)
 
 

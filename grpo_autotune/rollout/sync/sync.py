@@ -139,12 +139,8 @@ def _checkpoint(model: Any) -> dict[str, Any]:
 
 
 def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
-    """Refuse what a quantized engine cannot do: take weights, and have them thrown away.
-
-    Args:
-        quantization: Of the engine's weights; None for none.
-        way: By which weights are sent.
-        sleep_level: Of the engine, 0 for none.
+    """Refuse what an engine whose weights have a quantization cannot do: take weights, and have them thrown away in
+    sleep (level 0: it does not sleep).
 
     Raises:
         ConfigError: It would have to.

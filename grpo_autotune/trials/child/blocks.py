@@ -24,16 +24,8 @@ WITHOUT_END = 1_000_000
 
 
 class BlockSchedule(TrainerCallback):  # type: ignore[misc]
-    """Holds a trainer at the end of each block until the parent allows the next; the trainer has its probe already.
-
-    Args:
-        trainer: The trainer.
-        folder: The trial's folder.
-        probe: Its probe; a step's time begins anew after a wait.
-        heartbeat: The heartbeat, which tells the parent how many blocks are done.
-        block: Optimizer steps of a block.
-        wait: Sleeps.
-    """
+    """Holds a trainer, which has its probe already, at the end of each block of `block` optimizer steps until the
+    parent allows the next. The heartbeat tells how many are done, and a step's time begins anew after a wait."""
 
     def __init__(
         self,

@@ -129,12 +129,8 @@ def why_free(trainer: Any) -> str | None:
 
 
 def lengths_seen(trainer: Any, generations: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lengths of a run's completions by prompt, for `FixedLengths(seen=...)` in others; empty where they tell nothing.
-
-    Args:
-        trainer: That of the run.
-        generations: Lengths of each generation's rows on this rank, from the first on.
-    """
+    """Lengths of a run's completions by prompt, for `FixedLengths(seen=...)` in others, from those of each generation's
+    rows on this rank, from the first on; empty where they tell nothing."""
     if trainer.accelerator.num_processes > 1 or trainer.use_vllm or why_free(trainer) is not None:
         return []  # vLLM's completions of a fixed length have no end of sequence, so that TRL takes them for others
     rows, group = [length for generation in generations for length in generation], trainer.num_generations

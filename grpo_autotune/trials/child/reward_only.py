@@ -20,15 +20,12 @@ from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
 def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> tuple[list[float], list[PromptReward]]:
-    """Generate `batches` generation batches and compute their rewards.
+    """Generate `batches` generation batches, fewer where the data set ends before, and compute their rewards: seconds
+    of each batch, and the rewards of each prompt, in the data set's order. The heartbeat beats before each batch and
+    its rewards.
 
-    Args:
-        trainer: A `trl.GRPOTrainer`; a `ConfigError` says where its data set is streamed.
-        batches: Generation batches; fewer where the data set ends before.
-        heartbeat: Beats before each batch and its rewards.
-
-    Returns:
-        Seconds of each batch, and the rewards of each prompt, in the data set's order.
+    Raises:
+        ConfigError: The trainer's data set is streamed.
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group

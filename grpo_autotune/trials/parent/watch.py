@@ -49,14 +49,7 @@ class AttemptEnd(NamedTuple):
 
 
 class Attempt:
-    """A trial that was given to `worker`.
-
-    Args:
-        worker: The worker.
-        spec: The trial.
-        folder: Its folder.
-        clock: Seconds, monotonic.
-        watch: Called with the trial's progress whenever that changes.
+    """A trial that was given to `worker`; `watch` is called with its progress whenever that changes.
 
     Attributes:
         startup_s: Seconds until its first step; None before.
