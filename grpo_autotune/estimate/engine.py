@@ -35,10 +35,6 @@ class EngineNeed(NamedTuple):
         """Bytes below which the engine does not start."""
         return self.weights + self.activations + self.request
 
-    def rows_in(self, share: float) -> int:
-        """Completions that a share of so many bytes generates at once."""
-        return int(max(0.0, share - self.weights - self.activations) // max(self.row, 1.0))
-
 
 def engine_need(
     shape: ModelShape,

@@ -134,9 +134,9 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
     while True:
         draws = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
         left, right = (draw.to(getattr(torch, dtype)) for draw in draws)
-        product = _Timed(partial(torch.mm, left, right, out=torch.empty_like(left)), device, clock)
+        product = partial(torch.mm, left, right, out=torch.empty_like(left))
         started, cpu_started = clock(), cpu_clock()
-        seconds = product.shortest(MATRIX_BUDGET_S / 8)
+        seconds = _shortest(product, device, clock, MATRIX_BUDGET_S / 8)
         wall_s, cpu_s = wall_s + clock() - started, cpu_s + cpu_clock() - cpu_started
         rate = 2 * side**3 / seconds
         if rate > best:
@@ -168,29 +168,24 @@ def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float
 
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size_bytes / _Timed(lambda: target.copy_(source), device, clock).shortest(COPY_BUDGET_S)
+    return 2 * size_bytes / _shortest(lambda: target.copy_(source), device, clock, COPY_BUDGET_S)
 
 
-class _Timed:
-    """An operation that can be run again and again, timed to its end on its device."""
+def _shortest(operation: Callable[[], object], device: str, clock: Callable[[], float], budget_s: float) -> float:
+    """Seconds of the shortest of three or more runs within the budget, each to its end on the device, after one that is
+    not counted."""
 
-    def __init__(self, operation: Callable[[], object], device: str, clock: Callable[[], float]) -> None:
-        self.operation, self.device, self.clock = operation, device, clock
-
-    def once(self) -> float:
-        """Seconds of one run."""
-        start = self.clock()
-        self.operation()
-        if not self.device.startswith("cpu"):
+    def once() -> float:
+        start = clock()
+        operation()
+        if not device.startswith("cpu"):
             import torch
 
-            torch.cuda.synchronize(self.device)
-        return self.clock() - start
+            torch.cuda.synchronize(device)
+        return clock() - start
 
-    def shortest(self, budget_s: float) -> float:
-        """Seconds of the shortest of three or more runs within the budget, after one that is not counted."""
-        self.once()
-        runs = [self.once() for _ in range(3)]
-        while sum(runs) < budget_s:
-            runs.append(self.once())
-        return min(runs)
+    once()
+    runs = [once() for _ in range(3)]
+    while sum(runs) < budget_s:
+        runs.append(once())
+    return min(runs)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from grpo_autotune.records.base import Frozen
 
 
-class EngineRecord(BaseModel):
-    """Base of these records: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FidelityPart(EngineRecord):
+class FidelityPart(Frozen):
     """The differences of some of the sampled tokens."""
 
     rows: Literal["image", "text"]  # `image` where their prompts hold one, else `text`
@@ -26,7 +20,7 @@ class FidelityPart(EngineRecord):
     tokens: int
 
 
-class Cause(EngineRecord):
+class Cause(Frozen):
     """One possible reason for log-probs that differ."""
 
     name: str  # such as `stale weights`
@@ -36,7 +30,7 @@ class Cause(EngineRecord):
     check: str  # what tells this cause from the others
 
 
-class Fidelity(EngineRecord):
+class Fidelity(Frozen):
     """Difference between the rollout engine's log-probs and the trainer's, in nats over sampled tokens.
 
     Both sides are compared as the model gives them. What truncated sampling and penalties do to the engine's numbers is
@@ -69,7 +63,7 @@ class Fidelity(EngineRecord):
     causes: list[Cause] = []  # every cause considered
 
 
-class EngineFacts(EngineRecord):
+class EngineFacts(Frozen):
     """Work of the engine in the measured generations. Rates are of this rank's engine."""
 
     generations: int  # calls that asked it for completions

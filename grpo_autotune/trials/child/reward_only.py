@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
-from grpo_autotune.seams.layers import INNER, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
@@ -65,12 +65,8 @@ class _Samples:
         self._trainer, self._heartbeat = trainer, heartbeat
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
-        self._handles: list[Handle] = []
         layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
-        for key, layer in layers.items():
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                self._handles.append(wrap(slot, layer, INNER))
+        self._handles = wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], INNER)
 
     def remove(self) -> None:
         for handle in self._handles:
