@@ -1,6 +1,6 @@
 """Values of the rollout engine's knobs, and the rules that stand in a value's way.
 
-A knob of the engine is a field in `config/vllm.py`, a row in `table.py`, and here its values and its rule.
+A knob of the engine is a field in `config/vllm.py`, two lines in `table.py`, and here its values and its rule.
 """
 
 from __future__ import annotations
