@@ -36,29 +36,17 @@ def world_size() -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batch arithmetic of a `grpo` section, with TRL's defaults for keys that it leaves out.
+    """The batch arithmetic of a `grpo` section, with TRL's defaults for keys that it leaves out."""
 
-    Attributes:
-        micro_batch: Completions per forward pass, on one device.
-        processes: World size.
-        accumulation: Micro steps per optimizer step.
-        steps_per_generation: Micro steps per generation.
-        num_generations: Completions per prompt (G).
-        num_iterations: Times each generation is trained on.
-        generation_batch: Completions per generation, over all devices.
-        eval_batch: Completions per evaluation step, over all devices; None where evaluation is off.
-        eval_generations: Completions per prompt in evaluation.
-    """
-
-    micro_batch: int
-    processes: int
-    accumulation: int
-    steps_per_generation: int
-    num_generations: int
-    num_iterations: int
-    generation_batch: int
-    eval_batch: int | None
-    eval_generations: int
+    micro_batch: int  # completions per forward pass, on one device
+    processes: int  # world size
+    accumulation: int  # micro steps per optimizer step
+    steps_per_generation: int  # micro steps per generation
+    num_generations: int  # completions per prompt (G)
+    num_iterations: int  # times each generation is trained on
+    generation_batch: int  # completions per generation, over all devices
+    eval_batch: int | None  # completions per evaluation step, over all devices; None where evaluation is off
+    eval_generations: int  # completions per prompt in evaluation
 
     @property
     def prompts_per_generation(self) -> int:

@@ -10,7 +10,7 @@ import ast
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,16 +64,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """One key of another library's configuration class.
+    """One key of another library's configuration class."""
 
-    Attributes:
-        name: The key, verbatim.
-        accepts: Names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`.
-        default: The default as Python source, for instance `"8"` or `"None"`; None where the class computes it.
-    """
-
-    name: str
-    accepts: frozenset[str]
+    name: str  # the key, verbatim
+    accepts: frozenset[str]  # names of accepted types (keys of `WORDS`), literal values as their `repr`, or `ANYTHING`
+    # the default as Python source, for instance `"8"` or `"None"`; None where the class computes it
     default: str | None
 
     def default_value(self) -> object:
@@ -108,32 +103,25 @@ def _value_of(source: str) -> object:
     return ast.literal_eval(source)
 
 
-@lru_cache(maxsize=1)
-def grpo_keys() -> Mapping[str, ForeignKey]:
-    """Keys of the installed `GRPOConfig`, its bases included.
+@lru_cache(maxsize=4)
+def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
+    """Keys of an installed class, its bases included.
 
     Raises:
-        EnvironmentProblem: If trl or transformers is missing, or lacks the class in this file.
+        EnvironmentProblem: If the package is missing, or lacks the class in this file.
     """
-    return _keys(GRPO_SOURCES)
+    keys: dict[str, ForeignKey] = {}
+    for package, path, class_name in sources:
+        fields = (_field(entry) for entry in class_in_source(package, path, class_name).body)
+        keys |= {key.name: key for key in fields if key is not None}
+    return MappingProxyType(keys)
 
 
-@lru_cache(maxsize=1)
-def peft_keys() -> Mapping[str, ForeignKey]:
-    """Keys of the installed `LoraConfig`, its bases included. Raises as `grpo_keys`."""
-    return _keys(PEFT_SOURCES)
-
-
-@lru_cache(maxsize=1)
-def engine_keys() -> Mapping[str, ForeignKey]:
-    """Keys of the installed vLLM's `EngineArgs`. Raises as `grpo_keys`."""
-    return _keys(ENGINE_SOURCES)
-
-
-@lru_cache(maxsize=1)
-def sampling_keys() -> Mapping[str, ForeignKey]:
-    """Keys of the installed vLLM's `SamplingParams`. Raises as `grpo_keys`."""
-    return _keys(SAMPLING_SOURCES)
+grpo_keys = partial(_keys, GRPO_SOURCES)
+peft_keys = partial(_keys, PEFT_SOURCES)
+engine_keys = partial(_keys, ENGINE_SOURCES)
+sampling_keys = partial(_keys, SAMPLING_SOURCES)
+"""Keys of the installed `GRPOConfig`, `LoraConfig`, `EngineArgs` and `SamplingParams`; they raise as `_keys`."""
 
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
@@ -152,14 +140,6 @@ def wrong_type(where: str, value: object, accepted: str) -> ConfigError:
     """The error for a value of a wrong type."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return ConfigError(f"{shown} is not accepted", where=where, fix=f"Accepted: {accepted}.")
-
-
-def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
-    keys: dict[str, ForeignKey] = {}
-    for package, path, class_name in sources:
-        fields = (_field(entry) for entry in class_in_source(package, path, class_name).body)
-        keys |= {key.name: key for key in fields if key is not None}
-    return MappingProxyType(keys)
 
 
 def _source_file(package: str, path: str) -> Path:

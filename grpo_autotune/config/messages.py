@@ -33,12 +33,8 @@ HOSTS = ("search", "output", "receipt")
 
 
 def from_validation(error: ValidationError, known: Sequence[str]) -> ConfigError:
-    """The first problem pydantic found, unknown keys before wrong values (the value may be wrong because its key is).
-
-    Args:
-        error: What `model_validate` raised.
-        known: Every legal key path, `rewards.weight` standing for any item of the list.
-    """
+    """The first problem that `model_validate` found, unknown keys before wrong values (the value may be wrong because
+    its key is). `known` is every legal key path, `rewards.weight` standing for any item of the list."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     path = _path(problem["loc"])

@@ -52,29 +52,17 @@ OPTIMIZERS = {
 
 
 class Need(NamedTuple):
-    """A key whose value needs one of several packages.
+    """A key whose value needs one of several packages."""
 
-    Attributes:
-        where: Key path.
-        value: Its value, as a message shows it.
-        packages: Names to import, of which one must be there.
-        install: Requirement for pip.
-        otherwise: What else the user can do.
-    """
-
-    where: str
-    value: str
-    packages: tuple[str, ...]
-    install: str
-    otherwise: str
+    where: str  # key path
+    value: str  # its value, as a message shows it
+    packages: tuple[str, ...]  # names to import, of which one must be there
+    install: str  # requirement for pip
+    otherwise: str  # what else the user can do
 
 
 def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """Refuse a key that needs a package which is not installed.
-
-    Args:
-        config: The run.
-        overrides: `GRPOConfig` keys that take precedence.
+    """Refuse a key that needs a package which is not installed; `overrides` are `GRPOConfig` keys that take precedence.
 
     Raises:
         EnvironmentProblem: Naming key, value and package.

@@ -24,14 +24,8 @@ SPLIT = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[.*\])?")
 def check_data_place(
     path: str, *, name: str | None, revision: str | None, params: Mapping[str, Any] | None, where: str
 ) -> None:
-    """Refuse a data set that is not there, or that cannot have the keys it is given.
-
-    Args:
-        path: Registered name, `package.module:function`, file, folder, or hub id.
-        name: Configuration of a hub data set.
-        revision: Branch, tag or commit on the hub.
-        params: Arguments of a registered function.
-        where: Key path of `path`.
+    """Refuse a data set that is not there, or that cannot have the keys of the `data` section it is given; `where` is
+    the key path of `path`.
 
     Raises:
         ConfigError: It is not there, or a key is of another kind of data.

@@ -18,13 +18,9 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 def check_arguments(
     signature: inspect.Signature, params: Mapping[str, Any], where: str, columns: Collection[str] | None = None
 ) -> None:
-    """Check that a reward function takes what it will be given, and is given what it needs.
+    """Check that the reward function at the key path `where` takes what it will be given, and is given what it needs.
 
-    Args:
-        signature: Of the function.
-        params: Its `rewards[].params`; `**kwargs` is for columns, and would hide a misspelt name.
-        where: Key path of the reward.
-        columns: Columns of the data; None where they are not known yet.
+    `**kwargs` in its signature is for columns, and would hide a misspelt parameter. Columns of None are not known yet.
 
     Raises:
         ConfigError: It does not, or is not.

@@ -19,19 +19,12 @@ from grpo_autotune.errors import ConfigError, nearest
 
 
 class Range(NamedTuple):
-    """Legal values of a sampling key.
+    """Legal values of a sampling key."""
 
-    Attributes:
-        least: Smallest legal value.
-        most: Largest legal value.
-        remark: Value or reason that a reader may look for.
-        is_open: True if every number above 0 is legal, `least` being one that makes sense.
-    """
-
-    least: float
-    most: float
-    remark: str
-    is_open: bool = False
+    least: float  # smallest legal value
+    most: float  # largest legal value
+    remark: str  # value or reason that a reader may look for
+    is_open: bool = False  # True if every number above 0 is legal, `least` being one that makes sense
 
 
 RANGES = {

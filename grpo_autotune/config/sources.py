@@ -24,13 +24,8 @@ def profile_names() -> list[str]:
 
 
 def resolve_source(source: str | Path | None) -> tuple[str, Path]:
-    """Find a configuration file.
-
-    Args:
-        source: Path, or name of a shipped profile; None takes `./grpo.yaml` if it is there, else the profile `demo`.
-
-    Returns:
-        Its name in messages, and its path.
+    """The name in messages and the path of a configuration file, given by its path or by the name of a shipped profile;
+    None takes `./grpo.yaml` if it is there, else the profile `demo`.
 
     Raises:
         ConfigError: If there is neither such a file nor such a profile; the message has the nearest name.

@@ -173,11 +173,8 @@ def engine_names() -> frozenset[str]:
 
 
 def check_engine_keys(section: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Check the keys of a `vllm` section that have no field of their own.
-
-    Args:
-        section: Its plain values.
-        known: Every legal key path, for the nearest one.
+    """Check the keys of a `vllm` section that have no field of their own; an unknown one is told the nearest of
+    `known`, every legal key path.
 
     Raises:
         ConfigError: A key is unknown, is set elsewhere, or has a value of a wrong type.

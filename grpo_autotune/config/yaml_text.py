@@ -63,11 +63,7 @@ for _tag, _pattern, _first in SCALARS:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read one YAML document.
-
-    Args:
-        text: The document.
-        where: File or option it came from, for messages.
+    """Read one YAML document; `where` is the file or option it came from, for messages.
 
     Raises:
         ConfigError: If it is not YAML, or gives a key twice; with line and column.

@@ -10,16 +10,9 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        check: Name of the package or part of the machine.
-        status: "ok"; "warn": something will be slower or is missing for some uses; "fail": training cannot work.
-        detail: Version, size or setting, and what is wrong with it.
-        remedy: What to do; empty where nothing has to be done.
-    """
-
-    check: str
-    status: Status
-    detail: str
-    remedy: str = ""
+    check: str  # name of the package or part of the machine
+    status: Status  # "ok"; "warn": something will be slower or is missing for some uses; "fail": training cannot work
+    detail: str  # version, size or setting, and what is wrong with it
+    remedy: str = ""  # what to do; empty where nothing has to be done

@@ -25,26 +25,18 @@ class Matrix(NamedTuple):
 
 
 class AdapterSizes(NamedTuple):
-    """LoRA parameters by place, and whether each block's last matrix has an adapter.
+    """LoRA parameters by place, and whether each block's last matrix has an adapter."""
 
-    Attributes:
-        text: On the decoder's layers.
-        blocks: On the vision tower's blocks, applied to every patch.
-        mergers: On its mergers, applied to every merged token.
-        text_first: Of `text`, the input halves on the first layer's query, key and value projections.
-        blocks_first: Of `blocks`, the input half on the first block's query-key-value projection.
-        on_text_end: Whether the decoder layers' last matrix is adapted; `on_vision_end`: that of the tower's blocks.
-        text_copied: Numbers that a token leaves on all layers where each adapter keeps a copy of its input, beyond what
-            one copy of each input would; `blocks_copied`: a patch, on the tower's blocks.
-    """
-
-    text: int = 0
-    blocks: int = 0
-    mergers: int = 0
-    text_first: int = 0
-    blocks_first: int = 0
+    text: int = 0  # on the decoder's layers
+    blocks: int = 0  # on the vision tower's blocks, applied to every patch
+    mergers: int = 0  # on its mergers, applied to every merged token
+    text_first: int = 0  # of `text`, the input halves on the first layer's query, key and value projections
+    blocks_first: int = 0  # of `blocks`, the input half on the first block's query-key-value projection
+    # whether the decoder layers' last matrix is adapted; `on_vision_end`: that of the tower's blocks
     on_text_end: bool = False
     on_vision_end: bool = False
+    # numbers that a token leaves on all layers where each adapter keeps a copy of its input, beyond what one copy of
+    # each input would; `blocks_copied`: a patch, on the tower's blocks
     text_copied: int = 0
     blocks_copied: int = 0
 

@@ -14,17 +14,11 @@ from grpo_autotune.errors import ConfigError, nearest_hint
 
 @dataclass(frozen=True)
 class Architecture:
-    """One real model.
+    """One real model."""
 
-    Attributes:
-        config: Its config.json (in the nested form that transformers 5 writes).
-        source: URL of that file.
-        published_parameters: Parameters in billions as the model's page gives them, shared embeddings counted once.
-    """
-
-    config: Mapping[str, Any]
-    source: str
-    published_parameters: float
+    config: Mapping[str, Any]  # its config.json (in the nested form that transformers 5 writes)
+    source: str  # URL of that file
+    published_parameters: float  # parameters in billions as the model's page gives them, shared embeddings counted once
 
 
 def _text(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:

@@ -28,51 +28,29 @@ ADAM_FLOPS = 14
 
 @dataclass(frozen=True)
 class WorkFacts:
-    """Plain numbers of a run, on this process; means over steps unless said otherwise.
+    """Plain numbers of a run, on this process; means over steps unless said otherwise."""
 
-    Attributes:
-        micro_batch: Sequences of one training pass.
-        passes: Training passes an optimizer step (gradient accumulation).
-        generation_rows: Sequences generated at a time.
-        iterations: Times each generated sequence is trained on.
-        group: Completions of each prompt.
-        prompt_tokens: Tokens of a prompt, image tokens included.
-        completion_tokens: Tokens of a completion.
-        longest_completion: Tokens of the longest completion generated at a time.
-        padding_share: Share of the log-prob passes' tokens that is padding, 0 to 1.
-        images: Images of a prompt.
-        image_tokens: Language-model tokens of an image.
-        use_vllm: vLLM generates: finished sequences leave the batch, and a group's prompt is prefilled once.
-        old_policy: Whether the no-grad pass of the old policy runs.
-        reference: Whether the reference pass runs (with adapters off, or on a model of its own).
-        compact_head: The LM head projects completion positions only (CUDA with Triton), else every position.
-        training: What is trained, and in how many bytes.
-        tokens_share: Share of plain TRL's tokens that the log-prob passes forward; below 1 under a speed-up.
-        tower_share: Share of plain TRL's images that the vision tower runs on, in the passes and in generation.
-        prefill_share: Share of the prompts that generation reads.
-        decode_share: Share of the rows that decoding steps run.
-    """
-
-    micro_batch: int
-    passes: int
-    generation_rows: int
-    iterations: int
-    group: int
-    prompt_tokens: float
-    completion_tokens: float
-    longest_completion: float
-    padding_share: float
-    images: float
-    image_tokens: float
-    use_vllm: bool
-    old_policy: bool
-    reference: bool
-    compact_head: bool
-    training: Training
-    tokens_share: float = 1.0
+    micro_batch: int  # sequences of one training pass
+    passes: int  # training passes an optimizer step (gradient accumulation)
+    generation_rows: int  # sequences generated at a time
+    iterations: int  # times each generated sequence is trained on
+    group: int  # completions of each prompt
+    prompt_tokens: float  # tokens of a prompt, image tokens included
+    completion_tokens: float  # tokens of a completion
+    longest_completion: float  # tokens of the longest completion generated at a time
+    padding_share: float  # share of the log-prob passes' tokens that is padding, 0 to 1
+    images: float  # images of a prompt
+    image_tokens: float  # language-model tokens of an image
+    use_vllm: bool  # vLLM generates: finished sequences leave the batch, and a group's prompt is prefilled once
+    old_policy: bool  # whether the no-grad pass of the old policy runs
+    reference: bool  # whether the reference pass runs (with adapters off, or on a model of its own)
+    compact_head: bool  # the LM head projects completion positions only (CUDA with Triton), else every position
+    training: Training  # what is trained, and in how many bytes
+    tokens_share: float = 1.0  # share of plain TRL's tokens that the log-prob passes forward; below 1 under a speed-up
+    # share of plain TRL's images that the vision tower runs on, in the passes and in generation
     tower_share: float = 1.0
-    prefill_share: float = 1.0
-    decode_share: float = 1.0
+    prefill_share: float = 1.0  # share of the prompts that generation reads
+    decode_share: float = 1.0  # share of the rows that decoding steps run
 
     @property
     def row_tokens(self) -> float:
@@ -159,14 +137,9 @@ def facts_from_records(
     *,
     old_policy: bool | None = None,
 ) -> WorkFacts:
-    """Read the facts off a probe's records.
+    """Read the facts off a probe's records; images without a patch grid count as none.
 
-    Args:
-        shape: The model's sizes.
-        trainer: What the run had.
-        tokens: Token counts.
-        images: Image counts; those without a patch grid count as no images.
-        old_policy: Whether the old policy's pass was seen to run; by TRL's own rule where not given.
+    `old_policy` tells whether that pass was seen to run; where it is not given, TRL's own rule decides.
     """
     misaligned = trainer.gradient_accumulation_steps % (trainer.steps_per_generation * trainer.num_iterations) != 0
     seen = images if images is not None and images.tokens is not None else None

@@ -23,28 +23,17 @@ EIGHT_BITS = 1.0
 
 
 class EngineNeed(NamedTuple):
-    """Bytes on one device.
+    """Bytes on one device."""
 
-    Attributes:
-        weights: The model.
-        activations: The largest layer of an engine step, and the logits that completions are drawn from.
-        request: Keys and values of one request of full length.
-        row: Those of a prompt with its completion, as they are expected.
-    """
-
-    weights: float
-    activations: float
-    request: float
-    row: float
+    weights: float  # the model
+    activations: float  # the largest layer of an engine step, and the logits that completions are drawn from
+    request: float  # keys and values of one request of full length
+    row: float  # those of a prompt with its completion, as they are expected
 
     @property
     def least(self) -> float:
         """Bytes below which the engine does not start."""
         return self.weights + self.activations + self.request
-
-    def rows_in(self, share: float) -> int:
-        """Completions that a share of so many bytes generates at once."""
-        return int(max(0.0, share - self.weights - self.activations) // max(self.row, 1.0))
 
 
 def engine_need(
@@ -61,16 +50,9 @@ def engine_need(
 ) -> EngineNeed:
     """Memory that an engine needs.
 
-    Args:
-        shape: The model.
-        longest: `max_model_len`.
-        row: Tokens of a prompt with its completion.
-        batched_tokens: `max_num_batched_tokens`.
-        running: `max_num_seqs`.
-        value_bytes: Bytes a number that it computes with.
-        weight_bytes: Bytes a weight; as it computes, without.
-        cache_bytes: Bytes a number of keys and values; likewise.
-        tensor_parallel: GPUs that share the model.
+    `longest` (`max_model_len`), `row` (a prompt with its completion) and `batched_tokens` (`max_num_batched_tokens`)
+    are tokens, and `running` is `max_num_seqs`. Bytes are those of a number that it computes with; weights, and keys
+    and values, take as many where nothing else is given. `tensor_parallel` GPUs share the model.
     """
     token = shape.kv_bytes_per_token(value_bytes if cache_bytes is None else cache_bytes) / tensor_parallel
     layer = batched_tokens * (2 * shape.hidden + max(3 * shape.mlp, 6 * shape.attention_width)) * value_bytes

@@ -6,14 +6,9 @@ import math
 
 
 def image_tokens(height: float, width: float, unit: int, bounds: tuple[int, int] | None = None) -> int:
-    """Cells of `unit` x `unit` pixels after resizing: sides to the nearest multiple, then the whole image into bounds
-    (`smart_resize` in transformers/models/qwen2_vl/image_processing_qwen2_vl.py).
-
-    Args:
-        height: In pixels; `width` likewise.
-        unit: Side of a token in pixels: patch side times merge side.
-        bounds: Least and most pixels of an image; None for none.
-    """
+    """Cells of `unit` x `unit` pixels (patch side times merge side) of an image, its sides in pixels, after resizing:
+    sides to the nearest multiple, then the whole image into `bounds`, the least and most pixels of an image
+    (`smart_resize` in transformers/models/qwen2_vl/image_processing_qwen2_vl.py)."""
     rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
     least, most = bounds or (0, math.inf)
     area = height * width

@@ -47,40 +47,26 @@ STATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Longest sequences and the settings that decide memory, beside `WorkFacts`.
+    """Longest sequences and the settings that decide memory, beside `WorkFacts`."""
 
-    Attributes:
-        prompt: Tokens of the longest prompt, image included.
-        completion: Tokens of the longest completion.
-        image_tokens: Language-model tokens of the largest image.
-        eager: Attention keeps its scores (`attn_implementation: eager`).
-        moments_bytes: Bytes of optimizer state a trained parameter (AdamW: two moments in the parameter's type).
-        reference_model: A second model is held for the reference (full fine-tuning with a KL term).
-        engine_bytes: vLLM's share of the device, 0 without an engine in this process.
-        engine_sleeps: Whether it gives that back while weights are trained.
-        fused: Whether kernels fold the head's tiles in place (CUDA with Triton).
-        loaded_pixels: Pixels of all images that the loader decodes for a step; 0 where the model is on a GPU. TRL loads
-            a whole generation batch for every micro step, and the trainer holds those of one optimizer step at a time
-            (`get_batch_samples` in transformers/trainer.py).
-        kept_images: Images whose features `vision_cache` keeps, which take `feature_limit` bytes at most.
-        pixel_bytes: Bytes of a number of the image processor's output where the model runs.
-        weight_copies: Bytes of weights in other forms while `generate` runs.
-    """
-
-    prompt: float
-    completion: float
-    image_tokens: float
-    eager: bool = False
+    prompt: float  # tokens of the longest prompt, image included
+    completion: float  # tokens of the longest completion
+    image_tokens: float  # language-model tokens of the largest image
+    eager: bool = False  # attention keeps its scores (`attn_implementation: eager`)
+    # bytes of optimizer state a trained parameter (AdamW: two moments in the parameter's type)
     moments_bytes: float = 8.0
-    reference_model: bool = False
-    engine_bytes: float = 0.0
-    engine_sleeps: bool = False
-    fused: bool = False
+    reference_model: bool = False  # a second model is held for the reference (full fine-tuning with a KL term)
+    engine_bytes: float = 0.0  # vLLM's share of the device, 0 without an engine in this process
+    engine_sleeps: bool = False  # whether it gives that back while weights are trained
+    fused: bool = False  # whether kernels fold the head's tiles in place (CUDA with Triton)
+    # pixels of all images that the loader decodes for a step; 0 where the model is on a GPU. TRL loads a whole
+    # generation batch for every micro step, and the trainer holds those of one optimizer step at a time
+    # (`get_batch_samples` in transformers/trainer.py)
     loaded_pixels: float = 0.0
-    kept_images: float = 0.0
+    kept_images: float = 0.0  # images whose features `vision_cache` keeps, which take `feature_limit` bytes at most
     feature_limit: float = 0.0
-    pixel_bytes: float = PIXEL_BYTES
-    weight_copies: float = 0.0
+    pixel_bytes: float = PIXEL_BYTES  # bytes of a number of the image processor's output where the model runs
+    weight_copies: float = 0.0  # bytes of weights in other forms while `generate` runs
 
     @property
     def row(self) -> float:
@@ -90,45 +76,25 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they hold.
+    """Bytes by what they hold."""
 
-    Attributes:
-        weights: The model, its adapters, and the reference model where there is one.
-        moments: Optimizer state, from the first step on.
-        gradients: Of what is trained.
-        activations: What one training pass keeps for its backward pass.
-        backward: The layer under way in the backward pass.
-        forward: A pass without gradients at its most, in a layer or in the head.
-        head: The tiles of logits in training.
-        pixels: The image processor's output for a generation.
-        images: Decoded images of a step's rows.
-        features: Outputs of a frozen vision tower that are kept.
-        cache: Keys and values of `generate`.
-        prefill: Largest intermediate of the prefill; decoding's logits where they are larger.
-        copies: Weights in other forms while completions are written.
-        update: Temporaries of the optimizer's update.
-        engine: vLLM's share.
-        engine_sleeps: Whether the engine's share is free in training.
-        accumulates: Whether gradients of earlier passes are held during a pass.
-    """
-
-    weights: float
-    moments: float
-    gradients: float
-    activations: float
-    backward: float
-    forward: float
-    head: float
-    pixels: float
-    images: float
-    features: float
-    cache: float
-    prefill: float
-    copies: float
-    update: float
-    engine: float
-    engine_sleeps: bool
-    accumulates: bool
+    weights: float  # the model, its adapters, and the reference model where there is one
+    moments: float  # optimizer state, from the first step on
+    gradients: float  # of what is trained
+    activations: float  # what one training pass keeps for its backward pass
+    backward: float  # the layer under way in the backward pass
+    forward: float  # a pass without gradients at its most, in a layer or in the head
+    head: float  # the tiles of logits in training
+    pixels: float  # the image processor's output for a generation
+    images: float  # decoded images of a step's rows
+    features: float  # outputs of a frozen vision tower that are kept
+    cache: float  # keys and values of `generate`
+    prefill: float  # largest intermediate of the prefill; decoding's logits where they are larger
+    copies: float  # weights in other forms while completions are written
+    update: float  # temporaries of the optimizer's update
+    engine: float  # vLLM's share
+    engine_sleeps: bool  # whether the engine's share is free in training
+    accumulates: bool  # whether gradients of earlier passes are held during a pass
 
     @property
     def training(self) -> float:

@@ -43,23 +43,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one pass.
+    """Input of one pass."""
 
-    Attributes:
-        rows: Sequences.
-        length: Tokens of each, padding included.
-        scored: Positions of each that the LM head projects.
-        images: Images of each row.
-        grid: Height and width of an image in patches.
-        held: Tokens of each row's prompt that go through the model in another row; this row's attend to them.
-    """
-
-    rows: float
-    length: float
-    scored: float
-    images: float = 0.0
-    grid: tuple[int, int] = (0, 0)
-    held: float = 0.0
+    rows: float  # sequences
+    length: float  # tokens of each, padding included
+    scored: float  # positions of each that the LM head projects
+    images: float = 0.0  # images of each row
+    grid: tuple[int, int] = (0, 0)  # height and width of an image in patches
+    held: float = 0.0  # tokens of each row's prompt that go through the model in another row; this row's attend to them
 
     @property
     def tokens(self) -> float:
@@ -79,31 +70,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Training:
-    """Trained parameters, and the bytes in which things are kept.
+    """Trained parameters, and the bytes in which things are kept."""
 
-    Attributes:
-        text_weights: The decoder's own weights are trained (full fine-tuning).
-        vision_weights: The vision tower's own weights are trained.
-        adapters: LoRA parameters by place.
-        checkpointing: Activations are recomputed in the backward pass.
-        attention_backward: Cost of attention's backward in forwards: 2 (four products for two), or 2.5 where the
-            kernel computes the scores again (Dao 2023, arXiv:2307.08691, section 4.1).
-        value_bytes: Bytes of an activation, of the head's weights and of the vision tower's.
-        weight_bytes: Bytes of a weight of the decoder's layers (4-bit base: 0.5).
-        trainable_bytes: Bytes of a trained parameter, of its gradient and of each optimizer state.
-        trainable: Number of trained parameters.
-        inputs_copied: Each adapter keeps a copy of its input: PEFT casts it to float32, and autocast casts that back.
-    """
-
-    text_weights: bool
-    vision_weights: bool
-    adapters: AdapterSizes
-    checkpointing: bool
+    text_weights: bool  # the decoder's own weights are trained (full fine-tuning)
+    vision_weights: bool  # the vision tower's own weights are trained
+    adapters: AdapterSizes  # LoRA parameters by place
+    checkpointing: bool  # activations are recomputed in the backward pass
+    # cost of attention's backward in forwards: 2 (four products for two), or 2.5 where the kernel computes the scores
+    # again (Dao 2023, arXiv:2307.08691, section 4.1)
     attention_backward: float
-    value_bytes: float
-    weight_bytes: float
-    trainable_bytes: float
-    trainable: float
+    value_bytes: float  # bytes of an activation, of the head's weights and of the vision tower's
+    weight_bytes: float  # bytes of a weight of the decoder's layers (4-bit base: 0.5)
+    trainable_bytes: float  # bytes of a trained parameter, of its gradient and of each optimizer state
+    trainable: float  # number of trained parameters
+    # each adapter keeps a copy of its input: PEFT casts it to float32, and autocast casts that back
     inputs_copied: bool = False
 
     def through_tower(self, vision: VisionShape) -> bool:

@@ -38,18 +38,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, and of its vision tower if it has one.
+    """Sizes of a decoder, and of its vision tower if it has one."""
 
-    Attributes:
-        family: `model_type` of the config.
-        known: Whether the family is one whose parameter count is exact; others are read as a plain gated decoder.
-        qkv_bias: Whether the query, key and value projections have a bias; `out_bias` and `mlp_bias` likewise.
-        qk_norm: Whether queries and keys are normalised over the head's channels.
-        tied: Whether the LM head is the embedding.
-    """
-
-    family: str
-    known: bool
+    family: str  # `model_type` of the config
+    known: bool  # whether the family is one whose parameter count is exact; others are read as a plain gated decoder
     layers: int
     hidden: int
     heads: int
@@ -57,11 +49,11 @@ class ModelShape:
     head_dim: int
     mlp: int
     vocab: int
-    tied: bool
-    qkv_bias: bool
+    tied: bool  # whether the LM head is the embedding
+    qkv_bias: bool  # whether the query, key and value projections have a bias; `out_bias` and `mlp_bias` likewise
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: bool  # whether queries and keys are normalised over the head's channels
     vision: VisionShape | None = None
 
     @classmethod

@@ -40,35 +40,25 @@ SHARED_DEFAULTS = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_si
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Sizes of a vision tower.
-
-    Attributes:
-        gated: Whether the block's MLP has three matrices (gate, up, down) or two.
-        layer_norm: Whether norms have a bias (LayerNorm) or not (RMSNorm); the patch embedding's bias goes with it.
-        out: Channels handed to the language model.
-        deepstack: Number of further mergers that feed the first layers of the language model.
-        positions: Rows of the learned position embedding (0: none).
-        window: Side of an attention window in merged tokens; None if every block attends to the whole image.
-        full_blocks: Number of blocks that attend to the whole image.
-        input_hooked: Whether transformers takes the patch embedding for an input embedding. Gradient checkpointing then
-            makes its output require a gradient (`enable_input_require_grads`), and a frozen tower is in the backward.
-    """
+    """Sizes of a vision tower."""
 
     depth: int
     hidden: int
     heads: int
     mlp: int
-    gated: bool
-    layer_norm: bool
+    gated: bool  # whether the block's MLP has three matrices (gate, up, down) or two
+    layer_norm: bool  # whether norms have a bias (LayerNorm) or not (RMSNorm); the patch embedding's bias goes with it
     patch: int
     temporal_patch: int
     channels: int
     merge: int
-    out: int
-    deepstack: int
-    positions: int
-    window: int | None
-    full_blocks: int
+    out: int  # channels handed to the language model
+    deepstack: int  # number of further mergers that feed the first layers of the language model
+    positions: int  # rows of the learned position embedding (0: none)
+    window: int | None  # side of an attention window in merged tokens; None if every block attends to the whole image
+    full_blocks: int  # number of blocks that attend to the whole image
+    # whether transformers takes the patch embedding for an input embedding. Gradient checkpointing then makes its
+    # output require a gradient (`enable_input_require_grads`), and a frozen tower is in the backward
     input_hooked: bool
 
     @property

@@ -40,29 +40,18 @@ LEAST_KEPT_SIDE, LEAST_KEPT_COPY = 8192, 512 * 2**20
 
 
 class Ceilings(BaseModel):
-    """Measured limits of one device.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        dtype: Name of the matrices' dtype.
-        threads: Threads torch used (1 on a GPU).
-        matrix_flops_s: Best rate of a square matrix product, operations per second.
-        memory_bytes_s: Best rate of a large copy, bytes read and written per second.
-        matrix_side: Side of the product that reached the best rate.
-        measured_s: Seconds the measurement took.
-        quiet: Whether the process had its threads' cores to itself (true on a GPU, where that is not known).
-    """
+    """Measured limits of one device."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: str
-    dtype: str
-    threads: int
-    matrix_flops_s: float
-    memory_bytes_s: float
-    matrix_side: int
-    measured_s: float
-    quiet: bool = True
+    device: str  # "cpu" or "cuda"
+    dtype: str  # name of the matrices' dtype
+    threads: int  # threads torch used (1 on a GPU)
+    matrix_flops_s: float  # best rate of a square matrix product, operations per second
+    memory_bytes_s: float  # best rate of a large copy, bytes read and written per second
+    matrix_side: int  # side of the product that reached the best rate
+    measured_s: float  # seconds the measurement took
+    quiet: bool = True  # whether the process had its threads' cores to itself (true on a GPU, where that is not known)
 
 
 def measure_ceilings(
@@ -73,14 +62,11 @@ def measure_ceilings(
     cpu_clock: Callable[[], float] = time.process_time,
     fresh: bool = False,
 ) -> Ceilings:
-    """This machine's ceilings, from its cache file or measured now.
+    """This machine's ceilings for a device as torch names it ("cpu", "cuda:1") and "float32", "bfloat16" or "float16":
+    from its cache file, or measured where that cannot be read or they are to be `fresh`.
 
-    Args:
-        device: As torch names it ("cpu", "cuda", "cuda:1").
-        dtype: "float32", "bfloat16" or "float16".
-        clock: Seconds that only grow.
-        cpu_clock: Seconds of processor time this process has used, over all threads.
-        fresh: Measure even if there is a cache file. One that cannot be read is measured again anyway.
+    `clock` gives seconds that only grow, `cpu_clock` seconds of processor time that this process has used, over all
+    threads.
     """
     import torch
 
@@ -148,9 +134,9 @@ def matrix_rate(device: str, dtype: str, clock: Callable[[], float], cpu_clock: 
     while True:
         draws = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
         left, right = (draw.to(getattr(torch, dtype)) for draw in draws)
-        product = _Timed(partial(torch.mm, left, right, out=torch.empty_like(left)), device, clock)
+        product = partial(torch.mm, left, right, out=torch.empty_like(left))
         started, cpu_started = clock(), cpu_clock()
-        seconds = product.shortest(MATRIX_BUDGET_S / 8)
+        seconds = _shortest(product, device, clock, MATRIX_BUDGET_S / 8)
         wall_s, cpu_s = wall_s + clock() - started, cpu_s + cpu_clock() - cpu_started
         rate = 2 * side**3 / seconds
         if rate > best:
@@ -182,29 +168,24 @@ def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float
 
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size_bytes / _Timed(lambda: target.copy_(source), device, clock).shortest(COPY_BUDGET_S)
+    return 2 * size_bytes / _shortest(lambda: target.copy_(source), device, clock, COPY_BUDGET_S)
 
 
-class _Timed:
-    """An operation that can be run again and again, timed to its end on its device."""
+def _shortest(operation: Callable[[], object], device: str, clock: Callable[[], float], budget_s: float) -> float:
+    """Seconds of the shortest of three or more runs within the budget, each to its end on the device, after one that is
+    not counted."""
 
-    def __init__(self, operation: Callable[[], object], device: str, clock: Callable[[], float]) -> None:
-        self.operation, self.device, self.clock = operation, device, clock
-
-    def once(self) -> float:
-        """Seconds of one run."""
-        start = self.clock()
-        self.operation()
-        if not self.device.startswith("cpu"):
+    def once() -> float:
+        start = clock()
+        operation()
+        if not device.startswith("cpu"):
             import torch
 
-            torch.cuda.synchronize(self.device)
-        return self.clock() - start
+            torch.cuda.synchronize(device)
+        return clock() - start
 
-    def shortest(self, budget_s: float) -> float:
-        """Seconds of the shortest of three or more runs within the budget, after one that is not counted."""
-        self.once()
-        runs = [self.once() for _ in range(3)]
-        while sum(runs) < budget_s:
-            runs.append(self.once())
-        return min(runs)
+    once()
+    runs = [once() for _ in range(3)]
+    while sum(runs) < budget_s:
+        runs.append(once())
+    return min(runs)

@@ -44,11 +44,8 @@ def room_of(device: Any) -> DeviceRoom | None:
 
 
 def runtime_facts(device: Any) -> dict[str, str]:
-    """Versions and settings by which the same GPU is fast or slow: driver, libraries, power limit, attention kernels.
-
-    Args:
-        device: A `torch.device`; facts are empty unless it is a CUDA device.
-    """
+    """Versions and settings by which the same GPU is fast or slow: driver, libraries, power limit, attention kernels;
+    none unless the `torch.device` is a CUDA device."""
     if device.type != "cuda":
         return {}
     torch: Any = importlib.import_module("torch")

@@ -34,23 +34,14 @@ AMD = "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-
 
 
 class GpuRow(NamedTuple):
-    """One card.
+    """One card."""
 
-    Attributes:
-        name: Its name.
-        pattern: Regular expression found in the name that NVML reports.
-        matrix_flops_s: Dense bfloat16 operations per second; float16 where the card has no bfloat16.
-        bandwidth_bytes_s: Memory bandwidth, bytes per second.
-        bfloat16: Whether its matrix units take bfloat16.
-        source: The vendor's page, data sheet or white paper (H20: see above).
-    """
-
-    name: str
-    pattern: str
-    matrix_flops_s: float
-    bandwidth_bytes_s: float
-    bfloat16: bool
-    source: str
+    name: str  # its name
+    pattern: str  # regular expression found in the name that NVML reports
+    matrix_flops_s: float  # dense bfloat16 operations per second; float16 where the card has no bfloat16
+    bandwidth_bytes_s: float  # memory bandwidth, bytes per second
+    bfloat16: bool  # whether its matrix units take bfloat16
+    source: str  # the vendor's page, data sheet or white paper (H20: see above)
 
 
 CARDS = (

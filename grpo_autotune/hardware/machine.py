@@ -38,29 +38,20 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 class Machine(BaseModel):
-    """The machine and the installed packages.
-
-    Attributes:
-        cpu: Model name of the processor.
-        cores: Cores this process may use (affinity and the container's quota counted).
-        memory_bytes: Memory of the host that this process may use (the container's limit counted, GPUs' own left out).
-        gpus: GPUs that CUDA shows this process, as it numbers them under `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
-        driver: Version of the NVIDIA driver; None without one.
-        versions: Versions of the installed packages among `PACKAGES`.
-        fingerprint: Short hash of the processor, the memory's size and the kinds of GPU; equal on machines alike.
-    """
+    """The machine and the installed packages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cpu: str
-    cores: int
+    cpu: str  # model name of the processor
+    cores: int  # cores this process may use (affinity and the container's quota counted)
+    # memory of the host that this process may use (the container's limit counted, GPUs' own left out)
     memory_bytes: int
-    gpus: tuple[Gpu, ...]
-    driver: str | None = None
+    gpus: tuple[Gpu, ...]  # GPUs that CUDA shows this process, as it numbers them under `CUDA_DEVICE_ORDER=PCI_BUS_ID`
+    driver: str | None = None  # version of the NVIDIA driver; None without one
     python: str
     platform: str
-    versions: dict[str, str]
-    fingerprint: str
+    versions: dict[str, str]  # versions of the installed packages among `PACKAGES`
+    fingerprint: str  # short hash of the processor, the memory's size and the kinds of GPU; equal on machines alike
 
 
 def detect() -> Machine:

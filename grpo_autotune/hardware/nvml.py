@@ -25,21 +25,14 @@ NODES = Path("/sys/devices/system/node")
 
 
 class Gpu(BaseModel):
-    """One GPU or MIG slice.
-
-    Attributes:
-        name: As the driver names it.
-        memory_bytes: Its memory; the host's, where it has none of its own.
-        capability: Compute capability, such as "9.0"; "0.0" where it is not reported.
-        unified: Whether its memory is the host's (GB10, Jetson).
-    """
+    """One GPU or MIG slice."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    memory_bytes: int
-    capability: str
-    unified: bool = False
+    name: str  # as the driver names it
+    memory_bytes: int  # its memory; the host's, where it has none of its own
+    capability: str  # compute capability, such as "9.0"; "0.0" where it is not reported
+    unified: bool = False  # whether its memory is the host's (GB10, Jetson)
 
 
 @contextmanager

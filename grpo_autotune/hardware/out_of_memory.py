@@ -70,12 +70,8 @@ _FREE = re.compile(rf"of which {_SIZE} is free")
 
 
 def is_memory_sign(classes: Sequence[str], message: str) -> bool:
-    """Return whether an error says that memory ran out, on the device or the host.
-
-    Args:
-        classes: Full names of its class and of the classes above it; a log gives the first alone.
-        message: Its message.
-    """
+    """Return whether an error says that memory ran out, on the device or the host: by its message, and by the full
+    names of its class and of those above it (a log gives the first alone)."""
     return any(
         re.fullmatch(kind, name) is not None and re.match(text, message) is not None
         for kind, text in SIGNS
@@ -84,13 +80,8 @@ def is_memory_sign(classes: Sequence[str], message: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException, available: Callable[[], int | None] = lambda: None) -> bool:
-    """Return whether an exception says that memory ran out, on the device or the host.
-
-    Args:
-        error: The exception.
-        available: Bytes that this process could still have: a thread that cannot be started counts only where its stack
-            has no room. None is not known.
-    """
+    """Return whether an exception says that memory ran out, on the device or the host; a thread that cannot be started
+    counts only where its stack has no room in the `available` bytes of this process (None: not known)."""
     if type(error) is RuntimeError and str(error) == NO_THREAD:
         left = available()
         return left is not None and left < STACK_BYTES
@@ -134,12 +125,8 @@ def ended_for_memory(log: Path) -> bool:
 
 
 def missing_bytes(message: str, available: Callable[[], int | None]) -> int | None:
-    """Bytes requested beyond what was free; None where the message does not say what was requested.
-
-    Args:
-        message: The allocator's.
-        available: Bytes that this process could still have, for a message without what was free.
-    """
+    """Bytes requested beyond what was free, or beyond the `available` bytes of this process where the allocator's
+    message does not say that; None where it does not say what was requested."""
     requested, free = _REQUESTED.search(message), _FREE.search(message)
     if requested is None:
         return None

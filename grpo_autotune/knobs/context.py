@@ -18,19 +18,12 @@ from grpo_autotune.seams.stored_images import image_columns
 
 
 class KnobContext(NamedTuple):
-    """The facts that decide a knob's values and kind.
+    """The facts that decide a knob's values and kind."""
 
-    Attributes:
-        config: The user's configuration.
-        machine: None where only the configuration is asked about.
-        model: The model's config.json; empty where nobody has it yet.
-        record: A probe of this configuration, where there is one.
-    """
-
-    config: RunConfig
-    machine: Machine | None
-    model: Mapping[str, Any]
-    record: ProbeRecord | None = None
+    config: RunConfig  # the user's configuration
+    machine: Machine | None  # None where only the configuration is asked about
+    model: Mapping[str, Any]  # the model's config.json; empty where nobody has it yet
+    record: ProbeRecord | None = None  # a probe of this configuration, where there is one
 
     @property
     def text(self) -> Mapping[str, Any]:

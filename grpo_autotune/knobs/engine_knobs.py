@@ -1,6 +1,6 @@
 """Values of the rollout engine's knobs, and the rules that stand in a value's way.
 
-A knob of the engine is a field in `config/vllm.py`, a row in `table.py`, and here its values and its rule.
+A knob of the engine is a field in `config/vllm.py`, two lines in `table.py`, and here its values and its rule.
 """
 
 from __future__ import annotations
@@ -210,18 +210,15 @@ def tensor_parallel_rule(context: KnobContext, value: Any) -> str | None:
     return beside_rule(context, value)
 
 
-def engines(context: KnobContext) -> tuple[bool, ...]:
+def engines(context: KnobContext, own: bool) -> tuple[bool, ...]:
     """`generate`, and vLLM in the training process where it runs; a server stays what it is."""
-    current = context.config.use_vllm
-    if current and _elsewhere(context):
+    if own and _elsewhere(context):
         return (True,)
-    return switch(current) if current or engine_rule(context, True) is None else (False,)
+    return switch(own) if own or engine_rule(context, True) is None else (False,)
 
 
 def memory_shares(context: KnobContext, own: float) -> tuple[float, ...]:
     """The user's own, and the usual shares."""
-    if not colocates(context):
-        return ()
     return (own, *(share for share in MEMORY_SHARES if share != own and sized_by_share(context)))
 
 
@@ -233,65 +230,47 @@ def sized_by_share(context: KnobContext) -> bool:
 def running_counts(context: KnobContext, own: int) -> tuple[int, ...]:
     """The user's own, every completion of a generation at once, half and a quarter of them."""
     rows = engine.rows_of_generation(context.config)
-    return (own, *sorted({max(1, rows // 4), max(1, rows // 2), rows} - {own})) if colocates(context) else ()
+    return (own, *sorted({max(1, rows // 4), max(1, rows // 2), rows} - {own}))
 
 
 def batched_tokens(context: KnobContext, own: int) -> tuple[int, ...]:
     """The user's own, and the usual ones; on a CPU, where a step is long, they wait to be asked for."""
-    if not colocates(context):
-        return ()
     return (own, *(n for n in BATCHED_TOKENS if n != own)) if context.gpus else (own,)
-
-
-def engine_switch(context: KnobContext, own: bool) -> tuple[bool, ...]:
-    """Both, where an engine can be in the training process."""
-    return switch(own) if colocates(context) else ()
 
 
 def sleep_levels(context: KnobContext, own: int) -> tuple[int, ...]:
     """The three levels, where there is a GPU to give memory back to."""
-    return (own, *(n for n in (0, 1, 2) if n != own and context.gpus)) if colocates(context) else ()
+    return (own, *(n for n in (0, 1, 2) if n != own and context.gpus))
 
 
 def syncs(context: KnobContext, own: str) -> tuple[str, ...]:
     """The user's own; beside an adapter, whose layers every token passes, the push of merged weights in batches."""
-    if not colocates(context):
-        return ()
     adapter = context.config.peft is not None
     if own == "auto":
         return (own, "batched") if adapter else (own,)
     return (own, *(way for way in (("batched", "adapter") if adapter else ("batched",)) if way != own))
 
 
-def cache_types(context: KnobContext, own: str) -> tuple[str, ...]:
+def eight_bits(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
     """The user's own, and 8 bits on a GPU."""
-    return (own, *(("fp8",) if context.gpus and own != "fp8" else ())) if colocates(context) else ()
+    return (own, "fp8") if context.gpus and own != "fp8" else (own,)
 
 
 def speculations(context: KnobContext, own: dict[str, Any] | None) -> tuple[dict[str, Any] | None, ...]:
     """None, the user's own, and on a GPU those that draft from the text."""
-    if not colocates(context):
-        return ()
     others = (value for value in (None, *(SPECULATIONS if context.gpus else ())) if value != own)
     return (own, *(value for value in others if value is None or speculation_rule(context, value) is None))
-
-
-def quantizations(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
-    """The user's own, and 8 bits on a GPU."""
-    return (own, *(("fp8",) if context.gpus and own != "fp8" else ())) if colocates(context) else ()
 
 
 def tensor_parallel_sizes(context: KnobContext, own: int) -> tuple[int, ...]:
     """Divisors of the world size."""
     processes = context.config.batch.processes
-    return (own, *(n for n in divisors(processes) if n != own)) if colocates(context) and processes > 1 else ()
+    return (own, *(n for n in divisors(processes) if n != own)) if processes > 1 else ()
 
 
 def server_gpus(context: KnobContext, own: int | None) -> tuple[int | None, ...]:
     """The engine in the training process, and a server on one, two, four ... of the GPUs that do not train; on a
     machine without a GPU a server waits to be asked for."""
-    if not colocates(context):
-        return ()
     free = context.gpus - context.config.batch.processes
     counts = [2**k for k in range(free.bit_length()) if 2**k <= free] if free > 0 else []
     return (own, *(n for n in (None, *counts) if n != own))
@@ -299,7 +278,7 @@ def server_gpus(context: KnobContext, own: int | None) -> tuple[int | None, ...]
 
 def colocates(context: KnobContext) -> bool:
     """True if an engine is, or can be, in the training process or in a server of the run's own."""
-    return not _elsewhere(context) and any(engines(context))
+    return not _elsewhere(context) and any(engines(context, context.config.use_vllm))
 
 
 def _elsewhere(context: KnobContext) -> bool:

@@ -23,25 +23,16 @@ PROMPTS = "prompts_per_step"
 
 
 class Knob(NamedTuple):
-    """One row.
+    """One row."""
 
-    Attributes:
-        key: Key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`).
-        kind: `exact` or `learning`; see `kind_of` for the knob that can be either.
-        why: Its effect on a step.
-        current: The user's own value, TRL's default where it is left out.
-        values: Values tried when the user names none, the user's own first; empty where the knob does not apply.
-        rule: The reason against a value.
-        searched: True if it is searched without being named in `search.knobs`.
-    """
-
-    key: str
-    kind: Kind
-    why: str
-    current: Callable[[RunConfig], Any]
+    key: str  # key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`)
+    kind: Kind  # `exact` or `learning`; see `kind_of` for the knob that can be either
+    why: str  # its effect on a step
+    current: Callable[[RunConfig], Any]  # the user's own value, TRL's default where it is left out
+    # values tried when the user names none, the user's own first; empty where the knob does not apply
     values: Callable[[KnobContext], tuple[Any, ...]]
-    rule: rules.Rule = rules.no_rule
-    searched: bool = False
+    rule: rules.Rule = rules.no_rule  # the reason against a value
+    searched: bool = False  # True if it is searched without being named in `search.knobs`
 
 
 def grpo_value(name: str, config: RunConfig) -> Any:
@@ -49,9 +40,21 @@ def grpo_value(name: str, config: RunConfig) -> Any:
     return config.grpo[name] if name in config.grpo else grpo_keys()[name].default_value()
 
 
-def _vllm(name: str, default: Any, config: RunConfig) -> Any:
-    value = getattr(config.vllm, name)
-    return default if value is None else value
+def own_value(key: str, config: RunConfig) -> Any:
+    """The user's value of a key, the default of TRL or vLLM where it is left out."""
+    section, _, name = key.partition(".")
+    if section == "grpo":
+        return grpo_value(name, config)
+    value = getattr(getattr(config, section), name) if name else getattr(config, section)
+    return VLLM_DEFAULTS.get(key) if value is None else value
+
+
+VLLM_DEFAULTS = {
+    "vllm.enable_prefix_caching": True,
+    "vllm.enable_chunked_prefill": True,
+    "vllm.enforce_eager": False,
+    "vllm.kv_cache_dtype": "auto",
+}
 
 
 def _rank(config: RunConfig) -> Any:
@@ -63,259 +66,119 @@ def _prompts(config: RunConfig) -> int | None:
     return None if rest else whole
 
 
-def _key(
-    key: str,
-    kind: Kind,
-    why: str,
-    find: Callable[..., tuple[Any, ...]],
-    *,
-    rule: rules.Rule = rules.no_rule,
-    searched: bool = False,
-    current: Callable[[RunConfig], Any] | None = None,
-) -> Knob:
-    """A row whose values are found around the user's own."""
-    read = current or partial(grpo_value, key.removeprefix("grpo."))
-    return Knob(key, kind, why, read, lambda context: find(context, read(context.config)), rule, searched)
+ROWS = """
+learning searched data.image_size: an image's tokens go with the square of its longest side
+learning searched grpo.num_generations: the size of a group, at the same completions per step
+exact searched grpo.per_device_train_batch_size: fewer, larger calls; accumulation follows, so that a step trains on the
+  same completions
+exact searched vllm.gpu_memory_utilization: memory for the engine's keys and values, taken from the trainer
+exact searched grpo.gradient_checkpointing: activations are kept instead of computed twice
+exact searched model.attn_implementation: the kernel that computes attention
+exact searched vllm.max_num_seqs: completions that are generated at once: fewer leave room to each, more fill the device
+exact searched vllm.max_num_batched_tokens: tokens of one engine step: larger ones prefill faster and take memory for
+  their activations
+exact searched vllm.sleep_level: the engine gives its memory back while weights are trained, for the time of falling
+  asleep and waking
+exact searched vllm.weight_sync: an adapter is sent in no time and costs at every token; merged weights are sent whole
+  and cost nothing then
+exact named vllm.enable_prefix_caching: a group's prompt is prefilled once
+exact named vllm.enable_chunked_prefill: long prompts are prefilled beside the tokens of others
+exact named vllm.enforce_eager: no graphs and no compilation: a shorter start, slower tokens
+exact searched vllm.speculative_config: tokens drafted from the text so far and checked together: distributed as
+  without, other draws
+exact searched vllm.tensor_parallel_size: GPUs that share one engine
+exact searched vllm.server_gpus: GPUs of a vLLM server beside the trainer; null is the engine in the training process
+learning searched grpo.use_vllm: another engine samples, and TRL weighs its samples by how far its log-probs are off
+exact searched grpo.cache_implementation: a cache of fixed size, over which `generate` is compiled; no prompt is shared
+  in it
+exact searched grpo.use_transformers_continuous_batching: `generate` fills the place of a completion that has ended, and
+  pages its cache
+exact named grpo.dataloader_pin_memory: rows pass through memory that a GPU can read by itself, on a thread of their own
+exact searched grpo.dataloader_num_workers: rows are read and images decoded beside the step
+exact searched grpo.torch_compile: fewer kernels per step, for a compilation at the start and at every new shape
+exact searched speedups: work that TRL does twice is done once
+learning named vllm.kv_cache_dtype: keys and values in 8 bits: twice as many completions at once, sampled a little
+  differently
+learning named vllm.quantization: the engine's base in 8 bits: less memory to read at every token, sampled a little
+  differently
+learning named grpo.max_completion_length: the longest answer allowed
+learning named grpo.beta: without a KL term no reference pass is made
+learning named peft.r: the adapter's rank
+learning named grpo.steps_per_generation: completions generated at a time, in the user's own micro steps; the later ones
+  are from an older policy
+learning named grpo.num_iterations: how often each completion is trained on
+learning named model.load_in_4bit: base weights in 4 bits: less memory, more arithmetic
+learning named prompts_per_step: distinct prompts per optimizer step; accumulation follows
+"""
+"""Kind, `searched` or only searched where it is `named` in `search.knobs`, key, and why it matters."""
 
 
-TABLE: tuple[Knob, ...] = (
-    Knob(
-        "data.image_size",
-        "learning",
-        "an image's tokens go with the square of its longest side",
-        lambda config: config.data.image_size,
-        values.image_sizes,
-        rules.image_rule,
-        searched=True,
-    ),
-    Knob(
-        "grpo.num_generations",
-        "learning",
-        "the size of a group, at the same completions per step",
-        lambda config: config.batch.num_generations,
-        values.group_sizes,
-        searched=True,
-    ),
-    Knob(
-        "grpo.per_device_train_batch_size",
-        "exact",
-        "fewer, larger calls; accumulation follows, so that a step trains on the same completions",
-        lambda config: config.batch.micro_batch,
-        values.micro_batches,
-        searched=True,
-    ),
-    _key(
-        "vllm.gpu_memory_utilization",
-        "exact",
-        "memory for the engine's keys and values, taken from the trainer",
-        engine_knobs.memory_shares,
-        rule=engine_knobs.memory_share_rule,
-        searched=True,
-        current=engine.share_of,
-    ),
-    _key(
-        "grpo.gradient_checkpointing",
-        "exact",
-        "activations are kept instead of computed twice",
-        lambda context, own: values.switch(own),
-        searched=True,
-    ),
-    Knob(
-        "model.attn_implementation",
-        "exact",
-        "the kernel that computes attention",
-        lambda config: config.model.attn_implementation,
-        values.kernels,
-        rules.kernel_rule,
-        searched=True,
-    ),
-    _key(
-        "vllm.max_num_seqs",
-        "exact",
-        "completions that are generated at once: fewer leave room to each, more fill the device",
-        engine_knobs.running_counts,
-        rule=engine_knobs.running_rule,
-        searched=True,
-        current=engine.running,
-    ),
-    _key(
-        "vllm.max_num_batched_tokens",
-        "exact",
-        "tokens of one engine step: larger ones prefill faster and take memory for their activations",
-        engine_knobs.batched_tokens,
-        rule=engine_knobs.batched_rule,
-        searched=True,
-        current=engine.batched_tokens,
-    ),
-    _key(
-        "vllm.sleep_level",
-        "exact",
-        "the engine gives its memory back while weights are trained, for the time of falling asleep and waking",
-        engine_knobs.sleep_levels,
-        rule=engine_knobs.sleep_rule,
-        searched=True,
-        current=engine.sleep_level,
-    ),
-    _key(
-        "vllm.weight_sync",
-        "exact",
-        "an adapter is sent in no time and costs at every token; merged weights are sent whole and cost nothing then",
-        engine_knobs.syncs,
-        rule=engine_knobs.sync_rule,
-        searched=True,
-        current=lambda config: config.vllm.weight_sync,
-    ),
-    _key(
-        "vllm.enable_prefix_caching",
-        "exact",
-        "a group's prompt is prefilled once",
-        engine_knobs.engine_switch,
-        rule=engine_knobs.colocate_rule,
-        current=partial(_vllm, "enable_prefix_caching", True),
-    ),
-    _key(
-        "vllm.enable_chunked_prefill",
-        "exact",
-        "long prompts are prefilled beside the tokens of others",
-        engine_knobs.engine_switch,
-        rule=engine_knobs.chunked_rule,
-        current=partial(_vllm, "enable_chunked_prefill", True),
-    ),
-    _key(
-        "vllm.enforce_eager",
-        "exact",
-        "no graphs and no compilation: a shorter start, slower tokens",
-        engine_knobs.engine_switch,
-        rule=engine_knobs.colocate_rule,
-        current=partial(_vllm, "enforce_eager", False),
-    ),
-    _key(
-        "vllm.speculative_config",
-        "exact",
-        "tokens drafted from the text so far and checked together: distributed as without, other draws",
-        engine_knobs.speculations,
-        rule=engine_knobs.speculation_rule,
-        searched=True,
-        current=partial(_vllm, "speculative_config", None),
-    ),
-    _key(
-        "vllm.tensor_parallel_size",
-        "exact",
-        "GPUs that share one engine",
-        engine_knobs.tensor_parallel_sizes,
-        rule=engine_knobs.tensor_parallel_rule,
-        searched=True,
-        current=engine.written_tensor_parallel,
-    ),
-    _key(
-        "vllm.server_gpus",
-        "exact",
-        "GPUs of a vLLM server beside the trainer; null is the engine in the training process",
-        engine_knobs.server_gpus,
-        rule=engine_knobs.server_rule,
-        searched=True,
-        current=lambda config: config.vllm.server_gpus,
-    ),
-    Knob(
-        "grpo.use_vllm",
-        "learning",
-        "another engine samples, and TRL weighs its samples by how far its log-probs are off",
-        lambda config: config.use_vllm,
-        engine_knobs.engines,
-        engine_knobs.engine_rule,
-        searched=True,
-    ),
-    _key(
-        "grpo.cache_implementation",
-        "exact",
-        "a cache of fixed size, over which `generate` is compiled; no prompt is shared in it",
-        values.caches,
-        rule=rules.cache_rule,
-        searched=True,
-    ),
-    _key(
-        "grpo.use_transformers_continuous_batching",
-        "exact",
-        "`generate` fills the place of a completion that has ended, and pages its cache",
-        values.continuous,
-        rule=rules.continuous_rule,
-        searched=True,
-    ),
-    _key(
-        "grpo.dataloader_pin_memory",
-        "exact",
-        "rows pass through memory that a GPU can read by itself, on a thread of their own",
-        lambda context, own: values.switch(own) if context.gpus else (own,),
-        rule=rules.pin_rule,
-    ),
-    _key(
-        "grpo.dataloader_num_workers",
-        "exact",
-        "rows are read and images decoded beside the step",
-        values.workers,
-        rule=rules.worker_rule,
-        searched=True,
-    ),
-    _key(
-        "grpo.torch_compile",
-        "exact",
-        "fewer kernels per step, for a compilation at the start and at every new shape",
-        values.compiling,
-        rule=rules.compile_rule,
-        searched=True,
-    ),
-    Knob(
-        "speedups",
-        "exact",
-        "work that TRL does twice is done once",
-        lambda config: config.speedups,
-        lambda context: values.speed_ups(context, context.config.speedups),
-        searched=True,
-    ),
-    _key(
-        "vllm.kv_cache_dtype",
-        "learning",
-        "keys and values in 8 bits: twice as many completions at once, sampled a little differently",
-        engine_knobs.cache_types,
-        rule=engine_knobs.cache_type_rule,
-        current=partial(_vllm, "kv_cache_dtype", "auto"),
-    ),
-    _key(
-        "vllm.quantization",
-        "learning",
-        "the engine's base in 8 bits: less memory to read at every token, sampled a little differently",
-        engine_knobs.quantizations,
-        rule=engine_knobs.quantized_rule,
-        current=partial(_vllm, "quantization", None),
-    ),
-    _key("grpo.max_completion_length", "learning", "the longest answer allowed", values.completion_lengths),
-    _key("grpo.beta", "learning", "without a KL term no reference pass is made", values.betas),
-    _key("peft.r", "learning", "the adapter's rank", values.ranks, rule=rules.adapter_rule, current=_rank),
-    Knob(
-        "grpo.steps_per_generation",
-        "learning",
-        "completions generated at a time, in the user's own micro steps; the later ones are from an older policy",
-        lambda config: config.batch.steps_per_generation,
-        values.steps_per_generation,
-    ),
-    _key("grpo.num_iterations", "learning", "how often each completion is trained on", values.iterations),
-    _key(
-        "model.load_in_4bit",
-        "learning",
-        "base weights in 4 bits: less memory, more arithmetic",
-        values.precisions,
-        rule=rules.four_bit_rule,
-        current=lambda config: config.model.load_in_4bit,
-    ),
-    Knob(
-        PROMPTS,
-        "learning",
-        "distinct prompts per optimizer step; accumulation follows",
-        _prompts,
-        values.prompts_per_step,
-    ),
-)
+class Ways(NamedTuple):
+    """Functions of one knob; `current` where `own_value` does not know the user's own value."""
 
+    find: Callable[[KnobContext, Any], tuple[Any, ...]]  # values around the user's own
+    rule: rules.Rule = rules.no_rule
+    current: Callable[[RunConfig], Any] | None = None
+
+
+WAYS = {
+    "data.image_size": Ways(values.image_sizes, rules.image_rule),
+    "grpo.num_generations": Ways(values.group_sizes, current=lambda config: config.batch.num_generations),
+    "grpo.per_device_train_batch_size": Ways(values.micro_batches, current=lambda config: config.batch.micro_batch),
+    "vllm.gpu_memory_utilization": Ways(
+        engine_knobs.memory_shares, engine_knobs.memory_share_rule, current=engine.share_of
+    ),
+    "grpo.gradient_checkpointing": Ways(values.switches),
+    "model.attn_implementation": Ways(values.kernels, rules.kernel_rule),
+    "vllm.max_num_seqs": Ways(engine_knobs.running_counts, engine_knobs.running_rule, engine.running),
+    "vllm.max_num_batched_tokens": Ways(engine_knobs.batched_tokens, engine_knobs.batched_rule, engine.batched_tokens),
+    "vllm.sleep_level": Ways(engine_knobs.sleep_levels, engine_knobs.sleep_rule, engine.sleep_level),
+    "vllm.weight_sync": Ways(engine_knobs.syncs, engine_knobs.sync_rule),
+    "vllm.enable_prefix_caching": Ways(values.switches, engine_knobs.colocate_rule),
+    "vllm.enable_chunked_prefill": Ways(values.switches, engine_knobs.chunked_rule),
+    "vllm.enforce_eager": Ways(values.switches, engine_knobs.colocate_rule),
+    "vllm.speculative_config": Ways(engine_knobs.speculations, engine_knobs.speculation_rule),
+    "vllm.tensor_parallel_size": Ways(
+        engine_knobs.tensor_parallel_sizes, engine_knobs.tensor_parallel_rule, engine.written_tensor_parallel
+    ),
+    "vllm.server_gpus": Ways(engine_knobs.server_gpus, engine_knobs.server_rule),
+    "grpo.use_vllm": Ways(engine_knobs.engines, engine_knobs.engine_rule, lambda config: config.use_vllm),
+    "grpo.cache_implementation": Ways(values.caches, rules.cache_rule),
+    "grpo.use_transformers_continuous_batching": Ways(values.continuous, rules.continuous_rule),
+    "grpo.dataloader_pin_memory": Ways(values.pinning, rules.pin_rule),
+    "grpo.dataloader_num_workers": Ways(values.workers, rules.worker_rule),
+    "grpo.torch_compile": Ways(values.compiling, rules.compile_rule),
+    "speedups": Ways(values.speed_ups),
+    "vllm.kv_cache_dtype": Ways(engine_knobs.eight_bits, engine_knobs.cache_type_rule),
+    "vllm.quantization": Ways(engine_knobs.eight_bits, engine_knobs.quantized_rule),
+    "grpo.max_completion_length": Ways(values.completion_lengths),
+    "grpo.beta": Ways(values.betas),
+    "peft.r": Ways(values.ranks, rules.adapter_rule, _rank),
+    "grpo.steps_per_generation": Ways(
+        values.steps_per_generation, current=lambda config: config.batch.steps_per_generation
+    ),
+    "grpo.num_iterations": Ways(values.iterations),
+    "model.load_in_4bit": Ways(values.precisions, rules.four_bit_rule),
+    PROMPTS: Ways(values.prompts_per_step, current=_prompts),
+}
+
+
+def _row(text: str) -> Knob:
+    words, _, why = text.partition(": ")
+    kind, searched, key = words.split()
+    ways = WAYS[key]
+    current = ways.current or partial(own_value, key)
+
+    def values_of(context: KnobContext) -> tuple[Any, ...]:
+        applies = not key.startswith("vllm.") or engine_knobs.colocates(context)
+        return ways.find(context, current(context.config)) if applies else ()
+
+    return Knob(
+        key, "exact" if kind == "exact" else "learning", why, current, values_of, ways.rule, searched == "searched"
+    )
+
+
+TABLE = tuple(map(_row, ROWS.strip().replace("\n  ", " ").splitlines()))
 BY_KEY = {row.key: row for row in TABLE}
 
 WORKERS = "grpo.dataloader_num_workers"

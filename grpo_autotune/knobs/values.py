@@ -20,51 +20,54 @@ LARGEST_GROUP = 32
 MOST_MICRO_BATCHES = 8
 
 
-def image_sizes(context: KnobContext) -> tuple[int | None, ...]:
+def image_sizes(context: KnobContext, own: int | None) -> tuple[int | None, ...]:
     """The user's own, and smaller sides on the grid of the model's tokens."""
-    current, unit = context.config.data.image_size, _unit(context)
-    side = current or _observed_side(context)
+    unit, side = _unit(context), own or _observed_side(context)
     if side is None:
-        return (current,)
+        return (own,)
     smaller = sorted({int(share * side) // unit * unit for share in IMAGE_SHARES if share * side >= unit})
-    return (current, *(s for s in smaller if s < side))
+    return (own, *(s for s in smaller if s < side))
 
 
-def group_sizes(context: KnobContext) -> tuple[int, ...]:
+def group_sizes(context: KnobContext, own: int) -> tuple[int, ...]:
     """Half and double the user's own, and the usual ones, where the generation batch holds whole groups of them."""
-    plan = context.config.batch
-    g = plan.num_generations
-    wanted = {max(2, g // 2), 2 * g, 4, 8, 16}
-    return (g, *sorted(n for n in wanted - {g} if n <= LARGEST_GROUP and plan.generation_batch % n == 0))
+    wanted, whole = {max(2, own // 2), 2 * own, 4, 8, 16} - {own}, context.config.batch.generation_batch
+    return (own, *sorted(n for n in wanted if n <= LARGEST_GROUP and whole % n == 0))
 
 
-def micro_batches(context: KnobContext) -> tuple[int, ...]:
+def micro_batches(context: KnobContext, own: int) -> tuple[int, ...]:
     """Divisors of what a device trains on in a step, nearest to the user's own."""
     plan = context.config.batch
-    current, device_step = plan.micro_batch, plan.micro_batch * plan.accumulation
-    device_generation = current * plan.steps_per_generation
+    device_step, device_generation = own * plan.accumulation, own * plan.steps_per_generation
     legal = [m for m in range(1, device_step + 1) if device_step % m == 0 and device_generation % m == 0]
-    near = sorted(legal, key=lambda m: (abs(math.log2(m / current)), m))[:MOST_MICRO_BATCHES]
-    return (current, *sorted(m for m in near if m != current))
+    near = sorted(legal, key=lambda m: (abs(math.log2(m / own)), m))[:MOST_MICRO_BATCHES]
+    return (own, *sorted(m for m in near if m != own))
 
 
-def prompts_per_step(context: KnobContext) -> tuple[int, ...]:
+def prompts_per_step(context: KnobContext, own: int | None) -> tuple[int, ...]:
     """Half and double the user's own; nothing where a step does not hold whole groups."""
-    plan = context.config.batch
-    current, rest = divmod(plan.completions_per_step, plan.num_generations)
-    return () if rest or not current else _near(current, halves=1, doubles=1)
+    return _near(own) if own else ()
 
 
-def kernels(context: KnobContext) -> tuple[str | None, ...]:
+def kernels(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
     """The user's own, and every other kernel that runs here; None is transformers' choice, `sdpa`."""
-    current = context.config.model.attn_implementation
-    others = (name for name in ("sdpa", "eager", *FLASH_KERNELS) if name != kernel_name(current))
-    return (current, *(name for name in others if kernel_rule(context, name) is None))
+    others = (name for name in ("sdpa", "eager", *FLASH_KERNELS) if name != kernel_name(own))
+    return (own, *(name for name in others if kernel_rule(context, name) is None))
 
 
 def switch(own: Any) -> tuple[bool, bool]:
     """The user's own, and the other."""
     return (True, False) if own else (False, True)
+
+
+def switches(context: KnobContext, own: Any) -> tuple[bool, bool]:
+    """The user's own, and the other, on any machine."""
+    return switch(own)
+
+
+def pinning(context: KnobContext, own: bool) -> tuple[bool, ...]:
+    """Both on a GPU."""
+    return switch(own) if context.gpus else (own,)
 
 
 def caches(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
@@ -96,16 +99,14 @@ def completion_lengths(context: KnobContext, own: int | None) -> tuple[int | Non
 
 def ranks(context: KnobContext, own: int) -> tuple[int, ...]:
     """Half and double LoRA's rank."""
-    return _near(own, halves=1, doubles=1) if context.config.peft is not None else ()
+    return _near(own) if context.config.peft is not None else ()
 
 
-def steps_per_generation(context: KnobContext) -> tuple[int, ...]:
+def steps_per_generation(context: KnobContext, own: int) -> tuple[int, ...]:
     """Half and double the user's own, in the user's own micro steps."""
     plan = context.config.batch
     device = plan.micro_batch * plan.processes
-    return tuple(
-        s for s in _near(plan.steps_per_generation, halves=1, doubles=1) if s * device % plan.num_generations == 0
-    )
+    return tuple(steps for steps in _near(own) if steps * device % plan.num_generations == 0)
 
 
 def iterations(context: KnobContext, own: int) -> tuple[int, ...]:
@@ -137,9 +138,9 @@ def unique(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value for _, value in seen)
 
 
-def _near(own: int, *, halves: int, doubles: int) -> tuple[int, ...]:
-    below = [own // 2**k for k in range(halves, 0, -1) if own % 2**k == 0]
-    return (own, *(n for n in below if n >= 1), *(own * 2**k for k in range(1, doubles + 1)))
+def _near(own: int) -> tuple[int, ...]:
+    """A positive number, its half where that is whole, and its double."""
+    return (own, 2 * own) if own % 2 else (own, own // 2, 2 * own)
 
 
 def divisors(number: int) -> Sequence[int]:

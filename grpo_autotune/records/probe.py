@@ -45,45 +45,30 @@ SAVES_NOTHING = "save_strategy best saves after an evaluation, and eval_strategy
 
 
 class StageRow(Frozen):
-    """One stage of the step.
+    """One stage of the step."""
 
-    Attributes:
-        name: One of `STAGES`.
-        per_step_s: Self time of each measured step: the device's timeline on CUDA, the host clock elsewhere.
-        host_s: Host self time beside it; None where `per_step_s` already is the host's.
-        hidden_s: Mean seconds per step of this stage's work on other threads while the main thread did something else.
-        parts: Self time of each measured step by part (`policy_logprob`: `old_policy` and `training_forward`;
-            `log_save_eval`: `log`, `save`, `evaluate`).
-        calls: Mean number of spans per step.
-        seams: The functions whose time this stage holds.
-        peak_bytes: Most memory seen while the stage ran (CUDA allocator, or resident set on CPU); None if it never ran.
-    """
-
-    name: str
-    per_step_s: list[float]
-    host_s: list[float] | None = None
+    name: str  # one of `STAGES`
+    per_step_s: list[float]  # self time of each measured step: the device's timeline on CUDA, the host clock elsewhere
+    host_s: list[float] | None = None  # host self time beside it; None where `per_step_s` already is the host's
+    # mean seconds per step of this stage's work on other threads while the main thread did something else
     hidden_s: float = 0.0
+    # self time of each measured step by part (`policy_logprob`: `old_policy` and `training_forward`; `log_save_eval`:
+    # `log`, `save`, `evaluate`)
     parts: dict[str, list[float]] = {}
-    calls: float = 0.0
-    seams: list[str] = []
+    calls: float = 0.0  # mean number of spans per step
+    seams: list[str] = []  # the functions whose time this stage holds
+    # most memory seen while the stage ran (CUDA allocator, or resident set on CPU); None if it never ran
     peak_bytes: int | None = None
 
 
 class StageTimings(Frozen):
-    """Stages of the measured steps; for each step the stages' `per_step_s` sum to its `step_s`.
+    """Stages of the measured steps; for each step the stages' `per_step_s` sum to its `step_s`."""
 
-    Attributes:
-        steps: Global step numbers of the measured steps.
-        step_s: Seconds of each, from the end of the last step's logging to the end of its own.
-        warmup_s: Seconds of the steps before them.
-        stages: One row per stage, in the order of `STAGES`, those that never ran included.
-        cycle: Number of optimizer steps after which the pattern of generating and reusing repeats (1 in most runs).
-    """
-
-    steps: list[int]
-    step_s: list[float]
-    warmup_s: list[float] = []
-    stages: list[StageRow]
+    steps: list[int]  # global step numbers of the measured steps
+    step_s: list[float]  # seconds of each, from the end of the last step's logging to the end of its own
+    warmup_s: list[float] = []  # seconds of the steps before them
+    stages: list[StageRow]  # one row per stage, in the order of `STAGES`, those that never ran included
+    # number of optimizer steps after which the pattern of generating and reusing repeats (1 in most runs)
     cycle: int = 1
 
 
@@ -105,54 +90,32 @@ class Spread(Frozen):
 
 
 class TokenFacts(Frozen):
-    """Token counts and rewards of the measured generations, over all ranks of this process's batches.
+    """Token counts and rewards of the measured generations, over all ranks of this process's batches."""
 
-    Attributes:
-        prompt: Prompt lengths in tokens, image tokens included.
-        completion: Completion lengths in tokens.
-        prompt_per_step: Prompt tokens per optimizer step (each completion's copy counted).
-        completion_per_step: Completion tokens per optimizer step.
-        padding_share: Share of the log-prob passes' token grid that is padding, 0 to 1.
-        truncated_share: Share of completions that end without an end-of-sequence token.
-        groups: Groups whose rewards were seen.
-        dead_groups: Those whose rewards are all equal (max - min at most 1e-6).
-        pass_rates: For each group, the share of completions whose first reward is at least 0.5.
-        reward_mean: Mean weighted reward.
-    """
-
-    prompt: Spread
-    completion: Spread
-    prompt_per_step: float
-    completion_per_step: float
-    padding_share: float
-    truncated_share: float
-    groups: int
-    dead_groups: int
-    pass_rates: list[float]
-    reward_mean: float
+    prompt: Spread  # prompt lengths in tokens, image tokens included
+    completion: Spread  # completion lengths in tokens
+    prompt_per_step: float  # prompt tokens per optimizer step (each completion's copy counted)
+    completion_per_step: float  # completion tokens per optimizer step
+    padding_share: float  # share of the log-prob passes' token grid that is padding, 0 to 1
+    truncated_share: float  # share of completions that end without an end-of-sequence token
+    groups: int  # groups whose rewards were seen
+    dead_groups: int  # those whose rewards are all equal (max - min at most 1e-6)
+    pass_rates: list[float]  # for each group, the share of completions whose first reward is at least 0.5
+    reward_mean: float  # mean weighted reward
 
 
 class ImageFacts(Frozen):
-    """Images of the measured generations.
+    """Images of the measured generations."""
 
-    Attributes:
-        pixels: Width times height as the trainer receives them.
-        per_prompt: Mean images per prompt.
-        tokens: Language-model tokens per image now; None where the processor gives no patch grid.
-        tokens_at: The same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept;
-            empty where the processor cannot tell.
-        distinct_per_step: Distinct images per optimizer step.
-        decodes_per_image: Decodings per distinct image and step in this process (without those of loader workers).
-        processings_per_image: Runs of the image processor per distinct image and step.
-    """
-
-    pixels: Spread
-    per_prompt: float
-    tokens: Spread | None
+    pixels: Spread  # width times height as the trainer receives them
+    per_prompt: float  # mean images per prompt
+    tokens: Spread | None  # language-model tokens per image now; None where the processor gives no patch grid
+    # the same if the longest side were so many pixels (keys "384", "512", "768", "1024"), aspect kept; empty where the
+    # processor cannot tell
     tokens_at: dict[str, float]
-    distinct_per_step: float
-    decodes_per_image: float
-    processings_per_image: float
+    distinct_per_step: float  # distinct images per optimizer step
+    decodes_per_image: float  # decodings per distinct image and step in this process (without those of loader workers)
+    processings_per_image: float  # runs of the image processor per distinct image and step
 
 
 class RewardCall(Frozen):
@@ -179,19 +142,12 @@ class Utilisation(Frozen):
 
 
 class OtherLoad(Frozen):
-    """Load by other processes while steps were measured.
+    """Load by other processes while steps were measured."""
 
-    Attributes:
-        cores: Cores that they took, on average, of those open to this process; a hypervisor counts with them.
-        of: Cores open to this process.
-        gpu_percent: Part of the GPU's time that they took; None without a GPU, or where nobody tells.
-        matters: True where the measured seconds are likely to be longer for it.
-    """
-
-    cores: float
-    of: int
-    gpu_percent: float | None = None
-    matters: bool = False
+    cores: float  # cores that they took, on average, of those open to this process; a hypervisor counts with them
+    of: int  # cores open to this process
+    gpu_percent: float | None = None  # part of the GPU's time that they took; None without a GPU, or where nobody tells
+    matters: bool = False  # True where the measured seconds are likely to be longer for it
 
     @property
     def words(self) -> str:
@@ -201,23 +157,14 @@ class OtherLoad(Frozen):
 
 
 class DeviceMemory(Frozen):
-    """Memory on the CUDA device over a run, without what a sleeping engine gave back.
+    """Memory on the CUDA device over a run, without what a sleeping engine gave back."""
 
-    Attributes:
-        allocated_bytes: Most that tensors had: what was needed.
-        reserved_bytes: Most that the allocator took for them, what lay between tensors included.
-        outside_bytes: Most that was added outside of the allocator: NCCL, libraries, captured graphs.
-        device_bytes: Most that was in use on the whole device, other processes included.
-        retries: How often the allocator emptied its cache for want of room, which takes time.
-        failures: How often it found none after that.
-    """
-
-    allocated_bytes: int
-    reserved_bytes: int
-    outside_bytes: int
-    device_bytes: int
-    retries: int
-    failures: int
+    allocated_bytes: int  # most that tensors had: what was needed
+    reserved_bytes: int  # most that the allocator took for them, what lay between tensors included
+    outside_bytes: int  # most that was added outside of the allocator: NCCL, libraries, captured graphs
+    device_bytes: int  # most that was in use on the whole device, other processes included
+    retries: int  # how often the allocator emptied its cache for want of room, which takes time
+    failures: int  # how often it found none after that
 
 
 class Phase(Frozen):
@@ -237,40 +184,24 @@ class KernelTime(Frozen):
 
 
 class StageKernels(Frozen):
-    """The GPU's work of one stage in the profiled step.
+    """The GPU's work of one stage in the profiled step."""
 
-    Attributes:
-        stage: Its name.
-        seconds: Seconds of the stage that were profiled.
-        busy_s: Seconds of them in which a kernel or a copy ran.
-        kernels: Kernels and copies that ran.
-        launches: Calls that started them; a captured graph is one call.
-        top: The kernels that took longest.
-    """
-
-    stage: str
-    seconds: float
-    busy_s: float
-    kernels: int
-    launches: int
-    top: list[KernelTime] = []
+    stage: str  # its name
+    seconds: float  # seconds of the stage that were profiled
+    busy_s: float  # seconds of them in which a kernel or a copy ran
+    kernels: int  # kernels and copies that ran
+    launches: int  # calls that started them; a captured graph is one call
+    top: list[KernelTime] = []  # the kernels that took longest
 
 
 class ProfiledStep(Frozen):
-    """Kernels of one optimizer step, from the GPU's own timeline.
+    """Kernels of one optimizer step, from the GPU's own timeline."""
 
-    Attributes:
-        step: Its number.
-        micro_batches: Micro batches that were trained on in it.
-        tokens: Tokens of each generation's longest completion that were generated while the profiler looked; None where
-            none were.
-        stages: By stage, those that ran.
-    """
-
-    step: int
-    micro_batches: int
+    step: int  # its number
+    micro_batches: int  # micro batches that were trained on in it
+    # tokens of each generation's longest completion that were generated while the profiler looked; None where none were
     tokens: int | None
-    stages: list[StageKernels]
+    stages: list[StageKernels]  # by stage, those that ran
 
     def of(self, *stages: str) -> list[StageKernels]:
         """The rows of some stages."""
@@ -338,16 +269,7 @@ class TrainerFacts(Frozen):
 
 
 class ProbeRecord(Frozen):
-    """Everything one probe measured on this rank, with the other ranks' stage means.
-
-    Attributes:
-        others: None where nobody tells.
-        zero_gradients: Measured steps whose gradient was zero.
-        occasions: Seconds of one `evaluate` and one `save`, where they were measured apart from the steps.
-        speedups: Counts of the work of each speed-up that is on, by its name.
-        versions: Those of packages.
-        runtime: What else makes a GPU fast or slow (`hardware.device.runtime_facts`).
-    """
+    """Everything one probe measured on this rank, with the other ranks' stage means."""
 
     timings: StageTimings
     trainer: TrainerFacts
@@ -355,11 +277,11 @@ class ProbeRecord(Frozen):
     images: ImageFacts | None = None
     rewards: list[RewardCall] = []
     utilisation: list[Utilisation] = []
-    others: OtherLoad | None = None
+    others: OtherLoad | None = None  # None where nobody tells
     profiled: ProfiledStep | None = None
-    zero_gradients: int = 0
-    occasions: dict[str, float] = {}
-    speedups: dict[str, dict[str, float]] = {}
+    zero_gradients: int = 0  # measured steps whose gradient was zero
+    occasions: dict[str, float] = {}  # seconds of one `evaluate` and one `save` where measured apart from the steps
+    speedups: dict[str, dict[str, float]] = {}  # counts of the work of each speed-up that is on, by its name
     startup: list[Phase] = []
     fidelity: Fidelity | None = None
     engine: EngineFacts | None = None
@@ -367,5 +289,5 @@ class ProbeRecord(Frozen):
     rank: int = 0
     ranks: list[RankTimings] = []
     device_memory: DeviceMemory | None = None
-    versions: dict[str, str] = {}
-    runtime: dict[str, str] = {}
+    versions: dict[str, str] = {}  # those of packages
+    runtime: dict[str, str] = {}  # what else makes a GPU fast or slow (`hardware.device.runtime_facts`)

@@ -33,26 +33,17 @@ class Change(Frozen):
 
 
 class Advice(Frozen):
-    """One entry of the verdict, most saving first.
+    """One entry of the verdict, most saving first."""
 
-    Attributes:
-        text: The whole advice as text.
-        kind: `exact` leaves the mathematics of an optimizer step alone, `learning` changes what is learned.
-        predicted_saving: Seconds of an optimizer step; None where the advice saves none but makes
-            the step worth more.
-        predicted_share: The same as a share of the step.
-        ceiling: Amdahl's: how many times faster the step would be if the stages concerned took no time at all.
-        stages: The stages concerned.
-        changes: Keys to set; empty where no key does it.
-    """
-
-    text: str
-    kind: Kind
+    text: str  # the whole advice as text
+    kind: Kind  # `exact` leaves the mathematics of an optimizer step alone, `learning` changes what is learned
+    # seconds of an optimizer step; None where the advice saves none but makes the step worth more
     predicted_saving: float | None
-    predicted_share: float | None
+    predicted_share: float | None  # the same as a share of the step
+    # Amdahl's: how many times faster the step would be if the stages concerned took no time at all
     ceiling: float | None
-    stages: list[str]
-    changes: list[Change]
+    stages: list[str]  # the stages concerned
+    changes: list[Change]  # keys to set; empty where no key does it
 
 
 class PartRow(Frozen):
@@ -64,60 +55,38 @@ class PartRow(Frozen):
 
 
 class StageReport(Frozen):
-    """One stage of the step; `self_s` sums to `step_s` over the stages.
+    """One stage of the step; `self_s` sums to `step_s` over the stages."""
 
-    Attributes:
-        name: Stage, as in `grpo_autotune.records.probe.STAGES`.
-        self_s: `share * step_s`.
-        mean_s: Plain mean over the measured steps (over whole cycles of them).
-        host_s: Mean host seconds where `self_s` is the GPU's; None on a CPU.
-        share: The stage's part of all measured seconds.
-        spread: Half the interquartile range over steps, seconds.
-        ms_per_token: Milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and
-            completion trained on (`num_iterations` times those generated) for `policy_logprob`, `backward` and
-            `optimizer`; tokens of prompt and completion generated elsewhere.
-        limit_share: Time that this machine's ceiling would allow over time taken; None where it is not known.
-        limited_by: The ceiling that binds.
-        peak_bytes: Most memory while the stage ran.
-        hidden_s: Mean seconds per step on other threads while the main thread did something else.
-        calls: Mean number of calls per step.
-        parts: The stage split up, where the probe can tell parts apart.
-        seams: The functions whose time this stage holds.
-        utilisation: Means of the samples taken while the stage ran; None without a sample.
-    """
-
-    name: str
-    self_s: float
-    mean_s: float
-    host_s: float | None
-    share: float
-    spread: float
+    name: str  # stage, as in `grpo_autotune.records.probe.STAGES`
+    self_s: float  # `share * step_s`
+    mean_s: float  # plain mean over the measured steps (over whole cycles of them)
+    host_s: float | None  # mean host seconds where `self_s` is the GPU's; None on a CPU
+    share: float  # the stage's part of all measured seconds
+    spread: float  # half the interquartile range over steps, seconds
+    # milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and completion trained
+    # on (`num_iterations` times those generated) for `policy_logprob`, `backward` and `optimizer`; tokens of prompt and
+    # completion generated elsewhere
     ms_per_token: float | None
+    # time that this machine's ceiling would allow over time taken; None where it is not known
     limit_share: float | None
-    limited_by: Literal["matrix", "memory"] | None
-    peak_bytes: int | None
-    hidden_s: float
-    calls: float
-    parts: list[PartRow]
-    seams: list[str]
-    utilisation: Utilisation | None
+    limited_by: Literal["matrix", "memory"] | None  # the ceiling that binds
+    peak_bytes: int | None  # most memory while the stage ran
+    hidden_s: float  # mean seconds per step on other threads while the main thread did something else
+    calls: float  # mean number of calls per step
+    parts: list[PartRow]  # the stage split up, where the probe can tell parts apart
+    seams: list[str]  # the functions whose time this stage holds
+    utilisation: Utilisation | None  # means of the samples taken while the stage ran; None without a sample
 
 
 class Rates(Frozen):
-    """Work per second over all ranks.
+    """Work per second over all ranks."""
 
-    Attributes:
-        tokens_per_s: Prompt and completion tokens, each completion's copy of the prompt counted.
-        completion_tokens_per_s: Completion tokens alone.
-        useful_completions_per_s: Sum over groups of G - 1 where the rewards differ (masked truncated completions left
-            out) over seconds; None where no rewards were seen.
-        useless: Why it is zero; None where it is not.
-    """
-
-    tokens_per_s: float
-    completion_tokens_per_s: float
+    tokens_per_s: float  # prompt and completion tokens, each completion's copy of the prompt counted
+    completion_tokens_per_s: float  # completion tokens alone
+    # sum over groups of G - 1 where the rewards differ (masked truncated completions left out) over seconds; None where
+    # no rewards were seen
     useful_completions_per_s: float | None
-    useless: str | None = None
+    useless: str | None = None  # why it is zero; None where it is not
 
 
 class RankStage(Frozen):

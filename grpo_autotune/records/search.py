@@ -19,66 +19,41 @@ trials failed one after another whatever the knobs."""
 
 
 class Guard(Change):
-    """Judgement of one value of one learning knob: does it learn the same?
+    """Judgement of one value of one learning knob: does it learn the same?"""
 
-    Attributes:
-        proven: True where it may enter `tuned.yaml` on the measurements alone.
-        why: The reason in one sentence.
-        reward_difference: Mean reward with the change less that without, on the same prompts; None where not measured.
-        reward_low: Lower end of its interval.
-        reward_high: Upper end.
-        prompts: Pairs it rests on.
-        prompts_needed: Pairs that would settle it if difference and spread stay as measured; None where it is settled,
-            or where nothing was measured.
-        truncated_before: Share of completions cut off without the change.
-        truncated_after: Share with it.
-    """
-
-    proven: bool
-    why: str
+    proven: bool  # True where it may enter `tuned.yaml` on the measurements alone
+    why: str  # the reason in one sentence
+    # mean reward with the change less that without, on the same prompts; None where not measured
     reward_difference: float | None = None
-    reward_low: float | None = None
-    reward_high: float | None = None
-    prompts: int = 0
+    reward_low: float | None = None  # lower end of its interval
+    reward_high: float | None = None  # upper end
+    prompts: int = 0  # pairs it rests on
+    # pairs that would settle it if difference and spread stay as measured; None where it is settled, or where nothing
+    # was measured
     prompts_needed: int | None = None
-    truncated_before: float | None = None
-    truncated_after: float | None = None
+    truncated_before: float | None = None  # share of completions cut off without the change
+    truncated_after: float | None = None  # share with it
 
 
 class Candidate(Frozen):
-    """One configuration with all that was measured or predicted of it.
+    """One configuration with all that was measured or predicted of it."""
 
-    Attributes:
-        knobs: Key path -> value, of every knob of the space.
-        changed: Those that differ from the user's.
-        number: Trial that measured it; None where it is predicted.
-        score: Useful completions per second.
-        baseline_step_s: Median seconds of a step of the user's configuration that `speedup` was taken against: of the
-            same race where `raced`.
-        step_s: Median seconds of an optimizer step.
-        step_s_ci: Its interval.
-        steps: Steps it rests on.
-        predicted_s: Prediction of `step_s` before it was measured.
-        speedup: `score` over the baseline's.
-        ci: Its interval; of the race where `raced`.
-        raced: True where both were measured in an interleaved race on the same prompts.
-        peak_bytes: Most memory.
-        worst_case: Outcome of the step with the longest prompts, largest images and full-length completions.
-    """
-
-    knobs: dict[str, Any]
-    changed: dict[str, Any]
-    number: int | None = None
-    score: float
-    step_s: float
+    knobs: dict[str, Any]  # key path -> value, of every knob of the space
+    changed: dict[str, Any]  # those that differ from the user's
+    number: int | None = None  # trial that measured it; None where it is predicted
+    score: float  # useful completions per second
+    step_s: float  # median seconds of an optimizer step
+    # median seconds of a step of the user's configuration that `speedup` was taken against: of the same race where
+    # `raced`
     baseline_step_s: float
-    step_s_ci: list[float]
-    steps: int
-    predicted_s: float | None = None
-    speedup: float
-    ci: list[float]
-    raced: bool = False
-    peak_bytes: int | None = None
+    step_s_ci: list[float]  # interval of `step_s`
+    steps: int  # steps it rests on
+    predicted_s: float | None = None  # prediction of `step_s` before it was measured
+    speedup: float  # `score` over the baseline's
+    ci: list[float]  # its interval; of the race where `raced`
+    raced: bool = False  # True where both were measured in an interleaved race on the same prompts
+    peak_bytes: int | None = None  # most memory
+    # outcome of the step with the longest prompts, largest images and full-length completions
     worst_case: Literal["passed", "not run"] = "not run"
 
 
@@ -116,20 +91,13 @@ class Skipped(Frozen):
 
 
 class Contribution(Change):
-    """Part of one change in the winner's speed: that speed over the speed with this change alone taken back.
-
-    Attributes:
-        factor: None where the winner without this change is no legal combination; `why` says so.
-        low: Lower end of its interval; None where it has none.
-        high: Upper end.
-        measured: False where it is predicted.
-    """
+    """Part of one change in the winner's speed: that speed over the speed with this change alone taken back."""
 
     kind: Kind
-    factor: float | None = None
-    low: float | None = None
-    high: float | None = None
-    measured: bool = False
+    factor: float | None = None  # None where the winner without this change is no legal combination; `why` says so
+    low: float | None = None  # lower end of its interval; None where it has none
+    high: float | None = None  # upper end
+    measured: bool = False  # False where it is predicted
     why: str | None = None
 
 
@@ -144,56 +112,26 @@ class ParetoRow(Frozen):
 
 
 class SearchProgress(NamedTuple):
-    """State of a running search, for the live view.
+    """State of a running search, for the live view."""
 
-    Attributes:
-        left_s: Seconds left of the budget.
-        total_s: The whole budget.
-        trial: The trial under way.
-        progress: Its stage and step; None before it tells any.
-        changed: Its knobs that differ from the user's.
-        done: Trials that are over.
-        baseline: The user's values of the knobs.
-        baseline_step_s: Seconds per step of the user's configuration; None until they are measured.
-        best_step_s: Seconds per step of the best so far.
-        best_changed: Its knobs that differ from the user's.
-        speedup: Its score over that of the user's configuration.
-        skipped: Combinations that are not run.
-        step_error: Median relative error of the predicted seconds per step; None until a prediction was checked.
-    """
-
-    left_s: float
-    total_s: float
-    trial: TrialSpec
-    done: int
-    skipped: list[Skipped]
-    progress: Progress | None = None
-    changed: dict[str, Any] = {}
-    baseline: dict[str, Any] = {}
-    baseline_step_s: float | None = None
-    best_step_s: float | None = None
-    best_changed: dict[str, Any] = {}
-    speedup: float = 1.0
+    left_s: float  # seconds left of the budget
+    total_s: float  # the whole budget
+    trial: TrialSpec  # the trial under way
+    done: int  # trials that are over
+    skipped: list[Skipped]  # combinations that are not run
+    progress: Progress | None = None  # the trial's stage and step; None before it tells any
+    changed: dict[str, Any] = {}  # the trial's knobs that differ from the user's
+    baseline: dict[str, Any] = {}  # the user's values of the knobs
+    baseline_step_s: float | None = None  # seconds per step of the user's configuration; None until they are measured
+    best_step_s: float | None = None  # seconds per step of the best so far
+    best_changed: dict[str, Any] = {}  # the best's knobs that differ from the user's
+    speedup: float = 1.0  # the best's score over that of the user's configuration
+    # median relative error of the predicted seconds per step; None until a prediction was checked
     step_error: float | None = None
 
 
 class SearchReport(Frozen):
-    """Everything one search has to say.
-
-    Attributes:
-        baseline: The user's configuration.
-        best: Of `tuned.yaml`: the baseline itself where nothing beats it beyond noise.
-        best_exact: Of `tuned.exact.yaml`.
-        best_fast: Of `tuned.fast.yaml`.
-        together: The winner's speed-up over the product of its contributions.
-        exact_share: Part of the winner's gain (of its logarithm) that its exact knobs bring; None without a gain.
-        space: Knob -> its values.
-        points: Legal combinations.
-        memory_limit_bytes: What a trial may take.
-        evaluation_s: Seconds per step that evaluations take as the user has them, counted in every speed-up.
-        saving_s: The same of checkpoints.
-        others: Load by other processes, in the middle one of the trials; None where nobody tells.
-    """
+    """Everything one search has to say."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, protected_namespaces=()
@@ -202,27 +140,28 @@ class SearchReport(Frozen):
     schema_: Literal["grpo-autotune/search/1"] = Field(default=SCHEMA, alias="schema")
     ended: Ended
     why_ended: str
-    baseline: Candidate
-    best: Candidate
-    best_exact: Candidate
-    best_fast: Candidate
+    baseline: Candidate  # the user's configuration
+    best: Candidate  # of `tuned.yaml`: the baseline itself where nothing beats it beyond noise
+    best_exact: Candidate  # of `tuned.exact.yaml`
+    best_fast: Candidate  # of `tuned.fast.yaml`
+    # part of the winner's gain (of its logarithm) that its exact knobs bring; None without a gain
     exact_share: float | None
     contributions: list[Contribution]
-    together: float = 1.0
+    together: float = 1.0  # the winner's speed-up over the product of its contributions
     guards: list[Guard]
     pareto: list[ParetoRow]
     trials: list[TrialRow]
     skipped: list[Skipped]
     model_error: dict[str, ModelError]
     notes: list[str]
-    space: dict[str, list[Any]]
-    points: int
+    space: dict[str, list[Any]]  # knob -> its values
+    points: int  # legal combinations
     sampler: str
     confidence: float
-    memory_limit_bytes: int | None
-    evaluation_s: float = 0.0
-    saving_s: float = 0.0
-    others: OtherLoad | None = None
+    memory_limit_bytes: int | None  # what a trial may take
+    evaluation_s: float = 0.0  # seconds per step that evaluations take as the user has them, counted in every speed-up
+    saving_s: float = 0.0  # the same of checkpoints
+    others: OtherLoad | None = None  # load by other processes, in the middle one of the trials; None where nobody tells
     budget_s: float
     elapsed_s: float
     files: dict[str, str]

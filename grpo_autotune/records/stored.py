@@ -15,15 +15,10 @@ Stored = TypeVar("Stored", bound=Frozen)
 
 
 def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, written_by: str, again: str) -> Stored:
-    """Read a JSON file whose key `schema` names what wrote it.
+    """Read the record in a JSON file whose key `schema` must name the only schema that this version reads.
 
-    Args:
-        path: The file.
-        kind: The record in it.
-        schema: The only schema that this version reads.
-        absent: Message where there is no file.
-        written_by: Command that writes one.
-        again: Remedy for a file that cannot be used.
+    Messages have `absent` where there is no file, `written_by` for the command that writes one, and `again` as the
+    remedy for a file that cannot be used.
 
     Raises:
         ConfigError: There is no file, it is not JSON, its schema is another one, or it is damaged.

@@ -57,44 +57,31 @@ class Progress(NamedTuple):
 
 
 class TrialSpec(Frozen):
-    """One trial.
+    """One trial."""
 
-    Attributes:
-        number: Number in the study; its folder is `trials/0007`.
-        purpose: See `Purpose`.
-        config: The whole configuration, as `RunConfig.to_dict` gives it.
-        knobs: Key path -> value, where it differs from the user's configuration or belongs to the space.
-        steps: Optimizer steps to measure (for `rewards`: generation batches).
-        least_steps: Of them, those that are measured however long they take; None is all.
-        enough_s: Seconds of training after which no more than `least_steps` are measured.
-        warmup: Optimizer steps before them that are put aside.
-        completion_lengths: Lengths in tokens to draw each completion's length from (repeatable, by row and seed);
-            None leaves lengths free.
-        seen_lengths: Lengths in tokens of the first prompts' completions, one list per prompt, which come before those.
-        limit_s: Wall-clock limit of the whole trial, start-up included.
-        hang_s: Longest age of the heartbeat after start-up, but in a stage that works elsewhere (a reward, a compiler).
-        script: A TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides
-            (`grpo.` in front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`.
-        world_size: Processes; more than one are started by `torchrun`.
-        server_port: Where the server listens that was started for it on this machine; None where there is none.
-        source: Who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`; for the record alone.
-    """
-
-    number: int
-    purpose: Purpose = "timed"
-    config: dict[str, Any]
+    number: int  # number in the study; its folder is `trials/0007`
+    purpose: Purpose = "timed"  # see `Purpose`
+    config: dict[str, Any]  # the whole configuration, as `RunConfig.to_dict` gives it
+    # key path -> value, where it differs from the user's configuration or belongs to the space
     knobs: dict[str, Any] = {}
-    steps: int = 3
-    least_steps: int | None = None
-    enough_s: float | None = None
-    warmup: int = 1
+    steps: int = 3  # optimizer steps to measure (for `rewards`: generation batches)
+    least_steps: int | None = None  # of them, those that are measured however long they take; None is all
+    enough_s: float | None = None  # seconds of training after which no more than `least_steps` are measured
+    warmup: int = 1  # optimizer steps before them that are put aside
+    # lengths in tokens to draw each completion's length from (repeatable, by row and seed); None leaves lengths free
     completion_lengths: list[int] | None = None
+    # lengths in tokens of the first prompts' completions, one list per prompt, which come before those
     seen_lengths: list[list[int]] = []
-    limit_s: float = 600.0
+    limit_s: float = 600.0  # wall-clock limit of the whole trial, start-up included
+    # longest age of the heartbeat after start-up, but in a stage that works elsewhere (a reward, a compiler)
     hang_s: float = 120.0
+    # a TRL script and its arguments to run in place of `config`; `knobs` then are `GRPOConfig` overrides (`grpo.` in
+    # front of a key may be there or not), vLLM's keys under `vllm.`, and `data.image_size`
     script: list[str] | None = None
-    world_size: int = 1
+    world_size: int = 1  # processes; more than one are started by `torchrun`
+    # where the server listens that was started for it on this machine; None where there is none
     server_port: int | None = None
+    # who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`; for the record alone
     source: str = "user"
 
 
@@ -107,44 +94,30 @@ class PromptReward(Frozen):
 
 
 class TrialOutcome(Frozen):
-    """The outcome of a trial.
+    """The outcome of a trial."""
 
-    Attributes:
-        number: The trial's.
-        status: See `Status`.
-        why: One line for a trial that did not end well: error type and message, or what was seen from outside.
-        error_type: Name of the exception's class, where there was one.
-        record: The probe's record; None where no step was measured.
-        step_s: Seconds of each measured step.
-        peak_bytes: Most memory over the trial: the resident set of the process, or on CUDA what tensors had and what
-            was added outside of the allocator (where memory ran out, all that the allocator held).
-        idle_bytes: What of it no model is the reason for: `peak_bytes - idle_bytes` is what the trial needed.
-        device_memory: On CUDA the figures behind it, and those of the whole device.
-        most_bytes: Most that the process could have held under a limit on its addresses; None without one.
-        overshoot_bytes: For `oom`: memory asked for beyond what there was, where the error said so.
-        startup_s: Seconds from the request to the first step's begin.
-        elapsed_s: Seconds of the whole trial, as the parent saw them.
-        warm: True if the process had run another trial before this one.
-        rewards: Of a `rewards` trial.
-        lengths: Of a `probe`: its completions' lengths in tokens, one list per prompt, in the order in which they were
-            generated; empty where other trials cannot be given the same.
-        notes: What could not be done as asked, a sentence each (lengths that an engine leaves free, for instance).
-    """
-
-    number: int
-    status: Status
+    number: int  # the trial's
+    status: Status  # see `Status`
+    # one line for a trial that did not end well: error type and message, or what was seen from outside
     why: str | None = None
-    error_type: str | None = None
-    record: ProbeRecord | None = None
-    step_s: list[float] = []
+    error_type: str | None = None  # name of the exception's class, where there was one
+    record: ProbeRecord | None = None  # the probe's record; None where no step was measured
+    step_s: list[float] = []  # seconds of each measured step
+    # most memory over the trial: the resident set of the process, or on CUDA what tensors had and what was added
+    # outside of the allocator (where memory ran out, all that the allocator held)
     peak_bytes: int | None = None
+    # what of it no model is the reason for: `peak_bytes - idle_bytes` is what the trial needed
     idle_bytes: int | None = None
-    device_memory: DeviceMemory | None = None
+    device_memory: DeviceMemory | None = None  # on CUDA the figures behind it, and those of the whole device
+    # most that the process could have held under a limit on its addresses; None without one
     most_bytes: int | None = None
-    overshoot_bytes: int | None = None
-    startup_s: float | None = None
-    elapsed_s: float = 0.0
-    warm: bool = False
-    rewards: list[PromptReward] = []
+    overshoot_bytes: int | None = None  # for `oom`: memory asked for beyond what there was, where the error said so
+    startup_s: float | None = None  # seconds from the request to the first step's begin
+    elapsed_s: float = 0.0  # seconds of the whole trial, as the parent saw them
+    warm: bool = False  # True if the process had run another trial before this one
+    rewards: list[PromptReward] = []  # of a `rewards` trial
+    # of a `probe`: its completions' lengths in tokens, one list per prompt, in the order in which they were generated;
+    # empty where other trials cannot be given the same
     lengths: list[list[int]] = []
+    # what could not be done as asked, a sentence each (lengths that an engine leaves free, for instance)
     notes: list[str] = []

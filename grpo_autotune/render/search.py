@@ -21,13 +21,7 @@ MOST_ROWS = 8
 
 
 def render_search(report: SearchReport, width: int = 100, *, colour: bool = False) -> str:
-    """The report as text.
-
-    Args:
-        report: What to print.
-        width: Columns of the terminal.
-        colour: Whether to put in ANSI escapes.
-    """
+    """The report as text for a terminal of `width` columns, with ANSI escapes where `colour` is asked for."""
     return as_text(_sections(report), width, colour=colour)
 
 

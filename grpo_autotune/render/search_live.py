@@ -25,12 +25,7 @@ PURPOSES = {"probe": " (probe)", "timed": "", "rewards": " (rewards alone)", "wo
 
 
 class SearchView:
-    """View of a running search; a context manager that gives the terminal back.
-
-    Args:
-        console: Where to write; made for standard error.
-        clock: Seconds, monotonic.
-    """
+    """View of a running search on a console made for standard error; a context manager that gives the terminal back."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock

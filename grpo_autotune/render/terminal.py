@@ -22,13 +22,7 @@ EVEN_RANKS = 1.02
 
 
 def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
-    """The report as text.
-
-    Args:
-        report: What to print.
-        width: Columns of the terminal.
-        colour: Whether to put in ANSI escapes.
-    """
+    """The report as text for a terminal of `width` columns, with ANSI escapes where `colour` is asked for."""
     return as_text(_sections(report), width, colour=colour)
 
 

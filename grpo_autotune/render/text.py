@@ -11,13 +11,7 @@ from rich.text import Text
 
 
 def as_text(parts: Iterable[RenderableType], width: int, *, colour: bool) -> str:
-    """The parts one below the other, as text.
-
-    Args:
-        parts: Anything that rich can draw.
-        width: Columns of the terminal.
-        colour: Whether to put in ANSI escapes.
-    """
+    """The parts one below the other, as text of `width` columns, with ANSI escapes where `colour` is asked for."""
     console = Console(
         file=io.StringIO(),
         width=width,

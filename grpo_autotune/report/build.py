@@ -32,11 +32,8 @@ def build_report(
 ) -> Report:
     """Account for a probe, judge it, and put everything a reader needs beside it.
 
-    Args:
-        record: What was measured.
-        machine: The machine it was measured on; without it, advice that needs its memory or cores is left out.
-        ceilings: The machine's measured matrix rate and memory bandwidth; without them no `limit_share`.
-        config: The run's configuration; None for a trainer that somebody else built.
+    Without the machine, advice that needs its memory or cores is left out; without its measured ceilings there is no
+    `limit_share`. A trainer that somebody else built has no configuration.
 
     Raises:
         NothingSucceeded: No optimizer step was measured.

@@ -28,10 +28,7 @@ def clear(folder: Path) -> None:
 
 
 def load_report(source: str | Path) -> Report:
-    """Read a report back.
-
-    Args:
-        source: A run folder, or the file itself.
+    """Read a report back, from a run folder or the file itself.
 
     Raises:
         ConfigError: There is no report, it is not JSON, or another version of the schema wrote it.

@@ -35,25 +35,15 @@ NUMBER = r"(-?[\d,]*\.?\d+)"
 
 
 class EngineFailure(NamedTuple):
-    """The failure of an engine to start.
+    """The failure of an engine to start."""
 
-    Attributes:
-        status: `oom`: memory; `invalid`: vLLM refuses a setting; `crashed`: neither's fault.
-        what: One sentence with the figures.
-        where: Key path it concerns most.
-        fix: The nearest settings that vLLM would take.
-        needed_bytes: Memory that it asked for, where vLLM says so.
-        available_bytes: Memory that there was for it.
-        longest: The largest `max_model_len` that fits.
-    """
-
-    status: Status
-    what: str
-    where: str
-    fix: str
-    needed_bytes: int | None = None
-    available_bytes: int | None = None
-    longest: int | None = None
+    status: Status  # `oom`: memory; `invalid`: vLLM refuses a setting; `crashed`: neither's fault
+    what: str  # one sentence with the figures
+    where: str  # key path it concerns most
+    fix: str  # the nearest settings that vLLM would take
+    needed_bytes: int | None = None  # memory that it asked for, where vLLM says so
+    available_bytes: int | None = None  # memory that there was for it
+    longest: int | None = None  # the largest `max_model_len` that fits
 
     @property
     def overshoot_bytes(self) -> int | None:
@@ -178,12 +168,8 @@ CHECKS: dict[tuple[str, str], Callable[[str], EngineFailure]] = {
 
 
 def check_at(module: str, function: str) -> Callable[[str], EngineFailure] | None:
-    """The reader of the check that a function makes; None where it makes none.
-
-    Args:
-        module: Its module; a path from a log may begin above the package.
-        function: Its name.
-    """
+    """The reader of the check that a function makes, None where it makes none; its module may begin above the package,
+    as a path in a log does."""
     return next((read for at, read in CHECKS.items() if at[1] == function and f".{module}".endswith(f".{at[0]}")), None)
 
 

@@ -19,20 +19,16 @@ GREEDY = 1e-5
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of one engine.
+    """Options of one engine."""
 
-    Attributes:
-        weight_sync: The way by which trained weights reach the engine.
-        sleep_level: 0, 1 or 2: nothing, the cache, or the cache and the weights are given back while weights are
-            trained; None leaves it to the trainer's `vllm_enable_sleep_mode`, whose level is 2.
-        keys: `vllm.LLM` arguments verbatim; they win over what TRL gives.
-        image_sizes: Width and height of the data's images, each size once; empty where they are not known. Found as
-            the trainer is built.
-    """
-
-    weight_sync: WeightSync = "auto"
+    weight_sync: WeightSync = "auto"  # the way by which trained weights reach the engine
+    # 0, 1 or 2: nothing, the cache, or the cache and the weights are given back while weights are trained; None leaves
+    # it to the trainer's `vllm_enable_sleep_mode`, whose level is 2
     sleep_level: SleepLevel | None = None
+    # `vllm.LLM` arguments verbatim; they win over what TRL gives
     keys: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # width and height of the data's images, each size once; empty where they are not known. Found as the trainer is
+    # built
     image_sizes: frozenset[tuple[int, int]] = frozenset()
 
     @classmethod

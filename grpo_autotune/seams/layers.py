@@ -88,19 +88,12 @@ class ItemSlot:
         self.owner[self.index] = self.before
 
 
-class ClassSlot:
+class ClassSlot(AttributeSlot):
     """A method of one object, replaced on a one-off subclass of its class.
 
     For dunders, which Python looks up on the class, and for objects that write their instance attributes to disk
     (processors, image processors). The subclass keeps the name, so that saved files name the real class.
     """
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def get(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(self.owner, self.name)
-        return function
 
     def original(self) -> Callable[..., Any]:
         cls = type(self.owner)
@@ -121,7 +114,7 @@ class ClassSlot:
             self.owner.__class__ = vars(cls)["_seam_base"]
 
 
-def _method(cls: type, slot: AttributeSlot | ClassSlot) -> Callable[..., Any]:
+def _method(cls: type, slot: AttributeSlot) -> Callable[..., Any]:
     """A method as the class has it when it is called: somebody may patch the class after us."""
     if not inspect.isfunction(getattr(cls, slot.name, None)):
         return slot.get()

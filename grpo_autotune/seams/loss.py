@@ -32,28 +32,18 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class Term(NamedTuple):
-    """A part of the loss that depends on the micro batch.
+    """A part of the loss that depends on the micro batch."""
 
-    Attributes:
-        name: As a sentence names it.
-        reason: Names the configuration's key and the dependence.
-    """
-
-    name: str
-    reason: str
+    name: str  # as a sentence names it
+    reason: str  # names the configuration's key and the dependence
 
 
 def micro_batch_terms(
     loss_type: str, *, top_entropy_quantile: float = 1.0, entropy_bonus: bool = False, aux_loss: bool = False
 ) -> tuple[Term, ...]:
-    """The terms of a loss that depend on how a step is split into micro batches; empty where none does.
-
-    Args:
-        loss_type: TRL's.
-        top_entropy_quantile: Share of tokens that the loss is taken over; the threshold is a micro batch's below 1.
-        entropy_bonus: True if the entropy bonus, a mean over a micro batch, is on.
-        aux_loss: True if the router's auxiliary loss, a mean over a micro batch, is on.
-    """
+    """The terms of a loss that depend on how a step is split into micro batches; empty where none does. The threshold
+    of `top_entropy_quantile`, a share of tokens, is a micro batch's below 1; the entropy bonus and the router's
+    auxiliary loss are means over a micro batch."""
     terms: list[Term] = []
     divisor = DIVISORS.get(loss_type)
     if divisor in (None, "micro-batch tokens"):
@@ -84,12 +74,8 @@ def micro_batch_terms_of(trainer: Any) -> tuple[Term, ...]:
 
 
 def micro_batch_terms_of_keys(grpo: Mapping[str, Any], model_config: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The same for a configuration.
-
-    Args:
-        grpo: Values of `LOSS_KEYS`; `loss_type` is there, others may be absent or None for TRL's default.
-        model_config: The model's config.json; empty where it is not known.
-    """
+    """The same for a configuration: values of `LOSS_KEYS`, of which all but `loss_type` may be absent or None for TRL's
+    default, and the model's config.json, empty where it is not known."""
     quantile = grpo.get("top_entropy_quantile")
     return micro_batch_terms(
         grpo["loss_type"],

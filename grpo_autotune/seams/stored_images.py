@@ -21,17 +21,11 @@ THIN = 100
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """One column of images that are not decoded.
+    """One column of images that are not decoded."""
 
-    Attributes:
-        name: The column's.
-        rows: A data set of that column alone.
-        several: True where a row holds a list of images.
-    """
-
-    name: str
-    rows: Any
-    several: bool
+    name: str  # the column's
+    rows: Any  # a data set of that column alone
+    several: bool  # True where a row holds a list of images
 
     def batches(self) -> Iterator[tuple[int, list[list[Stored | None]]]]:
         """Number of the first row, and the images of `BATCH_ROWS` rows, a list for each row."""

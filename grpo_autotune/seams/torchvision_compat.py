@@ -68,15 +68,8 @@ def ensure_torchvision() -> str | None:
 
 
 def import_mended(execute: Callable[[ModuleType], None], module: ModuleType) -> str | None:
-    """Run the body of torchvision's import, and once more with the schemas declared where it fails for want of them.
-
-    Args:
-        execute: The loader's `exec_module`.
-        module: The module `torchvision`, still empty.
-
-    Returns:
-        As `ensure_torchvision`.
-    """
+    """Run the body of torchvision's import (`execute` is the loader's `exec_module`), and once more with the schemas
+    declared where it fails for want of them. Answers as `ensure_torchvision`."""
     try:
         execute(module)
     except RuntimeError as error:

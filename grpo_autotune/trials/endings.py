@@ -68,12 +68,9 @@ class Ending(NamedTuple):
 
 
 def ending_of_error(error: BaseException, available: Callable[[], int | None]) -> Ending:
-    """Classify an exception that ended a trial: a failed device, memory, an engine's failure, then its own type.
-
-    Args:
-        error: The exception; one that was raised from an error about memory counts as that error.
-        available: Bytes that this process could still have, for errors that name only what was requested.
-    """
+    """Classify an exception that ended a trial: a failed device, memory, an engine's failure, then its own type. One
+    that was raised from an error about memory counts as that error, and `available` gives the bytes that this process
+    could still have, for errors that name only what was requested."""
 
     def room() -> int:
         """Bytes left; 0 where they cannot be read: a thread that does not start counts as want of memory then."""
@@ -98,13 +95,9 @@ def ending_of_engine(failure: EngineFailure) -> Ending:
 
 
 def ending_of_exit(code: int, memory_kills: bool, log: Path | None = None) -> Ending:
-    """Classify the end of a process without an outcome.
-
-    Args:
-        code: Exit code; negative, the signal that ended it.
-        memory_kills: True if the kernel has killed for memory since the trial began.
-        log: Its log: a library that ends its process for want of memory says so in its last line.
-    """
+    """Classify the end of a process without an outcome by its exit code (negative: the signal that ended it), by
+    whether the kernel has killed for memory since the trial began, and by its log: a library that ends its process for
+    want of memory says so in its last line."""
     if code > 0 and log is not None and ended_for_memory(log):
         return Ending("oom", f"ended itself, as memory on the GPU ran out; see {LOG_FILE}")
     status, why = next((status, why) for applies, status, why in BY_EXIT if applies(code, memory_kills))

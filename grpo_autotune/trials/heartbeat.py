@@ -25,12 +25,8 @@ ends them, and silence does not."""
 
 
 class HeartbeatWriter:
-    """The heartbeat file as the child writes it.
-
-    Args:
-        folder: The trial's folder.
-        silent: Write nothing: other ranks than the first share the folder.
-    """
+    """The heartbeat file of a trial's folder as the child writes it; a silent one writes nothing, since other ranks
+    than the first share the folder."""
 
     def __init__(self, folder: Path, silent: bool = False) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
@@ -76,12 +72,7 @@ class HeartbeatWriter:
 
 
 class BeatingStartup(Startup):
-    """Phases of start-up that beat as they begin and end.
-
-    Args:
-        heartbeat: The heartbeat.
-        born_s: As `Startup`: None where this process was made for the trial.
-    """
+    """Phases of start-up that beat as they begin and end; `born_s` is None where the process was made for the trial."""
 
     def __init__(self, heartbeat: HeartbeatWriter, born_s: float | None) -> None:
         super().__init__(born_s=born_s)

@@ -28,11 +28,8 @@ _known: dict[str, Sizes] = {}
 
 
 def image_sizes(data: Iterable[Any]) -> Sizes:
-    """Width and height of the images of all these data sets, each size once; empty where that is not known.
-
-    Args:
-        data: Each a `datasets.Dataset`, or None where there is none; of anything else nothing is known.
-    """
+    """Width and height of the images of all these data sets (a `datasets.Dataset` each, or None), each size once; empty
+    where that is not known."""
     union = NOTHING_KNOWN
     for rows in data:
         sizes = NOTHING_KNOWN if rows is None else _sizes(rows)

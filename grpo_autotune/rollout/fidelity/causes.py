@@ -28,36 +28,27 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements that speak for a cause or against it.
+    """Measurements that speak for a cause or against it."""
 
-    Attributes:
-        threshold_nats: Means above it are not rounding.
-        parts: Differences of sampled tokens by kind of row, the engine's sampling parameters allowed for.
-        text_first: Mean difference over the fixed text before the first optimizer step; `text_later` after it.
-        moved: As `Fidelity.moved`, with the means of how far either side moved.
-        prompts: Prompts whose ids could be compared, `prompts_differ` of them with other ids in the engine.
-        lengths: Tokens of one that differs: (the engine's, the trainer's).
-        image_tokens: Image tokens of it, and images: (the engine's, the trainer's, images); None where not known.
-        dropout: Name of a module whose dropout is active while the trainer computes log-probs; empty without.
-        sampling: Parameters that differ: (the engine's, the trainer's).
-        shift_nats: What they and truncation do to the log-probs.
-        formats: The trainer's number format and the engine's, with its cache's and its quantization where it has one.
-    """
-
-    threshold_nats: float
+    threshold_nats: float  # means above it are not rounding
+    # differences of sampled tokens by kind of row, the engine's sampling parameters allowed for
     parts: tuple[FidelityPart, ...] = ()
+    # mean difference over the fixed text before the first optimizer step; `text_later` after it
     text_first: float | None = None
     text_later: float | None = None
-    moved: bool | None = None
+    moved: bool | None = None  # as `Fidelity.moved`, with the means of how far either side moved
     trainer_moved_nats: float | None = None
     engine_moved_nats: float | None = None
-    prompts: int = 0
+    prompts: int = 0  # prompts whose ids could be compared, `prompts_differ` of them with other ids in the engine
     prompts_differ: int = 0
-    lengths: tuple[int, int] | None = None
+    lengths: tuple[int, int] | None = None  # tokens of one that differs: (the engine's, the trainer's)
+    # image tokens of it, and images: (the engine's, the trainer's, images); None where not known
     image_tokens: tuple[int, int, int] | None = None
-    dropout: str = ""
+    dropout: str = ""  # name of a module whose dropout is active while the trainer computes log-probs; empty without
+    # parameters that differ: (the engine's, the trainer's)
     sampling: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    shift_nats: float = 0.0
+    shift_nats: float = 0.0  # what they and truncation do to the log-probs
+    # the trainer's number format and the engine's, with its cache's and its quantization where it has one
     formats: tuple[str, str] = ("", "")
 
     def mean(self, **kind: str) -> float | None:

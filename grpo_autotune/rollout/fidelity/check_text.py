@@ -62,12 +62,8 @@ class CheckText:
         self.asked = torch.tensor(score(self.ids))
 
     def compare(self, trainer: Any, step: int, resolution_nats: float) -> Scores | None:
-        """Score the text with the trainer's weights and hold it against what the engine said of it.
-
-        Args:
-            trainer: The trainer, whose optimizer has made `step` steps.
-            step: Optimizer steps made.
-            resolution_nats: Mean movement of the trainer below which nothing follows for the engine.
+        """Score the text with the weights of a trainer that has made `step` optimizer steps, and hold it against what
+        the engine said of it. Below a mean movement of the trainer by `resolution_nats` nothing follows for the engine.
         """
         theirs, self.asked = self.asked, None
         if theirs is None:

@@ -94,24 +94,19 @@ class Dropped:
 
 @dataclass
 class FidelityMeter:
-    """Watches the rollouts of one trainer from `install` on.
+    """Watches the rollouts of one trainer from `install` on."""
 
-    Attributes:
-        trainer: A `GRPOTrainer` with vLLM.
-        around: Entered around work of the meter's own inside the engine's call.
-        asking: True while the engine works for the meter, not for the trainer.
-        raw: True if the engine gives back the model's log-probs, not those of the distribution that it draws from.
-    """
-
-    trainer: Any
+    trainer: Any  # a `GRPOTrainer` with vLLM
+    # entered around work of the meter's own inside the engine's call
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    asking: bool = False
+    asking: bool = False  # True while the engine works for the meter, not for the trainer
     text: CheckText = field(default_factory=CheckText)
     scores: list[Scores] = field(default_factory=list)
     cells: dict[Cell, Sum] = field(default_factory=dict)
     shift: Sum = field(default_factory=Sum)
     dropped: Dropped = field(default_factory=Dropped)
     given: dict[str, float] | None = None
+    # True if the engine gives back the model's log-probs, not those of the distribution that it draws from
     raw: bool = False
     server: dict[str, Any] = field(default_factory=dict)
     shaped_by: list[str] = field(default_factory=list)

@@ -66,15 +66,10 @@ def shapes(given: Mapping[str, float], temperature: float) -> bool:
 def log_probs(
     logits_TV: torch.Tensor, tokens_T: torch.Tensor, prompt: Sequence[int], given: Mapping[str, float]
 ) -> torch.Tensor:
-    """Log-probs (T,) of the tokens in the distribution that vLLM draws from.
+    """Log-probs (T,) of the tokens in the distribution that vLLM draws from, by the model's logits (T, V), each row
+    before its token, and parameters as `parameters` gives them. Penalties count the prompt's token ids.
 
     A token outside the part of the distribution that is kept gets the number it would have if it were inside.
-
-    Args:
-        logits_TV: The model's logits, each row before its token.
-        tokens_T: The tokens drawn.
-        prompt: The prompt's token ids, which penalties count.
-        given: Parameters as `parameters` gives them.
     """
     logits_TV = _penalised(logits_TV.float(), tokens_T, prompt, given)
     if given["temperature"] < GREEDY:

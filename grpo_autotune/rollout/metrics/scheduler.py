@@ -70,17 +70,11 @@ LARGEST = ("running_max", "waiting_max", "kv_use_max")
 
 @dataclass
 class EngineMeter:
-    """Watches the colocated engine of one `VLLMGeneration` from `install` on.
+    """Watches the colocated engine of one `VLLMGeneration` from `install` on."""
 
-    Attributes:
-        generation: TRL's object that holds the engine.
-        step: Returns the number of optimizer steps made.
-        counting: True while what the engine does belongs to training.
-    """
-
-    generation: Any
-    step: Callable[[], int]
-    counting: Callable[[], bool]
+    generation: Any  # TRL's object that holds the engine
+    step: Callable[[], int]  # returns the number of optimizer steps made
+    counting: Callable[[], bool]  # True while what the engine does belongs to training
     clock: Callable[[], float] = time.perf_counter
     turns: deque[Turn] = field(default_factory=lambda: deque(maxlen=KEEP))
     _under_way: dict[int, Scheduled] = field(default_factory=dict)

@@ -42,23 +42,14 @@ ADAPTERS_KEPT = 2
 
 
 class Serving(NamedTuple):
-    """The command that starts a server.
+    """The command that starts a server."""
 
-    Attributes:
-        model: What it serves: a folder or the name of a hub repository.
-        options: Options of `vllm serve`, in words.
-        environment: Variables beside those that are there.
-        host: Where it listens.
-        port: The port there.
-        notes: What was derived rather than written, a sentence each.
-    """
-
-    model: str
-    options: tuple[str, ...]
-    environment: dict[str, str]
-    host: str
-    port: int
-    notes: tuple[str, ...]
+    model: str  # what it serves: a folder or the name of a hub repository
+    options: tuple[str, ...]  # options of `vllm serve`, in words
+    environment: dict[str, str]  # variables beside those that are there
+    host: str  # where it listens
+    port: int  # the port there
+    notes: tuple[str, ...]  # what was derived rather than written, a sentence each
 
     @property
     def address(self) -> str:
@@ -80,15 +71,8 @@ class Serving(NamedTuple):
 
 
 def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
-    """The GPUs that serve and those that train, where the run starts its own server: the last `vllm.server_gpus` of
-    those that this process sees serve.
-
-    Args:
-        config: The run.
-        there: GPUs that this process sees.
-
-    Returns:
-        Both as `CUDA_VISIBLE_DEVICES` names them.
+    """The GPUs that serve and those that train, as `CUDA_VISIBLE_DEVICES` names them, where the run starts its own
+    server: the last `vllm.server_gpus` of the GPUs `there`, which this process sees, serve.
 
     Raises:
         ConfigError: Too few are left to train on, or none was asked for although there are some.
@@ -133,11 +117,8 @@ def _nearest(there: int, training: int) -> str:
 def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequence[str] = ()) -> Serving:
     """The command by which a configuration's model is served so that it can be trained against.
 
-    Args:
-        config: The run.
-        source: Where its weights are.
-        model: Its config.json; empty where nobody has it yet.
-        gpus: GPUs of the server, as `CUDA_VISIBLE_DEVICES` names them; all that are visible without.
+    Its weights are at `source`, and `model` is its config.json, empty where nobody has it yet. The server has `gpus`,
+    as `CUDA_VISIBLE_DEVICES` names them, or all that are visible.
 
     Raises:
         ConfigError: `vllm.server_base_url` is no address to listen at, the adapter's rank has no room in vLLM, or the

@@ -27,17 +27,12 @@ SECOND_HAND = "Engine core initialization failed"
 
 
 class Logged(NamedTuple):
-    """An error in a log.
+    """An error in a log."""
 
-    Attributes:
-        name: Full name of its type.
-        text: Its message, a line of it.
-        raised_in: Module and function of the innermost frame, the module perhaps behind folders above its package; None
-            where the log has no traceback.
-    """
-
-    name: str
-    text: str
+    name: str  # full name of its type
+    text: str  # its message, a line of it
+    # module and function of the innermost frame, the module perhaps behind folders above its package; None where the
+    # log has no traceback
     raised_in: tuple[str, str] | None
 
 

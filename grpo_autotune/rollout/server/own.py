@@ -24,15 +24,8 @@ def own_server(
 ) -> Iterator[dict[str, Any]]:
     """The server of `config`, answering, where it asks for one; ended with the block. The first rank starts it.
 
-    Args:
-        config: The run.
-        weights: Finds what it serves.
-        gpus: The server's (`leave_gpus`).
-        out_dir: The server's log goes to `serve.log` there.
-        phase: Opens a start-up phase: the wait is one, `engine`.
-
-    Returns:
-        The `GRPOConfig` keys by which TRL finds it; none where there is none.
+    `weights` finds what it serves on its GPUs (`leave_gpus`); its log goes to `serve.log` in `out_dir`, and the wait is
+    the start-up phase `engine`. The block gets the `GRPOConfig` keys by which TRL finds it; none where there is none.
 
     Raises:
         ConfigError: There is no such model.

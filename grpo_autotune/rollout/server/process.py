@@ -27,23 +27,14 @@ ANSWER_S = 5.0
 
 
 class Weights(NamedTuple):
-    """The weights that a server serves.
+    """The weights that a server serves."""
 
-    Attributes:
-        source: Folder, or name of a hub repository.
-        config_json: The model's config.json; empty where nobody has it yet.
-    """
-
-    source: str
-    config_json: Mapping[str, Any]
+    source: str  # folder, or name of a hub repository
+    config_json: Mapping[str, Any]  # the model's config.json; empty where nobody has it yet
 
 
 class VllmServer(Guarded):
-    """A server, from its start on.
-
-    Args:
-        wanted: The command.
-        log: Gets its output.
+    """A server, from its start on; its output goes to `log`.
 
     Raises:
         EnvironmentProblem: vLLM is not installed.
@@ -90,13 +81,7 @@ class VllmServer(Guarded):
 
 
 class OwnServer(VllmServer):
-    """The server that `config` asks to be started.
-
-    Args:
-        config: A run with `vllm.server_gpus`.
-        weights: What it serves.
-        gpus: Its GPUs.
-        log: Gets its output.
+    """The server that `config`, a run with `vllm.server_gpus`, asks to be started; its output goes to `log`.
 
     Attributes:
         key: Equal for runs that can generate with the same server.
@@ -116,10 +101,8 @@ def weights_of(
 ) -> Weights:
     """The weights of a run as a server reads them.
 
-    Args:
-        config: The run.
-        load: Makes sure that the weights exist and returns their source; not called for a folder, since it loads torch.
-        read: Reads a configuration's config.json.
+    `load` makes sure that they exist and returns their source; it is not called for a folder, since it loads torch.
+    `read` reads a configuration's config.json.
 
     Raises:
         ConfigError: There is no such model.

@@ -36,23 +36,14 @@ SLOW_ON_CPU = "generation with an adapter that is not merged takes vLLM's CPU bu
 
 
 class Sync(NamedTuple):
-    """One weight sync.
+    """One weight sync."""
 
-    Attributes:
-        way: One of `Way`.
-        seconds: On this process's clock.
-        bytes: Of the tensors handed to vLLM.
-        tensors: Their number.
-        full: True if it pushed every weight of the model.
-        reset: The caches that were reset.
-    """
-
-    way: Way
-    seconds: float
-    bytes: int
-    tensors: int
-    full: bool
-    reset: tuple[str, ...]
+    way: Way  # one of `Way`
+    seconds: float  # on this process's clock
+    bytes: int  # of the tensors handed to vLLM
+    tensors: int  # their number
+    full: bool  # True if it pushed every weight of the model
+    reset: tuple[str, ...]  # the caches that were reset
 
 
 class WeightSync(Part):
@@ -148,12 +139,8 @@ def _checkpoint(model: Any) -> dict[str, Any]:
 
 
 def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
-    """Refuse what a quantized engine cannot do: take weights, and have them thrown away.
-
-    Args:
-        quantization: Of the engine's weights; None for none.
-        way: By which weights are sent.
-        sleep_level: Of the engine, 0 for none.
+    """Refuse what an engine whose weights have a quantization cannot do: take weights, and have them thrown away in
+    sleep (level 0: it does not sleep).
 
     Raises:
         ConfigError: It would have to.

@@ -34,14 +34,10 @@ def changing(model: Any) -> set[str]:
 
 
 def weights(generation: Any, only: Container[str] | None, *, merged: bool) -> Iterator[tuple[str, Any]]:
-    """Name and tensor of each weight of a model, with or without its plain LoRA adapter merged in.
+    """Name and tensor of each weight of a model, with the plain LoRA adapter `merged` into those it is for or without;
+    `only` those of these engine names, all for None.
 
     4-bit weights come as the numbers that they stand for. Under DeepSpeed ZeRO-3 every rank must exhaust the iterator.
-
-    Args:
-        generation: TRL's `VLLMGeneration`.
-        only: Engine names to keep; None for all.
-        merged: Add the adapter to the weights it is for.
     """
     model = generation.model
     layers = lora_layers(model) if merged and is_adapted(model) else {}

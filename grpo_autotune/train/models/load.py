@@ -48,12 +48,8 @@ def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
 
 
 def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> Any:
-    """The policy before any adapter; the vision tower frozen where asked.
-
-    Args:
-        config: The run.
-        source: Where its weights are.
-        placement: `device_map`, as `arguments.placement` has it; TRL decides where it is empty.
+    """The policy before any adapter, from the weights at `source`; the vision tower frozen where asked. TRL decides on
+    the device where `placement` (`device_map`, as `arguments.placement` has it) is empty.
 
     Raises:
         ConfigError: The weights cannot be loaded from `source`, or there is no vision tower to freeze.

@@ -167,14 +167,9 @@ def empty_model(config: Mapping[str, Any]) -> Any:
 
 
 def random_model(config: Mapping[str, Any], *, dtype: str = "float32", seed: int = 0, device: Any = None) -> Any:
-    """The model of a config.json with weights drawn as transformers draws them; torch's random state is left alone.
-
-    Args:
-        config: As in the model's config.json.
-        dtype: Name of a torch dtype.
-        seed: Of the weights, which differ from one kind of device to another.
-        device: Where they are drawn and stay; None for the host.
-    """
+    """The model of a config.json with weights drawn as transformers draws them, in a torch dtype by its name; torch's
+    random state is left alone. They are drawn, and stay, on `device` (None: the host), other ones from the same seed on
+    each kind."""
     import torch
 
     with seeded(seed, device), nullcontext() if device is None else device:
@@ -196,13 +191,8 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 
 def build_processor(config: Mapping[str, Any], tokenizer: Any, *, min_pixels: int | None = None) -> Any:
-    """The processor of a vision model, else the tokenizer itself: both turn the model's input into tensors.
-
-    Args:
-        config: The model's config.json.
-        tokenizer: From `build_tokenizer`.
-        min_pixels: Smaller images are enlarged to this area; None for the real model's value.
-    """
+    """The processor of a vision model by its config.json, else the tokenizer itself: both turn the model's input into
+    tensors. Images of fewer than `min_pixels` are enlarged to this area; None is the real model's value."""
     facts = PROCESSORS.get(config["model_type"])
     if facts is None:
         return tokenizer
@@ -231,13 +221,8 @@ def build_processor(config: Mapping[str, Any], tokenizer: Any, *, min_pixels: in
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> Path:
-    """Write model, generation config and processor so that the folder exists whole or not at all.
-
-    Args:
-        model: A transformers model.
-        processor: Its processor or tokenizer.
-        folder: Must not exist yet; if another process finishes it first, that one's stays.
-    """
+    """Write model, generation config and processor so that the folder, which must not exist yet, exists whole or not at
+    all; if another process finishes it first, that one's stays."""
     from transformers import GenerationConfig
 
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -263,19 +248,11 @@ def save_random_model(
     seed: int = 0,
     device: Any = None,
 ) -> Path:
-    """Build a model of a config.json with random weights and write it with its tokenizer or processor.
+    """Build a model of a config.json with random weights, write it with its tokenizer or processor into `folder`, which
+    must not exist yet, and return that.
 
-    Args:
-        config: As in the model's config.json.
-        folder: Where to write; must not exist yet.
-        tokenizer: A compact one, to which the config's vocabulary is cut; None for a padded one.
-        min_pixels: See `build_processor`.
-        dtype: As in `random_model`.
-        seed: As there.
-        device: As there.
-
-    Returns:
-        `folder`.
+    The config's vocabulary is cut to a compact tokenizer; without one it gets a padded one. `min_pixels` is as in
+    `build_processor`, the rest as in `random_model`.
     """
     if tokenizer is None:
         text = config.get("text_config") or config
@@ -287,12 +264,9 @@ def save_random_model(
 
 
 def random_model_path(name: str, dtype: str = "auto", notify: Callable[[str], None] | None = None) -> Path:
-    """Folder of a real architecture with random weights, built on first use and kept in the cache folder.
-
-    Args:
-        name: A row of `estimate.architectures`.
-        dtype: Of the weights; "auto" is bfloat16, as the real models are stored.
-        notify: Told, in one line, what is about to be built and how large it is.
+    """Folder of a real architecture (a row of `estimate.architectures`) with random weights, built on first use and
+    kept in the cache folder. "auto" is bfloat16, as the real models are stored; `notify` is told, in one line, what is
+    about to be built and how large it is.
 
     Raises:
         ConfigError: The name is not in the table.

@@ -63,12 +63,8 @@ def read_number(answer: object) -> float | None:
 
 
 def read_letter(answer: object, letters: str = "ABCDE") -> str | None:
-    """The letter an answer chooses; None where it chooses none, or more than one.
-
-    Args:
-        answer: Text; or a whole number, which counts from the first letter (as ScienceQA's `answer` does).
-        letters: The letters there are to choose from.
-    """
+    """The one of `letters` that an answer chooses, a text or a whole number, which counts from the first (as
+    ScienceQA's `answer` does); None where it chooses none, or more than one."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return letters[answer] if 0 <= answer < len(letters) else None
     text = " ".join(final_answer(str(answer)).split())

@@ -20,13 +20,10 @@ KEPT_BY_TRL = ("prompt", "completion")
 def build_rewards(
     config: RunConfig, columns: Collection[str] | None = None
 ) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
-    """The reward functions of a configuration, guarded (see `rewards.guard`), their weights and their names.
+    """The reward functions of a configuration, guarded (see `rewards.guard`), their weights and their names, for data
+    with these columns (None: not known).
 
     A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`.
-
-    Args:
-        config: The run.
-        columns: Columns of its data; None where they are not known.
 
     Raises:
         ConfigError: A name is unknown, a parameter is none of the function's or is missing, or a column is.

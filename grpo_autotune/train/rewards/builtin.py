@@ -2,7 +2,8 @@
 
 A reward has TRL's signature: keywords `prompts`, `completions`, `completion_ids` and one list for each column of the
 data, all of the batch's length B; it returns B numbers, None where it does not apply to a row. Settings are
-keyword-only and come from `rewards[].params`.
+keyword-only and come from `rewards[].params`: `column` names the one that holds the reference, and is a `ConfigError`
+where the data has none of that name.
 """
 
 from __future__ import annotations
@@ -27,17 +28,7 @@ Read = TypeVar("Read")
 def exact_match(
     *, completions: Sequence[Completion], column: str = "answer", ignore_case: bool = True, **columns: Any
 ) -> list[float | None]:
-    """1 where the answer is the reference, white space and a last full stop apart.
-
-    Args:
-        completions: B completions.
-        column: Column that holds the reference.
-        ignore_case: Take `Paris` for `paris`.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: If the data has no such column.
-    """
+    """1 where the answer is the reference, white space, a last full stop and, with `ignore_case`, capitals apart."""
 
     def tidy(text: str) -> str:
         text = " ".join(final_answer(text).split()).removesuffix(".").strip()
@@ -54,15 +45,9 @@ def numeric_match(
 ) -> list[float | None]:
     """1 where the last number of the answer is the reference's; None where the reference holds no number.
 
-    Args:
-        completions: B completions.
-        column: Column that holds the reference: a number, or text such as GSM8K's, whose number stands after `####`.
-        relative_tolerance: Largest difference that still counts as equal, as a share of the reference; the default
-            forgives rounding in the machine's arithmetic and nothing else.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: If the data has no such column.
+    The reference is a number, or text such as GSM8K's, whose number stands after `####`. `relative_tolerance` is the
+    largest difference that still counts as equal, as a share of the reference; the default forgives rounding in the
+    machine's arithmetic and nothing else.
     """
 
     def score(wanted: float, given: float | None) -> float:
@@ -86,17 +71,8 @@ def format(*, completions: Sequence[Completion], pattern: str = ANSWER_LAST, **c
 def choice_letter(
     *, completions: Sequence[Completion], column: str = "answer", letters: str = "ABCDE", **columns: Any
 ) -> list[float | None]:
-    """1 where a completion chooses the reference's letter ("The answer is (B)."); None where that has no letter.
-
-    Args:
-        completions: B completions.
-        column: Column that holds the reference: a letter, text beginning with it, or its number counted from 0.
-        letters: The letters there are to choose from.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: If the data has no such column.
-    """
+    """1 where a completion chooses the reference's letter ("The answer is (B)."); None where that has no letter. The
+    reference is one of `letters`, text beginning with it, or its number counted from 0."""
     read = partial(read_letter, letters=letters)
     return _scored(completions, column_of(columns, column), read, lambda wanted, given: float(given == wanted))
 
@@ -104,16 +80,11 @@ def choice_letter(
 def box_iou(
     *, completions: Sequence[Completion], column: str = "answer", threshold: float | None = None, **columns: Any
 ) -> list[float | None]:
-    """Intersection over union of the box in a completion and the reference; 0 without a box, None without a reference.
+    """Intersection over union of the box `[x1, y1, x2, y2]` in a completion and the reference; 0 without a box, None
+    without a reference.
 
-    Args:
-        completions: B completions, each with a box `[x1, y1, x2, y2]`.
-        column: Column that holds the reference box, as four numbers or as text, in the completion's units.
-        threshold: Give 1 from this overlap on and 0 below, instead of the overlap itself.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: If the data has no such column.
+    The reference is four numbers or text, in the completion's units. With a `threshold` it is 1 from this overlap on
+    and 0 below, instead of the overlap itself.
     """
 
     def score(wanted: Box, given: Box | None) -> float:

@@ -1,7 +1,7 @@
 """TRL's own rewards (`trl.rewards`, TRL 1.16), with parameters that a configuration can give.
 
 Each has TRL's signature. Those that TRL makes by a `get_...` function take that function's arguments as parameters, and
-those that read the column `solution` take the name of another one.
+those that read the column `solution` take the name of another one (`column`; a `ConfigError` where the data has none).
 """
 
 from __future__ import annotations
@@ -18,17 +18,7 @@ Log = Callable[[str, list[Any]], None]
 def accuracy_reward(
     *, completions: Sequence[Messages], column: str = "solution", log_extra: Log | None = None, **columns: Any
 ) -> list[float | None]:
-    """1 where math-verify finds the completion's LaTeX answer equal to the reference; None where it cannot read that.
-
-    Args:
-        completions: B completions.
-        column: Column that holds the reference.
-        log_extra: TRL's, for the table of completions.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: The data has no such column.
-    """
+    """1 where math-verify finds the completion's LaTeX answer equal to the reference; None where it cannot read it."""
     from trl.rewards import accuracy_reward as trls
 
     values: list[float | None] = trls(completions, _texts(columns, column), log_extra=log_extra)
@@ -43,18 +33,8 @@ def reasoning_accuracy_reward(
     log_extra: Log | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """As `accuracy_reward`, of the text behind the last of the delimiters; 0 where there is none of them.
-
-    Args:
-        completions: B completions.
-        column: Column that holds the reference.
-        reasoning_delimiters: Ends of the reasoning, `["</think>"]` by default.
-        log_extra: TRL's, for the table of completions.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: The data has no such column.
-    """
+    """As `accuracy_reward`, of the text behind the last of the delimiters (`["</think>"]` by default); 0 where there is
+    none of them."""
     from trl.rewards import reasoning_accuracy_reward as trls
 
     solution = _texts(columns, column)
@@ -74,22 +54,9 @@ def cosine_scaled_reward(
     max_value_correct: float = 1.0,
     **columns: Any,
 ) -> list[float | None]:
-    """As `accuracy_reward`, scaled by length: right answers gain by being short, wrong ones by being long.
-
-    Args:
-        completions: B completions.
-        completion_ids: Their tokens.
-        max_len: Tokens at which the scale ends.
-        column: Column that holds the reference.
-        min_value_wrong: Reward of a wrong answer at length 0.
-        max_value_wrong: Of one of `max_len` tokens and more.
-        min_value_correct: Reward of a right answer of `max_len` tokens and more.
-        max_value_correct: Of one at length 0.
-        columns: The data's columns, B values each.
-
-    Raises:
-        ConfigError: The data has no such column.
-    """
+    """As `accuracy_reward`, scaled by length: right answers gain by being short, wrong ones by being long. A wrong
+    answer gets `min_value_wrong` at length 0 and `max_value_wrong` from `max_len` tokens on, a right one
+    `max_value_correct` and `min_value_correct`."""
     from trl.rewards import get_cosine_scaled_reward
 
     reward = get_cosine_scaled_reward(max_len, min_value_wrong, max_value_wrong, min_value_correct, max_value_correct)

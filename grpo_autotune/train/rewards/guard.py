@@ -24,17 +24,11 @@ SHOWN, MOST_SHOWN = 45, 4
 
 
 def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
-    """Wrap a reward function: params bound, name kept, its result checked.
+    """Wrap a reward function of TRL's signature, sync or async: params bound, which win over columns of the same name,
+    name kept, its result checked. From a batch of nothing but None nothing can be learned where it stands `alone`.
 
-    Args:
-        function: Sync or async, of TRL's reward signature; the wrapper is of the same kind.
-        name: What logs call it.
-        params: Keywords that win over columns of the same name.
-        alone: True if it is the only reward, so that a batch of nothing but None cannot be learned from.
-
-    Returns:
-        A function whose calls raise `RewardError` if it raises, returns the wrong number of values, values that are not
-        numbers, or only None.
+    Calls raise `RewardError` where it raises, returns the wrong number of values, values that are not numbers, or only
+    None.
     """
     check = _ResultCheck(name, patience=1 if alone else PATIENCE)
     if is_async(function):
@@ -54,12 +48,8 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
 
 @contextmanager
 def blame(name: str, batch: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Turn what a reward function raises inside the block into a `RewardError` that names it; our own errors pass.
-
-    Args:
-        name: Name of the reward function.
-        batch: The function's arguments, whose first row the message shows; None shows none.
-    """
+    """Turn what a reward function raises inside the block into a `RewardError` that names it and shows the first row of
+    its arguments, the `batch` (None shows none); our own errors pass."""
     try:
         yield
     except AutotuneError:
@@ -76,12 +66,7 @@ def blame_rewards(trainer: Any) -> None:
 
 
 def blaming_layer(name: str, *, awaited: bool) -> Layer:
-    """The layer that `blame_rewards` puts on a reward function.
-
-    Args:
-        name: Name of the reward function.
-        awaited: True for an async function.
-    """
+    """The layer that `blame_rewards` puts on a reward function, one that TRL awaits or not."""
 
     async def call_async(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with blame(name):

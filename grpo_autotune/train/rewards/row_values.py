@@ -23,14 +23,10 @@ class NotNumbers(ValueError):
 
 
 def row_values(returned: Any, rows: int) -> list[float | None]:
-    """The numbers that a reward function returned, in rows' order; None where it has none.
+    """The numbers that a reward function returned for `rows` completions (B), in their order; None where it has none.
 
     Taken are sequences and iterators of numbers (`Decimal`, `Fraction`, bool and 0-d arrays too), arrays and tensors of
     any library of shape (B,), (B, 1) or (1, B), on any device, and each number wrapped alone once more.
-
-    Args:
-        returned: What it returned.
-        rows: Number of completions, B.
 
     Raises:
         NotNumbers: It is something else.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.trainer_access import base_of
 from grpo_autotune.speedups.generation.step import GraphStep
 from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
 
@@ -20,8 +21,7 @@ from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
 @contextlib.contextmanager
 def beating(trainer: Any, heartbeat: HeartbeatWriter) -> Iterator[None]:
     """Inside it, what `trainer` computes beats."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(trainer.accelerator.unwrap_model(trainer.model))
     with contextlib.ExitStack() as handles:
         handles.callback(base.register_forward_pre_hook(lambda module, inputs: _beat_eagerly(heartbeat)).remove)
         for slot, layer in _elsewhere(base, getattr(trainer, "vllm_generation", None), heartbeat):

@@ -13,8 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from grpo_autotune.hardware.device_memory import cuda_in_use
-from grpo_autotune.seams.layers import Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.trials.block_limit import WAITING, block_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
@@ -24,16 +23,8 @@ WITHOUT_END = 1_000_000
 
 
 class BlockSchedule(TrainerCallback):  # type: ignore[misc]
-    """Holds a trainer at the end of each block until the parent allows the next; the trainer has its probe already.
-
-    Args:
-        trainer: The trainer.
-        folder: The trial's folder.
-        probe: Its probe; a step's time begins anew after a wait.
-        heartbeat: The heartbeat, which tells the parent how many blocks are done.
-        block: Optimizer steps of a block.
-        wait: Sleeps.
-    """
+    """Holds a trainer, which has its probe already, at the end of each block of `block` optimizer steps until the
+    parent allows the next. The heartbeat tells how many are done, and a step's time begins anew after a wait."""
 
     def __init__(
         self,
@@ -46,11 +37,8 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._trainer, self._folder, self._probe, self._heartbeat = trainer, folder, probe, heartbeat
         self._block, self._wait = block, wait
-        self._handles: list[Handle] = []
         self._first = self._last = 0
-        slot = slot_of(trainer, find("log_save_evaluate"))
-        if slot is not None:
-            self._handles.append(wrap(slot, self._after_step))
+        self._handles = wrap_rows(trainer, [(find("log_save_evaluate"), self._after_step)])
         trainer.add_callback(self)
 
     def remove(self) -> None:

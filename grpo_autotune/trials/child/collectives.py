@@ -16,11 +16,7 @@ SHARE = 0.5
 
 def collective_limit(spec: TrialSpec, asked_s: Any = None) -> dict[str, int]:
     """The `GRPOConfig` keys of a trial's ranks, and the limit of NCCL's watchdog put into this process's environment.
-
-    Args:
-        spec: The trial.
-        asked_s: `ddp_timeout` of its configuration in seconds, which counts where it is shorter; None for the default.
-    """
+    The `ddp_timeout` of its configuration, `asked_s` in seconds, counts where it is shorter; None is the default."""
     if spec.world_size == 1:
         return {}
     limit_s = max(1, int(SHARE * spec.limit_s))

@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.table import find, wrap_rows
 
 LEFT_FREE = "completion lengths were left free"
 
@@ -57,23 +57,18 @@ class FixedLengths:
         if reason is not None:
             self.notes.append(f"{LEFT_FREE}: {reason}")
             return
-        self._put(find("turn").key, self._turn)
+        self._handles += wrap_rows(trainer, [(find("turn"), self._turn)])
         if trainer.use_vllm:
             self._handles.append(wrap(AttributeSlot(trainer.vllm_generation.llm, "generate"), self._requests))
             self.notes.append("vLLM's completions end by length, so that TRL counts each as truncated")
         else:
-            self._put("model_generate", self._generate)
+            self._handles += wrap_rows(trainer, [(find("model_generate"), self._generate)])
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _put(self, key: str, layer: Any) -> None:
-        slot = slot_of(self._trainer, find(key))
-        if slot is not None:
-            self._handles.append(wrap(slot, layer))
 
     def _turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """One generation of this rank's rows; those of evaluation are left as they are."""
@@ -129,12 +124,8 @@ def why_free(trainer: Any) -> str | None:
 
 
 def lengths_seen(trainer: Any, generations: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lengths of a run's completions by prompt, for `FixedLengths(seen=...)` in others; empty where they tell nothing.
-
-    Args:
-        trainer: That of the run.
-        generations: Lengths of each generation's rows on this rank, from the first on.
-    """
+    """Lengths of a run's completions by prompt, for `FixedLengths(seen=...)` in others, from those of each generation's
+    rows on this rank, from the first on; empty where they tell nothing."""
     if trainer.accelerator.num_processes > 1 or trainer.use_vllm or why_free(trainer) is not None:
         return []  # vLLM's completions of a fixed length have no end of sequence, so that TRL takes them for others
     rows, group = [length for generation in generations for length in generation], trainer.num_generations

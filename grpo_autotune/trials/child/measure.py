@@ -34,16 +34,8 @@ class Measurement(NamedTuple):
 def measure(
     trainer: Any, spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, train: Callable[[], Any]
 ) -> Measurement:
-    """Measure what `spec` asks for, with a trainer that was just built.
-
-    Args:
-        trainer: A `trl.GRPOTrainer`.
-        spec: The trial.
-        folder: Gets `spans.jsonl`.
-        startup: What was measured of the start.
-        heartbeat: Beats at every span edge, and inside them as `beating` says.
-        train: Runs the trainer's training loop.
-    """
+    """Measure what `spec` asks for, with a trainer that was just built and that `train` trains. The folder gets
+    `spans.jsonl`; the heartbeat beats at every span edge, and inside them as `beating` says."""
     with beating(trainer, heartbeat):
         if spec.purpose == "rewards":
             seconds, rewards = measure_rewards(trainer, spec.steps, heartbeat)

@@ -54,11 +54,8 @@ class MemoryMeter:
         self.idle = Idle(in_use(), DEVICE_MEMORY.in_use())
 
     def facts(self, *, ran_out: bool = False) -> dict[str, Any]:
-        """Peak and idle bytes by the names of `TrialOutcome`: the device's where this process uses one.
-
-        Args:
-            ran_out: Memory ran out: then what was held was not enough, whatever tensors had of it.
-        """
+        """Peak and idle bytes by the names of `TrialOutcome`: the device's where this process uses one. Where memory
+        `ran_out`, what was held was not enough, whatever tensors had of it."""
         if cuda_in_use() is None:
             peak = _of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return {"peak_bytes": max(peak, self.idle.host), "idle_bytes": self.idle.host}

@@ -14,21 +14,18 @@ from accelerate.utils import gather_object
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
-from grpo_autotune.seams.layers import INNER, Handle, wrap
-from grpo_autotune.seams.table import find, slot_of
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
 def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> tuple[list[float], list[PromptReward]]:
-    """Generate `batches` generation batches and compute their rewards.
+    """Generate `batches` generation batches, fewer where the data set ends before, and compute their rewards: seconds
+    of each batch, and the rewards of each prompt, in the data set's order. The heartbeat beats before each batch and
+    its rewards.
 
-    Args:
-        trainer: A `trl.GRPOTrainer`; a `ConfigError` says where its data set is streamed.
-        batches: Generation batches; fewer where the data set ends before.
-        heartbeat: Beats before each batch and its rewards.
-
-    Returns:
-        Seconds of each batch, and the rewards of each prompt, in the data set's order.
+    Raises:
+        ConfigError: The trainer's data set is streamed.
     """
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
@@ -68,12 +65,8 @@ class _Samples:
         self._trainer, self._heartbeat = trainer, heartbeat
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
-        self._handles: list[Handle] = []
         layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
-        for key, layer in layers.items():
-            slot = slot_of(trainer, find(key))
-            if slot is not None:
-                self._handles.append(wrap(slot, layer, INNER))
+        self._handles = wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], INNER)
 
     def remove(self) -> None:
         for handle in self._handles:

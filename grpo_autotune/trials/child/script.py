@@ -26,14 +26,9 @@ if TYPE_CHECKING:
 def run_script(
     spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter, trl_imported: Callable[[], None]
 ) -> Measurement:
-    """Run `spec.script` as `python script arguments...` would, up to the end of its first training.
-
-    Args:
-        spec: The trial.
-        folder: Its folder.
-        startup: Gets the phases `script`, `model`, `engine` and `trainer`.
-        heartbeat: The heartbeat.
-        trl_imported: Called once TRL's trainer was imported, before any model is there.
+    """Run `spec.script` as `python script arguments...` would, up to the end of its first training. `startup` gets the
+    phases `script`, `model`, `engine` and `trainer`; `trl_imported` is called once TRL's trainer was imported, before
+    any model is there.
 
     Raises:
         ConfigError: There is no such script, it trains nothing, or TRL has no such key or refuses its value.

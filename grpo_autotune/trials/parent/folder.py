@@ -43,13 +43,8 @@ def prepare_folder(run_dir: Path, spec: TrialSpec) -> Path:
 
 
 def read_outcome(folder: Path, spec: TrialSpec, ending: Ending | None) -> TrialOutcome:
-    """The outcomes that the child's ranks wrote, made one.
-
-    Args:
-        folder: The trial's folder.
-        spec: The trial.
-        ending: The ending as it was seen from outside: it counts where the child wrote nothing, or no failure.
-    """
+    """The outcomes that the child's ranks wrote, made one. The ending as it was seen from outside counts where the
+    child wrote nothing, or no failure."""
     if ending is not None and ending.status in ("timeout", "hang"):
         return TrialOutcome(number=spec.number, **ending._asdict())
     outcomes = []

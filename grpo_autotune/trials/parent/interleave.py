@@ -47,13 +47,8 @@ def block_order(lanes: int, round_number: int) -> list[int]:
 class Race(AbstractContextManager["Race"]):
     """The trials of one race and their workers.
 
-    Args:
-        run_dir: The run folder.
-        specs: The trials.
-        clock: Seconds, monotonic.
-        wait: Sleeps.
-        start: Gives a trial in its folder to a worker.
-        watch: Called with the progress of the trial whose block runs.
+    `start` gives a trial in its folder to a worker, and `watch` is called with the progress of the trial whose block
+    runs. The clock tells monotonic seconds.
     """
 
     def __init__(

@@ -24,13 +24,8 @@ GPU_LOST = (
 
 
 class Recovery:
-    """The wait for what ended workers held.
-
-    Args:
-        used: Bytes in use on the GPUs; None where nobody tells.
-        clock: Seconds, monotonic.
-        wait: Sleeps.
-    """
+    """The wait for what ended workers held: `used` tells the bytes in use on the GPUs, None where nobody tells; the
+    clock monotonic seconds."""
 
     def __init__(
         self, used: Callable[[], int | None], clock: Callable[[], float], wait: Callable[[float], None]
@@ -49,11 +44,8 @@ class Recovery:
         return Ending("crashed", GPU_LOST) if any(worker.is_lost for worker in self._workers) else None
 
     def before_start(self, *, others: bool) -> None:
-        """Wait until the GPUs' memory is as it was before the last worker started.
-
-        Args:
-            others: Another process of the search holds memory, of which nobody knows how much.
-        """
+        """Wait until the GPUs' memory is as it was before the last worker started, unless `others` of the search's
+        processes hold memory, of which nobody knows how much."""
         self._workers = [worker for worker in self._workers if worker.poll() is None or worker.is_lost]
         if others or self._workers:
             self._before = None

@@ -33,13 +33,9 @@ PUSHES = ("merged", "batched")
 class Runner(AbstractContextManager["Runner"]):
     """Runs trials in child processes, one at a time, keeping the newest worker for the next trial that can use it.
 
-    Args:
-        run_dir: The run folder; trials live in `trials/0007` there.
-        warm: Let a worker run several trials.
-        clock: Seconds, monotonic.
-        wait: Sleeps for so many seconds between two looks.
-        spawn: Starts a worker for a trial's folder, its log, and a number of ranks.
-        used: Bytes in use on the GPUs of this machine; None where nobody tells.
+    Trials live in `trials/0007` of the run folder. A `warm` runner lets a worker run several; `spawn` starts one for a
+    trial's folder, its log, and a number of ranks. The clock tells monotonic seconds, `wait` sleeps for so many between
+    two looks, and `used` tells the bytes in use on this machine's GPUs, None where nobody tells.
     """
 
     def __init__(
@@ -59,14 +55,8 @@ class Runner(AbstractContextManager["Runner"]):
         self._recovery = Recovery(used, clock, wait)
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
-        """Run one trial to its end, whatever that is.
-
-        Args:
-            spec: The trial.
-            watch: Called with the trial's progress whenever that changes.
-
-        Returns:
-            Its outcome, also in its folder. A failed trial is one, too.
+        """Run one trial to its end, whatever that is, and return its outcome, which is also in its folder: a failed
+        trial has one, too. `watch` is called with its progress whenever that changes.
 
         Raises:
             OSError: The run folder cannot be written.
@@ -108,21 +98,14 @@ class Runner(AbstractContextManager["Runner"]):
     def race(
         self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float, watch: Watch | None = None
     ) -> list[TrialOutcome]:
-        """Measure trials against each other: all alive at once, one running at a time, blocks in the order ABBA.
+        """Measure trials, which should see the same prompts, against each other: all alive at once, one running at a
+        time, blocks in the order ABBA.
 
-        A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing. Where
-        memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
-        notes say so.
-
-        Args:
-            specs: The trials; they should see the same prompts.
-            rounds: Blocks that each gets at most.
-            deadline_s: Seconds for the whole race; a round that would not end in time is not begun.
-            watch: As in `run`.
-
-        Returns:
-            An outcome for each, in the order of `specs`; `step_s` holds the mean of each round, and all that went well
-            have as many rounds.
+        A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing; each trial
+        gets at most `rounds`, and a round that would not end within `deadline_s` seconds of the race is not begun.
+        Where memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
+        notes say so. The outcomes are in the order of `specs`; `step_s` holds the mean of each round, and all that went
+        well have as many rounds.
 
         Raises:
             As `run`.

@@ -28,11 +28,7 @@ class TooSlow(Exception):
 
 
 class ServerPool:
-    """At most one server, and the trials it can serve.
-
-    Args:
-        clock: Seconds, monotonic.
-    """
+    """At most one server, and the trials it can serve; the clock tells monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -49,16 +45,11 @@ class ServerPool:
             self._held = False
 
     def ready(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
-        """See that the trial's server answers, and that no other one takes memory (but see `held`).
+        """See that the trial's server answers, and that no other one takes memory (but see `held`); one that is started
+        logs in the trial's folder, and `watch` is called.
 
-        Args:
-            spec: The trial.
-            folder: Its folder; a server that is started logs there.
-            watch: Called when it starts.
-
-        Returns:
-            The trial with the server's address, and the seconds that its start took (0 for one that was there); or the
-            outcome of the trial, where the server did not start.
+        Answers the trial with the server's address, and the seconds that its start took (0 for one that was there); or
+        the outcome of the trial, where the server did not start.
 
         Raises:
             BaseException: What interrupts the wait, such as `KeyboardInterrupt`.

@@ -41,28 +41,15 @@ class Stopwatch:
 
 
 class AttemptEnd(NamedTuple):
-    """The end of an attempt as the parent sees it.
+    """The end of an attempt as the parent sees it."""
 
-    Attributes:
-        ending: The reason to end its worker; None where that ended by itself, or wrote an outcome.
-        code: Exit code of a worker that ended without an outcome.
-        taken_up: False where the worker ended before it took the trial up: another worker may run it.
-    """
-
-    ending: Ending | None = None
-    code: int | None = None
-    taken_up: bool = True
+    ending: Ending | None = None  # the reason to end its worker; None where that ended by itself, or wrote an outcome
+    code: int | None = None  # exit code of a worker that ended without an outcome
+    taken_up: bool = True  # False where the worker ended before it took the trial up: another worker may run it
 
 
 class Attempt:
-    """A trial that was given to `worker`.
-
-    Args:
-        worker: The worker.
-        spec: The trial.
-        folder: Its folder.
-        clock: Seconds, monotonic.
-        watch: Called with the trial's progress whenever that changes.
+    """A trial that was given to `worker`; `watch` is called with its progress whenever that changes.
 
     Attributes:
         startup_s: Seconds until its first step; None before.

@@ -33,13 +33,8 @@ class Worker(Protocol):
 
 
 class GuardedWorker(Guarded):
-    """A worker behind its guardian.
-
-    Args:
-        folder: Of its first trial.
-        log: Standard output and error, until the trial leads them to its own log.
-        world_size: More than one are ranks under `torchrun`, which run that one trial.
-    """
+    """A worker behind its guardian. Its output goes to `log` until the trial leads it to its own; more than one process
+    are ranks under `torchrun`, which run that one trial."""
 
     def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
         words = [*PYTHON, "-m", CHILD]
