@@ -99,8 +99,7 @@ def train(
 def search(
     config: Config = None,
     budget: Annotated[
-        str,
-        typer.Option("--budget", metavar="TIME", help="Time for everything: 90s, 30m, 1h30m; 0 predicts."),
+        str, typer.Option("--budget", metavar="TIME", help="Time for everything: 90s, 30m, 1h30m; 0 predicts.")
     ] = "30m",
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Copy tuned.yaml there.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the search.")] = None,
@@ -109,8 +108,7 @@ def search(
         str | None, typer.Option("--storage", metavar="URL", help="A database that several machines search with.")
     ] = None,
     script: Annotated[
-        str | None,
-        typer.Option("--script", metavar="SCRIPT", help="Search the GRPOConfig of a TRL script."),
+        str | None, typer.Option("--script", metavar="SCRIPT", help="Search the GRPOConfig of a TRL script.")
     ] = None,
     set_: Set = None,
     json_: Json = False,

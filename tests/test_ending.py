@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import time
 
 import pytest
 
 from grpo_autotune import cli
-from grpo_autotune.processes.ending import ENDING, Stopped, raising
+from grpo_autotune.processes.ending import ENDING, GRACE_S, Stopped, raising
 
 
 @pytest.mark.parametrize("signum", ENDING)
@@ -27,3 +29,13 @@ def test_what_is_wound_up_is_not_ended_by_a_second_signal() -> None:
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.signum == signal.SIGUSR1
+
+
+def test_a_signal_that_somebody_caught_counts_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare `except` around a reward is common; what a scheduler sends later must still end the command."""
+    with pytest.raises(Stopped), raising():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        later = time.monotonic() + GRACE_S + 1.0
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        signal.raise_signal(signal.SIGTERM)

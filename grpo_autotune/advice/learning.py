@@ -190,8 +190,8 @@ def dead_groups(facts: Facts) -> Idea | None:
 def no_gradient(facts: Facts) -> Idea | None:
     """Steps whose gradient was zero, where neither equal rewards nor masked completions explain all of them."""
     record, tokens, steps = facts.record, facts.record.tokens, len(facts.record.timings.step_s)
-    masked = tokens is not None and record.trainer.mask_truncated_completions and tokens.truncated_share == 1.0
-    if not record.zero_gradients or facts.dead_share() == 1.0 or masked:
+    masked = tokens.truncated_share if tokens is not None and record.trainer.mask_truncated_completions else 0.0
+    if record.zero_gradients <= round(steps * ((facts.dead_share() or 0.0) + masked)):
         return None
     what, _, remedy = NO_SIGNAL["zero"].partition(": ")
     seen = f"In {record.zero_gradients} of {steps} steps {what}, {_for_nothing(facts, record.zero_gradients / steps)}"

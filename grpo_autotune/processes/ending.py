@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+GRACE_S = 30.0
+"""What a command has to end after a signal; one that comes later counts again: a bare `except` may have eaten it."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,15 +26,16 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def raising(end: Callable[[int], BaseException] = Stopped, more: Sequence[signal.Signals] = ()) -> Iterator[None]:
-    """Raise `end(signum)` at the first of `ENDING` and `more`, or end a forked child, and ignore later ones."""
-    parent, signals = os.getpid(), (*ENDING, *more)
+    """Raise `end(signum)` at a signal of `ENDING` and `more`, or end a forked child; ignore others for `GRACE_S`."""
+    parent, signals, last = os.getpid(), (*ENDING, *more), -math.inf
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal last
         if os.getpid() != parent:
             os._exit(128 + signum)
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise end(signum)
+        if (now := time.monotonic()) - last > GRACE_S:
+            last = now
+            raise end(signum)
 
     before = {number: signal.signal(number, stop) for number in signals}
     try:

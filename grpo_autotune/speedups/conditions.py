@@ -128,7 +128,7 @@ def foreign_code(trainer: Any) -> str | None:
     return reason or next(filter(None, patches), None)
 
 
-def has_foreign_callback(trainer: Any) -> bool:
+def foreign_callback(trainer: Any) -> bool:
     """True if a callback of the trainer is of code outside `LIBRARIES`."""
     callbacks = trainer.callback_handler.callbacks
     return any(type(callback).__module__.partition(".")[0] not in LIBRARIES for callback in callbacks)
@@ -136,9 +136,13 @@ def has_foreign_callback(trainer: Any) -> bool:
 
 def foreign_hook(model: nn.Module) -> str | None:
     """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
-    for part in (*model.modules(), *model.parameters()):
-        for hook in (hook for kind in kinds for hook in (getattr(part, kind, None) or {}).values()):
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    for module in model.modules():
+        hooks: list[tuple[Any, Any]] = [(module, vars(module).get(kind)) for kind in kinds]
+        for weight in module._parameters.values():
+            if weight is not None:
+                hooks += [(weight, weight._backward_hooks), (weight, weight._post_accumulate_grad_hooks)]
+        for part, hook in ((part, hook) for part, some in hooks if some for hook in some.values()):
             if _module(hook).partition(".")[0] not in LIBRARIES:
                 return f"a {type(part).__name__} of the model has a hook of {_module(hook)}"
     return None

@@ -13,14 +13,7 @@ from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
-from grpo_autotune.speedups.conditions import (
-    MICRO_BATCH,
-    REWARDS,
-    foreign_code,
-    has_foreign_callback,
-    in_parts,
-    overridden,
-)
+from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, foreign_callback, foreign_code, in_parts, overridden
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 _logger = logging.getLogger("grpo_autotune.speedups")
@@ -84,7 +77,7 @@ class SpeedUps:
 
     def _step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """With each optimizer step ask again where somebody's code may change settings and replace methods."""
-        others = self._replaced != {None} or has_foreign_callback(self._trainer)
+        others = self._replaced != {None} or foreign_callback(self._trainer)
         if others and self._asked_at != self._trainer.state.global_step:
             self._asked_at = self._trainer.state.global_step
             self._ask_again()
@@ -105,11 +98,8 @@ class SpeedUps:
     def _foreign(self) -> set[str | None]:
         """The methods that are not TRL's, of those that a speed-up stands for or that see how rows are dealt, and the
         first of all that are on the trainer and its model."""
-        methods = {
-            *MICRO_BATCH,
-            REWARDS,
-            *(method for speedup in self._wanted.values() for method in _stands_for(speedup)),
-        }
+        stood_for = {method for speedup in self._wanted.values() for method in _stands_for(speedup)}
+        methods = {*MICRO_BATCH, REWARDS, *stood_for}
         return {foreign_code(self._trainer), *(overridden(self._trainer, (method,)) for method in methods)}
 
     def _why_not(self, speedup: SpeedUp) -> str | None:

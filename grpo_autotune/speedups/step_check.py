@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 import math
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from grpo_autotune.speedups.batches.merge_passes import Merging
 from grpo_autotune.speedups.batches.order import window_ends
 from grpo_autotune.speedups.batches.rows import Batch, widened
 from grpo_autotune.speedups.batches.skip_dead import KEY, gradient_rows
+from grpo_autotune.speedups.conditions import LIBRARIES
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 _logger = logging.getLogger("grpo_autotune.speedups")
@@ -59,25 +61,27 @@ class StepCheck(Installed):
         waits = self._merging is not None and not window_ends(self.trainer)
         if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
             window = [*(self._merging.held if self._merging else ()), inputs]
-            kinds = frozenset(map(_kind, window)), any(map(_lives, window))
-            told = torch.tensor([[kinds not in self._compared, kinds[1]]]).int()
+            kinds = {(_kind(batch), _lives(batch)) for batch in window}
+            told = torch.tensor([[not kinds <= self._compared, any(lives for _, lives in kinds)]]).int()
             new, lives = self.trainer.accelerator.gather(told.to(self.trainer.accelerator.device)).any(0).tolist()
-            self._compared.add(kinds)
+            self._compared |= kinds
             if new:  # on any rank: losses are gathered
                 self._compare(window, lives, model, lambda batch: call_next(model, batch, *args, **kwargs))
         return call_next(model, inputs, *args, **kwargs)
 
     def _compare(self, window: list[Batch], lives: bool, model: Any, loss_of: Callable[[Batch], Any]) -> None:
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
-        state = State([*map(vars, (self.trainer, self.trainer.state, *self._parts)), window])
+        trainer = self.trainer
+        unused = trainer.optimizer, trainer.ref_model, trainer.train_dataset, trainer.eval_dataset, trainer.reward_funcs
+        state = State([*map(vars, (trainer, trainer.state, *self._parts)), window], unused)
         state.size = 0.0 if lives else math.inf
-        text = base_of(self.trainer.model).config.get_text_config()
+        text = base_of(trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
         wider = [widened(batch, getattr(text, "pad_token_id", None) or 0) for batch in judged]
         relative = getattr(text, "rope_parameters", None) is not None  # else a column of padding is a position
         tried = functools.partial(self._tried, state, model, loss_of)
         plain, again = (functools.partial(tried, batches, plain=True) for batches in (judged, wider))
-        dtype = getattr(torch, compute_dtype(self.trainer))
+        dtype = getattr(torch, compute_dtype(trainer))
         what = "a micro step's loss, gradients or random draws"
         try:
             SelfCheck(self).run(plain, functools.partial(tried, judged), dtype, what, again if relative else None)
@@ -116,19 +120,20 @@ class StepCheck(Installed):
 
 
 class State:
-    """Whatever can be reached from `roots` through containers, modules and optimizers, and the random streams.
+    """Whatever can be reached from `roots` through containers, modules, optimizers and objects of classes that are in
+    no installed package, and the random streams.
 
-    Objects of other libraries stay as they are, and so does whatever was written to a file or sent away.
+    `leave` and objects of libraries stay as they are, and so do a module's globals and what was written or sent away.
 
     Attributes:
         weights: Trained weights that are there.
         size: Of their gradients; 0 until these were computed.
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    def __init__(self, roots: Iterable[Any], leave: Iterable[Any] = ()) -> None:
         self.weights: list[nn.Parameter] = []
         self.size = 0.0
-        self._met: dict[int, Any] = {}
+        self._met: dict[int, Any] = {id(one): one for one in leave}
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._add(roots)
@@ -160,6 +165,14 @@ class State:
             elif type(value) in CONTAINERS:
                 self._containers.append((value, copy.copy(value)))
                 self._add(value.values() if isinstance(value, dict) else value)
+            elif hasattr(value, "__dict__") and _of_no_package(type(value)):
+                self._add([vars(value)])
+
+
+def _of_no_package(cls: type) -> bool:
+    if cls.__module__.partition(".")[0] in LIBRARIES | sys.stdlib_module_names:
+        return False
+    return "-packages" not in (getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

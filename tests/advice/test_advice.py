@@ -386,7 +386,9 @@ def test_a_zero_gradient_is_said_where_nothing_else_explains_it() -> None:
     idea = learning.no_gradient(facts(demo_record(zero_gradients=3)))
     assert idea and "In 3 of 3 steps the gradient was zero, 4.66 s of a step (92%) for nothing" in idea.because
     dead = token_facts(dead_groups=20, pass_rates=[0.0] * 20)
-    for known in (demo_record(), demo_record(zero_gradients=3, tokens=dead)):
+    some_dead = token_facts(dead_groups=14, groups=20)
+    partly = demo_record(zero_gradients=2, tokens=some_dead)  # as at one group a step: 2 of its 3 steps
+    for known in (demo_record(), demo_record(zero_gradients=3, tokens=dead), partly):
         assert learning.no_gradient(facts(known)) is None
 
 

@@ -78,7 +78,7 @@ def test_trainers_are_freed_and_their_reports_lie_where_the_command_was_given(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "trainer-3").mkdir(parents=True)
-    for stale in ("trainer-3/report.json", "spans.rank1.jsonl", "mine.txt"):
+    for stale in ("trainer-3/report.json", "spans.rank1.jsonl", "mine.txt", "spans_of_words.jsonl"):
         (tmp_path / "out" / stale).write_text("of an earlier run")
     pad = grpo_module.pad
     code, line = run(tmp_path, SCRIPT, tiny("qwen3"), tmp_path / "elsewhere", speedups="auto")
@@ -87,7 +87,7 @@ def test_trainers_are_freed_and_their_reports_lie_where_the_command_was_given(
     assert grpo_module.pad is pad
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     first, second = {"report.json", "spans.jsonl"}, {"trainer-2/report.json", "trainer-2/spans.jsonl"}
-    assert files == first | second | {"mine.txt"}
+    assert files == first | second | {"mine.txt", "spans_of_words.jsonl"}
     assert line == f"Saved: {tmp_path}/out/report.json, {tmp_path}/out/trainer-2/report.json"
     assert load_report(tmp_path / "out").steps == [2]
 

@@ -34,6 +34,7 @@ def test_a_phase_is_told_once_it_takes_time() -> None:
 
 
 def test_imports_are_counted_from_birth_and_out_of_the_collectors_sight() -> None:
+    gc.unfreeze()
     now = [103.0]
     startup = Startup(lambda: now[0], born_s=100.0)
     with startup.imports():

@@ -249,19 +249,27 @@ class OwnForward(GRPOTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs) + 0.1 * bonus
 
 
+class Memory:
+    """Somebody's own object, of whatever class."""
+
+    def __init__(self):
+        self.seen = 0
+
+
 class Remembering(GRPOTrainer):
-    """Counts, draws, keeps a moving mean in place, and takes an input out of its batch."""
+    """Counts, also on an object, draws, keeps a moving mean in place, and takes an input out of its batch."""
 
     def start(self):
-        self.calls, self.history, self.mean = 0, [], torch.zeros(())
+        self.calls, self.history, self.mean, self.memory = 0, [], torch.zeros(()), Memory()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.calls += 1
+        self.memory.seen += 1
         self.history.append(random.random())
         inputs["advantages"] = inputs.pop("advantages") * (1.0 + 0.5 * torch.rand(()))
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.mean.mul_(0.9).add_(0.1 * loss.detach())
-        return loss * (1.0 + self.mean.abs() + 0.1 * self.calls)
+        return loss * (1.0 + self.mean.abs() + 0.1 * self.memory.seen)
 
 
 class Centred(GRPOTrainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,7 +19,7 @@ from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import foreign_code
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selfcheck import SelfCheck
-from grpo_autotune.speedups.step_check import State
+from grpo_autotune.speedups.step_check import State, StepCheck
 from tests.support.pairs import gap, weights_of
 from tests.support.trainers import GRPOTrainer, make_trainer
 
@@ -85,12 +86,29 @@ def test_speed_ups_that_are_right_stay_on(tiny, tmp_path, text_rows):
     assert gap(mine, plain) < 1e-6 and trainer._step == plain_trainer._step
 
 
+def test_each_kind_is_compared_once_whatever_stands_beside_it_in_a_window(tiny, tmp_path, text_rows, monkeypatch):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **BATCH)
+    check, compared = StepCheck(trainer, [Installed("any")]), []
+    check._merging = SimpleNamespace(held=[])
+    monkeypatch.setattr(check, "_compare", lambda window, *rest: compared.append(len(window)))
+    trainer.model.train()
+    whole = {"completion_mask": torch.ones(2, 3), "advantages": torch.tensor([1.0, -1.0])}
+    padded = whole | {"completion_mask": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])}
+    for window in ([padded], [whole], [padded, whole], [whole, padded, padded]):
+        check._merging.held = window[:-1]
+        check._loss(lambda *given: None, trainer.model, window[-1])
+    assert compared == [1, 1]
+
+
 def test_somebody_elses_code_is_found_wherever_it_is(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **BATCH)
     speed_up(trainer)
     assert foreign_code(trainer) is None
     hook = trainer.model.get_base_model().model.layers[0].register_forward_hook(lambda *given: None)
     assert "a Qwen3DecoderLayer of the model has a hook of" in foreign_code(trainer)
+    hook.remove()
+    hook = trainer.model.get_base_model().model.norm.register_full_backward_pre_hook(lambda *given: None)
+    assert "a Qwen3RMSNorm of the model has a hook of" in foreign_code(trainer)
     hook.remove()
     trainer.data_collator = lambda rows: rows
     assert "`data_collator` was replaced by" in foreign_code(trainer)
@@ -107,7 +125,9 @@ def test_a_state_puts_back_what_was_done_since():
     state |= {"module": module, "optimizer": optimizer}
     weights = [weight.detach().clone() for weight in module.parameters()]
     inner = state["metrics"]["train"]
-    kept = State([state])
+    left = nn.Linear(2, 2)
+    state["left"] = left
+    kept = State([state], [left])
     drawn = (torch.rand(()), random.random(), numpy.random.rand())
     state["calls"], state["new"], state["mean"] = 2, None, torch.ones(2)
     state["metrics"]["train"]["loss"].append(2.0)
@@ -117,7 +137,7 @@ def test_a_state_puts_back_what_was_done_since():
     module(torch.rand(4, 2)).sum().backward()
     optimizer.step()
     kept.put_back()
-    assert list(state) == ["calls", "metrics", "rows", "mean", "module", "optimizer"] and state["calls"] == 1
+    assert list(state) == ["calls", "metrics", "rows", "mean", "module", "optimizer", "left"] and state["calls"] == 1
     assert state["metrics"]["train"] is inner and dict(inner) == {"loss": [1.0]}
     assert list(rows) == [1, 2] and state["mean"] is mean and mean.tolist() == [0.0, 0.0]
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), weights, strict=True))

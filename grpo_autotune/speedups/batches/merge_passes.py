@@ -60,9 +60,9 @@ def _window(trainer: Any) -> str | None:
 
 def _whole_groups(trainer: Any) -> str | None:
     args = trainer.args
-    whole = args.per_device_train_batch_size % trainer.num_generations == 0
-    sorted_rows = args.steps_per_generation <= window(trainer) and depends_on_partition(trainer) is None
-    if trainer.accelerator.device.type == "cuda" or not (whole and sorted_rows):
+    if trainer.accelerator.device.type == "cuda" or args.per_device_train_batch_size % trainer.num_generations:
+        return None
+    if args.steps_per_generation > window(trainer) or depends_on_partition(trainer) is not None:
         return None
     return "micro batches hold whole groups: on a CPU, where tokens cost and not launches, merging them saves nothing"
 

@@ -160,11 +160,7 @@ class _Run:
         return [images[key] for key in keys]
 
     def _compute(
-        self,
-        images: dict[Any, Features],
-        missing: dict[Any, int],
-        parts: Sequence[torch.Tensor],
-        grid: torch.Tensor,
+        self, images: dict[Any, Features], missing: dict[Any, int], parts: Sequence[torch.Tensor], grid: torch.Tensor
     ) -> bool:
         """Run the tower on the missing images; whether its output could be taken apart."""
         rows = list(missing.values())
