@@ -219,7 +219,8 @@ def lora_dropout(facts: Facts) -> Idea | None:
         changes=(Change(key="grpo.disable_dropout", before=False, after=True),),
         saving_s=near.saving_s if near else None,
         because=f"{LORA_DROPOUT} keeps {listing(off)} off" + (f". {moves(near)}" if near else ""),
-        caveat="It changes learning: the adapters lose their dropout. peft.lora_dropout 0 is the same",
+        caveat="It changes learning: the adapters lose their dropout. peft.lora_dropout 0 is the same. "
+        "{name: shared_prefix, dropout: shared} in speedups keeps it, with one mask for a group's prompt: not exact",
     )
 
 

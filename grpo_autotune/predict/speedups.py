@@ -12,7 +12,7 @@ from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.knobs import knobs_of
 from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.speedups.base import SERVED, kernel_name
-from grpo_autotune.speedups.selection import chosen
+from grpo_autotune.speedups.selection import selections
 
 ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp")
 """Keys of `grpo` under which micro batches are not merged (`speedups/batches/merge_passes.py`)."""
@@ -22,15 +22,17 @@ def effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     """Speed-ups that are asked for and can work."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     dropout = (trainer.peft or {}).get("lora_dropout") and not config.grpo.get("disable_dropout")
-    whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and not dropout
+    asked = dict(selections(config.speedups))
+    one_mask = asked.get("shared_prefix", {}).get("dropout") == "shared"
+    whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and (not dropout or one_mask)
     off = set() if whole else {"shared_prefix", "merge_passes"}
     if compiled or dropout:
         off.add("merge_for_generation")
     if dropout:
-        off.add("shared_prefill")
+        off |= {"merge_passes", "shared_prefill"}
     if any(config.grpo.get(key) for key in ONE_BY_ONE):
         off.add("merge_passes")
-    return frozenset(set(chosen(config.speedups)) - off)
+    return frozenset(asked.keys() - off)
 
 
 def tower_is_kept(facts: WorkFacts, speedups: frozenset[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SPEED_UPS = "_grpo_autotune_speed_ups"
@@ -28,6 +29,24 @@ def models_of(trainer: Any) -> Iterator[Any]:
     yield trainer.model
     if getattr(trainer, "ref_model", None) is not None:
         yield trainer.ref_model
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Nothing of a model is dropped at random inside.
+
+    Dropout alone is switched: bitsandbytes repacks the 4-bit weights of a module in evaluation mode on CPU, for good.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    changed = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
 
 
 def image_tokens(processor: Any, width: int, height: int) -> int | None:

@@ -63,6 +63,11 @@ class Installed:
         self.handles = []
 
     @property
+    def exact(self) -> bool:
+        """False where it equals TRL in the mean over what is drawn alone; it is compared with nothing dropped."""
+        return True
+
+    @property
     def note(self) -> str:
         """Remark beside its summary in the table; empty where there is nothing to say."""
         return ""

@@ -14,17 +14,21 @@ from torch import nn
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
 
+LORA = "lora_dropout"
+"""In the names of PEFT's modules that drop elements of an adapter's input."""
 
-def active_noise(trainer: Any) -> str | None:
-    """The key that has training drop activations or add noise to them, in words; None where neither is on."""
+
+def active_noise(trainer: Any, *, lora: bool = True) -> str | None:
+    """The key that has training drop activations or add noise to them, in words; None where neither is on, `lora`'s
+    dropout left out if asked."""
     alpha = trainer.args.neftune_noise_alpha
-    return active_dropout(trainer.model) if alpha is None else f"grpo.neftune_noise_alpha is {alpha:g}"
+    return active_dropout(trainer.model, lora=lora) if alpha is None else f"grpo.neftune_noise_alpha is {alpha:g}"
 
 
-def active_dropout(model: Any) -> str | None:
-    """The key that keeps dropout on in `model`, in words; None where nothing is dropped."""
+def active_dropout(model: Any, *, lora: bool = True) -> str | None:
+    """The key that keeps dropout on in `model`, in words; None where nothing is dropped, LoRA's left out if asked."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and (lora or LORA not in name):
             return f"{_key(name)} is {module.p:g}"
         rate = getattr(module, "attention_dropout", 0.0)
         if isinstance(rate, float) and rate > 0:
@@ -33,7 +37,7 @@ def active_dropout(model: Any) -> str | None:
 
 
 def _key(name: str) -> str:
-    return "peft.lora_dropout" if "lora_dropout" in name else f"grpo.disable_dropout is false and the dropout of {name}"
+    return "peft.lora_dropout" if LORA in name else f"grpo.disable_dropout is false and the dropout of {name}"
 
 
 def in_parts(trainer: Any) -> str | None:

@@ -15,7 +15,7 @@ Wanted = str | Sequence[str | Mapping[str, Any]]
 """Values of the key; one name stands for a list of it."""
 
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shared_prefix": {"form": ("auto", "split", "flex", "cascade")},
+    "shared_prefix": {"form": ("auto", "split", "flex", "cascade"), "dropout": ("own", "shared")},
     "shared_prefill": {"decode": ("eager", "graph")},
     "merge_for_generation": {"weights": ("float32", "any")},
 }

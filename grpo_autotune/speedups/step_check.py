@@ -14,6 +14,7 @@ import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.layers import OUTERMOST
 from grpo_autotune.seams.table import find, wrap_rows
-from grpo_autotune.seams.trainer_access import base_of, compute_dtype
+from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.merge_passes import Merging
 from grpo_autotune.speedups.batches.order import window_ends
@@ -83,8 +84,10 @@ class StepCheck(Installed):
         plain, again = (functools.partial(tried, batches, plain=True) for batches in (judged, wider))
         dtype = getattr(torch, compute_dtype(trainer))
         what = "a micro step's loss, gradients or random draws"
+        exact = all(one.exact or one.fell_back for one in self._parts)
         try:
-            SelfCheck(self).run(plain, functools.partial(tried, judged), dtype, what, again if relative else None)
+            with nullcontext() if exact else without_dropout(self.trainer.model):
+                SelfCheck(self).run(plain, functools.partial(tried, judged), dtype, what, again if relative else None)
         except torch.OutOfMemoryError:
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
 

@@ -419,7 +419,11 @@ def test_lora_dropout_costs_what_the_same_run_without_it_would_save() -> None:
     assert (idea.saving_s or 0.0) > 1.0 and {"generation", "backward"} <= set(idea.stages)
     (advice,) = [a for a in judge(f) if "lora_dropout" in a.text]
     assert "changes learning" in advice.text and advice.predicted_saving == idea.saving_s
+    assert "not exact" in idea.caveat
     assert learning.lora_dropout(facts()) is None
+    one_mask = f.base.model_copy(update={"speedups": [{"name": "shared_prefix", "dropout": "shared"}]})
+    own = f.base.model_copy(update={"speedups": ["shared_prefix"]})
+    assert f.models.step_s(one_mask).value < f.models.step_s(own).value
 
 
 # ranking and words

@@ -7,12 +7,14 @@ scores the same text once the generation is over. Over an optimizer step both mu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
+
+from grpo_autotune.seams.trainer_access import without_dropout
 
 LONGEST = 64
 SHORTEST = 8
@@ -115,20 +117,11 @@ def active_dropout(model: Any) -> str:
 
 @contextmanager
 def undisturbed(trainer: Any, *, dropout: bool) -> Iterator[None]:
-    """A forward pass that leaves gradients, random numbers and modes as they are; without `dropout`, none is active.
-
-    Dropout alone is switched: bitsandbytes repacks the 4-bit weights of a module in evaluation mode on CPU, for good.
-    """
+    """A forward pass that leaves gradients, random numbers and modes as they are; without `dropout`, none is active."""
     device = trainer.accelerator.device
-    changed = [] if dropout else [m for m in trainer.model.modules() if isinstance(m, _DropoutNd) and m.training]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for module in changed:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in changed:
-                module.training = True
+    switched = nullcontext() if dropout else without_dropout(trainer.model)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), switched:
+        yield
 
 
 def _mean(gap: torch.Tensor) -> float:

@@ -7,19 +7,45 @@ from typing import Any
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
 from grpo_autotune.speedups.base import SERVED, kernel_name
-from grpo_autotune.speedups.conditions import active_noise, in_parts
+from grpo_autotune.speedups.conditions import (
+    MICRO_BATCH,
+    active_dropout,
+    active_noise,
+    foreign_hook,
+    in_parts,
+    overridden,
+)
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def why_not(trainer: Any) -> str | None:
-    """The reason why a prompt cannot be shared on this trainer, in one sentence; None where it can."""
-    return next((reason for rule in _RULES for reason in [rule(trainer)] if reason is not None), None)
+def why_not(trainer: Any, *, one_mask: bool = False) -> str | None:
+    """The reason why a prompt cannot be shared on this trainer, in one sentence; None where it can.
+
+    Args:
+        trainer: A `trl.GRPOTrainer`.
+        one_mask: Whether a group's prompt may have one mask of LoRA's dropout. It drops each element by itself: the
+            masks of a completion and its prompt are distributed as in a row of TRL's, and so is the completion's
+            gradient, where no other row has a part in it. The masks of two completions are no longer independent.
+    """
+    rules = (*_RULES, _coupled if one_mask else _noise)
+    return next((reason for rule in rules for reason in [rule(trainer)] if reason is not None), None)
 
 
 def _noise(trainer: Any) -> str | None:
     noise = active_noise(trainer)
     return None if noise is None else f"{noise}: TRL draws other numbers for the prompt of each completion"
+
+
+def _coupled(trainer: Any) -> str | None:
+    if (noise := active_noise(trainer, lora=False)) is not None:
+        return f"{noise}: of all noise, only the mask of peft.lora_dropout can be one for a group"
+    if active_dropout(trainer.model) is None:
+        return None
+    other = overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
+    if trainer.top_entropy_quantile < 1.0 or trainer.use_adaptive_entropy:
+        other = "grpo.top_entropy_quantile or grpo.use_adaptive_entropy reads the entropies of all completions"
+    return None if other is None else f"{other}: a dropout mask that completions share might change their mean gradient"
 
 
 def _kernel(trainer: Any) -> str | None:
@@ -69,7 +95,6 @@ def _compiled(trainer: Any) -> str | None:
 _RULES: tuple[Callable[[Any], str | None], ...] = (
     _architecture,
     _kernel,
-    _noise,
     _aux_loss,
     _virtual_tokens,
     in_parts,

@@ -17,12 +17,12 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, wrap_rows
-from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
+from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.batches.rows import widened
-from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, overridden
+from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
@@ -52,18 +52,20 @@ class SharedPrefix:
     Args:
         form: Form of attention: `auto` for `cascade` on a CPU and `split` elsewhere; on CUDA `cascade` and `flex`
             (FlexAttention) are taken where they are measured to be faster.
+        dropout: `shared` to go on where adapters have dropout, with one mask for a group's prompt: not exact; `own` to
+            leave such a model to TRL.
     """
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once per group in log-probs and backward"
     stands_for = (*GENERATION, "_get_per_token_logps_and_entropies", "model.forward")
 
-    def __init__(self, form: str = AUTO) -> None:
-        self._form = form
+    def __init__(self, form: str = AUTO, dropout: str = "own") -> None:
+        self._form, self._one_mask = form, dropout == "shared"
 
     def applies(self, trainer: Any) -> str | None:
         """See `why_not`."""
-        return why_not(trainer)
+        return why_not(trainer, one_mask=self._one_mask)
 
     def install(self, trainer: Any) -> Installed:
         """Layers on the log-prob method, the backbones, the attention function and TRL's shuffle."""
@@ -97,9 +99,15 @@ class _SharedPrefix(Installed):
             raise
 
     @property
+    def exact(self) -> bool:
+        """As `Installed`."""
+        return active_dropout(self.trainer.model) is None
+
+    @property
     def note(self) -> str:
-        """The form of attention, where there is a choice or one was asked for."""
-        return self.forms.note() or self._no_form
+        """The form of attention, where there is a choice or one was asked for; and what is not exact."""
+        mask = "" if self.exact else "not exact: one dropout mask for the prompt of a group"
+        return "; ".join(filter(None, (mask, self.forms.note() or self._no_form)))
 
     def facts(self) -> dict[str, float]:
         """Passes by either path, and the tokens of the shared ones beside what TRL would have forwarded; where there is
@@ -218,7 +226,8 @@ class _SharedPrefix(Installed):
 
         dtype = getattr(torch, compute_dtype(self.trainer))
         again = wider if getattr(text, "rope_parameters", None) is not None else None  # else a column is a position
-        return check.run(plain, shared, dtype, "log-probs", again)
+        with without_dropout(alone):
+            return check.run(plain, shared, dtype, "log-probs", again)
 
     def _shared(
         self,
