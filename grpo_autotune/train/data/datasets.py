@@ -111,7 +111,7 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[dat
         shaped(prompt, data, f"{where}, row {row}", pictured=pictured) for row, prompt in _prompts(rows, renamed, data)
     ]
     lifted = [(prompt, []) if isinstance(prompt, str) else lift(prompt) for prompt in prompts]
-    return with_prompts(renamed, [prompt for prompt, _ in lifted]), [held for _, held in lifted]
+    return with_prompts(renamed, [prompt for prompt, _ in lifted], where), [held for _, held in lifted]
 
 
 def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:

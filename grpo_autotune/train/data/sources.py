@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from grpo_autotune.errors import ConfigError, DataError
 from grpo_autotune.registry import is_reference, names, resolve
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+GZIP = b"\x1f\x8b"  # `datasets` unpacks such a file
+TEXT_BYTES = 1 << 20
+"""Size of the blocks in which a file's encoding is checked."""
 NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
 
 
@@ -49,12 +52,37 @@ def read_rows(
         return rows
     place = Path(path).expanduser()
     if place.is_file():
-        return _load(
-            FILE_BUILDERS[place.suffix.lower()], split or "train", where, path, data_files={"train": str(place)}
-        )
+        builder = FILE_BUILDERS[place.suffix.lower()]
+        if builder != "parquet":
+            _check_text(place)
+        return _load(builder, split or "train", where, path, data_files={"train": str(place)})
     if place.is_dir():
         return _read_folder(place, split, where, name)
     return _load(path, split or "test", where, path, name=name, revision=revision)
+
+
+def _check_text(place: Path) -> None:
+    """Refuse text that is not UTF-8: `datasets` stores its bytes as they are, or reads other letters of them."""
+    with suppress(OSError), place.open("rb") as file:  # of a file that cannot be read, `datasets` says why
+        if file.peek(2).startswith(GZIP):
+            return
+        before = 0
+        while lines := file.readlines(TEXT_BYTES):
+            if not _is_text(b"".join(lines)):
+                number, line = next(one for one in enumerate(lines, before + 1) if not _is_text(one[1]))
+                encoding = ("UTF-16", "UTF-16") if b"\0" in line else ("not UTF-8", "LATIN1")
+                raise DataError(
+                    f"line {number} is {encoding[0]}",
+                    where=str(place),
+                    fix=f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8.",
+                )
+            before += len(lines)
+
+
+def _is_text(content: bytes) -> bool:
+    with suppress(UnicodeDecodeError):
+        return b"\0" not in content and content.decode() is not None
+    return False
 
 
 def _read_folder(folder: Path, split: str | None, where: str, name: str | None) -> datasets.Dataset:
