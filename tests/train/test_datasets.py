@@ -105,6 +105,18 @@ def test_limits_slices_and_held_out_rows(lines: str, tmp_path: Path) -> None:
     assert len(load(path=lines, eval_path=other, columns=columns)[1] or []) == 2
 
 
+def test_several_held_out_sets(lines: str, tmp_path: Path) -> None:
+    other = write_lines(tmp_path / "other.jsonl", QUESTIONS[:2])
+    sets = {"own": {"split": "train[60%:]"}, "other": {"path": other}}
+    train, held_out = load(path=lines, eval=sets, max_eval_samples=3, columns={"prompt": "question"})
+    assert len(train) == 10 and [(name, rows["gold"][:]) for name, rows in held_out.items()] == [
+        ("own", [7, 8, 9]),
+        ("other", [1, 2]),
+    ]
+    text = problem(ConfigError, path=lines, eval={"far": {"split": "test"}}, columns={"prompt": "question"})
+    assert text.startswith("data.eval.far.split: ") and "has no split test. Splits there: train." in text
+
+
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
 def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows{ending}"
@@ -141,6 +153,9 @@ def test_a_byte_order_mark_and_other_ends_of_lines_are_no_text(ending: str, tmp_
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16-be"), "line 1 is UTF-16. Convert the file to UTF-8"),
         ("a.jsonl", '{"a": "\u4e2d\u6587"}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
+        ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is null"),
+        ("a.json", b'null\n{"a": 1}\n', "line 1 is null"),
+        ("a.json", b'[\n{"a": [\nnull\n]}]', ""),
         ("a.csv", "prompt\ncaf\u00e9\n".encode("utf-8-sig"), ""),
         ("a.jsonl", '{"a": "caf\u00e9"}\r\n'.encode(), ""),
         ("a.jsonl", gzip.compress(b'{"a": 1}\n' * 9), ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".t
 GZIP = b"\x1f\x8b"  # `datasets` unpacks such a file
 TEXT_BYTES = 1 << 20
 """Size of the blocks in which a file's encoding is checked."""
+NULL_ROW = re.compile(rb"}[ \t\r]*\n\s*null\b")
 NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
 
 
@@ -44,7 +46,7 @@ def read_rows(
         DataError: If it is there and cannot be read.
     """
     check_data_place(path, name=name, revision=revision, params=params, where=where)
-    check_split(path, split, where.replace("path", "split"))
+    check_split(path, split, f"{where.removesuffix('path')}split")
     if path in names("dataset") or is_reference(path):
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
@@ -62,11 +64,11 @@ def read_rows(
 
 
 def _check_text(place: Path) -> None:
-    """Refuse text that is not UTF-8: `datasets` stores its bytes as they are, or reads other letters of them."""
+    """Refuse text that is not UTF-8, of which `datasets` makes other letters, and a null row, which crashes Arrow."""
     with suppress(OSError), place.open("rb") as file:  # of a file that cannot be read, `datasets` says why
         if file.peek(2).startswith(GZIP):
             return
-        before = 0
+        before, last = 0, b"}\n"
         while lines := file.readlines(TEXT_BYTES):
             if not _is_text(b"".join(lines)):
                 number, line = next(one for one in enumerate(lines, before + 1) if not _is_text(one[1]))
@@ -76,7 +78,11 @@ def _check_text(place: Path) -> None:
                     where=str(place),
                     fix=f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8.",
                 )
-            before += len(lines)
+            is_json, text = place.suffix.lower() != ".csv", last + b"".join(lines)
+            if is_json and (row := NULL_ROW.search(text)):
+                number = before + text.count(b"\n", 0, row.end())
+                raise DataError(f"line {number} is null", where=str(place))
+            before, last = before + len(lines), lines[-1]
 
 
 def _is_text(content: bytes) -> bool:
@@ -138,7 +144,7 @@ def _slice(splits: Mapping[str, datasets.Dataset], spec: str, where: str) -> dat
     try:
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
-        raise ConfigError(f"split {spec}: {error}", where=where.replace("path", "split")) from error
+        raise ConfigError(f"split {spec}: {error}", where=f"{where.removesuffix('path')}split") from error
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
