@@ -96,7 +96,7 @@ class DataSection(Section):
     """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
     eval: dict[str, HeldOut] = {}
     """Instead of these two, several held-out sets: name -> mapping of `path` and `split`. Each reports its own
-    `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all, and the best model is chosen by the last."""
+    `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last set's."""
     columns: dict[str, str] = {}
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
     prompt_template: str | None = None

@@ -154,6 +154,7 @@ def test_a_byte_order_mark_and_other_ends_of_lines_are_no_text(ending: str, tmp_
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16-be"), "line 1 is UTF-16. Convert the file to UTF-8"),
         ("a.jsonl", '{"a": "\u4e2d\u6587"}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
         ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is null"),
+        ("a.json", b'[null, {"a": 1}]', "line 1 is null"),
         ("a.json", b'null\n{"a": 1}\n', "line 1 is null"),
         ("a.json", b'[\n{"a": [\nnull\n]}]', ""),
         ("a.csv", "prompt\ncaf\u00e9\n".encode("utf-8-sig"), ""),

@@ -45,10 +45,10 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
     data = config.data
     train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path")
     check_rows(config, len(train))
-    held_out = {
-        name: _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress(name, "path"))
-        for name, one in data.held_out.items()
-    }
+    held_out = {}
+    for name, one in data.held_out.items():
+        key = f"data.eval.{name}.path" if name else "data.eval_path"
+        held_out[name] = _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
     return train, held_out.get("", held_out) or None
 
 

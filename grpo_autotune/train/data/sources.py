@@ -18,7 +18,7 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".t
 GZIP = b"\x1f\x8b"  # `datasets` unpacks such a file
 TEXT_BYTES = 1 << 20
 """Size of the blocks in which a file's encoding is checked."""
-NULL_ROW = re.compile(rb"}[ \t\r]*\n\s*null\b")
+NULL_ROW = re.compile(rb"}[ \t\r]*\n\s*\[?\s*null\b")
 NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
 
 
