@@ -64,7 +64,7 @@ DATA_NOTES = """\
 - With `prompt_format: text` the model reads the text as it is, without a chat template: for data that has been through
   one, and for models without one. Rewards then get completions as text. Such prompts have no pictures.
 - A row's pictures stand where its `<image>` markers and image parts are, as many as there are pictures; without any,
-  before the first user message's text.
+  before the text of the first user message (which then is no list of parts).
 - A prompt that ends with an assistant turn is taken as TRL does: the turn is closed, and the model begins a new one.
 - Before the model loads, the shape of every row is checked, and the chat template is tried on the first, the last and
   50 other rows.
@@ -78,8 +78,7 @@ DATA_NOTES = """\
   its row.
 - Images stand in `image` or `images`, one or a list, or inside the parts of a message (`image`, `image_url`, `url`,
   `path`, `base64`); each is a path (or `file://`), bytes, base64 or a data URI. A URL is refused: nothing is
-  downloaded. Rewards get the column `image` where each row has one, and `images` where they are lists. A prompt has as
-  many parts `{"type": "image"}` as its row has images, or none: then they come before the first text of a user.
+  downloaded. Rewards get the column `image` where each row has one, and `images` where they are lists.
 - Images of 16 bits, of 32-bit integers and of floats become grey of 8 bits: their values where all lie in 0 to 255
   (those of floats in 0 to 1 times 255), else stretched from the image's least value (black) to its largest (white). Of
   several frames (TIFF, GIF, APNG, WebP) the model sees the first, which is said.

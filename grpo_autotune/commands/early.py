@@ -55,6 +55,8 @@ def _check_data(config: RunConfig) -> None:
     data = config.data
     check_data_place(data.path, name=data.name, revision=data.revision, params=data.params, where="data.path")
     check_split(data.path, data.split, "data.split")
-    if data.eval_path is not None:
-        check_data_place(data.eval_path, name=None, revision=None, params=None, where="data.eval_path")
-    check_split(data.eval_path or data.path, data.eval_split, "data.eval_split")
+    for name, one in data.held_out.items():
+        key = f"data.eval.{name}." if name else "data.eval_"
+        if one.path is not None:
+            check_data_place(one.path, name=None, revision=None, params=None, where=f"{key}path")
+        check_split(one.path or data.path, one.split, f"{key}split")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +116,6 @@ def _check_file(place: Path, where: str) -> None:
         )
     if place.stat().st_size == 0:
         raise DataError("the file is empty", where=str(place))
-    if FILE_BUILDERS[place.suffix.lower()] != "parquet":
-        _check_text(place)
-
-
-def _check_text(place: Path) -> None:
-    """Refuse text that is not UTF-8: `datasets` stores its bytes as they are, and fails where they are read."""
-    with suppress(OSError), place.open("rb") as file:  # of a file that cannot be read, `datasets` says why
-        for number, line in enumerate(file, 1):
-            with suppress(UnicodeDecodeError):
-                if "\0" not in line.decode():
-                    continue
-            encoding = ("UTF-16", "UTF-16") if b"\0" in line else ("not UTF-8", "LATIN1")
-            raise DataError(
-                f"line {number} is {encoding[0]}",
-                where=str(place),
-                fix=f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8.",
-            )
 
 
 def _hub_only(key: str, reason: str) -> ConfigError:

@@ -72,6 +72,13 @@ class ModelSection(Section):
         return self
 
 
+class HeldOut(Section):
+    """One held-out set, as `eval_path` and `eval_split` of the data section name it."""
+
+    path: str | None = None
+    split: str | None = None
+
+
 class DataSection(Section):
     """The prompts, and the columns that rewards read."""
 
@@ -87,6 +94,9 @@ class DataSection(Section):
     """Held-out data, where it is not a split of `path`."""
     eval_split: str | None = None
     """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
+    eval: dict[str, HeldOut] = {}
+    """Instead of these two, several held-out sets: name -> mapping of `path` and `split`. Each reports its own
+    `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last set's."""
     columns: dict[str, str] = {}
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
     prompt_template: str | None = None
@@ -103,6 +113,21 @@ class DataSection(Section):
     """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
     params: dict[str, Any] = {}
     """Arguments of a registered data-set function."""
+
+    @property
+    def held_out(self) -> dict[str, HeldOut]:
+        """Held-out sets by name; the one of `eval_path` and `eval_split` has an empty name."""
+        one = HeldOut(path=self.eval_path, split=self.eval_split)
+        return self.eval or ({} if one == HeldOut() else {"": one})
+
+    @model_validator(mode="after")
+    def _sets_are_named(self) -> Self:
+        if self.eval and (self.eval_path, self.eval_split) != (None, None):
+            raise ConfigError("it takes the place of data.eval_path and data.eval_split", where="data.eval")
+        for name, one in self.eval.items():
+            if not name or one == HeldOut():
+                raise ConfigError("a set needs a name, and a path or a split", where=f"data.eval.{name}")
+        return self
 
 
 class RewardItem(Section):
@@ -232,19 +257,18 @@ class RunConfig(Section):
             )
         if self.model.load_in_4bit and self.use_vllm and self.vllm.at_server:
             raise packed_at_server()
-        held_out = self.data.eval_path is not None or self.data.eval_split is not None
         on_start = bool(self.grpo.get("eval_on_start"))
-        if not held_out and (on_start or self.batch.eval_batch is not None):
+        if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             raise ConfigError(
                 "evaluation is on, and there is no held-out data",
                 where="grpo.eval_on_start" if on_start else "grpo.eval_strategy",
-                fix="Set data.eval_split or data.eval_path.",
+                fix="Set data.eval_split, data.eval_path or data.eval.",
             )
-        if not held_out and self.data.max_eval_samples is not None:
+        if not self.data.held_out and self.data.max_eval_samples is not None:
             raise ConfigError(
                 "there is no held-out data to take rows of",
                 where="data.max_eval_samples",
-                fix="Set data.eval_split or data.eval_path.",
+                fix="Set data.eval_split, data.eval_path or data.eval.",
             )
         if self.vllm != VllmSection() and not self.use_vllm:
             raise ConfigError(

@@ -165,6 +165,7 @@ def _run_probe(log: TrialLog) -> TrialOutcome:
         least_s = outcome.elapsed_s * whole / max(1, step)
         _too_small(log.budget, 3.0 * least_s, f"the probe of your configuration was {at} when it was over")
     if outcome.status == "invalid" and outcome.error_type in REFUSALS:
+        log.task.folder.state_file.unlink(missing_ok=True)  # nothing was searched: once mended, it begins here again
         raise REFUSALS[outcome.error_type](outcome.why or "")  # the line that `train` would have ended with
     if outcome.status != "ok":
         _not_measured(log)

@@ -68,8 +68,10 @@ def grpo_arguments(
     return Arguments(grpo, place, tuple(notes))
 
 
-def check_best_metric(args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any]) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation of these `rewards` reports, as TRL's source tells.
+def check_best_metric(
+    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
+) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one.
 
     Raises:
         ConfigError: There is no such metric, and none of the rewards' `modules` speaks of `log_metric`.
@@ -79,7 +81,8 @@ def check_best_metric(args: GRPOConfig, rewards: Sequence[str], modules: Iterabl
     metric = args.metric_for_best_model.removeprefix("eval_")
     logged = re.findall(r'_metrics\[mode\]\[f?"([^"]+)"\]', inspect.getsource(grpo_trainer))
     known = {name.format(reward_func_name=reward) for name in logged for reward in rewards}
-    known |= {"loss", "runtime", "samples_per_second", "steps_per_second"}  # by transformers
+    by_transformers = ("loss", "runtime", "samples_per_second", "steps_per_second")
+    known |= {f"{name}_{key}" for name in sets for key in by_transformers} or set(by_transformers)
     known -= set() if args.beta else {"kl"}
     texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
     if metric not in known and not any("log_metric" in text for text in texts):

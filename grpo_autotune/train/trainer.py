@@ -138,7 +138,7 @@ def build_trainer(
         overrides=grpo_overrides or {},
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
-    check_best_metric(arguments.grpo, names, modules)
+    check_best_metric(arguments.grpo, names, modules, config.data.eval)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -149,8 +149,10 @@ def build_trainer(
         check_images(processor, train_data.column_names)
         options = arguments.grpo.chat_template_kwargs or {}
         train_data = fit_prompts(train_data, processor, options, config.data.path, say)
-        if eval_data is not None:
-            eval_data = fit_prompts(eval_data, processor, options, config.data.eval_path or config.data.path, say)
+        fitted = {}
+        for name, one in config.data.held_out.items():
+            rows = eval_data[name] if name else eval_data
+            fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say)
         model = load_model(config, source, arguments.placement)
         suppress_image_token(arguments.grpo, processor, model)
         adapter = lora_config(config, model)
@@ -160,7 +162,7 @@ def build_trainer(
             reward_funcs=functions,
             args=arguments.grpo,
             train_dataset=train_data,
-            eval_dataset=eval_data,
+            eval_dataset=fitted.get("", fitted) or None,
             processing_class=processor,
             peft_config=adapter,
             callbacks=list(callbacks),

@@ -408,6 +408,24 @@ def test_a_key_that_would_be_ignored_is_refused(changes: dict[str, Any], told: s
         RunConfig.from_dict(minimal(**changes))
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"eval": "test"}, "data.eval: "),
+        ({"eval": ["a.jsonl"]}, "data.eval: "),
+        ({"eval": {"a": "test"}}, "data.eval.a: "),
+        ({"eval": {"a": {}}}, "data.eval.a: a set needs a name, and a path or a split"),
+        ({"eval": {"a": {"splits": "test"}}}, "data.eval.a.splits: unknown key"),
+        ({"eval": {"a": {"split": "test"}}, "eval_split": "test"}, "data.eval: it takes the place of data.eval_path"),
+    ],
+)
+def test_held_out_sets_of_another_shape(data: dict[str, Any], told: str) -> None:
+    text = message(minimal(data={"path": "digits", **data}))
+    assert text.startswith(told) and len(text) < 400
+    whole = RunConfig.from_dict(minimal(data={"path": "digits", "eval": {"a": {"split": "test"}}}))
+    assert RunConfig.from_yaml(whole.to_yaml()) == whole
+
+
 def test_a_key_of_a_mapping_is_a_plain_word() -> None:
     with pytest.raises(ConfigError, match="plain word"):
         parse_yaml("{[a]: 1}", "--set")

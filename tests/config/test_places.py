@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
-from grpo_autotune.errors import AutotuneError, DataError
+from grpo_autotune.errors import AutotuneError
 
 
 @pytest.fixture(autouse=True)
@@ -90,34 +90,6 @@ def test_a_text_that_cannot_be_a_path(path: str) -> None:
 def test_a_model_folder_that_is_none(name: str) -> None:
     with pytest.raises(AutotuneError, match=rf"^model\.name_or_path: {name} is not a folder with a model"):
         check_model_place(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        (
-            "a.jsonl",
-            b'{"a": 1}\n' * 3 + '{"a": "caf\u00e9"}\n'.encode("latin-1"),
-            "line 4 is not UTF-8. Convert the file",
-        ),
-        ("a.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), "line 2 is not UTF-8. Convert the file"),
-        ("a.json", '[\n{"a": "\u20ac"}]'.encode("cp1252"), "line 2 is not UTF-8. Convert the file"),
-        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
-        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-be"), "line 1 is UTF-16. Convert the file to UTF-8"),
-        ("a.jsonl", '{"a": "\u4e2d\u6587"}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
-        ("a.csv", "prompt\ncaf\u00e9\n".encode("utf-8-sig"), ""),
-        ("a.jsonl", '{"a": "caf\u00e9"}\r\n'.encode(), ""),
-        ("a.parquet", b"PAR1\0\xff\n", ""),
-    ],
-)
-def test_text_in_another_encoding(name: str, content: bytes, expected: str, here: Path) -> None:
-    (here / name).write_bytes(content)
-    if not expected:
-        data(name)
-        return
-    with pytest.raises(DataError) as caught:
-        data(name)
-    assert str(caught.value).startswith(f"{name}: {expected}")
 
 
 def test_an_adapter_alone_names_its_base_model(here: Path) -> None:

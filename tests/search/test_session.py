@@ -628,6 +628,7 @@ def test_data_that_training_refuses_ends_a_search_with_the_same_line(tmp_path: P
 
     with pytest.raises(DataError, match=r"^rows\.jsonl, row 3: the prompt is None$"):
         Paper(tmp_path, act=act).search()
+    Paper(tmp_path, user_config(accept=["data.image_size"])).search()  # in the same folder, with another configuration
 
 
 def test_a_reward_that_starts_to_fail_ends_the_search_with_what_there_is(tmp_path: Path) -> None:

@@ -46,3 +46,11 @@ def test_what_a_reference_or_a_reward_reports_passes(tmp_path: Any, monkeypatch:
     (tmp_path / "own_judges.py").write_text("def judge(completions, log_metric=None, **k):\n    return [0.5]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     check("my_metric", builtin, importlib.import_module("own_judges"))
+
+
+def test_held_out_sets_have_losses_of_their_own() -> None:
+    args = GRPOConfig(output_dir="out", use_cpu=True, bf16=False, eval_strategy="steps", metric_for_best_model="a_loss")
+    check_best_metric(args, ["format"], [builtin], ["a", "b"])
+    args.metric_for_best_model = "eval_loss"
+    with pytest.raises(ConfigError, match="no evaluation reports loss"):
+        check_best_metric(args, ["format"], [builtin], ["a", "b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from collections.abc import Callable
 from io import BytesIO
@@ -19,6 +20,7 @@ from grpo_autotune.errors import AutotuneError, ConfigError, DataError
 from grpo_autotune.seams import stored_images
 from grpo_autotune.train.data import pictures
 from grpo_autotune.train.data.datasets import load_data
+from grpo_autotune.train.data.sources import read_rows
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/test.jsonl"
 GRPO = {"per_device_train_batch_size": 4, "num_generations": 4}
@@ -103,6 +105,18 @@ def test_limits_slices_and_held_out_rows(lines: str, tmp_path: Path) -> None:
     assert len(load(path=lines, eval_path=other, columns=columns)[1] or []) == 2
 
 
+def test_several_held_out_sets(lines: str, tmp_path: Path) -> None:
+    other = write_lines(tmp_path / "other.jsonl", QUESTIONS[:2])
+    sets = {"own": {"split": "train[60%:]"}, "other": {"path": other}}
+    train, held_out = load(path=lines, eval=sets, max_eval_samples=3, columns={"prompt": "question"})
+    assert len(train) == 10 and [(name, rows["gold"][:]) for name, rows in held_out.items()] == [
+        ("own", [7, 8, 9]),
+        ("other", [1, 2]),
+    ]
+    text = problem(ConfigError, path=lines, eval={"far": {"split": "test"}}, columns={"prompt": "question"})
+    assert text.startswith("data.eval.far.split: ") and "has no split test. Splits there: train." in text
+
+
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
 def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows{ending}"
@@ -124,6 +138,36 @@ def test_a_byte_order_mark_and_other_ends_of_lines_are_no_text(ending: str, tmp_
     (tmp_path / f"rows{ending}").write_bytes(f"{lines}\r\n".encode("utf-8-sig"))
     train, _ = load(path=str(tmp_path / f"rows{ending}"), columns={"prompt": "q"})
     assert train[:] == {"prompt": [user("caf\u00e9")], "a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "a.jsonl",
+            b'{"a": 1}\n' * 3 + '{"a": "caf\u00e9"}\n'.encode("latin-1"),
+            "line 4 is not UTF-8. Convert the file",
+        ),
+        ("a.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), "line 2 is not UTF-8. Convert the file"),
+        ("a.json", '[\n{"a": "\u20ac"}]'.encode("cp1252"), "line 2 is not UTF-8. Convert the file"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-be"), "line 1 is UTF-16. Convert the file to UTF-8"),
+        ("a.jsonl", '{"a": "\u4e2d\u6587"}\n'.encode("utf-16"), "line 1 is UTF-16. Convert the file to UTF-8"),
+        ("a.jsonl", b'{"a": 1}\nnull\n', "line 2 is null"),
+        ("a.json", b'[null, {"a": 1}]', "line 1 is null"),
+        ("a.json", b'null\n{"a": 1}\n', "line 1 is null"),
+        ("a.json", b'[\n{"a": [\nnull\n]}]', ""),
+        ("a.csv", "prompt\ncaf\u00e9\n".encode("utf-8-sig"), ""),
+        ("a.jsonl", '{"a": "caf\u00e9"}\r\n'.encode(), ""),
+        ("a.jsonl", gzip.compress(b'{"a": 1}\n' * 9), ""),
+    ],
+)
+def test_text_in_another_encoding(name: str, content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    if not expected:
+        assert len(read_rows(str(tmp_path / name), None)) > 0
+        return
+    assert problem(DataError, path=str(tmp_path / name)).startswith(f"{tmp_path / name}: {expected}")
 
 
 def test_saved_folders_with_and_without_splits(tmp_path: Path) -> None:

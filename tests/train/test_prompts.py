@@ -100,7 +100,7 @@ def test_any_mixture_trains_on_what_was_written(prompts: list[Any], tmp_path: Pa
 
 
 def test_keys_that_arrow_fills_in_are_left_out(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 0.1234567890123, "near": 1e300}}}
     calling = {"role": "assistant", "content": None, "tool_calls": [call]}
     prompt = [ASKED, calling, {"role": "tool", "name": "look", "content": "7"}, ASKED]
     filled = [{key: turn.get(key) for key in ("role", "content", "tool_calls", "name")} for turn in prompt]
@@ -112,6 +112,15 @@ def test_keys_that_arrow_fills_in_are_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     datasets.Dataset.from_dict({"prompt": parts, "image": ["a.png"] * 2}).to_parquet(tmp_path / "parts.parquet")
     assert load(tmp_path / "parts.parquet")["prompt"][1] == [PICTURED]
+
+
+@pytest.mark.parametrize("value", [10**25, float("nan"), "x\ud800"])
+def test_a_value_that_the_store_of_messages_would_change_is_refused(value: Any, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": value}}}
+    prompts = [json.dumps([ASKED]), json.dumps([ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}])]
+    datasets.Dataset.from_dict({"prompt": prompts}).to_parquet(tmp_path / "rows.parquet")
+    line = problem(DataError, tmp_path / "rows.parquet")
+    assert "row 1: a number or another value of the prompt cannot be kept as it is" in line
 
 
 def test_messages_in_a_table_of_text(tmp_path: Path) -> None:

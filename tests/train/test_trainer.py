@@ -69,6 +69,15 @@ def test_a_run_and_its_folder(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureF
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2"]
 
 
+def test_several_held_out_sets_report_each_a_loss(tiny: Tiny, tmp_path: Path) -> None:
+    changes = {"data": {"eval": {"one": {"split": "train[:2]"}, "two": {"split": "train[2:4]"}}}}
+    grpo = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    best = {"metric_for_best_model": "two_loss", "save_strategy": "best"}
+    run_training(text_config(tiny("qwen3"), tmp_path, changes, **grpo, **best), tmp_path / "run")
+    first, second = [line for line in log_lines(tmp_path / "run") if line["kind"] == "eval"]
+    assert "eval_one_loss" in first and {"eval_two_loss", "eval_reward"} <= set(second)
+
+
 def test_only_so_many_checkpoints_are_kept(tiny: Tiny, tmp_path: Path) -> None:
     config = text_config(tiny("qwen3"), tmp_path, max_steps=3, save_steps=1, save_total_limit=2)
     run_training(config, tmp_path / "run")

@@ -23,12 +23,12 @@ from grpo_autotune.train.data.prompts import shaped, with_prompts
 from grpo_autotune.train.data.sources import read_rows
 from grpo_autotune.train.models.load import size_check
 
-Splits = tuple[datasets.Dataset, datasets.Dataset | None]
+Splits = tuple[datasets.Dataset, Any]
 LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 
 
 def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
-    """Training rows and, where the configuration names any, held-out rows.
+    """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
     Args:
         config: The run.
@@ -43,11 +43,13 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
         DataError: If there are no rows, or a row cannot be used; the message says which (counted from 0).
     """
     data = config.data
-    train = _rows(config, data.path, data.split, data.max_samples, progress)
+    train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path")
     check_rows(config, len(train))
-    if data.eval_path is None and data.eval_split is None:
-        return train, None
-    return train, _rows(config, data.eval_path or data.path, data.eval_split, data.max_eval_samples, progress)
+    held_out = {}
+    for name, one in data.held_out.items():
+        key = f"data.eval.{name}.path" if name else "data.eval_path"
+        held_out[name] = _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
+    return train, held_out.get("", held_out) or None
 
 
 def check_rows(config: RunConfig, rows: int) -> None:
@@ -67,7 +69,7 @@ def check_rows(config: RunConfig, rows: int) -> None:
 
 
 def _rows(
-    config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None]
+    config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None], key: str
 ) -> datasets.Dataset:
     data, is_train = config.data, path == config.data.path
     progress(f"reading {path}{f' ({split})' if split else ''}")
@@ -77,7 +79,7 @@ def _rows(
         name=data.name if is_train else None,
         revision=data.revision if is_train else None,
         params=data.params if is_train else None,
-        where="data.path" if is_train else "data.eval_path",
+        where=key,
     )
     if len(rows) == 0:
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
@@ -111,7 +113,7 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[dat
         shaped(prompt, data, f"{where}, row {row}", pictured=pictured) for row, prompt in _prompts(rows, renamed, data)
     ]
     lifted = [(prompt, []) if isinstance(prompt, str) else lift(prompt) for prompt in prompts]
-    return with_prompts(renamed, [prompt for prompt, _ in lifted]), [held for _, held in lifted]
+    return with_prompts(renamed, [prompt for prompt, _ in lifted], where), [held for _, held in lifted]
 
 
 def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:

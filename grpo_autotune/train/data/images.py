@@ -191,16 +191,14 @@ def _fitted(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
 
 def _storable(image: Image.Image, as_jpeg: bool) -> Image.Image:
     """The image in 8 bits per value, and in a mode that can be interpolated and saved."""
+    if as_jpeg or image.mode in PNG_MODES:
+        return image
     if image.mode.startswith(("I", "F")):
         return _in_8_bits(image)
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
-        return image.convert("RGBA")
-    return image if as_jpeg or image.mode in PNG_MODES else image.convert("RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

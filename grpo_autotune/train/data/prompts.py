@@ -21,10 +21,20 @@ MARKER = "<image>"
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
 
 
-def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any]) -> datasets.Dataset:
-    """The rows with other prompts; messages as JSON, for Arrow would give all the same keys and knows no mixture."""
-    feature = datasets.Value("string") if isinstance(prompts[0], str) else datasets.Json()
-    column = datasets.Dataset.from_dict({"prompt": prompts}, features=datasets.Features(prompt=feature))
+def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> datasets.Dataset:
+    """The rows with other prompts; messages as JSON, for Arrow would give all the same keys and knows no mixture.
+
+    Raises:
+        DataError: A value does not come back from `datasets`' JSON as it is (a few numbers of many digits do not).
+    """
+    feature, texts = datasets.Value("string"), prompts
+    if not isinstance(prompts[0], str):
+        feature, texts = datasets.Json(), [json.dumps(prompt, default=str) for prompt in prompts]
+    column = datasets.Dataset.from_dict({"prompt": texts}, features=datasets.Features(prompt=feature))
+    for row, (kept, prompt) in enumerate(zip(column["prompt"][:], prompts, strict=True)):
+        if kept != prompt:
+            told = f"a number or another value of the prompt cannot be kept as it is: {prompt!r}"
+            raise DataError(told, where=f"{where}, row {row}", fix="Write it as text.")
     others = [name for name in rows.column_names if name != "prompt"]
     return datasets.concatenate_datasets([rows.select_columns(others), column], axis=1) if others else column
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from grpo_autotune.errors import ConfigError, DataError
 from grpo_autotune.registry import is_reference, names, resolve
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+GZIP = b"\x1f\x8b"  # `datasets` unpacks such a file
+TEXT_BYTES = 1 << 20
+"""Size of the blocks in which a file's encoding is checked."""
+NULL_ROW = re.compile(rb"}[ \t\r]*\n\s*\[?\s*null\b")
 NO_ROWS = "corresponds to no data"  # how datasets' reader calls a split of no rows
 
 
@@ -41,7 +46,7 @@ def read_rows(
         DataError: If it is there and cannot be read.
     """
     check_data_place(path, name=name, revision=revision, params=params, where=where)
-    check_split(path, split, where.replace("path", "split"))
+    check_split(path, split, f"{where.removesuffix('path')}split")
     if path in names("dataset") or is_reference(path):
         rows = resolve("dataset", path)(split or "test", **(params or {}))
         if not isinstance(rows, datasets.Dataset):
@@ -49,12 +54,41 @@ def read_rows(
         return rows
     place = Path(path).expanduser()
     if place.is_file():
-        return _load(
-            FILE_BUILDERS[place.suffix.lower()], split or "train", where, path, data_files={"train": str(place)}
-        )
+        builder = FILE_BUILDERS[place.suffix.lower()]
+        if builder != "parquet":
+            _check_text(place)
+        return _load(builder, split or "train", where, path, data_files={"train": str(place)})
     if place.is_dir():
         return _read_folder(place, split, where, name)
     return _load(path, split or "test", where, path, name=name, revision=revision)
+
+
+def _check_text(place: Path) -> None:
+    """Refuse text that is not UTF-8, of which `datasets` makes other letters, and a null row, which crashes Arrow."""
+    with suppress(OSError), place.open("rb") as file:  # of a file that cannot be read, `datasets` says why
+        if file.peek(2).startswith(GZIP):
+            return
+        before, last = 0, b"}\n"
+        while lines := file.readlines(TEXT_BYTES):
+            if not _is_text(b"".join(lines)):
+                number, line = next(one for one in enumerate(lines, before + 1) if not _is_text(one[1]))
+                encoding = ("UTF-16", "UTF-16") if b"\0" in line else ("not UTF-8", "LATIN1")
+                raise DataError(
+                    f"line {number} is {encoding[0]}",
+                    where=str(place),
+                    fix=f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8.",
+                )
+            is_json, text = place.suffix.lower() != ".csv", last + b"".join(lines)
+            if is_json and (row := NULL_ROW.search(text)):
+                number = before + text.count(b"\n", 0, row.end())
+                raise DataError(f"line {number} is null", where=str(place))
+            before, last = before + len(lines), lines[-1]
+
+
+def _is_text(content: bytes) -> bool:
+    with suppress(UnicodeDecodeError):
+        return b"\0" not in content and content.decode() is not None
+    return False
 
 
 def _read_folder(folder: Path, split: str | None, where: str, name: str | None) -> datasets.Dataset:
@@ -110,7 +144,7 @@ def _slice(splits: Mapping[str, datasets.Dataset], spec: str, where: str) -> dat
     try:
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
-        raise ConfigError(f"split {spec}: {error}", where=where.replace("path", "split")) from error
+        raise ConfigError(f"split {spec}: {error}", where=f"{where.removesuffix('path')}split") from error
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 

@@ -41,7 +41,7 @@ def fit_prompts(
         )
     if not isinstance(processor, ProcessorMixin) and any(map(has_parts, prompts)):
         prompts = [[{**turn, "content": _in_one(turn["content"])} for turn in prompt] for prompt in prompts]
-        rows = with_prompts(rows, prompts)
+        rows = with_prompts(rows, prompts, where)
     pictured = bool(image_columns(rows.column_names))
     some = random.Random(0).sample(range(len(prompts)), min(SAMPLE, len(prompts)))
     begun = [row for row, prompt in enumerate(prompts) if prompt[-1]["role"] == "assistant"]
