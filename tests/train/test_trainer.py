@@ -190,9 +190,10 @@ def test_an_evaluation_before_the_first_step_is_not_in_its_time() -> None:
     state = TrainerState(global_step=0, max_steps=5, is_world_process_zero=True)
     line.on_train_begin(None, state, None)
     now[0] = 100.0
-    line.on_evaluate(None, state, None, metrics={"eval_reward": 0.5})
+    line.on_evaluate(None, state, None, metrics={"eval_hard_runtime": 9.0, "eval_reward": 0.5})
     now[0], state.global_step = 102.0, 1
     line.on_step_end(None, state, None)
+    assert "evaluation of hard at step 0: reward 0.5000" in text.getvalue()
     assert "2.00 s/step  8 s left" in text.getvalue()
 
 

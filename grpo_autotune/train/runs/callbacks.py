@@ -116,8 +116,11 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if len(self._ends) == 1:  # an evaluation before the first step is no part of it
             self._ends[0] = self._clock()
         reward = (metrics or {}).get("eval_reward")
-        if state.is_world_process_zero and reward is not None:
-            line = f"evaluation at step {state.global_step}: reward {reward:.4f}"
+        if state.is_world_process_zero and metrics and reward is not None:
+            timed = next((key for key in metrics if key.endswith("_runtime")), "")
+            held_out = timed.removeprefix("eval_").removesuffix("runtime").rstrip("_")
+            of = f" of {held_out}" if held_out else ""
+            line = f"evaluation{of} at step {state.global_step}: reward {reward:.4f}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
