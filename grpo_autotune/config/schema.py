@@ -257,19 +257,12 @@ class RunConfig(Section):
             )
         if self.model.load_in_4bit and self.use_vllm and self.vllm.at_server:
             raise packed_at_server()
-        on_start = bool(self.grpo.get("eval_on_start"))
+        on_start, fix = bool(self.grpo.get("eval_on_start")), "Set data.eval_split, data.eval_path or data.eval."
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
-            raise ConfigError(
-                "evaluation is on, and there is no held-out data",
-                where="grpo.eval_on_start" if on_start else "grpo.eval_strategy",
-                fix="Set data.eval_split, data.eval_path or data.eval.",
-            )
+            where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
+            raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
         if not self.data.held_out and self.data.max_eval_samples is not None:
-            raise ConfigError(
-                "there is no held-out data to take rows of",
-                where="data.max_eval_samples",
-                fix="Set data.eval_split, data.eval_path or data.eval.",
-            )
+            raise ConfigError("there is no held-out data to take rows of", where="data.max_eval_samples", fix=fix)
         if self.vllm != VllmSection() and not self.use_vllm:
             raise ConfigError(
                 "the vllm section has keys, and vLLM is off",

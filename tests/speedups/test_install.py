@@ -246,7 +246,10 @@ def test_a_registered_speed_up_comes_after_those_of_the_package(monkeypatch):
     [
         ([{"name": "shared_prefx"}], "speedups: there is no speed-up 'shared_prefx'. Accepted: auto, none, or a list"),
         ([{"form": "flex"}], "speedups: there is no speed-up None. Accepted: auto, none, or a list of: shared_prefix"),
-        ([{"name": "shared_prefix", "from": "flex"}], "speedups: shared_prefix has no option 'from'. Accepted: form."),
+        (
+            [{"name": "shared_prefix", "from": "flex"}],
+            "speedups: shared_prefix has no option 'from'. Accepted: dropout, form.",
+        ),
         (
             [{"name": "shared_prefix", "form": "flax"}],
             "speedups: form 'flax' of shared_prefix is not accepted. Accepted: auto, split, flex, cascade.",

@@ -64,7 +64,7 @@ def read_rows(
 
 
 def _check_text(place: Path) -> None:
-    """Refuse text that is not UTF-8, of which `datasets` makes other letters, and a null row, which crashes Arrow."""
+    """Refuse text that is not UTF-8, of which `datasets` makes other letters, and a row of nothing: Arrow crashes."""
     with suppress(OSError), place.open("rb") as file:  # of a file that cannot be read, `datasets` says why
         if file.peek(2).startswith(GZIP):
             return
