@@ -248,7 +248,7 @@ def test_a_registered_speed_up_comes_after_those_of_the_package(monkeypatch):
         ([{"form": "flex"}], "speedups: there is no speed-up None. Accepted: auto, none, or a list of: shared_prefix"),
         (
             [{"name": "shared_prefix", "from": "flex"}],
-            "speedups: shared_prefix has no option 'from'. Accepted: dropout, form.",
+            "speedups: shared_prefix has no option 'from'. Accepted: form, dropout.",
         ),
         (
             [{"name": "shared_prefix", "form": "flax"}],
