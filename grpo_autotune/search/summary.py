@@ -166,6 +166,13 @@ def _notes(board: Leaderboard) -> Iterator[str]:
     for entry in board.entries.values():
         if entry.fails is not None:
             yield f"Trial {entry.number} was fast and may not win: {entry.fails}."
+        if entry.race is not None and entry.race.speedup.low <= 1.0 < entry.race.speedup.value:
+            (value, low, high, _), pace = entry.race.speedup, entry.race.baseline_step.value / board.baseline.step.value
+            yield (
+                f"Trial {entry.number} was raced at x {value:.2f} ({low:.2f} to {high:.2f}), which may be noise: it "
+                f"may not win. Your configuration took x {pace:.2f} of its first time there (far from 1: a busy "
+                "machine); a search on a quieter one may choose otherwise."
+            )
 
 
 def _evaluations(board: Leaderboard) -> Iterator[str]:

@@ -20,10 +20,11 @@ from grpo_autotune.search.ablation import contribution, contributions, exact_sha
 from grpo_autotune.search.budget import Budget
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.final_race import race_s, rounds_that_fit
-from grpo_autotune.search.leaderboard import Leaderboard
+from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
 from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.session import search
 from grpo_autotune.search.start import occasions_s
+from grpo_autotune.search.summary import _notes
 from tests.support.paper_machine import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.support.sample_records import timings
 
@@ -252,6 +253,19 @@ def test_groups_that_the_user_accepts_or_that_become_more_are_not_held_back() ->
     assert not board.loses_groups({GROUP: 4}) and board.allows({GROUP: 4}, "open")
     accepted = user_config(accept=[GROUP])
     assert not Leaderboard(accepted, {GROUP: 8}, record_of(accepted)).loses_groups({GROUP: 16})
+
+
+def test_a_race_that_a_busy_machine_disturbed_is_told_with_what_it_showed() -> None:
+    own, rival = {"generation": 8.0}, {"generation": 4.0}
+    board = board_of(({CHECKPOINTING: True}, [8.0] * 3, own), ({CHECKPOINTING: False}, [4.0] * 3, rival))
+    entry = list(board.entries.values())[1]
+    disturbed = RaceResult(Interval(3.8, 0.7, 5.5, 5), Interval(6.2, 5.8, 18.5), Interval(24.0, 11.2, 33.8))
+    board.update(entry, race=disturbed)
+    (told,) = (note for note in _notes(board) if "raced" in note)
+    assert "Trial 1 was raced at x 3.80 (0.70 to 5.50), which may be noise" in told
+    assert "took x 3.00 of its first time" in told
+    board.update(entry, race=RaceResult(Interval(2.0, 1.9, 2.1, 5), Interval(4.0, 3.9, 4.1), Interval(8.0, 7.9, 8.1)))
+    assert not any("raced" in note for note in _notes(board))
 
 
 # Evaluation
