@@ -189,12 +189,11 @@ def dead_groups(facts: Facts) -> Idea | None:
 
 def no_gradient(facts: Facts) -> Idea | None:
     """Steps whose gradient was zero, where neither equal rewards nor masked completions explain all of them."""
-    record, tokens, steps = facts.record, facts.record.tokens, len(facts.record.timings.step_s)
-    masked = tokens.truncated_share if tokens is not None and record.trainer.mask_truncated_completions else 0.0
-    if record.zero_gradients <= round(steps * ((facts.dead_share() or 0.0) + masked)):
+    zero, steps = facts.record.zero_unexplained, len(facts.record.timings.step_s)
+    if not zero:
         return None
     what, _, remedy = NO_SIGNAL["zero"].partition(": ")
-    seen = f"In {record.zero_gradients} of {steps} steps {what}, {_for_nothing(facts, record.zero_gradients / steps)}"
+    seen = f"In {zero} of {steps} steps {what}, {_for_nothing(facts, zero / steps)}"
     return Idea(kind="learning", stages=ROW_STAGES, action=remedy, because=seen)
 
 

@@ -11,37 +11,62 @@ Sources:
 
 from __future__ import annotations
 
-_MOVED = """
-    model.name_or_path<model_name_or_path,model_name,model_id,pretrained_model_name_or_path
-    model.revision<model_revision model.dtype<torch_dtype data.path<dataset_name,dataset_path,train_dataset
-    data.eval_path<eval_dataset data.name<dataset_config,dataset_config_name data.split<dataset_train_split
-    data.eval_split<dataset_test_split data.columns<dataset_prompt_column rewards<reward_funcs,reward_functions
-    peft<peft_config,lora_config,lora peft.r<lora_r,lora_rank,rank peft.lora_alpha<alpha peft.lora_dropout<dropout
-    peft.target_modules<lora_target_modules peft.target_parameters<lora_target_parameters
-    peft.modules_to_save<lora_modules_to_save peft.task_type<lora_task_type
-    grpo.use_liger_kernel<use_liger_loss grpo.log_unique_prompts<wandb_log_unique_prompts vllm.dtype<vllm_dtype
-    vllm.enable_prefix_caching<vllm_enable_prefix_caching
-    vllm.structured_outputs_regex<vllm_guided_decoding_regex,guided_decoding_regex
-    vllm.max_model_len<vllm_max_model_len,max_model_length
-    grpo.eval_strategy<evaluation_strategy grpo.use_cpu<no_cuda
-    grpo.per_device_train_batch_size<per_gpu_train_batch_size
-    grpo.per_device_eval_batch_size<per_gpu_eval_batch_size grpo.hub_token<push_to_hub_token
-    grpo.hub_model_id<push_to_hub_model_id,push_to_hub_organization
-    grpo.include_for_metrics<include_inputs_for_metrics grpo.include_num_input_tokens_seen<include_tokens_per_second
-    grpo.fsdp_config<fsdp_min_num_params,fsdp_transformer_layer_cls_to_wrap
-    grpo.accelerator_config<dispatch_batches,split_batches grpo.debug<tpu_metrics_debug
-    grpo.torch_compile_backend<torchdynamo grpo.ddp_backend<xpu_backend
-    vllm.structured_outputs_config<guided_decoding_backend vllm.max_cudagraph_capture_size<max_seq_len_to_capture
-    vllm.speculative_config<num_speculative_tokens,speculative_model vllm.hf_overrides<rope_scaling,rope_theta
-    vllm.runner<task
-    grpo.epsilon<cliprange,clip_range,epsilon_low grpo.use_vllm<fast_inference
-    grpo.num_generations<group_size,num_return_sequences grpo.beta<kl_coef grpo.learning_rate<lr
-    grpo.max_completion_length<max_new_tokens,max_response_length,response_length grpo.num_train_epochs<num_epochs
-    grpo.num_iterations<num_ppo_epochs grpo.gradient_checkpointing<use_gradient_checkpointing
-"""
-"""Our key path, and the keys that hold the same elsewhere: TRL's command line and trainers, TRL, transformers, vLLM,
-other trainers (TRL's PPO and RLOO, Unsloth, OpenRLHF, verl)."""
-MOVED = {old: new for new, olds in (words.split("<") for words in _MOVED.split()) for old in olds.split(",")}
+_ELSEWHERE = {
+    "model.name_or_path": "model_name_or_path model_name model_id pretrained_model_name_or_path",
+    "model.revision": "model_revision",
+    "model.dtype": "torch_dtype",
+    "data.path": "dataset_name dataset_path train_dataset",
+    "data.eval_path": "eval_dataset",
+    "data.name": "dataset_config dataset_config_name",
+    "data.split": "dataset_train_split",
+    "data.eval_split": "dataset_test_split",
+    "data.columns": "dataset_prompt_column",
+    "rewards": "reward_funcs reward_functions",
+    "peft": "peft_config lora_config lora",
+    "peft.r": "lora_r lora_rank rank",
+    "peft.lora_alpha": "alpha",
+    "peft.lora_dropout": "dropout",
+    "peft.target_modules": "lora_target_modules",
+    "peft.target_parameters": "lora_target_parameters",
+    "peft.modules_to_save": "lora_modules_to_save",
+    "peft.task_type": "lora_task_type",
+    "grpo.use_liger_kernel": "use_liger_loss",
+    "grpo.log_unique_prompts": "wandb_log_unique_prompts",
+    "vllm.dtype": "vllm_dtype",
+    "vllm.enable_prefix_caching": "vllm_enable_prefix_caching",
+    "vllm.structured_outputs_regex": "vllm_guided_decoding_regex guided_decoding_regex",
+    "vllm.max_model_len": "vllm_max_model_len max_model_length",
+    "grpo.eval_strategy": "evaluation_strategy",
+    "grpo.use_cpu": "no_cuda",
+    "grpo.per_device_train_batch_size": "per_gpu_train_batch_size",
+    "grpo.per_device_eval_batch_size": "per_gpu_eval_batch_size",
+    "grpo.hub_token": "push_to_hub_token",
+    "grpo.hub_model_id": "push_to_hub_model_id push_to_hub_organization",
+    "grpo.include_for_metrics": "include_inputs_for_metrics",
+    "grpo.include_num_input_tokens_seen": "include_tokens_per_second",
+    "grpo.fsdp_config": "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+    "grpo.accelerator_config": "dispatch_batches split_batches",
+    "grpo.debug": "tpu_metrics_debug",
+    "grpo.torch_compile_backend": "torchdynamo",
+    "grpo.ddp_backend": "xpu_backend",
+    "vllm.structured_outputs_config": "guided_decoding_backend",
+    "vllm.max_cudagraph_capture_size": "max_seq_len_to_capture",
+    "vllm.speculative_config": "num_speculative_tokens speculative_model",
+    "vllm.hf_overrides": "rope_scaling rope_theta",
+    "vllm.runner": "task",
+    "grpo.epsilon": "cliprange clip_range epsilon_low",
+    "grpo.use_vllm": "fast_inference",
+    "grpo.num_generations": "group_size num_return_sequences",
+    "grpo.beta": "kl_coef",
+    "grpo.learning_rate": "lr",
+    "grpo.max_completion_length": "max_new_tokens max_response_length response_length",
+    "grpo.num_train_epochs": "num_epochs",
+    "grpo.num_iterations": "num_ppo_epochs",
+    "grpo.gradient_checkpointing": "use_gradient_checkpointing",
+}
+"""Our key path -> the keys that hold the same in TRL's command line and trainers, TRL, transformers, vLLM and other
+trainers (TRL's PPO and RLOO, Unsloth, OpenRLHF, verl)."""
+MOVED = {old: new for new, olds in _ELSEWHERE.items() for old in olds.split()}
 """Key -> the key path that holds the same here."""
 
 _MODEL_FOLDER = "it comes with the model folder, model.name_or_path"

@@ -200,6 +200,7 @@ class Probe:
             others=self._sampler.others(on_gpu=self.recorder.timer is not None),
             profiled=self._profiled,
             zero_gradients=sum(list(self.signal.zero)[-steps:]) if steps else 0,
+            zero_unexplained=sum(list(self.signal.unexplained)[-steps:]) if steps else 0,
             speedups=speedup_counts(self.trainer),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),

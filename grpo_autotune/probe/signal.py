@@ -15,11 +15,12 @@ PATIENCE = 3
 
 
 class SignalWatch:
-    """The watch over one trainer's steps; `zero` holds of the newest ones whether their gradient was zero."""
+    """The watch over one trainer's steps; `zero` holds of the newest ones whether their gradient was zero, and
+    `unexplained` whether it was so for no cause that is known."""
 
     def __init__(self, trainer: Any, cycle: int, say: Callable[[str], None]) -> None:
         self._trainer, self._say = trainer, say
-        self.zero: deque[bool] = deque(maxlen=KEEP)
+        self.zero, self.unexplained = deque[bool](maxlen=KEEP), deque[bool](maxlen=KEEP)
         self._told: set[str] = set()
         self._cause, self._steps_s = "", deque[float](maxlen=PATIENCE * cycle)
         if trainer.args.save_strategy == "best" and trainer.args.eval_strategy == "no":
@@ -36,6 +37,7 @@ class SignalWatch:
         if cause != self._cause:
             self._steps_s.clear()
         self.zero.append(zero)
+        self.unexplained.append(zero and cause == "zero")
         self._cause = cause
         self._steps_s.append(step_s)
         if cause and cause not in self._told and len(self._steps_s) == self._steps_s.maxlen:

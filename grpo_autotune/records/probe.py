@@ -280,7 +280,9 @@ class ProbeRecord(Frozen):
     others: OtherLoad | None = None  # None where nobody tells
     profiled: ProfiledStep | None = None
     zero_gradients: int = 0  # measured steps whose gradient was zero
+    zero_unexplained: int = 0  # those of them with neither equal rewards in every group nor every completion masked
     occasions: dict[str, float] = {}  # seconds of one `evaluate` and one `save` where measured apart from the steps
+    occasions_s: float = 0.0  # seconds that measuring them took: of an evaluation, a sample of its rows
     speedups: dict[str, dict[str, float]] = {}  # counts of the work of each speed-up that is on, by its name
     startup: list[Phase] = []
     fidelity: Fidelity | None = None

@@ -102,7 +102,8 @@ class Costs:
         """Take one more trial into account."""
         if outcome.status != "ok" or not outcome.step_s:
             return
-        beside = max(0.0, outcome.elapsed_s - sum(outcome.step_s))
+        occasions_s = outcome.record.occasions_s if outcome.record else 0.0  # of a probe alone
+        beside = max(0.0, outcome.elapsed_s - sum(outcome.step_s) - occasions_s)
         (self._warm if outcome.warm else self._cold).append(beside)
 
     @property

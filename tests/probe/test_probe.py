@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Image
@@ -22,6 +23,7 @@ from tests.support.trainers import async_reward, losses, make_trainer, rising_re
 from grpo_autotune.probe import probe as probe_module  # isort: skip
 from grpo_autotune.probe.facts import TokenCollector  # isort: skip
 from grpo_autotune.probe.probe import Probe  # isort: skip
+from grpo_autotune.probe.signal import SignalWatch  # isort: skip
 import torch  # isort: skip
 from transformers import AutoTokenizer, TrainerCallback  # isort: skip
 import trl  # isort: skip
@@ -357,6 +359,16 @@ def test_a_rollout_function_is_generation(tiny, tmp_path, text_rows, monkeypatch
     assert next(row for row in record.timings.stages if row.name == "generation").parts["rollout"][0] >= SLEEP_S
 
 
+def test_a_step_of_dead_groups_explains_its_zero_gradient():
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(save_strategy="no", eval_strategy="no"), beta=0.0, mask_truncated_completions=True
+    )
+    watch = SignalWatch(trainer, 1, pytest.fail)
+    for norm, cut, equal in ((0.0, False, False), (0.0, True, False), (0.0, False, True), (0.5, False, False)):
+        watch.see(norm, 1.0, all_cut=cut, all_equal=equal)
+    assert list(watch.zero) == [True, True, True, False] and list(watch.unexplained) == [True, False, False, False]
+
+
 @pytest.mark.parametrize("cause", ["masked", "equal", ""])
 def test_steps_without_a_learning_signal_are_told_and_counted(tiny, tmp_path, text_rows, cause):
     grpo = {"max_steps": 4, "beta": 0.0, "generation_kwargs": {"min_new_tokens": 6}}
@@ -366,7 +378,7 @@ def test_steps_without_a_learning_signal_are_told_and_counted(tiny, tmp_path, te
     told: list[str] = []
     record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path, rewards=rewards, **grpo), say=told.append)
     assert [NO_SIGNAL[cause] in line and "the last 3 steps, " in line for line in told] == [True] * bool(cause)
-    assert record.zero_gradients == (3 if cause else 0)
+    assert record.zero_gradients == (3 if cause else 0) and record.zero_unexplained == 0
     report = build_report(record)
     assert report.rates is not None and bool(report.rates.useless) is bool(cause)
     assert any("for nothing" in advice.text for advice in report.verdict) is bool(cause)

@@ -713,6 +713,9 @@ def test_the_budget_and_the_costs_learn() -> None:
     for found in (alone, costs):
         found.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=22.0))
     assert alone.trial_s(1.0, 2) == 22.0 and costs.trial_s(1.0, 2) == 10.0
+    evaluated, record = Costs(warm=False), demo_record(occasions={"evaluate": 90.0}, occasions_s=9.0)
+    evaluated.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=31.0, record=record))
+    assert evaluated.trial_s(1.0, 2) == pytest.approx(22.0)  # no later trial evaluates
     costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
     assert costs.beside_s == 2.0 + 0.5 * 20.0
 

@@ -214,6 +214,7 @@ def test_what_a_probe_of_few_steps_misses_is_measured_after_them(
     rare = serve(purpose="probe", data=data, grpo=keys)
     assert rare.record is not None, rare.why
     assert rare.record.occasions["evaluate"] > 0.0 < rare.record.occasions["save"] and rows == [2]
+    assert 0.0 < rare.record.occasions_s < rare.record.occasions["evaluate"] + rare.record.occasions["save"]
     assert len(rare.step_s) == 2 and not list(tmp_path.rglob("checkpoint-*"))
     often = serve(purpose="probe", data=data, grpo={**keys, "eval_steps": 1, "save_strategy": "no"})
     assert often.record is not None and often.record.occasions == {} and set(rows[1:]) == {0}

@@ -81,13 +81,13 @@ def _check_text(place: Path) -> None:
             is_json, text = place.suffix.lower() != ".csv", last + b"".join(lines)
             if is_json and (row := NULL_ROW.search(text)):
                 number = before + text.count(b"\n", 0, row.end())
-                raise DataError(f"line {number} is null", where=str(place))
+                raise DataError(f"line {number} is null", where=str(place), fix="Remove it: it is no row.")
             before, last = before + len(lines), lines[-1]
 
 
 def _is_text(content: bytes) -> bool:
     with suppress(UnicodeDecodeError):
-        return b"\0" not in content and content.decode() is not None
+        return "\0" not in content.decode()
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def _measure_steps(
             fixed.remove()
     record, generations = probe.record(), probe.tokens.from_the_first()
     if spec.purpose == "probe":
-        record = record.model_copy(update={"occasions": _occasions(trainer, spec, record, heartbeat)})
+        record = record.model_copy(update=_occasions(trainer, spec, record, heartbeat))
     return Measurement(
         record,
         tuple(record.timings.step_s),
@@ -88,16 +89,19 @@ def _measure_steps(
     )
 
 
-def _occasions(trainer: Any, spec: TrialSpec, record: ProbeRecord, heartbeat: HeartbeatWriter) -> dict[str, float]:
-    """Seconds of one evaluation, unless a step held one, and of one checkpoint; a script's trainer saves none here."""
+def _occasions(trainer: Any, spec: TrialSpec, record: ProbeRecord, heartbeat: HeartbeatWriter) -> dict[str, Any]:
+    """Seconds of one evaluation, unless a step held one, and of one checkpoint, as the fields of the record; a script's
+    trainer saves none here."""
     seen, seconds = {name for row in record.timings.stages for name in row.parts}, dict[str, float | None]()
+    begin_s = time.perf_counter()
     if trainer.args.eval_strategy == "steps" and "evaluate" not in seen:
         heartbeat.beat("evaluation")
         seconds["evaluate"] = evaluation_s(trainer)
     if spec.script is None and spec.config.get("grpo", {}).get("save_strategy", "steps") == "steps":
         with heartbeat.within(SAVING):
             seconds["save"] = checkpoint_s(trainer)
-    return {name: s for name, s in seconds.items() if s is not None}
+    known = {name: s for name, s in seconds.items() if s is not None}
+    return {"occasions": known, "occasions_s": time.perf_counter() - begin_s}
 
 
 def _whole_cycles(steps: int, cycle: int) -> int:
