@@ -307,11 +307,16 @@ class Leaderboard:
         return self.bounded(scaled(Interval(value, low / doubt, high * doubt, n), factor), slower, faster)
 
     def bounded(self, ratio: Interval, slower: Entry, faster: Entry) -> Interval:
-        """A ratio of two entries within Amdahl's bounds; where they are next to nothing, noise is all there is."""
+        """A ratio of two entries within Amdahl's bounds; where they are next to nothing, noise is all there is. As far
+        as the whole interval is beyond them it is noise, which there may be on this side of them, too."""
         keys = [key for key in faster.knobs if name_of({key: faster.knobs[key]}) != name_of({key: slower.knobs[key]})]
         most, least = self.most(keys, slower, faster), 1.0 / self.most(keys, faster, slower)
         value, low, high = (min(max(number, least), most) for number in ratio[:3])
         surely, at_best = (end if abs(end - 1.0) > TIE else 1.0 for end in (most, least))
+        noise = max(ratio.low / most, least / ratio.high)
+        if noise > 1.0:
+            value = max(1.0, value / noise) if most < ratio.low else min(1.0, value * noise)
+            surely, at_best = min(surely, low / noise**2), max(at_best, high * noise**2)
         return Interval(value, min(low, surely), max(high, at_best), ratio.n)
 
     def most(self, keys: Sequence[str], slower: Entry, faster: Entry) -> float:
