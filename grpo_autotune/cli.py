@@ -156,6 +156,36 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
     return action
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in ./runs.")],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="RUN", help="Held against this run (default: the first).")
+    ] = None,
+    fail_if_slower: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-if-slower", metavar="PCT", min=0.0, help="Exit with 1 where a run is slower by more percent."
+        ),
+    ] = None,
+    json_: Json = False,
+) -> Action:
+    """Hold stored runs against one of them: stage by stage, and faster, slower or within noise."""
+
+    def action() -> int:
+        from grpo_autotune.commands.compare import check_slower, compare_runs
+        from grpo_autotune.render.comparison import render_comparison
+
+        result = compare_runs(runs, baseline)
+        show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_comparison(result))
+        slower = check_slower(result, fail_if_slower) if fail_if_slower is not None else []
+        if slower:
+            say(f"slower than {result.baseline.name} by more than {fail_if_slower:g}%: {', '.join(slower)}")
+        return int(bool(slower))
+
+    return action
+
+
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 def run(
     script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script that builds a GRPOTrainer.")],
