@@ -17,6 +17,8 @@ from rich.table import Table as RichTable
 
 MOST_CHARACTERS = 4000
 """Characters of one datum that a page shows."""
+LONGEST_NUMBER = 24
+"""Characters of a number with its interval and unit."""
 MOST_ROWS = 1000
 """Rows of a table that a page shows."""
 
@@ -39,6 +41,11 @@ class Table(NamedTuple):
     caption: str = ""
 
     kind = "table"
+
+    def is_text(self, column: int) -> bool:
+        """True for a column of words, which begin at one edge, where numbers end at one."""
+        cells = [str(row[column]) for row in self.rows[:MOST_ROWS] if row[column] not in (None, "")]
+        return any(len(cell) > LONGEST_NUMBER or not any(sign.isdigit() for sign in cell) for cell in cells)
 
 
 class Picture(NamedTuple):
@@ -117,7 +124,7 @@ def render_page(
     """
     shown = [section for section in sections if section.blocks]
     pictures = [block for section in shown for block in section.blocks if isinstance(block, Picture)]
-    specs = json.dumps([picture.spec for picture in pictures]) if interactive else ""
+    specs = json.dumps([_zoomable(picture.spec) for picture in pictures]) if interactive else ""
     script = _script() if interactive else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page: str = _environment().get_template("page.html").render(
@@ -133,6 +140,14 @@ def render_page(
         most_rows=MOST_ROWS,
     )
     return page
+
+
+def _zoomable(spec: dict[str, Any]) -> dict[str, Any]:
+    """The specification with a wheel that zooms along a continuous x axis, where it has one."""
+    x = spec.get("encoding", {}).get("x", {})
+    if x.get("type") != "quantitative" or "bin" in x:
+        return spec
+    return {**spec, "params": [{"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}]}
 
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -67,7 +67,7 @@ def _race(report: SearchReport) -> Picture:
     cells = [(name, seconds(value), " to ".join(map(seconds, ci)), told) for name, value, ci, told in rows]
     table = Table(("configuration", "per step", f"interval at {percent(report.confidence)}", "changes"), cells)
     words = ", ".join(f"{name} {seconds(value)}" for name, value, _, _ in rows)
-    note = "Each as it was measured last; the sentence above has the ratio of the race, step against step."
+    note = "Each by its own trials; the sentence above has the ratio of the race, where there was one."
     return draw.picture("Seconds per step", f"Seconds per step with intervals: {words}", draw.intervals(points, "seconds per step"), table, note)  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from grpo_autotune.records.probe import STAGES
 
 LEAST_SHARE = 0.003
 """Share of a step's time below which spans are merged with their neighbours."""
+RESOLUTION_S = 1e-6
+"""Seconds to which the file rounds."""
 MOST_S = 1e9
 """Seconds that no step takes."""
 STEP = re.compile(r'\{"step": (\d{1,18}),')
@@ -84,7 +86,7 @@ def stage_seconds(step: StepSpans) -> dict[str, float]:
 def bars_of(step: StepSpans, main: str) -> list[Bar]:
     """The main thread's bars in the lane `main`, and a lane for each other thread."""
     whole = step.spans[0].host_s
-    bars = _merged(_flat(step, main), LEAST_SHARE * whole)
+    bars = _merged(_merged(_flat(step, main), LEAST_SHARE * whole), LEAST_SHARE * whole)
     threads = {thread: number for number, thread in enumerate(dict.fromkeys(s.thread for s in step.others), start=2)}
     for thread, number in threads.items():
         lane = f"{main}, thread {number}"
@@ -108,7 +110,7 @@ def _flat(step: StepSpans, lane: str) -> list[Bar]:
             edges.append((at[span.parent], span.start_s, span.parent))
             at[span.parent] = max(at[span.parent], ends[index])
     edges += [(begin, end, index) for index, (begin, end) in enumerate(zip(at, ends, strict=True))]
-    return [Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end > begin]
+    return [Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S]
 
 
 def _merged(bars: list[Bar], least_s: float) -> list[Bar]:
