@@ -135,10 +135,33 @@ def search(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: Json = False) -> Action:
-    """Print a stored report again."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="With --html: the page's file.")] = None,
+    json_: Json = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page instead: report.html in the folder, or --html FILE.")
+    ] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="A page with tooltips and zoom, 0.9 MB larger.")
+    ] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Write the page and show it in a browser.")] = False,
+) -> Action:
+    """Print a stored report again, or make a page of it."""
 
     def action() -> int:
+        if file is not None and not html:
+            raise ConfigError("a file is only written as a page", where=str(file), fix="Put --html in front of it.")
+        if html or interactive or open_:
+            if json_:
+                raise ConfigError("a page is no JSON", where="--html", fix="Give --html or --json.")
+            from grpo_autotune.commands.page import open_page, write_page
+
+            path = write_page(run_dir, file, interactive=interactive)
+            say(f"Saved: {path}")
+            if open_:
+                open_page(path)
+            return 0
         from grpo_autotune.report.files import load_report
 
         if run_dir.name == SEARCH_FILE or (
