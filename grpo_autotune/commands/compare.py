@@ -9,10 +9,10 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.comparison import Comparison
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.report.compare import Run, compare, run_of_report
-from grpo_autotune.report.files import REPORT_FILE, load_report
+from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_report
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search, read_record
 
-UNDER_WAY = ("spans.jsonl", "train_log.jsonl", "study.journal")
+UNDER_WAY = ("spans.jsonl", LOG_FILE, "study.journal")
 """Files of a run that has no report yet."""
 RUNS = Path("runs")
 
@@ -73,7 +73,7 @@ def _load(name: str) -> Run:
             where=name,
             fix="Compare it when it has ended (`search --resume` and `train --resume` go on).",
         )
-    return run_of_report(name, "training" if (folder / "train_log.jsonl").is_file() else "probe", load_report(place))
+    return run_of_report(name, "training" if (folder / LOG_FILE).is_file() else "probe", load_report(place))
 
 
 def _winner(name: str, folder: Path) -> Run:

@@ -52,7 +52,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
-            probes.append(Probe(trainer, startup=startup, say=warn))
+            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn))
             watched.append(probes[0].now)
             ended.callback(_tell_time, probes[0], config, out_dir)  # however it ends
 

@@ -53,6 +53,7 @@ class StepSpans:
     step: int
     spans: list[Span]
     others: list[Span] = field(default_factory=list)
+    samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, and what was read by name
 
 
 class SpanRecorder:
@@ -76,6 +77,7 @@ class SpanRecorder:
         self._spans: list[Span] = []
         self._stack: list[Span] = []
         self._others: list[Span] = []
+        self._samples: list[tuple[float, dict[str, float]]] = []
         self._thread = 0
 
     @property
@@ -106,13 +108,13 @@ class SpanRecorder:
     def close_root(self, step: int) -> StepSpans:
         """End the optimizer step and return its spans."""
         self.end(self._stack[0])
-        done = StepSpans(step, self._spans, self._others)
-        self._spans, self._others = [], []
+        done = StepSpans(step, self._spans, self._others, self._samples)
+        self._spans, self._others, self._samples = [], [], []
         return done
 
     def abandon(self) -> None:
         """Drop the step under way."""
-        self._spans, self._stack, self._others = [], [], []
+        self._spans, self._stack, self._others, self._samples = [], [], [], []
 
     def begin(self, stage: str, part: str = "") -> Span:
         """Open a span under the innermost open one."""
@@ -157,6 +159,11 @@ class SpanRecorder:
         self._others.append(span)
         if self.edge is not None:
             self.edge()
+
+    def note(self, values: dict[str, float]) -> None:
+        """Keep a sample of the machine with the step under way; safe to call from any thread."""
+        if self._stack:
+            self._samples.append((self.clock(), values))
 
     def on_main_thread(self) -> bool:
         """Return whether the caller is the thread that runs the optimizer step."""

@@ -49,7 +49,7 @@ class Scales(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a comparison reads of one run, from a report or from a search's winner."""
+    """One run as a comparison reads it, from a report or from a search's winner."""
 
     name: str
     kind: RunKind
@@ -136,11 +136,11 @@ def _log_seconds(run: Run, name: str, scales: Scales) -> Any:
     for stage in scales.stages:
         if len(run.series(stage)):
             step = step + (scales.of(stage) - scales.work) * run.series(stage)
-    own = run.series(name) * scales.of(name)
+    spent = run.series(name) * scales.of(name)
 
     def of(chosen: np.ndarray) -> np.ndarray:
         median = np.median(step[chosen], axis=-1)
-        share = 1.0 if name == "step" else own[chosen].sum(-1) / step[chosen].sum(-1)
+        share = 1.0 if name == "step" else spent[chosen].sum(-1) / step[chosen].sum(-1)
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(median * share))
 
@@ -182,7 +182,7 @@ def _completions(run: Run) -> int:
 
 
 def _differences(a: Run, b: Run) -> Iterator[Difference]:
-    """What to know before the seconds."""
+    """Sentences to read before the seconds."""
     if _hardware(a) != _hardware(b):
         text = f"the machines differ ({_hardware(a)}; {_hardware(b)}): seconds cannot be compared"
         yield Difference(what="machine", text=text)

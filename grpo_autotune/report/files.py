@@ -17,17 +17,21 @@ WRITES_LOG = "`grpo-autotune train`"
 
 
 def save_report(report: Report, folder: str | Path) -> Path:
-    """Write `report.json` into `folder`, which is created where it is missing; returns the file's path."""
+    """Write `report.json` into `folder`, which is created where it is missing, and `trace.json.gz` of the spans there;
+    returns the report's path."""
+    from grpo_autotune.report.trace import keep_trace  # a stored report is printed without it
+
     path = Path(folder) / REPORT_FILE
     with full_disk_told(path.parent, "Make room there."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, report.model_dump_json(indent=2) + "\n")
+    keep_trace(path.parent)
     return path
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run measured in `folder`, so that no trainer of it is left among those of the next."""
-    for kind in (REPORT_FILE, "spans.jsonl", "spans.rank*.jsonl"):
+    for kind in (REPORT_FILE, "trace.json.gz", "spans.jsonl", "spans.rank*.jsonl"):
         for path in (*folder.glob(kind), *folder.glob(f"trainer-[0-9]*/{kind}")):
             path.unlink()
 

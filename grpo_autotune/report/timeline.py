@@ -65,7 +65,11 @@ def _step(line: dict[str, Any]) -> StepSpans:
     ]
     if not spans:
         raise ValueError("a step without spans")
-    return StepSpans(int(line["step"]), spans, others)
+    samples = [
+        (_time(at), {str(key): float(value) for key, value in dict(values).items()})
+        for at, values in line.get("samples", [])
+    ]
+    return StepSpans(int(line["step"]), spans, others, samples)
 
 
 def _time(value: float) -> float:
@@ -110,7 +114,9 @@ def _flat(step: StepSpans, lane: str) -> list[Bar]:
             edges.append((at[span.parent], span.start_s, span.parent))
             at[span.parent] = max(at[span.parent], ends[index])
     edges += [(begin, end, index) for index, (begin, end) in enumerate(zip(at, ends, strict=True))]
-    return [Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S]
+    return [
+        Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S
+    ]
 
 
 def _merged(bars: list[Bar], least_s: float) -> list[Bar]:

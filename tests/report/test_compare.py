@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo_autotune.cli import main
 from grpo_autotune.commands.compare import check_slower, compare_runs
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.comparison import Comparison, Pair
+from grpo_autotune.records.comparison import SCHEMA, Comparison, Pair
 from grpo_autotune.records.probe import STAGES, OtherLoad, StageRow, StageTimings
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.comparison import render_comparison
@@ -184,6 +185,20 @@ def test_folders_are_compared_printed_and_kept_as_json(folders):
         assert text.count(f"\n {name} ") == 2  # no row is hidden
     assert "faster" in text and "completion tokens" in text and "reward" in text
     assert max(len(line) for line in render_comparison(result, 80).splitlines()) <= 80
+
+
+def test_the_command_prints_and_fails_where_it_is_asked_to(folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    (folders / "runs").mkdir()
+    (folders / "fast").rename(folders / "runs" / "fast")
+    assert main(["compare", "slow", "--baseline", "fast"]) == 0
+    assert "fast -> slow: step" in capsys.readouterr().out
+    assert main(["compare", "fast", "slow", "--fail-if-slower", "20"]) == 1
+    assert "slower than fast by more than 20%: slow" in capsys.readouterr().err
+    assert main(["compare", "slow", "fast", "--fail-if-slower", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == SCHEMA
+    assert main(["compare", "fast", "nowhere"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_what_cannot_be_compared_is_one_line(folders, tmp_path):
