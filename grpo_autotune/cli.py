@@ -182,14 +182,9 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in ./runs.")],
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="RUN", help="Held against this run (default: the first).")
-    ] = None,
+    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Held against this run, not the first.")] = None,
     fail_if_slower: Annotated[
-        float | None,
-        typer.Option(
-            "--fail-if-slower", metavar="PCT", min=0.0, help="Exit with 1 where a run is slower by more percent."
-        ),
+        float | None, typer.Option(metavar="PCT", min=0.0, help="Exit with 1 where a run is slower by more percent.")
     ] = None,
     json_: Json = False,
 ) -> Action:

@@ -23,13 +23,12 @@ from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
-from grpo_autotune.probe.gauges import gauges_for
+from grpo_autotune.probe.gauges import gauges_for, ranges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
-from grpo_autotune.probe.nvtx import recorder_for
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
 from grpo_autotune.probe.signal import SignalWatch
-from grpo_autotune.probe.spans import Span, StepSpans
+from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, versions
@@ -81,7 +80,7 @@ class Probe:
         timer, self._gauge = gauges_for(trainer.args.device)
         self.profiles = profile and timer is not None
         self.warmup = self.cycle * (1 + self.profiles) if warmup is None else warmup
-        self.recorder = recorder_for(trainer.args.device, timer=timer, memory=self._gauge)
+        self.recorder = SpanRecorder(timer=timer, memory=self._gauge, ranges=ranges_for(trainer.args.device))
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
         self.signal = SignalWatch(trainer, self.cycle, say)

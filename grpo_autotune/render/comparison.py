@@ -10,11 +10,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.comparison import Comparison, FactRow, Pair, RatioRow
+from grpo_autotune.records.comparison import ComparedRun, Comparison, Pair, RatioRow
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.units import amount, percent, plural, seconds, size
+from grpo_autotune.units import amount, percent, plural, seconds
 
 STYLES = {"faster": "green", "slower": "red", "within noise": ""}
+MEANING = (
+    "Change: lower end, middle and upper end. The step's interval holds at {sure}, those of the stages at {sure} all "
+    "together; both count in that a machine's pace differs between runs, which the steps of one run cannot show. "
+    "Within noise: the interval holds zero, or the difference is under 1% of the step. Runs in turns tell more: "
+    "`grpo-autotune search` races its winner."
+)
 
 
 def render_comparison(comparison: Comparison, width: int = 100, *, colour: bool = False) -> str:
@@ -24,68 +30,44 @@ def render_comparison(comparison: Comparison, width: int = 100, *, colour: bool 
 
 def _sections(comparison: Comparison) -> Iterator[RenderableType]:
     for pair in comparison.pairs:
-        yield Text(headline(comparison, pair), style="bold")
-        for difference in pair.differences:
-            yield Text(f"Before you compare: {difference.text}.", style="yellow")
+        yield Text(headline(comparison.baseline, pair), style="bold")
+        for sentence in pair.differences:
+            yield Text(f"Before you compare: {sentence}.", style="yellow")
         yield Text("")
         yield comparison_table(pair)
-        yield from section("Beside the seconds", [fact_line(row) for row in pair.facts])
-        yield from section(
-            "What the configurations change", [f"{key} {old} -> {new}" for key, (old, new) in pair.changed.items()]
-        )
+        facts = [f"{name}: {_known(old)} -> {_known(new)}" for name, (old, new) in pair.facts.items()]
+        yield from section("Beside the seconds", facts)
+        yield from section("Changed keys", [f"{key} {old} -> {new}" for key, (old, new) in pair.changed.items()])
         yield Text("")
-    yield Padding(Text(meaning(comparison), style="dim"), (0, 0, 0, 2))
+    yield Padding(Text(MEANING.format(sure=percent(comparison.confidence)), style="dim"), (0, 0, 0, 2))
 
 
-def headline(comparison: Comparison, pair: Pair) -> str:
+def headline(base: ComparedRun, pair: Pair) -> str:
     """The verdict on one run: its seconds per step against the baseline's, and one of the three words."""
-    base = comparison.baseline
-    steps = f"{plural(base.steps, 'step')} and {plural(pair.run.steps, 'step')}"
-    return f"{base.name} -> {pair.run.name}: {row_line(pair.step)} ({steps})"
-
-
-def row_line(row: RatioRow) -> str:
-    """One row as a line: `generation 3.10 s -> 2.05 s  change [-36 -34 -31] %  faster`."""
-    return f"{row.name} {seconds(row.before_s)} -> {seconds(row.after_s)}  {change_text(row)}  {row.word}"
+    row, steps = pair.step, f"{plural(base.steps, 'step')} and {plural(pair.run.steps, 'step')}"
+    times = f"{seconds(row.before_s)} -> {seconds(row.after_s)}"
+    return f"{base.name} -> {pair.run.name}: step {times}  change {change_text(row)}  {row.word} ({steps})"
 
 
 def change_text(row: RatioRow) -> str:
-    """The change with the ends of its interval in percent, and whether seconds were scaled for it."""
+    """The change with the ends of its interval in percent, and the factor for equal work where there is one."""
     ends = "[? ? ?]" if row.change is None else "[{:+.0f} {:+.0f} {:+.0f}]".format(*(100.0 * end for end in row.change))
-    return f"change {ends} %" + (f" (x {row.scale:.3g} for equal work)" if abs(row.scale - 1.0) > 0.0005 else "")
+    return f"{ends} %" + (f" (x {row.scale:.3g} for equal work)" if abs(row.scale - 1.0) > 0.0005 else "")
 
 
 def comparison_table(pair: Pair) -> Table:
-    """The step and every stage that ran in either, the baseline's longest first."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, justify in (("stage", "left"), ("baseline", "right"), ("", "left"), ("run", "right")):
-        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    """The step and every stage that ran in either, the longest first."""
+    table = Table("stage", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("baseline", justify="right", no_wrap=True)
+    table.add_column("")
+    table.add_column("run", justify="right", no_wrap=True)
     table.add_column("change")
     table.add_column("verdict", no_wrap=True)
     for row in [pair.step, *sorted(pair.stages, key=lambda row: -max(row.before_s, row.after_s))]:
-        cells = (row.name, seconds(row.before_s), "->", seconds(row.after_s), change_text(row).removeprefix("change "))
-        table.add_row(*cells, Text(row.word, style=STYLES[row.word]))
+        word = Text(row.word, style=STYLES[row.word])
+        table.add_row(row.name, seconds(row.before_s), "->", seconds(row.after_s), change_text(row), word)
     return table
 
 
-def fact_line(row: FactRow) -> str:
-    """One fact of both runs: `reward, mean: 0.412 -> 0.418`."""
-    return f"{row.name}: {_value(row, row.before)} -> {_value(row, row.after)}"
-
-
-def _value(row: FactRow, value: float | None) -> str:
-    if value is None:
-        return "not known"
-    known = {"share": percent, "bytes": size, "reward": "{:.3g}".format}
-    return known.get(row.unit, amount)(value)
-
-
-def meaning(comparison: Comparison) -> str:
-    """The intervals in words."""
-    sure = percent(comparison.confidence)
-    return (
-        f"Change: lower end, middle and upper end. The step's interval holds at {sure}, those of the stages at {sure} "
-        "all together; both count in that a machine's pace differs between runs, which the steps of one run cannot "
-        "show. Within noise: the interval holds zero, or the difference is under 1% of the step. Runs in turns tell "
-        "more: `grpo-autotune search` races its winner."
-    )
+def _known(value: float | None) -> str:
+    return "not known" if value is None else amount(value)

@@ -17,7 +17,7 @@ from grpo_autotune.records.probe import STAGES, OtherLoad, StageRow, StageTiming
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.comparison import render_comparison
 from grpo_autotune.report.build import build_report
-from grpo_autotune.report.compare import compare, run_of_report
+from grpo_autotune.report.compare import Run, compare, seconds_by_cycle
 from grpo_autotune.report.files import save_report
 from tests.support.sample_records import (
     CPU_MACHINE,
@@ -42,6 +42,11 @@ def report_of(pace: np.ndarray, stages: dict[str, float] | None = None, **facts:
     return build_report(demo_record(timings=times, **facts), machine)
 
 
+def run_of(name: str, report: Report) -> Run:
+    seconds = seconds_by_cycle(report.step_seconds, report.stages, report.cycle)
+    return Run(name, "probe", report, seconds, report.machine, report.config, None)
+
+
 def repeated(report: Report, pace: np.ndarray) -> Report:
     """The same run at another pace."""
     stages = [
@@ -52,7 +57,7 @@ def repeated(report: Report, pace: np.ndarray) -> Report:
 
 
 def pair_of(a: Report, b: Report) -> Pair:
-    return compare([run_of_report("a", "probe", a), run_of_report("b", "probe", b)]).pairs[0]
+    return compare([run_of("a", a), run_of("b", b)]).pairs[0]
 
 
 def wandering(rng: np.random.Generator, steps: int, deviation: float, memory: float) -> np.ndarray:
@@ -116,7 +121,7 @@ def test_a_gpu_of_ones_own_tells_smaller_changes():
     assert slower.step.word == "slower"
     busy = OtherLoad(cores=1.0, of=8, gpu_percent=40.0, matters=True)
     crowded = pair_of(report_of(pace, **gpu), report_of(pace, {"generation": 0.62}, others=busy, **gpu))
-    assert crowded.step.word == "within noise" and crowded.differences[0].what == "load"
+    assert crowded.step.word == "within noise" and "during b other processes took" in crowded.differences[0]
 
 
 def test_small_stages_and_short_runs_are_within_noise():
@@ -139,7 +144,7 @@ def test_longer_answers_are_compared_per_token_and_other_limits_are_not():
     generation = next(row for row in pair.stages if row.name == "generation")
     assert generation.scale == pytest.approx(0.5) and generation.change is not None
     assert generation.change[1] == pytest.approx(0.0, abs=1e-6) and generation.word == "within noise"
-    assert "per token" in next(row.text for row in pair.differences if row.what == "lengths")
+    assert any("per token" in sentence for sentence in pair.differences)
     wide = trainer_facts(max_completion_length=999)
     set_so = pair_of(a, report_of(np.ones(20), {"generation": 1.0}, tokens=longer, trainer=wide))
     assert set_so.step.scale == 1.0 and set_so.step.word == "slower"
@@ -155,11 +160,13 @@ def test_machine_versions_data_and_settings_are_said_first():
     a = report_of(np.ones(8))
     b = report_of(np.ones(8), machine=GPU_MACHINE, versions={"trl": "9.9"})
     pair = pair_of(a, b)
-    assert [row.what for row in pair.differences][:2] == ["machine", "versions"] and not pair.comparable
+    assert [sentence.split(" (")[0].split(":")[0] for sentence in pair.differences][:2] == [
+        "the machines differ", "versions differ"
+    ] and not pair.comparable  # fmt: skip
     settings = ((512, "none"), (256, "auto"))
     configs = [config_of(demo_record(), data={"image_size": side}, speedups=on) for side, on in settings]
     runs = [
-        run_of_report(name, "probe", a.model_copy(update={"config": config.model_dump(mode="json")}))
+        run_of(name, a.model_copy(update={"config": config.model_dump(mode="json")}))
         for name, config in zip("ab", configs, strict=True)
     ]
     assert compare(runs).pairs[0].changed == {"data.image_size": ["512", "256"], "speedups": ["none", "auto"]}
@@ -212,7 +219,7 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path):
     base = str(folders / "base")
     for other, told in (
         ("search", "no trial that measured this search's winner"), ("going", "under way"), ("torn", "not a JSON file"),
-        ("nowhere", "no report here"),
+        ("nowhere", "no report here"), (str(stored), "holds no seconds by step and stage"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=told):
             compare_runs([base, str(folders / other)], None)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_autotune.probe.nvtx import RangeRecorder, recorder_for
 from grpo_autotune.probe.spans import SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import stages_of, summarise
 from grpo_autotune.records.probe import STAGES
@@ -119,22 +118,23 @@ def test_old_and_torn_spans_and_a_full_disk_do_not_lose_the_report(
     assert {event["args"]["step"] for event in events_in(tmp_path) if event["ph"] == "X"} == {1}
 
 
-def test_ranges_follow_spans_and_cost_nothing_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device:
-        type = "cpu"
+def test_ranges_follow_spans() -> None:
+    class Ranges:
+        told: list[str] = []
 
-    monkeypatch.delenv("GRPO_AUTOTUNE_NVTX", raising=False)
-    assert type(recorder_for(Device())) is SpanRecorder
-    monkeypatch.setenv("GRPO_AUTOTUNE_NVTX", "1")
-    assert type(recorder_for(Device())) is SpanRecorder
-    told: list[str] = []
-    recorder = RangeRecorder(told.append, lambda: told.append("end"))
+        def range_push(self, msg: str) -> None:
+            self.told.append(msg)
+
+        def range_pop(self) -> None:
+            self.told.append("end")
+
+    recorder = SpanRecorder(ranges=Ranges())
     recorder.open_root()
     with recorder.span("generation", "generate"):
         recorder.begin("weight_sync")  # left open by an exception
     recorder.close_root(1)
-    assert told == ["step", "generation: generate", "weight_sync", "end", "end", "end"]
+    assert Ranges.told == ["step", "generation: generate", "weight_sync", "end", "end", "end"]
     recorder.open_root()
     recorder.begin("reward")
     recorder.abandon()
-    assert told[6:] == ["step", "reward", "end", "end"]
+    assert Ranges.told[6:] == ["step", "reward", "end", "end"]
