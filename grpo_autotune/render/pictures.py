@@ -139,10 +139,11 @@ def waterfall(rows: Rows) -> Any:
     )  # fmt: skip
 
 
-def histogram(values: Sequence[float], title: str) -> Any:
-    """Numbers from 0 to 1 in ten bins."""
-    return chart_of([{"value": value} for value in values], height=150, width=NARROW).mark_bar(color=BLUE).encode(
-        x=alt.X("value:Q", bin=alt.Bin(extent=[0, 1], step=0.1), title=title), y=alt.Y("count()", title="groups")
+def histogram(bins: Sequence[tuple[str, int]], what: str, counted: str) -> Any:
+    """A bar for each bin, by its name and count."""
+    rows = [{"bin": name, "count": count} for name, count in bins]
+    return chart_of(rows, height=150, width=NARROW).mark_bar(color=BLUE).encode(
+        x=alt.X("bin:N", title=what, sort=None, axis=alt.Axis(labelAngle=-40)), y=alt.Y("count:Q", title=counted)
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,10 +163,11 @@ def _work(report: Report) -> Iterator[Table | Lines | Picture]:
         rows = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
         yield Table(("reward function", "calls", "mean", "slowest"), rows)
     if tokens and tokens.pass_rates:
-        counts = [sum(min(int(rate * 10), 9) == place for rate in tokens.pass_rates) for place in range(10)]
-        table = Table(("pass rate", "groups"), [(f"{at / 10:.1f} to {at / 10 + 0.1:.1f}", n) for at, n in enumerate(counts)])
+        places = Counter(min(9, int(10 * min(max(rate, 0.0), 1.0) + 1e-9)) for rate in tokens.pass_rates)
+        bins = [(f"{at / 10:.1f} to {(at + 1) / 10:.1f}", places[at]) for at in range(10)]
         alt = f"{len(tokens.pass_rates)} groups by the share of their completions whose first reward is at least 0.5"
-        yield draw.picture("Pass rates of the groups", alt, draw.histogram(tokens.pass_rates, "pass rate"), table)
+        chart = draw.histogram(bins, "pass rate", "groups")
+        yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), bins))
     if images and len(images.tokens_at) > 1:
         yield _sizes(images.tokens_at)
 
