@@ -110,7 +110,9 @@ def _flat(step: StepSpans, lane: str) -> list[Bar]:
             edges.append((at[span.parent], span.start_s, span.parent))
             at[span.parent] = max(at[span.parent], ends[index])
     edges += [(begin, end, index) for index, (begin, end) in enumerate(zip(at, ends, strict=True))]
-    return [Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S]
+    return [
+        Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S
+    ]
 
 
 def _merged(bars: list[Bar], least_s: float) -> list[Bar]:

@@ -38,8 +38,8 @@ EVIL = (
 )  # fmt: skip
 DRAWN = ("svg", "g", "path", "line", "text", "rect", "circle", "defs", "tspan", "title")
 TAGS = {
-    *("html head meta title style body main h1 h2 h3 nav ul li a section div p ol table caption thead tbody tr th td").split(),
-    *("figure figcaption details summary pre span").split(), *DRAWN,
+    *["html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "nav", "ul", "li", "a", "section", "div", "p", "ol", "table", "caption", "thead", "tbody", "tr", "th", "td"],
+    *["figure", "figcaption", "details", "summary", "pre", "span"], *DRAWN,
 }  # fmt: skip
 VOID = {"meta"}
 
@@ -99,7 +99,15 @@ def probed(folder: Path, steps: int = 32) -> Path:
 
 def trained(folder: Path, steps: int = 40) -> Path:
     rows = [
-        {"kind": "train", "step": n, "time": n, "step_s": 0.4, "reward": n / 100, "kl": None, "frac_reward_zero_std": 0.1}
+        {
+            "kind": "train",
+            "step": n,
+            "time": n,
+            "step_s": 0.4,
+            "reward": n / 100,
+            "kl": None,
+            "frac_reward_zero_std": 0.1,
+        }
         for n in range(1, steps + 1)
     ]
     held_out = {"kind": "eval", "step": steps, "eval_reward": 0.5, "eval_reward_std": 0.4, "eval_hard_runtime": 2.0,
@@ -116,8 +124,11 @@ def test_the_page_of_a_probe_has_its_sections_in_order_and_is_small(tmp_path: Pa
     assert [name for name in read.ids if name in order] == order and len(read.ids) == len(set(read.ids))
     assert len(text.encode()) < 300_000
     assert "The best exact change, speedups auto, is predicted to save 248 ms (43%)" in text
-    assert "default-src &#39;none&#39;" not in text and "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
-    assert "<script" not in text and "http-equiv=\"refresh\"" not in text
+    assert (
+        "default-src &#39;none&#39;" not in text
+        and "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
+    )
+    assert "<script" not in text and 'http-equiv="refresh"' not in text
     assert not re.search(r"(?:src|href)=\"?(?:https?:)?//", text)
     assert text.count('role="img"') == text.count("<details>") == text.count("<figure")
     assert "fastest, step 7, rank 0" in text and "fastest, step 7, rank 0, thread 2" in text
@@ -166,7 +177,7 @@ def test_the_page_of_a_training_run(tmp_path: Path) -> None:
 
 def test_a_long_run_is_thinned(tmp_path: Path) -> None:
     text = page_of(trained(tmp_path, 3000))
-    assert len(text.encode()) < 600_000 and f'{MOST_POINTS} steps' not in text
+    assert len(text.encode()) < 600_000 and f"{MOST_POINTS} steps" not in text
     assert evaluations([{"kind": "eval", "step": 1, "eval_runtime": 1.0}]) == []
 
 
@@ -192,7 +203,10 @@ def test_no_keys_no_homes_no_passwords() -> None:
     assert datum("/home/ann/a and /Users/bob/b, /root/c, C:\\Users\\eve\\d") == "~/a and ~/b, ~/c, ~\\d"
     assert datum("sk-learn is no key, nor /rooted/x") == "sk-learn is no key, nor /rooted/x"
     assert datum("a\x00b\u202ec\nd") == "a\\x00b\\u202ec d" and len(datum("x" * 10**6)) < 5000
-    config = {**DEMO["config"], "grpo": {**DEMO["config"]["grpo"], "hub_token": "plainsecret", "max_completion_length": 12}}
+    config = {
+        **DEMO["config"],
+        "grpo": {**DEMO["config"]["grpo"], "hub_token": "plainsecret", "max_completion_length": 12},
+    }
     text = render_page("t", probe_sections(Report.model_validate({**DEMO, "config": config}), Path("nowhere")))
     assert "plainsecret" not in text and "(not shown)" in text
 
@@ -239,9 +253,14 @@ def pages(data: st.DataObject, folder: Path) -> str:
     report = spoilt(DEMO, data, Report)
     if kind == "train":
         keys = st.one_of(evil, st.sampled_from(["reward", "kl", "eval_reward", "eval_x_runtime", "step_s"]))
-        values = st.one_of(evil, st.floats(), st.none(), st.integers(), st.booleans(), st.lists(st.integers(), max_size=2))
+        values = st.one_of(
+            evil, st.floats(), st.none(), st.integers(), st.booleans(), st.lists(st.integers(), max_size=2)
+        )
         row = st.fixed_dictionaries({"kind": st.sampled_from(["train", "eval"]), "step": st.integers(-5, 10**12)})
-        log = [{**data.draw(st.dictionaries(keys, values, max_size=5)), **one} for one in data.draw(st.lists(row, min_size=1))]
+        log = [
+            {**data.draw(st.dictionaries(keys, values, max_size=5)), **one}
+            for one in data.draw(st.lists(row, min_size=1))
+        ]
         return render_page(train_title(log, report, running=True), train_sections(log, report), refresh_s=9)
     lines = [spans(step, name=data.draw(evil)) for step in report.steps]
     lines[0]["spans"].append([data.draw(evil), data.draw(evil), data.draw(st.integers(-3, 200)), 0.0, 0.1])
@@ -262,7 +281,9 @@ LENIENT = {"phases": (Phase.generate,), "deadline": None, "suppress_health_check
 
 @settings(max_examples=500, **LENIENT)
 @given(data=st.data())
-def test_500_hostile_reports_stay_in_their_places(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_500_hostile_reports_stay_in_their_places(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:  # drawn below, for a tenth of them
         patch.setitem(page._environment().filters, "svg", lambda spec: Markup("<svg></svg>"))
@@ -285,7 +306,13 @@ def test_bad_folders_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "other" / "search.json").write_text('{"schema": "someone/else"}')
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "train_log.jsonl").write_text("\n[1]\n{\n")
-    for name, words in {"torn": "not a JSON file", "infinite": "not a JSON file", "other": "schema", "log": "no log", "none": "no report here"}.items():
+    for name, words in {
+        "torn": "not a JSON file",
+        "infinite": "not a JSON file",
+        "other": "schema",
+        "log": "no log",
+        "none": "no report here",
+    }.items():
         assert main(["report", str(tmp_path / name), "--html"]) == 2
         line = capsys.readouterr().err
         assert words in line and line.count("\n") == 1, name
