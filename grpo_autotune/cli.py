@@ -59,6 +59,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
 
     def action() -> int:
         loaded = _load(config, set_, "trial")
+        from grpo_autotune.commands.page import keep_page
         from grpo_autotune.commands.probe import probe_config
         from grpo_autotune.report.files import save_report
 
@@ -70,6 +71,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
             if is_first_rank():
                 save_report(measured, folder)
             say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
+            keep_page(folder)
 
         probe_config(loaded, steps=steps, out_dir=folder, output=output, show=finish)
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.comparison import Comparison
+from grpo_autotune.records.comparison import Comparison, RunKind
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.report.compare import Run, compare, seconds_by_cycle
 from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_report
@@ -62,13 +62,14 @@ def _load(name: str) -> Run:
     if place.is_dir() and not (place / REPORT_FILE).is_file() and any((place / file).exists() for file in UNDER_WAY):
         what = "this run has no report yet: it is under way, or was killed"
         raise ConfigError(what, where=name, fix="Compare it when it has ended; --resume goes on with it.")
-    report, kind = load_report(place), "training" if (folder / LOG_FILE).is_file() else "probe"
+    report = load_report(place)
+    kind: RunKind = "training" if (folder / LOG_FILE).is_file() else "probe"
     seconds = seconds_by_cycle(report.step_seconds, report.stages, report.cycle)
     if len(seconds) < 2:
         what = "this report holds no seconds by step and stage: an older version wrote it"
         raise ConfigError(what, where=name, fix="Measure it again.")
     peak = max((row.peak_bytes or 0 for row in report.stages), default=0) or None
-    return Run(name, kind, report, seconds, report.machine, report.config, peak)  # type: ignore[arg-type]
+    return Run(name, kind, report, seconds, report.machine, report.config, peak)
 
 
 def _winner(name: str, folder: Path) -> Run:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
-from grpo_autotune.console import as_warning
+from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.render.page import Section, render_page
 from grpo_autotune.render.probe_page import probe_sections, probe_title
-from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_log, load_report
+from grpo_autotune.report.files import LOG_FILE, PAGE_FILE, REPORT_FILE, load_log, load_report
+from grpo_autotune.search.folder import SEARCH_FILE, load_search
 
-PAGE_FILE = "report.html"
-SEARCH_FILE = "search.json"
 REFRESH_S = 60
 """Seconds between two pages of a training that runs."""
 
@@ -43,7 +42,6 @@ def _contents(source: Path, running: bool) -> tuple[str, list[Section]]:
         return train_title(log, report, running=running), train_sections(log, report)
     if source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
         from grpo_autotune.render.search_page import search_sections, search_title
-        from grpo_autotune.search.folder import load_search
 
         found = load_search(source)
         return search_title(found), search_sections(found)
@@ -71,7 +69,10 @@ def write_page(source: Path, file: Path | None = None, *, interactive: bool = Fa
 @as_warning("no page")
 def keep_page(folder: Path, *, running: bool = False) -> None:
     """Write the page beside what was measured and saved already; where it cannot be, that is a warning."""
-    write_page(folder, running=running)
+    if is_first_rank():
+        path = write_page(folder, running=running)
+        if not running:
+            say(f"Page: {path}")
 
 
 def open_page(path: Path) -> None:

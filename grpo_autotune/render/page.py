@@ -25,7 +25,10 @@ MOST_ROWS = 1000
 REDACTED = (
     (re.compile(r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}"), "(a key)"),
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1"),
-    (re.compile(r"(?<![\w.])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root|[A-Za-z]:\\Users\\[^\\\s'\"]+)(?![\w.-])"), "~"),
+    (
+        re.compile(r"(?<![\w.])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root|[A-Za-z]:\\Users\\[^\\\s'\"]+)(?![\w.-])"),
+        "~",
+    ),
 )
 """Keys by their known beginnings, names and passwords in addresses, home folders -> what stands in their place."""
 SECRET_KEY = re.compile(r"(?i)(?:^|[._])(?:\w*(?:token|api_?key|secret|password|credential)s?)$")
@@ -127,17 +130,21 @@ def render_page(
     specs = json.dumps([_zoomable(picture.spec) for picture in pictures]) if interactive else ""
     script = _script() if interactive else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page: str = _environment().get_template("page.html").render(
-        title=title,
-        sections=shown,
-        number=pictures.index,
-        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        refresh_s=refresh_s,
-        # in a script element nothing is escaped but what could end it
-        specs=Markup(specs.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        script=Markup(script),
-        script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
-        most_rows=MOST_ROWS,
+    page: str = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            sections=shown,
+            number=pictures.index,
+            style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+            refresh_s=refresh_s,
+            # in a script element nothing is escaped but what could end it
+            specs=Markup(specs.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
+            script=Markup(script),
+            script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
+            most_rows=MOST_ROWS,
+        )
     )
     return page
 

@@ -139,10 +139,11 @@ def waterfall(rows: Rows) -> Any:
     )  # fmt: skip
 
 
-def histogram(values: Sequence[float], title: str) -> Any:
-    """Numbers from 0 to 1 in ten bins."""
-    return chart_of([{"value": value} for value in values], height=150, width=NARROW).mark_bar(color=BLUE).encode(
-        x=alt.X("value:Q", bin=alt.Bin(extent=[0, 1], step=0.1), title=title), y=alt.Y("count()", title="groups")
+def histogram(bins: Sequence[tuple[str, int]], what: str, counted: str) -> Any:
+    """A bar for each bin, by its name and count."""
+    rows = [{"bin": name, "count": count} for name, count in bins]
+    return chart_of(rows, height=150, width=NARROW).mark_bar(color=BLUE).encode(
+        x=alt.X("bin:N", title=what, sort=None, axis=alt.Axis(labelAngle=-40)), y=alt.Y("count:Q", title=counted)
     )  # fmt: skip
 
 
@@ -166,7 +167,11 @@ def intervals(rows: Rows, title: str, *, one: bool = False) -> Any:
     x = alt.Scale(zero=False)
     bars = base.mark_rule(strokeWidth=3, color=BLUE).encode(x=alt.X("low:Q", title=title, scale=x), x2="high:Q", y=y)
     points = base.mark_point(filled=True, size=80, color=ORANGE, opacity=1).encode(x=alt.X("value:Q", scale=x), y=y)
-    line = chart_of([{"value": 1.0}], height=34 * max(1, len(rows)), width=WIDTH - 180).mark_rule(color="currentColor", strokeDash=[4, 3]).encode(x="value:Q")
+    line = (
+        chart_of([{"value": 1.0}], height=34 * max(1, len(rows)), width=WIDTH - 180)
+        .mark_rule(color="currentColor", strokeDash=[4, 3])
+        .encode(x="value:Q")
+    )
     return alt.layer(bars, points, line) if one else alt.layer(bars, points)
 
 
@@ -192,7 +197,11 @@ def predicted(rows: Rows, band: float) -> Any:
     ends = [{"at": at, "low": at * max(0.0, 1.0 - band), "high": at * (1.0 + band)} for at in (0.0, most)]
     size = {"height": 260, "width": NARROW}
     area = chart_of(ends, **size).mark_area(opacity=0.15, color=BLUE).encode(x="at:Q", y="low:Q", y2="high:Q")
-    line = chart_of(ends, **size).mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1).encode(x="at:Q", y="at:Q")
+    line = (
+        chart_of(ends, **size)
+        .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1)
+        .encode(x="at:Q", y="at:Q")
+    )
     points = chart_of(rows, **size).mark_point(filled=True, color=ORANGE, stroke="#777", strokeWidth=0.5, opacity=1).encode(
         x=seconds_axis("measured", "measured seconds per step"), y=alt.Y("predicted:Q", title="predicted"),
         tooltip=["trial:Q", "predicted:Q", "measured:Q"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def probe_sections(report: Report, folder: Path) -> list[Section]:
         Section("stages", "Stages", list(stage_blocks(report))),
         Section("work", "Tokens, images and rewards", list(_work(report))),
         Section("startup", "Before the first step", list(_startup(report))),
-        Section("vllm", "vLLM and the fidelity of its samples", [Lines(rows)] if (rows := rollout_lines(report)) else []),
+        Section(
+            "vllm", "vLLM and the fidelity of its samples", [Lines(rows)] if (rows := rollout_lines(report)) else []
+        ),
         *machine_sections(report.machine, report.versions | report.runtime, report.config),
     ]
 
@@ -70,7 +73,9 @@ def step_picture(report: Report) -> Picture:
     largest = sorted(shares, key=lambda row: -row[1])[:3]
     words = ", ".join(f"{name} {percent(value / report.step_s)}" for name, value in largest if report.step_s)
     alt = f"One bar of {seconds(report.step_s)}, split by stage; the largest: {words}"
-    return draw.picture("The median step by stage", alt, draw.stacked_bar(shares), Table(("stage", "time", "share"), rows))
+    return draw.picture(
+        "The median step by stage", alt, draw.stacked_bar(shares), Table(("stage", "time", "share"), rows)
+    )
 
 
 def _time_sections(report: Report, folder: Path) -> Iterator[Section]:
@@ -128,7 +133,9 @@ def _steps(report: Report, shown: Sequence[int], by_stage: dict[int, dict[str, f
     middle = statistics.median(report.step_seconds) if report.step_seconds else 0.0
     alt = f"A bar for {of}, split by stage; their median is {seconds(middle)}"
     note = "On the host's clock." if by_stage else "Without spans.jsonl a step's stages are not known."
-    return draw.picture(f"Seconds of {of}", alt, draw.stacked_steps(rows, stages), Table(("step", *stages), cells), note)
+    return draw.picture(
+        f"Seconds of {of}", alt, draw.stacked_steps(rows, stages), Table(("step", *stages), cells), note
+    )
 
 
 def _advice(report: Report) -> Iterator[Lines]:
@@ -162,10 +169,11 @@ def _work(report: Report) -> Iterator[Table | Lines | Picture]:
         rows = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
         yield Table(("reward function", "calls", "mean", "slowest"), rows)
     if tokens and tokens.pass_rates:
-        counts = [sum(min(int(rate * 10), 9) == place for rate in tokens.pass_rates) for place in range(10)]
-        table = Table(("pass rate", "groups"), [(f"{at / 10:.1f} to {at / 10 + 0.1:.1f}", n) for at, n in enumerate(counts)])
+        places = Counter(min(9, int(10 * min(max(rate, 0.0), 1.0) + 1e-9)) for rate in tokens.pass_rates)
+        bins = [(f"{at / 10:.1f} to {(at + 1) / 10:.1f}", places[at]) for at in range(10)]
         alt = f"{len(tokens.pass_rates)} groups by the share of their completions whose first reward is at least 0.5"
-        yield draw.picture("Pass rates of the groups", alt, draw.histogram(tokens.pass_rates, "pass rate"), table)
+        chart = draw.histogram(bins, "pass rate", "groups")
+        yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), bins))
     if images and len(images.tokens_at) > 1:
         yield _sizes(images.tokens_at)
 
@@ -175,8 +183,14 @@ def _five(spread: Spread) -> tuple[float, ...]:
 
 
 def _sizes(tokens_at: dict[str, float]) -> Picture:
-    rows = [{"pixels": int(side), "value": count, "series": "tokens"} for side, count in tokens_at.items() if side.isdecimal()]
-    table = Table(("longest side", "tokens per image"), [(f"{side} px", amount(count)) for side, count in tokens_at.items()])
+    rows = [
+        {"pixels": int(side), "value": count, "series": "tokens"}
+        for side, count in tokens_at.items()
+        if side.isdecimal()
+    ]
+    table = Table(
+        ("longest side", "tokens per image"), [(f"{side} px", amount(count)) for side, count in tokens_at.items()]
+    )
     alt = f"Tokens per image for {len(rows)} lengths of its longest side"
     chart = draw.lines(rows, "pixels", ("tokens",), "tokens per image")
     return draw.picture("Image size against tokens", alt, chart, table)
@@ -200,7 +214,9 @@ def machine_sections(
 ) -> Iterator[Section]:
     """Machine, versions, and the configuration with values that differ from the defaults first."""
     facts = [(key, value) for key, value in (machine or {}).items() if key not in ("versions", "gpus") and value]
-    facts += [("gpu", gpu.get("name", "") if isinstance(gpu, dict) else gpu) for gpu in (machine or {}).get("gpus") or []]
+    facts += [
+        ("gpu", gpu.get("name", "") if isinstance(gpu, dict) else gpu) for gpu in (machine or {}).get("gpus") or []
+    ]
     facts += sorted((versions | (machine or {}).get("versions", {})).items())
     yield Section("machine", "Machine and versions", [Table(("", "value"), facts)] if facts else [])
     rows = []

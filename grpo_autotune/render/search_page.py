@@ -53,7 +53,11 @@ def search_sections(report: SearchReport) -> list[Section]:
 def _written(report: SearchReport) -> Iterator[tuple[str, Candidate]]:
     """The configurations that were written and differ from one another, by their files' names."""
     seen = [report.baseline.knobs]
-    for name, one in (("tuned.yaml", report.best), ("tuned.exact.yaml", report.best_exact), ("tuned.fast.yaml", report.best_fast)):
+    for name, one in (
+        ("tuned.yaml", report.best),
+        ("tuned.exact.yaml", report.best_exact),
+        ("tuned.fast.yaml", report.best_fast),
+    ):
         if one.knobs not in seen:
             seen.append(one.knobs)
             yield name, one
@@ -62,7 +66,9 @@ def _written(report: SearchReport) -> Iterator[tuple[str, Candidate]]:
 def _race(report: SearchReport) -> Picture:
     """Seconds per step of the user's configuration and of those that were written."""
     rows = [("your configuration", report.baseline.step_s, report.baseline.step_s_ci, "")]
-    rows += [(name, one.step_s, one.step_s_ci, changes(one.changed, report.baseline.knobs)) for name, one in _written(report)]
+    rows += [
+        (name, one.step_s, one.step_s_ci, changes(one.changed, report.baseline.knobs)) for name, one in _written(report)
+    ]
     points = [{"name": name, "value": value, "low": ci[0], "high": ci[-1]} for name, value, ci, _ in rows if ci]
     cells = [(name, seconds(value), " to ".join(map(seconds, ci)), told) for name, value, ci, told in rows]
     table = Table(("configuration", "per step", f"interval at {percent(report.confidence)}", "changes"), cells)
@@ -78,7 +84,17 @@ def _trials(report: SearchReport) -> Iterator[Picture | Lines]:
                      "end": (at + trial.elapsed_s) / 60, "why": trial.why or ""})  # fmt: skip
         at += trial.elapsed_s
         cells.append(_trial_cells(trial, report))
-    columns = ("trial", "purpose", "by", "status", "per step", "predicted", "memory", "took", "changes, or why it failed")
+    columns = (
+        "trial",
+        "purpose",
+        "by",
+        "status",
+        "per step",
+        "predicted",
+        "memory",
+        "took",
+        "changes, or why it failed",
+    )
     failed = sum(trial.status != "ok" for trial in report.trials)
     alt = f"{len(rows)} trials one after the other over {seconds(at)}, coloured by status; {failed} failed"
     note = "One after the other by the time that each took; those of a race ran side by side."
@@ -109,7 +125,9 @@ def _predictions(report: SearchReport) -> Iterator[Picture | Lines]:
         off = f"; the band holds nine of ten, within {percent(band)}" if band else ""
         alt = f"Predicted against measured seconds per step of {len(both)} trials{off}"
         table = Table(("trial", "predicted", "measured", "off by"), cells)
-        yield draw.picture("Seconds per step", alt, draw.predicted(rows, band), table, f"On the line a prediction is right{off}.")
+        yield draw.picture(
+            "Seconds per step", alt, draw.predicted(rows, band), table, f"On the line a prediction is right{off}."
+        )
     if lines := list(error_lines(report)):
         yield Lines(lines)
 
@@ -128,7 +146,9 @@ def _contributions(report: SearchReport) -> Iterator[Picture | Table | Lines]:
     words = ", ".join(f"{row['name']} x {row['value']:.2f}" for row in rows)
     if rows:
         chart = draw.intervals(rows, "times as fast as without it", one=True)
-        yield draw.picture("How many times faster, with its interval", f"What each change brought: {words}", chart, table)
+        yield draw.picture(
+            "How many times faster, with its interval", f"What each change brought: {words}", chart, table
+        )
     else:
         yield table
     yield Lines([how_contributions(report)])
@@ -144,7 +164,9 @@ def _pareto(report: SearchReport) -> Iterator[Picture]:
         cells = [(str(r["trial"]), f"x {r['speedup']:.2f}", f"{r['memory']:.2f} GiB", r["reward"]) for r in rows]
         note = f"The table above holds {len(shown(report))} of them."
         table = Table(("trial", "speed", "memory", "reward"), cells)
-        yield draw.picture("Speed against memory", f"{len(rows)} trials by speed and memory", draw.pareto(rows), table, note)
+        yield draw.picture(
+            "Speed against memory", f"{len(rows)} trials by speed and memory", draw.pareto(rows), table, note
+        )
 
 
 def _diffs(report: SearchReport) -> Iterator[Diff | Lines]:

@@ -89,7 +89,7 @@ def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
         seconds(row.self_s),
         f"± {seconds(row.spread)}",
         percent(row.share),
-        "█" * max(0, round(row.share * BAR_CELLS)),
+        "█" * round(min(1.0, max(0.0, row.share)) * BAR_CELLS),
         per_token,
         *([limit] if with_limit else []),
         "" if row.peak_bytes is None else size(row.peak_bytes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from grpo_autotune.records.report import Report
@@ -87,28 +88,44 @@ def _summary(log: Log) -> list[str]:
     told = []
     if rewards:
         tail = rewards[-max(1, len(rewards) // 10) :]
-        told.append(f"Mean reward {rewards[0]:.3g} at first, {math.fsum(tail) / len(tail):.3g} over the last {plural(len(tail), 'log event')}.")
+        told.append(
+            f"Mean reward {rewards[0]:.3g} at first, {math.fsum(tail) / len(tail):.3g} over the last {plural(len(tail), 'log event')}."
+        )
     if took:
         told.append(f"{seconds(sorted(took)[len(took) // 2])} per step at the median.")
     done = evaluations(log)
     for name in dict.fromkeys(one.held_out for one in done):
         best = max((one for one in done if one.held_out == name), key=lambda one: one.reward)
-        told.append(f"Best held-out reward{name and f' on {name}'} {best.reward:.3g} ({best.low:.3g} to {best.high:.3g}) at step {best.step}.")
+        told.append(
+            f"Best held-out reward{name and f' on {name}'} {best.reward:.3g} ({best.low:.3g} to {best.high:.3g}) at step {best.step}."
+        )
+    last = _number(log[-1], "time")
+    if last is not None and 0.0 <= last < 1e11:
+        told.append(f"Last log event: {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC.")
     return told or ["Nothing was logged yet."]
 
 
 def _curve(curve: Curve, log: Log) -> Iterator[Picture]:
     rows: draw.Rows = []
     for key, name in curve.keys.items():
-        seen = [(row["step"], value) for row in log if row["kind"] == "train" and (value := _number(row, key)) is not None]
+        seen = [
+            (row["step"], value) for row in log if row["kind"] == "train" and (value := _number(row, key)) is not None
+        ]
         rows += [{"step": step, "value": value, "series": name} for step, value in _thinned(seen)]
     if not rows:
         return
     names = list(dict.fromkeys(row["series"] for row in rows))
     cells = [(str(row["step"]), row["series"], f"{row['value']:.4g}") for row in rows]
-    last = ", ".join(f"{name} {next(row['value'] for row in reversed(rows) if row['series'] == name):.3g}" for name in names)
+    last = ", ".join(
+        f"{name} {next(row['value'] for row in reversed(rows) if row['series'] == name):.3g}" for name in names
+    )
     chart = draw.lines(rows, "step", names, curve.axis)
-    yield draw.picture(curve.title, f"{curve.title} over steps; at the end: {last}", chart, Table(("step", "series", curve.axis), cells))
+    yield draw.picture(
+        curve.title,
+        f"{curve.title} over steps; at the end: {last}",
+        chart,
+        Table(("step", "series", curve.axis), cells),
+    )
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -129,7 +146,9 @@ def evaluations(log: Log) -> list[Evaluation]:
         took, rate = _number(row, named[0][0]), _number(row, named[0][0].replace("_runtime", "_samples_per_second"))
         samples = round(took * rate) if took and rate else 0
         half = Z * spread / math.sqrt(samples) if spread is not None and samples else 0.0
-        rows.append(Evaluation(row["step"], named[0][1] or "", reward, reward - half, reward + half, samples, took or 0.0))
+        rows.append(
+            Evaluation(row["step"], named[0][1] or "", reward, reward - half, reward + half, samples, took or 0.0)
+        )
     return rows
 
 
@@ -137,13 +156,25 @@ def _evaluations(log: Log) -> Iterator[Picture]:
     done = evaluations(log)
     if not done:
         return
-    rows = [{"step": e.step, "series": e.held_out or "held-out", "value": e.reward, "low": e.low, "high": e.high} for e in done]
+    rows = [
+        {"step": e.step, "series": e.held_out or "held-out", "value": e.reward, "low": e.low, "high": e.high}
+        for e in done
+    ]
     cells = [
-        (str(e.step), e.held_out or "held-out", f"{e.reward:.3f}", f"{e.low:.3f} to {e.high:.3f}", amount(e.samples), seconds(e.seconds))
+        (
+            str(e.step),
+            e.held_out or "held-out",
+            f"{e.reward:.3f}",
+            f"{e.low:.3f} to {e.high:.3f}",
+            amount(e.samples),
+            seconds(e.seconds),
+        )
         for e in done
     ]
     table = Table(("step", "set", "reward", "interval at 95%", "completions", "took"), cells)
     names = list(dict.fromkeys(str(row["series"]) for row in rows))
     alt = f"Held-out reward over steps with intervals; at the end {done[-1].reward:.3g}"
     note = "Intervals take completions as independent: several of one prompt make them too narrow."
-    yield draw.picture("Held-out reward", alt, draw.lines(rows, "step", names, "mean reward", width=draw.WIDTH), table, note)
+    yield draw.picture(
+        "Held-out reward", alt, draw.lines(rows, "step", names, "mean reward", width=draw.WIDTH), table, note
+    )

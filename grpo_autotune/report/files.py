@@ -13,6 +13,7 @@ from grpo_autotune.records.stored import read_stored
 
 REPORT_FILE = "report.json"
 LOG_FILE = "train_log.jsonl"
+PAGE_FILE = "report.html"
 WRITES_LOG = "`grpo-autotune train`"
 
 
@@ -31,7 +32,7 @@ def save_report(report: Report, folder: str | Path) -> Path:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run measured in `folder`, so that no trainer of it is left among those of the next."""
-    for kind in (REPORT_FILE, "trace.json.gz", "spans.jsonl", "spans.rank*.jsonl"):
+    for kind in (REPORT_FILE, PAGE_FILE, "trace.json.gz", "spans.jsonl", "spans.rank*.jsonl"):
         for path in (*folder.glob(kind), *folder.glob(f"trainer-[0-9]*/{kind}")):
             path.unlink()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from pydantic import ValidationError
@@ -38,8 +38,8 @@ EVIL = (
 )  # fmt: skip
 DRAWN = ("svg", "g", "path", "line", "text", "rect", "circle", "defs", "tspan", "title")
 TAGS = {
-    *("html head meta title style body main h1 h2 h3 nav ul li a section div p ol table caption thead tbody tr th td").split(),
-    *("figure figcaption details summary pre span").split(), *DRAWN,
+    *["html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "nav", "ul", "li", "a", "section", "div", "p", "ol", "table", "caption", "thead", "tbody", "tr", "th", "td"],
+    *["figure", "figcaption", "details", "summary", "pre", "span"], *DRAWN,
 }  # fmt: skip
 VOID = {"meta"}
 
@@ -82,7 +82,7 @@ class Reader(HTMLParser):
 
 def spans(step: int, scale: float = 1.0, name: str = "copy") -> dict[str, Any]:
     rows: list[list[Any]] = [["", "step", -1, 0.0, scale], ["generation", "generate", 0, 0.1 * scale, 0.5 * scale]]
-    rows += [["prompt", name, 1, (0.2 + 0.0001 * n) * scale, 0.0001 * scale] for n in range(100)]
+    rows += [["prompt", name if n == 50 else "copy", 1, (0.2 + 0.0001 * n) * scale, 0.0001 * scale] for n in range(100)]
     rows.append(["backward", "", 0, 0.7 * scale, 0.2 * scale])
     return {"step": step, "spans": rows, "other_threads": [["reward", name, 7, 0.1 * scale, 0.3 * scale]]}
 
@@ -226,7 +226,7 @@ def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 def spoilt(document: dict[str, Any], data: st.DataObject, schema: Any) -> Any:
     """The document with hostile texts and numbers in many places; those that its schema refuses are left as they were."""
     text = st.one_of(st.sampled_from(EVIL), st.text(max_size=30))
-    number = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, 1e308, -1.0, float("inf"), float("nan"), 5e-324]))
+    number = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, 1e308, -1.0, 5e-324]))
     places = [place for place, value in leaves(document) if isinstance(value, str | float)]
     chosen = data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=40, unique=True))
     copy = json.loads(json.dumps(document))
@@ -275,7 +275,8 @@ def harmless(text: str) -> None:
     text.encode()
 
 
-LENIENT = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+# a failure is not made smaller: with tracing and megabytes of text that takes minutes
+LENIENT = {"phases": (Phase.generate,), "deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}  # fmt: skip
 
 
 @settings(max_examples=500, **LENIENT)
@@ -299,12 +300,15 @@ def test_hostile_texts_in_pictures(data: st.DataObject, tmp_path_factory: pytest
 def test_bad_folders_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "report.json").write_text('{"schema": "grpo-autotune/re')
+    (tmp_path / "infinite").mkdir()
+    (tmp_path / "infinite" / "report.json").write_text(json.dumps({**DEMO, "step_s": float("inf")}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "search.json").write_text('{"schema": "someone/else"}')
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "train_log.jsonl").write_text("\n[1]\n{\n")
     for name, words in {
         "torn": "not a JSON file",
+        "infinite": "not a JSON file",
         "other": "schema",
         "log": "no log",
         "none": "no report here",
