@@ -42,7 +42,7 @@ from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
-MOST_SPANS_BYTES = 16 * 2**20
+MOST_SPANS_BYTES = 8 * 2**20
 """Size at which the file of spans ends: hundreds of steps, more than anybody looks at one by one."""
 _NUMBERS = itertools.count()
 

@@ -141,8 +141,9 @@ def _per_token(a: Run, b: Run) -> dict[str, float]:
 def _lengths(a: Run, b: Run) -> tuple[float, float]:
     """Mean lengths of completions; alike where one is not known."""
     before, after = a.facts.tokens, b.facts.tokens
-    known = before is not None and after is not None
-    return (max(before.completion.mean, 1.0), max(after.completion.mean, 1.0)) if known else (1.0, 1.0)
+    if before is None or after is None:
+        return 1.0, 1.0
+    return max(before.completion.mean, 1.0), max(after.completion.mean, 1.0)
 
 
 def _elsewhere(a: Run, b: Run) -> Iterator[str]:

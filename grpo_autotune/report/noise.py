@@ -29,8 +29,8 @@ MOST_CYCLES = 1024
 
 
 class Noise:
-    """The error of `log_seconds` (from indices of cycles, in the last axis) of a run of so many cycles, whose pace drifts
-    by at least `drift`, a standard deviation."""
+    """The error of `log_seconds` (from indices of cycles, in the last axis) of a run of so many cycles, whose pace
+    drifts by at least `drift`, a standard deviation."""
 
     def __init__(self, log_seconds: Callable[[np.ndarray], np.ndarray], cycles: int, drift: float) -> None:
         count = min(cycles, MOST_CYCLES)
