@@ -59,6 +59,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
 
     def action() -> int:
         loaded = _load(config, set_, "trial")
+        from grpo_autotune.commands.page import keep_page
         from grpo_autotune.commands.probe import probe_config
         from grpo_autotune.report.files import save_report
 
@@ -70,6 +71,7 @@ def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = 
             if is_first_rank():
                 save_report(measured, folder)
             say(f"Saved: {folder / 'report.json'}; print it again with `grpo-autotune report {folder}`.")
+            keep_page(folder)
 
         probe_config(loaded, steps=steps, out_dir=folder, output=output, show=finish)
         return 0
@@ -135,10 +137,33 @@ def search(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: Json = False) -> Action:
-    """Print a stored report again."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="With --html: the page's file.")] = None,
+    json_: Json = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page instead: report.html in the folder, or --html FILE.")
+    ] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="A page with tooltips and zoom, 0.9 MB larger.")
+    ] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Write the page and show it in a browser.")] = False,
+) -> Action:
+    """Print a stored report again, or make a page of it."""
 
     def action() -> int:
+        if file is not None and not html:
+            raise ConfigError("a file is only written as a page", where=str(file), fix="Put --html in front of it.")
+        if html or interactive or open_:
+            if json_:
+                raise ConfigError("a page is no JSON", where="--html", fix="Give --html or --json.")
+            from grpo_autotune.commands.page import open_page, write_page
+
+            path = write_page(run_dir, file, interactive=interactive)
+            say(f"Saved: {path}")
+            if open_:
+                open_page(path)
+            return 0
         from grpo_autotune.report.files import load_report
 
         if run_dir.name == SEARCH_FILE or (
@@ -152,6 +177,31 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json_: J
             return 0
         _print([load_report(run_dir)], json_)
         return 0
+
+    return action
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in ./runs.")],
+    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Held against this run, not the first.")] = None,
+    fail_if_slower: Annotated[
+        float | None, typer.Option(metavar="PCT", min=0.0, help="Exit with 1 where a run is slower by more percent.")
+    ] = None,
+    json_: Json = False,
+) -> Action:
+    """Hold stored runs against one of them: stage by stage, and faster, slower or within noise."""
+
+    def action() -> int:
+        from grpo_autotune.commands.compare import check_slower, compare_runs
+        from grpo_autotune.render.comparison import render_comparison
+
+        result = compare_runs(runs, baseline)
+        show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_comparison(result))
+        slower = check_slower(result, fail_if_slower) if fail_if_slower is not None else []
+        if slower:
+            say(f"slower than {result.baseline.name} by more than {fail_if_slower:g}%: {', '.join(slower)}")
+        return int(bool(slower))
 
     return action
 

@@ -28,6 +28,13 @@ class PrintableReport:
         """The report as JSON types."""
         return self.data.model_dump(mode="json")
 
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json` and the page `report.html` into `folder`, which is created where it is missing."""
+        from grpo_autotune.commands.page import keep_page
+
+        save_report(self.data, folder)
+        keep_page(Path(folder))
+
 
 class AttachedProbe:
     """The probe of one trainer, as `attach` returns it."""

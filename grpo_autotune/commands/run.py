@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.imports import set_environment
+from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
@@ -49,6 +50,7 @@ class _Measurement:
         report = report_of(self.record, None)
         with as_warning("the report was not saved"):
             save_report(report, self.folder)
+            keep_page(self.folder)
         return report
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grpo_autotune.commands.imports import set_environment
+from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import INTERRUPTED_EXIT
 from grpo_autotune.records.search import SearchReport
@@ -46,4 +47,5 @@ def search_config(
             runner=Runner,
             script=script,
         )
+    keep_page(run_dir)
     return report, INTERRUPTED_EXIT if report.ended == "interrupted" else 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
+from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
 from grpo_autotune.files import full_disk_told
@@ -41,6 +43,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
+            from grpo_autotune.train.runs.callbacks import AfterLog
             from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
             from grpo_autotune.train.trainer import run_training
             from grpo_autotune.train.trial_trainer import engine_time
@@ -52,8 +55,9 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
-            probes.append(Probe(trainer, startup=startup, say=warn))
+            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn))
             watched.append(probes[0].now)
+            trainer.add_callback(AfterLog(partial(keep_page, out_dir, running=True)))
             ended.callback(_tell_time, probes[0], config, out_dir)  # however it ends
 
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
@@ -78,3 +82,4 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
         save_report(report, out_dir)
         line += f"; `grpo-autotune report {out_dir}` prints the whole breakdown"
     say(line)
+    keep_page(out_dir)

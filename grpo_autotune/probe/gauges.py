@@ -69,6 +69,11 @@ class CudaGauge:
         """Keep the interface of `ResidentGauge`: there is no file to close."""
 
 
+def ranges_for(device: torch.device) -> Any:
+    """NVTX ranges, for Nsight Systems, where `GRPO_AUTOTUNE_NVTX=1` asks for them on a GPU; else None."""
+    return torch.cuda.nvtx if os.environ.get("GRPO_AUTOTUNE_NVTX") == "1" and device.type == "cuda" else None
+
+
 def gauges_for(device: torch.device) -> tuple[CudaTimer | None, CudaGauge | ResidentGauge | None]:
     """Timer and memory gauge of `device`; the timer is None where the host's clock measures the device's work."""
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
-from grpo_autotune.probe.gauges import gauges_for
+from grpo_autotune.probe.gauges import gauges_for, ranges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
 from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
@@ -42,6 +42,8 @@ from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
+MOST_SPANS_BYTES = 8 * 2**20
+"""Size at which the file of spans ends: hundreds of steps, more than anybody looks at one by one."""
 _NUMBERS = itertools.count()
 
 
@@ -78,7 +80,7 @@ class Probe:
         timer, self._gauge = gauges_for(trainer.args.device)
         self.profiles = profile and timer is not None
         self.warmup = self.cycle * (1 + self.profiles) if warmup is None else warmup
-        self.recorder = SpanRecorder(timer=timer, memory=self._gauge)
+        self.recorder = SpanRecorder(timer=timer, memory=self._gauge, ranges=ranges_for(trainer.args.device))
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
         self.signal = SignalWatch(trainer, self.cycle, say)
@@ -108,6 +110,7 @@ class Probe:
             lambda: None if (probe := alive()) is None else probe._stage_now(),
             _readers(trainer.args.device),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
+            keep=self.recorder.note,
         )
         self._handles = install(self)
         shared = [handle.remove for handle in self._handles if handle.shared]
@@ -279,6 +282,8 @@ class Probe:
             try:
                 with self._file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_line(spans)) + "\n")
+                    full = file.tell() >= MOST_SPANS_BYTES
+                self._file = None if full else self._file
             except OSError as error:
                 warn(f"{self._file} ends before step {spans.step}: {error.strerror}")
                 self._file = None
@@ -307,6 +312,9 @@ class Probe:
     def _open_spans(self, folder: Path) -> Path:
         rank = self.trainer.accelerator.process_index
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("spans.rank*.jsonl") if rank == 0 else ():
+            if int(stale.stem.removeprefix("spans.rank")) >= self.trainer.accelerator.num_processes:
+                stale.unlink()  # of an earlier run with more ranks
         path = folder.absolute() / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")
         path.write_bytes(b"")
         return path
@@ -374,8 +382,10 @@ def _seam_names() -> dict[str, list[str]]:
 
 
 def _line(spans: StepSpans) -> dict[str, Any]:
-    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread."""
+    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread; samples
+    of the machine as [time, values]."""
     origin = spans.spans[0].start_s
     rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
     others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]
-    return {"step": spans.step, "spans": rows, "other_threads": others}
+    samples = [[round(at_s - origin, 6), values] for at_s, values in spans.samples]
+    return {"step": spans.step, "spans": rows, "other_threads": others, "samples": samples}

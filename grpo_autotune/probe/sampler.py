@@ -117,6 +117,7 @@ class Sampler:
         readers: What is read at each sample.
         interval_s: Seconds between samples.
         ranks: Ranks on this machine.
+        keep: Given each sample that was not skipped.
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class Sampler:
         readers: Iterable[Any],
         interval_s: float = INTERVAL_S,
         ranks: int = 1,
+        keep: Callable[[dict[str, float]], None] = lambda values: None,
     ) -> None:
         self._stage_now, self._readers, self._interval_s = stage_now, list(readers), interval_s
-        self._ranks, self._looks = ranks, list[tuple[float, float]]()
+        self._keep, self._ranks, self._looks = keep, ranks, list[tuple[float, float]]()
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -155,6 +157,7 @@ class Sampler:
         values = {name: value for reader in self._readers for name, value in reader.read().items()}
         if stage is None:
             return
+        self._keep(values)
         sums = self._sums[stage]
         sums.samples += 1
         for name, value in values.items():

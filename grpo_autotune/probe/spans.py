@@ -30,6 +30,16 @@ class DeviceTimer(Protocol):
         """Seconds between two marks that the stream has passed."""
 
 
+class Ranges(Protocol):
+    """Named ranges in a profiler's timeline."""
+
+    def range_push(self, msg: str) -> Any:
+        """Open a range inside those that are open."""
+
+    def range_pop(self) -> Any:
+        """Close the innermost one."""
+
+
 @dataclass(slots=True)
 class Span:
     """One stretch of time; `start_s` is on the recorder's clock, `parent` an index into the step's spans (-1: root)."""
@@ -53,6 +63,7 @@ class StepSpans:
     step: int
     spans: list[Span]
     others: list[Span] = field(default_factory=list)
+    samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, and what was read by name
 
 
 class SpanRecorder:
@@ -62,6 +73,7 @@ class SpanRecorder:
         clock: Seconds, monotonic.
         timer: The accelerator's timer; None on CPU.
         memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
+        ranges: Gets a named range around each span of the main thread, as `torch.cuda.nvtx` has them; None for none.
         edge: Called at every begin and end, on whichever thread it happens; None calls nothing.
     """
 
@@ -71,11 +83,14 @@ class SpanRecorder:
         timer: DeviceTimer | None = None,
         memory: Callable[[], int] | None = None,
         edge: Callable[[], None] | None = None,
+        ranges: Ranges | None = None,
     ) -> None:
+        self.ranges = ranges
         self.clock, self.timer, self.memory, self.edge = clock, timer, memory, edge
         self._spans: list[Span] = []
         self._stack: list[Span] = []
         self._others: list[Span] = []
+        self._samples: list[tuple[float, dict[str, float]]] = []
         self._thread = 0
 
     @property
@@ -106,13 +121,15 @@ class SpanRecorder:
     def close_root(self, step: int) -> StepSpans:
         """End the optimizer step and return its spans."""
         self.end(self._stack[0])
-        done = StepSpans(step, self._spans, self._others)
-        self._spans, self._others = [], []
+        done = StepSpans(step, self._spans, self._others, self._samples)
+        self._spans, self._others, self._samples = [], [], []
         return done
 
     def abandon(self) -> None:
         """Drop the step under way."""
-        self._spans, self._stack, self._others = [], [], []
+        while self._stack:
+            self._pop()
+        self._spans, self._others, self._samples = [], [], []
 
     def begin(self, stage: str, part: str = "") -> Span:
         """Open a span under the innermost open one."""
@@ -123,6 +140,8 @@ class SpanRecorder:
             span.begin_mark = self.timer.mark()
         self._spans.append(span)
         self._stack.append(span)
+        if self.ranges is not None:
+            self.ranges.range_push(": ".join(word for word in (stage, part) if word))
         if self.edge is not None:
             self.edge()
         return span
@@ -135,7 +154,7 @@ class SpanRecorder:
         now = self.clock()
         mark = self.timer.mark() if self.timer is not None else None
         while self._stack:
-            inner = self._stack.pop()
+            inner = self._pop()
             inner.host_s = now - inner.start_s
             inner.end_mark = mark
             if inner is span:
@@ -158,9 +177,19 @@ class SpanRecorder:
         if self.edge is not None:
             self.edge()
 
+    def note(self, values: dict[str, float]) -> None:
+        """Keep a sample of the machine with the step under way; safe to call from any thread."""
+        if self._stack:
+            self._samples.append((self.clock(), values))
+
     def on_main_thread(self) -> bool:
         """Return whether the caller is the thread that runs the optimizer step."""
         return threading.get_ident() == self._thread
+
+    def _pop(self) -> Span:
+        if self.ranges is not None:
+            self.ranges.range_pop()
+        return self._stack.pop()
 
     def _gauge(self, inner: Span | None, stage: str | None) -> None:
         """Book the memory to the span under way, `inner`, before `stage` goes on; a device keeps its peak between two

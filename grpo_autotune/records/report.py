@@ -63,6 +63,7 @@ class StageReport(Frozen):
     host_s: float | None  # mean host seconds where `self_s` is the GPU's; None on a CPU
     share: float  # the stage's part of all measured seconds
     spread: float  # half the interquartile range over steps, seconds
+    per_step_s: list[float] = []  # seconds of each measured step, to 1 µs; empty where it never ran
     # milliseconds per token of this rank: completion tokens for `generation`; tokens of prompt and completion trained
     # on (`num_iterations` times those generated) for `policy_logprob`, `backward` and `optimizer`; tokens of prompt and
     # completion generated elsewhere

@@ -28,21 +28,21 @@ def render_search(report: SearchReport, width: int = 100, *, colour: bool = Fals
 def _sections(report: SearchReport) -> Iterator[RenderableType]:
     for line in headline(report):
         yield Text(line, style="bold")
-    yield from section("How the gain comes about", list(_gain_lines(report)))
+    yield from section("How the gain comes about", list(gain_lines(report)))
     if report.contributions:
-        yield Padding(_contribution_table(report.contributions), (0, 0, 0, 2))
+        yield Padding(contribution_table(report.contributions), (0, 0, 0, 2))
         if len(report.contributions) > 1:
-            yield Padding(Text(_how_contributions(report), style="dim"), (0, 0, 0, 2))
+            yield Padding(Text(how_contributions(report), style="dim"), (0, 0, 0, 2))
     yield from section("What changes what is learned", [guard_line(guard) for guard in report.guards])
     if report.pareto:
         yield Text("\nSpeed against reward and memory: nothing here is beaten in all three", style="bold")
-        yield Padding(_pareto_table(report), (0, 0, 0, 2))
+        yield Padding(pareto_table(report), (0, 0, 0, 2))
         left_out = len(report.pareto) - len(shown(report))
         if left_out:
             yield Padding(Text(f"and {left_out} more, in {report.files['report']}", style="dim"), (0, 0, 0, 2))
     yield from section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
-    yield from section("Trials that failed", list(_failures(report)))
-    yield from section("The models", list(_errors(report)))
+    yield from section("Trials that failed", list(failure_lines(report)))
+    yield from section("The models", list(error_lines(report)))
     yield from section("Notes", report.notes)
     yield from section("Files", [f"{name}: {path}" for name, path in report.files.items()])
 
@@ -104,7 +104,7 @@ def guard_line(guard: Guard) -> str:
     return f"{guard.key} {value_text(guard.before)} -> {value_text(guard.after)}: {verdict}, {guard.why}{more}."
 
 
-def _gain_lines(report: SearchReport) -> Iterator[str]:
+def gain_lines(report: SearchReport) -> Iterator[str]:
     if report.exact_share is None:
         return
     gain = math.log(report.best.speedup)
@@ -115,7 +115,7 @@ def _gain_lines(report: SearchReport) -> Iterator[str]:
     )
 
 
-def _how_contributions(report: SearchReport) -> str:
+def how_contributions(report: SearchReport) -> str:
     """The meaning of the contributions, and how far they are from the whole gain."""
     text = (
         "Each: the winner's speed over its speed with that change alone taken back; where these multiply to more than "
@@ -124,7 +124,7 @@ def _how_contributions(report: SearchReport) -> str:
     return f"{text} Together they bring x {report.together:.2f} more." if report.together > 1.02 else text
 
 
-def _contribution_table(rows: list[Contribution]) -> Table:
+def contribution_table(rows: list[Contribution]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("change", "kind", "brings", ""):
         table.add_column(title, justify="right" if title == "brings" else "left")
@@ -137,7 +137,7 @@ def _contribution_table(rows: list[Contribution]) -> Table:
     return table
 
 
-def _pareto_table(report: SearchReport) -> Table:
+def pareto_table(report: SearchReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("speed", "reward", "memory", "changes"):
         table.add_column(title, justify="left" if title == "changes" else "right")
@@ -157,7 +157,7 @@ def shown(report: SearchReport) -> list[ParetoRow]:
     return [row for row in report.pareto if row in files or row in others]
 
 
-def _failures(report: SearchReport) -> Iterator[str]:
+def failure_lines(report: SearchReport) -> Iterator[str]:
     failed = [row for row in report.trials if row.status != "ok"]
     for status, count in Counter(row.status for row in failed).most_common():
         first = next(row for row in failed if row.status == status)
@@ -165,7 +165,7 @@ def _failures(report: SearchReport) -> Iterator[str]:
         yield f"{status} ({count}): trial {numbers}; the first: {first.why or 'no reason given'}"
 
 
-def _errors(report: SearchReport) -> Iterator[str]:
+def error_lines(report: SearchReport) -> Iterator[str]:
     for stage, error in report.model_error.items():
         off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
         yield f"{stage}: {off} ({_count(error.n, 'trial')})"

@@ -99,7 +99,8 @@ def _count(number: int) -> str:
 
 def legend(report: Report) -> str:
     """The meaning of the stages that ran, and of the columns."""
-    ran = [f"{row.name}: {LEGEND[row.name]}" for row in report.stages if row.self_s != 0.0 or row.calls > 0.0]
+    stages = [row.name for row in report.stages if row.self_s != 0.0 or row.calls > 0.0]
+    ran = [f"{name}: {LEGEND[name]}" for name in stages if name in LEGEND]
     text = (
         "; ".join(ran)
         + ". Spread: half of the distance between the quartiles over steps. Per token: completion tokens "

@@ -32,7 +32,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     for line in report.warnings:
         yield Text(f"\nWARNING: {line}", style="bold red")
     yield Text("")
-    yield _stage_table(report)
+    yield stage_table(report)
     yield Padding(Text(legend(report), style="dim"), (0, 0, 0, 2))
     yield from section("What bounds it", [report.bound])
     yield from section("Before the first step", [startup_line(report)] if report.startup else [])
@@ -40,7 +40,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from section("vLLM", rollout_lines(report))
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
-        yield _rank_table(report)
+        yield rank_table(report)
         for straggler in report.ranks.stragglers:
             yield Text(
                 f"Straggler: rank {straggler.rank} works {seconds(straggler.extra_s)} per step longer than the others, "
@@ -49,7 +49,7 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from _verdict(report)
 
 
-def _stage_table(report: Report) -> Table:
+def stage_table(report: Report) -> Table:
     """One row per stage that ran, slowest first, its parts indented below it."""
     with_limit = any(row.limit_share is not None for row in report.stages)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
@@ -89,14 +89,14 @@ def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
         seconds(row.self_s),
         f"± {seconds(row.spread)}",
         percent(row.share),
-        "█" * max(0, round(row.share * BAR_CELLS)),
+        "█" * round(min(1.0, max(0.0, row.share)) * BAR_CELLS),
         per_token,
         *([limit] if with_limit else []),
         "" if row.peak_bytes is None else size(row.peak_bytes),
     ]
 
 
-def _rank_table(report: Report) -> Table:
+def rank_table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "mean of ranks", "longest", "on"):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)

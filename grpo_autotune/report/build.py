@@ -96,6 +96,7 @@ def _stage(row: StageRow, facts: Facts) -> StageReport:
         host_s=statistics.fmean(cycle_means(row.host_s, facts.record.timings.cycle)) if row.host_s else None,
         share=b.shares[row.name],
         spread=b.spread_s[row.name],
+        per_step_s=[round(spent, 6) for spent in row.per_step_s] if any(row.per_step_s) else [],
         ms_per_token=_ms_per_token(row.name, self_s, facts.record),
         limit_share=limit.share if limit else None,
         limited_by=limit.by if limit else None,

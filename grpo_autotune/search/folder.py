@@ -67,9 +67,9 @@ class SearchFolder:
         """Every trial that was begun, by number; one that was killed with its parent has no outcome."""
         trials = []
         for folder in sorted((self.path / "trials").glob("[0-9]*")):
-            spec = _read(folder / SPEC_FILE, TrialSpec)
+            spec = read_record(folder / SPEC_FILE, TrialSpec)
             if spec is not None:
-                trials.append((spec, _read(folder / OUTCOME_FILE, TrialOutcome)))
+                trials.append((spec, read_record(folder / OUTCOME_FILE, TrialOutcome)))
         return trials
 
     def next_number(self) -> int:
@@ -114,7 +114,7 @@ class SearchFolder:
         Raises:
             ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
         """
-        state = _read(self.state_file, State)
+        state = read_record(self.state_file, State)
         if state is None:
             if not resume and self.report.exists():
                 raise ConfigError("this folder holds a search", where=str(self.path), fix="Give another --run-dir.")
@@ -141,7 +141,7 @@ class SearchFolder:
         return state
 
 
-def _read(path: Path, kind: type[Record]) -> Record | None:
+def read_record(path: Path, kind: type[Record]) -> Record | None:
     """A record, or None where it is missing or torn: a file that a full disk or a kill left half written says
     nothing."""
     try:

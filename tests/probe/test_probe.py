@@ -18,6 +18,8 @@ from grpo_autotune import attach
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.probe import NO_SIGNAL
 from grpo_autotune.report.build import build_report
+from grpo_autotune.report.files import save_report
+from tests.support.traces import events_in, self_seconds
 from tests.support.trainers import async_reward, losses, make_trainer, rising_reward, spread_reward
 
 from grpo_autotune.probe import probe as probe_module  # isort: skip
@@ -66,6 +68,12 @@ def test_four_architectures_with_and_without_adapters(tiny, tmp_path, picture_ro
         assert record.images is None
     lines = (tmp_path / "probe" / "spans.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    report = build_report(record)
+    save_report(report, tmp_path / "probe")
+    totals = self_seconds(events_in(tmp_path / "probe"))
+    for row in report.stages:
+        traced = sum(totals[step, row.name] for step in (2, 3)) / 2.0
+        assert traced == pytest.approx(row.mean_s, rel=0.01, abs=2e-4), row.name
 
 
 def test_what_is_under_way_belongs_to_its_step(tiny, tmp_path, text_rows, monkeypatch):

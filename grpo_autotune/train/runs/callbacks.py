@@ -19,6 +19,12 @@ from grpo_autotune.units import duration
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two lines where standard error is no terminal."""
 
+PAGE_EVERY_S = 60.0
+"""Least seconds between two pages of a run."""
+
+PAGE_COST = 100
+"""Seconds between two pages for each second that the last one took: at most a hundredth goes into them."""
+
 RECENT_STEPS = 20
 """Steps that the shown seconds per step are a mean of."""
 
@@ -64,6 +70,27 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         seconds = round((now - self._since_s) / steps, 4) if steps else None
         self._since_s, self._since_step = now, step
         return seconds
+
+
+class AfterLog(TrainerCallback):  # type: ignore[misc]
+    """Writes a page of the run after log events, at most once a minute, the first a minute after the first event.
+
+    Args:
+        write: Writes it, and raises nothing.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, write: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._next_s: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin = self._clock()
+        if self._next_s is None:  # the line of the first event may not be written yet
+            self._next_s = begin + PAGE_EVERY_S
+        elif state.is_world_process_zero and begin >= self._next_s:
+            self._write()
+            self._next_s = max(begin + PAGE_EVERY_S, self._clock() + PAGE_COST * (self._clock() - begin))
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]

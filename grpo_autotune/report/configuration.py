@@ -1,0 +1,48 @@
+"""Configurations in a report: keys with their values, and a tuned one as a diff against the user's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.knobs import with_knobs
+
+
+class Setting(NamedTuple):
+    """A key path and its value; `own` where it differs from the default, None where that cannot be told."""
+
+    key: str
+    value: Any
+    own: bool | None
+
+
+def settings(values: Mapping[str, Any]) -> list[Setting]:
+    """All keys of a stored configuration, those with values of their own first."""
+    try:
+        own = dict(_flat(RunConfig.from_dict(dict(values)).to_dict()))
+    except ConfigError:  # of an older version
+        return [Setting(key, value, None) for key, value in _flat(values)]
+    rows = [Setting(key, value, key in own) for key, value in _flat(values)]
+    return sorted(rows, key=lambda row: not row.own)
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def tuned_diff(values: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
+    """The configuration with these knobs as a unified diff against that without; empty where a key is not known."""
+    try:
+        before = RunConfig.from_dict(dict(values))
+        after = with_knobs(before, dict(knobs))
+    except ConfigError:
+        return []
+    texts = [config.model_copy(update={"receipt": None}).to_yaml().splitlines() for config in (before, after)]
+    return list(difflib.unified_diff(*texts, "yours", "tuned", lineterm=""))
