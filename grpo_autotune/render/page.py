@@ -101,7 +101,7 @@ def from_rich(table: RichTable, *, anchor: str = "") -> Table:
 
 
 def datum(value: Any) -> Any:
-    """A datum as text that is safe to show: in one line, without keys, home folders and signs that cannot be printed."""
+    """A datum as text that is safe to show: in one line, without keys, home folders and signs not printable."""
     if isinstance(value, Markup):
         return value
     text = "" if value is None else str(value)

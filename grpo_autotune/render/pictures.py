@@ -184,7 +184,8 @@ def in_order(stages: Iterable[str]) -> list[str]:
 def trials(rows: Rows) -> Any:
     """Trials from `begin` to `end` minutes, a lane for each purpose, coloured by status."""
     lanes = list(dict.fromkeys(row["lane"] for row in rows))
-    return chart_of(rows, height=34 * max(1, len(lanes)), width=WIDTH - 60).mark_bar(stroke="#777", strokeWidth=0.3).encode(
+    base = chart_of(rows, height=34 * max(1, len(lanes)), width=WIDTH - 60)
+    return base.mark_bar(stroke="#777", strokeWidth=0.3).encode(
         x=seconds_axis("begin", "minutes of trials"), x2="end:Q", y=alt.Y("lane:N", title=None, sort=lanes),
         color=coloured("status", (row["status"] for row in rows), STATUS_COLOURS),
         tooltip=["trial:Q", "status:N", "why:N"],
@@ -202,17 +203,9 @@ def predicted(rows: Rows, band: float) -> Any:
         .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1)
         .encode(x="at:Q", y="at:Q")
     )
-    points = chart_of(rows, **size).mark_point(filled=True, color=ORANGE, stroke="#777", strokeWidth=0.5, opacity=1).encode(
+    dots = chart_of(rows, **size).mark_point(filled=True, color=ORANGE, stroke="#777", strokeWidth=0.5, opacity=1)
+    points = dots.encode(
         x=seconds_axis("measured", "measured seconds per step"), y=alt.Y("predicted:Q", title="predicted"),
         tooltip=["trial:Q", "predicted:Q", "measured:Q"],
     )  # fmt: skip
     return alt.layer(area, line, points)
-
-
-def pareto(rows: Rows) -> Any:
-    """Trials by speed and memory; the shape says whether their reward is known."""
-    return chart_of(rows, height=220, width=NARROW).mark_point(size=60, strokeWidth=2, color=BLUE).encode(
-        x=alt.X("memory:Q", title="GiB", scale=alt.Scale(zero=False)),
-        y=alt.Y("speedup:Q", title="times as fast", scale=alt.Scale(zero=False)),
-        shape=alt.Shape("reward:N", title=None), tooltip=["trial:Q", "speedup:Q", "memory:Q", "reward:N"],
-    )  # fmt: skip
