@@ -42,6 +42,8 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 WIDTH, NARROW = 820, 380
 LIGHT_LABELS = ("generation", "backward", "tools", "engine", "optimizer", "reward", "sync_wait")
 """Stages whose colour needs white text."""
+MOST_DOTS = 60
+"""Points of a picture of lines up to which each is a dot."""
 LEAST_LABELLED = 0.09
 """Share of a bar from which a stage's name has room in it."""
 
@@ -154,7 +156,8 @@ def lines(rows: Rows, x: str, ys: Sequence[str], title: str, *, width: int = NAR
     colour = coloured("series", ys, colours) if len(ys) > 1 else alt.value(BLUE)
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
     x_axis = alt.X(f"{x}:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1))
-    drawn = base.mark_line(point=alt.OverlayMarkDef(size=16), strokeWidth=1.4).encode(x=x_axis, y=y, color=colour)
+    point = alt.OverlayMarkDef(size=16) if len(rows) <= MOST_DOTS else False
+    drawn = base.mark_line(point=point, strokeWidth=1.4).encode(x=x_axis, y=y, color=colour)
     if not any("low" in row for row in rows):
         return drawn
     return alt.layer(base.mark_rule(strokeWidth=1.4).encode(x=x_axis, y="low:Q", y2="high:Q", color=colour), drawn)
