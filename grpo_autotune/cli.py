@@ -157,12 +157,14 @@ def report(
         if html or interactive or open_:
             if json_:
                 raise ConfigError("a page is no JSON", where="--html", fix="Give --html or --json.")
-            from grpo_autotune.commands.page import open_page, write_page
+            from grpo_autotune.commands.page import write_page
 
             path = write_page(run_dir, file, interactive=interactive)
             say(f"Saved: {path}")
             if open_:
-                open_page(path)
+                import webbrowser
+
+                webbrowser.open(path.absolute().as_uri())
             return 0
         from grpo_autotune.report.files import load_report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import webbrowser
 from pathlib import Path
 
 from grpo_autotune.console import as_warning, is_first_rank, say
@@ -43,8 +42,8 @@ def _contents(source: Path, running: bool) -> tuple[str, list[Section]]:
     if source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
         from grpo_autotune.render.search_page import search_sections, search_title
 
-        found = load_search(source)
-        return search_title(found), search_sections(found)
+        searched = load_search(source)
+        return search_title(searched), search_sections(searched)
     measured = load_report(source)
     return probe_title(measured), probe_sections(measured, folder)
 
@@ -73,8 +72,3 @@ def keep_page(folder: Path, *, running: bool = False) -> None:
         path = write_page(folder, running=running)
         if not running:
             say(f"Page: {path}")
-
-
-def open_page(path: Path) -> None:
-    """Show a page in the browser of this machine."""
-    webbrowser.open(path.absolute().as_uri())

@@ -1,1 +1,1 @@
-"""Reports as text for a terminal, from the report alone."""
+"""Reports as text for a terminal and as pages of HTML, from stored records alone."""

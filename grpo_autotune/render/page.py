@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -35,7 +36,8 @@ SECRET_KEY = re.compile(r"(?i)(?:^|[._])(?:\w*(?:token|api_?key|secret|password|
 """Key paths whose text is never shown."""
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
     """Rows of cells below their columns' titles; the first cell names its row."""
 
     columns: Sequence[str]
@@ -43,7 +45,7 @@ class Table(NamedTuple):
     anchor: str = ""  # rows get the id `anchor-FIRST_CELL` where it is set
     caption: str = ""
 
-    kind = "table"
+    kind: ClassVar = "table"
 
     def is_text(self, column: int) -> bool:
         """True for a column of words, which begin at one edge, where numbers end at one."""
@@ -51,7 +53,8 @@ class Table(NamedTuple):
         return any(len(cell) > LONGEST_NUMBER or not any(sign.isdigit() for sign in cell) for cell in cells)
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True)
+class Picture:
     """A Vega-Lite specification, the same in words, and the table of its numbers."""
 
     title: str
@@ -60,10 +63,11 @@ class Picture(NamedTuple):
     table: Table
     note: str = ""
 
-    kind = "picture"
+    kind: ClassVar = "picture"
 
 
-class Lines(NamedTuple):
+@dataclass(frozen=True)
+class Lines:
     """Sentences, a paragraph each, or points of a numbered list."""
 
     lines: Sequence[str]
@@ -71,15 +75,16 @@ class Lines(NamedTuple):
     title: str = ""
     strong: bool = False  # a warning, or the sentence that matters most
 
-    kind = "lines"
+    kind: ClassVar = "lines"
 
 
-class Diff(NamedTuple):
+@dataclass(frozen=True)
+class Diff:
     """Lines of a unified diff."""
 
     lines: Sequence[str]
 
-    kind = "diff"
+    kind: ClassVar = "diff"
 
 
 Block = Table | Picture | Lines | Diff
@@ -101,7 +106,7 @@ def from_rich(table: RichTable, *, anchor: str = "") -> Table:
 
 
 def datum(value: Any) -> Any:
-    """A datum as text that is safe to show: in one line, without keys, home folders and signs that cannot be printed."""
+    """A datum as text that is safe to show: in one line, without keys, home folders and signs not printable."""
     if isinstance(value, Markup):
         return value
     text = "" if value is None else str(value)

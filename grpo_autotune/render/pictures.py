@@ -42,6 +42,8 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 WIDTH, NARROW = 820, 380
 LIGHT_LABELS = ("generation", "backward", "tools", "engine", "optimizer", "reward", "sync_wait")
 """Stages whose colour needs white text."""
+MOST_DOTS = 60
+"""Points of a picture of lines up to which each is a dot."""
 LEAST_LABELLED = 0.09
 """Share of a bar from which a stage's name has room in it."""
 
@@ -154,7 +156,8 @@ def lines(rows: Rows, x: str, ys: Sequence[str], title: str, *, width: int = NAR
     colour = coloured("series", ys, colours) if len(ys) > 1 else alt.value(BLUE)
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
     x_axis = alt.X(f"{x}:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1))
-    drawn = base.mark_line(point=alt.OverlayMarkDef(size=16), strokeWidth=1.4).encode(x=x_axis, y=y, color=colour)
+    point = alt.OverlayMarkDef(size=16) if len(rows) <= MOST_DOTS else False
+    drawn = base.mark_line(point=point, strokeWidth=1.4).encode(x=x_axis, y=y, color=colour)
     if not any("low" in row for row in rows):
         return drawn
     return alt.layer(base.mark_rule(strokeWidth=1.4).encode(x=x_axis, y="low:Q", y2="high:Q", color=colour), drawn)
@@ -184,7 +187,8 @@ def in_order(stages: Iterable[str]) -> list[str]:
 def trials(rows: Rows) -> Any:
     """Trials from `begin` to `end` minutes, a lane for each purpose, coloured by status."""
     lanes = list(dict.fromkeys(row["lane"] for row in rows))
-    return chart_of(rows, height=34 * max(1, len(lanes)), width=WIDTH - 60).mark_bar(stroke="#777", strokeWidth=0.3).encode(
+    base = chart_of(rows, height=34 * max(1, len(lanes)), width=WIDTH - 60)
+    return base.mark_bar(stroke="#777", strokeWidth=0.3).encode(
         x=seconds_axis("begin", "minutes of trials"), x2="end:Q", y=alt.Y("lane:N", title=None, sort=lanes),
         color=coloured("status", (row["status"] for row in rows), STATUS_COLOURS),
         tooltip=["trial:Q", "status:N", "why:N"],
@@ -202,17 +206,9 @@ def predicted(rows: Rows, band: float) -> Any:
         .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1)
         .encode(x="at:Q", y="at:Q")
     )
-    points = chart_of(rows, **size).mark_point(filled=True, color=ORANGE, stroke="#777", strokeWidth=0.5, opacity=1).encode(
+    dots = chart_of(rows, **size).mark_point(filled=True, color=ORANGE, stroke="#777", strokeWidth=0.5, opacity=1)
+    points = dots.encode(
         x=seconds_axis("measured", "measured seconds per step"), y=alt.Y("predicted:Q", title="predicted"),
         tooltip=["trial:Q", "predicted:Q", "measured:Q"],
     )  # fmt: skip
     return alt.layer(area, line, points)
-
-
-def pareto(rows: Rows) -> Any:
-    """Trials by speed and memory; the shape says whether their reward is known."""
-    return chart_of(rows, height=220, width=NARROW).mark_point(size=60, strokeWidth=2, color=BLUE).encode(
-        x=alt.X("memory:Q", title="GiB", scale=alt.Scale(zero=False)),
-        y=alt.Y("speedup:Q", title="times as fast", scale=alt.Scale(zero=False)),
-        shape=alt.Shape("reward:N", title=None), tooltip=["trial:Q", "speedup:Q", "memory:Q", "reward:N"],
-    )  # fmt: skip

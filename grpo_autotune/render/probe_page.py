@@ -48,7 +48,7 @@ def probe_sections(report: Report, folder: Path) -> list[Section]:
 
 
 def summary(report: Report) -> str:
-    """What bounds the step, and the exact change that is predicted to save most."""
+    """The bound of the step, and the exact change that is predicted to save most."""
     exact = [advice for advice in report.verdict if advice.kind == "exact" and advice.predicted_saving]
     if not exact:
         return f"{report.bound} No change that learns the same is predicted to save one percent of it."
@@ -175,25 +175,12 @@ def _work(report: Report) -> Iterator[Table | Lines | Picture]:
         chart = draw.histogram(bins, "pass rate", "groups")
         yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), bins))
     if images and len(images.tokens_at) > 1:
-        yield _sizes(images.tokens_at)
+        sizes = [(f"{side} px", amount(count)) for side, count in images.tokens_at.items()]
+        yield Table(("longest side of an image", "tokens"), sizes, caption="Image size against tokens")
 
 
 def _five(spread: Spread) -> tuple[float, ...]:
     return spread.mean, spread.p50, spread.p90, spread.p99, spread.max
-
-
-def _sizes(tokens_at: dict[str, float]) -> Picture:
-    rows = [
-        {"pixels": int(side), "value": count, "series": "tokens"}
-        for side, count in tokens_at.items()
-        if side.isdecimal()
-    ]
-    table = Table(
-        ("longest side", "tokens per image"), [(f"{side} px", amount(count)) for side, count in tokens_at.items()]
-    )
-    alt = f"Tokens per image for {len(rows)} lengths of its longest side"
-    chart = draw.lines(rows, "pixels", ("tokens",), "tokens per image")
-    return draw.picture("Image size against tokens", alt, chart, table)
 
 
 def _startup(report: Report) -> Iterator[Lines | Picture]:
@@ -220,7 +207,7 @@ def machine_sections(
     facts += sorted((versions | (machine or {}).get("versions", {})).items())
     yield Section("machine", "Machine and versions", [Table(("", "value"), facts)] if facts else [])
     rows = []
-    for key, value, own in settings(config) if config else []:
+    for key, value, changed in settings(config) if config else []:
         told = "(not shown)" if value is not None and SECRET_KEY.search(key) else _text(value)
-        rows.append((key, told, "" if own is None else "set" if own else "default"))
+        rows.append((key, told, "" if changed is None else "set" if changed else "default"))
     yield Section("configuration", "Configuration", [Table(("key", "value", ""), rows)] if rows else [])

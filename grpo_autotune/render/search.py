@@ -105,6 +105,7 @@ def guard_line(guard: Guard) -> str:
 
 
 def gain_lines(report: SearchReport) -> Iterator[str]:
+    """The gain as a product of what exact knobs bring and what learning ones do."""
     if report.exact_share is None:
         return
     gain = math.log(report.best.speedup)
@@ -125,6 +126,7 @@ def how_contributions(report: SearchReport) -> str:
 
 
 def contribution_table(rows: list[Contribution]) -> Table:
+    """A row for each change of the winner."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("change", "kind", "brings", ""):
         table.add_column(title, justify="right" if title == "brings" else "left")
@@ -138,6 +140,7 @@ def contribution_table(rows: list[Contribution]) -> Table:
 
 
 def pareto_table(report: SearchReport) -> Table:
+    """A row for each combination that is shown."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("speed", "reward", "memory", "changes"):
         table.add_column(title, justify="left" if title == "changes" else "right")
@@ -158,6 +161,7 @@ def shown(report: SearchReport) -> list[ParetoRow]:
 
 
 def failure_lines(report: SearchReport) -> Iterator[str]:
+    """A line for each way in which trials failed."""
     failed = [row for row in report.trials if row.status != "ok"]
     for status, count in Counter(row.status for row in failed).most_common():
         first = next(row for row in failed if row.status == status)
@@ -166,6 +170,7 @@ def failure_lines(report: SearchReport) -> Iterator[str]:
 
 
 def error_lines(report: SearchReport) -> Iterator[str]:
+    """A line for each stage of the models, and the load meanwhile."""
     for stage, error in report.model_error.items():
         off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
         yield f"{stage}: {off} ({_count(error.n, 'trial')})"

@@ -19,7 +19,6 @@ from grpo_autotune.render.search import (
     headline,
     how_contributions,
     pareto_table,
-    shown,
 )
 from grpo_autotune.report.configuration import tuned_diff
 from grpo_autotune.units import percent, seconds, size
@@ -35,16 +34,19 @@ def search_title(report: SearchReport) -> str:
 
 def search_sections(report: SearchReport) -> list[Section]:
     """The sections of the page."""
-    pareto = [from_rich(pareto_table(report)), *_pareto(report)] if report.pareto else []
+    lines = headline(report)
+    guards = [guard_line(guard) for guard in report.guards]
+    skipped = [f"{row.count} combinations: {row.why}" for row in report.skipped]
+    pareto = [from_rich(pareto_table(report))] if report.pareto else []
     return [
-        Section("race", "The race", [Lines(headline(report)[:1]), Lines(headline(report)[1:], strong=True), _race(report)]),
+        Section("race", "The race", [Lines(lines[:1]), Lines(lines[1:], strong=True), _race(report)]),
         Section("trials", "Trials", list(_trials(report))),
         Section("models", "Predicted against measured", list(_predictions(report))),
         Section("contributions", "What each change brought", list(_contributions(report))),
-        Section("guards", "What changes what is learned", [Lines(rows)] if (rows := [*map(guard_line, report.guards)]) else []),
+        Section("guards", "What changes what is learned", [Lines(guards)] if guards else []),
         Section("pareto", "Speed against reward and memory: nothing here is beaten in all three", pareto),
         Section("configurations", "The tuned configurations", list(_diffs(report))),
-        Section("skipped", "Not run", [Lines(rows)] if (rows := [f"{r.count} combinations: {r.why}" for r in report.skipped]) else []),
+        Section("skipped", "Not run", [Lines(skipped)] if skipped else []),
         Section("notes", "Notes", [Lines(report.notes)] if report.notes else []),
         *machine_sections(report.machine, {}, report.config),
     ]  # fmt: skip
@@ -53,11 +55,8 @@ def search_sections(report: SearchReport) -> list[Section]:
 def _written(report: SearchReport) -> Iterator[tuple[str, Candidate]]:
     """The configurations that were written and differ from one another, by their files' names."""
     seen = [report.baseline.knobs]
-    for name, one in (
-        ("tuned.yaml", report.best),
-        ("tuned.exact.yaml", report.best_exact),
-        ("tuned.fast.yaml", report.best_fast),
-    ):
+    names = ("tuned.yaml", "tuned.exact.yaml", "tuned.fast.yaml")
+    for name, one in zip(names, (report.best, report.best_exact, report.best_fast), strict=True):
         if one.knobs not in seen:
             seen.append(one.knobs)
             yield name, one
@@ -74,7 +73,8 @@ def _race(report: SearchReport) -> Picture:
     table = Table(("configuration", "per step", f"interval at {percent(report.confidence)}", "changes"), cells)
     words = ", ".join(f"{name} {seconds(value)}" for name, value, _, _ in rows)
     note = "Each by its own trials; the sentence above has the ratio of the race, where there was one."
-    return draw.picture("Seconds per step", f"Seconds per step with intervals: {words}", draw.intervals(points, "seconds per step"), table, note)  # fmt: skip
+    alt, chart = f"Seconds per step with intervals: {words}", draw.intervals(points, "seconds per step")
+    return draw.picture("Seconds per step", alt, chart, table, note)
 
 
 def _trials(report: SearchReport) -> Iterator[Picture | Lines]:
@@ -84,17 +84,7 @@ def _trials(report: SearchReport) -> Iterator[Picture | Lines]:
                      "end": (at + trial.elapsed_s) / 60, "why": trial.why or ""})  # fmt: skip
         at += trial.elapsed_s
         cells.append(_trial_cells(trial, report))
-    columns = (
-        "trial",
-        "purpose",
-        "by",
-        "status",
-        "per step",
-        "predicted",
-        "memory",
-        "took",
-        "changes, or why it failed",
-    )
+    columns = ("trial", "purpose", "by", "status", "per step", "predicted", "memory", "took", "changes, or reason")
     failed = sum(trial.status != "ok" for trial in report.trials)
     alt = f"{len(rows)} trials one after the other over {seconds(at)}, coloured by status; {failed} failed"
     note = "One after the other by the time that each took; those of a race ran side by side."
@@ -146,27 +136,10 @@ def _contributions(report: SearchReport) -> Iterator[Picture | Table | Lines]:
     words = ", ".join(f"{row['name']} x {row['value']:.2f}" for row in rows)
     if rows:
         chart = draw.intervals(rows, "times as fast as without it", one=True)
-        yield draw.picture(
-            "How many times faster, with its interval", f"What each change brought: {words}", chart, table
-        )
+        yield draw.picture("How many times faster", f"What each change brought: {words}", chart, table)
     else:
         yield table
     yield Lines([how_contributions(report)])
-
-
-def _pareto(report: SearchReport) -> Iterator[Picture]:
-    rows = [
-        {"speedup": row.speedup, "memory": row.peak_bytes / 2**30, "reward": "same, or measured" if row.reward_difference is not None
-         else "not measured", "trial": row.number}
-        for row in report.pareto if row.peak_bytes is not None
-    ]  # fmt: skip
-    if len(rows) > 1:
-        cells = [(str(r["trial"]), f"x {r['speedup']:.2f}", f"{r['memory']:.2f} GiB", r["reward"]) for r in rows]
-        note = f"The table above holds {len(shown(report))} of them."
-        table = Table(("trial", "speed", "memory", "reward"), cells)
-        yield draw.picture(
-            "Speed against memory", f"{len(rows)} trials by speed and memory", draw.pareto(rows), table, note
-        )
 
 
 def _diffs(report: SearchReport) -> Iterator[Diff | Lines]:

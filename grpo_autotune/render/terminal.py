@@ -97,6 +97,7 @@ def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
 
 
 def rank_table(report: Report) -> Table:
+    """One row per stage: the mean of the ranks, and the longest."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "mean of ranks", "longest", "on"):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)

@@ -23,24 +23,17 @@ SET = re.compile(r"eval_(?:(.+)_)?runtime")
 Log = Sequence[dict[str, Any]]
 
 
-class Curve(NamedTuple):
-    """A picture of the log: its title, its axis, and the keys that are drawn, each with its name."""
-
-    title: str
-    axis: str
-    keys: dict[str, str]
-
-
 CURVES = (
-    Curve("Reward", "mean reward", {"reward": "reward"}),
-    Curve("KL to the reference", "nats per token", {"kl": "kl"}),
-    Curve("Entropy", "nats per token", {"entropy": "entropy"}),
-    Curve("Completion lengths", "tokens", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
-    Curve("Truncated completions", "share", {"completions/clipped_ratio": "truncated"}),
-    Curve("Groups without a signal", "share", {"frac_reward_zero_std": "equal rewards"}),
-    Curve("Seconds per step", "seconds", {"step_s": "all", "step_time": "the step alone"}),
-    Curve("Gradient", "norm", {"grad_norm": "gradient norm"}),
+    ("Reward", "mean reward", {"reward": "reward"}),
+    ("KL to the reference", "nats per token", {"kl": "kl"}),
+    ("Entropy", "nats per token", {"entropy": "entropy"}),
+    ("Completion lengths", "tokens", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
+    ("Truncated completions", "share", {"completions/clipped_ratio": "truncated"}),
+    ("Groups without a signal", "share", {"frac_reward_zero_std": "equal rewards"}),
+    ("Seconds per step", "seconds", {"step_s": "all", "step_time": "the step alone"}),
+    ("Gradient", "norm", {"grad_norm": "gradient norm"}),
 )
+"""Title of a curve, its axis, and the keys that are drawn, each with its name."""
 
 
 class Evaluation(NamedTuple):
@@ -65,7 +58,7 @@ def train_sections(log: Log, report: Report | None) -> list[Section]:
     """The sections of the page; `report` is there once the run is over."""
     blocks = [] if report is None else [Lines([summary(report)]), step_picture(report), *stage_blocks(report)]
     more = [] if report is None else machine_sections(report.machine, report.versions | report.runtime, report.config)
-    curves = [block for curve in CURVES for block in _curve(curve, log)]
+    curves = [block for curve in CURVES for block in _curve(log, *curve)]
     return [
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
         Section("evaluations", "Evaluations", list(_evaluations(log))),
@@ -89,15 +82,18 @@ def _summary(log: Log) -> list[str]:
     if rewards:
         tail = rewards[-max(1, len(rewards) // 10) :]
         told.append(
-            f"Mean reward {rewards[0]:.3g} at first, {math.fsum(tail) / len(tail):.3g} over the last {plural(len(tail), 'log event')}."
+            f"Mean reward {rewards[0]:.3g} at first, {math.fsum(tail) / len(tail):.3g} over the last "
+            f"{plural(len(tail), 'log event')}."
         )
     if took:
         told.append(f"{seconds(sorted(took)[len(took) // 2])} per step at the median.")
     done = evaluations(log)
     for name in dict.fromkeys(one.held_out for one in done):
-        best = max((one for one in done if one.held_out == name), key=lambda one: one.reward)
+        same = [one for one in done if one.held_out == name]
+        best = max(same, key=lambda one: one.reward)
         told.append(
-            f"Best held-out reward{name and f' on {name}'} {best.reward:.3g} ({best.low:.3g} to {best.high:.3g}) at step {best.step}."
+            f"Held-out reward{name and f' on {name}'} {best.reward:.3g} ({best.low:.3g} to {best.high:.3g}) at step "
+            f"{best.step}, the highest of {plural(len(same), 'evaluation')}."
         )
     last = _number(log[-1], "time")
     if last is not None and 0.0 <= last < 1e11:
@@ -105,9 +101,9 @@ def _summary(log: Log) -> list[str]:
     return told or ["Nothing was logged yet."]
 
 
-def _curve(curve: Curve, log: Log) -> Iterator[Picture]:
+def _curve(log: Log, title: str, axis: str, keys: dict[str, str]) -> Iterator[Picture]:
     rows: draw.Rows = []
-    for key, name in curve.keys.items():
+    for key, name in keys.items():
         seen = [
             (row["step"], value) for row in log if row["kind"] == "train" and (value := _number(row, key)) is not None
         ]
@@ -119,13 +115,8 @@ def _curve(curve: Curve, log: Log) -> Iterator[Picture]:
     last = ", ".join(
         f"{name} {next(row['value'] for row in reversed(rows) if row['series'] == name):.3g}" for name in names
     )
-    chart = draw.lines(rows, "step", names, curve.axis)
-    yield draw.picture(
-        curve.title,
-        f"{curve.title} over steps; at the end: {last}",
-        chart,
-        Table(("step", "series", curve.axis), cells),
-    )
+    words = f"{title} over steps; at the end: {last}"
+    yield draw.picture(title, words, draw.lines(rows, "step", names, axis), Table(("step", "series", axis), cells))
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -146,9 +137,8 @@ def evaluations(log: Log) -> list[Evaluation]:
         took, rate = _number(row, named[0][0]), _number(row, named[0][0].replace("_runtime", "_samples_per_second"))
         samples = round(took * rate) if took and rate else 0
         half = Z * spread / math.sqrt(samples) if spread is not None and samples else 0.0
-        rows.append(
-            Evaluation(row["step"], named[0][1] or "", reward, reward - half, reward + half, samples, took or 0.0)
-        )
+        low, high = reward - half, reward + half
+        rows.append(Evaluation(row["step"], named[0][1] or "", reward, low, high, samples, took or 0.0))
     return rows
 
 
@@ -156,25 +146,15 @@ def _evaluations(log: Log) -> Iterator[Picture]:
     done = evaluations(log)
     if not done:
         return
-    rows = [
-        {"step": e.step, "series": e.held_out or "held-out", "value": e.reward, "low": e.low, "high": e.high}
-        for e in done
-    ]
-    cells = [
-        (
-            str(e.step),
-            e.held_out or "held-out",
-            f"{e.reward:.3f}",
-            f"{e.low:.3f} to {e.high:.3f}",
-            amount(e.samples),
-            seconds(e.seconds),
-        )
-        for e in done
-    ]
+    rows, cells = [], []
+    for e in done:
+        name = e.held_out or "held-out"
+        rows.append({"step": e.step, "series": name, "value": e.reward, "low": e.low, "high": e.high})
+        interval = f"{e.low:.3f} to {e.high:.3f}"
+        cells.append((str(e.step), name, f"{e.reward:.3f}", interval, amount(e.samples), seconds(e.seconds)))
     table = Table(("step", "set", "reward", "interval at 95%", "completions", "took"), cells)
     names = list(dict.fromkeys(str(row["series"]) for row in rows))
     alt = f"Held-out reward over steps with intervals; at the end {done[-1].reward:.3g}"
     note = "Intervals take completions as independent: several of one prompt make them too narrow."
-    yield draw.picture(
-        "Held-out reward", alt, draw.lines(rows, "step", names, "mean reward", width=draw.WIDTH), table, note
-    )
+    chart = draw.lines(rows, "step", names, "mean reward", width=draw.WIDTH)
+    yield draw.picture("Held-out reward", alt, chart, table, note)

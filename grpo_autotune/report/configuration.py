@@ -12,21 +12,21 @@ from grpo_autotune.knobs import with_knobs
 
 
 class Setting(NamedTuple):
-    """A key path and its value; `own` where it differs from the default, None where that cannot be told."""
+    """A key path and its value; `changed` where it differs from the default, None where that cannot be told."""
 
     key: str
     value: Any
-    own: bool | None
+    changed: bool | None
 
 
 def settings(values: Mapping[str, Any]) -> list[Setting]:
     """All keys of a stored configuration, those with values of their own first."""
     try:
-        own = dict(_flat(RunConfig.from_dict(dict(values)).to_dict()))
+        changed = dict(_flat(RunConfig.from_dict(dict(values)).to_dict()))
     except ConfigError:  # of an older version
         return [Setting(key, value, None) for key, value in _flat(values)]
-    rows = [Setting(key, value, key in own) for key, value in _flat(values)]
-    return sorted(rows, key=lambda row: not row.own)
+    rows = [Setting(key, value, key in changed) for key, value in _flat(values)]
+    return sorted(rows, key=lambda row: not row.changed)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -73,7 +73,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
 
 class AfterLog(TrainerCallback):  # type: ignore[misc]
-    """Writes a page of the run after log events, at most once a minute, the first a minute after the first event.
+    """Writes a page of the run after log events, a minute or more apart, the first after the second event.
 
     Args:
         write: Writes it, and raises nothing.
