@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def stage_blocks(report: Report) -> Iterator[Table | Lines]:
     yield from_rich(stage_table(report), anchor="stage")
     yield Lines([legend(report)])
     if report.ranks is not None:
-        yield from_rich(rank_table(report))._replace(caption="Ranks")
+        yield replace(from_rich(rank_table(report)), caption="Ranks")
 
 
 def _work(report: Report) -> Iterator[Table | Lines | Picture]:
@@ -166,8 +167,8 @@ def _work(report: Report) -> Iterator[Table | Lines | Picture]:
         rows = [(name, *(amount(value) for value in _five(spread))) for name, spread in spreads]
         yield Table(("", "mean", "p50", "p90", "p99", "max"), rows, caption="Lengths and sizes")
     if report.rewards:
-        rows = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
-        yield Table(("reward function", "calls", "mean", "slowest"), rows)
+        calls = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
+        yield Table(("reward function", "calls", "mean", "slowest"), calls)
     if tokens and tokens.pass_rates:
         places = Counter(min(9, int(10 * min(max(rate, 0.0), 1.0) + 1e-9)) for rate in tokens.pass_rates)
         bins = [(f"{at / 10:.1f} to {(at + 1) / 10:.1f}", places[at]) for at in range(10)]
@@ -187,11 +188,12 @@ def _startup(report: Report) -> Iterator[Lines | Picture]:
     if not report.startup:
         return
     yield Lines([startup_line(report)])
-    at, rows = 0.0, []
+    at, rows, cells = 0.0, [], []
     for phase in report.startup:
         name = PHASE_WORDS.get(phase.name, phase.name)
         rows.append({"lane": name, "begin": at, "end": (at := at + phase.seconds)})
-    table = Table(("phase", "seconds"), [(row["lane"], seconds(row["end"] - row["begin"])) for row in rows])
+        cells.append((name, seconds(phase.seconds)))
+    table = Table(("phase", "seconds"), cells)
     chart = draw.waterfall(rows)
     yield draw.picture("Start-up, phase after phase", f"{len(rows)} phases, {seconds(at)} in all", chart, table)
 

@@ -44,5 +44,5 @@ def tuned_diff(values: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]
         after = with_knobs(before, dict(knobs))
     except ConfigError:
         return []
-    texts = [config.model_copy(update={"receipt": None}).to_yaml().splitlines() for config in (before, after)]
-    return list(difflib.unified_diff(*texts, "yours", "tuned", lineterm=""))
+    old, new = (config.model_copy(update={"receipt": None}).to_yaml().splitlines() for config in (before, after))
+    return list(difflib.unified_diff(old, new, "yours", "tuned", lineterm=""))

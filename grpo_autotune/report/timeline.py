@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_autotune.probe.spans import Span, StepSpans
 from grpo_autotune.probe.stages import classify, stages_of
@@ -21,7 +22,8 @@ MOST_S = 1e9
 STEP = re.compile(r'\{"step": (\d{1,18}),')
 
 
-class Bar(NamedTuple):
+@dataclass(frozen=True)
+class Bar:
     """A stretch of a lane; `count` spans are in it, and its stage is the one that most of it belongs to."""
 
     lane: str

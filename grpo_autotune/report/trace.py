@@ -68,7 +68,11 @@ def _nested(step: StepSpans, rank: int, begin_s: float) -> Iterator[Event]:
             start_s = min(max(start_s, free_s[span.parent]), ends_s[span.parent])
             free_s[span.parent] = end_s = max(start_s, end_s)
         ends_s[span.index], free_s[span.index] = end_s, start_s
-        more = {"cat": stage, "dur": round((end_s - start_s) * 1e6, 3), "args": {"step": step.step, "part": part}}
+        more: Event = {
+            "cat": stage,
+            "dur": round((end_s - start_s) * 1e6, 3),
+            "args": {"step": step.step, "part": part},
+        }
         yield _event("X", stage if span.parent >= 0 else f"step {step.step}", rank, begin_s + start_s, **more)
 
 
