@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import hms, percent, seconds, size
 
 MOST_ROWS = 8
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def render_search(report: SearchReport, width: int = 100, *, colour: bool = False) -> str:
@@ -106,10 +108,13 @@ def guard_line(guard: Guard) -> str:
 
 def gain_lines(report: SearchReport) -> Iterator[str]:
     """The gain as a product of what exact knobs bring and what learning ones do."""
-    if report.exact_share is None:
+    if report.exact_share is None or report.best.speedup <= 0.0:
         return
     gain = math.log(report.best.speedup)
-    exact, learning = math.exp(gain * report.exact_share), math.exp(gain * (1.0 - report.exact_share))
+    exact, learning = (
+        math.exp(part) if part < LARGEST_EXPONENT else math.inf
+        for part in (gain * report.exact_share, gain * (1.0 - report.exact_share))
+    )
     yield (
         f"x {report.best.speedup:.2f} = x {exact:.2f} from exact knobs ({percent(report.exact_share)} of the gain) "
         f"times x {learning:.2f} from knobs that change what is learned."

@@ -22,10 +22,10 @@ class Setting(NamedTuple):
 def settings(values: Mapping[str, Any]) -> list[Setting]:
     """All keys of a stored configuration, those with values of their own first."""
     try:
-        changed = dict(_flat(RunConfig.from_dict(dict(values)).to_dict()))
+        changed = set(dict(_flat(RunConfig.from_dict(dict(values)).to_dict())))
     except ConfigError:  # of an older version
-        return [Setting(key, value, None) for key, value in _flat(values)]
-    rows = [Setting(key, value, key in changed) for key, value in _flat(values)]
+        changed = None
+    rows = [Setting(key, value, None if changed is None else key in changed) for key, value in _flat(values)]
     return sorted(rows, key=lambda row: not row.changed)
 
 

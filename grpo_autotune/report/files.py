@@ -1,8 +1,9 @@
-"""A run's files: `report.json`, written whole or not at all, and the log of a training run, read back."""
+"""A run's files: `report.json`, written whole or not at all, and the log and answers of a training run, read back."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,22 @@ def _event(line: str) -> dict[str, Any] | None:
         return None
     whole = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
     return row if whole else None
+
+
+def load_samples(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` answers of the newest step whose completions TRL stored there, with prompts and rewards."""
+    from pyarrow import parquet
+
+    files = (folder / "checkpoints" / "completions").glob("completions_*.parquet")
+    for path in sorted(files, key=lambda path: (len(path.name), path.name), reverse=True):
+        with suppress(OSError, ValueError):  # torn
+            rows = parquet.ParquetFile(path).read().slice(0, count).to_pylist()
+            return [{key: _said(value) for key, value in row.items()} for row in rows]
+    return []
+
+
+def _said(value: Any) -> Any:
+    """The text of messages, and of the parts of one; numbers as they are."""
+    if isinstance(value, list):
+        return " ".join(filter(None, map(_said, value)))
+    return _said(value.get("content") or value.get("text")) if isinstance(value, dict) else value
