@@ -33,7 +33,7 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
         ConfigError: There is nothing that a page can be made of, or it is damaged.
     """
     folder = source if source.is_dir() else source.parent
-    title, sections = _contents(source, folder, running)
+    title, sections = contents(source, running=running)
     if samples:
         rows = load_samples(folder, samples)
         answers = Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else Lines([NO_SAMPLES])
@@ -41,7 +41,9 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
     return render_page(title, sections, interactive=interactive, refresh_s=REFRESH_S if running else None)
 
 
-def _contents(source: Path, folder: Path, running: bool) -> tuple[str, list[Section]]:
+def contents(source: Path, *, running: bool) -> tuple[str, list[Section]]:
+    """The title of a page and its sections."""
+    folder = source if source.is_dir() else source.parent
     if (folder / LOG_FILE).is_file():
         from grpo_autotune.render.train_page import train_sections, train_title
 

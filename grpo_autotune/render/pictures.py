@@ -39,8 +39,9 @@ CONFIG: dict[str, Any] = {
         **_INK, "domainColor": "currentColor", "tickColor": "currentColor", "gridColor": "currentColor",
         "gridOpacity": 0.15, "tickCount": 8, "labelLimit": 320, "titleFontWeight": "normal",
     },
-    "legend": {**_INK, "orient": "bottom", "columns": 6, "labelLimit": 160, "title": None},
-    "mark": {"tooltip": {"content": "encoding"}},
+    "axisY": {"tickCount": 5},
+    "legend": {**_INK, "orient": "bottom", "columns": 6, "columnPadding": 16, "labelLimit": 160, "title": None},
+    "mark": {"tooltip": {"content": "data"}},
     "bar": {"stroke": "#777", "strokeWidth": 0.3},
     "point": {"filled": True, "opacity": 1},
     "text": {"color": "currentColor", "tooltip": None},
@@ -71,12 +72,11 @@ def coloured(field: str, rows: Rows, colours: dict[str, str]) -> Any:
     return alt.Color(f"{field}:N", title=None, scale=scale)
 
 
-def lanes(rows: Rows, title: str, colour: Any = alt.Undefined, width: int = WIDTH, tooltip: Any = alt.Undefined) -> Any:
+def lanes(rows: Rows, title: str, colour: Any = alt.Undefined, width: int = WIDTH) -> Any:
     """Bars from `begin` to `end`, one below the other by their `lane`."""
     order = list(dict.fromkeys(datum(row["lane"]) for row in rows))
     return chart_of(rows, 34 * len(order), width).mark_bar(color=BLUE).encode(
-        x=alt.X("begin:Q", title=title), x2="end:Q", y=alt.Y("lane:N", title=None, sort=order), color=colour,
-        tooltip=tooltip,
+        x=alt.X("begin:Q", title=title), x2=alt.X2("end:Q"), y=alt.Y("lane:N", title=None, sort=order), color=colour,
     )  # fmt: skip
 
 
@@ -88,10 +88,10 @@ def stacked_bar(shares: Sequence[tuple[str, float]]) -> Any:
          "name": stage.replace("_", " ") if value >= LEAST_LABELLED * ends[-1] else ""}
         for (stage, value), begin in zip(shares, ends, strict=False)
     ]  # fmt: skip
-    bars = lanes(rows, "seconds of one step", coloured("stage", rows, STAGE_COLOURS), tooltip=["stage:N", "seconds:Q"])
+    bars = lanes(rows, "seconds of one step", coloured("stage", rows, STAGE_COLOURS))
     ink = alt.ExprRef("luminance(scale('color', datum.stage)) < 0.35 ? '#fff' : '#000'")
     names = chart_of(rows, 34, WIDTH).transform_calculate(middle="(datum.begin + datum.end) / 2")
-    return bars + names.mark_text(color=ink, limit=WIDTH // 8).encode(x="middle:Q", text="name:N")
+    return bars + names.mark_text(color=ink, limit=WIDTH // 8).encode(x=alt.X("middle:Q"), text=alt.Text("name:N"))
 
 
 def stacked_steps(rows: Rows) -> Any:
@@ -99,7 +99,7 @@ def stacked_steps(rows: Rows) -> Any:
     return chart_of(rows, 220, WIDTH).mark_bar().encode(
         x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("seconds:Q", title="seconds"),
-        color=coloured("stage", rows, STAGE_COLOURS), order="order:Q",
+        color=coloured("stage", rows, STAGE_COLOURS), order=alt.Order("order:Q"),
     )  # fmt: skip
 
 
@@ -116,14 +116,14 @@ def lines(rows: Rows, x: str, title: str, width: int = NARROW) -> Any:
     colour = coloured("series", rows, dict(zip(names, itertools.cycle(SERIES), strict=False)))
     base = chart_of(rows, width=width).encode(
         x=alt.X(f"{x}:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1)),
-        color=colour if len(names) > 1 else alt.value(BLUE),
+        color=colour if len(names) > 1 else alt.ColorValue(BLUE),
     )
     point = alt.OverlayMarkDef(size=16) if len(rows) <= MOST_DOTS else False
     curve = base.mark_line(point=point, strokeWidth=1.4).encode(
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
     )
     banded = any("low" in row for row in rows)
-    return base.mark_rule(strokeWidth=1.4).encode(y="low:Q", y2="high:Q") + curve if banded else curve
+    return base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q")) + curve if banded else curve
 
 
 def intervals(rows: Rows, title: str, *, one: bool = False) -> Any:
@@ -131,9 +131,11 @@ def intervals(rows: Rows, title: str, *, one: bool = False) -> Any:
     size = (34 * max(1, len(rows)), WIDTH - 180)
     base = chart_of(rows, *size).encode(y=alt.Y("name:N", title=None, sort=None))
     x = alt.X("low:Q", title=title, scale=alt.Scale(zero=False))
-    bars = base.mark_rule(strokeWidth=3, color=BLUE).encode(x=x, x2="high:Q")
-    drawn = bars + base.mark_point(color=ORANGE, size=80).encode(x="value:Q")
-    line = chart_of([{"value": 1.0}], *size).mark_rule(color="currentColor", strokeDash=[4, 3]).encode(x="value:Q")
+    bars = base.mark_rule(strokeWidth=3, color=BLUE).encode(x=x, x2=alt.X2("high:Q"))
+    drawn = bars + base.mark_point(color=ORANGE, size=80).encode(x=alt.X("value:Q"))
+    line = (
+        chart_of([{"value": 1.0}], *size).mark_rule(color="currentColor", strokeDash=[4, 3]).encode(x=alt.X("value:Q"))
+    )
     return drawn + line if one else drawn
 
 
@@ -144,7 +146,7 @@ def predicted(rows: Rows, band: float) -> Any:
     x = alt.X("measured:Q", title="measured seconds per step")
     dots, edge = chart_of(rows, 260).encode(x=x), chart_of(ends, 260).encode(x=x)
     return (
-        edge.mark_area(opacity=0.15, color=BLUE).encode(y=alt.Y("low:Q", title="predicted"), y2="high:Q")
-        + edge.mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1).encode(y="measured:Q")
-        + dots.mark_point(color=ORANGE).encode(y="predicted:Q", tooltip=["trial:Q", "predicted:Q", "measured:Q"])
+        edge.mark_area(opacity=0.15, color=BLUE).encode(y=alt.Y("low:Q", title="predicted"), y2=alt.Y2("high:Q"))
+        + edge.mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1).encode(y=alt.Y("measured:Q"))
+        + dots.mark_point(color=ORANGE).encode(y=alt.Y("predicted:Q"))
     )

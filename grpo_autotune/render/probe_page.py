@@ -17,7 +17,7 @@ from grpo_autotune.render.sentences import PHASE_WORDS, facts_lines, header_line
 from grpo_autotune.render.terminal import rank_table, stage_table
 from grpo_autotune.report.configuration import settings
 from grpo_autotune.report.timeline import bars_of, rank_files, read_spans
-from grpo_autotune.units import amount, percent, seconds
+from grpo_autotune.units import amount, percent, seconds, size
 
 MOST_STEPS = 64
 """Steps that the bars of single steps show: the last ones."""
@@ -82,8 +82,7 @@ def _timeline(report: Report, folder: Path) -> Iterator[Picture]:
     rows = [{**bar._asdict(), "seconds": bar.seconds} for bar in bars]
     cells = [(b.lane, b.stage, b.part, f"{b.begin:.4f} s", seconds(b.seconds), b.spans) for b in bars]
     colour = draw.coloured("stage", rows, draw.STAGE_COLOURS)
-    tooltip = ["stage:N", "part:N", "seconds:Q", "spans:Q"]
-    chart = draw.lanes(rows, "seconds since the step began", colour, tooltip=tooltip)
+    chart = draw.lanes(rows, "seconds since the step began", colour)
     alt = f"Stages over time in {len({bar.lane for bar in bars})} lanes, which the table below has as {len(bars)} bars"
     table = Table(("lane", "stage", "part", "begin", "length", "spans"), cells)
     note = "On the host's clock; spans under 0.3% of the step are merged with their neighbours, and counted."
@@ -132,7 +131,7 @@ def _work(report: Report) -> Iterator[Block]:
     columns = ("mean", "p50", "p90", "p99", "max")
     rows = [(name, *(amount(getattr(s, key)) for key in columns)) for name, s in (spreads | more).items() if s]
     if rows:
-        yield Table(("", *columns), rows, caption="Lengths and sizes")
+        yield Table(("quantity", *columns), rows, caption="Lengths and sizes")
     if report.rewards:
         calls = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
         yield Table(("reward function", "calls", "mean", "slowest"), calls)
@@ -168,13 +167,13 @@ def machine_sections(
     """Machine, versions, and the configuration with values that differ from the defaults first."""
     facts = dict(machine or {})
     gpus, packages = facts.pop("gpus", None) or [], facts.pop("versions", None) or {}
-    cells = [(key, value) for key, value in facts.items() if value]
+    cells = [(key, size(value) if key.endswith("_bytes") else value) for key, value in facts.items() if value]
     cells += [("gpu", gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in gpus]
     cells += sorted((versions | packages).items())
-    yield Section("machine", "Machine and versions", [Table(("", "value"), cells)] if cells else [])
+    yield Section("machine", "Machine and versions", [Table(("what", "value"), cells)] if cells else [])
     words = {True: "set", False: "default", None: ""}
     rows = [
         (s.key, "(not shown)" if s.value and SECRET_KEY.search(s.key) else value_text(s.value), words[s.changed])
         for s in settings(config or {})
     ]
-    yield Section("configuration", "Configuration", [Table(("key", "value", ""), rows)] if rows else [])
+    yield Section("configuration", "Configuration", [Table(("key", "value", "from"), rows)] if rows else [])

@@ -83,7 +83,7 @@ def _trials(report: SearchReport) -> Iterator[Block]:
     ]  # fmt: skip
     columns = ("trial", "purpose", "by", "status", "per step", "predicted", "memory", "took", "changes, or reason")
     colour = draw.coloured("status", rows, draw.STATUS_COLOURS)
-    chart = draw.lanes(rows, "minutes of trials", colour, draw.WIDTH - 60, ["trial:Q", "status:N", "why:N"])
+    chart = draw.lanes(rows, "minutes of trials", colour, draw.WIDTH - 60)
     failed = sum(trial.status != "ok" for trial in report.trials)
     alt = f"{len(rows)} trials one after the other over {seconds(ends[-1])}, coloured by status; {failed} failed"
     note = "One after the other by the time that each took; those of a race ran side by side."
