@@ -1,4 +1,4 @@
-"""Pictures of the pages as PNG for README and docs: `python -m tools.images RUN`, with a folder that `make demo` filled.
+"""Pictures of the pages as PNG for README and docs: `python -m tools.images RUN`, a folder that `make demo` filled.
 
 They are drawn from RUN/probe, RUN/search and RUN/train, in seconds and without torch, into `docs/img/`.
 """
@@ -7,37 +7,48 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import vl_convert
+from PIL import Image
 
-from grpo_autotune.commands.page import contents
 from grpo_autotune.render.page import Picture
+from grpo_autotune.render.probe_page import probe_sections
+from grpo_autotune.render.search_page import search_sections
+from grpo_autotune.render.train_page import train_sections
+from grpo_autotune.report.files import load_log, load_report
+from grpo_autotune.search.folder import load_search
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 SHOWN = {
-    "probe": ("The median step by stage", "The fastest, the median and the slowest step", "Seconds of each step"),
-    "search": ("How many times faster",),
-    "train": ("Held-out reward",),
+    "The median step by stage": "step",
+    "The fastest, the median and the slowest step": "timeline",
+    "Seconds per step": "race",
+    "Held-out reward": "evaluations",
 }
-"""Page -> the titles of its pictures that are drawn; `step.png` and so on are named by `NAMES`."""
-NAMES = ("step", "timeline", "steps", "contributions", "evaluations")
+"""Title of a picture -> the name of its file."""
 
 
 def pictures(run: Path) -> Iterator[Picture]:
-    """The chosen pictures of the three pages, in the order of `NAMES`."""
-    for page, titles in SHOWN.items():
-        _, sections = contents(run / page, running=False)
-        found = {block.title: block for section in sections for block in section.blocks if isinstance(block, Picture)}
-        yield from (found[title] for title in titles)
+    """All pictures of the three pages; of those with the same title the last one counts."""
+    pages = (
+        train_sections(load_log(run / "train"), None),
+        search_sections(load_search(run / "search")),
+        probe_sections(load_report(run / "probe"), run / "probe"),
+    )
+    for sections in pages:
+        yield from (block for section in sections for block in section.blocks if isinstance(block, Picture))
 
 
 def main() -> None:
     """Draw them."""
     IMAGES.mkdir(exist_ok=True)
-    for name, picture in zip(NAMES, pictures(Path(sys.argv[1])), strict=True):
-        spec = {**picture.spec, "config": {**picture.spec["config"], "background": "white"}}
-        (IMAGES / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=1.0))
+    for picture in pictures(Path(sys.argv[1])):
+        if picture.title in SHOWN:
+            spec = {**picture.spec, "config": {**picture.spec["config"], "background": "white"}}
+            drawn = Image.open(BytesIO(vl_convert.vegalite_to_png(spec, scale=1.0))).convert("RGB")
+            drawn.quantize(dither=Image.Dither.NONE).save(IMAGES / f"{SHOWN[picture.title]}.png", optimize=True)
 
 
 if __name__ == "__main__":

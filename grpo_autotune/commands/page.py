@@ -8,57 +8,47 @@ from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
-from grpo_autotune.render.page import Lines, Section, Table, render_page
-from grpo_autotune.render.probe_page import probe_sections, probe_title
 from grpo_autotune.report.files import LOG_FILE, PAGE_FILE, REPORT_FILE, load_log, load_report, load_samples
 from grpo_autotune.search.folder import SEARCH_FILE, load_search
 
 REFRESH_S = 60
 """Seconds between two pages of a training that runs."""
 NO_SAMPLES = (
-    "This run stored no answers: a training with `grpo.log_completions: true` does. No run stores images of them."
+    "This run stored no answers (a training with `grpo.log_completions: true` does); no run stores their images."
 )
 
 
 def page_of(source: Path, *, interactive: bool = False, running: bool = False, samples: int = 0) -> str:
-    """The page of a probe, a search or a training run.
+    """The page of a probe, a search or a training run, from its folder or the JSON file of its report.
 
-    Args:
-        source: Its folder, or the JSON file of its report.
-        interactive: Tooltips and zoom, by scripts inside the page.
-        running: The training goes on: a browser that shows the page reads it again now and then.
-        samples: Answers that are shown with their prompts and rewards, the newest that the run stored.
+    It has tooltips and zoom where `interactive`, as many of the newest `samples` as the run stored, and is read again
+    by a browser while the training is `running`.
 
     Raises:
         ConfigError: There is nothing that a page can be made of, or it is damaged.
     """
+    from grpo_autotune.render.page import Lines, Section, Table, render_page
+    from grpo_autotune.render.probe_page import probe_sections, probe_title
+    from grpo_autotune.render.search_page import search_sections, search_title
+    from grpo_autotune.render.train_page import train_sections, train_title
+
     folder = source if source.is_dir() else source.parent
-    title, sections = contents(source, running=running)
+    if (folder / LOG_FILE).is_file():
+        log, config = load_log(folder), folder / "config.yaml"
+        report = load_report(folder) if (folder / REPORT_FILE).is_file() and not running else None
+        stored = parse_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
+        title, sections = train_title(log, report, running=running), train_sections(log, report, stored)
+    elif source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
+        searched = load_search(source)
+        title, sections = search_title(searched), search_sections(searched)
+    else:
+        measured = load_report(source)
+        title, sections = probe_title(measured), probe_sections(measured, folder)
     if samples:
         rows = load_samples(folder, samples)
         answers = Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else Lines([NO_SAMPLES])
         sections.append(Section("samples", "Answers", [answers]))
     return render_page(title, sections, interactive=interactive, refresh_s=REFRESH_S if running else None)
-
-
-def contents(source: Path, *, running: bool) -> tuple[str, list[Section]]:
-    """The title of a page and its sections."""
-    folder = source if source.is_dir() else source.parent
-    if (folder / LOG_FILE).is_file():
-        from grpo_autotune.render.train_page import train_sections, train_title
-
-        log = load_log(folder)
-        report = load_report(folder) if (folder / REPORT_FILE).is_file() and not running else None
-        config = folder / "config.yaml"
-        stored = parse_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
-        return train_title(log, report, running=running), train_sections(log, report, stored)
-    if source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
-        from grpo_autotune.render.search_page import search_sections, search_title
-
-        searched = load_search(source)
-        return search_title(searched), search_sections(searched)
-    measured = load_report(source)
-    return probe_title(measured), probe_sections(measured, folder)
 
 
 def write_page(

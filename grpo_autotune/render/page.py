@@ -8,18 +8,16 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vl_convert
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from rich.table import Table as RichTable
 
 MOST_CHARACTERS = 4000
 """Characters of one datum that a page shows."""
-MOST_ROWS = 1000
-"""Rows of a table that a page shows."""
 
 REDACTED = (
     (r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", "(a key)"),
@@ -104,60 +102,29 @@ def datum(value: Any) -> Any:
     return "".join(c if c.isprintable() else " " if c in "\n\r\t" else repr(c)[1:-1] for c in text)
 
 
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=datum, trim_blocks=True, lstrip_blocks=True
+)
+ENVIRONMENT.filters["slug"] = lambda text: re.sub(r"\W+", "-", datum(text)).strip("-")[:60]
+ENVIRONMENT.filters["svg"] = lambda spec: Markup(vl_convert.vegalite_to_svg(spec))  # Vega escapes the texts in it
+ENVIRONMENT.filters["kind"] = lambda block: type(block).__name__
+
+
 def render_page(
     title: str, sections: Sequence[Section], *, interactive: bool = False, refresh_s: int | None = None
 ) -> str:
-    """The page as one text.
-
-    Args:
-        title: Of the page and its first heading.
-        sections: In their order.
-        interactive: Pictures with tooltips and zoom, drawn by Vega in the browser; about 0.9 MB more.
-        refresh_s: Seconds after which a browser reads the page again; None for a run that is over.
-    """
+    """The page as one text; `interactive` pictures have tooltips and zoom, drawn by Vega in the browser, which makes it
+    0.9 MB larger. A browser reads the page again after `refresh_s`; None for a run that is over."""
     shown = [(s, blocks) for s in sections if (blocks := [b for b in s.blocks if not isinstance(b, Lines) or b.lines])]
     pictures = [block for _, blocks in shown for block in blocks if isinstance(block, Picture)]
-    specs = json.dumps([_zoomable(picture.spec) for picture in pictures]) if interactive else ""
-    script = _script() if interactive else ""
+    specs = json.dumps([picture.spec for picture in pictures]) if interactive else ""
+    # Vega with an interpreter of expressions, which a page may run that forbids `eval`, and the call that draws
+    script = str(vl_convert.javascript_bundle((TEMPLATES / "draw.js").read_text("utf-8"))) if interactive else ""
+    script = script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return str(
-        _environment().get_template("page.html").render(
-            title=title, sections=shown, number=pictures.index, refresh_s=refresh_s, most_rows=MOST_ROWS,
-            style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-            # in a script element nothing is escaped but what could end it
-            specs=Markup(specs.replace("<", "\\u003c")), script=Markup(script),
-            script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
-        )
+    return ENVIRONMENT.get_template("page.html").render(
+        title=title, sections=shown, number=pictures.index, refresh_s=refresh_s,
+        style=Markup((TEMPLATES / "page.css").read_text("utf-8")), script=Markup(script),
+        specs=Markup(specs.replace("<", "\\u003c")),  # in a script element nothing is escaped but what could end it
+        script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
     )  # fmt: skip
-
-
-def _zoomable(spec: dict[str, Any]) -> dict[str, Any]:
-    """The specification with a wheel that zooms along a continuous x axis, where it has one."""
-    if spec.get("encoding", {}).get("x", {}).get("type") != "quantitative":
-        return spec
-    return {**spec, "params": [{"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}]}
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=datum, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"svg": _svg, "slug": lambda text: re.sub(r"\W+", "-", datum(text)).strip("-")[:60]}
-    environment.filters["kind"] = lambda block: type(block).__name__
-    return environment
-
-
-def _svg(spec: dict[str, Any]) -> Markup:
-    """The picture; Vega escapes the texts in it, and its ids could only meet those of another picture."""
-    import vl_convert
-
-    return Markup(vl_convert.vegalite_to_svg(spec))
-
-
-def _script() -> str:
-    """Vega with an interpreter of expressions, which a page may run that forbids `eval`, and the call that draws."""
-    import vl_convert
-
-    draw = (TEMPLATES / "draw.js").read_text(encoding="utf-8")
-    return str(vl_convert.javascript_bundle(draw)).replace("</script", "<\\/script").replace("<!--", "<\\!--")

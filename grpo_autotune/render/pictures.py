@@ -15,14 +15,11 @@ from grpo_autotune.render.page import Picture, Table, datum
 
 BLUE, ORANGE = "#0072B2", "#E69F00"
 # Okabe and Ito's eight but black, then shades between them for what is seldom seen
-STAGE_COLOURS = dict(zip(STAGES, (
-    BLUE, ORANGE, "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8F4D70", "#6BCFB0", "#3D8FBF", "#8A8A8A",
-    "#9A5A2A", "#B8A000", "#BDBDBD",
-), strict=True))  # fmt: skip
-STATUS_COLOURS = dict(zip(get_args(Status), (
-    "#009E73", "#D55E00", "#CC79A7", ORANGE, "#8F4D70", "#8A8A8A", "#56B4E9", "#B8A000",
-), strict=True))  # fmt: skip
-SERIES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_STAGES = (BLUE, ORANGE, "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8F4D70", "#6BCFB0", "#3D8FBF",
+           "#8A8A8A", "#9A5A2A", "#B8A000", "#BDBDBD")  # fmt: skip
+_STATUS = ("#009E73", "#D55E00", "#CC79A7", ORANGE, "#8F4D70", "#8A8A8A", "#56B4E9", "#B8A000")
+STAGE_COLOURS = dict(zip(STAGES, _STAGES, strict=True))
+STATUS_COLOURS = dict(zip(get_args(Status), _STATUS, strict=True))
 WIDTH, NARROW = 820, 380
 MOST_DOTS = 60
 """Points of a picture of lines up to which each is a dot."""
@@ -75,9 +72,9 @@ def coloured(field: str, rows: Rows, colours: dict[str, str]) -> Any:
 def lanes(rows: Rows, title: str, colour: Any = alt.Undefined, width: int = WIDTH) -> Any:
     """Bars from `begin` to `end`, one below the other by their `lane`."""
     order = list(dict.fromkeys(datum(row["lane"]) for row in rows))
-    return chart_of(rows, 34 * len(order), width).mark_bar(color=BLUE).encode(
-        x=alt.X("begin:Q", title=title), x2=alt.X2("end:Q"), y=alt.Y("lane:N", title=None, sort=order), color=colour,
-    )  # fmt: skip
+    x, y = alt.X("begin:Q", title=title), alt.Y("lane:N", title=None, sort=order)
+    bars = chart_of(rows, 34 * len(order), width).mark_bar(color=BLUE)
+    return bars.encode(x=x, x2=alt.X2("end:Q"), y=y, color=colour).interactive(bind_y=False)
 
 
 def stacked_bar(shares: Sequence[tuple[str, float]]) -> Any:
@@ -96,34 +93,30 @@ def stacked_bar(shares: Sequence[tuple[str, float]]) -> Any:
 
 def stacked_steps(rows: Rows) -> Any:
     """A bar for each `step`, its stages one above the other in their `order`, `seconds` high."""
-    return chart_of(rows, 220, WIDTH).mark_bar().encode(
-        x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
-        y=alt.Y("seconds:Q", title="seconds"),
-        color=coloured("stage", rows, STAGE_COLOURS), order=alt.Order("order:Q"),
-    )  # fmt: skip
+    x = alt.X("step:O", title="optimizer step", axis=alt.Axis(labelOverlap=True, labelAngle=0))
+    bars, colour = chart_of(rows, 220, WIDTH).mark_bar(), coloured("stage", rows, STAGE_COLOURS)
+    return bars.encode(x=x, y=alt.Y("seconds:Q", title="seconds"), color=colour, order=alt.Order("order:Q"))
 
 
-def counts(rows: Rows, what: str, counted: str) -> Any:
-    """A bar as high as its `count` for each `value`."""
-    return chart_of(rows).mark_bar(color=BLUE).encode(
-        x=alt.X("value:O", title=what, sort=None, axis=alt.Axis(labelAngle=-40)), y=alt.Y("count:Q", title=counted)
-    )  # fmt: skip
+def counts(rows: Sequence[tuple[float, int]], what: str, counted: str) -> Any:
+    """A bar for each value, as high as its count."""
+    x = alt.X("value:O", title=what, axis=alt.Axis(labelAngle=-40))
+    base = chart_of({"value": value, "count": count} for value, count in rows)
+    return base.mark_bar(color=BLUE).encode(x=x, y=alt.Y("count:Q", title=counted))
 
 
 def lines(rows: Rows, x: str, title: str, width: int = NARROW) -> Any:
     """A line of `value` over the field `x` for each `series`, with `low` and `high` where there are bands."""
     names = dict.fromkeys(row["series"] for row in rows)
-    colour = coloured("series", rows, dict(zip(names, itertools.cycle(SERIES), strict=False)))
-    base = chart_of(rows, width=width).encode(
-        x=alt.X(f"{x}:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1)),
-        color=colour if len(names) > 1 else alt.ColorValue(BLUE),
-    )
+    colour = coloured("series", rows, dict(zip(names, itertools.cycle((BLUE, *_STATUS)), strict=False)))
+    x_axis = alt.X(f"{x}:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1))
+    base = chart_of(rows, width=width).encode(x=x_axis, color=colour if len(names) > 1 else alt.ColorValue(BLUE))
     point = alt.OverlayMarkDef(size=16) if len(rows) <= MOST_DOTS else False
-    curve = base.mark_line(point=point, strokeWidth=1.4).encode(
-        y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
-    )
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
+    curve = base.mark_line(point=point, strokeWidth=1.4).encode(y=y)
     banded = any("low" in row for row in rows)
-    return base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q")) + curve if banded else curve
+    bands = base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
+    return bands + curve if banded else curve.interactive(bind_y=False)
 
 
 def intervals(rows: Rows, title: str, *, one: bool = False) -> Any:
@@ -133,10 +126,8 @@ def intervals(rows: Rows, title: str, *, one: bool = False) -> Any:
     x = alt.X("low:Q", title=title, scale=alt.Scale(zero=False))
     bars = base.mark_rule(strokeWidth=3, color=BLUE).encode(x=x, x2=alt.X2("high:Q"))
     drawn = bars + base.mark_point(color=ORANGE, size=80).encode(x=alt.X("value:Q"))
-    line = (
-        chart_of([{"value": 1.0}], *size).mark_rule(color="currentColor", strokeDash=[4, 3]).encode(x=alt.X("value:Q"))
-    )
-    return drawn + line if one else drawn
+    line = chart_of([{"value": 1.0}], *size).mark_rule(color="currentColor", strokeDash=[4, 3])
+    return drawn + line.encode(x=alt.X("value:Q")) if one else drawn
 
 
 def predicted(rows: Rows, band: float) -> Any:

@@ -77,16 +77,14 @@ def _timeline(report: Report, folder: Path) -> Iterator[Picture]:
         for spans in read_spans(path, ranked[place : place + 1]).values()
         for bar in bars_of(spans, f"{word}, step {spans.step}" + (f", {rank}" if len(files) > 1 else ""))
     ]
-    if not bars:
-        return
     rows = [{**bar._asdict(), "seconds": bar.seconds} for bar in bars]
     cells = [(b.lane, b.stage, b.part, f"{b.begin:.4f} s", seconds(b.seconds), b.spans) for b in bars]
-    colour = draw.coloured("stage", rows, draw.STAGE_COLOURS)
-    chart = draw.lanes(rows, "seconds since the step began", colour)
-    alt = f"Stages over time in {len({bar.lane for bar in bars})} lanes, which the table below has as {len(bars)} bars"
     table = Table(("lane", "stage", "part", "begin", "length", "spans"), cells)
+    chart = draw.lanes(rows, "seconds since the step began", draw.coloured("stage", rows, draw.STAGE_COLOURS))
+    alt = f"Stages over time in {len({bar.lane for bar in bars})} lanes, which the table below has as {len(bars)} bars"
     note = "On the host's clock; spans under 0.3% of the step are merged with their neighbours, and counted."
-    yield draw.picture("The fastest, the median and the slowest step", alt, chart, table, note)
+    if bars:
+        yield draw.picture("The fastest, the median and the slowest step", alt, chart, table, note)
 
 
 def steps_picture(report: Report) -> Iterator[Picture]:
@@ -132,13 +130,10 @@ def _work(report: Report) -> Iterator[Block]:
     rows = [(name, *(amount(getattr(s, key)) for key in columns)) for name, s in (spreads | more).items() if s]
     if rows:
         yield Table(("quantity", *columns), rows, caption="Lengths and sizes")
-    if report.rewards:
-        calls = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
-        yield Table(("reward function", "calls", "mean", "slowest"), calls)
     if tokens and tokens.pass_rates:
         counted = sorted(Counter(round(rate, 2) for rate in tokens.pass_rates).items())
         alt = f"{len(tokens.pass_rates)} groups by the share of their completions whose first reward is at least 0.5"
-        chart = draw.counts([{"value": rate, "count": count} for rate, count in counted], "pass rate", "groups")
+        chart = draw.counts(counted, "pass rate", "groups")
         yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), counted))
     sizes = {int(side): count for side, count in images.tokens_at.items() if side.isdecimal()} if images else {}
     if sizes:
@@ -153,27 +148,28 @@ def _startup(report: Report) -> Iterator[Lines | Picture]:
     if not report.startup:
         return
     yield Lines([startup_line(report)])
-    names = [PHASE_WORDS.get(phase.name, phase.name) for phase in report.startup]
-    ends = list(itertools.accumulate((phase.seconds for phase in report.startup), initial=0.0))
-    rows = [{"lane": name, "begin": a, "end": b} for name, (a, b) in zip(names, itertools.pairwise(ends), strict=True)]
-    table = Table(("phase", "seconds"), [(PHASE_WORDS.get(p.name, p.name), seconds(p.seconds)) for p in report.startup])
+    ends = itertools.accumulate((phase.seconds for phase in report.startup), initial=0.0)
+    rows = [
+        {"lane": PHASE_WORDS.get(phase.name, phase.name), "begin": begin, "end": end}
+        for phase, (begin, end) in zip(report.startup, itertools.pairwise(ends), strict=True)
+    ]
+    table = Table(("phase", "seconds"), [(row["lane"], seconds(row["end"] - row["begin"])) for row in rows])
     chart = draw.lanes(rows, "seconds", width=draw.WIDTH - 160)
-    yield draw.picture("Start-up, phase after phase", f"{len(rows)} phases, {seconds(ends[-1])} in all", chart, table)
+    yield draw.picture("Start-up, phase after phase", startup_line(report), chart, table)
 
 
 def machine_sections(
     machine: dict[str, Any] | None, versions: dict[str, str], config: dict[str, Any] | None
 ) -> Iterator[Section]:
     """Machine, versions, and the configuration with values that differ from the defaults first."""
-    facts = dict(machine or {})
-    gpus, packages = facts.pop("gpus", None) or [], facts.pop("versions", None) or {}
-    cells = [(key, size(value) if key.endswith("_bytes") else value) for key, value in facts.items() if value]
+    known = {key: value for key, value in (machine or {}).items() if value}
+    gpus, packages = known.pop("gpus", []), known.pop("versions", {})
+    cells = [(k, size(v) if k.endswith("_bytes") and isinstance(v, int) else v) for k, v in known.items()]
     cells += [("gpu", gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in gpus]
     cells += sorted((versions | packages).items())
     yield Section("machine", "Machine and versions", [Table(("what", "value"), cells)] if cells else [])
-    words = {True: "set", False: "default", None: ""}
     rows = [
-        (s.key, "(not shown)" if s.value and SECRET_KEY.search(s.key) else value_text(s.value), words[s.changed])
-        for s in settings(config or {})
+        (key, "(not shown)" if value and SECRET_KEY.search(key) else value_text(value), origin)
+        for key, value, origin in settings(config or {})
     ]
     yield Section("configuration", "Configuration", [Table(("key", "value", "from"), rows)] if rows else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,6 @@ from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import hms, percent, seconds, size
 
 MOST_ROWS = 8
-LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def render_search(report: SearchReport, width: int = 100, *, colour: bool = False) -> str:
@@ -112,7 +110,7 @@ def gain_lines(report: SearchReport) -> Iterator[str]:
         return
     gain = math.log(report.best.speedup)
     exact, learning = (
-        math.exp(part) if part < LARGEST_EXPONENT else math.inf
+        math.exp(part) if part < 700.0 else math.inf
         for part in (gain * report.exact_share, gain * (1.0 - report.exact_share))
     )
     yield (

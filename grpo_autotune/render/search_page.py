@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 
 from grpo_autotune.records.search import Candidate, SearchReport
@@ -95,7 +94,7 @@ def _predictions(report: SearchReport) -> Iterator[Block]:
     both = [(t.number, t.predicted_s, t.step_s) for t in report.trials if t.predicted_s and t.step_s]
     if both:
         error = report.model_error.get("step")
-        band = error.p90 if error is not None and math.isfinite(error.p90) else 0.0
+        band = error.p90 if error else 0.0
         off = f"; the band holds nine of ten, within {percent(band)}" if band else ""
         rows = [dict(zip(("trial", "predicted", "measured"), row, strict=True)) for row in both]
         cells = [(str(n), seconds(p), seconds(m), f"{(p / m - 1) * 100:+.0f}%") for n, p, m in both]

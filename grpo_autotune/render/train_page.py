@@ -16,8 +16,6 @@ from grpo_autotune.units import amount, plural, seconds
 
 MOST_POINTS = 300
 """Points of a curve; those of a longer run are means of as many neighbours as that takes."""
-MOST = 1e300
-"""No logged number is this large."""
 Z = 1.96
 """Standard errors to either side of a mean that hold 95% of it."""
 
@@ -60,7 +58,7 @@ def train_sections(log: Log, report: Report | None, config: dict[str, Any] | Non
 
 def _number(row: dict[str, Any], key: str) -> float | None:
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) and abs(value) < MOST else None
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
 
 def _points(log: Log, key: str, kind: str = "train") -> list[tuple[int, float]]:
@@ -96,12 +94,11 @@ def _curve(log: Log, title: str, axis: str, keys: dict[str, str]) -> Iterator[Pi
         for key, name in keys.items()
         for step, value in _thinned(_points(log, key))
     ]
-    if not rows:
-        return
     ends = {row["series"]: row["value"] for row in rows}
     alt = f"{title} over steps; at the end: " + ", ".join(f"{name} {value:.3g}" for name, value in ends.items())
     table = Table(("step", "series", axis), [(str(r["step"]), r["series"], f"{r['value']:.4g}") for r in rows])
-    yield draw.picture(title, alt, draw.lines(rows, "step", axis), table)
+    if rows:
+        yield draw.picture(title, alt, draw.lines(rows, "step", axis), table)
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
@@ -120,25 +117,23 @@ def evaluations(log: Log) -> list[dict[str, Any]]:
         reward = _number(row, "eval_reward")
         if not timed or reward is None:
             continue
-        name = timed[0][1]
-        before = f"eval_{name}_" if name else "eval_"
+        before = timed[0][0].removesuffix("runtime")
         took, rate = (_number(row, before + key) or 0.0 for key in ("runtime", "samples_per_second"))
         half = Z * (_number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
-        rows.append({"step": row["step"], "series": name or "held-out", "value": reward, "low": reward - half,
+        rows.append({"step": row["step"], "series": timed[0][1] or "held-out", "value": reward, "low": reward - half,
                      "high": reward + half, "seconds": took, "completions": took * rate})  # fmt: skip
     return rows
 
 
 def _evaluations(log: Log) -> Iterator[Picture]:
     rows = evaluations(log)
-    if not rows:
-        return
     cells = [
         (str(r["step"]), r["series"], f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}",
          amount(r["completions"]), seconds(r["seconds"]))
         for r in rows
     ]  # fmt: skip
     table = Table(("step", "set", "reward", "interval at 95%", "completions", "took"), cells)
-    alt = f"Held-out reward over steps with intervals; at the end {rows[-1]['value']:.3g}"
+    alt = "Held-out reward over steps with intervals; the sentences at the top have the highest"
     note = "Intervals take completions as independent: several of one prompt make them too narrow."
-    yield draw.picture("Held-out reward", alt, draw.lines(rows, "step", "mean reward", draw.WIDTH), table, note)
+    if rows:
+        yield draw.picture("Held-out reward", alt, draw.lines(rows, "step", "mean reward", draw.WIDTH), table, note)

@@ -15,7 +15,6 @@ from grpo_autotune.records.stored import read_stored
 REPORT_FILE = "report.json"
 LOG_FILE = "train_log.jsonl"
 PAGE_FILE = "report.html"
-WRITES_LOG = "`grpo-autotune train`"
 
 
 def save_report(report: Report, folder: str | Path) -> Path:
@@ -56,21 +55,16 @@ def load_log(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: There is none, or it holds no line.
     """
-    path = folder / LOG_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows = [row for line in lines if (row := _event(line)) is not None]
+    path, rows = folder / LOG_FILE, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            whole = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
+            rows += [row] if whole else []
     if not rows:
-        raise ConfigError("there is no log of a training run here", where=str(path), fix=f"{WRITES_LOG} writes one.")
+        what, fix = "there is no log of a training run here", "`grpo-autotune train` writes one."
+        raise ConfigError(what, where=str(path), fix=fix)
     return rows
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
-    return row if whole else None
 
 
 def load_samples(folder: Path, count: int) -> list[dict[str, Any]]:

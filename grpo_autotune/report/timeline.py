@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
 
 from grpo_autotune.probe.spans import Span, StepSpans
 from grpo_autotune.probe.stages import classify
@@ -16,9 +18,17 @@ LEAST_SHARE = 0.003
 """Share of a step's time below which spans are merged with their neighbours."""
 RESOLUTION_S = 1e-6
 """Seconds to which the file rounds."""
-MOST_S = 1e9
-"""Seconds that no step takes."""
 STEP = re.compile(r'\{"step": (\d{1,18}),')
+Seconds = Annotated[float, Field(ge=0.0, lt=1e9)]  # no step takes more
+
+
+class _Line(BaseModel):
+    """A step as it is stored; a span is its stage, its part, its parent or thread, its start and its length."""
+
+    step: int
+    spans: list[tuple[str, str, int, Seconds, Seconds]] = Field(min_length=1)
+    other_threads: list[tuple[str, str, int, Seconds, Seconds]]
+    samples: list[tuple[Seconds, dict[str, float]]] = []
 
 
 class Bar(NamedTuple):
@@ -40,46 +50,25 @@ class Bar(NamedTuple):
 def read_spans(path: Path, wanted: Collection[int]) -> dict[int, StepSpans]:
     """The wanted steps that the file holds whole; torn or foreign lines say nothing."""
     steps: dict[int, StepSpans] = {}
-    if not path.is_file():
-        return steps
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            number = STEP.match(line)
-            if number is None or int(number[1]) not in wanted:
-                continue
-            try:
-                steps[int(number[1])] = _step(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if (number := STEP.match(line)) and int(number[1]) in wanted:
+                    with suppress(ValidationError):
+                        steps[int(number[1])] = _step(_Line.model_validate_json(line))
     return steps
 
 
-def _step(line: dict[str, Any]) -> StepSpans:
+def _step(line: _Line) -> StepSpans:
     spans = [
-        Span(_stage(stage), str(part), int(parent) if 0 <= parent < index else -1, index, _time(start), _time(length))
-        for index, (stage, part, parent, start, length) in enumerate(line["spans"])
+        Span(stage if stage in STAGES else "", part, parent if 0 <= parent < index else -1, index, start, length)
+        for index, (stage, part, parent, start, length) in enumerate(line.spans)
     ]
     others = [
-        Span(_stage(stage), str(part), -1, -1, _time(start), _time(length), thread=int(thread))
-        for stage, part, thread, start, length in line["other_threads"]
+        Span(stage if stage in STAGES else "", part, -1, -1, start, length, thread=thread)
+        for stage, part, thread, start, length in line.other_threads
     ]
-    if not spans:
-        raise ValueError("a step without spans")
-    samples = [
-        (_time(at), {str(key): float(value) for key, value in dict(values).items()})
-        for at, values in line.get("samples", [])
-    ]
-    return StepSpans(int(line["step"]), spans, others, samples)
-
-
-def _time(value: float) -> float:
-    if not 0.0 <= value < MOST_S:
-        raise ValueError("not a time within a step")
-    return value
-
-
-def _stage(name: Any) -> str:
-    return name if name in STAGES else ""
+    return StepSpans(line.step, spans, others, line.samples)
 
 
 def bars_of(step: StepSpans, main: str) -> list[Bar]:

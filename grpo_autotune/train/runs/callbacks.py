@@ -73,12 +73,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
 
 class AfterLog(TrainerCallback):  # type: ignore[misc]
-    """Writes a page of the run after log events, a minute or more apart.
-
-    Args:
-        write: Writes it, and raises nothing.
-        clock: Seconds, monotonic.
-    """
+    """Has `write` write a page of the run after log events, a minute or more apart; it raises nothing."""
 
     def __init__(self, write: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock, self._next_s = write, clock, clock() + PAGE_EVERY_S
