@@ -20,7 +20,8 @@ from grpo_autotune.render.train_page import train_sections
 from grpo_autotune.report.files import load_log, load_report
 from grpo_autotune.search.folder import load_search
 
-IMAGES = Path(__file__).parents[1] / "docs" / "img"
+DOCS = Path(__file__).parents[1] / "docs"
+IMAGES, DEMO = DOCS / "img", DOCS / "benchmarks" / "demo"
 SHOWN = {
     "The median step by stage": "step",
     "The fastest, the median and the slowest step": "timeline",
@@ -31,11 +32,12 @@ SHOWN = {
 
 
 def pictures(run: Path) -> Iterator[Picture]:
-    """All pictures of the three pages; of those with the same title the last one counts."""
+    """All pictures of the pages; of those with the same title the last one counts."""
     pages = (
         train_sections(load_log(run / "train"), None),
         search_sections(load_search(run / "search")),
         probe_sections(load_report(run / "probe"), run / "probe"),
+        probe_sections(load_report(DEMO), DEMO),  # the one that README prints
     )
     for sections in pages:
         yield from (block for section in sections for block in section.blocks if isinstance(block, Picture))

@@ -106,7 +106,7 @@ ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=datum, trim_blocks=True, lstrip_blocks=True
 )
 ENVIRONMENT.filters["slug"] = lambda text: re.sub(r"\W+", "-", datum(text)).strip("-")[:60]
-ENVIRONMENT.filters["svg"] = lambda spec: Markup(vl_convert.vegalite_to_svg(spec))  # Vega escapes the texts in it
+ENVIRONMENT.filters["svg"] = lambda spec: Markup(vl_convert.vegalite_to_svg({**spec, "params": []}))  # escapes texts
 ENVIRONMENT.filters["kind"] = lambda block: type(block).__name__
 
 

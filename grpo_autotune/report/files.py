@@ -15,6 +15,8 @@ from grpo_autotune.records.stored import read_stored
 REPORT_FILE = "report.json"
 LOG_FILE = "train_log.jsonl"
 PAGE_FILE = "report.html"
+UNDER_WAY = ("spans.jsonl", LOG_FILE, "study.journal")
+"""Files of a run that has no report yet."""
 
 
 def save_report(report: Report, folder: str | Path) -> Path:
@@ -45,8 +47,10 @@ def load_report(source: str | Path) -> Report:
     """
     path = Path(source)
     path = path / REPORT_FILE if path.is_dir() else path
-    words = {"absent": "there is no report here", "written_by": "`grpo-autotune probe`", "again": "Probe again."}
-    return read_stored(path, Report, SCHEMA, **words)
+    begun = any((path.parent / name).exists() for name in UNDER_WAY)
+    absent = "this run has no report yet: it is under way, or was killed" if begun else "there is no report here"
+    words = {"absent": absent, "written_by": "the end of a run" if begun else "`grpo-autotune probe`"}
+    return read_stored(path, Report, SCHEMA, **words, again="Probe again.")
 
 
 def load_log(folder: Path) -> list[dict[str, Any]]:

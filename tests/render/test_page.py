@@ -314,13 +314,13 @@ LENIENT: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@settings(max_examples=settings.default.max_examples // 2, **LENIENT)
+@settings(**LENIENT)
 @given(data=st.data())
 def test_hostile_reports_stay_in_their_places(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Fifty reports; 500 with `--hypothesis-profile=thorough`."""
+    """A hundred reports; 500 with `--hypothesis-profile=thorough`."""
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:  # drawn below, for some of them
-        patch.setitem(page._environment().filters, "svg", lambda spec: Markup("<svg></svg>"))
+        patch.setitem(page.ENVIRONMENT.filters, "svg", lambda spec: Markup("<svg></svg>"))
         harmless(pages(data, folder))
 
 
@@ -359,12 +359,15 @@ def test_bad_folders_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "infinite" / "report.json").write_text(json.dumps({**DEMO, "step_s": float("inf")}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "search.json").write_text('{"schema": "someone/else"}')
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going" / "spans.jsonl").write_text(json.dumps(spans(1)))
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "train_log.jsonl").write_text("\n[1]\n{\n")
     for name, words in {
         "torn": "not a JSON file",
         "infinite": "not a JSON file",
         "other": "schema",
+        "going": "under way",
         "log": "no log",
         "none": "no report here",
     }.items():
