@@ -47,7 +47,7 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
     if samples:
         rows = load_samples(folder, samples)
         answers = Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else Lines([NO_SAMPLES])
-        sections.append(Section("samples", "Answers", [answers]))
+        sections.insert(-2, Section("samples", "Answers", [answers]))
     return render_page(title, sections, interactive=interactive, refresh_s=REFRESH_S if running else None)
 
 

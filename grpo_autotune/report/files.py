@@ -84,7 +84,9 @@ def load_samples(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _said(value: Any) -> Any:
-    """The text of messages, and of the parts of one; numbers as they are."""
+    """The text of messages, and of the parts of one; numbers to four places."""
     if isinstance(value, list):
         return " ".join(filter(None, map(_said, value)))
-    return _said(value.get("content") or value.get("text")) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return _said(value.get("content") or value.get("text"))
+    return round(value, 4) if isinstance(value, float) else value
