@@ -16,8 +16,6 @@ from grpo_autotune.units import amount, plural, seconds
 
 MOST_POINTS = 300
 """Points of a curve; those of a longer run are means of as many neighbours as that takes."""
-Z = 1.96
-"""Standard errors to either side of a mean that hold 95% of it."""
 
 Log = Sequence[dict[str, Any]]
 
@@ -110,7 +108,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]
 
 
 def evaluations(log: Log) -> list[dict[str, Any]]:
-    """The evaluations of a log: mean reward `value` on the set `series`, `low` and `high` ends of its interval."""
+    """The evaluations of a log: mean reward `value` on the set `series`, `low` and `high` of its 95%."""
     rows = []
     for row in log:
         timed = [match for key in row if (match := re.fullmatch(r"eval_(?:(.+)_)?runtime", key))]
@@ -119,7 +117,7 @@ def evaluations(log: Log) -> list[dict[str, Any]]:
             continue
         before = timed[0][0].removesuffix("runtime")
         took, rate = (_number(row, before + key) or 0.0 for key in ("runtime", "samples_per_second"))
-        half = Z * (_number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
+        half = 1.96 * (_number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
         rows.append({"step": row["step"], "series": timed[0][1] or "held-out", "value": reward, "low": reward - half,
                      "high": reward + half, "seconds": took, "completions": took * rate})  # fmt: skip
     return rows
