@@ -149,7 +149,7 @@ def _startup(report: Report) -> Iterator[Lines | Picture]:
         return
     yield Lines([startup_line(report)])
     ends = itertools.accumulate((phase.seconds for phase in report.startup), initial=0.0)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"lane": PHASE_WORDS.get(phase.name, phase.name), "begin": begin, "end": end}
         for phase, (begin, end) in zip(report.startup, itertools.pairwise(ends), strict=True)
     ]
