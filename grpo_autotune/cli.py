@@ -147,6 +147,9 @@ def report(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="A page with tooltips and zoom, 0.9 MB larger.")
     ] = False,
+    with_samples: Annotated[
+        int, typer.Option(metavar="N", min=0, max=100, help="A page with N answers, where the run stored any.")
+    ] = 0,
     open_: Annotated[bool, typer.Option("--open", help="Write the page and show it in a browser.")] = False,
 ) -> Action:
     """Print a stored report again, or make a page of it."""
@@ -154,12 +157,12 @@ def report(
     def action() -> int:
         if file is not None and not html:
             raise ConfigError("a file is only written as a page", where=str(file), fix="Put --html in front of it.")
-        if html or interactive or open_:
+        if html or interactive or with_samples or open_:
             if json_:
                 raise ConfigError("a page is no JSON", where="--html", fix="Give --html or --json.")
             from grpo_autotune.commands.page import write_page
 
-            path = write_page(run_dir, file, interactive=interactive)
+            path = write_page(run_dir, file, interactive=interactive, samples=with_samples)
             say(f"Saved: {path}")
             if open_:
                 import webbrowser

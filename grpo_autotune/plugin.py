@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.commands.page import keep_page
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.probe import Probe
@@ -30,8 +31,6 @@ class PrintableReport:
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and the page `report.html` into `folder`, which is created where it is missing."""
-        from grpo_autotune.commands.page import keep_page
-
         save_report(self.data, folder)
         keep_page(Path(folder))
 

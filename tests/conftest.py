@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.support.tiny import tiny_model
@@ -18,6 +19,8 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job: the commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("thorough", max_examples=500)
 
 SLOW_FIXTURES = {"tiny", "quick_model"}
 """A test that asks for one of these trains or loads a model, and is marked `slow`."""

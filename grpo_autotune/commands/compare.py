@@ -12,9 +12,6 @@ from grpo_autotune.report.compare import Run, compare, seconds_by_cycle
 from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_report
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search, read_record
 
-UNDER_WAY = ("spans.jsonl", LOG_FILE, "study.journal")
-"""Files of a run that has no report yet."""
-
 
 def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
     """Compare the runs with `baseline`, one of them or another one; by default with the first.
@@ -59,9 +56,6 @@ def _load(name: str) -> Run:
     folder = place if place.is_dir() else place.parent
     if place.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
         return _winner(name, folder)
-    if place.is_dir() and not (place / REPORT_FILE).is_file() and any((place / file).exists() for file in UNDER_WAY):
-        what = "this run has no report yet: it is under way, or was killed"
-        raise ConfigError(what, where=name, fix="Compare it when it has ended; --resume goes on with it.")
     report = load_report(place)
     kind: RunKind = "training" if (folder / LOG_FILE).is_file() else "probe"
     seconds = seconds_by_cycle(report.step_seconds, report.stages, report.cycle)

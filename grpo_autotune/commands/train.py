@@ -58,7 +58,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn))
             watched.append(probes[0].now)
             trainer.add_callback(AfterLog(partial(keep_page, out_dir, running=True)))
-            ended.callback(_tell_time, probes[0], config, out_dir)  # however it ends
+            ended.callback(keep_page, out_dir)  # however it ends, and last
+            ended.callback(_tell_time, probes[0], config, out_dir)
 
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
             result = run_training(
@@ -82,4 +83,3 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
         save_report(report, out_dir)
         line += f"; `grpo-autotune report {out_dir}` prints the whole breakdown"
     say(line)
-    keep_page(out_dir)

@@ -8,32 +8,26 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
+import vl_convert
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from rich.table import Table as RichTable
 
 MOST_CHARACTERS = 4000
 """Characters of one datum that a page shows."""
-LONGEST_NUMBER = 24
-"""Characters of a number with its interval and unit."""
-MOST_ROWS = 1000
-"""Rows of a table that a page shows."""
 
 REDACTED = (
-    (re.compile(r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}"), "(a key)"),
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1"),
-    (
-        re.compile(r"(?<![\w.])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root|[A-Za-z]:\\Users\\[^\\\s'\"]+)(?![\w.-])"),
-        "~",
-    ),
+    (r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", "(a key)"),
+    (r"(\w+://)[^/\s@]+@", r"\1"),
+    (r"(?<![\w.])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root|[A-Za-z]:\\Users\\[^\\\s'\"]+)(?![\w.-])", "~"),
 )
 """Keys by their known beginnings, names and passwords in addresses, home folders -> what stands in their place."""
 SECRET_KEY = re.compile(r"(?i)(?:^|[._])(?:\w*(?:token|api_?key|secret|password|credential)s?)$")
 """Key paths whose text is never shown."""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -45,12 +39,9 @@ class Table:
     anchor: str = ""  # rows get the id `anchor-FIRST_CELL` where it is set
     caption: str = ""
 
-    kind: ClassVar = "table"
-
     def is_text(self, column: int) -> bool:
-        """True for a column of words, which begin at one edge, where numbers end at one."""
-        cells = [str(row[column]) for row in self.rows[:MOST_ROWS] if row[column] not in (None, "")]
-        return any(len(cell) > LONGEST_NUMBER or not any(sign.isdigit() for sign in cell) for cell in cells)
+        """True for a column of words, which begin at one edge, where numbers with their units end at one."""
+        return any((text := str(row[column] or "")) and not re.fullmatch(r"(?=.*\d).{,24}", text) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,6 @@ class Picture:
     table: Table
     note: str = ""
 
-    kind: ClassVar = "picture"
-
 
 @dataclass(frozen=True)
 class Lines:
@@ -75,8 +64,6 @@ class Lines:
     title: str = ""
     strong: bool = False  # a warning, or the sentence that matters most
 
-    kind: ClassVar = "lines"
-
 
 @dataclass(frozen=True)
 class Diff:
@@ -84,25 +71,23 @@ class Diff:
 
     lines: Sequence[str]
 
-    kind: ClassVar = "diff"
-
 
 Block = Table | Picture | Lines | Diff
 
 
 class Section(NamedTuple):
-    """A part of a page; left out where it has no blocks."""
+    """A part of a page; left out where it has no blocks, and so are blocks of no lines."""
 
     anchor: str
     title: str
     blocks: Sequence[Block]
 
 
-def from_rich(table: RichTable, *, anchor: str = "") -> Table:
+def from_rich(table: RichTable, *, anchor: str = "", caption: str = "") -> Table:
     """The table of a terminal; a column of bars is left out."""
     shown = [column for column in table.columns if column.header or not any("█" in str(c) for c in column.cells)]
     cells = [[str(cell) for cell in column.cells] for column in shown]
-    return Table([str(column.header) for column in shown], list(zip(*cells, strict=True)), anchor)
+    return Table([str(column.header) for column in shown], list(zip(*cells, strict=True)), anchor, caption)
 
 
 def datum(value: Any) -> Any:
@@ -113,77 +98,33 @@ def datum(value: Any) -> Any:
     if len(text) > MOST_CHARACTERS:
         text = f"{text[:MOST_CHARACTERS]} ... ({len(text)} characters)"
     for pattern, instead in REDACTED:
-        text = pattern.sub(instead, text)
-    if text.isprintable():
-        return text
+        text = re.sub(pattern, instead, text)
     return "".join(c if c.isprintable() else " " if c in "\n\r\t" else repr(c)[1:-1] for c in text)
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=datum, trim_blocks=True, lstrip_blocks=True
+)
+ENVIRONMENT.filters["slug"] = lambda text: re.sub(r"\W+", "-", datum(text)).strip("-")[:60]
+ENVIRONMENT.filters["svg"] = lambda spec: Markup(vl_convert.vegalite_to_svg({**spec, "params": []}))  # escapes texts
+ENVIRONMENT.filters["kind"] = lambda block: type(block).__name__
 
 
 def render_page(
     title: str, sections: Sequence[Section], *, interactive: bool = False, refresh_s: int | None = None
 ) -> str:
-    """The page as one text.
-
-    Args:
-        title: Of the page and its first heading.
-        sections: In their order.
-        interactive: Pictures with tooltips and zoom, drawn by Vega in the browser; about 0.9 MB more.
-        refresh_s: Seconds after which a browser reads the page again; None for a run that is over.
-    """
-    shown = [section for section in sections if section.blocks]
-    pictures = [block for section in shown for block in section.blocks if isinstance(block, Picture)]
-    specs = json.dumps([_zoomable(picture.spec) for picture in pictures]) if interactive else ""
-    script = _script() if interactive else ""
+    """The page as one text; `interactive` pictures have tooltips and zoom, drawn by Vega in the browser, which makes it
+    0.9 MB larger. A browser reads the page again after `refresh_s`; None for a run that is over."""
+    shown = [(s, blocks) for s in sections if (blocks := [b for b in s.blocks if not isinstance(b, Lines) or b.lines])]
+    pictures = [block for _, blocks in shown for block in blocks if isinstance(block, Picture)]
+    specs = json.dumps([picture.spec for picture in pictures]) if interactive else ""
+    # Vega with an interpreter of expressions, which a page may run that forbids `eval`, and the call that draws
+    script = str(vl_convert.javascript_bundle((TEMPLATES / "draw.js").read_text("utf-8"))) if interactive else ""
+    script = script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page: str = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            sections=shown,
-            number=pictures.index,
-            style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-            refresh_s=refresh_s,
-            # in a script element nothing is escaped but what could end it
-            specs=Markup(specs.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-            script=Markup(script),
-            script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
-            most_rows=MOST_ROWS,
-        )
-    )
-    return page
-
-
-def _zoomable(spec: dict[str, Any]) -> dict[str, Any]:
-    """The specification with a wheel that zooms along a continuous x axis, where it has one."""
-    x = spec.get("encoding", {}).get("x", {})
-    if x.get("type") != "quantitative" or "bin" in x:
-        return spec
-    return {**spec, "params": [{"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}]}
-
-
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=datum, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"svg": _svg, "slug": lambda text: re.sub(r"\W+", "-", datum(text)).strip("-")[:60]}
-    return environment
-
-
-def _svg(spec: dict[str, Any]) -> Markup:
-    """The picture; Vega escapes the texts in it, and its ids could only meet those of another picture."""
-    import vl_convert
-
-    return Markup(vl_convert.vegalite_to_svg(spec))
-
-
-def _script() -> str:
-    """Vega with an interpreter of expressions, which a page may run that forbids `eval`, and the call that draws."""
-    import vl_convert
-
-    draw = (TEMPLATES / "draw.js").read_text(encoding="utf-8")
-    return vl_convert.javascript_bundle(draw).replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return ENVIRONMENT.get_template("page.html").render(
+        title=title, sections=shown, number=pictures.index, refresh_s=refresh_s,
+        style=Markup((TEMPLATES / "page.css").read_text("utf-8")), script=Markup(script),
+        specs=Markup(specs.replace("<", "\\u003c")),  # in a script element nothing is escaped but what could end it
+        script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
+    )  # fmt: skip

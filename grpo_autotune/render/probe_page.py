@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.records.probe import Spread
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
-from grpo_autotune.render.page import SECRET_KEY, Lines, Picture, Section, Table, from_rich
+from grpo_autotune.render.page import SECRET_KEY, Block, Lines, Picture, Section, Table, from_rich
 from grpo_autotune.render.rollouts import rollout_lines
+from grpo_autotune.render.search import value_text
 from grpo_autotune.render.sentences import PHASE_WORDS, facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.terminal import rank_table, stage_table
 from grpo_autotune.report.configuration import settings
-from grpo_autotune.report.timeline import Bar, bars_of, rank_files, read_spans, stage_seconds
-from grpo_autotune.units import amount, percent, seconds
+from grpo_autotune.report.timeline import bars_of, rank_files, read_spans
+from grpo_autotune.units import amount, percent, seconds, size
 
 MOST_STEPS = 64
 """Steps that the bars of single steps show: the last ones."""
@@ -32,18 +30,17 @@ def probe_title(report: Report) -> str:
 
 def probe_sections(report: Report, folder: Path) -> list[Section]:
     """The sections of the page; `folder` holds the spans, without which the timeline is left out."""
-    headers = [line for line in header_lines(report) if line]
+    headers, warnings = list(filter(None, header_lines(report))), Lines(report.warnings, title="Warnings", strong=True)
     return [
-        Section("summary", "In short", [Lines([summary(report)], strong=True), *_warnings(report), Lines(headers)]),
+        Section("summary", "In short", [Lines([summary(report)], strong=True), warnings, Lines(headers)]),
         Section("step", "Where a step goes", [step_picture(report)]),
-        *_time_sections(report, folder),
+        Section("timeline", "Timeline", list(_timeline(report, folder))),
+        Section("steps", "Step by step", list(steps_picture(report))),
         Section("advice", "What to change", list(_advice(report))),
         Section("stages", "Stages", list(stage_blocks(report))),
         Section("work", "Tokens, images and rewards", list(_work(report))),
         Section("startup", "Before the first step", list(_startup(report))),
-        Section(
-            "vllm", "vLLM and the fidelity of its samples", [Lines(rows)] if (rows := rollout_lines(report)) else []
-        ),
+        Section("vllm", "vLLM and the fidelity of its samples", [Lines(rollout_lines(report))]),
         *machine_sections(report.machine, report.versions | report.runtime, report.config),
     ]
 
@@ -55,96 +52,63 @@ def summary(report: Report) -> str:
         return f"{report.bound} No change that learns the same is predicted to save one percent of it."
     best = max(exact, key=lambda advice: advice.predicted_saving or 0.0)
     saving = f"{seconds(best.predicted_saving or 0.0)} ({percent(best.predicted_share or 0.0)})"
-    what = ", ".join(f"{change.key} {_text(change.after)}" for change in best.changes) or best.text.partition(":")[0]
+    what = ", ".join(f"{c.key} {value_text(c.after)}" for c in best.changes) or best.text.partition(":")[0]
     return f"{report.bound} The best exact change, {what}, is predicted to save {saving} of it."
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _warnings(report: Report) -> list[Lines]:
-    return [Lines(report.warnings, title="Warnings", strong=True)] if report.warnings else []
 
 
 def step_picture(report: Report) -> Picture:
     """The stages of the median step in one bar."""
-    shares = [(row.name, row.self_s) for row in report.stages if row.self_s > 0.0]
-    rows = [(name, seconds(value), percent(value / report.step_s)) for name, value in shares if report.step_s]
+    shares = [(row.name, row.self_s, row.share) for row in report.stages if row.self_s > 0.0]
     largest = sorted(shares, key=lambda row: -row[1])[:3]
-    words = ", ".join(f"{name} {percent(value / report.step_s)}" for name, value in largest if report.step_s)
+    words = ", ".join(f"{name} {percent(share)}" for name, _, share in largest)
     alt = f"One bar of {seconds(report.step_s)}, split by stage; the largest: {words}"
-    return draw.picture(
-        "The median step by stage", alt, draw.stacked_bar(shares), Table(("stage", "time", "share"), rows)
-    )
+    table = Table(("stage", "time", "share"), [(name, seconds(s), percent(share)) for name, s, share in shares])
+    return draw.picture("The median step by stage", alt, draw.stacked_bar([row[:2] for row in shares]), table)
 
 
-def _time_sections(report: Report, folder: Path) -> Iterator[Section]:
-    """The timeline of three steps, and the bars of all."""
-    shown = report.steps[-MOST_STEPS:]
-    chosen = _chosen(report)
-    files = list(rank_files(folder))
-    main = read_spans(files[0][1], {*shown, *chosen})
-    chosen = {step: words for step, words in chosen.items() if step in main}
-    bars: list[Bar] = []
-    for step, words in chosen.items():
-        for name, path in files:
-            spans = main if path == files[0][1] else read_spans(path, {step})
-            lane = f"{words}, step {step}" if len(files) == 1 else f"{words}, step {step}, {name}"
-            bars += bars_of(spans[step], lane) if step in spans else []
-    if bars:
-        yield Section("timeline", "Timeline", [_timeline(bars, list(chosen))])
-    if len(shown) > 1:
-        yield Section("steps", "Step by step", [_steps(report, shown, {n: stage_seconds(s) for n, s in main.items()})])
-
-
-def _chosen(report: Report) -> dict[int, str]:
-    """The fastest, the median and the slowest step."""
+def _timeline(report: Report, folder: Path) -> Iterator[Picture]:
+    """The fastest, the median and the slowest step, as far as spans of them are stored."""
     ranked = [step for _, step in sorted(zip(report.step_seconds, report.steps, strict=False))]
-    if len(ranked) < 3:
-        return {step: f"number {place}" for place, step in enumerate(ranked, start=1)}
-    return {ranked[0]: "fastest", ranked[(len(ranked) - 1) // 2]: "median", ranked[-1]: "slowest"}
-
-
-def _timeline(bars: Sequence[Bar], steps: Sequence[int]) -> Picture:
-    rows = [
-        {"lane": bar.lane, "stage": bar.stage, "part": bar.part, "begin": bar.start_s, "end": bar.end_s,
-         "seconds": bar.seconds, "of": bar.count}
-        for bar in bars
-    ]  # fmt: skip
-    cells = [(bar.lane, bar.stage, bar.part, f"{bar.start_s:.4f} s", seconds(bar.seconds), bar.count) for bar in bars]
-    table = Table(("lane", "stage", "part", "begin", "length", "spans"), cells)
-    lanes = list(dict.fromkeys(bar.lane for bar in bars))
-    alt = f"Stages over the time of the steps {', '.join(map(str, steps))}, in {len(lanes)} lanes"
-    note = "On the host's clock; spans under 0.3% of the step are merged with their neighbours."
-    return draw.picture("The fastest, the median and the slowest step", alt, draw.timeline(rows, lanes), table, note)
-
-
-def _steps(report: Report, shown: Sequence[int], by_stage: dict[int, dict[str, float]]) -> Picture:
-    took = dict(zip(report.steps, report.step_seconds, strict=False))
-    told = {step: by_stage.get(step) or {"other": took.get(step, math.nan)} for step in shown}
-    stages = draw.in_order(stage for split in told.values() for stage in split)
-    rows = [
-        {"step": step, "stage": stage, "seconds": split[stage], "order": stages.index(stage)}
-        for step, split in told.items()
-        for stage in split
+    places = {0: "fastest", (len(ranked) - 1) // 2: "median", len(ranked) - 1: "slowest"}
+    files = dict(rank_files(folder))
+    bars = [
+        bar
+        for (place, word), (rank, path) in itertools.product(places.items(), files.items() if ranked else ())
+        for spans in read_spans(path, ranked[place : place + 1]).values()
+        for bar in bars_of(spans, f"{word}, step {spans.step}" + (f", {rank}" if len(files) > 1 else ""))
     ]
-    cells = [(step, *(seconds(split[s]) if s in split else "" for s in stages)) for step, split in told.items()]
-    of = f"the last {len(shown)} of {len(report.steps)} steps" if len(shown) < len(report.steps) else "each step"
-    middle = statistics.median(report.step_seconds) if report.step_seconds else 0.0
-    alt = f"A bar for {of}, split by stage; their median is {seconds(middle)}"
-    note = "On the host's clock." if by_stage else "Without spans.jsonl a step's stages are not known."
-    return draw.picture(
-        f"Seconds of {of}", alt, draw.stacked_steps(rows, stages), Table(("step", *stages), cells), note
-    )
+    rows = [{**bar._asdict(), "seconds": bar.seconds} for bar in bars]
+    cells = [(b.lane, b.stage, b.part, f"{b.begin:.4f} s", seconds(b.seconds), b.spans) for b in bars]
+    table = Table(("lane", "stage", "part", "begin", "length", "spans"), cells)
+    chart = draw.lanes(rows, "seconds since the step began", draw.coloured("stage", rows, draw.STAGE_COLOURS))
+    alt = f"Stages over time in {len({bar.lane for bar in bars})} lanes, which the table below has as {len(bars)} bars"
+    note = "On the host's clock; spans under 0.3% of the step are merged with their neighbours, and counted."
+    if bars:
+        yield draw.picture("The fastest, the median and the slowest step", alt, chart, table, note)
+
+
+def steps_picture(report: Report) -> Iterator[Picture]:
+    """A bar for each of the last steps."""
+    stages = [row for row in report.stages if row.per_step_s]
+    steps = report.steps[-MOST_STEPS:]
+    if not stages or len(steps) < 2:
+        return
+    rows = [
+        {"step": step, "stage": row.name, "seconds": spent, "order": order}
+        for order, row in enumerate(stages)
+        for step, spent in zip(steps, row.per_step_s[-MOST_STEPS:], strict=False)
+    ]
+    columns = [map(seconds, row.per_step_s[-MOST_STEPS:]) for row in stages]
+    table = Table(("step", *(row.name for row in stages)), list(zip(map(str, steps), *columns, strict=False)))
+    of = "each step" if len(steps) == len(report.steps) else f"the last {len(steps)} of {len(report.steps)} steps"
+    alt = f"A bar for {of}, split by stage; the median of all steps is {seconds(report.step_s)}"
+    yield draw.picture(f"Seconds of {of}", alt, draw.stacked_steps(rows), table)
 
 
 def _advice(report: Report) -> Iterator[Lines]:
-    titles = {"exact": "Same learning", "learning": "Alters what is learned: check the reward"}
-    for kind, title in titles.items():
+    for kind, title in {"exact": "Same learning", "learning": "Alters what is learned: check the reward"}.items():
         texts = [advice.text for advice in report.verdict if advice.kind == kind]
-        if texts:
-            yield Lines(texts, numbered=True, title=f"{title} (each predicted for that change alone)")
+        yield Lines(texts, numbered=True, title=f"{title} (each predicted for that change alone)")
     if not report.verdict:
         yield Lines(["No change that this tool knows is predicted to save one percent of the step."])
 
@@ -154,62 +118,58 @@ def stage_blocks(report: Report) -> Iterator[Table | Lines]:
     yield from_rich(stage_table(report), anchor="stage")
     yield Lines([legend(report)])
     if report.ranks is not None:
-        yield replace(from_rich(rank_table(report)), caption="Ranks")
+        yield from_rich(rank_table(report), caption="Ranks")
 
 
-def _work(report: Report) -> Iterator[Table | Lines | Picture]:
+def _work(report: Report) -> Iterator[Block]:
     yield Lines(facts_lines(report))
     tokens, images = report.tokens, report.images
-    spreads = [("prompt tokens", tokens.prompt), ("completion tokens", tokens.completion)] if tokens else []
-    spreads += [("pixels per image", images.pixels)] if images else []
-    spreads += [("tokens per image", images.tokens)] if images and images.tokens else []
-    if spreads:
-        rows = [(name, *(amount(value) for value in _five(spread))) for name, spread in spreads]
-        yield Table(("", "mean", "p50", "p90", "p99", "max"), rows, caption="Lengths and sizes")
-    if report.rewards:
-        calls = [(call.name, call.calls, seconds(call.mean_s), seconds(call.max_s)) for call in report.rewards]
-        yield Table(("reward function", "calls", "mean", "slowest"), calls)
+    spreads = {"prompt tokens": tokens.prompt, "completion tokens": tokens.completion} if tokens else {}
+    more = {"pixels per image": images.pixels, "tokens per image": images.tokens} if images else {}
+    columns = ("mean", "p50", "p90", "p99", "max")
+    rows = [(name, *(amount(getattr(s, key)) for key in columns)) for name, s in (spreads | more).items() if s]
+    if rows:
+        yield Table(("quantity", *columns), rows, caption="Lengths and sizes")
     if tokens and tokens.pass_rates:
-        places = Counter(min(9, int(10 * min(max(rate, 0.0), 1.0) + 1e-9)) for rate in tokens.pass_rates)
-        bins = [(f"{at / 10:.1f} to {(at + 1) / 10:.1f}", places[at]) for at in range(10)]
+        counted = sorted(Counter(round(rate, 2) for rate in tokens.pass_rates).items())
         alt = f"{len(tokens.pass_rates)} groups by the share of their completions whose first reward is at least 0.5"
-        chart = draw.histogram(bins, "pass rate", "groups")
-        yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), bins))
-    if images and len(images.tokens_at) > 1:
-        sizes = [(f"{side} px", amount(count)) for side, count in images.tokens_at.items()]
-        yield Table(("longest side of an image", "tokens"), sizes, caption="Image size against tokens")
-
-
-def _five(spread: Spread) -> tuple[float, ...]:
-    return spread.mean, spread.p50, spread.p90, spread.p99, spread.max
+        chart = draw.counts(counted, "pass rate", "groups")
+        yield draw.picture("Pass rates of the groups", alt, chart, Table(("pass rate", "groups"), counted))
+    sizes = {int(side): count for side, count in images.tokens_at.items() if side.isdecimal()} if images else {}
+    if sizes:
+        rows = [(f"{side} px", amount(count)) for side, count in sizes.items()]
+        alt = "Tokens of an image by its longest side: " + ", ".join(f"{side} {count}" for side, count in rows)
+        points = [{"longest side": side, "value": count, "series": ""} for side, count in sizes.items()]
+        chart = draw.lines(points, "longest side", "tokens per image")
+        yield draw.picture("Image size against tokens", alt, chart, Table(("longest side", "tokens"), rows))
 
 
 def _startup(report: Report) -> Iterator[Lines | Picture]:
     if not report.startup:
         return
     yield Lines([startup_line(report)])
-    at, rows, cells = 0.0, [], []
-    for phase in report.startup:
-        name = PHASE_WORDS.get(phase.name, phase.name)
-        rows.append({"lane": name, "begin": at, "end": (at := at + phase.seconds)})
-        cells.append((name, seconds(phase.seconds)))
-    table = Table(("phase", "seconds"), cells)
-    chart = draw.waterfall(rows)
-    yield draw.picture("Start-up, phase after phase", f"{len(rows)} phases, {seconds(at)} in all", chart, table)
+    ends = itertools.accumulate((phase.seconds for phase in report.startup), initial=0.0)
+    rows: list[dict[str, Any]] = [
+        {"lane": PHASE_WORDS.get(phase.name, phase.name), "begin": begin, "end": end}
+        for phase, (begin, end) in zip(report.startup, itertools.pairwise(ends), strict=True)
+    ]
+    table = Table(("phase", "seconds"), [(row["lane"], seconds(row["end"] - row["begin"])) for row in rows])
+    chart = draw.lanes(rows, "seconds", width=draw.WIDTH - 160)
+    yield draw.picture("Start-up, phase after phase", startup_line(report), chart, table)
 
 
 def machine_sections(
     machine: dict[str, Any] | None, versions: dict[str, str], config: dict[str, Any] | None
 ) -> Iterator[Section]:
     """Machine, versions, and the configuration with values that differ from the defaults first."""
-    facts = [(key, value) for key, value in (machine or {}).items() if key not in ("versions", "gpus") and value]
-    facts += [
-        ("gpu", gpu.get("name", "") if isinstance(gpu, dict) else gpu) for gpu in (machine or {}).get("gpus") or []
+    known = {key: value for key, value in (machine or {}).items() if value}
+    gpus, packages = known.pop("gpus", []), known.pop("versions", {})
+    cells = [(k, size(v) if k.endswith("_bytes") and isinstance(v, int) else v) for k, v in known.items()]
+    cells += [("gpu", gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in gpus]
+    cells += sorted((versions | packages).items())
+    yield Section("machine", "Machine and versions", [Table(("what", "value"), cells)] if cells else [])
+    rows = [
+        (key, "(not shown)" if value and SECRET_KEY.search(key) else value_text(value), origin)
+        for key, value, origin in settings(config or {})
     ]
-    facts += sorted((versions | (machine or {}).get("versions", {})).items())
-    yield Section("machine", "Machine and versions", [Table(("", "value"), facts)] if facts else [])
-    rows = []
-    for key, value, changed in settings(config) if config else []:
-        told = "(not shown)" if value is not None and SECRET_KEY.search(key) else _text(value)
-        rows.append((key, told, "" if changed is None else "set" if changed else "default"))
-    yield Section("configuration", "Configuration", [Table(("key", "value", ""), rows)] if rows else [])
+    yield Section("configuration", "Configuration", [Table(("key", "value", "from"), rows)] if rows else [])

@@ -106,10 +106,13 @@ def guard_line(guard: Guard) -> str:
 
 def gain_lines(report: SearchReport) -> Iterator[str]:
     """The gain as a product of what exact knobs bring and what learning ones do."""
-    if report.exact_share is None:
+    if report.exact_share is None or report.best.speedup <= 0.0:
         return
     gain = math.log(report.best.speedup)
-    exact, learning = math.exp(gain * report.exact_share), math.exp(gain * (1.0 - report.exact_share))
+    exact, learning = (
+        math.exp(part) if part < 700.0 else math.inf
+        for part in (gain * report.exact_share, gain * (1.0 - report.exact_share))
+    )
     yield (
         f"x {report.best.speedup:.2f} = x {exact:.2f} from exact knobs ({percent(report.exact_share)} of the gain) "
         f"times x {learning:.2f} from knobs that change what is learned."

@@ -6,22 +6,18 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
-from grpo_autotune.render.page import Lines, Picture, Section, Table
-from grpo_autotune.render.probe_page import machine_sections, stage_blocks, step_picture, summary
+from grpo_autotune.render.page import Block, Lines, Picture, Section, Table
+from grpo_autotune.render.probe_page import machine_sections, stage_blocks, step_picture, steps_picture, summary
 from grpo_autotune.units import amount, plural, seconds
 
 MOST_POINTS = 300
 """Points of a curve; those of a longer run are means of as many neighbours as that takes."""
-Z = 1.96
-"""Standard errors to either side of a mean that hold 95% of it."""
-SET = re.compile(r"eval_(?:(.+)_)?runtime")
 
 Log = Sequence[dict[str, Any]]
-
 
 CURVES = (
     ("Reward", "mean reward", {"reward": "reward"}),
@@ -36,125 +32,106 @@ CURVES = (
 """Title of a curve, its axis, and the keys that are drawn, each with its name."""
 
 
-class Evaluation(NamedTuple):
-    """One evaluation: mean reward with its interval, over `samples` completions."""
-
-    step: int
-    held_out: str
-    reward: float
-    low: float
-    high: float
-    samples: int
-    seconds: float
-
-
 def train_title(log: Log, report: Report | None, *, running: bool) -> str:
     """The heading of the page."""
     model = f" of {report.trainer.model_class}" if report is not None else ""
-    return f"A training run{model}: step {max(row['step'] for row in log)}{', still running' if running else ''}"
+    state = ", still running" if running else "" if report else ", without a report: it runs, or was killed"
+    return f"A training run{model}: step {max(row['step'] for row in log)}{state}"
 
 
-def train_sections(log: Log, report: Report | None) -> list[Section]:
-    """The sections of the page; `report` is there once the run is over."""
-    blocks = [] if report is None else [Lines([summary(report)]), step_picture(report), *stage_blocks(report)]
-    more = [] if report is None else machine_sections(report.machine, report.versions | report.runtime, report.config)
-    curves = [block for curve in CURVES for block in _curve(log, *curve)]
+def train_sections(log: Log, report: Report | None, config: dict[str, Any] | None = None) -> list[Section]:
+    """The sections of the page; `report` is there once the run is over, `config` what runs until then."""
+    blocks: list[Block] = []
+    if report:
+        blocks = [Lines([summary(report)]), step_picture(report), *steps_picture(report), *stage_blocks(report)]
+    facts = (report.machine, report.versions | report.runtime, report.config) if report else (None, {}, config)
     return [
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
         Section("evaluations", "Evaluations", list(_evaluations(log))),
-        Section("curves", "Training", curves),
+        Section("curves", "Training", [picture for curve in CURVES for picture in _curve(log, *curve)]),
         Section("stages", "Where a step goes", blocks),
-        *more,
+        *machine_sections(*facts),
     ]
 
 
 def _number(row: dict[str, Any], key: str) -> float | None:
     value = row.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None  # type: ignore[arg-type]
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+
+
+def _points(log: Log, key: str, kind: str = "train") -> list[tuple[int, float]]:
+    return [(row["step"], n) for row in log if row["kind"] == kind and (n := _number(row, key)) is not None]
 
 
 def _summary(log: Log) -> list[str]:
-    train = [row for row in log if row["kind"] == "train"]
-    rewards = [value for row in train if (value := _number(row, "reward")) is not None]
-    took = [value for row in train if (value := _number(row, "step_s")) is not None]
+    rewards, took = _points(log, "reward"), sorted(value for _, value in _points(log, "step_s"))
     told = []
     if rewards:
-        tail = rewards[-max(1, len(rewards) // 10) :]
-        told.append(
-            f"Mean reward {rewards[0]:.3g} at first, {math.fsum(tail) / len(tail):.3g} over the last "
-            f"{plural(len(tail), 'log event')}."
-        )
+        tail = [value for _, value in rewards[-max(1, len(rewards) // 10) :]]
+        last = f"{math.fsum(tail) / len(tail):.3g} over the last {plural(len(tail), 'log event')}"
+        told.append(f"Mean reward {rewards[0][1]:.3g} at first, {last}.")
     if took:
-        told.append(f"{seconds(sorted(took)[len(took) // 2])} per step at the median.")
+        told.append(f"{seconds(took[len(took) // 2])} per step at the median.")
     done = evaluations(log)
-    for name in dict.fromkeys(one.held_out for one in done):
-        same = [one for one in done if one.held_out == name]
-        best = max(same, key=lambda one: one.reward)
+    for name in dict.fromkeys(row["series"] for row in done):
+        same = [row for row in done if row["series"] == name]
+        best = max(same, key=lambda row: row["value"])
         told.append(
-            f"Held-out reward{name and f' on {name}'} {best.reward:.3g} ({best.low:.3g} to {best.high:.3g}) at step "
-            f"{best.step}, the highest of {plural(len(same), 'evaluation')}."
+            f"Reward on {name} data {best['value']:.3g} ({best['low']:.3g} to {best['high']:.3g}) at step "
+            f"{best['step']}, the highest of {plural(len(same), 'evaluation')}."
         )
-    last = _number(log[-1], "time")
-    if last is not None and 0.0 <= last < 1e11:
-        told.append(f"Last log event: {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC.")
+    last_s = _number(log[-1], "time")
+    if last_s is not None and 0.0 <= last_s < 1e11:
+        told.append(f"Last log event: {datetime.fromtimestamp(last_s, UTC):%Y-%m-%d %H:%M} UTC.")
     return told or ["Nothing was logged yet."]
 
 
 def _curve(log: Log, title: str, axis: str, keys: dict[str, str]) -> Iterator[Picture]:
-    rows: draw.Rows = []
-    for key, name in keys.items():
-        seen = [
-            (row["step"], value) for row in log if row["kind"] == "train" and (value := _number(row, key)) is not None
-        ]
-        rows += [{"step": step, "value": value, "series": name} for step, value in _thinned(seen)]
-    if not rows:
-        return
-    names = list(dict.fromkeys(row["series"] for row in rows))
-    cells = [(str(row["step"]), row["series"], f"{row['value']:.4g}") for row in rows]
-    last = ", ".join(
-        f"{name} {next(row['value'] for row in reversed(rows) if row['series'] == name):.3g}" for name in names
-    )
-    words = f"{title} over steps; at the end: {last}"
-    yield draw.picture(title, words, draw.lines(rows, "step", names, axis), Table(("step", "series", axis), cells))
+    rows = [
+        {"step": step, "value": value, "series": name}
+        for key, name in keys.items()
+        for step, value in _thinned(_points(log, key))
+    ]
+    ends = {row["series"]: row["value"] for row in rows}
+    alt = f"{title} over steps; at the end: " + ", ".join(f"{name} {value:.3g}" for name, value in ends.items())
+    table = Table(("step", "series", axis), [(str(r["step"]), r["series"], f"{r['value']:.4g}") for r in rows])
+    if rows:
+        yield draw.picture(title, alt, draw.lines(rows, "step", axis), table)
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
     """At most `MOST_POINTS` points: means of as many neighbours as that takes, at the last one's step."""
     width = -(-len(points) // MOST_POINTS) or 1
-    parts = [points[at : at + width] for at in range(0, len(points), width)]
-    return [(part[-1][0], math.fsum(value for _, value in part) / len(part)) for part in parts]
+    for at in range(0, len(points), width):
+        part = points[at : at + width]
+        yield part[-1][0], math.fsum(value for _, value in part) / len(part)
 
 
-def evaluations(log: Log) -> list[Evaluation]:
-    """The evaluations of a log, by step and held-out set."""
+def evaluations(log: Log) -> list[dict[str, Any]]:
+    """The evaluations of a log: mean reward `value` on the set `series`, `low` and `high` of its 95%."""
     rows = []
     for row in log:
-        named = [match for key in row if (match := SET.fullmatch(key))] if row["kind"] == "eval" else []
-        reward, spread = _number(row, "eval_reward"), _number(row, "eval_reward_std")
-        if not named or reward is None:
+        timed = [match for key in row if (match := re.fullmatch(r"eval_(?:(.+)_)?runtime", key))]
+        reward = _number(row, "eval_reward")
+        if not timed or reward is None:
             continue
-        took, rate = _number(row, named[0][0]), _number(row, named[0][0].replace("_runtime", "_samples_per_second"))
-        samples = round(took * rate) if took and rate else 0
-        half = Z * spread / math.sqrt(samples) if spread is not None and samples else 0.0
-        low, high = reward - half, reward + half
-        rows.append(Evaluation(row["step"], named[0][1] or "", reward, low, high, samples, took or 0.0))
+        before = timed[0][0].removesuffix("runtime")
+        took, rate = (_number(row, before + key) or 0.0 for key in ("runtime", "samples_per_second"))
+        half = 1.96 * (_number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
+        rows.append({"step": row["step"], "series": timed[0][1] or "held-out", "value": reward, "low": reward - half,
+                     "high": reward + half, "seconds": took, "completions": took * rate})  # fmt: skip
     return rows
 
 
 def _evaluations(log: Log) -> Iterator[Picture]:
-    done = evaluations(log)
-    if not done:
-        return
-    rows, cells = [], []
-    for e in done:
-        name = e.held_out or "held-out"
-        rows.append({"step": e.step, "series": name, "value": e.reward, "low": e.low, "high": e.high})
-        interval = f"{e.low:.3f} to {e.high:.3f}"
-        cells.append((str(e.step), name, f"{e.reward:.3f}", interval, amount(e.samples), seconds(e.seconds)))
+    rows = evaluations(log)
+    cells = [
+        (str(r["step"]), r["series"], f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}",
+         amount(r["completions"]), seconds(r["seconds"]))
+        for r in rows
+    ]  # fmt: skip
     table = Table(("step", "set", "reward", "interval at 95%", "completions", "took"), cells)
-    names = list(dict.fromkeys(str(row["series"]) for row in rows))
-    alt = f"Held-out reward over steps with intervals; at the end {done[-1].reward:.3g}"
+    alt = "Held-out reward over steps with intervals; the sentences at the top have the highest"
     note = "Intervals take completions as independent: several of one prompt make them too narrow."
-    chart = draw.lines(rows, "step", names, "mean reward", width=draw.WIDTH)
-    yield draw.picture("Held-out reward", alt, chart, table, note)
+    if rows:
+        yield draw.picture("Held-out reward", alt, draw.lines(rows, "step", "mean reward", draw.WIDTH), table, note)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
 
 
-class Setting(NamedTuple):
-    """A key path and its value; `changed` where it differs from the default, None where that cannot be told."""
-
-    key: str
-    value: Any
-    changed: bool | None
-
-
-def settings(values: Mapping[str, Any]) -> list[Setting]:
-    """All keys of a stored configuration, those with values of their own first."""
+def settings(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """Key paths and values of a stored configuration, first those that are `set`, then each `default`."""
     try:
         changed = dict(_flat(RunConfig.from_dict(dict(values)).to_dict()))
-    except ConfigError:  # of an older version
-        return [Setting(key, value, None) for key, value in _flat(values)]
-    rows = [Setting(key, value, key in changed) for key, value in _flat(values)]
-    return sorted(rows, key=lambda row: not row.changed)
+    except ConfigError:  # of an older version, where it cannot be told
+        return [(key, value, "") for key, value in _flat(values)]
+    rows = [(key, value, "set" if key in changed else "default") for key, value in _flat(values)]
+    return sorted(rows, key=lambda row: row[2], reverse=True)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,9 @@
-"""A run's files: `report.json`, written whole or not at all, and the log of a training run, read back."""
+"""A run's files: `report.json`, written whole or not at all, and the log and answers of a training run, read back."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from grpo_autotune.records.stored import read_stored
 REPORT_FILE = "report.json"
 LOG_FILE = "train_log.jsonl"
 PAGE_FILE = "report.html"
-WRITES_LOG = "`grpo-autotune train`"
+UNDER_WAY = ("spans.jsonl", LOG_FILE, "study.journal")
+"""Files of a run that has no report yet."""
 
 
 def save_report(report: Report, folder: str | Path) -> Path:
@@ -45,8 +47,10 @@ def load_report(source: str | Path) -> Report:
     """
     path = Path(source)
     path = path / REPORT_FILE if path.is_dir() else path
-    words = {"absent": "there is no report here", "written_by": "`grpo-autotune probe`", "again": "Probe again."}
-    return read_stored(path, Report, SCHEMA, **words)
+    begun = any((path.parent / name).exists() for name in UNDER_WAY)
+    absent = "this run has no report yet: it is under way, or was killed" if begun else "there is no report here"
+    words = {"absent": absent, "written_by": "the end of a run" if begun else "`grpo-autotune probe`"}
+    return read_stored(path, Report, SCHEMA, **words, again="Probe again.")
 
 
 def load_log(folder: Path) -> list[dict[str, Any]]:
@@ -55,18 +59,34 @@ def load_log(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: There is none, or it holds no line.
     """
-    path = folder / LOG_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows = [row for line in lines if (row := _event(line)) is not None]
+    path, rows = folder / LOG_FILE, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            whole = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
+            rows += [row] if whole else []
     if not rows:
-        raise ConfigError("there is no log of a training run here", where=str(path), fix=f"{WRITES_LOG} writes one.")
+        what, fix = "there is no log of a training run here", "`grpo-autotune train` writes one."
+        raise ConfigError(what, where=str(path), fix=fix)
     return rows
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
-    return row if whole else None
+def load_samples(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` answers of the newest step whose completions TRL stored there, with prompts and rewards."""
+    from pyarrow import parquet
+
+    files = (folder / "checkpoints" / "completions").glob("completions_*.parquet")
+    for path in sorted(files, key=lambda path: (len(path.name), path.name), reverse=True):
+        with suppress(OSError, ValueError):  # torn
+            rows = parquet.ParquetFile(path).read().slice(0, count).to_pylist()
+            return [{key: _said(value) for key, value in row.items()} for row in rows]
+    return []
+
+
+def _said(value: Any) -> Any:
+    """The text of messages, and of the parts of one; numbers to four places."""
+    if isinstance(value, list):
+        return " ".join(filter(None, map(_said, value)))
+    if isinstance(value, dict):
+        return _said(value.get("content") or value.get("text"))
+    return round(value, 4) if isinstance(value, float) else value

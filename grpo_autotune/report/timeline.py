@@ -1,124 +1,98 @@
-"""Timelines of optimizer steps, from `spans.jsonl` alone: seconds by stage, and bars that can be drawn."""
+"""Timelines of optimizer steps, from `spans.jsonl` alone: its spans, and bars that can be drawn."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
 
 from grpo_autotune.probe.spans import Span, StepSpans
-from grpo_autotune.probe.stages import classify, stages_of
+from grpo_autotune.probe.stages import classify
 from grpo_autotune.records.probe import STAGES
 
 LEAST_SHARE = 0.003
 """Share of a step's time below which spans are merged with their neighbours."""
 RESOLUTION_S = 1e-6
 """Seconds to which the file rounds."""
-MOST_S = 1e9
-"""Seconds that no step takes."""
 STEP = re.compile(r'\{"step": (\d{1,18}),')
+Seconds = Annotated[float, Field(ge=0.0, lt=1e9)]  # no step takes more
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A stretch of a lane; `count` spans are in it, and its stage is the one that most of it belongs to."""
+class _Line(BaseModel):
+    """A step as it is stored; a span is its stage, its part, its parent or thread, its start and its length."""
+
+    step: int
+    spans: list[tuple[str, str, int, Seconds, Seconds]] = Field(min_length=1)
+    other_threads: list[tuple[str, str, int, Seconds, Seconds]]
+    samples: list[tuple[Seconds, dict[str, float]]] = []
+
+
+class Bar(NamedTuple):
+    """A stretch of a lane in seconds; `spans` of them are in it, and its stage is the one of the longest."""
 
     lane: str
     stage: str
     part: str
-    start_s: float
-    end_s: float
-    count: int = 1
+    begin: float
+    end: float
+    spans: int = 1
 
     @property
     def seconds(self) -> float:
-        """Length in seconds."""
-        return self.end_s - self.start_s
+        """Its length."""
+        return self.end - self.begin
 
 
 def read_spans(path: Path, wanted: Collection[int]) -> dict[int, StepSpans]:
     """The wanted steps that the file holds whole; torn or foreign lines say nothing."""
     steps: dict[int, StepSpans] = {}
-    if not path.is_file():
-        return steps
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            number = STEP.match(line)
-            if number is None or int(number[1]) not in wanted:
-                continue
-            try:
-                steps[int(number[1])] = _step(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if (number := STEP.match(line)) and int(number[1]) in wanted:
+                    with suppress(ValidationError):
+                        steps[int(number[1])] = _step(_Line.model_validate_json(line))
     return steps
 
 
-def _step(line: dict[str, Any]) -> StepSpans:
+def _step(line: _Line) -> StepSpans:
     spans = [
-        Span(_stage(stage), str(part), int(parent) if 0 <= parent < index else -1, index, _time(start), _time(length))
-        for index, (stage, part, parent, start, length) in enumerate(line["spans"])
+        Span(stage if stage in STAGES else "", part, parent if 0 <= parent < index else -1, index, start, length)
+        for index, (stage, part, parent, start, length) in enumerate(line.spans)
     ]
     others = [
-        Span(_stage(stage), str(part), -1, -1, _time(start), _time(length), thread=int(thread))
-        for stage, part, thread, start, length in line["other_threads"]
+        Span(stage if stage in STAGES else "", part, -1, -1, start, length, thread=thread)
+        for stage, part, thread, start, length in line.other_threads
     ]
-    if not spans:
-        raise ValueError("a step without spans")
-    samples = [
-        (_time(at), {str(key): float(value) for key, value in dict(values).items()})
-        for at, values in line.get("samples", [])
-    ]
-    return StepSpans(int(line["step"]), spans, others, samples)
-
-
-def _time(value: float) -> float:
-    if not 0.0 <= value < MOST_S:
-        raise ValueError("not a time within a step")
-    return value
-
-
-def _stage(name: Any) -> str:
-    return name if name in STAGES else ""
-
-
-def stage_seconds(step: StepSpans) -> dict[str, float]:
-    """Seconds of each stage on the host's clock."""
-    return {stage: seconds for stage, seconds in stages_of(step).self_s.items() if seconds > 0.0}
+    return StepSpans(line.step, spans, others, line.samples)
 
 
 def bars_of(step: StepSpans, main: str) -> list[Bar]:
     """The main thread's bars in the lane `main`, and a lane for each other thread."""
-    whole = step.spans[0].host_s
-    bars = _merged(_merged(_flat(step, main), LEAST_SHARE * whole), LEAST_SHARE * whole)
-    threads = {thread: number for number, thread in enumerate(dict.fromkeys(s.thread for s in step.others), start=2)}
-    for thread, number in threads.items():
+    least_s = LEAST_SHARE * step.spans[0].host_s
+    lanes = [_merged(_flat(step, main), least_s)]
+    for number, thread in enumerate(dict.fromkeys(span.thread for span in step.others), start=2):
+        spans = sorted((s for s in step.others if s.thread == thread), key=lambda span: span.start_s)
         lane = f"{main}, thread {number}"
-        rows = [
-            Bar(lane, s.stage or "other", s.part, s.start_s, s.start_s + s.host_s)
-            for s in sorted(step.others, key=lambda span: span.start_s)
-            if s.thread == thread
-        ]
-        bars += _merged(rows, LEAST_SHARE * whole)
-    return bars
+        lanes.append([Bar(lane, s.stage or "other", s.part, s.start_s, s.start_s + s.host_s) for s in spans])
+    return [bar for lane in lanes for bar in _merged(lane, least_s)]
 
 
 def _flat(step: StepSpans, lane: str) -> list[Bar]:
     """Each moment as the innermost span's: a span with its children cut out of it."""
+    bars: list[Bar] = []
     classes = classify(step.spans)
-    edges: list[tuple[float, float, int]] = []
-    ends = [span.start_s + span.host_s for span in step.spans]
     at = [span.start_s for span in step.spans]  # how far each span is laid out
-    for index, span in enumerate(step.spans):
-        if span.parent >= 0:
-            edges.append((at[span.parent], span.start_s, span.parent))
-            at[span.parent] = max(at[span.parent], ends[index])
-    edges += [(begin, end, index) for index, (begin, end) in enumerate(zip(at, ends, strict=True))]
-    return [
-        Bar(lane, *classes[index], begin, end) for begin, end, index in sorted(edges) if end - begin >= RESOLUTION_S
-    ]
+    for span in step.spans:
+        if (above := span.parent) >= 0:
+            bars.append(Bar(lane, *classes[above], at[above], span.start_s))
+            at[above] = max(at[above], span.start_s + span.host_s)
+    bars += [Bar(lane, *classes[s.index], at[s.index], s.start_s + s.host_s) for s in step.spans]
+    return sorted((bar for bar in bars if bar.seconds >= RESOLUTION_S), key=lambda bar: bar.begin)
 
 
 def _merged(bars: list[Bar], least_s: float) -> list[Bar]:
@@ -127,15 +101,15 @@ def _merged(bars: list[Bar], least_s: float) -> list[Bar]:
     longest = 0.0  # of the stretches that the last bar was made of
     for bar in bars:
         last = merged[-1] if merged else None
-        near = last is not None and bar.start_s - last.end_s < least_s
+        near = last is not None and bar.begin - last.end < least_s
         if last is None or not near or (bar.stage != last.stage and max(bar.seconds, last.seconds) >= least_s):
             merged.append(bar)
             longest = bar.seconds
             continue
-        lead = bar if bar.seconds > longest else last
+        stage = bar.stage if bar.seconds > longest else last.stage
         longest = max(longest, bar.seconds)
         part = last.part if bar.part == last.part else ""
-        merged[-1] = Bar(bar.lane, lead.stage, part, last.start_s, max(last.end_s, bar.end_s), last.count + bar.count)
+        merged[-1] = Bar(bar.lane, stage, part, last.begin, max(last.end, bar.end), last.spans + bar.spans)
     return merged
 
 

@@ -15,10 +15,13 @@ from grpo_autotune.commands import probe, train
 from grpo_autotune.errors import EnvironmentProblem, RewardError
 from grpo_autotune.processes.ending import Stopped, raising
 from grpo_autotune.records.report import Report
+from grpo_autotune.train.runs import callbacks
 from tests.support.training import arm, text_config, uneven
 
 Tiny = Callable[[str], Path]
+REFRESH = 'http-equiv="refresh"'
 _calls = 0
+_refreshed: list[bool] = []
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,9 @@ def failing(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def crowding(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """A reward that leaves no room for the optimizer's state in the checkpoint to come."""
+    """A reward that leaves no room for the optimizer's state in the checkpoint to come; it looks at the page."""
+    page = Path(os.environ["PAGE"])
+    _refreshed.append(page.exists() and REFRESH in page.read_text())
     if folder := os.environ.pop("CROWDED", None):
         Path(folder).mkdir(parents=True)
         (Path(folder) / "optimizer.pt").symlink_to("/dev/full")
@@ -97,11 +102,16 @@ def test_a_full_disk_under_a_checkpoint_is_one_line_and_resumed_once_there_is_ro
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CROWDED", str(tmp_path / "run" / "checkpoints" / "checkpoint-3"))
+    page = tmp_path / "run" / "report.html"
+    monkeypatch.setenv("PAGE", str(page))
+    monkeypatch.setattr(callbacks, "PAGE_EVERY_S", 0.0)
+    monkeypatch.setattr(callbacks, "PAGE_COST", 0)
     rewards = {"rewards": [{"name": f"{__name__}:crowding"}]}
     config = text_config(tiny("qwen3"), tmp_path, rewards, save_steps=3)
     with pytest.raises(EnvironmentProblem, match=r"run: the disk is full: .* bytes are free\).*--resume") as full:
         train.train_config(config, out_dir=tmp_path / "run", resume=False)
     assert len(str(full.value)) < 400
     assert " per step: " in capsys.readouterr().err and (tmp_path / "run" / "report.json").exists()
+    assert _refreshed == [False, False, True] and REFRESH not in page.read_text()
     assert train.train_config(config, out_dir=tmp_path / "run", resume=True) == 0
-    assert (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "run" / "model").exists() and REFRESH not in page.read_text()

@@ -73,24 +73,16 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
 
 class AfterLog(TrainerCallback):  # type: ignore[misc]
-    """Writes a page of the run after log events, a minute or more apart, the first after the second event.
-
-    Args:
-        write: Writes it, and raises nothing.
-        clock: Seconds, monotonic.
-    """
+    """Has `write` write a page of the run after log events, a minute or more apart; it raises nothing."""
 
     def __init__(self, write: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._write, self._clock = write, clock
-        self._next_s: float | None = None
+        self._write, self._clock, self._next_s = write, clock, clock() + PAGE_EVERY_S
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        begin = self._clock()
-        if self._next_s is None:  # the line of the first event may not be written yet
-            self._next_s = begin + PAGE_EVERY_S
-        elif state.is_world_process_zero and begin >= self._next_s:
+        begin_s = self._clock()
+        if state.is_world_process_zero and begin_s >= self._next_s:
             self._write()
-            self._next_s = max(begin + PAGE_EVERY_S, self._clock() + PAGE_COST * (self._clock() - begin))
+            self._next_s = max(begin_s + PAGE_EVERY_S, self._clock() + PAGE_COST * (self._clock() - begin_s))
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
