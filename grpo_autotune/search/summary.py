@@ -8,11 +8,12 @@ from typing import Any
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Interval, evaluation_every, step_interval
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
-from grpo_autotune.search.acquisition import Models, Pool, run_s
+from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.search.trial_log import Task
