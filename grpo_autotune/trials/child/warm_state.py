@@ -64,14 +64,9 @@ class EngineCache:
         self._arguments: dict[str, Any] = {}
         hook_imports({ENGINE_MODULE: after_import(self._imported)})
 
-    @property
-    def alive(self) -> bool:
-        """True if an engine was started in this process."""
-        return self._engine is not None
-
     def forget_ranks(self) -> None:
         """Take out of the environment what TRL put there for the engine."""
-        if self.alive:
+        if self._engine is not None:
             for name in SET_BY_TRL:
                 os.environ.pop(name, None)
 

@@ -81,7 +81,6 @@ class Race(AbstractContextManager["Race"]):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the race was called."""
         return self._stopwatch.look()
 
     def run(self, rounds: int, deadline_s: float) -> list[tuple[Attempt, AttemptEnd]]:

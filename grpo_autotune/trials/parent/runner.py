@@ -18,7 +18,7 @@ from grpo_autotune.trials.parent.interleave import Race, fits_together, one_afte
 from grpo_autotune.trials.parent.recovery import Recovery, used_gpu_bytes
 from grpo_autotune.trials.parent.server_pool import ServerPool, is_served
 from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Watch
-from grpo_autotune.trials.parent.worker import GuardedWorker, Worker
+from grpo_autotune.trials.parent.worker import Worker
 from grpo_autotune.units import duration
 
 Spawn = Callable[[Path, Path, int], Worker]
@@ -45,7 +45,7 @@ class Runner(AbstractContextManager["Runner"]):
         warm: bool = True,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
-        spawn: Spawn = GuardedWorker,
+        spawn: Spawn = Worker,
         used: Callable[[], int | None] = used_gpu_bytes,
     ) -> None:
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
