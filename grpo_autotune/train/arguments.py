@@ -41,7 +41,6 @@ def grpo_arguments(
     """Build the arguments: the user's keys verbatim, then what follows from them and from this machine.
 
     Args:
-        config: The run.
         output_dir: Where checkpoints go.
         reward_weights: One weight per reward function.
         overrides: Keys that take precedence over everything (a probe's `max_steps`, for instance).
@@ -71,11 +70,8 @@ def grpo_arguments(
 def check_best_metric(
     args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
 ) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one.
-
-    Raises:
-        ConfigError: There is no such metric, and none of the rewards' `modules` speaks of `log_metric`.
-    """
+    """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
+    unless one of their `modules` speaks of `log_metric`."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     metric = args.metric_for_best_model.removeprefix("eval_")

@@ -23,10 +23,7 @@ MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
 
 def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> datasets.Dataset:
     """The rows with other prompts; messages as JSON, for Arrow would give all the same keys and knows no mixture.
-
-    Raises:
-        DataError: A value does not come back from `datasets`' JSON as it is (a few numbers of many digits do not).
-    """
+    DataError where a value does not come back from `datasets`' JSON as it is (a few numbers of many digits do not)."""
     feature, texts = datasets.Value("string"), prompts
     if not isinstance(prompts[0], str):
         feature, texts = datasets.Json(), [json.dumps(prompt, default=str) for prompt in prompts]
