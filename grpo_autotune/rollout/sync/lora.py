@@ -19,8 +19,7 @@ def is_adapted(model: Any) -> bool:
 
 def active_adapter(model: Any) -> str:
     """Name of the adapter that is trained."""
-    name: str = model.active_adapters[0]
-    return name
+    return str(model.active_adapters[0])
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
