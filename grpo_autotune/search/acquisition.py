@@ -37,14 +37,13 @@ LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
 class Proposal(NamedTuple):
-    """A combination worth measuring: predicted seconds (middle and upper end), score, and expected gain in the
-    logarithm of the score."""
+    """A combination worth measuring, as it is predicted."""
 
     knobs: Knobs
-    step_s: float
+    step_s: float  # seconds per step; `slow_s`: their upper end
     slow_s: float
     score: float
-    gain: float
+    gain: float  # expected in the logarithm of the score
 
 
 @dataclass

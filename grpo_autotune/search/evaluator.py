@@ -141,7 +141,6 @@ class Evaluator:
         self.log.record(spec, outcome, self.knobs_of(spec))
 
     def knobs_of(self, spec: TrialSpec) -> Knobs:
-        """The combination of a trial."""
         if spec.script is None or spec.purpose in ("probe", "rewards"):
             return spec.knobs
         config = RunConfig.from_dict({"speedups": "none", **spec.config})  # a stored trial may leave the key out

@@ -52,7 +52,6 @@ class SearchFolder:
         return self.path / ("tuned.yaml" if which == "tuned" else f"tuned.{which}.yaml")
 
     def trial(self, number: int) -> Path:
-        """The folder of one trial."""
         return self.path / "trials" / f"{number:04d}"
 
     def trials(self) -> list[tuple[TrialSpec, TrialOutcome | None]]:
@@ -119,8 +118,7 @@ class SearchFolder:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
-    """A record, or None where it is missing or torn: a file that a full disk or a kill left half written says
-    nothing."""
+    """A record, or None where it is missing or torn: a file that a full disk or a kill left half written."""
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):

@@ -108,20 +108,16 @@ class Leaderboard:
 
     @property
     def has_baseline(self) -> bool:
-        """True once the user's configuration is measured."""
         return name_of(self.baseline_knobs) in self.entries
 
     @property
     def baseline(self) -> Entry:
-        """The user's configuration."""
         return self.entries[name_of(self.baseline_knobs)]
 
     def entry(self, knobs: Knobs) -> Entry | None:
-        """The entry of a combination, if it was measured."""
         return self.entries.get(name_of(knobs))
 
     def config_of(self, knobs: Knobs) -> RunConfig:
-        """The whole configuration of a combination."""
         name = name_of(knobs)
         if name not in self._configs:
             self._configs[name] = with_knobs(self.config, knobs)
@@ -158,7 +154,6 @@ class Leaderboard:
         return "proven" if guard is not None and guard.proven else "unproven"
 
     def guard(self, key: str, value: Any) -> Guard | None:
-        """The judgement of a value, if there is one."""
         return self.guards.get((key, name_of({key: value})))
 
     def note(self, guard: Guard) -> None:

@@ -156,8 +156,7 @@ class Session:
         return ranking
 
     def _known(self) -> set[str]:
-        """Combinations that were measured or failed here; a failed trial says nothing of others, and is not
-        repeated."""
+        """Combinations that were measured or failed here; a failed trial says nothing of others and is not repeated."""
         return set(self._board.entries) | self._tried()
 
     def _tried(self) -> set[str]:

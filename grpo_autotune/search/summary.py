@@ -229,12 +229,8 @@ def _predicted(
         best = next(rows, baseline)
         return best if best.speedup > 1.0 else baseline
 
-    return (
-        baseline,
-        first("exact", "accepted"),
-        first("exact"),
-        first("exact", "accepted", "proven", "unproven"),
-    )
+    fast = first("exact", "accepted", "proven", "unproven")
+    return baseline, first("exact", "accepted"), first("exact"), fast
 
 
 def _beats(board: Leaderboard, one: Entry, one_reward: float | None, other: Entry, other_reward: float | None) -> bool:

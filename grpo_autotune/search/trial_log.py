@@ -100,7 +100,6 @@ class TrialLog:
     def race(
         self, specs: Sequence[TrialSpec], state: SearchProgress, *, rounds: int, deadline_s: float
     ) -> list[TrialOutcome]:
-        """Run trials interleaved, step by step."""
         self._view.show(state)
         outcomes = self._runner.race(specs, rounds=rounds, deadline_s=deadline_s)
         self.save_state()
@@ -145,13 +144,11 @@ class TrialLog:
         self.memory_bytes = min(bounds, default=None)
 
     def save_state(self, *, finished: bool = False) -> None:
-        """Write the progress of the search into its folder."""
         spent = {"budget_s": self.budget.total_s, "elapsed_s": self.budget.elapsed_s}
         state = State(fingerprint=self.task.fingerprint, **spent, finished=finished)
         write_whole(self.task.folder.state_file, state.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
-        """End the processes of the runner."""
         self._runner.close()
 
 

@@ -38,16 +38,8 @@ class Arguments:
 def grpo_arguments(
     config: RunConfig, *, output_dir: str, reward_weights: list[float], overrides: Mapping[str, Any]
 ) -> Arguments:
-    """Build the arguments: the user's keys verbatim, then what follows from them and from this machine.
-
-    Args:
-        output_dir: Where checkpoints go.
-        reward_weights: One weight per reward function.
-        overrides: Keys that take precedence over everything (a probe's `max_steps`, for instance).
-
-    Raises:
-        ConfigError: TRL or transformers refuses a value.
-    """
+    """Build the arguments: the user's keys verbatim, then what follows from them and from this machine; `overrides` win
+    over everything (a probe's `max_steps`, for instance). ConfigError where TRL or transformers refuses a value."""
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
     notes = _without_accelerator(keys)
     keys["trust_remote_code"] = config.model.trust_remote_code
@@ -119,8 +111,7 @@ def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:
 
 @contextmanager
 def unlocked_engine(config: RunConfig) -> Iterator[None]:
-    """Trainers built inside get the engine that the `vllm` section describes, corrected for images and sized for those
-    of their data."""
+    """Trainers built inside get the engine that the `vllm` section describes, corrected and sized for their images."""
     if not config.use_vllm:
         yield
         return

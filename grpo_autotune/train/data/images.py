@@ -117,7 +117,6 @@ def _check(
 
 
 def _content(image: Stored) -> bytes:
-    """The image file's bytes."""
     return Path(image["path"]).read_bytes() if image["bytes"] is None else bytes(image["bytes"])
 
 

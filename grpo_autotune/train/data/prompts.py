@@ -38,10 +38,7 @@ def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> 
 
 def shaped(prompt: Any, data: DataSection, where: str, *, pictured: bool) -> Any:
     """A prompt as messages behind the system prompt, or as text where `data` says so; `pictured` data has markers.
-
-    Raises:
-        ConfigError, DataError: There is a system message already; the prompt is nothing that can be used.
-    """
+    ConfigError where there is a system message already, DataError where the prompt is nothing that can be used."""
     as_text = data.prompt_format == "text"
     if isinstance(prompt, str) and MESSAGES_AS_TEXT.match(prompt) and not as_text:
         with suppress(ValueError):

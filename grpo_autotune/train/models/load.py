@@ -31,8 +31,7 @@ VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "im
 
 
 def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
-    """The source of the weights: a folder, or the name of a hub repository; ConfigError where `model.name_or_path` is a
-    path, and nothing is there."""
+    """The source of the weights, a folder or the name of a hub repository; ConfigError for a path to nothing."""
     section = config.model
     if section.random_init is not None:
         return str(random_model_path(section.random_init, section.dtype, say))

@@ -32,8 +32,7 @@ def reasoning_accuracy_reward(
     log_extra: Log | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """As `accuracy_reward`, of the text behind the last of the delimiters (`["</think>"]` by default); 0 where there is
-    none of them."""
+    """As `accuracy_reward`, of the text behind the last delimiter (by default `["</think>"]`); 0 without one."""
     solution = _texts(columns, column)
     return list(trls.reasoning_accuracy_reward(completions, solution, reasoning_delimiters, log_extra=log_extra))
 

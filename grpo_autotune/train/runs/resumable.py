@@ -140,11 +140,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self._resumed_losses = {}
 
     def check_step(self) -> None:
-        """Raise where this step's loss or gradient is no number; learn whether any rank was asked to stop.
-
-        Raises:
-            TrainingError: On every rank, before the optimizer has touched the weights.
-        """
+        """TrainingError where this step's loss or gradient is no number, on every rank and before the optimizer has
+        touched the weights; else learn whether any rank was asked to stop."""
         bad = not _finite(self.losses) or (
             getattr(self.accelerator, "scaler", None) is None and not _finite(self.grad_norm)
         )

@@ -21,8 +21,7 @@ class Enough(NamedTuple):
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
-    """Ask the trainer to stop once `steps` optimizer steps were done, counted from where it began; `on_step` is called
-    with the number done after each."""
+    """Ask the trainer to stop once `steps` optimizer steps were done from where it began; `on_step` is told each."""
 
     def __init__(
         self, steps: int, on_step: Callable[[int], None] = lambda done: None, enough: Enough | None = None

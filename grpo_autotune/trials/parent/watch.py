@@ -32,7 +32,6 @@ class Stopwatch:
         self.seconds = 0.0
 
     def look(self) -> float:
-        """Seconds so far."""
         now = self._clock()
         passed = now - self._last
         self._last = now
@@ -61,7 +60,6 @@ class Attempt:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since it was given."""
         return self._stopwatch.look()
 
     def look(self) -> AttemptEnd | None:
