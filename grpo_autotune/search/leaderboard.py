@@ -42,11 +42,10 @@ EVALUATING = ("generation", "prompt", "reward", "reference_logprob")
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Interleaved race of a combination against the user's configuration: score over the user's, and seconds per step
-    of both."""
+    """Interleaved race of a combination against the user's configuration."""
 
-    speedup: Interval
-    step: Interval
+    speedup: Interval  # score over the user's
+    step: Interval  # seconds per step; `baseline_step`: the user's
     baseline_step: Interval
 
 

@@ -23,7 +23,7 @@ class OnePlaceholder(Part):
     """The collapsed prompts of a colocated engine; a server gets its images by another way, which is right as it is."""
 
     def install(self, generation: Any) -> list[Handle]:
-        image_id = image_token_id(generation.processing_class)
+        image_id = getattr(generation.processing_class, "image_token_id", None)
         if image_id is None:
             return []
 
@@ -42,7 +42,7 @@ class ServedImageTokens(Part):
     """The check of a server's images: its processor is elsewhere, and it tells how many tokens it made of each."""
 
     def install(self, generation: Any) -> list[Handle]:
-        image_id = image_token_id(generation.processing_class)
+        image_id = getattr(generation.processing_class, "image_token_id", None)
         if image_id is None:
             return []
 
@@ -53,12 +53,6 @@ class ServedImageTokens(Part):
             return call_next(features, prompt_ids)
 
         return [wrap(AttributeSlot(generation, "_place_features"), place, INNER)]
-
-
-def image_token_id(processor: Any) -> int | None:
-    """The id that stands for one image token; None for a text model."""
-    token: int | None = getattr(processor, "image_token_id", None)
-    return token
 
 
 def collapsed_prompt(prompt: Any, image_id: int) -> Any:
