@@ -21,13 +21,15 @@ class Enough(NamedTuple):
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
-    """Ask the trainer to stop once `steps` optimizer steps were done from where it began; `on_step` is told each."""
+    """Ask the trainer to stop once `steps` optimizer steps, which may be raised later, were done from where it began;
+    `on_step` is told each."""
 
     def __init__(
         self, steps: int, on_step: Callable[[int], None] = lambda done: None, enough: Enough | None = None
     ) -> None:
-        self._steps, self._on_step, self._enough = steps, on_step, enough
+        self.steps, self._on_step, self._enough = steps, on_step, enough
         self._begin, self._begun_s = 0, 0.0
+        self.is_reached = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin, self._begun_s = state.global_step, time.monotonic()
@@ -35,8 +37,8 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self._begin
         self._on_step(done)
-        if done >= self._steps or self._is_enough(done):
-            control.should_training_stop = True
+        if done >= self.steps or self._is_enough(done):
+            self.is_reached = control.should_training_stop = True
 
     def _is_enough(self, done: int) -> bool:
         if self._enough is None:
