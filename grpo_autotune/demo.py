@@ -99,31 +99,19 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The warm start.
+    """The warm start."""
 
-    Attributes:
-        see_steps: Steps in which the vision tower learns to tell digits apart, by a linear layer that is then dropped.
-        say_steps: Steps in which the whole model learns to answer.
-        slip_steps: The last of these, in which some of the answers are wrong.
-        batch: Images per step.
-        learning_rate: AdamW's, at its highest.
-        wrong_share: Share of those steps' answers whose digit is drawn at random.
-        form_shares: Share of each of `FORMS`.
-        seed: Of weights, order and places.
-    """
-
-    see_steps: int = 110
-    say_steps: int = 140
-    slip_steps: int = 40
-    batch: int = 32
-    learning_rate: float = 2e-3
-    wrong_share: float = 0.45
-    form_shares: tuple[float, ...] = (0.5, 0.25, 0.25)
-    seed: int = 0
+    see_steps: int = 110  # in which the vision tower learns to tell digits apart, by a layer that is then dropped
+    say_steps: int = 140  # in which the whole model learns to answer
+    slip_steps: int = 40  # the last of these, in which some of the answers are wrong
+    batch: int = 32  # images per step
+    learning_rate: float = 2e-3  # AdamW's, at its highest
+    wrong_share: float = 0.45  # of those steps' answers the share whose digit is drawn at random
+    form_shares: tuple[float, ...] = (0.5, 0.25, 0.25)  # of each of `FORMS`
+    seed: int = 0  # of weights, order and places
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
         return self.see_steps + self.say_steps
 
 
@@ -171,16 +159,14 @@ def draw(pixels_HW: NDArray[np.uint8], canvas: int, random: np.random.Generator)
 
 
 def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = None, seed: int = 0) -> Any:
-    """Questions about handwritten digits, one image each.
+    """Questions about handwritten digits, one image each: a `datasets.Dataset` with `prompt` (messages), `image` and
+    `answer` (the digit as text).
 
     Args:
         split: `train` or `test`; they share no digit.
         canvas: Side of the image in pixels, at least 32.
         count: Rows; None for one per digit. More than there are digits repeat them at other places.
         seed: Of places and order.
-
-    Returns:
-        A `datasets.Dataset` with `prompt` (messages), `image` and `answer` (the digit as text).
 
     Raises:
         ConfigError: Unknown split, or a canvas too small for a digit.
@@ -213,11 +199,7 @@ def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = N
 
 def demo_model_path(recipe: Recipe | None = None, progress: Progress | None = None) -> Path:
     """Folder of the demo's model, built on first use and kept in the cache folder; a changed recipe is built anew.
-
-    Args:
-        recipe: The warm start; the demo's own by default.
-        progress: Told the share done, 0 to 1; by default a bar on standard error.
-    """
+    `progress` is told the share done, 0 to 1; by default there is a bar on standard error."""
     recipe = recipe or Recipe()
     facts = [CONFIG, asdict(recipe), CHAT_TEMPLATE, QUESTION, FORMS, CANVAS_PX, DIGIT_PX, RASTER_PX, HELD_OUT]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -245,12 +227,7 @@ def _progress_bar(steps: int) -> Iterator[Progress]:
 
 
 def warm_start(recipe: Recipe, progress: Progress) -> tuple[Any, Any]:
-    """Train the demo's model from random weights; torch's random state stays as it was.
-
-    Returns:
-        The model (float32) and its processor.
-    """
-
+    """Train the demo's model (float32) from random weights; that and its processor. torch's random state stays."""
     tokenizer = build_tokenizer([QUESTION, "system user assistant", *(form.format(7) for form in FORMS)] * 3)
     config = with_tokenizer(CONFIG, tokenizer)
     processor = build_processor(config, tokenizer, min_pixels=32 * 32)
@@ -338,13 +315,7 @@ def _learn_to_say(
 
 
 def answered(processor: Any, images: Sequence[Any], answers: Sequence[str]) -> dict[str, Any]:
-    """Model inputs for the question about each image with its answer behind it; only the answer's tokens have labels.
-
-    Args:
-        processor: The model's.
-        images: B images of one size.
-        answers: B answers.
-    """
+    """Model inputs for the question about each of B images of one size, and its answer, which alone has labels."""
     import torch
 
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, TrainerCallback
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.rollout.parts import part_of
 from grpo_autotune.rollout.sync import adapters, caches, lora, sync
 from tests_vllm.scoring import BLOCK, apart_nats
 
@@ -34,6 +35,12 @@ Trainers = Callable[..., Any]
 
 def adapter(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TEXT_LAYERS, **settings})
+
+
+def way_of(trainer: Any) -> tuple[str, str]:
+    part = part_of(trainer.vllm_generation, sync.WeightSync)
+    assert part is not None
+    return part.way, part.why
 
 
 def alternating(completions: list[Any], **columns: Any) -> list[float]:
@@ -118,7 +125,7 @@ CACHES = {"merged": ("prefix", "encoder"), "batched": ("prefix",)}
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
 def test_adapter_on_the_vision_tower_too(unlocked: Trainers, picture_rows: Rows, kind: str) -> None:
     trainer = unlocked(kind, picture_rows, "adapter", lora=adapter(target_modules=ALL_LAYERS))
-    assert sync.way(trainer) == ("adapter", "asked for")
+    assert way_of(trainer) == ("adapter", "asked for")
     assert len(lora.tower_layers(trainer.model)) > 4
     check(trainer, picture_rows)
 
@@ -222,8 +229,8 @@ def test_auto(served: Callable[[str], Any]) -> None:
 
 def test_dora_is_batched_with_the_reason(unlocked: Trainers, text_rows: Rows) -> None:
     trainer = unlocked("qwen3", text_rows, "auto", lora=adapter(use_dora=True))
-    found = sync.way(trainer)
-    assert found is not None and found[0] == "batched" and "peft.use_dora" in found[1]
+    way, why = way_of(trainer)
+    assert way == "batched" and "peft.use_dora" in why
     check(trainer, text_rows)
 
 

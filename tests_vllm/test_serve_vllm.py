@@ -21,7 +21,8 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.rollout.colocate.unlock import unlock_vllm
-from grpo_autotune.rollout.server.client import link_of
+from grpo_autotune.rollout.parts import part_of
+from grpo_autotune.rollout.server.client import ServerSync
 from grpo_autotune.rollout.sync.sync import facts
 from tests.support.trainers import make_trainer
 from tests.support.training import text_config, uneven
@@ -122,7 +123,7 @@ def test_the_adapter_reaches_it_after_every_step(
     record = probed(trainer)
     assert record.fidelity is not None and record.fidelity.ok
     assert record.fidelity.max_nats < EXACT
-    link = link_of(trainer.vllm_generation)
+    link = part_of(trainer.vllm_generation, ServerSync)
     assert link is not None and link.way == "adapter" and len(facts(trainer)) == 3
     whole = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     assert all(sync.seconds > 0 and 0 < sync.bytes < whole / 10 for sync in facts(trainer))
@@ -136,7 +137,7 @@ def test_without_a_new_adapter_the_log_probs_part(
 ) -> None:
     """What the test above would see if nothing reached the server."""
     trainer = trainer_of(served, text_rows, tmp_path, server)
-    link = link_of(trainer.vllm_generation)
+    link = part_of(trainer.vllm_generation, ServerSync)
     assert link is not None
     first = link.send
     link.send = lambda tensors: None if link.syncs else first(tensors)  # type: ignore[method-assign]
@@ -191,7 +192,7 @@ def test_a_server_that_is_killed_ends_training_in_one_line(
     served: Served, text_rows: Rows, tmp_path: Path, server: Command
 ) -> None:
     trainer = trainer_of(served, text_rows, tmp_path, server)
-    sent = link_of(trainer.vllm_generation)
+    sent = part_of(trainer.vllm_generation, ServerSync)
     assert sent is not None
     send = sent.send
 

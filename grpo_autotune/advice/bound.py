@@ -18,8 +18,7 @@ CEILINGS = {"matrix": "matrix rate", "memory": "memory bandwidth"}
 
 
 def bound(facts: Facts) -> str:
-    """Name the stage that takes most of the step (two, where none takes `ALONE`), and how near the machine's ceiling
-    it is."""
+    """The stage that takes most of the step (two, where none takes `ALONE`), and how near its ceiling it is."""
     ranked = sorted(facts.breakdown.shares.items(), key=lambda item: -item[1])
     (first, share), *rest = ranked
     step = seconds(facts.breakdown.step_s)
@@ -39,8 +38,7 @@ def bound(facts: Facts) -> str:
 
 
 def _kernels(facts: Facts, stage: str) -> str | None:
-    """The share of a stage's time in which a kernel ran, and their number where launches bind it; None where nobody
-    looked."""
+    """Share of a stage's time in which a kernel ran, and their number where launches bind it; None if nobody looked."""
     profiled = facts.record.profiled
     busy = profiled.busy_share(stage) if profiled is not None else None
     if profiled is None or busy is None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Living, living_of
 from grpo_autotune.predict.room import busy_share, memory_of
+from grpo_autotune.predict.workload import shape_of
 from grpo_autotune.probe.breakdown import Breakdown, Limit
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Change, Kind
@@ -25,44 +25,26 @@ PASSES = ("policy_logprob", "reference_logprob", "backward")
 
 @dataclass(frozen=True)
 class Idea:
-    """One advice before it is put into a sentence.
-
-    Attributes:
-        kind: `exact` or `learning`.
-        stages: Stages that get shorter, or that the advice is about.
-        because: The derivation of the saving, in words.
-        changes: What to set.
-        saving_s: Predicted seconds per step; None where none are saved, or where the models cannot tell.
-        caveat: What to watch.
-        action: Said in place of the changes where no key does it.
-    """
+    """One advice before it is put into a sentence."""
 
     kind: Kind
-    stages: tuple[str, ...]
-    because: str
-    changes: tuple[Change, ...] = ()
-    saving_s: float | None = None
-    caveat: str = ""
-    action: str = ""
+    stages: tuple[str, ...]  # stages that get shorter, or that the advice is about
+    because: str  # the derivation of the saving, in words
+    changes: tuple[Change, ...] = ()  # what to set
+    saving_s: float | None = None  # predicted per step; None where none is saved, or where the models cannot tell
+    caveat: str = ""  # what to watch
+    action: str = ""  # said in place of the changes where no key does it
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One probe, accounted for.
-
-    Attributes:
-        record: What was measured.
-        breakdown: Seconds by stage.
-        limits: Stage to its share of the machine's ceiling, where it is known.
-        machine: What it was measured on; None where that is not known.
-        config: The run's configuration; None for a trainer that somebody else built.
-    """
+    """One probe, accounted for."""
 
     record: ProbeRecord
     breakdown: Breakdown
-    limits: Mapping[str, Limit] = field(default_factory=dict)
-    machine: Machine | None = None
-    config: RunConfig | None = None
+    limits: Mapping[str, Limit] = field(default_factory=dict)  # by stage, where they are known
+    machine: Machine | None = None  # what it was measured on; None where that is not known
+    config: RunConfig | None = None  # the run's; None for a trainer that somebody else built
 
     @cached_property
     def base(self) -> RunConfig | None:
@@ -91,11 +73,7 @@ class Facts:
     @property
     def has_formulas(self) -> bool:
         """True if the cost formulas describe the model's architecture."""
-        try:
-            ModelShape.from_config(self.record.trainer.model_config_json)
-        except ConfigError:
-            return False
-        return True
+        return shape_of(self.record) is not None
 
     @cached_property
     def living(self) -> Living | None:
@@ -109,7 +87,6 @@ class Facts:
 
     @property
     def on_gpu(self) -> bool:
-        """True if the trainer's model is on a CUDA device."""
         return self.record.trainer.device.startswith("cuda")
 
     def part_s(self, stage: str, part: str) -> float:

@@ -33,8 +33,7 @@ def judge(facts: Facts, candidates: Iterable[Idea] | None = None) -> list[Advice
 
 
 def amdahl(facts: Facts, stages: Iterable[str]) -> float | None:
-    """Amdahl's law (Amdahl 1967): with a share s of the step gone the step is 1 / (1 - s) times faster; None at s =
-    1."""
+    """Amdahl's law (1967): with a share s of the step gone the step is 1 / (1 - s) times faster; None at s = 1."""
     rest = 1.0 - sum(facts.breakdown.shares.get(stage, 0.0) for stage in stages)
     return 1.0 / rest if rest > 1e-6 else None
 

@@ -53,8 +53,7 @@ def image_size(facts: Facts) -> Idea | None:
 
 
 def oversized_images(facts: Facts) -> Idea | None:
-    """Images larger than what the model sees, tokens * (patch * merge)^2 pixels, are read and shrunk anew at every
-    step; once is enough."""
+    """Images larger than what the model sees, tokens * (patch * merge)^2 pixels, are shrunk anew at every step."""
     images, vision = facts.record.images, facts.record.trainer.model_config_json.get("vision_config") or {}
     patch, merge = vision.get("patch_size"), vision.get("spatial_merge_size")
     if images is None or images.tokens is None or not patch or not merge:

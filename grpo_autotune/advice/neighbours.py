@@ -24,25 +24,15 @@ HUNGRY = {MICRO, "grpo.gradient_checkpointing"}
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A configuration one change away from the base, as the models see it.
-
-    Attributes:
-        knobs: Key path -> value.
-        config: The base with them changed.
-        saving_s: Predicted seconds per step of the base less those of `config`.
-        before: Stage -> predicted seconds per step of the base.
-        after: The same of `config`.
-        useful_ratio: Useful completions per second over the base's.
-        more_bytes: Predicted peak of memory less the base's.
-    """
+    """A configuration one change away from the base, as the models see it."""
 
     knobs: Knobs
-    config: RunConfig
-    saving_s: float
-    before: dict[str, float]
+    config: RunConfig  # the base with the knobs changed
+    saving_s: float  # predicted seconds per step of the base less those of `config`
+    before: dict[str, float]  # stage -> predicted seconds per step of the base; `after` of `config`
     after: dict[str, float]
-    useful_ratio: float
-    more_bytes: float
+    useful_ratio: float  # useful completions per second over the base's
+    more_bytes: float  # predicted peak of memory less the base's
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -74,8 +64,6 @@ def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False, config: RunCon
     """Ask the models about changed knobs; None without models, for what is illegal, and for what may not fit.
 
     Args:
-        facts: The probe.
-        knobs: Key path -> value.
         legal: Take the combination as legal: what stands in its way is a package to install.
         config: The configuration to ask about where no knob leads to it.
     """

@@ -34,8 +34,7 @@ class Words(NamedTuple):
 
 
 def knob_ideas(facts: Facts) -> Iterator[Idea]:
-    """An idea for every knob of `WORDS`, and for every other one that a search turns without changing what is
-    learned."""
+    """An idea for every knob of `WORDS`, and every other one that a search turns without changing what is learned."""
     for row, nearby in neighbours(facts):
         fastest = max(nearby, key=lambda near: near.saving_s, default=None)
         advised = row.key in WORDS or (row.searched and row.kind == "exact")
@@ -152,19 +151,16 @@ def _sleep(facts: Facts, near: Neighbour) -> str:
     return f"{told}; its {size(share)} and the trainer's peak of {size(peak)} fit into {size(memory)} side by side"
 
 
-def _no_reference(facts: Facts, near: Neighbour) -> str:
-    return "Without the KL term no reference log-probs are computed"
-
-
-def _free_policy(facts: Facts, near: Neighbour) -> str:
-    return "It changes learning: nothing holds the policy near the model it started from; TRL's own default is 0"
-
-
 WORDS = {
     MICRO: Words(_micro_batch, _partition),
     "grpo.gradient_checkpointing": Words(_checkpointing),
     "grpo.dataloader_num_workers": Words(_workers),
     "speedups": Words(_speedups),
     SLEEP: Words(_sleep),
-    "grpo.beta": Words(_no_reference, _free_policy),
+    "grpo.beta": Words(
+        lambda facts, near: "Without the KL term no reference log-probs are computed",
+        lambda facts, near: (
+            "It changes learning: nothing holds the policy near the model it started from; TRL's own default is 0"
+        ),
+    ),
 }

@@ -21,11 +21,7 @@ from grpo_autotune.errors import ConfigError
 
 
 def world_size() -> int:
-    """Number of training processes, from the environment variable `WORLD_SIZE` (1 without it).
-
-    Raises:
-        ConfigError: If the variable is not a positive whole number.
-    """
+    """Number of training processes by `WORLD_SIZE` (1 without it); ConfigError if that is no positive whole number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(

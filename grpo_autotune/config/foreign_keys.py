@@ -105,11 +105,7 @@ def _value_of(source: str) -> object:
 
 @lru_cache(maxsize=4)
 def _keys(sources: tuple[tuple[str, str, str], ...]) -> Mapping[str, ForeignKey]:
-    """Keys of an installed class, its bases included.
-
-    Raises:
-        EnvironmentProblem: If the package is missing, or lacks the class in this file.
-    """
+    """Keys of an installed class, its bases included; raises as `class_in_source`."""
     keys: dict[str, ForeignKey] = {}
     for package, path, class_name in sources:
         fields = (_field(entry) for entry in class_in_source(package, path, class_name).body)
@@ -121,15 +117,11 @@ grpo_keys = partial(_keys, GRPO_SOURCES)
 peft_keys = partial(_keys, PEFT_SOURCES)
 engine_keys = partial(_keys, ENGINE_SOURCES)
 sampling_keys = partial(_keys, SAMPLING_SOURCES)
-"""Keys of the installed `GRPOConfig`, `LoraConfig`, `EngineArgs` and `SamplingParams`; they raise as `_keys`."""
+"""Keys of the installed `GRPOConfig`, `LoraConfig`, `EngineArgs` and `SamplingParams`."""
 
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
-    """Check the types of known keys; unknown ones are left to the caller.
-
-    Raises:
-        ConfigError: For the first value of a wrong type, naming its path, the value and what is accepted.
-    """
+    """ConfigError for the first value of a wrong type; unknown keys are left to the caller."""
     for name, value in values.items():
         key = keys.get(name)
         if key is not None and not key.allows(value):
@@ -142,20 +134,12 @@ def wrong_type(where: str, value: object, accepted: str) -> ConfigError:
     return ConfigError(f"{shown} is not accepted", where=where, fix=f"Accepted: {accepted}.")
 
 
-def _source_file(package: str, path: str) -> Path:
+def class_in_source(package: str, path: str, class_name: str) -> ast.ClassDef:
+    """A class in an installed package's source text; EnvironmentProblem where package or class is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise EnvironmentProblem(f"the package {package} is not installed", fix=f"Install it: pip install {package}.")
-    return Path(spec.origin).parent / path
-
-
-def class_in_source(package: str, path: str, class_name: str) -> ast.ClassDef:
-    """The definition of a class in an installed package's source text.
-
-    Raises:
-        EnvironmentProblem: The package is missing, or has no such class in this file.
-    """
-    source = _source_file(package, path)
+    source = Path(spec.origin).parent / path
     tree = ast.parse(source.read_text(encoding="utf-8")) if source.is_file() else ast.Module(body=[], type_ignores=[])
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:

@@ -62,11 +62,7 @@ class Need(NamedTuple):
 
 
 def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """Refuse a key that needs a package which is not installed; `overrides` are `GRPOConfig` keys that take precedence.
-
-    Raises:
-        EnvironmentProblem: Naming key, value and package.
-    """
+    """EnvironmentProblem for a key that needs a package which is not installed; `overrides` win over `grpo`'s keys."""
     for need in _needs(config, {**config.grpo, **overrides}):
         if not any(importlib.util.find_spec(package) for package in need.packages):
             raise EnvironmentProblem(

@@ -52,11 +52,7 @@ def check_data_place(
 
 
 def check_split(path: str, split: str | None, where: str) -> None:
-    """Refuse a split that a file, a saved data set or the demo's digits does not have; others cannot be asked here.
-
-    Raises:
-        ConfigError: Naming the splits that there are.
-    """
+    """ConfigError for a split that a file, a saved data set or the demo's digits has not; others cannot be asked."""
     splits = _splits(path)
     for part in (split or "").split("+") if splits else ():
         match = SPLIT.fullmatch(part.strip())
@@ -67,11 +63,7 @@ def check_split(path: str, split: str | None, where: str) -> None:
 
 
 def check_model_place(name: str) -> None:
-    """Refuse the path of a model at which there is no folder, or an adapter alone; a registered name and a hub id pass.
-
-    Raises:
-        ConfigError: It is such a path.
-    """
+    """ConfigError for a path at which there is no folder, or an adapter alone; a registered name and a hub id pass."""
     adapter = Path(name) / "adapter_config.json"
     if is_file(adapter) and not is_file(adapter.with_name("config.json")):
         text = adapter.expanduser().read_text(encoding="utf-8", errors="replace")

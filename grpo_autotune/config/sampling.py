@@ -56,11 +56,8 @@ UNUSABLE = {
 
 
 def check_sampling(grpo: Mapping[str, Any]) -> None:
-    """Check the sampling keys of a `grpo` section whose types were checked.
-
-    Raises:
-        ConfigError: A value is out of range, or a key of `generation_kwargs` is unknown or cannot be used.
-    """
+    """ConfigError where a sampling key of a `grpo` section, whose types were checked, is out of range, or a key of its
+    `generation_kwargs` is unknown or cannot be used."""
     in_vllm = bool(grpo.get("use_vllm"))
     given = grpo.get("generation_kwargs")
     further = given if isinstance(given, Mapping) else {}  # TRL also takes it as JSON text

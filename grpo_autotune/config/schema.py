@@ -278,21 +278,15 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """`output.dir`, else `runs/<name>`."""
         return Path(self.output.dir) if self.output.dir else Path("runs") / (self.output.name or "run")
 
     @property
     def use_vllm(self) -> bool:
-        """True if vLLM generates the completions."""
         return bool(self.grpo.get("use_vllm", False))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Build from plain values; a section that is null counts as left out.
-
-        Raises:
-            ConfigError: For the first mistake, naming its key path.
-        """
+        """Build from plain values, ConfigError for the first mistake; a section that is null counts as left out."""
         try:
             return cls.model_validate({key: value for key, value in values.items() if value is not None})
         except ValidationError as error:

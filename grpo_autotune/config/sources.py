@@ -50,11 +50,7 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
 
 
 def read_source(path: Path) -> str:
-    """The text of a configuration file.
-
-    Raises:
-        ConfigError: If it cannot be read, or is not UTF-8 text.
-    """
+    """The text of a configuration file; ConfigError if it cannot be read, or is not UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

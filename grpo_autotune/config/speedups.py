@@ -12,11 +12,7 @@ ACCEPTED = "auto, none, or a list of names and of mappings with a name and optio
 
 
 def check_speedups(value: Any) -> Any:
-    """The value as it is.
-
-    Raises:
-        ConfigError: It is neither `auto`, nor `none`, nor a list of names and of mappings that hold a name.
-    """
+    """The value as it is; ConfigError if it is none of `ACCEPTED`."""
     items = value if isinstance(value, list) else None
     named = items is not None and all(
         isinstance(item, str) or (isinstance(item, dict) and isinstance(item.get("name"), str)) for item in items

@@ -173,12 +173,8 @@ def engine_names() -> frozenset[str]:
 
 
 def check_engine_keys(section: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Check the keys of a `vllm` section that have no field of their own; an unknown one is told the nearest of
-    `known`, every legal key path.
-
-    Raises:
-        ConfigError: A key is unknown, is set elsewhere, or has a value of a wrong type.
-    """
+    """ConfigError where a key of a `vllm` section that has no field of its own is unknown (its message has the nearest
+    of `known`, every legal key path), is set elsewhere, or has a value of a wrong type."""
     for name in section:
         if name in ENGINE_FIXED:
             raise ConfigError("this engine key is set elsewhere", where=f"vllm.{name}", fix=ENGINE_FIXED[name])
@@ -193,11 +189,7 @@ class _Alone(Section):
 
 
 def vllm_section(values: Mapping[str, Any]) -> VllmSection:
-    """A section that is not part of a whole configuration.
-
-    Raises:
-        ConfigError: As for one that is.
-    """
+    """A section that is not part of a whole configuration; raises as for one that is."""
     known = [f"vllm.{name}" for name in {*VllmSection.model_fields, *engine_names()}]
     check_engine_keys(values, known)
     try:

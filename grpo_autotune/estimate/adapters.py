@@ -56,9 +56,11 @@ def _frozen(rule: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _sizes(shape: ModelShape, rank: int, targets: Any, excluded: Any) -> AdapterSizes:
-    peft = {"target_modules": targets, "exclude_modules": excluded}
-    text = [m for m in text_matrices(shape) if _is_target(m.path, peft)]
-    tower = [m for m in vision_matrices(shape.vision) if _is_target(m.path, peft)] if shape.vision else []
+    def adapted(matrices: Iterator[Matrix]) -> list[Matrix]:
+        return [m for m in matrices if _matches(m.path, targets) and not _matches(m.path, excluded)]
+
+    text = adapted(text_matrices(shape))
+    tower = adapted(vision_matrices(shape.vision)) if shape.vision else []
     blocks = [m for m in tower if ".blocks." in m.path]
     mergers = [m for m in tower if ".blocks." not in m.path]
     first_projections = tuple(f"layers.0.self_attn.{name}_proj" for name in "qkv")
@@ -122,10 +124,6 @@ def vision_matrices(vision: VisionShape) -> Iterator[Matrix]:
     for merger in ["merger", *(f"deepstack_merger_list.{index}" for index in range(vision.deepstack))]:
         yield Matrix(f"model.visual.{merger}.{first}", merged, merged)
         yield Matrix(f"model.visual.{merger}.{second}", merged, vision.out)
-
-
-def _is_target(path: str, peft: Mapping[str, Any]) -> bool:
-    return _matches(path, peft.get("target_modules")) and not _matches(path, peft.get("exclude_modules"))
 
 
 def _matches(path: str, rule: Any) -> bool:

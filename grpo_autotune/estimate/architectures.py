@@ -149,11 +149,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """The row of that name.
-
-    Raises:
-        ConfigError: There is none; the message lists the names.
-    """
+    """The row of that name; ConfigError, which lists the names, where there is none."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     raise ConfigError(

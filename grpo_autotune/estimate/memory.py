@@ -118,7 +118,6 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Bytes of the largest phase."""
         return max(self.phases.values())
 
 

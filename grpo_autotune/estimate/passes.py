@@ -26,12 +26,10 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all phases."""
         return sum(flops for flops, _ in self.phases)
 
     @property
     def bytes(self) -> float:
-        """Bytes read and written by all phases."""
         return sum(moved for _, moved in self.phases)
 
     def __add__(self, other: Work) -> Work:
@@ -54,7 +52,6 @@ class Batch:
 
     @property
     def tokens(self) -> float:
-        """Tokens of the batch."""
         return self.rows * self.length
 
     @property
@@ -64,7 +61,6 @@ class Batch:
 
     @property
     def patches(self) -> float:
-        """Patches of the batch."""
         return self.rows * self.images * self.grid[0] * self.grid[1]
 
 
@@ -137,10 +133,8 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
         if not training.adapters.on_text_end:
             flops -= 2 * shape.layers * shape.hidden * shape.mlp * batch.tokens
     scored = batch.rows * batch.scored
-    head = (
-        2 * shape.head_weights * scored * (2 + whole),
-        _head_traffic(shape, scored, training, touches=4 + whole),
-    )
+    head_flops = 2 * shape.head_weights * scored * (2 + whole)
+    head = (head_flops, _head_traffic(shape, scored, training, touches=4 + whole))
     gradients = (0.0, 2 * training.trainable * training.trainable_bytes)
     tower: tuple[tuple[float, float], ...] = ()
     if shape.vision and batch.patches and training.through_tower(shape.vision):

@@ -132,7 +132,6 @@ class ModelShape:
 
     @property
     def vision_parameters(self) -> int:
-        """Parameters of the vision tower with its mergers."""
         return self.vision.parameters if self.vision else 0
 
     @property

@@ -83,7 +83,6 @@ class VisionShape:
 
     @property
     def mergers(self) -> int:
-        """Number of mergers."""
         return 1 + self.deepstack
 
     @property
@@ -111,11 +110,7 @@ class VisionShape:
 
 
 def vision_shape(family: str, config: Mapping[str, Any]) -> VisionShape:
-    """Read a `vision_config` of one of the families in `DEFAULTS`.
-
-    Raises:
-        ConfigError: The family's tower is not described here.
-    """
+    """Read a `vision_config` of one of the families in `DEFAULTS`; ConfigError for the tower of another one."""
     if family not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise ConfigError(f"no cost formulas for the vision tower of `{family}`", fix=f"Known: {known}.")

@@ -172,8 +172,7 @@ def copy_rate(device: str, size_bytes: int, clock: Callable[[], float]) -> float
 
 
 def _shortest(operation: Callable[[], object], device: str, clock: Callable[[], float], budget_s: float) -> float:
-    """Seconds of the shortest of three or more runs within the budget, each to its end on the device, after one that is
-    not counted."""
+    """Seconds of the shortest of three or more runs within the budget, each to its end on the device, after a first."""
 
     def once() -> float:
         start = clock()

@@ -64,7 +64,6 @@ class DeviceMemory:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the peaks."""
         self.allocated_bytes = self.reserved_bytes = self.outside_bytes = self.device_bytes = 0
         self._outside_at_first: int | None = None
         self._looked_at = -math.inf

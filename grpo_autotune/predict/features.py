@@ -150,13 +150,6 @@ def _scores(load: Workload, shape: ModelShape, passes: float) -> Features:
     return {"attention_scores": (text + tower) * passes}
 
 
-def _occasions(per: Callable[[Workload], float]) -> Callable[[Workload, Rates], Features]:
-    def make(load: Workload, rates: Rates) -> Features:
-        return {"calls": per(load)}
-
-    return make
-
-
 def _engine(load: Workload, rates: Rates) -> Features | None:
     return {"calls": load.generations} if load.wakes else None
 
@@ -184,10 +177,6 @@ def _reward(load: Workload, rates: Rates) -> Features:
     return {"calls": load.generations, "rows": rows, "tokens": rows * load.facts.completion_tokens}
 
 
-def _optimizer(load: Workload, rates: Rates) -> Features:
-    return {"calls": 1.0, "parameters": load.facts.training.trainable}
-
-
 def _other(load: Workload, rates: Rates) -> Features:
     rows = load.facts.generation_rows * load.generations
     patches = rows * load.facts.images * load.facts.image_tokens
@@ -200,15 +189,15 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "old_policy": _old_policy,
     "reference_logprob": _reference,
     "backward": _backward,
-    "optimizer": _optimizer,
+    "optimizer": lambda load, rates: {"calls": 1.0, "parameters": load.facts.training.trainable},
     "data": _data,
     "prompt": _prompt,
     "tools": _reward,
     "reward": _reward,
-    "weight_sync": _occasions(lambda load: load.generations),
+    "weight_sync": lambda load, rates: {"calls": load.generations},
     "engine": _engine,
     "sync_wait": _sync_wait,
-    "log_save_eval": _occasions(lambda load: 1.0),
+    "log_save_eval": lambda load, rates: {"calls": 1.0},
     "other": _other,
 }
 

@@ -83,8 +83,7 @@ class PeakFit:
         return statistics.median([one.idle for one in self.seen] or [0.0])
 
     def predict(self, load: Workload) -> Estimate:
-        """Bytes beyond idle that a configuration needs; at least those of one that needs less by the formula and ran
-        out."""
+        """Bytes beyond idle that a load needs; at least those of one that by formula needs less, and ran out."""
         if not self.seen:
             return Estimate(increment(load), 1.0)
         columns = self._columns(load)

@@ -57,33 +57,19 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """Cost and memory models of one search. Frozen: `learn` answers a new one.
+    """Cost and memory models of one search. Frozen: `learn` answers a new one."""
 
-    Attributes:
-        base: The configuration that was probed.
-        record: Its probe.
-        machine: What it ran on.
-        outcomes: Trials learnt, in order, each with its configuration.
-        checks: Intervals made before each of them was learnt.
-    """
-
-    base: RunConfig
-    record: ProbeRecord
-    machine: Machine
-    outcomes: tuple[tuple[RunConfig, TrialOutcome], ...] = ()
-    checks: tuple[Check, ...] = ()
+    base: RunConfig  # the configuration that was probed
+    record: ProbeRecord  # its probe
+    machine: Machine  # what it ran on
+    outcomes: tuple[tuple[RunConfig, TrialOutcome], ...] = ()  # trials learnt, in order, each with its configuration
+    checks: tuple[Check, ...] = ()  # intervals made before each of them was learnt
 
     @classmethod
     def from_probe(
         cls, config: RunConfig, record: ProbeRecord, machine: Machine, outcome: TrialOutcome | None = None
     ) -> Models:
-        """Models that know nothing but one probe.
-
-        Args:
-            config: The probed configuration.
-            record: Its record.
-            machine: What it ran on.
-            outcome: The probe as a trial, for its peak and idle memory.
+        """Models that know nothing but one probe; `outcome` is that as a trial, for its peak and idle memory.
 
         Raises:
             NothingSucceeded: The probe measured no step or no generation.
@@ -129,12 +115,8 @@ class Models:
         }
 
     def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval:
-        """Most memory over a run: of the process on a CPU, of the device on a GPU.
-
-        Args:
-            config: The configuration.
-            worst_case: With the longest prompts, the largest images and full-length completions.
-        """
+        """Most memory over a run: of the process on a CPU, of the device on a GPU; in the worst case with the longest
+        prompts, the largest images and full-length completions."""
         guess = self._peaks.predict(self._load(config, worst_case=worst_case))
         increment, idle = self._interval("memory", guess.mean, guess.spread), self._peaks.idle
         return Interval(idle + increment.value, idle + increment.low, idle + increment.high)
@@ -151,7 +133,6 @@ class Models:
 
     @property
     def _on_gpu(self) -> bool:
-        """True if the probed trainer's model was on a CUDA device."""
         return self.record.trainer.device.startswith("cuda")
 
     @cached_property
@@ -218,7 +199,6 @@ class Models:
 
     @property
     def _knows_workers(self) -> bool:
-        """True if any trial had loader workers."""
         records = [outcome.record for _, outcome in self.outcomes if outcome.record is not None]
         return any(record.trainer.dataloader_num_workers for record in records)
 

@@ -28,50 +28,31 @@ MOST_PRECISION = 200.0
 
 
 class Interval(NamedTuple):
-    """A value with the two ends of its interval.
+    """A value with the two ends of its interval."""
 
-    Attributes:
-        value: A median, another estimate, or a prediction.
-        low: Lower end; the value itself where one observation is all there is.
-        high: Upper end.
-        n: Observations it rests on; 0 for a prediction.
-    """
-
-    value: float
-    low: float
+    value: float  # a median, another estimate, or a prediction
+    low: float  # the value itself where one observation is all there is
     high: float
-    n: int = 0
-
-    def overlaps(self, other: Interval) -> bool:
-        """Return whether the two cannot be told apart; one value alone never can."""
-        if self.n < 2 or other.n < 2:
-            return True
-        return self.low <= other.high and other.low <= self.high
+    n: int = 0  # observations it rests on; 0 for a prediction
 
 
 class Living(NamedTuple):
-    """Share of groups whose rewards differ, as a function of their size.
+    """Share of groups whose rewards differ, as a function of their size."""
 
-    Attributes:
-        a: First parameter of the beta distribution of pass rates over prompts; None where rewards are not pass or
-            fail, and the share is `seen` whatever the size.
-        b: Second parameter.
-        power: The other rewards' part: dead share = (dead share by the first reward) ** power.
-        seen: Share of the probe's groups that lived.
-        groups: Groups it rests on.
-    """
-
+    # parameters of the beta distribution of pass rates over prompts; None where rewards are not pass or fail, and the
+    # share is `seen` whatever the size
     a: float | None
     b: float | None
-    power: float
-    seen: float
-    groups: int
+    power: float  # the other rewards' part: dead share = (dead share by the first reward) ** power
+    seen: float  # share of the probe's groups that lived
+    groups: int  # groups it rests on
 
     def share(self, size: int) -> float:
         """Expected share of living groups among groups of `size`."""
         if self.a is None or self.b is None:
             return self.seen
-        return float(1.0 - _dead(self.a, self.b, size) ** self.power)
+        dead = float(betabinom.pmf(0, size, self.a, self.b) + betabinom.pmf(size, size, self.a, self.b))
+        return float(1.0 - dead**self.power)
 
 
 def median_interval(numbers: Sequence[float], confidence: float) -> Interval:
@@ -134,8 +115,7 @@ def useful_per_step(config: RunConfig, living: Living | None, truncated_share: f
 
 
 def useful_completions(groups: float, size: int, living_share: float, masked_share: float) -> float:
-    """Useful completions among `groups` groups of `size`, of which a share lives and a share of completions is
-    masked."""
+    """Useful completions among groups of `size`, of which a share lives and a share of completions is masked."""
     return groups * living_share * max(0.0, size * (1.0 - masked_share) - 1.0)
 
 
@@ -190,10 +170,6 @@ def _fit(tokens: TokenFacts, size: int, chosen: np.ndarray) -> Living:
 def _shape(theta: np.ndarray) -> tuple[float, float]:
     mean, precision = 1.0 / (1.0 + math.exp(-float(theta[0]))), math.exp(float(theta[1]))
     return mean * precision, (1.0 - mean) * precision
-
-
-def _dead(a: float, b: float, size: int) -> float:
-    return float(betabinom.pmf(0, size, a, b) + betabinom.pmf(size, size, a, b))
 
 
 def _power(alike: float, tokens: TokenFacts, size: int) -> float:

@@ -109,15 +109,10 @@ def solve(rows: Floats, spreads: Floats, noise: float) -> Solved:
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients and terms fitted to observations.
+    """Coefficients and terms fitted to observations."""
 
-    Attributes:
-        seen: The observations; the first sets the first guess.
-        base: A fit to draw the first guess from: the same stage under other speed-ups.
-    """
-
-    seen: tuple[Observation, ...]
-    base: Fit | None = None
+    seen: tuple[Observation, ...]  # the first sets the first guess
+    base: Fit | None = None  # a fit to draw the first guess from: the same stage under other speed-ups
 
     def predict(self, features: Features, place: Place) -> Estimate:
         """Seconds at a setting, and how sure that is: the coefficients' scatter and the terms' variance."""

@@ -46,33 +46,19 @@ SMALL_MOMENTS = {"8bit": 2.0}
 
 @dataclass(frozen=True)
 class Workload:
-    """Input of the models: the work of one configuration.
+    """Input of the models: the work of one configuration."""
 
-    Attributes:
-        shape: The model's sizes; None for an architecture without formulas.
-        facts: Work of an optimizer step.
-        sizes: What memory depends on beside it.
-        trainer: The trainer's facts under it.
-        pixels: Pixels of an image as the data set holds it.
-        rows_loaded: Rows that the loader hands out in an optimizer step: a whole generation batch every micro step.
-        generations: Generations an optimizer step.
-        speedups: Names of the speed-ups that are asked for and that this setting lets work.
-        merged: Micro batches of a training pass.
-        waves: How often the completions of a generation take turns in the engine.
-        wakes: Whether the engine is put to sleep and woken, where the probe's was.
-    """
-
-    shape: ModelShape | None
-    facts: WorkFacts
-    sizes: Sizes
-    trainer: TrainerFacts
-    pixels: float
-    rows_loaded: float
-    generations: float
-    speedups: frozenset[str]
-    merged: float = 1.0
-    waves: float = 1.0
-    wakes: bool = True
+    shape: ModelShape | None  # the model's sizes; None for an architecture without formulas
+    facts: WorkFacts  # work of an optimizer step
+    sizes: Sizes  # what memory depends on beside it
+    trainer: TrainerFacts  # under this configuration
+    pixels: float  # of an image as the data set holds it
+    rows_loaded: float  # rows that the loader hands out in an optimizer step
+    generations: float  # generations an optimizer step
+    speedups: frozenset[str]  # those that are asked for and that this setting lets work
+    merged: float = 1.0  # micro batches of a training pass
+    waves: float = 1.0  # how often the completions of a generation take turns in the engine
+    wakes: bool = True  # whether the engine is put to sleep and woken, where the probe's was
 
 
 def workload(
@@ -91,12 +77,11 @@ def workload(
         config: Any configuration made from `base` by turning knobs.
         base: The configuration that was probed; with `measured` it is `config` itself.
         record: The probe of `base`.
-        machine: What it runs on.
         measured: `record` is of `config` itself, so its padding is known.
         seen_tokens: Tokens of an image at sizes that trials have seen (keys as in `data.image_size`).
         worst_case: Longest prompts, largest images and full-length completions.
     """
-    shape = _shape(record)
+    shape = shape_of(record)
     trainer = _trainer(config, base, record)
     tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
     plan, cap = config.batch, trainer.max_completion_length
@@ -114,6 +99,8 @@ def workload(
     image_max = 0.0 if grid is None else grid.max if worst_case else grid.mean
     speedups, on_gpu = effective(config, trainer), trainer.device.startswith("cuda")
     prompts = plan.micro_batch * plan.accumulation / plan.num_generations
+    batches = 1 if "images_once" in chosen(config.speedups) else plan.accumulation  # TRL loads one every micro step
+    rows_loaded = float(plan.micro_batch * plan.steps_per_generation * batches)
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
@@ -124,7 +111,7 @@ def workload(
         engine_bytes=_engine_bytes(config, machine, record, shape, longest_prompt + completion, worst_case=worst_case),
         engine_sleeps=engine.sleep_level(config) > 0,
         fused=facts.compact_head,
-        loaded_pixels=_loaded_pixels(config, trainer, pixels * facts.images),
+        loaded_pixels=rows_loaded * pixels * facts.images if trainer.device == "cpu" else 0.0,
         kept_images=STEPS_KEPT * prompts * facts.images if tower_is_kept(facts, speedups) else 0.0,
         feature_limit=FEATURE_BYTES,
         pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
@@ -136,11 +123,7 @@ def workload(
         sizes=sizes,
         trainer=trainer,
         pixels=pixels,
-        rows_loaded=float(
-            plan.micro_batch
-            * plan.steps_per_generation
-            * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
-        ),
+        rows_loaded=rows_loaded,
         generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
         speedups=speedups,
         merged=_merged(plan, facts, longest_prompt + completion, speedups, trainer.device),
@@ -173,15 +156,7 @@ def _padding_beyond_formula(base: RunConfig, record: ProbeRecord) -> float:
 
 
 def _merged(plan: BatchPlan, facts: WorkFacts, row: float, speedups: frozenset[str], device: str) -> float:
-    """Micro batches of a training pass, for rows of mean length that are sorted by prompt within a step.
-
-    Args:
-        plan: Rows of a micro batch, and micro batches of a generation and of a step.
-        facts: Tokens of a row.
-        row: Tokens of a row as it is padded.
-        speedups: Those that work.
-        device: The trainer's.
-    """
+    """Micro batches of a training pass, for rows of mean length, padded to `row` tokens, sorted by prompt in a step."""
     window = min(plan.accumulation, plan.steps_per_generation)
     if "merge_passes" not in speedups or max(plan.accumulation, plan.steps_per_generation) % window:
         return 1.0
@@ -239,7 +214,8 @@ def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str
     return known[near] * image_tokens(side, side, unit, bounds) / image_tokens(near, near, unit, bounds)
 
 
-def _shape(record: ProbeRecord) -> ModelShape | None:
+def shape_of(record: ProbeRecord) -> ModelShape | None:
+    """The sizes of the probed model; None for an architecture without formulas."""
     try:
         return ModelShape.from_config(record.trainer.model_config_json)
     except ConfigError:
@@ -318,24 +294,8 @@ def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
 
 
-def _loaded_pixels(config: RunConfig, trainer: TrainerFacts, row_pixels: float) -> float:
-    """Pixels of the rows that are loaded for a step; under speed-ups those of one generation batch, as
-    `images_once` has it."""
-    if trainer.device != "cpu":
-        return 0.0
-    plan = config.batch
-    rows = plan.micro_batch * plan.steps_per_generation
-    return rows * row_pixels * (1 if "images_once" in chosen(config.speedups) else plan.accumulation)
-
-
 def _engine_bytes(
-    config: RunConfig,
-    machine: Machine,
-    record: ProbeRecord,
-    shape: ModelShape | None,
-    row: float,
-    *,
-    worst_case: bool,
+    config: RunConfig, machine: Machine, record: ProbeRecord, shape: ModelShape | None, row: float, *, worst_case: bool
 ) -> float:
     """The engine's memory in the training process. On a GPU its share is taken whole. On a CPU its keys and values are
     promised and filled as they are used: those of a generation at first, in the end all."""

@@ -16,43 +16,26 @@ SLOW = 1.5
 
 
 class Limit(NamedTuple):
-    """Closeness of a stage to this machine's measured ceiling.
+    """Closeness of a stage to this machine's measured ceiling."""
 
-    Attributes:
-        share: Time the ceiling would allow over time taken, 0 to 1.
-        by: The ceiling that binds: `matrix` rate or `memory` bandwidth.
-    """
-
-    share: float
-    by: Literal["matrix", "memory"]
+    share: float  # time the ceiling would allow over time taken, 0 to 1
+    by: Literal["matrix", "memory"]  # the ceiling that binds: matrix rate or memory bandwidth
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds of an optimizer step by stage.
+    """Seconds of an optimizer step, and by stage; where steps that generate take turns with steps that do not, a step
+    is the mean of a whole cycle."""
 
-    Attributes:
-        step_s: Median seconds of a step (of a whole cycle's mean, where steps that generate take turns with steps
-            that do not).
-        step_spread_s: Half the interquartile range of the same.
-        shares: Stage to its part of all measured seconds; they sum to 1.
-        self_s: Stage to `share * step_s`; they sum to `step_s`.
-        mean_s: Stage to its plain mean over the measured steps (over whole cycles of them).
-        spread_s: Stage to half the interquartile range of its seconds over steps (over cycles).
-        parts_s: (stage, part) to seconds, scaled as `self_s` is.
-        slowest: Seconds of the slowest step (cycle) over the median.
-        slow_steps: Steps (cycles) that took more than `SLOW` times the median.
-    """
-
-    step_s: float
-    step_spread_s: float
-    shares: dict[str, float]
-    self_s: dict[str, float]
-    mean_s: dict[str, float]
-    spread_s: dict[str, float]
-    parts_s: dict[tuple[str, str], float]
-    slowest: float = 1.0
-    slow_steps: int = 0
+    step_s: float  # median
+    step_spread_s: float  # half the interquartile range
+    shares: dict[str, float]  # parts of all measured seconds; they sum to 1
+    self_s: dict[str, float]  # `share * step_s`; they sum to `step_s`
+    mean_s: dict[str, float]  # plain mean over the measured steps
+    spread_s: dict[str, float]  # half the interquartile range over steps
+    parts_s: dict[tuple[str, str], float]  # (stage, part) to seconds, scaled as `self_s` is
+    slowest: float = 1.0  # seconds of the slowest step over the median
+    slow_steps: int = 0  # steps that took more than `SLOW` times the median
 
     def seconds(self, *stages: str) -> float:
         """Seconds of a step that these stages take together."""
@@ -68,11 +51,7 @@ def half_quartile_range(values: Sequence[float]) -> float:
 
 
 def break_down(timings: StageTimings) -> Breakdown:
-    """Account for the measured steps.
-
-    Raises:
-        NothingSucceeded: No optimizer step was measured, or none took any time.
-    """
+    """Account for the measured steps; NothingSucceeded where there is none, or none took any time."""
     cycles = cycle_means(timings.step_s, timings.cycle)
     per_cycle = {row.name: cycle_means(row.per_step_s, timings.cycle) for row in timings.stages}
     total = math.fsum(math.fsum(values) for values in per_cycle.values())

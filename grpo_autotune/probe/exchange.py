@@ -23,12 +23,12 @@ def publish(mine: RankTimings, topic: str) -> None:
         store.set(f"{topic}/{mine.rank}", mine.model_dump_json())
 
 
-def collect(topic: str, ranks: int, wait_s: float = WAIT_S) -> list[RankTimings]:
-    """Return the published means by rank, after waiting at most `wait_s` seconds for the slowest."""
+def collect(topic: str, ranks: int) -> list[RankTimings]:
+    """Return the published means by rank, after waiting at most `WAIT_S` for the slowest."""
     store = _store()
     if store is None:
         return []
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + WAIT_S
     names = [f"{topic}/{rank}" for rank in range(ranks)]
     while not store.check(names) and time.monotonic() < deadline:
         time.sleep(POLL_S)

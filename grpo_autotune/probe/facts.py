@@ -41,9 +41,6 @@ class _Generation:
     grid: int
     truncated: int
 
-    def tokens(self) -> int:
-        return sum(self.prompt) + sum(self.completion)
-
 
 @dataclass(slots=True)
 class TokenCollector:
@@ -75,24 +72,17 @@ class TokenCollector:
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
     def without_signal(self, group: int, weights: Sequence[float]) -> tuple[bool, bool]:
-        """True twice, if every completion of the newest generating step was cut off, and if no group of `group` has
-        rewards that differ."""
+        """True twice: every completion of the newest generating step was cut off; the rewards of no group differ."""
         newest = [g for g in self.generations if g.step == self.generations[-1].step]
         scored = [rewards for step, rewards in self.rewards if step == self.rewards[-1][0]]
         live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
         return bool(newest) and all(g.truncated == len(g.completion) for g in newest), bool(rates) and not live
 
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
-        """Facts of the generations from step `first` on.
+        """Facts of the generations of the `steps` optimizer steps from `first` on.
 
         Tokens per step are counted over whole cycles of generating and reusing, so that each generation is divided by
         all the steps that it serves; of very long runs, over the last `KEEP` generations.
-
-        Args:
-            first: Optimizer steps to leave out.
-            steps: Optimizer steps after them.
-            cycle: Optimizer steps of one cycle.
-            trainer: Group size and reward weights.
         """
         seen = [g for g in self.generations if g.step >= first] or list(self.generations)
         if not seen:
@@ -111,7 +101,7 @@ class TokenCollector:
             completion=spread(completion),
             prompt_per_step=sum(sum(g.prompt) for g in inside) / len(window),
             completion_per_step=sum(sum(g.completion) for g in inside) / len(window),
-            padding_share=1.0 - sum(g.tokens() for g in seen) / grid if grid else 0.0,
+            padding_share=1.0 - (sum(prompt) + sum(completion)) / grid if grid else 0.0,
             truncated_share=sum(g.truncated for g in seen) / len(completion),
             groups=len(rates),
             dead_groups=len(rates) - live,
@@ -174,14 +164,8 @@ class ImageCollector:
         self.generations.append(_Pictures(step, sizes, len(inputs), distinct, tokens))
 
     def facts(self, first: int, steps: int, cycle: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
-        """Facts of the generations whose images were read, from step `first` on and over at most `steps` steps.
-
-        Args:
-            first: Optimizer steps to leave out.
-            steps: Optimizer steps after them.
-            cycle: Optimizer steps between two generations, at least 1.
-            patches: Tokens of an image of (width, height), or None where that is not known.
-        """
+        """Facts of the generations whose images were read, from step `first` on and over at most `steps` steps;
+        `patches` gives the tokens of an image of (width, height), or None where that is not known."""
         measured = [g for g in self.generations if g.step >= first]
         seen = measured or self.generations
         if not seen:
@@ -230,7 +214,6 @@ class RewardCollector:
     rows: dict[str, RewardCall] = field(default_factory=dict)
 
     def see(self, name: str, is_async: bool, seconds: float) -> None:
-        """Record one call."""
         before = self.rows.get(name)
         calls, total_s, max_s = (before.calls, before.calls * before.mean_s, before.max_s) if before else (0, 0.0, 0.0)
         mean_s = (total_s + seconds) / (calls + 1)

@@ -32,11 +32,7 @@ class CudaTimer:
 
 
 class ResidentGauge:
-    """This process's resident bytes, read from /proc at most once per millisecond.
-
-    Raises:
-        OSError: There is no /proc.
-    """
+    """This process's resident bytes, read from /proc (OSError without) at most once per millisecond."""
 
     def __init__(self) -> None:
         self._handle = os.open("/proc/self/statm", os.O_RDONLY)

@@ -42,20 +42,11 @@ class Activity(NamedTuple):
 
 
 class KernelProfile:
-    """The profiler of one step; it records device work and launches alone.
-
-    Args:
-        model: The module whose passes are counted.
-        generating: Whether a completion is being generated now.
-
-    Attributes:
-        passes: Of the model in generation.
-        paused: Intervals of `time.perf_counter` in which nothing was recorded.
-    """
+    """The profiler of one step; it records device work and launches alone."""
 
     def __init__(self, model: torch.nn.Module, generating: Callable[[], bool]) -> None:
-        self.passes = 0
-        self.paused: list[Interval] = []
+        self.passes = 0  # of the model while it is `generating`
+        self.paused: list[Interval] = []  # of `time.perf_counter`, in which nothing was recorded
         self._generating = generating
         self._since: float | None = None
         self._offset_s = time.time() - time.perf_counter()
@@ -130,12 +121,8 @@ def kernels_by_stage(
 ) -> list[StageKernels]:
     """Count each kernel for the stage in which the host launched it; empty where no work of the device was recorded.
 
-    Args:
-        step: The step's spans.
-        entries: What the profiler recorded, on the clock of the spans.
-        seconds: Of each stage.
-        paused: Intervals that were not recorded; the device idled at both ends of each, so that the host's clock tells
-            what is missing from a stage.
+    `entries` are on the clock of the spans. In `paused` intervals nothing was recorded; the device idled at both ends
+    of each, so that the host's clock tells what is missing from a stage.
     """
     times, names = _timeline(step.spans)
     launched = {entry.correlation: entry.start_s for entry in entries if not entry.on_device}

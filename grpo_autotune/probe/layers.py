@@ -32,14 +32,9 @@ class Observer(Protocol):
     rollout: tuple[list[list[int]], list[list[int]]]
     weight_sync_bytes: int | None
 
-    def counting(self) -> bool:
-        """Return whether a training step is under way, outside evaluation."""
-
-    def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
-        """Take the facts of one training generation."""
-
-    def step_ended(self, grad_norm: Any) -> None:
-        """Close the step's tree of spans if an optimizer step is complete."""
+    def counting(self) -> bool: ...
+    def see_generation(self, inputs: Any, output: dict[str, Any]) -> None: ...
+    def step_ended(self, grad_norm: Any) -> None: ...
 
 
 def install(probe: Observer) -> list[Handle]:

@@ -75,7 +75,9 @@ class Probe:
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.trainer = trainer
-        self.startup = startup or _born_now()
+        self.startup = startup or Startup()
+        if startup is None:
+            self.startup.since_birth("before_attach")
         self.cycle = cycle_of(trainer.args)
         timer, self._gauge = gauges_for(trainer.args.device)
         self.profiles = profile and timer is not None
@@ -156,13 +158,13 @@ class Probe:
         trainer, self._blind = self.trainer, True
         with as_warning("completions are not looked at from here on"):
             self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
-            self.images.see(self.closed, inputs, output, _merge_size(trainer))
+            merge = getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1)
+            self.images.see(self.closed, inputs, output, int(merge))
             if not self.watched:
                 self.fidelity.see(output)
             self._blind = False
 
     def train_began(self) -> None:
-        """Open the first step's tree."""
         self._open(self.trainer.state.global_step)
 
     def step_ended(self, grad_norm: Any = None) -> None:
@@ -343,26 +345,14 @@ class _Edges(TrainerCallback):  # type: ignore[misc]
             self._optimizer = None
 
 
-def _born_now() -> Startup:
-    startup = Startup()
-    startup.since_birth("before_attach")
-    return startup
-
-
 def _readers(device: Any) -> list[Any]:
     readers: list[Any] = [ProcessReader()]
     if device.type == "cuda":
         import pynvml
 
-        try:
+        with suppress(pynvml.NVMLError):
             readers.append(NvmlDevice(device))
-        except pynvml.NVMLError:
-            return readers
     return readers
-
-
-def _merge_size(trainer: Any) -> int:
-    return int(getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1))
 
 
 def _mean(values: list[float]) -> float:

@@ -29,14 +29,8 @@ class _Sums:
 
 
 class NvmlDevice:
-    """Utilisation, memory and power of one GPU, or of a MIG slice, through NVML.
-
-    Args:
-        device: A CUDA device of this process.
-
-    Raises:
-        pynvml.NVMLError: There is no driver, or it does not know the device.
-    """
+    """Utilisation, memory and power of one GPU, or of a MIG slice, through NVML; a `pynvml.NVMLError` where there is no
+    driver, or it does not know the device."""
 
     def __init__(self, device: Any) -> None:
         import pynvml
@@ -110,15 +104,7 @@ def others_s(ranks: int) -> tuple[float, float]:
 
 
 class Sampler:
-    """Samples `readers` until stopped.
-
-    Args:
-        stage_now: Name of the stage under way, None to skip the sample.
-        readers: What is read at each sample.
-        interval_s: Seconds between samples.
-        ranks: Ranks on this machine.
-        keep: Given each sample that was not skipped.
-    """
+    """Samples `readers` until stopped, for the stage that `stage_now` names (None: not now); `keep` is given each."""
 
     def __init__(
         self,
@@ -152,7 +138,6 @@ class Sampler:
             self._looks.append(others_s(self._ranks))
 
     def sample(self) -> None:
-        """Take one sample now."""
         stage = self._stage_now()
         values = {name: value for reader in self._readers for name, value in reader.read().items()}
         if stage is None:

@@ -10,34 +10,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol
 
 
 class DeviceTimer(Protocol):
-    """Marks moments on the accelerator's stream without waiting for it."""
+    """Marks moments on the accelerator's stream without waiting for it; a mark is done once the stream has passed it,
+    and seconds are those between two such."""
 
-    def mark(self) -> Any:
-        """A mark at the present end of the stream."""
-
-    def done(self, mark: Any) -> bool:
-        """Return whether the stream has passed the mark."""
-
-    def wait(self, mark: Any) -> None:
-        """Wait until the stream has passed the mark."""
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks that the stream has passed."""
+    def mark(self) -> Any: ...
+    def done(self, mark: Any) -> bool: ...
+    def wait(self, mark: Any) -> None: ...
+    def seconds(self, begin: Any, end: Any) -> float: ...
 
 
 class Ranges(Protocol):
-    """Named ranges in a profiler's timeline."""
+    """Named ranges in a profiler's timeline, each inside those that are open."""
 
-    def range_push(self, msg: str) -> Any:
-        """Open a range inside those that are open."""
-
-    def range_pop(self) -> Any:
-        """Close the innermost one."""
+    def range_push(self, msg: str) -> Any: ...
+    def range_pop(self) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -70,11 +60,9 @@ class SpanRecorder:
     """Records spans while a root is open, and costs a comparison while none is.
 
     Args:
-        clock: Seconds, monotonic.
         timer: The accelerator's timer; None on CPU.
         memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
         ranges: Gets a named range around each span of the main thread, as `torch.cuda.nvtx` has them; None for none.
-        edge: Called at every begin and end, on whichever thread it happens; None calls nothing.
     """
 
     def __init__(
@@ -82,11 +70,10 @@ class SpanRecorder:
         clock: Callable[[], float] = time.perf_counter,
         timer: DeviceTimer | None = None,
         memory: Callable[[], int] | None = None,
-        edge: Callable[[], None] | None = None,
         ranges: Ranges | None = None,
     ) -> None:
-        self.ranges = ranges
-        self.clock, self.timer, self.memory, self.edge = clock, timer, memory, edge
+        self.clock, self.timer, self.memory, self.ranges = clock, timer, memory, ranges
+        self.edge: Callable[[], None] | None = None  # called at every begin and end, on whichever thread it happens
         self._spans: list[Span] = []
         self._stack: list[Span] = []
         self._others: list[Span] = []
@@ -119,14 +106,12 @@ class SpanRecorder:
         self.begin("", "step")
 
     def close_root(self, step: int) -> StepSpans:
-        """End the optimizer step and return its spans."""
         self.end(self._stack[0])
         done = StepSpans(step, self._spans, self._others, self._samples)
         self._spans, self._others, self._samples = [], [], []
         return done
 
     def abandon(self) -> None:
-        """Drop the step under way."""
         while self._stack:
             self._pop()
         self._spans, self._others, self._samples = [], [], []
@@ -212,8 +197,6 @@ class _Timed:
         if self._recorder.is_open and self._recorder.on_main_thread():
             self._span = self._recorder.begin(self._stage, self._part)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._span is not None and self._recorder.is_open:
             self._recorder.end(self._span)

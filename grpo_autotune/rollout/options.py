@@ -38,11 +38,8 @@ class EngineOptions:
 
     @classmethod
     def of_keys(cls, weight_sync: WeightSync, sleep_level: SleepLevel | None, keys: Mapping[str, Any]) -> Self:
-        """The options of a script, judged like a `vllm` section.
-
-        Raises:
-            ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
-        """
+        """The options of a script, judged like a `vllm` section: ConfigError where a key is unknown or decided
+        elsewhere, or a value is not accepted."""
         for name in keys.keys() & VLLM_TO_TRL.keys() - engine_names():
             fix = f"Give GRPOConfig {VLLM_TO_TRL[name]} instead."
             raise ConfigError("this is an argument of GRPOConfig, not of vllm.LLM", where=name, fix=fix)

@@ -43,22 +43,14 @@ PartT = TypeVar("PartT", bound=Part)
 
 
 class Engine:
-    """One unlocked `VLLMGeneration`; `engine_of` finds it.
-
-    Attributes:
-        options: What was asked for.
-        parts: In the order of installation; none once the layers were taken off.
-        llm_keys: Arguments that `LLM` was given in the end; empty for a server.
-        start_s: Seconds that `LLM(...)` took; None for a server.
-        handles: Of every layer.
-    """
+    """One unlocked `VLLMGeneration`; `engine_of` finds it."""
 
     def __init__(self, options: EngineOptions, kinds: Iterable[type[Part]]) -> None:
         self.options = options
-        self.parts = tuple(kind(options) for kind in kinds)
-        self.llm_keys: dict[str, Any] = {}
-        self.start_s: float | None = None
-        self.handles: list[Handle] = []
+        self.parts = tuple(kind(options) for kind in kinds)  # in the order of installation; none once taken off
+        self.llm_keys: dict[str, Any] = {}  # arguments that `LLM` was given in the end; empty for a server
+        self.start_s: float | None = None  # seconds that `LLM(...)` took; None for a server
+        self.handles: list[Handle] = []  # of every layer
 
     def take_off(self) -> None:
         """Remove every layer, and let go of the parts, which hold the trainer."""

@@ -41,12 +41,8 @@ class EnoughSteps(SystemExit):
 class ScriptHooks:
     """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is counted by phase.
 
-    A subclass overrides `before_build`, `after_build` and `train`.
-
-    Args:
-        values: Given to every trainer in place of what the script says.
-        startup: Gets the phases `script`, `model`, `engine` and `trainer`; a subclass may exchange it per trainer.
-        say: Takes lines of progress.
+    A subclass overrides `before_build`, `after_build` and `train`. `startup` gets the phases `script`, `model`,
+    `engine` and `trainer`; a subclass may exchange it per trainer.
     """
 
     def __init__(self, values: ScriptValues, startup: Startup, say: Callable[[str], None]) -> None:
@@ -75,11 +71,7 @@ class ScriptHooks:
         """Receive a trainer that was built and has its values and speed-ups."""
 
     def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
-        """Call `train`, which is the trainer's own with the script's arguments, and return its result.
-
-        Raises:
-            EnoughSteps: The script is to end here.
-        """
+        """Call `train`, the trainer's own with the script's arguments, for its result; EnoughSteps ends the script."""
         return train()
 
     def _on_engine_module(self, module: ModuleType) -> None:
@@ -108,11 +100,7 @@ class ScriptHooks:
 
 
 def require_script(script: Path) -> None:
-    """Refuse a path at which there is no file, or a notebook.
-
-    Raises:
-        ConfigError: There is none, or it is one.
-    """
+    """ConfigError for a path at which there is no file, or a notebook."""
     if script.suffix == ".ipynb":
         fix = f"Give what `jupyter nbconvert --to script {script}` writes, or use attach(trainer) in a cell."
         raise ConfigError("this is a notebook, and no script", where=str(script), fix=fix)
@@ -123,12 +111,8 @@ def require_script(script: Path) -> None:
 
 
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:
-    """Run `script` as `python script arguments...` would, until it ends or `hooks` has measured enough.
-
-    Args:
-        script: A Python file.
-        arguments: The rest of the script's `sys.argv`.
-        hooks: Put around the script's imports; `sys.argv` and `sys.path` are as before once the script has ended.
+    """Run `script` as `python script arguments...` would, until it ends or `hooks`, which are put around its imports,
+    have measured enough; `sys.argv` and `sys.path` are as before then.
 
     Raises:
         ConfigError: There is no such script, or its trainer cannot be given the values.

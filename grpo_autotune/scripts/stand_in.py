@@ -20,15 +20,8 @@ SECTIONS = ("grpo", "vllm")
 
 
 def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
-    """A configuration for a script whose trainer is not known yet.
-
-    Args:
-        script: The script and its arguments.
-        settings: Items `search.key=value` and `output.key=value`.
-
-    Raises:
-        ConfigError: There is no such script, or a setting is not legal.
-    """
+    """A configuration for a script (its path and arguments) whose trainer is not known yet. ConfigError where there is
+    none, or one of the settings, `search.key=value` and `output.key=value`, is not legal."""
     if not script or not is_file(script[0]):
         raise ConfigError(
             "no such script",
@@ -65,12 +58,8 @@ def config_of_script(config: RunConfig, record: ProbeRecord) -> RunConfig:
 
 
 def overrides(config: RunConfig, turned: RunConfig) -> dict[str, Any]:
-    """Key path -> value that a script's trainer is given for a turned configuration: every key that differs.
-
-    Args:
-        config: The script's own configuration.
-        turned: The same with knobs turned, and with what follows from them, such as accumulation.
-    """
+    """Key path -> value that a script's trainer is given for a turned configuration: every key that differs from the
+    script's own `config`, those that follow from the knobs, such as accumulation, included."""
     before, after = config.to_dict(), turned.to_dict()
     changed = {
         f"{section}.{key}": value

@@ -80,11 +80,7 @@ class ScriptValues:
         self.unlocked.enter_trainers(module)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        """A trainer's keyword arguments, with images of the size that is wanted.
-
-        Raises:
-            ConfigError: It was given no images by `train_dataset`.
-        """
+        """A trainer's keyword arguments, with images of the wanted size; ConfigError where `train_dataset` has none."""
         if self.image_size is None:
             return given
         return {**given, "train_dataset": _resized(given.get("train_dataset"), self.image_size)}
@@ -114,11 +110,8 @@ class ScriptValues:
 
 
 def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `GRPOConfig` keys among `values`, without `grpo.`; those of `vllm.` are left to its section.
-
-    Raises:
-        ConfigError: A key reaches no script, or a value has a wrong type.
-    """
+    """The `GRPOConfig` keys among `values`, without `grpo.`; those of `vllm.` are left to its section. ConfigError
+    where a key reaches no script, or a value has a wrong type."""
     grpo = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
@@ -167,14 +160,8 @@ class _File(Section):
 
 
 def load_script_values(path: Path) -> tuple[dict[str, Any], Receipt | None]:
-    """Read a file as `grpo-autotune search --script` writes it.
-
-    Returns:
-        Key path -> value, and the receipt if there is one.
-
-    Raises:
-        ConfigError: It cannot be read, it is no YAML, or it holds something else.
-    """
+    """Read a file as `grpo-autotune search --script` writes it: key path -> value, and the receipt if there is one.
+    ConfigError where it cannot be read, is no YAML, or holds something else."""
     if not is_file(path):
         raise ConfigError("no such file", where=str(path), fix="Give a file that `search --script` wrote.")
     try:

@@ -41,8 +41,7 @@ def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | Non
 
 
 def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:
-    """The winner's combination without the changes that bring nothing, as measured, or as predicted of all of them
-    together."""
+    """The winner's combination without changes that bring nothing, as measured, or as predicted of all together."""
     board, knobs = evaluator.board, winner.knobs
     rows = [contribution(evaluator, winner, key) for key in board.changed(winner.knobs)]
     for row in sorted(rows, key=lambda row: row.factor or 0.0):

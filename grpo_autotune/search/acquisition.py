@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from scipy.special import ndtr
 
@@ -20,11 +20,12 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import why_not
 from grpo_autotune.knobs.table import REACH
+from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Interval, run_ratio
 from grpo_autotune.predict.room import LEAST_CHANCE, LEAST_SIGMA, MEMORY_SHARE, Z_90, chance_to_fit
 from grpo_autotune.records.search import Skipped
-from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.leaderboard import JUDGED_BY_REWARDS, TIE, Leaderboard, Level
+from grpo_autotune.search.noninferiority import NO_TIME
 from grpo_autotune.search.space import Space, points
 from grpo_autotune.search.study import name_of
 
@@ -35,25 +36,14 @@ BUSY_TIE = 0.1
 LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
-class Models(Protocol):
-    """Models of time and memory (`grpo_autotune.predict.models.Models`)."""
-
-    def step_s(self, config: RunConfig) -> Interval: ...
-    def stages_s(self, config: RunConfig) -> dict[str, Interval]: ...
-    def peak_bytes(self, config: RunConfig, *, worst_case: bool = False) -> Interval: ...
-    def learn(self, config: RunConfig, outcome: TrialOutcome) -> Models: ...
-    def errors(self) -> dict[str, dict[str, float]]: ...
-
-
 class Proposal(NamedTuple):
-    """A combination worth measuring: predicted seconds (middle and upper end), score, and expected gain in the
-    logarithm of the score."""
+    """A combination worth measuring, as it is predicted."""
 
     knobs: Knobs
-    step_s: float
+    step_s: float  # seconds per step; `slow_s`: their upper end
     slow_s: float
     score: float
-    gain: float
+    gain: float  # expected in the logarithm of the score
 
 
 @dataclass
@@ -74,37 +64,28 @@ class Ranking:
 class Pool:
     """The legal combinations of a space, worked out once."""
 
-    def __init__(self, space: Space, config: RunConfig, machine: Machine, most: int = MOST_POINTS) -> None:
+    def __init__(self, space: Space, config: RunConfig, machine: Machine) -> None:
         self.space, self._config, self._machine = space, config, machine
-        self.points = {name_of(knobs): knobs for knobs in itertools.islice(points(space, config, machine), most)}
-        self.whole = len(self.points) < most
+        first = itertools.islice(points(space, config, machine), MOST_POINTS)
+        self.points = {name_of(knobs): knobs for knobs in first}
+        self.whole = len(self.points) < MOST_POINTS
 
     def add_neighbours(self, knobs: Knobs) -> None:
-        """Add the legal combinations with one knob other than here, where the space is too large to be looked at
-        whole."""
-        if not self.whole:
-            self.points |= {name_of(neighbour): neighbour for neighbour in self._neighbours(knobs)}
-
-    def _neighbours(self, knobs: Knobs) -> Iterator[Knobs]:
+        """Add the legal combinations with one knob other than here, unless the space was looked at whole."""
+        if self.whole:
+            return
         for key, axis in self.space.values.items():
             for value in axis:
                 neighbour = {**knobs, key: value}
                 if name_of(neighbour) not in self.points and why_not(self._config, neighbour, self._machine) is None:
-                    yield neighbour
+                    self.points[name_of(neighbour)] = neighbour
 
 
 def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory_bytes: int | None) -> Ranking:
-    """Judge combinations by the models.
+    """Judge legal combinations that nobody has measured by the models; None as `memory_bytes` leaves memory alone.
 
-    Args:
-        candidates: Legal combinations that nobody has measured.
-        board: The leaderboard; it holds the user's configuration.
-        models: Fitted to everything measured so far.
-        memory_bytes: Memory that a trial may take; None leaves memory alone.
-
-    Returns:
-        The largest expected gain first; while only the user's own is measured, the best predicted score, of those that
-        need no proof if there are any. Of about equal ones, that with the fewest changes.
+    The largest expected gain comes first; while only the user's own is measured, the best predicted score, of those
+    that need no proof if there are any. Of about equal ones, that with the fewest changes.
     """
     best = {level: _best_score(board, level) for level in LEVELS}
     ranking = Ranking([])
@@ -195,7 +176,7 @@ def _why_unproven(knobs: Knobs, board: Leaderboard) -> str | None:
         guard = board.guard(key, knobs[key])
         if guard is not None and not guard.proven and key in JUDGED_BY_REWARDS:
             return f"{key} {knobs[key]} is not proven by its rewards"
-        if guard is None and board.had_no_time(key):
+        if guard is None and any(other.key == key and other.why == NO_TIME for other in board.guards.values()):
             return f"there is no time to compare the rewards of other values of {key}"
     return None
 

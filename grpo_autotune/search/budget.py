@@ -23,11 +23,7 @@ UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of `90s`, `30m`, `1h30m` or `0`.
-
-    Raises:
-        ConfigError: It is none of these.
-    """
+    """Seconds of `90s`, `30m`, `1h30m` or `0`; ConfigError for any other text."""
     plain = text.strip().lower()
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", plain)
     if plain == "0":
@@ -42,16 +38,9 @@ def parse_budget(text: str) -> float:
 
 
 class Budget:
-    """Seconds of one search.
+    """Seconds of one search, of which its earlier processes spent `spent_s`.
 
-    Args:
-        total_s: All of it.
-        spent_s: Seconds that earlier processes of the same search spent.
-        clock: Seconds, monotonic; a wall clock that is set meanwhile changes nothing.
-        begun: Its reading when this process began.
-
-    Attributes:
-        end_s: Seconds kept for the worst-case step and the race.
+    The clock is monotonic, since a wall clock may be set meanwhile; `begun` is its reading when this process began.
     """
 
     def __init__(
@@ -63,7 +52,7 @@ class Budget:
     ) -> None:
         self.total_s, self._spent_s, self._clock = total_s, spent_s, clock
         self._begun = clock() if begun is None else begun
-        self.end_s = END_SHARE * total_s
+        self.end_s = END_SHARE * total_s  # kept for the worst-case step and the race
 
     @property
     def elapsed_s(self) -> float:
@@ -87,11 +76,8 @@ class Budget:
 
 
 class Costs:
-    """Seconds of a trial beside its measured steps, learnt from those that ended well.
-
-    Args:
-        warm: True where trials may share a process. Until one has, it is taken to save `WARM_SAVES` of a start.
-    """
+    """Seconds of a trial beside its measured steps, learnt from those that ended well. Where trials may share a process
+    (`warm`), that is taken to save `WARM_SAVES` of a start until one has."""
 
     def __init__(self, *, warm: bool = True) -> None:
         self._cold: list[float] = []
@@ -99,7 +85,6 @@ class Costs:
         self._first_share = 1.0 - WARM_SAVES if warm else 1.0
 
     def learn(self, outcome: TrialOutcome) -> None:
-        """Take one more trial into account."""
         if outcome.status != "ok" or not outcome.step_s:
             return
         occasions_s = outcome.record.occasions_s if outcome.record else 0.0  # of a probe alone
@@ -121,5 +106,4 @@ class Costs:
         return max(self._cold, default=0.0)
 
     def trial_s(self, step_s: float, steps: int) -> float:
-        """Seconds of a whole trial."""
         return self.beside_s + steps * step_s

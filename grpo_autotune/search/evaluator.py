@@ -8,12 +8,12 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import Knobs, knobs_of
+from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.workload import quantiles
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import overrides
-from grpo_autotune.search.acquisition import Models
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.leaderboard import Entry, Leaderboard
 from grpo_autotune.search.study import Claim, Study
@@ -34,15 +34,7 @@ LENGTHS = 200
 
 
 class Evaluator:
-    """Evaluates combinations after the probe.
-
-    Args:
-        log: Runs and records the trials.
-        board: The leaderboard, without an entry.
-        models: Models of the probe; every trial gives new ones.
-        study: The Optuna study.
-        probe: The probe's outcome.
-    """
+    """Evaluates combinations after the probe: every trial gives new models and an entry of the leaderboard."""
 
     def __init__(self, log: TrialLog, board: Leaderboard, models: Models, study: Study, probe: TrialOutcome) -> None:
         self.log, self.board, self.models, self.study = log, board, models, study
@@ -149,7 +141,6 @@ class Evaluator:
         self.log.record(spec, outcome, self.knobs_of(spec))
 
     def knobs_of(self, spec: TrialSpec) -> Knobs:
-        """The combination of a trial."""
         if spec.script is None or spec.purpose in ("probe", "rewards"):
             return spec.knobs
         config = RunConfig.from_dict({"speedups": "none", **spec.config})  # a stored trial may leave the key out
@@ -214,11 +205,10 @@ def patience_s(expected_s: float, config: RunConfig) -> float:
     return max(LEAST_LIMIT_S, PATIENCE * expected_s) + (ENGINE_S if starts else 0.0)
 
 
-def completion_lengths(record: ProbeRecord, count: int = LENGTHS) -> list[int] | None:
-    """Lengths in tokens distributed as the probe's completions: `count` quantiles of the line through its
-    percentiles."""
+def completion_lengths(record: ProbeRecord) -> list[int] | None:
+    """Lengths in tokens distributed as the probe's completions: quantiles of the line through its percentiles."""
     if record.tokens is None:
         return None
     spread = record.tokens.completion
-    lengths = np.clip(np.rint(quantiles(spread, (np.arange(count) + 0.5) / count)), 1, max(1, round(spread.max)))
-    return [int(length) for length in lengths]
+    lengths = np.rint(quantiles(spread, (np.arange(LENGTHS) + 0.5) / LENGTHS))
+    return [int(length) for length in np.clip(lengths, 1, max(1, round(spread.max)))]

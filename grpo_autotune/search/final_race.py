@@ -24,11 +24,8 @@ SPEED_MARGIN = 1.2
 
 
 def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
-    """Race a combination against the user's configuration, and enter the result.
-
-    Returns:
-        The entry with the result; as it was where there was no time, and barred from winning where it failed.
-    """
+    """Race a combination against the user's configuration; its entry with the result, as it was where there was no
+    time, and barred from winning where it failed."""
     board, budget = evaluator.board, evaluator.budget
     end_s, pairs = budget.elapsed_s + room_s, list[tuple[float, float]]()
     wanted = FIRST_ROUNDS

@@ -17,7 +17,6 @@ import filelock
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.files import write_whole
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.search import SCHEMA, SearchReport
 from grpo_autotune.records.stored import read_stored
@@ -29,19 +28,12 @@ Record = TypeVar("Record", bound=Frozen)
 
 
 class State(Frozen):
-    """Progress of a search.
+    """Progress of a search."""
 
-    Attributes:
-        fingerprint: Of its configuration and space.
-        budget_s: Budget it was given last.
-        elapsed_s: Seconds spent, over all processes.
-        finished: True where it came to its end.
-    """
-
-    fingerprint: str
-    budget_s: float
-    elapsed_s: float = 0.0
-    finished: bool = False
+    fingerprint: str  # of its configuration and space
+    budget_s: float  # the one it was given last
+    elapsed_s: float = 0.0  # seconds spent, over all processes
+    finished: bool = False  # True where it came to its end
 
 
 class SearchFolder:
@@ -60,7 +52,6 @@ class SearchFolder:
         return self.path / ("tuned.yaml" if which == "tuned" else f"tuned.{which}.yaml")
 
     def trial(self, number: int) -> Path:
-        """The folder of one trial."""
         return self.path / "trials" / f"{number:04d}"
 
     def trials(self) -> list[tuple[TrialSpec, TrialOutcome | None]]:
@@ -77,39 +68,24 @@ class SearchFolder:
         used = [int(folder.name) for folder in (self.path / "trials").glob("[0-9]*") if folder.name.isdecimal()]
         return max(used, default=-1) + 1
 
-    def save_state(self, state: State) -> None:
-        """Write the progress."""
-        write_whole(self.state_file, state.model_dump_json(indent=2) + "\n")
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other searches out of this folder meanwhile.
-
-        Raises:
-            ConfigError: One is in it, or it is a file.
-        """
+        """Keep other searches out of this folder meanwhile; ConfigError where one is in it, or it is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("this is a file, not a folder", where=str(self.path), fix="Give another --run-dir.")
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
         except filelock.Timeout as error:
             raise ConfigError(
                 "another search is running in this folder", where=str(self.path), fix="Give another --run-dir."
             ) from error
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def check(self, fingerprint: str, *, without_speedups: str, resume: bool) -> State | None:
-        """The state to resume from; None for a new search.
-
-        Args:
-            fingerprint: Of the configuration to search.
-            without_speedups: Of the same without speed-ups, which are on where the configuration leaves the key out.
-            resume: Go on with the search there.
+        """The state to resume from; None for a new search. `without_speedups` is the fingerprint of the same
+        configuration without speed-ups, which are on where it leaves the key out.
 
         Raises:
             ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
@@ -142,8 +118,7 @@ class SearchFolder:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
-    """A record, or None where it is missing or torn: a file that a full disk or a kill left half written says
-    nothing."""
+    """A record, or None where it is missing or torn: a file that a full disk or a kill left half written."""
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
@@ -151,11 +126,8 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
 
 
 def load_search(source: Path) -> SearchReport:
-    """Read a search's report from its folder, or from the file itself.
-
-    Raises:
-        ConfigError: There is none, it is not JSON, or another version of the schema wrote it.
-    """
+    """Read a search's report from its folder, or from the file itself; ConfigError where there is none, it is not JSON,
+    or another version of the schema wrote it."""
     path = source / SEARCH_FILE if source.is_dir() else source
     texts = {"absent": "there is no search here", "written_by": "`grpo-autotune search`", "again": "Search again."}
     return read_stored(path, SearchReport, SCHEMA, **texts)

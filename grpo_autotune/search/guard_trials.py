@@ -133,8 +133,7 @@ def worst_case_s(evaluator: Evaluator, entry: Entry) -> float:
 
 
 def run_worst_case(evaluator: Evaluator, entry: Entry, room_s: float) -> Entry:
-    """Run one step with the longest prompts, largest images and full-length completions, where `room_s` seconds hold
-    it, and enter its outcome."""
+    """Run a step with the longest prompts, largest images and full-length completions, if `room_s` seconds hold it."""
     if worst_case_s(evaluator, entry) > room_s:
         return entry
     outcome = evaluator.run("worst_case", entry.knobs, room_s, steps=1, warmup=1, source="proof")

@@ -25,7 +25,6 @@ from grpo_autotune.predict.objective import (
 from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
-from grpo_autotune.search.noninferiority import NO_TIME
 from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.study import name_of
 
@@ -43,43 +42,32 @@ EVALUATING = ("generation", "prompt", "reward", "reference_logprob")
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Interleaved race of a combination against the user's configuration: score over the user's, and seconds per step
-    of both."""
+    """Interleaved race of a combination against the user's configuration."""
 
-    speedup: Interval
-    step: Interval
+    speedup: Interval  # score over the user's
+    step: Interval  # seconds per step; `baseline_step`: the user's
     baseline_step: Interval
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured combination.
-
-    Attributes:
-        steps_s: Seconds of each measured step.
-        cycle: Steps of a cycle of generating and reusing.
-        step: Seconds per step.
-        stages_s: The same by stage.
-        aside_s: Seconds per step that the run's evaluations and checkpoints take.
-        asides_s: The same beside each measured step, by its own stages: noise in them is noise in both.
-        race: None until it was raced.
-        fails: Reason why it may not win; None without one.
-    """
+    """One measured combination."""
 
     knobs: Knobs
     config: RunConfig
     number: int
-    steps_s: list[float]
-    cycle: int
-    step: Interval
+    steps_s: list[float]  # seconds of each measured step
+    cycle: int  # steps of a cycle of generating and reusing
+    step: Interval  # seconds per step; `stages_s` by stage
     predicted_s: float | None
     peak_bytes: int | None
     stages_s: Mapping[str, float] = field(default_factory=dict)
-    aside_s: float = 0.0
+    aside_s: float = 0.0  # seconds per step that the run's evaluations and checkpoints take
+    # the same beside each measured step, by its own stages: noise in them is noise in both
     asides_s: list[float] = field(default_factory=list)
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
-    fails: str | None = None
+    fails: str | None = None  # reason why it may not win
 
     @property
     def cycles_s(self) -> list[float]:
@@ -94,28 +82,17 @@ class Entry:
 
 @dataclass
 class Leaderboard:
-    """The entries of one search, and the guards on learning knobs.
+    """The entries of one search, and the guards on learning knobs."""
 
-    Attributes:
-        config: The user's configuration.
-        baseline_knobs: The user's values of the space's knobs.
-        record: The probe's record.
-        evaluation_s: Seconds per step that evaluations take as the user has them.
-        saving_s: Seconds per step that checkpoints take.
-        pace: Pace of the machine from trial to trial.
-        living: Share of living groups by group size; None where no spread of rewards was seen.
-        guards: (knob, value's name) -> judgement.
-    """
-
-    config: RunConfig
-    baseline_knobs: Knobs
+    config: RunConfig  # the user's
+    baseline_knobs: Knobs  # the user's values of the space's knobs
     record: ProbeRecord
-    evaluation_s: float = 0.0
-    saving_s: float = 0.0
+    evaluation_s: float = 0.0  # seconds per step that evaluations take as the user has them
+    saving_s: float = 0.0  # seconds per step that checkpoints take
     pace: Pace = field(default_factory=Pace)
-    living: Living | None = field(init=False)
+    living: Living | None = field(init=False)  # None where no spread of rewards was seen
     entries: dict[str, Entry] = field(default_factory=dict)
-    guards: dict[tuple[str, str], Guard] = field(default_factory=dict)
+    guards: dict[tuple[str, str], Guard] = field(default_factory=dict)  # (knob, value's name) -> judgement
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
@@ -126,25 +103,20 @@ class Leaderboard:
 
     @property
     def confidence(self) -> float:
-        """Confidence of every interval."""
         return self.config.search.confidence
 
     @property
     def has_baseline(self) -> bool:
-        """True once the user's configuration is measured."""
         return name_of(self.baseline_knobs) in self.entries
 
     @property
     def baseline(self) -> Entry:
-        """The user's configuration."""
         return self.entries[name_of(self.baseline_knobs)]
 
     def entry(self, knobs: Knobs) -> Entry | None:
-        """The entry of a combination, if it was measured."""
         return self.entries.get(name_of(knobs))
 
     def config_of(self, knobs: Knobs) -> RunConfig:
-        """The whole configuration of a combination."""
         name = name_of(knobs)
         if name not in self._configs:
             self._configs[name] = with_knobs(self.config, knobs)
@@ -181,16 +153,10 @@ class Leaderboard:
         return "proven" if guard is not None and guard.proven else "unproven"
 
     def guard(self, key: str, value: Any) -> Guard | None:
-        """The judgement of a value, if there is one."""
         return self.guards.get((key, name_of({key: value})))
 
     def note(self, guard: Guard) -> None:
-        """Remember a judgement."""
         self.guards[guard.key, name_of({guard.key: guard.after})] = guard
-
-    def had_no_time(self, key: str) -> bool:
-        """True where a value of this knob stays unproven for lack of time."""
-        return any(guard.key == key and guard.why == NO_TIME for guard in self.guards.values())
 
     def is_group_unknown(self, knobs: Knobs) -> bool:
         """True where the group size changes and no spread of rewards tells what another one is worth."""
@@ -255,7 +221,6 @@ class Leaderboard:
         return self.update(entry, peak_bytes=_larger(entry.peak_bytes, peak_bytes), **changes)
 
     def update(self, entry: Entry, **changes: Any) -> Entry:
-        """Replace an entry by one with other fields."""
         later = self.entries[name_of(entry.knobs)] = replace(entry, **changes)
         return later
 

@@ -82,12 +82,8 @@ def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float,
 def judge_generations(before: int, after: int, living: Interval | None, speed: Interval) -> Guard:
     """Judge a value of `num_generations`: proven where useful completions per second rise by more than all their noise.
 
-    Args:
-        before: The user's group size.
-        after: The one judged.
-        living: Share of living groups at `after` over that at `before`, from the whole probe; None where no spread of
-            rewards was seen.
-        speed: Useful completions per second over the user's, the living share's own estimate included.
+    `living` is the share of living groups at `after` over that at `before`, from the whole probe (None where no spread
+    of rewards was seen), `speed` useful completions per second over the user's, that share's estimate included.
     """
     plain: dict[str, Any] = {"key": GROUP, "before": before, "after": after}
     if living is None:

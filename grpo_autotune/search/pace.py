@@ -11,14 +11,10 @@ from grpo_autotune.predict.objective import Interval
 
 
 class Pace:
-    """Seconds of the same steps over what they took in the first trial, between two measurements by a line.
-
-    Attributes:
-        looks: Trial and logarithm of the ratio that was measured, in order, and the same where the steps' own scatter
-            does not explain it, else 0.
-    """
+    """Seconds of the same steps over what they took in the first trial, between two measurements by a line."""
 
     def __init__(self) -> None:
+        # trial, logarithm of the measured ratio, and the same where the steps' own scatter does not explain it, else 0
         self.looks: list[tuple[int, float, float]] = []
 
     def learn(self, number: int, ratio: Interval) -> None:

@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.predict.models import Models as FittedModels
+from grpo_autotune.predict.models import Models
 from grpo_autotune.records.search import Ended, SearchReport
-from grpo_autotune.search.acquisition import Pool, Proposal, Ranking, rank
+from grpo_autotune.search.acquisition import Pool, Ranking, rank
 from grpo_autotune.search.budget import SURE, Budget
 from grpo_autotune.search.ending import Ending, end_s
 from grpo_autotune.search.evaluator import Evaluator
@@ -53,14 +54,7 @@ QUESTIONS_ROOM = 0.5
 
 
 class Session:
-    """One search after its probe.
-
-    Args:
-        evaluator: Measures combinations.
-        pool: The legal combinations.
-        sampler: Of the study.
-        shared: True where several machines share the study.
-    """
+    """One search after its probe; `shared` is True where several machines share the study."""
 
     def __init__(self, evaluator: Evaluator, pool: Pool, sampler: Sampler, *, shared: bool) -> None:
         self._evaluator, self._pool, self._sampler, self._shared = evaluator, pool, sampler, shared
@@ -158,12 +152,11 @@ class Session:
         taken = self._study.taken() | self._known()
         left = [knobs for name, knobs in self._pool.points.items() if name not in taken]
         ranking = rank(left, self._board, self._evaluator.models, self._log.memory_bytes)
-        self._log.skip(ranking.rows())
+        self._log.skipped = ranking.rows()
         return ranking
 
     def _known(self) -> set[str]:
-        """Combinations that were measured or failed here; a failed trial says nothing of others, and is not
-        repeated."""
+        """Combinations that were measured or failed here; a failed trial says nothing of others and is not repeated."""
         return set(self._board.entries) | self._tried()
 
     def _tried(self) -> set[str]:
@@ -172,7 +165,8 @@ class Session:
     def _next(self, ranking: Ranking) -> tuple[Claim | None, str]:
         """The next combination whose trial fits into the time, and its source; None where none does."""
         room_s = self._budget.search_left_s - self._set_aside_s()
-        fitting = [proposal.knobs for proposal in ranking.proposals if self._needs_s(proposal) <= room_s]
+        costs, steps = self._evaluator.costs, self._evaluator.steps
+        fitting = [p.knobs for p in ranking.proposals if SURE * costs.trial_s(p.step_s, steps(p.step_s)) <= room_s]
         if not fitting:
             return None, ""
         self._proposals += 1
@@ -196,13 +190,9 @@ class Session:
         switched = [knobs for knobs in fitting if knobs.get(EARLY)]
         return min(switched, key=lambda knobs: len(self._board.changed(knobs)), default=None)
 
-    def _needs_s(self, proposal: Proposal) -> float:
-        steps = self._evaluator.steps(proposal.step_s)
-        return SURE * self._evaluator.costs.trial_s(proposal.step_s, steps)
-
-    def _questions(self) -> list[tuple[str, object]]:
+    def _questions(self) -> list[tuple[str, Any]]:
         """Values of the leader's learning knobs that rewards have to judge; a refuted value leads nobody."""
-        return list(open_questions(self._board, self._board.ranking("open")[0]))
+        return open_questions(self._board, self._board.ranking("open")[0])
 
     def _judge_rewards(self) -> None:
         """Judge the values that the leader waits for, with half the time that is left for trials."""
@@ -257,7 +247,7 @@ def search(
     view: View,
     runner: Callable[[Path], TrialRunner],
     script: list[str] | None = None,
-    fit: Fit = FittedModels.from_probe,
+    fit: Fit = Models.from_probe,
     sampler: Sampler = SAMPLER,
     clock: Callable[[], float] = time.monotonic,
     machine: Machine | None = None,
@@ -265,19 +255,14 @@ def search(
     """Search for a faster configuration that learns the same.
 
     Args:
-        config: The user's configuration.
         budget_s: Seconds for everything; 0 predicts from a probe alone.
         out: Path of a copy of `tuned.yaml`.
         run_dir: Folder of the search.
         resume: Go on with the search there.
         storage: URL of a study that several machines share; None keeps it in the folder.
-        view: Receiver of the progress.
         runner: Makes the runner of trials in a folder.
         script: A script and its arguments, whose `GRPOConfig` is searched instead.
-        fit: Makes the models of a probe.
-        sampler: Of the study.
         clock: Seconds, monotonic.
-        machine: This machine; detected by default.
 
     Raises:
         ConfigError: The folder is in use or finished, the budget too small, the space empty, the study another one's.

@@ -30,15 +30,10 @@ MOST_EXPLAINED = 2000
 
 @dataclass(frozen=True)
 class Space:
-    """The axes of a search.
+    """The axes of a search."""
 
-    Attributes:
-        values: The values of each knob; the user's own is first, unless `search.knobs` leaves it out.
-        baseline: The user's own values.
-    """
-
-    values: dict[str, tuple[Any, ...]]
-    baseline: Knobs
+    values: dict[str, tuple[Any, ...]]  # of each knob; the user's own is first, unless `search.knobs` leaves it out
+    baseline: Knobs  # the user's own values
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -51,7 +46,6 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
 
     Args:
         config: The user's configuration; its `search` section restricts and extends.
-        machine: The machine of the trials.
         record: A probe of `config`; it tells the size of images that the configuration leaves as they are.
 
     Raises:

@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
+from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import evaluation_every, save_every
 from grpo_autotune.predict.room import memory_of
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import config_of_script
-from grpo_autotune.search.acquisition import Models, Pool
+from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.folder import fingerprint

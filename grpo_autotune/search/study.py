@@ -98,13 +98,7 @@ def name_of(knobs: Knobs) -> str:
 class Study:
     """One study, opened.
 
-    Args:
-        storage: Its storage.
-        axes: Its knobs and their values.
-        fingerprint: Of the configuration and the space; a study with another one is refused.
-        where: Name of the storage in messages.
-        seed: Of the sampler.
-        sampler: Name of the sampler.
+    `fingerprint` is of the configuration and the space; `where` names the storage in messages.
 
     Raises:
         ConfigError: The study there belongs to another configuration or space.

@@ -8,11 +8,12 @@ from typing import Any
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Interval, evaluation_every, step_interval
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
-from grpo_autotune.search.acquisition import Models, Pool, run_s
+from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.search.trial_log import Task
@@ -228,12 +229,8 @@ def _predicted(
         best = next(rows, baseline)
         return best if best.speedup > 1.0 else baseline
 
-    return (
-        baseline,
-        first("exact", "accepted"),
-        first("exact"),
-        first("exact", "accepted", "proven", "unproven"),
-    )
+    fast = first("exact", "accepted", "proven", "unproven")
+    return baseline, first("exact", "accepted"), first("exact"), fast
 
 
 def _beats(board: Leaderboard, one: Entry, one_reward: float | None, other: Entry, other_reward: float | None) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.records.probe import OtherLoad, cycle_means
@@ -41,44 +42,28 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Subject and place of a search.
+    """Subject and place of a search."""
 
-    Attributes:
-        config: The user's configuration; for a script a stand-in.
-        fingerprint: Of the configuration and the script.
-        script: A script and its arguments, in place of the configuration's own training.
-        out: Path of a copy of `tuned.yaml`.
-    """
-
-    config: RunConfig
+    config: RunConfig  # the user's; for a script a stand-in
     machine: Machine
     folder: SearchFolder
-    fingerprint: str
-    script: list[str] | None = None
-    out: Path | None = None
+    fingerprint: str  # of the configuration and the script
+    script: list[str] | None = None  # a script and its arguments, in place of the configuration's own training
+    out: Path | None = None  # path of a copy of `tuned.yaml`
 
 
 class TrialLog:
-    """Numbers, runs and records trials.
-
-    Attributes:
-        costs: Seconds of a trial beside its steps, learnt from the trials.
-        rows: The table of trials.
-        skipped: Combinations that are not run, and why.
-        others: Load by other processes in each trial but races, where two of ours take turns.
-        notes: Shortcomings that trials reported.
-        memory_bytes: Memory that a trial may take; None where that is unknown.
-    """
+    """Numbers, runs and records trials."""
 
     def __init__(self, task: Task, runner: TrialRunner, budget: Budget, view: View) -> None:
         self.task, self.budget = task, budget
         self._runner, self._view = runner, view
         self.costs = Costs(warm=task.script is None)
         self.rows: list[TrialRow] = []
-        self.skipped: list[Skipped] = []
-        self.others: list[OtherLoad] = []
-        self.notes: set[str] = set()
-        self.memory_bytes: int | None = None
+        self.skipped: list[Skipped] = []  # combinations that are not run, and why
+        self.others: list[OtherLoad] = []  # load by other processes in each trial but races, where two take turns
+        self.notes: set[str] = set()  # shortcomings that trials reported
+        self.memory_bytes: int | None = None  # that a trial may take; None where it is unknown
 
     def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
         """A trial with the next free number."""
@@ -115,7 +100,6 @@ class TrialLog:
     def race(
         self, specs: Sequence[TrialSpec], state: SearchProgress, *, rounds: int, deadline_s: float
     ) -> list[TrialOutcome]:
-        """Run trials interleaved, step by step."""
         self._view.show(state)
         outcomes = self._runner.race(specs, rounds=rounds, deadline_s=deadline_s)
         self.save_state()
@@ -153,10 +137,6 @@ class TrialLog:
         )
         self.rows.append(row)
 
-    def skip(self, rows: list[Skipped]) -> None:
-        """Replace the reasons for combinations that are not run."""
-        self.skipped = rows
-
     def limit_memory(self, most_bytes: int | None) -> None:
         """Lower the memory limit. A limit on one trial's process holds for the others, too; the room that heap and
         threads take of it differs from one to the next, so that the lowest counts."""
@@ -164,19 +144,11 @@ class TrialLog:
         self.memory_bytes = min(bounds, default=None)
 
     def save_state(self, *, finished: bool = False) -> None:
-        """Write the progress of the search into its folder."""
-        budget = self.budget
-        self.task.folder.save_state(
-            State(
-                fingerprint=self.task.fingerprint,
-                budget_s=budget.total_s,
-                elapsed_s=budget.elapsed_s,
-                finished=finished,
-            )
-        )
+        spent = {"budget_s": self.budget.total_s, "elapsed_s": self.budget.elapsed_s}
+        state = State(fingerprint=self.task.fingerprint, **spent, finished=finished)
+        write_whole(self.task.folder.state_file, state.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
-        """End the processes of the runner."""
         self._runner.close()
 
 

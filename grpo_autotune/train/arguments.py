@@ -38,17 +38,8 @@ class Arguments:
 def grpo_arguments(
     config: RunConfig, *, output_dir: str, reward_weights: list[float], overrides: Mapping[str, Any]
 ) -> Arguments:
-    """Build the arguments: the user's keys verbatim, then what follows from them and from this machine.
-
-    Args:
-        config: The run.
-        output_dir: Where checkpoints go.
-        reward_weights: One weight per reward function.
-        overrides: Keys that take precedence over everything (a probe's `max_steps`, for instance).
-
-    Raises:
-        ConfigError: TRL or transformers refuses a value.
-    """
+    """Build the arguments: the user's keys verbatim, then what follows from them and from this machine; `overrides` win
+    over everything (a probe's `max_steps`, for instance). ConfigError where TRL or transformers refuses a value."""
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
     notes = _without_accelerator(keys)
     keys["trust_remote_code"] = config.model.trust_remote_code
@@ -71,11 +62,8 @@ def grpo_arguments(
 def check_best_metric(
     args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
 ) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one.
-
-    Raises:
-        ConfigError: There is no such metric, and none of the rewards' `modules` speaks of `log_metric`.
-    """
+    """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
+    unless one of their `modules` speaks of `log_metric`."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
@@ -123,8 +111,7 @@ def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:
 
 @contextmanager
 def unlocked_engine(config: RunConfig) -> Iterator[None]:
-    """Trainers built inside get the engine that the `vllm` section describes, corrected for images and sized for those
-    of their data."""
+    """Trainers built inside get the engine that the `vllm` section describes, corrected and sized for their images."""
     if not config.use_vllm:
         yield
         return

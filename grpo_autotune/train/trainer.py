@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,22 @@ from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
 from grpo_autotune.units import duration
 
-Phase = Callable[[str], AbstractContextManager[None]]
+Phase = Callable[[str], AbstractContextManager[object]]
 Say = Callable[[str], None]
 
 
 class TrainResult(Frozen):
-    """The end of a training run.
-
-    Attributes:
-        folder: The run folder.
-        steps: Optimizer steps done, those before a resume included.
-        total_steps: Optimizer steps the run has in all.
-        seconds: Wall time of this process's training loop.
-        metrics: The newest train line of `train_log.jsonl` (loss, reward, kl, ...); empty if there was no log event.
-        eval_metrics: The newest evaluation line; empty without one.
-        resumed_from: Step of the checkpoint this process began at; None for a fresh run.
-        signum: The signal that ended the run early, 0 if none did.
-    """
+    """The end of a training run."""
 
     folder: str
-    steps: int
-    total_steps: int
-    seconds: float
+    steps: int  # optimizer steps done, those before a resume included
+    total_steps: int  # optimizer steps the run has in all
+    seconds: float  # wall time of this process's training loop
+    # the newest train line of `train_log.jsonl` (loss, reward, kl, ...); empty if there was no log event
     metrics: dict[str, Any]
-    eval_metrics: dict[str, Any]
-    resumed_from: int | None
-    signum: int
+    eval_metrics: dict[str, Any]  # the newest evaluation line; empty without one
+    resumed_from: int | None  # step of the checkpoint this process began at; None for a fresh run
+    signum: int  # the signal that ended the run early, 0 if none did
 
     @property
     def exit_code(self) -> int:
@@ -82,11 +72,6 @@ class TrainResult(Frozen):
         return f"{', '.join(told)}: {self.folder}"
 
 
-def no_phase(name: str) -> AbstractContextManager[None]:
-    """A `phase` that measures nothing."""
-    return nullcontext()
-
-
 def say_on(console: Console) -> Say:
     """Prints a line on rank 0, and nothing on the others."""
 
@@ -100,24 +85,18 @@ def say_on(console: Console) -> Say:
 def build_trainer(
     config: RunConfig,
     *,
-    phase: Phase = no_phase,
+    phase: Phase = nullcontext,
     grpo_overrides: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     say: Say | None = None,
     load: LoadData = load_data,
 ) -> ResumableTrainer:
-    """Build the trainer that a configuration describes.
+    """Build the trainer that a configuration describes, without transformers' own progress output.
 
     Args:
-        config: The run.
         phase: Brackets the start-up phases `data`, `model` and `trainer`.
         grpo_overrides: `GRPOConfig` keys that take precedence, such as a trial's `max_steps`.
-        callbacks: Given to the trainer beside its own.
         say: Told, line by line, what is under way and what was derived; standard error by default.
-        load: Reads the data, as `datasets.load_data` does.
-
-    Returns:
-        A `trl.GRPOTrainer` without transformers' own progress output.
 
     Raises:
         ConfigError: The configuration cannot be used; the message says which key.
@@ -182,7 +161,7 @@ def run_training(
     out_dir: str | Path,
     resume: bool = False,
     *,
-    phase: Phase = no_phase,
+    phase: Phase = nullcontext,
     prepare: Callable[[ResumableTrainer], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     grpo_overrides: Mapping[str, Any] | None = None,
@@ -190,14 +169,9 @@ def run_training(
 ) -> TrainResult:
     """Train in a run folder until the end, or until Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop.
 
-    Args:
-        config: The run.
-        out_dir: Its folder.
+    Args, beside those of `build_trainer`:
         resume: Go on at the newest whole checkpoint there; from the beginning where there is none yet.
-        phase: As in `build_trainer`.
         prepare: Called with the trainer before its first step (to attach a probe, for instance).
-        callbacks: As in `build_trainer`.
-        grpo_overrides: As in `build_trainer`.
         console: Where progress goes; standard error by default.
 
     Raises:
@@ -247,18 +221,10 @@ def _train(trainer: ResumableTrainer, start: Start, progress: ProgressLine) -> i
         trainer.args.eval_on_start = False  # it was done when the run began
     trainer.add_callback(progress)
     quieten(bars=False)  # those of saving would break the progress line
-    with _closing(progress), suppress(NothingLeft):
+    with closing(progress), suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=str(start.checkpoint.path) if start.checkpoint else None)
     agreed = trainer.stop_request.agreed if trainer.stop_request else 0
     return agreed if trainer.state.global_step < trainer.state.max_steps else 0
-
-
-@contextmanager
-def _closing(progress: ProgressLine) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        progress.close()
 
 
 def _start_line(folder: RunFolder, start: Start) -> str:

@@ -32,9 +32,7 @@ def quiet_trainer(
     """Build the trainer of `config` as training does, but for a measurement: it saves, uploads and reports nothing.
 
     Args:
-        config: The run.
         startup: Gets the seconds of each phase of the start.
-        say: Takes lines of progress.
         load: Reads the data; None reads it as training does.
         overrides: `GRPOConfig` keys that take precedence.
         out_dir: The trainer's `output_dir`, which it makes; None is the run's own.

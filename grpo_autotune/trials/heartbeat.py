@@ -65,7 +65,6 @@ class HeartbeatWriter:
             self.beat(before)
 
     def close(self) -> None:
-        """Give the file back."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -80,7 +79,6 @@ class BeatingStartup(Startup):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`."""
         self._heartbeat.beat(f"{STARTING}: {name}")
         try:
             with super().phase(name):

@@ -13,7 +13,6 @@ import pytest
 
 from grpo_autotune.doctor import checks as doctor
 from grpo_autotune.doctor import gpus
-from grpo_autotune.doctor.finding import Finding
 from grpo_autotune.hardware import Gpu, Machine, detect
 from tests.support.nvml import Card, with_gpus
 
@@ -88,12 +87,6 @@ def test_vllm(installed: dict[str, str], status: str, detail: str, monkeypatch: 
     row = next(row for row in doctor.PACKAGES if row.distribution == "vllm")
     found = doctor.check_package(row)
     assert (found.status, detail in found.detail) == (status, True)
-
-
-def test_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_python().status == "ok"
-    monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 4))
-    assert doctor.check_python() == Finding("python", "fail", "3.10.4: too old", "use Python 3.11 or newer")
 
 
 def test_torch_on_this_machine_and_beside_a_driver_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -115,10 +114,3 @@ def test_medians_and_their_intervals() -> None:
 def test_steps_that_generate_in_turns_count_as_a_cycle() -> None:
     assert step_interval([3.0, 1.0, 3.2, 1.2, 9.0], 2, 0.9).value == pytest.approx(2.1)
     assert step_interval([3.0], 2, 0.9).value == 3.0
-
-
-def test_one_value_can_be_told_apart_from_nothing() -> None:
-    sure, other, single = Interval(1, 0.9, 1.1, 5), Interval(2, 1.9, 2.1, 5), Interval(3, 3, 3, 1)
-    assert not sure.overlaps(other)
-    assert sure.overlaps(single) and single.overlaps(other)
-    assert json.loads(json.dumps(sure)) == list(sure)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cachetools import LRUCache
+
 from grpo_autotune.seams.stored_images import ImageColumn, header_size, image_column, image_columns
 
 MOST_IMAGES = 100_000
@@ -24,7 +26,7 @@ Sizes = frozenset[Size]
 
 NOTHING_KNOWN: Sizes = frozenset()
 
-_known: dict[str, Sizes] = {}
+_known: LRUCache[str, Sizes] = LRUCache(KEPT)
 
 
 def image_sizes(data: Iterable[Any]) -> Sizes:
@@ -49,8 +51,6 @@ def _sizes(rows: Any) -> Sizes | None:
         if sizes is None:
             return None
         _known[rows._fingerprint] = sizes
-        while len(_known) > KEPT:
-            _known.pop(next(iter(_known)))
     return _known[rows._fingerprint]
 
 

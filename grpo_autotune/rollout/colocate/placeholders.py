@@ -23,8 +23,7 @@ class OnePlaceholder(Part):
     """The collapsed prompts of a colocated engine; a server gets its images by another way, which is right as it is."""
 
     def install(self, generation: Any) -> list[Handle]:
-        """Collapse prompts on their way to the engine, and check what it made of them."""
-        image_id = image_token_id(generation.processing_class)
+        image_id = getattr(generation.processing_class, "image_token_id", None)
         if image_id is None:
             return []
 
@@ -43,8 +42,7 @@ class ServedImageTokens(Part):
     """The check of a server's images: its processor is elsewhere, and it tells how many tokens it made of each."""
 
     def install(self, generation: Any) -> list[Handle]:
-        """Check the counts as TRL puts them into a prompt."""
-        image_id = image_token_id(generation.processing_class)
+        image_id = getattr(generation.processing_class, "image_token_id", None)
         if image_id is None:
             return []
 
@@ -57,18 +55,9 @@ class ServedImageTokens(Part):
         return [wrap(AttributeSlot(generation, "_place_features"), place, INNER)]
 
 
-def image_token_id(processor: Any) -> int | None:
-    """The id that stands for one image token; None for a text model."""
-    token: int | None = getattr(processor, "image_token_id", None)
-    return token
-
-
 def collapsed_prompt(prompt: Any, image_id: int) -> Any:
-    """A prompt of `LLM.generate` with one placeholder per image; the prompt itself where there is nothing to collapse.
-
-    Raises:
-        EnvironmentProblem: Its runs of placeholders are not its images.
-    """
+    """A prompt of `LLM.generate` with one placeholder per image; the prompt itself where there is nothing to collapse,
+    and EnvironmentProblem where its runs of placeholders are not its images."""
     media = prompt.get(MEDIA, {}).get("image") if isinstance(prompt, dict) else None
     if media is None:
         return prompt
@@ -111,11 +100,7 @@ def _check_expanded(trained: Sequence[int], generated: Sequence[int], image_id: 
 
 
 def check_lengths(ours: Sequence[int], theirs: Sequence[int]) -> None:
-    """Each image must have as many tokens for the engine as for the trainer.
-
-    Raises:
-        ConfigError: Where it has not.
-    """
+    """ConfigError where an image has another number of tokens for the engine than for the trainer."""
     if list(ours) == list(theirs):
         return
     raise ConfigError(

@@ -70,11 +70,7 @@ class TrainerProcessor(Part):
         return keys
 
     def started(self, generation: Any, llm: Any) -> list[Handle]:
-        """Compare the settings of the two processors, and later the pixels of the first image.
-
-        Raises:
-            ConfigError: A setting differs.
-        """
+        """Compare the settings of the two processors (ConfigError), and later the pixels of the first image."""
         ours = getattr(generation.processing_class, "image_processor", None)
         model = llm.llm_engine.vllm_config.model_config
         if ours is None or model.multimodal_config is None:
@@ -129,11 +125,7 @@ def settings(processor: Any, given: Mapping[str, Any] = MappingProxyType({})) ->
 
 
 def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Stop at the first setting that differs.
-
-    Raises:
-        ConfigError: Naming it, both values, and what to do.
-    """
+    """ConfigError for the first setting that differs, with both values and what to do."""
     for name, value in ours.items():
         if value != theirs[name]:
             raise ConfigError(
@@ -146,11 +138,7 @@ def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None
 
 
 def compare_pixels(ours: Any, theirs: Any, given: Mapping[str, Any], image: Any) -> None:
-    """Make one image with both processors.
-
-    Raises:
-        ConfigError: They make another number of patches, or other pixels.
-    """
+    """ConfigError where the two processors make another number of patches, or other pixels, of one image."""
     given = {name: value for name, value in given.items() if value is not None}
     a = ours(images=[image], return_tensors="pt")["pixel_values"].float()
     b = theirs(images=[image], return_tensors="pt", **given)["pixel_values"].float()

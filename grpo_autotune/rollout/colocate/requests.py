@@ -27,22 +27,16 @@ LENGTHS = "grpo_autotune_max_tokens"
 
 
 class JoinedRequests(Part):
-    """The joined requests of one engine; ranks that share one (tensor parallelism) keep TRL's copies.
-
-    Attributes:
-        completions: Completions that TRL asked for, so far.
-        sent: Requests that the engine was sent for them.
-    """
+    """The joined requests of one engine; ranks that share one (tensor parallelism) keep TRL's copies."""
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
         self._rank, self._group, self._rows = 0, 0, 0
         self._signature = inspect.Signature()
-        self.completions = 0
-        self.sent = 0
+        self.completions = 0  # that TRL asked for, so far
+        self.sent = 0  # requests that the engine was sent for them
 
     def install(self, generation: Any) -> list[Handle]:
-        """Put layers on TRL's batch, on the engine's requests, and on vLLM's child requests."""
         if generation.tensor_parallel_size > 1:
             return []
         from vllm.v1.engine.parallel_sampling import ParentRequest

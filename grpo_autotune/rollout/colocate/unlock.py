@@ -140,7 +140,7 @@ class Unlocked:
 
     def _arguments(self) -> dict[str, Any]:
         """The keys that `VLLMGeneration` itself goes by, under the names of its arguments."""
-        named = {_argument(key): value for key, value in self.options.keys.items()}
+        named = {VLLM_TO_TRL.get(k, k).removeprefix("vllm_"): value for k, value in self.options.keys.items()}
         if self.options.sleep_level is not None:
             named["enable_sleep_mode"] = self.options.sleep_level > 0
         return {name: value for name, value in named.items() if name in self._signature.parameters}
@@ -182,8 +182,3 @@ def unlock(options: EngineOptions) -> Unlocked:
     unlocked.enter(importlib.import_module(ENGINE_MODULE))
     unlocked.enter_trainers(importlib.import_module(TRAINER_MODULE))
     return unlocked
-
-
-def _argument(key: str) -> str:
-    """Name that `VLLMGeneration` has for an engine key, if it has one."""
-    return VLLM_TO_TRL.get(key, key).removeprefix("vllm_")

@@ -60,7 +60,6 @@ class CheckText:
         return bool(self.ids)
 
     def ask(self, score: Callable[[list[int]], list[float]]) -> None:
-        """Have the engine score the text."""
         self.asked = torch.tensor(score(self.ids))
 
     def compare(self, trainer: Any, step: int, resolution_nats: float) -> Scores | None:

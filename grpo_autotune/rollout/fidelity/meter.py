@@ -60,7 +60,6 @@ class Sum:
             self.count += values.numel()
 
     def with_more(self, other: Sum) -> Sum:
-        """Both together."""
         return Sum(self.total + other.total, max(self.largest, other.largest), self.count + other.count)
 
     def mean(self) -> float:

@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 
 
 class FidelityLog(Part):
-    """The watch on one engine's rollouts.
-
-    Attributes:
-        meter: Made when its trainer first generates.
-    """
+    """The watch on one engine's rollouts."""
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        self.meter: FidelityMeter | None = None
+        self.meter: FidelityMeter | None = None  # made when its trainer first generates
 
     def install(self, generation: Any) -> list[Handle]:
-        """Watch the trainer that this engine generates for."""
         from trl.trainer.grpo_trainer import GRPOTrainer
 
         alive = weakref.ref(generation)

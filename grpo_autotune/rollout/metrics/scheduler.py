@@ -174,7 +174,6 @@ class EngineMeter:
         return outputs
 
     def _book(self, work: Scheduled, seconds: float) -> None:
-        """Book seconds to the batch that took them."""
         turn = self._turn()
         turn.prefill_s += seconds if work.prefill else 0.0
         turn.decode_s += 0.0 if work.prefill else seconds
@@ -182,7 +181,6 @@ class EngineMeter:
         turn.running_s += work.running * seconds
 
     def _count(self, output: Any) -> None:
-        """Count what the scheduler has just decided to compute."""
         turn, scheduler, work = self._turn(), scheduler_of(self.generation.llm), Scheduled()
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         again = output.scheduled_cached_reqs

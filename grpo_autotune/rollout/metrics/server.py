@@ -37,11 +37,7 @@ CACHE = "vllm:cache_config_info"
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Values by name, summed over labels, of Prometheus' text format; the cache's tokens under `CACHE`.
-
-    Raises:
-        ValueError: The text is something else.
-    """
+    """Values by name, summed over labels, of Prometheus' text (else ValueError); the cache's tokens under `CACHE`."""
     values: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -61,7 +57,6 @@ class ServerMeter(EngineMeter):
     kv_tokens: int | None = None
 
     def install(self) -> list[Handle]:
-        """Put layers on the client's call and the weight sync."""
         client = getattr(self.generation, "vllm_client", None)
         handles = [wrap(AttributeSlot(self.generation, "sync_weights"), self._timed("sync"))]
         if client is not None:

@@ -23,7 +23,6 @@ import httpx2
 
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.options import EngineOptions
-from grpo_autotune.rollout.parts import part_of
 from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
 from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync, check_quantized
@@ -40,17 +39,12 @@ START = "Start the server with `grpo-autotune serve`"
 
 
 class ServerSync(WeightSync):
-    """The weight syncs of a server: `adapter`, as a file, or `merged`, TRL's push over NCCL.
-
-    Attributes:
-        client: TRL's, on the first rank alone; None on the others, which take no part but in gathering.
-        base: Name of the model that the server was started with.
-    """
+    """The weight syncs of a server: `adapter`, as a file, or `merged`, TRL's push over NCCL."""
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        self.client: Any = None
-        self.base = ""
+        self.client: Any = None  # TRL's, on the first rank alone; the others take no part but in gathering
+        self.base = ""  # name of the model that the server was started with
         self._model: Any = None
         self._folder: Path | None = None
         self._leave: Callable[[], object] = lambda: None
@@ -76,7 +70,6 @@ class ServerSync(WeightSync):
         return [wrap(AttributeSlot(client, "init_communicator"), opened, INNER)]
 
     def install(self, generation: Any) -> list[Handle]:
-        """Put layers on TRL's sync and its generation, on every rank."""
         from accelerate.utils import broadcast_object_list
 
         way = broadcast_object_list([self.way], from_process=0)[0]  # only the first rank has decided
@@ -84,8 +77,9 @@ class ServerSync(WeightSync):
         def synced(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
             if way == "merged":
                 self._asked(call_next, *args, **kwargs)
-                if self.client is not None:
-                    self.forget_images()  # TRL resets the prefix cache alone
+                if self.client is not None:  # TRL resets the prefix cache alone, and images may be of older weights
+                    with one_line(self.client.base_url):
+                        self._post(RESET_IMAGES).raise_for_status()
                 return
             tensors = lora.tensors(generation)  # on every rank: it may have to be gathered
             if self.client is not None:
@@ -145,11 +139,8 @@ class ServerSync(WeightSync):
         return answer.status_code == httpx2.codes.BAD_REQUEST  # it knows the route, and misses a name
 
     def send(self, tensors: Mapping[str, Any]) -> None:
-        """Give the server the adapter as it is now, and generate with that one from here on.
-
-        Raises:
-            EnvironmentProblem: The server is gone, or does not take it.
-        """
+        """Give the server the adapter as it is now, and generate with that one from here on; EnvironmentProblem where
+        the server is gone, or does not take it."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="grpo-autotune-adapters-"))
             self._leave = weakref.finalize(self.client, _leave, self.client.base_url, self._folder)
@@ -170,29 +161,14 @@ class ServerSync(WeightSync):
                 _forget(self.client.base_url, folder.with_name(before))
         self.syncs.append(Sync("adapter", time.monotonic() - begun, size, len(tensors), False, ()))
 
-    def forget_images(self) -> None:
-        """Let the server compute images anew: the weights that it computed them with may have been trained."""
-        with one_line(self.client.base_url):
-            self._post(RESET_IMAGES).raise_for_status()
-
     def alive(self) -> None:
-        """Ask the server for a sign of life.
-
-        Raises:
-            EnvironmentProblem: It gives none.
-        """
+        """Ask the server for a sign of life; EnvironmentProblem where it gives none."""
         with one_line(self.client.base_url):
             http_client().get(f"{self.client.base_url}/health", timeout=ANSWER_S).raise_for_status()
 
     def close(self) -> None:
         """Let the server forget the adapter, and delete what was written; at the latest when this process ends."""
         self._leave()
-
-
-def link_of(generation: Any) -> ServerSync | None:
-    """The first rank's way to the server; None on other ranks, and without a server."""
-    link = part_of(generation, ServerSync)
-    return link if link is not None and link.client is not None else None
 
 
 def no_adapter_because(model: Any) -> str | None:
@@ -219,11 +195,7 @@ def save_adapter(model: Any, tensors: Mapping[str, Any], folder: Path) -> int:
 
 @contextlib.contextmanager
 def one_line(address: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to a server into one line.
-
-    Raises:
-        EnvironmentProblem: For any error of HTTP, of our requests (httpx2) or of those that TRL makes (requests).
-    """
+    """Make any error of HTTP, of our requests (httpx2) or TRL's (requests), an EnvironmentProblem of one line."""
     import requests
 
     try:

@@ -181,11 +181,7 @@ def trained_dtype(config: RunConfig, model: Mapping[str, Any]) -> str | None:
 
 
 def listens_at(config: RunConfig) -> tuple[str, int]:
-    """Host and port of the server that a configuration names.
-
-    Raises:
-        ConfigError: The URL has a path, or another scheme than http.
-    """
+    """Host and port of the server that a configuration names; ConfigError for a URL with a path, or not of http."""
     url = config.vllm.server_base_url
     if url is None:
         return config.vllm.server_host or HOST, config.vllm.server_port or PORT
@@ -204,11 +200,7 @@ def listens_at(config: RunConfig) -> tuple[str, int]:
 
 
 def adapter_room(config: RunConfig) -> int | None:
-    """Rank that the server keeps room for; None where adapters are not what is sent.
-
-    Raises:
-        ConfigError: The rank is larger than any that vLLM takes.
-    """
+    """Rank that the server keeps room for, None where no adapters are sent; ConfigError for one above all of vLLM's."""
     if config.peft is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
         return None
     rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])

@@ -6,7 +6,6 @@ A server is another process, so that there is no exception to look at; its trace
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +44,9 @@ def last_error(log: Path) -> Logged | None:
         return None
     at, match = first_hand[-1]
     more = lines[at + 1 : at + 2] if match[2].startswith(OF_PYDANTIC) else []
-    return Logged(match[1], " ".join([match[2], *more]), _innermost(lines[:at]))
+    frame = next((frame for line in reversed(lines[:at]) if (frame := FRAME.search(line))), None)
+    raised_in = None if frame is None else (frame[1].replace("/", "."), frame[2])
+    return Logged(match[1], " ".join([match[2], *more]), raised_in)
 
 
 def logged_failure(log: Path) -> EngineFailure | None:
@@ -63,8 +64,3 @@ def logged_failure(log: Path) -> EngineFailure | None:
 def words(error: Logged | None) -> str:
     """The error as one line for a user."""
     return "Its log says why." if error is None else f"{error.name.rpartition('.')[2]}: {error.text}"[:MOST_SAID]
-
-
-def _innermost(lines: Sequence[str]) -> tuple[str, str] | None:
-    match = next((match for line in reversed(lines) if (match := FRAME.search(line))), None)
-    return None if match is None else (match[1].replace("/", "."), match[2])

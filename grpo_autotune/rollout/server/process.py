@@ -34,11 +34,7 @@ class Weights(NamedTuple):
 
 
 class VllmServer(Guarded):
-    """A server, from its start on; its output goes to `log`.
-
-    Raises:
-        EnvironmentProblem: vLLM is not installed.
-    """
+    """A server, from its start on; its output goes to `log`. EnvironmentProblem where vLLM is not installed."""
 
     def __init__(self, wanted: Serving, log: Path) -> None:
         need_vllm()
@@ -49,15 +45,10 @@ class VllmServer(Guarded):
 
     @property
     def age_s(self) -> float:
-        """Seconds since its start."""
         return time.monotonic() - self._begun
 
     def until_healthy(self, look: Callable[[], None] = lambda: None) -> None:
-        """Wait until it answers; `look` is called now and then, and may raise.
-
-        Raises:
-            EnvironmentProblem: It ended before.
-        """
+        """Wait until it answers, EnvironmentProblem if it ends before; `look` is called now and then, and may raise."""
         answers = False
         while not answers:
             look()
@@ -81,15 +72,7 @@ class VllmServer(Guarded):
 
 
 class OwnServer(VllmServer):
-    """The server that `config`, a run with `vllm.server_gpus`, asks to be started; its output goes to `log`.
-
-    Attributes:
-        key: Equal for runs that can generate with the same server.
-        port: Where it listens.
-
-    Raises:
-        EnvironmentProblem: vLLM is not installed.
-    """
+    """The server that a run with `vllm.server_gpus` starts; its `key` is equal for runs that can generate with it."""
 
     def __init__(self, config: RunConfig, weights: Weights, gpus: Sequence[str], log: Path) -> None:
         self.key, self.port = server_key(config, weights, gpus), free_port()
@@ -113,11 +96,7 @@ def weights_of(
 
 
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
-    """The command that serves these weights on these GPUs.
-
-    Raises:
-        ConfigError: As `command.serving`.
-    """
+    """The command that serves these weights on these GPUs; raises as `command.serving`."""
     return serving(config, weights.source, weights.config_json, gpus)
 
 
@@ -149,11 +128,7 @@ def leave_gpus(config: RunConfig) -> list[str]:
 
 
 def need_vllm() -> None:
-    """Refuse to serve without the package.
-
-    Raises:
-        EnvironmentProblem: It is not installed.
-    """
+    """EnvironmentProblem where the package vllm is not installed."""
     if not installed("vllm"):
         raise EnvironmentProblem(
             "serving needs the package vllm, which is not installed", where="serve", fix="Install the extra `vllm`."

@@ -35,18 +35,13 @@ class Adapters:
         self._request: Any = None
 
     def install(self) -> list[Handle]:
-        """Put the layers on vLLM's loader and on `LLM.generate`."""
         return [
             wrap(AttributeSlot(self._manager, "_load_adapter"), self._load, INNER),
             wrap(AttributeSlot(self._llm, "generate"), self._ask, INNER),
         ]
 
     def send(self, tensors: Mapping[str, Any]) -> None:
-        """Replace the adapter that vLLM holds.
-
-        Raises:
-            ConfigError: vLLM has no place for some of it.
-        """
+        """Replace the adapter that vLLM holds; ConfigError where it has no place for some of it."""
         from vllm.lora.request import LoRARequest
 
         engine, number = self._llm.llm_engine, next(_NUMBERS)

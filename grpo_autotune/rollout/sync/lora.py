@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 TOWERS = ("qwen2_5_vl", "qwen3_vl")
@@ -19,8 +18,7 @@ def is_adapted(model: Any) -> bool:
 
 def active_adapter(model: Any) -> str:
     """Name of the adapter that is trained."""
-    name: str = model.active_adapters[0]
-    return name
+    return str(model.active_adapters[0])
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
@@ -75,9 +73,6 @@ def _not_plain(layer: Any, adapter: str) -> str | None:
 
 def refusal(model: Any) -> str | None:
     """The reason why vLLM cannot run the trained adapter as one; None where it can."""
-    reason = unmergeable(model)
-    if reason is not None:
-        return reason
     return next((reason for check in CHECKS if (reason := check(model)) is not None), None)
 
 
@@ -117,7 +112,8 @@ def _model_class(model: Any) -> str | None:
     return f"vLLM's {name} takes none" if known is not None and not supports_lora(known.load_model_cls()) else None
 
 
-CHECKS: tuple[Callable[[Any], str | None], ...] = (_saved_modules, _trained_elsewhere, _outside, _rank, _model_class)
+CHECKS = (unmergeable, _saved_modules, _trained_elsewhere, _outside, _rank, _model_class)
+"""In this order: the later ones look at a plain LoRA adapter."""
 
 
 def largest_rank(model: Any) -> int:

@@ -47,19 +47,13 @@ class Sync(NamedTuple):
 
 
 class WeightSync(Part):
-    """The weight syncs of one engine, in this process or at a server.
-
-    Attributes:
-        way: By which weights are sent.
-        why: The reason for it; empty where no engine has started, and on ranks that send nothing.
-        syncs: Every sync, oldest first.
-    """
+    """The weight syncs of one engine, in this process or at a server."""
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
         self.way: Way = "merged"
-        self.why = ""
-        self.syncs: list[Sync] = []
+        self.why = ""  # the reason for it; empty where no engine has started, and on ranks that send nothing
+        self.syncs: list[Sync] = []  # oldest first
 
 
 def facts(owner: Any) -> list[Sync]:
@@ -68,18 +62,9 @@ def facts(owner: Any) -> list[Sync]:
     return [] if part is None else list(part.syncs)
 
 
-def way(owner: Any) -> tuple[Way, str] | None:
-    """The way of a trainer's syncs, and the reason for it; None where TRL does it by itself."""
-    part = part_of(getattr(owner, "vllm_generation", owner), WeightSync)
-    return None if part is None else (part.way, part.why)
-
-
 def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
-    """The way for a trainer's weights, and the reason for it.
-
-    Raises:
-        ConfigError: The asked way is not possible, or the model's weights are packed in a way that vLLM does not take.
-    """
+    """The way for a trainer's weights, and the reason for it; ConfigError where the asked way is not possible, or the
+    model's weights are packed in a way that vLLM does not take."""
     model, asked = generation.model, options.weight_sync
     if has_4bit(model):
         _check_4bit(model, options)
@@ -104,6 +89,8 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
 
 
 def _check_4bit(model: Any, options: EngineOptions) -> None:
+    from transformers import PretrainedConfig
+
     if options.weight_sync == "merged":
         raise ConfigError(
             "an adapter merged into 4-bit weights is rounded away",
@@ -116,7 +103,7 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
             where="vllm.quantization",
             fix="Leave it out: the engine then holds the numbers that the 4-bit weights stand for.",
         )
-    if "quantization_config" in _checkpoint(model):
+    if "quantization_config" in PretrainedConfig.get_config_dict(model.name_or_path)[0]:  # which vLLM reads
         raise ConfigError(
             "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then",
             where="model.name_or_path",
@@ -130,21 +117,9 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
         )
 
 
-def _checkpoint(model: Any) -> dict[str, Any]:
-    """The `config.json` that vLLM reads."""
-    from transformers import PretrainedConfig
-
-    config: dict[str, Any] = PretrainedConfig.get_config_dict(model.name_or_path)[0]
-    return config
-
-
 def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
-    """Refuse what an engine whose weights have a quantization cannot do: take weights, and have them thrown away in
-    sleep (level 0: it does not sleep).
-
-    Raises:
-        ConfigError: It would have to.
-    """
+    """ConfigError for what an engine whose weights have a quantization cannot do: take weights, and have them thrown
+    away in sleep (level 0: it does not sleep)."""
     if quantization is None:
         return
     if way != "adapter":
@@ -176,11 +151,7 @@ class ColocateSync(WeightSync):
         self._bytes = 0
 
     def llm_keys(self, generation: Any) -> dict[str, Any]:
-        """Decide on the way; the arguments of `vllm.LLM` for it.
-
-        Raises:
-            ConfigError: The asked way is not possible.
-        """
+        """Decide on the way (ConfigError where the asked one is not possible); the arguments of `vllm.LLM` for it."""
         self.way, self.why = choose(generation, self.options)
         check_quantized(self.options.keys.get("quantization"), self.way, self._level(generation))
         keys = adapters.llm_keys(generation.model) if self.way == "adapter" else {}
@@ -192,11 +163,8 @@ class ColocateSync(WeightSync):
         return TRL_LEVEL * bool(generation.enable_sleep_mode) if asked is None else asked
 
     def started(self, generation: Any, llm: Any) -> list[Handle]:
-        """Put layers on sleep and waking, and on what takes adapters.
-
-        Raises:
-            ConfigError: The checkpoint itself is quantized, and weights would have to be pushed.
-        """
+        """Put layers on sleep and waking, and on what takes adapters; ConfigError where the checkpoint itself is
+        quantized, and weights would have to be pushed."""
         quantization = llm.llm_engine.vllm_config.model_config.quantization
         check_quantized(quantization, self.way, self._level(generation))
         self._quantized = quantization is not None
@@ -213,7 +181,6 @@ class ColocateSync(WeightSync):
         return handles if self._adapters is None else [*handles, *self._adapters.install()]
 
     def install(self, generation: Any) -> list[Handle]:
-        """Put layers on TRL's sync, and on what it has to know of."""
         return [
             wrap(AttributeSlot(generation, "sync_weights"), self._sync, INNER),
             wrap(AttributeSlot(generation, "generate"), self._generate, INNER),
@@ -266,7 +233,8 @@ class ColocateSync(WeightSync):
     def _push(self, full: bool) -> tuple[str, ...]:
         reset: tuple[str, ...] = ()
         if full or self.way == "batched":
-            self._model().load_weights(self._changed(None if full else changing(self._generation.model)))
+            model = self._llm.llm_engine.model_executor.driver_worker.model_runner.model
+            model.load_weights(self._changed(None if full else changing(self._generation.model)))
             reset = caches.reset(self._llm, self._pushed)
         if self._adapters is not None:
             tensors = lora.tensors(self._generation)
@@ -274,9 +242,6 @@ class ColocateSync(WeightSync):
             for name, tensor in tensors.items():
                 self._count(name, tensor)
         return reset
-
-    def _model(self) -> Any:
-        return self._llm.llm_engine.model_executor.driver_worker.model_runner.model
 
     def _changed(self, only: Container[str] | None) -> Iterator[tuple[str, Any]]:
         """The weights to push, counted; where an adapter is more than a sum, TRL merges it."""

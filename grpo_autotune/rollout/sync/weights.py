@@ -54,11 +54,8 @@ def weights(generation: Any, only: Container[str] | None, *, merged: bool) -> It
 
 
 def numbers(parameter: Any) -> Any:
-    """The weight as a tensor of floating-point numbers.
-
-    Raises:
-        EnvironmentProblem: bitsandbytes has rounded its scales meanwhile, so that they are not those of training.
-    """
+    """The weight as a tensor of floating-point numbers; EnvironmentProblem where bitsandbytes has rounded its scales
+    meanwhile, so that they are not those of training."""
     if not is_4bit(parameter):
         return parameter.data
     if getattr(parameter.quant_state, "packing_format_for_cpu", False):

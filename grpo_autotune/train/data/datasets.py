@@ -30,13 +30,8 @@ LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
     """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
-    Args:
-        config: The run.
-        progress: Told, line by line, what is under way.
-
-    Returns:
-        Rows with `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any,
-        and all other columns.
+    Rows have `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any, and
+    all other columns.
 
     Raises:
         ConfigError: If the data, a split or a column is not there, or there are too few rows for one generation.
@@ -53,11 +48,7 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
 
 
 def check_rows(config: RunConfig, rows: int) -> None:
-    """Refuse a configuration that wants more different prompts at once than there are rows.
-
-    Raises:
-        ConfigError: It does.
-    """
+    """ConfigError where a generation takes more different prompts than there are rows."""
     wanted = config.batch.prompts_per_generation
     if rows < wanted:
         raise ConfigError(
@@ -152,24 +143,14 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSectio
 
 
 def _fields(template: str) -> list[str]:
-    """Names of the columns in a template.
-
-    Raises:
-        ConfigError: If it is not a format string over plain names.
-    """
+    """Names of the columns in a template; ConfigError if it is not a format string over plain names."""
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        flaw = next((f"{{{field}}} is not the name of a column" for field in fields if not field.isidentifier()), "")
     except ValueError as error:
-        raise ConfigError(
-            f"not a format string: {error}", where="data.prompt_template", fix="Write a literal brace twice: {{ or }}."
-        ) from error
-    for field in fields:
-        if not field.isidentifier():
-            raise ConfigError(
-                f"{{{field}}} is not the name of a column",
-                where="data.prompt_template",
-                fix="Write a literal brace twice: {{ or }}.",
-            )
+        flaw = f"not a format string: {error}"
+    if flaw:
+        raise ConfigError(flaw, where="data.prompt_template", fix="Write a literal brace twice: {{ or }}.")
     return fields
 
 

@@ -54,7 +54,6 @@ def prepare_images(
         image_size: Longest side in pixels; larger images are shrunk, aspect kept, none is enlarged. None leaves all.
         base: Folder that relative paths start from.
         where: The data set's name, for messages.
-        progress: Told what is under way.
         held: Images that each row's messages held, as `pictures.lift` has them.
         try_size: Called with height and width of thin images; raises a ValueError for those that the model refuses.
 
@@ -118,7 +117,6 @@ def _check(
 
 
 def _content(image: Stored) -> bytes:
-    """The image file's bytes."""
     return Path(image["path"]).read_bytes() if image["bytes"] is None else bytes(image["bytes"])
 
 

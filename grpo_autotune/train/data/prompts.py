@@ -23,10 +23,7 @@ MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
 
 def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> datasets.Dataset:
     """The rows with other prompts; messages as JSON, for Arrow would give all the same keys and knows no mixture.
-
-    Raises:
-        DataError: A value does not come back from `datasets`' JSON as it is (a few numbers of many digits do not).
-    """
+    DataError where a value does not come back from `datasets`' JSON as it is (a few numbers of many digits do not)."""
     feature, texts = datasets.Value("string"), prompts
     if not isinstance(prompts[0], str):
         feature, texts = datasets.Json(), [json.dumps(prompt, default=str) for prompt in prompts]
@@ -41,10 +38,7 @@ def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> 
 
 def shaped(prompt: Any, data: DataSection, where: str, *, pictured: bool) -> Any:
     """A prompt as messages behind the system prompt, or as text where `data` says so; `pictured` data has markers.
-
-    Raises:
-        ConfigError, DataError: There is a system message already; the prompt is nothing that can be used.
-    """
+    ConfigError where there is a system message already, DataError where the prompt is nothing that can be used."""
     as_text = data.prompt_format == "text"
     if isinstance(prompt, str) and MESSAGES_AS_TEXT.match(prompt) and not as_text:
         with suppress(ValueError):

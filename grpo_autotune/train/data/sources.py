@@ -39,7 +39,6 @@ def read_rows(
         name: Configuration of a hub data set.
         revision: Branch, tag or commit on the hub.
         params: Arguments of a registered function.
-        where: Key path for messages.
 
     Raises:
         ConfigError: If there is nothing of that name, or no such split.

@@ -24,10 +24,7 @@ def fit_prompts(
     rows: datasets.Dataset, processor: Any, options: dict[str, Any], where: str, say: Callable[[str], None]
 ) -> datasets.Dataset:
     """Try the model's chat template, with these options, on the prompts; a text model gets each turn as one text.
-
-    Raises:
-        ConfigError, DataError: There is no template; it cannot be used with a prompt, whose row is named.
-    """
+    ConfigError where there is no template, DataError, which names the row, where it refuses a prompt."""
     prompts = rows["prompt"][:]
     if isinstance(prompts[0], str):
         return rows

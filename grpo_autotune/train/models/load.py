@@ -31,11 +31,7 @@ VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "im
 
 
 def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
-    """The source of the weights: a folder, or the name of a hub repository.
-
-    Raises:
-        ConfigError: `model.name_or_path` is a path, and nothing is there.
-    """
+    """The source of the weights, a folder or the name of a hub repository; ConfigError for a path to nothing."""
     section = config.model
     if section.random_init is not None:
         return str(random_model_path(section.random_init, section.dtype, say))
@@ -71,11 +67,8 @@ def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> 
 
 
 def load_processor(config: RunConfig, source: str) -> Any:
-    """The model's processor (for text models its tokenizer), padding and cutting prompts on the left.
-
-    Raises:
-        ConfigError: None can be loaded from `source`, or it pads on the right all the same.
-    """
+    """The model's processor (for text models its tokenizer), padding and cutting prompts on the left; ConfigError where
+    none can be loaded from `source`, or it pads on the right all the same."""
     options: dict[str, Any] = {} if config.model.revision is None else {"revision": config.model.revision}
     with _load_errors(source):
         processor = AutoProcessor.from_pretrained(
@@ -102,11 +95,7 @@ def size_check(config: RunConfig, say: Callable[[str], None]) -> Callable[[int, 
 
 
 def check_images(processor: Any, columns: Sequence[str]) -> None:
-    """Refuse images for a model that cannot see.
-
-    Raises:
-        ConfigError: The data has an image column, and the processor has nothing for images.
-    """
+    """ConfigError where the data has an image column, and the processor has nothing for images."""
     images = image_columns(columns)
     if images and not hasattr(processor, "image_processor"):
         raise ConfigError(
@@ -117,11 +106,8 @@ def check_images(processor: Any, columns: Sequence[str]) -> None:
 
 
 def check_padding(processor: Any, source: str) -> None:
-    """Refuse a processor that pads on the right: generation would go on from padding, and ragged image prompts fail.
-
-    Raises:
-        ConfigError: Judged by what it does with two texts of different length, whatever its attributes say.
-    """
+    """ConfigError for a processor that pads on the right: generation would go on from padding, and ragged image prompts
+    fail. It is judged by what it does with two texts of different length, whatever its attributes say."""
     tokenizer = getattr(processor, "tokenizer", processor)
     side = tokenizer.padding_side
     if side == "left" and tokenizer.pad_token is not None:
@@ -136,11 +122,7 @@ def check_padding(processor: Any, source: str) -> None:
 
 
 def vision_tower(model: Any) -> str:
-    """Name of the image encoder inside `model`.
-
-    Raises:
-        ConfigError: It has none.
-    """
+    """Name of the image encoder inside `model`; ConfigError where it has none."""
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in VISION_TOWERS:
             return str(name)
@@ -152,11 +134,8 @@ def vision_tower(model: Any) -> str:
 
 
 def lora_config(config: RunConfig, model: Any) -> LoraConfig | None:
-    """The `peft` section as PEFT's own class; a frozen vision tower gets no adapters either. None without the section.
-
-    Raises:
-        ConfigError: PEFT does not accept a key or value.
-    """
+    """The `peft` section as PEFT's own class, ConfigError where that does not accept a key or value; None without the
+    section. A frozen vision tower gets no adapters either."""
     if config.peft is None:
         return None
     keys = {"task_type": "CAUSAL_LM", **config.peft}

@@ -97,11 +97,7 @@ def box_iou(
 def length(
     *, completion_ids: Sequence[Sequence[int]], target_tokens: int, max_tokens: int, **columns: Any
 ) -> list[float | None]:
-    """1 up to `target_tokens`, falling in a straight line to 0 at `max_tokens`.
-
-    Raises:
-        ConfigError: If `max_tokens` is not above `target_tokens`.
-    """
+    """1 up to `target_tokens`, falling in a straight line to 0 at `max_tokens`, which is above it (ConfigError)."""
     if max_tokens <= target_tokens:
         raise ConfigError(
             f"max_tokens {max_tokens} must be above target_tokens {target_tokens}", where="rewards[].params of length"
@@ -124,12 +120,8 @@ def _scored(
     return [None if wanted is None else score(wanted, given) for wanted, given in pairs]
 
 
-def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
-    """A column of the data, B values.
-
-    Raises:
-        ConfigError: The data has none of this name.
-    """
+def column_of(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
+    """A column of the data, B values; ConfigError where it has none of this name."""
     if name not in columns:
         others = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
         raise ConfigError(
@@ -137,8 +129,7 @@ def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
             where="rewards[].params.column",
             fix=f"Columns: {others}. Name one there, or map one in data.columns.",
         )
-    values: Sequence[Any] = columns[name]
-    return values
+    return columns[name]
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

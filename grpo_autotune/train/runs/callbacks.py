@@ -31,31 +31,21 @@ RECENT_STEPS = 20
 
 class TrainLog(TrainerCallback):  # type: ignore[misc]
     """Appends a JSON line per log event: `kind` train or eval, `step`, `time` (Unix seconds), `step_s`, TRL's metrics.
+    Lines already there stay; `last` is the newest of each kind, those of before a resume included."""
 
-    Args:
-        path: The file; lines already there stay.
-        clock: Unix seconds.
-
-    Attributes:
-        last: The newest line of each kind, those of before a resume included.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
-        self._clock = clock
-        self._since_s = 0.0
-        self._since_step = 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._since_s, self._since_step = path, 0.0, 0
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.last: dict[str, dict[str, Any]] = {line["kind"]: line for line in map(json.loads, lines)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._since_s, self._since_step = self._clock(), state.global_step
+        self._since_s, self._since_step = time.time(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:  # transformers' closing summary
             return
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        line: dict[str, Any] = {"kind": kind, "step": state.global_step, "time": round(self._clock(), 3)}
+        line: dict[str, Any] = {"kind": kind, "step": state.global_step, "time": round(time.time(), 3)}
         if kind == "train":
             line["step_s"] = self._seconds_per_step(state.global_step)
         line.update({name: _json_number(value) for name, value in logs.items()})
@@ -66,7 +56,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Mean wall seconds since the last train event, whatever they were spent on."""
-        now, steps = self._clock(), step - self._since_step
+        now, steps = time.time(), step - self._since_step
         seconds = round((now - self._since_s) / steps, 4) if steps else None
         self._since_s, self._since_step = now, step
         return seconds
@@ -88,10 +78,7 @@ class AfterLog(TrainerCallback):  # type: ignore[misc]
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
     """Step, reward, KL, seconds per step and time left: a live line on a terminal, else a plain one now and then.
 
-    Args:
-        metrics: TRL's metrics since the last log event (`trainer._metrics["train"]`), read after each step.
-        console: Where to write; made for standard error.
-        clock: Seconds, monotonic.
+    `metrics` gives TRL's since the last log event (`trainer._metrics["train"]`), and is asked after each step.
     """
 
     def __init__(
@@ -100,9 +87,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         console: Console,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._metrics = metrics
-        self._console = console
-        self._clock = clock
+        self._metrics, self._console, self._clock = metrics, console, clock
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._shown: dict[str, float] = {}
         self._printed_s = -math.inf

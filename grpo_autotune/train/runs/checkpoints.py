@@ -41,7 +41,8 @@ class Checkpoint:
 
 def survey(folder: Path) -> list[Checkpoint]:
     """All checkpoints in a folder, newest first, each judged."""
-    saved = [(int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))]
+    folders = (path for path in folder.glob("*") if path.is_dir())
+    saved = [(int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))]
     return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(saved, reverse=True)]
 
 
@@ -119,10 +120,6 @@ def _opens(path: Path) -> bool:
 
 def _sharded(folder: Path) -> bool:
     return any(path.is_dir() for pattern in _SHARDED_OPTIMIZER for path in folder.glob(pattern))
-
-
-def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -16,27 +16,15 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The places inside one run's folder."""
 
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "train_log.jsonl"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.log = path / "train_log.jsonl"
+        self.config = path / "config.yaml"
+        self.model = path / "model"
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,6 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
     """Says once, after `WATCHED_STEPS` steps, where the median step is further than `TOLERANCE` from the receipt's.
 
     Where generating steps take turns with others a step's seconds are the mean of a whole cycle, as in the receipt.
-
-    Args:
-        receipt: What was measured.
-        say: Told the sentence.
-        clock: Seconds, monotonic.
     """
 
     def __init__(

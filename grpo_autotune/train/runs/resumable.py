@@ -42,18 +42,12 @@ class NothingLeft(Exception):
 
 
 class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
-    """`GRPOTrainer` with exact resumption, a stop at step boundaries that all ranks agree on, and a guard against NaN.
-
-    Attributes:
-        stop_request: The place where a signal leaves its wish to stop; None when nobody asks.
-        losses: Sum of the micro batches' losses since the last optimizer step (a scalar on the device).
-        grad_norm: Norm of the gradients of this step before clipping; None where nothing is clipped.
-    """
+    """`GRPOTrainer` with exact resumption, a stop at step boundaries that all ranks agree on, and a NaN guard."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stop_request: StopRequest | None = None
-        self.losses: torch.Tensor | float = 0.0
-        self.grad_norm: torch.Tensor | float | None = None
+        self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
+        self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
+        self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
         self._train_sampler: Any = None
         self._resumed_losses: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
@@ -146,11 +140,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self._resumed_losses = {}
 
     def check_step(self) -> None:
-        """Raise where this step's loss or gradient is no number; learn whether any rank was asked to stop.
-
-        Raises:
-            TrainingError: On every rank, before the optimizer has touched the weights.
-        """
+        """TrainingError where this step's loss or gradient is no number, on every rank and before the optimizer has
+        touched the weights; else learn whether any rank was asked to stop."""
         bad = not _finite(self.losses) or (
             getattr(self.accelerator, "scaler", None) is None and not _finite(self.grad_norm)
         )

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from grpo_autotune.processes.ending import ENDING
@@ -23,14 +23,8 @@ REPEAT_S = 0.5
 class StopRequest:
     """While entered, turns the first of these signals into a wish to stop; a second Ctrl-C ends the process at once.
 
-    Args:
-        say: Tells the user, from inside a signal handler: it must not print through a buffered stream.
-        clock: Seconds, monotonic.
-        die: Ends the process by a signal whose default action was put back.
-
-    Attributes:
-        signum: The signal that came, 0 for none.
-        agreed: The signal that some rank has received, as all ranks know since the last step; 0 for none.
+    `say` tells the user, from inside a signal handler: it must not print through a buffered stream. `die` ends the
+    process by a signal whose default action was put back.
     """
 
     SIGNALS = (signal.SIGINT, *ENDING)
@@ -41,11 +35,9 @@ class StopRequest:
         clock: Callable[[], float] = time.monotonic,
         die: Callable[[int], None] | None = None,
     ) -> None:
-        self.signum = 0
-        self.agreed = 0
-        self._say = say or _write_line
-        self._clock = clock
-        self._die = die or _die_by
+        self.signum = 0  # the signal that came
+        self.agreed = 0  # the one that some rank has received, as all ranks know since the last step
+        self._say, self._clock, self._die = say or _write_line, clock, die or _die_by
         self._pid = os.getpid()
         self._at_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -55,7 +47,7 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -21,13 +21,8 @@ class Enough(NamedTuple):
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
-    """Ask the trainer to stop once `steps` optimizer steps were done, counted from where it began.
-
-    Args:
-        steps: Optimizer steps; may be raised later.
-        on_step: Called with the number done after each.
-        enough: When to stop before that.
-    """
+    """Ask the trainer to stop once `steps` optimizer steps, which may be raised later, were done from where it began;
+    `on_step` is told each."""
 
     def __init__(
         self, steps: int, on_step: Callable[[int], None] = lambda done: None, enough: Enough | None = None

@@ -26,23 +26,13 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     """Holds a trainer, which has its probe already, at the end of each block of `block` optimizer steps until the
     parent allows the next. The heartbeat tells how many are done, and a step's time begins anew after a wait."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        folder: Path,
-        probe: Any,
-        heartbeat: HeartbeatWriter,
-        block: int,
-        wait: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, trainer: Any, folder: Path, probe: Any, heartbeat: HeartbeatWriter, block: int) -> None:
         self._trainer, self._folder, self._probe, self._heartbeat = trainer, folder, probe, heartbeat
-        self._block, self._wait = block, wait
-        self._first = self._last = 0
+        self._block, self._first, self._last = block, 0, 0
         self._handles = wrap_rows(trainer, [(find("log_save_evaluate"), self._after_step)])
         trainer.add_callback(self)
 
     def remove(self) -> None:
-        """Leave the trainer as it was."""
         for handle in self._handles:
             handle.remove()
         self._trainer.remove_callback(self)
@@ -66,10 +56,11 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             self._stop_if_told()
             return
         blocks = beyond + 1 if done else 0
-        self._drain()
+        if (cuda := cuda_in_use()) is not None:
+            cuda.synchronize()  # what this trial has queued must not run in another's block
         self._heartbeat.beat(f"{WAITING}{blocks}")
         while (limit := block_limit(self._folder)) is not None and limit <= blocks:
-            self._wait(POLL_S)
+            time.sleep(POLL_S)
         self._stop_if_told()
         self._heartbeat.beat("step")
         self._probe.recorder.open_root()
@@ -77,8 +68,3 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     def _stop_if_told(self) -> None:
         if block_limit(self._folder) is None:
             self._trainer.control.should_training_stop = True
-
-    def _drain(self) -> None:
-        """Let the device finish: what this trial has queued must not run in another's block."""
-        if (cuda := cuda_in_use()) is not None:
-            cuda.synchronize()

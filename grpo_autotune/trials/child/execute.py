@@ -46,14 +46,10 @@ DEFAULT_SEED = 42
 
 
 class TrialExecutor:
-    """Runs trials in this process, one after another.
-
-    Attributes:
-        reusable: True while nothing of the trials so far is in the way of another.
-    """
+    """Runs trials in this process, one after another."""
 
     def __init__(self) -> None:
-        self.reusable = True
+        self.reusable = True  # nothing of the trials so far is in the way of another
         self._data = DataCache()
         self._engine: EngineCache | None = None
         self._idle: Idle | None = None
@@ -129,14 +125,8 @@ class TrialExecutor:
         finally:
             if (speed_ups := getattr(trainer, SPEED_UPS, None)) is not None:
                 speed_ups.remove()  # their layers on TRL's functions hold the trainer
-            _detach_engine(trainer)
-
-
-def _detach_engine(trainer: Any) -> None:
-    """Take off the engine, which this process keeps, all that holds the trainer."""
-    engine = engine_of(getattr(trainer, "vllm_generation", None))
-    if engine is not None:
-        engine.take_off()
+            if (engine := engine_of(getattr(trainer, "vllm_generation", None))) is not None:
+                engine.take_off()  # this process keeps it: nothing on it may hold the trainer
 
 
 def _forget_frames(error: BaseException | None) -> None:

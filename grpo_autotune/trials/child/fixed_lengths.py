@@ -36,14 +36,9 @@ class FixedLengths:
     """Draws the length of each completion that `trainer` samples in training from `lengths`, until `remove`.
 
     Args:
-        trainer: A `trl.GRPOTrainer`.
         lengths: Lengths in tokens, the end-of-sequence token included; at `max_completion_length` or above it a
             completion is cut there and has none.
-        seed: Of the draw.
         seen: Lengths of the first prompts' completions, one list per prompt, in place of drawn ones.
-
-    Attributes:
-        notes: The reason that lengths are free, where they cannot be fixed.
     """
 
     def __init__(self, trainer: Any, lengths: Sequence[int], seed: int, seen: Sequence[Sequence[int]] = ()) -> None:
@@ -51,7 +46,7 @@ class FixedLengths:
         self._first_row = 0
         self._wanted: list[int] | None = None
         self._group = 1
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # the reason that lengths are free, where they cannot be fixed
         self._handles: list[Handle] = []
         reason = why_free(trainer)
         if reason is not None:
@@ -65,7 +60,6 @@ class FixedLengths:
             self._handles += wrap_rows(trainer, [(find("model_generate"), self._generate)])
 
     def remove(self) -> None:
-        """Leave the trainer as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -36,11 +36,7 @@ class Idle(NamedTuple):
 
 
 class MemoryMeter:
-    """Memory of a trial since construction or the last `restart`.
-
-    Attributes:
-        idle: What was held then.
-    """
+    """Memory of a trial since construction or the last `restart`; `idle` is what was held then."""
 
     def __init__(self) -> None:
         self.restart()

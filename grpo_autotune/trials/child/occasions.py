@@ -15,11 +15,7 @@ DISK_ROOM = 4.0
 
 
 def evaluation_s(trainer: Any) -> float | None:
-    """Seconds of one evaluation on all held-out rows, by a sample of them; None for streamed rows.
-
-    Args:
-        trainer: A `trl.GRPOTrainer` with held-out data that has trained.
-    """
+    """Seconds of one evaluation on all held-out rows after training, by a sample of them; None for streamed rows."""
     args, held_out = trainer.args, trainer.eval_dataset
     data = list(held_out.values()) if isinstance(held_out, Mapping) else [held_out]
     if not all(hasattr(rows, "select") and len(rows) for rows in data):
@@ -35,11 +31,7 @@ def evaluation_s(trainer: Any) -> float | None:
 
 
 def checkpoint_s(trainer: Any) -> float | None:
-    """Seconds of one checkpoint, which is deleted again; None where the disk has little room for it.
-
-    Args:
-        trainer: A `trl.GRPOTrainer` that has trained.
-    """
+    """Seconds of one checkpoint after training, which is deleted again; None where the disk has little room for it."""
     folder = trainer._get_output_dir(trial=None)
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     if DISK_ROOM * BYTES_PER_WEIGHT * trained > shutil.disk_usage(folder).free:

@@ -22,11 +22,7 @@ from grpo_autotune.trials.heartbeat import HeartbeatWriter
 def measure_rewards(trainer: Any, batches: int, heartbeat: HeartbeatWriter) -> tuple[list[float], list[PromptReward]]:
     """Generate `batches` generation batches, fewer where the data set ends before, and compute their rewards: seconds
     of each batch, and the rewards of each prompt, in the data set's order. The heartbeat beats before each batch and
-    its rewards.
-
-    Raises:
-        ConfigError: The trainer's data set is streamed.
-    """
+    its rewards. ConfigError where the data set is streamed."""
     group = trainer.num_generations
     prompts = trainer.args.generation_batch_size // group
     if not hasattr(trainer.train_dataset, "__len__"):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
+
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, after_import, hook_imports
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
@@ -40,7 +42,7 @@ class DataCache:
     """Data sets by their section of the configuration; each is read once. `load` is given to `build_trainer`."""
 
     def __init__(self) -> None:
-        self._read: dict[str, Splits] = {}
+        self._read: LRUCache[str, Splits] = LRUCache(MOST_DATA_SETS)
 
     def load(self, config: RunConfig, progress: Callable[[str], None]) -> Splits:
         """As `train.data.datasets.load_data`, from memory where the section `data` is one that was read before."""
@@ -51,8 +53,6 @@ class DataCache:
             check_rows(config, len(self._read[key][0]))
         else:
             self._read[key] = load_data(config, progress)
-        if len(self._read) > MOST_DATA_SETS:
-            self._read.pop(next(iter(self._read)))
         return self._read[key]
 
 
@@ -64,14 +64,9 @@ class EngineCache:
         self._arguments: dict[str, Any] = {}
         hook_imports({ENGINE_MODULE: after_import(self._imported)})
 
-    @property
-    def alive(self) -> bool:
-        """True if an engine was started in this process."""
-        return self._engine is not None
-
     def forget_ranks(self) -> None:
         """Take out of the environment what TRL put there for the engine."""
-        if self.alive:
+        if self._engine is not None:
             for name in SET_BY_TRL:
                 os.environ.pop(name, None)
 

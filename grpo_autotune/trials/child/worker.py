@@ -49,16 +49,12 @@ def _run_one(executor: TrialExecutor, folder: Path, *, warm: bool) -> int:
     startup = BeatingStartup(heartbeat, born_s=time.time() if warm else None)
     outcome = executor.execute(spec, folder, startup, heartbeat)
     heartbeat.close()
+    path = folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
     try:
-        write_whole(outcome_path(folder, rank), outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
+        write_whole(path, outcome.model_copy(update={"warm": warm}).model_dump_json(indent=1))
     except OSError:  # the log cannot be written either
         return CANNOT_WRITE
     return 0 if executor.reusable else RETIRED
-
-
-def outcome_path(folder: Path, rank: int) -> Path:
-    """Outcome file of a rank."""
-    return folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
 
 
 def _log_to(path: Path) -> None:

@@ -28,11 +28,7 @@ LEFTOVERS = (OUTCOME_FILE, "outcome.rank*.json", HEARTBEAT_FILE, LOG_FILE, LIMIT
 
 
 def prepare_folder(run_dir: Path, spec: TrialSpec) -> Path:
-    """Make the trial's folder, empty it, and write the spec into it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Make the trial's folder, empty it, and write the spec into it; OSError where it cannot be written."""
     folder = run_dir / "trials" / f"{spec.number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in LEFTOVERS:

@@ -81,7 +81,6 @@ class Race(AbstractContextManager["Race"]):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the race was called."""
         return self._stopwatch.look()
 
     def run(self, rounds: int, deadline_s: float) -> list[tuple[Attempt, AttemptEnd]]:
@@ -102,11 +101,8 @@ class Race(AbstractContextManager["Race"]):
         for attempt in self._lanes:
             attempt.idle = False
             set_block_limit(attempt.folder, None)
-        self._until(
-            lambda: len(self._ends) == len(self._lanes),
-            min(self.elapsed_s + STOP_S, deadline_s + LATE_S),
-            all_of_them=True,
-        )
+        stop_s = min(self.elapsed_s + STOP_S, deadline_s + LATE_S)
+        self._until(lambda: len(self._ends) == len(self._lanes), stop_s, all_of_them=True)
         for lane, attempt in enumerate(self._lanes):
             if lane not in self._ends:
                 attempt.worker.end()

@@ -24,8 +24,7 @@ GPU_LOST = (
 
 
 class Recovery:
-    """The wait for what ended workers held: `used` tells the bytes in use on the GPUs, None where nobody tells; the
-    clock monotonic seconds."""
+    """The wait for what ended workers held: `used` tells the bytes in use on the GPUs, None where nobody tells."""
 
     def __init__(
         self, used: Callable[[], int | None], clock: Callable[[], float], wait: Callable[[float], None]
@@ -35,7 +34,6 @@ class Recovery:
         self._before: int | None = None
 
     def watch(self, worker: Worker) -> Worker:
-        """Remember a worker that was started."""
         self._workers.append(worker)
         return worker
 

@@ -18,7 +18,7 @@ from grpo_autotune.trials.parent.interleave import Race, fits_together, one_afte
 from grpo_autotune.trials.parent.recovery import Recovery, used_gpu_bytes
 from grpo_autotune.trials.parent.server_pool import ServerPool, is_served
 from grpo_autotune.trials.parent.watch import POLL_S, Attempt, AttemptEnd, Watch
-from grpo_autotune.trials.parent.worker import GuardedWorker, Worker
+from grpo_autotune.trials.parent.worker import Worker
 from grpo_autotune.units import duration
 
 Spawn = Callable[[Path, Path, int], Worker]
@@ -45,7 +45,7 @@ class Runner(AbstractContextManager["Runner"]):
         warm: bool = True,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
-        spawn: Spawn = GuardedWorker,
+        spawn: Spawn = Worker,
         used: Callable[[], int | None] = used_gpu_bytes,
     ) -> None:
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
@@ -143,7 +143,6 @@ class Runner(AbstractContextManager["Runner"]):
         return self._written(outcome.model_copy(update=update), folder)
 
     def _written(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
-        """The outcome, written into the trial's folder."""
         write_whole(folder / OUTCOME_FILE, outcome.model_dump_json(indent=1))
         return outcome
 
@@ -192,14 +191,9 @@ class Runner(AbstractContextManager["Runner"]):
         ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills, log)
         written = read_outcome(attempt.folder, attempt.spec, ending)
         started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
-        outcome = written.model_copy(
-            update={
-                "elapsed_s": attempt.elapsed_s + server_s,
-                "startup_s": started_s,
-                "warm": written.warm and not server_s,
-            }
-        )
-        return self._written(outcome, attempt.folder)
+        elapsed_s, warm = attempt.elapsed_s + server_s, written.warm and not server_s
+        update = {"elapsed_s": elapsed_s, "startup_s": started_s, "warm": warm}
+        return self._written(written.model_copy(update=update), attempt.folder)
 
 
 def ignore(progress: object) -> None:

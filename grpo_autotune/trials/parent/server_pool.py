@@ -93,7 +93,6 @@ class ServerPool:
         return _logged_ending(server.log) or crash
 
     def end(self) -> None:
-        """End the server, and wait until it is gone."""
         server, self._server = self._server, None
         if server is not None:
             server.end()

@@ -32,7 +32,6 @@ class Stopwatch:
         self.seconds = 0.0
 
     def look(self) -> float:
-        """Seconds so far."""
         now = self._clock()
         passed = now - self._last
         self._last = now
@@ -49,24 +48,18 @@ class AttemptEnd(NamedTuple):
 
 
 class Attempt:
-    """A trial that was given to `worker`; `watch` is called with its progress whenever that changes.
-
-    Attributes:
-        startup_s: Seconds until its first step; None before.
-        idle: True while it waits for its next block: then silence is no hang, and its limit does not run down.
-    """
+    """A trial that was given to `worker`; `watch` is called with its progress whenever that changes."""
 
     def __init__(self, worker: Worker, spec: TrialSpec, folder: Path, clock: Callable[[], float], watch: Watch) -> None:
         self.worker, self.spec, self.folder = worker, spec, folder
         self.heartbeat = HeartbeatReader(folder)
-        self.startup_s: float | None = None
-        self.idle = False
+        self.startup_s: float | None = None  # seconds until its first step
+        self.idle = False  # it waits for its next block: then silence is no hang, and its limit does not run down
         self._watch, self._stopwatch = watch, Stopwatch(clock)
         self._moved_s = self._idle_s = 0.0
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since it was given."""
         return self._stopwatch.look()
 
     def look(self) -> AttemptEnd | None:

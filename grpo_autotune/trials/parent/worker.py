@@ -6,35 +6,15 @@ import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
 
 from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
 
 CHILD = "grpo_autotune.trials.child.worker"
 
 
-class Worker(Protocol):
-    """A process that runs one trial after another."""
-
-    @property
-    def pid(self) -> int: ...
-    def order(self, folder: Path) -> bool:
-        """Name a trial to run; return whether the process is alive to read it."""
-
-    def poll(self) -> int | None:
-        """Exit code (negative: a signal), None while it runs."""
-
-    @property
-    def is_lost(self) -> bool:
-        """True while a process of it lives on, though it was killed."""
-
-    def end(self) -> None:
-        """Kill it and all it started, and wait until they are gone or cannot be killed."""
-
-
-class GuardedWorker(Guarded):
-    """A worker behind its guardian. Its output goes to `log` until the trial leads it to its own; more than one process
-    are ranks under `torchrun`, which run that one trial."""
+class Worker(Guarded):
+    """A process that runs one trial after another. Its output goes to `log` until the trial leads it to its own; more
+    than one process are ranks under `torchrun`, which run the one trial in `folder`."""
 
     def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
         words = [*PYTHON, "-m", CHILD]
@@ -44,6 +24,7 @@ class GuardedWorker(Guarded):
         super().__init__(words, log, without_rank(), subprocess.PIPE)
 
     def order(self, folder: Path) -> bool:
+        """Name a trial to run; return whether the process is alive to read it."""
         if self._process.stdin is None or self._process.poll() is not None:
             return False
         try:
