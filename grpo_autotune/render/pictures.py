@@ -113,10 +113,10 @@ def stacked_bar(shares: Sequence[tuple[str, float]]) -> Any:
     return alt.layer(bars, names).resolve_scale(color="independent")
 
 
-def stacked_steps(rows: Rows, stages: Iterable[str]) -> Any:
+def stacked_steps(rows: Rows, stages: Iterable[str], title: str = "optimizer step") -> Any:
     """A bar for each step, its stages one above the other; rows have `step`, `stage`, `seconds` and `order`."""
     return chart_of(rows, height=220).mark_bar(stroke="#777", strokeWidth=0.2).encode(
-        x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        x=alt.X("step:O", title=title, axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("seconds:Q", title="seconds"),
         color=coloured("stage", stages, STAGE_COLOURS),
         order="order:Q",

@@ -47,14 +47,7 @@ def written(path: Path, plans: list[list[Any]]) -> list[StepSpans]:
         recorder.end_elsewhere(beside)
         clock[0] += 0.01
         steps.append(recorder.close_root(number))
-    lines = []
-    for step in steps:
-        origin = step.spans[0].start_s
-        rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in step.spans]
-        others = [[s.stage, s.part, 99, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in step.others]
-        samples = [[round(at - origin, 6), values] for at, values in step.samples]
-        lines.append(json.dumps({"step": step.step, "spans": rows, "other_threads": others, "samples": samples}))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(json.dumps(step.line()) + "\n" for step in steps))
     return steps
 
 
