@@ -56,9 +56,8 @@ class StepSpans:
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, and what was read by name
 
     def line(self) -> dict[str, Any]:
-        """The step as a line of `spans.jsonl`: spans as [stage, part, parent, start, seconds], those of other threads
-        with the thread, samples as [time, values]; starts and ends are rounded to 1 µs, so that what nests still does.
-        """
+        """The step as a line of `spans.jsonl`: spans as [stage, part, parent, start, seconds], with the thread for the
+        parent on other threads, samples as [time, values]; ends are rounded too, so that what nests still does."""
 
         def row(span: Span, third: int) -> list[Any]:
             begin, end = at(span.start_s), at(span.start_s + span.host_s)

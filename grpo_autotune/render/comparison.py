@@ -43,8 +43,7 @@ def comparison_page(comparison: Comparison) -> str:
     for number, pair in enumerate(pairs, start=1):
         verdict = Lines([*_warnings(pair), _verdict(base, pair)], strong=True)
         below = [Lines(lines, title=title) for title, lines in _notes(pair).items() if lines]
-        blocks = [verdict, from_rich(_table(pair)), *below]
-        sections.append(Section(f"run-{number}", f"{pair.run} against {base}", blocks))
+        sections += [Section(f"run-{number}", f"{pair.run} against {base}", [verdict, from_rich(_table(pair)), *below])]
     words = Lines([MEANING.format(sure=percent(comparison.confidence))])
     return render_page(f"{base} compared", [*sections, Section("meaning", "How to read it", [words])])
 

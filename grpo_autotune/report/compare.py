@@ -30,11 +30,8 @@ DRIFT_PER_SPREAD = 0.7 / 1.349
 """The same over the distance between the quartiles of a run's steps (1.349 standard deviations of a normal one)."""
 LEAST_SHARE, ALIKE = 0.01, 0.02
 """Share of the baseline's step that is the least difference, and of mean lengths up to which they count as one."""
-ON_HOST = ("data", "prompt", "tools", "reward", "log_save_eval", "other")
-"""Stages that cores do, with a GPU too."""
+ON_HOST = ("data", "prompt", "tools", "reward", "log_save_eval", "other")  # stages that cores do, with a GPU too
 SAME_DATA = ("path", "name", "revision", "split", "prompt_template", "prompt_format", "system_prompt", "max_samples")
-ASIDE = ("output", "receipt", "search")
-"""Sections of a configuration that no step depends on."""
 
 
 class Run(NamedTuple):
@@ -78,7 +75,7 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
         steps=[len(side["step"][1]) for side in (before, after)],
         apart=list(_apart(a, b)),
         differences=[*_differences(a, b), *unequal],
-        changed=changed_keys(a.report.config, b.report.config, ASIDE) if a.report.config and b.report.config else {},
+        changed=changed_keys(a.report.config, b.report.config) if a.report.config and b.report.config else {},
         rows=sorted(rows, key=lambda row: (row.name != "step", -max(row.before_s, row.after_s))),
         facts={name: [old_facts.get(name), new_facts.get(name)] for name in {**old_facts, **new_facts}},
     )

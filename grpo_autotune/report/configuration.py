@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from grpo_autotune.config.schema import RunConfig
@@ -29,12 +29,11 @@ def settings(values: Mapping[str, Any]) -> list[Setting]:
     return sorted(rows, key=lambda row: not row.changed)
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], aside: Collection[str] = ()) -> dict[str, list[str]]:
-    """Keys that differ, but for those of the sections `aside`, with both values as text."""
-    before, after = (
-        {key: str(value) for key, value in _flat(side) if key.partition(".")[0] not in aside} for side in (old, new)
-    )
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Keys that differ, with both values as text; those of sections that no step depends on are left out."""
+    before, after = ({key: str(value) for key, value in _flat(side)} for side in (old, new))
     keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    keys = [key for key in keys if key.partition(".")[0] not in ("output", "receipt", "search")]
     return {key: [before.get(key, "unset"), after.get(key, "unset")] for key in keys}
 
 

@@ -20,7 +20,6 @@ from grpo_autotune.probe.stages import classify
 from grpo_autotune.report.timeline import rank_files, read_spans
 
 TRACE_FILE = "trace.json.gz"
-Event = dict[str, Any]
 
 
 @as_warning("no trace")
@@ -32,7 +31,7 @@ def keep_trace(folder: Path) -> None:
         write_whole(folder / TRACE_FILE, gzip.compress(text.encode(), mtime=0))
 
 
-def trace_events(folder: Path) -> Iterator[Event]:
+def trace_events(folder: Path) -> Iterator[dict[str, Any]]:
     """Events of all ranks whose spans are in `folder`; the main thread is number 1 of its rank."""
     for rank, (name, path) in enumerate(rank_files(folder)):
         begin_us, steps = 0, read_spans(path, range(10**18)).values()
@@ -44,13 +43,13 @@ def trace_events(folder: Path) -> Iterator[Event]:
             begin_us += round(step.spans[0].host_s * 1e6)
 
 
-def _events(step: StepSpans, rank: int) -> Iterator[tuple[float, Event]]:
+def _events(step: StepSpans, rank: int) -> Iterator[tuple[float, dict[str, Any]]]:
     """Seconds since the step began, and what else an event has."""
     for span, (stage, part) in zip(step.spans, classify(step.spans), strict=True):
-        name, more = stage if span.parent >= 0 else f"step {step.step}", {"step": step.step, "part": part}
-        yield span.start_s, {"ph": "X", "name": name, "cat": stage, "dur": round(span.host_s * 1e6), "args": more}
+        name, length_us = stage if span.parent >= 0 else f"step {step.step}", round(span.host_s * 1e6)
+        yield span.start_s, {"ph": "X", "name": name, "cat": stage, "dur": length_us, "args": {"part": part}}
     for number, span in enumerate(step.others):
-        name, key, more = span.stage or "other", f"{rank}.{step.step}.{number}", {"step": step.step, "part": span.part}
+        name, key, more = span.stage or "other", f"{rank}.{step.step}.{number}", {"part": span.part}
         for phase, at_s in (("b", span.start_s), ("e", span.start_s + span.host_s)):
             yield at_s, {"ph": phase, "name": name, "cat": name, "id": key, "tid": span.thread, "args": more}
     for at_s, values in step.samples:

@@ -215,6 +215,11 @@ def test_the_command_prints_and_fails_where_it_is_asked_to(folders, monkeypatch,
     assert json.loads(capsys.readouterr().out)["schema"] == SCHEMA
     assert main(["compare", "fast", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert main(["compare", "fast", "slow", "base", "--html", "page.html"]) == 0
+    page = Path("page.html").read_text()
+    assert page.count("<svg") == 1 and page.count('<th scope="row">step</th>') == 2 and "slow against fast" in page
+    assert main(["compare", "fast", "slow", "--html", "nowhere/page.html"]) == 2
+    assert "the page cannot be written" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_one_line(folders, tmp_path):
