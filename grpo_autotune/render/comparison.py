@@ -63,7 +63,7 @@ def _change(row: RatioRow) -> str:
     """The change with the ends of its interval in percent, and the factor for equal work where there is one."""
     if row.change is None:
         return "too few steps" if row.before_s and row.after_s else "new" if row.after_s else "gone"
-    ends = "[{:+.0f} {:+.0f} {:+.0f}] %".format(*(100.0 * end for end in row.change))
+    ends = "[{:+d} {:+d} {:+d}] %".format(*(round(100.0 * end) for end in row.change))
     return ends + (f" (run x {row.scale:.3g})" if abs(row.scale - 1.0) > 0.0005 else "")
 
 

@@ -56,7 +56,8 @@ def compare(runs: Sequence[Run], confidence: float = 0.9) -> Comparison:
 
 def _pair(a: Run, b: Run, confidence: float) -> Pair:
     (factors, unequal), before, after = _equal_work(a, b), a.seconds(), b.seconds()
-    factors["step"] = sum(factors[name] * after[name][0] for name in after if name != "step") / b.report.step_s
+    spent = {name: seconds for name, (seconds, _) in after.items() if name != "step"}
+    factors["step"] = sum(factors[name] * spent[name] for name in spent) / sum(spent.values())
     rows, names = [], {**before, **after}
     for name in names:
         (old_s, old), (new_s, new) = before.get(name, (0.0, [])), after.get(name, (0.0, []))
@@ -91,8 +92,7 @@ def _half_width(run: Run, name: str, cycles: list[float], confidence: float) -> 
     on_gpu, others = run.report.trainer.device != "cpu" and name not in ON_HOST, run.report.others
     taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
     drift = max(math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, taken), DRIFT_PER_SPREAD * (high - low))
-    student = float(stdtrit(len(cycles) - 1, tail))
-    return math.hypot(student * error, statistics.NormalDist().inv_cdf(tail) * drift)
+    return math.hypot(float(stdtrit(len(cycles) - 1, tail)) * error, statistics.NormalDist().inv_cdf(tail) * drift)
 
 
 def _equal_work(a: Run, b: Run) -> tuple[dict[str, float], list[str]]:
