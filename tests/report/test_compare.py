@@ -231,7 +231,12 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path):
     (folders / "torn").mkdir()
     (folders / "torn" / "report.json").write_text('{"schema": "grpo-au')
     base = str(folders / "base")
+    report = json.loads((folders / "base" / "report.json").read_text())
+    report["stages"][0]["per_step_s"].pop()
+    (folders / "ragged").mkdir()
+    (folders / "ragged" / "report.json").write_text(json.dumps(report))
     for other, told in (
+        ("ragged", "without seconds by step and stage"),
         ("search", "no trial that measured this search's winner"), ("going", "under way"), ("torn", "not a JSON file"),
         ("nowhere", "no report here"), (str(stored), "without seconds by step and stage"),
     ):  # fmt: skip
@@ -257,3 +262,16 @@ def test_a_searchs_winner_is_the_trial_that_measured_it(folders):
     assert result.pairs[0].rows[0].word == "within noise"
     with pytest.raises(ConfigError, match="stands beside other runs"):
         compare_runs([str(folders / "one"), str(folders / "base")], None)
+
+
+def test_the_page_has_the_figures_of_the_repeated_runs():
+    root = Path(__file__).parents[2]
+    ratios = json.loads((root / "docs/benchmarks/aa_pairs.json").read_text())["ratios"]
+    pairs, every, least = (ratios[name] for name in ("pairs told apart", "any two runs told apart", "least change"))
+    assert pairs["median"] * pairs["n"] <= 2 and pairs["n"] == 20, "the bar"
+    text = " ".join((root / "docs/compare.md").read_text().split())
+    assert f"{round(pairs['median'] * pairs['n'])} of {pairs['n']} pairs were told apart" in text
+    assert (
+        f"{100 * every['median']:.1f}% of any two" in text
+        and f"{100 * least['median']:.0f}% in the median pair" in text
+    )
