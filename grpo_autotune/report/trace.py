@@ -38,20 +38,20 @@ def trace_events(folder: Path) -> Iterator[dict[str, Any]]:
         for kind, title in (("process_name", name), ("thread_name", "main thread")) if steps else ():
             yield {"ph": "M", "name": kind, "pid": rank, "tid": 1, "ts": 0, "args": {"name": title}}
         for step in steps:
-            for at_s, event in _events(step, rank):
+            for at_s, event in _events(step):
                 yield {"pid": rank, "tid": 1, "ts": begin_us + round(at_s * 1e6), **event}
             begin_us += round(step.spans[0].host_s * 1e6)
 
 
-def _events(step: StepSpans, rank: int) -> Iterator[tuple[float, dict[str, Any]]]:
+def _events(step: StepSpans) -> Iterator[tuple[float, dict[str, Any]]]:
     """Seconds since the step began, and what else an event has."""
     for span, (stage, part) in zip(step.spans, classify(step.spans), strict=True):
         name, length_us = stage if span.parent >= 0 else f"step {step.step}", round(span.host_s * 1e6)
         yield span.start_s, {"ph": "X", "name": name, "cat": stage, "dur": length_us, "args": {"part": part}}
     for number, span in enumerate(step.others):
-        name, key, more = span.stage or "other", f"{rank}.{step.step}.{number}", {"part": span.part}
+        name, key, more = span.stage or "other", {"local": f"{step.step}.{number}"}, {"part": span.part}
         for phase, at_s in (("b", span.start_s), ("e", span.start_s + span.host_s)):
-            yield at_s, {"ph": phase, "name": name, "cat": name, "id": key, "tid": span.thread, "args": more}
+            yield at_s, {"ph": phase, "name": name, "cat": name, "id2": key, "tid": span.thread, "args": more}
     for at_s, values in step.samples:
         for key, value in values.items():
             yield at_s, {"ph": "C", "name": key, "args": {key: value}}

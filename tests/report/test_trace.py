@@ -82,8 +82,9 @@ def test_threads_ranks_and_counters_have_their_tracks(tmp_path: Path) -> None:
     save_report(report_of(steps), tmp_path)
     events = events_in(tmp_path)
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"rank 0", "rank 1"}
-    begins = {event["id"]: event for event in events if event["ph"] == "b"}
-    ends = {event["id"]: event for event in events if event["ph"] == "e"}
+    local = lambda event: (event["pid"], event["id2"]["local"])  # noqa: E731
+    begins = {local(event): event for event in events if event["ph"] == "b"}
+    ends = {local(event): event for event in events if event["ph"] == "e"}
     assert len(begins) == 3 and begins.keys() == ends.keys()
     assert all(event["tid"] != 1 and event["ts"] < ends[number]["ts"] for number, event in begins.items())
     assert {event["name"] for event in events if event["ph"] == "C"} == {"rss_bytes", "cpu_percent"}
