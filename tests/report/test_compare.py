@@ -233,10 +233,11 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path):
     base = str(folders / "base")
     report = json.loads((folders / "base" / "report.json").read_text())
     report["stages"][0]["per_step_s"].pop()
-    (folders / "ragged").mkdir()
-    (folders / "ragged" / "report.json").write_text(json.dumps(report))
+    for name, text in (("ragged", json.dumps(report)), ("endless", '{"step_s": 1e999}')):
+        (folders / name).mkdir()
+        (folders / name / "report.json").write_text(text)
     for other, told in (
-        ("ragged", "without seconds by step and stage"),
+        ("ragged", "without seconds by step and stage"), ("endless", "not a JSON file"),
         ("search", "no trial that measured this search's winner"), ("going", "under way"), ("torn", "not a JSON file"),
         ("nowhere", "no report here"), (str(stored), "without seconds by step and stage"),
     ):  # fmt: skip
