@@ -26,7 +26,7 @@ from grpo_autotune.units import GIB, amount
 DRIFT_CPU, DRIFT_GPU = 0.14, 0.02
 """Least deviation of the logarithm of a run's pace. On cores that others may share, five runs of the demo had 0.10 to
 0.13, and `benchmarks.aa_pairs` checks it on other runs; for a GPU of one's own it is an assumption."""
-DRIFT_PER_SPREAD = 0.7 / 1.349
+PER_SPREAD = 0.7 / 1.349
 """The same over the distance between the quartiles of a run's steps (1.349 standard deviations of a normal one)."""
 LEAST_SHARE, ALIKE = 0.01, 0.02
 """Share of the baseline's step that is the least difference, and of mean lengths up to which they count as one."""
@@ -84,21 +84,21 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
 
 def _half_width(run: Run, name: str, cycles: list[float], confidence: float) -> float:
     """Half of the interval of the logarithm of a run's seconds, of which these are the cycles': Student's for the error
-    of their mean, normal for the drift, to which comes the share that other processes took."""
+    of their mean, normal for the drift, to which comes what is lost with the share that other processes took."""
     if len(cycles) < 2:
         return math.inf
     tail, error = (1.0 + confidence) / 2.0, statistics.stdev(cycles) / statistics.fmean(cycles) / len(cycles) ** 0.5
     low, _, high = statistics.quantiles([math.log(max(spent, 1e-9)) for spent in cycles], method="inclusive")
     on_gpu, others = run.report.trainer.device != "cpu" and name not in ON_HOST, run.report.others
     taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
-    drift = max(math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, taken), DRIFT_PER_SPREAD * (high - low))
+    least = math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, math.log(1.0 - min(taken, 0.9)))
+    drift = max(least, PER_SPREAD * (high - low))
     return math.hypot(float(stdtrit(len(cycles) - 1, tail)) * error, statistics.NormalDist().inv_cdf(tail) * drift)
 
 
 def _equal_work(a: Run, b: Run) -> tuple[dict[str, float], list[str]]:
-    """Factors of the seconds of `b` for as many completions per step as the baseline's, and for its mean length where
-    nobody set another one (answers grow by chance and by training; prompts keep the length that data and image size
-    set), and a sentence for each such difference."""
+    """Factors of the seconds of `b` for the completions per step of `a`, and for their length where nobody set another
+    one (answers grow by chance and by training; data and image size set prompts), and a sentence for each."""
     had, has = a.report.trainer.rows, b.report.trainer.rows
     factors, told = dict.fromkeys(STAGES, had / has), []
     if had != has:
