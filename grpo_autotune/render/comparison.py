@@ -22,7 +22,7 @@ def render_comparison(comparison: Comparison, width: int = 100) -> str:
     """The comparison as text for a terminal of `width` columns."""
     parts: list[RenderableType] = []
     for pair in comparison.pairs:
-        parts += [*_warnings(pair), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
+        parts += [*map(Text, _warnings(pair)), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
         parts += [part for title, lines in _notes(pair).items() for part in section(title, lines)] + [Text("")]
     return as_text([*parts, Text(MEANING.format(sure=percent(comparison.confidence)))], width, colour=False)
 
@@ -60,11 +60,12 @@ def _verdict(base: str, pair: Pair) -> str:
 
 
 def _change(row: RatioRow) -> str:
-    """The change with the ends of its interval in percent, and the factor for equal work where there is one."""
+    """The change with the ends of its interval, in percent or as factors, and the factor for equal work."""
     if row.change is None:
         return "too few steps" if row.before_s and row.after_s else "new" if row.after_s else "gone"
-    ends = "[{:+d} {:+d} {:+d}] %".format(*(round(100.0 * end) for end in row.change))
-    return ends + (f" (run x {row.scale:.3g})" if abs(row.scale - 1.0) > 0.0005 else "")
+    large = row.change[2] >= 10.0
+    ends = " ".join(amount(1.0 + end) if large else f"{round(100.0 * end):+d}" for end in row.change)
+    return (f"x [{ends}]" if large else f"[{ends}] %") + (f" (run x {row.scale:.3g})" if row.scale != 1.0 else "")
 
 
 def _table(pair: Pair) -> Table:

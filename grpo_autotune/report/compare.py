@@ -21,7 +21,7 @@ from grpo_autotune.records.comparison import Comparison, Pair, RatioRow, Word
 from grpo_autotune.records.probe import STAGES, cycle_means
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.configuration import changed_keys
-from grpo_autotune.units import GIB, amount
+from grpo_autotune.units import GIB, amount, plural
 
 DRIFT_CPU, DRIFT_GPU = 0.14, 0.02
 """Least deviation of the logarithm of a run's pace. On cores that others may share, five runs of the demo had 0.10 to
@@ -128,7 +128,7 @@ def _apart(a: Run, b: Run) -> Iterator[str]:
 def _hardware(run: Run) -> str:
     machine, t = run.report.machine or {}, run.report.trainer
     gpus = [str(gpu.get("name")) for gpu in machine.get("gpus") or []]
-    cores = f"{machine.get('cores')} cores of {machine.get('cpu')}"
+    cores = f"{plural(machine.get('cores') or 0, 'core')} of {machine.get('cpu')}"
     return ", ".join([*gpus, cores, f"{t.world_size} on {t.device.partition(':')[0]}"])
 
 

@@ -53,5 +53,4 @@ def _events(step: StepSpans) -> Iterator[tuple[float, dict[str, Any]]]:
         for phase, at_s in (("b", span.start_s), ("e", span.start_s + span.host_s)):
             yield at_s, {"ph": phase, "name": name, "cat": name, "id2": key, "tid": span.thread, "args": more}
     for at_s, values in step.samples:
-        for key, value in values.items():
-            yield at_s, {"ph": "C", "name": key, "args": {key: value}}
+        yield from ((at_s, {"ph": "C", "name": key, "args": {key: value}}) for key, value in values.items())

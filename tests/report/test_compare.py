@@ -199,6 +199,7 @@ def test_folders_are_compared_printed_and_kept_as_json(folders):
     text = render_comparison(result)
     for name in SHARES:
         assert text.count(f"\n {name} ") == 2  # no row is hidden
+    assert "x [" in text, "four seconds for half a one are no percentage"
     assert "faster" in text and "completion tokens" in text and "reward" in text
     assert max(len(line) for line in render_comparison(result, 80).splitlines()) <= 80
 
