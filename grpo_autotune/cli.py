@@ -193,6 +193,7 @@ def compare(
     fail_if_slower: Annotated[
         float | None, typer.Option(metavar="PCT", min=0.0, help="Exit with 1 where a run is slower by more percent.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, too.")] = None,
     json_: Json = False,
 ) -> Action:
     """Hold stored runs against one of them: stage by stage, and faster, slower or within noise."""
@@ -203,9 +204,14 @@ def compare(
 
         result = compare_runs(runs, baseline)
         show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_comparison(result))
+        if html is not None:
+            from grpo_autotune.commands.page import save_page
+            from grpo_autotune.render.comparison import comparison_page
+
+            say(f"Saved: {save_page(html, comparison_page(result))}")
         slower = check_slower(result, fail_if_slower) if fail_if_slower is not None else []
         if slower:
-            say(f"slower than {result.baseline.name} by more than {fail_if_slower:g}%: {', '.join(slower)}")
+            say(f"slower than {result.baseline} by more than {fail_if_slower:g}%: {', '.join(slower)}")
         return int(bool(slower))
 
     return action

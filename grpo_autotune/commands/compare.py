@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.comparison import Comparison, RunKind
+from grpo_autotune.records.comparison import Comparison
+from grpo_autotune.records.report import Report
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
-from grpo_autotune.report.compare import Run, compare, seconds_by_cycle
+from grpo_autotune.report.build import build_report
+from grpo_autotune.report.compare import Run, compare
 from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_report
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search, read_record
 
@@ -25,8 +27,7 @@ def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
         raise ConfigError("a comparison takes two runs", fix="Name another run folder, or a --baseline.")
     runs = [_load(name) for name in names]
     if len({run.kind == "search" for run in runs}) > 1:
-        search = next(run.name for run in runs if run.kind == "search")
-        what = f"{search} is a search, whose trials have fixed completion lengths, and others are not"
+        what = "a search, whose trials have fixed completion lengths, stands beside other runs"
         raise ConfigError(what, fix="Compare searches with each other, or probe the search's tuned.yaml.")
     return compare(runs)
 
@@ -37,12 +38,10 @@ def check_slower(comparison: Comparison, least_percent: float) -> list[str]:
     Raises:
         ConfigError: Seconds of a run cannot be compared with the baseline's.
     """
-    for pair in comparison.pairs:
-        if not pair.comparable:
-            fix = "Measure both on one machine, with the same data, for --fail-if-slower."
-            raise ConfigError(pair.differences[0], where=pair.run.name, fix=fix)
-    slower = [pair for pair in comparison.pairs if pair.step.word == "slower"]
-    return [pair.run.name for pair in slower if pair.step.change and 100.0 * pair.step.change[1] > least_percent]
+    for run, reason in ((pair.run, reason) for pair in comparison.pairs for reason in pair.apart):
+        raise ConfigError(reason, where=run, fix="Measure both on one machine, with the same data.")
+    steps = [(pair.run, pair.rows[0]) for pair in comparison.pairs]
+    return [run for run, row in steps if row.word == "slower" and row.change and 100.0 * row.change[1] > least_percent]
 
 
 def _place(name: str) -> Path:
@@ -55,25 +54,21 @@ def _load(name: str) -> Run:
     place = _place(name)
     folder = place if place.is_dir() else place.parent
     if place.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
-        return _winner(name, folder)
+        return Run(name, "search", _winner(name, folder))
     report = load_report(place)
-    kind: RunKind = "training" if (folder / LOG_FILE).is_file() else "probe"
-    seconds = seconds_by_cycle(report.step_seconds, report.stages, report.cycle)
-    if len(seconds) < 2:
-        what = "this report holds no seconds by step and stage: an older version wrote it"
+    if {len(row.per_step_s) for row in report.stages} - {0} != {len(report.step_seconds)}:
+        what = "an older version wrote this report, without seconds by step and stage"
         raise ConfigError(what, where=name, fix="Measure it again.")
-    peak = max((row.peak_bytes or 0 for row in report.stages), default=0) or None
-    return Run(name, kind, report, seconds, report.machine, report.config, peak)
+    return Run(name, "training" if (folder / LOG_FILE).is_file() else "probe", report)
 
 
-def _winner(name: str, folder: Path) -> Run:
-    """The trial that measured what `tuned.yaml` holds."""
+def _winner(name: str, folder: Path) -> Report:
+    """The report of the trial that measured what `tuned.yaml` holds."""
     search = load_search(folder)
     trial = SearchFolder(folder).trial(-1 if search.best.number is None else search.best.number)
     outcome, spec = read_record(trial / OUTCOME_FILE, TrialOutcome), read_record(trial / SPEC_FILE, TrialSpec)
-    record = outcome.record if outcome else None
-    if outcome is None or record is None or not any(record.timings.step_s):
+    if outcome is None or outcome.record is None or not any(outcome.record.timings.step_s):
         fix = "Probe its tuned.yaml and compare that, or search with a --budget above 0."
         raise ConfigError("no trial that measured this search's winner is here", where=name, fix=fix)
-    seconds = seconds_by_cycle(record.timings.step_s, record.timings.stages, record.timings.cycle)
-    return Run(name, "search", record, seconds, search.machine, spec.config if spec else None, outcome.peak_bytes)
+    known = {"machine": search.machine, "config": spec.config if spec else None}
+    return build_report(outcome.record).model_copy(update=known)

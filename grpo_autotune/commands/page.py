@@ -60,10 +60,20 @@ def write_page(
         ConfigError: As for `page_of`, or the file cannot be written.
     """
     path = file or (source if source.is_dir() else source.parent) / PAGE_FILE
-    text = page_of(source, interactive=interactive, running=running, samples=samples)
+    return save_page(
+        path, page_of(source, interactive=interactive, running=running, samples=samples), durable=not running
+    )
+
+
+def save_page(path: Path, text: str, *, durable: bool = True) -> Path:
+    """Write a page, whole or not at all; returns its path.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     try:
         with full_disk_told(path.parent, "Make room there."):
-            write_whole(path, text, durable=not running)
+            write_whole(path, text, durable=durable)
     except OSError as error:
         fix = "Name another file behind --html."
         raise ConfigError(f"the page cannot be written ({error.strerror})", where=str(path), fix=fix) from error

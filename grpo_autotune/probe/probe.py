@@ -283,7 +283,7 @@ class Probe:
         if self._file is not None:
             try:
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(_line(spans)) + "\n")
+                    file.write(json.dumps(spans.line()) + "\n")
                     full = file.tell() >= MOST_SPANS_BYTES
                 self._file = None if full else self._file
             except OSError as error:
@@ -369,13 +369,3 @@ def _seam_names() -> dict[str, list[str]]:
     names["reference_logprob"] = ["trainer._get_per_token_logps_and_entropies"]
     names["reward"].append("trainer.reward_funcs[i]")
     return names
-
-
-def _line(spans: StepSpans) -> dict[str, Any]:
-    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread; samples
-    of the machine as [time, values]."""
-    origin = spans.spans[0].start_s
-    rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
-    others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]
-    samples = [[round(at_s - origin, 6), values] for at_s, values in spans.samples]
-    return {"step": spans.step, "spans": rows, "other_threads": others, "samples": samples}

@@ -23,13 +23,6 @@ class DeviceTimer(Protocol):
     def seconds(self, begin: Any, end: Any) -> float: ...
 
 
-class Ranges(Protocol):
-    """Named ranges in a profiler's timeline, each inside those that are open."""
-
-    def range_push(self, msg: str) -> Any: ...
-    def range_pop(self) -> Any: ...
-
-
 @dataclass(slots=True)
 class Span:
     """One stretch of time; `start_s` is on the recorder's clock, `parent` an index into the step's spans (-1: root)."""
@@ -55,6 +48,21 @@ class StepSpans:
     others: list[Span] = field(default_factory=list)
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, and what was read by name
 
+    def line(self) -> dict[str, Any]:
+        """The step as a line of `spans.jsonl`: spans as [stage, part, parent, start, seconds], with the thread for the
+        parent on other threads, samples as [time, values]; ends are rounded too, so that what nests still does."""
+
+        def row(span: Span, third: int) -> list[Any]:
+            begin, end = at(span.start_s), at(span.start_s + span.host_s)
+            return [span.stage, span.part, third, begin, round(end - begin, 6)]
+
+        def at(time_s: float) -> float:
+            return round(time_s - self.spans[0].start_s, 6)
+
+        spans, others = [row(s, s.parent) for s in self.spans], [row(s, s.thread) for s in self.others]
+        samples = [[at(time_s), values] for time_s, values in self.samples]
+        return {"step": self.step, "spans": spans, "other_threads": others, "samples": samples}
+
 
 class SpanRecorder:
     """Records spans while a root is open, and costs a comparison while none is.
@@ -62,7 +70,7 @@ class SpanRecorder:
     Args:
         timer: The accelerator's timer; None on CPU.
         memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
-        ranges: Gets a named range around each span of the main thread, as `torch.cuda.nvtx` has them; None for none.
+        ranges: `torch.cuda.nvtx`, which gets a range around each span of the main thread; None for none.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class SpanRecorder:
         clock: Callable[[], float] = time.perf_counter,
         timer: DeviceTimer | None = None,
         memory: Callable[[], int] | None = None,
-        ranges: Ranges | None = None,
+        ranges: Any = None,
     ) -> None:
         self.clock, self.timer, self.memory, self.ranges = clock, timer, memory, ranges
         self.edge: Callable[[], None] | None = None  # called at every begin and end, on whichever thread it happens

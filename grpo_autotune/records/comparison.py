@@ -10,16 +10,6 @@ from grpo_autotune.records.base import Frozen
 
 SCHEMA: Final = "grpo-autotune/compare/1"
 Word = Literal["faster", "slower", "within noise"]
-RunKind = Literal["probe", "search", "training"]
-
-
-class ComparedRun(Frozen):
-    """One run as it was read."""
-
-    name: str  # as it was named on the command line
-    kind: RunKind  # a search stands for its winner
-    step_s: float  # median seconds of an optimizer step
-    steps: int  # measured steps (cycles of them) that it rests on
 
 
 class RatioRow(Frozen):
@@ -28,21 +18,20 @@ class RatioRow(Frozen):
     name: str  # a stage, or `step`
     before_s: float  # of the baseline
     after_s: float  # of the other run
-    scale: float = 1.0  # what `after_s` is multiplied with for equal work
-    # lower end, middle and upper end of `scale * after_s / before_s - 1`; None where there is no interval
-    change: list[float] | None
+    scale: float  # what `after_s` is multiplied with for equal work
+    change: list[float] | None  # ends and middle of `scale * after_s / before_s - 1`; None where there is no interval
     word: Word
 
 
 class Pair(Frozen):
     """One run held against the baseline."""
 
-    run: ComparedRun
-    comparable: bool  # False where machine or data differ, so that seconds do not tell the configurations apart
-    differences: list[str]  # sentences to read before the seconds
+    run: str  # as it was named on the command line; a search stands for its winner
+    steps: list[int]  # measured steps (cycles of them) of baseline and run
+    apart: list[str]  # reasons, as sentences, for which seconds do not tell the two configurations apart
+    differences: list[str]  # other sentences to read before the seconds
     changed: dict[str, list[str]]  # key of the configuration -> its two values as text
-    step: RatioRow  # its interval holds by itself
-    stages: list[RatioRow]  # every stage that ran in either; their intervals hold all together
+    rows: list[RatioRow]  # the step, whose interval holds by itself, and stages that ran, whose hold all together
     facts: dict[str, list[float | None]]  # fact -> its two values; None where a run does not tell
 
 
@@ -53,5 +42,5 @@ class Comparison(Frozen):
 
     schema_: Literal["grpo-autotune/compare/1"] = Field(default=SCHEMA, alias="schema")
     confidence: float
-    baseline: ComparedRun
+    baseline: str
     pairs: list[Pair]

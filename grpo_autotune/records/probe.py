@@ -267,6 +267,11 @@ class TrainerFacts(Frozen):
     device_bytes: int | None = None
     device_room_bytes: int | None = None
 
+    @property
+    def rows(self) -> int:
+        """Completions of an optimizer step, over all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 class ProbeRecord(Frozen):
     """Everything one probe measured on this rank, with the other ranks' stage means."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +27,8 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
     if not path.is_file():
         raise ConfigError(absent, where=where, fix=f"{written_by} writes one.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, allow_nan=False)  # `Infinity`, `NaN` and `1e999` are none of JSON's numbers
     except (ValueError, RecursionError) as problem:
         raise ConfigError("this is not a JSON file", where=where, fix=again) from problem
     name = data.get("schema") if isinstance(data, dict) else None
@@ -40,10 +40,3 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
         first = problem.errors()[0]
         key = ".".join(str(step) for step in first["loc"])
         raise ConfigError(f"the report is damaged at `{key}`: {first['msg']}", where=where, fix=again) from problem
-
-
-def _finite(text: str) -> float:
-    """A number; `Infinity`, `NaN` and `1e999` are none of JSON's."""
-    if not math.isfinite(value := float(text)):
-        raise ValueError(text)
-    return value

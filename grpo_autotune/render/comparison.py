@@ -1,73 +1,86 @@
-"""A comparison of runs as text for a terminal, from the comparison alone."""
+"""A comparison of runs as text for a terminal and as a page, from the comparison alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich import box
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.comparison import ComparedRun, Comparison, Pair, RatioRow
+from grpo_autotune.records.comparison import Comparison, Pair, RatioRow
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import amount, percent, plural, seconds
 
-STYLES = {"faster": "green", "slower": "red", "within noise": ""}
 MEANING = (
-    "Change: lower end, middle and upper end. The step's interval holds at {sure}, those of the stages at {sure} all "
-    "together; both count in that a machine's pace differs between runs, which the steps of one run cannot show. "
-    "Within noise: the interval holds zero, or the difference is under 1% of the step. Runs in turns tell more: "
-    "`grpo-autotune search` races its winner."
+    "Change: lower end, middle and upper end, at {sure} for the step and at {sure} for all stages together; that the "
+    "machine's pace differs between runs is counted in. `run x 0.5`: times 0.5 for equal work. Within noise: zero is "
+    "inside, or it is under 1% of the step. Runs in turns tell more: `grpo-autotune search` races its winner."
 )
 
 
-def render_comparison(comparison: Comparison, width: int = 100, *, colour: bool = False) -> str:
-    """The comparison as text for a terminal of `width` columns, with ANSI escapes where `colour` is asked for."""
-    return as_text(_sections(comparison), width, colour=colour)
-
-
-def _sections(comparison: Comparison) -> Iterator[RenderableType]:
+def render_comparison(comparison: Comparison, width: int = 100) -> str:
+    """The comparison as text for a terminal of `width` columns."""
+    parts: list[RenderableType] = []
     for pair in comparison.pairs:
-        yield Text(headline(comparison.baseline, pair), style="bold")
-        for sentence in pair.differences:
-            yield Text(f"Before you compare: {sentence}.", style="yellow")
-        yield Text("")
-        yield comparison_table(pair)
-        facts = [f"{name}: {_known(old)} -> {_known(new)}" for name, (old, new) in pair.facts.items()]
-        yield from section("Beside the seconds", facts)
-        yield from section("Changed keys", [f"{key} {old} -> {new}" for key, (old, new) in pair.changed.items()])
-        yield Text("")
-    yield Padding(Text(MEANING.format(sure=percent(comparison.confidence)), style="dim"), (0, 0, 0, 2))
+        parts += [*map(Text, _warnings(pair)), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
+        parts += [part for title, lines in _notes(pair).items() for part in section(title, lines)] + [Text("")]
+    return as_text([*parts, Text(MEANING.format(sure=percent(comparison.confidence)))], width, colour=False)
 
 
-def headline(base: ComparedRun, pair: Pair) -> str:
-    """The verdict on one run: its seconds per step against the baseline's, and one of the three words."""
-    row, steps = pair.step, f"{plural(base.steps, 'step')} and {plural(pair.run.steps, 'step')}"
-    times = f"{seconds(row.before_s)} -> {seconds(row.after_s)}"
-    return f"{base.name} -> {pair.run.name}: step {times}  change {change_text(row)}  {row.word} ({steps})"
+def comparison_page(comparison: Comparison) -> str:
+    """The comparison as a page: a bar of stages for each run, then each run against the baseline."""
+    from grpo_autotune.render import pictures as draw
+    from grpo_autotune.render.page import Lines, Section, Table, from_rich, render_page
+
+    base, pairs = comparison.baseline, comparison.pairs
+    spent = [(base, row.name, row.before_s) for row in pairs[0].rows[1:]]
+    spent += [(pair.run, row.name, row.after_s) for pair in pairs for row in pair.rows[1:]]
+    stages = list(draw.STAGE_COLOURS)
+    bars = [{"step": run, "stage": stage, "seconds": s, "order": stages.index(stage)} for run, stage, s in spent]
+    chart = draw.stacked_steps(bars, "run")
+    picture = draw.picture("One step", "A bar for each run", chart, Table(("run", "stage", "seconds"), spent))
+    sections = [Section("runs", "Where a step goes", [picture])]
+    for number, pair in enumerate(pairs, start=1):
+        verdict = Lines([*_warnings(pair), _verdict(base, pair)], strong=True)
+        below = [Lines(lines, title=title) for title, lines in _notes(pair).items() if lines]
+        sections += [Section(f"run-{number}", f"{pair.run} against {base}", [verdict, from_rich(_table(pair)), *below])]
+    words = Lines([MEANING.format(sure=percent(comparison.confidence))])
+    return render_page(f"{base} compared", [*sections, Section("meaning", "How to read it", [words])])
 
 
-def change_text(row: RatioRow) -> str:
-    """The change with the ends of its interval in percent, and the factor for equal work where there is one."""
-    ends = "[? ? ?]" if row.change is None else "[{:+.0f} {:+.0f} {:+.0f}]".format(*(100.0 * end for end in row.change))
-    return f"{ends} %" + (f" (x {row.scale:.3g} for equal work)" if abs(row.scale - 1.0) > 0.0005 else "")
+def _warnings(pair: Pair) -> list[str]:
+    return [f"Before you compare: {sentence}." for sentence in [*pair.apart, *pair.differences]]
 
 
-def comparison_table(pair: Pair) -> Table:
+def _verdict(base: str, pair: Pair) -> str:
+    """One run's seconds per step against the baseline's, and one of the three words."""
+    row, (before, after) = pair.rows[0], pair.steps
+    times = f"step {seconds(row.before_s)} -> {seconds(row.after_s)}  change {_change(row)}  {row.word}"
+    return f"{base} -> {pair.run}: {times} ({plural(before, 'step')} and {plural(after, 'step')})"
+
+
+def _change(row: RatioRow) -> str:
+    """The change with the ends of its interval, in percent or as factors, and the factor for equal work."""
+    if row.change is None:
+        return "too few steps" if row.before_s and row.after_s else "new" if row.after_s else "gone"
+    large = row.change[2] >= 10.0
+    ends = " ".join(amount(1.0 + end) if large else f"{round(100.0 * end):+d}" for end in row.change)
+    return (f"x [{ends}]" if large else f"[{ends}] %") + (f" (run x {row.scale:.3g})" if row.scale != 1.0 else "")
+
+
+def _table(pair: Pair) -> Table:
     """The step and every stage that ran in either, the longest first."""
-    table = Table("stage", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("baseline", justify="right", no_wrap=True)
-    table.add_column("")
-    table.add_column("run", justify="right", no_wrap=True)
-    table.add_column("change")
-    table.add_column("verdict", no_wrap=True)
-    for row in [pair.step, *sorted(pair.stages, key=lambda row: -max(row.before_s, row.after_s))]:
-        word = Text(row.word, style=STYLES[row.word])
-        table.add_row(row.name, seconds(row.before_s), "->", seconds(row.after_s), change_text(row), word)
+    table = Table("stage", "baseline", "", "run", "change", "verdict", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[1].justify = table.columns[3].justify = "right"
+    for row in pair.rows:
+        table.add_row(row.name, seconds(row.before_s), "->", seconds(row.after_s), _change(row), row.word)
     return table
 
 
-def _known(value: float | None) -> str:
-    return "not known" if value is None else amount(value)
+def _notes(pair: Pair) -> dict[str, list[str]]:
+    """Title -> lines of what stands below the table."""
+    facts = {
+        name: ["unknown" if value is None else amount(value) for value in both] for name, both in pair.facts.items()
+    }
+    notes = {"Beside the seconds": facts, "Changed keys": pair.changed}
+    return {title: [f"{name}: {old} -> {new}" for name, (old, new) in both.items()] for title, both in notes.items()}

@@ -72,12 +72,11 @@ def _model(report: Report) -> str:
 
 def _batch(report: Report) -> str:
     t = report.trainer
-    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.world_size
     many = "micro batch" if t.gradient_accumulation_steps == 1 else "micro batches"
     micro = f"{t.gradient_accumulation_steps} {many} of {t.per_device_train_batch_size}"
     ranks = f" on each of {t.world_size} ranks" if t.world_size > 1 else ""
     reuse = f"; each generated batch serves {report.cycle} steps" if report.cycle > 1 else ""
-    return f"{rows} completions per step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
+    return f"{t.rows} completions per step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
 
 
 def _machine(report: Report) -> str:

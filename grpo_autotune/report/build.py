@@ -130,8 +130,7 @@ def _rates(facts: Facts) -> Rates | None:
         return None
     dead = facts.dead_share()
     masked = tokens.truncated_share if t.mask_truncated_completions else 0.0
-    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.world_size
-    groups = rows / (t.num_iterations * t.num_generations)
+    groups = t.rows / (t.num_iterations * t.num_generations)
     useful = None if dead is None else useful_completions(groups, t.num_generations, 1.0 - dead, masked) / step_s
     cut = f"{percent(masked)} of the completions were cut off and masked"
     completion = tokens.completion_per_step * t.world_size / step_s

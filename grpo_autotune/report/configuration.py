@@ -21,6 +21,14 @@ def settings(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     return sorted(rows, key=lambda row: row[2], reverse=True)
 
 
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Keys that differ, with both values as text; those of sections that no step depends on are left out."""
+    before, after = ({key: str(value) for key, value in _flat(side)} for side in (old, new))
+    keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    keys = [key for key in keys if key.partition(".")[0] not in ("output", "receipt", "search")]
+    return {key: [before.get(key, "unset"), after.get(key, "unset")] for key in keys}
+
+
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:

@@ -8,7 +8,6 @@ less what is nested in them, the slices of a category last as long as the report
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,6 @@ from grpo_autotune.probe.stages import classify
 from grpo_autotune.report.timeline import rank_files, read_spans
 
 TRACE_FILE = "trace.json.gz"
-EVERY_STEP = range(10**18)
-COUNTERS = ("rss_bytes", "gpu_memory_bytes", "cpu_percent", "gpu_percent", "power_w")
-MAIN = 1
-"""Number of the main thread's track."""
-
-Event = dict[str, Any]
 
 
 @as_warning("no trace")
@@ -38,43 +31,26 @@ def keep_trace(folder: Path) -> None:
         write_whole(folder / TRACE_FILE, gzip.compress(text.encode(), mtime=0))
 
 
-def trace_events(folder: Path) -> Iterator[Event]:
-    """Events of all ranks whose spans are in `folder`."""
+def trace_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Events of all ranks whose spans are in `folder`; the main thread is number 1 of its rank."""
     for rank, (name, path) in enumerate(rank_files(folder)):
-        begin_s, numbers = 0.0, itertools.count()
-        for step in read_spans(path, EVERY_STEP).values():
-            if not begin_s:
-                yield _event("M", "process_name", rank, 0.0, args={"name": name})
-                yield _event("M", "thread_name", rank, 0.0, args={"name": "main thread"})
-            yield from _nested(step, rank, begin_s)
-            for span, (phase, share) in itertools.product(step.others, (("b", 0), ("e", 1))):
-                at_s, stage = begin_s + span.start_s + share * span.host_s, span.stage or "other"
-                more = {"id": f"{rank}.{next(numbers) // 2}", "args": {"step": step.step, "part": span.part}}
-                yield _event(phase, stage, rank, at_s, cat=stage, tid=span.thread, **more)
-            for (at_s, values), key in itertools.product(step.samples, COUNTERS):
-                if key in values:
-                    yield _event("C", key, rank, begin_s + at_s, args={key: values[key]})
-            begin_s += step.spans[0].host_s
+        begin_us, steps = 0, read_spans(path, range(10**18)).values()
+        for kind, title in (("process_name", name), ("thread_name", "main thread")) if steps else ():
+            yield {"ph": "M", "name": kind, "pid": rank, "tid": 1, "ts": 0, "args": {"name": title}}
+        for step in steps:
+            for at_s, event in _events(step):
+                yield {"pid": rank, "tid": 1, "ts": begin_us + round(at_s * 1e6), **event}
+            begin_us += round(step.spans[0].host_s * 1e6)
 
 
-def _nested(step: StepSpans, rank: int, begin_s: float) -> Iterator[Event]:
-    """The main thread's spans. Stored times are rounded, so each is cut where its parent ends or a sibling does."""
-    ends_s = [0.0] * len(step.spans)
-    free_s = list(ends_s)  # of each span, where its next child may begin
+def _events(step: StepSpans) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Seconds since the step began, and what else an event has."""
     for span, (stage, part) in zip(step.spans, classify(step.spans), strict=True):
-        start_s, end_s = span.start_s, span.start_s + span.host_s
-        if span.parent >= 0:
-            end_s = min(end_s, ends_s[span.parent])
-            start_s = min(max(start_s, free_s[span.parent]), ends_s[span.parent])
-            free_s[span.parent] = end_s = max(start_s, end_s)
-        ends_s[span.index], free_s[span.index] = end_s, start_s
-        more: Event = {
-            "cat": stage,
-            "dur": round((end_s - start_s) * 1e6, 3),
-            "args": {"step": step.step, "part": part},
-        }
-        yield _event("X", stage if span.parent >= 0 else f"step {step.step}", rank, begin_s + start_s, **more)
-
-
-def _event(phase: str, name: str, rank: int, at_s: float, *, tid: int = MAIN, **more: Any) -> Event:
-    return {"ph": phase, "name": name, "pid": rank, "tid": tid, "ts": round(at_s * 1e6, 3), **more}
+        name, length_us = stage if span.parent >= 0 else f"step {step.step}", round(span.host_s * 1e6)
+        yield span.start_s, {"ph": "X", "name": name, "cat": stage, "dur": length_us, "args": {"part": part}}
+    for number, span in enumerate(step.others):
+        name, key, more = span.stage or "other", {"local": f"{step.step}.{number}"}, {"part": span.part}
+        for phase, at_s in (("b", span.start_s), ("e", span.start_s + span.host_s)):
+            yield at_s, {"ph": phase, "name": name, "cat": name, "id2": key, "tid": span.thread, "args": more}
+    for at_s, values in step.samples:
+        yield from ((at_s, {"ph": "C", "name": key, "args": {key: value}}) for key, value in values.items())

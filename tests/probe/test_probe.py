@@ -19,6 +19,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.probe import NO_SIGNAL
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import save_report
+from grpo_autotune.report.timeline import read_spans
 from tests.support.traces import events_in, self_seconds
 from tests.support.trainers import async_reward, losses, make_trainer, rising_reward, spread_reward
 
@@ -78,8 +79,9 @@ def test_four_architectures_with_and_without_adapters(tiny, tmp_path, picture_ro
 
 def test_what_is_under_way_belongs_to_its_step(tiny, tmp_path, text_rows, monkeypatch):
     monkeypatch.setattr(probe_module, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(probe_module, "MOST_SPANS_BYTES", 1)
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    probe, told = Probe(trainer), []
+    probe, told = Probe(trainer, out_dir=tmp_path / "probe"), []
 
     class Asks(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
@@ -93,6 +95,7 @@ def test_what_is_under_way_belongs_to_its_step(tiny, tmp_path, text_rows, monkey
     steps = [line.partition(":")[0] for line in told]
     assert steps == ["step 1 of 2", "step 1 of 2", "step 2 of 2", "step 2 of 2"]
     assert told[1].endswith("log_save_eval")
+    assert list(read_spans(tmp_path / "probe" / "spans.jsonl", range(9))) == [1], "a file that is full ends at a step"
 
 
 def test_beta_zero_has_no_reference_pass(tiny, tmp_path, text_rows):

@@ -47,14 +47,7 @@ def written(path: Path, plans: list[list[Any]]) -> list[StepSpans]:
         recorder.end_elsewhere(beside)
         clock[0] += 0.01
         steps.append(recorder.close_root(number))
-    lines = []
-    for step in steps:
-        origin = step.spans[0].start_s
-        rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in step.spans]
-        others = [[s.stage, s.part, 99, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in step.others]
-        samples = [[round(at - origin, 6), values] for at, values in step.samples]
-        lines.append(json.dumps({"step": step.step, "spans": rows, "other_threads": others, "samples": samples}))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(json.dumps(step.line()) + "\n" for step in steps))
     return steps
 
 
@@ -89,8 +82,9 @@ def test_threads_ranks_and_counters_have_their_tracks(tmp_path: Path) -> None:
     save_report(report_of(steps), tmp_path)
     events = events_in(tmp_path)
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"rank 0", "rank 1"}
-    begins = {event["id"]: event for event in events if event["ph"] == "b"}
-    ends = {event["id"]: event for event in events if event["ph"] == "e"}
+    local = lambda event: (event["pid"], event["id2"]["local"])  # noqa: E731
+    begins = {local(event): event for event in events if event["ph"] == "b"}
+    ends = {local(event): event for event in events if event["ph"] == "e"}
     assert len(begins) == 3 and begins.keys() == ends.keys()
     assert all(event["tid"] != 1 and event["ts"] < ends[number]["ts"] for number, event in begins.items())
     assert {event["name"] for event in events if event["ph"] == "C"} == {"rss_bytes", "cpu_percent"}
@@ -115,26 +109,28 @@ def test_old_and_torn_spans_and_a_full_disk_do_not_lose_the_report(
     assert "no trace" in capsys.readouterr().err
     (tmp_path / TRACE_FILE).rmdir()
     save_report(report_of(steps), tmp_path)
-    assert {event["args"]["step"] for event in events_in(tmp_path) if event["ph"] == "X"} == {1}
+    assert [event["name"] for event in events_in(tmp_path) if event["ph"] == "X"] == ["step 1", "generation"]
 
 
-def test_ranges_follow_spans() -> None:
-    class Ranges:
-        told: list[str] = []
+def test_nvtx_ranges_follow_spans_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
 
-        def range_push(self, msg: str) -> None:
-            self.told.append(msg)
+    from grpo_autotune.probe.gauges import ranges_for
 
-        def range_pop(self) -> None:
-            self.told.append("end")
-
-    recorder = SpanRecorder(ranges=Ranges())
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("end"))
+    monkeypatch.delenv("GRPO_AUTOTUNE_NVTX", raising=False)
+    assert ranges_for(torch.device("cuda")) is None, "an attribute that is None is all that a span then looks at"
+    monkeypatch.setenv("GRPO_AUTOTUNE_NVTX", "1")
+    assert ranges_for(torch.device("cpu")) is None
+    recorder = SpanRecorder(ranges=ranges_for(torch.device("cuda")))
     recorder.open_root()
     with recorder.span("generation", "generate"):
         recorder.begin("weight_sync")  # left open by an exception
     recorder.close_root(1)
-    assert Ranges.told == ["step", "generation: generate", "weight_sync", "end", "end", "end"]
+    assert told == ["step", "generation: generate", "weight_sync", "end", "end", "end"]
     recorder.open_root()
     recorder.begin("reward")
     recorder.abandon()
-    assert Ranges.told[6:] == ["step", "reward", "end", "end"]
+    assert told[6:] == ["step", "reward", "end", "end"]

@@ -17,14 +17,16 @@ def events_in(folder: Path) -> list[dict[str, Any]]:
 
 def self_seconds(events: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
     """Seconds by step and stage, each slice less those that stand in it; fails where two overlap."""
+    step = 0
     totals: dict[tuple[int, str], float] = defaultdict(float)
     open_: list[dict[str, Any]] = []
     for event in (event for event in events if event["ph"] == "X"):
-        while open_ and event["ts"] >= open_[-1]["ts"] + open_[-1]["dur"] - 0.001:
+        while open_ and event["ts"] >= open_[-1]["ts"] + open_[-1]["dur"]:
             open_.pop()
+        step = step if open_ else int(event["name"].removeprefix("step "))
         if open_:
-            assert event["ts"] + event["dur"] <= open_[-1]["ts"] + open_[-1]["dur"] + 0.002, "slices overlap"
-            totals[open_[-1]["args"]["step"], open_[-1]["cat"]] -= event["dur"] / 1e6
-        totals[event["args"]["step"], event["cat"]] += event["dur"] / 1e6
+            assert event["ts"] + event["dur"] <= open_[-1]["ts"] + open_[-1]["dur"], "slices overlap"
+            totals[step, open_[-1]["cat"]] -= event["dur"] / 1e6
+        totals[step, event["cat"]] += event["dur"] / 1e6
         open_.append(event)
     return totals
