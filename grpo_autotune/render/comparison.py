@@ -35,7 +35,7 @@ def comparison_page(comparison: Comparison) -> str:
     base, pairs = comparison.baseline, comparison.pairs
     spent = [(base, row.name, row.before_s) for row in pairs[0].rows[1:]]
     spent += [(pair.run, row.name, row.after_s) for pair in pairs for row in pair.rows[1:]]
-    stages = list(draw.STAGE_COLOURS)
+    stages = list(dict.fromkeys(stage for _, stage, _ in spent))
     bars = [{"step": run, "stage": stage, "seconds": s, "order": stages.index(stage)} for run, stage, s in spent]
     chart = draw.stacked_steps(bars, "run")
     picture = draw.picture("One step", "A bar for each run", chart, Table(("run", "stage", "seconds"), spent))
