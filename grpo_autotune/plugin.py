@@ -7,6 +7,7 @@ from typing import Any
 
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Report
@@ -16,13 +17,18 @@ from grpo_autotune.report.files import save_report
 
 
 class PrintableReport:
-    """A `Report` that prints itself; `data` is the report, `to_dict()` what `report.json` holds."""
+    """A report that prints itself, and is a page in a notebook; `data` is the report, `to_dict()` what its file holds."""
 
-    def __init__(self, data: Report) -> None:
-        self.data = data
+    def __init__(self, data: Report | SearchReport, contents: Callable[[], tuple[str, list[Section]]]) -> None:
+        self.data, self._contents = data, contents
 
     def __str__(self) -> str:
-        return render(self.data)
+        return render_search(self.data) if isinstance(self.data, SearchReport) else render(self.data)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return render_cell(*self._contents())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
@@ -87,4 +93,4 @@ def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"attach() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     folder = None if out_dir is None else Path(out_dir).absolute()  # wherever the script works later
-    return AttachedProbe(Probe(trainer, out_dir=folder), folder)
+    return AttachedProbe(Probe(trainer, out_dir=folder, live=LiveFile(folder) if folder else None), folder)

@@ -27,11 +27,12 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False) -
     Raises:
         ConfigError: There is nothing that a page can be made of, or it is damaged.
     """
-    title, sections = _contents(source, running)
+    title, sections = contents(source, running)
     return render_page(title, sections, interactive=interactive, refresh_s=REFRESH_S if running else None)
 
 
-def _contents(source: Path, running: bool) -> tuple[str, list[Section]]:
+def contents(source: Path, running: bool = False) -> tuple[str, list[Section]]:
+    """Title and sections of the page, as for `page_of`."""
     folder = source if source.is_dir() else source.parent
     if (folder / LOG_FILE).is_file():
         from grpo_autotune.render.train_page import train_sections, train_title

@@ -26,7 +26,8 @@ from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, Tok
 from grpo_autotune.probe.gauges import gauges_for, ranges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
-from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
+from grpo_autotune.probe.live import LIVE_STEPS, LiveFile
+from grpo_autotune.probe.sampler import Sampler, readers_for
 from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
@@ -37,6 +38,7 @@ from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
+from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
@@ -73,8 +75,10 @@ class Probe:
         warmup: int | None = None,
         profile: bool = False,
         say: Callable[[str], None] = lambda sentence: None,
+        live: LiveFile | None = None,
     ) -> None:
         self.trainer = trainer
+        self.live = live
         self.startup = startup or _born_now()
         self.cycle = cycle_of(trainer.args)
         timer, self._gauge = gauges_for(trainer.args.device)
@@ -99,7 +103,7 @@ class Probe:
         self._blind = False
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
-        self._last_step = trainer.state.global_step
+        self._last_step, self._earlier = trainer.state.global_step, 0
         self._steps: deque[StepStages] = deque(maxlen=KEEP)
         self._pending: list[StepSpans] = []
         self._ended = False
@@ -108,11 +112,11 @@ class Probe:
         alive = weakref.ref(self)
         self._sampler = Sampler(
             lambda: None if (probe := alive()) is None else probe._stage_now(),
-            _readers(trainer.args.device),
+            readers_for(trainer.args.device),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
-            keep=self.recorder.note,
+            keep=lambda values: None if (probe := alive()) is None else probe._see_sample(values),
         )
-        self._handles = install(self)
+        self._handles = [*install(self), wrap(AttributeSlot(trainer, "train"), self._around_train)]
         shared = [handle.remove for handle in self._handles if handle.shared]
         for leave in (self._sampler.stop, self.recorder.abandon, *shared):
             weakref.finalize(self, leave)  # a probe may be forgotten with its trainer, without being detached
@@ -126,8 +130,7 @@ class Probe:
         self._handles = []
         self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
-        self._drop_profile()
-        self._sampler.stop()
+        self._stop()
         if self._gauge is not None:
             self.recorder.memory = None
             self._gauge.close()
@@ -162,8 +165,13 @@ class Probe:
             self._blind = False
 
     def train_began(self) -> None:
-        """Open the first step's tree."""
-        self._open(self.trainer.state.global_step)
+        """Open the first step's tree; steps of a second training are numbered on from those of the first."""
+        step = self.trainer.state.global_step
+        if self.closed:
+            self._earlier = max(0, self._earlier + self._last_step - step)
+        self.tokens.forget(self.closed)  # of a step that did not end
+        self.images.forget(self.closed)
+        self._open(step)
 
     def step_ended(self, grad_norm: Any = None) -> None:
         """Close the tree if an optimizer step, whose gradient had this norm, is complete, and open the next one's."""
@@ -171,7 +179,7 @@ class Probe:
         if self.recorder.is_open:
             if step <= self._last_step:
                 return
-            spans = self.recorder.close_root(step)
+            spans = self.recorder.close_root(step + self._earlier)
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
             trainer = self.trainer
@@ -182,9 +190,7 @@ class Probe:
 
     def train_ended(self) -> None:
         """Stop sampling and publish this rank's means to the others."""
-        self.recorder.abandon()
-        self._drop_profile()
-        self._sampler.stop()
+        self._stop()
         publish(self._means(self._timings()), self._topic)
         self._ended = True
 
@@ -215,6 +221,28 @@ class Probe:
             versions=versions(),
             runtime=runtime_facts(self.trainer.args.device),
         )
+
+    def _around_train(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """A layer on `train`, which may end without a word to its callbacks."""
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.recorder.abandon()
+        self._drop_profile()
+        self._sampler.stop()
+        self._tell_live(None)
+
+    def _see_sample(self, values: dict[str, float]) -> None:
+        self.recorder.note(values)
+        self._tell_live(values)
+
+    def _tell_live(self, values: dict[str, float] | None) -> None:
+        if self.live is not None:
+            seconds = [step.wall_s for step in list(self._steps)[-LIVE_STEPS:]]
+            self.live.see(self.trainer.state, self._stage_now(), seconds, values)
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
         """The meter's facts; with TRL's plain engine, its start and the bytes of a sync come from the probe."""
@@ -281,7 +309,7 @@ class Probe:
         if self._file is not None:
             try:
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(_line(spans)) + "\n")
+                    file.write(json.dumps(spans.to_json()) + "\n")
                     full = file.tell() >= MOST_SPANS_BYTES
                 self._file = None if full else self._file
             except OSError as error:
@@ -349,18 +377,6 @@ def _born_now() -> Startup:
     return startup
 
 
-def _readers(device: Any) -> list[Any]:
-    readers: list[Any] = [ProcessReader()]
-    if device.type == "cuda":
-        import pynvml
-
-        try:
-            readers.append(NvmlDevice(device))
-        except pynvml.NVMLError:
-            return readers
-    return readers
-
-
 def _merge_size(trainer: Any) -> int:
     return int(getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1))
 
@@ -379,13 +395,3 @@ def _seam_names() -> dict[str, list[str]]:
     names["reference_logprob"] = ["trainer._get_per_token_logps_and_entropies"]
     names["reward"].append("trainer.reward_funcs[i]")
     return names
-
-
-def _line(spans: StepSpans) -> dict[str, Any]:
-    """One step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread; samples
-    of the machine as [time, values]."""
-    origin = spans.spans[0].start_s
-    rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.spans]
-    others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in spans.others]
-    samples = [[round(at_s - origin, 6), values] for at_s, values in spans.samples]
-    return {"step": spans.step, "spans": rows, "other_threads": others, "samples": samples}

@@ -65,6 +65,15 @@ class StepSpans:
     others: list[Span] = field(default_factory=list)
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, and what was read by name
 
+    def to_json(self) -> dict[str, Any]:
+        """The step as JSON: spans as [stage, part, parent, start, seconds]; those of other threads name the thread;
+        samples of the machine as [time, values]."""
+        origin = self.spans[0].start_s
+        rows = [[s.stage, s.part, s.parent, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in self.spans]
+        others = [[s.stage, s.part, s.thread, round(s.start_s - origin, 6), round(s.host_s, 6)] for s in self.others]
+        samples = [[round(at_s - origin, 6), values] for at_s, values in self.samples]
+        return {"step": self.step, "spans": rows, "other_threads": others, "samples": samples}
+
 
 class SpanRecorder:
     """Records spans while a root is open, and costs a comparison while none is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -25,10 +25,14 @@ PURPOSES = {"probe": " (probe)", "timed": "", "rewards": " (rewards alone)", "wo
 
 
 class SearchView:
-    """View of a running search on a console made for standard error; a context manager that gives the terminal back."""
+    """View of a running search on a console made for standard error; a context manager that gives the terminal back.
+
+    `tell` is given each state, too.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
+        self.tell: Callable[[SearchProgress], None] = lambda state: None
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._printed_trial: int | None = None
         self._printed_s = 0.0
@@ -51,6 +55,7 @@ class SearchView:
 
     def show(self, state: SearchProgress) -> None:
         """Draw the state of the search, or print a line of it."""
+        self.tell(state)
         if self._live is not None:
             self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
             return
@@ -66,16 +71,21 @@ class SearchView:
 
 def panel(state: SearchProgress) -> list[str]:
     """The lines of the live view."""
-    lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
+    return [f"{name:<8}{text}" for name, text in facts(state)]
+
+
+def facts(state: SearchProgress) -> Iterator[tuple[str, str]]:
+    """What there is to say, each with a name."""
+    yield "Search", f"{_left(state)}, {state.done} trials done"
+    yield "now", _trial(state)
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
-        lines.append(f"own     {seconds(state.baseline_step_s)} per step")
-        lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
+        yield "own", f"{seconds(state.baseline_step_s)} per step"
+        yield "best", f"x {state.speedup:.2f}, {step} per step: {changed}"
     for row in state.skipped[:MOST_SKIPPED]:
-        lines.append(f"skipped {row.count}: {row.why}")
+        yield "skipped", f"{row.count}: {row.why}"
     if state.step_error is not None:
-        lines.append(f"models  off by {percent(state.step_error)} at the median")
-    return lines
+        yield "models", f"off by {percent(state.step_error)} at the median"
 
 
 def plain_line(state: SearchProgress) -> str:
