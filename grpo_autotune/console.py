@@ -152,7 +152,7 @@ class Heartbeat:
 
 
 def is_live(stream: TextIO | None = None) -> bool:
-    """Return whether `stream`, or standard error, is a terminal that can rewrite lines, as no cell of a notebook can."""
+    """Return whether `stream`, or standard error, is a terminal that rewrites lines; a notebook's cell is none."""
     return (stream or sys.stderr).isatty() and "JPY_PARENT_PID" not in os.environ
 
 

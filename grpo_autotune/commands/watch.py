@@ -60,7 +60,7 @@ def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
             if screen is not None:
                 screen.update(_view(runs, folder), refresh=True)
             elif last:
-                Console(width=None if sys.stdout.isatty() else 120).print(_view(runs, folder))
+                Console(width=None if sys.stdout.isatty() else 200).print(_view(runs, folder))
             else:
                 for run in runs:
                     show(" | ".join([str(run.folder), run.state, *(text for _, text in run.facts)]))
@@ -72,8 +72,7 @@ def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
 def _view(runs: list[Run], folder: Path) -> RenderableType:
     if len(runs) == 1:
         run = runs[0]
-        state = f"{run.state}{'' if run.goes_on else f'; `grpo-autotune report {run.folder}` prints what it measured'}"
-        return Group(*(Text(f"{name:<8}{text}") for name, text in [("run", f"{run.folder}: {state}"), *run.facts]))
+        return Group(*(Text(f"{name:<8}{text}") for name, text in [("run", f"{run.folder}: {run.state}"), *run.facts]))
     table = Table("run", "state", *COLUMNS, box=None, pad_edge=False)
     for run in runs:
         facts = dict(run.facts)
