@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_autotune.commands.load import load_run
+    from grpo_autotune.commands.page import load_run
     from grpo_autotune.config.schema import load_config
     from grpo_autotune.plugin import attach
     from grpo_autotune.rollout.colocate.unlock import unlock_vllm
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attach": "grpo_autotune.plugin",
     "load_config": "grpo_autotune.config.schema",
-    "load_run": "grpo_autotune.commands.load",
+    "load_run": "grpo_autotune.commands.page",
     "speed_up": "grpo_autotune.speedups.install",
     "unlock_vllm": "grpo_autotune.rollout.colocate.unlock",
 }

@@ -21,6 +21,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Action = Callable[[], int]
 """The work of a command whose arguments were parsed; returns the exit code."""
+SEARCH_FILE = "search.json"
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -165,10 +166,18 @@ def report(
 
                 webbrowser.open(path.absolute().as_uri())
             return 0
-        from grpo_autotune.commands.load import load_run
+        from grpo_autotune.report.files import load_report
 
-        run = load_run(run_dir)
-        show(json.dumps(run.to_dict(), indent=2) if json_ else str(run))
+        if run_dir.name == SEARCH_FILE or (
+            (run_dir / SEARCH_FILE).is_file() and not (run_dir / "report.json").is_file()
+        ):
+            from grpo_autotune.render.search import render_search
+            from grpo_autotune.search.folder import load_search
+
+            result = load_search(run_dir)
+            show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_search(result))
+            return 0
+        _print([load_report(run_dir)], json_)
         return 0
 
     return action

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.load import PrintableReport
+from grpo_autotune.commands.page import PrintableReport
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.live import LiveFile
@@ -41,7 +41,7 @@ class AttachedProbe:
         report = report_of(record, None)
         if self._out_dir is not None and is_first_rank():
             save_report(report, self._out_dir)
-        return PrintableReport(report, self._out_dir or Path(os.devnull), stored=False)
+        return PrintableReport(report, self._out_dir or Path(os.devnull))
 
     def detach(self) -> None:
         """Leave the trainer as it was; the report stays available."""

@@ -22,19 +22,18 @@ from grpo_autotune.console import is_live, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.live import LIVE_FILE, Live
 from grpo_autotune.records.probe import STAGE_WORDS
-from grpo_autotune.render import search_live
+from grpo_autotune.render.search_live import PLAIN_EVERY_S, panel
 from grpo_autotune.report.files import REPORT_FILE
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder
 from grpo_autotune.trials.heartbeat import HeartbeatReader
 from grpo_autotune.units import duration, seconds, size
 
-LIVE_EVERY_S = 1.0
 SILENT_S = 60.0
 """Silence from which a run on another machine, whose processes nobody here can see, may be over."""
 LEVELS = "▁▂▃▄▅▆▇█"
-LOGGED = {"reward": "reward", "kl": "KL", "eval_reward": "held-out reward"}
+NAMES = {"reward": "reward", "kl": "KL", "eval_reward": "held-out reward"}
 COLUMNS = {"now": "now", "pace": "own", "left": "Search", "logged": "best"}
-"""Facts of a training, and those of a search that stand in the same column of a table."""
+"""Fact of a training -> that of a search which stands in the same column of a table."""
 
 
 class Run(NamedTuple):
@@ -60,19 +59,19 @@ def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
             if screen is not None:
                 screen.update(_view(runs, folder), refresh=True)
             elif last:
-                Console(width=None if sys.stdout.isatty() else 200).print(_view(runs, folder))
+                Console(width=None if sys.stdout.isatty() else 200, force_jupyter=False).print(_view(runs, folder))
             else:
                 for run in runs:
                     show(" | ".join([str(run.folder), run.state, *(text for _, text in run.facts)]))
             if last:
                 return
-            time.sleep(every_s or (LIVE_EVERY_S if live else search_live.PLAIN_EVERY_S))
+            time.sleep(every_s or (1.0 if live else PLAIN_EVERY_S))
 
 
 def _view(runs: list[Run], folder: Path) -> RenderableType:
     if len(runs) == 1:
-        run = runs[0]
-        return Group(*(Text(f"{name:<8}{text}") for name, text in [("run", f"{run.folder}: {run.state}"), *run.facts]))
+        lines = [("run", f"{runs[0].folder}: {runs[0].state}"), *runs[0].facts]
+        return Group(*(Text(f"{name:<8}{text}") for name, text in lines))
     table = Table("run", "state", *COLUMNS, box=None, pad_edge=False)
     for run in runs:
         facts = dict(run.facts)
@@ -82,11 +81,7 @@ def _view(runs: list[Run], folder: Path) -> RenderableType:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The run in `folder`, or those up to two levels below it.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """The run in `folder`, or those up to two levels below it; a `ConfigError` where there is none."""
     for places in ([folder], [*folder.glob("*"), *folder.glob("*/*")]):
         runs = [run for place in sorted(places) if (run := _read(place)) is not None]
         if runs:
@@ -96,13 +91,13 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _read(folder: Path) -> Run | None:
-    reported_s = max((_written_s(folder / name) for name in (REPORT_FILE, SEARCH_FILE)), default=0.0)
+    reported_s = _newest_s(folder / REPORT_FILE, folder / SEARCH_FILE)
     try:
         live = Live.model_validate_json((folder / LIVE_FILE).read_bytes())
     except (OSError, ValueError):  # a run of an older version, which may be over
         return Run(folder, False, "ended", []) if reported_s else None
-    written_s = _written_s(folder / LIVE_FILE)
-    silent_s = time.time() - max([written_s, *(map(_written_s, folder.glob("trials/*/heartbeat")))])
+    written_s = _newest_s(folder / LIVE_FILE)
+    silent_s = time.time() - _newest_s(folder / LIVE_FILE, *folder.glob("trials/*/heartbeat"))
     lives, state = _lives(live), "running"
     if live.over or (live.search and reported_s >= written_s):
         lives, state = False, f"stopped after step {live.step}" if live.step < live.of else "ended"
@@ -116,13 +111,11 @@ def _read(folder: Path) -> Run | None:
     trial = HeartbeatReader(SearchFolder(folder).trial(live.search.trial.number))
     left_s = max(0.0, live.search.left_s - (time.time() - written_s if goes_on else 0.0))
     now = live.search._replace(left_s=left_s, progress=trial.progress if trial.moved() else None)
-    return Run(folder, goes_on, state, list(search_live.facts(now)))
+    return Run(folder, goes_on, state, [(line[:8].strip(), line[8:]) for line in panel(now)])
 
 
-def _written_s(file: Path) -> float:
-    with suppress(OSError):
-        return file.stat().st_mtime
-    return 0.0
+def _newest_s(*files: Path) -> float:
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
 def _lives(live: Live) -> bool | None:
@@ -137,8 +130,7 @@ def _lives(live: Live) -> bool | None:
 
 def _facts(live: Live, goes_on: bool) -> Iterator[tuple[str, str]]:
     stage = STAGE_WORDS.get(live.stage, live.stage) if live.stage != "other" else ""
-    step = f"step {live.step} of {live.of}" if live.step else ""
-    yield "now", ", ".join(filter(None, (step, stage)))
+    yield "now", ", ".join(filter(None, (f"step {live.step} of {live.of}" if live.step else "", stage)))
     if live.step_s:
         mean_s = statistics.fmean(live.step_s[1:] or live.step_s)  # the first may hold what comes but once
         low, high = min(live.step_s), max(live.step_s)
@@ -147,6 +139,6 @@ def _facts(live: Live, goes_on: bool) -> Iterator[tuple[str, str]]:
         if goes_on:
             yield "left", f"about {duration(mean_s * (live.of - live.step + 1))} left"
     if live.logged:
-        yield "logged", ", ".join(f"{LOGGED[key]} {value:.4f}" for key, value in live.logged.items() if key in LOGGED)
+        yield "logged", ", ".join(f"{NAMES.get(key, key)} {value:.4f}" for key, value in live.logged.items())
     if live.memory_bytes:
         yield "memory", size(live.memory_bytes)

@@ -82,13 +82,6 @@ class TokenCollector:
         live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
         return bool(newest) and all(g.truncated == len(g.completion) for g in newest), bool(rates) and not live
 
-    def forget(self, step: int) -> None:
-        """Drop what was seen in this step, the newest, which did not end."""
-        while self.generations and self.generations[-1].step == step:
-            self.generations.pop()
-        while self.rewards and self.rewards[-1][0] == step:
-            self.rewards.pop()
-
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations from step `first` on.
 
@@ -180,12 +173,6 @@ class ImageCollector:
         sizes = [image.size for image in images]
         self.generations.append(_Pictures(step, sizes, len(inputs), distinct, tokens))
 
-    def forget(self, step: int) -> None:
-        """Drop what was seen in this step, which did not end."""
-        self.generations = [one for one in self.generations if one.step != step]
-        self.decoded.pop(step, None)
-        self.processed.pop(step, None)
-
     def facts(self, first: int, steps: int, cycle: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
         """Facts of the generations whose images were read, from step `first` on and over at most `steps` steps.
 
@@ -234,6 +221,15 @@ def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], i
         if known:
             means[str(side)] = sum(known) / len(known)
     return means
+
+
+def forget(step: int, tokens: TokenCollector, images: ImageCollector) -> None:
+    """Drop what was seen in the newest step, which did not end."""
+    tokens.generations = deque((one for one in tokens.generations if one.step < step), KEEP)
+    tokens.rewards = deque((one for one in tokens.rewards if one[0] < step), KEEP)
+    images.generations = [one for one in images.generations if one.step < step]
+    for counts in (images.decoded, images.processed):
+        counts.pop(step, None)
 
 
 @dataclass(slots=True)

@@ -34,19 +34,16 @@ class Live(Frozen):
     of: int = 0  # steps of the whole run
     step_s: list[float] = []  # seconds of the latest steps
     logged: dict[str, float] = {}  # newest values, by TRL's names
-    memory_bytes: int = 0  # on a GPU all that is in use there, else of the process
+    memory_bytes: float = 0.0  # on a GPU all that is in use there, else of the process
     search: SearchProgress | None = None
     over: bool = False  # True after a training, also where the process goes on, as a notebook's does
 
 
 class LiveFile:
-    """`live.json` of a run folder, of the first rank alone; one that cannot be written is left out.
-
-    `total` is the number of steps where it is not the trainer's own.
-    """
+    """`live.json` of a run folder, of the first rank alone; `total` is the number of steps if not the trainer's."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._written_s, self._memory_bytes = folder.absolute() / LIVE_FILE, -math.inf, 0
+        self._path, self._written_s, self._memory_bytes = folder.absolute() / LIVE_FILE, -math.inf, 0.0
         self._process = {"host": socket.gethostname(), "pid": os.getpid(), "born_s": psutil.Process().create_time()}
         self.total: int | None = None
 
@@ -65,11 +62,11 @@ class LiveFile:
     def see(self, state: Any, stage: str | None, step_s: list[float], sample: dict[str, float] | None) -> None:
         """Write the state of a trainer in `stage`, with a sample of the machine; without one it has ended."""
         if sample is not None:
-            self._memory_bytes = int(sample.get("gpu_memory_bytes", sample["rss_bytes"]))
+            self._memory_bytes = sample.get("gpu_memory_bytes", sample["rss_bytes"])
             if time.monotonic() - self._written_s < EVERY_S:
                 return
         rows = (item for row in state.log_history[-LIVE_STEPS:] for item in row.items())
         logged = {key: value for key, value in rows if key in ("reward", "kl", "eval_reward") and math.isfinite(value)}
         step, of = state.global_step + (stage not in (None, APART)), self.total or state.max_steps
-        more = {"memory_bytes": self._memory_bytes, "over": sample is None}
-        self.write(stage=stage or "", step=step, of=of, step_s=step_s, logged=logged, **more)
+        over, memory = sample is None, self._memory_bytes
+        self.write(stage=stage or "", step=step, of=of, step_s=step_s, logged=logged, memory_bytes=memory, over=over)

@@ -22,7 +22,7 @@ from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
-from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector, forget
 from grpo_autotune.probe.gauges import gauges_for, ranges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
@@ -114,7 +114,7 @@ class Probe:
             lambda: None if (probe := alive()) is None else probe._stage_now(),
             readers_for(trainer.args.device),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
-            keep=lambda values: None if (probe := alive()) is None else probe._see_sample(values),
+            keep=lambda values: None if (probe := alive()) is None else probe._see_machine(values),
         )
         self._handles = [*install(self), wrap(AttributeSlot(trainer, "train"), self._around_train)]
         shared = [handle.remove for handle in self._handles if handle.shared]
@@ -169,8 +169,7 @@ class Probe:
         step = self.trainer.state.global_step
         if self.closed:
             self._earlier = max(0, self._earlier + self._last_step - step)
-        self.tokens.forget(self.closed)  # of a step that did not end
-        self.images.forget(self.closed)
+        forget(self.closed, self.tokens, self.images)
         self._open(step)
 
     def step_ended(self, grad_norm: Any = None) -> None:
@@ -233,13 +232,11 @@ class Probe:
         self.recorder.abandon()
         self._drop_profile()
         self._sampler.stop()
-        self._tell_live(None)
+        self._see_machine(None)
 
-    def _see_sample(self, values: dict[str, float]) -> None:
-        self.recorder.note(values)
-        self._tell_live(values)
-
-    def _tell_live(self, values: dict[str, float] | None) -> None:
+    def _see_machine(self, values: dict[str, float] | None) -> None:
+        if values is not None:
+            self.recorder.note(values)
         if self.live is not None:
             seconds = [step.wall_s for step in list(self._steps)[-LIVE_STEPS:]]
             self.live.see(self.trainer.state, self._stage_now(), seconds, values)

@@ -24,14 +24,11 @@ class Startup:
     Args:
         clock: Seconds since the epoch, as the operating system gives the process's birth.
         born_s: When this process began, on the same clock.
-
-    Attributes:
-        tell: Called with the name of each phase as it begins.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, born_s: float | None = None) -> None:
         self._clock = clock
-        self.tell: Callable[[str], None] = lambda name: None
+        self.tell: Callable[[str], None] = lambda name: None  # given the name of each phase as it begins
         self.born_s = psutil.Process().create_time() if born_s is None else born_s
         self._seconds: dict[str, float] = {}
         self._open: list[tuple[str, float]] = []

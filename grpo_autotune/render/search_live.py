@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -25,14 +25,11 @@ PURPOSES = {"probe": " (probe)", "timed": "", "rewards": " (rewards alone)", "wo
 
 
 class SearchView:
-    """View of a running search on a console made for standard error; a context manager that gives the terminal back.
-
-    `tell` is given each state, too.
-    """
+    """View of a running search on a console made for standard error; a context manager that gives the terminal back."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
-        self.tell: Callable[[SearchProgress], None] = lambda state: None
+        self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._printed_trial: int | None = None
         self._printed_s = 0.0
@@ -71,21 +68,16 @@ class SearchView:
 
 def panel(state: SearchProgress) -> list[str]:
     """The lines of the live view."""
-    return [f"{name:<8}{text}" for name, text in facts(state)]
-
-
-def facts(state: SearchProgress) -> Iterator[tuple[str, str]]:
-    """What there is to say, each with a name."""
-    yield "Search", f"{_left(state)}, {state.done} trials done"
-    yield "now", _trial(state)
+    lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
-        yield "own", f"{seconds(state.baseline_step_s)} per step"
-        yield "best", f"x {state.speedup:.2f}, {step} per step: {changed}"
+        lines.append(f"own     {seconds(state.baseline_step_s)} per step")
+        lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
     for row in state.skipped[:MOST_SKIPPED]:
-        yield "skipped", f"{row.count}: {row.why}"
+        lines.append(f"skipped {row.count}: {row.why}")
     if state.step_error is not None:
-        yield "models", f"off by {percent(state.step_error)} at the median"
+        lines.append(f"models  off by {percent(state.step_error)} at the median")
+    return lines
 
 
 def plain_line(state: SearchProgress) -> str:

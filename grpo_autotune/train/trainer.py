@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
@@ -169,7 +170,7 @@ def build_trainer(
         )
     if not config.use_vllm:  # else it was done as the engine was unlocked
         mixed_image_rows.mend(trainer)
-    for callback in (PrinterCallback, ProgressCallback):
+    for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
