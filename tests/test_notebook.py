@@ -25,7 +25,7 @@ def test_the_notebook_is_committed_without_outputs() -> None:
 
 
 def test_two_reports_on_one_notebook_share_no_id_and_leave_its_style_alone() -> None:
-    pages = [load_run(STORED / name)._repr_html_() for name in ("report.json", "search.json", "report.json")]
+    pages = [load_run(STORED / name)._repr_html_() for name in ("report.json", "report.json")]
     ids = [name for page in pages for name in re.findall(r' id="([^"]*)"', page)]
     assert len(ids) == len(set(ids)) > 30
     for page in pages:

@@ -139,6 +139,6 @@ def _facts(live: Live, goes_on: bool) -> Iterator[tuple[str, str]]:
         if goes_on:
             yield "left", f"about {duration(mean_s * (live.of - live.step + 1))} left"
     if live.logged:
-        yield "logged", ", ".join(f"{NAMES.get(key, key)} {value:.4f}" for key, value in live.logged.items())
+        yield "logged", ", ".join(f"{name} {live.logged[key]:.4f}" for key, name in NAMES.items() if key in live.logged)
     if live.memory_bytes:
         yield "memory", size(live.memory_bytes)

@@ -167,9 +167,7 @@ class Probe:
     def train_began(self) -> None:
         """Open the first step's tree; steps of a second training are numbered on from those of the first."""
         step = self.trainer.state.global_step
-        if self.closed:
-            self._earlier = max(0, self._earlier + self._last_step - step)
-        forget(self.closed, self.tokens, self.images)
+        self._earlier = max(0, self._earlier + self._last_step - step) if self.closed else 0
         self._open(step)
 
     def step_ended(self, grad_norm: Any = None) -> None:
@@ -230,6 +228,7 @@ class Probe:
 
     def _stop(self) -> None:
         self.recorder.abandon()
+        forget(self.closed, self.tokens, self.images)
         self._drop_profile()
         self._sampler.stop()
         self._see_machine(None)

@@ -261,6 +261,7 @@ def test_a_training_that_was_interrupted_and_a_cell_run_twice_leave_a_right_repo
     assert threading.active_count() == threads, "a sampler goes on"
     live = Live.model_validate_json((out / LIVE_FILE).read_text())
     assert live.over and (live.step, live.of) == (2, 4) and len(live.step_s) == 2
+    assert first.record().tokens.groups == 2, "one measured step"
     trainer.remove_callback(ctrl_c)
     trainer.train()
     record = first.record()
