@@ -109,7 +109,7 @@ def _read(folder: Path) -> Run | None:
     if live.search is None:
         return Run(folder, goes_on, state, list(_facts(live, goes_on)))
     trial = HeartbeatReader(SearchFolder(folder).trial(live.search.trial.number))
-    left_s = max(0.0, live.search.left_s - (time.time() - written_s if goes_on else 0.0))
+    left_s = max(0.0, live.search.left_s - (time.time() - written_s - (0.0 if goes_on else silent_s)))
     now = live.search._replace(left_s=left_s, progress=trial.progress if trial.moved() else None)
     return Run(folder, goes_on, state, [(line[:8].strip(), line[8:]) for line in panel(now)])
 
