@@ -1,8 +1,8 @@
 """Measure and train TRL's GRPO: where each second of an optimizer step goes, and what to do about it.
 
 `attach(trainer)` measures any `trl.GRPOTrainer`, `speed_up(trainer)` makes its steps faster, `unlock_vllm()` mends and
-tunes its rollout engine, `load_config(path)` reads a configuration. They load on first use, so that importing this
-package costs nothing.
+tunes its rollout engine, `load_config(path)` reads a configuration, `load_run(folder)` a stored report. They load on
+first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grpo_autotune.commands.page import load_run
     from grpo_autotune.config.schema import load_config
     from grpo_autotune.plugin import attach
     from grpo_autotune.rollout.colocate.unlock import unlock_vllm
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "attach": "grpo_autotune.plugin",
     "load_config": "grpo_autotune.config.schema",
+    "load_run": "grpo_autotune.commands.page",
     "speed_up": "grpo_autotune.speedups.install",
     "unlock_vllm": "grpo_autotune.rollout.colocate.unlock",
 }
 
-__all__ = ["attach", "load_config", "speed_up", "unlock_vllm"]
+__all__ = ["attach", "load_config", "load_run", "speed_up", "unlock_vllm"]
 
 
 def __getattr__(name: str) -> Any:

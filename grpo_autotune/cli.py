@@ -187,6 +187,25 @@ def report(
 
 
 @app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder, or one with run folders in it.")],
+    interval: Annotated[
+        float | None, typer.Option(metavar="S", min=0.1, help="Seconds between looks: 1, without a terminal 15.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
+) -> Action:
+    """Show what a running probe, search or training is at, until it is over."""
+
+    def action() -> int:
+        from grpo_autotune.commands.watch import watch as watch_runs
+
+        watch_runs(run_dir, interval, once=once)
+        return 0
+
+    return action
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in ./runs.")],
     baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Held against this run, not the first.")] = None,

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 from grpo_autotune.errors import LONGEST, AutotuneError, printable, shortened
 from grpo_autotune.units import duration
@@ -30,6 +30,7 @@ REPEAT_S = 15.0
 
 
 SIGNS = {"±": "+-", "µ": "u", "█": "#", "─": "-", "━": "-", "│": "|", "╸": "-", "╺": "-", "•": "*", "…": "..."}
+SIGNS |= dict(zip("▁▂▃▄▅▆▇", "_.-=+*%", strict=True))
 """Signs of our own output and of rich's -> what stands for each where the terminal's encoding has no such sign."""
 
 
@@ -150,6 +151,18 @@ class Heartbeat:
         self._thread.join()
 
 
+def is_live(stream: TextIO | None = None) -> bool:
+    """Return whether `stream`, or standard error, is a terminal that rewrites lines; a notebook's cell is none."""
+    return (stream or sys.stderr).isatty() and "JPY_PARENT_PID" not in os.environ
+
+
+def progress_console() -> Console:
+    """A rich console for progress on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, force_jupyter=False, force_terminal=None if is_live() else False)
+
+
 class ProgressBar:
     """Progress on the first rank: a bar with a text beside it on a terminal, plain lines elsewhere.
 
@@ -163,11 +176,10 @@ class ProgressBar:
     def __init__(
         self, title: str, total: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._total, self._clock, self._begun_s = total, clock, clock()
-        self._console = console or Console(stderr=True)
+        self._console = console or progress_console()
         self._bar: Progress | None = None
         if self._console.is_terminal and is_first_rank():
             columns = (TextColumn(title), BarColumn(bar_width=24), MofNCompleteColumn())

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.page import keep_page
+from grpo_autotune.commands.page import PrintableReport
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.probe import ProbeRecord
-from grpo_autotune.records.report import Report
-from grpo_autotune.render.terminal import render
 from grpo_autotune.report.create import report_of
 from grpo_autotune.report.files import save_report
-
-
-class PrintableReport:
-    """A `Report` that prints itself; `data` is the report, `to_dict()` what `report.json` holds."""
-
-    def __init__(self, data: Report) -> None:
-        self.data = data
-
-    def __str__(self) -> str:
-        return render(self.data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
-        return self.data.model_dump(mode="json")
-
-    def save(self, folder: str | Path) -> None:
-        """Write `report.json` and the page `report.html` into `folder`, which is created where it is missing."""
-        save_report(self.data, folder)
-        keep_page(Path(folder))
 
 
 class AttachedProbe:
@@ -60,7 +41,7 @@ class AttachedProbe:
         report = report_of(record, None)
         if self._out_dir is not None and is_first_rank():
             save_report(report, self._out_dir)
-        return PrintableReport(report)
+        return PrintableReport(report, self._out_dir or Path(os.devnull))
 
     def detach(self) -> None:
         """Leave the trainer as it was; the report stays available."""
@@ -68,7 +49,7 @@ class AttachedProbe:
 
 
 def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
-    """Measure every optimizer step of `trainer`, a `trl.GRPOTrainer`, from now on.
+    """Measure every optimizer step of `trainer`, a `trl.GRPOTrainer`, from now on, in place of a probe attached before.
 
     Args:
         trainer: The trainer, before or during `train()`.
@@ -86,4 +67,8 @@ def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"attach() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     folder = None if out_dir is None else Path(out_dir).absolute()  # wherever the script works later
-    return AttachedProbe(Probe(trainer, out_dir=folder), folder)
+    probe = Probe(trainer, out_dir=folder, live=LiveFile(folder) if folder else None)
+    before, trainer._grpo_autotune_attached = getattr(trainer, "_grpo_autotune_attached", None), probe
+    if before is not None:
+        before.detach()
+    return AttachedProbe(probe, folder)

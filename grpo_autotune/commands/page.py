@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
-from grpo_autotune.report.files import LOG_FILE, PAGE_FILE, REPORT_FILE, load_log, load_report, load_samples
+from grpo_autotune.records.report import Report
+from grpo_autotune.records.search import SearchReport
+from grpo_autotune.report.files import (
+    LOG_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    load_log,
+    load_report,
+    load_samples,
+    save_report,
+)
 from grpo_autotune.search.folder import SEARCH_FILE, load_search
+
+if TYPE_CHECKING:
+    from grpo_autotune.render.page import Section
 
 REFRESH_S = 60
 """Seconds between two pages of a training that runs."""
@@ -28,8 +42,6 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
         ConfigError: There is nothing that a page can be made of, or it is damaged.
     """
     from grpo_autotune.render.page import Lines, Section, Table, render_page
-    from grpo_autotune.render.probe_page import probe_sections, probe_title
-    from grpo_autotune.render.search_page import search_sections, search_title
     from grpo_autotune.render.train_page import train_sections, train_title
 
     folder = source if source.is_dir() else source.parent
@@ -38,17 +50,22 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
         report = load_report(folder) if (folder / REPORT_FILE).is_file() and not running else None
         stored = parse_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
         title, sections = train_title(log, report, running=running), train_sections(log, report, stored)
-    elif source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
-        searched = load_search(source)
-        title, sections = search_title(searched), search_sections(searched)
     else:
-        measured = load_report(source)
-        title, sections = probe_title(measured), probe_sections(measured, folder)
+        title, sections = _sections(load_run(source).data, folder)
     if samples:
         rows = load_samples(folder, samples)
         answers = Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else Lines([NO_SAMPLES])
         sections.insert(-2, Section("samples", "Answers", [answers]))
     return render_page(title, sections, interactive=interactive, refresh_s=REFRESH_S if running else None)
+
+
+def _sections(report: Report | SearchReport, folder: Path) -> tuple[str, list[Section]]:
+    from grpo_autotune.render.probe_page import probe_sections, probe_title
+    from grpo_autotune.render.search_page import search_sections, search_title
+
+    if isinstance(report, Report):
+        return probe_title(report), probe_sections(report, folder)
+    return search_title(report), search_sections(report)
 
 
 def write_page(
@@ -87,3 +104,46 @@ def keep_page(folder: Path, *, running: bool = False) -> None:
         path = write_page(folder, running=running)
         if not running:
             say(f"Page: {path}")
+
+
+class PrintableReport:
+    """A report that prints itself, and is a page in a notebook; `data` is the report, `to_dict()` its JSON."""
+
+    def __init__(self, data: Report | SearchReport, folder: Path) -> None:
+        self.data, self._folder = data, folder
+
+    def __str__(self) -> str:
+        from grpo_autotune.render.search import render_search
+        from grpo_autotune.render.terminal import render
+
+        return render(self.data) if isinstance(self.data, Report) else render_search(self.data)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from grpo_autotune.render.page import render_cell
+
+        return render_cell(*_sections(self.data, self._folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return self.data.model_dump(mode="json")
+
+    def save(self, folder: str | Path) -> None:
+        """Write a probe's `report.json` and page `report.html` into `folder`, which is created where it is missing."""
+        if isinstance(self.data, Report):
+            save_report(self.data, folder)
+            keep_page(Path(folder))
+
+
+def load_run(source: str | Path) -> PrintableReport:
+    """The report of the probe, search or training in a run folder, or of the JSON file itself.
+
+    Raises:
+        ConfigError: There is none, or it is damaged.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    if path.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
+        return PrintableReport(load_search(path), folder)
+    return PrintableReport(load_report(path), folder)

@@ -14,6 +14,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, ProgressBar, as_warning, say
 from grpo_autotune.files import full_disk_told
 from grpo_autotune.hardware.device_memory import expand_segments
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
@@ -45,7 +46,8 @@ def probe_config(
 
 
 def _train(config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any], None]) -> None:
-    startup = Startup()
+    startup, live = Startup(), LiveFile(out_dir)
+    startup.tell = live.starting
     watched: list[Callable[[], str | None]] = [startup.now]
     set_environment()
     gpus = leave_gpus(config)
@@ -58,10 +60,10 @@ def _train(config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any
             from grpo_autotune.train.trial_trainer import quiet_trainer
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
             trainer = quiet_trainer(config, startup, say, overrides=overrides, out_dir=out_dir)
-            probe = Probe(trainer, startup=startup, out_dir=out_dir, profile=True)
+            probe = Probe(trainer, startup=startup, out_dir=out_dir, profile=True, live=live)
             attached(probe)
             watched.append(probe.now)
-            total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
+            live.total = total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
             outlast(trainer, total)
             with ProgressBar("probing", total) as bar:
                 trainer.add_callback(StopAfter(total, partial(_tell, bar, total, probe.warmup)))

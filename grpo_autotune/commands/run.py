@@ -15,6 +15,7 @@ from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device import runtime_facts
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.processes.ending import raising
 from grpo_autotune.records.probe import ProbeRecord
@@ -111,10 +112,12 @@ class ScriptProbes(ScriptHooks):
             trainer.add_callback(stop)
         number = len(self.measured) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
-        probe = Probe(trainer, startup=self.startup, out_dir=folder, say=warn)
+        live = LiveFile(folder)
+        probe = Probe(trainer, startup=self.startup, out_dir=folder, say=warn, live=live)
         self.measured.append(_Measurement(probe, folder))
         if stop is not None:
             stop.steps += probe.warmup
+            live.total = stop.steps
 
     def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
         ours = [(one, probe) for one in self.measured if (probe := one.probe()) and probe.trainer is trainer]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import INTERRUPTED_EXIT
+from grpo_autotune.console import INTERRUPTED_EXIT, progress_console
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.render.search_live import SearchView
 from grpo_autotune.search.session import search
@@ -35,7 +34,9 @@ def search_config(
         AutotuneError: As for `search.session.search`.
     """
     set_environment()
-    with SearchView(Console(stderr=True)) as view:
+    live = LiveFile(run_dir)
+    with SearchView(progress_console()) as view:
+        view.tell = lambda state: None if state.progress else live.write(search=state)  # as a trial begins
         report = search(
             config,
             budget_s=budget_s,

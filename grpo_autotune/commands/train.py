@@ -17,6 +17,7 @@ from grpo_autotune.files import full_disk_told
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.hardware.device_memory import expand_segments
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.report.files import save_report
@@ -33,7 +34,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     Raises:
         AutotuneError: As `train.trainer.run_training`.
     """
-    startup = Startup()
+    startup, live = Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
     set_environment()
@@ -55,13 +56,14 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
-            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn))
+            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn, live=live))
             watched.append(probes[0].now)
             trainer.add_callback(AfterLog(partial(keep_page, out_dir, running=True)))
             ended.callback(keep_page, out_dir)  # however it ends, and last
             ended.callback(_tell_time, probes[0], config, out_dir)
 
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
+            startup.tell = live.starting  # its phases begin once the folder was judged: no other run's state is lost
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
             )

@@ -207,6 +207,15 @@ def _tokens_at(sizes: Sequence[tuple[int, int]], patches: Callable[[int, int], i
     return means
 
 
+def forget(step: int, tokens: TokenCollector, images: ImageCollector) -> None:
+    """Drop what was seen in the newest step, which did not end."""
+    tokens.generations = deque((one for one in tokens.generations if one.step < step), KEEP)
+    tokens.rewards = deque((one for one in tokens.rewards if one[0] < step), KEEP)
+    images.generations = [one for one in images.generations if one.step < step]
+    for counts in (images.decoded, images.processed):
+        counts.pop(step, None)
+
+
 @dataclass(slots=True)
 class RewardCollector:
     """Seconds of each reward function's calls."""

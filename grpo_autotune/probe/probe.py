@@ -22,11 +22,12 @@ from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.probe.exchange import collect, publish
-from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector
+from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector, forget
 from grpo_autotune.probe.gauges import gauges_for, ranges_for
 from grpo_autotune.probe.kernels import PASSES, KernelProfile, kernels_by_stage
 from grpo_autotune.probe.layers import install
-from grpo_autotune.probe.sampler import NvmlDevice, ProcessReader, Sampler
+from grpo_autotune.probe.live import LIVE_STEPS, LiveFile
+from grpo_autotune.probe.sampler import Sampler, readers_for
 from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
@@ -37,6 +38,7 @@ from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
+from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
@@ -73,8 +75,10 @@ class Probe:
         warmup: int | None = None,
         profile: bool = False,
         say: Callable[[str], None] = lambda sentence: None,
+        live: LiveFile | None = None,
     ) -> None:
         self.trainer = trainer
+        self.live = live
         self.startup = startup or Startup()
         if startup is None:
             self.startup.since_birth("before_attach")
@@ -101,7 +105,7 @@ class Probe:
         self._blind = False
         self.rollout: tuple[list[list[int]], list[list[int]]] = [], []
         self.weight_sync_bytes: int | None = None
-        self._last_step = trainer.state.global_step
+        self._last_step, self._earlier = trainer.state.global_step, 0
         self._steps: deque[StepStages] = deque(maxlen=KEEP)
         self._pending: list[StepSpans] = []
         self._ended = False
@@ -110,11 +114,11 @@ class Probe:
         alive = weakref.ref(self)
         self._sampler = Sampler(
             lambda: None if (probe := alive()) is None else probe._stage_now(),
-            _readers(trainer.args.device),
+            readers_for(trainer.args.device),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
-            keep=self.recorder.note,
+            keep=lambda values: None if (probe := alive()) is None else probe._see_machine(values),
         )
-        self._handles = install(self)
+        self._handles = [*install(self), wrap(AttributeSlot(trainer, "train"), self._around_train)]
         shared = [handle.remove for handle in self._handles if handle.shared]
         for leave in (self._sampler.stop, self.recorder.abandon, *shared):
             weakref.finalize(self, leave)  # a probe may be forgotten with its trainer, without being detached
@@ -128,8 +132,7 @@ class Probe:
         self._handles = []
         self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
-        self._drop_profile()
-        self._sampler.stop()
+        self._stop()
         if self._gauge is not None:
             self.recorder.memory = None
             self._gauge.close()
@@ -165,7 +168,10 @@ class Probe:
             self._blind = False
 
     def train_began(self) -> None:
-        self._open(self.trainer.state.global_step)
+        """Open the first step's tree; steps of a second training are numbered on from those of the first."""
+        step = self.trainer.state.global_step
+        self._earlier = max(0, self._earlier + self._last_step - step) if self.closed else 0
+        self._open(step)
 
     def step_ended(self, grad_norm: Any = None) -> None:
         """Close the tree if an optimizer step, whose gradient had this norm, is complete, and open the next one's."""
@@ -173,7 +179,7 @@ class Probe:
         if self.recorder.is_open:
             if step <= self._last_step:
                 return
-            spans = self.recorder.close_root(step)
+            spans = self.recorder.close_root(step + self._earlier)
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
             trainer = self.trainer
@@ -184,9 +190,7 @@ class Probe:
 
     def train_ended(self) -> None:
         """Stop sampling and publish this rank's means to the others."""
-        self.recorder.abandon()
-        self._drop_profile()
-        self._sampler.stop()
+        self._stop()
         publish(self._means(self._timings()), self._topic)
         self._ended = True
 
@@ -217,6 +221,27 @@ class Probe:
             versions=versions(),
             runtime=runtime_facts(self.trainer.args.device),
         )
+
+    def _around_train(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """A layer on `train`, which may end without a word to its callbacks."""
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.recorder.abandon()
+        forget(self.closed, self.tokens, self.images)
+        self._drop_profile()
+        self._sampler.stop()
+        self._see_machine(None)
+
+    def _see_machine(self, values: dict[str, float] | None) -> None:
+        if values is not None:
+            self.recorder.note(values)
+        if self.live is not None:
+            seconds = [step.wall_s for step in list(self._steps)[-LIVE_STEPS:]]
+            self.live.see(self.trainer.state, self._stage_now(), seconds, values)
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
         """The meter's facts; with TRL's plain engine, its start and the bytes of a sync come from the probe."""
@@ -343,16 +368,6 @@ class _Edges(TrainerCallback):  # type: ignore[misc]
         if self._optimizer is not None:
             self._probe.recorder.end(self._optimizer)
             self._optimizer = None
-
-
-def _readers(device: Any) -> list[Any]:
-    readers: list[Any] = [ProcessReader()]
-    if device.type == "cuda":
-        import pynvml
-
-        with suppress(pynvml.NVMLError):
-            readers.append(NvmlDevice(device))
-    return readers
 
 
 def _mean(values: list[float]) -> float:

@@ -79,6 +79,19 @@ class ProcessReader:
         return {"cpu_percent": self._process.cpu_percent(), "rss_bytes": float(self._process.memory_info().rss)}
 
 
+def readers_for(device: Any) -> list[Any]:
+    """Readers of this process, and of its GPU where it has one that a driver knows."""
+    readers: list[Any] = [ProcessReader()]
+    if device.type == "cuda":
+        import pynvml
+
+        try:
+            readers.append(NvmlDevice(device))
+        except pynvml.NVMLError:
+            return readers
+    return readers
+
+
 def _own_pids() -> set[int]:
     return {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
 

@@ -26,6 +26,7 @@ class Startup:
 
     def __init__(self, clock: Callable[[], float] = time.time, born_s: float | None = None) -> None:
         self._clock = clock
+        self.tell: Callable[[str], None] = lambda name: None  # given the name of each phase as it begins
         self.born_s = psutil.Process().create_time() if born_s is None else born_s
         self._seconds: dict[str, float] = {}
         self._open: list[tuple[str, float]] = []
@@ -35,6 +36,7 @@ class Startup:
         """Count the time inside as `name`."""
         begin = self._clock()
         self._open.append((name, begin))
+        self.tell(name)
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,3 +129,14 @@ def render_page(
         specs=Markup(specs.replace("<", "\\u003c")),  # in a script element nothing is escaped but what could end it
         script_source=Markup(f"; script-src 'sha256-{digest}'" if interactive else ""),
     )  # fmt: skip
+
+
+def render_cell(title: str, sections: Sequence[Section]) -> str:
+    """The body of the page for a notebook's cell: its style holds there alone, and its ids are met nowhere else."""
+    prefix = f"r{os.urandom(4).hex()}-"
+    body = render_page(title, sections).partition("<main>")[2].partition("</main>")[0]
+    body = re.sub(
+        r'( id="|href="#|labelledby="|"url\(#)', rf"\g<1>{prefix}", body
+    )  # no datum has a quote that is not escaped
+    style = re.sub(r":root|\bbody\b", "&", (TEMPLATES / "page.css").read_text(encoding="utf-8"))
+    return f'<div class="grpo-autotune"><style>.grpo-autotune {{ {style} }}</style>{body}</div>'

@@ -29,6 +29,7 @@ class SearchView:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
+        self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._printed_trial: int | None = None
         self._printed_s = 0.0
@@ -51,6 +52,7 @@ class SearchView:
 
     def show(self, state: SearchProgress) -> None:
         """Draw the state of the search, or print a line of it."""
+        self.tell(state)
         if self._live is not None:
             self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
             return

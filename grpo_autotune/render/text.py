@@ -17,6 +17,7 @@ def as_text(parts: Iterable[RenderableType], width: int, *, colour: bool) -> str
         width=width,
         force_terminal=colour,
         no_color=not colour,
+        force_jupyter=False,
         highlight=False,
         legacy_windows=False,
     )

@@ -34,7 +34,7 @@ def save_report(report: Report, folder: str | Path) -> Path:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run measured in `folder`, so that no trainer of it is left among those of the next."""
-    for kind in (REPORT_FILE, PAGE_FILE, "trace.json.gz", "spans.jsonl", "spans.rank*.jsonl"):
+    for kind in (REPORT_FILE, PAGE_FILE, "live.json", "trace.json.gz", "spans.jsonl", "spans.rank*.jsonl"):
         for path in (*folder.glob(kind), *folder.glob(f"trainer-[0-9]*/{kind}")):
             path.unlink()
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import is_first_rank
+from grpo_autotune.console import is_first_rank, is_live, progress_console
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
@@ -103,8 +104,8 @@ def build_trainer(
         DataError: A row cannot be used.
         EnvironmentProblem: A package that it needs is missing.
     """
-    say = say or say_on(Console(stderr=True))
-    quieten(bars=sys.stderr.isatty())
+    say = say or say_on(progress_console())
+    quieten(bars=is_live())
     chosen(config.speedups)
     check_packages(config, grpo_overrides or {})
     with phase("data"):
@@ -148,7 +149,7 @@ def build_trainer(
         )
     if not config.use_vllm:  # else it was done as the engine was unlocked
         mixed_image_rows.mend(trainer)
-    for callback in (PrinterCallback, ProgressCallback):
+    for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
@@ -179,7 +180,7 @@ def run_training(
         TrainingError: The loss or its gradient is not a number.
         RewardError: A reward function failed.
     """
-    console = console or Console(stderr=True)
+    console = console or progress_console()
     say = say_on(console)
     folder = RunFolder(Path(out_dir))
     start = find_start(folder, resume)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import HEARTBEAT_FILE, Progress
 
 _WIDTH = 96
@@ -45,6 +44,10 @@ class HeartbeatWriter:
         line = f"{self._number}\t{int(self.began)}\t{self.step}\t{self.of}\t{stage}"
         os.pwrite(self._handle, line[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0)
 
+    def starting(self, phase: str) -> None:
+        """Say that a phase of start-up is under way."""
+        self.beat(f"{STARTING}: {phase}")
+
     def begin(self) -> None:
         """Say that start-up is over: from here on a silence counts as a hang."""
         self.began = True
@@ -68,23 +71,6 @@ class HeartbeatWriter:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-
-class BeatingStartup(Startup):
-    """Phases of start-up that beat as they begin and end; `born_s` is None where the process was made for the trial."""
-
-    def __init__(self, heartbeat: HeartbeatWriter, born_s: float | None) -> None:
-        super().__init__(born_s=born_s)
-        self._heartbeat = heartbeat
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._heartbeat.beat(f"{STARTING}: {name}")
-        try:
-            with super().phase(name):
-                yield
-        finally:
-            self._heartbeat.again()
 
 
 class HeartbeatReader:

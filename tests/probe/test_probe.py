@@ -16,6 +16,7 @@ from datasets import Image
 
 from grpo_autotune import attach
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.live import LIVE_FILE, Live
 from grpo_autotune.records.probe import NO_SIGNAL
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import save_report
@@ -245,6 +246,37 @@ def test_a_report_in_mid_run_changes_nothing(tiny, tmp_path, text_rows, monkeypa
         return losses(trainer)
 
     assert train(True) == train(False)
+
+
+def test_a_training_that_was_interrupted_and_a_cell_run_twice_leave_a_right_report(tiny, tmp_path, text_rows):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, max_steps=4)
+
+    class CtrlC(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:  # the third step has generated
+                raise KeyboardInterrupt
+
+    ctrl_c, out, threads = CtrlC(), tmp_path / "probe", threading.active_count()
+    trainer.add_callback(ctrl_c)
+    first = attach(trainer, out_dir=out)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert threading.active_count() == threads, "a sampler goes on"
+    live = Live.model_validate_json((out / LIVE_FILE).read_text())
+    assert live.over and (live.step, live.of) == (2, 4) and len(live.step_s) == 2
+    assert first.record().tokens.groups == 2, "one measured step"
+    trainer.remove_callback(ctrl_c)
+    trainer.train()
+    record = first.record()
+    assert record.timings.steps == [2, 3, 4, 5, 6]
+    assert record.tokens is not None and record.tokens.groups == 2 * 5, "the step that did not end counts nowhere"
+    again = attach(trainer, out_dir=out)
+    trainer.train()
+    assert first.record().timings.steps == record.timings.steps, "the probe of before is off"
+    assert again.record().timings.steps == [2, 3, 4]
+    assert [json.loads(line)["step"] for line in (out / "spans.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    again.detach()
+    assert "train" not in vars(trainer)
 
 
 def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):

@@ -9,13 +9,14 @@ import pytest
 
 from grpo_autotune.probe.gauges import CudaGauge
 from grpo_autotune.probe.spans import SpanRecorder
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.probe import DeviceMemory
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.scripts.hooks import ScriptHooks
 from grpo_autotune.scripts.values import ScriptValues
 from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.child.memory import MemoryMeter
-from grpo_autotune.trials.heartbeat import BeatingStartup, HeartbeatWriter
+from grpo_autotune.trials.heartbeat import HeartbeatWriter
 from grpo_autotune.trials.parent.folder import read_outcome
 from tests.support.fake_cuda import GIB, FakeCuda, cuda
 
@@ -90,7 +91,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tupl
         script, executor = tmp_path / "train.py", TrialExecutor()
         script.write_text(f"import torch\n{text}\n")
         spec, heartbeat = TrialSpec(number=0, config={}, script=[str(script)]), HeartbeatWriter(tmp_path)
-        outcome = executor.execute(spec, tmp_path, BeatingStartup(heartbeat, 0.0), heartbeat)
+        outcome = executor.execute(spec, tmp_path, Startup(born_s=0.0), heartbeat)
         heartbeat.close()
         return outcome, executor
 

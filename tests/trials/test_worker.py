@@ -19,13 +19,14 @@ from transformers import GenerationMixin
 from trl import GRPOTrainer
 
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, RewardError
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.scripts.values import ScriptValues, load_script_values
 from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.child.memory import MemoryMeter, available_bytes, release
 from grpo_autotune.trials.child.warm_state import DataCache, EngineCache, NeedsFreshWorker
 from grpo_autotune.trials.endings import ending_of_error
-from grpo_autotune.trials.heartbeat import BeatingStartup, HeartbeatReader, HeartbeatWriter
+from grpo_autotune.trials.heartbeat import HeartbeatReader, HeartbeatWriter
 from tests.support.faults import TOO_MUCH
 from tests.support.trials import spec_of
 
@@ -144,11 +145,11 @@ except MemoryError:
 def test_a_reader_sees_each_beat_once(tmp_path: Path) -> None:
     heartbeat, reader = HeartbeatWriter(tmp_path), HeartbeatReader(tmp_path)
     assert not reader.moved()
-    startup = BeatingStartup(heartbeat, born_s=0.0)
+    startup = Startup(born_s=0.0)
+    startup.tell = heartbeat.starting
     with startup.phase("model"):
         assert reader.moved() and reader.progress.stage == "start-up: model" and not reader.began
         assert not reader.moved()
-    assert reader.moved()
     heartbeat.of = 3
     heartbeat.begin()
     heartbeat.again()
@@ -173,9 +174,7 @@ def serve(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., TrialOut
 
     def run(**spec: Any) -> TrialOutcome:
         heartbeat = HeartbeatWriter(tmp_path)
-        outcome = executor.execute(
-            spec_of(tiny("qwen3"), tmp_path, **spec), tmp_path, BeatingStartup(heartbeat, 0.0), heartbeat
-        )
+        outcome = executor.execute(spec_of(tiny("qwen3"), tmp_path, **spec), tmp_path, Startup(born_s=0.0), heartbeat)
         heartbeat.close()
         return outcome
 

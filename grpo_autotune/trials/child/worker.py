@@ -16,11 +16,12 @@ from pathlib import Path
 
 from grpo_autotune.console import accept_any_text
 from grpo_autotune.files import write_whole
+from grpo_autotune.probe.startup import Startup
 from grpo_autotune.processes.guardian import die_with_parent
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
 from grpo_autotune.trials.child.execute import TrialExecutor
 from grpo_autotune.trials.exit_codes import CANNOT_WRITE, RETIRED
-from grpo_autotune.trials.heartbeat import STARTING, BeatingStartup, HeartbeatWriter
+from grpo_autotune.trials.heartbeat import STARTING, HeartbeatWriter
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +47,8 @@ def _run_one(executor: TrialExecutor, folder: Path, *, warm: bool) -> int:
     spec = TrialSpec.model_validate_json((folder / SPEC_FILE).read_text(encoding="utf-8"))
     heartbeat = HeartbeatWriter(folder, silent=rank > 0)
     heartbeat.beat(STARTING)
-    startup = BeatingStartup(heartbeat, born_s=time.time() if warm else None)
+    startup = Startup(born_s=time.time() if warm else None)
+    startup.tell = heartbeat.starting
     outcome = executor.execute(spec, folder, startup, heartbeat)
     heartbeat.close()
     path = folder / (OUTCOME_FILE if rank == 0 else f"outcome.rank{rank}.json")
