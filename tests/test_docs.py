@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import sys
 import shlex
 import textwrap
 import tomllib
@@ -267,6 +268,7 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that a reader of the tutorial has: its files written, its data made."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     tutorial = ROOT / "docs" / "tutorial.md"
     for block in [*blocks("python", tutorial), *blocks("yaml", tutorial)]:
         match = re.match(r"# (\S+\.\w+)\n", block.text)
