@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from tests.support.tiny import tiny_model
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -35,6 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook  # not in xdist's controller, which collects none
+
+    register_optimizer_step_pre_hook(_refuse_step)
     gc.freeze()
     gc.enable()
 
@@ -47,15 +47,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         fast_test = None
-        if not gc.get_freeze_count():  # the end of a trial takes it back
-            gc.collect()
-            gc.freeze()
 
 
 def pytest_configure() -> None:
     gc.disable()  # until all is imported: a training begins with a full collection, 0.4 s with the libraries in sight
     sys.addaudithook(_refuse_child)
-    register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _refuse_child(event: str, args: tuple[Any, ...]) -> None:
@@ -85,6 +81,8 @@ def no_speedup_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny(kind)`: path of a saved tiny model (qwen2_5_vl, qwen3_vl, qwen3 or llama)."""
+    from tests.support.tiny import tiny_model
+
     folder = tmp_path_factory.mktemp("tiny")
     built: dict[str, Path] = {}
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import betaln
 from scipy.stats import betabinom, bootstrap
 
 from grpo_autotune.config.schema import RunConfig
@@ -193,7 +194,7 @@ def _shape(theta: np.ndarray) -> tuple[float, float]:
 
 
 def _dead(a: float, b: float, size: int) -> float:
-    return float(betabinom.pmf(0, size, a, b) + betabinom.pmf(size, size, a, b))
+    return float(np.exp(betaln(a, size + b) - betaln(a, b)) + np.exp(betaln(size + a, b) - betaln(a, b)))
 
 
 def _power(alike: float, tokens: TokenFacts, size: int) -> float:
