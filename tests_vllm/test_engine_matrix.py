@@ -58,14 +58,13 @@ def test_log_probs_are_the_trainers(
     assert training != "qlora" or not any(p.dtype == torch.bfloat16 for p in trainer.model.parameters())
     first, *later = sync.facts(trainer)
     named = list(trainer.model.named_parameters())
-    whole = [p for name, p in named if "lora_" not in name]
-    assert first.full and all(row.seconds > 0 for row in later)
-    assert {row.full for row in later} == {way == "merged"}
-    encoder = ("encoder",) if images and (way == "merged" or training == "full") else ()
-    assert {row.reset for row in later} == {() if way == "adapter" else ("prefix", *encoder)}
-    if training == "qlora":  # its base is packed, so that the bytes sent are not those of its parameters
-        return
+    whole = {name: p for name, p in named if "lora_" not in name}
     part = {"merged": "", "batched": "base_layer", "adapter": "lora_"}[way]
-    sent = whole if way == "merged" or training == "full" else [p for name, p in named if part in name]
-    assert first.bytes >= sum(p.numel() * 4 for p in whole)
-    assert {(row.way, row.bytes, row.tensors) for row in later} == {(way, sum(p.numel() * 4 for p in sent), len(sent))}
+    sent = whole if way == "merged" or training == "full" else {name: p for name, p in named if part in name}
+    resets = ("prefix", "encoder") if any("visual" in name for name in sent) else ("prefix",)
+    assert {row.reset for row in later} == {() if way == "adapter" else resets}
+    assert {(row.way, row.full, row.tensors) for row in later} == {(way, way == "merged", len(sent))}
+    assert first.full and all(row.seconds > 0 for row in later)
+    if training != "qlora":  # its base is packed: the bytes sent are not those of its parameters
+        assert {row.bytes for row in later} == {sum(p.numel() * 4 for p in sent.values())}
+        assert first.bytes >= sum(p.numel() * 4 for p in whole.values())
