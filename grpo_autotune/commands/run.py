@@ -106,12 +106,15 @@ class ScriptProbes(ScriptHooks):
             for sentence in sentences if not self.measured else ():
                 warn(sentence)
             trainer.add_callback(SpeedWatch(self.receipt, warn))
+        stop = StopAfter(self.steps) if self.steps is not None else None
+        if stop is not None:  # also a trainer that cannot be measured ends there
+            trainer.add_callback(stop)
         number = len(self.measured) + 1
         folder = self.out_dir if number == 1 else self.out_dir / f"trainer-{number}"
         probe = Probe(trainer, startup=self.startup, out_dir=folder, say=warn)
         self.measured.append(_Measurement(probe, folder))
-        if self.steps is not None:
-            trainer.add_callback(StopAfter(self.steps + probe.warmup))
+        if stop is not None:
+            stop.steps += probe.warmup
 
     def train(self, trainer: Any, train: Callable[[], Any]) -> Any:
         ours = [(one, probe) for one in self.measured if (probe := one.probe()) and probe.trainer is trainer]
@@ -120,7 +123,10 @@ class ScriptProbes(ScriptHooks):
         finally:
             for one, probe in ours:
                 one.take(probe)
-        if self.steps is not None and any(probe.closed >= self.steps + probe.warmup for _, probe in ours):
+        from grpo_autotune.train.runs.stop_after import StopAfter
+
+        stops = [one for one in trainer.callback_handler.callbacks if isinstance(one, StopAfter)]
+        if any(stop.is_reached for stop in stops):
             raise EnoughSteps
         return result
 

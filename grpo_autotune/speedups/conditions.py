@@ -28,16 +28,33 @@ def active_noise(trainer: Any, *, lora: bool = True) -> str | None:
 def active_dropout(model: Any, *, lora: bool = True) -> str | None:
     """The key that keeps dropout on in `model`, in words; None where nothing is dropped, LoRA's left out if asked."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and (lora or LORA not in name):
-            return f"{_key(name)} is {module.p:g}"
+        rate = _rate(module)
+        if rate > 0 and (lora or LORA not in name):
+            return f"{_key(name, module)} is {rate:g}"
         rate = getattr(module, "attention_dropout", 0.0)
         if isinstance(rate, float) and rate > 0:
             return f"the model's attention_dropout is {rate:g}"
     return None
 
 
-def _key(name: str) -> str:
-    return "peft.lora_dropout" if LORA in name else f"grpo.disable_dropout is false and the dropout of {name}"
+def _rate(module: nn.Module) -> float:
+    """The rate at which a module drops: torch's dropout, modules that are named for it, and PEFT's LoHa and LoKr,
+    which keep a rate for each adapter."""
+    rates = [rate for kind in ("rank_dropout", "module_dropout") for rate in _values(getattr(module, kind, None))]
+    if isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in type(module).__name__:
+        rates += [getattr(module, "p", 0.0), getattr(module, "drop_prob", 0.0)]
+    return max((rate for rate in rates if isinstance(rate, int | float)), default=0.0)
+
+
+def _values(rates: Any) -> list[Any]:
+    return list(rates.values()) if isinstance(rates, dict) else []
+
+
+def _key(name: str, module: nn.Module) -> str:
+    if LORA in name:
+        return "peft.lora_dropout"
+    kept = "grpo.disable_dropout is false and " if isinstance(module, nn.Dropout) else ""  # all that TRL turns off
+    return f"{kept}the dropout of {name}"
 
 
 def in_parts(trainer: Any) -> str | None:

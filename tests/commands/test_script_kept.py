@@ -12,6 +12,7 @@ import pytest
 import trl.trainer.grpo_trainer as grpo_module
 
 from grpo_autotune.commands import run as command
+from grpo_autotune.errors import SeamError
 from grpo_autotune.report.files import load_report
 from grpo_autotune.seams.import_hooks import CONFIG_MODULE, ENGINE_MODULE
 
@@ -49,7 +50,9 @@ def plain_trl(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
-def run(folder: Path, text: str, *words: object, speedups: str = "none") -> tuple[object, str]:
+def run(
+    folder: Path, text: str, *words: object, speedups: str = "none", steps: int | None = None
+) -> tuple[object, str]:
     """The script's exit code and the closing line."""
     lines: list[str] = []
 
@@ -59,17 +62,20 @@ def run(folder: Path, text: str, *words: object, speedups: str = "none") -> tupl
 
     (folder / "script.py").write_text(text)
     values, _ = command.values_for_script(None, speedups)
-    with pytest.raises(SystemExit) as ended:
+    code: object = None
+    try:
         command.run_script(
             folder / "script.py",
             [str(word) for word in words],
-            steps=None,
+            steps=steps,
             out_dir=Path("out"),
             finish=finish,
             output=nullcontext(),
             values=values,
         )
-    return ended.value.code, lines[0]
+    except SystemExit as ended:
+        code = ended.code
+    return code, lines[0]
 
 
 def test_trainers_are_freed_and_their_reports_lie_where_the_command_was_given(
@@ -86,7 +92,7 @@ def test_trainers_are_freed_and_their_reports_lie_where_the_command_was_given(
     assert (tmp_path / "elsewhere" / "freed").read_text() == "True"
     assert grpo_module.pad is pad
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    kept = {"report.json", "spans.jsonl", "trace.json.gz"}
+    kept = {"report.json", "report.html", "spans.jsonl", "trace.json.gz"}
     assert files == kept | {f"trainer-2/{name}" for name in kept} | {"mine.txt", "spans_of_words.jsonl"}
     assert line == f"Saved: {tmp_path}/out/report.json, {tmp_path}/out/trainer-2/report.json"
     assert load_report(tmp_path / "out").steps == [2]
@@ -100,6 +106,20 @@ def test_a_report_that_fails_is_a_warning(
     code, line = run(tmp_path, SCRIPT, tiny("qwen3"), tmp_path)
     assert code == 7 and line == "No report: no optimizer step was finished."
     assert "warning: what was measured was not saved: TypeError:" in capsys.readouterr().err
+
+
+def test_steps_end_a_script_whose_trainer_cannot_be_measured(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise SeamError("stage `reward` is measured at a place which is not there", fix="See doctor.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("grpo_autotune.probe.probe.Probe.__init__", unknown)
+    text = SCRIPT.replace("max_steps=2", "max_steps=300, logging_steps=1")
+    code, line = run(tmp_path, text, tiny("qwen3"), tmp_path, steps=1)
+    assert code is None and "could be measured" in line
+    assert "a trainer is not measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import peft
 import pytest
+from torch import nn
 
+from grpo_autotune.speedups.conditions import active_dropout
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import Selection, load
 from tests.support.trainers import make_trainer
@@ -61,3 +64,19 @@ def test_noise_on_embeddings_is_drawn_anew_for_each_row(tiny, tmp_path, text_row
     reasons = {row.name: row.reason for row in speed_up(trainer).table() if not row.on}
     by_row = {"shared_prefix", "shared_prefill", "length_sort", "skip_dead", "merge_passes"}
     assert {name for name, reason in reasons.items() if "grpo.neftune_noise_alpha is 5" in reason} == by_row
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoHaConfig(rank_dropout=0.1),
+        peft.LoKrConfig(module_dropout=0.1),
+        peft.OFTConfig(module_dropout=0.1, oft_block_size=8),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_what_adapters_drop_without_torch_s_dropout_is_seen(adapter):
+    adapter.target_modules = ["0"]
+    assert active_dropout(nn.Sequential(nn.Linear(8, 8))) is None
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), adapter)
+    assert (active_dropout(model) or "").endswith("is 0.1")

@@ -24,7 +24,7 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     """Ask the trainer to stop once `steps` optimizer steps were done, counted from where it began.
 
     Args:
-        steps: Optimizer steps.
+        steps: Optimizer steps; may be raised later.
         on_step: Called with the number done after each.
         enough: When to stop before that.
     """
@@ -32,8 +32,9 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, steps: int, on_step: Callable[[int], None] = lambda done: None, enough: Enough | None = None
     ) -> None:
-        self._steps, self._on_step, self._enough = steps, on_step, enough
+        self.steps, self._on_step, self._enough = steps, on_step, enough
         self._begin, self._begun_s = 0, 0.0
+        self.is_reached = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin, self._begun_s = state.global_step, time.monotonic()
@@ -41,8 +42,8 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self._begin
         self._on_step(done)
-        if done >= self._steps or self._is_enough(done):
-            control.should_training_stop = True
+        if done >= self.steps or self._is_enough(done):
+            self.is_reached = control.should_training_stop = True
 
     def _is_enough(self, done: int) -> bool:
         if self._enough is None:
