@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist import is_xdist_controller
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -31,10 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish() -> None:
-    from torch.optim.optimizer import register_optimizer_step_pre_hook  # not in xdist's controller, which collects none
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if is_xdist_controller(session):  # runs no test, and needs none of the libraries
+        return
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    import grpo_autotune.train  # noqa: F401 - mends torchvision, which test modules import with TRL
 
     register_optimizer_step_pre_hook(_refuse_step)
+
+
+def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
 
