@@ -104,6 +104,7 @@ def colocated(served: Callable[[str], Path], tmp_path: Path) -> Iterator[Callabl
     def end_engine() -> None:
         while running:
             running.pop().vllm_generation.llm.llm_engine.engine_core.shutdown()
+        gc.collect()  # an engine whose trainer was refused ends now, not in the middle of the next one's start
         for name in TRL_SETS:
             os.environ.pop(name, None)
         os.environ.update(environment)
