@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from tests.support.tiny import tiny_model
+from xdist import is_xdist_controller
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -37,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if is_xdist_controller(session):  # runs no test, and needs none of the libraries
+        return
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    import grpo_autotune.train  # noqa: F401 - mends torchvision, which test modules import with TRL
+
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
@@ -50,15 +58,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         fast_test = None
-        if not gc.get_freeze_count():  # the end of a trial takes it back
-            gc.collect()
-            gc.freeze()
 
 
 def pytest_configure() -> None:
     gc.disable()  # until all is imported: a training begins with a full collection, 0.4 s with the libraries in sight
     sys.addaudithook(_refuse_child)
-    register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _refuse_child(event: str, args: tuple[Any, ...]) -> None:
@@ -88,6 +92,8 @@ def no_speedup_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny(kind)`: path of a saved tiny model (qwen2_5_vl, qwen3_vl, qwen3 or llama)."""
+    from tests.support.tiny import tiny_model
+
     folder = tmp_path_factory.mktemp("tiny")
     built: dict[str, Path] = {}
 

@@ -6,8 +6,8 @@ import ast
 import importlib
 import json
 import re
-import sys
 import shlex
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Engine and trainer agree before and after optimizer steps: every architecture, kind of training and way to sync."""
+"""Engine and trainer agree before and after optimizer steps: every architecture, kind of training and way to sync.
+
+What a sync sends is held to the parameters that its way is about, and the caches that it empties to what they hold.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_autotune.rollout.sync import sync
 from tests_vllm.scoring import apart_nats
 from tests_vllm.test_engine_sync import (
     EXACT,
@@ -52,3 +56,15 @@ def test_log_probs_are_the_trainers(
     assert len(compared.synced) == 3 and min(compared.stale) > VISIBLE
     assert max(compared.synced) <= EXACT
     assert training != "qlora" or not any(p.dtype == torch.bfloat16 for p in trainer.model.parameters())
+    first, *later = sync.facts(trainer)
+    named = list(trainer.model.named_parameters())
+    whole = {name: p for name, p in named if "lora_" not in name}
+    part = {"merged": "", "batched": "base_layer", "adapter": "lora_"}[way]
+    sent = whole if way == "merged" or training == "full" else {name: p for name, p in named if part in name}
+    resets = ("prefix", "encoder") if any("visual" in name for name in sent) else ("prefix",)
+    assert {row.reset for row in later} == {() if way == "adapter" else resets}
+    assert {(row.way, row.full, row.tensors) for row in later} == {(way, way == "merged", len(sent))}
+    assert first.full and all(row.seconds > 0 for row in later)
+    if training != "qlora":  # its base is packed: the bytes sent are not those of its parameters
+        assert {row.bytes for row in later} == {sum(p.numel() * 4 for p in sent.values())}
+        assert first.bytes >= sum(p.numel() * 4 for p in whole.values())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import betaln
 from scipy.stats import betabinom, bootstrap
 
 from grpo_autotune.config.schema import RunConfig
@@ -51,7 +52,8 @@ class Living(NamedTuple):
         """Expected share of living groups among groups of `size`."""
         if self.a is None or self.b is None:
             return self.seen
-        dead = float(betabinom.pmf(0, size, self.a, self.b) + betabinom.pmf(size, size, self.a, self.b))
+        none, all_pass = np.exp(betaln([self.a, size + self.a], [size + self.b, self.b]) - betaln(self.a, self.b))
+        dead = float(none + all_pass)  # the ends of `betabinom.pmf`, whose call takes a hundred times as long
         return float(1.0 - dead**self.power)
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.optimize import nnls
+from scipy.special import stdtrit
 
 from grpo_autotune.predict.features import SPARED, Features
 
@@ -236,4 +236,4 @@ def _most(place: Place) -> float:
 
 def wide(confidence: float, freedom: int) -> float:
     """Student's t: how many standard deviations hold a value with this confidence."""
-    return float(stats.t.ppf(0.5 + confidence / 2.0, max(1, freedom)))
+    return float(stdtrit(max(1, freedom), 0.5 + confidence / 2.0))

@@ -26,7 +26,7 @@ from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.pace import Pace
-from grpo_autotune.search.study import name_of
+from grpo_autotune.search.study import differing, name_of
 
 Level = Literal["exact", "tuned", "open", "fast"]
 """Combinations that may be recommended: those that change nothing learned; those whose changes are proven or accepted;
@@ -126,8 +126,7 @@ class Leaderboard:
 
     def changed(self, knobs: Knobs) -> Knobs:
         """The knobs that differ from the user's."""
-        base = self.baseline_knobs
-        return {key: value for key, value in knobs.items() if name_of({key: value}) != name_of({key: base[key]})}
+        return {key: knobs[key] for key in differing(knobs, self.baseline_knobs)}
 
     def without(self, knobs: Knobs, *keys: str) -> Knobs:
         """A combination with some knobs as the user has them."""
@@ -274,7 +273,7 @@ class Leaderboard:
     def bounded(self, ratio: Interval, slower: Entry, faster: Entry) -> Interval:
         """A ratio of two entries within Amdahl's bounds; where they are next to nothing, noise is all there is. As far
         as the whole interval is beyond them it is noise, which there may be on this side of them, too."""
-        keys = [key for key in faster.knobs if name_of({key: faster.knobs[key]}) != name_of({key: slower.knobs[key]})]
+        keys = differing(faster.knobs, slower.knobs)
         most, least = self.most(keys, slower, faster), 1.0 / self.most(keys, faster, slower)
         value, low, high = (min(max(number, least), most) for number in ratio[:3])
         surely, at_best = (end if abs(end - 1.0) > TIE else 1.0 for end in (most, least))

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import Knobs
+from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.search.storage import HEARTBEAT_S, quiet
 
 Sampler = Literal["tpe", "gp", "random"]
@@ -93,6 +94,12 @@ class Claim:
 def name_of(knobs: Knobs) -> str:
     """The same text for the same combination."""
     return json.dumps(knobs, sort_keys=True)
+
+
+def differing(left: Knobs, right: Knobs) -> list[str]:
+    """Knobs of the first whose values have another name in the second."""
+    unequal = (key for key, value in left.items() if not same_value(value, right[key]))  # names take longer
+    return [key for key in unequal if name_of({key: left[key]}) != name_of({key: right[key]})]
 
 
 class Study:

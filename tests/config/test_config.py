@@ -282,6 +282,7 @@ def test_broken_yaml_names_file_and_line(text: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     st.fixed_dictionaries(

@@ -205,6 +205,7 @@ def test_every_stage_has_a_colour_of_its_own() -> None:
     assert tuple(STAGE_COLOURS) == STAGES and len(set(STAGE_COLOURS.values())) == len(STAGES)
 
 
+@pytest.mark.slow
 def test_the_script_of_an_interactive_page_is_allowed_by_its_hash_alone(tmp_path: Path) -> None:
     import base64
     import hashlib

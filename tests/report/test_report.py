@@ -62,6 +62,7 @@ def test_stages_sum_to_the_step(times: StageTimings) -> None:
     assert min(times.step_s) - 1e-9 <= report.step_s <= max(times.step_s) + 1e-9
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(any_timings())
 def test_a_report_is_equal_after_json(times: StageTimings) -> None:

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import inspect
 import resource
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -74,7 +75,8 @@ def release() -> None:
     Raises:
         RuntimeError: The device failed (`torch.AcceleratorError`), perhaps in an earlier call.
     """
-    gc.unfreeze()  # vLLM freezes what is there when its engine starts, TRL's half-built trainer included
+    if "vllm" in sys.modules:  # it freezes what is there when its engine starts, TRL's half-built trainer included
+        gc.unfreeze()
     for _ in range(COLLECTIONS):  # a finalizer may let go of what only the next one finds
         if not gc.collect():
             break
