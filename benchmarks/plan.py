@@ -1,0 +1,91 @@
+"""How far off a plan is: seconds per sample that it predicts at values that were not probed, against a measurement.
+
+    python -m benchmarks.plan [FOLDER]
+
+Two cases: the demo, and the model of 14 million parameters at 768 pixels. In each the configuration and three others
+(two image sizes, one group size) run at once, a block of steps each in turn, so that the machine's load falls on all
+alike; the plan knows the first alone. `FOLDER` keeps the outcomes: what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.midsize import midsize_config
+from benchmarks.result import ratio, write
+from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.hardware import detect
+from grpo_autotune.knobs import Knobs, with_knobs
+from grpo_autotune.predict.models import Models
+from grpo_autotune.predict.objective import groups_per_step
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.report.plan import Basis, plan_of
+from grpo_autotune.trials.parent.runner import Runner
+
+CASES: dict[str, tuple[Knobs, ...]] = {
+    "demo": ({"data.image_size": 64}, {"data.image_size": 32}, {"grpo.num_generations": 4}),
+    "midsize": ({"data.image_size": 512}, {"data.image_size": 384}, {"grpo.num_generations": 4}),
+}
+BLOCK = {"demo": 4, "midsize": 1}
+ROUNDS, DEADLINE_S = 6, 1500.0
+
+
+def main() -> None:
+    """Measure what is not there yet, plan, compare, and write `docs/benchmarks/plan.json`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
+        rows = [row for case in CASES for row in compared(case, folder / case)]
+    path = write("plan", "python -m benchmarks.plan", rows, {"error": ratio([row["error"] for row in rows])})
+    for row in rows:
+        sys.stdout.write(f"{row}\n")
+    sys.stdout.write(f"median error {median(row['error'] for row in rows):.3f}\n{path}\n")
+
+
+def base_config(case: str) -> RunConfig:
+    """The configuration that is probed; completions of the mid-size model all have one length."""
+    if case == "demo":
+        return load_config("demo", ["grpo.eval_strategy=no", "grpo.eval_on_start=false", "grpo.max_steps=1000"])
+    grpo = {"generation_kwargs": {"min_new_tokens": 48}, "eval_strategy": "no", "max_steps": 1000}
+    return midsize_config("14m", pixels=768, completion=48, grpo=grpo)
+
+
+def compared(case: str, folder: Path) -> list[dict[str, Any]]:
+    """A row for each value that was not probed: seconds per sample as planned, with the interval, and as measured."""
+    config = base_config(case)
+    configs = [config, *(with_knobs(config, knobs) for knobs in CASES[case])]
+    own, *others = measured(case, configs, folder)
+    assert own.record is not None
+    plan = plan_of(
+        Basis(config, own.record, Models.from_probe(config, own.record, detect(), own), case), datetime.now()
+    )
+    rows = []
+    for knobs, changed, outcome in zip(CASES[case], configs[1:], others, strict=True):
+        told = next(row for rows in plan.tables.values() for row in rows if row.knobs == knobs).sample_s
+        took_s = median(outcome.step_s) / groups_per_step(changed)
+        row = {"case": case, "knobs": knobs, "predicted": told.value, "low": told.low, "high": told.high}
+        inside = told.low <= took_s <= told.high
+        rows.append(row | {"measured": took_s, "error": abs(told.value / took_s - 1.0), "inside": inside})
+    return rows
+
+
+def measured(case: str, configs: list[RunConfig], folder: Path) -> list[TrialOutcome]:
+    """The outcomes of the configurations in turns; seconds of a step are means of blocks."""
+    files = [folder / f"{number}.json" for number in range(len(configs))]
+    if not all(file.is_file() for file in files):
+        size = {"steps": BLOCK[case], "warmup": BLOCK[case], "limit_s": DEADLINE_S}
+        specs = [TrialSpec(number=n, config=one.to_dict(), **size) for n, one in enumerate(configs)]
+        with Runner(folder) as runner:
+            outcomes = runner.race(specs, rounds=ROUNDS, deadline_s=DEADLINE_S)
+        for file, outcome in zip(files, outcomes, strict=True):
+            assert outcome.status == "ok", outcome.why
+            file.write_text(outcome.model_dump_json())
+    return [TrialOutcome.model_validate_json(file.read_bytes()) for file in files]
+
+
+if __name__ == "__main__":
+    main()
