@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -222,19 +221,14 @@ def plan(
     """Say how long a run will take, and what would change that, before it is paid for."""
 
     def action() -> int:
-        from datetime import datetime
-
         stored = Path(source or "grpo.yaml")
         loaded = None if stored.is_dir() or stored.suffix == ".json" else _load(source, set_, "trial")
         if loaded is None and (with_eval or set_):
             raise ConfigError("a stored run is not measured again", where=str(stored), fix="Plan its CONFIG.")
-        from grpo_autotune.commands.plan import basis_of_config, basis_of_run
+        from grpo_autotune.commands.plan import plan_run
         from grpo_autotune.render.plan import render_plan
-        from grpo_autotune.report.plan import plan_of
 
-        output = output_aside() if json_ else nullcontext()
-        basis = basis_of_config(loaded, with_eval=with_eval, output=output) if loaded else basis_of_run(stored)
-        result = plan_of(replace(basis, samples=samples or 0), datetime.now().astimezone())
+        result = plan_run(loaded or stored, samples, output_aside() if json_ else nullcontext(), with_eval=with_eval)
         show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_plan(result))
         return 0
 

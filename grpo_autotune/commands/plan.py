@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -15,15 +16,24 @@ from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.predict.room import memory_of
 from grpo_autotune.probe.breakdown import break_down
+from grpo_autotune.records.plan import Plan
 from grpo_autotune.records.probe import ProbeRecord, StageRow, StageTimings
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.files import REPORT_FILE, load_report, save_report
-from grpo_autotune.report.plan import Basis
+from grpo_autotune.report.plan import Basis, plan_of
 
 PROBE_STEPS = 5
 
 
-def basis_of_config(config: RunConfig, *, with_eval: bool, output: AbstractContextManager[None]) -> Basis:
+def plan_run(
+    source: RunConfig | Path, samples: int | None, output: AbstractContextManager[None], *, with_eval: bool
+) -> Plan:
+    """Plan a configuration or a stored run that begins now. Raises as `basis_of_config`, `basis_of_run`, `plan_of`."""
+    basis = basis_of_run(source) if isinstance(source, Path) else basis_of_config(source, output, with_eval=with_eval)
+    return plan_of(replace(basis, samples=samples or 0), datetime.now().astimezone())
+
+
+def basis_of_config(config: RunConfig, output: AbstractContextManager[None], *, with_eval: bool) -> Basis:
     """The probe in the run folder of a configuration: made where there is none of the same configuration, or none
     `with_eval`. Raises as `probe_config`."""
     folder = config.run_dir / "probe"
@@ -39,7 +49,7 @@ def basis_of_config(config: RunConfig, *, with_eval: bool, output: AbstractConte
 
 
 def basis_of_run(source: Path) -> Basis:
-    """What a stored run measured: a probe, a training run, or a script's run.
+    """The basis that a stored run is: a probe, a training run, or a script's run.
 
     Raises:
         ConfigError: There is none, or it does not tell enough.
