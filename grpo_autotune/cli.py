@@ -214,6 +214,11 @@ def plan(
         str | None, typer.Argument(metavar="[CONFIG | RUN_DIR]", help="A configuration, or a folder with a report.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Prompts to train on (default: as configured).")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="A memory to fit into, too.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page, too.")] = None,
+    phases: Annotated[
+        Path | None, typer.Option("--write-phases", metavar="DIR", help="Write quick.yaml, full.yaml and final.yaml.")
+    ] = None,
     with_eval: Annotated[bool, typer.Option("--with-eval", help="Time an evaluation and a checkpoint, too.")] = False,
     set_: Set = None,
     json_: Json = False,
@@ -228,7 +233,8 @@ def plan(
         from grpo_autotune.commands.plan import plan_run
         from grpo_autotune.render.plan import render_plan
 
-        result = plan_run(loaded or stored, samples, output_aside() if json_ else nullcontext(), with_eval=with_eval)
+        output = output_aside() if json_ else nullcontext()
+        result = plan_run(loaded or stored, samples, memory, output, with_eval=with_eval, html=html, phases=phases)
         show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_plan(result))
         return 0
 
@@ -297,9 +303,9 @@ def serve(
 
     def action() -> int:
         loaded = _load(config, set_, "serve")
-        from grpo_autotune.commands.serve import serve_config
+        from grpo_autotune.commands.serve import numbers, serve_config
 
-        return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=_numbers(gpus), dry_run=dry_run)
+        return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=numbers(gpus), dry_run=dry_run)
 
     return action
 
@@ -314,14 +320,6 @@ def doctor(json_: Json = False) -> Action:
         return show_findings(as_json=json_)
 
     return action
-
-
-def _numbers(text: str | None) -> list[int]:
-    """Indices of GPUs, from text such as `0,1`."""
-    words = [word.strip() for word in text.split(",")] if text is not None else []
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise ConfigError(f"{text!r} is not a list of GPUs", where="--gpus", fix="Give their numbers: 0,1.")
-    return [int(word) for word in words]
 
 
 def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:

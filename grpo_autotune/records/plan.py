@@ -39,13 +39,14 @@ class Choice(Frozen):
     """One row of a table: the configuration with another value."""
 
     name: str
-    knobs: dict[str, Any]  # key -> value; empty for the configuration as it is
+    knobs: dict[str, Any]  # key -> value; empty for the configuration as it is, and for another model
     image_tokens: float | None
     sample_s: Figure
     total_s: Figure
     speed: float  # seconds of a sample now over those of this row
     peak_bytes: Figure  # at worst
     fits: bool
+    remedy: str | None  # the first change that would make it fit; None where it does, or none is known
 
 
 class Pass(NamedTuple):
@@ -76,5 +77,6 @@ class Plan(Frozen):
     occasions: list[Occasion]
     cadences: list[Occasion]
     tables: dict[str, list[Choice]]
+    budgets: dict[str, dict[str, int | None]]
     passes: list[Pass]
     supervised_tokens: float

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from grpo_autotune.records.plan import Figure, Plan
+from grpo_autotune.records.plan import Choice, Figure, Plan
+from grpo_autotune.render.page import Lines, Section, from_rich, render_page
 from grpo_autotune.render.text import as_text
 from grpo_autotune.units import GIB, amount, duration, percent, plural, seconds
 
@@ -26,6 +27,13 @@ def _shown(plan: Plan) -> Iterator[RenderableType]:
     for title, table in tables(plan):
         yield Text(f"\n{title}", style="bold")
         yield table
+
+
+def plan_page(plan: Plan) -> str:
+    """The plan as a page of HTML."""
+    sections = [Section(f"part-{n}", title, [from_rich(table)]) for n, (title, table) in enumerate(tables(plan))]
+    first = Section("summary", "In short", [Lines(list(summary(plan)))])
+    return render_page("What the run will take", [first, *sections])
 
 
 def summary(plan: Plan) -> Iterator[str]:
@@ -61,21 +69,31 @@ def tables(plan: Plan) -> Iterator[tuple[str, Table]]:
         columns = [name, "tokens/image", "seconds/sample", "hours", "speed", "GiB at worst", "fits"]
         rows = [
             (row.name, row.image_tokens and amount(row.image_tokens), _ends(row.sample_s), _ends(row.total_s, 3600),
-             f"{row.speed:.2g}x", _ends(row.peak_bytes, GIB), "yes" if row.fits else "no")
+             f"{row.speed:.2g}x", _ends(row.peak_bytes, GIB), _fits(row))
             for row in choices
         ]  # fmt: skip
         if len(rows) > 1:
             yield f"{name[0].upper()}{name[1:]} ({PREDICTED})", _table(columns, rows)
+    budgets = [(name, *("none" if n is None else n for n in values.values())) for name, values in plan.budgets.items()]
+    keys = next(iter(plan.budgets.values()), {})
+    yield (
+        "Largest values that fit into a memory, the others as they are (predicted)",
+        _table(["memory", *keys], budgets),
+    )
     columns = ["pass", "rows", "tokens", "tokens, prompt once per group", "shared here"]
     passes = [(name, f"{n:g}", amount(t), amount(s), "yes" if on else "no") for name, n, t, s, on in plan.passes]
     yield "Passes of a sample (counted)", _table(columns, passes)
 
 
 def _table(columns: list[str], rows: Iterable[Iterable[object]]) -> Table:
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     return table
+
+
+def _fits(row: Choice) -> str:
+    return "yes" if row.fits else f"no; with {row.remedy}" if row.remedy else "no"
 
 
 def _ends(value: Figure, unit: float = 1.0) -> str:

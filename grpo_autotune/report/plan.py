@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -12,9 +12,13 @@ from typing import Literal
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.estimate.adapters import adapter_sizes
+from grpo_autotune.estimate.architectures import ARCHITECTURES
+from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.knobs import PROMPTS, Knobs, context_of, knob, knobs_of, with_knobs
-from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.knobs.apply import GROUP, MICRO, why_not
 from grpo_autotune.knobs.table import grpo_value
+from grpo_autotune.knobs.values import divisors
 from grpo_autotune.predict.models import CONFIDENCE, Models
 from grpo_autotune.predict.objective import Interval, evaluation_every, groups_per_step, save_every
 from grpo_autotune.predict.room import fits
@@ -23,9 +27,20 @@ from grpo_autotune.records.plan import Choice, Figure, Occasion, Pass, Plan
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.report.compare import Run, noise_of, seconds_by_cycle
 
-IMAGE_SIZE, SIDES, GROUPS, CADENCES = "data.image_size", (384, 512, 768, 1024), (2, 4, 8, 16, 32), (1, 2, 5, -1)
+IMAGE_SIZE, RANK, SIDES, GROUPS, CADENCES = (
+    "data.image_size",
+    "peft.r",
+    (384, 512, 768, 1024),
+    (2, 4, 8, 16, 32),
+    (1, 2, 5, -1),
+)
+RANKS, BUDGETS_GB = (4, 8, 16, 32, 64, 128, 256), (24.0, 40.0, 80.0, 141.0)
 MOST_REACH = math.log(10.0)
 """Of an interval to either side, as a logarithm: one step alone tells no scatter."""
+OTHER_MODEL = math.log(2.0)
+"""Reach that another model adds: its layers run at other shares of the machine's ceilings."""
+CHEAPER = {"grpo.gradient_checkpointing": True, MICRO: 1, IMAGE_SIZE: 384, "model.load_in_4bit": True}
+"""Changes that take less memory, in the order in which they are tried."""
 CHECKPOINT_S, CHECKPOINT_REACH = 12 / 5e8, math.log(5.0)
 """Of a trained weight, it and two moments, at the rate of a disk, which is assumed."""
 
@@ -36,7 +51,7 @@ class Basis:
 
     config: RunConfig  # the configuration that was measured
     record: ProbeRecord  # its probe, evaluations and checkpoints left out
-    models: Models  # that know the probe
+    models: Models  # that know the probe, and trials where a search had them
     source: str  # name of the run
     once_s: Mapping[str, float] = field(default_factory=dict)  # seconds of one `evaluate` and `save`, where measured
     samples: int = 0  # prompts of the run that is planned; 0 for the configuration's own length
@@ -60,39 +75,44 @@ class Basis:
             raise ConfigError(what, where=self.source, fix="Give --samples N.")
         return max(1, round(rows * float(grpo_value("num_train_epochs", self.config))))
 
-    def step(self, config: RunConfig) -> Figure:
-        """Seconds of a step of a configuration."""
-        if config == self.config:
-            return around(*self.measured, "measured")
-        return self._predicted(self.models.step_s(config))
+    def steps(self, config: RunConfig) -> int:
+        """Optimizer steps for the samples."""
+        return max(1, math.ceil(self.samples / groups_per_step(config) - 1e-9))
 
-    def _predicted(self, seconds: Interval) -> Figure:
+    def step(self, config: RunConfig, other: Models | None = None) -> Figure:
+        """Seconds of a step of a configuration, or of another model under it."""
+        if config == self.config and other is None:
+            return around(*self.measured, "measured")
+        return self._predicted((other or self.models).step_s(config), other)
+
+    def _predicted(self, seconds: Interval, other: Models | None) -> Figure:
         """A prediction with its own doubt, and that of what it was predicted from."""
         doubt = math.log(seconds.high / seconds.value) if seconds.value > 0.0 else 0.0
-        return around(seconds.value, math.hypot(doubt, self.measured[1]))
+        return around(seconds.value, math.hypot(doubt, self.measured[1], OTHER_MODEL if other else 0.0))
 
-    def _once(self, name: str, config: RunConfig) -> Figure | None:
+    def _once(self, name: str, config: RunConfig, other: Models | None) -> Figure | None:
         """Seconds of one `evaluate` or `save`; None for an evaluation of nobody knows how many rows."""
         known, rows = self.once_s.get(name), self.record.trainer.held_out_rows or config.data.max_eval_samples
-        if known is not None and (config == self.config or name == "save"):
+        models = other or self.models
+        if known is not None and other is None and (config == self.config or name == "save"):
             return around(known, self.measured[1], "measured")
         if name == "save":
-            return around(CHECKPOINT_S * self.record.trainer.trainable_parameters, CHECKPOINT_REACH)
+            return around(CHECKPOINT_S * models.record.trainer.trainable_parameters, CHECKPOINT_REACH)
         if rows is None or config.batch.eval_batch is None:
             return None
-        guess = self._predicted(self.models.evaluation_s(config, rows))
+        guess = self._predicted(models.evaluation_s(config, rows), other)
         return guess.times(known / self.models.evaluation_s(self.config, rows).value if known else 1.0)
 
-    def run(self, config: RunConfig, eval_steps: int = 0) -> tuple[Figure, list[Occasion]]:
+    def run(self, config: RunConfig, eval_steps: int = 0, other: Models | None = None) -> tuple[Figure, list[Occasion]]:
         """Seconds of the whole run (start, steps, evaluations, checkpoints), and its occasions; `eval_steps` replaces
         the configured distance, below zero for no evaluation."""
-        steps, seen = math.ceil(self.samples / groups_per_step(config) - 1e-9), list[tuple[str, int, int, Figure]]()
+        steps, seen = self.steps(config), list[tuple[str, int, int, Figure]]()
         for name, every in (("evaluate", eval_steps or evaluation_every(config)), ("save", save_every(config))):
-            if every and (once := self._once(name, config)) is not None:
+            if every and (once := self._once(name, config, other)) is not None:
                 more = name == "evaluate" and bool(config.grpo.get("eval_on_start"))
                 seen.append((name, every, steps // every + more if every > 0 else 0, once))
         start = around(math.fsum(phase.seconds for phase in self.record.startup), self.measured[1])
-        parts = [start, self.step(config).times(steps), *(once.times(n) for *_, n, once in seen)]
+        parts = [start, self.step(config, other).times(steps), *(once.times(n) for *_, n, once in seen)]
         # errors are one machine's pace, so that ends add up
         whole = Figure(*(math.fsum(float(part[end]) for part in parts) for end in range(3)))
         return whole, [
@@ -100,21 +120,30 @@ class Basis:
             for name, n, often, s in seen
         ]
 
-    def choice(self, name: str, knobs: Knobs) -> Choice:
+    def choice(self, name: str, knobs: Knobs, other: Models | None = None) -> Choice:
         """A row of a table. Raises `ConfigError` where the knobs do not fit together."""
         config, images, side = with_knobs(self.config, knobs), self.record.images, knobs.get(IMAGE_SIZE)
         now = images.tokens.mean if images and images.tokens else None
-        sample = self.step(config).times(1.0 / groups_per_step(config))
+        sample, models = self.step(config, other).times(1.0 / groups_per_step(config)), other or self.models
+        fit = fits(models, config, self.memory_bytes)
         return Choice(
             name=name,
             knobs=knobs,
             image_tokens=now if side is None else tokens_at(side, self.record, self.config, {}),
             sample_s=sample,
-            total_s=self.run(config)[0],
+            total_s=self.run(config, other=other)[0],
             speed=self.measured[0] / groups_per_step(self.config) / sample.value,
-            peak_bytes=Figure(*self.models.peak_bytes(config, worst_case=True)[:3]),
-            fits=fits(self.models, config, self.memory_bytes),
+            peak_bytes=Figure(*models.peak_bytes(config, worst_case=True)[:3]),
+            fits=fit,
+            remedy=None if fit else self._remedy(models),
         )
+
+    def _remedy(self, models: Models) -> str | None:
+        for key, value in CHEAPER.items():
+            legal = why_not(self.config, {key: value}, models.machine, models.record) is None
+            if legal and fits(models, with_knobs(self.config, {key: value}), self.memory_bytes):
+                return f"{key} {str(value).lower()}"
+        return None
 
     def image_sizes(self) -> Iterator[Choice]:
         """The size now, and listed ones that may differ from it; smaller ones where it is below all of them."""
@@ -138,6 +167,36 @@ class Basis:
                     break
                 except ConfigError:
                     continue
+
+    def other_models(self) -> Iterator[Choice]:
+        """Every listed model in place of the measured one, at this machine's rates; text models where no image is."""
+        for name, row in ARCHITECTURES.items():
+            shape, trainer = ModelShape.from_config(row.config), self.record.trainer
+            if shape.vision is not None or self.record.images is None:
+                sizes = adapter_sizes(shape, trainer.peft) if trainer.peft else None
+                trained = sizes.text + sizes.blocks + sizes.mergers if sizes else shape.parameters
+                update = {"model_config_json": dict(row.config), "trainable_parameters": trained}
+                record = self.record.model_copy(update={"trainer": trainer.model_copy(update=update)})
+                yield self.choice(name, {}, replace(self.models, record=record))
+
+    def budget(self, memory_bytes: float) -> dict[str, int | None]:
+        """The largest values of three knobs that fit into so much memory, each with the others as they are."""
+        config, record, plan = self.config, self.record, self.config.batch
+        if record.trainer.device_bytes is not None:  # an engine takes its share of this card
+            trainer = record.trainer.model_copy(update={"device_bytes": round(memory_bytes)})
+            record = record.model_copy(update={"trainer": trainer})
+        models = replace(self.models, record=record)
+
+        def largest(key: str, values: Sequence[int]) -> int | None:
+            legal = [v for v in values if why_not(config, {key: v}, models.machine, record) is None]
+            fitting = (v for v in legal if fits(models, with_knobs(config, {key: v}), round(memory_bytes)))
+            return max(fitting, default=None)
+
+        return {
+            MICRO: largest(MICRO, divisors(plan.micro_batch * plan.accumulation)),
+            RANK: largest(RANK, RANKS if config.peft else ()),
+            IMAGE_SIZE: largest(IMAGE_SIZE, SIDES if record.images is not None else ()),
+        }
 
     def passes(self) -> Iterator[Pass]:
         """Passes of one sample through the model, counted from the configuration and the measured lengths."""
@@ -164,8 +223,9 @@ def around(value: float, reach: float, how: Literal["measured", "predicted"] = "
     return Figure(value, value * math.exp(-reach), value * math.exp(reach), how)
 
 
-def plan_of(basis: Basis, now: datetime) -> Plan:
-    """Plan a run that begins now. Raises `ConfigError` where nothing tells its length."""
+def plan_of(basis: Basis, now: datetime, memory_gb: float | None = None) -> Plan:
+    """Plan a run that begins now, for a memory in 1e9 bytes beside the usual ones. Raises `ConfigError` where nothing
+    tells its length."""
     basis = replace(basis, samples=basis.samples or basis.own_samples())
     config, tokens, step = basis.config, basis.record.tokens, basis.step(basis.config)
     assert tokens is not None
@@ -177,14 +237,21 @@ def plan_of(basis: Basis, now: datetime) -> Plan:
         source=basis.source,
         notes=[unknown] if not every and config.batch.eval_batch is not None else [],
         samples=basis.samples,
-        steps=math.ceil(basis.samples / groups_per_step(config) - 1e-9),
+        steps=basis.steps(config),
         step_s=step,
         sample_s=step.times(1.0 / groups_per_step(config)),
         total_s=whole,
         ends=[(now + timedelta(seconds=s)).isoformat(" ", "minutes") for s in (whole.low, whole.value, whole.high)],
         occasions=occasions,
         cadences=[basis.run(config, n * every)[1][0] for n in CADENCES] if every else [],
-        tables={"image size": list(basis.image_sizes()), "num_generations": list(basis.group_sizes())},
+        tables={
+            "image size": list(basis.image_sizes()),
+            "num_generations": list(basis.group_sizes()),
+            "model": list(basis.other_models()),
+        },
+        budgets={
+            f"{gb:g} GB": basis.budget(1e9 * gb) for gb in sorted({*BUDGETS_GB, *([memory_gb] if memory_gb else [])})
+        },
         passes=list(basis.passes()),
         supervised_tokens=(4 if basis.record.trainer.gradient_checkpointing else 3)
         * (tokens.prompt.mean + tokens.completion.mean),

@@ -15,12 +15,13 @@ from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.cli import main
 from grpo_autotune.commands.plan import basis_of_run, record_of
-from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.predict.models import Models
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.plan import SCHEMA, Plan
 from grpo_autotune.records.probe import ProbeRecord, StageRow
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.plan import render_plan
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import save_report
@@ -178,3 +179,71 @@ def test_a_large_evaluation_that_no_step_held_is_advised_against() -> None:
     assert idea is not None and "(predicted) on 64 rows" in idea.because
     seldom = evaluating(eval_steps=1000)
     assert observed.unseen_evaluation(facts(seldom.record, seldom.config)) is None
+
+
+def test_other_models_and_memories() -> None:
+    trainer = trainer_facts(peft={"peft_type": "LORA", "r": 8, "target_modules": "all-linear"})
+    one = replace(basis(demo_record(trainer=trainer)), memory_bytes=CPU_MACHINE.memory_bytes)
+    plan = plan_of(one, NOW, memory_gb=0.5)
+    rows = {row.name: row for row in plan.tables["model"]}
+    assert set(rows) == {
+        "qwen2.5-vl-3b",
+        "qwen2.5-vl-7b",
+        "qwen3-vl-2b",
+        "qwen3-vl-4b",
+        "qwen3-vl-8b",
+    }  # data has images
+    assert rows["qwen3-vl-2b"].sample_s.value < rows["qwen3-vl-4b"].sample_s.value < rows["qwen3-vl-8b"].sample_s.value
+    assert rows["qwen3-vl-2b"].sample_s.value > 100.0 * plan.sample_s.value  # 600 times the weights
+    assert not rows["qwen3-vl-8b"].fits and rows["qwen3-vl-8b"].peak_bytes.value > 30e9
+    small, *larger = plan.budgets.values()
+    assert list(plan.budgets) == ["0.5 GB", "24 GB", "40 GB", "80 GB", "141 GB"]
+    assert set(small.values()) == {None}  # the process itself has taken 2 GiB
+    assert all(budget["grpo.per_device_train_batch_size"] == 16 for budget in larger)
+    text = demo_record(images=None, trainer=trainer)
+    assert len(plan_of(basis(text), NOW).tables["model"]) == 9
+
+
+def test_phases_are_whole_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = evaluating({"evaluate": 100.0})
+    save_report(
+        build_report(one.record.model_copy(update={"occasions": one.once_s}), CPU_MACHINE, config=one.config), tmp_path
+    )
+    words = ["--samples", "5000", "--write-phases", str(tmp_path / "phases"), "--html", str(tmp_path / "plan.html")]
+    assert main(["plan", str(tmp_path), *words]) == 0
+    phases = {name: load_config(tmp_path / "phases" / f"{name}.yaml") for name in ("quick", "full", "final")}
+    assert {name: phase.grpo["max_steps"] for name, phase in phases.items()} == {
+        "quick": 714,
+        "full": 2500,
+        "final": 2500,
+    }
+    assert [phase.grpo["eval_steps"] for phase in phases.values()] == [714, 50, 10]
+    assert {phase.model.name_or_path for phase in phases.values()} == {"nowhere/model"}
+    head = (tmp_path / "phases" / "quick.yaml").read_text()
+    assert "# Predicted to take 1 h " in head and "# grpo.max_steps: 100 -> 714" in head
+    page = (tmp_path / "plan.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "5000 samples in 2500 optimizer steps" in page
+    assert "5000 samples" in capsys.readouterr().out
+
+
+def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
+    one = basis()
+    stored = json.loads((Path(__file__).parents[1] / "stored" / "search.json").read_text())
+    stored |= {"config": one.config.model_dump(mode="json"), "evaluation_s": 3.0}
+    stored["config"]["grpo"] |= EVALUATES
+    stored["config"]["data"] |= HELD_OUT
+    (tmp_path / "search.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="the trials of this search are gone"):
+        basis_of_run(tmp_path)
+    folders = [tmp_path / "trials" / f"{number:04d}" for number in range(2)]
+    smaller = plan_of(one, NOW).tables["image size"][1].knobs
+    for number, (folder, purpose, knobs) in enumerate(zip(folders, ("probe", "timed"), ({}, smaller), strict=True)):
+        folder.mkdir(parents=True)
+        spec = TrialSpec(number=number, purpose=purpose, config=stored["config"], knobs=knobs)
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        outcome = TrialOutcome(number=number, status="ok", record=one.record, step_s=one.record.timings.step_s)
+        (folder / "outcome.json").write_text(outcome.model_dump_json())
+    searched = basis_of_run(tmp_path)
+    assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 2
+    rows = plan_of(searched, NOW).tables["image size"]
+    assert next(row for row in rows if row.knobs == smaller).speed < 1.2  # as slow as now, says its trial
