@@ -31,8 +31,9 @@ CASES: dict[str, tuple[Knobs, ...]] = {
     "demo": ({"data.image_size": 64}, {"data.image_size": 32}, {"grpo.num_generations": 4}),
     "midsize": ({"data.image_size": 512}, {"data.image_size": 384}, {"grpo.num_generations": 4}),
 }
-BLOCK = {"demo": 4, "midsize": 1}
-ROUNDS, DEADLINE_S = 6, 1500.0
+BLOCKS = {"demo": (2, 15), "midsize": (1, 6)}
+"""Steps of a block, and rounds."""
+DEADLINE_S = 1500.0
 
 
 def main() -> None:
@@ -55,7 +56,8 @@ def base_config(case: str) -> RunConfig:
 
 
 def compared(case: str, folder: Path) -> list[dict[str, Any]]:
-    """A row for each value that was not probed: seconds per sample as planned, with the interval, and as measured."""
+    """A row for each value that was not probed: seconds per sample as planned, with the interval, and as measured at
+    the pace that the probe had."""
     config = base_config(case)
     configs = [config, *(with_knobs(config, knobs) for knobs in CASES[case])]
     own, *others = measured(case, configs, folder)
@@ -66,7 +68,8 @@ def compared(case: str, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for knobs, changed, outcome in zip(CASES[case], configs[1:], others, strict=True):
         told = next(row for rows in plan.tables.values() for row in rows if row.knobs == knobs).sample_s
-        took_s = median(outcome.step_s) / groups_per_step(changed)
+        ratio_to_own = median(a / b for a, b in zip(outcome.step_s, own.step_s, strict=True))  # each round at one pace
+        took_s = ratio_to_own * plan.step_s.value / groups_per_step(changed)
         row = {"case": case, "knobs": knobs, "predicted": told.value, "low": told.low, "high": told.high}
         inside = told.low <= took_s <= told.high
         rows.append(row | {"measured": took_s, "error": abs(told.value / took_s - 1.0), "inside": inside})
@@ -77,10 +80,11 @@ def measured(case: str, configs: list[RunConfig], folder: Path) -> list[TrialOut
     """The outcomes of the configurations in turns; seconds of a step are means of blocks."""
     files = [folder / f"{number}.json" for number in range(len(configs))]
     if not all(file.is_file() for file in files):
-        size = {"steps": BLOCK[case], "warmup": BLOCK[case], "limit_s": DEADLINE_S}
+        steps, rounds = BLOCKS[case]
+        size = {"steps": steps, "warmup": steps, "limit_s": DEADLINE_S}
         specs = [TrialSpec(number=n, config=one.to_dict(), **size) for n, one in enumerate(configs)]
         with Runner(folder) as runner:
-            outcomes = runner.race(specs, rounds=ROUNDS, deadline_s=DEADLINE_S)
+            outcomes = runner.race(specs, rounds=rounds, deadline_s=DEADLINE_S)
         for file, outcome in zip(files, outcomes, strict=True):
             assert outcome.status == "ok", outcome.why
             file.write_text(outcome.model_dump_json())
