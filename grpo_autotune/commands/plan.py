@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from grpo_autotune.advice.facts import Facts
+from grpo_autotune.commands.page import keep_page
 from grpo_autotune.commands.probe import probe_config
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.console import say
@@ -100,15 +101,18 @@ def write_phases(folder: Path, basis: Basis, run: Path | None) -> None:
 
 
 def basis_of_config(config: RunConfig, output: AbstractContextManager[None], *, with_eval: bool) -> Basis:
-    """The probe in the run folder of a configuration: made where there is none of the same configuration, or none
+    """The probe in the run folder of a configuration: made where there is none of it on this machine, or none
     `with_eval`. Raises as `probe_config`."""
     folder = config.run_dir / "probe"
     stored = load_report(folder) if (folder / REPORT_FILE).is_file() else None
-    if stored is None or stored.config != config.model_dump(mode="json") or (with_eval and not stored.occasions):
+    wanted = config.model_dump(mode="json"), detect().fingerprint
+    same = stored is not None and (stored.config, (stored.machine or {}).get("fingerprint")) == wanted
+    if stored is None or not same or (with_eval and not stored.occasions):
         say(f"Probing first, into {folder}; the next plan of this configuration takes that probe.")
 
         def save(report: Report) -> None:
             save_report(report, folder)
+            keep_page(folder)
 
         probe_config(config, steps=PROBE_STEPS, out_dir=folder, output=output, show=save, with_eval=with_eval)
     return basis_of_run(folder)
@@ -133,8 +137,11 @@ def basis_of_run(source: Path) -> Basis:
         base, models, once = facts.base, facts.models, report.occasions
     except NothingSucceeded as error:
         raise ConfigError("this run measured no whole step", where=str(source), fix="Probe again.") from error
-    if base is None or models is None:
-        raise ConfigError("this run does not tell enough for a plan", where=str(source), fix="Plan a CONFIG.")
+    if base is None or base.batch.processes != record.trainer.world_size:
+        ranks = record.trainer.world_size
+        raise ConfigError(f"this run had {ranks} ranks", where=str(source), fix=f"Set WORLD_SIZE={ranks} for the plan.")
+    if models is None:
+        raise ConfigError("this run tells no lengths of completions", where=str(source), fix="Probe again.")
     return Basis(base, record, models, str(source), once, memory_bytes=memory_of(machine, record.trainer))
 
 

@@ -247,3 +247,14 @@ def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
     assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 2
     rows = plan_of(searched, NOW).tables["image size"]
     assert next(row for row in rows if row.knobs == smaller).speed < 1.2  # as slow as now, says its trial
+
+
+def test_a_run_of_several_ranks_is_planned_for_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    record = demo_record(trainer=trainer_facts(world_size=2, generation_batch_size=32))
+    save_report(build_report(record, CPU_MACHINE, config=config_of(record)), tmp_path)
+    plan = plan_of(basis_of_run(tmp_path), NOW)
+    assert plan.samples == 400 and plan.sample_s.value == pytest.approx(5.04 / 4)  # 4 prompts in a step of both
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ConfigError, match=r"had 2 ranks.*WORLD_SIZE=2"):
+        basis_of_run(tmp_path)
