@@ -155,7 +155,7 @@ def _searched(folder: Path) -> Basis:
         raise ConfigError("the trials of this search are gone", where=str(folder), fix="Plan a CONFIG.")
     models = Models.from_probe(config, probe.record, machine, probe)
     for spec, outcome in trials:
-        if spec.purpose == "timed":
+        if spec.purpose == "timed" and spec.source != "race":
             models = models.learn(with_knobs(config, spec.knobs), outcome)
     every = {"evaluate": (search.evaluation_s, evaluation_every(config)), "save": (search.saving_s, save_every(config))}
     once = {name: per_step_s * steps for name, (per_step_s, steps) in every.items() if per_step_s and steps}

@@ -79,13 +79,8 @@ def _train(
                 finally:
                     watched.pop()
                     probe.detach()
-            if not with_eval:
-                return {}
-            seconds = {
-                "evaluate": evaluation_s(trainer) if trainer.eval_dataset else None,
-                "save": checkpoint_s(trainer),
-            }
-            return {name: s for name, s in seconds.items() if s is not None}
+            timed = {"evaluate": evaluation_s, "save": checkpoint_s} if with_eval else {}
+            return {name: s for name, once_s in timed.items() if (s := once_s(trainer)) is not None}
 
 
 def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:

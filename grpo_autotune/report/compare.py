@@ -85,9 +85,7 @@ def _row(name: str, a: Run, b: Run, equal: Run, confidence: float) -> RatioRow:
     before, after, scaled = (_seconds(run.seconds, name) for run in (a, b, equal))
     both = before > 0.0 and scaled > 0.0
     change = (
-        change_interval(math.log(scaled / before), noise_of(a, name), noise_of(equal, name), confidence)
-        if both
-        else None
+        change_interval(math.log(scaled / before), noise(a, name), noise(equal, name), confidence) if both else None
     )
     sure = not both or (change is not None and not change[0] <= 0.0 <= change[2])
     large = abs(scaled - before) >= LEAST_SHARE * _seconds(a.seconds, "step")
@@ -111,7 +109,7 @@ def _log_seconds(series: Series, name: str) -> Callable[[np.ndarray], np.ndarray
     )
 
 
-def noise_of(run: Run, name: str) -> Noise:
+def noise(run: Run, name: str) -> Noise:
     """The error of the seconds of a stage, or of the step."""
     on_gpu = run.facts.trainer.device != "cpu" and name not in ON_HOST
     drift, others = DRIFT_GPU if on_gpu else DRIFT_CPU, run.facts.others

@@ -25,7 +25,7 @@ from grpo_autotune.predict.room import fits
 from grpo_autotune.predict.workload import tokens_at, workload
 from grpo_autotune.records.plan import Choice, Figure, Occasion, Pass, Plan
 from grpo_autotune.records.probe import ProbeRecord
-from grpo_autotune.report.compare import Run, noise_of, seconds_by_cycle
+from grpo_autotune.report.compare import Run, noise, seconds_by_cycle
 
 IMAGE_SIZE, RANK, SIDES, GROUPS, CADENCES = (
     "data.image_size",
@@ -62,8 +62,8 @@ class Basis:
         """Seconds of a step, and the reach of what is measured: by the scatter of steps and the pace of the machine."""
         t = self.record.timings
         series = seconds_by_cycle(t.step_s, t.stages, t.cycle)
-        noise = noise_of(Run(self.source, "probe", self.record, series, None, None, None), "step")
-        return median(series["step"]), min(MOST_REACH, noise.half_width(CONFIDENCE))
+        run = Run(self.source, "probe", self.record, series, None, None, None)
+        return median(series["step"]), min(MOST_REACH, noise(run, "step").half_width(CONFIDENCE))
 
     def own_samples(self) -> int:
         """Samples of the run as it is configured. Raises `ConfigError` where nobody knows the length of the data."""
