@@ -114,7 +114,8 @@ class Basis:
         start = around(math.fsum(phase.seconds for phase in self.record.startup), self.measured[1])
         parts = [start, self.step(config, other).times(steps), *(once.times(n) for *_, n, once in seen)]
         # errors are one machine's pace, so that ends add up
-        whole = Figure(*(math.fsum(float(part[end]) for part in parts) for end in range(3)))
+        value, low, high = (math.fsum(float(part[end]) for part in parts) for end in range(3))
+        whole = Figure(value, low, high)
         return whole, [
             Occasion(name=name, every=n, times=often, once_s=s, share=often * s.value / whole.value, total_s=whole)
             for name, n, often, s in seen
