@@ -62,11 +62,15 @@ def plan_run(
     basis = basis_of_run(source) if isinstance(source, Path) else basis_of_config(source, output, with_eval=with_eval)
     basis = replace(basis, samples=samples or basis.own_samples())
     plan = plan_of(basis, datetime.now().astimezone(), memory_gb)
-    with full_disk_told(Path(), "Make room there."):
-        if html is not None:
-            write_whole(html, plan_page(plan))
-        if phases is not None:
-            write_phases(phases, basis, source if isinstance(source, Path) else None)
+    try:
+        with full_disk_told(phases or Path(), "Make room there."):
+            if html is not None:
+                write_whole(html, plan_page(plan))
+            if phases is not None:
+                write_phases(phases, basis, source if isinstance(source, Path) else None)
+    except OSError as error:
+        where, fix = str(html or phases), "Name another place; without it the plan is printed alone."
+        raise ConfigError(f"page or phases cannot be written ({error.strerror})", where=where, fix=fix) from error
     return plan
 
 

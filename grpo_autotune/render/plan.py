@@ -14,7 +14,7 @@ from grpo_autotune.render.page import Lines, Section, from_rich, render_page
 from grpo_autotune.render.text import as_text
 from grpo_autotune.units import GIB, amount, duration, percent, plural, seconds
 
-PREDICTED = "predicted, but for what is now; with the ends of the interval"
+PREDICTED = "predicted, but for what is now; in brackets the ends of the interval"
 
 
 def render_plan(plan: Plan, width: int = 100) -> str:
@@ -66,10 +66,17 @@ def tables(plan: Plan) -> Iterator[tuple[str, Table]]:
     if cadences:
         yield "Evaluation (predicted)", _table(["eval_steps", "share of the run", "hours"], cadences)
     for name, choices in plan.tables.items():
-        columns = [name, "tokens/image", "seconds/sample", "hours", "speed", "GiB at worst", "fits"]
+        columns = [
+            f"{name}, tokens" if "image" in name else name,
+            "seconds/sample",
+            "hours",
+            "speed",
+            "GiB at worst",
+            "fits",
+        ]
         rows = [
-            (row.name, row.image_tokens and amount(row.image_tokens), _ends(row.sample_s), _ends(row.total_s, 3600),
-             f"{row.speed:.2g}x", _ends(row.peak_bytes, GIB), _fits(row))
+            (f"{row.name}, {amount(row.image_tokens or 0)}" if "image" in name else row.name,
+             _ends(row.sample_s), _ends(row.total_s, 3600), f"{row.speed:.2g}x", _ends(row.peak_bytes, GIB), _fits(row))
             for row in choices
         ]  # fmt: skip
         if len(rows) > 1:
@@ -97,7 +104,8 @@ def _fits(row: Choice) -> str:
 
 
 def _ends(value: Figure, unit: float = 1.0) -> str:
-    return "{} ({} to {})".format(*(amount(number / unit) for number in value[:3]))
+    ends = (amount(float(f"{end / unit:.2g}")) for end in value[1:3])
+    return "{} [{} {}]".format(amount(value.value / unit), *ends)
 
 
 def _figure(value: Figure, unit: Callable[[float], str] = seconds) -> str:

@@ -226,6 +226,15 @@ def test_phases_are_whole_configurations(tmp_path: Path, capsys: pytest.CaptureF
     assert "5000 samples" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_report(build_report(basis().record, CPU_MACHINE, config=basis().config), tmp_path)
+    (tmp_path / "file").write_text("")
+    for option, place in (("--html", "none/plan.html"), ("--write-phases", "file/phases")):
+        assert main(["plan", str(tmp_path), option, str(tmp_path / place)]) == 2
+        line = capsys.readouterr().err
+        assert "cannot be written" in line and line.count("\n") == 1
+
+
 def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
     one = basis()
     stored = json.loads((Path(__file__).parents[1] / "stored" / "search.json").read_text())
