@@ -17,6 +17,7 @@ from grpo_autotune.cli import main
 from grpo_autotune.commands.plan import basis_of_run, record_of
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.knobs import with_knobs
 from grpo_autotune.predict.models import Models
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.plan import SCHEMA, Plan
@@ -90,6 +91,9 @@ def test_tables_hold_what_differs() -> None:
     assert (now.name, now.speed, now.sample_s.how) == ("384 px (now)", pytest.approx(1.0), "measured")
     assert images and all(row.speed > 1.0 and row.sample_s.how == "predicted" for row in images)
     assert all(row.image_tokens and row.image_tokens < 144.0 for row in images)  # none is enlarged
+    models, config = basis().models, basis().config
+    prompts = [models.stages_s(one)["prompt"].value for one in (config, with_knobs(config, {"data.image_size": 192}))]
+    assert 0.25 < prompts[1] / prompts[0] < 0.6  # a quarter of the pixels, and what an image costs at any size
     shrunk = plan_of(basis(data={"image_size": 512}), NOW).tables["image size"]
     assert [row.name for row in shrunk] == ["512 px (now)", "384 px", "768 px", "1024 px"]
     groups = {row.name: row for row in plan.tables["num_generations"]}
