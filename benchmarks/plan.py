@@ -3,8 +3,8 @@
     python -m benchmarks.plan [FOLDER]
 
 Two cases: the demo, and the model of 14 million parameters at 768 pixels. In each the configuration and three others
-(two image sizes, one group size) run at once, a block of steps each in turn, so that the machine's load falls on all
-alike; the plan knows the first alone. `FOLDER` keeps the outcomes: what is there is not measured again.
+(two image sizes, one group size) run a block of steps each in turn, so that the machine's load falls on all alike; the
+plan knows the first alone. `FOLDER` keeps the outcomes.
 """
 
 from __future__ import annotations
@@ -31,20 +31,16 @@ CASES: dict[str, tuple[Knobs, ...]] = {
     "demo": ({"data.image_size": 64}, {"data.image_size": 32}, {"grpo.num_generations": 4}),
     "midsize": ({"data.image_size": 512}, {"data.image_size": 384}, {"grpo.num_generations": 4}),
 }
-BLOCKS = {"demo": (2, 15), "midsize": (1, 6)}
-"""Steps of a block, and rounds."""
-DEADLINE_S = 1500.0
+BLOCKS, DEADLINE_S = {"demo": (2, 15), "midsize": (1, 6)}, 1500.0  # steps of a block, and rounds
 
 
 def main() -> None:
     """Measure what is not there yet, plan, compare, and write `docs/benchmarks/plan.json`."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
+        folder = Path([*sys.argv[1:], scratch][0])
         rows = [row for case in CASES for row in compared(case, folder / case)]
     path = write("plan", "python -m benchmarks.plan", rows, {"error": ratio([row["error"] for row in rows])})
-    for row in rows:
-        sys.stdout.write(f"{row}\n")
-    sys.stdout.write(f"median error {median(row['error'] for row in rows):.3f}\n{path}\n")
+    sys.stdout.write("".join(f"{row}\n" for row in rows) + f"{path}\n")
 
 
 def base_config(case: str) -> RunConfig:
@@ -56,8 +52,7 @@ def base_config(case: str) -> RunConfig:
 
 
 def compared(case: str, folder: Path) -> list[dict[str, Any]]:
-    """A row for each value that was not probed: seconds per sample as planned, with the interval, and as measured at
-    the pace that the probe had."""
+    """A row for each value that was not probed: seconds per sample as planned, and as measured at the probe's pace."""
     config = base_config(case)
     configs = [config, *(with_knobs(config, knobs) for knobs in CASES[case])]
     own, *others = measured(case, configs, folder)
@@ -71,21 +66,21 @@ def compared(case: str, folder: Path) -> list[dict[str, Any]]:
         ratio_to_own = median(a / b for a, b in zip(outcome.step_s, own.step_s, strict=True))  # each round at one pace
         took_s = ratio_to_own * plan.step_s.value / groups_per_step(changed)
         row = {"case": case, "knobs": knobs, "predicted": told.value, "low": told.low, "high": told.high}
-        inside = told.low <= took_s <= told.high
-        rows.append(row | {"measured": took_s, "error": abs(told.value / took_s - 1.0), "inside": inside})
+        row |= {"measured": took_s, "error": abs(told.value / took_s - 1.0)}
+        rows.append(row | {"inside": told.low <= took_s <= told.high})
     return rows
 
 
 def measured(case: str, configs: list[RunConfig], folder: Path) -> list[TrialOutcome]:
-    """The outcomes of the configurations in turns; seconds of a step are means of blocks."""
+    """The outcomes of the configurations in turns; seconds of a step are a block's mean."""
     files = [folder / f"{number}.json" for number in range(len(configs))]
     if not all(file.is_file() for file in files):
         steps, rounds = BLOCKS[case]
         size = {"steps": steps, "warmup": steps, "limit_s": DEADLINE_S}
         specs = [TrialSpec(number=n, config=one.to_dict(), **size) for n, one in enumerate(configs)]
         with Runner(folder) as runner:
-            outcomes = runner.race(specs, rounds=rounds, deadline_s=DEADLINE_S)
-        for file, outcome in zip(files, outcomes, strict=True):
+            raced = runner.race(specs, rounds=rounds, deadline_s=DEADLINE_S)
+        for file, outcome in zip(files, raced, strict=True):
             assert outcome.status == "ok", outcome.why
             file.write_text(outcome.model_dump_json())
     return [TrialOutcome.model_validate_json(file.read_bytes()) for file in files]
