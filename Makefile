@@ -59,6 +59,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.decoding --models 16m --rounds 3
 	$(BIN)/python -m benchmarks.time_to_reward
 	$(BIN)/python -m benchmarks.model_error
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.warm_workers
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.search_replay

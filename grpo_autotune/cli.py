@@ -41,7 +41,7 @@ Config = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to measure, after a warm-up.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps to measure, after a warm-up.")]
 
 
 @app.callback()
@@ -101,17 +101,15 @@ def train(
 def search(
     config: Config = None,
     budget: Annotated[
-        str, typer.Option("--budget", metavar="TIME", help="Time for everything: 90s, 30m, 1h30m; 0 predicts.")
+        str, typer.Option(metavar="TIME", help="Time for everything: 90s, 30m, 1h30m; 0 predicts.")
     ] = "30m",
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Copy tuned.yaml there.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the search.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in the folder.")] = False,
     storage: Annotated[
-        str | None, typer.Option("--storage", metavar="URL", help="A database that several machines search with.")
+        str | None, typer.Option(metavar="URL", help="A database that several machines search with.")
     ] = None,
-    script: Annotated[
-        str | None, typer.Option("--script", metavar="SCRIPT", help="Search the GRPOConfig of a TRL script.")
-    ] = None,
+    script: Annotated[str | None, typer.Option(metavar="SCRIPT", help="Search the GRPOConfig of a TRL script.")] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> Action:
@@ -121,7 +119,9 @@ def search(
         from grpo_autotune.search.budget import parse_budget
 
         budget_s = parse_budget(budget)
-        loaded, words = _load_script(config, script, set_) if script else (_load(config, set_, "trial"), None)
+        from grpo_autotune.commands.early import load_script
+
+        loaded, words = load_script(config, script, set_) if script else (_load(config, set_, "trial"), None)
         from grpo_autotune.commands.search import search_config
         from grpo_autotune.render.search import render_search
 
@@ -171,9 +171,8 @@ def report(
             return 0
         from grpo_autotune.report.files import load_report
 
-        if run_dir.name == SEARCH_FILE or (
-            (run_dir / SEARCH_FILE).is_file() and not (run_dir / "report.json").is_file()
-        ):
+        probed = (run_dir / "report.json").is_file()
+        if run_dir.name == SEARCH_FILE or ((run_dir / SEARCH_FILE).is_file() and not probed):
             from grpo_autotune.render.search import render_search
             from grpo_autotune.search.folder import load_search
 
@@ -236,19 +235,50 @@ def compare(
     return action
 
 
+@app.command()
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG | RUN_DIR]", help="A configuration, or a folder with a report.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts to train on (default: as configured).")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="A memory to fit into, too.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, too.")] = None,
+    phases: Annotated[
+        Path | None, typer.Option("--write-phases", metavar="DIR", help="Write quick.yaml, full.yaml and final.yaml.")
+    ] = None,
+    with_eval: Annotated[bool, typer.Option("--with-eval", help="Time an evaluation and a checkpoint, too.")] = False,
+    set_: Set = None,
+    json_: Json = False,
+) -> Action:
+    """Say how long a run will take, and what would change that, before it is paid for."""
+
+    def action() -> int:
+        stored = Path(source or "grpo.yaml")
+        loaded = None if stored.is_dir() or stored.suffix == ".json" else _load(source, set_, "trial")
+        if loaded is None and (with_eval or set_):
+            raise ConfigError("a stored run is not measured again", where=str(stored), fix="Plan its CONFIG.")
+        from grpo_autotune.commands.plan import plan_run
+        from grpo_autotune.render.plan import render_plan
+
+        output = output_aside() if json_ else nullcontext()
+        result = plan_run(loaded or stored, samples, memory, output, with_eval=with_eval, html=html, phases=phases)
+        show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_plan(result))
+        return 0
+
+    return action
+
+
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 def run(
     script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script that builds a GRPOTrainer.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Arguments of the script.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="End the script after so many measured optimizer steps.")
+        int | None, typer.Option(min=1, help="End the script after so many measured optimizer steps.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("runs/run"),
     speedups: Annotated[
         str | None,
-        typer.Option(
-            "--speedups", metavar="NAMES", help="Exact speed-ups: auto, none, names with commas, or a list in YAML."
-        ),
+        typer.Option(metavar="NAMES", help="Exact speed-ups: auto, none, names with commas, or a list in YAML."),
     ] = None,
     with_: Annotated[
         Path | None,
@@ -268,16 +298,8 @@ def run(
 
         output = output_aside() if json_ else nullcontext()
         values, receipt = values_for_script(with_, speedups)
-        run_script(
-            script,
-            arguments or [],
-            steps=steps,
-            out_dir=out,
-            finish=finish,
-            output=output,
-            values=values,
-            receipt=receipt,
-        )
+        how: Any = {"steps": steps, "out_dir": out, "values": values, "receipt": receipt}
+        run_script(script, arguments or [], finish=finish, output=output, **how)
         return 0
 
     return action
@@ -287,8 +309,7 @@ def run(
 def serve(
     config: Config = None,
     gpus: Annotated[
-        str | None,
-        typer.Option("--gpus", metavar="LIST", help="GPUs of the server, with commas: 0,1; the others train."),
+        str | None, typer.Option(metavar="LIST", help="GPUs of the server, with commas: 0,1; the others train.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the server's log.")] = None,
@@ -298,9 +319,9 @@ def serve(
 
     def action() -> int:
         loaded = _load(config, set_, "serve")
-        from grpo_autotune.commands.serve import serve_config
+        from grpo_autotune.commands.serve import numbers, serve_config
 
-        return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=_numbers(gpus), dry_run=dry_run)
+        return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=numbers(gpus), dry_run=dry_run)
 
     return action
 
@@ -317,14 +338,6 @@ def doctor(json_: Json = False) -> Action:
     return action
 
 
-def _numbers(text: str | None) -> list[int]:
-    """Indices of GPUs, from text such as `0,1`."""
-    words = [word.strip() for word in text.split(",")] if text is not None else []
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise ConfigError(f"{text!r} is not a list of GPUs", where="--gpus", fix="Give their numbers: 0,1.")
-    return [int(word) for word in words]
-
-
 def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
     from grpo_autotune.commands.early import check_early, check_model
@@ -339,18 +352,6 @@ def _load(source: str | None, overrides: list[str] | None, purpose: Literal["tra
     else:
         check_early(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
     return config
-
-
-def _load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
-    """The configuration that stands in for a script, and its arguments; only `search` and `output` can be set."""
-    import shlex
-
-    from grpo_autotune.scripts.stand_in import load_stand_in
-
-    words = shlex.split(script)
-    if config is not None:
-        raise ConfigError("a script takes the place of a configuration", where="--script", fix="Give one of the two.")
-    return load_stand_in(words, overrides or []), words
 
 
 def _print(reports: Sequence[Any], as_json: bool) -> None:

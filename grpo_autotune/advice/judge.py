@@ -44,9 +44,9 @@ def advice_of(idea: Idea, facts: Facts) -> Advice:
     ceiling = amdahl(facts, idea.stages)
     head = idea.action or listing([_say(change, facts.config is not None) for change in idea.changes])
     sentences = [head[0].upper() + head[1:]]
-    if idea.saving_s is None:
+    if idea.saving_s is None and idea.stages:
         sentences[0] += "; no seconds of a step are predicted to be saved"
-    else:
+    elif idea.saving_s is not None:
         saved = f"{seconds(idea.saving_s)} of a step's {seconds(step_s)} ({percent(idea.saving_s / step_s)})"
         sentences[0] += f": predicted to save {saved}"
     sentences += [text for text in (idea.because, idea.caveat) if text]

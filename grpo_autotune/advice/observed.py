@@ -9,10 +9,13 @@ import math
 
 from grpo_autotune.advice.facts import Facts, Idea
 from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.predict.objective import evaluation_every
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.report import Change
 from grpo_autotune.units import percent, seconds
 
+LARGE_SHARE = 0.1
+"""Of a run, from which evaluations that no step held are worth a word."""
 CADENCE_KEYS = {"log": "logging_steps", "save": "save_steps", "evaluate": "eval_steps"}
 
 
@@ -91,7 +94,24 @@ def log_save_eval(facts: Facts) -> Idea | None:
     )
 
 
-RULES = (waiting_reward, straggler, log_save_eval)
+def unseen_evaluation(facts: Facts) -> Idea | None:
+    """An evaluation that no measured step held and that takes much of a run, by one that was timed, else predicted."""
+    base, rows = facts.config, facts.record.trainer.held_out_rows
+    every = evaluation_every(base) if base is not None else None
+    if base is None or every is None or not rows or facts.models is None or facts.part_s("log_save_eval", "evaluate"):
+        return None
+    timed = facts.record.occasions.get("evaluate")
+    once_s, how = timed or facts.models.evaluation_s(base, rows).value, "timed apart" if timed else "predicted"
+    share = once_s / (once_s + every * facts.breakdown.step_s)
+    if share < LARGE_SHARE:
+        return None
+    seen = f"It takes {seconds(once_s)} each time ({how}) on {rows} rows, {percent(share)} of the run"
+    faster = f"the run would be {1.0 / (1.0 - share / 2.0):.2f} times as fast. `grpo-autotune plan` tells more"
+    changes = (Change(key="grpo.eval_steps", before=every, after=2 * every),)
+    return Idea(kind="exact", stages=(), changes=changes, because=f"{seen}, and no measured step held it; {faster}")
+
+
+RULES = (waiting_reward, straggler, log_save_eval, unseen_evaluation)
 
 
 def _configured(facts: Facts, part: str) -> int | None:

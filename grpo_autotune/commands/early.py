@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,11 @@ from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.knobs.table import check_keys
 from grpo_autotune.registry import is_reference, source_of
+from grpo_autotune.scripts.stand_in import load_stand_in
 from grpo_autotune.speedups.selection import chosen
 
 
@@ -60,3 +63,11 @@ def _check_data(config: RunConfig) -> None:
         if one.path is not None:
             check_data_place(one.path, name=None, revision=None, params=None, where=f"{key}path")
         check_split(one.path or data.path, one.split, f"{key}split")
+
+
+def load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[RunConfig, list[str]]:
+    """The configuration that stands in for a script, and its arguments; only `search` and `output` can be set."""
+    words = shlex.split(script)
+    if config is not None:
+        raise ConfigError("a script takes the place of a configuration", where="--script", fix="Give one of the two.")
+    return load_stand_in(words, overrides or []), words

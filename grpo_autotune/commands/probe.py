@@ -22,12 +22,18 @@ from grpo_autotune.rollout.server.process import leave_gpus
 
 
 def probe_config(
-    config: RunConfig, *, steps: int, out_dir: Path, output: AbstractContextManager[None], show: Callable[..., None]
+    config: RunConfig,
+    *,
+    steps: int,
+    out_dir: Path,
+    output: AbstractContextManager[None],
+    show: Callable[..., None],
+    with_eval: bool = False,
 ) -> None:
     """Train `config` for a warm-up and `steps` measured optimizer steps; nothing of the training is kept.
 
     `show` is given the report, that of the steps so far where something ends the training early; `output` is held until
-    then, to lead standard output elsewhere.
+    then, to lead standard output elsewhere. `with_eval` times one evaluation and one checkpoint after the steps.
 
     Raises:
         AutotuneError: The configuration, the data, a reward function or this machine cannot be used.
@@ -35,17 +41,19 @@ def probe_config(
     probes: list[Any] = []
     try:
         with output, full_disk_told(out_dir, "Make room there."):
-            _train(config, steps, out_dir, probes.append)
+            once = _train(config, steps, out_dir, probes.append, with_eval)
     except BaseException:
         for probe in probes:
             if probe.closed > probe.warmup:
                 with as_warning("no report"):
                     show(report_of(probe.record(), config))
         raise
-    show(report_of(probes[0].record(), config))
+    show(report_of(probes[0].record().model_copy(update={"occasions": once}), config))
 
 
-def _train(config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any], None]) -> None:
+def _train(
+    config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any], None], with_eval: bool
+) -> dict[str, float]:
     startup, live = Startup(), LiveFile(out_dir)
     startup.tell = live.starting
     watched: list[Callable[[], str | None]] = [startup.now]
@@ -58,6 +66,7 @@ def _train(config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any
             from grpo_autotune.probe.probe import Probe
             from grpo_autotune.train.runs.stop_after import StopAfter, outlast
             from grpo_autotune.train.trial_trainer import quiet_trainer
+            from grpo_autotune.trials.child.occasions import checkpoint_s, evaluation_s
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
             trainer = quiet_trainer(config, startup, say, overrides=overrides, out_dir=out_dir)
             probe = Probe(trainer, startup=startup, out_dir=out_dir, profile=True, live=live)
@@ -72,6 +81,8 @@ def _train(config: RunConfig, steps: int, out_dir: Path, attached: Callable[[Any
                 finally:
                     watched.pop()
                     probe.detach()
+            timed = {"evaluate": evaluation_s, "save": checkpoint_s} if with_eval else {}
+            return {name: s for name, once_s in timed.items() if (s := once_s(trainer)) is not None}
 
 
 def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:

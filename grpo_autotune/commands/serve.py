@@ -27,6 +27,14 @@ GRACE_S = 20.0
 """What a server has to shut down after a signal before it is killed."""
 
 
+def numbers(text: str | None) -> list[int]:
+    """Indices of GPUs, from text such as `0,1`."""
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"{text!r} is not a list of GPUs", where="--gpus", fix="Give their numbers: 0,1.")
+    return [int(word) for word in words]
+
+
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:
     """Start a server for `config` and stay with it until it ends or a signal comes.
 

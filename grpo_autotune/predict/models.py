@@ -97,12 +97,23 @@ class Models:
             return self
         return replace(self, outcomes=(*self.outcomes, (config, outcome)), checks=tuple(checks))
 
-    def step_s(self, config: RunConfig) -> Interval:
-        """Seconds of an optimizer step."""
-        parts = self._parts(config)
+    def step_s(self, config: RunConfig, load: Workload | None = None, without: Sequence[str] = ()) -> Interval:
+        """Seconds of an optimizer step, or of other work under the configuration, `without` some parts."""
+        parts = self._parts(config, load)
+        parts = {part: guess for part, guess in parts.items() if part not in without}
         value = math.fsum(mean for mean, _ in parts.values())
         scatter = math.sqrt(math.fsum((mean * spread) ** 2 for mean, spread in parts.values())) / max(value, 1e-12)
         return self._interval("step", value, scatter)
+
+    def evaluation_s(self, config: RunConfig, rows: int) -> Interval:
+        """Seconds of one evaluation on so many held-out rows, where evaluation is on: steps that learn nothing."""
+        plan, load = config.batch, self._load(config)
+        all_ranks = plan.eval_batch or plan.processes
+        calls, batch = -(-rows * plan.eval_generations // all_ranks), all_ranks // plan.processes
+        facts = replace(load.facts, micro_batch=batch, generation_rows=batch, passes=calls, iterations=1)
+        facts = replace(facts, group=plan.eval_generations)
+        work = replace(load, facts=facts, generations=calls, rows_loaded=float(calls * batch), merged=1.0, waves=1.0)
+        return self.step_s(config, work, ("backward", "optimizer", "weight_sync", "engine", "log_save_eval"))
 
     def stages_s(self, config: RunConfig) -> dict[str, Interval]:
         """Seconds of each stage that runs."""
@@ -183,9 +194,9 @@ class Models:
         others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
         return {(part, base_choice): fit for part, fit in first.items()} | others
 
-    def _parts(self, config: RunConfig) -> dict[str, tuple[float, float]]:
+    def _parts(self, config: RunConfig, load: Workload | None = None) -> dict[str, tuple[float, float]]:
         """Mean and relative standard deviation of every part that is predicted to run."""
-        load = self._load(config)
+        load = load or self._load(config)
         made, place = features(load, self._rates), place_of(config, load)
         parts = {}
         for part, wanted in made.items():

@@ -65,7 +65,15 @@ def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
         speedups_off={name: reason for name, (on, reason) in table.items() if not on},
         device_bytes=room.total if room is not None else None,
         device_room_bytes=room.usable if room is not None else None,
+        train_rows=_rows(trainer.train_dataset),
+        held_out_rows=_rows(trainer.eval_dataset),
     )
+
+
+def _rows(data: Any) -> int | None:
+    """Rows of a data set, or of several by name; None where there is none, or it is streamed."""
+    sets = list(data.values()) if isinstance(data, dict) else [data]
+    return sum(map(len, sets)) if all(hasattr(rows, "__len__") for rows in sets) else None
 
 
 def _elements(parameter: Any) -> int:

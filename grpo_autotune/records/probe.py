@@ -266,6 +266,8 @@ class TrainerFacts(Frozen):
     speedups_off: dict[str, str] = {}
     device_bytes: int | None = None
     device_room_bytes: int | None = None
+    train_rows: int | None = None  # of the data set, and of the held-out ones together; None where they are streamed
+    held_out_rows: int | None = None
 
     @property
     def rows(self) -> int:

@@ -142,6 +142,7 @@ class Report(Frozen):
     tokens: TokenFacts | None
     profiled: ProfiledStep | None = None
     others: OtherLoad | None = None
+    occasions: dict[str, float] = {}  # seconds of one `evaluate` and one `save`, where they were measured
     rates: Rates | None
     rewards: list[RewardCall]
     weight_sync_bytes: int | None

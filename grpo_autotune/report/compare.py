@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 
 from grpo_autotune.advice.facts import PASSES
 from grpo_autotune.records.comparison import Comparison, Pair, RatioRow, Word
-from grpo_autotune.records.probe import STAGES, cycle_means
+from grpo_autotune.records.probe import STAGES, ProbeRecord, cycle_means
 from grpo_autotune.records.report import Report
 from grpo_autotune.report.configuration import changed_keys
 from grpo_autotune.units import GIB, amount, plural
@@ -64,7 +64,7 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
         equal_s, change, apart = factors[name] * new_s, None, True  # where only one of them has the stage
         if old_s > 0.0 and new_s > 0.0:
             each, ratio = confidence if name == "step" else confidence ** (1.0 / (len(names) - 1)), equal_s / old_s
-            half = math.hypot(_half_width(a, name, old, each), _half_width(b, name, new, each))
+            half = math.hypot(half_width(a.report, name, old, each), half_width(b.report, name, new, each))
             change = [ratio * math.exp(end) - 1.0 for end in (-half, 0.0, half)] if half < math.log(1e6) else None
             apart = abs(math.log(ratio)) > half
         large = abs(equal_s - old_s) >= LEAST_SHARE * a.report.step_s
@@ -82,14 +82,14 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
     )
 
 
-def _half_width(run: Run, name: str, cycles: list[float], confidence: float) -> float:
+def half_width(run: Report | ProbeRecord, name: str, cycles: list[float], confidence: float) -> float:
     """Half of the interval of the logarithm of a run's seconds, of which these are the cycles': Student's for the error
     of their mean, normal for the drift, to which comes what is lost with the share that other processes took."""
     if len(cycles) < 2:
         return math.inf
     tail, error = (1.0 + confidence) / 2.0, statistics.stdev(cycles) / statistics.fmean(cycles) / len(cycles) ** 0.5
     low, _, high = statistics.quantiles([math.log(max(spent, 1e-9)) for spent in cycles], method="inclusive")
-    on_gpu, others = run.report.trainer.device != "cpu" and name not in ON_HOST, run.report.others
+    on_gpu, others = run.trainer.device != "cpu" and name not in ON_HOST, run.others
     taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
     least = math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, math.log(1.0 - min(taken, 0.9)))
     drift = max(least, PER_SPREAD * (high - low))

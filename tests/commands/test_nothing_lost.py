@@ -56,6 +56,18 @@ def measure(config: Any, out: Path, steps: int, shown: list[Report]) -> None:
         probe.probe_config(config, steps=steps, out_dir=out, output=nullcontext(), show=shown.append)
 
 
+def test_an_evaluation_and_a_checkpoint_are_timed_where_that_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    grpo = {"eval_strategy": "steps", "eval_steps": 50, "per_device_eval_batch_size": 4}
+    config = text_config(tiny("qwen3"), tmp_path, {"data": {"eval_split": "train[:4]"}}, **grpo)
+    shown: list[Report] = []
+    out = {"out_dir": tmp_path / "out", "output": nullcontext()}
+    probe.probe_config(config, steps=1, show=shown.append, with_eval=True, **out)
+    (report,) = shown
+    assert report.occasions["evaluate"] > 0.0 < report.occasions["save"]
+    assert (report.trainer.train_rows, report.trainer.held_out_rows) == (8, 4)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
 def test_as_many_steps_as_asked_for_whatever_the_run_is_configured_for(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,82 @@
+"""The types of `plan --json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/plan.md` explains every key."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field
+
+from grpo_autotune.records.base import Frozen
+
+SCHEMA: Final = "grpo-autotune/plan/1"
+
+
+class Figure(NamedTuple):
+    """A figure with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+    how: Literal["measured", "predicted"] = "predicted"
+
+    def times(self, factor: float) -> Figure:
+        """The figure and its ends, times a number."""
+        return Figure(factor * self.value, factor * self.low, factor * self.high, self.how)
+
+
+class Occasion(Frozen):
+    """Evaluations, or checkpoints."""
+
+    name: str  # `evaluate` or `save`
+    every: int  # optimizer steps between two; below 0 where it is off
+    times: int  # how often it happens in the run
+    once_s: Figure
+    share: float  # of the run's time
+    total_s: Figure  # of that run
+
+
+class Choice(Frozen):
+    """One row of a table: the configuration with another value."""
+
+    name: str
+    knobs: dict[str, Any]  # key -> value; empty for the configuration as it is, and for another model
+    image_tokens: float | None
+    sample_s: Figure
+    total_s: Figure
+    speed: float  # seconds of a sample now over those of this row
+    peak_bytes: Figure  # at worst
+    fits: bool
+    remedy: str | None  # the first change that would make it fit; None where it does, or none is known
+
+
+class Pass(NamedTuple):
+    """Passes of one kind for a sample; a backward pass counts as two forward ones."""
+
+    name: str
+    rows: float  # of prompt and completion that go through the model
+    tokens: float  # of all of them
+    shared_tokens: float  # the same where a group's prompt goes through once
+    shares: bool  # whether a speed-up does that here
+
+
+class Plan(Frozen):
+    """The plan of one run; `docs/plan.md` explains every key."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, protected_namespaces=())
+
+    schema_: Literal["grpo-autotune/plan/1"] = Field(default=SCHEMA, alias="schema")
+    confidence: float
+    source: str
+    notes: list[str]
+    samples: int
+    steps: int
+    step_s: Figure
+    sample_s: Figure
+    total_s: Figure
+    ends: list[str]
+    occasions: list[Occasion]
+    cadences: list[Occasion]
+    tables: dict[str, list[Choice]]
+    budgets: dict[str, dict[str, int | None]]
+    passes: list[Pass]
+    supervised_tokens: float
