@@ -21,7 +21,6 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Action = Callable[[], int]
 """The work of a command whose arguments were parsed; returns the exit code."""
-SEARCH_FILE = "search.json"
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -144,9 +143,7 @@ def report(
     html: Annotated[
         bool, typer.Option("--html", help="Write a page instead: report.html in the folder, or --html FILE.")
     ] = False,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", help="A page with tooltips and zoom, 0.9 MB larger.")
-    ] = False,
+    interactive: Annotated[bool, typer.Option("--interactive", help="With tooltips and zoom, 0.9 MB more.")] = False,
     with_samples: Annotated[
         int, typer.Option(metavar="N", min=0, max=100, help="A page with N answers, where the run stored any.")
     ] = 0,
@@ -171,8 +168,8 @@ def report(
             return 0
         from grpo_autotune.report.files import load_report
 
-        probed = (run_dir / "report.json").is_file()
-        if run_dir.name == SEARCH_FILE or ((run_dir / SEARCH_FILE).is_file() and not probed):
+        searched = (run_dir / "search.json").is_file() and not (run_dir / "report.json").is_file()
+        if run_dir.name == "search.json" or searched:
             from grpo_autotune.render.search import render_search
             from grpo_autotune.search.folder import load_search
 
