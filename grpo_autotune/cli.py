@@ -166,17 +166,10 @@ def report(
 
                 webbrowser.open(path.absolute().as_uri())
             return 0
-        from grpo_autotune.report.files import load_report
+        from grpo_autotune.commands.page import load_run
 
-        searched = (run_dir / "search.json").is_file() and not (run_dir / "report.json").is_file()
-        if run_dir.name == "search.json" or searched:
-            from grpo_autotune.render.search import render_search
-            from grpo_autotune.search.folder import load_search
-
-            result = load_search(run_dir)
-            show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_search(result))
-            return 0
-        _print([load_report(run_dir)], json_)
+        stored = load_run(run_dir)
+        show(json.dumps(stored.to_dict(), indent=2) if json_ else str(stored))
         return 0
 
     return action

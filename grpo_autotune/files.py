@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
 FULL = ("No space left", "quota exceeded", "Not enough disk space", "PytorchStreamWriter", "unexpected pos")
 """Words of errors on a full disk: the system's, those of `datasets`, and of `torch.save`, which gives no reason."""
@@ -94,6 +94,16 @@ def full_disk_told(folder: Path, fix: str = "Make room, and go on with --resume.
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         what = f"the disk is full: {link} ({shutil.disk_usage(place).free} bytes are free)"
         raise EnvironmentProblem(what, where=str(folder), fix=fix) from error
+
+
+@contextmanager
+def refusal_told() -> Iterator[None]:
+    """Turn a file or folder that may not be read into a `ConfigError`."""
+    try:
+        yield
+    except PermissionError as error:
+        fix = "Ask its owner, or name another one."
+        raise ConfigError("this cannot be read (Permission denied)", where=str(error.filename), fix=fix) from error
 
 
 def is_file(path: str | Path) -> bool:

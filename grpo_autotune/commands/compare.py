@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_autotune.commands.page import load_run
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.comparison import Comparison
 from grpo_autotune.records.report import Report
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.compare import Run, compare
-from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, load_report
-from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search, read_record
+from grpo_autotune.report.files import LOG_FILE
+from grpo_autotune.search.folder import SearchFolder, read_record
 
 
 def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
@@ -53,18 +55,17 @@ def _place(name: str) -> Path:
 def _load(name: str) -> Run:
     place = _place(name)
     folder = place if place.is_dir() else place.parent
-    if place.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
-        return Run(name, "search", _winner(name, folder))
-    report = load_report(place)
+    report = load_run(place).data
+    if isinstance(report, SearchReport):
+        return Run(name, "search", _winner(name, folder, report))
     if {len(row.per_step_s) for row in report.stages} - {0} != {len(report.step_seconds)}:
         what = "an older version wrote this report, without seconds by step and stage"
         raise ConfigError(what, where=name, fix="Measure it again.")
     return Run(name, "training" if (folder / LOG_FILE).is_file() else "probe", report)
 
 
-def _winner(name: str, folder: Path) -> Report:
+def _winner(name: str, folder: Path, search: SearchReport) -> Report:
     """The report of the trial that measured what `tuned.yaml` holds."""
-    search = load_search(folder)
     trial = SearchFolder(folder).trial(-1 if search.best.number is None else search.best.number)
     outcome, spec = read_record(trial / OUTCOME_FILE, TrialOutcome), read_record(trial / SPEC_FILE, TrialSpec)
     if outcome is None or outcome.record is None or not any(outcome.record.timings.step_s):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.files import full_disk_told, write_whole
+from grpo_autotune.files import full_disk_told, refusal_told, write_whole
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.report.files import (
@@ -32,6 +32,7 @@ NO_SAMPLES = (
 )
 
 
+@refusal_told()
 def page_of(source: Path, *, interactive: bool = False, running: bool = False, samples: int = 0) -> str:
     """The page of a probe, a search or a training run, from its folder or the JSON file of its report.
 
@@ -39,17 +40,19 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
     by a browser while the training is `running`.
 
     Raises:
-        ConfigError: There is nothing that a page can be made of, or it is damaged.
+        ConfigError: There is nothing that a page can be made of, it is damaged, or may not be read.
     """
     from grpo_autotune.render.page import Lines, Section, Table, render_page
     from grpo_autotune.render.train_page import train_sections, train_title
 
     folder = source if source.is_dir() else source.parent
     if (folder / LOG_FILE).is_file():
-        log, config = load_log(folder), folder / "config.yaml"
+        log, file, stored = load_log(folder), folder / "config.yaml", None
         report = load_report(folder) if (folder / REPORT_FILE).is_file() and not running else None
-        stored = parse_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
-        title, sections = train_title(log, report, running=running), train_sections(log, report, stored)
+        if report is None and file.is_file():
+            stored = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
+        config = stored if isinstance(stored, dict) else None
+        title, sections = train_title(log, report, running=running), train_sections(log, report, config)
     else:
         title, sections = _sections(load_run(source).data, folder)
     if samples:
@@ -130,17 +133,22 @@ class PrintableReport:
         return self.data.model_dump(mode="json")
 
     def save(self, folder: str | Path) -> None:
-        """Write a probe's `report.json` and page `report.html` into `folder`, which is created where it is missing."""
+        """Write `report.json`, of a search `search.json`, and the page `report.html` into `folder`, which is created
+        where it is missing."""
         if isinstance(self.data, Report):
             save_report(self.data, folder)
-            keep_page(Path(folder))
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(folder) / SEARCH_FILE, self.data.model_dump_json(indent=2) + "\n")
+        keep_page(Path(folder))
 
 
+@refusal_told()
 def load_run(source: str | Path) -> PrintableReport:
     """The report of the probe, search or training in a run folder, or of the JSON file itself.
 
     Raises:
-        ConfigError: There is none, or it is damaged.
+        ConfigError: There is none, it is damaged, or it may not be read.
     """
     path = Path(source)
     folder = path if path.is_dir() else path.parent

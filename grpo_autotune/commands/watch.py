@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.console import is_live, show
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, printable
 from grpo_autotune.probe.live import LIVE_FILE, Live
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.render.search_live import PLAIN_EVERY_S, panel
@@ -62,7 +62,7 @@ def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
                 Console(width=None if sys.stdout.isatty() else 200, force_jupyter=False).print(_view(runs, folder))
             else:
                 for run in runs:
-                    show(" | ".join([str(run.folder), run.state, *(text for _, text in run.facts)]))
+                    show(printable(" | ".join([str(run.folder), run.state, *(text for _, text in run.facts)])))
             if last:
                 return
             time.sleep(every_s or (1.0 if live else PLAIN_EVERY_S))
@@ -71,12 +71,12 @@ def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
 def _view(runs: list[Run], folder: Path) -> RenderableType:
     if len(runs) == 1:
         lines = [("run", f"{runs[0].folder}: {runs[0].state}"), *runs[0].facts]
-        return Group(*(Text(f"{name:<8}{text}") for name, text in lines))
+        return Group(*(Text(f"{name:<8}{printable(text)}") for name, text in lines))
     table = Table("run", "state", *COLUMNS, box=None, pad_edge=False)
     for run in runs:
         facts = dict(run.facts)
         cells = (facts.get(name, facts.get(other, "")) for name, other in COLUMNS.items())
-        table.add_row(*map(Text, (str(run.folder.relative_to(folder)), run.state, *cells)))
+        table.add_row(*(Text(printable(cell)) for cell in (str(run.folder.relative_to(folder)), run.state, *cells)))
     return table
 
 
@@ -98,7 +98,7 @@ def _read(folder: Path) -> Run | None:
         return Run(folder, False, "ended", []) if reported_s else None
     written_s = _newest_s(folder / LIVE_FILE)
     silent_s = time.time() - _newest_s(folder / LIVE_FILE, *folder.glob("trials/*/heartbeat"))
-    lives, state = _lives(live), "running"
+    lives, state = _lives(live, folder), "running"
     if live.over or (live.search and reported_s >= written_s):
         lives, state = False, f"stopped after step {live.step}" if live.step < live.of else "ended"
     elif lives is False:
@@ -115,17 +115,22 @@ def _read(folder: Path) -> Run | None:
 
 
 def _newest_s(*files: Path) -> float:
-    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+    """Time of the newest of those files that are there and may be looked at, else 0."""
+    times = [0.0]
+    for file in files:
+        with suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
-def _lives(live: Live) -> bool | None:
-    """True where its process is there; None where that is on another machine."""
+def _lives(live: Live, folder: Path) -> bool | None:
+    """True where its process is there; None where that is on another machine, or somebody else's and not to be seen."""
     if live.host != socket.gethostname():
         return None
     with suppress(psutil.Error):
         process = psutil.Process(live.pid)
         return abs(process.create_time() - live.born_s) < 2.0 and process.status() != psutil.STATUS_ZOMBIE
-    return False
+    return None if os.getuid() not in (0, folder.stat().st_uid) else False
 
 
 def _facts(live: Live, goes_on: bool) -> Iterator[tuple[str, str]]:
@@ -135,7 +140,7 @@ def _facts(live: Live, goes_on: bool) -> Iterator[tuple[str, str]]:
         mean_s = statistics.fmean(live.step_s[1:] or live.step_s)  # the first may hold what comes but once
         low, high = min(live.step_s), max(live.step_s)
         marks = (LEVELS[round((s - low) / ((high - low) or 1.0) * (len(LEVELS) - 1))] for s in live.step_s)
-        yield "pace", f"{seconds(mean_s)} per step  {''.join(marks)}"
+        yield "pace", f"{seconds(mean_s)} per step {''.join(marks)}"
         if goes_on:
             yield "left", f"about {duration(mean_s * (live.of - live.step + 1))} left"
     if live.logged:

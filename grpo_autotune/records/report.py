@@ -128,7 +128,7 @@ class Report(Frozen):
     steps: list[int]
     step_seconds: list[float]
     warmup_s: list[float]
-    cycle: int
+    cycle: int = Field(ge=1)
     slowest: float | None = None
     slow_steps: int | None = None
     stages: list[StageReport]

@@ -38,7 +38,8 @@ def comparison_page(comparison: Comparison) -> str:
     stages = list(dict.fromkeys(stage for _, stage, _ in spent))
     bars = [{"step": run, "stage": stage, "seconds": s, "order": stages.index(stage)} for run, stage, s in spent]
     chart = draw.stacked_steps(bars, "run")
-    picture = draw.picture("One step", "A bar for each run", chart, Table(("run", "stage", "seconds"), spent))
+    table = Table(("run", "stage", "seconds"), [(run, stage, seconds(s)) for run, stage, s in spent])
+    picture = draw.picture("One step", "A bar for each run, split by stage", chart, table)
     sections = [Section("runs", "Where a step goes", [picture])]
     for number, pair in enumerate(pairs, start=1):
         verdict = Lines([*_warnings(pair), _verdict(base, pair)], strong=True)
@@ -64,8 +65,9 @@ def _change(row: RatioRow) -> str:
     if row.change is None:
         return "too few steps" if row.before_s and row.after_s else "new" if row.after_s else "gone"
     large = row.change[2] >= 10.0
-    ends = " ".join(amount(1.0 + end) if large else f"{round(100.0 * end):+d}" for end in row.change)
-    return (f"x [{ends}]" if large else f"[{ends}] %") + (f" (run x {row.scale:.3g})" if row.scale != 1.0 else "")
+    ends = [amount(1.0 + end) if large else f"{round(100.0 * end):+d}" for end in row.change]
+    text = f"x [{', '.join(ends)}]" if large else f"[{' '.join(ends)}] %"
+    return text + (f" (run x {row.scale:.3g})" if row.scale != 1.0 else "")
 
 
 def _table(pair: Pair) -> Table:

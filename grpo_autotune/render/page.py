@@ -20,14 +20,15 @@ from rich.table import Table as RichTable
 MOST_CHARACTERS = 4000
 """Characters of one datum that a page shows."""
 
+HOME = os.path.expanduser("~")  # noqa: PTH111 - a user without a home is no error here
 REDACTED = (
-    (r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", "(a key)"),
     (r"(\w+://)[^/\s@]+@", r"\1"),
+    (r"(?i)((?:token|key|secret|password)=|bearer )[^\s&'\"]{6,}", r"\1(a key)"),
+    (r"(?<![\w-])(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", "(a key)"),
+    (rf"(?<![\w.]){re.escape(HOME.rstrip('/') or '~')}(?![\w.-])", "~"),
     (r"(?<![\w.])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root|[A-Za-z]:\\Users\\[^\\\s'\"]+)(?![\w.-])", "~"),
 )
 """Keys by their known beginnings, names and passwords in addresses, home folders -> what stands in their place."""
-SECRET_KEY = re.compile(r"(?i)(?:^|[._])(?:\w*(?:token|api_?key|secret|password|credential)s?)$")
-"""Key paths whose text is never shown."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 

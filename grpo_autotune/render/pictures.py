@@ -93,7 +93,7 @@ def stacked_bar(shares: Sequence[tuple[str, float]]) -> Any:
 
 def stacked_steps(rows: Rows, title: str = "optimizer step") -> Any:
     """A bar for each `step`, its stages one above the other in their `order`, `seconds` high."""
-    x = alt.X("step:O", title=title, axis=alt.Axis(labelOverlap=True, labelAngle=0))
+    x = alt.X("step:O", title=title, sort=None, axis=alt.Axis(labelOverlap=True, labelAngle=0))
     bars, colour = chart_of(rows, 220, WIDTH).mark_bar(), coloured("stage", rows, STAGE_COLOURS)
     return bars.encode(x=x, y=alt.Y("seconds:Q", title="seconds"), color=colour, order=alt.Order("order:Q"))
 

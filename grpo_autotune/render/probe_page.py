@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
-from grpo_autotune.render.page import SECRET_KEY, Block, Lines, Picture, Section, Table, from_rich
+from grpo_autotune.render.page import Block, Lines, Picture, Section, Table, from_rich
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.search import value_text
 from grpo_autotune.render.sentences import PHASE_WORDS, facts_lines, header_lines, legend, startup_line
@@ -168,8 +168,5 @@ def machine_sections(
     cells += [("gpu", gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in gpus]
     cells += sorted((versions | packages).items())
     yield Section("machine", "Machine and versions", [Table(("what", "value"), cells)] if cells else [])
-    rows = [
-        (key, "(not shown)" if value and SECRET_KEY.search(key) else value_text(value), origin)
-        for key, value, origin in settings(config or {})
-    ]
+    rows = [(key, value_text(value), origin) for key, value, origin in settings(config or {})]
     yield Section("configuration", "Configuration", [Table(("key", "value", "from"), rows)] if rows else [])

@@ -49,7 +49,7 @@ def load_report(source: str | Path) -> Report:
     path = path / REPORT_FILE if path.is_dir() else path
     begun = any((path.parent / name).exists() for name in UNDER_WAY)
     absent = "this run has no report yet: it is under way, or was killed" if begun else "there is no report here"
-    words = {"absent": absent, "written_by": "the end of a run" if begun else "`grpo-autotune probe`"}
+    words = {"absent": absent, "written_by": "The end of a run" if begun else "`grpo-autotune probe`"}
     return read_stored(path, Report, SCHEMA, **words, again="Probe again.")
 
 

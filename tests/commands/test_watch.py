@@ -45,7 +45,7 @@ def test_a_training_tells_step_pace_time_left_reward_and_memory(tmp_path: Path, 
     assert lines == {
         "run": f"{tmp_path}: running",
         "now": "step 13 of 80, generation",
-        "pace": "1.50 s per step  █▁▃",
+        "pace": "1.50 s per step █▁▃",
         "left": "about 1 min 42 s left",
         "logged": "reward 0.2500, KL 0.1250, held-out reward 0.7500",
         "memory": "3.0 GiB",
@@ -81,6 +81,25 @@ def test_on_another_machine_only_silence_tells(tmp_path: Path, age_s: int, words
     os.utime(tmp_path / LIVE_FILE, (time.time() - age_s,) * 2)
     (run,) = read_runs(tmp_path)
     assert run.goes_on and run.state.startswith(words)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a file to somebody else")
+def test_a_process_of_somebody_else_that_is_hidden_here_is_not_called_killed(tmp_path: Path, monkeypatch) -> None:
+    LiveFile(tmp_path).write(stage="gener\x1b[31mation", step=2, of=4)
+    live = json.loads((tmp_path / LIVE_FILE).read_text())
+    (tmp_path / LIVE_FILE).write_text(json.dumps({**live, "pid": 2**22 + 1}))  # no process has it, as seen from here
+    assert read_runs(tmp_path)[0].state.startswith("killed, or failed")
+    os.chown(tmp_path, 4321, -1)
+    monkeypatch.setattr(os, "getuid", lambda: 1234)
+    (run,) = read_runs(tmp_path)
+    assert run.goes_on and run.state == "running"
+
+
+def test_what_a_file_says_cannot_move_the_cursor(tmp_path: Path, capsys) -> None:
+    LiveFile(tmp_path / "a\x1b[2Jb").write(stage="gener\x1b[31mation", step=2, of=4)
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a\\x1b[2Jb" in out
 
 
 def test_a_number_that_another_process_has_by_now_is_no_life(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from functools import reduce
@@ -32,6 +33,8 @@ from grpo_autotune.render.pictures import STAGE_COLOURS
 from grpo_autotune.render.probe_page import probe_sections, probe_title
 from grpo_autotune.render.search_page import search_sections, search_title
 from grpo_autotune.render.train_page import MOST_POINTS, evaluations, train_sections, train_title
+from grpo_autotune.report.configuration import changed_keys, tuned_diff
+from grpo_autotune.report.configuration import settings as setting_rows
 from grpo_autotune.report.timeline import bars_of, read_spans
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +233,45 @@ def test_no_keys_no_homes_no_passwords() -> None:
     }
     text = render_page("t", probe_sections(Report.model_validate({**DEMO, "config": config}), Path("nowhere")))
     assert "plainsecret" not in text and "(not shown)" in text
+    assert datum("s3://AKIAABCDEFGHIJKL:word@host/x?token=abcdefgh&b=1") == "s3://host/x?token=(a key)&b=1"
+
+
+def test_secrets_below_a_key_are_neither_shown_nor_compared_and_numbers_are() -> None:
+    judge = {"name": "judge", "params": {"api_key": "plainsecret", "headers": {"Authorization": "Bearer plainsecret"}}}
+    config = {"rewards": [judge], "grpo": {"push_to_hub_token": "plainsecret"}, "vllm": {"max_num_batched_tokens": 77}}
+    shown = setting_rows(config)
+    assert "plainsecret" not in str(shown) and ("vllm.max_num_batched_tokens", 77, "") in shown
+    other = {**config, "grpo": {"push_to_hub_token": "plainsecret2"}, "vllm": {"max_num_batched_tokens": 78}}
+    assert changed_keys(config, other) == {"vllm.max_num_batched_tokens": ["77", "78"]}
+    user = {**DEMO["config"], "grpo": {"hub_token": "plainsecret", "num_generations": 8, **DEMO["config"]["grpo"]}}
+    diff = str(tuned_diff(user, {"grpo.num_generations": 16}))
+    assert "hub_token: (not shown)" in diff and "plainsecret" not in diff
+
+
+def test_what_may_not_be_read_is_one_line_and_is_left_out_of_a_table(tmp_path: Path, capsys) -> None:
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+        probed(tmp_path / name)
+    closed, user = str(tmp_path / "closed"), os.geteuid()
+    assert main(["report", closed]) == main(["compare", closed, closed]) == main(["watch", closed, "--once"]) == 0
+    Path(closed).chmod(0)
+    try:
+        if user == 0:  # whom no mode keeps out
+            for folder in (tmp_path, *tmp_path.parents[:2]):
+                folder.chmod(0o755)
+            os.seteuid(65534)
+        codes = [main([*words, closed]) for words in (["report"], ["report", "--html"], ["compare", closed])]
+        capsys.readouterr()
+        codes.append(main(["watch", str(tmp_path), "--once"]))
+    finally:
+        os.seteuid(user)
+        Path(closed).chmod(0o755)
+    assert codes == [2, 2, 2, 0] and "open" in capsys.readouterr().out
+
+
+def test_a_training_whose_configuration_is_torn_has_a_page_without_it(tmp_path: Path) -> None:
+    (trained(tmp_path) / "config.yaml").write_bytes(b"- no\n- mapping\n- \xff\n")
+    assert "configuration" not in Reader(page_of(tmp_path)).ids
 
 
 def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
