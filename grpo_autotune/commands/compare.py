@@ -53,9 +53,8 @@ def _place(name: str) -> Path:
 
 
 def _load(name: str) -> Run:
-    place = _place(name)
-    folder = place if place.is_dir() else place.parent
-    report = load_run(place).data
+    stored = load_run(_place(name))
+    report, folder = stored.data, stored.folder
     if isinstance(report, SearchReport):
         return Run(name, "search", _winner(name, folder, report))
     if {len(row.per_step_s) for row in report.stages} - {0} != {len(report.step_seconds)}:

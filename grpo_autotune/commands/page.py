@@ -9,6 +9,7 @@ from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, refusal_told, write_whole
+from grpo_autotune.probe.live import goes_on
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.report.files import (
@@ -48,7 +49,8 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
     folder = source if source.is_dir() else source.parent
     if (folder / LOG_FILE).is_file():
         log, file, stored = load_log(folder), folder / "config.yaml", None
-        report = load_report(folder) if (folder / REPORT_FILE).is_file() and not running else None
+        ended = not running and not goes_on(folder) and (folder / REPORT_FILE).is_file()
+        report = load_report(folder) if ended else None
         if report is None and file.is_file():
             stored = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
         config = stored if isinstance(stored, dict) else None
@@ -110,10 +112,11 @@ def keep_page(folder: Path, *, running: bool = False) -> None:
 
 
 class PrintableReport:
-    """A report that prints itself, and is a page in a notebook; `data` is the report, `to_dict()` its JSON."""
+    """A report that prints itself, and is a page in a notebook; `data` is the report of `folder`, `to_dict()` its
+    JSON."""
 
     def __init__(self, data: Report | SearchReport, folder: Path) -> None:
-        self.data, self._folder = data, folder
+        self.data, self.folder = data, folder
 
     def __str__(self) -> str:
         from grpo_autotune.render.search import render_search
@@ -126,7 +129,7 @@ class PrintableReport:
     def _repr_html_(self) -> str:
         from grpo_autotune.render.page import render_cell
 
-        return render_cell(*_sections(self.data, self._folder))
+        return render_cell(*_sections(self.data, self.folder))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""

@@ -39,6 +39,13 @@ class Live(Frozen):
     over: bool = False  # True after a training, also where the process goes on, as a notebook's does
 
 
+def goes_on(folder: Path) -> bool:
+    """Return whether a training in the folder goes on, or was killed: a report there is an earlier one's."""
+    with suppress(OSError, ValueError):
+        return not Live.model_validate_json((folder / LIVE_FILE).read_bytes()).over
+    return False
+
+
 class LiveFile:
     """`live.json` of a run folder, of the first rank alone; `total` is the number of steps if not the trainer's."""
 

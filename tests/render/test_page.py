@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from grpo_autotune.cli import main
 from grpo_autotune.commands.page import keep_page, page_of, write_page
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.stages import stages_of
 from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.report import Report
@@ -246,6 +247,14 @@ def test_secrets_below_a_key_are_neither_shown_nor_compared_and_numbers_are() ->
     user = {**DEMO["config"], "grpo": {"hub_token": "plainsecret", "num_generations": 8, **DEMO["config"]["grpo"]}}
     diff = str(tuned_diff(user, {"grpo.num_generations": 16}))
     assert "hub_token: (not shown)" in diff and "plainsecret" not in diff
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_training_that_was_resumed_and_killed_has_no_report_of_before(tmp_path: Path, over: bool) -> None:
+    (trained(tmp_path) / "report.json").write_text(json.dumps(DEMO))
+    LiveFile(tmp_path).write(step=40, of=80, over=over)
+    text = page_of(tmp_path)
+    assert ("without a report: it runs, or was killed" in text) != over and ('id="stages"' in text) == over
 
 
 def test_what_may_not_be_read_is_one_line_and_is_left_out_of_a_table(tmp_path: Path, capsys) -> None:
