@@ -73,7 +73,8 @@ class LiveFile:
             if time.monotonic() - self._written_s < EVERY_S:
                 return
         rows = (item for row in state.log_history[-LIVE_STEPS:] for item in row.items())
-        logged = {key: value for key, value in rows if key in ("reward", "kl", "eval_reward") and math.isfinite(value)}
+        keys = ("reward", "kl", "eval_reward")
+        logged = {key: n for key, n in rows if key in keys and isinstance(n, float) and math.isfinite(n)}
         step, of = state.global_step + (stage not in (None, APART)), self.total or state.max_steps
         over, memory = sample is None, self._memory_bytes
         self.write(stage=stage or "", step=step, of=of, step_s=step_s, logged=logged, memory_bytes=memory, over=over)

@@ -65,6 +65,12 @@ def test_the_file_is_written_once_per_second_whatever_is_seen(tmp_path: Path, mo
     assert Live.model_validate_json((tmp_path / LIVE_FILE).read_text()).over
 
 
+def test_what_a_script_logs_under_a_known_name_need_be_no_number(tmp_path: Path) -> None:
+    log = [{"reward": "high", "kl": None, "eval_reward": [0.5]}, {"kl": 0.25}]
+    LiveFile(tmp_path).see(state(3, log_history=log), None, [], None)
+    assert Live.model_validate_json((tmp_path / LIVE_FILE).read_text()).logged == {"kl": 0.25}
+
+
 @pytest.mark.parametrize(("total", "words"), [(24, "ended"), (80, "stopped after step 24")])
 def test_a_training_that_is_over_is_so_though_its_process_lives(tmp_path: Path, total: int, words: str) -> None:
     live = LiveFile(tmp_path)
