@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import nullcontext
@@ -33,6 +34,13 @@ def test_two_reports_on_one_notebook_share_no_id_and_leave_its_style_alone() -> 
         style = re.search(r"<style>\.grpo-autotune \{(.*?)</style>", page, re.DOTALL)
         assert style is not None and not re.search(r":root|\bbody\b", style[1]) and "<html" not in page
     assert 'fill="#0072B2"' in pages[0], "a colour is no id"
+
+
+def test_a_text_that_looks_like_an_id_is_shown_as_it_is(tmp_path: Path) -> None:
+    report = json.loads((ROOT / "docs" / "benchmarks" / "demo" / "report.json").read_text())
+    report["startup"][0]["name"] = 'a phase id="x"'
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert '>a phase id="x"<' in load_run(tmp_path)._repr_html_()
 
 
 @pytest.mark.slow

@@ -136,8 +136,7 @@ def render_cell(title: str, sections: Sequence[Section]) -> str:
     """The body of the page for a notebook's cell: its style holds there alone, and its ids are met nowhere else."""
     prefix = f"r{os.urandom(4).hex()}-"
     body = render_page(title, sections).partition("<main>")[2].partition("</main>")[0]
-    body = re.sub(
-        r'( id="|href="#|labelledby="|"url\(#)', rf"\g<1>{prefix}", body
-    )  # no datum has a quote that is not escaped
+    ids = re.compile(r'( id="|href="#|labelledby="|"url\(#)')
+    body = re.sub("<[^>]+>", lambda tag: ids.sub(rf"\g<1>{prefix}", tag[0]), body)
     style = re.sub(r":root|\bbody\b", "&", (TEMPLATES / "page.css").read_text(encoding="utf-8"))
     return f'<div class="grpo-autotune"><style>.grpo-autotune {{ {style} }}</style>{body}</div>'
