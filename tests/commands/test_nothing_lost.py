@@ -124,6 +124,6 @@ def test_a_full_disk_under_a_checkpoint_is_one_line_and_resumed_once_there_is_ro
         train.train_config(config, out_dir=tmp_path / "run", resume=False)
     assert len(str(full.value)) < 400
     assert " per step: " in capsys.readouterr().err and (tmp_path / "run" / "report.json").exists()
-    assert _refreshed == [False, False, True] and REFRESH not in page.read_text()
+    assert _refreshed == [False, True, True] and REFRESH not in page.read_text()
     assert train.train_config(config, out_dir=tmp_path / "run", resume=True) == 0
     assert (tmp_path / "run" / "model").exists() and REFRESH not in page.read_text()
