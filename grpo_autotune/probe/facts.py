@@ -84,7 +84,8 @@ class TokenCollector:
         Tokens per step are counted over whole cycles of generating and reusing, so that each generation is divided by
         all the steps that it serves; of very long runs, over the last `KEEP` generations.
         """
-        seen = [g for g in self.generations if g.step >= first] or list(self.generations)
+        measured = range(first, first + steps)  # without the step under way, or one that was broken off
+        seen = [g for g in self.generations if g.step in measured] or list(self.generations)
         if not seen:
             return None
         begin, end = max(first, seen[0].step) if seen[0].step >= first else 0, first + steps
@@ -93,7 +94,7 @@ class TokenCollector:
         prompt = [n for g in seen for n in g.prompt]
         completion = [n for g in seen for n in g.completion]
         grid = sum(g.grid for g in seen)
-        scored = [r for step, r in self.rewards if step >= first] or [r for _, r in self.rewards]
+        scored = [r for step, r in self.rewards if step in measured] or [r for _, r in self.rewards]
         weights = np.asarray(trainer.reward_weights, dtype=float)
         live, rates, mean = _group_facts(scored, trainer.num_generations, weights)
         return TokenFacts(
@@ -166,7 +167,7 @@ class ImageCollector:
     def facts(self, first: int, steps: int, cycle: int, patches: Callable[[int, int], int | None]) -> ImageFacts | None:
         """Facts of the generations whose images were read, from step `first` on and over at most `steps` steps;
         `patches` gives the tokens of an image of (width, height), or None where that is not known."""
-        measured = [g for g in self.generations if g.step >= first]
+        measured = [g for g in self.generations if first <= g.step < first + steps]
         seen = measured or self.generations
         if not seen:
             return None

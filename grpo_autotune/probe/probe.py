@@ -340,7 +340,8 @@ class Probe:
         rank = self.trainer.accelerator.process_index
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("spans.rank*.jsonl") if rank == 0 else ():
-            if int(stale.stem.removeprefix("spans.rank")) >= self.trainer.accelerator.num_processes:
+            number = stale.stem.removeprefix("spans.rank")
+            if number.isdecimal() and int(number) >= self.trainer.accelerator.num_processes:
                 stale.unlink()  # of an earlier run with more ranks
         path = folder.absolute() / (SPANS_FILE if rank == 0 else f"spans.rank{rank}.jsonl")
         path.write_bytes(b"")

@@ -95,12 +95,12 @@ class SpanRecorder:
 
     def current(self) -> Span | None:
         """The innermost open span of the main thread; safe to call from any thread."""
-        stack = self._stack
-        return stack[-1] if stack else None
+        stack = self._stack[-1:]  # of its own: the main thread may empty the other one meanwhile
+        return stack[0] if stack else None
 
     def age_s(self) -> float:
         """Seconds since the step under way began, 0 without one; safe to call from any thread."""
-        stack = self._stack
+        stack = self._stack[:1]
         return self.clock() - stack[0].start_s if stack else 0.0
 
     def inside(self, stage: str, part: str | None = None) -> bool:

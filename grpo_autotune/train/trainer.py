@@ -191,10 +191,10 @@ def run_training(
         enter(folder, config, start, say)
     if resume:
         say(_start_line(folder, start))
+    log = TrainLog(folder.log)
+    trainer.add_callback(log)  # before those of `prepare`, which may read the line
     if prepare is not None:
         prepare(trainer)
-    log = TrainLog(folder.log)
-    trainer.add_callback(log)
     begun = time.monotonic()
     with StopRequest() as trainer.stop_request:
         signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))

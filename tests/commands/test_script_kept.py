@@ -92,7 +92,7 @@ def test_trainers_are_freed_and_their_reports_lie_where_the_command_was_given(
     assert (tmp_path / "elsewhere" / "freed").read_text() == "True"
     assert grpo_module.pad is pad
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    kept = {"report.json", "report.html", "spans.jsonl", "trace.json.gz"}
+    kept = {"live.json", "report.json", "report.html", "spans.jsonl", "trace.json.gz"}
     assert files == kept | {f"trainer-2/{name}" for name in kept} | {"mine.txt", "spans_of_words.jsonl"}
     assert line == f"Saved: {tmp_path}/out/report.json, {tmp_path}/out/trainer-2/report.json"
     assert load_report(tmp_path / "out").steps == [2]

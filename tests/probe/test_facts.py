@@ -51,6 +51,18 @@ def test_tokens_a_step_are_counted_over_whole_cycles():
     assert facts is not None and facts.completion_per_step == 45 and facts.prompt_per_step == 5
 
 
+def test_what_a_step_under_way_generated_counts_nowhere():
+    """As at the end of a script whose training fails: the record is taken before the probe hears of it."""
+    collector, images = TokenCollector(), ImageCollector()
+    for step, length in enumerate((1, 2, 90)):
+        see(collector, step, [[1]] * 2, [[5] * length] * 2)
+        collector.see_rewards(step, torch.tensor([[1.0], [0.0]]))
+        images.see(step, [{"image": picture(step).resize((length, length))}], {}, 2)
+    facts, seen = collector.facts(1, 1, 1, trainer_facts()), images.facts(1, 1, 1, lambda width, height: None)
+    assert facts is not None and (facts.completion.max, facts.groups) == (2, 1)
+    assert seen is not None and seen.pixels.max == 4
+
+
 def test_a_long_run_is_judged_by_what_is_kept():
     collector = TokenCollector()
     for step in range(KEEP + 500):

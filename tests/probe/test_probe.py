@@ -286,8 +286,13 @@ def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
     trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path)
     gc.collect()  # what earlier tests left open goes now
     before = len(list(handles.iterdir()))
+    (tmp_path / "probe").mkdir()
+    for name in ("1", "-of-mine"):
+        (tmp_path / "probe" / f"spans.rank{name}.jsonl").touch()
     for _ in range(5):
         Probe(trainer, out_dir=tmp_path / "probe").detach()
+    kept = {path.name for path in (tmp_path / "probe").iterdir()}
+    assert kept == {"spans.jsonl", "spans.rank-of-mine.jsonl"}, "of an earlier run with more ranks one is left"
     assert len(list(handles.iterdir())) == before
 
 

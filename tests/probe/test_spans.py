@@ -99,6 +99,16 @@ def test_nothing_is_recorded_while_no_step_is_under_way():
         assert recorder.current() is None
 
 
+def test_a_step_may_end_while_another_thread_asks_for_its_age():
+    def ends() -> float:
+        recorder.abandon()
+        return 1.0
+
+    recorder = SpanRecorder(ends)
+    recorder.open_root()
+    assert recorder.age_s() == 0.0 and not recorder.is_open
+
+
 class FakeTimer:
     """A stream that runs behind the host: each mark is passed `lag` seconds after it was recorded."""
 

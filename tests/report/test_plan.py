@@ -71,7 +71,11 @@ def test_the_length_is_the_users_or_the_configurations() -> None:
 
 def test_an_evaluation_is_predicted_as_a_step_that_learns_nothing() -> None:
     trainer = trainer_facts(
-        per_device_train_batch_size=16, gradient_accumulation_steps=1, steps_per_generation=1, rows=500, held_out_rows=2
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+        steps_per_generation=1,
+        train_rows=500,
+        held_out_rows=2,
     )
     eight = {**EVALUATES, "per_device_eval_batch_size": 16, "num_generations_eval": 8}
     one = basis(demo_record(trainer=trainer), grpo=eight, data=HELD_OUT)

@@ -24,6 +24,20 @@ Tiny = Callable[[str], Path]
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would begin anew there, over what was trained."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError):
+        survey(tmp_path)
+
+
 def stopped(config: RunConfig, out: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> TrainResult:
     """Run until SIGTERM arrives in the middle of a step."""
     arm(monkeypatch, call, signal.SIGTERM)

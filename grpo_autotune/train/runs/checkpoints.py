@@ -41,7 +41,7 @@ class Checkpoint:
 
 def survey(folder: Path) -> list[Checkpoint]:
     """All checkpoints in a folder, newest first, each judged."""
-    folders = (path for path in folder.glob("*") if path.is_dir())
+    folders = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []  # glob hides errors
     saved = [(int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))]
     return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(saved, reverse=True)]
 
