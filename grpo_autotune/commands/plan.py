@@ -7,9 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from grpo_autotune.advice.facts import Facts
-from grpo_autotune.commands.page import keep_page
+from grpo_autotune.commands.page import PrintableReport, load_run
 from grpo_autotune.commands.probe import probe_config
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.console import say
@@ -19,18 +20,19 @@ from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.predict.models import Models
-from grpo_autotune.predict.objective import groups_per_step, steps_between
+from grpo_autotune.predict.objective import groups_per_step
 from grpo_autotune.predict.room import memory_of
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.plan import Plan
-from grpo_autotune.records.probe import ProbeRecord, StageRow, StageTimings
+from grpo_autotune.records.probe import ProbeRecord, StageRow, StageTimings, seconds_once
 from grpo_autotune.records.report import Report
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.render.plan import plan_page
 from grpo_autotune.report.configuration import changed_keys
-from grpo_autotune.report.files import REPORT_FILE, load_report, save_report
+from grpo_autotune.report.files import REPORT_FILE, load_report
 from grpo_autotune.report.plan import CADENCES, Basis, plan_of
 from grpo_autotune.search.evaluator import without_evaluations
-from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search
+from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.units import duration, plural
 
 PROBE_STEPS = 5
@@ -97,7 +99,8 @@ def write_phases(folder: Path, basis: Basis, run: Path) -> None:
             rows = [basis.run(config, eval_steps=n * evaluations[0].every)[1][0] for n in CADENCES[1:3]]
             every = next((row.every for row in rows if row.share <= MOST_EVALUATION), rows[-1].every)
             grpo = dict.fromkeys(("eval", "save") if best else ("eval",), min(steps, every))
-        grpo = {f"{key}_strategy": "steps" for key in grpo} | {f"{key}_steps": n for key, n in grpo.items()}
+        by_epoch = {f"{key}_strategy": "steps" for key in grpo if grpo_value(f"{key}_strategy", config) != "steps"}
+        grpo = {f"{key}_steps": n for key, n in grpo.items()} | by_epoch
         values = {**config.to_dict(), "grpo": {**config.grpo, **grpo, "max_steps": steps}}
         values["output"] = {**values.get("output", {}), "name": f"{config.output.name or 'run'}-{name}"}
         phase = RunConfig.from_dict(values)
@@ -123,12 +126,8 @@ def _probed(config: RunConfig, output: AbstractContextManager[None], *, with_eva
             fix = f"Probe it under torchrun, then WORLD_SIZE={config.batch.processes} grpo-autotune plan {folder}."
             raise ConfigError("plan runs in one process and probes no several ranks", where="WORLD_SIZE", fix=fix)
         say(f"Probing first, into {folder}; the next plan of this configuration takes that probe.")
-
-        def save(report: Report) -> None:
-            save_report(report, folder)
-            keep_page(folder)
-
-        probe_config(config, steps=PROBE_STEPS, out_dir=folder, output=output, show=save, with_eval=with_eval)
+        how: Any = {"steps": PROBE_STEPS, "out_dir": folder, "output": output, "with_eval": with_eval}
+        probe_config(config, show=lambda report: PrintableReport(report, folder).save(folder), **how)
     return folder
 
 
@@ -138,10 +137,9 @@ def basis_of_run(source: Path) -> Basis:
     Raises:
         ConfigError: There is none, or it does not tell enough.
     """
-    folder = source if source.is_dir() else source.parent
-    if source.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):
-        return _searched(folder)
-    report = load_report(source)
+    report = load_run(source).data
+    if isinstance(report, SearchReport):
+        return _searched(report, source if source.is_dir() else source.parent)
     record, ranks = record_of(report), report.trainer.world_size
     machine = Machine.model_validate(report.machine) if report.machine else detect()
     try:
@@ -158,22 +156,19 @@ def basis_of_run(source: Path) -> Basis:
     return Basis(models, str(source), report.occasions, memory_bytes=facts.memory_bytes())
 
 
-def _searched(folder: Path) -> Basis:
+def _searched(search: SearchReport, folder: Path) -> Basis:
     """A search's probe, and models that know its trials."""
-    search = load_search(folder)
     config, machine = RunConfig.from_dict(search.config or {}), Machine.model_validate(search.machine)
-    trials = [(spec, without_evaluations(o)) for spec, o in SearchFolder(folder).trials() if o and o.record]
+    trials = [(spec, outcome) for spec, outcome in SearchFolder(folder).trials() if outcome and outcome.record]
     probe = next((outcome for spec, outcome in trials if spec.purpose == "probe"), None)
     if probe is None or probe.record is None:
         raise ConfigError("the trials of this search are gone", where=str(folder), fix="Plan a CONFIG.")
-    models = Models.from_probe(config, probe.record, machine, probe)
+    alone, memory = without_evaluations(probe), memory_of(machine, probe.record.trainer)
+    models = Models.from_probe(config, alone.record or probe.record, machine, alone)
     for spec, outcome in trials:
         if spec.purpose == "timed" and spec.source != "race":
-            models = models.learn(with_knobs(config, spec.knobs), outcome)
-    evaluate_s = search.evaluation_s * (steps_between(config, "evaluate") or 0)
-    save_s = search.saving_s * (steps_between(config, "save") or 0)
-    once_s = {name: s for name, s in (("evaluate", evaluate_s), ("save", save_s)) if s}
-    return Basis(models, str(folder), once_s, memory_bytes=memory_of(machine, probe.record.trainer))
+            models = models.learn(with_knobs(config, spec.knobs), without_evaluations(outcome))
+    return Basis(models, str(folder), seconds_once(probe.record), memory_bytes=memory)
 
 
 def record_of(report: Report) -> ProbeRecord:

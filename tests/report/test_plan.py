@@ -14,7 +14,7 @@ from grpo_autotune.advice import observed
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.cli import main
-from grpo_autotune.commands.plan import basis_of_run, record_of
+from grpo_autotune.commands.plan import basis_of_run, record_of, write_phases
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
@@ -273,6 +273,20 @@ def test_phases_are_whole_configurations(tmp_path: Path, capsys: pytest.CaptureF
     assert "5000 samples" in capsys.readouterr().out
 
 
+def test_phases_of_a_run_that_evaluates_by_epoch(tmp_path: Path) -> None:
+    kept = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    write_phases(tmp_path, evaluating({"evaluate": 5000.0}, **kept).with_length(5000), tmp_path)
+    quick, full, final = (load_config(tmp_path / f"{name}.yaml").grpo for name in ("quick", "full", "final"))
+    assert (quick["eval_strategy"], quick["eval_steps"], quick["save_steps"]) == ("steps", 1, 1)  # one takes 1.4 hours
+    assert (full["eval_strategy"], full["save_strategy"], full["eval_steps"], full["save_steps"]) == (
+        "steps",
+        "steps",
+        1250,
+        1250,
+    )
+    assert final["eval_strategy"] == "epoch" and "eval_steps" not in quick.keys() - full.keys()
+
+
 def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_report(build_report(basis().models.record, CPU_MACHINE, config=basis().models.base), tmp_path)
     (tmp_path / "file").write_text("")
@@ -285,7 +299,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
 def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
     one = basis()
     stored = json.loads((Path(__file__).parents[1] / "stored" / "search.json").read_text())
-    stored |= {"config": one.models.base.model_dump(mode="json"), "evaluation_s": 3.0}
+    stored |= {"config": one.models.base.model_dump(mode="json")}
     stored["config"]["grpo"] |= EVALUATES
     stored["config"]["data"] |= HELD_OUT
     (tmp_path / "search.json").write_text(json.dumps(stored))
@@ -297,9 +311,8 @@ def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         spec = TrialSpec(number=number, purpose=purpose, config=stored["config"], knobs=knobs)
         (folder / "spec.json").write_text(spec.model_dump_json())
-        outcome = TrialOutcome(
-            number=number, status="ok", record=one.models.record, step_s=one.models.record.timings.step_s
-        )
+        record = one.models.record.model_copy(update={"occasions": {"evaluate": 30.0}})
+        outcome = TrialOutcome(number=number, status="ok", record=record, step_s=record.timings.step_s)
         (folder / "outcome.json").write_text(outcome.model_dump_json())
     searched = basis_of_run(tmp_path)
     assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 2
