@@ -143,7 +143,7 @@ def steps_between(
 
 
 def occasions_of(config: RunConfig, name: Literal["evaluate", "save"], every: int, steps: int) -> int:
-    """How often a run of `steps` evaluates or saves: every so many steps and at its end, evaluations from the end of
+    """Evaluations or checkpoints of a run of `steps`: every so many steps and at its end, evaluations from the end of
     the delay on (transformers, `DefaultFlowCallback`) and once before training where that is asked for; 0 for never."""
     if name == "save" or every == 0:
         return math.ceil(steps / every) if every else 0

@@ -81,7 +81,8 @@ def tables(plan: Plan) -> Iterator[tuple[str, Table]]:
 
 def _row(row: Choice) -> tuple[str, ...]:
     name = row.name if row.image_tokens is None or "px" not in row.name else f"{row.name}, {amount(row.image_tokens)}"
-    fit = "yes" if row.fits else f"no; with {row.remedy.rpartition('.')[2].replace('_', ' ')}" if row.remedy else "no"
+    remedy = (row.remedy or "").rpartition(".")[2].removesuffix(" true").replace("_", " ")
+    fit = "yes" if row.fits else f"no; with {remedy}" if remedy else "no"
     return name, _ends(row.sample_s), _ends(row.total_s, 3600), f"{row.speed:.2g}x", _ends(row.peak_bytes, GIB), fit
 
 

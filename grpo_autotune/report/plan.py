@@ -72,9 +72,9 @@ class Basis:
 
     def seconds(self, name: str, config: RunConfig, models: Models) -> Figure | None:
         """Seconds of one `step`, `evaluate` or `save`; None for an evaluation of nobody knows how many rows."""
-        own, trainer = config == self.models.base and models is self.models, models.record.trainer
+        as_now, trainer = config == self.models.base and models is self.models, models.record.trainer
         known = self.measured[0] if name == "step" else self.once_s.get(name)
-        if known is not None and (own or (name == "save" and models is self.models)):
+        if known is not None and (as_now or (name == "save" and models is self.models)):
             return around(known, self.measured[1], "measured")
         if name == "save":
             return around(CHECKPOINT_S * trainer.trainable_parameters, CHECKPOINT_REACH)
