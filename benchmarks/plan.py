@@ -57,9 +57,7 @@ def compared(case: str, folder: Path) -> list[dict[str, Any]]:
     configs = [config, *(with_knobs(config, knobs) for knobs in CASES[case])]
     own, *others = measured(case, configs, folder)
     assert own.record is not None
-    plan = plan_of(
-        Basis(config, own.record, Models.from_probe(config, own.record, detect(), own), case), datetime.now()
-    )
+    plan = plan_of(Basis(Models.from_probe(config, own.record, detect(), own), case), datetime.now())
     rows = []
     for knobs, changed, outcome in zip(CASES[case], configs[1:], others, strict=True):
         told = next(row for rows in plan.tables.values() for row in rows if row.knobs == knobs).sample_s

@@ -230,8 +230,8 @@ def plan(
     source: Annotated[
         str | None, typer.Argument(metavar="[CONFIG | RUN_DIR]", help="A configuration, or a folder with a report.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Prompts to train on (default: as configured).")] = None,
-    memory: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="A memory to fit into, too.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, max=10**9, help="Prompts (default: as configured).")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, max=1e6, metavar="GB", help="A memory, too.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, too.")] = None,
     phases: Annotated[
         Path | None, typer.Option("--write-phases", metavar="DIR", help="Write quick.yaml, full.yaml and final.yaml.")

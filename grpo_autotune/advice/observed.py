@@ -9,7 +9,7 @@ import math
 
 from grpo_autotune.advice.facts import Facts, Idea
 from grpo_autotune.advice.ranks import excesses
-from grpo_autotune.predict.objective import evaluation_every
+from grpo_autotune.predict.objective import steps_between
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.report import Change
 from grpo_autotune.units import percent, seconds
@@ -97,7 +97,7 @@ def log_save_eval(facts: Facts) -> Idea | None:
 def unseen_evaluation(facts: Facts) -> Idea | None:
     """An evaluation that no measured step held and that takes much of a run, by one that was timed, else predicted."""
     base, rows = facts.config, facts.record.trainer.held_out_rows
-    every = evaluation_every(base) if base is not None else None
+    every = steps_between(base, "evaluate") if base is not None else None
     if base is None or every is None or not rows or facts.models is None or facts.part_s("log_save_eval", "evaluate"):
         return None
     timed = facts.record.occasions.get("evaluate")

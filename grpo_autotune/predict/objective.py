@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -127,16 +127,45 @@ def groups_per_step(config: RunConfig) -> float:
     return plan.completions_per_step / (plan.num_iterations * plan.num_generations)
 
 
-def evaluation_every(config: RunConfig) -> int | None:
-    """Optimizer steps between two evaluations; None where they come at no number of steps, or never."""
-    every = grpo_value("eval_steps", config) or grpo_value("logging_steps", config)
-    return int(every) if grpo_value("eval_strategy", config) == "steps" and every >= 1 else None
+def steps_between(
+    config: RunConfig, name: Literal["evaluate", "save"], rows: int | None = None, steps: int = 0
+) -> int | None:
+    """Optimizer steps between two evaluations or checkpoints of a run of `steps` over `rows`; None where there are
+    none, or nobody tells. The best model is saved after an evaluation at most."""
+    kind = "eval" if name == "evaluate" else name
+    strategy, every = grpo_value(f"{kind}_strategy", config), grpo_value(f"{kind}_steps", config)
+    if strategy == "best":
+        return steps_between(config, "evaluate", rows, steps)
+    if strategy == "epoch" and rows is not None:
+        return steps_per_pass(config, rows)
+    every = every or (grpo_value("logging_steps", config) if name == "evaluate" else 0)
+    return math.ceil(every if every >= 1 else every * steps) or None if strategy == "steps" else None
 
 
-def save_every(config: RunConfig) -> int | None:
-    """Optimizer steps between two checkpoints; None where they come at no number of steps, or never."""
-    every = grpo_value("save_steps", config)
-    return int(every) if grpo_value("save_strategy", config) == "steps" and every >= 1 else None
+def occasions_of(config: RunConfig, name: Literal["evaluate", "save"], every: int, steps: int) -> int:
+    """Evaluations or checkpoints of a run of `steps`: every so many steps and at its end, evaluations from the end of
+    the delay on (transformers, `DefaultFlowCallback`) and once before training where that is asked for; 0 for never."""
+    if name == "save" or every == 0:
+        return math.ceil(steps / every) if every else 0
+    delay = grpo_value("eval_delay", config) or 0
+    delay *= every if grpo_value("eval_strategy", config) == "epoch" else 1
+    often = math.ceil(steps / every) - max(0, math.ceil(delay / every) - 1) if delay <= steps else 0
+    return often + bool(grpo_value("eval_on_start", config))
+
+
+def steps_per_pass(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of a pass over the data; prompts that fill no generation are left out (TRL's sampler)."""
+    plan = config.batch
+    micro_steps = rows // plan.prompts_per_generation * plan.num_iterations * plan.steps_per_generation
+    return max(1, math.ceil(micro_steps / plan.accumulation))
+
+
+def run_steps(config: RunConfig, rows: int | None) -> int | None:
+    """Optimizer steps of the run as it is configured; None where nobody knows how many rows a pass has."""
+    if (steps := int(grpo_value("max_steps", config))) > 0:
+        return steps
+    passes = float(grpo_value("num_train_epochs", config))
+    return None if rows is None else max(1, math.ceil(passes * steps_per_pass(config, rows)))
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:

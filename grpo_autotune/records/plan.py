@@ -27,8 +27,8 @@ class Figure(NamedTuple):
 class Occasion(Frozen):
     """Evaluations, or checkpoints."""
 
-    name: str  # `evaluate` or `save`
-    every: int  # optimizer steps between two; below 0 where it is off
+    name: Literal["evaluate", "save"]
+    every: int  # optimizer steps between two; 0 where it is off
     times: int  # how often it happens in the run
     once_s: Figure
     share: float  # of the run's time
@@ -36,10 +36,10 @@ class Occasion(Frozen):
 
 
 class Choice(Frozen):
-    """One row of a table: the configuration with another value."""
+    """One row of a table: the configuration with another value, or another model under it."""
 
     name: str
-    knobs: dict[str, Any]  # key -> value; empty for the configuration as it is, and for another model
+    knobs: dict[str, Any]
     image_tokens: float | None
     sample_s: Figure
     total_s: Figure
@@ -60,7 +60,7 @@ class Pass(NamedTuple):
 
 
 class Plan(Frozen):
-    """The plan of one run; `docs/plan.md` explains every key."""
+    """The plan of one run."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, protected_namespaces=())
 
@@ -76,6 +76,7 @@ class Plan(Frozen):
     ends: list[str]
     occasions: list[Occasion]
     cadences: list[Occasion]
+    memory_bytes: int | None
     tables: dict[str, list[Choice]]
     budgets: dict[str, dict[str, int | None]]
     passes: list[Pass]

@@ -79,6 +79,9 @@ def cycle_means(values: Sequence[float], cycle: int) -> list[float]:
     return [math.fsum(values[at : at + cycle]) / cycle for at in range(0, whole, cycle)] or list(values)
 
 
+LEAST_OCCASION_S = 1e-3
+
+
 class Spread(Frozen):
     """Summary of a set of numbers."""
 
@@ -300,3 +303,14 @@ class ProbeRecord(Frozen):
     device_memory: DeviceMemory | None = None
     versions: dict[str, str] = {}  # those of packages
     runtime: dict[str, str] = {}  # what else makes a GPU fast or slow (`hardware.device.runtime_facts`)
+
+
+def seconds_once(record: ProbeRecord) -> dict[str, float]:
+    """Seconds of one `evaluate` and one `save`: the mean of those that steps held, else of one timed apart."""
+    held = {
+        part: [s for s in spent if s > LEAST_OCCASION_S]
+        for row in record.timings.stages
+        for part, spent in row.parts.items()
+        if part in ("evaluate", "save")
+    }
+    return record.occasions | {part: math.fsum(spent) / len(spent) for part, spent in held.items() if spent}

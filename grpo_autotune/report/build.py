@@ -12,7 +12,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.predict.objective import useful_completions
 from grpo_autotune.probe.breakdown import break_down
-from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means
+from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means, seconds_once
 from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
@@ -20,7 +20,6 @@ from grpo_autotune.units import percent
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
-LEAST_OCCASION_S = 1e-3
 TRAINED = ("policy_logprob", "backward", "optimizer")
 """Stages whose work follows the tokens trained on: each generated token `num_iterations` times."""
 
@@ -73,13 +72,7 @@ def report_of_facts(facts: Facts) -> Report:
         tokens=record.tokens,
         profiled=record.profiled,
         others=record.others,
-        occasions=record.occasions
-        | {
-            part: statistics.fmean(s for s in spent if s > LEAST_OCCASION_S)
-            for row in record.timings.stages
-            for part, spent in row.parts.items()
-            if part in ("evaluate", "save") and max(spent, default=0.0) > LEAST_OCCASION_S
-        },
+        occasions=seconds_once(record),
         rates=_rates(facts),
         rewards=record.rewards,
         weight_sync_bytes=record.weight_sync_bytes,

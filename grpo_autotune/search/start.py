@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -12,9 +11,9 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.models import Models
-from grpo_autotune.predict.objective import evaluation_every, save_every
+from grpo_autotune.predict.objective import steps_between
 from grpo_autotune.predict.room import memory_of
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord, seconds_once
 from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Pool
@@ -29,7 +28,6 @@ from grpo_autotune.search.study import Axes, Claim, Sampler, Study, name_of
 from grpo_autotune.search.trial_log import TrialLog
 from grpo_autotune.units import hms
 
-LEAST_EVALUATION_S = 1e-3
 PROBE_GROUPS = 16
 """Groups that the probe should see: their pass rates tell how group size matters."""
 MOST_PROBE_STEPS = 6
@@ -137,11 +135,9 @@ def _take_baseline(study: Study, knobs: dict[str, Any]) -> Claim | None:
 def occasions_s(config: RunConfig, record: ProbeRecord) -> tuple[float, float]:
     """Seconds per step that a run's evaluations and its checkpoints take: of one that was measured, over the steps
     between two of them; 0 where none was, or where they come at no number of steps."""
-    seen = [s for row in record.timings.stages for s in row.parts.get("evaluate", []) if s > LEAST_EVALUATION_S]
-    once = {**record.occasions, **({"evaluate": statistics.fmean(seen)} if seen else {})}
-    every = {"evaluate": evaluation_every(config), "save": save_every(config)}
-    evaluation_s, saving_s = (once.get(name, 0.0) / (steps or math.inf) for name, steps in every.items())
-    return evaluation_s, saving_s
+    once = seconds_once(record)
+    evaluation_s = once.get("evaluate", 0.0) / (steps_between(config, "evaluate") or math.inf)
+    return evaluation_s, once.get("save", 0.0) / (steps_between(config, "save") or math.inf)
 
 
 def _run_probe(log: TrialLog) -> TrialOutcome:

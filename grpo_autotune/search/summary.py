@@ -9,7 +9,7 @@ from typing import Any
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.models import Models
-from grpo_autotune.predict.objective import Interval, evaluation_every, step_interval
+from grpo_autotune.predict.objective import Interval, step_interval, steps_between
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
@@ -179,7 +179,7 @@ def _notes(board: Leaderboard) -> Iterator[str]:
 def _evaluations(board: Leaderboard) -> Iterator[str]:
     """The cost of evaluations and checkpoints, and the keys that decide it: not turned here, since they are the user's
     to judge by."""
-    aside_s, step_s, every = board.evaluation_s, board.record.timings.step_s, evaluation_every(board.config)
+    aside_s, step_s, every = board.evaluation_s, board.record.timings.step_s, steps_between(board.config, "evaluate")
     own_s = aside_s + board.saving_s + step_interval(step_s, board.record.timings.cycle, board.confidence).value
     if (saving := board.saving_s / own_s) >= SHOWN_SHARE:
         yield f"Checkpoints (grpo.save_steps) take {saving:.0%} of your run and count in every speed-up."

@@ -14,11 +14,12 @@ from grpo_autotune.advice import observed
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
 from grpo_autotune.cli import main
-from grpo_autotune.commands.plan import basis_of_run, record_of
+from grpo_autotune.commands.plan import basis_of_run, record_of, write_phases
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.predict.models import Models
+from grpo_autotune.predict.objective import steps_per_pass
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.plan import SCHEMA, Plan
 from grpo_autotune.records.probe import ProbeRecord, StageRow
@@ -37,7 +38,7 @@ HELD_OUT = {"eval_split": "test"}
 def basis(record: ProbeRecord | None = None, once: dict[str, float] | None = None, **sections: Any) -> Basis:
     record = record or demo_record(trainer=trainer_facts(train_rows=500, held_out_rows=64))
     config = config_of(record, **sections)
-    return Basis(config, record, Models.from_probe(config, record, CPU_MACHINE), "there", once or {})
+    return Basis(Models.from_probe(config, record, CPU_MACHINE), "there", once or {})
 
 
 def evaluating(once: dict[str, float] | None = None, **grpo: Any) -> Basis:
@@ -49,11 +50,11 @@ def test_the_run_is_the_sum_of_its_parts() -> None:
     assert (plan.samples, plan.steps) == (200, 100)  # 2 prompts in each of 100 steps
     assert plan.step_s.value == pytest.approx(5.04) and plan.sample_s.value == pytest.approx(2.52)
     evaluation, saving = plan.occasions
-    assert (evaluation.every, evaluation.times, saving.every, saving.times) == (10, 11, 40, 2)
-    whole_s = 17.3 + 100 * 5.04 + 11 * 30.0 + 2 * 4.0
+    assert (evaluation.every, evaluation.times, saving.every, saving.times) == (10, 11, 40, 3)  # one at the end
+    whole_s = 17.3 + 100 * 5.04 + 11 * 30.0 + 3 * 4.0
     assert plan.total_s.value == pytest.approx(whole_s) and plan.total_s.how == "predicted"
     assert evaluation.share == pytest.approx(330.0 / whole_s) and evaluation.once_s.how == "measured"
-    assert [(row.every, row.times) for row in plan.cadences] == [(10, 11), (20, 6), (50, 3), (-10, 0)]
+    assert [(row.every, row.times) for row in plan.cadences] == [(10, 11), (20, 6), (50, 3), (0, 0)]
     assert plan.cadences[-1].total_s.value == pytest.approx(whole_s - 330.0) and plan.cadences[-1].share == 0.0
     figures = [plan.step_s, plan.total_s, *(row.sample_s for rows in plan.tables.values() for row in rows)]
     assert all(0.0 < figure.low < figure.value < figure.high for figure in figures)
@@ -64,9 +65,38 @@ def test_the_length_is_the_users_or_the_configurations() -> None:
     assert plan_of(replace(basis(), samples=999), NOW).steps == 500
     epochs = basis(grpo={"max_steps": -1, "num_train_epochs": 3})
     assert plan_of(epochs, NOW).samples == 1500
+    odd = basis(grpo={"max_steps": 81, "num_iterations": 2})
+    assert (plan_of(odd, NOW).steps, plan_of(odd, NOW).samples) == (81, 81)  # each step trains half a generation
     unknown = basis(demo_record(), grpo={"max_steps": -1})
     with pytest.raises(ConfigError, match=r"how many rows.*--samples"):
         plan_of(unknown, NOW)
+
+
+@pytest.mark.parametrize(
+    ("grpo", "evaluate", "save"),
+    [
+        ({"eval_steps": 30, "save_strategy": "no"}, (30, 4), None),  # 30, 60, 90 and the end
+        ({"eval_steps": 0.3, "save_steps": 0.5, "eval_on_start": True}, (30, 5), (50, 2)),
+        ({"eval_steps": 30, "eval_delay": 45, "save_steps": 500}, (30, 3), (500, 1)),
+        ({"eval_steps": 30, "eval_delay": 101, "save_strategy": "best"}, (30, 0), (30, 4)),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, (62, 2), (62, 2)),  # 125 rows, 2 prompts a step
+        ({"eval_steps": None, "logging_steps": 25, "save_strategy": "no"}, (25, 4), None),
+        ({"eval_strategy": "no", "save_strategy": "no"}, None, None),
+    ],
+)
+def test_occasions_are_counted_as_the_trainer_has_them(
+    grpo: dict[str, Any], evaluate: tuple[int, int] | None, save: tuple[int, int] | None
+) -> None:
+    record = demo_record(trainer=trainer_facts(train_rows=125, held_out_rows=64))
+    occasions = plan_of(basis(record, grpo={**EVALUATES, **grpo}, data=HELD_OUT), NOW).occasions
+    seen = {row.name: (row.every, row.times) for row in occasions}
+    assert (seen.get("evaluate"), seen.get("save")) == (evaluate, save)
+
+
+def test_a_pass_over_the_data_is_counted_as_by_the_trainer() -> None:
+    grpo = {"gradient_accumulation_steps": 3, "steps_per_generation": 2, "num_iterations": 2, "num_generations": 8}
+    config = config_of(demo_record(), grpo={"per_device_train_batch_size": 8, **grpo})
+    assert steps_per_pass(config, 21) == 14  # 10 generations of 2 prompts, each of 4 micro steps, 3 a step
 
 
 def test_an_evaluation_is_predicted_as_a_step_that_learns_nothing() -> None:
@@ -79,12 +109,12 @@ def test_an_evaluation_is_predicted_as_a_step_that_learns_nothing() -> None:
     )
     eight = {**EVALUATES, "per_device_eval_batch_size": 16, "num_generations_eval": 8}
     one = basis(demo_record(trainer=trainer), grpo=eight, data=HELD_OUT)
-    stages = one.models.stages_s(one.config)
+    stages = one.models.stages_s(one.models.base)
     learning = sum(stages.pop(name).value for name in ("backward", "optimizer", "log_save_eval"))
     once = plan_of(one, NOW).occasions[0].once_s
     assert learning > 1.0 and once.how == "predicted"
     assert once.value == pytest.approx(sum(stage.value for stage in stages.values()), rel=0.02)
-    assert one.models.evaluation_s(one.config, 20).value == pytest.approx(10.0 * once.value, rel=0.05)
+    assert one.models.evaluation_s(one.models.base, 20).value == pytest.approx(10.0 * once.value, rel=0.05)
     untold = basis(demo_record(), grpo=EVALUATES, data=HELD_OUT)
     assert "not counted" in plan_of(untold, NOW).notes[0]
 
@@ -95,7 +125,7 @@ def test_tables_hold_what_differs() -> None:
     assert (now.name, now.speed, now.sample_s.how) == ("384 px (now)", pytest.approx(1.0), "measured")
     assert images and all(row.speed > 1.0 and row.sample_s.how == "predicted" for row in images)
     assert all(row.image_tokens and row.image_tokens < 144.0 for row in images)  # none is enlarged
-    models, config = basis().models, basis().config
+    models, config = basis().models, basis().models.base
     prompts = [models.stages_s(one)["prompt"].value for one in (config, with_knobs(config, {"data.image_size": 192}))]
     assert 0.25 < prompts[1] / prompts[0] < 0.6  # a quarter of the pixels, and what an image costs at any size
     shrunk = plan_of(basis(data={"image_size": 512}), NOW).tables["image size"]
@@ -135,22 +165,22 @@ def test_a_report_tells_what_its_record_did(tmp_path: Path) -> None:
     assert report.occasions == {"evaluate": 9.0}
     save_report(report, tmp_path)
     again = basis_of_run(tmp_path)
-    assert again.once_s == {"evaluate": 9.0} and again.config == config
-    before, after = (Models.from_probe(config, one, CPU_MACHINE) for one in (record, again.record))
+    assert again.once_s == {"evaluate": 9.0} and again.models.base == config
+    before, after = (Models.from_probe(config, one, CPU_MACHINE) for one in (record, again.models.record))
     assert after.step_s(config).value == pytest.approx(before.step_s(config).value, rel=0.02)
     assert record_of(report).timings.step_s == pytest.approx(record.timings.step_s, abs=0.02)
 
 
 def test_what_is_printed_and_what_json_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = evaluating()
-    save_report(build_report(one.record, CPU_MACHINE, config=one.config), tmp_path)
+    save_report(build_report(one.models.record, CPU_MACHINE, config=one.models.base), tmp_path)
     assert main(["plan", str(tmp_path), "--samples", "1000", "--json"]) == 0
     plan = Plan.model_validate_json(capsys.readouterr().out)
     assert json.loads(plan.model_dump_json(by_alias=True))["schema"] == SCHEMA and plan.steps == 500
     assert main(["plan", str(tmp_path), "--samples", "1000"]) == 0
     text = capsys.readouterr().out
     assert "1000 samples in 500 optimizer steps: " in text and "measured) per sample" in text
-    assert "An evaluation every 10 steps: 50 times" in text and max(map(len, text.splitlines())) <= 100
+    assert "An evaluation every 10 steps and at the end: 50 times" in text and max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,8 @@ def test_what_is_printed_and_what_json_holds(tmp_path: Path, capsys: pytest.Capt
         ('{"schema": "grpo-autotune/report/9"}', [], "the report has the schema 'grpo-autotune/report/9'"),
         ("{}", ["--with-eval"], "a stored run is not measured again"),
         ("{}", ["--samples", "0"], "--samples"),
+        ("{}", ["--samples", "99999999999"], "--samples"),
+        ("{}", ["--memory", "inf"], "--memory"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(
@@ -179,14 +211,14 @@ def test_a_large_evaluation_that_no_step_held_is_advised_against() -> None:
     def facts(record: ProbeRecord, config: RunConfig) -> Facts:
         return Facts(record, break_down(record.timings), machine=CPU_MACHINE, config=config)
 
-    timed = one.record.model_copy(update={"occasions": {"evaluate": 50.4}})
-    (advice,) = (a for a in judge(facts(timed, one.config)) if a.changes and a.changes[0].key == "grpo.eval_steps")
+    timed = one.models.record.model_copy(update={"occasions": {"evaluate": 50.4}})
+    (advice,) = (a for a in judge(facts(timed, one.models.base)) if a.changes and a.changes[0].key == "grpo.eval_steps")
     assert advice.kind == "exact" and advice.changes[0].after == 20 and advice.predicted_saving is None
     assert "50% of the run" in advice.text and "1.33 times as fast" in advice.text  # 10 steps of 5.04 s
-    idea = observed.unseen_evaluation(facts(one.record, one.config))
+    idea = observed.unseen_evaluation(facts(one.models.record, one.models.base))
     assert idea is not None and "(predicted) on 64 rows" in idea.because
     seldom = evaluating(eval_steps=1000)
-    assert observed.unseen_evaluation(facts(seldom.record, seldom.config)) is None
+    assert observed.unseen_evaluation(facts(seldom.models.record, seldom.models.base)) is None
 
 
 def test_other_models_and_memories() -> None:
@@ -215,27 +247,48 @@ def test_other_models_and_memories() -> None:
 def test_phases_are_whole_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = evaluating({"evaluate": 100.0})
     save_report(
-        build_report(one.record.model_copy(update={"occasions": one.once_s}), CPU_MACHINE, config=one.config), tmp_path
+        build_report(
+            one.models.record.model_copy(update={"occasions": one.once_s}), CPU_MACHINE, config=one.models.base
+        ),
+        tmp_path,
     )
     words = ["--samples", "5000", "--write-phases", str(tmp_path / "phases"), "--html", str(tmp_path / "plan.html")]
     assert main(["plan", str(tmp_path), *words]) == 0
     phases = {name: load_config(tmp_path / "phases" / f"{name}.yaml") for name in ("quick", "full", "final")}
     assert {name: phase.grpo["max_steps"] for name, phase in phases.items()} == {
-        "quick": 714,
+        "quick": 691,
         "full": 2500,
         "final": 2500,
     }
-    assert [phase.grpo["eval_steps"] for phase in phases.values()] == [714, 50, 10]
+    assert [phase.grpo["eval_steps"] for phase in phases.values()] == [
+        691,
+        50,
+        10,
+    ]  # an hour less the start and one evaluation
     assert {phase.model.name_or_path for phase in phases.values()} == {"nowhere/model"}
     head = (tmp_path / "phases" / "quick.yaml").read_text()
-    assert "# Predicted to take 1 h " in head and "# grpo.max_steps: 100 -> 714" in head
+    assert "# Predicted to take 1 h 00 min " in head and "# grpo.max_steps: 100 -> 691" in head
     page = (tmp_path / "plan.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "5000 samples in 2500 optimizer steps" in page
     assert "5000 samples" in capsys.readouterr().out
 
 
+def test_phases_of_a_run_that_evaluates_by_epoch(tmp_path: Path) -> None:
+    kept = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    write_phases(tmp_path, evaluating({"evaluate": 5000.0}, **kept).with_length(5000), tmp_path)
+    quick, full, final = (load_config(tmp_path / f"{name}.yaml").grpo for name in ("quick", "full", "final"))
+    assert (quick["eval_strategy"], quick["eval_steps"], quick["save_steps"]) == ("steps", 1, 1)  # one takes 1.4 hours
+    assert (full["eval_strategy"], full["save_strategy"], full["eval_steps"], full["save_steps"]) == (
+        "steps",
+        "steps",
+        1250,
+        1250,
+    )
+    assert final["eval_strategy"] == "epoch" and "eval_steps" not in quick.keys() - full.keys()
+
+
 def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_report(build_report(basis().record, CPU_MACHINE, config=basis().config), tmp_path)
+    save_report(build_report(basis().models.record, CPU_MACHINE, config=basis().models.base), tmp_path)
     (tmp_path / "file").write_text("")
     for option, place in (("--html", "none/plan.html"), ("--write-phases", "file/phases")):
         assert main(["plan", str(tmp_path), option, str(tmp_path / place)]) == 2
@@ -246,7 +299,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
 def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
     one = basis()
     stored = json.loads((Path(__file__).parents[1] / "stored" / "search.json").read_text())
-    stored |= {"config": one.config.model_dump(mode="json"), "evaluation_s": 3.0}
+    stored |= {"config": one.models.base.model_dump(mode="json")}
     stored["config"]["grpo"] |= EVALUATES
     stored["config"]["data"] |= HELD_OUT
     (tmp_path / "search.json").write_text(json.dumps(stored))
@@ -258,7 +311,8 @@ def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         spec = TrialSpec(number=number, purpose=purpose, config=stored["config"], knobs=knobs)
         (folder / "spec.json").write_text(spec.model_dump_json())
-        outcome = TrialOutcome(number=number, status="ok", record=one.record, step_s=one.record.timings.step_s)
+        record = one.models.record.model_copy(update={"occasions": {"evaluate": 30.0}})
+        outcome = TrialOutcome(number=number, status="ok", record=record, step_s=record.timings.step_s)
         (folder / "outcome.json").write_text(outcome.model_dump_json())
     searched = basis_of_run(tmp_path)
     assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 2
