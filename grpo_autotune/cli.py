@@ -166,7 +166,14 @@ def report(
 
                 webbrowser.open(path.absolute().as_uri())
             return 0
-        from grpo_autotune.commands.page import load_run
+        from grpo_autotune.files import refusal_told
+        from grpo_autotune.report.files import REPORT_FILE, load_report
+
+        with refusal_told():
+            if run_dir.name == REPORT_FILE or (run_dir / REPORT_FILE).is_file():
+                _print([load_report(run_dir)], json_)
+                return 0
+        from grpo_autotune.commands.page import load_run  # a probe's report is printed without it
 
         stored = load_run(run_dir)
         show(json.dumps(stored.to_dict(), indent=2) if json_ else str(stored))

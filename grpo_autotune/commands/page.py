@@ -73,6 +73,7 @@ def _sections(report: Report | SearchReport, folder: Path) -> tuple[str, list[Se
     return search_title(report), search_sections(report)
 
 
+@refusal_told()
 def write_page(
     source: Path, file: Path | None = None, *, interactive: bool = False, running: bool = False, samples: int = 0
 ) -> Path:
