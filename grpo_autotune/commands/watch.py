@@ -22,9 +22,10 @@ from grpo_autotune.console import is_live, show
 from grpo_autotune.errors import ConfigError, printable
 from grpo_autotune.probe.live import LIVE_FILE, Live
 from grpo_autotune.records.probe import STAGE_WORDS
+from grpo_autotune.render.search import headline
 from grpo_autotune.render.search_live import PLAIN_EVERY_S, panel
 from grpo_autotune.report.files import REPORT_FILE
-from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder
+from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, load_search
 from grpo_autotune.trials.heartbeat import HeartbeatReader
 from grpo_autotune.units import duration, seconds, size
 
@@ -108,6 +109,9 @@ def _read(folder: Path) -> Run | None:
     goes_on = lives is not False
     if live.search is None:
         return Run(folder, goes_on, state, list(_facts(live, goes_on)))
+    if state == "ended":
+        with suppress(ConfigError):
+            return Run(folder, False, state, [("best", headline(load_search(folder))[1])])
     trial = HeartbeatReader(SearchFolder(folder).trial(live.search.trial.number))
     left_s = max(0.0, live.search.left_s - (time.time() - written_s - (0.0 if goes_on else silent_s)))
     now = live.search._replace(left_s=left_s, progress=trial.progress if trial.moved() else None)

@@ -144,6 +144,7 @@ def test_a_search_shows_what_its_trial_says_and_runs_below_a_folder_are_a_table(
     os.utime(tmp_path / "s" / "search" / "search.json", (time.time() + 5,) * 2)
     (run,) = read_runs(tmp_path / "s" / "search")
     assert not run.goes_on and run.state == "ended"
+    assert [name for name, _ in run.facts] == ["best"] and "useful completions per second" in run.facts[0][1]
 
 
 def test_a_run_of_an_older_version_and_a_damaged_state(tmp_path: Path, capsys) -> None:
