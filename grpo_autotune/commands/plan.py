@@ -43,7 +43,7 @@ TITLES = {
     "full": "the whole run, evaluated no more often than a tenth of its time allows",
     "final": "the whole run with your own settings, but for exact changes",
 }
-SAMPLED = "The seconds of an evaluation are those of two batches of each held-out data set at most, scaled to all rows."
+SAMPLED = "The search timed an evaluation by two batches of each held-out data set at most, scaled to all rows."
 
 
 def plan_run(
@@ -64,7 +64,8 @@ def plan_run(
     stored = source if isinstance(source, Path) else _probed(source, output, with_eval=with_eval)
     basis = basis_of_run(stored).with_length(samples)
     machine, held = basis.models.machine, {part for row in basis.models.record.timings.stages for part in row.parts}
-    notes = [SAMPLED] if "evaluate" in basis.once_s and "evaluate" not in held else []
+    searched = isinstance(load_run(stored).data, SearchReport)
+    notes = [SAMPLED] if searched and "evaluate" in basis.once_s and "evaluate" not in held else []
     if machine.fingerprint != detect().fingerprint:
         chips = [gpu.name for gpu in machine.gpus] or [plural(machine.cores, "core")]
         notes.append(f"Measured on another machine ({', '.join(chips)}): the plan holds for that one.")

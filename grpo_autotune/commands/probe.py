@@ -81,8 +81,10 @@ def _train(
                 finally:
                     watched.pop()
                     probe.detach()
-            timed = {"evaluate": evaluation_s, "save": checkpoint_s} if with_eval else {}
-            return {name: s for name, once_s in timed.items() if (s := once_s(trainer)) is not None}
+            if not with_eval:
+                return {}
+            once = {"evaluate": evaluation_s(trainer, batches=None), "save": checkpoint_s(trainer)}
+            return {name: spent_s for name, spent_s in once.items() if spent_s is not None}
 
 
 def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:

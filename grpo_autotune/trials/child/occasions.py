@@ -14,16 +14,17 @@ BYTES_PER_WEIGHT = 16
 DISK_ROOM = 4.0
 
 
-def evaluation_s(trainer: Any) -> float | None:
-    """Seconds of one evaluation on all held-out rows after training, by a sample of them; None for streamed rows."""
+def evaluation_s(trainer: Any, batches: int | None = EVALUATION_BATCHES) -> float | None:
+    """Seconds of one evaluation on all held-out rows after training, by so many `batches` of each data set, None for
+    all of them; None for streamed rows."""
     args, held_out = trainer.args, trainer.eval_dataset
     data = list(held_out.values()) if isinstance(held_out, Mapping) else [held_out]
     if not all(hasattr(rows, "select") and len(rows) for rows in data):
         return None
-    most = math.ceil(EVALUATION_BATCHES * args.eval_batch_size * args.world_size / trainer.num_generations_eval)
+    most = math.ceil((batches or 0) * args.eval_batch_size * args.world_size / trainer.num_generations_eval)
     total_s = 0.0
     for rows in data:
-        sample = rows.select(range(min(most, len(rows))))
+        sample = rows.select(range(min(most or len(rows), len(rows))))
         begin_s = time.perf_counter()
         trainer.evaluate(sample)
         total_s += (time.perf_counter() - begin_s) * len(rows) / len(sample)
