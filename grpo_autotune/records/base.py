@@ -9,3 +9,9 @@ class Frozen(BaseModel):
     """Base of every record: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(Frozen):
+    """Base of what is a whole JSON document, whose `schema` names its kind and version."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, protected_namespaces=())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document, Frozen
 
 SCHEMA: Final = "grpo-autotune/compare/1"
 Word = Literal["faster", "slower", "within noise"]
@@ -35,10 +35,8 @@ class Pair(Frozen):
     facts: dict[str, list[float | None]]  # fact -> its two values; None where a run does not tell
 
 
-class Comparison(Frozen):
+class Comparison(Document):
     """Runs held against one of them, the baseline."""
-
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, protected_namespaces=())
 
     schema_: Literal["grpo-autotune/compare/1"] = Field(default=SCHEMA, alias="schema")
     confidence: float

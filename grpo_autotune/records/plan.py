@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document, Frozen
 
 SCHEMA: Final = "grpo-autotune/plan/1"
 
@@ -59,10 +59,8 @@ class Pass(NamedTuple):
     shares: bool  # whether a speed-up does that here
 
 
-class Plan(Frozen):
+class Plan(Document):
     """The plan of one run."""
-
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, protected_namespaces=())
 
     schema_: Literal["grpo-autotune/plan/1"] = Field(default=SCHEMA, alias="schema")
     confidence: float

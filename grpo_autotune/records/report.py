@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document, Frozen
 from grpo_autotune.records.probe import (
     ImageFacts,
     OtherLoad,
@@ -115,12 +115,8 @@ class Ranks(Frozen):
     stragglers: list[Straggler]
 
 
-class Report(Frozen):
+class Report(Document):
     """The report of one probe; `docs/report.md` explains every key."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, protected_namespaces=()
-    )
 
     schema_: Literal["grpo-autotune/report/1"] = Field(default=SCHEMA, alias="schema")
     step_s: float

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document, Frozen
 from grpo_autotune.records.probe import OtherLoad
 from grpo_autotune.records.report import Change, Kind
 from grpo_autotune.records.trial import Progress, Status, TrialSpec
@@ -130,12 +130,8 @@ class SearchProgress(NamedTuple):
     step_error: float | None = None
 
 
-class SearchReport(Frozen):
+class SearchReport(Document):
     """Everything one search has to say."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, protected_namespaces=()
-    )
 
     schema_: Literal["grpo-autotune/search/1"] = Field(default=SCHEMA, alias="schema")
     ended: Ended
