@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from grpo_autotune.commands.options import Config, Json, Out, Set, Steps
 from grpo_autotune.console import accept_any_text, as_warning, complain, is_first_rank, output_aside, say, show
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
 from grpo_autotune.processes.ending import Stopped, raising
@@ -30,17 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Config = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[CONFIG]", help="A YAML file or a shipped profile; by default ./grpo.yaml, else the profile `demo`."
-    ),
-]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps to measure, after a warm-up.")]
 
 
 @app.callback()

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
+from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.section import Section
 from grpo_autotune.config.sources import read_source, resolve_source
@@ -24,7 +25,7 @@ from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
-__all__ = ["RunConfig", "load_config", "resolve_source"]
+__all__ = ["RewardItem", "RunConfig", "load_config", "resolve_source"]
 
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
@@ -128,17 +129,6 @@ class DataSection(Section):
             if not name or one == HeldOut():
                 raise ConfigError("a set needs a name, and a path or a split", where=f"data.eval.{name}")
         return self
-
-
-class RewardItem(Section):
-    """One reward function."""
-
-    name: str
-    """Registered name, or `package.module:function`."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of this reward in the sum."""
-    params: dict[str, Any] = {}
-    """Keyword arguments of the function."""
 
 
 class SearchSection(Section):

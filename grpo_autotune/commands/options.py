@@ -1,0 +1,19 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CONFIG]", help="A YAML file or a shipped profile; by default ./grpo.yaml, else the profile `demo`."
+    ),
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps to measure, after a warm-up.")]
