@@ -56,11 +56,8 @@ def after_import(then: Callable[[ModuleType], None]) -> Hook:
 
 
 def hook_imports(hooks: dict[str, Hook]) -> importlib.abc.MetaPathFinder:
-    """Put each hook around its module's import; around nothing where the module is imported already.
-
-    Returns:
-        The finder that was put first on `sys.meta_path`; whoever put it there takes it out.
-    """
+    """Put each hook around its module's import; around nothing where the module is imported already. Answers the finder
+    that was put first on `sys.meta_path`, for the caller to take out."""
     waiting = dict(hooks)
     for name in hooks.keys() & sys.modules.keys():
         waiting.pop(name)(lambda module: None, sys.modules[name])

@@ -89,11 +89,9 @@ class ItemSlot:
 
 
 class ClassSlot(AttributeSlot):
-    """A method of one object, replaced on a one-off subclass of its class.
-
-    For dunders, which Python looks up on the class, and for objects that write their instance attributes to disk
-    (processors, image processors). The subclass keeps the name, so that saved files name the real class.
-    """
+    """A method of one object, replaced on a one-off subclass of its class: for dunders, which Python looks up on the
+    class, and for objects that write their instance attributes to disk (processors, image processors). The subclass
+    keeps the name, so that saved files name the real class."""
 
     def original(self) -> Callable[..., Any]:
         cls = type(self.owner)
@@ -178,11 +176,15 @@ class Handle:
             self._point = None
 
 
-def wrap(slot: Slot, layer: Layer, order: int = OUTER, *, weakly: bool = False) -> Handle:
-    """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out.
+def take_off(handles: list[Any]) -> None:
+    """Remove layers, or hooks of torch, the last one first, and forget them."""
+    while handles:
+        handles.pop().remove()
 
-    `weakly`, for a place that may outlive it, keeps no object alive whose method the layer is.
-    """
+
+def wrap(slot: Slot, layer: Layer, order: int = OUTER, *, weakly: bool = False) -> Handle:
+    """Put `layer` on `slot`: lower `order` is further out, and of equal orders the newer is further out. `weakly`, for
+    a place that may outlive it, keeps no object alive whose method the layer is."""
     layer = _while_alive(weakref.WeakMethod(layer)) if weakly and inspect.ismethod(layer) else layer
     point = _point_in(slot)
     if point is None or not _same_place(point.slot, slot):

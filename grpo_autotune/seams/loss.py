@@ -87,11 +87,9 @@ def micro_batch_terms_of_keys(grpo: Mapping[str, Any], model_config: Mapping[str
 
 def has_aux_loss(model_config: Mapping[str, Any], coefficient: float | None) -> bool:
     """True if the router's auxiliary loss is on, by TRL's rule: the model can return router logits, and the coefficient
-    is not 0; that of the model where none is given, 0 where the model declares none.
-
-    A config.json as published leaves out what its class sets by default: a mixture of experts that says nothing about
-    router logits is taken to have them, with a coefficient other than 0.
-    """
+    is not 0; that of the model where none is given, 0 where the model declares none. A config.json as published leaves
+    out what its class sets by default: a mixture of experts that says nothing about router logits is taken to have
+    them, with a coefficient other than 0."""
     text = model_config.get("text_config") or model_config
     if "output_router_logits" in text:
         default: float | None = text.get("router_aux_loss_coef", 0.0)

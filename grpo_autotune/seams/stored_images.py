@@ -41,11 +41,8 @@ def image_columns(names: Collection[str]) -> list[str]:
 
 
 def image_column(rows: Any, name: str) -> ImageColumn:
-    """A column of a `datasets.Dataset` as images.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: It holds something else, as `Dataset.cast_column` says it.
-    """
+    """A column of a `datasets.Dataset` as images; TypeError, ValueError or NotImplementedError, as
+    `Dataset.cast_column` says it, where it holds something else."""
     import datasets
 
     lists, item = datasets.List | datasets.LargeList, rows.features[name]
@@ -65,11 +62,8 @@ def image_feature(several: bool, *, decode: bool) -> Any:
 
 
 def header_size(image: Stored) -> tuple[int, int]:
-    """Width and height in pixels, read from the image's header (about 0.1 ms from a local disk).
-
-    Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: There is no such file, or it is no image.
-    """
+    """Width and height in pixels, read from the image's header (about 0.1 ms from a local disk). OSError, SyntaxError,
+    ValueError or Image.DecompressionBombError where there is no such file, or it is no image."""
     from PIL import Image
 
     with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:

@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import SeamError
-from grpo_autotune.seams.layers import OUTER, AttributeSlot, ClassSlot, Handle, ItemSlot, Layer, Slot, is_async, wrap
+from grpo_autotune.seams.layers import (
+    OUTER,
+    AttributeSlot,
+    ClassSlot,
+    Handle,
+    ItemSlot,
+    Layer,
+    Slot,
+    is_async,
+    take_off,
+    wrap,
+)
 
 SUPPORTED = "TRL 1.16 with transformers 5"
 GRPO_MODULE = "trl.trainer.grpo_trainer"
@@ -92,11 +103,8 @@ def find(key: str) -> Seam:
 
 
 def slot_of(trainer: Any, row: Seam) -> Slot | None:
-    """The slot of `row` on this trainer; None where this trainer has no use for it.
-
-    Raises:
-        SeamError: The trainer needs the seam, and the installed version does not have it.
-    """
+    """The slot of `row` on this trainer; None where this trainer has no use for it, SeamError where it needs the seam,
+    and the installed version does not have it."""
     owner = _owner(trainer, row.owner)
     if owner is None or not callable(getattr(owner, row.attribute, None)):
         if not row.needed(trainer):
@@ -111,19 +119,14 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
 
 def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = OUTER) -> list[Handle]:
     """Put each layer on its row's place, all of them or none; rows that this trainer has no use for are left out.
-
-    Raises:
-        SeamError: As `slot_of`.
-    """
+    SeamError as `slot_of`."""
     handles: list[Handle] = []
     try:
         for row, layer in layers:
-            slot = slot_of(trainer, row)
-            if slot is not None:
+            if (slot := slot_of(trainer, row)) is not None:
                 handles.append(wrap(slot, layer, order, weakly=row.owner != "trainer"))
     except BaseException:
-        for handle in handles:
-            handle.remove()
+        take_off(handles)
         raise
     return handles
 

@@ -43,14 +43,11 @@ _hidden: list[str] = []
 
 def ensure_torchvision() -> str | None:
     """Make `import torchvision` work in this process; to be called before transformers, TRL or vLLM are imported.
+    Answers None where nothing was wrong, else one line saying what was found and done about it.
 
     Does nothing where torchvision is absent (transformers has its own message for that) or imports as it is. Where it
     had to be mended, `SIBLINGS` that cannot load are made to look absent. May be called again, and after an import of
-    torchvision failed.
-
-    Returns:
-        None where nothing was wrong, else one line saying what was found and done about it.
-    """
+    torchvision failed."""
     if _kept:
         return _mended_line()
     if not (_installed("torch") and _installed("torchvision")):
@@ -140,10 +137,8 @@ def _mended_line() -> str:
 
 
 def tell_once(finding: str, say: Callable[[str], None]) -> None:
-    """Say a finding about the installed packages, unless this environment was told before.
-
-    The cache folder remembers it under the text, the versions and the folder of Python.
-    """
+    """Say a finding about the installed packages, unless this environment was told before: the cache folder remembers
+    it under the text, the versions and the folder of Python."""
     if not is_first_rank():
         return
     facts = [finding, sys.prefix, *(_version(package) for package in ("torch", "torchvision"))]

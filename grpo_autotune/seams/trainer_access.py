@@ -33,10 +33,8 @@ def models_of(trainer: Any) -> Iterator[Any]:
 
 @contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
-    """Nothing of a model is dropped at random inside.
-
-    Dropout alone is switched: bitsandbytes repacks the 4-bit weights of a module in evaluation mode on CPU, for good.
-    """
+    """Nothing of a model is dropped at random inside. Dropout alone is switched: bitsandbytes repacks the 4-bit weights
+    of a module in evaluation mode on CPU, for good."""
     from torch.nn.modules.dropout import _DropoutNd
 
     changed = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from grpo_autotune.seams.layers import take_off
+
 SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
 """Values of `attn_implementation` that the shared prefix takes. Flash kernels align a causal mask to the last query."""
 
@@ -17,11 +19,8 @@ _FLASH = re.compile(r"flash[-_]att(?:entio)?n[-_]?(\d?)")
 
 
 def kernel_name(implementation: str | None) -> str:
-    """The attention kernel of an `attn_implementation` under transformers' own name for it.
-
-    Builds from the hub (`kernels-community/flash-attn2`, `.../vllm-flash-attn3`), which transformers puts in the place
-    of a package that is not installed, are FlashAttention like the others; None is `sdpa`.
-    """
+    """The attention kernel of an `attn_implementation` under transformers' own name for it; None is `sdpa`, and builds
+    from the hub (`kernels-community/flash-attn2`, `.../vllm-flash-attn3`) are FlashAttention like the others."""
     if implementation is None:
         return "sdpa"
     flash = _FLASH.search(implementation)
@@ -39,16 +38,13 @@ class Removable(Protocol):
 
 
 class Installed:
-    """A speed-up that is on.
-
-    Attributes:
-        fell_back: Why it left the work to TRL after all; None while it does its work.
-    """
+    """A speed-up that is on."""
 
     def __init__(self, name: str, handles: Iterable[Removable] = ()) -> None:
         self.name = name
         self.handles: list[Removable] = list(handles)
-        self.fell_back: str | None = None
+        self.fell_back: str | None = None  # why it left the work to TRL after all; None while it does its work
+        self.counts: dict[str, float] = {}
 
     def fall_back(self, reason: str) -> None:
         """Leave the work to TRL from now on, and warn once."""
@@ -58,9 +54,7 @@ class Installed:
 
     def remove(self) -> None:
         """Take every layer out; may be called twice."""
-        for handle in reversed(self.handles):
-            handle.remove()
-        self.handles = []
+        take_off(self.handles)
 
     @property
     def exact(self) -> bool:
@@ -74,22 +68,15 @@ class Installed:
 
     def facts(self) -> dict[str, float]:
         """Counts of its work so far, by name."""
-        return {}
+        return dict(self.counts)
 
 
 class SpeedUp(Protocol):
-    """One speed-up; its class is a row of the registry, and is built with the options that a configuration gives.
-
-    Attributes:
-        name: What configurations call it.
-        summary: What it does, in one line.
-        stands_for: Methods that it takes the place of, as `conditions.overridden` names them: it is off where one of
-            them is not TRL's.
-    """
+    """One speed-up; its class is a row of the registry, and is built with the options that a configuration gives."""
 
     name: str
-    summary: str
-    stands_for: tuple[str, ...]
+    summary: str  # what it does, in one line
+    stands_for: tuple[str, ...]  # methods whose place it takes (`conditions.overridden`): off where one is not TRL's
 
     def applies(self, trainer: Any) -> str | None:
         """None where it can run on this trainer, else why not: one sentence that names the key."""

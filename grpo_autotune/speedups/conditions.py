@@ -40,14 +40,11 @@ def active_dropout(model: Any, *, lora: bool = True) -> str | None:
 def _rate(module: nn.Module) -> float:
     """The rate at which a module drops: torch's dropout, modules that are named for it, and PEFT's LoHa and LoKr,
     which keep a rate for each adapter."""
-    rates = [rate for kind in ("rank_dropout", "module_dropout") for rate in _values(getattr(module, kind, None))]
+    by_adapter = (getattr(module, kind, None) for kind in ("rank_dropout", "module_dropout"))
+    rates = [rate for of in by_adapter if isinstance(of, dict) for rate in of.values()]
     if isinstance(module, nn.modules.dropout._DropoutNd) or "Drop" in type(module).__name__:
         rates += [getattr(module, "p", 0.0), getattr(module, "drop_prob", 0.0)]
     return max((rate for rate in rates if isinstance(rate, int | float)), default=0.0)
-
-
-def _values(rates: Any) -> list[Any]:
-    return list(rates.values()) if isinstance(rates, dict) else []
 
 
 def _key(name: str, module: nn.Module) -> str:
@@ -87,15 +84,9 @@ LIBRARIES = {"trl", "transformers", "accelerate", "peft", "torch", "deepspeed", 
 
 
 def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
-    """The first of `methods` that is not TRL's on this trainer, in words; None where all are TRL's or ours.
-
-    A method may be replaced on the trainer, by a subclass, or on `GRPOTrainer` itself.
-
-    Args:
-        trainer: A `trl.GRPOTrainer`.
-        methods: Names of its methods; `model.NAME` is a method of the policy, the reference model, the models in their
-            adapters and their backbones, which are transformers', PEFT's or the model's own.
-    """
+    """The first of `methods` that is replaced on this trainer, in its class, or on `GRPOTrainer` itself, in words; None
+    where all are TRL's or ours. `model.NAME` is a method of the policy, the reference model, the models in their
+    adapters and their backbones, which are transformers', PEFT's or the model's own."""
     from trl import GRPOTrainer
 
     for method in methods:
@@ -125,9 +116,7 @@ def _owner(cls: type, method: str) -> type:
 
 def replaced(holder: Any, method: str) -> str | None:
     """The code of neither `LIBRARIES` nor the holder's class that runs when its `method` is called, in words, or None.
-
-    A wrapper bears the names of what it wraps, so that each link is asked in which module it was written.
-    """
+    A wrapper bears the names of what it wraps, so that each link is asked in which module it was written."""
     owner = _owner(type(holder), method)
     for place, name in ((holder, f"the {type(holder).__name__}"), (owner, owner.__name__)):
         link = vars(place).get(method)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, take_off, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
@@ -65,8 +65,7 @@ class SpeedUps:
             self._layers += StepCheck(self._trainer, self._installed.values()).handles
 
     def _take_off(self) -> None:
-        for handle in self._layers:
-            handle.remove()
+        take_off(self._layers)
         for installed in reversed(list(self._installed.values())):
             installed.remove()
         self._groups.remove()
@@ -108,8 +107,7 @@ class SpeedUps:
     def _take(self, name: str, speedup: SpeedUp | None) -> Row:
         if speedup is None:
             return Row(name, False, "not asked for")
-        why_not = self._why_not(speedup)
-        if why_not is not None:
+        if (why_not := self._why_not(speedup)) is not None:
             return Row(name, False, why_not)
         self._installed[name] = speedup.install(self._trainer)
         return Row(name, True, speedup.summary)

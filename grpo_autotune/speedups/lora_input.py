@@ -42,7 +42,6 @@ class LoraInput:
         return None
 
     def install(self, trainer: Any) -> Installed:
-        """Put a layer on the cast of each such adapter."""
         return _Uncast(self.name, trainer)
 
 
@@ -51,28 +50,22 @@ class _Uncast(Installed):
 
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
-        self._left_out = 0
         self.handles += [wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)]
-
-    def facts(self) -> dict[str, float]:
-        """Adapters with a layer, and the casts that were left out."""
-        return {"adapters": float(len(self.handles)), "casts_left_out": float(self._left_out)}
+        self.counts = {"adapters": float(len(self.handles)), "casts_left_out": 0.0}
 
     def _cast(self, call_next: Callable[..., Any], /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
         """`x` where autocast would bring the copy back to the type that `x` has."""
         if x is not None and x.dtype != dtype and self.fell_back is None:
             device = x.device.type
             if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype:
-                self._left_out += 1
+                self.counts["casts_left_out"] += 1
                 return x
         return call_next(x, dtype)
 
 
 def _adapted(trainer: Any) -> Iterator[nn.Module]:
-    """Linear layers whose adapters are all plain LoRA in float32, without dropout, which would round its scaling.
-
-    Adapters on quantized layers cast nothing under autocast (peft/tuners/lora/bnb.py).
-    """
+    """Linear layers whose adapters are all plain LoRA in float32, without dropout, which would round its scaling; those
+    on quantized layers cast nothing under autocast (peft/tuners/lora/bnb.py)."""
     from peft.tuners.lora import Linear
 
     for model in models_of(trainer):

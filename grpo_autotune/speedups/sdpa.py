@@ -12,9 +12,7 @@ import torch
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Keep attention off cuDNN, which plans for tens of milliseconds at each new shape; the other backends do not.
-
-    Where a user has switched all others off, cuDNN stays. Does nothing without CUDA but set torch's flag.
-    """
+    Where a user has switched all others off, cuDNN stays."""
     flags: Any = torch.backends.cuda
     others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled() or flags.math_sdp_enabled()
     before = flags.cudnn_sdp_enabled()

@@ -30,12 +30,9 @@ class Selection(NamedTuple):
 
 
 def selections(wanted: Wanted) -> list[Selection]:
-    """The speed-ups that the key's value stands for, in installation order.
-
-    Raises:
-        ConfigError: A name is not known (a reference `package.module:Class` is), an option or its value is not, or one
-            speed-up is asked for with two sets of options.
-    """
+    """The speed-ups that the key's value stands for, in installation order. ConfigError where a name is not known (a
+    reference `package.module:Class` is), an option or its value is not, or one speed-up is asked for with two sets of
+    options."""
     known = registry.names("speedup")
     if wanted == AUTO:
         return [Selection(name) for name in known]

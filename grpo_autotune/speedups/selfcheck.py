@@ -25,41 +25,24 @@ TIMES = 3.0
 that are off by one 4 to 14 times (8 to 24 layers in bfloat16 on a CPU)."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
-"""What a model that a speed-up was not made for may raise.
-
-Memory that ran out and a GPU that failed are `RuntimeError`s too, and say nothing about the model: whoever catches
-these raises those again (`is_of_the_machine`).
-"""
+"""What a model that a speed-up was not made for may raise. Memory that ran out and a GPU that failed are
+`RuntimeError`s too, and say nothing about it: whoever catches these raises those again (`is_of_the_machine`)."""
 
 
 class SelfCheck:
-    """The decision whether a speed-up may be used, taken at its first use.
-
-    Attributes:
-        passed: None until it was tried.
-        difference: The relative difference that was found.
-    """
+    """The decision whether a speed-up may be used, taken at its first use."""
 
     def __init__(self, installed: Installed) -> None:
         self._installed = installed
-        self.passed: bool | None = None
-        self.difference = 0.0
+        self.passed: bool | None = None  # None until it was tried
+        self.difference = 0.0  # the relative one
 
     def run(self, plain: Values, fast: Values, dtype: torch.dtype, what: str, again: Values | None = None) -> bool:
-        """Compute both without gradients, compare, and take the speed-up back on a mismatch.
+        """Compute `what` without gradients as TRL does and by the speed-up, which is taken back on a mismatch; `again`
+        is the plain values computed in another way, off by rounding alone: the yardstick. Products run in `dtype`.
 
-        What they draw, as somebody's own noise does, is drawn again by whatever comes next.
-
-        Args:
-            plain: The values as TRL computes them.
-            fast: The same values by the speed-up.
-            dtype: What matrix products run in.
-            what: What is compared, for the message.
-            again: The plain values computed in another way, off by rounding alone: the yardstick.
-
-        Raises:
-            RuntimeError: Memory ran out, or the GPU failed.
-        """
+        What is drawn, as somebody's own noise does, is drawn again by whatever comes next. A `RuntimeError` is memory
+        that ran out, or a GPU that failed."""
         if self.passed is None:
             streams_back = random_streams()
             try:

@@ -54,7 +54,6 @@ class StepCheck(Installed):
         self._compared: set[Hashable] = set()
 
     def fall_back(self, reason: str) -> None:
-        """Leave micro steps to TRL from now on."""
         for one in self._parts:
             one.fall_back(reason)
 
@@ -124,18 +123,12 @@ class StepCheck(Installed):
 
 class State:
     """Whatever can be reached from `roots` through containers, modules, optimizers and objects of classes that are in
-    no installed package, and the random streams.
-
-    `leave` and objects of libraries stay as they are, and so do a module's globals and what was written or sent away.
-
-    Attributes:
-        weights: Trained weights that are there.
-        size: Of their gradients; 0 until these were computed.
-    """
+    no installed package, and the random streams. `leave` and objects of libraries stay as they are, and so do a
+    module's globals and what was written or sent away."""
 
     def __init__(self, roots: Iterable[Any], leave: Iterable[Any] = ()) -> None:
-        self.weights: list[nn.Parameter] = []
-        self.size = 0.0
+        self.weights: list[nn.Parameter] = []  # trained ones that are there
+        self.size = 0.0  # of their gradients, until these were computed 0
         self._met: dict[int, Any] = {id(one): one for one in leave}
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -143,7 +136,6 @@ class State:
         self._streams_back = random_streams()
 
     def put_back(self) -> None:
-        """Make all of it what it was."""
         for container, values in self._containers:
             container.clear()
             (container.extend if isinstance(container, list | deque) else container.update)(values)

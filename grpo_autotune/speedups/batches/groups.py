@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, take_off
 from grpo_autotune.seams.table import find, wrap_rows
 
 KEY = "group_id"
@@ -28,25 +28,17 @@ _ATTRIBUTE = "_grpo_autotune_groups"
 
 
 class Groups:
-    """Puts `group_id` into every generation batch of a trainer.
-
-    Attributes:
-        current: The group of each row under way in TRL's scoring or loss, (B,); None outside, or where it is not known.
-        known: The column `KNOWN` of the rows under way in TRL's loss; None outside, or where they have none.
-    """
+    """Puts `group_id` into every generation batch of a trainer."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.current: torch.Tensor | None = None
-        self.known: torch.Tensor | None = None
+        self.current: torch.Tensor | None = None  # group of each row under way in TRL's scoring or loss, (B,), if known
+        self.known: torch.Tensor | None = None  # the column `KNOWN` of the rows under way in TRL's loss, where it is
         self._handles = wrap_rows(trainer, ((find("score"), self._score), (find("loss"), self._loss)), INNER)
         setattr(trainer, _ATTRIBUTE, self)
 
     def remove(self) -> None:
-        """Leave the trainer as it was; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        take_off(self._handles)
         if getattr(self.trainer, _ATTRIBUTE, None) is self:
             delattr(self.trainer, _ATTRIBUTE)
 

@@ -26,8 +26,7 @@ class LengthSort:
 
     def applies(self, trainer: Any) -> str | None:
         """None where the loss of an optimizer step does not depend on its micro batches."""
-        reason = depends_on_partition(trainer)
-        if reason is not None:
+        if (reason := depends_on_partition(trainer)) is not None:
             return reason
         if not steps_line_up(trainer):
             return (
@@ -38,7 +37,6 @@ class LengthSort:
         return None if noise is None else f"{noise}: rows in another order would draw other random numbers"
 
     def install(self, trainer: Any) -> Installed:
-        """Put layers behind TRL's shuffle and its split into micro batches."""
         installed = _Sorting(self.name, trainer)
         installed.handles += sort_rows(trainer, "length")
         installed.handles += wrap_while_preparing(trainer, [(find("unbuffer"), installed.unbuffer)])
@@ -53,16 +51,12 @@ class _Sorting(Installed):
         self.trainer = trainer
         config = trainer.model.config.get_text_config()
         self._relative = getattr(config, "rope_parameters", None) is not None
-        self._cells = self._kept = 0
-
-    def facts(self) -> dict[str, float]:
-        """Cells (rows x columns) of the micro batches as TRL padded them, and as they were trained on."""
-        return {"padded_cells": float(self._cells), "kept_cells": float(self._kept)}
+        self.counts = {"padded_cells": 0.0, "kept_cells": 0.0}  # rows x columns as TRL padded them, and as trained on
 
     def unbuffer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """A micro batch without the columns that all of its rows pad."""
         batch: Batch = call_next(*args, **kwargs)
         cut = trim(batch, self.trainer.pad_to_multiple_of, prompts=self._relative)
-        self._cells += batch["prompt_ids"].numel() + batch["completion_ids"].numel()
-        self._kept += cut["prompt_ids"].numel() + cut["completion_ids"].numel()
+        for name, part in (("padded_cells", batch), ("kept_cells", cut)):
+            self.counts[name] += part["prompt_ids"].numel() + part["completion_ids"].numel()
         return cut

@@ -110,31 +110,24 @@ class _Recorded(Exception):
 
 
 class Merging(Installed):
-    """Layers of one trainer.
-
-    Attributes:
-        held: The micro batches that wait.
-    """
+    """Layers of one trainer."""
 
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
         self.trainer = trainer
         self._groups = groups_of(trainer)
         self._check = SelfCheck(self)
-        self.held: list[Batch] = []
+        self.held: list[Batch] = []  # micro batches that wait
         self._last, self._state = -1, trainer.state
         self._waits = self._records = False
         self._answers: list[Scores] = []
-        self._micro_batches = self._passes = 0
-
-    def facts(self) -> dict[str, float]:
-        """Micro batches that were trained on, and the passes that they took."""
-        return {"micro_batches": float(self._micro_batches), "passes": float(self._passes)}
+        self.counts = {"micro_batches": 0.0, "passes": 0.0}
 
     @property
     def note(self) -> str:
         """Micro batches of a pass so far."""
-        return f"{self._micro_batches / self._passes:.1f} micro batches a pass" if self._passes else ""
+        micro_batches, passes = self.counts.values()
+        return f"{micro_batches / passes:.1f} micro batches a pass" if passes else ""
 
     def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Zero for a micro batch that waits; at the end of a window the loss of all, of which the last pass's part is
@@ -186,8 +179,8 @@ class Merging(Installed):
         accelerator = self.trainer.accelerator
         asked = [self._asked(batch, loss_of) for batch in held] if len(held) > 1 and not self.fell_back else []
         *early, last = self._planned(model, asked, held)
-        self._micro_batches += len(held)
-        self._passes += len(early) + 1
+        self.counts["micro_batches"] += len(held)
+        self.counts["passes"] += len(early) + 1
 
         def loss_of_pass(members: list[int]) -> torch.Tensor:
             if len(members) > 1:

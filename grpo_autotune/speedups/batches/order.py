@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import torch
-
-from grpo_autotune.seams.layers import INNER, Handle, Layer
+from grpo_autotune.seams.layers import INNER, Handle, Layer, take_off
 from grpo_autotune.seams.loss import micro_batch_terms_of
 from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, wrap_rows
 from grpo_autotune.speedups.batches.groups import KEY
-from grpo_autotune.speedups.batches.rows import Batch, lengths
+from grpo_autotune.speedups.batches.rows import Batch, lengths, rows_of
 from grpo_autotune.speedups.conditions import MICRO_BATCH, foreign_hook, overridden
 
 SortKey = Literal["group", "length"]
@@ -53,15 +51,8 @@ def window_ends(trainer: Any) -> bool:
 
 
 def sorted_inside(size: int, groups: Sequence[int] | None, lengths: Sequence[int] | None) -> list[int]:
-    """The order of rows sorted within each `size` of them: the longest first, then groups together.
-
-    Groups come in the order of their first row, the longest where lengths are given.
-
-    Args:
-        size: Rows of a window.
-        groups: The group of each row; None where groups may be apart.
-        lengths: The length of each row; None where it does not matter.
-    """
+    """The order of rows sorted within each `size` of them: the longest first, then groups together, in the order of
+    their first row; None for the groups of rows that may be apart, and for lengths that do not matter."""
     order: list[int] = []
     count = len(groups if groups is not None else lengths or ())
     for begin in range(0, count, size):
@@ -78,10 +69,8 @@ def sorted_inside(size: int, groups: Sequence[int] | None, lengths: Sequence[int
 
 
 def wrap_while_preparing(trainer: Any, layers: Iterable[tuple[Seam, Layer]]) -> list[Handle]:
-    """Put layers on functions of TRL's module only while this trainer prepares its inputs.
-
-    Those functions tell no trainer from another.
-    """
+    """Put layers on functions of TRL's module, which tell no trainer from another, while this one prepares its
+    inputs."""
     rows = tuple(layers)
 
     def prepare(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -89,8 +78,7 @@ def wrap_while_preparing(trainer: Any, layers: Iterable[tuple[Seam, Layer]]) -> 
         try:
             return call_next(*args, **kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            take_off(handles)
 
     return wrap_rows(trainer, [(PREPARE_INPUTS, prepare)], INNER)
 
@@ -100,32 +88,26 @@ class RowOrder:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._keys: list[SortKey] = []
+        self.keys: list[SortKey] = []
         self._handles = wrap_while_preparing(trainer, [(find("shuffle"), self._shuffle)])
         setattr(trainer, _ATTRIBUTE, self)
 
-    def add(self, key: SortKey) -> None:
-        """Sort by one more key."""
-        self._keys.append(key)
-
     def drop(self, key: SortKey) -> None:
-        """Sort by it no more, and leave the trainer as it was with the last."""
-        self._keys.remove(key)
-        if not self._keys:
-            for handle in self._handles:
-                handle.remove()
+        self.keys.remove(key)
+        if not self.keys:
+            take_off(self._handles)
             delattr(self._trainer, _ATTRIBUTE)
 
     def _shuffle(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         batch: Batch = call_next(*args, **kwargs)
-        groups = batch[KEY].tolist() if "group" in self._keys and batch.get(KEY) is not None else None
-        widths = lengths(batch).tolist() if "length" in self._keys else None
+        groups = batch[KEY].tolist() if "group" in self.keys and batch.get(KEY) is not None else None
+        widths = lengths(batch).tolist() if "length" in self.keys else None
         if (groups is None and widths is None) or depends_on_partition(self._trainer) is not None:
             return batch
         rows = len(groups if groups is not None else widths or ())
         size = rows // self._trainer.args.steps_per_generation * window(self._trainer)
         order = sorted_inside(size, groups, widths)
-        return {key: _in_order(value, order) for key, value in batch.items()}
+        return {key: rows_of(value, order) for key, value in batch.items()}
 
 
 class _Sorted:
@@ -134,7 +116,7 @@ class _Sorted:
     def __init__(self, order: RowOrder, key: SortKey) -> None:
         self._order: RowOrder | None = order
         self._key = key
-        order.add(key)
+        order.keys.append(key)
 
     def remove(self) -> None:
         if self._order is not None:
@@ -146,9 +128,3 @@ def sort_rows(trainer: Any, key: SortKey) -> list[_Sorted]:
     """Have TRL's shuffle end in rows sorted by a key, beside those asked for before; the loss must allow it."""
     order = getattr(trainer, _ATTRIBUTE, None)
     return [_Sorted(RowOrder(trainer) if order is None else order, key)]
-
-
-def _in_order(value: Any, order: list[int]) -> Any:
-    if value is None or (isinstance(value, torch.Tensor) and value.ndim == 0):
-        return value
-    return value[order] if isinstance(value, torch.Tensor) else [value[row] for row in order]

@@ -36,15 +36,9 @@ def tokens_of(rows: Iterable[Row], *, shared: bool) -> float:
 
 
 def planned(parts: Sequence[Part], most: float, *, shared: bool, by_launches: bool) -> list[list[int]]:
-    """Indices of the parts of each pass, neighbours together as long as that pays and fits.
-
-    Args:
-        parts: Micro batches in their order.
-        most: Tokens of a pass; one part alone may have more.
-        shared: Prompts are shared.
-        by_launches: A pass costs by its kernel launches, so that fewer passes pay at equal tokens (CUDA). Elsewhere
-            tokens cost, and two parts go together where that saves some.
-    """
+    """Indices of the parts of each pass, neighbours together where that pays and fits into `most` tokens, which one
+    part alone may exceed. Where passes cost by their kernel launches (CUDA) fewer pay at equal tokens; elsewhere tokens
+    cost, and two parts go together where that saves some."""
     passes: list[list[int]] = []
     for index, part in enumerate(parts):
         rows = [row for before in passes[-1] for row in parts[before].rows] if passes else []

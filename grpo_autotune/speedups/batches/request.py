@@ -11,27 +11,18 @@ from torch import nn
 from grpo_autotune.speedups.batches.passes import Row
 from grpo_autotune.speedups.batches.rows import BOTH_KEYS
 
-Joining = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+Joining = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 class Request(NamedTuple):
-    """Log-probs that TRL asks for.
+    """Log-probs that TRL asks for."""
 
-    Attributes:
-        input_ids: (B, P + C).
-        attention_mask: The same.
-        completion_width: C.
-        others: The other arguments.
-        group: The group of each row, where it is known.
-        known: The column `groups.KNOWN` of the rows, where they have it.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    completion_width: int
-    others: dict[str, Any]
-    group: torch.Tensor | None
-    known: torch.Tensor | None = None
+    input_ids: torch.Tensor  # (B, P + C)
+    attention_mask: torch.Tensor  # the same
+    completion_width: int  # C
+    others: dict[str, Any]  # the other arguments
+    group: torch.Tensor | None  # of each row, where it is known
+    known: torch.Tensor | None = None  # the column `groups.KNOWN` of the rows, where they have it
 
     @property
     def kind(self) -> frozenset[tuple[str, Any]]:
@@ -59,18 +50,15 @@ def joined(asked: Sequence[Request]) -> Request:
     width = max(one.completion_width for one in asked)
     prompts = max(one.input_ids.shape[1] - one.completion_width for one in asked)
 
-    def widened(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    def widened(values: list[torch.Tensor]) -> torch.Tensor:
         padded = []
         for one, value in zip(asked, values, strict=True):
             right = width - one.completion_width
             padded.append(nn.functional.pad(value, (prompts + width - right - value.shape[1], right)))
         return torch.cat(padded)
 
-    def row_by_row(values: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(values))
-
     others = {
-        key: _together([one.others[key] for one in asked], widened if key in BOTH_KEYS else row_by_row)
+        key: _together([one.others[key] for one in asked], widened if key in BOTH_KEYS else torch.cat)
         for key in asked[0].others
     }
     ids, mask = ([getattr(one, name) for one in asked] for name in ("input_ids", "attention_mask"))
@@ -91,7 +79,7 @@ def _layout(value: Any) -> Any:
     return "list" if isinstance(value, list) else value
 
 
-def _together(values: Sequence[Any], joining: Joining) -> Any:
+def _together(values: list[Any], joining: Joining) -> Any:
     """One argument for several micro batches: tensors and lists by row, a setting as it is."""
     if isinstance(values[0], torch.Tensor):
         return joining(values)

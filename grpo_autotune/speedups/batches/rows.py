@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.nn import functional
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
@@ -42,17 +43,16 @@ IMAGE_KEYS = (
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
     """The batch made of `rows` alone, images included; single numbers of the whole generation stay as they are."""
     parts = split_pixel_values_by_grid(batch)
-    taken = {key: _rows_of(value, rows) for key, value in parts.items()}
+    taken = {key: rows_of(value, list(rows)) for key, value in parts.items()}
     whole: Batch = unsplit_pixel_values_by_grid(taken)
     return whole
 
 
-def _rows_of(value: Any, rows: Sequence[int]) -> Any:
-    if isinstance(value, list):
-        return [value[row] for row in rows]
-    if value is None or value.ndim == 0:
+def rows_of(value: Any, rows: list[int]) -> Any:
+    """These rows of a batch's value, in this order; a number of the whole generation as it is."""
+    if value is None or (isinstance(value, torch.Tensor) and value.ndim == 0):
         return value
-    return value[list(rows)]
+    return value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
 
 
 def lengths(batch: Batch) -> Any:
@@ -61,18 +61,17 @@ def lengths(batch: Batch) -> Any:
 
 
 def trim(batch: Batch, multiple: int | None = None, *, prompts: bool = True) -> Batch:
-    """Cut off the columns that are padding in every row.
-
-    Args:
-        batch: Tensors of a micro batch.
-        multiple: P and C stay multiples of this (`pad_to_multiple_of`).
-        prompts: Whether the prompts' padding may go as well: not where positions are absolute.
-    """
+    """Cut off the columns that are padding in every row; P and C stay multiples of `multiple` (`pad_to_multiple_of`).
+    The prompts' padding may go as well, but where positions are absolute."""
     width_P, width_C = batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
     keep_P = _longest(batch["prompt_mask"], multiple) if prompts else width_P
     keep_C = _longest(batch["completion_mask"].flip(1), multiple)
-    if keep_P == width_P and keep_C == width_C:
-        return batch
+    return batch if keep_P == width_P and keep_C == width_C else _cut(batch, keep_P, keep_C)
+
+
+def _cut(batch: Batch, keep_P: int, keep_C: int) -> Batch:
+    """The last columns of the prompts, and the first of the completions."""
+    width_P, width_C = batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
     cut = dict(batch)
     for key in PROMPT_KEYS:
         cut[key] = batch[key][:, width_P - keep_P :]
@@ -99,20 +98,9 @@ def widened(batch: Batch, pad_token: int) -> Batch:
 
 def one_token(row: Batch, *, whole_prompt: bool) -> Batch:
     """A batch of one row cut to its first completion token, behind the whole prompt or behind its last token."""
-    width_P, width_C = row["prompt_ids"].shape[1], row["completion_ids"].shape[1]
-    keep_P = width_P if whole_prompt else 1
     gone = {KNOWN} if whole_prompt else {KNOWN, *IMAGE_KEYS}
-    cut = {name: value for name, value in row.items() if name not in gone}
-    for key in PROMPT_KEYS:
-        cut[key] = row[key][:, width_P - keep_P :]
-    for key in COMPLETION_KEYS:
-        value = row.get(key)
-        if value is not None and value.ndim == 2 and value.shape[1] == width_C:
-            cut[key] = value[:, :1]
-    for key in BOTH_KEYS:
-        if row.get(key) is not None:
-            cut[key] = row[key][:, width_P - keep_P : width_P + 1]
-    return cut
+    kept = {name: value for name, value in row.items() if name not in gone}
+    return _cut(kept, row["prompt_ids"].shape[1] if whole_prompt else 1, 1)
 
 
 def _longest(mask_left_padded: Any, multiple: int | None) -> int:

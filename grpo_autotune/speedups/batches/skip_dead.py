@@ -13,7 +13,8 @@ Legend: B rows of this process, N rows of all processes, G generations a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,13 +80,9 @@ class SkipDead:
 
 
 def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
-    """Completions that have a reward, in a group whose rewards differ; boolean, shape (N,).
+    """Completions that have a reward, in a group (of G) whose rewards differ; boolean, shape (N,).
 
-    Args:
-        rewards: One column a reward function, shape (N, functions); NaN where it has none.
-        weights: Of the functions.
-        group: G.
-    """
+    Rewards have one column a function, whose weights those are, shape (N, functions), and are NaN where it has none."""
     scored_NG = ~torch.isnan(rewards).all(dim=1).view(-1, group)
     weighted = rewards * weights.to(rewards.device)
     total_NG = weighted.nansum(dim=1).view(-1, group)
@@ -103,15 +100,12 @@ class _Skipping(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._living_B: torch.Tensor | None = None
-        self._rows = self._skipped = self._left_out = 0
+        self._left_out = 0
+        self.counts = {"rows": 0.0, "skipped_rows": 0.0}  # that came to the training pass, and that were left out of it
         self._images_train = any(
             weight.requires_grad and not any(part in name for part in TEXT_PARTS)
             for name, weight in trainer.model.named_parameters()
         )
-
-    def facts(self) -> dict[str, float]:
-        """Rows that came to the training pass, and how many of them were left out."""
-        return {"rows": float(self._rows), "skipped_rows": float(self._skipped)}
 
     def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Learn which groups have a spread; rewards come from all processes, in their order."""
@@ -139,10 +133,10 @@ class _Skipping(Installed):
             return call_next(model, inputs, *args, **kwargs)
         kept = gradient_rows(inputs).nonzero().flatten().tolist()
         rows = len(inputs["completion_ids"])
-        with _Relabelled(self.trainer._metrics["train"], len(kept) / rows):
+        with _relabelled(self.trainer._metrics["train"], len(kept) / rows):
             loss = self._loss_of(kept, call_next, model, inputs, *args, **kwargs)
-        self._rows += rows
-        self._skipped += rows - len(kept)
+        self.counts["rows"] += rows
+        self.counts["skipped_rows"] += rows - len(kept)
         return loss
 
     def _loss_of(
@@ -200,25 +194,17 @@ def _share(loss_type: str, part: Batch, whole: Batch) -> float | torch.Tensor:
     return _loss_mask(part).sum().clamp(min=1.0) / _loss_mask(whole).sum().clamp(min=1.0)
 
 
-class _Relabelled:
+@contextmanager
+def _relabelled(metrics: Any, share: float) -> Iterator[None]:
     """Inside it, what TRL adds to its metrics is filed under `living/`, beside the share of rows it was taken over."""
-
-    def __init__(self, metrics: Any, share: float) -> None:
-        self._metrics, self._share = metrics, share
-        self._before: Mapping[str, int] = {}
-
-    def __enter__(self) -> None:
-        self._before = {name: len(values) for name, values in self._metrics.items()}
-
-    def __exit__(self, error: object, *rest: object) -> None:
-        if error is not None:
-            return  # nothing was computed
-        for name in list(self._metrics):
-            values, before = self._metrics[name], self._before.get(name, 0)
-            if len(values) > before:
-                if self._share:
-                    self._metrics[f"{LABEL}/{name}"].extend(values[before:])
-                del values[before:]
-                if not values:
-                    del self._metrics[name]
-        self._metrics[f"{LABEL}/share"].append(self._share)
+    counts = {name: len(values) for name, values in metrics.items()}
+    yield
+    for name in list(metrics):
+        values, before = metrics[name], counts.get(name, 0)
+        if len(values) > before:
+            if share:
+                metrics[f"{LABEL}/{name}"].extend(values[before:])
+            del values[before:]
+            if not values:
+                del metrics[name]
+    metrics[f"{LABEL}/share"].append(share)

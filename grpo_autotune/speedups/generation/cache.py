@@ -18,16 +18,11 @@ ALIGNED = 8
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values, (rows, heads, tokens, width), the first tokens of tensors that hold more.
+    """One layer's keys and values, (rows, heads, tokens, width), the first tokens of tensors that hold more, `longest`
+    of them at most.
 
-    Args:
-        layer: The layer whose states it takes over.
-        longest: Tokens that it will ever hold.
-
-    Attributes:
-        place: Index of the next token on the device, shape (1,), where all shapes are to stay as they are: states are
-            written there, and the whole room is handed to attention. None where the host counts tokens.
-    """
+    `place` is the index of the next token on the device, shape (1,), where all shapes are to stay as they are: states
+    are written there, and the whole room is handed to attention. None where the host counts tokens."""
 
     def __init__(self, layer: DynamicLayer, longest: int) -> None:
         super().__init__()
@@ -38,7 +33,6 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.place: torch.Tensor | None = None
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Keys and values with those of the new tokens; see `DynamicLayer.update`."""
         if self.place is not None:
             for room, states in zip(self._room, (key_states, value_states), strict=True):
                 room.index_copy_(2, self.place, states)
@@ -59,7 +53,6 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return int(self._room[0].shape[2])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows."""
         held = self.get_seq_length()
         self._room = tuple(states.index_select(0, indices) for states in self._room)
         self.keys, self.values = (states[:, :, :held] for states in self._room)

@@ -43,29 +43,18 @@ WORTH_IT = 16
 
 
 class Decoder:
-    """A `custom_generate` for one call of `generate`.
-
-    Args:
-        prompt_of_row: Which of the U prompts each row continues, shape (B,).
-        record: Gets each step's scores as the model gave them, shape (B, V); None keeps none.
-        capture: Captures a step, for replays in place of calls; None runs the model for each token.
-        look_every: Tokens between two looks at which rows are done; None is the device's own.
-
-    Attributes:
-        steps: Decoding steps that plain generation would have run.
-        row_steps: Rows times steps that the model ran.
-    """
+    """A `custom_generate` for one call of `generate`."""
 
     def __init__(
         self,
-        prompt_of_row: torch.Tensor,
-        record: list[torch.Tensor] | None = None,
-        capture: Capture | None = None,
-        look_every: int | None = None,
+        prompt_of_row: torch.Tensor,  # which of the U prompts each row continues, (B,)
+        record: list[torch.Tensor] | None = None,  # gets each step's scores as the model gave them, (B, V)
+        capture: Capture | None = None,  # captures a step, for replays in place of calls
+        look_every: int | None = None,  # tokens between two looks at which rows are done; None is the device's own
     ) -> None:
         self.prompt_of_row, self.record, self.capture = prompt_of_row, record, capture
         self.look_every = look_every
-        self.steps = self.row_steps = 0
+        self.steps = self.row_steps = 0  # those of plain generation, and rows times steps that the model ran
 
     def __call__(
         self,
@@ -135,21 +124,15 @@ class Decoder:
 
 
 class _Text:
-    """The ids of the rows so far, and which rows are done.
-
-    Attributes:
-        ids: Token ids, shape (B, T).
-        at_work: 1 for each row that goes on, shape (B,).
-        surplus: Steps that were taken back after all rows were done.
-    """
+    """The ids of the rows so far, (B, T), and which rows are done."""
 
     def __init__(self, ids_BT: torch.Tensor, longest: int, criteria: Any, every: int, config: Any) -> None:
         rows, self._tokens = ids_BT.shape
         self._ids_BL = torch.empty(rows, longest, dtype=ids_BT.dtype, device=ids_BT.device)
         self._ids_BL[:, : self._tokens] = ids_BT
         self._criteria, self._every, self._config = criteria, every, config
-        self.at_work = torch.ones(rows, dtype=torch.long, device=ids_BT.device)
-        self.surplus = 0
+        self.at_work = torch.ones(rows, dtype=torch.long, device=ids_BT.device)  # 1 for each row that goes on
+        self.surplus = 0  # steps that were taken back after all rows were done
         self._unread: list[tuple[torch.Tensor, Callable[[], None] | None]] = []
 
     @property

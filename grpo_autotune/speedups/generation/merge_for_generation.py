@@ -28,11 +28,7 @@ CHECKED_ROWS = 4
 
 
 class MergeForGeneration:
-    """The speed-up.
-
-    Args:
-        weights: `float32` merges into weights of that type alone, `any` into bfloat16 and float16 as well.
-    """
+    """The speed-up; `weights: float32` merges into weights of that type alone, `any` into bfloat16 and float16 too."""
 
     name = "merge_for_generation"
     summary = "generate runs on weights with the LoRA adapters added, and the training on the weights as they were"
@@ -51,13 +47,11 @@ class MergeForGeneration:
             return "DeepSpeed or FSDP: weights are not whole on each rank"
         if trainer.args.torch_compile:
             return "a compiled model would be compiled again for every generation (grpo.torch_compile)"
-        dropout = active_dropout(trainer.model)
-        if dropout is not None:
+        if (dropout := active_dropout(trainer.model)) is not None:
             return f"{dropout}: the adapter's input is not the layer's"
         return self._why_not_these(trainer.model)
 
     def install(self, trainer: Any) -> Installed:
-        """Put a layer on the model's `generate`."""
         installed = _Merging(self.name, trainer)
         installed.handles += wrap_rows(trainer, [(find("model_generate"), installed.generate)], INNER)
         return installed
@@ -67,8 +61,7 @@ class MergeForGeneration:
         if not layers:
             return "no LoRA adapter (peft)"
         for layer in layers:
-            reason = _why_not(layer)
-            if reason is not None:
+            if (reason := _why_not(layer)) is not None:
                 return reason
             dtype = str(layer.get_base_layer().weight.dtype).removeprefix("torch.")
             if self.weights == "float32" and dtype != "float32":
@@ -93,19 +86,14 @@ class _Merging(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._check = SelfCheck(self)
-        self._facts = {"generations": 0.0, "layers": 0.0}
-
-    def facts(self) -> dict[str, float]:
-        """Generations that ran on merged weights, and layers that were merged for them."""
-        return dict(self._facts)
+        self.counts = {"generations": 0.0, "layers": 0.0}  # on merged weights, and merged for them
 
     def generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """As the model's `generate`, on merged weights."""
         layers = [] if self.fell_back else list(to_merge(self.trainer.model))
         if not layers or not self._agree(layers):
             return call_next(*args, **kwargs)
-        self._facts["generations"] += 1
-        self._facts["layers"] += len(layers)
+        self.counts["generations"] += 1
+        self.counts["layers"] += len(layers)
         with merged(layers):
             return call_next(*args, **kwargs)
 

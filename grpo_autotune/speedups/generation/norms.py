@@ -16,11 +16,8 @@ from grpo_autotune.speedups.generation.weights import is_compiled
 
 @contextmanager
 def one_kernel_norms(model: Any) -> Iterator[None]:
-    """Inside it, norms of the kind `weight * x / sqrt(mean(x^2) + eps)` are one call of `rms_norm`.
-
-    The sum is taken in float32 as there; in bfloat16 the result is rounded once in place of twice. A compiled model
-    stays as it is.
-    """
+    """Inside it, norms of the kind `weight * x / sqrt(mean(x^2) + eps)` are one call of `rms_norm`, but in a compiled
+    model. The sum is taken in float32 as there; in bfloat16 the result is rounded once in place of twice."""
     norms = [] if is_compiled(model) else [module for module in model.get_decoder().modules() if _is_such(module)]
     try:
         for norm in norms:

@@ -49,12 +49,8 @@ self-check, so that this one leaves it out."""
 
 
 class SharedPrefill:
-    """The speed-up.
-
-    Args:
-        decode: `eager` calls the model for each token; `graph`, on CUDA, replays a graph that was captured for the
-            number of rows and the bucket of tokens.
-    """
+    """The speed-up; `decode: eager` calls the model for each token, `graph`, on CUDA, replays a graph that was captured
+    for the number of rows and the bucket of tokens."""
 
     name = "shared_prefill"
     summary = (
@@ -75,15 +71,13 @@ class SharedPrefill:
             return "rollout_func, tools or environment_factory: generation goes on from more than the prompts"
         if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
             return "DeepSpeed or FSDP: all ranks must run every step of generation together"
-        noise = active_noise(trainer)
-        if noise is not None:
+        if (noise := active_noise(trainer)) is not None:
             return f"{noise}: TRL generates in train mode, and draws other numbers for the prompt of each completion"
         if self.capture is not None and trainer.accelerator.device.type != "cuda":
             return "speedups: decode: graph needs a CUDA device"
         return _why_another_loop(trainer.generation_config)
 
     def install(self, trainer: Any) -> Installed:
-        """Put layers on a turn of generation and on the model's `generate`."""
         installed = _Sharing(self.name, trainer, self.capture)
         layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
         installed.handles += wrap_rows(trainer, layers, INNER)
@@ -110,11 +104,8 @@ class _Sharing(Installed):
         self.trainer, self._capture = trainer, capture
         self._checks = {with_images: SelfCheck(self) for with_images in (False, True)}
         self._turn: tuple[torch.Tensor, list[int] | None] | None = None
-        self._facts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
-
-    def facts(self) -> dict[str, float]:
-        """Rows generated, prompts read for them, and rows times steps that the model ran and would have run."""
-        return dict(self._facts)
+        # rows generated, prompts read for them, and rows times steps that the model ran and would have run
+        self.counts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
 
     def turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         """Know the groups and the number of images of the rows that are about to be generated on."""
@@ -127,7 +118,6 @@ class _Sharing(Installed):
             self._turn = None
 
     def generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """As the model's `generate`, each prompt read once."""
         turn, config = self._turn, kwargs.get("generation_config")
         if self.fell_back or turn is None or args or config is None or "custom_generate" in kwargs:
             return call_next(*args, **kwargs)
@@ -139,7 +129,7 @@ class _Sharing(Installed):
             return call_next(**kwargs)
         for row, with_images in _samples(batch, first_rows):
             plain, shared, again = self._ways(call_next, batch, row, config)
-            if not self._checks[with_images].run(plain, shared, self._dtype(), "scores", again):
+            if not self._checks[with_images].run(plain, shared, self.trainer.model.dtype, "scores", again):
                 return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
         decoder = Decoder(torch.tensor(prompt_of_row), capture=self._capture)
@@ -148,10 +138,10 @@ class _Sharing(Installed):
         except Unsupported as error:
             self.fall_back(str(error))
             return call_next(**kwargs)
-        self._facts["rows"] += len(prompt_of_row)
-        self._facts["prompts"] += len(first_rows)
-        self._facts["row_steps"] += decoder.row_steps
-        self._facts["row_steps_of_plain"] += decoder.steps * len(prompt_of_row)
+        self.counts["rows"] += len(prompt_of_row)
+        self.counts["prompts"] += len(first_rows)
+        self.counts["row_steps"] += decoder.row_steps
+        self.counts["row_steps_of_plain"] += decoder.steps * len(prompt_of_row)
         return ids
 
     def _ways(
@@ -188,10 +178,6 @@ class _Sharing(Installed):
             return torch.stack(record)
 
         return partial(plain, *twice), shared, partial(plain, *reversed(twice))
-
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.trainer.model.dtype
-        return dtype
 
 
 def _first_rows(groups_B: torch.Tensor) -> tuple[list[int], list[int]]:

@@ -33,12 +33,7 @@ class Unsupported(RuntimeError):
 
 
 class GeneralStep:
-    """A step as transformers' own loop runs it.
-
-    Args:
-        model: The causal language model.
-        state: What `generate` carries from step to step, after the prompts were read.
-    """
+    """A step as transformers' own loop runs it, from the state that `generate` carries on after reading the prompts."""
 
     def __init__(self, model: Any, state: dict[str, Any]) -> None:
         self.model, self.state = model, state
@@ -56,13 +51,7 @@ class GeneralStep:
 
 
 class FixedStep(GeneralStep):
-    """A step whose inputs are prepared once.
-
-    Args:
-        model: As `GeneralStep`.
-        state: As `GeneralStep`.
-        longest: Tokens of the longest row, once done.
-    """
+    """A step whose inputs are prepared once; the longest row has `longest` tokens, once done."""
 
     def __init__(self, model: Any, state: dict[str, Any], longest: int) -> None:
         super().__init__(model, state)
@@ -83,17 +72,11 @@ class FixedStep(GeneralStep):
         )
 
     def __call__(self, ids_AT: torch.Tensor) -> torch.Tensor:
-        """As `GeneralStep`."""
-        if self.inputs is None:
-            self._prepare(ids_AT)
-        else:
-            self.inputs["position_ids"] += 1
-        assert self.inputs is not None
-        self.inputs |= {"input_ids": ids_AT[:, -1:], "attention_mask": self._mask(ids_AT.shape[1])}
-        return _last(self.model(**self.inputs, return_dict=True).logits)
+        inputs = self._moved_on(ids_AT)
+        inputs |= {"input_ids": ids_AT[:, -1:], "attention_mask": self._mask(ids_AT.shape[1])}
+        return _last(self.model(**inputs, return_dict=True).logits)
 
     def keep(self, rows: torch.Tensor, before: int) -> None:
-        """As `GeneralStep`."""
         if self.inputs is None:
             super().keep(rows, before)
             return
@@ -101,7 +84,11 @@ class FixedStep(GeneralStep):
         if self.mask_AL is not None:
             self.mask_AL = self.mask_AL.index_select(0, rows)
 
-    def _prepare(self, ids_AT: torch.Tensor) -> None:
+    def _moved_on(self, ids_AT: torch.Tensor) -> dict[str, Any]:
+        """The inputs of this step, but for ids and mask."""
+        if self.inputs is not None:
+            self.inputs["position_ids"] += 1
+            return self.inputs
         inputs = self.model.prepare_inputs_for_generation(ids_AT, next_sequence_length=1, **self.state)
         mask_AT = inputs.pop("attention_mask", None)
         if mask_AT is not None and not bool(mask_AT.all()):  # prompts of different lengths: padding on the left
@@ -109,6 +96,7 @@ class FixedStep(GeneralStep):
             self.mask_AL = torch.ones(len(mask_AT), self.longest, dtype=dtype, device=mask_AT.device)
             self.mask_AL[:, : mask_AT.shape[1]] = mask_AT
         self.inputs = {**inputs, "position_ids": inputs["position_ids"].clone()}
+        return self.inputs
 
     def _mask(self, tokens: int) -> torch.Tensor | None:
         """The mask of the padding: None, (A, 1, 1, T) as attention takes it, or (A, T) for the model to work out."""
@@ -119,14 +107,8 @@ class FixedStep(GeneralStep):
 
 
 class GraphStep(FixedStep):
-    """A step of constant shapes: captured for each number of rows and bucket of tokens, and replayed.
-
-    Args:
-        model: As `FixedStep`.
-        state: As `FixedStep`.
-        longest: As `FixedStep`.
-        capture: Captures a step; `cuda_graph`, or on other devices a stand-in that runs it again.
-    """
+    """A step of constant shapes: captured for each number of rows and bucket of tokens, and replayed; by `cuda_graph`,
+    or on other devices a stand-in that runs it again."""
 
     def __init__(self, model: Any, state: dict[str, Any], longest: int, capture: Capture) -> None:
         super().__init__(model, state, longest)
@@ -138,14 +120,9 @@ class GraphStep(FixedStep):
         self.replay: Callable[[], Any] | None = None
 
     def __call__(self, ids_AT: torch.Tensor) -> torch.Tensor:
-        """As `GeneralStep`."""
-        tokens = ids_AT.shape[1]
-        if self.inputs is None:
-            self._prepare(ids_AT)
-        else:
-            self.inputs["position_ids"] += 1
-        if self.replay is None or tokens > self.mask_A11R.shape[-1]:
-            self._capture(ids_AT)
+        inputs = self._moved_on(ids_AT)
+        if self.replay is None or ids_AT.shape[1] > self.mask_A11R.shape[-1]:
+            self._capture(ids_AT, inputs)
         else:
             self.tokens_A1.copy_(ids_AT[:, -1:])
             self.place.add_(1)
@@ -155,13 +132,11 @@ class GraphStep(FixedStep):
         return _last(self.logits)
 
     def keep(self, rows: torch.Tensor, before: int) -> None:
-        """As `GeneralStep`."""
         super().keep(rows, before)
         self.replay = None
 
-    def _capture(self, ids_AT: torch.Tensor) -> None:
-        assert self.inputs is not None
-        tokens, layers = ids_AT.shape[1], self.inputs["past_key_values"].layers
+    def _capture(self, ids_AT: torch.Tensor, inputs: dict[str, Any]) -> None:
+        tokens, layers = ids_AT.shape[1], inputs["past_key_values"].layers
         self.place = torch.full((1,), tokens - 1, device=ids_AT.device)
         for layer in layers:
             room = layer.reserve(tokens)
@@ -169,7 +144,7 @@ class GraphStep(FixedStep):
         self.tokens_A1 = ids_AT[:, -1:].clone()
         self.mask_A11R = torch.zeros(len(ids_AT), 1, 1, room, dtype=torch.bool, device=ids_AT.device)
         self.mask_A11R[:, 0, 0, :tokens] = True if self.mask_AL is None else self.mask_AL[:, :tokens]
-        inputs = {**self.inputs, "input_ids": self.tokens_A1, "attention_mask": self.mask_A11R}
+        inputs = {**inputs, "input_ids": self.tokens_A1, "attention_mask": self.mask_A11R}
         self.replay, self.logits = self.capture(lambda: self.model(**inputs, return_dict=True).logits)
 
 
@@ -199,11 +174,8 @@ def cuda_graph(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], tor
 
 
 def select(state: Mapping[str, Any], rows: torch.Tensor, before: int) -> dict[str, Any]:
-    """The state that `generate` carries from step to step, for the given rows out of `before`.
-
-    Raises:
-        Unsupported: Something in it is not known to have rows, or none.
-    """
+    """The state that `generate` carries from step to step, for the given rows out of `before`; `Unsupported` is raised
+    where something in it is not known to have rows, or none."""
     selected: dict[str, Any] = {}
     for name, value in state.items():
         if name in PROMPT_ONLY:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_autotune.seams.layers import take_off
+
 Replacement = tuple[nn.Linear, torch.Tensor]
 
 WIDE = 64
@@ -17,10 +19,8 @@ WIDE = 64
 
 @contextmanager
 def replaced(weights: Iterable[Replacement]) -> Iterator[None]:
-    """Inside it, each layer multiplies by the given tensor; afterwards it has the very parameter that it had.
-
-    A layer that is tied to this one by its parameter keeps that parameter.
-    """
+    """Inside it, each layer multiplies by the given tensor; afterwards it has the very parameter that it had, which a
+    layer that is tied to it keeps."""
     before: list[tuple[nn.Linear, nn.Parameter | None]] = []
     try:
         for linear, weight in weights:
@@ -39,10 +39,8 @@ def is_compiled(model: Any) -> bool:
 
 @contextmanager
 def products(model: Any) -> Iterator[dict[nn.Linear, torch.dtype | None]]:
-    """Note, while the model runs inside it, in which type autocast multiplies for each linear layer of the text model.
-
-    Layers that are not called are absent, and all of a compiled model; None where autocast is off.
-    """
+    """Note, while the model runs inside it, in which type autocast multiplies for each linear layer of the text model,
+    None where it is off. Layers that are not called are absent, and all of a compiled model."""
     dtypes: dict[nn.Linear, torch.dtype | None] = {}
 
     def look(linear: nn.Linear, inputs: Any) -> None:
@@ -54,20 +52,14 @@ def products(model: Any) -> Iterator[dict[nn.Linear, torch.dtype | None]]:
     try:
         yield dtypes
     finally:
-        for handle in handles:
-            handle.remove()
+        take_off(handles)
 
 
 def for_decoding(model: Any, dtypes: Mapping[nn.Linear, torch.dtype | None]) -> Iterator[Replacement]:
-    """Weights of these layers in the form in which single tokens are multiplied fastest.
+    """Weights of these layers (`products`) in the form in which single tokens are multiplied fastest.
 
     Under autocast they are cast once in place of once per token, to the same numbers. On a CPU, in float32, they lie by
-    column: with 8 rows the product takes about half the time, with 4 or 32 about three quarters.
-
-    Args:
-        model: A causal language model of transformers, with or without a vision tower.
-        dtypes: As `products` gives them.
-    """
+    column: with 8 rows the product takes about half the time, with 4 or 32 about three quarters."""
     for linear, dtype in dtypes.items():
         if type(linear.weight) is not nn.Parameter:
             continue

@@ -56,8 +56,7 @@ class ImagesOnce:
             return "the model (model.name_or_path) has no image processor"
         if not set(processor.model_input_names) >= MADE:
             return f"the image processor {type(processor).__name__} (model.name_or_path) pads images to each other"
-        other = replaced(processor, "__call__")
-        if other is not None:
+        if (other := replaced(processor, "__call__")) is not None:
             return f"{other}, which may make each copy of an image anew"
         if trainer.environment_factories is not None:
             return "environment_factory: environments make the prompts"
@@ -71,7 +70,6 @@ class ImagesOnce:
         return None
 
     def install(self, trainer: Any) -> Installed:
-        """Put layers on the loaders, the image processor and the rewards."""
         installed = _Once(self.name, trainer)
         layers = (
             (DATALOADER, installed.dataloader),
@@ -98,14 +96,13 @@ class _Once(Installed):
         self._checked = False
         self._made = WeakTensorKeyDictionary()
         self._sent: tuple[tuple[Hashable, ...], tuple[torch.Tensor, ...]] = ((), ())
-        self._facts = {"asked": 0.0, "processed": 0.0, "sent": 0.0}
+        self.counts = {"asked": 0.0, "processed": 0.0, "sent": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that the processor was asked for, that it worked on and that went to a GPU, and the memory of all."""
-        return {**self._facts, "kept_bytes": float(self._decoded.currsize + self._processed.currsize)}
+        return {**self.counts, "kept_bytes": float(self._decoded.currsize + self._processed.currsize)}
 
     def remove(self) -> None:
-        """Take every layer out and forget the images; may be called twice."""
         super().remove()
         for rows in self._loaded:
             rows.decoded = None  # a loader under way goes on: from here on each of its rows decodes for itself
@@ -127,7 +124,6 @@ class _Once(Installed):
         return call_next([private(row) for row in inputs], copied(prompts), *args, **kwargs)
 
     def process(self, call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the image processor, each distinct image once."""
         flat = _flat(images)
         if self.fell_back or args or not flat or not all(isinstance(image, Pillow.Image) for image in flat):
             return call_next(images, *args, **kwargs)
@@ -144,8 +140,8 @@ class _Once(Installed):
                 self.fall_back(f"the image processor made {', '.join(sorted(made))}, not images side by side")
                 return call_next(images, **kwargs)
             known.update(zip(missing, parts, strict=True))
-        self._facts["asked"] += len(flat)
-        self._facts["processed"] += len(missing)
+        self.counts["asked"] += len(flat)
+        self.counts["processed"] += len(missing)
         for key in missing:
             with suppress(ValueError):  # larger than the whole cache
                 self._processed[key] = known[key]
@@ -165,7 +161,7 @@ class _Once(Installed):
             patches = patches.pin_memory() if torch.cuda.is_available() else patches
             patches = patches.to(self.trainer.accelerator.device, non_blocking=True)
             self._sent = distinct, torch.split(patches, sizes)
-            self._facts["sent"] += len(distinct)
+            self.counts["sent"] += len(distinct)
         arrived = dict(zip(*self._sent, strict=True))
         return call_next(torch.cat([arrived[key] for key in keys]))
 

@@ -39,7 +39,6 @@ class Row(dict[str, Any]):
         return row
 
     def read(self) -> Row:
-        """The row itself, with its values."""
         if self._rows is not None:
             super().update(self._rows.read(self._index))
             self._rows = None
@@ -89,13 +88,7 @@ for _name in READERS.split():
 
 
 class Rows:
-    """A map-style data set of `Row`s, or of plain dictionaries where they must travel between processes.
-
-    Args:
-        rows: What is read from.
-        decoded: Where decoded images are kept; sizes by `image_bytes`.
-        lazy: Whether rows are read on first use.
-    """
+    """A map-style data set of `Row`s, or, not `lazy`, of plain dictionaries, which must travel between processes."""
 
     def __init__(self, rows: datasets.Dataset, decoded: LRUCache[Hashable, Any], *, lazy: bool) -> None:
         self._features = {name: _image_of(feature) for name, feature in rows.features.items()}

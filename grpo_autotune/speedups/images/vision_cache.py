@@ -46,8 +46,7 @@ class VisionCache:
         tower = next(towers_of(trainer.model), None)
         if tower is None:
             return "the model (model.name_or_path) has no vision tower of Qwen-VL's kind"
-        other = replaced(tower, "forward")
-        if other is not None:
+        if (other := replaced(tower, "forward")) is not None:
             return other
         if any(weight.requires_grad for weight in tower.parameters()):
             return "the vision tower is trained (model.freeze_vision_tower, peft.target_modules)"
@@ -88,19 +87,17 @@ class _Features(Installed):
         super().__init__(name)
         self._kept: LRUCache[Hashable, Features] = LRUCache(LIMIT_BYTES, getsizeof=_size)
         self._hash = _Hash()
-        self._facts = {"asked": 0.0, "computed": 0.0}
+        self.counts = {"asked": 0.0, "computed": 0.0}
 
     def facts(self) -> dict[str, float]:
         """Images that towers were asked for and that they ran on, and the memory their features take."""
-        return {**self._facts, "kept_bytes": float(self._kept.currsize)}
+        return {**self.counts, "kept_bytes": float(self._kept.currsize)}
 
     def remove(self) -> None:
-        """Take every layer out and forget the features; may be called twice."""
         super().remove()
         self._kept.clear()
 
     def layer(self, tower: Any) -> Layer:
-        """The layer of one tower."""
         check = SelfCheck(self)
 
         def encode(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -111,8 +108,8 @@ class _Features(Installed):
             shapes = grid.tolist()
             parts = torch.split(patches, [math.prod(shape) for shape in shapes])
             images = run.images(parts, grid, shapes)
-            self._facts["asked"] += len(parts)
-            self._facts["computed"] += run.computed
+            self.counts["asked"] += len(parts)
+            self.counts["computed"] += run.computed
             if images is None:
                 self.fall_back("the vision tower returned something that is not made of images side by side")
                 return call_next(patches, **kwargs)

@@ -22,12 +22,9 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 def why_not(trainer: Any, *, one_mask: bool = False) -> str | None:
     """The reason why a prompt cannot be shared on this trainer, in one sentence; None where it can.
 
-    Args:
-        trainer: A `trl.GRPOTrainer`.
-        one_mask: Whether a group's prompt may have one mask of LoRA's dropout. It drops each element by itself: the
-            masks of a completion and its prompt are distributed as in a row of TRL's, and so is the completion's
-            gradient, where no other row has a part in it. The masks of two completions are no longer independent.
-    """
+    With `one_mask` a group's prompt may have one mask of LoRA's dropout. It drops each element by itself: the masks of
+    a completion and its prompt are distributed as in a row of TRL's, and so is the completion's gradient, where no
+    other row has a part in it. The masks of two completions are no longer independent."""
     rules = (*_RULES, _coupled if one_mask else _noise)
     return next((reason for rule in rules for reason in [rule(trainer)] if reason is not None), None)
 

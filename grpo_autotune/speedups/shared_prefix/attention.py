@@ -44,15 +44,8 @@ class Form(Protocol):
     def __call__(
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
-        """The output (1, T, H, D) for query, key and value (1, H, T, D); None leaves the layer to `Split`.
-
-        Args:
-            attention: The function that the model is configured with.
-            module: The layer that calls it.
-            states: Query, key and value; the latter two may have fewer heads.
-            layout: Who belongs to whom.
-            kwargs: What the layer hands its attention function beside.
-        """
+        """The output (1, T, H, D) for query, key and value (1, H, T, D), the latter two maybe of fewer heads, of a
+        layer that calls the function that the model is configured with; None leaves the layer to `Split`."""
 
 
 OTHER_TERMS = ("softcap", "s_aux", "position_bias")
@@ -65,32 +58,19 @@ def other_terms(kwargs: dict[str, Any]) -> list[str]:
 
 
 class FastForm:
-    """As `Form`: one that takes the place of `Split` until it fails.
+    """As `Form`: one that takes the place of `Split` until it fails."""
 
-    Args:
-        timed: Whether it has to be measured as faster before a pass takes it.
-
-    Attributes:
-        key: What the option `form` calls it.
-        name: What messages call it.
-        failed: Why the work is left to `Split`, for good.
-    """
-
-    key = name = ""
+    key = name = ""  # what the option `form` calls it, and what messages do
 
     def __init__(self, timed: bool) -> None:
-        self.timed = timed
-        self.failed: str | None = None
+        self.timed = timed  # has to be measured as faster before a pass takes it
+        self.failed: str | None = None  # why the work is left to `Split`, for good
 
     def __call__(
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
-        """As `Form`; a layer that is computed again gets what it got the first time.
-
-        Raises:
-            BaseException: It failed where gradient checkpointing already keeps what it left for the backward pass,
-                memory ran out, or the GPU failed.
-        """
+        """As `Form`; a layer that is computed again gets what it got the first time. Raises what it failed by where
+        gradient checkpointing keeps what it left for the backward pass, memory ran out, or the GPU failed."""
         layer = int(getattr(module, "layer_idx", -1))
         served = layout.served.get(layer)
         if served is False or (served is None and self.failed is not None):
@@ -107,7 +87,6 @@ class FastForm:
         return output
 
     def attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The output (1, T, H, D), or None, as `Form`."""
         raise NotImplementedError
 
     def failures(self) -> tuple[type[BaseException], ...]:
@@ -128,9 +107,8 @@ _users: Counter[str] = Counter()
 class AttentionLayer:
     """The layer on the attention function called `implementation`, which acts where it is given a layout.
 
-    The function is transformers' own and not one trainer's: a layer for each trainer would pile up where many are built
-    in a process, so there is one for all, which goes with its last user, removed or forgotten.
-    """
+    The function is transformers' own: a layer for each trainer would pile up where many are built in a process, so
+    there is one for all, which goes with its last user, removed or forgotten."""
 
     def __init__(self, implementation: str) -> None:
         from transformers import AttentionInterface
@@ -142,7 +120,6 @@ class AttentionLayer:
         self._leave = weakref.finalize(self, _leave, implementation)
 
     def remove(self) -> None:
-        """Take the layer out with its last user; may be called twice."""
         self._leave()
 
 
@@ -182,11 +159,8 @@ def _is_decoder(module: Any) -> bool:
 
 
 class Split:
-    """The form that is there always: each prompt as one row, and its completions as a batch.
-
-    Args:
-        implementation: What the attention function is called; flash kernels take no masks.
-    """
+    """The form that is there always: each prompt as one row, and its completions as a batch; flash kernels, which the
+    function's name tells, take no masks."""
 
     def __init__(self, implementation: str) -> None:
         self._masked = not kernel_name(implementation).startswith("flash")
@@ -194,7 +168,6 @@ class Split:
     def __call__(
         self, attention: Attention, module: Any, states: States, layout: Layout, kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """As `Form`."""
         with without_cudnn():  # each span has a shape of its own
             return self._attend(attention, module, states, layout, kwargs)
 

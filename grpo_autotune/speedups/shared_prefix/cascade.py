@@ -23,12 +23,7 @@ from grpo_autotune.speedups.shared_prefix.varlen import Flash, Segments
 
 
 class Cascade(FastForm):
-    """As `attention.FastForm`.
-
-    Args:
-        flash: Kernels of the device.
-        timed: As `FastForm`.
-    """
+    """As `attention.FastForm`, by the kernels of the device."""
 
     key, name = "cascade", "the cascade form"
 
@@ -39,7 +34,8 @@ class Cascade(FastForm):
     def attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """As `FastForm`; None where a layer changes scores, drops some, or does not see the whole text."""
         window = kwargs.get("sliding_window")
-        if other_terms(kwargs) or kwargs.get("dropout") or (window is not None and window < _longest(layout)):
+        longest = max(span.prompt + span.width for span in layout.spans)
+        if other_terms(kwargs) or kwargs.get("dropout") or (window is not None and window < longest):
             return None
         query, key, value = (_as_under_autocast(state)[0].transpose(0, 1) for state in states)
         if query.dtype != key.dtype or value.shape != key.shape or not self._flash.serves(query):
@@ -126,7 +122,3 @@ def _merge(output: torch.Tensor, sums: torch.Tensor, other: torch.Tensor, other_
     share = torch.sigmoid(other_sums - sums)[..., None]  # of the other keys
     output.copy_(torch.lerp(output.to(share.dtype), other.to(share.dtype), share))
     sums.copy_(torch.logaddexp(sums, other_sums))
-
-
-def _longest(layout: Layout) -> int:
-    return max(span.prompt + span.width for span in layout.spans)

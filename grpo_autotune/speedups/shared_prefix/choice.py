@@ -45,10 +45,8 @@ ShapeClass = tuple[bool, int, int, int]
 
 
 def candidates(device: torch.device, form: str) -> list[FastForm]:
-    """The forms that may take the place of `Split` on a device, by the value of the option `form`.
-
-    On a CPU `Cascade` is taken as it is where `form` is `auto`; on CUDA both forms have to be asked for and are timed.
-    """
+    """The forms that may take the place of `Split` on a device, by the value of the option `form`: on a CPU `Cascade`
+    is taken as it is where that is `auto`; on CUDA both have to be asked for and are timed."""
     if device.type == "cuda":
         return [Flex(compiled())] if form == FLEX else [Cascade(FlashCuda(), timed=True)] if form == CASCADE else []
     return [Cascade(FlashCpu(), timed=False)] if device.type == "cpu" and form in (AUTO, CASCADE) else []
@@ -73,22 +71,13 @@ class Timed(NamedTuple):
 
 
 class Choice:
-    """The form for each pass of one trainer.
-
-    Args:
-        form: The one to try; None where there is no choice.
-        clock: Seconds.
-
-    Attributes:
-        timed: What was measured.
-        passes: Those that took the form.
-    """
+    """The form for each pass of one trainer: the given one, where it is faster; None where there is no choice."""
 
     def __init__(self, form: FastForm | None, clock: Clock = time.perf_counter) -> None:
         self._form, self._clock = form, clock
         self._seen: dict[Any, ObservedAttention] = {}  # by sliding window, which is all that tells layers apart
         self.timed: dict[ShapeClass, Timed] = {}
-        self.passes = 0
+        self.passes = 0  # that took the form
 
     def watching(self, layout: Layout) -> Layout:
         """The layout of a self-check: a form that is timed later looks at attention and leaves it to `Split`."""
@@ -129,7 +118,6 @@ class Choice:
         return {f"{self._form.key}_passes": self.passes, **timed}
 
     def note(self) -> str:
-        """Remark on the form for the table; empty where there is no choice."""
         if self._form is None:
             return ""
         if self._form.failed is not None:

@@ -32,11 +32,7 @@ Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Flex(FastForm):
-    """As `attention.FastForm`.
-
-    Args:
-        kernel: `torch.nn.attention.flex_attention.flex_attention`, compiled.
-    """
+    """As `attention.FastForm`, by `torch.nn.attention.flex_attention.flex_attention`, compiled."""
 
     key, name = "flex", "FlexAttention"
 
@@ -45,7 +41,6 @@ class Flex(FastForm):
         self._kernel = kernel
 
     def attend(self, states: States, layout: Layout, kwargs: dict[str, Any]) -> torch.Tensor:
-        """As `FastForm`."""
         if other_terms(kwargs):
             raise NotImplementedError(f"layers with {', '.join(other_terms(kwargs))} are not supported")
         query, key, value = states
@@ -60,15 +55,12 @@ class Flex(FastForm):
         return output.transpose(1, 2).contiguous()
 
     def failures(self) -> tuple[type[BaseException], ...]:
-        """As `FastForm`: what compiling or starting a kernel raises."""
         return _failures()
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """Attention mask of the flat sequence as a `BlockMask`; made once per pass for all layers with this window.
-
-    From the layout's lengths, on the host: `create_block_mask` would compute all T x T entries on the device.
-    """
+    """Attention mask of the flat sequence as a `BlockMask`, made once per pass for all layers with this window, from
+    the layout's lengths, on the host: `create_block_mask` would compute all T x T entries on the device."""
     key = ("blocks", window)
     if key not in layout.masks:
         from torch.nn.attention.flex_attention import BlockMask
@@ -143,10 +135,8 @@ def compiled() -> Kernel:
 
 
 def compiled_for_all_shapes(kernel: Kernel, backend: str = "inductor") -> Kernel:
-    """A kernel compiled with sizes left open, and with room for the versions that types, strides and windows ask for.
-
-    As a full graph: torch would rather compute all T x T scores than compile a further version beyond its limit.
-    """
+    """A kernel compiled with sizes left open, and with room for the versions that types, strides and windows ask for;
+    as a full graph: torch would rather compute all T x T scores than compile a further version beyond its limit."""
     versions = torch.compile(kernel, fullgraph=True, dynamic=True, backend=backend)
 
     def attend(*states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

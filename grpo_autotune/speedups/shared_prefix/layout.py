@@ -23,20 +23,14 @@ from grpo_autotune.speedups.shared_prefix.media import Media
 
 @dataclass(frozen=True)
 class Span:
-    """Place of one prompt, `start..prompt_end`, and of its completions, `begin..end`, in the flat sequence.
-
-    Attributes:
-        lengths: Tokens of each completion.
-        spread: Index of the flat token at each place of a (rows, S) rectangle; None where the rectangle is full.
-        back: Index into that rectangle of each token; None where it is full.
-    """
+    """Place of one prompt, `start..prompt_end`, and of its completions, `begin..end`, in the flat sequence."""
 
     start: int
     prompt_end: int
     begin: int
-    lengths: list[int]
-    spread: torch.Tensor | None = None
-    back: torch.Tensor | None = None
+    lengths: list[int]  # tokens of each completion
+    spread: torch.Tensor | None = None  # index of the flat token at each place of a (rows, S) rectangle; None if full
+    back: torch.Tensor | None = None  # index into that rectangle of each token; None if full
 
     @property
     def prompt(self) -> int:
@@ -45,7 +39,6 @@ class Span:
 
     @property
     def end(self) -> int:
-        """End of its last completion."""
         return self.begin + sum(self.lengths)
 
     @property
@@ -63,39 +56,24 @@ class Span:
 class Layout:
     """The flat sequence of one forward pass.
 
-    Attributes:
-        source: Which token of the (B, W) batch, counted row by row, each token of the sequence is; (T,).
-        column: Its column there, (T,).
-        prompt: The number of its prompt, (T,).
-        owner: The row whose completion it belongs to, -1 in a prompt, (T,).
-        scored: The token whose next one is scored, for each completion token of the batch, row by row; (N,).
-        target: Which token of the batch that next one is, (N,).
-        place: Where its score goes in (rows, C), counted row by row; (N,).
-        edges: Where each prompt and each completion begins in the sequence, and T.
-        completion_edges: Where the completions of each prompt begin behind the last prompt, and their end.
-        first_rows: For each prompt the row that stands for it.
-        first: The same on the device.
-        form: How attention is computed over it (`attention.Form`).
-        served: Whether the form served a layer, by the layer's number: gradient checkpointing computes a layer again,
-            and has to find the tensors that it found before.
-        masks: What is made once for all layers of the model, such as attention masks, by what tells them apart.
-    """
+    A layer is computed again by gradient checkpointing, and has to find the tensors that it found before: `served`
+    keeps whether the form served it, by the layer's number."""
 
     spans: list[Span]
-    source: torch.Tensor
-    column: torch.Tensor
-    prompt: torch.Tensor
-    owner: torch.Tensor
-    scored: torch.Tensor
-    target: torch.Tensor
-    place: torch.Tensor
-    edges: torch.Tensor
-    completion_edges: torch.Tensor
-    first_rows: list[int]
-    first: torch.Tensor
-    form: Callable[..., torch.Tensor | None] | None = None
+    source: torch.Tensor  # which token of the (B, W) batch, counted row by row, each token of the sequence is; (T,)
+    column: torch.Tensor  # its column there, (T,)
+    prompt: torch.Tensor  # the number of its prompt, (T,)
+    owner: torch.Tensor  # the row whose completion it belongs to, -1 in a prompt, (T,)
+    scored: torch.Tensor  # the token whose next one is scored, for each completion token of the batch, row by row; (N,)
+    target: torch.Tensor  # which token of the batch that next one is, (N,)
+    place: torch.Tensor  # where its score goes in (rows, C), counted row by row; (N,)
+    edges: torch.Tensor  # where each prompt and each completion begins in the sequence, and T
+    completion_edges: torch.Tensor  # where the completions of each prompt begin behind the last prompt, and their end
+    first_rows: list[int]  # for each prompt the row that stands for it
+    first: torch.Tensor  # the same on the device
+    form: Callable[..., torch.Tensor | None] | None = None  # of attention over it (`attention.Form`)
     served: dict[int, bool] = field(default_factory=dict)
-    masks: dict[Any, Any] = field(default_factory=dict)
+    masks: dict[Any, Any] = field(default_factory=dict)  # made once for all layers, by what tells them apart
 
     @property
     def tokens(self) -> int:
@@ -145,17 +123,8 @@ def batch_of(
 ) -> Batch:
     """Read the batch; rows whose prompt or pixels differ from the rest of their group become groups of their own.
 
-    Args:
-        input_ids_BW: Prompts and completions.
-        attention_mask_BW: Of both.
-        completion_width: C.
-        group_B: Rows of one number may share a prompt.
-        given: Inputs of the model beside ids and mask.
-        known_B: What `known_of` said of these rows; without it their device is waited for.
-
-    Raises:
-        RuntimeError: The mask is another than the one that `known_of` saw; on CUDA the device tells it, later.
-    """
+    Beside ids and mask the model is `given` inputs. Without `known_B`, what `known_of` said of these rows, their device
+    is waited for; a `RuntimeError` says that the mask is another than it saw, on CUDA from the device, later."""
     if known_B is not None:
         return _known_batch(input_ids_BW, attention_mask_BW, completion_width, given, known_B)
     prompt_width = input_ids_BW.shape[1] - completion_width
@@ -224,25 +193,12 @@ def layout_of(batch: Batch, rows: Sequence[int]) -> Layout:
     for number, span in enumerate(spans):
         if min(span.lengths) != span.width:
             parts[f"spread {number}"], parts[f"back {number}"] = _rectangle(span)
-    arrived = sent(parts, batch.input_ids.device)
+    arrived: dict[str, Any] = sent(parts, batch.input_ids.device)
     spans = [
         replace(span, spread=arrived.pop(f"spread {number}", None), back=arrived.pop(f"back {number}", None))
         for number, span in enumerate(spans)
     ]
-    return Layout(
-        spans=spans,
-        source=arrived["source"],
-        column=arrived["column"],
-        prompt=arrived["prompt"],
-        owner=arrived["owner"],
-        scored=arrived["scored"],
-        target=arrived["target"],
-        place=arrived["place"],
-        edges=arrived["edges"],
-        completion_edges=arrived["completion_edges"],
-        first_rows=[members[0] for members in groups],
-        first=arrived["first"],
-    )
+    return Layout(spans, first_rows=[members[0] for members in groups], **arrived)
 
 
 def _spans(sizes: list[tuple[int, list[int]]]) -> list[Span]:

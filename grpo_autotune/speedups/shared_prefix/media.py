@@ -12,24 +12,18 @@ from typing import Any
 
 import torch
 
-BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
-"""Keys with one value per token, (B, P + C)."""
+from grpo_autotune.speedups.batches.rows import BOTH_KEYS, IMAGE_KEYS
 
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
 
 
-INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "num_images", *BY_TOKEN, *_OTHER_LAYOUTS)
+INPUTS = (*IMAGE_KEYS, *BOTH_KEYS)
 """Keys of a batch that concern images."""
 
 
 class Media:
-    """Inputs of `_get_per_token_logps_and_entropies` beside ids and mask.
-
-    Args:
-        given: Its keyword arguments, as TRL names them.
-        rows: Rows of the batch.
-        patches: Of each row, where they are known, and with them that no completion holds an image.
-    """
+    """Inputs of `_get_per_token_logps_and_entropies` beside ids and mask, as TRL names its keyword arguments; where
+    each row's patches are known, no completion holds an image."""
 
     def __init__(self, given: Mapping[str, Any], rows: int, patches: Sequence[int] | None = None) -> None:
         self._known = patches is not None
@@ -61,8 +55,8 @@ class Media:
         return None
 
     def same(self, row: int, other: int) -> bool:
-        """True if two rows have the same images, pixel for pixel."""
-        return all(torch.equal(ours, theirs) for ours, theirs in zip(self._of(row), self._of(other), strict=True))
+        ours, theirs = self.of([row]), self.of([other])
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     def of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The image tensors of some rows, in this order, as the model takes them."""
@@ -79,18 +73,7 @@ class Media:
         tensors = self.of(rows)
         if "num_images" in self.given:
             tensors["num_images"] = [self.given["num_images"][row] for row in rows]
-        return tensors | {key: self.given[key][list(rows)] for key in BY_TOKEN if key in self.given}
-
-    def _of(self, row: int) -> list[torch.Tensor]:
-        tensors = []
-        if "pixel_values" in self.given:
-            tensors.append(self.given["pixel_values"][self.patches[row] : self.patches[row + 1]])
-        tensors += [
-            self.given[key][self.images[row] : self.images[row + 1]]
-            for key in ("image_grid_thw", "image_sizes")
-            if key in self.given
-        ]
-        return tensors
+        return tensors | {key: self.given[key][list(rows)] for key in BOTH_KEYS if key in self.given}
 
 
 def _rows(values: torch.Tensor, edges: Sequence[int], rows: Sequence[int]) -> torch.Tensor:

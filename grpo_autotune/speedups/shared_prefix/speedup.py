@@ -21,14 +21,14 @@ from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
-from grpo_autotune.speedups.batches.rows import widened
+from grpo_autotune.speedups.batches.rows import BOTH_KEYS, widened
 from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
-from grpo_autotune.speedups.shared_prefix.media import BY_TOKEN, INPUTS
+from grpo_autotune.speedups.shared_prefix.media import INPUTS
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -47,14 +47,9 @@ both ways), its completion looks back at itself. A model that passes on one kind
 
 
 class SharedPrefix:
-    """As `speedups.base.SpeedUp`.
-
-    Args:
-        form: Form of attention: `auto` for `cascade` on a CPU and `split` elsewhere; on CUDA `cascade` and `flex`
-            (FlexAttention) are taken where they are measured to be faster.
-        dropout: `shared` to go on where adapters have dropout, with one mask for a group's prompt: not exact; `own` to
-            leave such a model to TRL.
-    """
+    """As `speedups.base.SpeedUp`. `form: auto` is `cascade` on a CPU and `split` elsewhere; on CUDA `cascade` and
+    `flex` (FlexAttention) are taken where they are measured to be faster. `dropout: shared` goes on where adapters have
+    dropout, with one mask for a group's prompt: not exact; `own` leaves such a model to TRL."""
 
     name = "shared_prefix"
     summary = "prompt, images and vision tower once per group in log-probs and backward"
@@ -64,11 +59,9 @@ class SharedPrefix:
         self._form, self._one_mask = form, dropout == "shared"
 
     def applies(self, trainer: Any) -> str | None:
-        """See `why_not`."""
         return why_not(trainer, one_mask=self._one_mask)
 
     def install(self, trainer: Any) -> Installed:
-        """Layers on the log-prob method, the backbones, the attention function and TRL's shuffle."""
         return _SharedPrefix(trainer, self._form)
 
 
@@ -100,7 +93,6 @@ class _SharedPrefix(Installed):
 
     @property
     def exact(self) -> bool:
-        """As `Installed`."""
         return active_dropout(self.trainer.model) is None
 
     @property
@@ -285,7 +277,7 @@ def _samples(batch: Batch) -> dict[Kind, list[int]]:
 def _inputs(base: Any, batch: Batch, layout: Layout) -> dict[str, Any]:
     """Model inputs of a flat sequence; the 4-D mask is a placeholder that transformers hands on unread."""
     flat = {
-        key: batch.media.given[key].reshape(-1)[layout.source][None] for key in BY_TOKEN if key in batch.media.given
+        key: batch.media.given[key].reshape(-1)[layout.source][None] for key in BOTH_KEYS if key in batch.media.given
     }
     images = batch.media.of(layout.first_rows)
     return {

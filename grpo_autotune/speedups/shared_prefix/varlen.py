@@ -23,21 +23,13 @@ Rest = tuple[torch.Tensor, ...]
 
 
 class Segments(NamedTuple):
-    """Queries, and the keys that they look at.
-
-    Attributes:
-        queries: Queries of each segment.
-        keys: Keys of each segment.
-        query_edges: Where the queries of each segment begin, and T; on the kernel's device.
-        key_edges: The same of the keys.
-        causal: A query looks at no key behind it.
-    """
+    """Queries of each segment, and the keys that they look at."""
 
     queries: Sequence[int]
     keys: Sequence[int]
-    query_edges: torch.Tensor
-    key_edges: torch.Tensor
-    causal: bool
+    query_edges: torch.Tensor  # where the queries of each segment begin, and T; on the kernel's device
+    key_edges: torch.Tensor  # the same of the keys
+    causal: bool  # a query looks at no key behind it
 
 
 class Flash(Protocol):
@@ -53,28 +45,17 @@ class Flash(Protocol):
         self, gradient: torch.Tensor, states: QKV, output: torch.Tensor, sums: torch.Tensor, rest: Rest,
         segments: Segments, scale: float | None,
     ) -> QKV:  # fmt: skip
-        """Gradients of the states, of as much of the output as comes from these keys.
-
-        Args:
-            gradient: Of the output.
-            states: As in `forward`.
-            output: Over these keys, and maybe others.
-            sums: Log-sum-exp over the same keys as the output.
-            rest: From `forward`.
-            segments: As in `forward`.
-            scale: As in `forward`.
-        """
+        """Gradients of the states, from that of the output, of as much of it as comes from these keys: `output` and
+        `sums`, its log-sum-exp, are over these keys, and maybe others."""
 
 
 class FlashCpu:
     """`aten::_scaled_dot_product_flash_attention_for_cpu`; neighbouring segments of one size go in one call."""
 
     def serves(self, query: torch.Tensor) -> bool:
-        """As `Flash`: every floating type."""
         return query.is_floating_point()
 
     def forward(self, states: QKV, segments: Segments, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, Rest]:
-        """As `Flash`."""
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         batches = [
             attend(*_batch(states, part), 0.0, segments.causal, scale=scale)
@@ -88,7 +69,6 @@ class FlashCpu:
         self, gradient: torch.Tensor, states: QKV, output: torch.Tensor, sums: torch.Tensor, rest: Rest,
         segments: Segments, scale: float | None,
     ) -> QKV:  # fmt: skip
-        """As `Flash`."""
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradients: list[QKV] = []
         for part in _parts(segments):
@@ -110,11 +90,9 @@ class FlashCuda:
     """`aten::_flash_attention_forward` in its form for segments: one launch, however many there are."""
 
     def serves(self, query: torch.Tensor) -> bool:
-        """As `Flash`: half precision, heads of up to 256."""
         return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
     def forward(self, states: QKV, segments: Segments, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, Rest]:
-        """As `Flash`."""
         output, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
             *states, *_edges(segments), 0.0, segments.causal, False, scale=scale
         )
@@ -124,7 +102,6 @@ class FlashCuda:
         self, gradient: torch.Tensor, states: QKV, output: torch.Tensor, sums: torch.Tensor, rest: Rest,
         segments: Segments, scale: float | None,
     ) -> QKV:  # fmt: skip
-        """As `Flash`."""
         gradients: QKV = torch.ops.aten._flash_attention_backward(
             gradient, *states, output, sums.T.contiguous(), *_edges(segments), 0.0, segments.causal, *rest, scale=scale
         )
