@@ -58,10 +58,8 @@ class EngineFailure(NamedTuple):
 
 
 def engine_failure(error: BaseException) -> EngineFailure | None:
-    """Classify an exception from building or starting an engine; None for one that is no failure of an engine.
-
-    Raised from another error counts as that one: the whole chain of causes is looked at.
-    """
+    """Classify an exception from building or starting an engine, by it or the errors that it was raised from; None for
+    one that is no failure of an engine."""
     for cause in causes(error):
         names = frames(cause)
         checked = isinstance(cause, ValueError | AssertionError)
@@ -132,7 +130,7 @@ def _space_on_cpu(text: str) -> EngineFailure:
         what = f"{_words(left)} is left of the engine's share for keys and values, and {_words(_bytes(free[1]))} free"
         return EngineFailure("oom", what, SHARE, "Set it lower, or end what else holds memory", left, _bytes(free[1]))
     what = f"this process holds {_words(whole - left)} already, and the engine's share of memory is {_words(whole)}"
-    least = least_share(whole - left, total)
+    least = round((math.floor((whole - left) / total / STEP) + 1) * STEP, 2)  # on the grid, and more than it holds
     return EngineFailure("oom", what, SHARE, f"Set it to {least} or more", whole - left, whole)
 
 
@@ -140,7 +138,8 @@ def _refused(error: ValidationError) -> EngineFailure:
     """A value that a class of `vllm.config` refuses: pydantic names the key, and vLLM's own sentence is the message."""
     first = error.errors()[0]
     sentence = _first(str(first["msg"]).removeprefix("Value error, "))
-    key = ".".join(str(part) for part in first["loc"]) or _key_in(sentence)
+    named = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)  # the first name that is written as a key
+    key = ".".join(str(part) for part in first["loc"]) or (named[0] if named else "")
     return EngineFailure("invalid", f"vLLM refuses it: {sentence}", f"vllm.{key}" if key else "vllm", "")
 
 
@@ -179,11 +178,6 @@ def largest_share(available: int, total: int) -> float:
     return round(math.floor(share / STEP) * STEP, 2) or math.floor(share * 100) / 100
 
 
-def least_share(needed: int, total: int) -> float:
-    """The least share of `total` on the grid of `STEP` that is more than what is needed."""
-    return round((math.floor(needed / total / STEP) + 1) * STEP, 2)
-
-
 def _more_space(missing: int | None) -> str:
     """Advice to give keys and values more memory, by what decides their size here."""
     if os.environ.get(CPU_SPACE):
@@ -193,12 +187,6 @@ def _more_space(missing: int | None) -> str:
     total = int(platforms.current_platform.get_device_total_memory()) if platforms is not None else None
     more = f" by {math.ceil(missing / total / STEP) * STEP:.2f}" if missing and total else ""
     return f"raise {SHARE}{more}"
-
-
-def _key_in(sentence: str) -> str:
-    """The engine key that a sentence is about: the first name in it that is written as one."""
-    key = re.search(r"\b[a-z]+(?:_[a-z]+)+\b", sentence)
-    return key[0] if key else ""
 
 
 def _or(*ways: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from grpo_autotune.rollout.options import EngineOptions
-from grpo_autotune.seams.layers import Handle
+from grpo_autotune.seams.layers import Handle, take_off
 
 MARK = "grpo_autotune_engine"
 """Attribute of a `VLLMGeneration`, and of its `LLM`, that holds the `Engine`."""
@@ -54,9 +54,8 @@ class Engine:
 
     def take_off(self) -> None:
         """Remove every layer, and let go of the parts, which hold the trainer."""
-        for handle in reversed(self.handles):
-            handle.remove()
-        self.handles, self.parts = [], ()
+        take_off(self.handles)
+        self.parts = ()
 
 
 def engine_of(owner: Any) -> Engine | None:

@@ -8,6 +8,7 @@ ids that TRL has, and that is checked for every prompt.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,9 +82,7 @@ def collapsed(ids: Sequence[int], image_id: int) -> list[int]:
 
 def image_lengths(ids: Sequence[int], image_id: int) -> list[int]:
     """Image tokens of each run."""
-    starts = [i for i, token in enumerate(ids) if token == image_id and (i == 0 or ids[i - 1] != image_id)]
-    ends = [i + 1 for i, token in enumerate(ids) if token == image_id and ids[i + 1 : i + 2] != [image_id]]
-    return [end - start for start, end in zip(starts, ends, strict=True)]
+    return [len(list(run)) for token, run in itertools.groupby(ids) if token == image_id]
 
 
 def _check_expanded(trained: Sequence[int], generated: Sequence[int], image_id: int) -> None:

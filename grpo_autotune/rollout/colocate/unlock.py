@@ -31,7 +31,7 @@ from grpo_autotune.rollout.server.client import ServerSync
 from grpo_autotune.rollout.sync.sync import ColocateSync
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, TRAINER_MODULE
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, take_off, wrap
 
 PARTS: dict[str, tuple[type[Part], ...]] = {
     "colocate": (TrainerDtype, ColocateSync, TrainerProcessor, OnePlaceholder, JoinedRequests, FidelityLog),
@@ -60,9 +60,7 @@ class Unlocked:
 
     def close(self) -> None:
         """Trainers built from here on get TRL's plain engine."""
-        for handle in self._entrances:
-            handle.remove()
-        self._entrances = []
+        take_off(self._entrances)
 
     def remove(self) -> None:
         """`close`, and take every layer off the engines there are; an engine keeps the arguments it was built with."""

@@ -66,17 +66,11 @@ class Evidence:
         return None if nats is None else nats > self.threshold_nats
 
     def other_size(self) -> str:
-        """The other number of tokens that the engine's processor makes of an image; empty where that is not the matter.
-
-        Placeholders that are expanded twice make 2 n - 1 tokens of n.
-        """
-        if self.image_tokens is None:
-            return ""
-        engine, trainer, images = self.image_tokens
-        expanded_twice = 2 * trainer - images
-        if engine in (trainer, expanded_twice):
-            return ""
-        return f"{engine} image tokens in the engine where it has {trainer} here"
+        """The other number of tokens that the engine's processor makes of an image; empty where that is not the matter:
+        placeholders that are expanded twice make 2 n - 1 tokens of n."""
+        engine, trainer, images = self.image_tokens or (0, 0, 0)
+        told = f"{engine} image tokens in the engine where it has {trainer} here"
+        return "" if engine in (trainer, 2 * trainer - images) else told
 
     def text_off(self) -> bool | None:
         """True if the fixed text is off at any time; None where that is not known."""

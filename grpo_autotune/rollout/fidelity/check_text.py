@@ -71,12 +71,12 @@ class CheckText:
             return None
         ours = self._scored_by(trainer)
         scores = Scores(step, _mean(ours - theirs), float((ours - theirs).abs().max()))
-        if self.anchor is None:
-            self.anchor = step, ours, theirs
-        elif step != self.anchor[0] and _mean(ours - self.anchor[1]) >= resolution_nats:
-            scores.trainer_moved_nats = _mean(ours - self.anchor[1])
-            scores.engine_moved_nats = _mean(theirs - self.anchor[2])
-            self.anchor = step, ours, theirs
+        before, trainer_before, engine_before = self.anchor or (step, ours, theirs)
+        moved_nats = _mean(ours - trainer_before)
+        if step != before and moved_nats >= resolution_nats:
+            scores.trainer_moved_nats, scores.engine_moved_nats = moved_nats, _mean(theirs - engine_before)
+            self.anchor = None
+        self.anchor = self.anchor or (step, ours, theirs)
         return scores
 
     def _scored_by(self, trainer: Any) -> torch.Tensor:

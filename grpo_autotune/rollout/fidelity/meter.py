@@ -143,7 +143,6 @@ class FidelityMeter:
         return trainer, " with ".join(words)
 
     def threshold_nats(self) -> float:
-        """`threshold_nats` of both sides' formats."""
         return threshold_nats(name.split(" with ")[0] for name in self.formats())
 
     def see(self, output: Mapping[str, Any]) -> dict[str, float]:

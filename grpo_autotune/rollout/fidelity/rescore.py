@@ -15,20 +15,10 @@ import torch
 
 from grpo_autotune.rollout.fidelity.check_text import undisturbed
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, log_probs
+from grpo_autotune.speedups.batches.rows import BOTH_KEYS, IMAGE_KEYS
 
 ROWS = 4
 TOKENS = 128
-IMAGE_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "image_position_ids",
-)
-TYPE_KEYS = ("token_type_ids", "mm_token_type_ids")
 
 
 class Rescored(NamedTuple):
@@ -46,7 +36,7 @@ def rescore(trainer: Any, output: Mapping[str, Any], given: Mapping[str, float])
     ids = torch.cat([prompt_BP, completion_BC], dim=1)[:rows, :length]
     mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[:rows, :length]
     media = {key: output[key] for key in IMAGE_KEYS if output.get(key) is not None}
-    media |= {key: output[key][:, :length] for key in TYPE_KEYS if output.get(key) is not None}
+    media |= {key: output[key][:, :length] for key in BOTH_KEYS if output.get(key) is not None}
     stand_in = _StandIn(trainer, keep, given)
     method = type(trainer)._get_per_token_logps_and_entropies  # without what speed-ups put on the instance
     with undisturbed(trainer, dropout=True):

@@ -14,10 +14,8 @@ def row_kinds(output: Mapping[str, Any]) -> list[Literal["image", "text"]]:
 
 
 def row_keys(output: Mapping[str, Any]) -> list[tuple[Any, ...] | None]:
-    """For each row a key of prompt and images; None where the model's images cannot be told apart row by row.
-
-    Images are known by the sum over their patches, which one pass on the device gives.
-    """
+    """For each row a key of prompt and images, known by the sum over their patches, which one pass on the device gives;
+    None where the model's images cannot be told apart row by row."""
     prompts, masks = output["prompt_ids"], output["prompt_mask"]
     ids = [zlib.crc32(row[mask.bool()].cpu().numpy().tobytes()) for row, mask in zip(prompts, masks, strict=True)]
     pixels, counts = output.get("pixel_values"), output.get("num_images")

@@ -51,13 +51,9 @@ class ServerSync(WeightSync):
         self._run = uuid.uuid4().hex[:8]
 
     def connected(self, generation: Any, client: Any) -> list[Handle]:
-        """Decide on the way to the server, before TRL opens its own.
-
-        Raises:
-            ConfigError: The adapter cannot be sent as a file, there is none, or the weights of the model or the server
-                are packed.
-            EnvironmentProblem: The trainer has no GPU, or the server takes no adapters.
-        """
+        """Decide on the way to the server, before TRL opens its own. ConfigError where the adapter cannot be sent as a
+        file, there is none, or weights of the model or the server are packed; EnvironmentProblem where the trainer has
+        no GPU, or the server takes no adapters."""
         self.client, self.base, self._model = client, client.model, generation.model
         self.way = self._choose(generation.accelerator.device)
         check_quantized(self.options.keys.get("quantization"), self.way, 0)
@@ -122,7 +118,9 @@ class ServerSync(WeightSync):
                 where=WHERE,
                 fix=f"{other} or set vllm.mode to colocate.",
             )
-        if not self._takes_adapters():
+        with one_line(self.client.base_url):
+            answer = self._post(UNLOAD, {"lora_name": ""})
+        if answer.status_code != httpx2.codes.BAD_REQUEST:  # it knows the route, and misses a name
             raise EnvironmentProblem(
                 f"the vLLM server at {self.client.base_url} loads no adapters while it runs",
                 where=WHERE,
@@ -132,11 +130,6 @@ class ServerSync(WeightSync):
 
     def _post(self, route: str, body: Mapping[str, str] | None = None, timeout: float = ANSWER_S) -> httpx2.Response:
         return http_client().post(f"{self.client.base_url}{route}", json=body, timeout=timeout)
-
-    def _takes_adapters(self) -> bool:
-        with one_line(self.client.base_url):
-            answer = self._post(UNLOAD, {"lora_name": ""})
-        return answer.status_code == httpx2.codes.BAD_REQUEST  # it knows the route, and misses a name
 
     def send(self, tensors: Mapping[str, Any]) -> None:
         """Give the server the adapter as it is now, and generate with that one from here on; EnvironmentProblem where
@@ -173,8 +166,7 @@ class ServerSync(WeightSync):
 
 def no_adapter_because(model: Any) -> str | None:
     """The reason that keeps a model's adapter from being sent as a file; None where it can be."""
-    reason = lora.refusal(model)
-    if reason is not None:
+    if (reason := lora.refusal(model)) is not None:
         return reason
     seeing = lora.tower_layers(model)
     return f"a server takes no adapter on the vision tower ({seeing[0]})" if seeing else None

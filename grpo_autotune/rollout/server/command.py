@@ -59,10 +59,8 @@ class Serving(NamedTuple):
     def line(self) -> str:
         """The command as a person would type it."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        words = (
-            ["vllm", "serve", self.model] if has_command() else ["python", "-m", SERVER_MODULE, "--model", self.model]
-        )
-        return " ".join([*variables, shlex.join([*words, *self.options])])
+        program = ["vllm", "serve"] if has_command() else ["python", "-m", SERVER_MODULE, "--model"]
+        return " ".join([*variables, shlex.join([*program, self.model, *self.options])])
 
     def words(self, python: Sequence[str]) -> list[str]:
         """The command for this interpreter."""
@@ -72,11 +70,8 @@ class Serving(NamedTuple):
 
 def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
     """The GPUs that serve and those that train, as `CUDA_VISIBLE_DEVICES` names them, where the run starts its own
-    server: the last `vllm.server_gpus` of the GPUs `there`, which this process sees, serve.
-
-    Raises:
-        ConfigError: Too few are left to train on, or none was asked for although there are some.
-    """
+    server: the last `vllm.server_gpus` of the GPUs `there`, which this process sees, serve. ConfigError where too few
+    are left to train on, or none was asked for although there are some."""
     wanted, seen = config.vllm.server_gpus or 0, names_of_gpus(there)
     if wanted == 0 and there == 0:
         return [], []
@@ -118,12 +113,8 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     """The command by which a configuration's model is served so that it can be trained against.
 
     Its weights are at `source`, and `model` is its config.json, empty where nobody has it yet. The server has `gpus`,
-    as `CUDA_VISIBLE_DEVICES` names them, or all that are visible.
-
-    Raises:
-        ConfigError: `vllm.server_base_url` is no address to listen at, the adapter's rank has no room in vLLM, or the
-            base is in 4 bits.
-    """
+    as `CUDA_VISIBLE_DEVICES` names them, or all that are visible. ConfigError where `vllm.server_base_url` is no
+    address to listen at, the adapter's rank has no room in vLLM, or the base is in 4 bits."""
     if config.model.load_in_4bit:
         raise packed_at_server()
     keys = {name: value for name, value in given_keys(config).items() if name not in CLIENT_KEYS}
@@ -173,9 +164,8 @@ def given_keys(config: RunConfig) -> dict[str, Any]:
 def trained_dtype(config: RunConfig, model: Mapping[str, Any]) -> str | None:
     """The type that the trainer computes in: vLLM alone would make float32 checkpoints bfloat16. None if unknown."""
     text = model.get("text_config")
-    stored = (
-        model.get("dtype") or model.get("torch_dtype") or (text.get("dtype") if isinstance(text, Mapping) else None)
-    )
+    in_text = text.get("dtype") if isinstance(text, Mapping) else None
+    stored = model.get("dtype") or model.get("torch_dtype") or in_text
     dtype = config.model.dtype if config.model.dtype != "auto" else stored
     return str(dtype) if dtype else None
 

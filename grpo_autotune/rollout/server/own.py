@@ -24,13 +24,9 @@ def own_server(
 ) -> Iterator[dict[str, Any]]:
     """The server of `config`, answering, where it asks for one; ended with the block. The first rank starts it.
 
-    `weights` finds what it serves on its GPUs (`leave_gpus`); its log goes to `serve.log` in `out_dir`, and the wait is
-    the start-up phase `engine`. The block gets the `GRPOConfig` keys by which TRL finds it; none where there is none.
-
-    Raises:
-        ConfigError: There is no such model.
-        EnvironmentProblem: vLLM is missing, or the server did not start.
-    """
+    `weights` finds what it serves on its GPUs (`leave_gpus`), ConfigError where there is no such model; its log goes to
+    `serve.log` in `out_dir`, and the wait is the start-up phase `engine`. The block gets the `GRPOConfig` keys by which
+    TRL finds it; none where there is none. EnvironmentProblem where vLLM is missing, or the server did not start."""
     if not config.use_vllm or config.vllm.server_gpus is None or not is_first_rank():
         yield {}
         return

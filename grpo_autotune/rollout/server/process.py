@@ -82,17 +82,13 @@ class OwnServer(VllmServer):
 def weights_of(
     config: RunConfig, load: Callable[[RunConfig], str], read: Callable[[RunConfig], Mapping[str, Any]]
 ) -> Weights:
-    """The weights of a run as a server reads them.
-
-    `load` makes sure that they exist and returns their source; it is not called for a folder, since it loads torch.
-    `read` reads a configuration's config.json.
-
-    Raises:
-        ConfigError: There is no such model.
-    """
+    """The weights of a run as a server reads them. `load` makes sure that they exist (ConfigError where they do not)
+    and returns their source; it is not called for a folder, since it loads torch. `read` reads a configuration's
+    config.json."""
     folder = Path(config.model.name_or_path or "").expanduser()
     source = str(folder) if config.model.name_or_path and folder.is_dir() else load(config)
-    return Weights(source, read(config) or read(_from_source(config, source)))
+    named = config.model.model_copy(update={"name_or_path": source})
+    return Weights(source, read(config) or read(config.model_copy(update={"model": named})))
 
 
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
@@ -111,13 +107,9 @@ def address_keys(port: int) -> dict[str, Any]:
 
 
 def leave_gpus(config: RunConfig) -> list[str]:
-    """Let this process train on the GPUs that its server does not take, and answer those that it does.
-
-    To be asked once in a process, before torch is imported: CUDA looks at the variable when it is first used.
-
-    Raises:
-        ConfigError: There are not so many GPUs.
-    """
+    """Let this process train on the GPUs that its server does not take, and answer those that it does; ConfigError
+    where there are not so many. To be asked once in a process, before torch is imported: CUDA looks at the variable
+    when it is first used."""
     if not config.use_vllm or config.vllm.server_gpus is None:
         return []
     serve, train = split_gpus(config, len(detect().gpus))
@@ -140,10 +132,6 @@ def free_port() -> int:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         return int(trial.getsockname()[1])
-
-
-def _from_source(config: RunConfig, source: str) -> RunConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": source})})
 
 
 def _at_port(config: RunConfig, port: int) -> RunConfig:

@@ -133,11 +133,8 @@ def engine_rank(model: Any) -> int | None:
 
 
 def tensors(generation: Any) -> dict[str, Any]:
-    """The adapter's matrices as PEFT names them in a file, copies, with each layer's scale in its second one.
-
-    So a scale that differs between layers (`peft.alpha_pattern`, `peft.rank_pattern`, `peft.use_rslora`) needs nothing
-    of vLLM.
-    """
+    """The adapter's matrices as PEFT names them in a file, copies, with each layer's scale in its second one: one that
+    differs between layers (`peft.alpha_pattern`, `peft.rank_pattern`, `peft.use_rslora`) needs nothing of vLLM."""
     adapter = active_adapter(generation.model)
     matrices: dict[str, Any] = {}
     for name, layer in lora_layers(generation.model).items():
