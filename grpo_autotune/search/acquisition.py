@@ -82,11 +82,9 @@ class Pool:
 
 
 def rank(candidates: Sequence[Knobs], board: Leaderboard, models: Models, memory_bytes: int | None) -> Ranking:
-    """Judge legal combinations that nobody has measured by the models; None as `memory_bytes` leaves memory alone.
-
-    The largest expected gain comes first; while only the user's own is measured, the best predicted score, of those
-    that need no proof if there are any. Of about equal ones, that with the fewest changes.
-    """
+    """Judge legal combinations that nobody has measured by the models; None as `memory_bytes` leaves memory alone. The
+    largest expected gain comes first; while only the user's own is measured, the best predicted score, of those that
+    need no proof if there are any. Of about equal ones, that with the fewest changes."""
     best = {level: _best_score(board, level) for level in LEVELS}
     ranking = Ranking([])
 
@@ -136,8 +134,7 @@ def _best_score(board: Leaderboard, level: Level) -> float:
 def _judge(
     knobs: Knobs, board: Leaderboard, models: Models, memory_bytes: int | None, best: float
 ) -> tuple[Proposal | None, str]:
-    why = _why_unproven(knobs, board) or _why_idle(knobs, board)
-    if why is not None:
+    if (why := _why_unproven(knobs, board) or _why_idle(knobs, board)) is not None:
         return None, why
     config = board.config_of(knobs)
     chance = chance_to_fit(models, config, memory_bytes)

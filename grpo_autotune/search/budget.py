@@ -38,10 +38,8 @@ def parse_budget(text: str) -> float:
 
 
 class Budget:
-    """Seconds of one search, of which its earlier processes spent `spent_s`.
-
-    The clock is monotonic, since a wall clock may be set meanwhile; `begun` is its reading when this process began.
-    """
+    """Seconds of one search, of which its earlier processes spent `spent_s`. The clock is monotonic, since a wall clock
+    may be set meanwhile; `begun` is its reading when this process began."""
 
     def __init__(
         self,

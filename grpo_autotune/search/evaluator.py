@@ -47,7 +47,6 @@ class Evaluator:
         return bool(self._probe.lengths)
 
     def expected_s(self, knobs: Knobs) -> float:
-        """Expected seconds of a timed trial."""
         step_s = self.models.step_s(self.board.config_of(knobs)).value
         return self.costs.trial_s(step_s, self.steps(step_s))
 
@@ -106,7 +105,6 @@ class Evaluator:
         return entry
 
     def adopt_probe(self, claim: Claim | None) -> None:
-        """Take the probe as the trial of the user's configuration."""
         entry = self.board.add(self.board.baseline_knobs, self._probe, None)
         if claim is not None:
             self._tell(claim, self._probe, entry, cut_short=False)

@@ -55,11 +55,9 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
 
 
 def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS) -> float:
-    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds.
-
-    With an engine in one of them each block starts and warms up anew (`trials.parent.interleave`); of two in a row the
-    second may find its process warm.
-    """
+    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds. With an
+    engine in one of them each block starts and warms up anew (`trials.parent.interleave`); of two in a row the second
+    may find its process warm."""
     baseline = evaluator.board.baseline
     pair_s = (baseline.step.value + rival.step.value) * rival.cycle
     if baseline.config.use_vllm or rival.config.use_vllm:

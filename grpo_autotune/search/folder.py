@@ -64,7 +64,6 @@ class SearchFolder:
         return trials
 
     def next_number(self) -> int:
-        """Smallest number above those that were used."""
         used = [int(folder.name) for folder in (self.path / "trials").glob("[0-9]*") if folder.name.isdecimal()]
         return max(used, default=-1) + 1
 
@@ -85,11 +84,8 @@ class SearchFolder:
 
     def check(self, fingerprint: str, *, without_speedups: str, resume: bool) -> State | None:
         """The state to resume from; None for a new search. `without_speedups` is the fingerprint of the same
-        configuration without speed-ups, which are on where it leaves the key out.
-
-        Raises:
-            ConfigError: There is a search here and `resume` was not asked for, or it was for another configuration.
-        """
+        configuration without speed-ups, which are on where it leaves the key out. ConfigError where there is a search
+        here and `resume` was not asked for, or it was for another configuration."""
         state = read_record(self.state_file, State)
         if state is None:
             if not resume and self.report.exists():

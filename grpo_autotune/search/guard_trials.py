@@ -64,7 +64,6 @@ class RewardTrials:
         return self._compare(key, value, self._baseline, rewards)
 
     def recall(self, spec: TrialSpec, rewards: list[PromptReward]) -> None:
-        """Take a trial of an earlier process into account."""
         if not spec.knobs:
             self._baseline, self._batches = rewards, spec.steps
         elif self._baseline is not None:

@@ -71,7 +71,6 @@ class Entry:
 
     @property
     def cycles_s(self) -> list[float]:
-        """Seconds per step of each whole cycle."""
         return cycle_means(self.steps_s, self.cycle)
 
     @property
@@ -216,7 +215,6 @@ class Leaderboard:
         return self.update(entry, fails=why)
 
     def add_peak(self, entry: Entry, peak_bytes: int | None, **changes: Any) -> Entry:
-        """Enter the memory of another measurement, and other changes with it."""
         return self.update(entry, peak_bytes=_larger(entry.peak_bytes, peak_bytes), **changes)
 
     def update(self, entry: Entry, **changes: Any) -> Entry:
@@ -309,7 +307,6 @@ class Leaderboard:
         return not self.config.search.allow_longer_run and run_ratio(config, self.config, step_ratio) > 1.0
 
     def may_win(self, entry: Entry, level: Level) -> bool:
-        """True where an entry may be recommended at a level."""
         if entry is self.baseline:
             return True
         if entry.fails is not None or self.is_too_long(entry.config, self._step_ratio(entry)):
@@ -317,7 +314,6 @@ class Leaderboard:
         return self.allows(entry.knobs, level)
 
     def allows(self, knobs: Knobs, level: Level) -> bool:
-        """True where a level allows every change of a combination."""
         allowed = ("exact",) if level == "exact" else ("exact", "proven", "accepted")
         return level == "fast" or (
             not self.loses_groups(knobs)

@@ -38,21 +38,24 @@ def judge_rewards(
     confidence: float,
 ) -> Guard:
     """Non-inferiority of one value of a knob, from generation-only trials over the same prompts."""
-    pairs = _pairs(rewards_before, rewards_after)
+    old, new = ({row.prompt: row for row in rows if row.rewards} for rows in (rewards_before, rewards_after))
+    pairs = [(old[prompt], new[prompt]) for prompt in old if prompt in new]  # one that comes twice counts once
     plain: dict[str, Any] = {"key": key, "before": before, "after": after, "prompts": len(pairs)}
     if len(pairs) < LEAST_PROMPTS:
         why = f"only {len(pairs)} prompts were compared, and {LEAST_PROMPTS} are the least"
         return Guard(proven=False, why=why, prompts_needed=LEAST_PROMPTS, **plain)
     rewards = [reward for pair in pairs for side in pair for reward in side.rewards]
-    difference = np.array([statistics.fmean(new.rewards) - statistics.fmean(old.rewards) for old, new in pairs])
-    plain |= _truncated(pairs)
+    difference = np.array([statistics.fmean(two.rewards) - statistics.fmean(one.rewards) for one, two in pairs])
+    plain["truncated_before"] = statistics.fmean(_cut_share(one) for one, _ in pairs)
+    plain["truncated_after"] = statistics.fmean(_cut_share(two) for _, two in pairs)
     if max(rewards) - min(rewards) <= 1e-6:
         why = "all rewards are equal, with the change and without: nothing can be shown"
         return Guard(proven=False, why=why, reward_difference=float(difference.mean()), **plain)
     mean, low, high = _one_sided_ends(difference, confidence)
     plain |= {"reward_difference": mean, "reward_low": low, "reward_high": high}
     text = f"reward {mean:+.3f} ({low:+.3f} to {high:+.3f}) over {len(pairs)} prompts, and {-margin:+.3f} is allowed"
-    if _grew(pairs, confidence):
+    growth = np.array([_cut_share(two) - _cut_share(one) for one, two in pairs])
+    if _one_sided_ends(growth, confidence)[1] > 0.0:
         cut = f"{plain['truncated_before']:.1%} -> {plain['truncated_after']:.1%}"
         why = f"more completions are cut off at max_completion_length, {cut}; {text}"
         return Guard(proven=False, why=why, **plain)
@@ -80,11 +83,9 @@ def prompts_that_settle(difference: Sequence[float] | np.ndarray, margin: float,
 
 
 def judge_generations(before: int, after: int, living: Interval | None, speed: Interval) -> Guard:
-    """Judge a value of `num_generations`: proven where useful completions per second rise by more than all their noise.
-
-    `living` is the share of living groups at `after` over that at `before`, from the whole probe (None where no spread
-    of rewards was seen), `speed` useful completions per second over the user's, that share's estimate included.
-    """
+    """Judge a value of `num_generations`: proven where useful completions per second (`speed`, over the user's) rise by
+    more than all their noise, that of `living` included: the share of living groups at `after` over that at `before`,
+    from the whole probe; None where no spread of rewards was seen."""
     plain: dict[str, Any] = {"key": GROUP, "before": before, "after": after}
     if living is None:
         why = "no group had any spread of rewards, so what a group teaches is unknown"
@@ -92,13 +93,6 @@ def judge_generations(before: int, after: int, living: Interval | None, speed: I
     low = speed.low * living.low / living.value
     text = f"useful completions per second x {speed.value:.2f}, at least x {low:.2f} with {living.n} groups' pass rates"
     return Guard(proven=low > 1.0, why=text if low > 1.0 else f"not beyond noise: {text}", prompts=living.n, **plain)
-
-
-def _pairs(before: Sequence[PromptReward], after: Sequence[PromptReward]) -> list[tuple[PromptReward, PromptReward]]:
-    """Both sides of each prompt that has rewards on both; a prompt that comes twice counts once."""
-    old = {row.prompt: row for row in before if row.rewards}
-    new = {row.prompt: row for row in after if row.rewards}
-    return [(old[prompt], new[prompt]) for prompt in old if prompt in new]
 
 
 def _one_sided_ends(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -111,17 +105,3 @@ def _one_sided_ends(values: np.ndarray, confidence: float) -> tuple[float, float
 
 def _cut_share(row: PromptReward) -> float:
     return row.truncated / len(row.rewards)
-
-
-def _truncated(pairs: Sequence[tuple[PromptReward, PromptReward]]) -> dict[str, float]:
-    return {
-        "truncated_before": statistics.fmean(_cut_share(old) for old, _ in pairs),
-        "truncated_after": statistics.fmean(_cut_share(new) for _, new in pairs),
-    }
-
-
-def _grew(pairs: Sequence[tuple[PromptReward, PromptReward]], confidence: float) -> bool:
-    """True where the truncated share rose beyond noise."""
-    growth = np.array([_cut_share(new) - _cut_share(old) for old, new in pairs])
-    _, low, _ = _one_sided_ends(growth, confidence)
-    return low > 0.0

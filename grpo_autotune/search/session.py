@@ -66,12 +66,8 @@ class Session:
         self._failures: list[str] = []
 
     def run(self, recalled: Recalled) -> SearchReport:
-        """Search, and leave report and configurations in the folder.
-
-        Raises:
-            ConfigError: The budget is too small.
-            NothingSucceeded: The user's own configuration cannot be measured.
-        """
+        """Search, and leave report and configurations in the folder. ConfigError where the budget is too small,
+        NothingSucceeded where the user's own configuration cannot be measured."""
         try:
             if self._budget.total_s == 0.0:
                 self._ended, self._why_ended = "prediction", "--budget 0: nothing but the probe was measured"
@@ -109,7 +105,8 @@ class Session:
             self._look_at_pace()
             ranking = self._rank()
             self._keep_for_the_end()
-            if self._questions() and (not ranking.proposals or self._spent_share() > QUESTIONS_AT):
+            spent_share = 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
+            if self._questions() and (not ranking.proposals or spent_share > QUESTIONS_AT):
                 self._judge_rewards()
                 continue
             if not ranking.proposals:
@@ -141,10 +138,8 @@ class Session:
 
     def _keep_for_the_end(self) -> None:
         """Keep time for the leader's worst case and race; with nothing to race, a first rival is worth more."""
-        leader = self._board.ranking("open")[0]
-        is_rival = leader is not self._board.baseline
-        evaluator, room_s = self._evaluator, 0.0
-        if is_rival:  # and for one more trial, without changes that bring nothing
+        leader, evaluator, room_s = self._board.ranking("open")[0], self._evaluator, 0.0
+        if leader is not self._board.baseline:  # and for one more trial, without changes that bring nothing
             room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + evaluator.expected_s(leader.knobs)
         self._budget.keep(room_s)
 
@@ -164,7 +159,8 @@ class Session:
 
     def _next(self, ranking: Ranking) -> tuple[Claim | None, str]:
         """The next combination whose trial fits into the time, and its source; None where none does."""
-        room_s = self._budget.search_left_s - self._set_aside_s()
+        rewards_s = min(0.25 * self._budget.total_s, 2 * self._rewards.cost_s(32)) if self._questions() else 0.0
+        room_s = self._budget.search_left_s - rewards_s
         costs, steps = self._evaluator.costs, self._evaluator.steps
         fitting = [p.knobs for p in ranking.proposals if SURE * costs.trial_s(p.step_s, steps(p.step_s)) <= room_s]
         if not fitting:
@@ -199,14 +195,6 @@ class Session:
         for key, value in self._questions():
             self._rewards.judge(key, value, QUESTIONS_ROOM * self._budget.search_left_s)
         self._save_best()
-
-    def _spent_share(self) -> float:
-        """Part of the time for trials that is over."""
-        return 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
-
-    def _set_aside_s(self) -> float:
-        """Seconds for comparing rewards, where the best so far needs that."""
-        return min(0.25 * self._budget.total_s, 2 * self._rewards.cost_s(32)) if self._questions() else 0.0
 
     def _count_failure(self) -> None:
         """End a search whose trials fail one after another for a reason that no knob explains."""
@@ -252,23 +240,15 @@ def search(
     clock: Callable[[], float] = time.monotonic,
     machine: Machine | None = None,
 ) -> SearchReport:
-    """Search for a faster configuration that learns the same.
+    """Search for a faster configuration that learns the same, for `budget_s` seconds in all (0 predicts from a probe
+    alone), in the folder `run_dir`, or go on there with `resume`.
 
-    Args:
-        budget_s: Seconds for everything; 0 predicts from a probe alone.
-        out: Path of a copy of `tuned.yaml`.
-        run_dir: Folder of the search.
-        resume: Go on with the search there.
-        storage: URL of a study that several machines share; None keeps it in the folder.
-        runner: Makes the runner of trials in a folder.
-        script: A script and its arguments, whose `GRPOConfig` is searched instead.
-        clock: Seconds, monotonic.
+    A copy of `tuned.yaml` goes to `out`. `storage` is the URL of a study that several machines share, `runner` makes
+    the runner of trials in a folder, and a `script` with its arguments has its `GRPOConfig` searched instead.
 
-    Raises:
-        ConfigError: The folder is in use or finished, the budget too small, the space empty, the study another one's.
-        EnvironmentProblem: The disk is full, or the database's driver is missing.
-        NothingSucceeded: The user's own configuration cannot be measured.
-    """
+    ConfigError where the folder is in use or finished, the budget too small, the space empty, or the study another
+    one's; EnvironmentProblem where the disk is full, or the database's driver is missing; NothingSucceeded where the
+    user's own configuration cannot be measured."""
     begun = clock()
     folder, machine = SearchFolder(run_dir), machine or detect()
     task = Task(config, machine, folder, fingerprint_of(config, script), script, out)

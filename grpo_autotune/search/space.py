@@ -30,28 +30,16 @@ MOST_EXPLAINED = 2000
 
 @dataclass(frozen=True)
 class Space:
-    """The axes of a search."""
+    """The axes of a search, by knob in the order of the table."""
 
     values: dict[str, tuple[Any, ...]]  # of each knob; the user's own is first, unless `search.knobs` leaves it out
     baseline: Knobs  # the user's own values
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The knobs, in the order of the table."""
-        return tuple(self.values)
-
 
 def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None) -> Space:
-    """The axes of a search of this configuration.
-
-    Args:
-        config: The user's configuration; its `search` section restricts and extends.
-        record: A probe of `config`; it tells the size of images that the configuration leaves as they are.
-
-    Raises:
-        ConfigError: `search.knobs` or `search.accept` names what is no knob, gives a knob no value or one of a wrong
-            type, or no combination is legal.
-    """
+    """The axes of a search of this configuration, as its `search` section restricts and extends them; a probe of it
+    tells the size of images that it leaves as they are. ConfigError where `search.knobs` or `search.accept` names what
+    is no knob, gives a knob no value or one of a wrong type, or no combination is legal."""
     known, asked = context_of(config, machine, record), config.search.knobs
     check_keys(config.search)
     values = {row.key: _axis(known, row.key) for row in TABLE if _wanted(config, row.key)}
@@ -72,8 +60,8 @@ def points(axes: Space, config: RunConfig, machine: Machine) -> Iterator[Knobs]:
 
 
 def _combinations(axes: Space) -> Iterator[Knobs]:
-    first = {key: axes.values[key][0] for key in axes.keys}
-    others = [key for key in axes.keys if len(axes.values[key]) > 1]
+    first = {key: axis[0] for key, axis in axes.values.items()}
+    others = [key for key, axis in axes.values.items() if len(axis) > 1]
     for changes in range(len(others) + 1):
         for keys in itertools.combinations(others, changes):
             for picked in itertools.product(*(axes.values[key][1:] for key in keys)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
+from grpo_autotune.knobs.values import unique
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import steps_between
 from grpo_autotune.predict.room import memory_of
@@ -43,13 +43,9 @@ Fit = Callable[[RunConfig, ProbeRecord, Machine, TrialOutcome], Models]
 def open_search(
     log: TrialLog, recalled: Recalled, fit: Fit, storage: str | None, sampler: Sampler
 ) -> tuple[Evaluator, Pool]:
-    """Probe the configuration as it is, or recall that, and build space, models and study on it.
-
-    Raises:
-        ConfigError: The budget is too small, the space is empty, or the study is another one's.
-        ConfigError, DataError, EnvironmentProblem: As `train` would raise it before a model is loaded.
-        NothingSucceeded: The configuration cannot be measured.
-    """
+    """Probe the configuration as it is, or recall that, and build space, models and study on it. ConfigError where the
+    budget is too small, the space is empty, or the study is another one's, and the errors that `train` would raise
+    before a model is loaded; NothingSucceeded where the configuration cannot be measured."""
     task, config = log.task, log.task.config
     if task.script is None:
         space(config, task.machine)  # a mistake in it stops before anything is measured
@@ -65,7 +61,7 @@ def open_search(
     axes = space(config, task.machine, record)
     log.limit_memory(memory_of(task.machine, record.trainer))
     log.limit_memory(outcome.most_bytes)
-    values = {key: _with_baseline(axes.baseline[key], axis) for key, axis in axes.values.items()}
+    values = {key: unique([axes.baseline[key], *axis]) for key, axis in axes.values.items()}  # it is measured first
     study = Study(
         place,
         Axes.of(values),
@@ -98,14 +94,9 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
 
 
 def measure_baseline(evaluator: Evaluator) -> None:
-    """Measure the user's configuration, which everything is compared with.
-
-    That is the probe, where trials can repeat the lengths of its completions, else a trial with fixed lengths.
-
-    Raises:
-        ConfigError: No trial fits into the budget.
-        NothingSucceeded: It cannot be measured.
-    """
+    """Measure the user's configuration, which everything is compared with: by the probe, where trials can repeat the
+    lengths of its completions, else by a trial with fixed lengths. ConfigError where no trial fits into the budget,
+    NothingSucceeded where it cannot be measured."""
     board, budget, log = evaluator.board, evaluator.budget, evaluator.log
     if board.has_baseline:
         return
@@ -125,10 +116,8 @@ def measure_baseline(evaluator: Evaluator) -> None:
 def _take_baseline(study: Study, knobs: dict[str, Any]) -> Claim | None:
     if name_of(knobs) in study.taken():
         return None
-    claim = study.ask(knobs)
-    while name_of(claim.knobs) != name_of(knobs):
+    while name_of((claim := study.ask(knobs)).knobs) != name_of(knobs):
         study.release(claim)  # another machine's; it comes back once our own is known
-        claim = study.ask(knobs)
     return claim
 
 
@@ -191,8 +180,3 @@ def _not_measured(log: TrialLog) -> NoReturn:
         where=f"trial {row.number}",
         fix=f"The whole log: {log_file if log_file.exists() else folder / SERVER_LOG}",
     )
-
-
-def _with_baseline(baseline: Any, axis: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The axis, with the user's own value where `search.knobs` left it out: it is measured first all the same."""
-    return axis if json.dumps(baseline) in {json.dumps(value) for value in axis} else (baseline, *axis)

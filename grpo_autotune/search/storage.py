@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,9 @@ GRACE_S = 60
 
 
 def journal_storage(path: Path) -> JournalStorage:
-    """The journal of a folder that this process has locked, mended first.
-
-    A kill in mid-write leaves a torn last line, which Optuna would append to and then refuse; and a symbolic link that
-    it uses as a lock, for which it would wait.
-    """
+    """The journal of a folder that this process has locked, mended first: a kill in mid-write leaves a torn last line,
+    which Optuna would append to and then refuse, and a symbolic link that it uses as a lock, for which it would
+    wait."""
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     mend_journal(path)
     return JournalStorage(JournalFileBackend(str(path)))
@@ -48,12 +47,8 @@ def mend_journal(path: Path) -> int:
 
 
 def shared_storage(url: str) -> RDBStorage:
-    """A database for several machines.
-
-    Raises:
-        ConfigError: It is not a database URL, or nothing answers there.
-        EnvironmentProblem: The database's driver is not installed.
-    """
+    """A database for several machines. ConfigError where it is not a database URL, or nothing answers there;
+    EnvironmentProblem where the database's driver is not installed."""
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
@@ -78,10 +73,7 @@ def shared_storage(url: str) -> RDBStorage:
 
 def driver_url(url: str) -> str:
     """`postgresql://` by the driver of the extra `rdb`; SQLAlchemy's own choice is psycopg2."""
-    for scheme in ("postgresql://", "postgres://"):
-        if url.startswith(scheme):
-            return f"postgresql+psycopg://{url[len(scheme) :]}"
-    return url
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
 
 
 def _is_json(line: bytes) -> bool:

@@ -36,10 +36,8 @@ TIME = "time"
 
 @dataclass(frozen=True)
 class Axes:
-    """Knob values as Optuna's parameters: numbers by their rank, everything else as a category.
-
-    A rank, since values such as 128, 256, 768 have an order and no step; a knob of one value is no parameter.
-    """
+    """Knob values as Optuna's parameters: numbers by their rank, since values such as 128, 256, 768 have an order and
+    no step, everything else as a category; a knob of one value is no parameter."""
 
     values: Mapping[str, tuple[Any, ...]]
 
@@ -59,14 +57,12 @@ class Axes:
         }
 
     def params(self, knobs: Knobs) -> dict[str, Any]:
-        """Optuna's parameters of a combination."""
         return {
             key: self.values[key].index(knobs[key]) if _numbers(self.values[key]) else json.dumps(knobs[key])
             for key in self.distributions()
         }
 
     def knobs(self, params: Mapping[str, Any]) -> Knobs:
-        """The combination behind Optuna's parameters."""
         return {
             key: axis[0] if len(axis) == 1 else axis[params[key]] if _numbers(axis) else json.loads(params[key])
             for key, axis in self.values.items()
@@ -103,13 +99,8 @@ def differing(left: Knobs, right: Knobs) -> list[str]:
 
 
 class Study:
-    """One study, opened.
-
-    `fingerprint` is of the configuration and the space; `where` names the storage in messages.
-
-    Raises:
-        ConfigError: The study there belongs to another configuration or space.
-    """
+    """One study, opened. `fingerprint` is of the configuration and the space, ConfigError where the study there belongs
+    to others; `where` names the storage in messages."""
 
     def __init__(
         self, storage: BaseStorage, axes: Axes, fingerprint: str, *, where: str, seed: int = 0, sampler: Sampler = "tpe"

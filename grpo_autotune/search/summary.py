@@ -16,16 +16,22 @@ from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
-from grpo_autotune.search.trial_log import Task
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
+PART = (
+    "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours of what "
+    "was measured."
+)
 
 
 def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: str, sampler: str) -> SearchReport:
     """Everything that is known so far."""
     board, models, log, task = evaluator.board, evaluator.models, evaluator.log, evaluator.log.task
-    loads = sorted(log.others, key=lambda load: load.cores)
+    folder, loads = task.folder, sorted(log.others, key=lambda load: load.cores)
+    files: dict[str, str] = {which: str(folder.tuned(which)) for which in FILES}
+    files |= {"report": str(folder.report), "study": str(folder.journal), "trials": str(folder.path / "trials")}
+    files |= {} if task.out is None else {"out": str(task.out)}
     if board.has_baseline:
         baseline = candidate(board, board.baseline)
         winner = board.best("tuned")
@@ -50,7 +56,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         trials=log.rows,
         skipped=log.skipped,
         model_error={stage: ModelError(**error) for stage, error in models.errors().items()},
-        notes=[*_notes(board), *sorted(log.notes), *_notes_of(pool)],
+        notes=[*_notes(board), *sorted(log.notes), *([] if pool.whole else [PART])],
         space={key: list(values) for key, values in pool.space.values.items()},
         points=len(pool.points),
         sampler=sampler,
@@ -61,7 +67,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         others=loads[len(loads) // 2] if loads else None,
         budget_s=log.budget.total_s,
         elapsed_s=log.budget.elapsed_s,
-        files=_files(task),
+        files=files,
         machine=task.machine.model_dump(mode="json"),
         config=board.config.model_dump(mode="json"),
     )
@@ -105,11 +111,9 @@ def _candidate(
 
 
 def pareto(board: Leaderboard) -> list[ParetoRow]:
-    """Combinations that no other beats in speed, memory and reward at once, fastest first.
-
-    Rewards differ only by learning knobs; a difference that was not measured can beat, and be beaten by, only what
-    changes the same to the same values.
-    """
+    """Combinations that no other beats in speed, memory and reward at once, fastest first. Rewards differ only by
+    learning knobs; a difference that was not measured can beat, and be beaten by, only what changes the same to the
+    same values."""
     rows = [(entry, reward_difference(board, entry.knobs)) for entry in board.entries.values() if entry.fails is None]
     front = [
         ParetoRow(
@@ -120,18 +124,14 @@ def pareto(board: Leaderboard) -> list[ParetoRow]:
             peak_bytes=entry.peak_bytes,
         )
         for entry, reward in rows
-        if not any(
-            _beats(board, other, other_reward, entry, reward) for other, other_reward in rows if other is not entry
-        )
+        if not any(_beats(board, *other, entry, reward) for other in rows if other[0] is not entry)
     ]
     return sorted(front, key=lambda row: -row.speedup)
 
 
 def reward_difference(board: Leaderboard, knobs: Knobs) -> float | None:
-    """Sum of the measured differences of the changed learning knobs; 0 without any, None where one is unknown.
-
-    A policy's answers are worth the same however many are drawn of it, so the group size makes no difference.
-    """
+    """Sum of the measured differences of the changed learning knobs; 0 without any, None where one is unknown. A
+    policy's answers are worth the same however many are drawn of it, so the group size makes no difference."""
     total = 0.0
     for key in board.learning(knobs):
         if key == GROUP:
@@ -194,14 +194,6 @@ def _evaluations(board: Leaderboard) -> Iterator[str]:
         yield f"Evaluations are not counted: {why}."
 
 
-def _notes_of(pool: Pool) -> Iterator[str]:
-    if not pool.whole:
-        yield (
-            "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours "
-            "of what was measured."
-        )
-
-
 def _predicted(
     board: Leaderboard, models: Models, pool: Pool, memory_bytes: int | None
 ) -> tuple[Candidate, Candidate, Candidate, Candidate]:
@@ -251,10 +243,3 @@ def _ends(interval: Interval) -> list[float]:
     """Both ends, finite: a single value has no interval, and JSON no infinity."""
     low = interval.low if math.isfinite(interval.low) else interval.value
     return [low, interval.high if math.isfinite(interval.high) else interval.value]
-
-
-def _files(task: Task) -> dict[str, str]:
-    folder = task.folder
-    files = {which: str(folder.tuned(which)) for which in ("tuned", "exact", "fast")}
-    files |= {"report": str(folder.report), "study": str(folder.journal), "trials": str(folder.path / "trials")}
-    return files | ({"out": str(task.out)} if task.out is not None else {})

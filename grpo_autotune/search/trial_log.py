@@ -66,7 +66,6 @@ class TrialLog:
         self.memory_bytes: int | None = None  # that a trial may take; None where it is unknown
 
     def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
-        """A trial with the next free number."""
         return TrialSpec(
             number=self.task.folder.next_number(),
             purpose=purpose,

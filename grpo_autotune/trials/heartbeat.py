@@ -45,7 +45,6 @@ class HeartbeatWriter:
         os.pwrite(self._handle, line[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0)
 
     def starting(self, phase: str) -> None:
-        """Say that a phase of start-up is under way."""
         self.beat(f"{STARTING}: {phase}")
 
     def begin(self) -> None:
@@ -84,7 +83,6 @@ class HeartbeatReader:
         self.progress = Progress(STARTING, 0, 0)
 
     def moved(self) -> bool:
-        """Return whether there was a beat since the last call."""
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from grpo_autotune.hardware.device_memory import cuda_in_use
+from grpo_autotune.seams.layers import take_off
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.trials.block_limit import WAITING, block_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
@@ -33,8 +34,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         trainer.add_callback(self)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        take_off(self._handles)
         self._trainer.remove_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -57,11 +57,8 @@ class TrialExecutor:
         self._model: Callable[[], Any] = lambda: None
 
     def execute(self, spec: TrialSpec, folder: Path, startup: Startup, heartbeat: HeartbeatWriter) -> TrialOutcome:
-        """Run the trial; whatever it raises becomes its outcome, and a traceback in the log.
-
-        Raises:
-            SystemExit: Of a reward or a script, or `NeedsFreshWorker`.
-        """
+        """Run the trial; whatever it raises becomes its outcome, and a traceback in the log, but a SystemExit: that of
+        a reward or a script, or `NeedsFreshWorker`."""
         meter = MemoryMeter()
         try:
             if spec.script is None:

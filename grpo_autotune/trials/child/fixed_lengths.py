@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Handle, take_off, wrap
 from grpo_autotune.seams.table import find, wrap_rows
 
 LEFT_FREE = "completion lengths were left free"
@@ -33,13 +33,9 @@ def length_of(lengths: Sequence[int], seed: int, prompt: int, member: int, seen:
 
 
 class FixedLengths:
-    """Draws the length of each completion that `trainer` samples in training from `lengths`, until `remove`.
-
-    Args:
-        lengths: Lengths in tokens, the end-of-sequence token included; at `max_completion_length` or above it a
-            completion is cut there and has none.
-        seen: Lengths of the first prompts' completions, one list per prompt, in place of drawn ones.
-    """
+    """Draws the length of each completion that `trainer` samples in training from `lengths`, until `remove`: in tokens,
+    the end-of-sequence token included; at `max_completion_length` or above it a completion is cut there and has none.
+    Those of the first prompts' completions are `seen`, one list per prompt."""
 
     def __init__(self, trainer: Any, lengths: Sequence[int], seed: int, seen: Sequence[Sequence[int]] = ()) -> None:
         self._trainer, self._lengths, self._seed, self._seen = trainer, list(lengths), seed, seen
@@ -48,8 +44,7 @@ class FixedLengths:
         self._group = 1
         self.notes: list[str] = []  # the reason that lengths are free, where they cannot be fixed
         self._handles: list[Handle] = []
-        reason = why_free(trainer)
-        if reason is not None:
+        if (reason := why_free(trainer)) is not None:
             self.notes.append(f"{LEFT_FREE}: {reason}")
             return
         self._handles += wrap_rows(trainer, [(find("turn"), self._turn)])
@@ -60,9 +55,7 @@ class FixedLengths:
             self._handles += wrap_rows(trainer, [(find("model_generate"), self._generate)])
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        take_off(self._handles)
 
     def _turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """One generation of this rank's rows; those of evaluation are left as they are."""

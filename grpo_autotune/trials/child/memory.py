@@ -70,11 +70,8 @@ def in_use() -> int:
 
 
 def release() -> None:
-    """Give back what nothing refers to any more: to the device, and from the C library to the system.
-
-    Raises:
-        RuntimeError: The device failed (`torch.AcceleratorError`), perhaps in an earlier call.
-    """
+    """Give back what nothing refers to any more: to the device, and from the C library to the system. A RuntimeError
+    (`torch.AcceleratorError`) says that the device failed, perhaps in an earlier call."""
     if "vllm" in sys.modules:  # it freezes what is there when its engine starts, TRL's half-built trainer included
         gc.unfreeze()
     for _ in range(COLLECTIONS):  # a finalizer may let go of what only the next one finds
@@ -88,10 +85,8 @@ def release() -> None:
 
 
 def clear_finished_frames() -> None:
-    """Empty the frames of functions that have returned: an exception that a library keeps holds its callers' locals.
-
-    A vLLM engine's start leaves such exceptions, and with them TRL's trainer.
-    """
+    """Empty the frames of functions that have returned: an exception that a library keeps, as a vLLM engine's start
+    leaves them, holds its callers' locals, and with them TRL's trainer."""
     for frame in gc.get_objects():
         if isinstance(frame, FrameType) and not frame.f_code.co_flags & _SUSPENDS:
             with contextlib.suppress(RuntimeError):  # it still runs
@@ -108,10 +103,8 @@ def available_bytes() -> int | None:
 
 
 def most_bytes() -> int | None:
-    """Bytes that this process could hold under a limit of its own (`RLIMIT_AS`); None without one, and on a GPU.
-
-    The limit counts addresses: libraries and holes in the heap take of it and hold nothing.
-    """
+    """Bytes that this process could hold under a limit of its own (`RLIMIT_AS`); None without one, and on a GPU. The
+    limit counts addresses: libraries and holes in the heap take of it and hold nothing."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY or cuda_in_use() is not None:
         return None

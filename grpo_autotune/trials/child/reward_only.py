@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, take_off
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
@@ -65,8 +65,7 @@ class _Samples:
         self._handles = wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], INNER)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        take_off(self._handles)
 
     def by_prompt(self, rows: range, group: int) -> list[PromptReward]:
         cut = [slice(at, at + group) for at in range(0, len(rows) * group, group)]

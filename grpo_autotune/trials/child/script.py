@@ -28,13 +28,8 @@ def run_script(
 ) -> Measurement:
     """Run `spec.script` as `python script arguments...` would, up to the end of its first training. `startup` gets the
     phases `script`, `model`, `engine` and `trainer`; `trl_imported` is called once TRL's trainer was imported, before
-    any model is there.
-
-    Raises:
-        ConfigError: There is no such script, it trains nothing, or TRL has no such key or refuses its value.
-        RewardError: A reward function raised.
-        Exception: Whatever the script raises.
-    """
+    any model is there. ConfigError where there is no such script, it trains nothing, or TRL has no such key or refuses
+    its value; RewardError where a reward function raised; and whatever the script raises."""
     path, *arguments = spec.script or [""]
     trial = _ScriptTrial(spec, folder, startup, heartbeat, trl_imported)
     try:

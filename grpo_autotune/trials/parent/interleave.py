@@ -45,11 +45,8 @@ def block_order(lanes: int, round_number: int) -> list[int]:
 
 
 class Race(AbstractContextManager["Race"]):
-    """The trials of one race and their workers.
-
-    `start` gives a trial in its folder to a worker, and `watch` is called with the progress of the trial whose block
-    runs. The clock tells monotonic seconds.
-    """
+    """The trials of one race and their workers. `start` gives a trial in its folder to a worker, and `watch` is called
+    with the progress of the trial whose block runs. The clock tells monotonic seconds."""
 
     def __init__(
         self,

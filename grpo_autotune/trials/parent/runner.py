@@ -56,12 +56,8 @@ class Runner(AbstractContextManager["Runner"]):
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is, and return its outcome, which is also in its folder: a failed
-        trial has one, too. `watch` is called with its progress whenever that changes.
-
-        Raises:
-            OSError: The run folder cannot be written.
-            BaseException: What interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone.
-        """
+        trial has one, too. `watch` is called with its progress whenever that changes. Raises OSError where the run
+        folder cannot be written, and what interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone."""
         folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
         if (lost := self._recovery.lost()) is not None:
             return self._written(TrialOutcome(number=spec.number, **lost._asdict()), folder)
@@ -105,11 +101,7 @@ class Runner(AbstractContextManager["Runner"]):
         gets at most `rounds`, and a round that would not end within `deadline_s` seconds of the race is not begun.
         Where memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
         notes say so. The outcomes are in the order of `specs`; `step_s` holds the mean of each round, and all that went
-        well have as many rounds.
-
-        Raises:
-            As `run`.
-        """
+        well have as many rounds. Raises as `run`."""
         kills = kernel_kills()
         if fits_together(specs) and self._recovery.lost() is None:
             self._server.end()
@@ -201,12 +193,10 @@ def ignore(progress: object) -> None:
 
 
 def worker_key(spec: TrialSpec) -> str | None:
-    """Trials of one key can share a worker; None where a trial needs one for itself.
-
-    Without an engine in the process a worker keeps imports and data, and the model is loaded anew. An engine stays, so
-    what it is built from must be equal (trl/generation/vllm_generation.py, `_init_vllm`); a trial whose engine turns
-    out to be another one after all is given to a new worker (`trials.child.warm_state`).
-    """
+    """Trials of one key can share a worker; None where a trial needs one for itself. Without an engine in the process a
+    worker keeps imports and data, and the model is loaded anew. An engine stays, so what it is built from must be equal
+    (trl/generation/vllm_generation.py, `_init_vllm`); a trial whose engine turns out to be another one after all is
+    given to a new worker (`trials.child.warm_state`)."""
     if spec.script is not None or spec.world_size > 1:
         return None
     model, grpo = dict(spec.config.get("model", {})), spec.config.get("grpo", {})

@@ -46,14 +46,9 @@ class ServerPool:
 
     def ready(self, spec: TrialSpec, folder: Path, watch: Watch) -> tuple[TrialSpec, float] | TrialOutcome:
         """See that the trial's server answers, and that no other one takes memory (but see `held`); one that is started
-        logs in the trial's folder, and `watch` is called.
-
-        Answers the trial with the server's address, and the seconds that its start took (0 for one that was there); or
-        the outcome of the trial, where the server did not start.
-
-        Raises:
-            BaseException: What interrupts the wait, such as `KeyboardInterrupt`.
-        """
+        logs in the trial's folder, and `watch` is called. Answers the trial with the server's address, and the seconds
+        that its start took (0 for one that was there); or the outcome of the trial, where the server did not start.
+        Raises what interrupts the wait, such as `KeyboardInterrupt`."""
         if not is_served(spec):
             if not (self._held and not detect().gpus):  # its trial may train on every GPU
                 self.end()
@@ -81,7 +76,6 @@ class ServerPool:
 
     @property
     def alive(self) -> bool:
-        """True while there is a server that runs."""
         return self._server is not None and self._server.poll() is None
 
     def ending(self) -> Ending | None:
