@@ -40,6 +40,10 @@ class AdapterSizes(NamedTuple):
     text_copied: int = 0
     blocks_copied: int = 0
 
+    @property
+    def whole(self) -> int:
+        return self.text + self.blocks + self.mergers
+
 
 NO_ADAPTERS = AdapterSizes()
 

@@ -98,11 +98,9 @@ def training_batch(shape: ModelShape, facts: WorkFacts) -> Batch:
 
 
 def generation_work(shape: ModelShape, facts: WorkFacts) -> Work:
-    """Prefill of the prompts and decoding of the completions, a token of every sequence at a time.
-
-    A decoding step reads every weight once and the keys and values of all sequences so far. `generate` of transformers
-    decodes all rows until the longest is done; vLLM drops those that are.
-    """
+    """Prefill of the prompts and decoding of the completions, a token of every sequence at a time: a step reads every
+    weight once and the keys and values of all sequences so far. `generate` of transformers decodes all rows until the
+    longest is done; vLLM drops those that are."""
     copies = facts.generation_rows / facts.group if facts.use_vllm else facts.generation_rows * facts.prefill_share
     prompts = replace(training_batch(shape, facts), rows=copies, length=facts.prompt_tokens, held=0.0, scored=1)
     steps = max(facts.longest_completion - 1, 0.0)
@@ -137,10 +135,8 @@ def facts_from_records(
     *,
     old_policy: bool | None = None,
 ) -> WorkFacts:
-    """Read the facts off a probe's records; images without a patch grid count as none.
-
-    `old_policy` tells whether that pass was seen to run; where it is not given, TRL's own rule decides.
-    """
+    """Read the facts off a probe's records; images without a patch grid count as none. `old_policy` tells whether that
+    pass was seen to run; where it is not given, TRL's own rule decides."""
     misaligned = trainer.gradient_accumulation_steps % (trainer.steps_per_generation * trainer.num_iterations) != 0
     seen = images if images is not None and images.tokens is not None else None
     return WorkFacts(
@@ -164,12 +160,10 @@ def facts_from_records(
 
 
 def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
-    """Trained parameters and their number formats, from the trainer's facts.
-
-    A tower is taken as frozen in full fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in
-    float32 (`autocast_adapter_dtype`), TRL those of a quantized base in bfloat16; other weights have the dtype that the
-    model's config names, activations the run's.
-    """
+    """Trained parameters and their number formats, from the trainer's facts. A tower is taken as frozen in full
+    fine-tuning when no more is trained than the decoder has. PEFT keeps adapters in float32
+    (`autocast_adapter_dtype`), TRL those of a quantized base in bfloat16; other weights have the dtype that the model's
+    config names, activations the run's."""
     peft, trained = trainer.peft, trainer.trainable_parameters
     adapters: AdapterSizes = adapter_sizes(shape, peft) if peft else NO_ADAPTERS
     config = trainer.model_config_json

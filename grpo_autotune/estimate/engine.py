@@ -16,7 +16,6 @@ HALF_BYTES = 2.0
 FLOAT_BYTES = 4.0
 
 BYTES = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0}
-"""Bytes a number of each `dtype`."""
 
 EIGHT_BITS = 1.0
 """Bytes of a number under `kv_cache_dtype` and `quantization` fp8."""

@@ -129,11 +129,11 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
     copies = facts.generation_rows
     prompts = Batch(copies, sizes.prompt, 1, facts.images, grid)
     weights = weight_bytes(shape, training)
-    scored = _scored(facts, sizes)
+    scored = facts.micro_batch * (sizes.completion if facts.compact_head else sizes.row - 1)
     fills, padded = not facts.use_vllm, facts.padding_share > 0.0
     sampled = SAMPLED_COPIES * STATE_BYTES * copies * shape.vocab
     return Memory(
-        weights=weights * (2 if sizes.reference_model else 1) + _adapters(training) * training.trainable_bytes,
+        weights=weights * (2 if sizes.reference_model else 1) + training.adapters.whole * training.trainable_bytes,
         moments=training.trainable * sizes.moments_bytes,
         gradients=training.trainable * training.trainable_bytes,
         activations=kept_bytes(shape, micro, training, eager=sizes.eager, padded=padded),
@@ -252,20 +252,13 @@ def largest_intermediate(shape: ModelShape, batch: Batch, training: Training, *,
 
 
 def head_bytes(shape: ModelShape, scored: float, training: Training, *, fused: bool, tiles: int) -> float:
-    """The tile of logits with `tiles` copies, and the float32 gradient of the hidden states.
-
-    A fused kernel works inside a tile that is allocated whole; torch makes copies of the part that the vocabulary
-    fills.
-    """
+    """The tile of logits with `tiles` copies, and the float32 gradient of the hidden states. A fused kernel works
+    inside a tile that is allocated whole; torch makes copies of the part that the vocabulary fills."""
     rows, columns = min(scored, TILE_TOKENS), min(shape.vocab, TILE_VOCAB)
     tile = rows * (TILE_VOCAB if fused else columns) * training.value_bytes
     copies = 0.0 if fused else tiles * rows * columns * STATE_BYTES
     gradient = shape.head_weights * STATE_BYTES if training.text_weights and tiles == BACKWARD_TILES else 0.0
     return tile + copies + scored * shape.hidden * STATE_BYTES + gradient
-
-
-def _scored(facts: WorkFacts, sizes: Sizes) -> float:
-    return facts.micro_batch * (sizes.completion if facts.compact_head else sizes.row - 1)
 
 
 def _feature_bytes(shape: ModelShape, tokens: float, training: Training) -> float:
@@ -281,8 +274,3 @@ def _pixel_bytes(vision: VisionShape | None, batch: Batch, bytes_: float) -> flo
     if vision is None:
         return 0.0
     return batch.patches * vision.channels * vision.temporal_patch * vision.patch**2 * bytes_
-
-
-def _adapters(training: Training) -> float:
-    """Trained parameters that are no part of the base model."""
-    return training.adapters.text + training.adapters.blocks + training.adapters.mergers

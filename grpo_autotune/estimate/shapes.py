@@ -59,11 +59,8 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Read a config.json (nested as transformers 5 writes it, or flat as older vision-language models have it).
-
-        Raises:
-            ConfigError: A size is missing, or the model is of a kind that these formulas do not describe (experts, a
-                vision tower of another family).
-        """
+        ConfigError where a size is missing, or the model is of a kind that these formulas do not describe (experts, a
+        vision tower of another family)."""
         nested = config.get("text_config")
         text = nested if isinstance(nested, Mapping) else config
         family = str(config.get("model_type", "")).removesuffix("_text")
@@ -103,7 +100,6 @@ class ModelShape:
 
     @property
     def qkv_weights(self) -> int:
-        """Weights of one layer's query, key and value projections."""
         return self.hidden * (self.attention_width + 2 * self.kv_width)
 
     @property

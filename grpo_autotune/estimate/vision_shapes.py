@@ -97,11 +97,9 @@ class VisionShape:
         return embedding + blocks + mergers + norms
 
     def window_pairs(self, rows: int, columns: int) -> int:
-        """Query-key pairs of one windowed block on an image of `rows` x `columns` patches.
-
-        Windows tile the grid of merged tokens from its corner, the last of a row or column being cut off
-        (`get_vision_window_index` in `transformers/vision_utils.py`).
-        """
+        """Query-key pairs of one windowed block on an image of `rows` x `columns` patches. Windows tile the grid of
+        merged tokens from its corner, the last of a row or column being cut off (`get_vision_window_index` in
+        `transformers/vision_utils.py`)."""
         side = self.window
         if side is None:
             return (rows * columns) ** 2

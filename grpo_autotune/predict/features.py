@@ -85,10 +85,6 @@ def _pass(
     return counts | _spared(load, counts, "shared_prefix", copies, facts.completion_tokens)
 
 
-def _training_forward(load: Workload, rates: Rates) -> Features:
-    return _pass(load, rates, load.facts.passes, _copies_together(load), merged=load.merged)
-
-
 def _copies_together(load: Workload) -> float:
     """Rows of one prompt in a training pass."""
     return min(load.facts.group, load.facts.micro_batch * load.merged)
@@ -153,10 +149,6 @@ def _scores(load: Workload, shape: ModelShape, passes: float) -> Features:
     return {"attention_scores": (text + tower) * passes}
 
 
-def _engine(load: Workload, rates: Rates) -> Features | None:
-    return {"calls": load.generations} if load.wakes else None
-
-
 def _sync_wait(load: Workload, rates: Rates) -> Features:
     """One rank pays for the calls; several wait for work that differs, however a step is split into calls."""
     return {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
@@ -189,7 +181,9 @@ def _other(load: Workload, rates: Rates) -> Features:
 
 MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "generation": _generation,
-    "training_forward": _training_forward,
+    "training_forward": lambda load, rates: _pass(
+        load, rates, load.facts.passes, _copies_together(load), merged=load.merged
+    ),
     "old_policy": _old_policy,
     "reference_logprob": _reference,
     "backward": _backward,
@@ -199,7 +193,7 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "tools": _reward,
     "reward": _reward,
     "weight_sync": lambda load, rates: {"calls": load.generations},
-    "engine": _engine,
+    "engine": lambda load, rates: {"calls": load.generations} if load.wakes else None,
     "sync_wait": _sync_wait,
     "log_save_eval": lambda load, rates: {"calls": 1.0},
     "other": _other,

@@ -69,11 +69,8 @@ class Models:
     def from_probe(
         cls, config: RunConfig, record: ProbeRecord, machine: Machine, outcome: TrialOutcome | None = None
     ) -> Models:
-        """Models that know nothing but one probe; `outcome` is that as a trial, for its peak and idle memory.
-
-        Raises:
-            NothingSucceeded: The probe measured no step or no generation.
-        """
+        """Models that know nothing but one probe (NothingSucceeded where that measured no step or no generation);
+        `outcome` is that as a trial, for its peak and idle memory."""
         if record.tokens is None or not record.timings.step_s:
             raise NothingSucceeded("the probe measured no whole step", fix="Probe more steps.")
         first = TrialOutcome(number=-1, status="ok", record=record, step_s=record.timings.step_s)
@@ -116,7 +113,6 @@ class Models:
         return self.step_s(config, work, ("backward", "optimizer", "weight_sync", "engine", "log_save_eval"))
 
     def stages_s(self, config: RunConfig) -> dict[str, Interval]:
-        """Seconds of each stage that runs."""
         held: dict[str, list[tuple[float, float]]] = {}
         for part, guess in self._parts(config).items():
             held.setdefault(PARTS[part], []).append(guess)
@@ -204,14 +200,10 @@ class Models:
             if fit is not None:
                 guess = fit.predict(wanted, place.of(part))
                 parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
-        if "data" in parts and load.trainer.dataloader_num_workers and not self._knows_workers:
-            parts["data"] = self._beside(load.trainer.dataloader_num_workers, parts)
+        workers, seen = load.trainer.dataloader_num_workers, (outcome.record for _, outcome in self.outcomes)
+        if "data" in parts and workers and not any(one.trainer.dataloader_num_workers for one in seen if one):
+            parts["data"] = self._beside(workers, parts)
         return parts
-
-    @property
-    def _knows_workers(self) -> bool:
-        records = [outcome.record for _, outcome in self.outcomes if outcome.record is not None]
-        return any(record.trainer.dataloader_num_workers for record in records)
 
     def _beside(self, workers: int, parts: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
         """First guess of the loading that a step still waits for when workers load the next one beside it: what takes

@@ -96,14 +96,9 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
     value = living.share(after) / living.share(before)
     if living.a is None:
         return Interval(value, value, value, living.groups)
-    rng, count = np.random.default_rng(0), len(tokens.pass_rates)
-    ratios = [
-        (fit.share(after) / fit.share(before))
-        for fit in (
-            _fit(tokens, record.trainer.num_generations, rng.integers(0, count, count)) for _ in range(LIVING_RESAMPLES)
-        )
-        if fit.a is not None
-    ]
+    rng, count, size = np.random.default_rng(0), len(tokens.pass_rates), record.trainer.num_generations
+    fits = (_fit(tokens, size, rng.integers(0, count, count)) for _ in range(LIVING_RESAMPLES))
+    ratios = [fit.share(after) / fit.share(before) for fit in fits if fit.a is not None]
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(ratios or [value], [tail, 100.0 - tail])
     return Interval(value, float(low), float(high), living.groups)
@@ -169,11 +164,9 @@ def run_steps(config: RunConfig, rows: int | None) -> int | None:
 
 
 def run_ratio(config: RunConfig, own: RunConfig, step_ratio: float) -> float:
-    """Wall time of the configured run over that of `own`, given the ratio of their seconds per step.
-
-    `max_steps` fixes the number of steps; without it a run is so many passes over the prompts, and TRL's sampler
-    repeats each prompt `num_generations * num_iterations` times (trl/trainer/grpo_trainer.py, `_get_train_sampler`).
-    """
+    """Wall time of the configured run over that of `own`, given the ratio of their seconds per step. `max_steps` fixes
+    the number of steps; without it a run is so many passes over the prompts, and TRL's sampler repeats each prompt
+    `num_generations * num_iterations` times (trl/trainer/grpo_trainer.py, `_get_train_sampler`)."""
     if int(own.grpo.get("max_steps", -1)) > 0:
         return step_ratio
     return step_ratio * groups_per_step(own) / groups_per_step(config)

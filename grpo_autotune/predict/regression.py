@@ -68,15 +68,12 @@ class Place(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One observation: features, seconds, where it was made.
-
-    `idle` is the share of the seconds in which a GPU waited for the host to launch kernels; None where nobody looked.
-    """
+    """One observation: features, seconds, where it was made."""
 
     features: Features
     seconds: float
     place: Place
-    idle: float | None = None
+    idle: float | None = None  # share of the seconds in which a GPU waited for the host; None where nobody looked
 
 
 class Estimate(NamedTuple):
@@ -94,13 +91,8 @@ class Solved(NamedTuple):
 
 
 def solve(rows: Floats, spreads: Floats, noise: float) -> Solved:
-    """Non-negative coefficients x with rows @ x near 1 and x near 1.
-
-    Args:
-        rows: An observation a row: each feature's share of what was measured, at the first guess.
-        spreads: Standard deviation of each coefficient around 1.
-        noise: Relative standard deviation of an observation.
-    """
+    """Non-negative coefficients x with rows @ x near 1 and x near 1. An observation is a row: each feature's share of
+    what was measured, at the first guess; its relative standard deviation is `noise`, those of x around 1 `spreads`."""
     system = np.vstack([rows / noise, np.diag(1.0 / spreads)])
     target = np.concatenate([np.full(len(rows), 1.0 / noise), 1.0 / spreads])
     coefficients, _ = nnls(system, target)
@@ -130,7 +122,6 @@ class Fit:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Features of any observation."""
         return tuple(sorted({name for one in self.seen for name in one.features}))
 
     @cached_property

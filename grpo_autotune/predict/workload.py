@@ -71,16 +71,9 @@ def workload(
     seen_tokens: Mapping[str, float] | None = None,
     worst_case: bool = False,
 ) -> Workload:
-    """The work of `config`.
-
-    Args:
-        config: Any configuration made from `base` by turning knobs.
-        base: The configuration that was probed; with `measured` it is `config` itself.
-        record: The probe of `base`.
-        measured: `record` is of `config` itself, so its padding is known.
-        seen_tokens: Tokens of an image at sizes that trials have seen (keys as in `data.image_size`).
-        worst_case: Longest prompts, largest images and full-length completions.
-    """
+    """The work of `config`, made from `base` by turning knobs, of which `record` is a probe; where `measured`, that is
+    of `config` itself, so that its padding is known. Trials have `seen_tokens` of an image at some sizes (keys as in
+    `data.image_size`). The worst case has the longest prompts, the largest images and full-length completions."""
     shape = shape_of(record)
     trainer = _trainer(config, base, record)
     tokens, images, pixels = _tokens(config, base, record, seen_tokens or {})
@@ -191,11 +184,9 @@ def quantiles(lengths: Spread, places: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def tokens_at(side: int, record: ProbeRecord, base: RunConfig, seen: Mapping[str, float]) -> float | None:
-    """Tokens of an image whose longest side is at most `side` pixels; None where images have no grid.
-
-    A size that was seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is
-    scaled as the processor would scale a square.
-    """
+    """Tokens of an image whose longest side is at most `side` pixels; None where images have no grid. A size that was
+    seen answers for itself. An image smaller than `side` stays as it is; else the nearest known size is scaled as the
+    processor would scale a square."""
     images = record.images
     if images is None or images.tokens is None:
         return None
@@ -282,10 +273,8 @@ def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool
     """True if the old policy's pass was seen; TRL's rule where the batch's timing or the engine is another."""
     row = next((row for row in record.timings.stages if row.name == "policy_logprob"), None)
     parts = sum(row.parts.get("old_policy", [])) > 0 if row is not None else None
-    before, after = base.batch, config.batch
-    aligned = [
-        (p.accumulation % (p.steps_per_generation * p.num_iterations), p.num_iterations) for p in (before, after)
-    ]
+    plans = (base.batch, config.batch)
+    aligned = [(p.accumulation % (p.steps_per_generation * p.num_iterations), p.num_iterations) for p in plans]
     return parts if aligned[0] == aligned[1] and config.use_vllm == base.use_vllm else None
 
 
@@ -311,20 +300,6 @@ def _engine_bytes(
     return fixed + (room if worst_case else min(room, engine.running(config) * need.row))
 
 
-TEXT_ONLY = ModelShape(
-    family="",
-    known=False,
-    layers=1,
-    hidden=1,
-    heads=1,
-    kv_heads=1,
-    head_dim=1,
-    mlp=1,
-    vocab=1,
-    tied=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-)
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+TEXT_ONLY = ModelShape.from_config({**dict.fromkeys(SIZES, 1), "tie_word_embeddings": True})
 """Stands in where an architecture has no formulas: `facts_from_records` then reads the counts alone."""

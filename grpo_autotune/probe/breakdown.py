@@ -38,7 +38,6 @@ class Breakdown:
     slow_steps: int = 0  # steps that took more than `SLOW` times the median
 
     def seconds(self, *stages: str) -> float:
-        """Seconds of a step that these stages take together."""
         return math.fsum(self.self_s.get(stage, 0.0) for stage in stages)
 
 

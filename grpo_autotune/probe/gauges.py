@@ -47,7 +47,6 @@ class ResidentGauge:
         return self._last
 
     def close(self) -> None:
-        """Close the file; the gauge cannot be read afterwards."""
         os.close(self._handle)
 
 

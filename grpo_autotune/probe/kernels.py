@@ -29,13 +29,11 @@ NOT_WORK = frozenset({"gpu_user_annotation", "overhead"})
 
 
 class Activity(NamedTuple):
-    """An entry of the profiler: work on the device, or the host's call that launched it, which has its `correlation`.
-
-    `start_s` is on the clock `time.time`.
-    """
+    """An entry of the profiler: work on the device, or the host's call that launched it, which has its
+    `correlation`."""
 
     name: str
-    start_s: float
+    start_s: float  # on the clock `time.time`
     seconds: float
     correlation: int
     on_device: bool
@@ -120,10 +118,8 @@ def kernels_by_stage(
     step: StepSpans, entries: Sequence[Activity], seconds: dict[str, float], paused: Sequence[Interval] = ()
 ) -> list[StageKernels]:
     """Count each kernel for the stage in which the host launched it; empty where no work of the device was recorded.
-
     `entries` are on the clock of the spans. In `paused` intervals nothing was recorded; the device idled at both ends
-    of each, so that the host's clock tells what is missing from a stage.
-    """
+    of each, so that the host's clock tells what is missing from a stage."""
     times, names = _timeline(step.spans)
     launched = {entry.correlation: entry.start_s for entry in entries if not entry.on_device}
     work: defaultdict[str, list[Activity]] = defaultdict(list)

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from grpo_autotune.probe.facts import ImageCollector, RewardCollector, TokenCollector
@@ -13,7 +14,7 @@ from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter
-from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, wrap
+from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, take_off, wrap
 from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
 
 
@@ -38,13 +39,9 @@ class Observer(Protocol):
 
 
 def install(probe: Observer) -> list[Handle]:
-    """Put the probe's layers on every seam of its trainer.
-
-    A layer on what may outlive the trainer (a module, a class, a list of rewards, a processor) holds nothing of it.
-
-    Raises:
-        SeamError: The installed TRL lacks a method that holds a stage; nothing stays installed then.
-    """
+    """Put the probe's layers on every seam of its trainer; one on what may outlive the trainer (a module, a class, a
+    list of rewards, a processor) holds nothing of it. SeamError where the installed TRL lacks a method that holds a
+    stage; nothing stays installed then."""
     special: dict[str, Callable[[Observer, Seam], Layer]] = {
         "score": _score_layer,
         "rollout": _rollout_layer,
@@ -65,8 +62,7 @@ def install(probe: Observer) -> list[Handle]:
         if not probe.watched:
             handles += probe.fidelity.install()
     except BaseException:
-        for handle in handles:
-            handle.remove()
+        take_off(handles)
         raise
     return handles
 
@@ -83,13 +79,10 @@ def _timed_layer(probe: Observer, row: Seam) -> Layer:
 
 def _prompt_layer(probe: Observer, row: Seam) -> Layer:
     """Time prompt processing; what a reward model tokenizes counts as the reward's time."""
-    recorder = probe.recorder
+    recorder, timed = probe.recorder, _timed_layer(probe, row)
 
     def prompt(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if recorder.inside("reward"):
-            return call_next(*args, **kwargs)
-        with recorder.span(row.stage, row.part):
-            return call_next(*args, **kwargs)
+        return (call_next if recorder.inside("reward") else partial(timed, call_next))(*args, **kwargs)
 
     return prompt
 

@@ -63,7 +63,6 @@ class LiveFile:
                 write_whole(self._path, Live(**self._process, **state).model_dump_json(), durable=False)
 
     def starting(self, phase: str) -> None:
-        """Write that a phase of start-up is under way."""
         self.write(stage=f"start-up: {phase}")
 
     def see(self, state: Any, stage: str | None, step_s: list[float], sample: dict[str, float] | None) -> None:

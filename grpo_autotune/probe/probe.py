@@ -38,7 +38,7 @@ from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import AttributeSlot, take_off, wrap
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
@@ -50,31 +50,21 @@ _NUMBERS = itertools.count()
 
 
 class Probe:
-    """Measures `trainer` from now until `detach`.
+    """Measures `trainer` from now until `detach`; SeamError where the installed TRL lacks a method that holds a stage.
 
-    Args:
-        trainer: A `trl.GRPOTrainer`; no other trainer of TRL has these seams.
-        startup: Phases measured before; without, the time since the process's birth is one phase.
-        out_dir: Folder that gets `spans.jsonl`, a line per step (ranks other than 0 add their number).
-        warmup: Steps at the start that are not measured; by default one cycle of generating and reusing, and with a
-            profile one more.
-        profile: On a GPU, record the kernels of the first step of the last cycle that is not measured, where that is
-            not the first cycle of all.
-        say: Told, while training goes on, that steps have no learning signal.
-
-    Raises:
-        SeamError: The installed TRL lacks a method that holds a stage.
-    """
+    Not measured are the first `warmup` steps, by default one cycle of generating and reusing, and one more with a
+    `profile`: on a GPU, of the kernels of the first step of the last cycle that is not measured, where that is not the
+    first cycle of all."""
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Any,  # a `trl.GRPOTrainer`; no other trainer of TRL has these seams
         *,
-        startup: Startup | None = None,
-        out_dir: Path | None = None,
+        startup: Startup | None = None,  # measured before; else the time since the process's birth is one phase
+        out_dir: Path | None = None,  # gets `spans.jsonl`, a line per step (ranks other than 0 add their number)
         warmup: int | None = None,
         profile: bool = False,
-        say: Callable[[str], None] = lambda sentence: None,
+        say: Callable[[str], None] = lambda sentence: None,  # told that steps have no learning signal
         live: LiveFile | None = None,
     ) -> None:
         self.trainer = trainer
@@ -127,9 +117,7 @@ class Probe:
 
     def detach(self) -> None:
         """Remove every layer, so that the trainer is as it was; measurements stay readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        take_off(self._handles)
         self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
         self._stop()
@@ -155,7 +143,6 @@ class Probe:
         return f"{step}: {stage}, {duration(age_s)} since the step began"
 
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
-        """Take the facts of one training generation."""
         if self._blind:
             return
         trainer, self._blind = self.trainer, True
@@ -232,7 +219,10 @@ class Probe:
     def _stop(self) -> None:
         self.recorder.abandon()
         forget(self.closed, self.tokens, self.images)
-        self._drop_profile()
+        kernels, self._kernels = self._kernels, None  # of a step that did not end
+        if kernels is not None:
+            with suppress(RuntimeError):  # the device may be why
+                kernels.stop()
         self._sampler.stop()
         self._see_machine(None)
 
@@ -272,13 +262,6 @@ class Probe:
             tokens=(min(tokens, PASSES) if kernels.paused else tokens) or None,
             stages=stages,
         )
-
-    def _drop_profile(self) -> None:
-        """End the profile of a step that did not end."""
-        kernels, self._kernels = self._kernels, None
-        if kernels is not None:
-            with suppress(RuntimeError):  # the device may be why
-                kernels.stop()
 
     def _means(self, timings: StageTimings) -> RankTimings:
         return RankTimings(
@@ -377,10 +360,8 @@ def _mean(values: list[float]) -> float:
 
 def _seam_names() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
-    for row in TABLE:
-        if row.stage:
-            names.setdefault(row.stage, []).append(f"{row.owner}.{row.attribute}")
-    for stage, name in CALLBACKS.items():
+    rows = [(row.stage, f"{row.owner}.{row.attribute}") for row in TABLE if row.stage]
+    for stage, name in (*rows, *CALLBACKS.items()):
         names.setdefault(stage, []).append(name)
     names["reference_logprob"] = ["trainer._get_per_token_logps_and_entropies"]
     names["reward"].append("trainer.reward_funcs[i]")

@@ -178,7 +178,6 @@ class Sampler:
             self.sample()
 
     def summary(self) -> list[Utilisation]:
-        """Means by stage."""
         rows = []
         for stage, sums in list(self._sums.items()):
             mean = {name: total / sums.samples for name, total in sums.totals.items()}

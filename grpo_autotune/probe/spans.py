@@ -65,20 +65,14 @@ class StepSpans:
 
 
 class SpanRecorder:
-    """Records spans while a root is open, and costs a comparison while none is.
-
-    Args:
-        timer: The accelerator's timer; None on CPU.
-        memory: Bytes in use, or the peak since the last call where the device can tell; None to leave it out.
-        ranges: `torch.cuda.nvtx`, which gets a range around each span of the main thread; None for none.
-    """
+    """Records spans while a root is open, and costs a comparison while none is."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
-        timer: DeviceTimer | None = None,
-        memory: Callable[[], int] | None = None,
-        ranges: Any = None,
+        timer: DeviceTimer | None = None,  # the accelerator's; None on CPU
+        memory: Callable[[], int] | None = None,  # bytes in use, or the peak since the last call where that can be told
+        ranges: Any = None,  # `torch.cuda.nvtx`, which gets a range around each span of the main thread
     ) -> None:
         self.clock, self.timer, self.memory, self.ranges = clock, timer, memory, ranges
         self.edge: Callable[[], None] | None = None  # called at every begin and end, on whichever thread it happens
@@ -164,7 +158,6 @@ class SpanRecorder:
         return Span(stage, part, -1, -1, self.clock(), thread=threading.get_ident())
 
     def end_elsewhere(self, span: Span) -> None:
-        """Close a span of `begin_elsewhere`."""
         span.host_s = self.clock() - span.start_s
         self._others.append(span)
         if self.edge is not None:

@@ -20,11 +20,8 @@ def versions() -> dict[str, str]:
 
 
 def cycle_of(args: Any) -> int:
-    """Optimizer steps after which the pattern of generating and reusing completions repeats.
-
-    TRL generates every `steps_per_generation * num_iterations` micro steps; an optimizer step has
-    `gradient_accumulation_steps` of them.
-    """
+    """Optimizer steps after which the pattern of generating and reusing completions repeats: TRL generates every
+    `steps_per_generation * num_iterations` micro steps, of which a step has `gradient_accumulation_steps`."""
     every = args.steps_per_generation * args.num_iterations
     micro_steps: int = args.gradient_accumulation_steps
     return math.lcm(every, micro_steps) // micro_steps
