@@ -46,22 +46,17 @@ class BatchPlan:
 
     @property
     def prompts_per_generation(self) -> int:
-        """Distinct prompts per generation."""
         return self.generation_batch // self.num_generations
 
     @property
     def completions_per_step(self) -> int:
-        """Completions per optimizer step, over all devices."""
         return self.micro_batch * self.processes * self.accumulation
 
 
 def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
-    """Compute and check the batch arithmetic of a `grpo` section whose types were checked.
-
-    Raises:
-        ConfigError: If a count is not positive, both `generation_batch_size` and `steps_per_generation` are given, or
-            a batch is not a whole number of groups; the message has the rule and the nearest legal values.
-    """
+    """Compute and check the batch arithmetic of a `grpo` section whose types were checked. ConfigError, with the rule
+    and the nearest legal values, where a count is not positive, both `generation_batch_size` and `steps_per_generation`
+    are given, or a batch is not a whole number of groups."""
 
     def value(name: str) -> Any:
         return grpo[name] if name in grpo else grpo_keys()[name].default_value()
@@ -147,42 +142,34 @@ def _steps_per_generation(batch: int | None, steps: int | None, micro: int, proc
 
 
 def _check_groups(plan: BatchPlan, steps_name: str) -> None:
-    group = plan.num_generations
-    if plan.generation_batch % group:
-        unit = group // math.gcd(group, plan.processes * plan.steps_per_generation)
+    batch, group, processes = plan.generation_batch, plan.num_generations, plan.processes
+    if batch % group:
+        parts = processes * plan.steps_per_generation
         raise ConfigError(
-            f"the generation batch must be a multiple of num_generations {group}, and is {plan.generation_batch} "
-            f"(per_device_train_batch_size {plan.micro_batch} x world size {plan.processes} x {steps_name} "
+            f"the generation batch must be a multiple of num_generations {group}, and is {batch} "
+            f"(per_device_train_batch_size {plan.micro_batch} x world size {processes} x {steps_name} "
             f"{plan.steps_per_generation})",
             where="grpo.num_generations",
-            fix=_remedy(
-                plan.generation_batch,
-                group,
-                2,
-                "num_generations",
-                "per_device_train_batch_size",
-                plan.micro_batch,
-                unit,
-            ),
+            fix=_remedy(batch, group, "num_generations", "per_device_train_batch_size", parts),
         )
     if plan.eval_batch is not None and plan.eval_batch % plan.eval_generations:
-        micro, group = plan.eval_batch // plan.processes, plan.eval_generations
-        unit = group // math.gcd(group, plan.processes)
+        batch, group = plan.eval_batch, plan.eval_generations
         raise ConfigError(
             f"the evaluation batch must be a multiple of the completions per prompt ({group}), and is "
-            f"{plan.eval_batch} (per_device_eval_batch_size {micro} x world size {plan.processes})",
+            f"{batch} (per_device_eval_batch_size {batch // processes} x world size {processes})",
             where="grpo.per_device_eval_batch_size",
-            fix=_remedy(plan.eval_batch, group, 1, "num_generations_eval", "per_device_eval_batch_size", micro, unit),
+            fix=_remedy(batch, group, "num_generations_eval", "per_device_eval_batch_size", processes),
         )
 
 
-def _remedy(batch: int, group: int, least: int, group_key: str, micro_key: str, micro: int, unit: int) -> str:
-    """The nearest divisors of the batch, or the nearest micro batches: the multiples of `unit`."""
-    below = next((g for g in range(min(group - 1, batch), least - 1, -1) if batch % g == 0), None)
+def _remedy(batch: int, group: int, group_key: str, micro_key: str, parts: int) -> str:
+    """The nearest divisors of the batch, or the nearest micro batches, of which it holds so many `parts`."""
+    below = next((g for g in range(min(group - 1, batch), COUNTS[group_key] - 1, -1) if batch % g == 0), None)
     above = next((g for g in range(group + 1, min(batch, group + SEARCHED) + 1) if batch % g == 0), batch)
     groups = ([] if below is None else [below]) + ([above] if group < above <= MOST else [])
     choices = [f"{group_key} {_words(groups)}"] if groups else []
-    choices.append(f"{micro_key} {_words(_nearest_multiples(micro, unit))}")
+    unit = group // math.gcd(group, parts)
+    choices.append(f"{micro_key} {_words(_nearest_multiples(batch // parts, unit))}")
     return f"Nearest legal: {', or '.join(choices)}."
 
 

@@ -96,10 +96,8 @@ class ForeignKey:
 
 @lru_cache(maxsize=1024)
 def _value_of(source: str) -> object:
-    """A default as a value, cached because a search reads the same ones thousands of times.
-
-    Mutable defaults do not occur: dataclasses take those from factories, whose results the class computes.
-    """
+    """A default as a value, cached because a search reads the same ones thousands of times. Mutable defaults do not
+    occur: dataclasses take those from factories, whose results the class computes."""
     return ast.literal_eval(source)
 
 
@@ -180,32 +178,27 @@ def _literal(node: ast.expr | None) -> str | None:
     return text
 
 
-def accepted_types(annotation: ast.expr) -> frozenset[str]:
-    """The types and literals of an annotation, as `ForeignKey.accepts` has them."""
-    return frozenset(_accepts(annotation))
-
-
-def _accepts(node: ast.expr) -> set[str]:
-    """Type names in an annotation. Enumerations are written as text; other foreign classes accept anything."""
+def accepted_types(node: ast.expr) -> frozenset[str]:
+    """The types and literals of an annotation, as `ForeignKey.accepts` has them. Enumerations are written as text;
+    other foreign classes accept anything."""
     if isinstance(node, ast.BinOp):
-        accepted = _accepts(node.left) | _accepts(node.right)
+        accepted = accepted_types(node.left) | accepted_types(node.right)
     elif isinstance(node, ast.Subscript):
         accepted = _subscript(ast.unparse(node.value).rpartition(".")[2], node.slice)
     else:
         name = ast.unparse(node).rpartition(".")[2]
-        accepted = {name} if name in WORDS else {ANYTHING}
+        accepted = frozenset({name} if name in WORDS else {ANYTHING})
     return accepted - {ANYTHING} if "str" in accepted else accepted
 
 
-def _subscript(outer: str, inner: ast.expr) -> set[str]:
+def _subscript(outer: str, inner: ast.expr) -> frozenset[str]:
     parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     if outer == "Literal":
         words = {repr(ast.literal_eval(part)) for part in parts}
         # a bracket marks a placeholder, such as "pissa_niter_[number of iters]"
-        return {"str" if "[" in word else word for word in words}
+        return frozenset("str" if "[" in word else word for word in words)
     if outer == "Optional":
-        return _accepts(inner) | {"None"}
+        return accepted_types(inner) | {"None"}
     if outer == "Union":
-        union = set().union(*(_accepts(part) for part in parts))
-        return union - {ANYTHING} if "str" in union else union
-    return {outer} if outer in WORDS else {ANYTHING}
+        return frozenset().union(*map(accepted_types, parts))
+    return frozenset({outer} if outer in WORDS else {ANYTHING})

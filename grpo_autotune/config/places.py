@@ -23,13 +23,8 @@ SPLIT = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[.*\])?")
 def check_data_place(
     path: str, *, name: str | None, revision: str | None, params: Mapping[str, Any] | None, where: str
 ) -> None:
-    """Refuse a data set that is not there, or that cannot have the keys of the `data` section it is given; `where` is
-    the key path of `path`.
-
-    Raises:
-        ConfigError: It is not there, or a key is of another kind of data.
-        DataError: It is an empty file.
-    """
+    """Refuse a data set that is not there, or that cannot have the keys of the `data` section it is given
+    (ConfigError), or that is an empty file (DataError); `where` is the key path of `path`."""
     place = Path(path)
     hub_only = next((key for key, value in (("revision", revision), ("name", name)) if value is not None), None)
     if path in names("dataset") or is_reference(path):

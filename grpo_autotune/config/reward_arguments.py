@@ -18,13 +18,9 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 def check_arguments(
     signature: inspect.Signature, params: Mapping[str, Any], where: str, columns: Collection[str] | None = None
 ) -> None:
-    """Check that the reward function at the key path `where` takes what it will be given, and is given what it needs.
-
-    `**kwargs` in its signature is for columns, and would hide a misspelt parameter. Columns of None are not known yet.
-
-    Raises:
-        ConfigError: It does not, or is not.
-    """
+    """Check that the reward function at the key path `where` takes what it will be given, and is given what it needs;
+    ConfigError where not. `**kwargs` in its signature is for columns, and would hide a misspelt parameter. Columns of
+    None are not known yet."""
     parameters = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in NAMED}
     settable = [name for name in parameters if name not in GIVEN_BY_TRL]
     for name in params:

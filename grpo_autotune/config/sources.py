@@ -25,11 +25,8 @@ def profile_names() -> list[str]:
 
 def resolve_source(source: str | Path | None) -> tuple[str, Path]:
     """The name in messages and the path of a configuration file, given by its path or by the name of a shipped profile;
-    None takes `./grpo.yaml` if it is there, else the profile `demo`.
-
-    Raises:
-        ConfigError: If there is neither such a file nor such a profile; the message has the nearest name.
-    """
+    None takes `./grpo.yaml` if it is there, else the profile `demo`. ConfigError, with the nearest name, where there is
+    neither such a file nor such a profile."""
     if source is None:
         here = Path(DEFAULT_FILE)
         return (f"./{DEFAULT_FILE}", here) if here.is_file() else resolve_source(DEFAULT_PROFILE)

@@ -32,14 +32,9 @@ BATCH_KNOBS = frozenset({GROUP, MICRO, STEPS, PROMPTS})
 
 
 def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
-    """The configuration with these knobs applied; equal to `config` where all have the user's own values.
-
-    Engine keys are left out where `grpo.use_vllm` ends up false.
-
-    Raises:
-        ConfigError: A key is no knob, a value is of a wrong type, or the numbers of the batch do not fit together; the
-            message names the rule.
-    """
+    """The configuration with these knobs applied; equal to `config` where all have the user's own values. Engine keys
+    are left out where `grpo.use_vllm` ends up false. ConfigError, which names the rule, where a key is no knob, a value
+    is of a wrong type, or the numbers of the batch do not fit together."""
     applied = {key: value for key, value in knobs.items() if not same_value(value, knob(key).current(config))}
     if GROUP in applied and knobs.get(PROMPTS) is not None:
         applied[PROMPTS] = knobs[PROMPTS]  # prompts are kept, and so completions change with the group
@@ -65,22 +60,13 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
 
 
 def knobs_of(config: RunConfig, keys: Iterable[str]) -> Knobs:
-    """The user's own values, TRL's defaults where they are left out.
-
-    Raises:
-        ConfigError: A key is no knob.
-    """
+    """The user's own values, TRL's defaults where they are left out; ConfigError for a key that is no knob."""
     return {key: knob(key).current(config) for key in keys}
 
 
 def kind_of(config: RunConfig, key: str, record: ProbeRecord | None = None) -> Kind:
-    """`learning` if another value of a knob changes what is learned, else `exact`.
-
-    The micro batch changes it where the loss depends on how a step is split into micro batches.
-
-    Raises:
-        ConfigError: The key is no knob.
-    """
+    """`learning` if another value of a knob changes what is learned, as the micro batch does where the loss depends on
+    how a step is split into micro batches, else `exact`; ConfigError for a key that is no knob."""
     row = knob(key)
     if key == MICRO:
         loss = {name: grpo_value(name, config) for name in LOSS_KEYS}
@@ -94,10 +80,7 @@ def same_value(left: Any, right: Any) -> bool:
 
 
 def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeRecord | None = None) -> str | None:
-    """The rule that a combination breaks, in one sentence; None for a legal one.
-
-    Memory is no rule of this function: the models judge it.
-    """
+    """The rule that a combination breaks, in one sentence; None for a legal one. Memory is left to the models."""
     try:
         changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)
     except ConfigError as error:
@@ -106,8 +89,7 @@ def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeReco
     for key, value in knobs.items():
         if same_value(value, baseline[key]):
             continue
-        reason = knob(key).rule(known, value)
-        if reason is not None:
+        if (reason := knob(key).rule(known, value)) is not None:
             return f"{reason}."
     return None
 
@@ -138,9 +120,12 @@ def _apply_batch(values: dict[str, Any], config: RunConfig, applied: Knobs) -> N
     accumulation = _divided(T, micro, MICRO, "completions per step and device", "per_device_train_batch_size")
     steps = _divided(D, micro, MICRO, "completions per generation and device", "per_device_train_batch_size")
     grpo = _section(values, "grpo")
-    _write(grpo, "num_generations", group, plan.num_generations)
-    _write(grpo, "per_device_train_batch_size", micro, plan.micro_batch)
-    _write(grpo, "gradient_accumulation_steps", accumulation, plan.accumulation)
+    for name, value, before in (
+        ("num_generations", group, plan.num_generations),
+        ("per_device_train_batch_size", micro, plan.micro_batch),
+        ("gradient_accumulation_steps", accumulation, plan.accumulation),
+    ):
+        grpo |= {} if value == before else {name: value}
     if grpo.get("generation_batch_size") is not None:
         grpo["generation_batch_size"] = D * plan.processes
     elif grpo.get("steps_per_generation") is not None or steps != accumulation:
@@ -154,11 +139,6 @@ def _divided(number: int, by: int, where: str, number_words: str, by_words: str)
     if rest:
         raise ConfigError(f"the {number} {number_words} are not a multiple of {by_words} {by}", where=where)
     return whole
-
-
-def _write(grpo: dict[str, Any], name: str, value: int, own: int) -> None:
-    if value != own:
-        grpo[name] = value
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -43,7 +43,6 @@ class KnobContext(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        """GPUs of the machine that CUDA shows."""
         return len(self.machine.gpus) if self.machine is not None else 0
 
 

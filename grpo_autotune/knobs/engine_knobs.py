@@ -218,13 +218,9 @@ def engines(context: KnobContext, own: bool) -> tuple[bool, ...]:
 
 
 def memory_shares(context: KnobContext, own: float) -> tuple[float, ...]:
-    """The user's own, and the usual shares."""
-    return (own, *(share for share in MEMORY_SHARES if share != own and sized_by_share(context)))
-
-
-def sized_by_share(context: KnobContext) -> bool:
-    """True if the engine's share decides its size: not under the variable by which vLLM's CPU build is told."""
-    return context.gpus > 0 or not os.environ.get(CPU_SPACE)
+    """The user's own, and the usual shares, unless vLLM's CPU build is told its size by a variable."""
+    shares = MEMORY_SHARES if context.gpus > 0 or not os.environ.get(CPU_SPACE) else ()
+    return (own, *(share for share in shares if share != own))
 
 
 def running_counts(context: KnobContext, own: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.probe.startup import Startup, timed
 from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, after_import, hook_imports
-from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Handle, take_off, wrap
 
 if TYPE_CHECKING:
     from grpo_autotune.train.data.datasets import LoadData
@@ -30,16 +30,8 @@ def quiet_trainer(
     out_dir: Path | None = None,
 ) -> Any:
     """Build the trainer of `config` as training does, but for a measurement: it saves, uploads and reports nothing.
-
-    Args:
-        startup: Gets the seconds of each phase of the start.
-        load: Reads the data; None reads it as training does.
-        overrides: `GRPOConfig` keys that take precedence.
-        out_dir: The trainer's `output_dir`, which it makes; None is the run's own.
-
-    Raises:
-        AutotuneError: As `train.trainer.build_trainer`.
-    """
+    `startup` gets the seconds of each phase, `load` reads the data, `overrides` are `GRPOConfig` keys that take
+    precedence, and `out_dir` is the trainer's `output_dir`. Raises as `train.trainer.build_trainer`."""
     from grpo_autotune.train.data.datasets import load_data
     from grpo_autotune.train.trainer import build_trainer
 
@@ -67,5 +59,4 @@ def engine_time(startup: Startup) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for handle in handles:
-            handle.remove()
+        take_off(handles)

@@ -31,12 +31,8 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
     """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
     Rows have `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any, and
-    all other columns.
-
-    Raises:
-        ConfigError: If the data, a split or a column is not there, or there are too few rows for one generation.
-        DataError: If there are no rows, or a row cannot be used; the message says which (counted from 0).
-    """
+    all other columns. ConfigError where the data, a split or a column is not there, or there are too few rows for one
+    generation; DataError where there are no rows, or one, which it names (counted from 0), cannot be used."""
     data = config.data
     train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path")
     check_rows(config, len(train))
@@ -62,16 +58,10 @@ def check_rows(config: RunConfig, rows: int) -> None:
 def _rows(
     config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None], key: str
 ) -> datasets.Dataset:
-    data, is_train = config.data, path == config.data.path
+    data = config.data
     progress(f"reading {path}{f' ({split})' if split else ''}")
-    rows = read_rows(
-        path,
-        split,
-        name=data.name if is_train else None,
-        revision=data.revision if is_train else None,
-        params=data.params if is_train else None,
-        where=key,
-    )
+    more: dict[str, Any] = {"name": data.name, "revision": data.revision, "params": data.params}
+    rows = read_rows(path, split, where=key, **(more if path == data.path else {}))
     if len(rows) == 0:
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
     if limit is not None:

@@ -47,19 +47,13 @@ def prepare_images(
     held: Sequence[Sequence[Any]] = (),
     try_size: Callable[[int, int], Any] = lambda height, width: None,
 ) -> datasets.Dataset:
-    """Put each row's images, readable and no side longer than asked, into `image`, or `images` where they are lists.
+    """Put each row's images, readable and no side longer than `image_size` pixels, into `image`, or `images` where they
+    are lists. Larger ones are shrunk, aspect kept, none is enlarged; None leaves all. DataError for the first image
+    that cannot be used, naming its row (counted from 0).
 
-    Args:
-        rows: Rows whose images are paths, bytes, text, or `datasets` images; an image that is None stays None.
-        image_size: Longest side in pixels; larger images are shrunk, aspect kept, none is enlarged. None leaves all.
-        base: Folder that relative paths start from.
-        where: The data set's name, for messages.
-        held: Images that each row's messages held, as `pictures.lift` has them.
-        try_size: Called with height and width of thin images; raises a ValueError for those that the model refuses.
-
-    Raises:
-        DataError: For the first image that cannot be used, naming its row (counted from 0).
-    """
+    Images are paths, which start from `base`, bytes, text, or `datasets` images, and those that each row's messages
+    `held`, as `pictures.lift` has them; None stays None. `try_size` is called with height and width of thin images, and
+    raises a ValueError for those that the model refuses."""
     names = image_columns(rows.column_names)
     if not names and any(held):
         names = ["images"]
@@ -121,11 +115,9 @@ def _content(image: Stored) -> bytes:
 
 
 def _look(content: bytes) -> tuple[tuple[int, int], str, bool]:
-    """Width and height of a whole image, its mode, and if it has several frames.
-
-    It is decoded only where nothing cheaper proves that it is whole: a PNG carries checksums, and a whole JPEG ends in
-    an end marker (ITU T.81, section B.1.1.3).
-    """
+    """Width and height of a whole image, its mode, and if it has several frames. It is decoded only where nothing
+    cheaper proves that it is whole: a PNG carries checksums, and a whole JPEG ends in an end marker (ITU T.81, section
+    B.1.1.3)."""
     with Image.open(BytesIO(content)) as image:
         size, mode, frames = image.size, image.mode, _has_frames(image)
         if image.format == "PNG":

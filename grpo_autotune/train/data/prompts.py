@@ -72,10 +72,8 @@ def has_parts(prompt: Sequence[Message]) -> bool:
 def _turn(turn: Any, where: str) -> Message:
     """A turn that has content or, TRL looking that key up all the same, tool calls alone."""
     content = turn.get("content") if isinstance(turn, Mapping) and turn.get("role") else ()
-    is_usable = isinstance(content, str) or (
-        isinstance(content, list) and content != [] and all(map(_is_part, content))
-    )
-    if is_usable or (content is None and turn.get("tool_calls")):
+    are_parts = isinstance(content, list) and content != [] and all(map(_is_part, content))
+    if isinstance(content, str) or are_parts or (content is None and turn.get("tool_calls")):
         return {**turn, "content": content}
     raise DataError(
         f"a turn of the prompt is {turn!r}",

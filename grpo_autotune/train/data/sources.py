@@ -31,19 +31,11 @@ def read_rows(
     params: Mapping[str, Any] | None = None,
     where: str = "data.path",
 ) -> datasets.Dataset:
-    """Read one split.
+    """Read one split, perhaps with a slice (`train[:90%]`); None takes a file's one split, and `test` of anything else.
 
-    Args:
-        path: Registered name, `package.module:function`, file, image folder, saved `datasets` folder, or hub id.
-        split: Split, perhaps with a slice (`train[:90%]`); None takes a file's one split, and `test` of anything else.
-        name: Configuration of a hub data set.
-        revision: Branch, tag or commit on the hub.
-        params: Arguments of a registered function.
-
-    Raises:
-        ConfigError: If there is nothing of that name, or no such split.
-        DataError: If it is there and cannot be read.
-    """
+    The path is a registered name or `package.module:function`, which takes `params`, a file, an image folder, a saved
+    `datasets` folder, or a hub id, which may have a configuration's name and a revision. ConfigError where there is
+    nothing of that name, or no such split, DataError where it cannot be read."""
     check_data_place(path, name=name, revision=revision, params=params, where=where)
     check_split(path, split, f"{where.removesuffix('path')}split")
     if path in names("dataset") or is_reference(path):

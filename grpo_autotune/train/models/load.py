@@ -45,11 +45,8 @@ def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
 
 def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> Any:
     """The policy before any adapter, from the weights at `source`; the vision tower frozen where asked. TRL decides on
-    the device where `placement` (`device_map`, as `arguments.placement` has it) is empty.
-
-    Raises:
-        ConfigError: The weights cannot be loaded from `source`, or there is no vision tower to freeze.
-    """
+    the device where `placement` (`device_map`, as `arguments.placement` has it) is empty. ConfigError where the weights
+    cannot be loaded, or there is no vision tower to freeze."""
     section = config.model
     options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, **placement}
     for name in ("revision", "attn_implementation"):

@@ -39,7 +39,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""Qwen's, in the order of its ids (https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct/blob/main/tokenizer_config.json)."""
+"""Qwen's, in the order of its ids
+(https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct/blob/main/tokenizer_config.json)."""
 
 FIRST_SPECIAL_ID = 151643
 """Id of `<|endoftext|>` in every Qwen2, Qwen2.5 and Qwen3 tokenizer; the others follow it."""
@@ -94,16 +95,11 @@ WORDS = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Any:
-    """Train a byte-level BPE on `texts`, in the form of a Qwen tokenizer: ChatML, vision tokens, left padding.
+    """Train a byte-level BPE on `texts`, as a `transformers.Qwen2Tokenizer`: ChatML, vision tokens, left padding,
+    `<|im_end|>` as end and `<|endoftext|>` as padding token. Anything else still encodes, byte by byte.
 
-    Args:
-        texts: What it learns merges from; anything else still encodes, byte by byte.
-        vocab_size: None for a compact vocabulary (special tokens at its end), else the number of ids, all of which
-            decode; from 151657 ids on the special tokens stand at Qwen's own ids, below that at the end.
-
-    Returns:
-        A `transformers.Qwen2Tokenizer` with `<|im_end|>` as end and `<|endoftext|>` as padding token.
-    """
+    The vocabulary is compact (special tokens at its end), or has `vocab_size` ids, all of which decode; from 151657 ids
+    on the special tokens stand at Qwen's own ids, below that at the end."""
     from transformers import Qwen2Tokenizer
 
     vocab, merges = _train_bpe(texts)
@@ -249,11 +245,8 @@ def save_random_model(
     device: Any = None,
 ) -> Path:
     """Build a model of a config.json with random weights, write it with its tokenizer or processor into `folder`, which
-    must not exist yet, and return that.
-
-    The config's vocabulary is cut to a compact tokenizer; without one it gets a padded one. `min_pixels` is as in
-    `build_processor`, the rest as in `random_model`.
-    """
+    must not exist yet, and return that. The config's vocabulary is cut to a compact tokenizer; without one it gets a
+    padded one. `min_pixels` is as in `build_processor`, the rest as in `random_model`."""
     if tokenizer is None:
         text = config.get("text_config") or config
         tokenizer = build_tokenizer(WORDS, vocab_size=text["vocab_size"])
@@ -266,19 +259,18 @@ def save_random_model(
 def random_model_path(name: str, dtype: str = "auto", notify: Callable[[str], None] | None = None) -> Path:
     """Folder of a real architecture (a row of `estimate.architectures`) with random weights, built on first use and
     kept in the cache folder. "auto" is bfloat16, as the real models are stored; `notify` is told, in one line, what is
-    about to be built and how large it is.
-
-    Raises:
-        ConfigError: The name is not in the table.
-        EnvironmentProblem: The cache folder's disk has no room for it.
-    """
+    about to be built and how large it is. ConfigError where the name is not in the table, EnvironmentProblem where the
+    cache folder's disk has no room for it."""
     config = architecture(name).config
     dtype = "bfloat16" if dtype == "auto" else dtype
     recipe = hashlib.sha256(json.dumps([config, WORDS, CHAT_TEMPLATE, dtype], sort_keys=True).encode()).hexdigest()
     folder = cache_dir("random-init") / f"{name}-{dtype}-{recipe[:12]}"
     with built_once(folder) as missing:
         if missing:
-            size_bytes = _stored_bytes(config, dtype)
+            import torch
+
+            numbers = sum(int(weight.numel()) for weight in empty_model(config).parameters())
+            size_bytes = numbers * getattr(torch, dtype).itemsize
             _require_disk(folder.parent, size_bytes, name)
             if notify is not None:
                 notify(f"building {name} with random weights, {size_bytes / 1e9:.1f} GB, in {folder}")
@@ -313,13 +305,6 @@ def built_once(folder: Path) -> Iterator[bool]:
         return
     with FileLock(folder.parent / f".{folder.name}.lock"):
         yield not folder.exists()
-
-
-def _stored_bytes(config: Mapping[str, Any], dtype: str) -> int:
-    import torch
-
-    item_bytes: int = getattr(torch, dtype).itemsize
-    return sum(int(weight.numel()) for weight in empty_model(config).parameters()) * item_bytes
 
 
 def _require_disk(folder: Path, size_bytes: int, name: str) -> None:
