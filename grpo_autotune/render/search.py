@@ -15,7 +15,7 @@ from rich.text import Text
 
 from grpo_autotune.records.search import Candidate, Contribution, Guard, ParetoRow, SearchReport
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.units import hms, percent, seconds, size
+from grpo_autotune.units import hms, percent, plural, seconds, size
 
 MOST_ROWS = 8
 
@@ -52,7 +52,7 @@ def headline(report: SearchReport) -> list[str]:
     best, baseline = report.best, report.baseline
     timed = sum(row.purpose == "timed" and row.source != "race" for row in report.trials)
     time = f"{hms(report.elapsed_s)} of {hms(report.budget_s)}"
-    spent = f"{time}, {_count(timed, 'timed trial')}, {report.points} legal combinations looked at"
+    spent = f"{time}, {plural(timed, 'timed trial')}, {report.points} legal combinations looked at"
     if report.predicted:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
@@ -130,9 +130,8 @@ def how_contributions(report: SearchReport) -> str:
 
 def contribution_table(rows: list[Contribution]) -> Table:
     """A row for each change of the winner."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("change", "kind", "brings", ""):
-        table.add_column(title, justify="right" if title == "brings" else "left")
+    table = Table("change", "kind", "brings", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[2].justify = "right"
     for row in rows:
         brings = "" if row.factor is None else f"x {row.factor:.2f}"
         if row.low is not None and row.high is not None:
@@ -176,13 +175,9 @@ def error_lines(report: SearchReport) -> Iterator[str]:
     """A line for each stage of the models, and the load meanwhile."""
     for stage, error in report.model_error.items():
         off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
-        yield f"{stage}: {off} ({_count(error.n, 'trial')})"
+        yield f"{stage}: {off} ({plural(error.n, 'trial')})"
     if report.others is not None:
         yield f"meanwhile {report.others.words} (in the middle one of the trials)"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _speed(candidate: Candidate) -> str:

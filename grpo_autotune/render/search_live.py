@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
@@ -40,18 +39,14 @@ class SearchView:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._live is not None:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, state: SearchProgress) -> None:
-        """Draw the state of the search, or print a line of it."""
         self.tell(state)
         if self._live is not None:
             self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo_autotune.records.probe import Utilisation
 from grpo_autotune.records.report import Report
 from grpo_autotune.units import amount, listing, percent, plural, seconds, size
 
@@ -177,26 +178,23 @@ def _rewards(report: Report) -> list[str]:
 
 def _devices(report: Report) -> list[str]:
     used = [row.utilisation for row in report.stages if row.utilisation is not None]
-    total = sum(u.samples for u in used)
-    if not total:
+    if not sum(u.samples for u in used):
         return []
-    cpu = [(u.samples, u.cpu_percent) for u in used if u.cpu_percent is not None]
-    gpu = [(u.samples, u.gpu_percent) for u in used if u.gpu_percent is not None]
-    power = [(u.samples, u.power_w) for u in used if u.power_w is not None]
-    words = []
-    profiled = report.profiled
+    cpu, gpu, power = (_mean(used, name) for name in ("cpu_percent", "gpu_percent", "power_w"))
+    words, profiled = [], report.profiled
     if profiled is not None and (busy := profiled.busy_share(*(row.stage for row in profiled.stages))) is not None:
         words.append(f"the GPU worked {percent(busy)} of the time (by the kernels of step {profiled.step})")
-    elif gpu:
-        words.append(f"the GPU was in use {_mean(gpu):.0f}% of the time (by NVML, for which any kernel counts)")
-    if power:
-        words.append(f"drew {_mean(power):.0f} W")
-    if cpu:
-        words.append(f"this process used {_mean(cpu) / 100.0:.2g} processor cores")
+    elif gpu is not None:
+        words.append(f"the GPU was in use {gpu:.0f}% of the time (by NVML, for which any kernel counts)")
+    if power is not None:
+        words.append(f"drew {power:.0f} W")
+    if cpu is not None:
+        words.append(f"this process used {cpu / 100.0:.2g} processor cores")
     if report.others is not None:
         words.append(report.others.words)
     return [f"On average {listing(words)}."] if words else []
 
 
-def _mean(pairs: list[tuple[int, float]]) -> float:
-    return sum(samples * value for samples, value in pairs) / sum(samples for samples, _ in pairs)
+def _mean(used: list[Utilisation], name: str) -> float | None:
+    pairs = [(u.samples, value) for u in used if (value := getattr(u, name)) is not None]
+    return sum(samples * value for samples, value in pairs) / sum(samples for samples, _ in pairs) if pairs else None

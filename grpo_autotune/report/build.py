@@ -20,6 +20,11 @@ from grpo_autotune.units import percent
 
 STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
+AS_MEASURED = (
+    *("fidelity", "engine", "startup", "images", "tokens", "profiled", "others", "rewards", "weight_sync_bytes"),
+    *("rank", "trainer", "versions", "runtime"),
+)
+"""Fields of a report that are the record's."""
 TRAINED = ("policy_logprob", "backward", "optimizer")
 """Stages whose work follows the tokens trained on: each generated token `num_iterations` times."""
 
@@ -30,29 +35,18 @@ def build_report(
     ceilings: Ceilings | None = None,
     config: RunConfig | None = None,
 ) -> Report:
-    """Account for a probe, judge it, and put everything a reader needs beside it.
-
-    Without the machine, advice that needs its memory or cores is left out; without its measured ceilings there is no
-    `limit_share`. A trainer that somebody else built has no configuration.
-
-    Raises:
-        NothingSucceeded: No optimizer step was measured.
-    """
+    """Account for a probe, judge it, and put everything a reader needs beside it; NothingSucceeded where no optimizer
+    step was measured. Without the machine, advice that needs its memory or cores is left out; without its measured
+    ceilings there is no `limit_share`. A trainer that somebody else built has no configuration."""
     breakdown = break_down(record.timings)
-    facts = Facts(
-        record=record,
-        breakdown=breakdown,
-        limits=limits_of(record, breakdown, ceilings),
-        machine=machine,
-        config=config,
-    )
-    return report_of_facts(facts)
+    return report_of_facts(Facts(record, breakdown, limits_of(record, breakdown, ceilings), machine, config))
 
 
 def report_of_facts(facts: Facts) -> Report:
     """The report of facts that are already accounted for."""
     record, b = facts.record, facts.breakdown
     return Report(
+        **{name: getattr(record, name) for name in AS_MEASURED},
         step_s=b.step_s,
         step_spread_s=b.step_spread_s,
         steps=record.timings.steps,
@@ -65,25 +59,12 @@ def report_of_facts(facts: Facts) -> Report:
         bound=bound(facts),
         verdict=judge(facts),
         warnings=warnings(facts),
-        fidelity=record.fidelity,
-        engine=record.engine,
-        startup=record.startup,
-        images=record.images,
-        tokens=record.tokens,
-        profiled=record.profiled,
-        others=record.others,
         occasions=seconds_once(record),
         rates=_rates(facts),
-        rewards=record.rewards,
-        weight_sync_bytes=record.weight_sync_bytes,
-        rank=record.rank,
         ranks=_ranks(record.ranks, b.step_s),
         metrics=flat_metrics(record, b),
-        trainer=record.trainer,
         machine=facts.machine.model_dump(mode="json") if facts.machine is not None else None,
         config=facts.config.model_dump(mode="json") if facts.config is not None else None,
-        versions=record.versions,
-        runtime=record.runtime,
     )
 
 

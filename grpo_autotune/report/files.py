@@ -40,11 +40,8 @@ def clear(folder: Path) -> None:
 
 
 def load_report(source: str | Path) -> Report:
-    """Read a report back, from a run folder or the file itself.
-
-    Raises:
-        ConfigError: There is no report, it is not JSON, or another version of the schema wrote it.
-    """
+    """Read a report back, from a run folder or the file itself; ConfigError where there is none, it is not JSON, or
+    another version of the schema wrote it."""
     path = Path(source)
     path = path / REPORT_FILE if path.is_dir() else path
     begun = any((path.parent / name).exists() for name in UNDER_WAY)
@@ -55,10 +52,7 @@ def load_report(source: str | Path) -> Report:
 
 def load_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a training run's `train_log.jsonl`, in the order of writing; a line that is torn says nothing.
-
-    Raises:
-        ConfigError: There is none, or it holds no line.
-    """
+    ConfigError where there is none, or it holds no line."""
     path, rows = folder / LOG_FILE, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):

@@ -75,10 +75,8 @@ def _share(record: ProbeRecord, speedup: str, part: str, whole: str, without: fl
 
 
 def limit_of(work: Work, spent_s: float, ceilings: Ceilings) -> Limit | None:
-    """Share of the limit, and the ceiling to which most of the least time is due; None without time or work.
-
-    Both ceilings are measured, so work that stays in a cache can pass the one on memory; the share is then 1.
-    """
+    """Share of the limit, and the ceiling to which most of the least time is due; None without time or work. Both
+    ceilings are measured, so work that stays in a cache can pass the one on memory; the share is then 1."""
     matrix, memory = ceilings.matrix_flops_s, ceilings.memory_bytes_s
     least_s = limit_seconds(work, matrix, memory)
     if spent_s <= 0.0 or least_s <= 0.0:

@@ -67,7 +67,6 @@ class Basis:
         return replace(self, samples=samples or (steps or 0) * groups_per_step(self.models.base))
 
     def steps(self, config: RunConfig) -> int:
-        """Optimizer steps for the samples."""
         return max(1, math.ceil(self.samples / groups_per_step(config) - 1e-9))
 
     def seconds(self, name: str, config: RunConfig, models: Models) -> Figure | None:
@@ -91,7 +90,6 @@ class Basis:
         return around(scale * guess.value, math.hypot(*doubts))
 
     def sample(self, config: RunConfig, models: Models | None = None) -> Figure:
-        """Seconds of a sample."""
         step = self.seconds("step", config, models or self.models)
         assert step is not None
         return step.times(1.0 / groups_per_step(config))
@@ -169,10 +167,9 @@ class Basis:
             shape, peft = ModelShape.from_config(row.config), self.models.record.trainer.peft
             if shape.vision is not None or self.models.record.images is None:
                 sizes = adapter_sizes(shape, peft) if peft else None
-                trained = sizes.text + sizes.blocks + sizes.mergers if sizes else shape.parameters
-                yield self.choice(
-                    name, {}, self._with(model_config_json=dict(row.config), trainable_parameters=trained)
-                )
+                trained = sizes.whole if sizes else shape.parameters
+                other = self._with(model_config_json=dict(row.config), trainable_parameters=trained)
+                yield self.choice(name, {}, other)
 
     def budget(self, memory_gb: float) -> dict[str, int | None]:
         """The largest values of three knobs that fit into so many 1e9 bytes, each with the others as they are."""

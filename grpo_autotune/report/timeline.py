@@ -43,7 +43,6 @@ class Bar(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Its length."""
         return self.end - self.begin
 
 

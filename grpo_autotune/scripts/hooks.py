@@ -39,11 +39,9 @@ class EnoughSteps(SystemExit):
 
 
 class ScriptHooks:
-    """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is counted by phase.
-
-    A subclass overrides `before_build`, `after_build` and `train`. `startup` gets the phases `script`, `model`,
-    `engine` and `trainer`; a subclass may exchange it per trainer.
-    """
+    """Layers on every `GRPOTrainer` of a script: its values are put in, and its start-up is counted by phase: `script`,
+    `model`, `engine` and `trainer`. A subclass overrides `before_build`, `after_build` and `train`, and may exchange
+    `startup` per trainer."""
 
     def __init__(self, values: ScriptValues, startup: Startup, say: Callable[[str], None]) -> None:
         self.values, self.startup, self.say = values, startup, say
@@ -112,12 +110,9 @@ def require_script(script: Path) -> None:
 
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:
     """Run `script` as `python script arguments...` would, until it ends or `hooks`, which are put around its imports,
-    have measured enough; `sys.argv` and `sys.path` are as before then.
-
-    Raises:
-        ConfigError: There is no such script, or its trainer cannot be given the values.
-        BaseException: Whatever ends the script: its own error, `SystemExit`, `KeyboardInterrupt`.
-    """
+    have measured enough; `sys.argv` and `sys.path` are as before then. ConfigError where there is no such script, or
+    its trainer cannot be given the values; else raises whatever ends it: its own error, `SystemExit`,
+    `KeyboardInterrupt`."""
     require_script(script)
     before = sys.argv, sys.path[0]
     finder = hook_imports(hooks.hooks())

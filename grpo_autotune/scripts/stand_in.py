@@ -17,6 +17,11 @@ from grpo_autotune.scripts.values import IMAGE_SIZE, SPEEDUPS
 
 SECTIONS = ("grpo", "vllm")
 """Sections whose keys reach a script's `GRPOConfig`."""
+AS_READ = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
+    *("max_completion_length", "beta", "loss_type", "gradient_checkpointing", "dataloader_num_workers"),
+)
+"""`GRPOConfig` keys that a trainer's facts hold by their own names."""
 
 
 def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
@@ -46,9 +51,7 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
 
 def config_of_script(config: RunConfig, record: ProbeRecord) -> RunConfig:
     """The stand-in with the settings of the script's trainer as the probe read them, and the knobs that reach a script.
-
-    The number of steps of the script's run is not known: its wall time is judged by its seconds per step.
-    """
+    The number of steps of its run is not known: its wall time is judged by its seconds per step."""
     values = config.to_dict()
     values["grpo"] = {**_grpo(record.trainer), **values.get("grpo", {})}
     search = values.setdefault("search", {})
@@ -75,18 +78,7 @@ def overrides(config: RunConfig, turned: RunConfig) -> dict[str, Any]:
 
 
 def _grpo(t: TrainerFacts) -> dict[str, Any]:
-    values = {
-        "max_steps": 1,
-        "per_device_train_batch_size": t.per_device_train_batch_size,
-        "gradient_accumulation_steps": t.gradient_accumulation_steps,
-        "num_generations": t.num_generations,
-        "num_iterations": t.num_iterations,
-        "max_completion_length": t.max_completion_length,
-        "beta": t.beta,
-        "loss_type": t.loss_type,
-        "gradient_checkpointing": t.gradient_checkpointing,
-        "dataloader_num_workers": t.dataloader_num_workers,
-    }
+    values = {"max_steps": 1, **{name: getattr(t, name) for name in AS_READ}}
     if not grpo_keys()["loss_type"].allows(t.loss_type):  # of a subclass
         del values["loss_type"]
     if t.use_vllm:

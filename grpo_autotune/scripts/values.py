@@ -39,16 +39,9 @@ RECEIPT = "receipt"
 
 
 class ScriptValues:
-    """Values for a script's trainers and their vLLM engine.
-
-    Args:
-        values: Key path -> value: `grpo.*`, `vllm.*`, `data.image_size`, `speedups`.
-        always: `GRPOConfig` keys beside them, which `values` win over.
-
-    Raises:
-        ConfigError: A key reaches no script, a value is not accepted, two keys say different things of one, or there
-            is no such speed-up.
-    """
+    """Values for a script's trainers and their vLLM engine: key path -> value, of `grpo.*`, `vllm.*`, `data.image_size`
+    and `speedups`, which win over the `GRPOConfig` keys in `always`. ConfigError where a key reaches no script, a value
+    is not accepted, two keys say different things of one, or there is no such speed-up."""
 
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
