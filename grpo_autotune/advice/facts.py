@@ -13,7 +13,6 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Living, living_of
 from grpo_autotune.predict.room import busy_share, memory_of
-from grpo_autotune.predict.workload import shape_of
 from grpo_autotune.probe.breakdown import Breakdown, Limit
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.report import Change, Kind
@@ -70,11 +69,6 @@ class Facts:
             return None
         return Models.from_probe(self.base, self.record, self.machine)
 
-    @property
-    def has_formulas(self) -> bool:
-        """True if the cost formulas describe the model's architecture."""
-        return shape_of(self.record) is not None
-
     @cached_property
     def living(self) -> Living | None:
         """Share of groups whose rewards differ, by group size; None where no spread of rewards was seen."""
@@ -90,15 +84,12 @@ class Facts:
         return self.record.trainer.device.startswith("cuda")
 
     def part_s(self, stage: str, part: str) -> float:
-        """Seconds per step of a part of a stage."""
         return self.breakdown.parts_s.get((stage, part), 0.0)
 
     def peak_bytes(self) -> int | None:
-        """Most memory that any stage took."""
         return max((row.peak_bytes for row in self.record.timings.stages if row.peak_bytes), default=None)
 
     def memory_bytes(self) -> int | None:
-        """Memory that one rank may use."""
         return memory_of(self.machine, self.record.trainer) if self.machine is not None else None
 
     def busy_share(self, *stages: str) -> float | None:

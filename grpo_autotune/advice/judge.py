@@ -17,10 +17,7 @@ LEAST_SHARE = 0.01
 def ideas(facts: Facts) -> Iterator[Idea]:
     """Everything that may be advised: the knobs as the models see them, then what follows from the record alone."""
     yield from knob_ideas(facts)
-    for rule in (*observed.RULES, *learning.RULES):
-        idea = rule(facts)
-        if idea is not None:
-            yield idea
+    yield from (idea for rule in (*observed.RULES, *learning.RULES) if (idea := rule(facts)) is not None)
 
 
 def judge(facts: Facts, candidates: Iterable[Idea] | None = None) -> list[Advice]:

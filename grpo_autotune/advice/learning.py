@@ -154,11 +154,9 @@ def truncated(facts: Facts) -> Idea | None:
 
 
 def dead_groups(facts: Facts) -> Idea | None:
-    """A group of equal rewards has no advantage and teaches nothing, whatever it cost.
-
-    Where no rewards differed at all, no key helps. Else, with the completions of a step kept, groups of 2G instead of
-    G are alive more often; silent if the useful completions of a step are not predicted to grow.
-    """
+    """A group of equal rewards teaches nothing, whatever it cost. Where no rewards differed at all, no key helps. Else,
+    with the completions of a step kept, groups of 2G in place of G are alive more often; silent if the useful
+    completions of a step are not predicted to grow."""
     dead, tokens, t = facts.dead_share(), facts.record.tokens, facts.record.trainer
     if dead is None or tokens is None or dead < MANY_DEAD:
         return None

@@ -13,6 +13,7 @@ from grpo_autotune.knobs.apply import BATCH_KNOBS, MICRO, SLEEP, same_value, why
 from grpo_autotune.knobs.table import Knob
 from grpo_autotune.predict.objective import useful_per_step
 from grpo_autotune.predict.room import fits
+from grpo_autotune.predict.workload import shape_of
 from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.report import Change
 
@@ -43,17 +44,15 @@ class Neighbour:
 
 
 def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
-    """Every knob that can be turned here, with its legal values other than the base's own that are likely to fit.
-
-    Knobs whose value nobody knows (of a trainer that somebody else built) are left out.
-    """
+    """Every knob that can be turned here, with its legal values other than the base's own that are likely to fit."""
     base, machine = facts.base, facts.machine
     if base is None or machine is None or facts.models is None:
         return
     known = context_of(base, machine, facts.record)
     for row in TABLE:
-        if facts.config is None and not _is_recorded(row.key, base):
-            continue
+        is_recorded = not row.key.startswith("vllm.") and row.key != "grpo.torch_compile"
+        if facts.config is None and (not is_recorded or base.search.knobs.get(row.key, []) is None):
+            continue  # nobody knows its value in a trainer that somebody else built
         value = row.current(base)
         others = [other for other in row.values(known) if not same_value(other, value)]
         nearby = [near for other in others if (near := neighbour(facts, {row.key: other})) is not None]
@@ -61,16 +60,12 @@ def neighbours(facts: Facts) -> Iterator[tuple[Knob, list[Neighbour]]]:
 
 
 def neighbour(facts: Facts, knobs: Knobs, *, legal: bool = False, config: RunConfig | None = None) -> Neighbour | None:
-    """Ask the models about changed knobs; None without models, for what is illegal, and for what may not fit.
-
-    Args:
-        legal: Take the combination as legal: what stands in its way is a package to install.
-        config: The configuration to ask about where no knob leads to it.
-    """
+    """Ask the models about changed knobs, or a `config` that no knob leads to; None without models, for what is illegal
+    unless it is to be taken as `legal` (what stands in its way is a package to install), and for what may not fit."""
     base, machine, models = facts.base, facts.machine, facts.models
     if base is None or machine is None or models is None:
         return None
-    if not facts.has_formulas and HUNGRY & knobs.keys():
+    if HUNGRY & knobs.keys() and shape_of(facts.record) is None:
         return None
     if not legal and why_not(base, knobs, machine, facts.record) is not None:
         return None
@@ -105,12 +100,6 @@ def changes(facts: Facts, near: Neighbour) -> tuple[Change, ...]:
         if new[name] != old.get(name):
             values[f"grpo.{name}"] = old.get(name, defaults.get(name)), new[name]
     return tuple(Change(key=key, before=_plain(before), after=_plain(after)) for key, (before, after) in values.items())
-
-
-def _is_recorded(key: str, base: RunConfig) -> bool:
-    """True if a probe records the value of a knob, so that it is known of a trainer that somebody else built."""
-    reaches = base.search.knobs.get(key, []) is not None
-    return reaches and not key.startswith("vllm.") and key != "grpo.torch_compile"
 
 
 def _side_by_side(facts: Facts, config: RunConfig) -> bool:

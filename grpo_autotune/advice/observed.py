@@ -22,9 +22,8 @@ CADENCE_KEYS = {"log": "logging_steps", "save": "save_steps", "evaluate": "eval_
 def waiting_reward(facts: Facts) -> Idea | None:
     """A plain reward function that waits (for a server, a sandbox) can wait for all completions at once.
 
-    TRL calls plain functions one after the other and awaits `async def` ones together. If the processor is busy for a
-    share c of the reward stage, 1 - c of the plain functions' time is waiting; asked all at once, n completions wait
-    as long as one, which saves (1 - 1/n) of it. A function that computes is left alone.
+    TRL awaits `async def` functions together. If the processor is busy for a share c of the reward stage, 1 - c of the
+    plain functions' time is waiting; asked all at once, n completions wait as long as one, which saves 1 - 1/n of it.
     """
     plain = [call for call in facts.record.rewards if not call.is_async]
     everything = sum(call.calls * call.mean_s for call in facts.record.rewards)
@@ -49,12 +48,9 @@ def waiting_reward(facts: Facts) -> Idea | None:
 
 
 def straggler(facts: Facts) -> Idea | None:
-    """A rank that works longer than the others makes all of them wait.
-
-    A rank's work is its step less `sync_wait`. If the slowest rank worked no longer than the mean of the others, a step
-    would be shorter by the difference. Seen from another rank that comes out of its waiting, seen from the slowest
-    out of the stage in which it is slower, and no more than that can be saved.
-    """
+    """A rank that works longer than the mean of the others makes all of them wait. Seen from another rank the
+    difference comes out of its waiting, seen from the slowest out of the stage in which it is slower: no more can be
+    saved."""
     slowest = next(iter(excesses(facts.record.ranks)), None)
     if slowest is None:
         return None
@@ -71,11 +67,8 @@ def straggler(facts: Facts) -> Idea | None:
 
 
 def log_save_eval(facts: Facts) -> Idea | None:
-    """Doing the most expensive of logging, saving and evaluating half as often saves half of its seconds in a long run.
-
-    One of them that happens every N steps takes (seconds of one) / N of a step, however many of them a short probe
-    happened to hold. Silent where N is not known (see `_long_run_s`), or none was measured.
-    """
+    """Doing the most expensive of logging, saving and evaluating half as often saves half of its seconds in a long run;
+    see `_long_run_s`."""
     costs = {part: cost for part in CADENCE_KEYS if (cost := _long_run_s(facts, part)) is not None}
     part = max(costs, key=lambda name: costs[name][0], default=None)
     if part is None:
@@ -123,24 +116,17 @@ def _configured(facts: Facts, part: str) -> int | None:
 
 
 def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
-    """Seconds of a step that a part of `log_save_eval` takes in a long run, and the steps between two of it; None where
-    none was measured or the steps between are not known.
-
-    They come from the configuration, or, for saving and evaluating, from the distance between the measured steps in
-    which it happened. Logging has a few microseconds in every step, so its steps are the multiples of the configured
-    number.
-    """
+    """Seconds of a step that a part of `log_save_eval` takes in a long run, however many of it a short probe held, and
+    the steps between two of it; None where none was measured or those are not known. They come from the configuration,
+    or, for saving and evaluating, from the distance between the measured steps in which it happened."""
     timings = facts.record.timings
     row = next((row for row in timings.stages if row.name == "log_save_eval"), None)
     if row is None or part not in row.parts:
         return None
-    spent, configured = row.parts[part], _configured(facts, part)
-    if part == "log":
-        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if step % (configured or 1) == 0]
-    else:
-        times = [(step, s) for step, s in zip(timings.steps, spent, strict=True) if s > 0.0]
-    every = configured
-    if every is None and part != "log" and len(times) > 1:
+    every, is_log = _configured(facts, part), part == "log"  # there are microseconds of logging in every step
+    spent = zip(timings.steps, row.parts[part], strict=True)
+    times = [(step, s) for step, s in spent if (step % (every or 1) == 0 if is_log else s > 0.0)]
+    if every is None and not is_log and len(times) > 1:
         every = round((times[-1][0] - times[0][0]) / (len(times) - 1))
     total_s = math.fsum(timings.step_s)
     if not times or not every or total_s <= 0.0:

@@ -18,11 +18,7 @@ from grpo_autotune.search.folder import SearchFolder, read_record
 
 
 def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
-    """Compare the runs with `baseline`, one of them or another one; by default with the first.
-
-    Raises:
-        ConfigError: A folder holds no finished run, there is nothing to compare with, or probes stand beside searches.
-    """
+    """Compare the runs with `baseline`, one of them or another one; by default with the first."""
     if baseline is not None:
         names = [baseline, *(name for name in names if _place(name) != _place(baseline))]
     if len(names) < 2:
@@ -35,11 +31,8 @@ def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
 
 
 def check_slower(comparison: Comparison, least_percent: float) -> list[str]:
-    """Runs that are slower than the baseline, beyond noise and by more than `least_percent`.
-
-    Raises:
-        ConfigError: Seconds of a run cannot be compared with the baseline's.
-    """
+    """Runs that are slower than the baseline, beyond noise and by more than `least_percent`; an error where seconds of
+    a run cannot be compared with the baseline's."""
     for run, reason in ((pair.run, reason) for pair in comparison.pairs for reason in pair.apart):
         raise ConfigError(reason, where=run, fix="Measure both on one machine, with the same data.")
     steps = [(pair.run, pair.rows[0]) for pair in comparison.pairs]
@@ -64,7 +57,6 @@ def _load(name: str) -> Run:
 
 
 def _winner(name: str, folder: Path, search: SearchReport) -> Report:
-    """The report of the trial that measured what `tuned.yaml` holds."""
     trial = SearchFolder(folder).trial(-1 if search.best.number is None else search.best.number)
     outcome, spec = read_record(trial / OUTCOME_FILE, TrialOutcome), read_record(trial / SPEC_FILE, TrialSpec)
     if outcome is None or outcome.record is None or not any(outcome.record.timings.step_s):

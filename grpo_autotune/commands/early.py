@@ -19,17 +19,9 @@ from grpo_autotune.speedups.selection import chosen
 
 
 def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """Refuse names that do not exist, files that are not there, and keys whose package is not installed.
-
-    Args:
-        config: The run.
-        overrides: `GRPOConfig` keys that the command puts in place of the configuration's.
-
-    Raises:
-        ConfigError: A speed-up, a knob, a reward or its parameter, a file, a split or a model does not exist.
-        DataError: The data file is empty.
-        EnvironmentProblem: A package is missing.
-    """
+    """Refuse a speed-up, a knob, a reward or its parameter, a file, a split or a model that does not exist, an empty
+    file of data, and keys whose package is not installed; `overrides` are `GRPOConfig` keys that the command puts in
+    place of the configuration's."""
     for name in filter(is_reference, chosen(config.speedups)):
         source_of("speedup", name)
     check_keys(config.search)
@@ -40,11 +32,7 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuse a model that is not there.
-
-    Raises:
-        ConfigError: There is no such folder, function or architecture.
-    """
+    """Refuse a model whose folder, function or architecture is not there."""
     name = str(config.model.name_or_path)
     if config.model.random_init is not None:
         architecture(config.model.random_init)

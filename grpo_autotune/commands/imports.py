@@ -36,11 +36,7 @@ def mend_torchvision() -> None:
 
 
 def served_weights(config: RunConfig) -> Weights:
-    """The weights that a run's server serves, built or downloaded first where they are missing.
-
-    Raises:
-        ConfigError: There is no such model.
-    """
+    """The weights that a run's server serves, built or downloaded first where they are missing."""
     return weights_of(config, _source, model_config)
 
 

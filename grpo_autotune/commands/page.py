@@ -39,9 +39,6 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
 
     It has tooltips and zoom where `interactive`, as many of the newest `samples` as the run stored, and is read again
     by a browser while the training is `running`.
-
-    Raises:
-        ConfigError: There is nothing that a page can be made of, it is damaged, or may not be read.
     """
     from grpo_autotune.render.page import Lines, Section, Table, render_page
     from grpo_autotune.render.train_page import train_sections, train_title
@@ -77,11 +74,7 @@ def _sections(report: Report | SearchReport, folder: Path) -> tuple[str, list[Se
 def write_page(
     source: Path, file: Path | None = None, *, interactive: bool = False, running: bool = False, samples: int = 0
 ) -> Path:
-    """Write the page of a folder, as `report.html` in it unless `file` is given; returns its path.
-
-    Raises:
-        ConfigError: As for `page_of`, or the file cannot be written.
-    """
+    """Write the page of a folder, as `report.html` in it unless `file` is given; returns its path."""
     path = file or (source if source.is_dir() else source.parent) / PAGE_FILE
     return save_page(
         path, page_of(source, interactive=interactive, running=running, samples=samples), durable=not running
@@ -89,11 +82,7 @@ def write_page(
 
 
 def save_page(path: Path, text: str, *, durable: bool = True) -> Path:
-    """Write a page, whole or not at all; returns its path.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
+    """Write a page, whole or not at all; returns its path."""
     try:
         with full_disk_told(path.parent, "Make room there."):
             write_whole(path, text, durable=durable)
@@ -149,11 +138,8 @@ class PrintableReport:
 
 @refusal_told()
 def load_run(source: str | Path) -> PrintableReport:
-    """The report of the probe, search or training in a run folder, or of the JSON file itself.
-
-    Raises:
-        ConfigError: There is none, it is damaged, or it may not be read.
-    """
+    """The report of the probe, search or training in a run folder, or of the JSON file itself; an error where there is
+    none, it is damaged, or may not be read."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     if path.name == SEARCH_FILE or ((folder / SEARCH_FILE).is_file() and not (folder / REPORT_FILE).is_file()):

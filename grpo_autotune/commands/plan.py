@@ -56,11 +56,7 @@ def plan_run(
     html: Path | None,
     phases: Path | None,
 ) -> Plan:
-    """Plan a configuration or a stored run that begins now; write its page and its phases where that is asked for.
-
-    Raises:
-        AutotuneError: As `basis_of_config`, `basis_of_run`, and `plan_of`.
-    """
+    """Plan a configuration or a stored run that begins now; write its page and its phases where that is asked for."""
     stored = source if isinstance(source, Path) else _probed(source, output, with_eval=with_eval)
     basis = basis_of_run(stored).with_length(samples)
     machine, held = basis.models.machine, {part for row in basis.models.record.timings.stages for part in row.parts}
@@ -133,11 +129,8 @@ def _probed(config: RunConfig, output: AbstractContextManager[None], *, with_eva
 
 
 def basis_of_run(source: Path) -> Basis:
-    """The basis that a stored run is: a probe, a training run, a script's run, or a search's folder.
-
-    Raises:
-        ConfigError: There is none, or it does not tell enough.
-    """
+    """The basis that a stored run is: a probe, a training run, a script's run, or a search's folder; an error where it
+    does not tell enough."""
     report = load_run(source).data
     if isinstance(report, SearchReport):
         return _searched(report, source if source.is_dir() else source.parent)

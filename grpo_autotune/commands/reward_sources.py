@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 
 from grpo_autotune.config.foreign_keys import ForeignKey, accepted_types, check_values
@@ -12,11 +11,7 @@ from grpo_autotune.registry import Definition, is_reference, source_of
 
 
 def check_rewards(config: RunConfig) -> None:
-    """Check names and parameters of the rewards in their source text: nothing is imported.
-
-    Raises:
-        ConfigError: There is no such function, or it does not take what it will be given.
-    """
+    """Refuse a reward that does not exist or does not take what it will be given; nothing is imported."""
     for place, item in enumerate(config.rewards):
         definition, where = source_of("reward", item.name), f"rewards[{place}]"
         if definition is None:
@@ -43,8 +38,8 @@ def _signature(definition: Definition) -> inspect.Signature:
 
 
 def _keys(definition: Definition) -> dict[str, ForeignKey]:
-    """Parameters as keys with the types of their annotations."""
-    annotated: list[tuple[str, ast.expr]] = [
-        (arg.arg, arg.annotation) for arg in definition.args.kwonlyargs if arg.annotation is not None
-    ]
-    return {name: ForeignKey(name, accepted_types(annotation), None) for name, annotation in annotated}
+    return {
+        arg.arg: ForeignKey(arg.arg, accepted_types(arg.annotation), None)
+        for arg in definition.args.kwonlyargs
+        if arg.annotation is not None
+    }

@@ -56,16 +56,15 @@ class _Measurement:
 
 
 class ScriptProbes(ScriptHooks):
-    """The probes of one script's trainers. What fails in measuring is a warning, and the script goes on.
+    """The probes of one script's trainers. What fails in measuring is a warning, and the script goes on."""
 
-    Args:
-        out_dir: Folder of the first trainer's report; those of further ones lie in it.
-        steps: End the script after this many measured steps of one trainer; None lets it run.
-        values: Given to every trainer in place of what the script says.
-        receipt: Measurements of these values; a live speed that differs is reported.
-    """
-
-    def __init__(self, out_dir: Path, steps: int | None, values: ScriptValues, receipt: Receipt | None = None) -> None:
+    def __init__(
+        self,
+        out_dir: Path,  # of the first trainer's report; those of further ones lie in it
+        steps: int | None,  # the script ends after so many measured steps of one trainer; None lets it run
+        values: ScriptValues,  # given to every trainer in place of what the script says
+        receipt: Receipt | None = None,  # measurements of these values; a live speed that differs is reported
+    ) -> None:
         super().__init__(values, Startup(), say)
         self.out_dir, self.steps, self.receipt = out_dir, steps, receipt
         self.measured: list[_Measurement] = []
@@ -145,22 +144,9 @@ def run_script(
     values: ScriptValues,
     receipt: Receipt | None = None,
 ) -> None:
-    """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first.
-
-    Args:
-        script: A Python file.
-        arguments: The rest of the script's `sys.argv`.
-        steps: End the script after so many measured steps of one trainer; None lets it run.
-        out_dir: Folder of the first trainer's report; those of further ones lie in it.
-        finish: Given the probes once the script has ended.
-        output: Held while the script runs, to lead its standard output elsewhere.
-        values: What every trainer is given in place of what the script says.
-        receipt: What was measured with these values; told where live speed is another.
-
-    Raises:
-        ConfigError: There is no such script, or its trainer cannot be given the values.
-        BaseException: Whatever ended the script: its own error, `SystemExit`, `KeyboardInterrupt`.
-    """
+    """Run `script` as `python script arguments...` would; however it ends, `finish` gets its probes first, and what
+    ended it is raised: its own error, `SystemExit`, `KeyboardInterrupt`. See `ScriptProbes`; `output` is held while the
+    script runs, to lead its standard output elsewhere."""
     require_script(script)
     set_environment()
     out_dir = out_dir.absolute()  # wherever the script works later
@@ -176,11 +162,7 @@ def run_script(
 
 
 def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptValues, Receipt | None]:
-    """The values of `--with` and `--speedups`, and the receipt unless `--speedups` makes it one of something else.
-
-    Raises:
-        ConfigError: The file cannot be read or holds something else, or there is no such speed-up.
-    """
+    """The values of `--with` and `--speedups`, and the receipt unless `--speedups` makes it one of something else."""
     values, receipt = load_script_values(path) if path is not None else ({}, None)
     if speedups is not None:
         values[SPEEDUPS] = _speedups_of(speedups)

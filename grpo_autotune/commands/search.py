@@ -25,14 +25,8 @@ def search_config(
     storage: str | None,
     script: list[str] | None = None,
 ) -> tuple[SearchReport, int]:
-    """Search with real trials, the progress on standard error.
-
-    Returns:
-        The report, and the exit code: 0, or 130 where a signal ended it.
-
-    Raises:
-        AutotuneError: As for `search.session.search`.
-    """
+    """Search with real trials, the progress on standard error; also the exit code: 0, or 130 where a signal ended
+    it."""
     set_environment()
     live = LiveFile(run_dir)
     with SearchView(progress_console()) as view:

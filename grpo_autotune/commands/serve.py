@@ -36,20 +36,11 @@ def numbers(text: str | None) -> list[int]:
 
 
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:
-    """Start a server for `config` and stay with it until it ends or a signal comes.
+    """Start a server for `config`, and stay with it until it ends or a signal comes; the exit code: 0, or 128 + the
+    signal.
 
-    Args:
-        config: The run.
-        out_dir: The log goes to `serve.log` there.
-        gpus: GPUs of the server, numbered among those that this process sees; all of them without.
-        dry_run: Only print the command.
-
-    Returns:
-        0, or 128 + the signal.
-
-    Raises:
-        ConfigError: The model, the address or a GPU is not there.
-        EnvironmentProblem: vLLM is missing, or the server did not start, or ended by itself.
+    It has the `gpus`, numbered among those that this process sees, or all of them, and a log in `out_dir`. A `dry_run`
+    only prints the command.
     """
     if not dry_run:
         need_vllm()
@@ -72,15 +63,12 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
 
 
 def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) -> None:
-    """Start the server and watch it.
-
-    Raises:
-        EnvironmentProblem: It did not start, or ended by itself.
-        Stopped: A signal came, and it was shut down.
-    """
+    """Start the server and watch it until it ends, which is an error, or a signal shuts it down."""
     server = VllmServer(wanted, log)
     try:
-        _until_healthy(server, log)
+        with Heartbeat(lambda: f"the server starts, {duration(server.age_s)} (its log: {log})", say):
+            server.until_healthy()
+        say(f"the server answers at {server.wanted.address} after {duration(server.age_s)}")
         _say_how(wanted, gpus)
         while (code := server.wait(LOOK_S)) is None:
             pass
@@ -115,17 +103,6 @@ def _check_port(wanted: Serving) -> None:
                 where="vllm.server_port",
                 fix="Give another port, or end what listens there.",
             ) from error
-
-
-def _until_healthy(server: VllmServer, log: Path) -> None:
-    """Wait until the server answers.
-
-    Raises:
-        EnvironmentProblem: It ended before.
-    """
-    with Heartbeat(lambda: f"the server starts, {duration(server.age_s)} (its log: {log})", say):
-        server.until_healthy()
-    say(f"the server answers at {server.wanted.address} after {duration(server.age_s)}")
 
 
 def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:

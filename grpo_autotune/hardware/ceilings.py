@@ -63,11 +63,8 @@ def measure_ceilings(
     fresh: bool = False,
 ) -> Ceilings:
     """This machine's ceilings for a device as torch names it ("cpu", "cuda:1") and "float32", "bfloat16" or "float16":
-    from its cache file, or measured where that cannot be read or they are to be `fresh`.
-
-    `clock` gives seconds that only grow, `cpu_clock` seconds of processor time that this process has used, over all
-    threads.
-    """
+    from its cache file, or measured where that cannot be read or they are to be `fresh`. `cpu_clock` gives seconds of
+    processor time that this process has used, over all threads."""
     import torch
 
     kind = "cpu" if torch.device(device).type == "cpu" else "cuda"

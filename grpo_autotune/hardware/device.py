@@ -26,17 +26,14 @@ class DeviceRoom(NamedTuple):
 
 
 def room_of(device: Any) -> DeviceRoom | None:
-    """Memory of a `torch.device` now; None if it is no CUDA device.
-
-    Where the host's memory is the device's, the driver does not count what the kernel would give up of its caches.
-    """
+    """Memory of a `torch.device` now; None if it is no CUDA device."""
     if device.type != "cuda":
         return None
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
     if torch.cuda.get_device_properties(device).is_integrated:
-        import psutil
+        import psutil  # the driver does not count what the kernel would give up of its caches
 
         free = max(free, int(psutil.virtual_memory().available))
     held = torch.cuda.memory_reserved(device) - asleep_bytes()

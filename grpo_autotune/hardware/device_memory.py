@@ -36,10 +36,8 @@ def cuda_in_use() -> Any:
 
 
 def asleep_bytes() -> int:
-    """Bytes of a vLLM engine that sleeps: torch counts them as allocated, and the device has them back.
-
-    vLLM unmaps the pages of its pool below torch's allocator (vllm/device_allocator/cumem.py).
-    """
+    """Bytes of a vLLM engine that sleeps: torch counts them as allocated, and the device has them back, since vLLM
+    unmaps the pages of its pool below torch's allocator (vllm/device_allocator/cumem.py)."""
     module = sys.modules.get("vllm.device_allocator.cumem")
     pool = module.CuMemAllocator.instance if module is not None else None
     rows = pool.pointer_to_data.values() if pool is not None else ()
@@ -51,12 +49,6 @@ class DeviceMemory:
 
     Reading the allocator's peak resets it, so that each reading is of the time since the last one; the running maximum
     is kept here. The counters are the process's, and so is their reader (`DEVICE_MEMORY`).
-
-    Attributes:
-        allocated_bytes: Most that tensors had.
-        reserved_bytes: Most that the allocator took of the device for them.
-        outside_bytes: Most that was added outside of it since the first reading (NCCL, libraries, captured graphs).
-        device_bytes: Most that was in use on the whole device, by other processes too.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -64,7 +56,9 @@ class DeviceMemory:
         self.restart()
 
     def restart(self) -> None:
-        self.allocated_bytes = self.reserved_bytes = self.outside_bytes = self.device_bytes = 0
+        self.allocated_bytes = self.reserved_bytes = 0  # of tensors, and what the allocator took of the device for them
+        self.outside_bytes = 0  # added outside of it since the first reading (NCCL, libraries, captured graphs)
+        self.device_bytes = 0  # in use on the whole device, by other processes too
         self._outside_at_first: int | None = None
         self._looked_at = -math.inf
         self._asleep = asleep_bytes()
@@ -91,7 +85,6 @@ class DeviceMemory:
         return peak
 
     def in_use(self) -> int:
-        """Bytes that tensors have now."""
         cuda = cuda_in_use()
         return 0 if cuda is None else max(0, int(cuda.memory_allocated()) - asleep_bytes())
 

@@ -69,17 +69,12 @@ def all_handles(nvml: Any) -> list[Any]:
 
 
 def visible_handles(nvml: Any) -> list[Any]:
-    """Handles of the GPUs and MIG slices that CUDA shows this process.
-
-    As the CUDA C++ Programming Guide has it ("CUDA environment variables"): indices, UUIDs or their beginnings; the
-    list ends at the first name that is none. An index of a GPU with MIG stands for its first slice.
-    """
-    every = all_handles(nvml)
-    names = visible_names()
-    named = (
-        every if names is None else itertools.takewhile(lambda handle: handle is not None, _find(nvml, every, names))
-    )
-    return [_first_slice(nvml, handle) for handle in named]
+    """Handles of the GPUs and MIG slices that CUDA shows this process, as the CUDA C++ Programming Guide has it ("CUDA
+    environment variables"): the list ends at the first name that is none, and an index of a GPU with MIG stands for its
+    first slice."""
+    every, names = all_handles(nvml), visible_names()
+    found = iter(every) if names is None else _find(nvml, every, names)
+    return [_first_slice(nvml, handle) for handle in itertools.takewhile(lambda handle: handle is not None, found)]
 
 
 def visible_names() -> list[str] | None:

@@ -89,11 +89,9 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None] =
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Return whether an exception says that a device failed under its process, which can then do no more with it.
-
-    It goes by the driver's text: torch raises `AcceleratorError` for every error of the CUDA runtime, such as a kernel
-    that was not built for this GPU, after which the process goes on as before.
-    """
+    """Return whether an exception says that a device failed under its process, which can then do no more with it. Its
+    class does not tell: torch raises it for every error of the CUDA runtime, such as a kernel not built for this
+    GPU."""
     names = {_full_name(kind) for kind in type(error).__mro__}
     raised = type(error) is RuntimeError or "torch.AcceleratorError" in names
     return raised and FAULT.match(str(error)) is not None
@@ -105,10 +103,8 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on; once each, since an error may be raised from itself.
-
-    torch's compiler keeps the error that it replaces as `inner_exception`.
-    """
+    """The error, what it was raised from (in torch's compiler its `inner_exception`), and so on; once each, since an
+    error may be raised from itself."""
     passed: set[int] = set()
     while error is not None and id(error) not in passed:
         passed.add(id(error))

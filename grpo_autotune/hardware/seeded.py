@@ -10,10 +10,8 @@ from typing import Any
 
 @contextmanager
 def seeded(seed: int, device: Any = None) -> Iterator[None]:
-    """Draw from `seed` on the host and on a CUDA `device` inside; every random stream is where it was afterwards.
-
-    `torch.manual_seed` would seed those of all GPUs, for good.
-    """
+    """Draw from `seed` on the host and on a CUDA `device` inside; every random stream is where it was afterwards, those
+    of other GPUs too, which `torch.manual_seed` would seed for good."""
     import torch
 
     on_cuda = device is not None and device.type == "cuda"

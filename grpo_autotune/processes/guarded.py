@@ -30,20 +30,13 @@ PYTHON = [sys.executable, "-P"]
 
 
 class Guarded:
-    """A command behind its guardian, in a session of its own: nothing that it starts outlives it or this process.
-
-    Args:
-        words: The command.
-        log: Standard output and error.
-        environment: The command's; this process's without.
-        stdin: As in `subprocess.Popen`.
-    """
+    """A command behind its guardian, in a session of its own: nothing that it starts outlives it or this process."""
 
     def __init__(
         self,
         words: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
+        log: Path,  # standard output and error
+        environment: Mapping[str, str] | None = None,  # this process's without
         stdin: int = subprocess.DEVNULL,
     ) -> None:
         read, self._lifeline = os.pipe()

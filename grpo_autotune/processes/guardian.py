@@ -56,11 +56,7 @@ def kill_descendants() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends; ends at once where that happened already.
-
-    Args:
-        parent: The process that started this one.
-    """
+    """Ask the kernel to kill this process when `parent`, who started it, ends; ends at once where it did already."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -20,7 +20,6 @@ class Figure(NamedTuple):
     how: Literal["measured", "predicted"] = "predicted"
 
     def times(self, factor: float) -> Figure:
-        """The figure and its ends, times a number."""
         return Figure(factor * self.value, factor * self.low, factor * self.high, self.how)
 
 

@@ -31,11 +31,8 @@ class Cause(Frozen):
 
 
 class Fidelity(Frozen):
-    """Difference between the rollout engine's log-probs and the trainer's, in nats over sampled tokens.
-
-    Both sides are compared as the model gives them. What truncated sampling and penalties do to the engine's numbers is
-    computed from the trainer's logits and told apart as `shift_nats`.
-    """
+    """Difference between the rollout engine's log-probs and the trainer's, in nats over sampled tokens, both as the
+    model gives them: what sampling parameters do to the engine's is told apart as `shift_nats`."""
 
     mean_nats: float  # mean absolute difference
     max_nats: float  # largest

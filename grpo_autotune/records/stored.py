@@ -17,11 +17,8 @@ Stored = TypeVar("Stored", bound=Frozen)
 def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, written_by: str, again: str) -> Stored:
     """Read the record in a JSON file whose key `schema` must name the only schema that this version reads.
 
-    Messages have `absent` where there is no file, `written_by` for the command that writes one, and `again` as the
-    remedy for a file that cannot be used.
-
-    Raises:
-        ConfigError: There is no file, it is not JSON, its schema is another one, or it is damaged.
+    Errors say `absent` where there is no file, `written_by` for the command that writes one, and `again` as the remedy
+    for a file that cannot be used.
     """
     where = str(path)
     if not path.is_file():
