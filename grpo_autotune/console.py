@@ -107,20 +107,14 @@ def output_aside() -> Iterator[None]:
 
 
 class Heartbeat:
-    """A line now and then about what is under way, from a daemon thread, while its context is open.
-
-    Args:
-        describe: Returns what is under way, as "what, how long", or None when there is nothing worth a line.
-        tell: Takes the line.
-        every_s: Seconds between looks; what was said already is said again only after `REPEAT_S`.
-        clock: Seconds, monotonic.
-    """
+    """A line now and then about what is under way, from a daemon thread, while its context is open; what was said
+    already is said again only after `REPEAT_S`."""
 
     def __init__(
         self,
-        describe: Callable[[], str | None],
+        describe: Callable[[], str | None],  # what is under way, as "what, how long"; None for nothing worth a line
         tell: Callable[[str], None] = say,
-        every_s: float = HEARTBEAT_S,
+        every_s: float = HEARTBEAT_S,  # between looks
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._describe, self._tell, self._every_s, self._clock = describe, tell, every_s, clock
@@ -129,7 +123,6 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="grpo-autotune-heartbeat", daemon=True)
 
     def beat(self) -> None:
-        """Look once."""
         line = self._describe()
         if line is None:
             return
@@ -164,14 +157,8 @@ def progress_console() -> Console:
 
 
 class ProgressBar:
-    """Progress on the first rank: a bar with a text beside it on a terminal, plain lines elsewhere.
-
-    Args:
-        title: Text before the bar.
-        total: Steps until the end.
-        console: A rich console; standard error by default.
-        clock: Seconds, monotonic.
-    """
+    """Progress on the first rank, of `total` steps: on a terminal (of standard error by default) a bar between a title
+    and a text, plain lines elsewhere."""
 
     def __init__(
         self, title: str, total: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
@@ -199,7 +186,6 @@ class ProgressBar:
         return f"about {duration((self._clock() - self._begun_s) / done * (self._total - done))} left"
 
     def close(self) -> None:
-        """Give the terminal back."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -124,14 +124,10 @@ class Digits:
 
 
 def load_digits(split: str) -> Digits:
-    """The digits of a split, `train` or `test`; the split is fixed.
+    """The digits of a split, `train` or `test`, which is fixed; ConfigError for another one.
 
     The images are the test part of E. Alpaydin and C. Kaynak's "Optical Recognition of Handwritten Digits" (UCI, 1998):
-    13 writers' digits in 8x8 grey values, as scikit-learn ships them.
-
-    Raises:
-        ConfigError: There is no such split.
-    """
+    13 writers' digits in 8x8 grey values, as scikit-learn ships them."""
     from PIL import Image
     from sklearn import datasets as sklearn_datasets
 
@@ -160,17 +156,10 @@ def draw(pixels_HW: NDArray[np.uint8], canvas: int, random: np.random.Generator)
 
 def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = None, seed: int = 0) -> Any:
     """Questions about handwritten digits, one image each: a `datasets.Dataset` with `prompt` (messages), `image` and
-    `answer` (the digit as text).
+    `answer` (the digit as text). The splits `train` and `test` share no digit.
 
-    Args:
-        split: `train` or `test`; they share no digit.
-        canvas: Side of the image in pixels, at least 32.
-        count: Rows; None for one per digit. More than there are digits repeat them at other places.
-        seed: Of places and order.
-
-    Raises:
-        ConfigError: Unknown split, or a canvas too small for a digit.
-    """
+    A row for each digit, or `count`; more than there are digits repeat them at other places, which the seed draws, as
+    the order. ConfigError for another split, or a canvas (a side in pixels) too small for a digit."""
     import datasets
 
     if canvas < DIGIT_PX:

@@ -13,13 +13,8 @@ LONGEST = 370
 
 
 class AutotuneError(Exception):
-    """Base of all errors of this package.
-
-    Args:
-        what: What is wrong, in one sentence.
-        where: Key path, file or row it concerns; put in front of the message.
-        fix: What the user can do; put behind it.
-    """
+    """Base of all errors of this package: what is wrong, in one sentence, behind the key path, file or row it concerns,
+    and in front of what the user can do."""
 
     exit_code = 1
 
@@ -29,7 +24,10 @@ class AutotuneError(Exception):
 
     def __str__(self) -> str:
         where, what, fix = (printable(part or "") for part in (self.where, self.what, self.fix))
-        return _line(*_fitted([where, what.rstrip(".") if fix else what, fix], LONGEST - len(". ") - len(": ")))
+        parts = [where, what.rstrip(".") if fix else what, fix]
+        where, what, fix = _fitted(parts, LONGEST - len(". ") - len(": "))
+        line = f"{where}: {what}" if where else what
+        return f"{line}. {fix}" if fix else line
 
 
 class ConfigError(AutotuneError):
@@ -87,11 +85,6 @@ def _fitted(parts: list[str], most: int) -> list[str]:
     return [shortened(part, share) for part, share in zip(parts, shares, strict=True)]
 
 
-def _line(where: str, what: str, fix: str) -> str:
-    line = f"{where}: {what}" if where else what
-    return f"{line}. {fix}" if fix else line
-
-
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like `name`; None where none is `cutoff` alike (0 to 1, as `difflib` counts)."""
     import difflib
@@ -107,9 +100,7 @@ def nearest_hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 def nearest_path(path: str, known: Sequence[str]) -> str | None:
     """The known key path that was probably meant: the same key of another section, else one typed wrongly, here first.
-
-    A key that only resembles another one is no mistake in typing: the advice would change the run.
-    """
+    A key that only resembles another one is no mistake in typing: the advice would change the run."""
     section, _, name = path.rpartition(".")
     anywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
     if name in anywhere:

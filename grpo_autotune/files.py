@@ -15,13 +15,8 @@ FULL = ("No space left", "quota exceeded", "Not enough disk space", "PytorchStre
 
 
 def cache_dir(part: str = "") -> Path:
-    """The folder for models, downloads and measured ceilings, or a part of it, created on first use.
-
-    It is `GRPO_AUTOTUNE_CACHE`, else `grpo-autotune` in `XDG_CACHE_HOME` or `~/.cache`.
-
-    Raises:
-        EnvironmentProblem: It cannot be made.
-    """
+    """The folder for models, downloads and measured ceilings, or a part of it, created on first use (EnvironmentProblem
+    where it cannot be): `GRPO_AUTOTUNE_CACHE`, else `grpo-autotune` in `XDG_CACHE_HOME` or `~/.cache`."""
     chosen = os.environ.get("GRPO_AUTOTUNE_CACHE")
     if chosen:
         folder = Path(chosen).expanduser()
@@ -40,20 +35,12 @@ def cache_dir(part: str = "") -> Path:
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part of it.
+    """Write a file, of text as UTF-8, so that a reader sees the old content or the new, never a part of it.
 
     The content goes into a new file beside `path`, with the permissions that the umask gives; complete, it takes the
-    name. A file that cannot be written leaves nothing behind, and what was at `path` before stays.
-
-    Args:
-        path: The file; its folder has to be there.
-        content: Bytes, or text to be encoded as UTF-8.
-        durable: Wait until the disk holds content and name, so that a power cut cannot undo them; False where that
-            is not worth the wait, as for a message between running processes.
-
-    Raises:
-        OSError: The disk is full, or the folder is missing or cannot be written.
-    """
+    name. A file that cannot be written (OSError: the disk is full, or the folder is missing or cannot be written)
+    leaves nothing behind, and what was at `path` before stays. `durable` waits until the disk holds content and name,
+    so that a power cut cannot undo them; that is not worth it for a message between running processes."""
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with draft.open("xb") as file:
@@ -79,11 +66,8 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def full_disk_told(folder: Path, fix: str = "Make room, and go on with --resume.") -> Iterator[None]:
-    """Turn a full disk into one line, whoever writes inside, mostly to `folder`, and whatever that raises.
-
-    Raises:
-        EnvironmentProblem: The disk is full.
-    """
+    """Turn a full disk into one line, an EnvironmentProblem, whoever writes inside, mostly to `folder`, and whatever
+    that raises."""
     try:
         yield
     except Exception as error:

@@ -27,11 +27,8 @@ class AttachedProbe:
         return self._probe.record()
 
     def report(self) -> PrintableReport:
-        """The report so far, saved as `report.json` too where `attach` was given a folder.
-
-        Raises:
-            ConfigError: No optimizer step was finished yet.
-        """
+        """The report so far, saved as `report.json` too where `attach` was given a folder; ConfigError before the first
+        optimizer step was finished."""
         record = self._probe.record()
         if not record.timings.step_s:
             raise ConfigError(

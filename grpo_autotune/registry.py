@@ -27,15 +27,10 @@ F = TypeVar("F", bound=Function)
 
 
 class Builtin(NamedTuple):
-    """A function that comes with the package.
+    """A function that comes with the package."""
 
-    Attributes:
-        reference: `package.module:function`, imported when it is asked for.
-        needs: Package on the index that it needs beside the required ones, and the extra that brings it.
-    """
-
-    reference: str
-    needs: tuple[str, str] | None = None
+    reference: str  # `package.module:function`, imported when it is asked for
+    needs: tuple[str, str] | None = None  # package that it needs beside the required ones, and the extra that brings it
 
 
 _REWARDS, _TRL_REWARDS = "grpo_autotune.train.rewards.builtin", "grpo_autotune.train.rewards.from_trl"
@@ -111,24 +106,15 @@ def is_reference(text: str) -> bool:
 
 
 def resolve(kind: Kind, name: str) -> Function:
-    """The function behind a registered name or a `package.module:function` text.
-
-    Raises:
-        ConfigError: There is none; lists the known names and the nearest. Or a package that it needs is not installed.
-    """
+    """The function behind a registered name or a `package.module:function` text; ConfigError where there is none, with
+    the known names and the nearest, or a package that it needs is not installed."""
     entry = _entry(kind, name)
     return _load(kind, entry.reference) if isinstance(entry, Builtin) else entry
 
 
 def source_of(kind: Kind, name: str) -> Definition | None:
-    """The definition of a function by name, read in its source text: nothing is imported.
-
-    Returns:
-        The definition; None where the text alone cannot tell: a class, a decorated or an imported function.
-
-    Raises:
-        ConfigError: As `resolve`, where the text shows it.
-    """
+    """The definition of a function by name, read in its source text: nothing is imported. None where the text alone
+    cannot tell: a class, a decorated or an imported function. ConfigError as `resolve`, where the text shows it."""
     entry = _entry(kind, name)
     if not isinstance(entry, Builtin):
         return None
@@ -151,11 +137,7 @@ def source_of(kind: Kind, name: str) -> Definition | None:
 
 
 def _entry(kind: Kind, name: str) -> Builtin | Function:
-    """The entry of a name or a reference, its packages looked for.
-
-    Raises:
-        ConfigError: As `resolve`.
-    """
+    """The entry of a name or a reference, its packages looked for; ConfigError as `resolve`."""
     entry = _TABLE[kind].get(name)
     if entry is None and is_reference(name):
         entry = Builtin(name)
@@ -165,19 +147,14 @@ def _entry(kind: Kind, name: str) -> Builtin | Function:
             where=name,
             fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
         )
-    if isinstance(entry, Builtin):
-        _check_installed(kind, name, entry)
-    return entry
-
-
-def _check_installed(kind: Kind, name: str, entry: Builtin) -> None:
-    if entry.needs is not None and importlib.util.find_spec(entry.needs[0].replace("-", "_")) is None:
-        package, extra = entry.needs
+    package, extra = (entry.needs if isinstance(entry, Builtin) else None) or ("", "")
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ConfigError(
             f"this {kind} needs the package {package}, which is not installed",
             where=name,
             fix=f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'.",
         )
+    return entry
 
 
 def _load(kind: str, reference: str) -> Function:
@@ -206,11 +183,8 @@ def _look_here() -> None:
 
 
 def _source_text(module_name: str, kind: str, reference: str) -> str | None:
-    """The text of a module that is not imported for it; None where it has no text.
-
-    Raises:
-        ConfigError: There is no such module.
-    """
+    """The text of a module that is not imported for it; None where it has no text. ConfigError without such a
+    module."""
     if module_name in sys.modules and getattr(sys.modules[module_name], "__file__", None) is None:
         return None
     _look_here()
@@ -230,7 +204,6 @@ def _source_text(module_name: str, kind: str, reference: str) -> str | None:
 
 
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """The place of a module, its parents not imported."""
     specs = (finder.find_spec(name, path) for finder in sys.meta_path)
     try:
         return next((spec for spec in specs if spec is not None), None)
