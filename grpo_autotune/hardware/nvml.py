@@ -73,8 +73,8 @@ def visible_handles(nvml: Any) -> list[Any]:
     environment variables"): the list ends at the first name that is none, and an index of a GPU with MIG stands for its
     first slice."""
     every, names = all_handles(nvml), visible_names()
-    found = iter(every) if names is None else _find(nvml, every, names)
-    return [_first_slice(nvml, handle) for handle in itertools.takewhile(lambda handle: handle is not None, found)]
+    handles = iter(every) if names is None else _find(nvml, every, names)
+    return [_first_slice(nvml, handle) for handle in itertools.takewhile(lambda handle: handle is not None, handles)]
 
 
 def visible_names() -> list[str] | None:

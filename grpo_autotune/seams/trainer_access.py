@@ -9,6 +9,19 @@ from typing import Any
 SPEED_UPS = "_grpo_autotune_speed_ups"
 """Attribute of a trainer that holds what `speed_up` put on it."""
 
+BOTH_KEYS = ("token_type_ids", "mm_token_type_ids")
+IMAGE_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "num_tiles",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
+"""Inputs in TRL's batches: kinds of tokens over prompt and completion, and what belongs to images."""
+
 
 def compute_dtype(trainer: Any) -> str:
     """Name of the dtype matrix products run in: autocast's where it is on, else the weights'."""

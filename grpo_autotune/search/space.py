@@ -35,6 +35,10 @@ class Space:
     values: dict[str, tuple[Any, ...]]  # of each knob; the user's own is first, unless `search.knobs` leaves it out
     baseline: Knobs  # the user's own values
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
 
 def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None) -> Space:
     """The axes of a search of this configuration, as its `search` section restricts and extends them; a probe of it

@@ -15,7 +15,7 @@ import torch
 
 from grpo_autotune.rollout.fidelity.check_text import undisturbed
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, log_probs
-from grpo_autotune.speedups.batches.rows import BOTH_KEYS, IMAGE_KEYS
+from grpo_autotune.seams.trainer_access import BOTH_KEYS, IMAGE_KEYS
 
 ROWS = 4
 TOKENS = 128

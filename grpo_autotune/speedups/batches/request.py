@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from grpo_autotune.seams.trainer_access import BOTH_KEYS
 from grpo_autotune.speedups.batches.passes import Row
-from grpo_autotune.speedups.batches.rows import BOTH_KEYS
 
 Joining = Callable[[list[torch.Tensor]], torch.Tensor]
 

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from grpo_autotune.seams.trainer_access import BOTH_KEYS, IMAGE_KEYS
 from grpo_autotune.speedups.batches.groups import KNOWN
 
 Batch = dict[str, Any]
 
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
-BOTH_KEYS = ("token_type_ids", "mm_token_type_ids")
 COMPLETION_KEYS = (
     "completion_ids",
     "completion_mask",
@@ -27,16 +27,6 @@ COMPLETION_KEYS = (
     "sampling_per_token_logps",
     "importance_sampling_ratio",
     "advantages",
-)
-IMAGE_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "num_tiles",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "image_position_ids",
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.speedups.batches.rows import BOTH_KEYS, IMAGE_KEYS
+from grpo_autotune.seams.trainer_access import BOTH_KEYS, IMAGE_KEYS
 
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
 

@@ -17,11 +17,11 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 from grpo_autotune.seams.table import find, wrap_rows
-from grpo_autotune.seams.trainer_access import base_of, compute_dtype, models_of, without_dropout
+from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
-from grpo_autotune.speedups.batches.rows import BOTH_KEYS, widened
+from grpo_autotune.speedups.batches.rows import widened
 from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
