@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_autotune.commands.options import Config, Json, Out, Set, Steps
+from grpo_autotune.commands.options import Checked, Config, Json, Out, Set, Steps
 from grpo_autotune.console import accept_any_text, as_warning, complain, is_first_rank, output_aside, say, show
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
 from grpo_autotune.processes.ending import Stopped, raising
@@ -314,31 +314,40 @@ def serve(
 
 
 @app.command()
-def doctor(json_: Json = False) -> Action:
-    """Check this machine and the installed packages, with a remedy for each finding."""
+def doctor(config: Checked = None, set_: Set = None, json_: Json = False) -> Action:
+    """Check this machine, its packages and a configuration, with a remedy for each finding."""
 
     def action() -> int:
         from grpo_autotune.commands.doctor import show_findings
+        from grpo_autotune.config.sources import DEFAULT_FILE
 
-        return show_findings(as_json=json_)
+        has_config = config is not None or set_ or Path(DEFAULT_FILE).is_file()  # else the machine alone: no demo
+        return show_findings(_read(config, set_) if has_config else None, as_json=json_)
 
     return action
 
 
 def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
+    from grpo_autotune.commands.doctor import look, preflight
     from grpo_autotune.commands.early import check_early, check_model
-    from grpo_autotune.config.schema import load_config, resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
-    label, _ = resolve_source(source)
-    say(f"Configuration: {label}")
-    config = load_config(source, overrides or [])
+    begun, config = look(), _read(source, overrides)
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
     else:
-        check_early(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
+        replaced = {} if purpose == "train" else TRIAL_ARGUMENTS
+        check_early(config, replaced)
+        preflight(config, replaced, begun)
     return config
+
+
+def _read(source: str | None, overrides: list[str] | None) -> Any:
+    from grpo_autotune.config.schema import load_config, resolve_source
+
+    say(f"Configuration: {resolve_source(source)[0]}")
+    return load_config(source, overrides or [])
 
 
 def _print(reports: Sequence[Any], as_json: bool) -> None:

@@ -116,6 +116,17 @@ def others_s(ranks: int) -> tuple[float, float]:
     return time.monotonic(), busy - ranks * mine
 
 
+def load_between(
+    first: tuple[float, float], last: tuple[float, float], gpu_percent: float | None, *, on_gpu: bool
+) -> OtherLoad | None:
+    """Load by other processes between two looks of `others_s`; None where the system counts no work."""
+    cores, of = (last[1] - first[1]) / (last[0] - first[0]), len(_open_cores())
+    much = MUCH_BESIDE_GPU * of if on_gpu else min(0.5, MUCH * of)
+    matters = cores >= much or (gpu_percent or 0.0) >= 100.0 * MUCH
+    load = OtherLoad(cores=max(0.0, cores), of=of, gpu_percent=gpu_percent, matters=matters)
+    return load if cores > -MUCH else None
+
+
 class Sampler:
     """Samples `readers` until stopped, for the stage that `stage_now` names (None: not now); `keep` is given each."""
 
@@ -166,12 +177,9 @@ class Sampler:
         looks = [*self._looks, others_s(self._ranks)] if self._thread is not None else self._looks
         if len(looks) < 2 or looks[-1][0] <= looks[0][0]:
             return None
-        cores, of = (looks[-1][1] - looks[0][1]) / (looks[-1][0] - looks[0][0]), len(_open_cores())
         seen = [(u.samples, u.other_gpu_percent) for u in self.summary() if u.other_gpu_percent is not None]
         gpu = sum(n * percent for n, percent in seen) / sum(n for n, _ in seen) if seen else None
-        matters = cores >= (MUCH_BESIDE_GPU * of if on_gpu else min(0.5, MUCH * of)) or (gpu or 0.0) >= 100.0 * MUCH
-        load = OtherLoad(cores=max(0.0, cores), of=of, gpu_percent=gpu, matters=matters)
-        return load if cores > -MUCH else None
+        return load_between(looks[0], looks[-1], gpu, on_gpu=on_gpu)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
