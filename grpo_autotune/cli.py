@@ -23,6 +23,8 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 Action = Callable[[], int]
 """The work of a command whose arguments were parsed; returns the exit code."""
 
+Purpose = Literal["train", "trial", "serve", "doctor"]
+
 app = typer.Typer(
     name="grpo-autotune",
     help="Where each second of a GRPO step goes, and what to do about it.",
@@ -322,32 +324,28 @@ def doctor(config: Checked = None, set_: Set = None, json_: Json = False) -> Act
         from grpo_autotune.config.sources import DEFAULT_FILE
 
         has_config = config is not None or set_ or Path(DEFAULT_FILE).is_file()  # else the machine alone: no demo
-        return show_findings(_read(config, set_) if has_config else None, as_json=json_)
+        return show_findings(_load(config, set_, "doctor") if has_config else None, as_json=json_)
 
     return action
 
 
-def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
+def _load(source: str | None, overrides: list[str] | None, purpose: Purpose) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
-    from grpo_autotune.commands.doctor import look, preflight
+    from grpo_autotune.commands.doctor import preflight
     from grpo_autotune.commands.early import check_early, check_model
+    from grpo_autotune.config.schema import load_config, resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
-    begun, config = look(), _read(source, overrides)
+    label, _ = resolve_source(source)
+    say(f"Configuration: {label}")
+    config = load_config(source, overrides or [])
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
-    else:
+    elif purpose != "doctor":  # which tells all of it
         replaced = {} if purpose == "train" else TRIAL_ARGUMENTS
         check_early(config, replaced)
-        preflight(config, replaced, begun)
+        preflight(config, replaced)
     return config
-
-
-def _read(source: str | None, overrides: list[str] | None) -> Any:
-    from grpo_autotune.config.schema import load_config, resolve_source
-
-    say(f"Configuration: {resolve_source(source)[0]}")
-    return load_config(source, overrides or [])
 
 
 def _print(reports: Sequence[Any], as_json: bool) -> None:

@@ -135,15 +135,13 @@ def check_cache() -> Finding:
     try:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free
-        writable = os.access(folder, os.W_OK)
     except (OSError, EnvironmentProblem) as error:
         return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
-    detail, remedy = f"{folder}: {size(free)} free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
-    if not writable:
+    remedy = "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
+    if not os.access(folder, os.W_OK):
         return Finding("cache", "fail", f"{folder} cannot be written", remedy)
-    if free < CACHE_WARN_BYTES:
-        return Finding("cache", "fail" if free < CACHE_FAIL_BYTES else "warn", detail, remedy)
-    return Finding("cache", "ok", detail)
+    status: Status = "fail" if free < CACHE_FAIL_BYTES else "warn" if free < CACHE_WARN_BYTES else "ok"
+    return Finding("cache", status, f"{folder}: {size(free)} free", remedy if status != "ok" else "")
 
 
 def check_shared_memory() -> Finding:
@@ -160,15 +158,10 @@ def check_shared_memory() -> Finding:
 def check_hub() -> Finding:
     """The folder of downloads, and whether they are switched off; the hub itself is not asked."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    if off := offline():
+    if off := [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]:
         detail = f"downloads are switched off by {', '.join(off)}: models and data must be folders or already in {home}"
         return Finding("hub", "ok", detail)
     return Finding("hub", "ok", f"downloads go to {home} (not tried)")
-
-
-def offline() -> list[str]:
-    """Variables that switch downloads off."""
-    return [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
 
 
 def _line(error: Exception) -> str:

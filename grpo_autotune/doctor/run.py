@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import os
-import random
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import as_warning, say
+from grpo_autotune.doctor.finding import Finding, Findings
+from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_file, is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
+from grpo_autotune.probe.sampler import others_s
 from grpo_autotune.registry import is_reference, names
-
-SAMPLE = 50
-"""Rows of each data set that are looked at, beside the first and the last."""
 
 
 @dataclass
 class Run:
-    """A configuration on this machine. `overrides` are `GRPOConfig` keys that the command puts in place of its own, and
-    `begun` is a look at others' work (`probe.sampler.others_s`)."""
+    """A configuration on this machine."""
 
     config: RunConfig
     machine: Machine
-    overrides: Mapping[str, Any]
-    begun: tuple[float, float]
-    numbers: list[int] = field(default_factory=list)  # of the rows looked at
+
+    def __post_init__(self) -> None:
+        self.begun = others_s(self.ranks)  # a look at others' work, the next of which is a check
 
     def value(self, key: str) -> Any:  # of `grpo`, or TRL's default
-        grpo = {**self.config.grpo, **self.overrides}
-        return grpo[key] if key in grpo else grpo_keys()[key].default_value()
+        return self.config.grpo[key] if key in self.config.grpo else grpo_keys()[key].default_value()
 
     @property
     def ranks(self) -> int:  # training processes on this machine
@@ -61,33 +58,16 @@ class Run:
     def stored(self, file: str) -> Mapping[str, Any]:  # a JSON file beside it
         return {} if self.folder is None else stored_json(str(self.folder), None, file)
 
-    @property
-    def has_data(self) -> bool:  # on this machine
+    @cached_property
+    def rows(self) -> Any:  # training rows as the run makes them, held-out ones made as well; None if not here yet
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        path = self.config.data.path
-        cache = Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
-        return is_file(path) or is_folder(path) or path in names("dataset") or is_reference(path) or cache.is_dir()
-
-    @cached_property
-    def sample(self) -> Any:  # training rows as the run makes them, held-out ones made as well; None without data
         from grpo_autotune.train.data.datasets import load_data
 
-        picked: list[list[int]] = []
-
-        def pick(rows: Any) -> Any:
-            some = random.Random(0).sample(range(len(rows)), min(SAMPLE, len(rows)))
-            picked.append(sorted({0, len(rows) - 1, *some}))
-            self.numbers = picked[-1]
-            return rows.select(picked[-1])
-
-        sample = load_data(self.config, lambda line: None, pick)[0] if self.has_data else None
-        self.numbers = (picked or [[]])[0]
-        return sample
-
-    def renumbered(self, text: str) -> str:  # a row of the sample by its number in the data
-        known = dict(enumerate(self.numbers))
-        return re.sub(r"\brow (\d+)", lambda row: f"row {known.get(int(row[1]), row[1])}", text)
+        path = self.config.data.path
+        local = is_file(path) or is_folder(path) or path in names("dataset") or is_reference(path)
+        cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
+        return load_data(self.config, say)[0] if local or cached else None
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is
@@ -95,6 +75,21 @@ class Run:
 
         return None if self.folder is None else load_processor(self.config, str(self.folder))
 
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
+
+def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
+    """Make checks, each named as its function. One that breaks is told in a line; what several stumble over is told by
+    the first, and that all is well where there is nothing else to tell."""
+    told = set[str]()
+    for check in checks:
+        findings: list[Finding] = []
+        name = check.__name__.replace("_", " ")
+        with as_warning(f"the check `{name}` was not made"):
+            try:
+                findings += check(run)
+            except AutotuneError as error:
+                detail = f"{error.where}: {error.what}" if error.where else error.what
+                findings.append(Finding("", "fail", detail, error.fix or "see docs/troubleshooting.md", error))
+        for one in [finding for finding in findings if finding.status != "ok"] or findings:
+            if one.detail not in told:
+                yield replace(one, check=one.check or name)
+            told.add(one.detail)

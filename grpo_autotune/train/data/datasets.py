@@ -25,12 +25,10 @@ from grpo_autotune.train.models.load import size_check
 
 Splits = tuple[datasets.Dataset, Any]
 LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
-Pick = Callable[[datasets.Dataset], datasets.Dataset]
 
 
-def load_data(config: RunConfig, progress: Callable[[str], None], pick: Pick = lambda rows: rows) -> Splits:
-    """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None; `pick` takes the
-    rows of each set that are looked at and returned.
+def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
+    """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
     Rows have `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any, and
     all other columns.
@@ -40,11 +38,12 @@ def load_data(config: RunConfig, progress: Callable[[str], None], pick: Pick = l
         DataError: If there are no rows, or a row cannot be used; the message says which (counted from 0).
     """
     data = config.data
-    train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path", pick)
+    train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path")
+    check_rows(config, len(train))
     held_out = {}
     for name, one in data.held_out.items():
         key = f"data.eval.{name}.path" if name else "data.eval_path"
-        held_out[name] = _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress, key, pick)
+        held_out[name] = _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
     return train, held_out.get("", held_out) or None
 
 
@@ -61,13 +60,7 @@ def check_rows(config: RunConfig, rows: int) -> None:
 
 
 def _rows(
-    config: RunConfig,
-    path: str,
-    split: str | None,
-    limit: int | None,
-    progress: Callable[[str], None],
-    key: str,
-    pick: Pick,
+    config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None], key: str
 ) -> datasets.Dataset:
     data, is_train = config.data, path == config.data.path
     progress(f"reading {path}{f' ({split})' if split else ''}")
@@ -83,11 +76,9 @@ def _rows(
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    if key == "data.path":
-        check_rows(config, len(rows))
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
-    finished, held = _columns(pick(rows), data, path)
+    finished, held = _columns(rows, data, path)
     try_size = size_check(config, progress)
     return prepare_images(finished, data.image_size, base.absolute(), path, progress, held, try_size)
 
