@@ -11,13 +11,14 @@ from rich.table import Table
 
 from grpo_autotune.commands.early import check_early
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import show, warn
+from grpo_autotune.console import say, show, warn
 from grpo_autotune.doctor import inputs, surroundings
 from grpo_autotune.doctor.checks import run_checks
 from grpo_autotune.doctor.finding import Findings
 from grpo_autotune.doctor.run import Run, examine
 from grpo_autotune.errors import LONGEST, EnvironmentProblem, shortened
 from grpo_autotune.hardware import detect
+from grpo_autotune.units import plural
 
 CHEAP = (*inputs.CHEAP, *surroundings.CHEAP)  # those that take milliseconds
 SHOWN = ("check", "status", "detail", "remedy")
@@ -37,7 +38,9 @@ def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
         for row in rows:
             table.add_row(*row.values())
         Console().print(table)
-    return 3 if any(finding.status == "fail" for finding in findings) else 0
+    states = [finding.status for finding in findings]
+    say(f"{len(states)} checks: {plural(states.count('warn'), 'warning')}, {plural(states.count('fail'), 'failure')}")
+    return 3 if "fail" in states else 0
 
 
 def configuration(run: Run) -> Findings:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from grpo_autotune.config.places import is_hub_id
 from grpo_autotune.doctor.finding import Findings, ok, warn
 from grpo_autotune.doctor.run import Run
 from grpo_autotune.errors import ConfigError, DataError, shortened
@@ -30,7 +31,7 @@ def weights(run: Run) -> Findings:
     """The model's config.json is read, every shard of its index is there, each file as long as its header says."""
     name, folder = run.config.model.name_or_path or "", run.folder
     if folder is None:
-        yield from [warn(ABSENT, f"hf download {name}, then doctor again")] if "/" in name and ":" not in name else ()
+        yield from [warn(ABSENT, f"hf download {name}, then doctor again")] if "/" in name and is_hub_id(name) else ()
         return
     index = run.stored("model.safetensors.index.json").get("weight_map") or {}
     files = [folder / name for name in sorted(set(index.values()))] or sorted(folder.glob("*.safetensors"))

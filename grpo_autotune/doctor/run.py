@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.config.places import is_hub_id
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
-from grpo_autotune.doctor.finding import Finding, Findings
+from grpo_autotune.doctor.finding import Finding, Findings, ok
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_file, is_folder
 from grpo_autotune.hardware import Machine
@@ -65,9 +66,9 @@ class Run:
         from grpo_autotune.train.data.datasets import load_data
 
         path = self.config.data.path
-        local = is_file(path) or is_folder(path) or path in names("dataset") or is_reference(path)
         cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
-        return load_data(self.config, say)[0] if local or cached else None
+        on_hub = "/" in path and is_hub_id(path) and not (is_file(path) or is_folder(path))
+        return None if on_hub and not cached else load_data(self.config, say)[0]
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is
@@ -78,7 +79,7 @@ class Run:
 
 def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
     """Make checks, each named as its function. One that breaks is told in a line; what several stumble over is told by
-    the first, and that all is well where there is nothing else to tell."""
+    the first, and that all is well where nothing else is."""
     told = set[str]()
     for check in checks:
         findings: list[Finding] = []
@@ -89,7 +90,9 @@ def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
             except AutotuneError as error:
                 detail = f"{error.where}: {error.what}" if error.where else error.what
                 findings.append(Finding("", "fail", detail, error.fix or "see docs/troubleshooting.md", error))
-        for one in [finding for finding in findings if finding.status != "ok"] or findings:
-            if one.detail not in told:
-                yield replace(one, check=one.check or name)
-            told.add(one.detail)
+            else:
+                findings = [one for one in findings if one.status != "ok"] or findings or [ok("nothing to tell")]
+        yield from (
+            replace(one, check=one.check or name) for one in findings if one.error is None or one.detail not in told
+        )
+        told |= {one.detail for one in findings}

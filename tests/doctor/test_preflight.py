@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,13 +18,17 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from grpo_autotune.cli import main
+from grpo_autotune.commands import doctor as command
+from grpo_autotune.commands.doctor import preflight
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.doctor import inputs, surroundings
 from grpo_autotune.doctor import run as run_module
 from grpo_autotune.doctor.finding import Finding
 from grpo_autotune.doctor.run import Run, examine
-from grpo_autotune.errors import DataError
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 from tests.support.nvml import Card, with_gpus
 from tests.support.sample_records import CPU_MACHINE, GIB, GPU_MACHINE
 
@@ -260,7 +263,7 @@ def test_one_mistake_is_told_once_and_a_broken_check_in_a_line(
     world.values["data"]["columns"] = {"prompt": "question"}
     findings = world.findings(careless, inputs.data, inputs.answers, inputs.template)
     assert [(finding.check, finding.status) for finding in findings] == [("data", "fail")]
-    assert isinstance(findings[0].error, DataError | Exception) and "columns.prompt" in findings[0].detail
+    assert isinstance(findings[0].error, ConfigError) and "columns.prompt" in findings[0].detail
     assert "the check `careless` was not made: ZeroDivisionError: no rows" in capsys.readouterr().err
 
 
@@ -335,5 +338,40 @@ def test_room_of_an_engine_that_stays_awake(world: World) -> None:
     assert world.findings(surroundings.room)[0].status == "ok"
 
 
-def test_words_of_a_run_that_is_not_sent_anywhere_are_not_asked_for(world: World) -> None:
-    assert os.environ.get("NO_SUCH_KEY") is None and world.findings(surroundings.accounts) == []
+def test_a_command_warns_in_a_line_each_and_ends_with_the_first_failure(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled(temperature=0.6)(world)
+    grpo(report_to=["neptune"])(world)
+    world.patch.delenv("NEPTUNE_API_TOKEN", raising=False)
+    config = RunConfig.from_dict(world.values)
+    preflight(config, TRIAL_ARGUMENTS)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: sampling: the model's generation_config.json says temperature 0.6: ignored")
+    assert line.endswith("write grpo.temperature as wanted, which ends this line")
+    with pytest.raises(EnvironmentProblem, match="neptune has no account here"):
+        preflight(config, {})
+    (world.model / "model-2.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model-2\.safetensors is missing"):
+        preflight(config, TRIAL_ARGUMENTS)
+
+
+def test_doctor_with_a_configuration_and_without(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def doctor(*words: str) -> tuple[int, dict[str, dict[str, str]]]:
+        code = main(["doctor", "--json", *words])
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        assert all(set(finding) == {"check", "status", "detail", "remedy"} for finding in findings)
+        return code, {finding["check"]: finding for finding in findings}
+
+    world.patch.chdir(tmp_path)
+    world.patch.setattr(command, "run_checks", lambda: [Finding("python", "ok", "3.11")])
+    assert doctor() == (0, {"python": {"check": "python", "status": "ok", "detail": "3.11", "remedy": ""}})
+    world.findings()
+    (tmp_path / "grpo.yaml").write_text(RunConfig.from_dict(world.values).to_yaml())
+    code, healthy = doctor()
+    assert code == 0 and {finding["status"] for finding in healthy.values()} == {"ok"} and len(healthy) == 16
+    code, broken = doctor("grpo.yaml", "--set", "data.path=nowhere.jsonl")
+    assert code == 3 and "there is no file or folder nowhere.jsonl" in broken["configuration"]["detail"]
+    assert "data" not in broken  # it is the same mistake
