@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grpo_autotune.commands.early import check_early
 from grpo_autotune.config.schema import RunConfig
@@ -36,7 +37,7 @@ def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
     else:
         table = Table("check", "status", "found", "what to do", show_lines=False)
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(Text, row.values()))
         Console().print(table)
     states = [finding.status for finding in findings]
     say(f"{len(states)} checks: {plural(states.count('warn'), 'warning')}, {plural(states.count('fail'), 'failure')}")

@@ -64,7 +64,9 @@ class Run:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         from grpo_autotune.train.data.datasets import load_data
+        from grpo_autotune.train.runs.quiet import quieten
 
+        quieten(bars=False)
         path = self.config.data.path
         cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
         on_hub = "/" in path and is_hub_id(path) and not (is_file(path) or is_folder(path))

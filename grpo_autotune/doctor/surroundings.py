@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,19 @@ def room(run: Run) -> Findings:
 
 
 def disk(run: Run) -> Findings:
-    """The run's folder can be written, has room for the checkpoints that will be kept, and this clock."""
+    """The run's folder can be written, has room for the checkpoints that will be kept, and this machine's clock."""
     folder, steps, every = run.disk, run.value("max_steps") or 0, max(1, int(run.value("save_steps")))
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise ConfigError("this cannot be written", where=str(folder), fix="Choose another folder with output.dir.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            skew = Path(file.name).stat().st_mtime - time.time()
+    except OSError as error:
+        what = f"this cannot be written ({error.strerror})"
+        raise ConfigError(what, where=str(folder), fix="Choose another folder with output.dir.") from error
     free, one, kept = shutil.disk_usage(folder).free, _needs(run)[1], run.value("save_total_limit")
     count = 1 + (kept or max(1, steps // every))
     if run.value("save_strategy") != "no" and count * one > free:
         detail = f"{size(free)} free in {folder}, for {count} checkpoints of {size(one)} at a time"
         yield warn(detail, "make room, set grpo.save_total_limit or save_only_model, or choose another output.dir")
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        skew = Path(file.name).stat().st_mtime - time.time()
     if abs(skew) > FILE_SKEW_S:
         yield warn(f"files in {folder} are dated {skew:+.0f} s from now, by which `watch` judges", "set clocks by NTP")
     yield ok(f"{size(free)} free in {folder}")
@@ -74,15 +77,15 @@ def disk(run: Run) -> Findings:
 
 def disk_speed(run: Run) -> Findings:
     """The disk of the run's folder takes a checkpoint within a minute."""
-    with tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:
+    with suppress(OSError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # `disk` tells of an error
         begun = time.perf_counter()
         file.write(os.urandom(TRIED_BYTES))
         os.fsync(file.fileno())
         rate, one = TRIED_BYTES / (time.perf_counter() - begun), _needs(run)[1]
-    if one > LONG_SAVE_S * rate:
-        detail = f"{rate / 1e6:.0f} MB/s: a checkpoint of {size(one)} takes {seconds(one / rate)}"
-        yield warn(detail, "choose another output.dir, or raise grpo.save_steps")
-    yield ok(f"{rate / 1e6:.0f} MB/s written to {run.disk}")
+        if one > LONG_SAVE_S * rate:
+            detail = f"{rate / 1e6:.0f} MB/s: a checkpoint of {size(one)} takes {seconds(one / rate)}"
+            yield warn(detail, "choose another output.dir, or raise grpo.save_steps")
+        yield ok(f"{rate / 1e6:.0f} MB/s written to {run.disk}")
 
 
 def loader(run: Run) -> Findings:
