@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,8 +22,6 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Action = Callable[[], int]
 """The work of a command whose arguments were parsed; returns the exit code."""
-
-Purpose = Literal["train", "trial", "serve", "doctor"]
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -321,18 +319,17 @@ def doctor(config: Checked = None, set_: Set = None, json_: Json = False) -> Act
 
     def action() -> int:
         from grpo_autotune.commands.doctor import show_findings
-        from grpo_autotune.config.sources import DEFAULT_FILE
 
-        has_config = config is not None or set_ or Path(DEFAULT_FILE).is_file()  # else the machine alone: no demo
+        has_config = config is not None or set_ or Path("grpo.yaml").is_file()  # else the machine alone: no demo
         return show_findings(_load(config, set_, "doctor") if has_config else None, as_json=json_)
 
     return action
 
 
-def _load(source: str | None, overrides: list[str] | None, purpose: Purpose) -> Any:
+def _load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
     from grpo_autotune.commands.doctor import preflight
-    from grpo_autotune.commands.early import check_early, check_model
+    from grpo_autotune.commands.early import check_model
     from grpo_autotune.config.schema import load_config, resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
@@ -342,9 +339,7 @@ def _load(source: str | None, overrides: list[str] | None, purpose: Purpose) -> 
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
     elif purpose != "doctor":  # which tells all of it
-        replaced = {} if purpose == "train" else TRIAL_ARGUMENTS
-        check_early(config, replaced)
-        preflight(config, replaced)
+        preflight(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
     return config
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_autotune.commands.doctor import CHEAP, configuration
-from grpo_autotune.doctor import checks, gpus, inputs, surroundings
+from grpo_autotune.commands.doctor import CHEAP, SLOW, configuration
+from grpo_autotune.doctor import checks, gpus
 
 MACHINE = (
     ("torch", checks.check_torch),
@@ -18,7 +18,7 @@ MACHINE = (
     ("shared memory", checks.check_shared_memory),
     ("hub", checks.check_hub),
 )
-RUN = (configuration, *inputs.SLOW, *surroundings.SLOW, *CHEAP)
+RUN = (configuration, *SLOW, *CHEAP)
 
 
 def table() -> str:

@@ -13,15 +13,17 @@ from rich.text import Text
 from grpo_autotune.commands.early import check_early
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say, show, warn
-from grpo_autotune.doctor import inputs, surroundings
 from grpo_autotune.doctor.checks import run_checks
 from grpo_autotune.doctor.finding import Findings
+from grpo_autotune.doctor.inputs import answers, data, sampling, template, tokenizer, weights
 from grpo_autotune.doctor.run import Run, examine
+from grpo_autotune.doctor.surroundings import accounts, busy, disk, disk_speed, endpoints, launcher, loader, room
 from grpo_autotune.errors import LONGEST, EnvironmentProblem, shortened
 from grpo_autotune.hardware import detect
 from grpo_autotune.units import plural
 
-CHEAP = (*inputs.CHEAP, *surroundings.CHEAP)  # those that take milliseconds
+CHEAP = (weights, sampling, room, disk, loader, launcher, accounts, busy)  # those that take milliseconds
+SLOW = (data, answers, tokenizer, template, disk_speed, endpoints)
 SHOWN = ("check", "status", "detail", "remedy")
 
 
@@ -30,7 +32,7 @@ def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
     training, else 0."""
     findings = run_checks()
     if config is not None:
-        findings += examine(Run(config, detect()), (configuration, *inputs.SLOW, *surroundings.SLOW, *CHEAP))
+        findings += examine(Run(config, detect()), (configuration, *SLOW, *CHEAP))
     rows = [{name: str(getattr(finding, name)) for name in SHOWN} for finding in findings]
     if as_json:
         show(json.dumps({"findings": rows}, indent=2))
@@ -51,11 +53,9 @@ def configuration(run: Run) -> Findings:
 
 
 def preflight(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """Make the cheap checks before a run with these `GRPOConfig` keys put in place: a line for each warning.
-
-    Raises:
-        AutotuneError: A check failed; an `EnvironmentProblem` where it is nothing in the configuration.
-    """
+    """Make the cheap checks before a run with these `GRPOConfig` keys put in place: a line for each warning, and the
+    error of what failed, an `EnvironmentProblem` where that is nothing in the configuration."""
+    check_early(config, overrides)
     config = config.model_copy(update={"grpo": {**config.grpo, **overrides}})
     for finding in examine(Run(config, detect()), CHEAP):
         if finding.status == "fail":

@@ -45,7 +45,7 @@ def check_data_place(
     if is_file(path):
         _check_file(place.expanduser(), where)
     elif not is_folder(path):
-        if not is_hub_id(path):
+        if not HUB_ID.fullmatch(path) or len(path) > MOST_OF_HUB_ID or place.suffix.lower() in FILE_BUILDERS:
             raise ConfigError(f"there is no file or folder {path}", where=where, fix=f"Paths start from {Path.cwd()}.")
         if "/" not in path and (hint := nearest_hint(path, names("dataset"))):
             raise ConfigError(f"there is no data set {path}", where=where, fix=hint)
@@ -77,19 +77,13 @@ def check_model_place(name: str) -> None:
         )
     if name in names("model") or is_reference(name) or is_folder(name):
         return
-    if is_file(name) or not is_hub_id(name):
+    if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name):
         raise ConfigError(
             f"{name} is not a folder with a model",
             where="model.name_or_path",
             fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
             + ", ".join(names("model")),
         )
-
-
-def is_hub_id(name: str) -> bool:
-    """True for what may be a repository on the hub, which the name of a data file is not."""
-    is_data = Path(name).suffix.lower() in FILE_BUILDERS
-    return HUB_ID.fullmatch(name) is not None and len(name) <= MOST_OF_HUB_ID and not is_data
 
 
 def _splits(path: str) -> Sequence[str]:

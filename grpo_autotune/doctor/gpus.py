@@ -17,20 +17,12 @@ from grpo_autotune.hardware.machine import Machine
 from grpo_autotune.hardware.nvml import VISIBLE, ask, driver, visible_handles, whole_card
 from grpo_autotune.units import GIB, listing, size
 
-HELD_BACK = {
-    0x04: "the power limit",
-    0x08: "the hardware",
-    0x20: "heat",
-    0x40: "heat (hardware)",
-    0x80: "the power supply",
-}
+HELD_BACK = {0x04: "the power limit", 0x08: "the hardware", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power supply"}
 """Bits of `nvmlDeviceGetCurrentClocksEventReasons` that slow a GPU down (`nvmlClocksEventReason...` in pynvml)."""
 
-READ, NVLINK, REACHED = 0, 2, 0
-"""`NVML_P2P_CAPS_INDEX_READ`, `..._NVLINK` and `NVML_P2P_STATUS_OK` (the bindings have a tuple for the first)."""
-
-UNCORRECTED, SINCE_LOADED = 1, 0
-"""`NVML_MEMORY_ERROR_TYPE_UNCORRECTED` and `NVML_VOLATILE_ECC`, which counts since the driver was loaded."""
+READ, NVLINK, REACHED, UNCORRECTED, SINCE_LOADED = 0, 2, 0, 1, 0
+"""`NVML_P2P_CAPS_INDEX_READ` (the bindings have a tuple), `..._NVLINK`, `NVML_P2P_STATUS_OK`,
+`NVML_MEMORY_ERROR_TYPE_UNCORRECTED`, and `NVML_VOLATILE_ECC`, which counts since the driver was loaded."""
 
 SEEN_AS_USED = GIB
 """Memory in use from which on somebody else holds it, where a container hides the processes."""
@@ -43,9 +35,8 @@ def check_gpus(machine: Machine) -> Finding:
         return Finding("gpu", "warn", detail, f"unset {VISIBLE}, or name a GPU that is there (nvidia-smi -L)")
     if not machine.gpus:
         return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
-    cards = ", ".join(
-        f"{gpu.name} ({size(gpu.memory_bytes)}{' of the host' if gpu.unified else ''})" for gpu in machine.gpus
-    )
+    host = " of the host"
+    cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)}{host * gpu.unified})" for gpu in machine.gpus)
     row = find_gpu(machine.gpus[0].name)
     if row is not None and not row.bfloat16:
         remedy = "set model.dtype: float16 and grpo.fp16: true"
@@ -78,12 +69,13 @@ def _setting(gpus: int) -> Iterator[Finding]:
 def check_health() -> list[Finding]:
     """State of the GPUs, by the driver. To be asked before torch opens a context, which may count as somebody's."""
     with driver() as nvml:
-        handles = visible_handles(nvml)
-        return list(_health(nvml, handles)) if handles else []
+        return list(_health(nvml, visible_handles(nvml)))
 
 
 def _health(nvml: Any, handles: Sequence[Any]) -> Iterator[Finding]:
     cards = [whole_card(nvml, handle) for handle in handles]
+    if not cards:
+        return
     if held := [words for index, handle in enumerate(handles) if (words := _held(nvml, index, handle))]:
         remedy = "end what is not needed (nvidia-smi lists it), or choose other GPUs with CUDA_VISIBLE_DEVICES"
         yield Finding("gpu memory", "warn", f"others hold {listing(held)}", remedy)

@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from grpo_autotune.config.places import is_hub_id
 from grpo_autotune.doctor.finding import Findings, ok, warn
 from grpo_autotune.doctor.run import Run
 from grpo_autotune.errors import ConfigError, DataError, shortened
@@ -22,24 +21,20 @@ SAMPLED = ("temperature", "top_p", "top_k", "repetition_penalty")
 GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 """Keys that mean nothing without `do_sample`, and their defaults (`GenerationConfig.validate`, transformers 5)."""
 
-MARK = "8f3a-mark"
-"""A text that no template has by itself."""
+MARK = "8f3a-mark"  # a text that no template has by itself
 ABSENT = "not on this machine yet, and so not looked at"
 
 
 def weights(run: Run) -> Findings:
     """The model's config.json is read, every shard of its index is there, each file as long as its header says."""
-    name, folder = run.config.model.name_or_path or "", run.folder
-    if folder is None:
-        yield from [warn(ABSENT, f"hf download {name}, then doctor again")] if "/" in name and is_hub_id(name) else ()
+    if (folder := run.folder) is None:
         return
     index = run.stored("model.safetensors.index.json").get("weight_map") or {}
     files = [folder / name for name in sorted(set(index.values()))] or sorted(folder.glob("*.safetensors"))
     flaws = [] if run.model else ["config.json is missing or is no JSON"]
     flaws += [] if files or any(folder.glob("*.bin")) else ["there are no weights"]
     if flaws := flaws + [flaw for path in files if (flaw := _flaw(path))]:
-        what = f"{flaws[0]}{f' (and {len(flaws) - 1} more)' if flaws[1:] else ''}"
-        raise ConfigError(what, where=str(folder), fix="Copy it again, or: hf download OWNER/NAME --local-dir DIR.")
+        raise ConfigError("; ".join(flaws[:3]), where=str(folder), fix="Copy or download it again (hf download).")
     yield ok(f"{len(files)} files of {size(sum(path.stat().st_size for path in files))}")
 
 
@@ -54,6 +49,10 @@ def _flaw(path: Path) -> str:
 def sampling(run: Run) -> Findings:
     """No generation flag will be ignored, and transformers can save the model's generation_config.json again."""
     grpo, file, name = run.config.grpo, run.stored("generation_config.json"), "the model's generation_config.json"
+
+    def pairs(keys: Iterable[str], value: Callable[[str], Any]) -> str:
+        return ", ".join(f"{key} {value(key)}" for key in keys)
+
     further = grpo.get("generation_kwargs") or {}
     further = further if isinstance(further, Mapping) else json.loads(further)
     for key in (key for key in SAMPLED if key in grpo and key in further):
@@ -61,16 +60,12 @@ def sampling(run: Run) -> Findings:
     given = {key: file[key] for key in file if file[key] is not None and key not in {*grpo, *further}}
     ignored = [k for k in SAMPLED if k in given and given[k] != run.value(k)]
     if ignored:
-        detail = f"{name} says {_pairs(ignored, given.get)}: ignored, {_pairs(ignored, run.value)} will be used"
+        detail = f"{name} says {pairs(ignored, given.get)}: ignored, {pairs(ignored, run.value)} will be used"
         yield warn(detail, f"write {listing([f'grpo.{key}' for key in ignored])} as wanted, which ends this line")
     senseless = [k for k, none in GREEDY.items() if not file.get("do_sample") and file.get(k) not in (None, none)]
     if senseless and run.config.peft is None:
-        detail = f"{name} has {_pairs(senseless, file.get)} without do_sample: transformers refuses to save it"
+        detail = f"{name} has {pairs(senseless, file.get)} without do_sample: transformers refuses to save it"
         yield warn(detail, "write do_sample: true into that file, or take these keys out of it")
-
-
-def _pairs(keys: Iterable[str], value: Callable[[str], Any]) -> str:
-    return ", ".join(f"{key} {value(key)}" for key in keys)
 
 
 def data(run: Run) -> Findings:
@@ -98,14 +93,15 @@ def answers(run: Run) -> Findings:
             first = f"row {bad[0]}: {shortened(repr(values[bad[0]]), 60)}"
             what = f"{item.name} cannot read {percent(len(bad) / len(values))} of {column} ({first})"
             if len(bad) == len(values):
-                fix = f"Name the column of the answers in rewards.{place}.params.column."
-                raise DataError(what, where=f"rewards[{place}]", fix=fix)
+                raise DataError(what, where=f"rewards[{place}]", fix="Name another column in its params.column.")
             yield warn(f"{what}: these rows have no score", "correct or remove them, or take another reward")
 
 
 def tokenizer(run: Run) -> Findings:
     """The tokenizer loads, pads on the left with a token, and has no more tokens than the model."""
-    if (one := getattr(run.processor, "tokenizer", run.processor)) is None:
+    name, one = run.config.model.name_or_path or "", getattr(run.processor, "tokenizer", run.processor)
+    if one is None:
+        yield from [warn(ABSENT, f"hf download {name}, then doctor again")] if "/" in name and ":" not in name else ()
         return
     if (pad := one.pad_token or one.eos_token) is None:
         fix = "Write pad_token and eos_token into its tokenizer_config.json."
@@ -147,6 +143,3 @@ def template(run: Run) -> Findings:
         fix = f"add {last[0]} to eos_token_id in the model's generation_config.json"
         yield warn(f"an answer's turn ends with {one.decode(last)}, which does not end generation", fix)
     yield ok(f"generation ends at {' or '.join(one.convert_ids_to_tokens(sorted(ends)))}")
-
-
-CHEAP, SLOW = (weights, sampling), (data, answers, tokenizer, template)

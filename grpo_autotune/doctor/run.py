@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
-from grpo_autotune.config.places import is_hub_id
+from grpo_autotune.config.places import FILE_BUILDERS, HUB_ID
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
 from grpo_autotune.doctor.finding import Finding, Findings, ok
 from grpo_autotune.errors import AutotuneError
-from grpo_autotune.files import is_file, is_folder
+from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
 from grpo_autotune.probe.sampler import others_s
@@ -69,8 +69,8 @@ class Run:
         quieten(bars=False)
         path = self.config.data.path
         cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
-        on_hub = "/" in path and is_hub_id(path) and not (is_file(path) or is_folder(path))
-        return None if on_hub and not cached else load_data(self.config, say)[0]
+        on_hub = "/" in path and HUB_ID.fullmatch(path) and Path(path).suffix not in FILE_BUILDERS
+        return None if on_hub and not cached and not is_folder(path) else load_data(self.config, say)[0]
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is
@@ -92,9 +92,6 @@ def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
             except AutotuneError as error:
                 detail = f"{error.where}: {error.what}" if error.where else error.what
                 findings.append(Finding("", "fail", detail, error.fix or "see docs/troubleshooting.md", error))
-            else:
-                findings = [one for one in findings if one.status != "ok"] or findings or [ok("nothing to tell")]
-        yield from (
-            replace(one, check=one.check or name) for one in findings if one.error is None or one.detail not in told
-        )
-        told |= {one.detail for one in findings}
+            findings = [one for one in findings if one.status != "ok"] or findings or [ok("nothing to tell")]
+        yield from (replace(one, check=one.check or name) for one in findings if one.detail not in told)
+        told |= {one.detail for one in findings if one.error is not None}

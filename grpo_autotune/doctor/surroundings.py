@@ -26,20 +26,15 @@ from grpo_autotune.rollout.server.command import listens_at
 from grpo_autotune.units import seconds, size
 
 TRIED_BYTES = 2**25
-LOOK_S, ANSWER_S = 0.25, 5.0
-"""Shortest look at others' work, and longest wait for an answer."""
-SLOW_S, LONG_SAVE_S, FILE_SKEW_S, HTTP_SKEW_S = 2.0, 60.0, 5.0, 60.0
-"""Seconds of an answer, seconds of a checkpoint, and differences of clocks from which on they are told."""
+LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, FILE_SKEW_S, HTTP_SKEW_S = 0.25, 5.0, 2.0, 60.0, 5.0, 60.0
+"""Shortest look at others' work, longest wait for an answer; of an answer, a checkpoint and clocks, what is told."""
 SUBMITTED_FROM = ("SLURM_SUBMIT_DIR", "PBS_O_WORKDIR", "SGE_O_WORKDIR", "LS_SUBCWD")
 """Variables in which schedulers keep the folder that a job was submitted from."""
 
 TRACKERS = {
     "wandb": ("WANDB_API_KEY", "~/.netrc", "wandb login, or export WANDB_MODE=offline"),
-    "comet_ml": ("COMET_API_KEY", "~/.comet.config", "comet login"),
     "neptune": ("NEPTUNE_API_TOKEN", "", "export NEPTUNE_API_TOKEN=..."),
-    "swanlab": ("SWANLAB_API_KEY", "~/.swanlab/.netrc", "swanlab login"),
     "push_to_hub": ("HF_TOKEN", "~/.cache/huggingface/token", "hf auth login"),
-    "clearml": ("CLEARML_API_ACCESS_KEY", "~/clearml.conf", "clearml-init"),
 }
 """Value of `grpo.report_to` -> the variable or file with the account, and the command that makes it."""
 
@@ -58,15 +53,14 @@ def room(run: Run) -> Findings:
 
 def disk(run: Run) -> Findings:
     """The run's folder can be written, has room for the checkpoints that will be kept, and this machine's clock."""
-    folder, steps, every = run.disk, run.value("max_steps") or 0, max(1, int(run.value("save_steps")))
+    folder, steps, every = run.disk, run.value("max_steps") or 0, run.value("save_steps")
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             skew = Path(file.name).stat().st_mtime - time.time()
     except OSError as error:
-        what = f"this cannot be written ({error.strerror})"
-        raise ConfigError(what, where=str(folder), fix="Choose another folder with output.dir.") from error
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(folder), fix="Set output.dir.") from error
     free, one, kept = shutil.disk_usage(folder).free, _needs(run)[1], run.value("save_total_limit")
-    count = 1 + (kept or max(1, steps // every))
+    count = 1 + (kept or max(1, steps // max(1, int(every if every >= 1 else every * steps))))
     if run.value("save_strategy") != "no" and count * one > free:
         detail = f"{size(free)} free in {folder}, for {count} checkpoints of {size(one)} at a time"
         yield warn(detail, "make room, set grpo.save_total_limit or save_only_model, or choose another output.dir")
@@ -184,6 +178,3 @@ def _needs(run: Run) -> tuple[float, float]:
     weight = 0.5 if section.load_in_4bit else 4.0 if section.dtype == "float32" else 2.0
     moments = 0.0 if run.value("save_only_model") else 8.0  # of Adam, and what is trained in 4 bytes, as its gradient
     return shape.parameters * weight + trained * 12.0, trained * (4.0 + moments)
-
-
-CHEAP, SLOW = (room, disk, loader, launcher, accounts, busy), (disk_speed, endpoints)

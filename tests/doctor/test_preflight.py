@@ -32,7 +32,7 @@ from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 from tests.support.nvml import Card, with_gpus
 from tests.support.sample_records import CPU_MACHINE, GIB, GPU_MACHINE
 
-CHECKS = (*inputs.SLOW, *surroundings.SLOW, *inputs.CHEAP, *surroundings.CHEAP)
+CHECKS = (*command.SLOW, *command.CHEAP)
 INDEX = "model.safetensors.index.json"
 OPENED = "{% if add_generation_prompt %}assistant {% endif %}"
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}" + OPENED
@@ -188,7 +188,7 @@ def beside(world: World) -> None:
 
 
 WARNED: list[tuple[Any, Callable[[World], Any], str]] = [
-    (inputs.weights, lambda w: w.values["model"].update(name_or_path="no-one/has-this"), "not on this machine yet"),
+    (inputs.tokenizer, lambda w: w.values["model"].update(name_or_path="no-one/has-this"), "not on this machine yet"),
     (inputs.sampling, sampled(temperature=0.6, top_k=20), "temperature 0.6, top_k 20: ignored, temperature 1.0, top_k"),
     (inputs.sampling, grpo(top_p=0.9, generation_kwargs={"top_p": 0.5}), "grpo.top_p is ignored"),
     (inputs.sampling, sampled(do_sample=False, typical_p=0.5), "typical_p 0.5 without do_sample"),
@@ -223,7 +223,7 @@ FAILED: list[tuple[Any, Callable[[World], Any], str]] = [
     (inputs.tokenizer, lambda w: w.write("tokenizer_config.json", pad_token=None, eos_token=None), "neither a padding"),
     (inputs.template, rewritten("{{ raise_exception('no system') }}"), "no system"),
     (inputs.template, lambda w: (w.model / "chat_template.jinja").unlink(), "has no chat template"),
-    (surroundings.disk, occupied, "this cannot be written"),
+    (surroundings.disk, occupied, "cannot be written: "),
     (surroundings.launcher, listened, "somebody listens at MASTER_PORT"),
     (
         surroundings.accounts,
@@ -342,14 +342,16 @@ def test_a_command_warns_in_a_line_each_and_ends_with_the_first_failure(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampled(temperature=0.6)(world)
-    grpo(report_to=["neptune"])(world)
-    world.patch.delenv("NEPTUNE_API_TOKEN", raising=False)
+    grpo(push_to_hub=True)(world)
+    env(HOME=str(world.folder))(world)
+    world.patch.delenv("HF_TOKEN", raising=False)
+    world.findings()
     config = RunConfig.from_dict(world.values)
     preflight(config, TRIAL_ARGUMENTS)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: sampling: the model's generation_config.json says temperature 0.6: ignored")
     assert line.endswith("write grpo.temperature as wanted, which ends this line")
-    with pytest.raises(EnvironmentProblem, match="neptune has no account here"):
+    with pytest.raises(EnvironmentProblem, match="push_to_hub has no account here"):
         preflight(config, {})
     (world.model / "model-2.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model-2\.safetensors is missing"):
