@@ -131,11 +131,11 @@ def asked(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def accounts(run: Run) -> Findings:
-    """Keys of judges and services are set, and trackers and the hub have an account; no key leaves this process."""
-    for where, one in asked(run):
-        name = str(one.get("api_key_env") or "")
-        if name and not os.environ.get(name, "").strip():
-            yield fail(f"{name} ({where}.api_key_env) is not set", f"export {name}=... before the start")
+    """Keys of services are set (those of judges: `configuration`), and trackers and the hub have an account."""
+    names = [(str(name), where) for where, one in asked(run) for name in (one.get("headers_env") or {}).values()]
+    for name, where in names:
+        if not os.environ.get(name, "").strip():
+            yield fail(f"{name} ({where}.headers_env) is not set", f"export {name}=... before the start")
     to = run.value("report_to") or ()
     for sent in [*([to] if isinstance(to, str) else to), "push_to_hub" if run.value("push_to_hub") else ""]:
         name, file, command = TRACKERS.get(sent, ("", "", ""))

@@ -142,8 +142,13 @@ def picture(world: World) -> None:
     world.rows[70]["image"] = "one.png"
 
 
-def judged(world: World, **keys: Any) -> None:
-    world.values["rewards"] = [{"name": "judge", "params": {"providers": [{"base_url": "http://localhost:9", **keys}]}}]
+def judged(world: World) -> None:
+    world.values["rewards"] = [{"name": "judge", "params": {"providers": [{"base_url": "http://localhost:9"}]}}]
+
+
+def served(world: World) -> None:
+    params = {"url": "http://localhost:9", "headers_env": {"Authorization": "NO_SUCH_KEY"}}
+    world.values["rewards"] = [{"name": "service", "params": params}]
 
 
 def gpu(world: World, **keys: Any) -> None:
@@ -225,11 +230,7 @@ FAILED: list[tuple[Any, Callable[[World], Any], str]] = [
     (inputs.template, lambda w: (w.model / "chat_template.jinja").unlink(), "has no chat template"),
     (surroundings.disk, occupied, "cannot be written: "),
     (surroundings.launcher, listened, "somebody listens at MASTER_PORT"),
-    (
-        surroundings.accounts,
-        lambda w: judged(w, api_key_env="NO_SUCH_KEY"),
-        "NO_SUCH_KEY (rewards[0].params.providers[0]",
-    ),
+    (surroundings.accounts, lambda w: served(w), "NO_SUCH_KEY (rewards[0].params.headers_env) is not set"),
     (surroundings.accounts, both(env(HOME="/nowhere"), grpo(report_to=["wandb"])), "wandb has no account here"),
     (surroundings.accounts, both(env(HOME="/nowhere"), grpo(push_to_hub=True)), "HF_TOKEN is not set"),
     (surroundings.endpoints, judged, "no answer from http://localhost:9"),
@@ -306,7 +307,7 @@ def test_endpoints(
         setattr(server.RequestHandlerClass, name, value)
     world.patch.setattr(surroundings, "SLOW_S", slow_s)
     world.patch.setenv("A_KEY", "secret")
-    params = {"url": f"http://127.0.0.1:{server.server_port}/score", "api_key_env": "A_KEY"}
+    params = {"url": f"http://127.0.0.1:{server.server_port}/score", "headers_env": {"Authorization": "A_KEY"}}
     world.values["rewards"] = [{"name": "service", "params": params}]
     (finding,) = world.findings(surroundings.endpoints)
     assert finding.status == status and told in finding.detail
