@@ -158,10 +158,9 @@ def check_shared_memory() -> Finding:
 def check_hub() -> Finding:
     """The folder of downloads, and whether they are switched off; the hub itself is not asked."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    if off := [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]:
-        detail = f"downloads are switched off by {', '.join(off)}: models and data must be folders or already in {home}"
-        return Finding("hub", "ok", detail)
-    return Finding("hub", "ok", f"downloads go to {home} (not tried)")
+    off = ", ".join(name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"))
+    told = f"downloads are switched off by {off}: models and data must be folders or already in {home}"
+    return Finding("hub", "ok", told if off else f"downloads go to {home} (not tried)")
 
 
 def _line(error: Exception) -> str:

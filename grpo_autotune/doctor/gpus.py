@@ -35,8 +35,7 @@ def check_gpus(machine: Machine) -> Finding:
         return Finding("gpu", "warn", detail, f"unset {VISIBLE}, or name a GPU that is there (nvidia-smi -L)")
     if not machine.gpus:
         return Finding("gpu", "ok", "no NVIDIA driver: no GPU use, memory or power is sampled")
-    host = " of the host"
-    cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)}{host * gpu.unified})" for gpu in machine.gpus)
+    cards = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)}{' of the host' * gpu.unified})" for gpu in machine.gpus)
     row = find_gpu(machine.gpus[0].name)
     if row is not None and not row.bfloat16:
         remedy = "set model.dtype: float16 and grpo.fp16: true"
@@ -44,12 +43,10 @@ def check_gpus(machine: Machine) -> Finding:
     return Finding("gpu", "ok", cards if row else f"{cards}: not in the table of cards, measured like any other")
 
 
-def check_setting(machine: Machine) -> list[Finding]:
+def check_setting(machine: Machine) -> Iterator[Finding]:
     """Settings around the GPUs: torch's, the process's limit on addresses, and the number of processes."""
-    return list(_setting(len(machine.gpus))) if machine.gpus else []
-
-
-def _setting(gpus: int) -> Iterator[Finding]:
+    if not (gpus := len(machine.gpus)):
+        return
     with suppress(ImportError, OSError):
         torch: Any = importlib.import_module("torch")
         if torch.cuda.is_available():  # versions and settings by which the same GPU is fast or slow

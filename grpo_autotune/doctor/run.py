@@ -18,7 +18,6 @@ from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
-from grpo_autotune.probe.sampler import others_s
 from grpo_autotune.registry import is_reference, names
 
 
@@ -28,9 +27,6 @@ class Run:
 
     config: RunConfig
     machine: Machine
-
-    def __post_init__(self) -> None:
-        self.begun = others_s(self.ranks)  # a look at others' work, the next of which is a check
 
     def value(self, key: str) -> Any:  # of `grpo`, or TRL's default
         return self.config.grpo[key] if key in self.config.grpo else grpo_keys()[key].default_value()

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from grpo_autotune.hardware.nvml import ask, driver, visible_handles
 from grpo_autotune.knobs import engine
 from grpo_autotune.probe.sampler import load_between, others_s
 from grpo_autotune.rollout.server.command import listens_at
+from grpo_autotune.seams.stored_images import image_column, image_columns
 from grpo_autotune.units import seconds, size
 
 TRIED_BYTES = 2**25
-LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, FILE_SKEW_S, HTTP_SKEW_S = 0.25, 5.0, 2.0, 60.0, 5.0, 60.0
-"""Shortest look at others' work, longest wait for an answer; of an answer, a checkpoint and clocks, what is told."""
+LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, LONG_READ_S, SKEW_S = 0.25, 5.0, 2.0, 60.0, 1.0, 5.0
+"""Look at others' work, longest wait for an answer; of answers, checkpoints, images and clocks, what is told."""
 SUBMITTED_FROM = ("SLURM_SUBMIT_DIR", "PBS_O_WORKDIR", "SGE_O_WORKDIR", "LS_SUBCWD")
 """Variables in which schedulers keep the folder that a job was submitted from."""
 
@@ -64,22 +64,26 @@ def disk(run: Run) -> Findings:
     if run.value("save_strategy") != "no" and count * one > free:
         detail = f"{size(free)} free in {folder}, for {count} checkpoints of {size(one)} at a time"
         yield warn(detail, "make room, set grpo.save_total_limit or save_only_model, or choose another output.dir")
-    if abs(skew) > FILE_SKEW_S:
+    if abs(skew) > SKEW_S:
         yield warn(f"files in {folder} are dated {skew:+.0f} s from now, by which `watch` judges", "set clocks by NTP")
     yield ok(f"{size(free)} free in {folder}")
 
 
 def disk_speed(run: Run) -> Findings:
-    """The disk of the run's folder takes a checkpoint within a minute."""
+    """The disk of the run's folder takes a checkpoint within a minute, and gives a step's images within a second."""
     with suppress(OSError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # `disk` tells of an error
         begun = time.perf_counter()
         file.write(os.urandom(TRIED_BYTES))
         os.fsync(file.fileno())
-        rate, one = TRIED_BYTES / (time.perf_counter() - begun), _needs(run)[1]
-        if one > LONG_SAVE_S * rate:
-            detail = f"{rate / 1e6:.0f} MB/s: a checkpoint of {size(one)} takes {seconds(one / rate)}"
-            yield warn(detail, "choose another output.dir, or raise grpo.save_steps")
-        yield ok(f"{rate / 1e6:.0f} MB/s written to {run.disk}")
+        written = time.perf_counter()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else the kernel's copy would be read
+        os.pread(file.fileno(), TRIED_BYTES, 0)
+        read, rate = TRIED_BYTES / (time.perf_counter() - written), TRIED_BYTES / (written - begun)
+        one, images, told = _needs(run)[1], _images_bytes(run), f"{read / 1e6:.0f} MB/s read, {rate / 1e6:.0f} written"
+        if one > LONG_SAVE_S * rate or images > LONG_READ_S * read:
+            told += f": {size(one)} per checkpoint, and {size(images)} of images per step"
+            yield warn(f"{run.disk}: {told}", "put output.dir and data on a local disk")
+        yield ok(f"{run.disk}: {told}")
 
 
 def loader(run: Run) -> Findings:
@@ -93,8 +97,7 @@ def loader(run: Run) -> Findings:
 def launcher(run: Run) -> Findings:
     """Relative paths start where the job was submitted, and nobody listens at the ports that it will listen at."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ
-    told = SUBMITTED_FROM + (("PWD",) if launched else ())
-    moved = [name for name in told if Path(os.environ.get(name, ".")).resolve() != Path.cwd()]
+    moved = [n for n in (*SUBMITTED_FROM, *["PWD"] * launched) if Path(os.environ.get(n, ".")).resolve() != Path.cwd()]
     places = (run.config.data.path, str(run.config.model.name_or_path), str(run.config.run_dir))
     relative = [path for path in places if not Path(path).is_absolute() and (Path(path).exists() or path == places[2])]
     if moved and relative:
@@ -111,11 +114,12 @@ def launcher(run: Run) -> Findings:
 
 def busy(run: Run) -> Findings:
     """Other processes leave the cores and the GPUs to this run."""
-    time.sleep(max(0.0, run.begun[0] + LOOK_S - time.monotonic()))
+    begun = others_s(run.ranks)
+    time.sleep(LOOK_S)
     with driver() as nvml:
         rates = [ask(nvml, "nvmlDeviceGetUtilizationRates", handle) for handle in visible_handles(nvml)]
     gpu = max((float(rate.gpu) for rate in rates if rate is not None), default=None)
-    load = load_between(run.begun, others_s(run.ranks), gpu, on_gpu=bool(run.machine.gpus))
+    load = load_between(begun, others_s(run.ranks), gpu, on_gpu=bool(run.machine.gpus))
     if load is not None and load.matters:
         detail = f"{load.words}: figures measured beside other work are worth little, and training is slower"
         yield warn(detail, "end it (top and nvidia-smi name it), or wait for its end")
@@ -145,7 +149,7 @@ def accounts(run: Run) -> Findings:
 
 
 def endpoints(run: Run) -> Findings:
-    """Judges, services and the vLLM server answer, and soon; their clocks (HTTP Date) agree with this machine's."""
+    """Judges, services and the vLLM server answer, and soon; no key is sent."""
     import httpx2
 
     urls = {where: str(one.get("base_url") or one.get("url") or "") for where, one in asked(run)}
@@ -158,13 +162,19 @@ def endpoints(run: Run) -> Findings:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             yield fail(f"{where}: no answer from {url} ({error or type(error).__name__})", fix)
             continue
-        took_s, date = time.perf_counter() - begun, answer.headers.get("date")
-        skew = parsedate_to_datetime(date).timestamp() - time.time() if date else 0.0
+        took_s = time.perf_counter() - begun
         if answer.status_code >= 500 or took_s > SLOW_S or (where == "vllm" and answer.is_error):
             yield warn(f"{where}: {url} answers {answer.status_code} in {seconds(took_s)}", "look at its log and load")
-        if abs(skew) > HTTP_SKEW_S:
-            yield warn(f"{where}: its clock is {skew:+.0f} s from this machine's", "set the clock by NTP")
         yield ok(f"{url} answers in {seconds(took_s)}")
+
+
+def _images_bytes(run: Run) -> float:
+    """Of a step's prompts, as the first rows of the data have them."""
+    columns, plan = image_columns(run.rows.column_names) if run.rows else [], run.config.batch
+    rows = next(image_column(run.rows, columns[0]).batches())[1] if columns else [[]]
+    images = [one for row in rows for one in row if one]
+    bytes_ = sum(len(one["bytes"]) if one["bytes"] else Path(one["path"]).stat().st_size for one in images)
+    return bytes_ / len(rows) * plan.completions_per_step / plan.num_generations
 
 
 def _needs(run: Run) -> tuple[float, float]:
