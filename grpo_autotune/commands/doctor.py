@@ -33,7 +33,7 @@ def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
     findings = run_checks()
     if config is not None:
         findings += examine(Run(config, detect()), (configuration, *SLOW, *CHEAP))
-    rows = [{name: str(getattr(finding, name)) for name in SHOWN} for finding in findings]
+    rows = [{name: str(getattr(finding, name)).strip() for name in SHOWN} for finding in findings]
     if as_json:
         show(json.dumps({"findings": rows}, indent=2))
     else:
