@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from grpo_autotune.commands.options import Config, Json, Out, Set, Steps
+from grpo_autotune.commands.options import Checked, Config, Json, Out, Set, Steps
 from grpo_autotune.console import accept_any_text, as_warning, complain, is_first_rank, output_aside, say, show
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
 from grpo_autotune.processes.ending import Stopped, raising
@@ -314,20 +314,22 @@ def serve(
 
 
 @app.command()
-def doctor(json_: Json = False) -> Action:
-    """Check this machine and the installed packages, with a remedy for each finding."""
+def doctor(config: Checked = None, set_: Set = None, json_: Json = False) -> Action:
+    """Check this machine, its packages and a configuration, with a remedy for each finding."""
 
     def action() -> int:
         from grpo_autotune.commands.doctor import show_findings
 
-        return show_findings(as_json=json_)
+        has_config = config is not None or set_ or Path("grpo.yaml").is_file()  # else the machine alone: no demo
+        return show_findings(_load(config, set_, "doctor") if has_config else None, as_json=json_)
 
     return action
 
 
-def _load(source: str | None, overrides: list[str] | None, purpose: Literal["train", "trial", "serve"]) -> Any:
+def _load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
-    from grpo_autotune.commands.early import check_early, check_model
+    from grpo_autotune.commands.doctor import preflight
+    from grpo_autotune.commands.early import check_model
     from grpo_autotune.config.schema import load_config, resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 
@@ -336,8 +338,8 @@ def _load(source: str | None, overrides: list[str] | None, purpose: Literal["tra
     config = load_config(source, overrides or [])
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
-    else:
-        check_early(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
+    elif purpose != "doctor":  # which tells all of it
+        preflight(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
     return config
 
 

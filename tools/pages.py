@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.files import load_report
-from tools import architecture, config_reference
+from tools import architecture, checks_table, config_reference
 from tools.readme_speedups import table
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +53,7 @@ PARTS = (
     Part("README.md", "grpo-autotune report docs/benchmarks/demo", picture_of_a_probe),
     Part("README.md", "speed-ups", partial(table, SMALL, ", checkpointing")),
     Part("README.md", "rooms", architecture.room_map),
+    Part("docs/commands.md", "checks", checks_table.table),
     Part("docs/speedups.md", "100 million, checkpointing", partial(table, LARGER, ", checkpointing")),
     Part("docs/speedups.md", "100 million, no checkpointing", partial(table, LARGER_OFF, "")),
     Part("docs/architecture.md", "files", architecture.file_tree),

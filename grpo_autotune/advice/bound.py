@@ -101,7 +101,7 @@ def warnings(facts: Facts) -> list[str]:
             "measure more of them, and see that nothing else uses this machine."
         )
     if record.others is not None and record.others.matters:
-        lines.append(f"Meanwhile {record.others.words}: alone on the machine, a step may take less.")
+        lines.append(f"Meanwhile {record.others.words}: measured beside other work, figures are worth little.")
     if record.device_memory is not None and record.device_memory.retries:
         lines.append(
             f"The GPU's memory was full {record.device_memory.retries} times, and its allocator emptied the cache to "

@@ -1,25 +1,64 @@
-"""`grpo-autotune doctor`: every finding of the checks with its remedy."""
+"""`grpo-autotune doctor`: every finding of the checks with its remedy, and the cheap ones before other commands."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from grpo_autotune.console import show
+from grpo_autotune.commands.early import check_early
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import say, show, warn
 from grpo_autotune.doctor.checks import run_checks
+from grpo_autotune.doctor.finding import Findings
+from grpo_autotune.doctor.inputs import answers, data, sampling, template, tokenizer, weights
+from grpo_autotune.doctor.run import Run, examine
+from grpo_autotune.doctor.surroundings import accounts, busy, disk, disk_speed, endpoints, launcher, loader, room
+from grpo_autotune.errors import LONGEST, EnvironmentProblem, shortened
+from grpo_autotune.hardware import detect
+from grpo_autotune.units import plural
+
+CHEAP = (weights, sampling, room, disk, loader, launcher, accounts, busy)  # those that take milliseconds
+SLOW = (data, answers, tokenizer, template, disk_speed, endpoints)
+SHOWN = ("check", "status", "detail", "remedy")
 
 
-def show_findings(*, as_json: bool) -> int:
-    """Print the findings; returns 3 when one of them stops training, else 0."""
+def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
+    """Print the findings on this machine and, where there is one, on a configuration; returns 3 when one of them stops
+    training, else 0."""
     findings = run_checks()
+    if config is not None:
+        findings += examine(Run(config, detect()), (configuration, *SLOW, *CHEAP))
+    rows = [{name: str(getattr(finding, name)).strip() for name in SHOWN} for finding in findings]
     if as_json:
-        show(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        show(json.dumps({"findings": rows}, indent=2))
     else:
         table = Table("check", "status", "found", "what to do", show_lines=False)
-        for finding in findings:
-            table.add_row(finding.check, finding.status, finding.detail, finding.remedy)
+        for row in rows:
+            table.add_row(*map(Text, row.values()))
         Console().print(table)
-    return 3 if any(finding.status == "fail" for finding in findings) else 0
+    states = [finding.status for finding in findings]
+    say(f"{len(states)} checks: {plural(states.count('warn'), 'warning')}, {plural(states.count('fail'), 'failure')}")
+    return 3 if "fail" in states else 0
+
+
+def configuration(run: Run) -> Findings:
+    """Names, files, splits and packages that the configuration asks for are there."""
+    check_early(run.config, {})
+    yield from ()
+
+
+def preflight(config: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """Make the cheap checks before a run with these `GRPOConfig` keys put in place: a line for each warning, and the
+    error of what failed, an `EnvironmentProblem` where that is nothing in the configuration."""
+    check_early(config, overrides)
+    config = config.model_copy(update={"grpo": {**config.grpo, **overrides}})
+    for finding in examine(Run(config, detect()), CHEAP):
+        if finding.status == "fail":
+            raise finding.error or EnvironmentProblem(finding.detail, where=finding.check, fix=f"{finding.remedy}.")
+        if finding.status == "warn":
+            warn(shortened(f"{finding.check}: {finding.detail}; {finding.remedy}", LONGEST))

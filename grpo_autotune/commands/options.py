@@ -13,6 +13,7 @@ Config = Annotated[
         metavar="[CONFIG]", help="A YAML file or a shipped profile; by default ./grpo.yaml, else the profile `demo`."
     ),
 ]
+Checked = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file or profile; else ./grpo.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]

@@ -24,8 +24,7 @@ from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.units import GIB, size
 
 CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
-MEMORY_WARN_BYTES = 8 * GIB
-SHM_WARN_BYTES = GIB
+MEMORY_WARN_BYTES, SHM_WARN_BYTES = 8 * GIB, GIB
 SHM = Path("/dev/shm")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -77,9 +76,8 @@ def check_torch(machine: Machine) -> Finding:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("torch", "ok", f"{version} on {names}")
     if machine.gpus:
-        detail = f"{version} cannot use the driver's {machine.gpus[0].name}"
         remedy = "install a CUDA build of torch that the driver supports, and look at CUDA_VISIBLE_DEVICES"
-        return Finding("torch", "fail", detail, remedy)
+        return Finding("torch", "fail", f"{version} cannot use the driver's {machine.gpus[0].name}", remedy)
     return Finding("torch", "ok", f"{version} on {torch.get_num_threads()} CPU threads: enough for small models")
 
 
@@ -88,15 +86,12 @@ def check_torchvision() -> Finding:
     version = package_version("torchvision")
     if version is None:
         return Finding("torchvision", "warn", "not installed: images cannot be processed", "pip install torchvision")
-    problem = ensure_torchvision()
-    if problem is None:
+    if (problem := ensure_torchvision()) is None:
         return Finding("torchvision", "ok", version)
-    status: Status = "fail" if "cannot be imported" in problem else "warn"
-    remedy = (
-        TORCHVISION_REMEDY if status == "fail" else f"{TORCHVISION_REMEDY}; until then it works in this package alone"
-    )
-    detail = problem.partition(". To mend it")[0]
-    return Finding("torchvision", status, f"{version} beside torch {package_version('torch')}: {detail}", remedy)
+    detail = f"{version} beside torch {package_version('torch')}: {problem.partition('. To mend it')[0]}"
+    if "cannot be imported" in problem:
+        return Finding("torchvision", "fail", detail, TORCHVISION_REMEDY)
+    return Finding("torchvision", "warn", detail, f"{TORCHVISION_REMEDY}; until then it works in this package alone")
 
 
 def check_package(row: Package) -> Finding:
@@ -108,27 +103,23 @@ def check_package(row: Package) -> Finding:
     present = next(((name, version) for name in names if (version := package_version(name))), None)
     wanted = f'pip install "{row.distribution}{row.versions}"'
     if present is None:
-        status: Status = "fail" if row.needed else "ok"
-        return Finding(row.distribution, status, f"not installed ({row.purpose})", wanted)
+        return Finding(row.distribution, "fail" if row.needed else "ok", f"not installed ({row.purpose})", wanted)
     name, version = present
     if Version(Version(version).base_version) in SpecifierSet(row.versions, prereleases=True):
         return Finding(row.distribution, "ok", version if name == row.distribution else f"{version} ({name})")
-    status = "fail" if row.needed else "warn"
-    return Finding(row.distribution, status, f"{version} is outside {row.versions}", wanted)
+    return Finding(row.distribution, "fail" if row.needed else "warn", f"{version} is outside {row.versions}", wanted)
 
 
 def check_memory(machine: Machine) -> Finding:
     """There is enough memory for a small model."""
-    detail = f"{size(machine.memory_bytes)} usable"
-    if machine.memory_bytes >= MEMORY_WARN_BYTES:
-        return Finding("memory", "ok", detail)
-    return Finding("memory", "warn", detail, "raise the container's limit, or keep to models under 0.5 billion weights")
+    status: Status = "ok" if machine.memory_bytes >= MEMORY_WARN_BYTES else "warn"
+    remedy = "" if status == "ok" else "raise the container's limit, or keep to models under 0.5 billion weights"
+    return Finding("memory", status, f"{size(machine.memory_bytes)} usable", remedy)
 
 
 def check_threads(machine: Machine) -> Finding:
     """`OMP_NUM_THREADS` neither wastes cores nor oversubscribes them."""
-    text = os.environ.get("OMP_NUM_THREADS", "")
-    cores = machine.cores
+    text, cores = os.environ.get("OMP_NUM_THREADS", ""), machine.cores
     if not text.isdigit():
         return Finding("threads", "ok", f"OMP_NUM_THREADS is not set: torch takes the {cores} cores")
     threads, detail = int(text), f"OMP_NUM_THREADS={text} on {cores} cores"
@@ -144,15 +135,13 @@ def check_cache() -> Finding:
     try:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free
-        writable = os.access(folder, os.W_OK)
     except (OSError, EnvironmentProblem) as error:
         return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
-    detail, remedy = f"{folder}: {size(free)} free", "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
-    if not writable:
+    remedy = "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
+    if not os.access(folder, os.W_OK):
         return Finding("cache", "fail", f"{folder} cannot be written", remedy)
-    if free < CACHE_WARN_BYTES:
-        return Finding("cache", "fail" if free < CACHE_FAIL_BYTES else "warn", detail, remedy)
-    return Finding("cache", "ok", detail)
+    status: Status = "fail" if free < CACHE_FAIL_BYTES else "warn" if free < CACHE_WARN_BYTES else "ok"
+    return Finding("cache", status, f"{folder}: {size(free)} free", remedy if status != "ok" else "")
 
 
 def check_shared_memory() -> Finding:
@@ -160,22 +149,18 @@ def check_shared_memory() -> Finding:
     if not SHM.is_dir():
         return Finding("shared memory", "ok", f"no {SHM} on this system")
     total = shutil.disk_usage(SHM).total
-    detail = f"{size(total)} in {SHM}"
-    if total >= SHM_WARN_BYTES:
-        return Finding("shared memory", "ok", detail)
-    return Finding(
-        "shared memory", "warn", f"{detail}: loader workers may die", "start the container with --shm-size=8g"
-    )
+    detail, remedy = f"{size(total)} in {SHM}", "start the container with --shm-size=8g"
+    if total < SHM_WARN_BYTES:
+        return Finding("shared memory", "warn", f"{detail}: loader workers may die", remedy)
+    return Finding("shared memory", "ok", detail)
 
 
 def check_hub() -> Finding:
     """The folder of downloads, and whether they are switched off; the hub itself is not asked."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    off = [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
-    if off:
-        detail = f"downloads are switched off by {', '.join(off)}: models and data must be folders or already in {home}"
-        return Finding("hub", "ok", detail)
-    return Finding("hub", "ok", f"downloads go to {home} (not tried)")
+    off = ", ".join(name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"))
+    told = f"downloads are switched off by {off}: models and data must be folders or already in {home}"
+    return Finding("hub", "ok", told if off else f"downloads go to {home} (not tried)")
 
 
 def _line(error: Exception) -> str:

@@ -67,14 +67,15 @@ def model_config(config: RunConfig) -> Mapping[str, Any]:
             return architecture(section.random_init).config
         except ConfigError:
             return {}
-    return _stored(str(section.name_or_path), section.revision, "config.json")
+    return stored_json(str(section.name_or_path), section.revision, "config.json")
 
 
 @lru_cache(maxsize=16)
-def _stored(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
+def stored_json(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
+    """A JSON file of a model in a folder or in the hub's cache; empty where there is none that can be read."""
     path: Path | None = Path(name).expanduser() / file
     if path is not None and not path.is_file():
-        path = _cached(name, revision, file) if name.count("/") <= 1 and name not in names("model") else None
+        path = cached_file(name, revision, file) if name.count("/") <= 1 and name not in names("model") else None
     if path is None:
         return {}
     try:
@@ -84,7 +85,8 @@ def _stored(name: str, revision: str | None, file: str) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _cached(name: str, revision: str | None, file: str) -> Path | None:
+def cached_file(name: str, revision: str | None, file: str) -> Path | None:
+    """The file of a hub repository in the hub's cache; None where it was not downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -99,8 +101,8 @@ def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
     """Least and most pixels that the image processor leaves an image, where its file is in a folder or in the hub's
     cache: smaller images are enlarged, larger ones shrunk."""
     name, revision = str(config.model.name_or_path), config.model.revision
-    whole = _stored(name, revision, "processor_config.json").get("image_processor") or {}
-    settings = whole or _stored(name, revision, "preprocessor_config.json")
+    whole = stored_json(name, revision, "processor_config.json").get("image_processor") or {}
+    settings = whole or stored_json(name, revision, "preprocessor_config.json")
     size = settings.get("size") or {}
     least, most = (
         settings.get("min_pixels") or size.get("shortest_edge"),

@@ -16,6 +16,7 @@ import psutil
 from grpo_autotune.hardware.device import handle_of
 from grpo_autotune.records.probe import OtherLoad, Utilisation
 
+Look = tuple[float, float]
 INTERVAL_S = 0.2
 MUCH, MUCH_BESIDE_GPU = 0.1, 0.5
 """Shares of the cores, or half a core, from which others' work makes steps longer; beside a GPU only the larger one, or
@@ -102,7 +103,7 @@ def _open_cores() -> set[int]:
     return set(told(0)) if told is not None else set(range(psutil.cpu_count() or 1))
 
 
-def others_s(ranks: int) -> tuple[float, float]:
+def others_s(ranks: int) -> Look:
     """The clock, and seconds in which the cores open to this process were busy with other work than its own and its
     children's; its sibling ranks are taken to work as much."""
     busy, mine, open_cores = 0.0, 0.0, _open_cores()
@@ -114,6 +115,15 @@ def others_s(ranks: int) -> tuple[float, float]:
         with suppress(psutil.NoSuchProcess):
             mine += sum(psutil.Process(pid).cpu_times()[:4])  # with those of children that ended
     return time.monotonic(), busy - ranks * mine
+
+
+def load_between(first: Look, last: Look, gpu_percent: float | None, *, on_gpu: bool) -> OtherLoad | None:
+    """Load by other processes between two looks of `others_s`; None where the system counts no work."""
+    cores, of = (last[1] - first[1]) / (last[0] - first[0]), len(_open_cores())
+    much = MUCH_BESIDE_GPU * of if on_gpu else min(0.5, MUCH * of)
+    matters = cores >= much or (gpu_percent or 0.0) >= 100.0 * MUCH
+    load = OtherLoad(cores=max(0.0, cores), of=of, gpu_percent=gpu_percent, matters=matters)
+    return load if cores > -MUCH else None
 
 
 class Sampler:
@@ -128,7 +138,7 @@ class Sampler:
         keep: Callable[[dict[str, float]], None] = lambda values: None,
     ) -> None:
         self._stage_now, self._readers, self._interval_s = stage_now, list(readers), interval_s
-        self._keep, self._ranks, self._looks = keep, ranks, list[tuple[float, float]]()
+        self._keep, self._ranks, self._looks = keep, ranks, list[Look]()
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -166,12 +176,9 @@ class Sampler:
         looks = [*self._looks, others_s(self._ranks)] if self._thread is not None else self._looks
         if len(looks) < 2 or looks[-1][0] <= looks[0][0]:
             return None
-        cores, of = (looks[-1][1] - looks[0][1]) / (looks[-1][0] - looks[0][0]), len(_open_cores())
         seen = [(u.samples, u.other_gpu_percent) for u in self.summary() if u.other_gpu_percent is not None]
         gpu = sum(n * percent for n, percent in seen) / sum(n for n, _ in seen) if seen else None
-        matters = cores >= (MUCH_BESIDE_GPU * of if on_gpu else min(0.5, MUCH * of)) or (gpu or 0.0) >= 100.0 * MUCH
-        load = OtherLoad(cores=max(0.0, cores), of=of, gpu_percent=gpu, matters=matters)
-        return load if cores > -MUCH else None
+        return load_between(looks[0], looks[-1], gpu, on_gpu=on_gpu)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):

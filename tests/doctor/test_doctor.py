@@ -172,7 +172,7 @@ def test_settings_around_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import torch
 
-    assert gpus.check_setting(machine()) == []
+    assert list(gpus.check_setting(machine())) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpus, "runtime_facts", lambda device: {"driver": "580.65", "power_limit": "700 W"})
     monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY, 0))

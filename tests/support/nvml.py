@@ -40,6 +40,7 @@ class Card:
     errors: int = 0
     nvlink: bool = True
     peers: bool = True
+    percent: int | None = None
     card: Card | None = None
 
 
@@ -99,7 +100,7 @@ class Driver:
         return round(1000 * _or_not_supported(card.power_w))
 
     def nvmlDeviceGetUtilizationRates(self, card: Card) -> SimpleNamespace:
-        raise NotSupported
+        return SimpleNamespace(gpu=_or_not_supported(card.percent))
 
     def nvmlDeviceGetPowerUsage(self, card: Card) -> int:
         raise NotSupported
