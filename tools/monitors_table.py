@@ -12,32 +12,33 @@ MEASURED = Path(__file__).parent.parent / "docs" / "benchmarks" / "monitors.json
 FIRES = {
     "not_finite": ("loss, gradient norm, reward, KL or entropy is no finite number", "common practice"),
     "loss_spike": (
-        "the gradient norm, on a log scale, or the loss is `above` sigmas over the median of the last 128 log events, from the "
-        "20th on",
+        "the gradient norm, on a log scale, or the loss is `above` sigmas over the median of the last 128 log events, "
+        "from the 20th on",
         "OLMo-core's `SkipStepOptimizer`; the log scale is measured",
     ),
     "kl_high": ("`kl` is `above`, or a branch's KL above twice the top of its `kl_band`", "judgement; bands: RLlib"),
     "kl_low": (
-        "`kl` has been over `below` and is under it, or a branch's KL has been over half the foot of its `kl_band` and is under "
-        "it; off where neither is given",
+        "`kl` has been over `below` and is under it, or a branch's KL has been over half the foot of its `kl_band` and "
+        "is under it; off where neither is given",
         "bands: RLlib",
     ),
     "entropy_collapse": ("`entropy` is under `below` times the baseline", "judgement"),
     "length_drift": (
-        "the mean length is off the baseline by more than `above` times it, and no reward has gained: a held-out one, beyond the "
-        "intervals of its first and its newest evaluation, or without two evaluations that of training, by a sigma",
+        "the mean length is off the baseline by more than `above` times it, and no reward has gained: a held-out one, "
+        "beyond the intervals of its first and its newest evaluation, or without two evaluations that of training, by "
+        "a sigma",
         "rewardspy",
     ),
     "dead_groups": ("the share of groups with equal rewards (`frac_reward_zero_std`) is `above`", "rldoctor"),
     "truncated": ("the share of completions that were cut off (`completions/clipped_ratio`) is `above`", "judgement"),
     "reward_ceiling": (
-        "the mean reward is `above` times the highest that there can be: `maximum`, or the sum of the weights where all rewards "
-        "are built in",
+        "the mean reward is `above` times the highest that there can be: `maximum`, or the sum of the weights where "
+        "all rewards are built in",
         "rewardspy",
     ),
     "held_out_gap": (
-        "held-out reward is below its best beyond both intervals at 95%, and the reward in training has risen since; `steps` are "
-        "evaluations",
+        "held-out reward is below its best beyond both intervals at 95%, and the reward in training has risen since; "
+        "`steps` are evaluations",
         "autocontext",
     ),
     "judge_failures": (
@@ -45,12 +46,12 @@ FIRES = {
         "prime-rl",
     ),
     "stall": (
-        "no stage has begun or ended for `times` the 99th percentile of the stage's own waits, and `at_least_s`; in the first "
-        "step, in evaluations and in checkpoints for `first_s`",
+        "no stage has begun or ended for `times` the 99th percentile of the stage's own waits, and `at_least_s`; in "
+        "the first step, in evaluations and in checkpoints for `first_s`",
         "NVRx, torchtitan",
     ),
     "memory_creep": (
-        "`memory_share`, what is in use of the device's memory, is `above`, and has grown at each of `steps` log events",
+        "`memory_share`, that of the device's memory in use, is `above`, and has grown at each of `steps` log events",
         "judgement",
     ),
     "nothing_learned": ("the gradient norm is zero; the cause is said", "nothing is learned by it"),
@@ -70,17 +71,11 @@ def rules() -> str:
 def measured() -> str:
     """A row for each monitor: false alarms on healthy runs, and faults that were told in time."""
     ratios = json.loads(MEASURED.read_text())["ratios"]
-    lines = [
-        "| monitor | healthy runs with a false alarm | faults told once, within the persistence |",
-        "|---|---|---|",
-    ]
+    columns = ("false alarms per run", "faults told once within persistence")
+    lines = ["| monitor | healthy runs with a false alarm | faults told once, in time |", "|---|---|---|"]
     for name in MONITORS:
-        false, told = (
-            ratios.get(f"{name}: {what}") for what in ("false alarms per run", "faults told once within persistence")
-        )
-        cells = (
-            "-" if cell is None else f"{round(cell['median'] * cell['n'])} of {cell['n']}" for cell in (false, told)
-        )
+        found = (ratios.get(f"{name}: {column}") for column in columns)
+        cells = ("-" if row is None else f"{round(row['median'] * row['n'])} of {row['n']}" for row in found)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     noisy = ratios["healthy runs with any alert"]
     return "\n".join([*lines, f"| any | {round(noisy['median'] * noisy['n'])} of {noisy['n']} | |", ""])

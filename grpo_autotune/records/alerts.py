@@ -13,7 +13,6 @@ from grpo_autotune.records.base import Frozen
 from grpo_autotune.units import listing, plural
 
 ALERTS_FILE = "alerts.jsonl"
-
 Log = Sequence[Mapping[str, Any]]
 
 

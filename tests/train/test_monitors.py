@@ -18,6 +18,10 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.records.alerts import Alert, load_alerts, outcome
+from grpo_autotune.render.page import render_page
+from grpo_autotune.render.terminal import render
+from grpo_autotune.render.train_page import train_sections
+from grpo_autotune.report.files import load_report
 from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.monitors.rules import Run
 from grpo_autotune.train.monitors.watch import StallWatch
@@ -61,6 +65,14 @@ def test_persistence_is_in_steps_however_seldom_a_log_event_comes(every: int) ->
     log = [row for row in FAULTS["truncated"].of(HEALTHY) if row["kind"] == "train" and not row["step"] % every]
     (step,) = told(log, "truncated")
     assert START + 10 - every <= step <= START + 9 + every
+
+
+def test_a_metric_of_every_generation_counts_the_steps_that_reuse_it() -> None:
+    rows = [
+        {"kind": "train", "step": s, "loss": 0.1} | ({"completions/clipped_ratio": 0.5} if s % 4 == 1 else {})
+        for s in range(1, 40)
+    ]
+    assert told(rows, "truncated") == [13]
 
 
 def test_an_episode_is_told_once_and_another_after_the_cooldown() -> None:
@@ -255,6 +267,18 @@ def test_no_stall_in_a_first_step_an_evaluation_or_a_process_that_was_suspended(
     stages.watch.look(place)
     stages.watch.look(None)
     assert not stages.told
+
+
+def test_alerts_are_on_the_page_with_an_anchor_each_and_in_the_printed_report() -> None:
+    alerts = replayed(FAULTS["truncated"].of(HEALTHY))
+    demo = load_report(Path(__file__).parents[2] / "docs" / "benchmarks" / "demo")
+    report = demo.model_copy(update={"monitors": 14, "alerts": alerts})
+    page = render_page("A run", train_sections(HEALTHY, report, None, alerts))
+    assert '<tr id="alert-truncated-at-step-40">' in page and "14 monitors, 1 fired: truncated at step 40." in page
+    assert "<h2" in page and 'id="alerts-title">Alerts' in page
+    text = " ".join(render(report).split())
+    assert "Monitors 14 monitors, 1 fired: truncated at step 40" in text and alerts[0].remedy[1:] in text
+    assert "onitor" not in render(demo) and "Alerts" not in render_page("A run", train_sections(HEALTHY, None))
 
 
 @pytest.mark.slow

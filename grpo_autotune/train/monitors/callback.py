@@ -28,10 +28,10 @@ COMMAND_S = 30.0  # seconds that a command may take
 
 def run_of(config: RunConfig) -> Run:
     """The run of a configuration, of which nothing was logged yet; no built-in reward is above 1."""
-    grpo, known = config.grpo, {builtin.__name__, from_trl.__name__}
-    is_known = all(resolve("reward", item.name).__module__ in known for item in config.rewards)
-    highest = sum(max(0.0, item.weight) for item in config.rewards) if is_known else 0.0
-    bands = getattr(getattr(config, "branches", None), "bands", {})
+    grpo, modules = config.grpo, {resolve("reward", item.name).__module__ for item in config.rewards}
+    highest = sum(max(0.0, one.weight) for one in config.rewards) * (modules <= {builtin.__name__, from_trl.__name__})
+    branches = getattr(getattr(config, "branches", None), "by_name", {})
+    bands = {name: branch.kl_band for name, branch in branches.items() if branch.kl_band}
     return Run(grpo.get("beta", 0.0), bool(grpo.get("mask_truncated_completions")), highest, bands)
 
 
@@ -83,7 +83,7 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Wait for commands under way, and say how many monitors fired, and which had nothing to read."""
         self._commands.shutdown()
-        unread = [name for name in self.watch.items if name not in self.watch.read | {"stall"}]
+        unread = [name for name in self.watch.items if name not in {"stall", *(name for name, _ in self.watch.read)}]
         if self.watch.items:
             say(outcome(**self.report()) + (f"; nothing to read for {listing(unread)}" if unread else ""))
 

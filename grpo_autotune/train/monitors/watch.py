@@ -29,24 +29,25 @@ class Watch:
 
     def __init__(self, items: Mapping[str, Any], run: Run) -> None:
         self.items, self.run = items, run
-        self.read: set[str] = set()  # monitors that had a metric to read
-        self._bad_steps: dict[tuple[str, str], int] = defaultdict(int)  # in a row, of a metric by a monitor
-        self.told: dict[tuple[str, str], int] = {}  # step of the last alert, before a resume maybe
+        self.told: dict[tuple[str, str], int] = {}  # step of the last alert of a metric by a monitor
+        self.read: dict[tuple[str, str], int] = {}  # step of the last reading
+        self._bad_steps: dict[tuple[str, str], int] = defaultdict(int)  # in a row
         self._open: set[tuple[str, str]] = set()  # episodes that were told
 
     def see(self, row: Row) -> list[Alert]:
         """The alerts of a line of the log."""
-        steps = row["step"] - self.run.step if row["kind"] == "train" else 1  # an evaluation counts once
         rules = ((name, getattr(self.run, name, lambda *_: ()), item) for name, item in self.items.items())
-        readings = [(name, reading) for name, read, item in rules for reading in read(row, item)]
+        readings = ((name, reading) for name, read, item in rules for reading in read(row, item))
+        alerts = [alert for name, reading in readings for alert in self.take(name, reading, row["step"])]
         self.run.add(row)
-        return [alert for name, reading in readings for alert in self.take(name, reading, row["step"], steps)]
+        return alerts
 
-    def take(self, name: str, reading: Reading, step: int, steps: int = 1) -> list[Alert]:
-        """The alert of a monitor's reading that stands for so many steps, if it fires."""
+    def take(self, name: str, reading: Reading, step: int) -> list[Alert]:
+        """The alert of a monitor's reading, which stands for all steps since the last one, if it fires."""
         item, key = self.items[name], (name, reading.metric)
-        self.read.add(name)
+        steps = 1 if name == "held_out_gap" else step - self.read.get(key, self.run.step)
         bad_steps = self._bad_steps[key] = self._bad_steps[key] + steps if reading.bad else 0
+        self.read[key] = step
         if not reading.bad:
             self._open.discard(key)
         waits, last = bad_steps < (1 if reading.at_once else item.steps), self.told.get(key, -COOLDOWN)
