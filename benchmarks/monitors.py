@@ -5,8 +5,9 @@
 `record` trains the demo `RUNS` times for `STEPS` steps, each with another seed and other settings, and keeps what the
 monitors read of each log in `docs/benchmarks/monitors_logs.json.gz`. A run counts as healthy where it ended and its
 held-out reward is not below that of its start. Without `record` the kept logs are replayed: every alert is a false one.
-Each fault is put into each healthy log from step 31 on (a stall apart, whose clock is not a log's): a monitor has to
-fire once, and within its persistence. A ratio's `n` is the number of runs.
+Each fault is put from step 31 on into each healthy log that has the metric at each step (a stall apart, whose clock is
+not a log's): a monitor has to fire once, and within its persistence. A ratio's `n` is the number of runs, for false
+alarms of those in which the monitor had something to read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import gzip
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.result import write
-from grpo_autotune.config.monitors import MONITORS
+from grpo_autotune.config.monitors import MONITORS, MonitorsSection
 from grpo_autotune.train.monitors.rules import Run
+from grpo_autotune.train.monitors.watch import Watch
 from tests.support.faulty_logs import FAULTS, LOGS, START, healthy_logs, replayed
 
 RUNS, STEPS = 24, 50
@@ -88,27 +91,28 @@ def main() -> None:
     """Replay the logs and write `docs/benchmarks/monitors.json`."""
     if sys.argv[1:] == ["record"]:
         record()
-    runs = healthy_logs()
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        alerts = replayed(run["log"], Run(run["settings"]["beta"], highest=1.0))
+    rows, fine, read = list[dict[str, Any]](), list[dict[str, Any]](), Counter[str]()
+    for run in healthy_logs():
+        settings, is_well = run["settings"], ends_well(run["log"])
+        watch = Watch(MonitorsSection().items_on(), Run(settings["beta"], highest=1.0))
+        alerts = [alert for row in run["log"] for alert in watch.see(row)]
+        read.update({name for name, _ in watch.read} if is_well else ())
         told = [{"monitor": alert.monitor, "step": alert.step, "text": alert.text} for alert in alerts]
-        rows.append({**run["settings"], "healthy": ends_well(run["log"]), "alerts": told})
-    well = [run for run, row in zip(runs, rows, strict=True) if row["healthy"]]
-    fine = [run for run in well if run["settings"]["logging_steps"] == 1]
+        rows.append({**settings, "healthy": is_well, "alerts": told})
+        fine += [run] if is_well and settings["logging_steps"] == settings["num_iterations"] == 1 else []
     ratios = {}
-    for name in MONITORS:
+    for name in FAULTS:
         false = sum(alert["monitor"] == name for row in rows if row["healthy"] for alert in row["alerts"])
-        ratios[f"{name}: false alarms per run"] = {"median": false / len(well), "n": len(well)}
-        if name in FAULTS:
-            delays = [delay(name, run["log"], run["settings"]) for run in fine]
-            once = sum(len(one) == 1 and one[0] <= MONITORS[name][0]["steps"] for one in delays)
-            ratios[f"{name}: faults told once within persistence"] = {"median": once / len(fine), "n": len(fine)}
-    noisy = sum(bool(row["alerts"]) for row in rows if row["healthy"])
+        ratios[f"{name}: false alarms per run"] = {"median": false / max(1, read[name]), "n": read[name]}
+        faulty = [run for run in fine if FAULTS[name].of(run["log"]) != run["log"]]
+        delays = [delay(name, run["log"], run["settings"]) for run in faulty]
+        once = sum(len(one) == 1 and one[0] <= MONITORS[name][0]["steps"] for one in delays)
+        ratios[f"{name}: faults told once within persistence"] = {"median": once / len(faulty), "n": len(faulty)}
+    well = [row for row in rows if row["healthy"]]
+    noisy = sum(bool(row["alerts"]) for row in well)
     ratios["healthy runs with any alert"] = {"median": noisy / len(well), "n": len(well)}
-    sys.stdout.write(
-        f"{json.dumps(ratios, indent=1)}\n{write('monitors', 'python -m benchmarks.monitors', rows, ratios)}\n"
-    )
+    path = write("monitors", "python -m benchmarks.monitors record", rows, ratios)
+    sys.stdout.write(f"{json.dumps(ratios, indent=1)}\n{path}\n")
 
 
 if __name__ == "__main__":

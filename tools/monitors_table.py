@@ -75,7 +75,9 @@ def measured() -> str:
     lines = ["| monitor | healthy runs with a false alarm | faults told once, in time |", "|---|---|---|"]
     for name in MONITORS:
         found = (ratios.get(f"{name}: {column}") for column in columns)
-        cells = ("-" if row is None else f"{round(row['median'] * row['n'])} of {row['n']}" for row in found)
+        cells = (
+            "-" if not row or not row["n"] else f"{round(row['median'] * row['n'])} of {row['n']}" for row in found
+        )
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     noisy = ratios["healthy runs with any alert"]
     return "\n".join([*lines, f"| any | {round(noisy['median'] * noisy['n'])} of {noisy['n']} | |", ""])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from grpo_autotune.config.monitors import MonitorsSection
 from grpo_autotune.records.alerts import Alert
-from grpo_autotune.train.monitors.rules import Run
+from grpo_autotune.train.monitors.rules import TREND, Run
 from grpo_autotune.train.monitors.watch import Watch
 
 LOGS = Path(__file__).parents[2] / "docs" / "benchmarks" / "monitors_logs.json.gz"
@@ -57,7 +57,13 @@ def _always(faulty: dict[str, Any], before: dict[str, Any]) -> Callable[[dict[st
 def _hacked(row: dict[str, Any], since: int) -> dict[str, Any]:
     if row["kind"] == "train":
         return {"reward": 0.9 if since >= -5 else 0.4}
-    return {"eval_reward": 0.1 if since >= 0 else 0.8, "eval_reward_std": 0.1}
+    return {"eval_reward": 0.1 if since >= 0 else 0.8 if row["step"] else 0.5, "eval_reward_std": 0.1}
+
+
+def _longer(row: dict[str, Any], since: int) -> dict[str, Any]:
+    """Twice as long, and the reward had fallen before."""
+    length = "completions/mean_length"
+    return ({"reward": 0.0} if since >= -TREND else {}) | ({length: 2 * row[length]} if since >= 0 else {})
 
 
 def _leak(row: dict[str, Any], since: int) -> dict[str, Any]:
@@ -69,11 +75,8 @@ FAULTS = {
     "loss_spike": Fault(_train(lambda row, since: {"grad_norm": 50.0 * row["grad_norm"]} if not since else {})),
     "kl_high": Fault(_train(lambda row, since: {"kl": 3.0})),
     "kl_low": Fault(_always({"branch/fair/kl": 0.001}, {"branch/fair/kl": 0.03}), {"bands": {"fair": (0.02, 0.06)}}),
-    "entropy_collapse": Fault(_train(lambda row, since: {"entropy": 0.01})),
-    "length_drift": Fault(
-        _train(lambda row, since: {"completions/mean_length": 2 * row["completions/mean_length"], "reward": 0.0}),
-        evaluates=False,
-    ),
+    "entropy_collapse": Fault(_train(lambda row, since: {"entropy": 0.1 * row["entropy"]} if "entropy" in row else {})),
+    "length_drift": Fault(_longer, evaluates=False),
     "dead_groups": Fault(_train(lambda row, since: {"frac_reward_zero_std": 0.875})),
     "truncated": Fault(_train(lambda row, since: {"completions/clipped_ratio": 0.5})),
     "reward_ceiling": Fault(_train(lambda row, since: {"reward": 0.99}), {"highest": 1.0}),
