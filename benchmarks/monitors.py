@@ -74,7 +74,7 @@ def kept(row: dict[str, Any]) -> dict[str, Any]:
 def ends_well(log: list[dict[str, Any]]) -> bool:
     """True for a run that reached its last step and whose held-out reward did not fall."""
     rewards = [row["eval_reward"] for row in log if row["kind"] == "eval"]
-    return log[-1]["step"] == STEPS and rewards[-1] >= rewards[0]
+    return bool(log[-1]["step"] == STEPS and rewards[-1] >= rewards[0])
 
 
 def delay(name: str, log: list[dict[str, Any]], run: dict[str, Any]) -> list[int]:

@@ -70,7 +70,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     def monitor(self, config: RunConfig) -> None:
         """Have the monitors see each step that has the probe."""
         self.watch = Watch(config.monitors.items_on(), run_of(config))
-        self.stall = StallWatch(self.trainer, config.monitors.stall, Path(), say)
+        self.stall = StallWatch(self.trainer, config.monitors.stall, Path(), lambda alert: say(alert.line()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.probe is not None and self.watch is not None and self.stall is not None:

@@ -333,7 +333,7 @@ def known_paths() -> list[str]:
         ("vllm", VllmSection),
         ("search", SearchSection),
         ("monitors", MonitorsSection),
-        *((f"monitors.{name}", type(item)) for name, item in MonitorsSection().items_on().items()),
+        *((f"monitors.{name}", item.__class__) for name, item in MonitorsSection().items_on().items()),
         ("output", OutputSection),
         ("receipt", Receipt),
     ):

@@ -20,7 +20,7 @@ class Alert(Frozen):
     """A monitor that fired."""
 
     monitor: str
-    step: int  # optimizer steps done
+    step: int  # the optimizer step, of a stall the one under way
     metric: str  # TRL's name of what was read
     value: float | None  # None where it is no finite number
     limit: float | None = None  # None where there is none

@@ -203,6 +203,7 @@ def test_an_alert_is_told_in_every_place_and_after_a_resume_not_again(tmp_path: 
     for _ in range(8):
         again.logs(resumed, **{"completions/clipped_ratio": 0.5})
     assert load_alerts(tmp_path) == [stored] and capsys.readouterr().err == ""
+    (tmp_path / "train_log.jsonl").unlink()  # as a new run does
     assert Ranks().monitored(tmp_path).report() == {"monitors": 14, "alerts": []}
 
 
@@ -249,10 +250,10 @@ def test_a_stage_that_does_not_end_is_told_once_with_the_stacks(tmp_path: Path) 
     assert not stages.told and not list(tmp_path.iterdir())
     stages.stay("reward", 500)
     (alert,) = stages.told
-    assert (alert.metric, alert.value, alert.limit, alert.rank, alert.step) == ("reward", 205.0, 200.0, 0, 7)
-    assert alert.text == "rank 0 is in reward for 3 min 25 s; its threads' stacks are in stacks-rank0.txt"
+    assert (alert.metric, alert.value, alert.limit, alert.rank, alert.step) == ("reward", 205.0, 200.0, 0, 8)
+    assert alert.text == "rank 0 has been in reward for 3 min 25 s; its threads' stacks are in stacks-rank0.txt"
     text = (tmp_path / "stacks-rank0.txt").read_text()
-    assert "UTC, rank 0 is in reward for 3 min 25 s:" in text and "test_a_stage_that_does_not_end" in text
+    assert "UTC, rank 0 has been in reward for 3 min 25 s:" in text and "test_a_stage_that_does_not_end" in text
     stages.stay("generation", 100)
     assert [(alert.metric, alert.value) for alert in stages.told[1:]] == [("generation", 65.0)]  # by its own waits
 

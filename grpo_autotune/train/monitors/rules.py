@@ -117,8 +117,8 @@ class Run:
             yield from _level(row, "entropy", item.below * base, below=True, baseline=base)
 
     def length_drift(self, row: Row, item: Any) -> Readings:
-        value = number(row, LENGTH)
-        for base in self.baselines.get(LENGTH, ())[:1] if value is not None else ():
+        value = number(row, LENGTH) or 0.0
+        for base in self.baselines.get(LENGTH, ())[:1] if value else ():
             far, limit = item.above * base, base + math.copysign(item.above * base, value - base)
             yield Reading(LENGTH, value, abs(value - base) > far and not self.gained(), limit, base)
 

@@ -110,8 +110,11 @@ class StallWatch:
         return float(max(least_s, self._item.times * waits[len(waits) * 99 // 100]))
 
     def _dump(self, stage: str, waited_s: float, limit_s: float) -> None:
-        rank, step = self._trainer.args.process_index, self._trainer.state.global_step
-        path, text = self._folder / f"stacks-rank{rank}.txt", f"rank {rank} is in {stage} for {duration(waited_s)}"
+        rank, step = self._trainer.args.process_index, self._trainer.state.global_step + (stage != APART)
+        path, text = (
+            self._folder / f"stacks-rank{rank}.txt",
+            f"rank {rank} has been in {stage} for {duration(waited_s)}",
+        )
         with as_warning("the stacks were not written"), path.open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {text}:\n")
             file.flush()
