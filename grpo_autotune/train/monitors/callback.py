@@ -99,7 +99,7 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
                     module = importlib.import_module(name)
                     (module.run if name == "wandb" else module).alert(title=alert.name, text=alert.line())
             if self._command is not None and is_first_rank():
-                self._commands.submit(self._run, self._command, alert.model_dump_json().encode())
+                self._commands.submit(self._run, self._command, f"{alert.model_dump_json()}\n".encode())
 
     @as_warning("monitors.command")
     def _run(self, command: str, text: bytes) -> None:

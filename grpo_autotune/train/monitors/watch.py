@@ -111,13 +111,10 @@ class StallWatch:
 
     def _dump(self, stage: str, waited_s: float, limit_s: float) -> None:
         rank, step = self._trainer.args.process_index, self._trainer.state.global_step + (stage != APART)
-        path, text = (
-            self._folder / f"stacks-rank{rank}.txt",
-            f"rank {rank} has been in {stage} for {duration(waited_s)}",
-        )
-        with as_warning("the stacks were not written"), path.open("a", encoding="utf-8") as file:
+        path = self._folder / f"stacks-rank{rank}.txt"
+        text = f"rank {rank} has been in {stage} for {duration(waited_s)}"
+        with as_warning("the stacks were not written"), path.open("a", buffering=1, encoding="utf-8") as file:
             file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {text}:\n")
-            file.flush()
             faulthandler.dump_traceback(file)
         reading, text = Reading(stage, waited_s, True, limit_s), f"{text}; its threads' stacks are in {path.name}"
         self._tell(alert_of("stall", reading, step, text, rank=rank))
