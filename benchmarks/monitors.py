@@ -22,11 +22,12 @@ from typing import Any
 
 from benchmarks.result import write
 from grpo_autotune.config.monitors import MONITORS, MonitorsSection
-from grpo_autotune.train.monitors.rules import Run
+from grpo_autotune.train.monitors.rules import LEAST, Run, spread_of
 from grpo_autotune.train.monitors.watch import Watch
 from tests.support.faulty_logs import FAULTS, LOGS, START, healthy_logs, replayed
 
 RUNS, STEPS = 24, 50
+LINEAR = "loss_spike with norms on a linear scale: false alarms per run"
 KEPT = {
     *("kind", "step", "loss", "grad_norm", "reward", "kl", "entropy", "frac_reward_zero_std", "memory_share"),
     *("completions/mean_length", "completions/clipped_ratio", "eval_reward", "eval_reward_std"),
@@ -87,6 +88,13 @@ def delay(name: str, log: list[dict[str, Any]], run: dict[str, Any]) -> list[int
     return [1 + steps.index(alert.step) for alert in alerts if alert.monitor == name]
 
 
+def spikes(log: list[dict[str, Any]]) -> bool | None:
+    """True where a gradient norm of a log would be a spike on a linear scale; None where there are too few."""
+    norms, sigmas = [row["grad_norm"] for row in log if row["kind"] == "train"], MONITORS["loss_spike"][0]["above"]
+    spreads = [(norm, *spread_of(norms[:at])) for at, norm in enumerate(norms) if at >= LEAST]
+    return any(norm > median + sigmas * sigma for norm, median, sigma in spreads) if spreads else None
+
+
 def main() -> None:
     """Replay the logs and write `docs/benchmarks/monitors.json`."""
     if sys.argv[1:] == ["record"]:
@@ -109,6 +117,14 @@ def main() -> None:
         once = sum(len(one) == 1 and one[0] <= MONITORS[name][0]["steps"] for one in delays)
         ratios[f"{name}: faults told once within persistence"] = {"median": once / len(faulty), "n": len(faulty)}
     well = [row for row in rows if row["healthy"]]
+    linear = [
+        spiked
+        for run, row in zip(healthy_logs(), rows, strict=True)
+        if row["healthy"]
+        for spiked in [spikes(run["log"])]
+    ]
+    known = [spiked for spiked in linear if spiked is not None]
+    ratios[LINEAR] = {"median": sum(known) / len(known), "n": len(known)}
     noisy = sum(bool(row["alerts"]) for row in well)
     ratios["healthy runs with any alert"] = {"median": noisy / len(well), "n": len(well)}
     path = write("monitors", "python -m benchmarks.monitors record", rows, ratios)

@@ -14,9 +14,12 @@ FIRES = {
     "loss_spike": (
         "the gradient norm, on a log scale, or the loss is `above` sigmas over the median of the last 128 log events, "
         "from the 20th on",
-        "OLMo-core's `SkipStepOptimizer`; the log scale is measured",
+        "OLMo-core's `SkipStepOptimizer`; the log scale is ours",
     ),
-    "kl_high": ("`kl` is `above`, or a branch's KL above twice the top of its `kl_band`", "judgement; bands: RLlib"),
+    "kl_high": (
+        "`kl` is over `above`, or a branch's KL above twice the top of its `kl_band`",
+        "judgement; bands: RLlib",
+    ),
     "kl_low": (
         "`kl` has been over `below` and is under it, or a branch's KL has been over half the foot of its `kl_band` and "
         "is under it; off where neither is given",
@@ -29,11 +32,14 @@ FIRES = {
         "a sigma",
         "rewardspy",
     ),
-    "dead_groups": ("the share of groups with equal rewards (`frac_reward_zero_std`) is `above`", "rldoctor"),
-    "truncated": ("the share of completions that were cut off (`completions/clipped_ratio`) is `above`", "judgement"),
+    "dead_groups": ("the share of groups with equal rewards (`frac_reward_zero_std`) is over `above`", "rldoctor"),
+    "truncated": (
+        "the share of completions that were cut off (`completions/clipped_ratio`) is over `above`",
+        "judgement",
+    ),
     "reward_ceiling": (
-        "the mean reward is `above` times the highest that there can be: `maximum`, or the sum of the weights where "
-        "all rewards are built in",
+        "the mean reward is over `above` times the highest that there can be: `maximum`, or the sum of the weights "
+        "where all rewards are built in",
         "rewardspy",
     ),
     "held_out_gap": (
@@ -42,7 +48,7 @@ FIRES = {
         "autocontext",
     ),
     "judge_failures": (
-        "the share of scores that a reward could not give (`rewards/NAME/failed`) is `above`; over a half at once",
+        "the share of scores that a reward could not give (`rewards/NAME/failed`) is over `above`; over a half at once",
         "prime-rl",
     ),
     "stall": (
@@ -51,7 +57,8 @@ FIRES = {
         "NVRx, torchtitan",
     ),
     "memory_creep": (
-        "`memory_share`, that of the device's memory in use, is `above`, and has grown at each of `steps` log events",
+        "`memory_share`, the part of the device's memory in use, is over `above`, and has grown at each of `steps` log "
+        "events",
         "judgement",
     ),
     "nothing_learned": ("the gradient norm is zero; the cause is said", "nothing is learned by it"),
@@ -68,6 +75,11 @@ def rules() -> str:
     return "\n".join([*lines, ""])
 
 
+def told_of(ratio: dict[str, float] | None) -> str:
+    """Runs of runs; a dash where there are none."""
+    return f"{round(ratio['median'] * ratio['n'])} of {ratio['n']}" if ratio and ratio["n"] else "-"
+
+
 def measured() -> str:
     """A row for each monitor: false alarms on healthy runs, and faults that were told in time."""
     ratios = json.loads(MEASURED.read_text())["ratios"]
@@ -80,4 +92,6 @@ def measured() -> str:
         )
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     noisy = ratios["healthy runs with any alert"]
-    return "\n".join([*lines, f"| any | {round(noisy['median'] * noisy['n'])} of {noisy['n']} | |", ""])
+    linear = ratios["loss_spike with norms on a linear scale: false alarms per run"]
+    lines.append(f"| (`loss_spike`, were norms on a linear scale) | {told_of(linear)} | |")
+    return "\n".join([*lines, f"| any monitor | {told_of(noisy)} | |", ""])

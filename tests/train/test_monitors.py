@@ -296,7 +296,7 @@ def test_a_run_that_a_monitor_stops(tiny: Any, tmp_path: Path, capfd: pytest.Cap
     assert json.loads((tmp_path / "sent.jsonl").read_text())["text"] == alert.text
     told = capfd.readouterr().err
     assert told.count("warning: truncated at step 2: ") == 1
-    assert told.count("warning: monitors.command: Command ") == 1 and "exit status 3" in told
+    assert told.count("warning: monitors.command: CalledProcessError: Command ") == 1 and "exit status 3" in told
     assert run_training(config, folder, resume=True).steps == 4
     assert "14 monitors, 1 fired: truncated at step 2" in (told := capfd.readouterr().err)
     assert "warning: truncated" not in told and load_alerts(folder) == [alert]
