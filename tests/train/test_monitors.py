@@ -29,7 +29,7 @@ from grpo_autotune.train.runs.callbacks import TrainLog
 from grpo_autotune.train.trainer import run_training
 from tests.support.faulty_logs import FAULTS, START, healthy_logs, replayed
 from tests.support.training import text_config
-from tools.monitors_table import FIRES
+from tools.monitors_table import FIRES, MEASURED
 
 BASE: dict[str, Any] = {"model": {"name_or_path": "demo"}, "data": {"path": "digits"}, "rewards": [{"name": "format"}]}
 HEALTHY = healthy_logs()[0]["log"]
@@ -58,6 +58,16 @@ def test_a_fault_is_told_once_within_its_persistence_and_a_healthy_log_is_not(na
     assert alert.step <= steps[MONITORS[name][0]["steps"] - 1]
     assert alert.remedy and alert.metric and len(alert.line()) < 300
     assert alert.value is not None or name == "not_finite"
+
+
+def test_at_most_one_false_alarm_in_twenty_recorded_runs() -> None:
+    rows, runs = json.loads(MEASURED.read_text())["rows"], healthy_logs()
+    alarms = [replayed(run["log"], Run(run["settings"]["beta"], highest=1.0)) for run in runs]
+    assert [[(a.monitor, a.step) for a in alerts] for alerts in alarms] == [
+        [(alert["monitor"], alert["step"]) for alert in row["alerts"]] for row in rows
+    ]
+    assert len(rows) >= 20 and all(row["healthy"] for row in rows)
+    assert sum(map(bool, alarms)) * 20 <= len(runs)
 
 
 @pytest.mark.parametrize("every", [2, 5, 10])

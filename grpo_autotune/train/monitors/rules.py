@@ -87,7 +87,7 @@ class Run:
         return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
-        for name in {"loss", "grad_norm", "reward", "kl", "entropy"} & row.keys():
+        for name in filter(row.__contains__, ("loss", "grad_norm", "reward", "kl", "entropy")):
             yield Reading(name, math.nan, number(row, name) is None, text=f"{name} is no finite number")
 
     def loss_spike(self, row: Row, item: Any) -> Readings:
