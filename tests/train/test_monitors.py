@@ -99,6 +99,11 @@ def test_an_episode_is_told_once_and_another_after_the_cooldown() -> None:
     assert kl_at(range(10, 20), range(100, 110)) == [14, 104]
 
 
+def test_norms_that_spread_over_the_range_of_floats_are_no_error() -> None:
+    norms = [1e-300, 1.0, 1e300] * 10
+    assert replayed([{"kind": "train", "step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)]) == []
+
+
 def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself() -> None:
     rows = [
         {"kind": "train", "step": s, "rewards/a/failed": 0.6 * (s == 3), "rewards/b/failed": 0.1} for s in range(1, 9)

@@ -56,10 +56,10 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
             self._tell(self.watch.see(row))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._log.row is None:
-            return
-        alerts = self.watch.see(self._log.row) if is_first_rank() else []
-        self._tell(alerts)
+        alerts: list[Alert] = []
+        with as_warning("monitors"):
+            alerts += self.watch.see(self._log.row) if self._log.row and is_first_rank() else []
+            self._tell(alerts)
         weight = max((WEIGHTS[alert.action] for alert in alerts), default=0)
         if self._acts:
             weight = int(self._trainer.largest(float(weight))[0])

@@ -96,7 +96,7 @@ class Run:
             value, values = number(row, name), [to(past) for past in self.recent[name] if past > 0.0 or name == "loss"]
             if value is not None and len(values) >= LEAST:
                 median, sigma = spread_of(values)
-                limit = back(median + item.above * sigma)
+                limit = back(min(median + item.above * sigma, 700.0))  # beyond 709 `exp` overflows
                 bad = value > limit and sigma > 0.0 and not spiked
                 spiked = spiked or bad
                 yield Reading(name, value, bad, limit, back(median))
