@@ -31,7 +31,7 @@ MONITORS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 def _monitor(name: str) -> Any:
     """The section of a monitor, and its default; a step that hangs can neither be stopped nor saved."""
-    keys: dict[str, Any] = {k: (type(n), Field(n, gt=0, allow_inf_nan=False)) for k, n in MONITORS[name][0].items()}
+    keys: dict[str, Any] = {k: (type(n), Field(n, ge=0, gt=0 if n else None)) for k, n in MONITORS[name][0].items()}
     if name != "stall":
         more = ("skip_step",) if name == "loss_spike" else ()
         keys["action"] = (Literal[("tell", "checkpoint", "stop", *more)], "tell")
