@@ -1,12 +1,13 @@
-"""What the probe costs: the demo's optimizer steps with and without it, in turns, within one run.
+"""What the probe and the monitors cost: the demo's optimizer steps with and without it, in turns, within one run.
 
     python -m benchmarks.overhead [CONFIG] [PAIRS]
 
-Every pair is two neighbouring optimizer steps of one training run, one with the probe attached and one without; which
-of the two comes first alternates from pair to pair. A step is timed from the end of the step before to its own end, by
-a callback that is there in both cases. A pair's ratio is that of its seconds, by the wall clock and by the process's
-CPU time (all threads). Neighbouring steps differ by several per cent for reasons of the machine, so it takes hundreds
-of pairs to tell 1 % from nothing. torch runs on one thread, so that a core is left for whatever else the machine does.
+Every pair is two neighbouring optimizer steps of one training run, one without the probe and one with it attached, and
+then the monitors' rules see its log event, too; which of the two comes first alternates from pair to pair. A step is
+timed from the end of the step before to its own end, by a callback that is there in both cases. A pair's ratio is that
+of its seconds, by the wall clock and by the process's CPU time (all threads). Neighbouring steps differ by several per
+cent for reasons of the machine, so it takes hundreds of pairs to tell 1 % from nothing. torch runs on one thread, so
+that a core is left for whatever else the machine does.
 The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
 it, and their collector is handed on.
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.result import ratio, write
 from grpo_autotune.commands.imports import mend_torchvision
-from grpo_autotune.config.schema import load_config
+from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.console import say
+from grpo_autotune.hardware.device import memory_share
 
 mend_torchvision()
 
@@ -30,6 +33,8 @@ from transformers import TrainerCallback  # noqa: E402
 from grpo_autotune.probe.facts import IMAGE_STEPS, ImageCollector  # noqa: E402
 from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.train.monitors.callback import run_of  # noqa: E402
+from grpo_autotune.train.monitors.watch import StallWatch, Watch  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 
 WARMUP = IMAGE_STEPS
@@ -54,11 +59,24 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         self.images: ImageCollector | None = None
         self.begun = self.cpu = 0.0
         self.last_step = 0
+        self.watch: Watch | None = None
+        self.stall: StallWatch | None = None
         self.rows: list[dict[str, Any]] = []
         self.other: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = len(self.rows) >= 2 * self.pairs
+
+    def monitor(self, config: RunConfig) -> None:
+        """Have the monitors see each step that has the probe."""
+        self.watch = Watch(config.monitors.items_on(), run_of(config))
+        self.stall = StallWatch(self.trainer, config.monitors.stall, Path(), lambda alert: say(alert.line()))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.probe is not None and self.watch is not None and self.stall is not None:
+            row = {"kind": "train", "step": state.global_step, "memory_share": memory_share(args.device)}
+            self.watch.see({**row, **(logs or {})})
+            self.stall.look(self.probe.locate())
 
     def step_ended(self) -> None:
         """Close the books on the step that ends, and set the stage for the next; an epoch's end ends no step."""
@@ -109,6 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     turns = BlockSchedule(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
     turns.trainer = quiet_trainer(config, Startup(), say)
+    turns.monitor(config)
     turns.trainer.add_callback(turns)
     original = turns.trainer._maybe_log_save_evaluate
 

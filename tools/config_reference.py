@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from grpo_autotune.config.batch import COUNTS
 from grpo_autotune.config.foreign_keys import WORDS
+from grpo_autotune.config.monitors import MonitorsSection
 from grpo_autotune.config.schema import (
     OWNED_ELSEWHERE,
     PEFT_FIXED,
@@ -102,6 +103,7 @@ def markdown() -> str:
             *_engine(),
             *_speedups(),
             *_section("search", SearchSection, SearchSection.__doc__),
+            *_monitors(),
             *_section("output", OutputSection),
             *_section("receipt", Receipt, f"{Receipt.__doc__} Written by the search, not by hand."),
         ]
@@ -148,6 +150,19 @@ def _speedups() -> Iterator[str]:
     yield "## `speedups_check`\n"
     field = RunConfig.model_fields["speedups_check"]
     yield f"{field.description} Default: `{field.default}`.\n"
+
+
+def _monitors() -> Iterator[str]:
+    yield "## `monitors`\n"
+    yield f"{MonitorsSection.__doc__} When each fires, and what its keys mean: [monitors.md](monitors.md).\n"
+    yield "| key | its keys and their defaults, each to be given alone |"
+    yield "|---|---|"
+    for name, item in MonitorsSection().items_on().items():
+        keys = (f"`{key}: {_yaml(value)}`" if value else f"`{key}`" for key, value in item)
+        yield f"| `{name}` | {', '.join(keys)} |"
+    yield f"| `command` | {' '.join((MonitorsSection.model_fields['command'].description or '').split())} |\n"
+    yield "`steps` is a whole number, `action` one of `tell`, `checkpoint`, `stop` and, of `loss_spike` alone,"
+    yield "`skip_step`; all others are numbers above 0.\n"
 
 
 def _grpo() -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.files import load_report
-from tools import architecture, checks_table, config_reference
+from tools import architecture, checks_table, config_reference, monitors_table
 from tools.readme_speedups import table
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +56,8 @@ PARTS = (
     Part("docs/commands.md", "checks", checks_table.table),
     Part("docs/speedups.md", "100 million, checkpointing", partial(table, LARGER, ", checkpointing")),
     Part("docs/speedups.md", "100 million, no checkpointing", partial(table, LARGER_OFF, "")),
+    Part("docs/monitors.md", "monitors", monitors_table.rules),
+    Part("docs/monitors.md", "monitors, measured", monitors_table.measured),
     Part("docs/architecture.md", "files", architecture.file_tree),
     Part("docs/architecture.md", "seams", architecture.seam_table),
 )

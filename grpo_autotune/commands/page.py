@@ -10,6 +10,7 @@ from grpo_autotune.console import as_warning, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, refusal_told, write_whole
 from grpo_autotune.probe.live import goes_on
+from grpo_autotune.records.alerts import load_alerts
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.report.files import (
@@ -50,8 +51,8 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
         report = load_report(folder) if ended else None
         if report is None and file.is_file():
             stored = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
-        config = stored if isinstance(stored, dict) else None
-        title, sections = train_title(log, report, running=running), train_sections(log, report, config)
+        config, alerts = stored if isinstance(stored, dict) else None, load_alerts(folder)
+        title, sections = train_title(log, report, running=running), train_sections(log, report, config, alerts)
     else:
         title, sections = _sections(load_run(source).data, folder)
     if samples:

@@ -19,6 +19,7 @@ from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.hardware.device_memory import expand_segments
 from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.startup import Startup
+from grpo_autotune.records.probe import SAVES_NOTHING
 from grpo_autotune.report.create import report_of
 from grpo_autotune.report.files import save_report
 from grpo_autotune.rollout.server.own import own_server
@@ -56,8 +57,10 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
-            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=warn, live=live))
-            watched.append(probes[0].now)
+            kept = config.monitors.nothing_learned is None  # else the monitor tells it
+            tell = warn if kept else lambda sentence: warn(sentence) if sentence == SAVES_NOTHING else None
+            probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=tell, live=live))
+            watched.append(lambda: trainer.monitors.stall.look(probes[0].locate()) or probes[0].now())
             trainer.add_callback(AfterLog(partial(keep_page, out_dir, running=True)))
             ended.callback(keep_page, out_dir)  # however it ends, and last
             ended.callback(_tell_time, probes[0], config, out_dir)
@@ -77,7 +80,7 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
     record = probe.record()
     if not (is_first_rank() and record.timings.step_s):
         return
-    report = report_of(record, config)
+    report = report_of(record, config).model_copy(update=probe.trainer.monitors.report())
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
     shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)
     line = f"{seconds(report.step_s)} per step: {shares}"

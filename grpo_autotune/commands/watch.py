@@ -21,6 +21,7 @@ from rich.text import Text
 from grpo_autotune.console import is_live, show
 from grpo_autotune.errors import ConfigError, printable
 from grpo_autotune.probe.live import LIVE_FILE, Live
+from grpo_autotune.records.alerts import load_alerts
 from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.render.search import headline
 from grpo_autotune.render.search_live import PLAIN_EVERY_S, panel
@@ -108,7 +109,8 @@ def _read(folder: Path) -> Run | None:
         state = f"no sign of life for {duration(silent_s)}: a slow file system, or killed"
     goes_on = lives is not False
     if live.search is None:
-        return Run(folder, goes_on, state, list(_facts(live, goes_on)))
+        alerts = [("alert", alert.line()) for alert in load_alerts(folder)[-3:]]
+        return Run(folder, goes_on, state, [*_facts(live, goes_on), *alerts])
     if state == "ended":
         with suppress(ConfigError):
             return Run(folder, False, state, [("best", headline(load_search(folder))[1])])

@@ -28,7 +28,7 @@ ACCEPTED = {
 
 MOST_LISTED = 12
 
-HOSTS = ("search", "output", "receipt")
+HOSTS = ("search", "output", "receipt", "monitors")
 """Sections whose keys are meant nowhere else: `grpo.steps` is not `search.steps`."""
 
 

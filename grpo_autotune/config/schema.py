@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
+from grpo_autotune.config.monitors import MonitorsSection
 from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.section import Section
@@ -188,6 +189,7 @@ class RunConfig(Section):
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""
     search: SearchSection = SearchSection()
+    monitors: MonitorsSection = MonitorsSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None
 
@@ -330,6 +332,8 @@ def known_paths() -> list[str]:
         ("rewards", RewardItem),
         ("vllm", VllmSection),
         ("search", SearchSection),
+        ("monitors", MonitorsSection),
+        *((f"monitors.{name}", item.__class__) for name, item in MonitorsSection().items_on().items()),
         ("output", OutputSection),
         ("receipt", Receipt),
     ):

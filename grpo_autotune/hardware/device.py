@@ -40,6 +40,15 @@ def room_of(device: Any) -> DeviceRoom | None:
     return DeviceRoom(int(total), min(int(total), int(free) + max(0, held)))
 
 
+def memory_share(device: Any) -> float:
+    """Share of a `torch.device`'s memory that is in use, by whatever process; of the host's without CUDA."""
+    import psutil
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return round(1.0 - free / total if total else psutil.virtual_memory().percent / 100, 4)
+
+
 def runtime_facts(device: Any) -> dict[str, str]:
     """Versions and settings by which the same GPU is fast or slow: driver, libraries, power limit, attention kernels;
     none unless the `torch.device` is a CUDA device."""

@@ -142,6 +142,11 @@ class Probe:
         step = f"step {state.global_step + (0 if counted else 1)} of {state.max_steps}"
         return f"{step}: {stage}, {duration(age_s)} since the step began"
 
+    def locate(self) -> tuple[int, object, str] | None:
+        """Steps measured, a mark that every edge of a span changes, and the stage, for any thread; None without."""
+        stage = self._stage_now()
+        return None if stage is None else (self.closed, (self.closed, *self.recorder.mark()), stage)
+
     def see_generation(self, inputs: Any, output: dict[str, Any]) -> None:
         if self._blind:
             return

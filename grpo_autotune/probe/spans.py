@@ -97,6 +97,10 @@ class SpanRecorder:
         stack = self._stack[:1]
         return self.clock() - stack[0].start_s if stack else 0.0
 
+    def mark(self) -> tuple[int, int]:
+        """A value that every edge of a span within this step changes; safe to call from any thread."""
+        return len(self._spans), len(self._stack)
+
     def inside(self, stage: str, part: str | None = None) -> bool:
         """Return whether a span of `stage` (and `part`) is open on the main thread."""
         return any(span.stage == stage and (part is None or span.part == part) for span in self._stack)

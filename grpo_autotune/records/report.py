@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from grpo_autotune.records.alerts import Alert
 from grpo_autotune.records.base import Document, Frozen
 from grpo_autotune.records.probe import (
     ImageFacts,
@@ -150,6 +151,8 @@ class Report(Document):
     config: dict[str, Any] | None
     versions: dict[str, str]
     runtime: dict[str, str] = {}
+    monitors: int | None = None
+    alerts: list[Alert] = []
 
     def stage(self, name: str) -> StageReport:
         """The row of one stage."""

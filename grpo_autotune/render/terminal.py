@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_autotune.records.alerts import outcome
 from grpo_autotune.records.report import Advice, PartRow, Report, StageReport
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
@@ -38,6 +39,8 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from section("Before the first step", [startup_line(report)] if report.startup else [])
     yield from section("Tokens, images and rewards", facts_lines(report))
     yield from section("vLLM", rollout_lines(report))
+    watched = [outcome(report.monitors, report.alerts)] if report.monitors else []
+    yield from section("Monitors", [*watched, *(alert.line() for alert in report.alerts)])
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
         yield rank_table(report)

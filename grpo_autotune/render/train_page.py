@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from grpo_autotune.records.alerts import Alert, Log, evaluations, number, outcome
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table
@@ -16,8 +16,6 @@ from grpo_autotune.units import amount, plural, seconds
 
 MOST_POINTS = 300
 """Points of a curve; those of a longer run are means of as many neighbours as that takes."""
-
-Log = Sequence[dict[str, Any]]
 
 CURVES = (
     ("Reward", "mean reward", {"reward": "reward"}),
@@ -39,14 +37,20 @@ def train_title(log: Log, report: Report | None, *, running: bool) -> str:
     return f"A training run{model}: step {max(row['step'] for row in log)}{state}"
 
 
-def train_sections(log: Log, report: Report | None, config: dict[str, Any] | None = None) -> list[Section]:
+def train_sections(
+    log: Log, report: Report | None, config: dict[str, Any] | None = None, alerts: Sequence[Alert] = ()
+) -> list[Section]:
     """The sections of the page; `report` is there once the run is over, `config` what runs until then."""
     blocks: list[Block] = []
     if report:
         blocks = [Lines([summary(report)]), step_picture(report), *steps_picture(report), *stage_blocks(report)]
+    rows = [(alert.name, alert.text, alert.remedy) for alert in alerts]
+    told: list[Block] = [Lines([f"{outcome(report.monitors, alerts)}."])] if report and report.monitors else []
+    told += [Table(("alert", "what was seen", "what to do"), rows, anchor="alert")] if rows else []
     facts = (report.machine, report.versions | report.runtime, report.config) if report else (None, {}, config)
     return [
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
+        Section("alerts", "Alerts", told),
         Section("evaluations", "Evaluations", list(_evaluations(log))),
         Section("curves", "Training", [picture for curve in CURVES for picture in _curve(log, *curve)]),
         Section("stages", "Where a step goes", blocks),
@@ -54,13 +58,8 @@ def train_sections(log: Log, report: Report | None, config: dict[str, Any] | Non
     ]
 
 
-def _number(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
-
-
 def _points(log: Log, key: str, kind: str = "train") -> list[tuple[int, float]]:
-    return [(row["step"], n) for row in log if row["kind"] == kind and (n := _number(row, key)) is not None]
+    return [(row["step"], n) for row in log if row["kind"] == kind and (n := number(row, key)) is not None]
 
 
 def _summary(log: Log) -> list[str]:
@@ -80,7 +79,7 @@ def _summary(log: Log) -> list[str]:
             f"Reward on {name} data {best['value']:.3g} ({best['low']:.3g} to {best['high']:.3g}) at step "
             f"{best['step']}, the highest of {plural(len(same), 'evaluation')}."
         )
-    last_s = _number(log[-1], "time")
+    last_s = number(log[-1], "time")
     if last_s is not None and 0.0 <= last_s < 1e11:
         told.append(f"Last log event: {datetime.fromtimestamp(last_s, UTC):%Y-%m-%d %H:%M} UTC.")
     return told or ["Nothing was logged yet."]
@@ -105,22 +104,6 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]
     for at in range(0, len(points), width):
         part = points[at : at + width]
         yield part[-1][0], math.fsum(value for _, value in part) / len(part)
-
-
-def evaluations(log: Log) -> list[dict[str, Any]]:
-    """The evaluations of a log: mean reward `value` on the set `series`, `low` and `high` of its 95%."""
-    rows = []
-    for row in log:
-        timed = [match for key in row if (match := re.fullmatch(r"eval_(?:(.+)_)?runtime", key))]
-        reward = _number(row, "eval_reward")
-        if not timed or reward is None:
-            continue
-        before = timed[0][0].removesuffix("runtime")
-        took, rate = (_number(row, before + key) or 0.0 for key in ("runtime", "samples_per_second"))
-        half = 1.96 * (_number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
-        rows.append({"step": row["step"], "series": timed[0][1] or "held-out", "value": reward, "low": reward - half,
-                     "high": reward + half, "seconds": took, "completions": took * rate})  # fmt: skip
-    return rows
 
 
 def _evaluations(log: Log) -> Iterator[Picture]:

@@ -17,6 +17,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank, is_live, progress_console
+from grpo_autotune.hardware.device import memory_share
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
@@ -32,6 +33,7 @@ from grpo_autotune.train.arguments import (
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
+from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
@@ -56,16 +58,18 @@ class TrainResult(Frozen):
     eval_metrics: dict[str, Any]  # the newest evaluation line; empty without one
     resumed_from: int | None  # step of the checkpoint this process began at; None for a fresh run
     signum: int  # the signal that ended the run early, 0 if none did
+    by_monitor: bool = False  # True if a monitor ended it early
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1."""
-        return exit_code(self.signum)
+        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop."""
+        return exit_code(self.signum) or int(self.by_monitor)
 
     def line(self) -> str:
         """The closing line for a person."""
-        if self.signum:
-            return f"stopped after step {self.steps} of {self.total_steps}, saved; go on with --resume ({self.folder})"
+        if self.signum or self.by_monitor:
+            by, at = " by a monitor" if self.by_monitor else "", f"after step {self.steps} of {self.total_steps}"
+            return f"stopped{by} {at}, saved; go on with --resume ({self.folder})"
         told = [f"trained {self.steps} steps in {duration(self.seconds)}"]
         told += [f"{name} {self.metrics[name]:.4f}" for name in ("reward", "kl") if self.metrics.get(name) is not None]
         if self.eval_metrics.get("eval_reward") is not None:
@@ -191,14 +195,17 @@ def run_training(
         enter(folder, config, start, say)
     if resume:
         say(_start_line(folder, start))
-    log = TrainLog(folder.log)
-    trainer.add_callback(log)  # before those of `prepare`, which may read the line
+    log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
+    trainer.add_callback(log)  # before those that read the line
+    trainer.monitors = Monitors(trainer, config, folder.path, log, resumes=resume)
+    trainer.add_callback(trainer.monitors)
     if prepare is not None:
         prepare(trainer)
     begun = time.monotonic()
-    with StopRequest() as trainer.stop_request:
+    with StopRequest() as trainer.stop_request, closing(trainer.monitors):
         signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
-        if not signum:
+        by_monitor = not signum and trainer.monitors.is_stopped and trainer.state.global_step < trainer.state.max_steps
+        if not signum and not by_monitor:
             draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
             trainer.save_model(str(draft))
             if trainer.is_world_process_zero():
@@ -213,6 +220,7 @@ def run_training(
         eval_metrics=log.last.get("eval", {}),
         resumed_from=start.step if start.checkpoint else None,
         signum=signum,
+        by_monitor=by_monitor,
     )
 
 

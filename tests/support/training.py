@@ -15,7 +15,15 @@ from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
 
-TIMES = ("time", "step_s", "step_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+TIMES = (
+    "time",
+    "step_s",
+    "step_time",
+    "memory_share",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+)
 """Keys of a log line that no two runs have in common."""
 
 _calls = 0

@@ -37,7 +37,8 @@ def torchrun(config: Path, *folders: str, call: int, signum: int) -> subprocess.
 @pytest.mark.timeout(600)
 def test_two_processes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     grpo = {"max_steps": 9, "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
-    config = text_config(tiny("qwen3"), tmp_path, per_device_train_batch_size=2, save_steps=3, **grpo)
+    changes = {"monitors": {"truncated": {"above": 0.001, "steps": 2, "action": "checkpoint"}}}
+    config = text_config(tiny("qwen3"), tmp_path, changes, per_device_train_batch_size=2, save_steps=3, **grpo)
     path, whole, cut = tmp_path / "run.yaml", tmp_path / "whole", tmp_path / "cut"
     path.write_text(config.to_yaml(), encoding="utf-8")
 

@@ -31,25 +31,29 @@ RECENT_STEPS = 20
 
 class TrainLog(TrainerCallback):  # type: ignore[misc]
     """Appends a JSON line per log event: `kind` train or eval, `step`, `time` (Unix seconds), `step_s`, TRL's metrics.
-    Lines already there stay; `last` is the newest of each kind, those of before a resume included."""
+    Lines of `earlier` stay; `last` is the newest of each kind, of before a resume too, `row` the latest event's."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._since_s, self._since_step = path, 0.0, 0
+    def __init__(self, path: Path, memory: Callable[[], float] = lambda: 0.0) -> None:
+        self._path, self._memory, self._since_s, self._since_step = path, memory, 0.0, 0
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.last: dict[str, dict[str, Any]] = {line["kind"]: line for line in map(json.loads, lines)}
+        self.earlier: list[dict[str, Any]] = list(map(json.loads, lines))
+        self.last: dict[str, dict[str, Any]] = {line["kind"]: line for line in self.earlier}
+        self.row: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since_s, self._since_step = time.time(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self.row = None
         if not logs or "train_runtime" in logs:  # transformers' closing summary
             return
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         line: dict[str, Any] = {"kind": kind, "step": state.global_step, "time": round(time.time(), 3)}
         if kind == "train":
             line["step_s"] = self._seconds_per_step(state.global_step)
+            line["memory_share"] = self._memory()
         line.update({name: _json_number(value) for name, value in logs.items()})
-        self.last[kind] = line
+        self.last[kind] = self.row = line
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -46,6 +46,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
+        self.monitors: Any = None  # callback of a training in a run folder
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
         self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
         self._train_sampler: Any = None
@@ -147,20 +148,20 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         self.losses = 0.0
         wish = self.stop_request.signum if self.stop_request else 0
-        bad_anywhere, signum = self._largest(float(bad), float(wish))
+        bad_anywhere, signum = self.largest(float(bad), float(wish))
         if bad_anywhere:
             raise self._not_finite("the loss or its gradient is not a finite number")
         self._agree(int(signum))
 
     def check_stop(self) -> bool:
         """Learn whether any rank was asked to stop, outside a step; True if so."""
-        self._agree(int(self._largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
+        self._agree(int(self.largest(float(self.stop_request.signum if self.stop_request else 0))[0]))
         return bool(self.stop_request and self.stop_request.agreed)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """True for a stop, too: with `save_strategy: best` nothing is saved otherwise."""
-        stop = self.check_stop()
-        return bool(super()._determine_best_metric(*args, **kwargs)) or stop
+        """True for a stop, and where a callback asks to save: with `save_strategy: best` nothing is saved otherwise."""
+        asked = self.check_stop() or self.control.should_save
+        return bool(super()._determine_best_metric(*args, **kwargs)) or asked
 
     def _not_finite(self, what: str) -> TrainingError:
         return TrainingError(
@@ -173,7 +174,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.stop_request is not None:
             self.stop_request.agreed = signum
 
-    def _largest(self, *values: float) -> list[float]:
+    def largest(self, *values: float) -> list[float]:
         """Element-wise maximum over ranks."""
         local = torch.tensor([values], dtype=torch.float32, device=self.args.device)
         largest: list[float] = self.accelerator.gather(local).max(dim=0).values.tolist()
