@@ -1,0 +1,131 @@
+"""The branches section: several objectives in one run, each with its own weight of the KL term and its own rewards."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from grpo_autotune.config.foreign_keys import wrong_type
+from grpo_autotune.config.messages import unknown_key
+from grpo_autotune.config.rewards import RewardItem
+from grpo_autotune.config.section import Section
+from grpo_autotune.errors import ConfigError, nearest_hint, nearest_path
+
+
+class BranchEval(Section):
+    """Evaluation of a branch."""
+
+    greedy: bool = False
+    """One completion of each held-out prompt, of the most likely tokens, in place of samples as in training."""
+    samples: int | None = Field(default=None, ge=1)
+    """Held-out rows of the branch that are evaluated, from the first; all by default."""
+
+
+class Branch(Section):
+    """A branch."""
+
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Weight of the KL term in its rows at the start; `grpo.beta` by default."""
+    kl_band: list[float] | None = None
+    """`[low, high]` in nats per token: outside of it the controller changes `beta`."""
+    rewards: list[str] = []
+    """Labels or names of the rewards that judge its rows, beside those that no branch lists."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Its share of an epoch's prompts, given for all branches or for none; by default as the data has them."""
+    eval: BranchEval | None = None
+    """Its evaluation; by default all its held-out rows, as `grpo` says."""
+
+
+class Control(Section):
+    """The controller of `beta`."""
+
+    every: int = Field(default=20, ge=1)
+    """Optimizer steps between two decisions; each looks at the mean KL over them."""
+    factor: float = Field(default=0.85, gt=0, lt=1)
+    """Above its band a branch's `beta` is divided by it, below multiplied."""
+
+
+class Branches(Section):
+    """Several objectives in one run: `column`, `control`, and for each branch a mapping under its name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Branch]
+
+    column: str | None = None
+    """Column of the data whose values are the branches' names; without it one branch has all rows."""
+    control: Control | None = Control()
+    """`every` and `factor` of the controller; null leaves every `beta` as it starts."""
+
+    @property
+    def by_name(self) -> dict[str, Branch]:
+        """The branches, in the order of the file."""
+        return self.__pydantic_extra__
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys(cls, values: Any) -> Any:
+        known = [f"branches.{key}" for key in cls.model_fields]
+        others = {name: values[name] for name in values if name not in cls.model_fields} if values else {}
+        for name, branch in others.items():
+            if not isinstance(branch, Mapping) and nearest_path(f"branches.{name}", known):
+                raise unknown_key(("branches", name), known)
+            if not isinstance(branch, Mapping) or not isinstance(name, str) or "/" in name:
+                raise wrong_type(f"branches.{name}", branch, "a mapping under a name: text without a slash")
+            for key in branch:
+                if key not in Branch.model_fields:
+                    raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
+        return values
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        branches = self.by_name
+        if not branches:
+            example = "Example: branches: {all: {beta: 0.1, kl_band: [0.02, 0.06]}}."
+            raise ConfigError("there is no branch", where="branches", fix=example)
+        for name, branch in branches.items():
+            if (band := branch.kl_band) is not None and not (len(band) == 2 and 0 <= band[0] < band[1] < math.inf):
+                raise wrong_type(
+                    f"branches.{name}.kl_band", band, "[low, high] with 0 <= low < high, in nats per token"
+                )
+        shares = [branch.share for branch in branches.values() if branch.share is not None]
+        if self.column is None and (len(branches) > 1 or shares):
+            what = "nothing says which rows are of which branch"
+            raise ConfigError(what, where="branches.column", fix="Name the column that holds the branches' names.")
+        if shares and (len(shares) < len(branches) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
+            what = f"{len(shares)} of {len(branches)} branches have a share, {sum(shares):g} together"
+            raise ConfigError(what, where="branches.*.share", fix="Give each one, 1 together, or none.")
+        return self
+
+
+def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
+    """Each branch's `beta` at the start; ConfigError where one is not above 0: no reference model would be loaded."""
+    if grpo.get("beta") == 0:
+        what = "0 loads no reference model, which the KL term of branches needs"
+        raise ConfigError(what, where="grpo.beta", fix="Leave it out: each branch has a `beta` of its own.")
+    weights = {name: branch.beta or grpo.get("beta") for name, branch in branches.by_name.items()}
+    for name, weight in weights.items():
+        if weight is None:
+            raise ConfigError("a number above 0 is needed", where=f"branches.{name}.beta", fix="Or set grpo.beta.")
+    return weights
+
+
+def judged_branches(branches: Branches, rewards: Sequence[RewardItem]) -> list[set[str]]:
+    """The branches whose rows each reward judges; ConfigError for a name without a reward, or a branch without any."""
+    names = [{item.label} if item.label else {item.name, re.split("[:.]", item.name)[-1]} for item in rewards]
+    known = sorted(set().union(*names))
+    for branch, section in branches.by_name.items():
+        for place, name in enumerate(section.rewards):
+            if name not in known:
+                fix = nearest_hint(name, known, f"There are {', '.join(known)}.")
+                where = f"branches.{branch}.rewards[{place}]"
+                raise ConfigError(f"no reward has the label or name {name!r}", where=where, fix=fix)
+    listed = [{b for b, section in branches.by_name.items() if labels & set(section.rewards)} for labels in names]
+    judged = [taken or set(branches.by_name) for taken in listed]
+    for branch in set(branches.by_name) - set().union(*judged):
+        what = "every reward is listed by other branches: nothing judges its rows"
+        raise ConfigError(what, where=f"branches.{branch}.rewards", fix=f"List one of {', '.join(known)}.")
+    return judged

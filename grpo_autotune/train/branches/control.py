@@ -1,0 +1,154 @@
+"""Branches on a trainer: the KL term weighted row by row, KL measured by branch, and weights kept to their bands.
+
+TRL 1.16 adds `self.beta * per_token_kl` to the loss of a token (`_compute_loss`). While a loss is computed, `beta` is a
+number whose product with that tensor takes each row by its branch's weight, and measures the branch's KL on the way.
+The branch of a row is carried in the generation batch, through shuffle and split, as `group_id` is.
+
+Legend: B rows of this process, N of all processes, T completion tokens, F reward functions, n branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from grpo_autotune.config.branches import Branches, start_weights
+from grpo_autotune.errors import SeamError
+from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.table import SUPPORTED, find, wrap_rows
+
+KEY = "branch"
+"""Column of a generation batch: the number of each row's branch, (B,)."""
+BOUND = 10.0
+
+
+def adapted(beta: float, start: float, kl: float, band: Sequence[float], factor: float) -> float:
+    """The next weight of a branch: divided by `factor` where its KL (nats per token) is above the band, multiplied
+    below it; always from a tenth to ten times its `start`."""
+    after = beta / factor if kl > band[1] else beta * factor if kl < band[0] else beta
+    return min(max(after, start / BOUND), start * BOUND)
+
+
+class _ByRow(float):
+    """The trainer's `beta` while it computes a loss: a number like any other but for its product with the KL term."""
+
+    product: Callable[[torch.Tensor], torch.Tensor]
+    used = False
+
+    def __mul__(self, kl_BT: Any) -> Any:
+        self.used = True
+        return self.product(kl_BT)
+
+
+class BranchControl(TrainerCallback):  # type: ignore[misc]
+    """The branches of one trainer, whose rows were checked (`rows.divided`).
+
+    What its next step depends on is in `trainer.carried`, a dictionary that checkpoints keep: weights at the start and
+    now, sums of KL and tokens since the last decision, and those of the step under way, tensors of shape (2, n).
+    """
+
+    def __init__(self, trainer: Any, branches: Branches, grpo: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        self._trainer, self._branches, self._say = trainer, branches, say
+        self._start = start_weights(branches, grpo)
+        self._numbers = {name: number for number, name in enumerate(self._start)}
+        vars(trainer).setdefault("carried", {})[KEY] = self._fresh()
+        self.handles = wrap_rows(trainer, [(find("score"), self._score), (find("loss"), self._loss)], INNER + 1)
+        self.handles += wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER - 1)
+        trainer.add_callback(self)
+
+    def _fresh(self) -> dict[str, Any]:
+        device, n = self._trainer.accelerator.device, len(self._start)
+        sums = {mode: torch.zeros(2, n, device=device) for mode in ("train", "eval")}
+        return {"start": dict(self._start), "beta": dict(self._start), "since": [[0.0, 0.0]] * n, **sums}
+
+    def _of_rows(self, rows: Any) -> torch.Tensor:
+        column = self._branches.column
+        numbers = [0 if column is None else self._numbers[str(row[column])] for row in rows]
+        return torch.tensor(numbers, device=self._trainer.accelerator.device)
+
+    def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return {**call_next(inputs, *args, **kwargs), KEY: self._of_rows(inputs)}
+
+    def _rewards(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Log each branch's mean weighted reward, and length and truncation of its completions as TRL counts them."""
+        trainer, completion_ids = self._trainer, args[2]
+        rewards_NF = call_next(inputs, *args, **kwargs)
+        total_N = (rewards_NF * trainer.reward_weights.to(rewards_NF.device)).nansum(dim=1)
+        total_N[rewards_NF.isnan().all(dim=1)] = torch.nan
+        ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+        facts_B2 = torch.tensor([[len(ids), not ids or ids[-1] not in ends] for ids in completion_ids])
+        numbers_B = self._of_rows(inputs)
+        facts_N3 = trainer.accelerator.gather(torch.cat([facts_B2.to(numbers_B), numbers_B[:, None]], dim=1))
+        for name, number in self._numbers.items():
+            mine = facts_N3[:, 2] == number
+            if mine.any():
+                length, truncated = facts_N3[mine, :2].float().mean(dim=0).tolist()
+                self._log(name, reward=total_N[mine].nanmean().item(), length=length, truncated=truncated)
+        return rewards_NF
+
+    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer, beta = self._trainer, self._trainer.beta
+        trainer.beta = by_row = _ByRow(beta)
+        by_row.product = lambda kl_BT: self._weighted(inputs, kl_BT)
+        try:
+            loss = call_next(model, inputs, *args, **kwargs)
+        finally:
+            trainer.beta = beta
+        if not by_row.used:
+            raise SeamError("the loss has no `beta * per_token_kl`, where branches weigh rows", fix=f"Use {SUPPORTED}.")
+        return loss
+
+    def _weighted(self, inputs: Mapping[str, Any], kl_BT: torch.Tensor) -> torch.Tensor:
+        """The KL term by each row's weight, rounded as a product with a number is; it is added to its branch's sums."""
+        state, numbers_B, mask_BT = self._trainer.carried[KEY], inputs[KEY], inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask_BT = mask_BT * inputs["tool_mask"]
+        sums_2n = state[self._mode]
+        sums_2B = torch.stack([(kl_BT.detach() * mask_BT).sum(dim=1), mask_BT.sum(dim=1)])
+        sums_2n.index_add_(1, numbers_B, sums_2B.to(sums_2n))
+        wide = torch.promote_types(kl_BT.dtype, torch.float32)
+        weights_B = torch.tensor([*state["beta"].values()], dtype=wide, device=kl_BT.device)[numbers_B]
+        return (weights_B[:, None] * kl_BT).to(kl_BT.dtype)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self._trainer.model.training else "eval"
+
+    def _log(self, name: str, **numbers: float) -> None:
+        for key, number in numbers.items():
+            self._trainer._metrics[self._mode][f"branch/{name}/{key}"].append(number)
+
+    def flush(self) -> list[list[float]]:
+        """Log each branch's mean KL since the last call, over all ranks; the sums of KL and of tokens."""
+        sums_2n = self._trainer.carried[KEY][self._mode]
+        sums: list[list[float]] = self._trainer.accelerator.reduce(sums_2n.clone(), reduction="sum").T.tolist()
+        sums_2n.zero_()
+        for name, (kl, tokens) in zip(self._start, sums, strict=True):
+            if tokens:
+                self._log(name, kl=kl / tokens)
+        return sums
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.carried[KEY]["start"] != self._start:
+            self._say("branches weigh the KL term otherwise than those of the checkpoint, and start with their `beta`")
+            self._trainer.carried[KEY] = self._fresh()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept, rule = self._trainer.carried[KEY], self._branches.control
+        kept["since"] = [[a + c, b + d] for (a, b), (c, d) in zip(kept["since"], self.flush(), strict=True)]
+        for name, beta in kept["beta"].items():
+            self._log(name, beta=beta)
+        if rule is None or state.global_step % rule.every:
+            return
+        for (name, branch), (kl, tokens) in zip(self._branches.by_name.items(), kept["since"], strict=True):
+            if branch.kl_band is not None and tokens:
+                mean, (low, high), beta = kl / tokens, branch.kl_band, kept["beta"][name]
+                kept["beta"][name] = adapted(beta, self._start[name], mean, branch.kl_band, rule.factor)
+                if kept["beta"][name] != beta:
+                    side = f"{'above' if mean > high else 'below'} {low:g} to {high:g}"
+                    self._say(f"step {state.global_step}: KL of branch {name} is {mean:.3g} nats per token, {side}: "
+                              f"beta {beta:.3g} -> {kept['beta'][name]:.3g}")  # fmt: skip
+        kept["since"] = [[0.0, 0.0]] * len(self._start)
