@@ -9,7 +9,8 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
-processes. Exits with 1 where anything is further off than the tolerance. Models are those of the tests (two layers, float32).
+processes. Exits with 1 where anything is further off than the tolerance. Models are those of the tests (two layers,
+float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
 orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under
@@ -46,7 +47,7 @@ import torch  # noqa: E402
 from grpo_autotune.config.branches import Branches  # noqa: E402
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
-from grpo_autotune.train.advantages import RankAdvantages  # noqa: E402
+from grpo_autotune.train.advantages import put_ranks_on  # noqa: E402
 from grpo_autotune.train.branches.control import BranchControl  # noqa: E402
 from tests.support.exactness import (  # noqa: E402
     accumulated,
@@ -164,7 +165,7 @@ def branches(models: Models, options: argparse.Namespace) -> Iterator[dict[str, 
     unequal, equal = partial(weighed, weights=(0.4, 0.01)), partial(weighed, weights=(0.05, 0.05))
     cases = {
         "unequal": (0.05, (unequal, "none"), (unequal, "auto")),
-        "rank": (0.0, (RankAdvantages, "none"), (RankAdvantages, "auto")),
+        "rank": (0.0, (put_ranks_on, "none"), (put_ranks_on, "auto")),
         "equal": (0.05, (None, "none"), (equal, "none")),
     }
     for kind, lora, (case, (beta, *sides)) in itertools.product(options.architectures, [True, False], cases.items()):

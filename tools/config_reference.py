@@ -13,10 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from grpo_autotune.config.advantages import OWN_KEYS
 from grpo_autotune.config.batch import COUNTS
 from grpo_autotune.config.branches import Branch, Branches, BranchEval, Control
-from grpo_autotune.config.foreign_keys import WORDS
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, WORDS
 from grpo_autotune.config.schema import (
     OWNED_ELSEWHERE,
     PEFT_FIXED,
@@ -162,7 +161,7 @@ def _grpo() -> Iterator[str]:
         f"Keys of TRL's [`GRPOConfig`]({TRL_DOCS}) as installed, those it takes from transformers'\n"
         f"[`TrainingArguments`]({TRAINING_ARGUMENTS_DOCS}) included. Defaults are TRL's.\n"
     )
-    own = "; ".join(f"`{name}` ({key.accepted()}, default {key.default})" for name, key in OWN_KEYS.items())
+    own = "; ".join(f"`{name}` ({key.accepted()}, default {key.default})" for name, key in OWN_GRPO_KEYS.items())
     yield f"Beside them, of our own: {own}, see [rank advantages](branches.md#rank-advantages).\n"
     yield "Keys that another section owns are refused here:\n"
     yield "| key | where it is |"

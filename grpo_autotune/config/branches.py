@@ -62,54 +62,45 @@ class Branches(Section):
 
     @property
     def by_name(self) -> dict[str, Branch]:
-        """The branches, in the order of the file."""
-        return self.__pydantic_extra__
+        return self.__pydantic_extra__  # in the order of the file
 
     @model_validator(mode="before")
     @classmethod
     def _keys(cls, values: Any) -> Any:
         known = [f"branches.{key}" for key in cls.model_fields]
-        others = {name: values[name] for name in values if name not in cls.model_fields} if values else {}
-        for name, branch in others.items():
-            if not isinstance(branch, Mapping) and nearest_path(f"branches.{name}", known):
+        for name in values.keys() - cls.model_fields.keys() if isinstance(values, Mapping) else ():
+            if not isinstance(values[name], Mapping) and nearest_path(f"branches.{name}", known):
                 raise unknown_key(("branches", name), known)
-            if not isinstance(branch, Mapping) or not isinstance(name, str) or "/" in name:
-                raise wrong_type(f"branches.{name}", branch, "a mapping under a name: text without a slash")
-            for key in branch:
-                if key not in Branch.model_fields:
-                    raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
+            if not isinstance(values[name], Mapping) or not isinstance(name, str) or "/" in name:
+                raise wrong_type(f"branches.{name}", values[name], "a mapping under a name: text without a slash")
+            for key in values[name].keys() - Branch.model_fields.keys():
+                raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
         return values
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        branches = self.by_name
-        if not branches:
-            example = "Example: branches: {all: {beta: 0.1, kl_band: [0.02, 0.06]}}."
-            raise ConfigError("there is no branch", where="branches", fix=example)
-        for name, branch in branches.items():
-            if (band := branch.kl_band) is not None and not (len(band) == 2 and 0 <= band[0] < band[1] < math.inf):
-                raise wrong_type(
-                    f"branches.{name}.kl_band", band, "[low, high] with 0 <= low < high, in nats per token"
-                )
-        shares = [branch.share for branch in branches.values() if branch.share is not None]
-        if self.column is None and (len(branches) > 1 or shares):
-            what = "nothing says which rows are of which branch"
-            raise ConfigError(what, where="branches.column", fix="Name the column that holds the branches' names.")
-        if shares and (len(shares) < len(branches) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
-            what = f"{len(shares)} of {len(branches)} branches have a share, {sum(shares):g} together"
+        shares = [branch.share for branch in self.by_name.values() if branch.share is not None]
+        if not self.by_name:
+            raise ConfigError("there is no branch", where="branches", fix="Example: branches: {all: {beta: 0.1}}.")
+        for name, band in ((name, branch.kl_band) for name, branch in self.by_name.items()):
+            if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] < math.inf):
+                raise wrong_type(f"branches.{name}.kl_band", band, "[low, high] with 0 <= low < high")
+        if self.column is None and (len(self.by_name) > 1 or shares):
+            fix = "Name the column that holds the branches' names."
+            raise ConfigError("nothing says which rows are of which branch", where="branches.column", fix=fix)
+        if shares and (len(shares) < len(self.by_name) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
+            what = f"{len(shares)} of {len(self.by_name)} branches have a share, {sum(shares):g} together"
             raise ConfigError(what, where="branches.*.share", fix="Give each one, 1 together, or none.")
         return self
 
 
 def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
-    """Each branch's `beta` at the start; ConfigError where one is not above 0: no reference model would be loaded."""
-    if grpo.get("beta") == 0:
-        what = "0 loads no reference model, which the KL term of branches needs"
-        raise ConfigError(what, where="grpo.beta", fix="Leave it out: each branch has a `beta` of its own.")
+    """Each branch's `beta` at the start; ConfigError for one that is not above 0: it would load no reference model."""
     weights = {name: branch.beta or grpo.get("beta") for name, branch in branches.by_name.items()}
-    for name, weight in weights.items():
-        if weight is None:
-            raise ConfigError("a number above 0 is needed", where=f"branches.{name}.beta", fix="Or set grpo.beta.")
+    without = next((f"branches.{name}.beta" for name, weight in weights.items() if weight is None), None)
+    if without is not None or grpo.get("beta") == 0:
+        what = "branches need weights of the KL term above 0 from the start"
+        raise ConfigError(what, where=without or "grpo.beta", fix="Give each its `beta`, or all grpo.beta.")
     return weights
 
 
@@ -117,15 +108,12 @@ def judged_branches(branches: Branches, rewards: Sequence[RewardItem]) -> list[s
     """The branches whose rows each reward judges; ConfigError for a name without a reward, or a branch without any."""
     names = [{item.label} if item.label else {item.name, re.split("[:.]", item.name)[-1]} for item in rewards]
     known = sorted(set().union(*names))
-    for branch, section in branches.by_name.items():
-        for place, name in enumerate(section.rewards):
-            if name not in known:
-                fix = nearest_hint(name, known, f"There are {', '.join(known)}.")
-                where = f"branches.{branch}.rewards[{place}]"
-                raise ConfigError(f"no reward has the label or name {name!r}", where=where, fix=fix)
-    listed = [{b for b, section in branches.by_name.items() if labels & set(section.rewards)} for labels in names]
-    judged = [taken or set(branches.by_name) for taken in listed]
-    for branch in set(branches.by_name) - set().union(*judged):
-        what = "every reward is listed by other branches: nothing judges its rows"
+    listed = {branch: section.rewards for branch, section in branches.by_name.items()}
+    for branch, name in ((key, name) for key in listed for name in listed[key] if name not in known):
+        fix = nearest_hint(name, known, f"There are {', '.join(known)}.")
+        raise ConfigError(f"no reward has the label or name {name!r}", where=f"branches.{branch}.rewards", fix=fix)
+    judged = [{branch for branch in listed if labels & set(listed[branch])} or set(listed) for labels in names]
+    for branch in listed.keys() - set().union(*judged):
+        what = "other branches list every reward: nothing judges its rows"
         raise ConfigError(what, where=f"branches.{branch}.rewards", fix=f"List one of {', '.join(known)}.")
     return judged

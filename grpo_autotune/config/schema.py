@@ -12,10 +12,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from grpo_autotune.config.advantages import OWN_KEYS, check_advantages
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.branches import Branches, Control, judged_branches, start_weights
-from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.sampling import check_sampling
@@ -202,10 +201,12 @@ class RunConfig(Section):
                 raise ConfigError(
                     "this key belongs to another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
                 )
-            if name not in grpo_keys() and name not in OWN_KEYS:
+            if name not in grpo_keys() and name not in OWN_GRPO_KEYS:
                 raise unknown_key(("grpo", name), known_paths())
-        check_values("grpo", grpo, {**grpo_keys(), **OWN_KEYS})
-        check_advantages(grpo)
+        check_values("grpo", grpo, {**grpo_keys(), **OWN_GRPO_KEYS})
+        for key, default in (("multi_objective_aggregation", "sum_then_normalize"), ("scale_rewards", "group")):
+            if grpo.get("advantages") == "rank" and grpo.get(key, default) not in (default, True):
+                raise ConfigError("no meaning beside grpo.advantages rank", where=f"grpo.{key}", fix="Remove it.")
         batch_plan(grpo)
         check_sampling(grpo)
         return grpo
@@ -347,7 +348,7 @@ def known_paths() -> list[str]:
     ):
         paths += [f"{name}.{key}" for key in section.model_fields]
     paths += [f"vllm.{key}" for key in sorted(engine_names() - VllmSection.model_fields.keys())]
-    paths += [f"grpo.{key}" for key in (*grpo_keys(), *OWN_KEYS) if key not in OWNED_ELSEWHERE]
+    paths += [f"grpo.{key}" for key in (*grpo_keys(), *OWN_GRPO_KEYS) if key not in OWNED_ELSEWHERE]
     return paths + [f"peft.{key}" for key in peft_keys() if key not in PEFT_FIXED]
 
 

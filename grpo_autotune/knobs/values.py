@@ -119,11 +119,6 @@ def betas(context: KnobContext, own: float) -> tuple[float, ...]:
     return (own,) if own == 0 or context.config.branches is not None else (own, 0.0)
 
 
-def advantages(context: KnobContext, own: str) -> tuple[str, ...]:
-    """Both kinds, the user's own first."""
-    return ("rank", "group") if own == "rank" else ("group", "rank")
-
-
 def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
     """Both, where 4-bit weights can be trained on."""
     return switch(own) if context.config.peft is not None and context.gpus else (own,)

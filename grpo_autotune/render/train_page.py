@@ -30,14 +30,8 @@ CURVES = (
     ("Gradient", "norm", {"grad_norm": "gradient norm"}),
 )
 """Title of a curve, its axis, and the keys that are drawn, each with its name."""
-
-
-BY_BRANCH = {
-    "reward": ("Reward of branches", "mean reward"),
-    "kl": ("KL of branches", "nats per token"),
-    "beta": ("Weight of the KL term of branches", "beta"),
-}
-"""Last part of a branch's metric -> title of its curve, and the axis."""
+BY_BRANCH = {"reward": "mean reward", "kl": "nats per token", "beta": "weight of the KL term"}
+"""Last part of a branch's metric -> the axis of its curve."""
 
 
 def train_title(log: Log, report: Report | None, *, running: bool) -> str:
@@ -55,10 +49,8 @@ def train_sections(log: Log, report: Report | None, config: dict[str, Any] | Non
     facts = (report.machine, report.versions | report.runtime, report.config) if report else (None, {}, config)
     return [
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
-        Section("evaluations", "Evaluations", [*_evaluations(log), *_by_branch(log, "eval")]),
-        Section(
-            "curves", "Training", [*(p for curve in CURVES for p in _curve(log, *curve)), *_by_branch(log, "train")]
-        ),
+        Section("evaluations", "Evaluations", list(_evaluations(log))),
+        Section("curves", "Training", [picture for curve in _curves(log) for picture in _curve(log, *curve)]),
         Section("stages", "Where a step goes", blocks),
         *machine_sections(*facts),
     ]
@@ -96,19 +88,20 @@ def _summary(log: Log) -> list[str]:
     return told or ["Nothing was logged yet."]
 
 
-def _by_branch(log: Log, kind: str) -> Iterator[Picture]:
-    keys = dict.fromkeys(key for row in log for key in row)
-    for metric, (title, axis) in BY_BRANCH.items():
-        before = "eval_branch/" if kind == "eval" else "branch/"
-        mine = {key: key.split("/")[1] for key in keys if key.startswith(before) and key.endswith(f"/{metric}")}
-        yield from _curve(log, f"Held-out: {title.lower()}" if kind == "eval" else title, axis, mine, kind)
+def _curves(log: Log) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """`CURVES`, and those of branches, in training and held out."""
+    yield from CURVES
+    for before, words in (("branch/", ""), ("eval_branch/", ", held out")):
+        for metric, axis in BY_BRANCH.items():
+            keys = {key for row in log for key in row if key.startswith(before) and key.endswith(f"/{metric}")}
+            yield f"Branches: {metric}{words}", axis, {key: key.split("/")[1] for key in sorted(keys)}
 
 
-def _curve(log: Log, title: str, axis: str, keys: dict[str, str], kind: str = "train") -> Iterator[Picture]:
+def _curve(log: Log, title: str, axis: str, keys: dict[str, str]) -> Iterator[Picture]:
     rows = [
         {"step": step, "value": value, "series": name}
         for key, name in keys.items()
-        for step, value in _thinned(_points(log, key, kind))
+        for step, value in _thinned(_points(log, key, "eval" if key.startswith("eval_") else "train"))
     ]
     ends = {row["series"]: row["value"] for row in rows}
     alt = f"{title} over steps; at the end: " + ", ".join(f"{name} {value:.3g}" for name, value in ends.items())

@@ -34,25 +34,18 @@ def rank_advantages(rewards_NF: torch.Tensor, weights_F: torch.Tensor, group: in
     return (ranks / (spread[:, None] + 1e-4)).flatten()
 
 
-class RankAdvantages:
-    """Layers on a trainer that put ranks in the place of TRL's advantages, in the batch and in its table."""
+def put_ranks_on(trainer: Any) -> None:
+    """Let ranks take the place of a trainer's advantages in training: in the batch, and in the table of completions."""
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self._ranked = trainer, torch.empty(0)
-        self.handles = wrap_rows(trainer, [(find("score"), self._score)], INNER + 1)
-        self.handles += wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER - 1)
-
-    def _rewards(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        trainer, rewards_NF = self._trainer, call_next(*args, **kwargs)
-        group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-        self._ranked = rank_advantages(rewards_NF, trainer.reward_weights, group)
-        return rewards_NF
-
-    def _score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        output, table = call_next(*args, **kwargs), self._trainer._logs["advantages"]
-        for _ in range(min(len(self._ranked), len(table))):
-            table.pop()
-        table.extend(self._ranked.tolist())
+    def score(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        output, logs = call_next(*args, **kwargs), trainer._logs
+        if not trainer.model.training:
+            return output
+        rewards_FN = [logs["rewards"][name] for name in trainer.reward_func_names]  # of the generation, from all ranks
+        ranked = rank_advantages(torch.tensor(rewards_FN).T, trainer.reward_weights, trainer.num_generations)
+        logs["advantages"].extend(ranked.tolist())
         rows = len(output["advantages"])
-        first = self._trainer.accelerator.process_index * rows
-        return {**output, "advantages": self._ranked[first : first + rows].to(output["advantages"])}
+        first = trainer.accelerator.process_index * rows
+        return {**output, "advantages": ranked[first : first + rows].to(output["advantages"])}
+
+    wrap_rows(trainer, [(find("score"), score)], INNER + 1)

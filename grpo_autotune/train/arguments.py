@@ -16,7 +16,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
-from grpo_autotune.config.branches import Branches, start_weights
+from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
@@ -25,9 +25,6 @@ from grpo_autotune.rollout.options import EngineOptions
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
-
-BY_BRANCH = ("reward", "kl", "length", "truncated")
-"""Metrics of a branch in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def grpo_arguments(
     keys.pop("advantages", None)
     if config.branches is not None and "beta" not in keys:
         keys["beta"] = max(start_weights(config.branches, config.grpo).values())
-        notes.append(f"grpo.beta {keys['beta']:g}, so that there is a reference model: each branch has its own weight")
+        notes.append(f"grpo.beta {keys['beta']:g}, for a reference model: each branch has its own weight")
     with as_config_errors("grpo"):
         grpo = GRPOConfig(**keys)
         if not grpo.use_vllm:  # said now, and not once the model is loaded
@@ -68,14 +65,10 @@ def grpo_arguments(
 
 
 def check_best_metric(
-    args: GRPOConfig,
-    rewards: Sequence[str],
-    modules: Iterable[Any],
-    sets: Iterable[str] = (),
-    branches: Branches | None = None,
+    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
 ) -> None:
     """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
-    by branch or not, unless one of their `modules` speaks of `log_metric`."""
+    or of a branch, unless one of their `modules` speaks of `log_metric`."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
@@ -84,9 +77,8 @@ def check_best_metric(
     by_transformers = ("loss", "runtime", "samples_per_second", "steps_per_second")
     known |= {f"{name}_{key}" for name in sets for key in by_transformers} or set(by_transformers)
     known -= set() if args.beta else {"kl"}
-    known |= {f"branch/{name}/{key}" for name in (branches.by_name if branches else ()) for key in BY_BRANCH}
     texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
-    if metric not in known and not any("log_metric" in text for text in texts):
+    if metric not in known and not metric.startswith("branch/") and not any("log_metric" in text for text in texts):
         fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
         raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
 

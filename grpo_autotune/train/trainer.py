@@ -22,7 +22,7 @@ from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
-from grpo_autotune.train.advantages import RankAdvantages
+from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
@@ -31,7 +31,7 @@ from grpo_autotune.train.arguments import (
     unlocked_engine,
 )
 from grpo_autotune.train.branches.control import BranchControl
-from grpo_autotune.train.branches.evaluation import BranchEvaluation
+from grpo_autotune.train.branches.evaluation import evaluate_by_branch
 from grpo_autotune.train.branches.rows import divided
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.data.templates import fit_prompts
@@ -124,7 +124,7 @@ def build_trainer(
         overrides=grpo_overrides or {},
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
-    check_best_metric(arguments.grpo, names, modules, config.data.eval, config.branches)
+    check_best_metric(arguments.grpo, names, modules, config.data.eval)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -158,10 +158,9 @@ def build_trainer(
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
     if config.branches is not None:
-        control = BranchControl(trainer, config.branches, config.grpo, say)
-        BranchEvaluation(trainer, config.branches, control)
+        evaluate_by_branch(trainer, config.branches, BranchControl(trainer, config.branches, config.grpo, say))
     if config.grpo.get("advantages") == "rank":
-        RankAdvantages(trainer)
+        put_ranks_on(trainer)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_autotune.config.advantages import OWN_KEYS
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names, profiles_folder, resolve_source
 from grpo_autotune.registry import is_reference, names, resolve
@@ -37,7 +37,7 @@ def test_a_profile_fits_trl(name: str) -> None:
 
     config = load_config(name)
     arguments = (
-        {key: value for key, value in config.grpo.items() if key not in OWN_KEYS}
+        {key: value for key, value in config.grpo.items() if key not in OWN_GRPO_KEYS}
         | config.vllm.grpo_kwargs()
         | {"output_dir": "x", "use_cpu": True, "bf16": False}
     )

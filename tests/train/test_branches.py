@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from grpo_autotune.config.branches import Branches
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
-from grpo_autotune.train.advantages import RankAdvantages, rank_advantages
+from grpo_autotune.train.advantages import put_ranks_on, rank_advantages
 from grpo_autotune.train.branches.control import BranchControl, adapted
 from grpo_autotune.train.branches.rows import in_shares, judging
 from grpo_autotune.train.trainer import run_training
@@ -161,8 +161,8 @@ def test_ranks_are_the_same_with_speed_ups(tiny: Tiny, tmp_path: Path) -> None:
         "beta": 0.0,
         "rewards": [half_dead],
     }
-    plain, _ = trained("none", tiny("qwen3"), rows(), tmp_path, change=RankAdvantages, **kept)
-    fast, speedups = trained("auto", tiny("qwen3"), rows(), tmp_path, change=RankAdvantages, **kept)
+    plain, _ = trained("none", tiny("qwen3"), rows(), tmp_path, change=put_ranks_on, **kept)
+    fast, speedups = trained("auto", tiny("qwen3"), rows(), tmp_path, change=put_ranks_on, **kept)
     by_group, _ = trained("none", tiny("qwen3"), rows(), tmp_path, **kept)
     assert "skip_dead" in {row.name for row in speedups.table() if row.on}
     assert speedups.facts()["skip_dead"]["skipped_rows"] > 0

@@ -1,8 +1,8 @@
 """Branches on a trainer: the KL term weighted row by row, KL measured by branch, and weights kept to their bands.
 
-TRL 1.16 adds `self.beta * per_token_kl` to the loss of a token (`_compute_loss`). While a loss is computed, `beta` is a
-number whose product with that tensor takes each row by its branch's weight, and measures the branch's KL on the way.
-The branch of a row is carried in the generation batch, through shuffle and split, as `group_id` is.
+TRL 1.16 adds `self.beta * per_token_kl` to a token's loss (`_compute_loss`). While a loss is computed, `beta` is a number
+whose product with that tensor takes each row by its branch's weight, and measures KL on the way. The branch of a row is
+carried in the generation batch, through shuffle and split, as `group_id` is.
 
 Legend: B rows of this process, N of all processes, T completion tokens, F reward functions, n branches.
 """
@@ -10,15 +10,15 @@ Legend: B rows of this process, N of all processes, T completion tokens, F rewar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from grpo_autotune.config.branches import Branches, start_weights
-from grpo_autotune.errors import SeamError
 from grpo_autotune.seams.layers import INNER
-from grpo_autotune.seams.table import SUPPORTED, find, wrap_rows
+from grpo_autotune.seams.table import find, wrap_rows
 
 KEY = "branch"
 """Column of a generation batch: the number of each row's branch, (B,)."""
@@ -35,11 +35,9 @@ def adapted(beta: float, start: float, kl: float, band: Sequence[float], factor:
 class _ByRow(float):
     """The trainer's `beta` while it computes a loss: a number like any other but for its product with the KL term."""
 
-    product: Callable[[torch.Tensor], torch.Tensor]
-    used = False
+    product: Callable[[Any], Any]
 
     def __mul__(self, kl_BT: Any) -> Any:
-        self.used = True
         return self.product(kl_BT)
 
 
@@ -53,10 +51,10 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any, branches: Branches, grpo: Mapping[str, Any], say: Callable[[str], None]) -> None:
         self._trainer, self._branches, self._say = trainer, branches, say
         self._start = start_weights(branches, grpo)
-        self._numbers = {name: number for number, name in enumerate(self._start)}
+        self._names = list(self._start)
         vars(trainer).setdefault("carried", {})[KEY] = self._fresh()
-        self.handles = wrap_rows(trainer, [(find("score"), self._score), (find("loss"), self._loss)], INNER + 1)
-        self.handles += wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER - 1)
+        wrap_rows(trainer, [(find("score"), self._score), (find("loss"), self._loss)], INNER + 1)
+        wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER - 1)  # around those that fill in what failed
         trainer.add_callback(self)
 
     def _fresh(self) -> dict[str, Any]:
@@ -66,7 +64,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
 
     def _of_rows(self, rows: Any) -> torch.Tensor:
         column = self._branches.column
-        numbers = [0 if column is None else self._numbers[str(row[column])] for row in rows]
+        numbers = [0 if column is None else self._names.index(str(row[column])) for row in rows]
         return torch.tensor(numbers, device=self._trainer.accelerator.device)
 
     def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,33 +80,27 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
         facts_B2 = torch.tensor([[len(ids), not ids or ids[-1] not in ends] for ids in completion_ids])
         numbers_B = self._of_rows(inputs)
         facts_N3 = trainer.accelerator.gather(torch.cat([facts_B2.to(numbers_B), numbers_B[:, None]], dim=1))
-        for name, number in self._numbers.items():
+        for number in facts_N3[:, 2].unique().tolist():
             mine = facts_N3[:, 2] == number
-            if mine.any():
-                length, truncated = facts_N3[mine, :2].float().mean(dim=0).tolist()
-                self._log(name, reward=total_N[mine].nanmean().item(), length=length, truncated=truncated)
+            length, cut = facts_N3[mine, :2].float().mean(dim=0).tolist()
+            self._log(self._names[number], reward=total_N[mine].nanmean().item(), length=length, truncated=cut)
         return rewards_NF
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         trainer, beta = self._trainer, self._trainer.beta
         trainer.beta = by_row = _ByRow(beta)
-        by_row.product = lambda kl_BT: self._weighted(inputs, kl_BT)
+        by_row.product = partial(self._weighted, inputs)
         try:
-            loss = call_next(model, inputs, *args, **kwargs)
+            return call_next(model, inputs, *args, **kwargs)
         finally:
             trainer.beta = beta
-        if not by_row.used:
-            raise SeamError("the loss has no `beta * per_token_kl`, where branches weigh rows", fix=f"Use {SUPPORTED}.")
-        return loss
 
     def _weighted(self, inputs: Mapping[str, Any], kl_BT: torch.Tensor) -> torch.Tensor:
         """The KL term by each row's weight, rounded as a product with a number is; it is added to its branch's sums."""
-        state, numbers_B, mask_BT = self._trainer.carried[KEY], inputs[KEY], inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask_BT = mask_BT * inputs["tool_mask"]
-        sums_2n = state[self._mode]
+        state, numbers_B = self._trainer.carried[KEY], inputs[KEY]
+        mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         sums_2B = torch.stack([(kl_BT.detach() * mask_BT).sum(dim=1), mask_BT.sum(dim=1)])
-        sums_2n.index_add_(1, numbers_B, sums_2B.to(sums_2n))
+        state[self._mode].index_add_(1, numbers_B, sums_2B.float())
         wide = torch.promote_types(kl_BT.dtype, torch.float32)
         weights_B = torch.tensor([*state["beta"].values()], dtype=wide, device=kl_BT.device)[numbers_B]
         return (weights_B[:, None] * kl_BT).to(kl_BT.dtype)

@@ -1,7 +1,5 @@
-"""Evaluation of branches: the held-out rows of each by themselves, as many as asked for, sampled or greedy.
-
-All are one evaluation of TRL's: one set of metrics, with those by branch, and one line in the log.
-"""
+"""Evaluation of branches: the held-out rows of each by themselves, as many as asked for, sampled or greedy: one evaluation of
+TRL's, with one set of metrics and one line in the log."""
 
 from __future__ import annotations
 
@@ -19,47 +17,40 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "mi
 """Of `generate`; the last four are defaults, of which transformers does not warn that they mean nothing."""
 
 
-class BranchEvaluation:
-    """Layers on a trainer's evaluation."""
+def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl) -> None:
+    """Let a trainer's evaluation go branch by branch where one asks for it, and log KL by branch."""
+    held_out: list[Any] = []
 
-    def __init__(self, trainer: Any, branches: Branches, control: BranchControl) -> None:
-        self._trainer, self._branches, self._control = trainer, branches, control
-        self._rows: Any = None
-        layers = {"get_eval_dataloader": self._loader, "evaluation_loop": self._loop}
-        self.handles = [wrap(AttributeSlot(trainer, name), layer) for name, layer in layers.items()]
-
-    def _loader(self, call_next: Callable[..., Any], /, rows: Any = None) -> Any:
-        held_out = self._trainer.eval_dataset
-        self._rows = held_out if rows is None else held_out[rows] if isinstance(rows, str) else rows
+    def loader(call_next: Callable[..., Any], /, rows: Any = None) -> Any:
+        sets = trainer.eval_dataset
+        held_out[:] = [sets if rows is None else sets[rows] if isinstance(rows, str) else rows]
         return call_next(rows)
 
-    def _loop(self, call_next: Callable[..., Any], /, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = [call_next(loader, *args, **kwargs) for loader in self._loaders(dataloader)]
-        self._control.flush()
+    def loop(call_next: Callable[..., Any], /, whole: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = any(branch.eval for branch in branches.by_name.values())
+        loaders = _loaders(trainer, branches, *held_out) if asked else [whole]
+        outputs = [call_next(loader, *args, **kwargs) for loader in loaders]
+        control.flush()
         count, metrics = sum(output.num_samples for output in outputs), dict(outputs[0].metrics)
         for key in metrics:
             if key.endswith("_loss"):
                 metrics[key] = sum(output.metrics[key] * output.num_samples for output in outputs) / count
         return outputs[0]._replace(metrics=metrics, num_samples=count)
 
-    def _loaders(self, whole: Any) -> Iterator[Any]:
-        """A loader of each branch's rows, its sampling on while they are evaluated; that of all where none asks."""
-        trainer, branches = self._trainer, self._branches.by_name
-        if not any(branch.eval for branch in branches.values()):
-            yield whole
-            return
-        names = branch_of_rows(self._branches, self._rows, "held-out data")
-        for name, branch in branches.items():
-            asked = branch.eval or BranchEval()
-            numbers = [row for row, of_row in enumerate(names) if of_row == name][: asked.samples]
-            with _greedy(trainer) if asked.greedy else nullcontext():
-                if numbers:
-                    yield trainer._get_dataloader(
-                        dataset=self._rows.select(numbers),
-                        description="Evaluation",
-                        batch_size=trainer.args.eval_batch_size,
-                        sampler_fn=trainer._get_eval_sampler,
-                    )
+    wrap(AttributeSlot(trainer, "get_eval_dataloader"), loader)
+    wrap(AttributeSlot(trainer, "evaluation_loop"), loop)
+
+
+def _loaders(trainer: Any, branches: Branches, rows: Any) -> Iterator[Any]:
+    """A loader of each branch's held-out rows, with its sampling on until the next one is asked for."""
+    names = branch_of_rows(branches, rows, "held-out data")
+    for name, branch in branches.by_name.items():
+        asked = branch.eval or BranchEval()
+        numbers = [row for row, of_row in enumerate(names) if of_row == name][: asked.samples]
+        with _greedy(trainer) if asked.greedy else nullcontext():
+            if numbers:
+                given = {"batch_size": trainer.args.eval_batch_size, "sampler_fn": trainer._get_eval_sampler}
+                yield trainer._get_dataloader(dataset=rows.select(numbers), description="Evaluation", **given)
 
 
 @contextmanager

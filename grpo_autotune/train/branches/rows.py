@@ -23,26 +23,20 @@ def divided(
     config: RunConfig, rows: datasets.Dataset, held_out: Any, functions: Sequence[Function], say: Callable[[str], None]
 ) -> tuple[datasets.Dataset, list[Function]]:
     """Rows to train on and reward functions, as the branches of a configuration have them; held-out rows are checked.
-
-    Raises:
-        ConfigError: The data lacks the column, or rows of a branch.
-        DataError: A row's value is no branch.
-    """
+    ConfigError where the data lacks the column, or rows of a branch; DataError for a value that is no branch."""
     branches = config.branches
     assert branches is not None
     for name, one in (held_out if isinstance(held_out, Mapping) else {"": held_out}).items():
         if one is not None:
             branch_of_rows(branches, one, f"held-out data {name}".rstrip())
-    judged = judged_branches(branches, config.rewards)
-    judges = [
-        function if len(names) == len(branches.by_name) else judging(function, branches.column or "", names)
-        for function, names in zip(functions, judged, strict=True)
-    ]
+    judges = list(functions)
+    for place, names in enumerate(judged_branches(branches, config.rewards)):
+        if branches.column is not None and len(names) < len(branches.by_name):
+            judges[place] = judging(functions[place], branches.column, names)
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
-    for name in branches.by_name:
-        if not counts[name]:
-            raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}")
+    for name in branches.by_name.keys() - counts:
+        raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}")
     shares = {name: branch.share for name, branch in branches.by_name.items() if branch.share is not None}
     if shares:
         order = in_shares(of_rows, shares, int(config.grpo.get("seed", 0)))
@@ -79,36 +73,31 @@ def in_shares(names: Sequence[str], shares: Mapping[str, float], seed: int) -> l
 
 def judging(function: Function, column: str, names: Collection[str]) -> Function:
     """A reward function, sync or async as it was, that is called with the rows of some branches, and not at all where a
-    batch has none; other rows get None."""
+    batch has none; other rows get None, in what it logs as well."""
 
-    def rows_of(batch: Mapping[str, Any]) -> list[int]:
-        return [row for row, value in enumerate(batch[column]) if str(value) in names]
+    def split(batch: dict[str, Any]) -> tuple[dict[str, Any] | None, Callable[[Sequence[Any]], list[Any]]]:
+        size, part = len(batch[column]), dict(batch)
+        rows = [row for row, value in enumerate(batch[column]) if str(value) in names]
+        for name, value in batch.items():
+            if isinstance(value, list) and len(value) == size:
+                part[name] = [value[row] for row in rows]
+
+        def whole(values: Sequence[Any]) -> list[Any]:
+            by_row = dict(zip(rows, values, strict=True))
+            return [by_row.get(row) for row in range(size)]
+
+        if log := batch.get("log_extra"):
+            part["log_extra"] = lambda column, values: log(column, whole(values))
+        return part if rows else None, whole
 
     @functools.wraps(function)
     async def awaited(**batch: Any) -> list[Any]:
-        rows = rows_of(batch)
-        return _spread(await function(**_only(batch, rows)) if rows else [], rows, len(batch[column]))
+        part, whole = split(batch)
+        return whole(await function(**part) if part else [])
 
     @functools.wraps(function)
     def called(**batch: Any) -> list[Any]:
-        rows = rows_of(batch)
-        return _spread(function(**_only(batch, rows)) if rows else [], rows, len(batch[column]))
+        part, whole = split(batch)
+        return whole(function(**part) if part else [])
 
     return awaited if is_async(function) else called
-
-
-def _only(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Arguments of a reward function for some rows; columns that it logs are of all rows again."""
-    size = len(batch["completions"])
-    part = {
-        name: [value[row] for row in rows] if isinstance(value, list) and len(value) == size else value
-        for name, value in batch.items()
-    }
-    if log := batch.get("log_extra"):
-        part["log_extra"] = lambda column, values: log(column, _spread(values, rows, size))
-    return part
-
-
-def _spread(values: Sequence[Any], rows: Sequence[int], size: int) -> list[Any]:
-    by_row = dict(zip(rows, values, strict=True))
-    return [by_row.get(row) for row in range(size)]

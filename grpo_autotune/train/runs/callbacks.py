@@ -124,13 +124,10 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             timed = next((key for key in metrics if key.endswith("_runtime")), "")
             held_out = timed.removeprefix("eval_").removesuffix("runtime").rstrip("_")
             of = f" of {held_out}" if held_out else ""
-            by_branch = [
-                f"{key.split('/')[1]} {value:.4f}"
-                for key, value in metrics.items()
-                if key.startswith("eval_branch/") and key.endswith("/reward") and value is not None
-            ]
             line = f"evaluation{of} at step {state.global_step}: reward {reward:.4f}"
-            line += f" ({', '.join(by_branch)})" if by_branch else ""
+            for key in metrics:
+                if key.startswith("eval_branch/") and key.endswith("/reward") and metrics[key] is not None:
+                    line += f", {key.split('/')[1]} {metrics[key]:.4f}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
