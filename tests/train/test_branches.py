@@ -17,12 +17,14 @@ from scipy.stats import rankdata
 from grpo_autotune.config.branches import Branches
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
+from grpo_autotune.speedups.batches.rows import take
 from grpo_autotune.train.advantages import put_ranks_on, rank_advantages
 from grpo_autotune.train.branches.control import BranchControl, adapted
 from grpo_autotune.train.branches.rows import in_shares, judging
 from grpo_autotune.train.trainer import run_training
+from tests.support.exactness import apart, generation, loss_and_gradients, ready
 from tests.support.pairs import gap, rewards_of, trained, weights_of
-from tests.support.trainers import SAME, rising_reward, spread_reward
+from tests.support.trainers import EXACT, SAME, rising_reward, spread_reward
 from tests.support.training import log_lines, text_config
 from tests.train.test_resume import killed
 
@@ -91,7 +93,7 @@ def test_ranks_are_those_of_scipy_scaled_as_trl_scales() -> None:
 
 
 def test_rewards_apart_by_the_rounding_of_their_sum_are_ties() -> None:
-    pairs = torch.tensor([[0.1, 0.2], [0.2, 0.1], [0.3, 0.0], [0.0, 0.3]])
+    pairs = torch.tensor([[0.1, 0.7], [0.3, 0.5], [0.2, 0.6], [0.45, 0.35]])
     assert len(set(pairs.sum(dim=1).tolist())) > 1
     assert (rank_advantages(pairs, torch.ones(2), 4) == 0).all()
 
@@ -124,22 +126,33 @@ def test_equal_weights_are_plain_trl_to_the_last_bit(tiny: Tiny, tmp_path: Path)
     }  # fmt: skip
 
 
-def test_a_heavier_branch_strays_less(tiny: Tiny, tmp_path: Path) -> None:
-    heavy = {"column": "answer", "even": {"beta": 20.0}, "odd": {"beta": 0.001}}
-    more: dict[str, Any] = {**STEPS, "max_steps": 12, "learning_rate": 0.3, "num_iterations": 1}
-    trainer, _ = trained("none", tiny("qwen3"), rows(), tmp_path, change=control(heavy), **more)
-    last = [line for line in trainer.state.log_history if "kl" in line][-6:]
-    kl = {name: sum(line.get(f"branch/{name}/kl") or 0.0 for line in last) for name in ("even", "odd")}
-    assert 3 * kl["even"] < kl["odd"]
+def test_each_row_has_the_weight_of_its_branch(tiny: Tiny, tmp_path: Path) -> None:
+    """A loss by tokens is the sum of plain TRL's on each branch's rows, with that branch's weight."""
+    sides: dict[str, Any] = {**STEPS, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    trainer = ready(tiny("qwen3"), rows(), tmp_path, loss_type="dapo", **sides)
+    control({"column": "answer", "even": {"beta": 3.0}, "odd": {"beta": 0.02}})(trainer)
+    batch = generation(trainer)
+    loss, gradients = loss_and_gradients(trainer, batch)
+    plain = ready(tiny("qwen3"), rows(), tmp_path, loss_type="dapo", **sides)
+    total, summed = torch.zeros(()), {name: torch.zeros_like(value) for name, value in gradients.items()}
+    for number, beta in enumerate((3.0, 0.02)):
+        plain.beta = beta
+        part, more = loss_and_gradients(plain, take(batch, (batch["branch"] == number).nonzero().flatten().tolist()))
+        total += part
+        for name in summed:
+            summed[name] += more[name]
+    assert Counter(batch["branch"].tolist()) == {0: 8, 1: 8}
+    assert apart(loss, total) < EXACT and max(apart(gradients[name], summed[name]) for name in summed) < EXACT
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_unequal_weights_are_the_same_with_all_speed_ups(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     """With each micro step compared besides, which leaves no trace in the sums of KL."""
-    apart = control({"column": "answer", "even": {"beta": 0.4}, "odd": {"beta": 0.01}})
-    kept: dict[str, Any] = {"rewards": [spread_reward, rising_reward], **STEPS}
-    plain, _ = trained("none", tiny(kind), rows(), tmp_path, change=apart, **kept)
-    fast, speedups = trained("auto", tiny(kind), rows(), tmp_path, change=apart, check="always", **kept)
+    unequal = control({"column": "answer", "even": {"beta": 0.4}, "odd": {"beta": 0.01}})
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    kept: dict[str, Any] = {"rewards": [spread_reward, rising_reward], **STEPS, **halves}
+    plain, _ = trained("none", tiny(kind), rows(), tmp_path, change=unequal, **kept)
+    fast, speedups = trained("auto", tiny(kind), rows(), tmp_path, change=unequal, check="always", **kept)
     assert {"shared_prefix", "merge_passes", "length_sort"} <= {row.name for row in speedups.table() if row.on}
     assert rewards_of(plain) == rewards_of(fast)
     assert gap(weights_of(plain), weights_of(fast)) < SAME

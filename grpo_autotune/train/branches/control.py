@@ -1,6 +1,6 @@
 """Branches on a trainer: the KL term weighted row by row, KL measured by branch, and weights kept to their bands.
 
-TRL 1.16 adds `self.beta * per_token_kl` to a token's loss (`_compute_loss`). While a loss is computed, `beta` is a number
+TRL 1.16 adds `self.beta * per_token_kl` to the loss (`_compute_loss`). While a loss is computed, `beta` is a number
 whose product with that tensor takes each row by its branch's weight, and measures KL on the way. The branch of a row is
 carried in the generation batch, through shuffle and split, as `group_id` is.
 

@@ -1,5 +1,7 @@
-"""Evaluation of branches: the held-out rows of each by themselves, as many as asked for, sampled or greedy: one evaluation of
-TRL's, with one set of metrics and one line in the log."""
+"""Evaluation of branches: the held-out rows of each by themselves, as many as asked for, sampled or greedy.
+
+All are one evaluation of TRL's, with one set of metrics.
+"""
 
 from __future__ import annotations
 

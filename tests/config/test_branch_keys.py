@@ -14,8 +14,8 @@ from grpo_autotune.knobs.table import knob
 
 TWO: dict[str, Any] = {
     "column": "task",
-    "fair": {"beta": 0.1, "kl_band": [0.02, 0.06], "rewards": ["judge_fair"], "share": 0.75},
-    "fact": {"beta": 0.3, "rewards": ["format"], "share": 0.25, "eval": {"greedy": True, "samples": 20}},
+    "fair": {"beta": 0.1, "kl_band": [0.02, 0.06], "rewards": ["judge_fair"]},
+    "fact": {"beta": 0.3, "rewards": ["format"], "eval": {"greedy": True, "samples": 20}},
 }
 
 
@@ -52,8 +52,8 @@ def test_one_branch_takes_its_weight_from_grpo_and_keeps_it() -> None:
         ({"fair": {"beta": 1, "kl_band": [0.2]}}, "branches.fair.kl_band", "low < high"),
         ({"fair": {"beta": 1, "rewards": ["jugde_fair"]}}, "branches.fair.rewards", "Nearest: judge_fair"),
         ({"fair": {"beta": 1, "rewards": ["exact_match"]}}, "branches.fair.rewards", "There are"),
-        ({"fact": {"beta": 1, "share": 0.5}}, "branches.*.share", "1.25 together"),
-        ({"fact": {"beta": 1}}, "branches.*.share", "1 of 2"),
+        ({"fair": {"beta": 1, "share": 0.5}, "fact": {"beta": 1, "share": 0.75}}, "branches.*.share", "1.25 together"),
+        ({"fact": {"beta": 1, "share": 1.0}}, "branches.*.share", "1 of 2"),
         ({"fact": None}, "branches.fact", "a mapping"),
         ({"a/b": {"beta": 1}}, "branches.a/b", "without a slash"),
         ({1: {"beta": 1}}, "branches.1", "text"),
