@@ -25,14 +25,15 @@ from grpo_autotune.config.schema import RunConfig  # noqa: E402
 from grpo_autotune.train.trainer import build_trainer  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402
 
-SEEDS, STEPS, LAST = 5, 120, 20
+SEEDS, STEPS, LAST, LENGTH = 5, 120, 20, 12
 BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
+TEXTS = {"calm": "Which digit is shown? How many are there?", "pulled": "left right red green blue yes no"}
 CONTROL = {"every": 5, "factor": 0.75}
 
 
 def calm(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """The share of different tokens."""
-    return [len(set(ids)) / max(1, len(ids)) for ids in completion_ids]
+    """1 for an answer of full length, which most are."""
+    return [float(len(ids) == LENGTH) for ids in completion_ids]
 
 
 def pull(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -48,12 +49,12 @@ def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunCo
         {
             "model": {"name_or_path": str(model)},
             "peft": {"r": 8, "target_modules": "all-linear"},
-            "data": {"path": str(data)},
+            "data": {"path": str(data), "prompt_format": "text"},
             "rewards": [{"name": name, "label": label} for label, name in names.items()],
             "branches": {"column": "task", **branches, "control": CONTROL if control else None},
             "grpo": {
                 "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "num_generations": 8,
-                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_completion_length": 12,
+                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
                 "logging_steps": 1, "seed": seed, "save_strategy": "no", "report_to": "none",
             },
             "speedups": "none",
@@ -88,7 +89,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model, data = tiny_model("qwen3", Path(folder)), Path(folder) / "rows.jsonl"
-        prompts = [{"prompt": f"{name} {n}: say it", "task": name} for n in range(16) for name in BANDS]
+        prompts = [{"prompt": " ".join([TEXTS[name]] * (1 + n % 4)), "task": name} for n in range(16) for name in BANDS]
         data.write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
         for seed in range(seeds):
             for control in (True, False):

@@ -96,11 +96,11 @@ class Branches(Section):
 
 def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
     """Each branch's `beta` at the start; ConfigError for one that is not above 0: it would load no reference model."""
-    weights = {name: branch.beta or grpo.get("beta") for name, branch in branches.by_name.items()}
-    without = next((f"branches.{name}.beta" for name, weight in weights.items() if weight is None), None)
-    if without is not None or grpo.get("beta") == 0:
-        what = "branches need weights of the KL term above 0 from the start"
-        raise ConfigError(what, where=without or "grpo.beta", fix="Give each its `beta`, or all grpo.beta.")
+    weights = {name: float(branch.beta or grpo.get("beta") or 0.0) for name, branch in branches.by_name.items()}
+    if grpo.get("beta") == 0 or not all(weights.values()):
+        where = next((f"branches.{name}.beta" for name, weight in weights.items() if not weight), "grpo.beta")
+        what = "branches need a weight of the KL term above 0 from the start"
+        raise ConfigError(what, where=where, fix="Give each its `beta`, or all grpo.beta.")
     return weights
 
 

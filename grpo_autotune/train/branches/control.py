@@ -9,6 +9,7 @@ Legend: B rows of this process, N of all processes, T completion tokens, F rewar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -139,7 +140,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
             if branch.kl_band is not None and tokens:
                 mean, (low, high), beta = kl / tokens, branch.kl_band, kept["beta"][name]
                 kept["beta"][name] = adapted(beta, self._start[name], mean, branch.kl_band, rule.factor)
-                if kept["beta"][name] != beta:
+                if not math.isclose(kept["beta"][name], beta):
                     side = f"{'above' if mean > high else 'below'} {low:g} to {high:g}"
                     self._say(f"step {state.global_step}: KL of branch {name} is {mean:.3g} nats per token, {side}: "
                               f"beta {beta:.3g} -> {kept['beta'][name]:.3g}")  # fmt: skip

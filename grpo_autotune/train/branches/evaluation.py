@@ -58,7 +58,7 @@ def _loaders(trainer: Any, branches: Branches, rows: Any) -> Iterator[Any]:
 @contextmanager
 def _greedy(trainer: Any) -> Iterator[None]:
     """One completion of each prompt inside, of the most likely tokens: further ones would be alike."""
-    changed = [(trainer, "num_generations_eval", 1)]
+    changed: list[tuple[Any, str, Any]] = [(trainer, "num_generations_eval", 1)]
     if trainer.use_vllm:
         changed.append((trainer.vllm_generation, "temperature", 0.0))
     else:
