@@ -25,10 +25,10 @@ from grpo_autotune.config.schema import RunConfig  # noqa: E402
 from grpo_autotune.train.trainer import build_trainer  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402
 
-SEEDS, STEPS, LAST, LENGTH = 5, 120, 20, 12
+SEEDS, STEPS, LAST, LENGTH = 5, 150, 20, 4
 BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
 TEXTS = {"calm": "Which digit is shown? How many are there?", "pulled": "left right red green blue yes no"}
-CONTROL = {"every": 5, "factor": 0.75}
+CONTROL = {"every": 4, "factor": 0.7}
 
 
 def calm(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -54,7 +54,7 @@ def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunCo
             "branches": {"column": "task", **branches, "control": CONTROL if control else None},
             "grpo": {
                 "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "num_generations": 8,
-                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
+                "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
                 "logging_steps": 1, "seed": seed, "save_strategy": "no", "report_to": "none",
             },
             "speedups": "none",
