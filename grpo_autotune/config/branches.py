@@ -13,7 +13,7 @@ from grpo_autotune.config.foreign_keys import wrong_type
 from grpo_autotune.config.messages import unknown_key
 from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.section import Section
-from grpo_autotune.errors import ConfigError, nearest_hint, nearest_path
+from grpo_autotune.errors import ConfigError, nearest_hint
 
 
 class BranchEval(Section):
@@ -67,12 +67,9 @@ class Branches(Section):
     @model_validator(mode="before")
     @classmethod
     def _keys(cls, values: Any) -> Any:
-        known = [f"branches.{key}" for key in cls.model_fields]
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, Mapping) else ():
-            if not isinstance(values[name], Mapping) and nearest_path(f"branches.{name}", known):
-                raise unknown_key(("branches", name), known)
             if not isinstance(values[name], Mapping) or not isinstance(name, str) or "/" in name:
-                raise wrong_type(f"branches.{name}", values[name], "a mapping under a name: text without a slash")
+                raise wrong_type(f"branches.{name}", values[name], "column, control, or a mapping (no slash in names)")
             for key in values[name].keys() - Branch.model_fields.keys():
                 raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
         return values
@@ -86,11 +83,12 @@ class Branches(Section):
             if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] < math.inf):
                 raise wrong_type(f"branches.{name}.kl_band", band, "[low, high] with 0 <= low < high")
         if self.column is None and (len(self.by_name) > 1 or shares):
-            fix = "Name the column that holds the branches' names."
-            raise ConfigError("nothing says which rows are of which branch", where="branches.column", fix=fix)
+            raise ConfigError(
+                "nothing says which rows are whose", where="branches.column", fix="Name a column of names."
+            )
         if shares and (len(shares) < len(self.by_name) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
-            what = f"{len(shares)} of {len(self.by_name)} branches have a share, {sum(shares):g} together"
-            raise ConfigError(what, where="branches.*.share", fix="Give each one, 1 together, or none.")
+            what = f"{len(shares)} of {len(self.by_name)} have one, {sum(shares):g} together"
+            raise ConfigError(what, where="branches.*.share", fix="Give it to all, 1 together, or to none.")
         return self
 
 
@@ -99,8 +97,7 @@ def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, floa
     weights = {name: float(branch.beta or grpo.get("beta") or 0.0) for name, branch in branches.by_name.items()}
     if grpo.get("beta") == 0 or not all(weights.values()):
         where = next((f"branches.{name}.beta" for name, weight in weights.items() if not weight), "grpo.beta")
-        what = "branches need a weight of the KL term above 0 from the start"
-        raise ConfigError(what, where=where, fix="Give each its `beta`, or all grpo.beta.")
+        raise ConfigError("it must be above 0 from the start", where=where, fix="Give each branch one, or grpo.beta.")
     return weights
 
 
@@ -114,6 +111,5 @@ def judged_branches(branches: Branches, rewards: Sequence[RewardItem]) -> list[s
         raise ConfigError(f"no reward has the label or name {name!r}", where=f"branches.{branch}.rewards", fix=fix)
     judged = [{branch for branch in listed if labels & set(listed[branch])} or set(listed) for labels in names]
     for branch in listed.keys() - set().union(*judged):
-        what = "other branches list every reward: nothing judges its rows"
-        raise ConfigError(what, where=f"branches.{branch}.rewards", fix=f"List one of {', '.join(known)}.")
+        raise ConfigError("other branches list every reward", where=f"branches.{branch}.rewards", fix="List one here.")
     return judged

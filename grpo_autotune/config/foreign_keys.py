@@ -119,8 +119,7 @@ engine_keys = partial(_keys, ENGINE_SOURCES)
 sampling_keys = partial(_keys, SAMPLING_SOURCES)
 """Keys of the installed `GRPOConfig`, `LoraConfig`, `EngineArgs` and `SamplingParams`."""
 
-OWN_GRPO_KEYS = {"advantages": ForeignKey("advantages", frozenset({"'group'", "'rank'"}), "'group'")}
-"""The one key of the `grpo` section that is not TRL's."""
+OWN_GRPO_KEYS = {"advantages": ForeignKey("advantages", frozenset({"'group'", "'rank'"}), "'group'")}  # not TRL's
 
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:

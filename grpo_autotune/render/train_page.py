@@ -30,8 +30,7 @@ CURVES = (
     ("Gradient", "norm", {"grad_norm": "gradient norm"}),
 )
 """Title of a curve, its axis, and the keys that are drawn, each with its name."""
-BY_BRANCH = {"reward": "mean reward", "kl": "nats per token", "beta": "weight of the KL term"}
-"""Last part of a branch's metric -> the axis of its curve."""
+BY_BRANCH = {"reward": "mean reward", "kl": "nats per token", "beta": "weight of the KL term"}  # axes
 
 
 def train_title(log: Log, report: Report | None, *, running: bool) -> str:

@@ -2,10 +2,8 @@
 
     a_i = c_i / (s + 1e-4),   c_i = 1/2 sum_j sign(r_i - r_j),   s = standard deviation of c over the group
 
-c is the centred rank, ties shared (midranks less their mean: the shaping of Salimans et al. 2017, arXiv:1703.03864,
-section 2.1); s and 1e-4 are those of TRL's scaling by group. Rewards that differ by the rounding of their sum are ties.
-
-Legend: N rows of all processes, G generations a prompt, F reward functions.
+c is the centred rank, ties shared (the shaping of Salimans et al. 2017, arXiv:1703.03864, section 2.1); s and 1e-4 are
+those of TRL's scaling by group. Rewards that differ by the rounding of their sum are ties.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from grpo_autotune.speedups.batches.skip_dead import ROUNDING
 
 
 def rank_advantages(rewards_NF: torch.Tensor, weights_F: torch.Tensor, group: int) -> torch.Tensor:
-    """Advantages (N,) of weighted rewards, NaN where a function gave none; 0 for a row without any, which counts in no
-    other's rank; `group` is G."""
+    """Advantages (N,) of rewards by N rows and F functions, NaN where one gave none; 0 for a row without any, which
+    counts in no other's rank."""
     weighted = rewards_NF * weights_F.to(rewards_NF)
     scored = ~rewards_NF.isnan().all(dim=1).view(-1, group)
     total = weighted.nansum(dim=1).view(-1, group)

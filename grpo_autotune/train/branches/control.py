@@ -21,16 +21,13 @@ from grpo_autotune.config.branches import Branches, start_weights
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
 
-KEY = "branch"
-"""Column of a generation batch: the number of each row's branch, (B,)."""
-BOUND = 10.0
+KEY = "branch"  # column of a generation batch: the number of each row's branch, (B,)
 
 
 def adapted(beta: float, start: float, kl: float, band: Sequence[float], factor: float) -> float:
-    """The next weight of a branch: divided by `factor` where its KL (nats per token) is above the band, multiplied
-    below it; always from a tenth to ten times its `start`."""
+    """The next weight: divided by `factor` where KL is above the band, multiplied below; a tenth to ten `start`s."""
     after = beta / factor if kl > band[1] else beta * factor if kl < band[0] else beta
-    return min(max(after, start / BOUND), start * BOUND)
+    return min(max(after, start / 10.0), start * 10.0)
 
 
 class _ByRow(float):
@@ -43,25 +40,19 @@ class _ByRow(float):
 
 
 class BranchControl(TrainerCallback):  # type: ignore[misc]
-    """The branches of one trainer, whose rows were checked (`rows.divided`).
-
-    What its next step depends on is in `trainer.carried`, a dictionary that checkpoints keep: weights at the start and
-    now, sums of KL and tokens since the last decision, and those of the step under way, tensors of shape (2, n).
-    """
+    """The branches of one trainer, whose rows were checked (`rows.divided`). What the next step depends on is kept in
+    `trainer.carried`, for checkpoints, under the weights at the start: a run with others begins with its own."""
 
     def __init__(self, trainer: Any, branches: Branches, grpo: Mapping[str, Any], say: Callable[[str], None]) -> None:
         self._trainer, self._branches, self._say = trainer, branches, say
         self._start = start_weights(branches, grpo)
-        self._names = list(self._start)
-        vars(trainer).setdefault("carried", {})[KEY] = self._fresh()
+        self._names, self._key = list(self._start), f"branches {self._start}"
+        sums = {mode: torch.zeros(2, len(self._start), device=trainer.accelerator.device) for mode in ("train", "eval")}
+        kept = {"beta": dict(self._start), "since": [[0.0, 0.0]] * len(self._start), **sums}  # sums of KL and of tokens
+        vars(trainer).setdefault("carried", {})[self._key] = kept
         wrap_rows(trainer, [(find("score"), self._score), (find("loss"), self._loss)], INNER + 1)
         wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER - 1)  # around those that fill in what failed
         trainer.add_callback(self)
-
-    def _fresh(self) -> dict[str, Any]:
-        device, n = self._trainer.accelerator.device, len(self._start)
-        sums = {mode: torch.zeros(2, n, device=device) for mode in ("train", "eval")}
-        return {"start": dict(self._start), "beta": dict(self._start), "since": [[0.0, 0.0]] * n, **sums}
 
     def _of_rows(self, rows: Any) -> torch.Tensor:
         column = self._branches.column
@@ -98,12 +89,12 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
 
     def _weighted(self, inputs: Mapping[str, Any], kl_BT: torch.Tensor) -> torch.Tensor:
         """The KL term by each row's weight, rounded as a product with a number is; it is added to its branch's sums."""
-        state, numbers_B = self._trainer.carried[KEY], inputs[KEY]
+        kept, numbers_B = self._trainer.carried[self._key], inputs[KEY]
         mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         sums_2B = torch.stack([(kl_BT.detach() * mask_BT).sum(dim=1), mask_BT.sum(dim=1)])
-        state[self._mode].index_add_(1, numbers_B, sums_2B.float())
+        kept[self._mode].index_add_(1, numbers_B, sums_2B.float())
         wide = torch.promote_types(kl_BT.dtype, torch.float32)
-        weights_B = torch.tensor([*state["beta"].values()], dtype=wide, device=kl_BT.device)[numbers_B]
+        weights_B = torch.tensor([*kept["beta"].values()], dtype=wide, device=kl_BT.device)[numbers_B]
         return (weights_B[:, None] * kl_BT).to(kl_BT.dtype)
 
     @property
@@ -116,7 +107,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
 
     def flush(self) -> list[list[float]]:
         """Log each branch's mean KL since the last call, over all ranks; the sums of KL and of tokens."""
-        sums_2n = self._trainer.carried[KEY][self._mode]
+        sums_2n = self._trainer.carried[self._key][self._mode]
         sums: list[list[float]] = self._trainer.accelerator.reduce(sums_2n.clone(), reduction="sum").T.tolist()
         sums_2n.zero_()
         for name, (kl, tokens) in zip(self._start, sums, strict=True):
@@ -124,13 +115,8 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
                 self._log(name, kl=kl / tokens)
         return sums
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.carried[KEY]["start"] != self._start:
-            self._say("branches weigh the KL term otherwise than those of the checkpoint, and start with their `beta`")
-            self._trainer.carried[KEY] = self._fresh()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept, rule = self._trainer.carried[KEY], self._branches.control
+        kept, rule = self._trainer.carried[self._key], self._branches.control
         kept["since"] = [[a + c, b + d] for (a, b), (c, d) in zip(kept["since"], self.flush(), strict=True)]
         for name, beta in kept["beta"].items():
             self._log(name, beta=beta)
@@ -141,7 +127,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
                 mean, (low, high), beta = kl / tokens, branch.kl_band, kept["beta"][name]
                 kept["beta"][name] = adapted(beta, self._start[name], mean, branch.kl_band, rule.factor)
                 if not math.isclose(kept["beta"][name], beta):
-                    side = f"{'above' if mean > high else 'below'} {low:g} to {high:g}"
-                    self._say(f"step {state.global_step}: KL of branch {name} is {mean:.3g} nats per token, {side}: "
-                              f"beta {beta:.3g} -> {kept['beta'][name]:.3g}")  # fmt: skip
+                    side, after = "above" if mean > high else "below", kept["beta"][name]
+                    told = f"is {mean:.3g} nats per token, {side} {low:g} to {high:g}: beta {beta:.3g} -> {after:.3g}"
+                    self._say(f"step {state.global_step}: KL of branch {name} {told}")
         kept["since"] = [[0.0, 0.0]] * len(self._start)

@@ -1,7 +1,4 @@
-"""Evaluation of branches: the held-out rows of each by themselves, as many as asked for, sampled or greedy.
-
-All are one evaluation of TRL's, with one set of metrics.
-"""
+"""Evaluation of branches: held-out rows of each by themselves, sampled or greedy, in one evaluation of TRL's."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.train.branches.control import BranchControl
 from grpo_autotune.train.branches.rows import branch_of_rows
 
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}
-"""Of `generate`; the last four are defaults, of which transformers does not warn that they mean nothing."""
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}  # without its warnings
 
 
 def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl) -> None:
@@ -29,8 +25,8 @@ def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl)
         return call_next(rows)
 
     def loop(call_next: Callable[..., Any], /, whole: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = any(branch.eval for branch in branches.by_name.values())
-        loaders = _loaders(trainer, branches, *held_out) if asked else [whole]
+        apart = any(branch.eval for branch in branches.by_name.values())
+        loaders = _loaders(trainer, branches, *held_out) if apart else [whole]
         outputs = [call_next(loader, *args, **kwargs) for loader in loaders]
         control.flush()
         count, metrics = sum(output.num_samples for output in outputs), dict(outputs[0].metrics)

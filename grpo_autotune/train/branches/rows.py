@@ -16,12 +16,10 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.seams.layers import is_async
 
-Function = Callable[..., Any]
-
 
 def divided(
-    config: RunConfig, rows: datasets.Dataset, held_out: Any, functions: Sequence[Function], say: Callable[[str], None]
-) -> tuple[datasets.Dataset, list[Function]]:
+    config: RunConfig, rows: datasets.Dataset, held_out: Any, functions: Sequence[Any], say: Callable[[str], None]
+) -> tuple[datasets.Dataset, list[Any]]:
     """Rows to train on and reward functions, as the branches of a configuration have them; held-out rows are checked.
     ConfigError where the data lacks the column, or rows of a branch; DataError for a value that is no branch."""
     branches = config.branches
@@ -31,24 +29,24 @@ def divided(
             branch_of_rows(branches, one, f"held-out data {name}".rstrip())
     judges = list(functions)
     for place, names in enumerate(judged_branches(branches, config.rewards)):
-        if branches.column is not None and len(names) < len(branches.by_name):
-            judges[place] = judging(functions[place], branches.column, names)
+        if len(names) < len(branches.by_name):
+            judges[place] = judging(functions[place], str(branches.column), names)
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
     for name in branches.by_name.keys() - counts:
         raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}")
     shares = {name: branch.share for name, branch in branches.by_name.items() if branch.share is not None}
-    if shares:
-        order = in_shares(of_rows, shares, int(config.grpo.get("seed", 0)))
-        rows, drawn = rows.select(order), Counter(of_rows[row] for row in order)
-        say(f"prompts of an epoch: {', '.join(f'{drawn[name]} of {name} ({counts[name]} rows)' for name in shares)}")
-    return rows, judges
+    if not shares:
+        return rows, judges
+    order = in_shares(of_rows, shares, int(config.grpo.get("seed", 0)))
+    drawn = Counter(of_rows[row] for row in order)
+    say(f"prompts of an epoch: {', '.join(f'{drawn[name]} of {name} ({counts[name]} rows)' for name in shares)}")
+    return rows.select(order), judges
 
 
 def branch_of_rows(branches: Branches, rows: datasets.Dataset, where: str) -> list[str]:
     """The branch of each row of a data set, which `where` names in messages; raises as `divided`."""
-    column = branches.column
-    if column is None:
+    if (column := branches.column) is None:
         return [*branches.by_name] * len(rows)
     if column not in rows.column_names:
         fix = nearest_hint(column, rows.column_names, f"Columns: {', '.join(rows.column_names)}.")
@@ -71,7 +69,7 @@ def in_shares(names: Sequence[str], shares: Mapping[str, float], seed: int) -> l
     return order
 
 
-def judging(function: Function, column: str, names: Collection[str]) -> Function:
+def judging(function: Callable[..., Any], column: str, names: Collection[str]) -> Callable[..., Any]:
     """A reward function, sync or async as it was, that is called with the rows of some branches, and not at all where a
     batch has none; other rows get None, in what it logs as well."""
 
