@@ -2,8 +2,8 @@
 
     python -m benchmarks.branches [SEEDS]
 
-A tiny text model (two layers, random weights) is rewarded for different tokens in the rows of one branch, mildly, and
-for a quarter of all tokens in the rows of the other, which pulls it away. Each seed trains twice from the same weights,
+A tiny text model (two layers, random weights) is rewarded for an answer of full length in the rows of one branch, as
+most are, and for a quarter of all tokens in the rows of the other, which pulls it away. Each seed trains twice from the same weights,
 with the controller and without (`control: null`). A branch's KL at the end is its mean over the last 20 steps.
 """
 
@@ -26,9 +26,10 @@ from grpo_autotune.train.trainer import build_trainer  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402
 
 SEEDS, STEPS, LAST, LENGTH = 5, 150, 20, 4
+RATE, BETA = 1e-2, 0.5
 BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
 TEXTS = {"calm": "Which digit is shown? How many are there?", "pulled": "left right red green blue yes no"}
-CONTROL = {"every": 4, "factor": 0.7}
+CONTROL = {"every": 5, "factor": 0.8}
 
 
 def calm(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -42,9 +43,9 @@ def pull(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunConfig:
-    """LoRA, 16 completions of four prompts per step."""
+    """LoRA, 64 completions of eight prompts per step."""
     names = {"calm": "benchmarks.branches:calm", "pulled": "benchmarks.branches:pull"}
-    branches = {name: {"beta": 0.1, "kl_band": BANDS[name], "rewards": [name]} for name in BANDS}
+    branches = {name: {"beta": BETA, "kl_band": BANDS[name], "rewards": [name]} for name in BANDS}
     return RunConfig.from_dict(
         {
             "model": {"name_or_path": str(model)},
@@ -53,7 +54,7 @@ def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunCo
             "rewards": [{"name": name, "label": label} for label, name in names.items()],
             "branches": {"column": "task", **branches, "control": CONTROL if control else None},
             "grpo": {
-                "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "num_generations": 8,
+                "max_steps": STEPS, "learning_rate": RATE, "lr_scheduler_type": "constant", "num_generations": 8,
                 "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
                 "logging_steps": 1, "seed": seed, "save_strategy": "no", "report_to": "none",
             },

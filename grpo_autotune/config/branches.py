@@ -83,9 +83,7 @@ class Branches(Section):
             if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] < math.inf):
                 raise wrong_type(f"branches.{name}.kl_band", band, "[low, high] with 0 <= low < high")
         if self.column is None and (len(self.by_name) > 1 or shares):
-            raise ConfigError(
-                "nothing says which rows are whose", where="branches.column", fix="Name a column of names."
-            )
+            raise ConfigError("several branches, or shares, need it", where="branches.column", fix="Name a column.")
         if shares and (len(shares) < len(self.by_name) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
             what = f"{len(shares)} of {len(self.by_name)} have one, {sum(shares):g} together"
             raise ConfigError(what, where="branches.*.share", fix="Give it to all, 1 together, or to none.")

@@ -57,7 +57,7 @@ def test_one_branch_takes_its_weight_from_grpo_and_keeps_it() -> None:
         ({"fact": None}, "branches.fact", "mapping"),
         ({"a/b": {"beta": 1}}, "branches.a/b", "no slash"),
         ({1: {"beta": 1}}, "branches.1", "mapping"),
-        ({"column": None}, "branches.column", "Name the column"),
+        ({"column": None}, "branches.column", "several branches"),
         ({"colum": "task"}, "branches.colum", "Accepted: column, control"),
         ({"control": {"every": 0}}, "branches.control.every", "at least 1"),
         ({"control": {"factor": 1.0}}, "branches.control.factor", "1.0"),
