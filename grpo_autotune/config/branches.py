@@ -46,7 +46,7 @@ class Control(Section):
     every: int = Field(default=20, ge=1)
     """Optimizer steps between two decisions; each looks at the mean KL over them."""
     factor: float = Field(default=0.85, gt=0, lt=1)
-    """Above its band a branch's `beta` is divided by it, below multiplied."""
+    """Below 1: above its band a branch's `beta` is divided by it, below multiplied."""
 
 
 class Branches(Section):
