@@ -43,7 +43,7 @@ def pull(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunConfig:
-    """LoRA, 64 completions of eight prompts per step."""
+    """LoRA, 32 completions of four prompts per step."""
     names = {"calm": "benchmarks.branches:calm", "pulled": "benchmarks.branches:pull"}
     branches = {name: {"beta": BETA, "kl_band": BANDS[name], "rewards": [name]} for name in BANDS}
     return RunConfig.from_dict(
@@ -55,7 +55,7 @@ def configuration(model: Path, data: Path, seed: int, *, control: bool) -> RunCo
             "branches": {"column": "task", **branches, "control": CONTROL if control else None},
             "grpo": {
                 "max_steps": STEPS, "learning_rate": RATE, "lr_scheduler_type": "constant", "num_generations": 8,
-                "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
+                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_completion_length": LENGTH,
                 "logging_steps": 1, "seed": seed, "save_strategy": "no", "report_to": "none",
             },
             "speedups": "none",
