@@ -3,8 +3,9 @@
     python -m benchmarks.branches [SEEDS]
 
 A tiny text model (two layers, random weights) is rewarded for an answer of full length in the rows of one branch, as
-most are, and for a quarter of all tokens in the rows of the other, which pulls it away. Each seed trains twice from the same weights,
-with the controller and without (`control: null`). A branch's KL at the end is its mean over the last 20 steps.
+most are, and for a quarter of all tokens in the rows of the other, which pulls it away. Each seed trains twice from the
+same weights, with the controller and without (`control: null`). A branch's KL at the end is its mean over the last 20
+steps.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from grpo_autotune.config.schema import RunConfig  # noqa: E402
 from grpo_autotune.train.trainer import build_trainer  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402
 
-SEEDS, STEPS, LAST, LENGTH = 5, 150, 20, 4
-RATE, BETA = 1e-2, 0.5
+SEEDS, STEPS, LAST, LENGTH = 5, 90, 20, 4
+RATE, BETA = 1e-2, 0.1
 BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
 TEXTS = {"calm": "Which digit is shown? How many are there?", "pulled": "left right red green blue yes no"}
-CONTROL = {"every": 5, "factor": 0.8}
+CONTROL = {"every": 4, "factor": 0.75}
 
 
 def calm(completion_ids: list[list[int]], **columns: Any) -> list[float]:
