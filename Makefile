@@ -46,6 +46,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.aa_pairs runs/aa_pairs
 	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.branches
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m --cases 768px 448px --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_text --cases text --checkpointing on

@@ -1,14 +1,16 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
-                               [--steps 50] [--skip batches windows runs ranks bf16] [--merge]
+                               [--steps 50] [--skip batches windows runs branches ranks bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
 largest value. *Windows*: the same for an accumulation whose micro batches split the groups, so that passes are merged.
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
-tolerance. *Ranks*: three steps under DistributedDataParallel on two processes. Exits with 1 where anything is further
-off than the tolerance. Models are those of the tests (two layers, float32).
+tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
+speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
+processes. Exits with 1 where anything is further off than the tolerance. Models are those of the tests (two layers,
+float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
 orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,11 @@ mend_torchvision()
 
 import torch  # noqa: E402
 
+from grpo_autotune.config.branches import Branches  # noqa: E402
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
+from grpo_autotune.train.advantages import put_ranks_on  # noqa: E402
+from grpo_autotune.train.branches.control import BranchControl  # noqa: E402
 from tests.support.exactness import (  # noqa: E402
     accumulated,
     apart,
@@ -54,8 +60,9 @@ from tests.support.exactness import (  # noqa: E402
     under_autocast,
 )
 from tests.support.exactness_ranks import rows_of  # noqa: E402
+from tests.support.pairs import rewards_of, trained, weights_of  # noqa: E402
 from tests.support.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
-from tests.support.trainers import make_trainer  # noqa: E402
+from tests.support.trainers import make_trainer, spread_reward  # noqa: E402
 
 TOLERANCE = 1e-5
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -144,6 +151,39 @@ def runs(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]
             "part": "runs", "architecture": kind, "lora": lora, "speedups": names, "steps": len(rewards),
             "equal_rewards": sum(a == b for a, b in zip(rewards, fast_rewards, strict=True)) / len(rewards),
             "weights": max(apart(fast[name], weights[name]) for name in weights),
+        }  # fmt: skip
+
+
+def branches(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a run: with branches of unequal weights or rank advantages, plain and sped up; and branches of equal
+    weights against plain TRL."""
+
+    def weighed(trainer: Any, weights: tuple[float, float]) -> None:
+        named = {"even": {"beta": weights[0]}, "odd": {"beta": weights[1]}}
+        BranchControl(trainer, Branches.model_validate({"column": "answer", **named}), {}, print)
+
+    unequal, equal = partial(weighed, weights=(0.4, 0.01)), partial(weighed, weights=(0.05, 0.05))
+    cases = {
+        "unequal": (0.05, (unequal, "none"), (unequal, "auto")),
+        "rank": (0.0, (put_ranks_on, "none"), (put_ranks_on, "auto")),
+        "equal": (0.05, (None, "none"), (equal, "none")),
+    }
+    for kind, lora, (case, (beta, *sides)) in itertools.product(options.architectures, [True, False], cases.items()):
+        path, data = models.of(kind)
+        rows = [{**row, "answer": "odd" if place % 2 else "even"} for place, row in enumerate(data)]
+        ended = []
+        for change, names in sides:
+            trainer, speedups = trained(
+                names, path, rows, models.folder / "out", change=change, lora=lora, max_steps=options.steps, beta=beta,
+                learning_rate=0.02, rewards=[spread_reward], **HALF_GROUPS,
+            )  # fmt: skip
+            speedups.remove()
+            ended.append((rewards_of(trainer), weights_of(trainer)))
+        (rewards, weights), (other_rewards, others) = ended
+        yield {
+            "part": "branches", "architecture": kind, "lora": lora, "case": case, "speedups": sides[1][1],
+            "equal_rewards": sum(a == b for a, b in zip(rewards, other_rewards, strict=True)) / len(rewards),
+            "weights": max(apart(others[name], weights[name]) for name in weights),
         }  # fmt: skip
 
 
@@ -236,7 +276,7 @@ def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
 
 def main() -> int:
     """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
-    parts = {"batches": batches, "windows": windows, "runs": runs, "ranks": ranks, "bf16": bf16}
+    parts = {"batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks, "bf16": bf16}
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)

@@ -54,7 +54,12 @@ FLOORS = {
         ("reward_overlap", "lora_input", "step_check"),
         ("install",),
     ),
-    "train": (("arguments", "data", "models", "rewards", "runs"), ("monitors",), ("trainer",), ("trial_trainer",)),
+    "train": (
+        ("advantages", "arguments", "branches", "data", "models", "rewards", "runs"),
+        ("monitors",),
+        ("trainer",),
+        ("trial_trainer",),
+    ),
     "trials": (("exit_codes", "heartbeat", "block_limit", "endings"), ("child",), ("parent",)),
 }
 """Rooms with rooms inside: the same, one level further down."""

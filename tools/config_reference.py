@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_autotune.config.batch import COUNTS
-from grpo_autotune.config.foreign_keys import WORDS
+from grpo_autotune.config.branches import Branch, Branches, BranchEval, Control
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, WORDS
 from grpo_autotune.config.monitors import MonitorsSection
 from grpo_autotune.config.schema import (
     OWNED_ELSEWHERE,
@@ -98,6 +99,10 @@ def markdown() -> str:
             DATA_NOTES,
             *_section("rewards", RewardItem, "A list; each item:"),
             "The built-in rewards, and how to add one: [rewards.md](rewards.md).\n",
+            *_section("branches", Branches, f"{Branches.__doc__} See [branches.md](branches.md)."),
+            *_section("branches.NAME", Branch),
+            *_section("branches.NAME.eval", BranchEval),
+            *_section("branches.control", Control),
             *_grpo(),
             *_section("vllm", VllmSection, VllmSection.__doc__),
             *_engine(),
@@ -171,6 +176,8 @@ def _grpo() -> Iterator[str]:
         f"Keys of TRL's [`GRPOConfig`]({TRL_DOCS}) as installed, those it takes from transformers'\n"
         f"[`TrainingArguments`]({TRAINING_ARGUMENTS_DOCS}) included. Defaults are TRL's.\n"
     )
+    own = "; ".join(f"`{name}` ({key.accepted()}, default {key.default})" for name, key in OWN_GRPO_KEYS.items())
+    yield f"Beside them, of our own: {own}, see [rank advantages](branches.md#rank-advantages).\n"
     yield "Keys that another section owns are refused here:\n"
     yield "| key | where it is |"
     yield "|---|---|"
@@ -204,11 +211,15 @@ def _kinds(annotation: Any) -> list[str]:
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
     if origin is Literal:
         return [f"`{value}`" for value in get_args(annotation)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [WORDS["dict"]]
     name = (origin or annotation).__name__
     return [WORDS["None" if name == "NoneType" else name]]
 
 
 def _yaml(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return f"{{{', '.join(f'{name}: {_yaml(part)}' for name, part in value)}}}"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 

@@ -117,6 +117,8 @@ engine_keys = partial(_keys, ENGINE_SOURCES)
 sampling_keys = partial(_keys, SAMPLING_SOURCES)
 """Keys of the installed `GRPOConfig`, `LoraConfig`, `EngineArgs` and `SamplingParams`."""
 
+OWN_GRPO_KEYS = {"advantages": ForeignKey("advantages", frozenset({"'group'", "'rank'"}), "'group'")}  # not TRL's
+
 
 def check_values(section: str, values: Mapping[str, object], keys: Mapping[str, ForeignKey]) -> None:
     """ConfigError for the first value of a wrong type; unknown keys are left to the caller."""

@@ -13,7 +13,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
-from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
+from grpo_autotune.config.branches import Branches, Control, judged_branches, start_weights
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.monitors import MonitorsSection
 from grpo_autotune.config.rewards import RewardItem
@@ -178,6 +179,7 @@ class RunConfig(Section):
     peft: dict[str, Any] | None = None
     data: DataSection
     rewards: list[RewardItem] = Field(min_length=1)
+    branches: Branches | None = None
     grpo: dict[str, Any] = {}
     vllm: VllmSection = VllmSection()
     speedups: SpeedUps = "auto"
@@ -201,9 +203,12 @@ class RunConfig(Section):
                 raise ConfigError(
                     "this key belongs to another section", where=f"grpo.{name}", fix=f"Use {OWNED_ELSEWHERE[name]}."
                 )
-            if name not in grpo_keys():
+            if name not in grpo_keys() and name not in OWN_GRPO_KEYS:
                 raise unknown_key(("grpo", name), known_paths())
-        check_values("grpo", grpo, grpo_keys())
+        check_values("grpo", grpo, {**grpo_keys(), **OWN_GRPO_KEYS})
+        for key, default in (("multi_objective_aggregation", "sum_then_normalize"), ("scale_rewards", "group")):
+            if grpo.get("advantages") == "rank" and grpo.get(key, default) not in (default, True):
+                raise ConfigError("no meaning beside grpo.advantages rank", where=f"grpo.{key}", fix="Remove it.")
         batch_plan(grpo)
         check_sampling(grpo)
         return grpo
@@ -249,10 +254,16 @@ class RunConfig(Section):
             )
         if self.model.load_in_4bit and self.use_vllm and self.vllm.at_server:
             raise packed_at_server()
+        if self.branches is not None:
+            start_weights(self.branches, self.grpo)
+            judged_branches(self.branches, self.rewards)
         on_start, fix = bool(self.grpo.get("eval_on_start")), "Set data.eval_split, data.eval_path or data.eval."
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
+        for name, branch in self.branches.by_name.items() if self.branches is not None else ():
+            if not self.data.held_out and branch.eval is not None:
+                raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
         if not self.data.held_out and self.data.max_eval_samples is not None:
             raise ConfigError("there is no held-out data to take rows of", where="data.max_eval_samples", fix=fix)
         if self.vllm != VllmSection() and not self.use_vllm:
@@ -330,6 +341,8 @@ def known_paths() -> list[str]:
         ("model", ModelSection),
         ("data", DataSection),
         ("rewards", RewardItem),
+        ("branches", Branches),
+        ("branches.control", Control),
         ("vllm", VllmSection),
         ("search", SearchSection),
         ("monitors", MonitorsSection),
@@ -339,7 +352,7 @@ def known_paths() -> list[str]:
     ):
         paths += [f"{name}.{key}" for key in section.model_fields]
     paths += [f"vllm.{key}" for key in sorted(engine_names() - VllmSection.model_fields.keys())]
-    paths += [f"grpo.{key}" for key in grpo_keys() if key not in OWNED_ELSEWHERE]
+    paths += [f"grpo.{key}" for key in (*grpo_keys(), *OWN_GRPO_KEYS) if key not in OWNED_ELSEWHERE]
     return paths + [f"peft.{key}" for key in peft_keys() if key not in PEFT_FIXED]
 
 

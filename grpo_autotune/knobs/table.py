@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_autotune.config.foreign_keys import grpo_keys, peft_keys
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig, SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
@@ -48,7 +48,7 @@ class Knob:
 
 def grpo_value(name: str, config: RunConfig) -> Any:
     """The user's value of a key of `GRPOConfig`, TRL's default where it is left out."""
-    return config.grpo[name] if name in config.grpo else grpo_keys()[name].default_value()
+    return config.grpo[name] if name in config.grpo else {**grpo_keys(), **OWN_GRPO_KEYS}[name].default_value()
 
 
 def own_value(key: str, config: RunConfig) -> Any:
@@ -134,6 +134,8 @@ TABLE = (
          why="the engine's base in 8 bits: less memory to read at every token, sampled a little differently"),
     Knob("grpo.max_completion_length", "learning", values.completion_lengths, searched=False,
          why="the longest answer allowed"),
+    Knob("grpo.advantages", "learning", lambda _, own: (own, "group" if own == "rank" else "rank"), searched=False,
+         why="ranks within a group in the place of scaled rewards: a reward's scale and outliers do not count"),
     Knob("grpo.beta", "learning", values.betas, searched=False,
          why="without a KL term no reference pass is made"),
     Knob("peft.r", "learning", values.ranks, rules.adapter_rule, _rank, searched=False,

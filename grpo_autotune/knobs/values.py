@@ -115,8 +115,8 @@ def iterations(context: KnobContext, own: int) -> tuple[int, ...]:
 
 
 def betas(context: KnobContext, own: float) -> tuple[float, ...]:
-    """The user's own, and 0: no reference pass is made then."""
-    return (own,) if own == 0 else (own, 0.0)
+    """The user's own, and 0, where no branches need it: no reference pass is made then."""
+    return (own,) if own == 0 or context.config.branches is not None else (own, 0.0)
 
 
 def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:

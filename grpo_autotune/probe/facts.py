@@ -120,11 +120,12 @@ def _group_facts(scored: Iterable[Any], group: int, weights: Any) -> tuple[int, 
     for rewards in scored:
         judged = ~np.isnan(rewards).all(axis=1)
         weighted = np.nansum(rewards * weights[None, :], axis=1)
+        first = rewards[np.arange(len(rewards)), (~np.isnan(rewards)).argmax(axis=1)]  # of those that judge the row
         totals.extend(weighted[judged].tolist())
         for start in range(0, len(weighted) - group + 1, group):
             rows = weighted[start : start + group][judged[start : start + group]]
             live += bool(rows.size and rows.max() - rows.min() > LIVE_SPREAD)
-            rates.append(float(np.mean(np.nan_to_num(rewards[start : start + group, 0]) >= PASSED)))
+            rates.append(float(np.mean(np.nan_to_num(first[start : start + group]) >= PASSED)))
     return live, rates, float(np.mean(totals)) if totals else 0.0
 
 

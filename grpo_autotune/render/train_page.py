@@ -28,6 +28,7 @@ CURVES = (
     ("Gradient", "norm", {"grad_norm": "gradient norm"}),
 )
 """Title of a curve, its axis, and the keys that are drawn, each with its name."""
+BY_BRANCH = {"reward": "mean reward", "kl": "nats per token", "beta": "weight of the KL term"}  # axes
 
 
 def train_title(log: Log, report: Report | None, *, running: bool) -> str:
@@ -52,7 +53,7 @@ def train_sections(
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
         Section("alerts", "Alerts", told),
         Section("evaluations", "Evaluations", list(_evaluations(log))),
-        Section("curves", "Training", [picture for curve in CURVES for picture in _curve(log, *curve)]),
+        Section("curves", "Training", [picture for curve in _curves(log) for picture in _curve(log, *curve)]),
         Section("stages", "Where a step goes", blocks),
         *machine_sections(*facts),
     ]
@@ -85,11 +86,20 @@ def _summary(log: Log) -> list[str]:
     return told or ["Nothing was logged yet."]
 
 
+def _curves(log: Log) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """`CURVES`, and those of branches, in training and held out."""
+    yield from CURVES
+    for before, words in (("branch/", ""), ("eval_branch/", ", held out")):
+        for metric, axis in BY_BRANCH.items():
+            keys = {key for row in log for key in row if key.startswith(before) and key.endswith(f"/{metric}")}
+            yield f"Branches: {metric}{words}", axis, {key: key.split("/")[1] for key in sorted(keys)}
+
+
 def _curve(log: Log, title: str, axis: str, keys: dict[str, str]) -> Iterator[Picture]:
     rows = [
         {"step": step, "value": value, "series": name}
         for key, name in keys.items()
-        for step, value in _thinned(_points(log, key))
+        for step, value in _thinned(_points(log, key, "eval" if key.startswith("eval_") else "train"))
     ]
     ends = {row["series"]: row["value"] for row in rows}
     alt = f"{title} over steps; at the end: " + ", ".join(f"{name} {value:.3g}" for name, value in ends.items())

@@ -93,6 +93,6 @@ def _reaches(key: str, record: ProbeRecord) -> bool:
         return record.images is not None
     if key == SPEEDUPS:
         return True
-    if key == SERVER:
+    if key in (SERVER, "grpo.advantages"):
         return False  # nobody would start it when the script runs by itself
     return key.partition(".")[0] in SECTIONS and not (key.startswith("vllm.") and not record.trainer.use_vllm)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
+from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
@@ -48,6 +49,10 @@ def grpo_arguments(
     keys["logging_nan_inf_filter"] = False  # it would replace a NaN loss by the mean of those before
     keys["reward_weights"] = reward_weights
     keys.setdefault("output_dir", output_dir)
+    keys.pop("advantages", None)
+    if config.branches is not None and "beta" not in keys:
+        keys["beta"] = max(start_weights(config.branches, config.grpo).values())
+        notes.append(f"grpo.beta {keys['beta']:g}, for a reference model: each branch has its own weight")
     with as_config_errors("grpo"):
         grpo = GRPOConfig(**keys)
         if not grpo.use_vllm:  # said now, and not once the model is loaded
@@ -63,7 +68,7 @@ def check_best_metric(
     args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
 ) -> None:
     """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
-    unless one of their `modules` speaks of `log_metric`."""
+    or of a branch, unless one of their `modules` speaks of `log_metric`."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
@@ -73,7 +78,7 @@ def check_best_metric(
     known |= {f"{name}_{key}" for name in sets for key in by_transformers} or set(by_transformers)
     known -= set() if args.beta else {"kl"}
     texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
-    if metric not in known and not any("log_metric" in text for text in texts):
+    if metric not in known and not metric.startswith("branch/") and not any("log_metric" in text for text in texts):
         fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
         raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
 

@@ -23,6 +23,7 @@ from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
+from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
@@ -30,6 +31,9 @@ from grpo_autotune.train.arguments import (
     suppress_image_token,
     unlocked_engine,
 )
+from grpo_autotune.train.branches.control import BranchControl
+from grpo_autotune.train.branches.evaluation import evaluate_by_branch
+from grpo_autotune.train.branches.rows import divided
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
@@ -115,6 +119,8 @@ def build_trainer(
     with phase("data"):
         train_data, eval_data = load(config, say)
         functions, weights, names = build_rewards(config, train_data.column_names)
+        if config.branches is not None:
+            train_data, functions = divided(config, train_data, eval_data, functions, say)
     arguments = grpo_arguments(
         config,
         output_dir=str(RunFolder(config.run_dir).checkpoints),
@@ -155,6 +161,10 @@ def build_trainer(
         mixed_image_rows.mend(trainer)
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
+    if config.branches is not None:
+        evaluate_by_branch(trainer, config.branches, BranchControl(trainer, config.branches, config.grpo, say))
+    if config.grpo.get("advantages") == "rank":
+        put_ranks_on(trainer)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)

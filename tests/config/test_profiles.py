@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names, profiles_folder, resolve_source
 from grpo_autotune.registry import is_reference, names, resolve
 from grpo_autotune.train.rewards.build import build_rewards
 
-SHIPPED = {"demo", "qwen3-vl-2b-lora-1gpu", "qwen2.5-vl-7b-qlora-1gpu", "qwen3-1.7b-gsm8k-1gpu"}
+SHIPPED = {"demo", "qwen3-vl-2b-lora-1gpu", "qwen2.5-vl-7b-qlora-1gpu", "qwen3-1.7b-gsm8k-1gpu", "two-objectives"}
 
 
 def test_the_promised_profiles_are_shipped() -> None:
@@ -35,6 +36,10 @@ def test_a_profile_fits_trl(name: str) -> None:
     from trl import GRPOConfig
 
     config = load_config(name)
-    arguments = config.grpo | config.vllm.grpo_kwargs() | {"output_dir": "x", "use_cpu": True, "bf16": False}
+    arguments = (
+        {key: value for key, value in config.grpo.items() if key not in OWN_GRPO_KEYS}
+        | config.vllm.grpo_kwargs()
+        | {"output_dir": "x", "use_cpu": True, "bf16": False}
+    )
     assert GRPOConfig(**arguments).generation_batch_size == config.batch.generation_batch
     assert config.peft is not None and LoraConfig(**config.peft).r == config.peft["r"]

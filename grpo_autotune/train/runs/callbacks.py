@@ -129,6 +129,9 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             held_out = timed.removeprefix("eval_").removesuffix("runtime").rstrip("_")
             of = f" of {held_out}" if held_out else ""
             line = f"evaluation{of} at step {state.global_step}: reward {reward:.4f}"
+            for key in metrics:
+                if key.startswith("eval_branch/") and key.endswith("/reward") and metrics[key] is not None:
+                    line += f", {key.split('/')[1]} {metrics[key]:.4f}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -51,6 +51,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
         self._train_sampler: Any = None
         self._resumed_losses: dict[str, Any] = {}
+        self.carried: dict[str, Any] = {}  # what parts on this trainer go on with, alike on all ranks: plain values
         super().__init__(*args, **kwargs)
         self.add_callback(_StepBoundary(self))
 
@@ -120,8 +121,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             return
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
+        path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
         device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch cannot restore to "cpu:0"
         state = torch.load(path, map_location=device, weights_only=True) if path.is_file() else {}
+        self.carried.update(state.get("carried", {}))
         if state.get("world_size") != self.args.world_size:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
@@ -186,6 +189,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         return {
             "world_size": self.args.world_size,
             "micro_step": self._step,
+            "carried": self.carried,
             "rollouts": self._buffered_inputs if self._step % period else None,
             "metrics": {mode: {name: list(values) for name, values in m.items()} for mode, m in self._metrics.items()},
             "completions": json.dumps(self._completions_log(), default=str),
