@@ -119,6 +119,8 @@ class Judge(RemoteReward):
             _raise_for(error, key)
         except openai.APIConnectionError as error:
             raise failure(error.__cause__) from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise Failed("json") from None
         score = self._read(answer)
         if self._verdicts is not None:
             self._verdicts.put(self._cache_key(provider, row), score)
