@@ -51,6 +51,7 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
         "choice_letter": Builtin(f"{_REWARDS}:choice_letter"),
         "box_iou": Builtin(f"{_REWARDS}:box_iou"),
         "length": Builtin(f"{_REWARDS}:length"),
+        "judge": Builtin("grpo_autotune.train.rewards.remote.judge:Judge", ("openai", "judge")),
         "service": Builtin("grpo_autotune.train.rewards.remote.service:Service", ("tenacity", "judge")),
         "accuracy_reward": Builtin(f"{_TRL_REWARDS}:accuracy_reward", _MATH),
         "reasoning_accuracy_reward": Builtin(f"{_TRL_REWARDS}:reasoning_accuracy_reward", _MATH),

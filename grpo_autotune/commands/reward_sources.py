@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from grpo_autotune.config.foreign_keys import ForeignKey, accepted_types, check_values
+from grpo_autotune.config.judge import check_keys, judge_settings
 from grpo_autotune.config.reward_arguments import NAMED, check_arguments
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import AutotuneError
 from grpo_autotune.registry import Definition, is_reference, source_of
 
 
@@ -16,6 +20,7 @@ def check_rewards(config: RunConfig) -> None:
 
     Raises:
         ConfigError: There is no such function, or it does not take what it will be given.
+        EnvironmentProblem: The key of a judge's provider is not set.
     """
     for place, item in enumerate(config.rewards):
         definition, where = source_of("reward", item.name), f"rewards[{place}]"
@@ -27,6 +32,15 @@ def check_rewards(config: RunConfig) -> None:
         check_arguments(_signature(definition), item.params, where, columns, made=definition.name == "__init__")
         if is_ours:
             check_values(f"{where}.params", item.params, _keys(definition))
+        if item.name == "judge":
+            _check_judge(item.params, f"{where}.params")
+
+
+def _check_judge(params: Mapping[str, Any], where: str) -> None:
+    try:
+        check_keys(judge_settings(params))
+    except AutotuneError as error:
+        raise type(error)(error.what, where=f"{where}.{error.where}", fix=error.fix) from None
 
 
 def _signature(definition: Definition) -> inspect.Signature:

@@ -80,12 +80,13 @@ def judge_settings(params: Mapping[str, Any]) -> JudgeSettings:
 def check_keys(settings: JudgeSettings) -> None:
     """Look for the key of each provider; EnvironmentProblem names the environment variable that is not set."""
     for place, provider in enumerate(settings.providers):
-        if provider.api_key_env and not os.environ.get(provider.api_key_env):
-            raise EnvironmentProblem(
-                f"the environment variable {provider.api_key_env} is not set",
-                where=f"providers[{place}].api_key_env",
-                fix="Put the provider's key into it; an endpoint without keys needs no api_key_env.",
-            )
+        name, fix = (
+            provider.api_key_env,
+            "Put the provider's key into it; an endpoint without keys needs no api_key_env.",
+        )
+        if name and not os.environ.get(name):
+            where = f"providers[{place}].api_key_env"
+            raise EnvironmentProblem(f"the environment variable {name} is not set", where=where, fix=fix)
 
 
 def judge_template(prompt: str) -> tuple[Template, set[str]]:

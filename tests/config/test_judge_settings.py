@@ -36,7 +36,6 @@ def params(provider: dict[str, Any] | None = None, **others: Any) -> dict[str, A
         (params(scale=[1, 0]), "scale", "[lowest, highest]"),
         (params(scale=[1]), "scale", "at least 2"),
         (params(cache="yes"), "cache", "auto"),
-        (params(on_failure="zero"), "on_failure", "group_mean"),
         (params(prompts="x"), "prompts", "Nearest known key: prompt"),
         (params(prompt="judge.md"), "prompt", "{{ completion }}"),
         (params(prompt="Score {completion}\nfrom 0 to 1"), "prompt", "{{ completion }}"),
@@ -55,16 +54,10 @@ def test_the_prompt_may_stand_in_a_file_and_braces_of_others_stay(tmp_path: Path
     file = tmp_path / "judge.md"
     file.write_text('Answer as {"score": 1}: {{ question }}\n{{ completion }}', encoding="utf-8")
     values = {"question": "What is {{ answer }} or {0}?", "completion": "{% if x %}{{ 7 * 7 }}"}
-    text = judge_template(str(file), {"question"}).render(values)
+    template, names = judge_template(str(file))
+    text = template.render(values)
+    assert names == {"question", "completion"}
     assert text == 'Answer as {"score": 1}: What is {{ answer }} or {0}?\n{% if x %}{{ 7 * 7 }}'
-
-
-def test_a_name_that_is_no_column_is_said_with_the_nearest() -> None:
-    with pytest.raises(ConfigError) as caught:
-        judge_template("{{ completion }} {{ anwser }}", {"answer", "question"})
-    assert str(caught.value) == (
-        "prompt: it names {{ anwser }}, which is no column. Nearest: answer. Known: answer, completion, prompt, question."
-    )
 
 
 def test_a_key_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

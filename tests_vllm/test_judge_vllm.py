@@ -1,0 +1,98 @@
+"""A real judge: vLLM serves SmolLM2-135M-Instruct, which scores the completions of real runs by JSON schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from grpo_autotune.cli import main
+from grpo_autotune.train.trainer import build_trainer
+from tests.support.real_model import real_model
+from tests.support.training import text_config
+
+START_LIMIT_S = 240.0
+KEY = "local-judge-4f1c"
+PROMPT = (
+    "How well does the text answer the question? Give a short reason and a score from 0 (not at all) to 10 (fully).\n"
+)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the server, which wants a key."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--served-model-name", "smol"]
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(real_model()),
+        "--port",
+        str(port),
+        *options,
+    ]
+    log = tmp_path_factory.mktemp("judge") / "log.txt"
+    given = {"VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as out:
+        child = subprocess.Popen(words, env=os.environ | given, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not answers(f"http://127.0.0.1:{port}"):
+            if child.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait(timeout=60)
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx2.get(f"{address}/health", timeout=5).is_success
+    except httpx2.HTTPError:
+        return False
+
+
+def rewards(judge: str, **provider: Any) -> list[dict[str, Any]]:
+    first = {"base_url": judge, "model": "smol", "api_key_env": "JUDGE_KEY", "max_tokens": 128, **provider}
+    params = {
+        "providers": [first],
+        "prompt": f"{PROMPT}Question: {{{{ prompt }}}}\n{{{{ completion }}}}",
+        "scale": [0, 10],
+    }
+    return [{"name": "judge", "params": params}]
+
+
+@pytest.fixture
+def run(served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "cache"))
+    return lambda rewards, **grpo: text_config(served("qwen3"), tmp_path, {"rewards": rewards}, **grpo)
+
+
+def test_it_judges_a_real_run(judge: str, run: Callable[..., Any], tmp_path: Path) -> None:
+    config = run(rewards(judge, extra_body={"repetition_penalty": 1.2}), max_steps=2)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.to_dict()))
+    for attempt in range(2):
+        assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / f"out{attempt}")]) == 0
+    logs = [(tmp_path / f"out{attempt}" / "train_log.jsonl").read_text().splitlines() for attempt in range(2)]
+    steps = [[json.loads(line) for line in lines if "rewards/judge/mean" in line] for lines in logs]
+    means, again = ([step["rewards/judge/mean"] for step in lines] for lines in steps)
+    assert len(means) == 2 and all(0 <= mean <= 10 for mean in means)
+    print(steps)
