@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, retry_if_not_exception_type
 
 from grpo_autotune.config.batch import world_size
 from grpo_autotune.errors import RewardError
+from grpo_autotune.train.rewards.answers import completion_text
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.client import client
 from grpo_autotune.train.rewards.remote.counts import Remote
 from grpo_autotune.train.rewards.remote.limits import Lane, Policy, Slots
-from grpo_autotune.train.rewards.remote.replies import Busy, Endpoint, Failed, Refused, Reply
+from grpo_autotune.train.rewards.remote.replies import Busy, Endpoint, Failed, Refused, Reply, Unfit
 
 REMEDIES = {
     400: "Check what is sent",
@@ -141,7 +142,7 @@ class RemoteReward(Remote):
 
     async def _score(self, one: _Asked, begin_s: float) -> None:
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Failed),
+            retry=retry_if_exception_type(Failed) & retry_if_not_exception_type(Unfit),
             stop=lambda state: self._is_over(one, state.upcoming_sleep),
             wait=self._pause_s,
             sleep=asyncio.sleep,
@@ -231,7 +232,7 @@ class RemoteReward(Remote):
         """What a call says of its endpoint; nothing where it was given up."""
         is_busy = isinstance(error, Busy)
         lane.trouble = error or lane.trouble
-        lane.breaker.end(False if error and not is_busy else good, trial)
+        lane.breaker.end(False if error and not isinstance(error, Busy | Unfit) else good, trial)
         if error or good:
             lane.slots.learn(error)
         self.counts.rate_limited += is_busy
@@ -247,3 +248,11 @@ class RemoteReward(Remote):
         kind, said = (lane.trouble.kind, lane.trouble.said) if lane.trouble else ("busy", "")
         told = f"{lane.endpoint.name} has given no score yet, {self.counts.calls} calls failed ({kind}: {said})"
         return RewardError(told, where=f"{self.where}.{lane.endpoint.where}", fix="Is it up, are its settings right?")
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a batch: its columns, the text of the `prompt`'s last message, and that of the `completion`."""
+    named = {key: values for key, values in batch.items() if isinstance(values, list)}
+    named["prompt"] = [completion_text(turns if isinstance(turns, str) else turns[-1:]) for turns in batch["prompts"]]
+    named["completion"] = [completion_text(turns) for turns in batch["completions"]]
+    return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]

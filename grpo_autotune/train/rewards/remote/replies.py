@@ -74,6 +74,10 @@ class Failed(Exception):
         self.kind, self.said, self.retry_after_s = kind, said, retry_after_s
 
 
+class Unfit(Failed):
+    """A call that fails for its row's sake: nothing is gained by making it again, and it says nothing of others."""
+
+
 class Busy(Failed):
     """The endpoint asks for fewer calls (status 429), and for a pause of `retry_after_s` where it says so."""
 

@@ -12,8 +12,7 @@ import jinja2
 import jinja2.meta
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.train.rewards.answers import completion_text
-from grpo_autotune.train.rewards.remote.batch import RemoteReward
+from grpo_autotune.train.rewards.remote.batch import RemoteReward, rows_of
 from grpo_autotune.train.rewards.remote.client import failure, secret
 from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt
 
@@ -74,12 +73,7 @@ class Service(RemoteReward):
 
     def rows(self, batch: Mapping[str, Any]) -> list[Any]:
         """The bodies."""
-        named = {key: values for key, values in batch.items() if isinstance(values, list)}
-        named["prompt"] = [
-            completion_text(turns if isinstance(turns, str) else turns[-1:]) for turns in batch["prompts"]
-        ]
-        named["completion"] = [completion_text(turns) for turns in batch["completions"]]
-        return [self._body({key: named[key][row] for key in named}) for row in range(len(named["completion"]))]
+        return [self._body(row) for row in rows_of(batch)]
 
     def _secrets(self) -> dict[str, str]:
         return {header: secret(variable, f"headers_env.{header}") for header, variable in self._variables.items()}
