@@ -18,11 +18,11 @@ import httpx2
 import pytest
 
 from grpo_autotune.cli import main
-from grpo_autotune.train.trainer import build_trainer
 from tests.support.real_model import real_model
 from tests.support.training import text_config
 
 START_LIMIT_S = 240.0
+SUCCESS = re.compile(r"vllm:request_success_total\b")
 KEY = "local-judge-4f1c"
 PROMPT = (
     "How well does the text answer the question? Give a short reason and a score from 0 (not at all) to 10 (fully).\n"
@@ -86,13 +86,40 @@ def run(served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Monke
     return lambda rewards, **grpo: text_config(served("qwen3"), tmp_path, {"rewards": rewards}, **grpo)
 
 
-def test_it_judges_a_real_run(judge: str, run: Callable[..., Any], tmp_path: Path) -> None:
-    config = run(rewards(judge, extra_body={"repetition_penalty": 1.2}), max_steps=2)
+def test_it_judges_real_runs(judge: str, run: Callable[..., Any], tmp_path: Path) -> None:
+    """The second run samples the same completions, whose verdicts are there already."""
+    config = run(rewards(judge), max_steps=2)
     (tmp_path / "run.yaml").write_text(json.dumps(config.to_dict()))
-    for attempt in range(2):
-        assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / f"out{attempt}")]) == 0
-    logs = [(tmp_path / f"out{attempt}" / "train_log.jsonl").read_text().splitlines() for attempt in range(2)]
-    steps = [[json.loads(line) for line in lines if "rewards/judge/mean" in line] for lines in logs]
-    means, again = ([step["rewards/judge/mean"] for step in lines] for lines in steps)
-    assert len(means) == 2 and all(0 <= mean <= 10 for mean in means)
-    print(steps)
+    means, calls = [], []
+    for number in range(2):
+        folder = tmp_path / f"out{number}"
+        before = requests(judge)
+        assert main(["train", str(tmp_path / "run.yaml"), "--out", str(folder)]) == 0
+        calls.append(requests(judge) - before)
+        lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "rewards/judge/mean" in line]
+        means.append([step["rewards/judge/mean"] for step in steps])
+        assert [step["rewards/judge/failed"] for step in steps] == [0, 0]
+    assert len(means[0]) == 2 and all(0 <= mean <= 10 for mean in means[0]) and len(set(means[0])) == 2
+    assert means[1] == means[0] and calls[0] > 8 > calls[1] == 0
+
+
+def requests(judge: str) -> int:
+    """Chat completions that the server has answered."""
+    text = httpx2.get(f"{judge.removesuffix('/v1')}/metrics", timeout=10).text
+    return round(sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if SUCCESS.match(line)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "large"}, "large at .* answered 404: The model `large` does not exist"),
+        ({"api_key_env": "HOME"}, "smol at .* answered 401: Unauthorized"),
+    ],
+)
+def test_its_refusals_are_one_line(
+    judge: str, run: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], words: str, capfd: Any
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(run(rewards(judge, **changes)).to_dict()))
+    assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert re.search(words, capfd.readouterr().err.splitlines()[-1])
