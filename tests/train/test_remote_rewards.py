@@ -99,7 +99,10 @@ def test_a_deadline_ends_what_hangs_and_a_cancelled_batch_leaves_nothing() -> No
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("401", r"rewards\[1\]\.params\.url: 127\.0\.0\.1:\d+ answered 401: .*\*\*\*.*Check the key in the environment"),
+        (
+            "401",
+            r"rewards\[1\]\.params\.url: 127\.0\.0\.1:\d+ answered 401: .*\*\*\*.*Check the key in the environment",
+        ),
         ("404", r"answered 404: Not Found\. Check the address"),
     ],
 )
@@ -116,7 +119,11 @@ def test_a_refusal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch, fault: 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
-    [(None, "connect: All connection attempts failed"), ("schema", "schema: no number at .+verdict"), ("hang", "timeout")],
+    [
+        (None, "connect: All connection attempts failed"),
+        ("schema", "schema: no number at .+verdict"),
+        ("hang", "timeout"),
+    ],
 )
 def test_an_endpoint_that_never_answered_ends_the_run(fault: str | None, told: str) -> None:
     with FaultServer(lambda number: str(fault)) as server:
@@ -208,7 +215,15 @@ def test_calls_at_once_adapt() -> None:
             await asyncio.gather(*(one() for _ in range(2 * slots.limit)))
             limits.append(slots.limit)
 
-        for at_s, error in [(0, None), (0, Failed("500")), (0, Busy()), (1, Busy()), (10, None), (20, None), (20, None)]:
+        for at_s, error in [
+            (0, None),
+            (0, Failed("500")),
+            (0, Busy()),
+            (1, Busy()),
+            (10, None),
+            (20, None),
+            (20, None),
+        ]:
             now_s = at_s
             await rounds(error)
         now_s = 100.0
@@ -277,9 +292,18 @@ def test_retry_after() -> None:
 
 
 def test_bodies_scores_and_what_is_wrong_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"q": "{{ prompt }}", "a": ["{{ completion | upper }}!"], "n": "{{ number }}", "k": 5, "o": "{{ no | default(1) }}"}
+    body = {
+        "q": "{{ prompt }}",
+        "a": ["{{ completion | upper }}!"],
+        "n": "{{ number }}",
+        "k": 5,
+        "o": "{{ no | default(1) }}",
+    }
     reward = Service(url="http://x/y", body=body, score="$['a b'].c[1]")
-    rows = {"prompts": [[{"role": "user", "content": "why?"}]], "completions": [[{"role": "assistant", "content": "so"}]]}
+    rows = {
+        "prompts": [[{"role": "user", "content": "why?"}]],
+        "completions": [[{"role": "assistant", "content": "so"}]],
+    }
     assert reward.rows({**rows, "number": [[1, 2]]}) == [{"q": "why?", "a": ["SO!"], "n": [1, 2], "k": 5, "o": 1}]
     assert reward.columns == {"prompt", "completion", "number"}
     assert Service(url="http://x", body='{"p": {{ prompt | tojson }} }').rows(rows) == ['{"p": "why?" }']
