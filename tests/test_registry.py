@@ -23,10 +23,21 @@ OF_TRL = [
 
 def test_every_built_in_reward_resolves_to_the_function_of_its_name() -> None:
     assert names("reward") == sorted(
-        ["exact_match", "numeric_match", "regex", "format", "choice_letter", "box_iou", "length", *OF_TRL]
+        [
+            "exact_match",
+            "numeric_match",
+            "regex",
+            "format",
+            "choice_letter",
+            "box_iou",
+            "length",
+            "judge",
+            "service",
+            *OF_TRL,
+        ]
     )
     for name in names("reward"):
-        assert resolve("reward", name).__name__ == name
+        assert resolve("reward", name).__name__.lower() == name
 
 
 def test_every_built_in_reward_is_in_the_documentation() -> None:
