@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import httpx2
 import pytest
 
 from grpo_autotune.cli import main
+from grpo_autotune.rollout.server.command import SERVER_MODULE
 from tests.support.real_model import real_model
 from tests.support.training import text_config
 
@@ -36,16 +38,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--served-model-name", "smol"]
-    words = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(real_model()),
-        "--port",
-        str(port),
-        *options,
-    ]
+    words = [sys.executable, "-m", SERVER_MODULE, "--model", str(real_model()), "--port", str(port), *options]
     log = tmp_path_factory.mktemp("judge") / "log.txt"
     given = {"VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
@@ -58,7 +51,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(child.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
         child.wait(timeout=60)
 
 

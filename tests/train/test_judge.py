@@ -207,7 +207,7 @@ def test_a_cache_that_cannot_be_used_is_a_warning(capsys: pytest.CaptureFixture[
 @pytest.mark.slow
 def test_no_file_and_no_line_of_a_run_holds_the_key(tiny: Any, tmp_path: Path, capfd: Any) -> None:
     """A probe beside a provider that fails and repeats the key, then a run that a wrong key ends."""
-    with FaultServer(lambda number: "ok" if number % 4 else "broken_echo" if number else "ok", judged) as server:
+    with FaultServer(lambda number: "broken_echo" if number % 4 == 1 else "ok", judged) as server:
         provider = {"base_url": base_url(server), "model": "m", "api_key_env": "JUDGE_KEY"}
         params = {"providers": [provider], "prompt": "{{ prompt }} {{ answer }}\n{{ completion }}"}
         config = text_config(tiny("qwen3"), tmp_path, {"rewards": [{"name": "judge", "params": params}]})
