@@ -14,8 +14,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.registry import is_reference, resolve
 from grpo_autotune.seams.layers import is_async
 from grpo_autotune.train.rewards.guard import blame, guard
-from grpo_autotune.train.rewards.remote.counts import Remote
-from grpo_autotune.train.rewards.remote.own import OwnReward
+from grpo_autotune.train.rewards.remote.timed import OwnReward, Remote
 
 KEPT_BY_TRL = ("prompt", "completion")
 """Columns that no reward is given (`GRPOTrainer._calculate_rewards`, TRL 1.16)."""
@@ -71,11 +70,11 @@ def _guarded(
     if not limits:
         return guard(function, name, params, alone=alone)
     if isinstance(function, Remote):
-        function.set_up(name, where, item.concurrency, item.deadline_s)
         remote, attributes = function, {}
     else:
-        remote = OwnReward(function, name, item.deadline_s, may_fail=bool(keys))
+        remote = OwnReward(function, may_fail=bool(keys))
         attributes = getattr(function, "__dict__", {})
+    remote.set_up(name, where, item.concurrency, item.deadline_s)
     guarded = guard(remote.__call__, name, params, alone=alone)
     on_failure = item.on_failure or ("group_mean" if keys or isinstance(function, Remote) else None)
     guarded.__dict__.update(attributes, remote=remote, on_failure=on_failure)

@@ -14,8 +14,15 @@ import jinja2.meta
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.rewards.answers import completion_text
 from grpo_autotune.train.rewards.remote.batch import RemoteReward
-from grpo_autotune.train.rewards.remote.client import failure, secret
-from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt
+from grpo_autotune.train.rewards.remote.replies import (
+    Endpoint,
+    Failed,
+    Reply,
+    check_status,
+    excerpt,
+    failure,
+    secret,
+)
 
 DEFAULT_BODY = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 STEP = r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
