@@ -133,8 +133,7 @@ class OwnReward(Remote):
 
 
 def _quantiles(seconds: deque[float]) -> CallTimes | None:
-    return (
-        CallTimes(**dict(zip(("p50", "p95", "p99"), np.percentile(seconds, (50, 95, 99)).tolist())))
-        if seconds
-        else None
-    )
+    if not seconds:
+        return None
+    p50, p95, p99 = np.percentile(seconds, (50, 95, 99)).tolist()
+    return CallTimes(p50=p50, p95=p95, p99=p99)
