@@ -129,14 +129,15 @@ def close_in(loop: asyncio.AbstractEventLoop | None) -> None:
             asyncio.run_coroutine_threadsafe(aclose(), loop).result(CLOSE_S)
 
 
-def failure(error: BaseException | None) -> Failed:
-    """An error of the client as one that is counted: `connect`, `timeout` or `read`."""
+def failure(error: BaseException | None, secrets: Iterable[str] = ()) -> Failed:
+    """An error of the client as one that is counted: `connect`, `timeout` or `read`; `secrets` are cut out of it."""
     kind = "timeout" if isinstance(error, httpx2.TimeoutException) else "read"
-    return Failed("connect" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else kind, str(error))
+    kind = "connect" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else kind
+    return Failed(kind, excerpt(str(error), secrets))
 
 
 def secret(variable: str, where: str) -> str:
     """The value of an environment variable, to be read when it is sent and kept nowhere; ConfigError if it has none."""
-    if value := os.environ.get(variable):
+    if value := os.environ.get(variable, "").strip():
         return value
     raise ConfigError(f"the environment variable {variable} is not set", where=where, fix="Export it before the run.")
