@@ -84,7 +84,7 @@ def check_keys(settings: JudgeSettings) -> None:
             provider.api_key_env,
             "Put the provider's key into it; an endpoint without keys needs no api_key_env.",
         )
-        if name and not os.environ.get(name):
+        if name and not os.environ.get(name, "").strip():
             where = f"providers[{place}].api_key_env"
             raise EnvironmentProblem(f"the environment variable {name} is not set", where=where, fix=fix)
 
