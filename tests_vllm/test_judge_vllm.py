@@ -64,7 +64,7 @@ def answers(address: str) -> bool:
 
 
 def rewards(judge: str, **provider: Any) -> list[dict[str, Any]]:
-    first = {"base_url": judge, "model": "smol", "api_key_env": "JUDGE_KEY", "max_tokens": 128, **provider}
+    first = {"base_url": judge, "model": "smol", "api_key_env": "JUDGE_KEY", **SAMPLING, **provider}
     params = {
         "providers": [first],
         "prompt": f"{PROMPT}Question: {{{{ prompt }}}}\n{{{{ completion }}}}",
