@@ -29,6 +29,8 @@ KEY = "local-judge-4f1c"
 PROMPT = (
     "How well does the text answer the question? Give a short reason and a score from 0 (not at all) to 10 (fully).\n"
 )
+SAMPLING = {"max_tokens": 96, "extra_body": {"repetition_penalty": 1.2}}
+"""So small a model repeats itself without."""
 
 
 @pytest.fixture(scope="module")
