@@ -94,11 +94,12 @@ class Judge(RemoteReward):
         variable = provider.api_key_env  # without one, the client would send the key in OPENAI_API_KEY
         key = replies.secret(variable, "api_key_env") if variable else "no-key"
         client: Any = {"api_key": key, "timeout": self.http.timeout, "max_retries": 0, "http_client": self.http}
-        said = {"system": self.settings.system, "user": row[0]}
+        texts = {"system": self.settings.system, "user": row[0]}
+        messages: Any = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
         try:
             answer = await openai.AsyncOpenAI(base_url=provider.base_url, **client).chat.completions.create(
                 model=provider.model,
-                messages=[{"role": role, "content": text} for role, text in said.items() if text is not None],
+                messages=messages,
                 response_format=self.response_format,
                 extra_body=provider.extra_body,
                 **provider.sampling,
@@ -112,9 +113,8 @@ class Judge(RemoteReward):
         score = self._read(answer)
         if self._verdicts is not None:
             self._verdicts.put(self._cache_key(provider, row), score)
-        tokens = [getattr(answer.usage, f"{part}_tokens", None) or 0 for part in ("prompt", "completion")]
-        cost = (tokens[0] * provider.price_in + tokens[1] * provider.price_out) / 1e6
-        return Reply(score, *tokens, cost or None)
+        sent, got = (getattr(answer.usage, f"{part}_tokens", None) or 0 for part in ("prompt", "completion"))
+        return Reply(score, sent, got, (sent * provider.price_in + got * provider.price_out) / 1e6 or None)
 
     def _read(self, answer: Any) -> float:
         """The score in a chat completion, which is a text where the body was no JSON."""
