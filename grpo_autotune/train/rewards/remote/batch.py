@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, retry_if_not_exception_type
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from grpo_autotune.config.batch import world_size
 from grpo_autotune.errors import RewardError
 from grpo_autotune.train.rewards.answers import completion_text
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.limits import Lane, Policy
-from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Refused, Reply, Unfit, client
+from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Refused, Reply, client
 from grpo_autotune.train.rewards.remote.timed import Remote
 
 REMEDIES = {
@@ -133,7 +133,7 @@ class RemoteReward(Remote):
 
     async def _score(self, one: _Asked, batch_begin_s: float) -> None:
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Failed) & retry_if_not_exception_type(Unfit),
+            retry=retry_if_exception(lambda error: getattr(error, "again", False)),
             stop=lambda state: self._is_over(one, state.upcoming_sleep),
             wait=self._pause_s,
             sleep=asyncio.sleep,

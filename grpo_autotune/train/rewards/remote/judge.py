@@ -124,15 +124,15 @@ class Judge(RemoteReward):
         except (AttributeError, IndexError, TypeError):
             raise Failed("json" if isinstance(answer, str) else "schema") from None
         if refusal:
-            raise Failed("refusal")
+            raise Unfit("refusal")
         if choice.finish_reason in ("length", "content_filter"):
-            raise Failed(choice.finish_reason)
+            raise Unfit(choice.finish_reason)
         try:
             return float(self.verdict.model_validate_json(content or "").score)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             kind = "json" if problem["type"] == "json_invalid" else "scale" if "than" in problem["type"] else "schema"
-            raise Failed(kind, problem["msg"]) from None
+            raise Unfit(kind, problem["msg"]) from None
 
 
 def fenced(text: str) -> str:
@@ -146,7 +146,7 @@ def _raise_for(error: openai.APIStatusError, key: str) -> NoReturn:
     text, status, secrets = str(body.get("message") or error.response.text), error.status_code, (key, quote(key, ""))
     said, words = replies.excerpt(text, secrets), f"{body.get('code')} {text}".lower()
     if status == 400 and (kind := next((kind for word, kind in ROW_ERRORS.items() if word in words), None)):
-        raise Unfit(kind, said) from None
+        raise Unfit(kind, said, again=False) from None
     if status == 400 and any(word in words for word in NO_SCHEMA):
         raise Refused(400, f"{said} (a judge needs an endpoint that takes a JSON schema as response_format)") from None
     if body.get("code") == "insufficient_quota":  # a 429 that no pause mends
