@@ -27,7 +27,7 @@ REMEDIES = {
     400: "Check what is sent",
     401: "Check the key in the environment",
     403: "Check what the key in the environment may do",
-    404: "Check the address and the model's name",
+    404: "Check the address, and the names in it and in params",
 }
 
 
@@ -138,6 +138,7 @@ class RemoteReward(Remote):
             sleep=asyncio.sleep,
             reraise=True,
         )
+        reply: Reply
         try:
             reply, one.by = await retrying(self._attempt, one)
         except Failed as error:

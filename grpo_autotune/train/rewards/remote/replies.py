@@ -124,7 +124,7 @@ async def aclose() -> None:
 
 def close_in(loop: asyncio.AbstractEventLoop | None) -> None:
     """Close the client of a loop that runs on another thread."""
-    if loop in _clients and loop.is_running():
+    if loop is not None and loop in _clients and loop.is_running():
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(aclose(), loop).result(CLOSE_S)
 
