@@ -81,7 +81,7 @@ class RemoteReward(Remote):
         return client()
 
     def rows(self, batch: Mapping[str, Any]) -> list[Any]:
-        """What is asked for each completion of a batch, the keywords that TRL gives a reward function."""
+        """The requests, one for each completion of a batch, the keywords that TRL gives a reward function."""
         raise NotImplementedError
 
     async def __call__(self, **batch: Any) -> list[float]:
@@ -158,7 +158,7 @@ class RemoteReward(Remote):
             self.cache.put(one.row, reply.value)
 
     def _is_over(self, one: _Asked, pause_s: float) -> bool:
-        """Whether a row may have no further call; one that it may have is taken off what the batch has left."""
+        """True if a row may have no further call; one that it may have is taken off what the batch has left."""
         is_late = time.monotonic() + pause_s - one.begin_s >= self.policy.call_s
         if one.calls >= self.policy.tries or is_late or self._credit < 1:
             return True
