@@ -56,7 +56,8 @@ async def broken_on_one_rank(completion_ids: list[list[int]], **columns: Any) ->
     return [float(len(ids)) for ids in completion_ids]
 
 
-def test_a_stop_on_one_rank_is_that_of_all(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_stop_on_one_rank_is_that_of_all(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # for the arithmetic of the batch; torchrun sets its own
     rewards = [
         {"name": f"{__name__}:broken_on_one_rank", "on_failure": "stop"},
         {"name": "tests.support.training:uneven"},
