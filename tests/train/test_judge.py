@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,15 @@ def test_what_is_no_verdict_is_no_score(fault: str, kind: str, capsys: pytest.Ca
     assert f"2 of 3 scores failed ({kind} 2)" in capsys.readouterr().err
 
 
-def test_rows_that_are_too_long_are_asked_once_and_say_nothing_of_the_endpoint() -> None:
-    with FaultServer(lambda number: "too_long" if 0 < number <= 12 else "ok", judged) as server:
-        reward = judge_of(server)
-        assert scores_of(reward, *["0.5"] * 20).count(FAILED) == 12 == reward.calls().failures["too_long"]
-    assert len(server.calls) == 20
+@pytest.mark.parametrize("fault", ["too_long", "refusal", "above_scale"])
+def test_an_answer_without_a_verdict_says_nothing_of_the_endpoint(fault: str) -> None:
+    """Twelve in a row neither lead to the next provider nor hold calls back."""
+    with FaultServer(lambda number: fault if 0 < number <= 12 else "ok", judged) as server, FaultServer() as other:
+        both = [{"base_url": base_url(one), "model": "m"} for one in (server, other)]
+        reward = judge_of(server, providers=both)
+        reward.policy = replace(QUICK, tries=1, open_s=60.0)
+        assert scores_of(reward, *["0.5"] * 20).count(FAILED) == 12 == sum(reward.calls().failures.values())
+    assert len(server.calls) == 20 and not other.calls
 
 
 def test_a_name_that_is_no_column_is_said_before_training(tmp_path: Path) -> None:

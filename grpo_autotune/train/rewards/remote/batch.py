@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from grpo_autotune.config.batch import world_size
 from grpo_autotune.errors import RewardError
@@ -133,7 +133,7 @@ class RemoteReward(Remote):
 
     async def _score(self, one: _Asked, batch_begin_s: float) -> None:
         retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda error: getattr(error, "again", False)),
+            retry=retry_if_exception_type(Failed),
             stop=lambda state: self._is_over(one, state.upcoming_sleep),
             wait=self._pause_s,
             sleep=asyncio.sleep,

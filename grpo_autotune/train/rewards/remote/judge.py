@@ -146,7 +146,7 @@ def _raise_for(error: openai.APIStatusError, key: str) -> NoReturn:
     text, status, secrets = str(body.get("message") or error.response.text), error.status_code, (key, quote(key, ""))
     said, words = replies.excerpt(text, secrets), f"{body.get('code')} {text}".lower()
     if status == 400 and (kind := next((kind for word, kind in ROW_ERRORS.items() if word in words), None)):
-        raise Unfit(kind, said, again=False) from None
+        raise Unfit(kind, said) from None
     if status == 400 and any(word in words for word in NO_SCHEMA):
         raise Refused(400, f"{said} (a judge needs an endpoint that takes a JSON schema as response_format)") from None
     if body.get("code") == "insufficient_quota":  # a 429 that no pause mends

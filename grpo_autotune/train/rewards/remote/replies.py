@@ -64,19 +64,13 @@ class Failed(Exception):
         retry_after_s: The pause that it asks for.
     """
 
-    again = True
-
     def __init__(self, kind: str, said: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(kind, said)
         self.kind, self.said, self.retry_after_s = kind, said, retry_after_s or 0.0
 
 
 class Unfit(Failed):
-    """An answer without a score, which says nothing of other rows; `again` is False where a second try is vain."""
-
-    def __init__(self, kind: str, said: str = "", *, again: bool = True) -> None:
-        super().__init__(kind, said)
-        self.again = again
+    """An answer that came and holds no score: it says nothing of other rows."""
 
 
 class Busy(Failed):

@@ -11,9 +11,6 @@ from grpo_autotune.console import warn
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir
 
-PATIENCE_S = 1.0
-"""Longest wait for another process that writes."""
-
 
 class VerdictCache:
     """Scores by key, in SQLite. A file that cannot be used is said once, and left alone from then on."""
@@ -43,8 +40,8 @@ class VerdictCache:
 
 @cache
 def _connection(path: Path, process: int) -> sqlite3.Connection:
-    """The connection of a process: none survives a fork."""
-    connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
+    """The connection of a process, which waits up to 1 s for another's write; none survives a fork."""
+    connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL)")
