@@ -110,7 +110,7 @@ def requests(judge: str) -> int:
     ("changes", "words"),
     [
         ({"model": "large"}, "large at .* answered 404: The model `large` does not exist"),
-        ({"api_key_env": "HOME"}, "smol at .* answered 401: Unauthorized"),
+        ({"api_key_env": "HOME"}, "smol at .* answered 401: .*Unauthorized"),
     ],
 )
 def test_its_refusals_are_one_line(
