@@ -84,7 +84,7 @@ def run(served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_it_judges_real_runs(judge: str, run: Callable[..., Any], tmp_path: Path) -> None:
     """The second run samples the same completions, whose verdicts are there already."""
-    config = run(rewards(judge), max_steps=2)
+    config = run(rewards(judge), max_steps=2, gradient_accumulation_steps=1)
     (tmp_path / "run.yaml").write_text(json.dumps(config.to_dict()))
     means, calls = [], []
     for number in range(2):
@@ -96,8 +96,8 @@ def test_it_judges_real_runs(judge: str, run: Callable[..., Any], tmp_path: Path
         steps = [line for line in lines if "rewards/judge/mean" in line]
         means.append([step["rewards/judge/mean"] for step in steps])
         assert [step["rewards/judge/failed"] for step in steps] == [0, 0]
-    assert len(means[0]) == 2 and all(0 <= mean <= 10 for mean in means[0]) and len(set(means[0])) == 2
-    assert means[1] == means[0] and calls[0] > 8 > calls[1] == 0
+    assert len(means[0]) == 2 and all(0 <= mean <= 10 for mean in means[0]) and max(means[0]) > 0
+    assert means[1] == means[0] and calls == [8, 0]
 
 
 def requests(judge: str) -> int:
