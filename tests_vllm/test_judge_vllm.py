@@ -97,7 +97,7 @@ def test_it_judges_real_runs(judge: str, run: Callable[..., Any], tmp_path: Path
         means.append([step["rewards/judge/mean"] for step in steps])
         assert [step["rewards/judge/failed"] for step in steps] == [0, 0]
     assert len(means[0]) == 2 and all(0 <= mean <= 10 for mean in means[0]) and max(means[0]) > 0
-    assert means[1] == means[0] and calls == [8, 0]
+    assert means[1] == means[0] and calls[0] >= 7 and calls[1] == 0
 
 
 def requests(judge: str) -> int:
