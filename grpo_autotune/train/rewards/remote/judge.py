@@ -96,14 +96,11 @@ class Judge(RemoteReward):
         client: Any = {"api_key": key, "timeout": self.http.timeout, "max_retries": 0, "http_client": self.http}
         texts = {"system": self.settings.system, "user": row[0]}
         messages: Any = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
-        try:
-            answer = await openai.AsyncOpenAI(base_url=provider.base_url, **client).chat.completions.create(
-                model=provider.model,
-                messages=messages,
-                response_format=self.response_format,
-                extra_body=provider.extra_body,
-                **provider.sampling,
-            )
+        body = {"model": provider.model, "messages": messages, "response_format": self.response_format}
+        body |= {**provider.sampling, **provider.extra_body}
+        try:  # `chat.completions.create` does the same in three times the CPU seconds
+            endpoint = openai.AsyncOpenAI(base_url=provider.base_url, **client)
+            answer = (await endpoint.post("/chat/completions", cast_to=httpx2.Response, body=body)).json()
         except openai.APIStatusError as error:
             _raise_for(error, key)
         except openai.APIConnectionError as error:
@@ -113,20 +110,21 @@ class Judge(RemoteReward):
         score = self._read(answer)
         if self._verdicts is not None:
             self._verdicts.put(self._cache_key(provider, row), score)
-        sent, got = (getattr(answer.usage, f"{part}_tokens", None) or 0 for part in ("prompt", "completion"))
+        usage = answer.get("usage") or {}
+        sent, got = (usage.get(f"{part}_tokens") or 0 for part in ("prompt", "completion"))
         return Reply(score, sent, got, (sent * provider.price_in + got * provider.price_out) / 1e6 or None)
 
     def _read(self, answer: Any) -> float:
-        """The score in a chat completion, which is a text where the body was no JSON."""
+        """The score in a chat completion."""
         try:
-            choice = answer.choices[0]
-            refusal, content = choice.message.refusal, choice.message.content
-        except (AttributeError, IndexError, TypeError):
-            raise Failed("json" if isinstance(answer, str) else "schema") from None
+            choice = answer["choices"][0]
+            content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        except (AttributeError, LookupError, TypeError):
+            raise Failed("schema") from None
         if refusal:
             raise Unfit("refusal")
-        if choice.finish_reason in ("length", "content_filter"):
-            raise Unfit(choice.finish_reason)
+        if choice.get("finish_reason") in ("length", "content_filter"):
+            raise Unfit(choice["finish_reason"])
         try:
             return float(self.verdict.model_validate_json(content or "").score)
         except ValidationError as error:
