@@ -33,7 +33,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FOLDERS = ("grpo_autotune", "benchmarks", "docs", "profiles", "tests", "tests_vllm", "tools", ".ci")
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PROGRAM, MODULE = "grpo-autotune", ["-m", "grpo_autotune"]
-LEFT_ALONE = {"cd", "mkdir", "source"}
+LEFT_ALONE = {"cd", "mkdir", "source", "vllm"}
 
 
 class Block(NamedTuple):

@@ -39,6 +39,7 @@ from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
+from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.train.runs.quiet import quieten
@@ -161,6 +162,7 @@ def build_trainer(
         mixed_image_rows.mend(trainer)
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
+    attend(trainer)
     if config.branches is not None:
         evaluate_by_branch(trainer, config.branches, BranchControl(trainer, config.branches, config.grpo, say))
     if config.grpo.get("advantages") == "rank":

@@ -10,7 +10,14 @@ from grpo_autotune.config.sources import profile_names, profiles_folder, resolve
 from grpo_autotune.registry import is_reference, names, resolve
 from grpo_autotune.train.rewards.build import build_rewards
 
-SHIPPED = {"demo", "qwen3-vl-2b-lora-1gpu", "qwen2.5-vl-7b-qlora-1gpu", "qwen3-1.7b-gsm8k-1gpu", "two-objectives"}
+SHIPPED = {
+    "demo",
+    "judge-openai",
+    "qwen2.5-vl-7b-qlora-1gpu",
+    "qwen3-1.7b-gsm8k-1gpu",
+    "qwen3-vl-2b-lora-1gpu",
+    "two-objectives",
+}
 
 
 def test_the_promised_profiles_are_shipped() -> None:

@@ -47,6 +47,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
         self.monitors: Any = None  # callback of a training in a run folder
+        self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
         self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
         self._train_sampler: Any = None
@@ -163,7 +164,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """True for a stop, and where a callback asks to save: with `save_strategy: best` nothing is saved otherwise."""
-        asked = self.check_stop() or self.control.should_save
+        asked = self.check_stop() or self.must_end or self.control.should_save
         return bool(super()._determine_best_metric(*args, **kwargs)) or asked
 
     def _not_finite(self, what: str) -> TrainingError:
@@ -266,8 +267,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
 
     def _obey(self, control: Any) -> None:
         request = self._trainer.stop_request
-        if request is not None and request.agreed:
-            control.should_save = True
+        if self._trainer.must_end or (request is not None and request.agreed):
+            control.should_save = control.should_save or request is not None  # a trial saves nothing
             control.should_training_stop = True
 
 

@@ -1,0 +1,1 @@
+"""Rewards that wait on a network."""
