@@ -161,10 +161,12 @@ def _write(grpo: dict[str, Any], name: str, value: int, own: int) -> None:
         grpo[name] = value
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    if not name:
-        return values
-    section: dict[str, Any] = values.setdefault(name, {})
+def _section(values: dict[str, Any], path: str) -> dict[str, Any]:
+    section: Any = values
+    for name in path.split(".") if path else ():
+        if isinstance(section, list) and int(name) >= len(section):
+            raise ConfigError(f"there are {len(section)} rewards, counted from 0", where=path)
+        section = section[int(name)] if isinstance(section, list) else section.setdefault(name, {})
     return section
 
 

@@ -124,6 +124,19 @@ def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
     return switch(own) if context.config.peft is not None and context.gpus else (own,)
 
 
+def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[int | None, ...]:
+    """The user's own, and what a probe speaks for: twice and four times the calls at once that it ended with, up to
+    those of a generation; half where its endpoint asked for fewer."""
+    plan, remote = context.config.batch, context.record.remote if context.record is not None else []
+    seen = next((one for one in remote if one.place == place and one.concurrency and one.calls), None)
+    if seen is None:
+        return (own,)
+    now = own or seen.concurrency * plan.processes
+    if seen.rate_limited:
+        return unique((own, max(1, now // 2)))
+    return unique((own, *(min(times * now, plan.generation_batch) for times in (2, 4) if now < plan.generation_batch)))
+
+
 def speed_ups(context: KnobContext, own: Any) -> tuple[Any, ...]:
     """The user's own, and all that apply; beside `auto`, none."""
     return (own, "none") if own == "auto" else (own, "auto")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from grpo_autotune.records.base import Frozen
+from typing import Literal
+
+from pydantic import Field
+
+from grpo_autotune.records.base import Document, Frozen
 
 
 class CallTimes(Frozen):
@@ -36,3 +40,19 @@ class RemoteCalls(Frozen):
     tokens_in: int
     tokens_out: int
     cost: float | None  # in the currency of `price_in` and `price_out`; None where no price is given
+    place: int = 0  # of the reward in `rewards`
+    # in a report, over all ranks by this rank's means per row, evaluations left out; None where it is not known
+    calls_per_step: float | None = None
+    tokens_per_step: float | None = None  # sent and received
+    cost_per_step: float | None = None
+    cost_per_run: float | None = None  # of the steps that are configured
+    step_s: float | None = None  # of `probe --rewards-only`: predicted seconds per step if nothing runs beside them
+
+
+class RewardSweep(Document):
+    """The document of `probe --rewards-only --json`."""
+
+    schema_: Literal["grpo-autotune/rewards/1"] = Field(default="grpo-autotune/rewards/1", alias="schema")
+    source: str  # of the completions
+    settings: list[RemoteCalls]  # of each reward over a network, with more and more calls at once
+    best: dict[str, int]  # key -> least number of calls at once within 5 % of the shortest step, none of status 429

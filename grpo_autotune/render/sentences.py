@@ -28,7 +28,10 @@ PHASE_WORDS = {
     "model": "loading the model",
     "engine": "starting vLLM",
     "trainer": "building the trainer",
+    "first_generation": "the first generation",
+    "first_reward": "the first rewards",
     "first_step": "the first step",
+    "first_update": "the rest of the first step",
     "script": "the script before it built the trainer",
     "before_attach": "the script before attach()",
 }
@@ -117,9 +120,14 @@ def legend(report: Report) -> str:
     return text
 
 
+def phase_words(name: str) -> str:
+    """A phase in a sentence; those of other names are rewards over a network."""
+    return PHASE_WORDS.get(name, f"the first call of {name}")
+
+
 def startup_line(report: Report) -> str:
     """The line of seconds before the first step, by phase."""
-    phases = [f"{PHASE_WORDS.get(phase.name, phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
+    phases = [f"{phase_words(phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
     return f"{seconds(sum(phase.seconds for phase in report.startup))}: {listing(phases)}."
 
 

@@ -1,0 +1,100 @@
+"""`grpo-autotune probe --rewards-only`: rewards over a network without a model, with more and more calls at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
+from grpo_autotune.config.schema import DataSection, RunConfig
+from grpo_autotune.console import output_aside, say, show
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.predict.calls import batch_s
+from grpo_autotune.records.rewards import RemoteCalls, RewardSweep
+from grpo_autotune.render.remote import render_sweep
+
+ANSWERS = ("completion", "answer", "solution")
+"""Columns that may hold what a model would write: the first that there is."""
+MOST_ROWS, LEAST_ROWS, ROUNDS = 512, 8, 4
+"""Rows that are read, and those asked for at a setting: at least, and for each call at once."""
+ABOUT_BEST = 1.05
+
+
+def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) -> int:
+    """Print what rewards over a network take with 1, 2, 4, ... calls at once, until an endpoint asks for fewer or all
+    rows of a generation are asked for at once. Texts are those of a file, lines of JSON, or the data's own answers.
+
+    Raises:
+        AutotuneError: No reward asks a network, an endpoint refuses, or the data cannot be used.
+    """
+    with output_aside() if as_json else nullcontext():
+        set_environment()
+        mend_torchvision()
+        recorded = _recorded(config, completions)
+        with asyncio.Runner() as runner:
+            swept = {place: list(_settings(runner, config, place, *recorded)) for place in range(len(config.rewards))}
+    if not any(swept.values()):
+        fix = "Without --rewards-only, `grpo-autotune probe` measures those that compute."
+        raise ConfigError("no reward asks a network", where="rewards", fix=fix)
+    best = {f"rewards.{place}.concurrency": n for place, settings in swept.items() if (n := _best(settings))}
+    source = str(completions or f"the answers of {config.data.path}")
+    sweep = RewardSweep(source=source, settings=[one for settings in swept.values() for one in settings], best=best)
+    show(json.dumps(sweep.model_dump(mode="json"), indent=2) if as_json else render_sweep(sweep))
+    return 0
+
+
+def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
+    """Rows, and the text that answers each."""
+    from grpo_autotune.train.data.datasets import read_split
+
+    data, where = config.data, "--completions" if file else "data.path"
+    if file is not None:
+        data = DataSection(path=str(file), prompt_format=data.prompt_format)
+    limit = min(MOST_ROWS, data.max_samples or MOST_ROWS)
+    rows = read_split(config.model_copy(update={"data": data}), data.path, data.split, limit, say, where)
+    column = next((name for name in ANSWERS[: 1 if file else None] if name in rows.column_names), None)
+    if column is None:
+        fix = "Give --completions a file of lines with prompt, completion and the columns that rewards read."
+        raise ConfigError("the data has no column with completions or answers", where=data.path, fix=fix)
+    return rows, [one[-1]["content"] if isinstance(one, list) else str(one) for one in rows[column][:]]
+
+
+def _settings(
+    runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str]
+) -> Iterator[RemoteCalls]:
+    """Calls with one at once and upwards, each setting with other rows than the one before; none of other rewards."""
+    from grpo_autotune.train.rewards.build import build_rewards
+    from grpo_autotune.train.rewards.without_model import keywords
+
+    whole, begin, lanes = config.batch.generation_batch, 0, 1
+    per_step = config.batch.completions_per_step / config.batch.num_iterations
+    while True:
+        items = list(config.rewards)
+        items[place] = items[place].model_copy(update={"concurrency": lanes})
+        function = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
+        if not hasattr(function, "remote"):
+            return
+        remote, count = function.remote, min(whole, max(LEAST_ROWS, ROUNDS * lanes))
+        picked = [n % len(rows) for n in range(begin, begin + count)]
+        batch = keywords([rows[n] for n in picked], [texts[n] for n in picked])
+        remote.cache = None  # what an earlier setting asked would take no time
+        runner.run(remote.warm_up(batch))
+        remote.reset()
+        runner.run(function(**batch))
+        calls = remote.calls()
+        step_s = batch_s(calls, calls.concurrency, rows=whole) * per_step / whole
+        cost = None if calls.cost is None else calls.cost / count * per_step
+        yield calls.model_copy(update={"place": place, "step_s": step_s, "cost_per_step": cost})
+        if calls.rate_limited or lanes >= whole or calls.concurrency is None:
+            return
+        begin, lanes = begin + count, min(2 * lanes, whole)
+
+
+def _best(settings: Sequence[RemoteCalls]) -> int | None:
+    borne = [one for one in settings if one.step_s and not one.rate_limited]
+    least_s = min((one.step_s or 0.0 for one in borne), default=0.0)
+    return next((one.concurrency for one in borne if (one.step_s or 0.0) <= ABOUT_BEST * least_s), None)

@@ -1,0 +1,38 @@
+"""Rewards of texts that no model writes: first calls before training, and completions that were recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from grpo_autotune.train.rewards.build import KEPT_BY_TRL
+
+FIRST_ROWS = 8
+"""Rows at hand for the first calls; a reward takes as many of them as its `warmup` says."""
+
+
+def keywords(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[str, Any]:
+    """The keywords that TRL gives a reward function for rows of a data set and a text each; token ids are left out."""
+    prompts = [row["prompt"] for row in rows]
+    in_turns = not isinstance(prompts[0], str)
+    return {
+        **{name: [row[name] for row in rows] for name in rows[0] if name not in KEPT_BY_TRL},
+        "prompts": prompts,
+        "completions": [[{"role": "assistant", "content": text}] if in_turns else text for text in texts],
+        "completion_ids": [[] for _ in rows],
+        "trainer_state": None,
+        **dict.fromkeys(("log_extra", "log_metric"), lambda name, values: None),
+    }
+
+
+def ask_first(trainer: Any, phase: Callable[[str], AbstractContextManager[object]]) -> None:
+    """Let each reward of a trainer that asks a network make its first calls, in a start-up phase of its name."""
+    for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
+        if hasattr(function, "remote") and function.remote.calls().kind != "async":
+            with phase(name):
+                rows = list(itertools.islice(iter(trainer.train_dataset), FIRST_ROWS))
+                first = function.remote.warm_up(keywords(rows, ["-"] * len(rows)))
+                asyncio.run_coroutine_threadsafe(first, trainer.async_loop).result()
