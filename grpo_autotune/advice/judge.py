@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from grpo_autotune.advice import learning, observed, remote
 from grpo_autotune.advice.facts import Facts, Idea
@@ -18,7 +17,7 @@ LEAST_SHARE = 0.01
 def ideas(facts: Facts) -> Iterator[Idea]:
     """Everything that may be advised: the knobs as the models see them, then what follows from the record alone."""
     yield from knob_ideas(facts)
-    for rule in (*observed.RULES, *remote.RULES, *learning.RULES):
+    for rule in (*observed.RULES, remote.slow_reward, *learning.RULES):
         idea = rule(facts)
         if idea is not None:
             yield idea
@@ -78,7 +77,7 @@ def _say(change: Change, has_config: bool) -> str:
     return f"pass {name}={after} to GRPOConfig{now}"
 
 
-def _value(value: Any) -> str:
+def _value(value: bool | int | float | str | None) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("'", "")
+    return f"{value:g}" if isinstance(value, float) else str(value)

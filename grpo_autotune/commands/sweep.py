@@ -31,18 +31,21 @@ def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) ->
     Raises:
         AutotuneError: No reward asks a network, an endpoint refuses, or the data cannot be used.
     """
-    with output_aside() if as_json else nullcontext():
+    best, settings = dict[str, int](), list[RemoteCalls]()
+    with output_aside() if as_json else nullcontext(), asyncio.Runner() as runner:
         set_environment()
         mend_torchvision()
-        recorded = _recorded(config, completions)
-        with asyncio.Runner() as runner:
-            swept = {place: list(_settings(runner, config, place, *recorded)) for place in range(len(config.rewards))}
-    if not any(swept.values()):
+        rows, texts = _recorded(config, completions)
+        for place in range(len(config.rewards)):
+            settings += (mine := list(_settings(runner, config, place, rows, texts)))
+            borne = {one.concurrency: one.step_s for one in mine if one.step_s and not one.rate_limited}
+            short = [n for n, step_s in borne.items() if n and step_s <= ABOUT_BEST * min(borne.values())]
+            best |= {f"rewards.{place}.concurrency": n for n in short[:1]}
+    if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures those that compute."
         raise ConfigError("no reward asks a network", where="rewards", fix=fix)
-    best = {f"rewards.{place}.concurrency": n for place, settings in swept.items() if (n := _best(settings))}
     source = str(completions or f"the answers of {config.data.path}")
-    sweep = RewardSweep(source=source, settings=[one for settings in swept.values() for one in settings], best=best)
+    sweep = RewardSweep(source=source, settings=settings, best=best)
     show(json.dumps(sweep.model_dump(mode="json"), indent=2) if as_json else render_sweep(sweep))
     return 0
 
@@ -51,11 +54,10 @@ def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
     """Rows, and the text that answers each."""
     from grpo_autotune.train.data.datasets import read_split
 
-    data, where = config.data, "--completions" if file else "data.path"
-    if file is not None:
-        data = DataSection(path=str(file), prompt_format=data.prompt_format)
+    data = config.data if file is None else DataSection(path=str(file), prompt_format=config.data.prompt_format)
     limit = min(MOST_ROWS, data.max_samples or MOST_ROWS)
-    rows = read_split(config.model_copy(update={"data": data}), data.path, data.split, limit, say, where)
+    given = config.model_copy(update={"data": data})
+    rows = read_split(given, data.path, data.split, limit, say, "--completions" if file else "data.path")
     column = next((name for name in ANSWERS[: 1 if file else None] if name in rows.column_names), None)
     if column is None:
         fix = "Give --completions a file of lines with prompt, completion and the columns that rewards read."
@@ -66,7 +68,7 @@ def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
 def _settings(
     runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str]
 ) -> Iterator[RemoteCalls]:
-    """Calls with one at once and upwards, each setting with other rows than the one before; none of other rewards."""
+    """Calls of one reward with one at once and upwards, each setting with other rows; none of one that computes."""
     from grpo_autotune.train.rewards.build import build_rewards
     from grpo_autotune.train.rewards.without_model import keywords
 
@@ -92,9 +94,3 @@ def _settings(
         if calls.rate_limited or lanes >= whole or calls.concurrency is None:
             return
         begin, lanes = begin + count, min(2 * lanes, whole)
-
-
-def _best(settings: Sequence[RemoteCalls]) -> int | None:
-    borne = [one for one in settings if one.step_s and not one.rate_limited]
-    least_s = min((one.step_s or 0.0 for one in borne), default=0.0)
-    return next((one.concurrency for one in borne if (one.step_s or 0.0) <= ABOUT_BEST * least_s), None)

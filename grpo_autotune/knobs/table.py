@@ -22,8 +22,6 @@ Kind = Literal["exact", "learning"]
 PROMPTS = "prompts_per_step"
 """The one knob that is no key of the configuration: distinct prompts per optimizer step."""
 WORKERS = "grpo.dataloader_num_workers"
-REWARDS = 8
-"""The first rewards, whose calls at once are knobs."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,6 @@ def _prompts(config: RunConfig) -> int | None:
     return None if rest else whole
 
 
-def _concurrency(place: int, config: RunConfig) -> int | None:
-    return config.rewards[place].concurrency if place < len(config.rewards) else None
-
-
 TABLE = (
     Knob("data.image_size", "learning", values.image_sizes, rules.image_rule,
          why="an image's tokens go with the square of its longest side"),
@@ -132,8 +126,8 @@ TABLE = (
     Knob(WORKERS, "exact", values.workers, rules.worker_rule, reach=("data",),
          why="rows are read and images decoded beside the step"),
     *(Knob(f"rewards.{place}.concurrency", "exact", partial(values.concurrencies, place), reach=("reward",),
-           read=partial(_concurrency, place), why="calls at once: a batch takes as many rounds of them as it needs")
-      for place in range(REWARDS)),
+           read=lambda config, place=place: next((item.concurrency for item in config.rewards[place:]), None),
+           why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),
     Knob("speedups", "exact", values.speed_ups,

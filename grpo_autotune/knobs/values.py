@@ -125,16 +125,15 @@ def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
 
 
 def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[int | None, ...]:
-    """The user's own, and what a probe speaks for: twice and four times the calls at once that it ended with, up to
-    those of a generation; half where its endpoint asked for fewer."""
-    plan, remote = context.config.batch, context.record.remote if context.record is not None else []
-    seen = next((one for one in remote if one.place == place and one.concurrency and one.calls), None)
-    if seen is None:
-        return (own,)
-    now = own or seen.concurrency * plan.processes
-    if seen.rate_limited:
-        return unique((own, max(1, now // 2)))
-    return unique((own, *(min(times * now, plan.generation_batch) for times in (2, 4) if now < plan.generation_batch)))
+    """The user's own; twice and four times what a probe ended with, up to a generation's rows; half where an endpoint
+    asked for fewer."""
+    plan, record = context.config.batch, context.record
+    for one in record.remote if record is not None else ():
+        if one.place == place and one.concurrency:
+            now = own or one.concurrency * plan.processes
+            others = (max(1, now // 2),) if one.rate_limited else (min(n * now, plan.generation_batch) for n in (2, 4))
+            return unique((own, *(n for n in others if one.rate_limited or n > now)))
+    return (own,)
 
 
 def speed_ups(context: KnobContext, own: Any) -> tuple[Any, ...]:

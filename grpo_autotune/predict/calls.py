@@ -6,7 +6,6 @@ It is assumed that a call takes as long with more of them at once, which an endp
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,12 +21,9 @@ LEAST_S = 1e-6
 
 @lru_cache(maxsize=4096)
 def scheduled_s(times: CallTimes, calls: int, lanes: int) -> float:
-    """Seconds until so many calls have ended, each begun where one of the lanes is free (list scheduling, Graham 1969).
-
-    Their lengths lie evenly on the measured distribution, log-normal between its percentiles and mirrored below the
-    median, in an order drawn once.
-    """
-    p50, p95, p99 = (math.log(max(value, LEAST_S)) for value in (times.p50, times.p95, times.p99))
+    """Seconds until so many calls have ended, each begun where a lane is free (list scheduling, Graham 1969); lengths
+    are log-normal between the percentiles, mirrored below the median, in an order drawn once."""
+    p50, p95, p99 = np.log([max(value, LEAST_S) for value in (times.p50, times.p95, times.p99)])
     normal = ndtri((np.arange(calls) + 0.5) / calls)
     lengths = np.exp(np.interp(normal, ndtri([0.05, 0.5, 0.95, 0.99]), [2.0 * p50 - p95, p50, p95, p99])).tolist()
     random.Random(0).shuffle(lengths)
@@ -45,8 +41,8 @@ def batch_s(remote: RemoteCalls, lanes: int | None = None, rows: float | None = 
     count = max(1, round(remote.calls / remote.batches))
     asked = count if rows is None else max(1, round(rows * remote.calls / max(1, remote.rows - remote.cache_hits)))
     now = remote.concurrency or count
-    scale = remote.batch_s / remote.batches / scheduled_s(remote.call_s, count, now)
-    return scale * scheduled_s(remote.call_s, asked, lanes or now)
+    longer = scheduled_s(remote.call_s, asked, lanes or now) / scheduled_s(remote.call_s, count, now)
+    return remote.batch_s / remote.batches * longer
 
 
 def longest_s(remote: Sequence[RemoteCalls], config: RunConfig) -> float:

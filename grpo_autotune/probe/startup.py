@@ -23,12 +23,12 @@ LOOK_AT = {
     "engine": "vLLM's last lines, for a server in serve.log",
     "trainer": "another rank that has not come",
     "script": "the script's own work",
-    "generation": "the first kernels compile; a large max_completion_length; vLLM's last lines",
+    "generation": "kernels that compile, max_completion_length, vLLM's last lines",
     "reward": "a reward that waits for a server or a lock",
     "sync_wait": "another rank, which is behind or has ended",
+    "": "its endpoint, which has not answered: address, key, proxy, log",
 }
 """Phase of start-up, or stage of the first step -> what may hold it up; other phases are rewards over a network."""
-ENDPOINT = "its endpoint has not answered: address, key, proxy, the server's log"
 
 
 class Startup:
@@ -98,17 +98,17 @@ class Startup:
             return None
         name, begin = self._open[-1]
         age_s = self._clock() - begin
-        return f"start-up: {name}{hint(name, age_s, ENDPOINT)}, {duration(age_s)}" if age_s >= LEAST_S else None
+        look_at = hint(name if name in LOOK_AT else "", age_s)
+        return f"start-up: {name}{look_at}, {duration(age_s)}" if age_s >= LEAST_S else None
 
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first counted."""
         return [Phase(name=name, seconds=max(0.0, seconds)) for name, seconds in self._seconds.items()]
 
 
-def hint(name: str | None, age_s: float, otherwise: str = "") -> str:
-    """A bracket with what may hold up a phase or stage that is old; empty for a young one."""
-    look_at = LOOK_AT.get(name or "", otherwise)
-    return f" (look at: {look_at})" if look_at and age_s >= STALL_S else ""
+def hint(name: str | None, age_s: float) -> str:
+    """A bracket with what may hold up a phase or stage, once it is old."""
+    return f" (look at: {LOOK_AT[name]})" if name in LOOK_AT and age_s >= STALL_S else ""
 
 
 def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:

@@ -172,9 +172,9 @@ class DeviceMemory(Frozen):
 
 
 class Phase(Frozen):
-    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, the name of a
-    reward over a network (its first calls), `first_generation`, `first_reward`, `first_update` (the rest of that step) (`script` and
-    `before_attach`: a script until its trainer was built, or until `attach`)."""
+    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, a reward's name
+    (its first calls over a network), `first_generation`, `first_reward`, `first_update` (the rest of the first step),
+    and `script` and `before_attach`: a script until its trainer was built, or until `attach`."""
 
     name: str
     seconds: float

@@ -11,10 +11,10 @@ from typing import Any
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table, from_rich
-from grpo_autotune.render.remote import remote_table, waiting
+from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.search import value_text
-from grpo_autotune.render.sentences import facts_lines, header_lines, legend, phase_words, startup_line
+from grpo_autotune.render.sentences import PHASE_WORDS, facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.terminal import rank_table, stage_table
 from grpo_autotune.report.configuration import settings
 from grpo_autotune.report.timeline import bars_of, rank_files, read_spans
@@ -32,6 +32,7 @@ def probe_title(report: Report) -> str:
 def probe_sections(report: Report, folder: Path) -> list[Section]:
     """The sections of the page; `folder` holds the spans, without which the timeline is left out."""
     headers, warnings = list(filter(None, header_lines(report))), Lines(report.warnings, title="Warnings", strong=True)
+    lines, tables = remote_parts(report)
     return [
         Section("summary", "In short", [Lines([summary(report)], strong=True), warnings, Lines(headers)]),
         Section("step", "Where a step goes", [step_picture(report)]),
@@ -40,7 +41,7 @@ def probe_sections(report: Report, folder: Path) -> list[Section]:
         Section("advice", "What to change", list(_advice(report))),
         Section("stages", "Stages", list(stage_blocks(report))),
         Section("work", "Tokens, images and rewards", list(_work(report))),
-        Section("remote", "Rewards over a network", list(_remote(report))),
+        Section("remote", "Rewards over a network", [Lines(lines), *map(from_rich, tables)]),
         Section("startup", "Before the first step", list(_startup(report))),
         Section("vllm", "vLLM and the fidelity of its samples", [Lines(rollout_lines(report))]),
         *machine_sections(report.machine, report.versions | report.runtime, report.config),
@@ -146,19 +147,13 @@ def _work(report: Report) -> Iterator[Block]:
         yield draw.picture("Image size against tokens", alt, chart, Table(("longest side", "tokens"), rows))
 
 
-def _remote(report: Report) -> Iterator[Block]:
-    yield Lines(waiting(report))
-    if report.remote:
-        yield from_rich(remote_table(report))
-
-
 def _startup(report: Report) -> Iterator[Lines | Picture]:
     if not report.startup:
         return
     yield Lines([startup_line(report)])
     ends = itertools.accumulate((phase.seconds for phase in report.startup), initial=0.0)
     rows: list[dict[str, Any]] = [
-        {"lane": phase_words(phase.name), "begin": begin, "end": end}
+        {"lane": PHASE_WORDS.get(phase.name, phase.name), "begin": begin, "end": end}
         for phase, (begin, end) in zip(report.startup, itertools.pairwise(ends), strict=True)
     ]
     table = Table(("phase", "seconds"), [(row["lane"], seconds(row["end"] - row["begin"])) for row in rows])

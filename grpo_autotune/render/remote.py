@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -15,36 +15,39 @@ from grpo_autotune.records.rewards import CallTimes, RemoteCalls, RewardSweep
 from grpo_autotune.render.text import as_text
 from grpo_autotune.units import amount, percent, seconds
 
-CELLS = {
-    "calls at once": "concurrency",
-    "rows measured": "rows",
-    "calls per step": "calls_per_step",
-    "tokens per step": "tokens_per_step",
-    "cost per step": "cost_per_step",
-    "cost of the run's steps": "cost_per_run",
-    "first call": "first_call_s",
-    "in the queue, p50\n  p95\n  p99": "wait_s",
-    "a call, p50\n  p95\n  p99": "call_s",
-    "first to last try, p50\n  p95\n  p99": "retry_s",
-    "answers of status 429": "rate_limited",
-    "retries": "retries",
-    "rows by fall-back": "fallbacks",
-    "rows from the cache": "cache_hits",
-    "rows without a score": "failures",
-    "rows scored by": "providers",
-    "a step, predicted": "step_s",
-}
-"""Row of the table -> what it shows; a row of nothing is left out."""
+LEFT_OUT = {"name", "batches", "calls", "batch_s", "tokens_in", "tokens_out", "cost", "place"}
+PERCENTILES = "p50\n p95\n p99"
 
 
-def calls_table(columns: Mapping[str, RemoteCalls]) -> Table:
-    """A column for each reward, or for each setting of one."""
-    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in columns:
-        table.add_column(title, justify="right")
-    for words, key in CELLS.items():
-        if any(cells := [_cell(key, getattr(one, key)) for one in columns.values()]):
-            table.add_row(words, *cells)
+def remote_parts(report: Report) -> tuple[list[str], list[Table]]:
+    """A sentence on the share of a step that waits for rewards over a network, and their table; nothing without any."""
+    if not report.remote:
+        return [], []
+    stage, rank = report.stage("reward"), "" if report.ranks is None else f" The table is that of rank {report.rank}."
+    hidden = f"; {seconds(stage.hidden_s)} are hidden beside other stages" if stage.hidden_s else ""
+    line = f"The step waits {seconds(stage.self_s)} ({percent(stage.share)}) for rewards{hidden}.{rank}"
+    return [line], [_table({one.name: one for one in report.remote})]
+
+
+def render_sweep(sweep: RewardSweep) -> str:
+    """A table for each reward, with a column for each number of calls at once."""
+    parts: list[RenderableType] = [Text(f"Rewards of {sweep.source}, without a model and with caches off")]
+    for name in dict.fromkeys(one.name for one in sweep.settings):
+        settings = [one for one in sweep.settings if one.name == name]
+        parts += [Text(f"\n{name}", style="bold"), _table({f"{one.concurrency or 'all'}": one for one in settings})]
+    parts += [Text(f"The least seconds per step: set {key} to {lanes}.") for key, lanes in sweep.best.items()]
+    return as_text(parts, 120, colour=False)
+
+
+def _table(columns: Mapping[str, RemoteCalls]) -> Table:
+    """The keys of `report.json` in words; a row of nothing is left out."""
+    table = Table("", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for key in (key for key in RemoteCalls.model_fields if key not in LEFT_OUT):
+        values = [getattr(one, key) for one in columns.values()]
+        words = key.removesuffix("_s").replace("_", " ")
+        if any(values):
+            timed = any(isinstance(value, CallTimes) for value in values)
+            table.add_row(f"{words}, {PERCENTILES}" if timed else words, *(_cell(key, value) for value in values))
     return table
 
 
@@ -53,33 +56,5 @@ def _cell(key: str, value: Any) -> str:
         return "\n".join(map(seconds, (value.p50, value.p95, value.p99)))
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items())
-    return "" if not value else seconds(value) if key.endswith("_s") else amount(value)
-
-
-def remote_table(report: Report) -> Table:
-    """A column for each reward over a network."""
-    return calls_table({f"{one.name} ({one.kind})": one for one in report.remote})
-
-
-def waiting(report: Report) -> list[str]:
-    """The share of a step that waits for rewards over a network; no line without any."""
-    if not report.remote:
-        return []
-    stage, rank = report.stage("reward"), "" if report.ranks is None else f" The table is that of rank {report.rank}."
-    hidden = f"; {seconds(stage.hidden_s)} are hidden beside other stages" if stage.hidden_s else ""
-    return [f"The step waits {seconds(stage.self_s)} ({percent(stage.share)}) for rewards{hidden}.{rank}"]
-
-
-def render_sweep(sweep: RewardSweep) -> str:
-    """A table for each reward, with a column for each number of calls at once."""
-    return as_text(_sweep(sweep), 120, colour=False)
-
-
-def _sweep(sweep: RewardSweep) -> Iterator[RenderableType]:
-    yield Text(f"Rewards of {sweep.source}, without a model and with caches off")
-    for name in dict.fromkeys(one.name for one in sweep.settings):
-        columns = {f"{one.concurrency or 'all'}": one for one in sweep.settings if one.name == name}
-        yield Text(f"\n{name}", style="bold")
-        yield calls_table(columns)
-    for key, lanes in sweep.best.items():
-        yield Text(f"Shortest step: set {key} to {lanes}.")
+    number = seconds if key.endswith("_s") else amount
+    return value if isinstance(value, str) else number(value) if value else ""

@@ -120,14 +120,9 @@ def legend(report: Report) -> str:
     return text
 
 
-def phase_words(name: str) -> str:
-    """A phase in a sentence; those of other names are rewards over a network."""
-    return PHASE_WORDS.get(name, f"the first call of {name}")
-
-
 def startup_line(report: Report) -> str:
     """The line of seconds before the first step, by phase."""
-    phases = [f"{phase_words(phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
+    phases = [f"{PHASE_WORDS.get(phase.name, phase.name)} {seconds(phase.seconds)}" for phase in report.startup]
     return f"{seconds(sum(phase.seconds for phase in report.startup))}: {listing(phases)}."
 
 

@@ -16,7 +16,7 @@ from grpo_autotune.config.foreign_keys import check_values, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of, with_knobs
+from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
 from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.table import check_keys
 from grpo_autotune.knobs.values import unique
@@ -112,8 +112,6 @@ def _check_type(config: RunConfig, key: str, value: Any) -> None:
         RunConfig.from_dict({**values, "grpo": {"use_vllm": True}, "vllm": {name: value}})
     elif section in ("data", "model"):
         RunConfig.from_dict({**values, section: {**values.get(section, {}), name: value}})
-    elif section.startswith("rewards."):
-        with_knobs(config, {key: value})
     elif section in FOREIGN:
         check_values(section, {name: value}, FOREIGN[section]())
     elif not section and name in RunConfig.model_fields:

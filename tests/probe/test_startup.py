@@ -57,7 +57,7 @@ def test_a_phase_that_may_hang_is_told_with_what_to_look_at() -> None:
         assert startup.now() == "start-up: model (look at: a download, a slow disk), 1 min 01 s"
     with startup.phase("my_judge"):
         now[0] = 200.0
-        assert "my_judge (look at: its endpoint has not answered" in (startup.now() or "")
+        assert "my_judge (look at: its endpoint, which has not answered" in (startup.now() or "")
 
 
 def test_the_first_step_is_told_by_generation_rewards_and_rest() -> None:
