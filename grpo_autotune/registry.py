@@ -51,6 +51,7 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
         "choice_letter": Builtin(f"{_REWARDS}:choice_letter"),
         "box_iou": Builtin(f"{_REWARDS}:box_iou"),
         "length": Builtin(f"{_REWARDS}:length"),
+        "service": Builtin("grpo_autotune.train.rewards.remote.service:Service", ("tenacity", "judge")),
         "accuracy_reward": Builtin(f"{_TRL_REWARDS}:accuracy_reward", _MATH),
         "reasoning_accuracy_reward": Builtin(f"{_TRL_REWARDS}:reasoning_accuracy_reward", _MATH),
         "cosine_scaled_reward": Builtin(f"{_TRL_REWARDS}:cosine_scaled_reward", _MATH),
@@ -124,7 +125,8 @@ def source_of(kind: Kind, name: str) -> Definition | None:
     """The definition of a function by name, read in its source text: nothing is imported.
 
     Returns:
-        The definition; None where the text alone cannot tell: a class, a decorated or an imported function.
+        The definition, of a class that of its constructor; None where the text alone cannot tell: a decorated or an
+        imported function, a class that inherits its constructor.
 
     Raises:
         ConfigError: As `resolve`, where the text shows it.
@@ -141,6 +143,10 @@ def source_of(kind: Kind, name: str) -> Definition | None:
     except SyntaxError as error:
         raise _no_import(module_name, kind, entry.reference, error) from error
     functions = {node.name: node for node in tree.body if isinstance(node, Definition)}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.decorator_list:
+            inits = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+            functions |= dict.fromkeys([node.name], inits[0]) if inits else {}
     defined = [node.name for node in ast.walk(tree) if isinstance(node, Definition | ast.ClassDef)]
     first = attribute.partition(".")[0]
     if first not in text and "import *" not in text and "__getattr__" not in text:

@@ -23,7 +23,8 @@ def check_rewards(config: RunConfig) -> None:
             continue
         is_ours = not is_reference(item.name)
         # of ours, a parameter without a default is a setting and never a column
-        check_arguments(_signature(definition), item.params, where, columns=() if is_ours else None)
+        columns = () if is_ours else None
+        check_arguments(_signature(definition), item.params, where, columns, made=definition.name == "__init__")
         if is_ours:
             check_values(f"{where}.params", item.params, _keys(definition))
 
@@ -31,7 +32,7 @@ def check_rewards(config: RunConfig) -> None:
 def _signature(definition: Definition) -> inspect.Signature:
     """The signature of a definition in source text; a default is its expression."""
     args = definition.args
-    positional = [*args.posonlyargs, *args.args]
+    positional = [*args.posonlyargs, *args.args][definition.name == "__init__" :]
     defaults = dict(zip(reversed(positional), reversed(args.defaults), strict=False))
     defaults |= {arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True) if value is not None}
     empty, named, keyword = inspect.Parameter.empty, *NAMED

@@ -36,14 +36,18 @@ def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) ->
         set_environment()
         mend_torchvision()
         rows, texts = _recorded(config, completions)
-        for place in range(len(config.rewards)):
+        from grpo_autotune.train.rewards.build import build_rewards
+
+        functions = build_rewards(config, rows.column_names)[0]
+        remotes = [getattr(function, "remote", None) for function in functions]
+        for place in (n for n, remote in enumerate(remotes) if getattr(remote, "kind", "async") != "async"):
             settings += (mine := list(_settings(runner, config, place, rows, texts)))
             borne = {one.concurrency: one.step_s for one in mine if one.step_s and not one.rate_limited}
             short = [n for n, step_s in borne.items() if n and step_s <= ABOUT_BEST * min(borne.values())]
             best |= {f"rewards.{place}.concurrency": n for n in short[:1]}
     if not settings:
-        fix = "Without --rewards-only, `grpo-autotune probe` measures those that compute."
-        raise ConfigError("no reward asks a network", where="rewards", fix=fix)
+        fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
+        raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
     source = str(completions or f"the answers of {config.data.path}")
     sweep = RewardSweep(source=source, settings=settings, best=best)
     show(json.dumps(sweep.model_dump(mode="json"), indent=2) if as_json else render_sweep(sweep))
@@ -68,29 +72,24 @@ def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
 def _settings(
     runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str]
 ) -> Iterator[RemoteCalls]:
-    """Calls of one reward with one at once and upwards, each setting with other rows; none of one that computes."""
+    """Calls of one reward with one at once and upwards, each setting with other rows."""
     from grpo_autotune.train.rewards.build import build_rewards
     from grpo_autotune.train.rewards.without_model import keywords
 
-    whole, begin, lanes = config.batch.generation_batch, 0, 1
+    whole, begin, lanes, items = config.batch.generation_batch, 0, 1, list(config.rewards)
     per_step = config.batch.completions_per_step / config.batch.num_iterations
-    while True:
-        items = list(config.rewards)
+    while lanes:
         items[place] = items[place].model_copy(update={"concurrency": lanes})
         function = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
-        if not hasattr(function, "remote"):
-            return
-        remote, count = function.remote, min(whole, max(LEAST_ROWS, ROUNDS * lanes))
+        count = min(whole, max(LEAST_ROWS, ROUNDS * lanes))
         picked = [n % len(rows) for n in range(begin, begin + count)]
         batch = keywords([rows[n] for n in picked], [texts[n] for n in picked])
-        remote.cache = None  # what an earlier setting asked would take no time
-        runner.run(remote.warm_up(batch))
-        remote.reset()
+        function.remote.cache = None  # what an earlier setting asked would take no time
+        runner.run(function.remote.warm_up(batch))
+        function.remote.reset()
         runner.run(function(**batch))
-        calls = remote.calls()
-        step_s = batch_s(calls, calls.concurrency, rows=whole) * per_step / whole
+        calls = function.remote.calls()
+        step_s = batch_s(calls, lanes, rows=whole) * per_step / whole
         cost = None if calls.cost is None else calls.cost / count * per_step
-        yield calls.model_copy(update={"place": place, "step_s": step_s, "cost_per_step": cost})
-        if calls.rate_limited or lanes >= whole or calls.concurrency is None:
-            return
-        begin, lanes = begin + count, min(2 * lanes, whole)
+        yield calls.model_copy(update={"place": place, "concurrency": lanes, "step_s": step_s, "cost_per_step": cost})
+        begin, lanes = begin + count, 0 if calls.rate_limited or lanes == whole else min(2 * lanes, whole)

@@ -16,9 +16,15 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def check_arguments(
-    signature: inspect.Signature, params: Mapping[str, Any], where: str, columns: Collection[str] | None = None
+    signature: inspect.Signature,
+    params: Mapping[str, Any],
+    where: str,
+    columns: Collection[str] | None = None,
+    *,
+    made: bool = False,
 ) -> None:
     """Check that the reward function at the key path `where` takes what it will be given, and is given what it needs.
+    If it is `made` first, the signature is a class's, which takes `params` alone.
 
     `**kwargs` in its signature is for columns, and would hide a misspelt parameter. Columns of None are not known yet.
 
@@ -33,7 +39,7 @@ def check_arguments(
             raise ConfigError("the function has no such parameter", where=f"{where}.params.{name}", fix=hint)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     refused = [name for name in (*ALWAYS_GIVEN, *(columns or ())) if name not in parameters]
-    if refused and inspect.Parameter.VAR_KEYWORD not in kinds:
+    if refused and not made and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ConfigError(
             f"the function takes no {' and no '.join(refused[:2])}, which TRL gives to every reward",
             where=where,

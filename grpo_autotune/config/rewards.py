@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo_autotune.config.section import Section
+from grpo_autotune.errors import ConfigError
 
 OnFailure = Literal["group_mean", "drop", "stop"]
 """Fill a score that failed with the mean of its group's others, leave its row out of training, or end the run."""
@@ -30,3 +31,16 @@ class RewardItem(Section):
     on_failure: OnFailure | None = None
     """What becomes of scores that an async reward could not give: `group_mean` fills in the mean of the group's others,
     which adds nothing to the row's advantage, `drop` leaves the row out, `stop` saves a checkpoint and ends the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_params(cls, given: Any) -> Any:
+        """`judge` and `service` take the keys of calls inside `params`, too."""
+        params = given.get("params") if isinstance(given, dict) and given.get("name") in ("judge", "service") else None
+        if not isinstance(params, dict):
+            return given
+        inside = {key: params[key] for key in ("concurrency", "deadline_s", "on_failure") if key in params}
+        for key in inside:
+            if given.get(key) is not None:
+                raise ConfigError("this is given twice, inside params and beside it", where=f"rewards[].{key}")
+        return {**given, **inside, "params": {key: value for key, value in params.items() if key not in inside}}

@@ -33,6 +33,7 @@ from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
 from grpo_autotune.train.rewards.build import build_rewards
+from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
@@ -152,6 +153,7 @@ def build_trainer(
         mixed_image_rows.mend(trainer)
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
+    attend(trainer)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)

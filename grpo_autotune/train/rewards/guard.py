@@ -19,6 +19,9 @@ from grpo_autotune.train.rewards.row_values import NotNumbers, row_values
 PATIENCE = 10
 """Calls in which one reward of several may give only None (rows of another task) before that is a mistake."""
 
+FAILED = -math.inf
+"""This very object stands for a score that was asked for and could not be had, until `failures` puts another there."""
+
 SHOWN, MOST_SHOWN = 45, 4
 """Characters of a value of the sample in a message, and number of such values."""
 
@@ -92,7 +95,7 @@ class _ResultCheck:
         except NotNumbers as error:
             raise self._error(str(error), batch) from error
         numbers = [value for value in rewards if value is not None]
-        if any(math.isinf(number) for number in numbers):
+        if any(math.isinf(number) and number is not FAILED for number in numbers):
             raise self._error("returned an infinite reward", batch)
         if not all(math.isnan(number) for number in numbers):
             self.abstained = None

@@ -31,7 +31,7 @@ def keywords(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[st
 def ask_first(trainer: Any, phase: Callable[[str], AbstractContextManager[object]]) -> None:
     """Let each reward of a trainer that asks a network make its first calls, in a start-up phase of its name."""
     for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
-        if hasattr(function, "remote") and function.remote.calls().kind != "async":
+        if hasattr(function, "remote") and function.remote.kind != "async":
             with phase(name):
                 rows = list(itertools.islice(iter(trainer.train_dataset), FIRST_ROWS))
                 first = function.remote.warm_up(keywords(rows, ["-"] * len(rows)))

@@ -46,6 +46,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
+        self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
         self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
         self._train_sampler: Any = None
@@ -159,7 +160,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """True for a stop, too: with `save_strategy: best` nothing is saved otherwise."""
-        stop = self.check_stop()
+        stop = self.check_stop() or self.must_end
         return bool(super()._determine_best_metric(*args, **kwargs)) or stop
 
     def _not_finite(self, what: str) -> TrainingError:
@@ -261,8 +262,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
 
     def _obey(self, control: Any) -> None:
         request = self._trainer.stop_request
-        if request is not None and request.agreed:
-            control.should_save = True
+        if self._trainer.must_end or (request is not None and request.agreed):
+            control.should_save = control.should_save or request is not None  # a trial saves nothing
             control.should_training_stop = True
 
 

@@ -37,7 +37,7 @@ class Endpoint:
         ask: Sends one row, once; raises `Refused`, `Busy` or `Failed`.
         rpm: Calls a minute that it allows, over all ranks; None where it names no limit.
         timeout_s: Longest one call may take, its answer read; the caller keeps it.
-        where: Its key path, such as `rewards[0].params.providers[1]`.
+        where: Its key path inside the reward, such as `params.providers[1]`.
     """
 
     name: str
@@ -60,14 +60,6 @@ class Refused(Exception):
         self.status, self.said = status, said
 
 
-class Busy(Exception):
-    """The endpoint asks for fewer calls (status 429), and for a pause of `retry_after_s` where it says so."""
-
-    def __init__(self, retry_after_s: float | None = None) -> None:
-        super().__init__(retry_after_s)
-        self.retry_after_s = retry_after_s
-
-
 class Failed(Exception):
     """A call that may succeed if it is made again.
 
@@ -80,6 +72,13 @@ class Failed(Exception):
     def __init__(self, kind: str, said: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(kind, said)
         self.kind, self.said, self.retry_after_s = kind, said, retry_after_s
+
+
+class Busy(Failed):
+    """The endpoint asks for fewer calls (status 429), and for a pause of `retry_after_s` where it says so."""
+
+    def __init__(self, retry_after_s: float | None = None) -> None:
+        super().__init__("429", "", retry_after_s)
 
 
 def check_status(status: int, headers: Mapping[str, str], text: str, secrets: Iterable[str] = ()) -> None:

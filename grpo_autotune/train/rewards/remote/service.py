@@ -1,0 +1,127 @@
+"""`service`: scores from any HTTP endpoint, such as retrieval, a code sandbox or a scorer of one's own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import httpx2
+import jinja2
+import jinja2.meta
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.train.rewards.answers import completion_text
+from grpo_autotune.train.rewards.remote.batch import RemoteReward
+from grpo_autotune.train.rewards.remote.client import failure, secret
+from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt
+
+DEFAULT_BODY = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
+STEP = r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
+ALONE = re.compile(r"\s*\{\{((?:(?!\}\}).)*)\}\}\s*", re.DOTALL)
+TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined)
+
+
+class Service(RemoteReward):
+    """A reward whose score stands in the JSON that a URL answers.
+
+    Args:
+        url: `http://` or `https://`.
+        score: JSON path of the number, or of `true` or `false`, in the answer: `$`, then `.key`, `['key']`, `[0]`.
+        method: With `GET`, `body` makes the query.
+        body: JSON whose texts are templates (jinja2) over the row's columns, `prompt` and `completion`; a text that is
+            one `{{ expression }}` stands for its value, with its type. A text alone is a template of the whole.
+        headers: Sent with each call.
+        headers_env: Header -> name of the environment variable that holds its value.
+        warmup: First rows of a process that are asked one after another.
+        timeout_s: Longest a call may take.
+        rpm: Calls a minute that the service allows.
+
+    Raises:
+        ConfigError: One of them cannot be used.
+    """
+
+    kind = "service"
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        score: str = "$.score",
+        method: Literal["GET", "POST", "PUT"] = "POST",
+        body: str | list[Any] | dict[str, Any] = DEFAULT_BODY,
+        headers: dict[str, str] | None = None,
+        headers_env: dict[str, str] | None = None,
+        warmup: int = 2,
+        timeout_s: float = 30.0,
+        rpm: int | None = None,
+    ) -> None:
+        address = re.match(r"https?://([^/?#]+)", url)
+        if address is None:
+            raise ConfigError(f"{url!r} is no address", where="url", fix="Write http://host:port/path.")
+        if re.fullmatch(rf"\$({STEP})*", score) is None:
+            raise ConfigError(f"{score!r} is no JSON path", where="score", fix="Write $.key or $.list[0].key.")
+        for name, value in {"timeout_s": timeout_s, "rpm": rpm}.items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"{value} is not above 0", where=name)
+        super().__init__([Endpoint(address[1].rpartition("@")[2], self._request, rpm, timeout_s, "params.url")])
+        self.url, self.method, self.warmup, self.path = url, method, warmup, score
+        self._headers, self._variables = headers or {}, headers_env or {}
+        self._secrets()
+        self._steps = [name or quoted or int(index) for name, quoted, index in re.findall(STEP, score)]
+        self._body = _template(body, "body", self.columns)
+
+    def rows(self, batch: Mapping[str, Any]) -> list[Any]:
+        """The bodies."""
+        named = {key: values for key, values in batch.items() if isinstance(values, list)}
+        named["prompt"] = [
+            completion_text(turns if isinstance(turns, str) else turns[-1:]) for turns in batch["prompts"]
+        ]
+        named["completion"] = [completion_text(turns) for turns in batch["completions"]]
+        return [self._body({key: named[key][row] for key in named}) for row in range(len(named["completion"]))]
+
+    def _secrets(self) -> dict[str, str]:
+        return {header: secret(variable, f"headers_env.{header}") for header, variable in self._variables.items()}
+
+    async def _request(self, body: Any) -> Reply:
+        secrets = self._secrets()
+        kind = "params" if self.method == "GET" else "content" if isinstance(body, str) else "json"
+        call: dict[str, Any] = {kind: body, "headers": {**self._headers, **secrets}}
+        try:
+            answer = await self.http.request(self.method, self.url, **call)
+        except httpx2.TransportError as error:
+            raise failure(error) from error
+        check_status(answer.status_code, answer.headers, answer.text, secrets.values())
+        said = excerpt(answer.text, secrets.values())
+        try:
+            value = answer.json()
+        except ValueError:
+            raise Failed("json", said) from None
+        try:
+            for step in self._steps:
+                value = value[step]
+            if isinstance(value, int | float) and math.isfinite(value):
+                return Reply(float(value))
+        except (LookupError, TypeError):
+            pass
+        raise Failed("schema", f"no number at {self.path} in {said}")
+
+
+def _template(body: Any, where: str, columns: set[str]) -> Callable[[Mapping[str, Any]], Any]:
+    """From a row's columns to a JSON value; adds the names to `columns` that the texts in `body` cannot do without."""
+    if isinstance(body, dict | list):
+        items = body.items() if isinstance(body, dict) else enumerate(body)
+        parts = {key: _template(part, f"{where}.{key}", columns) for key, part in items}
+        make = dict if isinstance(body, dict) else lambda pairs: [value for _, value in pairs]
+        return lambda row: make([(key, part(row)) for key, part in parts.items()])
+    if not isinstance(body, str):
+        return lambda row: body
+    try:
+        names = jinja2.meta.find_undeclared_variables(TEMPLATES.parse(body))
+        columns |= names if re.search(r"\b(default|defined)\b", body) is None else set()
+        if alone := ALONE.fullmatch(body):
+            return TEMPLATES.compile_expression(alone[1], undefined_to_none=False)
+        return TEMPLATES.from_string(body).render
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"this is no template: {error.message}", where=where) from error
