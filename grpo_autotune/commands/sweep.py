@@ -25,26 +25,21 @@ ABOUT_BEST = 1.05
 
 
 def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) -> int:
-    """Print what rewards over a network take with 1, 2, 4, ... calls at once, until an endpoint asks for fewer or all
-    rows of a generation are asked for at once. Texts are those of a file, lines of JSON, or the data's own answers.
-
-    Raises:
-        AutotuneError: No reward asks a network, an endpoint refuses, or the data cannot be used.
-    """
+    """Print what `judge` and `service` take for the texts of a file, or the data's own answers, with 1, 2, 4, ... calls
+    at once, until one is answered by status 429 or a generation is asked for at once. AutotuneError where none can."""
     best, settings = dict[str, int](), list[RemoteCalls]()
     with output_aside() if as_json else nullcontext(), asyncio.Runner() as runner:
         set_environment()
         mend_torchvision()
-        rows, texts = _recorded(config, completions)
-        from grpo_autotune.train.rewards.build import build_rewards
+        from grpo_autotune.train.rewards.remote.client import aclose
 
-        functions = build_rewards(config, rows.column_names)[0]
-        remotes = [getattr(function, "remote", None) for function in functions]
-        for place in (n for n, remote in enumerate(remotes) if getattr(remote, "kind", "async") != "async"):
+        rows, texts = _recorded(config, completions)
+        for place in range(len(config.rewards)):
             settings += (mine := list(_settings(runner, config, place, rows, texts)))
             borne = {one.concurrency: one.step_s for one in mine if one.step_s and not one.rate_limited}
             short = [n for n, step_s in borne.items() if n and step_s <= ABOUT_BEST * min(borne.values())]
             best |= {f"rewards.{place}.concurrency": n for n in short[:1]}
+        runner.run(aclose())
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
         raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
@@ -59,9 +54,8 @@ def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
     from grpo_autotune.train.data.datasets import read_split
 
     data = config.data if file is None else DataSection(path=str(file), prompt_format=config.data.prompt_format)
-    limit = min(MOST_ROWS, data.max_samples or MOST_ROWS)
-    given = config.model_copy(update={"data": data})
-    rows = read_split(given, data.path, data.split, limit, say, "--completions" if file else "data.path")
+    limit, where = min(MOST_ROWS, data.max_samples or MOST_ROWS), "--completions" if file else "data.path"
+    rows = read_split(config.model_copy(update={"data": data}), data.path, data.split, limit, say, where)
     column = next((name for name in ANSWERS[: 1 if file else None] if name in rows.column_names), None)
     if column is None:
         fix = "Give --completions a file of lines with prompt, completion and the columns that rewards read."
@@ -72,16 +66,17 @@ def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
 def _settings(
     runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str]
 ) -> Iterator[RemoteCalls]:
-    """Calls of one reward with one at once and upwards, each setting with other rows."""
+    """Calls of a judge or a service with one at once and upwards, each setting with other rows."""
     from grpo_autotune.train.rewards.build import build_rewards
-    from grpo_autotune.train.rewards.without_model import keywords
+    from grpo_autotune.train.rewards.without_model import is_asking, keywords
 
     whole, begin, lanes, items = config.batch.generation_batch, 0, 1, list(config.rewards)
     per_step = config.batch.completions_per_step / config.batch.num_iterations
-    while lanes:
+    while lanes and is_asking(build_rewards(config, rows.column_names)[0][place]):
         items[place] = items[place].model_copy(update={"concurrency": lanes})
         function = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
         count = min(whole, max(LEAST_ROWS, ROUNDS * lanes))
+        say(f"rewards.{place}: {count} rows with {lanes} at once")
         picked = [n % len(rows) for n in range(begin, begin + count)]
         batch = keywords([rows[n] for n in picked], [texts[n] for n in picked])
         function.remote.cache = None  # what an earlier setting asked would take no time

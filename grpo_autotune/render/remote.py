@@ -26,6 +26,7 @@ def remote_parts(report: Report) -> tuple[list[str], list[Table]]:
     stage, rank = report.stage("reward"), "" if report.ranks is None else f" The table is that of rank {report.rank}."
     hidden = f"; {seconds(stage.hidden_s)} are hidden beside other stages" if stage.hidden_s else ""
     line = f"The step waits {seconds(stage.self_s)} ({percent(stage.share)}) for rewards{hidden}.{rank}"
+    line += " Wait: in the queue until a call is sent; retry: from the end of the first call to the last one's begin."
     return [line], [_table({one.name: one for one in report.remote})]
 
 
@@ -34,7 +35,7 @@ def render_sweep(sweep: RewardSweep) -> str:
     parts: list[RenderableType] = [Text(f"Rewards of {sweep.source}, without a model and with caches off")]
     for name in dict.fromkeys(one.name for one in sweep.settings):
         settings = [one for one in sweep.settings if one.name == name]
-        parts += [Text(f"\n{name}", style="bold"), _table({f"{one.concurrency or 'all'}": one for one in settings})]
+        parts += [Text(f"\n{name}", style="bold"), _table({f"{one.concurrency} at once": one for one in settings})]
     parts += [Text(f"The least seconds per step: set {key} to {lanes}.") for key, lanes in sweep.best.items()]
     return as_text(parts, 120, colour=False)
 
@@ -44,7 +45,7 @@ def _table(columns: Mapping[str, RemoteCalls]) -> Table:
     table = Table("", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for key in (key for key in RemoteCalls.model_fields if key not in LEFT_OUT):
         values = [getattr(one, key) for one in columns.values()]
-        words = key.removesuffix("_s").replace("_", " ")
+        words = "a step, predicted" if key == "step_s" else key.removesuffix("_s").replace("_", " ")
         if any(values):
             timed = any(isinstance(value, CallTimes) for value in values)
             table.add_row(f"{words}, {PERCENTILES}" if timed else words, *(_cell(key, value) for value in values))

@@ -28,10 +28,15 @@ def keywords(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[st
     }
 
 
+def is_asking(function: Any) -> bool:
+    """True for a reward that asks endpoints row by row: a judge or a service."""
+    return getattr(getattr(function, "remote", None), "kind", "async") != "async"
+
+
 def ask_first(trainer: Any, phase: Callable[[str], AbstractContextManager[object]]) -> None:
     """Let each reward of a trainer that asks a network make its first calls, in a start-up phase of its name."""
     for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
-        if hasattr(function, "remote") and function.remote.kind != "async":
+        if is_asking(function):
             with phase(name):
                 rows = list(itertools.islice(iter(trainer.train_dataset), FIRST_ROWS))
                 first = function.remote.warm_up(keywords(rows, ["-"] * len(rows)))
