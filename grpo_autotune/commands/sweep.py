@@ -74,7 +74,7 @@ def _settings(
     per_step = config.batch.completions_per_step / config.batch.num_iterations
     while lanes and is_asking(build_rewards(config, rows.column_names)[0][place]):
         items[place] = items[place].model_copy(update={"concurrency": lanes})
-        function = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
+        function: Any = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
         count = min(whole, max(LEAST_ROWS, ROUNDS * lanes))
         say(f"rewards.{place}: {count} rows with {lanes} at once")
         picked = [n % len(rows) for n in range(begin, begin + count)]

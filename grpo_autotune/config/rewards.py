@@ -12,6 +12,9 @@ from grpo_autotune.errors import ConfigError
 OnFailure = Literal["group_mean", "drop", "stop"]
 """Fill a score that failed with the mean of its group's others, leave its row out of training, or end the run."""
 
+CALL_KEYS = ("concurrency", "deadline_s", "on_failure")
+"""Keys for async rewards."""
+
 
 class RewardItem(Section):
     """One reward function."""
@@ -39,7 +42,7 @@ class RewardItem(Section):
         params = given.get("params") if isinstance(given, dict) and given.get("name") in ("judge", "service") else None
         if not isinstance(params, dict):
             return given
-        inside = {key: params[key] for key in ("concurrency", "deadline_s", "on_failure") if key in params}
+        inside = {key: params[key] for key in CALL_KEYS if key in params}
         for key in inside:
             if given.get(key) is not None:
                 raise ConfigError("this is given twice, inside params and beside it", where=f"rewards[].{key}")

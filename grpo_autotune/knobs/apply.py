@@ -161,8 +161,8 @@ def _write(grpo: dict[str, Any], name: str, value: int, own: int) -> None:
         grpo[name] = value
 
 
-def _section(values: dict[str, Any], path: str) -> dict[str, Any]:
-    section: Any = values
+def _section(values: Any, path: str) -> Any:
+    section = values
     for name in path.split(".") if path else ():
         if isinstance(section, list) and int(name) >= len(section):
             raise ConfigError(f"there are {len(section)} rewards, counted from 0", where=path)

@@ -78,6 +78,10 @@ def _prompts(config: RunConfig) -> int | None:
     return None if rest else whole
 
 
+def _concurrency(place: int, config: RunConfig) -> int | None:
+    return next((item.concurrency for item in config.rewards[place:]), None)
+
+
 TABLE = (
     Knob("data.image_size", "learning", values.image_sizes, rules.image_rule,
          why="an image's tokens go with the square of its longest side"),
@@ -126,7 +130,7 @@ TABLE = (
     Knob(WORKERS, "exact", values.workers, rules.worker_rule, reach=("data",),
          why="rows are read and images decoded beside the step"),
     *(Knob(f"rewards.{place}.concurrency", "exact", partial(values.concurrencies, place), reach=("reward",),
-           read=lambda config, place=place: next((item.concurrency for item in config.rewards[place:]), None),
+           read=partial(_concurrency, place),
            why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),

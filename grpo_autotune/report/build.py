@@ -152,8 +152,8 @@ def _per_step(one: RemoteCalls, facts: Facts) -> RemoteCalls:
     parts = {"calls": one.calls, "tokens": one.tokens_in + one.tokens_out, "cost": one.cost}
     scale = t.rows / t.num_iterations / max(1, one.rows)
     per_step = {f"{name}_per_step": None if n is None else n * scale for name, n in parts.items()}
-    cost = per_step["cost_per_step"]
-    return one.model_copy(update={**per_step, "cost_per_run": None if None in (cost, steps) else cost * steps})
+    whole = None if steps is None or one.cost is None else one.cost * scale * steps
+    return one.model_copy(update={**per_step, "cost_per_run": whole})
 
 
 def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:

@@ -119,7 +119,7 @@ FAULTS: dict[str, Fault] = {
     "429_date": _busy(lambda seconds: formatdate(time.time() + seconds, usegmt=True)),
     "500": lambda handler, body: handler.send(500, b'{"error": "broken"}'),
     "503": lambda handler, body: handler.send(503, b""),
-    "401": lambda handler, body: handler.send(401, json.dumps({"error": dict(handler.headers)}).encode()),
+    "401": lambda handler, body: handler.send(401, f"no such key: {handler.headers['X-Key']}".encode()),
     "404": lambda handler, body: handler.send(404, b"<html><body><h1>Not Found</h1></body></html>"),
     "hang": _hang,
     "drip": _drip,

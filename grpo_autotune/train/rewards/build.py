@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_autotune.config.reward_arguments import check_arguments
+from grpo_autotune.config.rewards import CALL_KEYS
 from grpo_autotune.config.schema import RewardItem, RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.registry import is_reference, resolve
 from grpo_autotune.seams.layers import is_async
 from grpo_autotune.train.rewards.guard import blame, guard
-from grpo_autotune.train.rewards.remote.counts import Remote
-from grpo_autotune.train.rewards.remote.own import OwnReward
+from grpo_autotune.train.rewards.remote.timed import OwnReward, Remote
 
 KEPT_BY_TRL = ("prompt", "completion")
 """Columns that no reward is given (`GRPOTrainer._calculate_rewards`, TRL 1.16)."""
@@ -44,41 +44,31 @@ def build_rewards(
         if item.label in names:
             raise ConfigError(f"another reward is called {item.label}", where=f"{where}.label")
         names.append(base if item.label or not again else f"{base}_{again + 1}")
-        functions.append(_guarded(function, item, names[-1], where, columns, alone=len(config.rewards) == 1))
+        if inspect.isclass(function):
+            function, item = _made(function, item, names[-1], where), item.model_copy(update={"params": {}})
+        _check(function, item, where, columns)
+        functions.append(_guarded(function, item, names[-1], where, alone=len(config.rewards) == 1))
     return functions, [item.weight for item in config.rewards], names
 
 
 def _guarded(
-    function: Callable[..., Any],
-    item: RewardItem,
-    name: str,
-    where: str,
-    columns: Collection[str] | None,
-    *,
-    alone: bool,
+    function: Callable[..., Any], item: RewardItem, name: str, where: str, *, alone: bool
 ) -> Callable[..., Any]:
-    params = item.params
-    if inspect.isclass(function):
-        function, params = _made(function, item, name, where), {}
-    _check(function, item, params, where, columns)
-    keys = [key for key in ("concurrency", "deadline_s", "on_failure") if getattr(item, key) is not None]
-    limits = ("deadline_s", "on_failure") if is_async(function) else ()
-    limits = (*limits, "concurrency") if isinstance(function, Remote) else limits
+    keys = [key for key in CALL_KEYS if getattr(item, key) is not None]
     for key in keys:
-        if key not in limits:
-            kinds = "`judge` and `service`" if key == "concurrency" else "async functions"
+        kinds, is_one = "async functions", is_async(function)
+        if key == "concurrency":
+            kinds, is_one = "`judge` and `service`", isinstance(function, Remote)
+        if not is_one:
             raise ConfigError(f"{name} cannot have this key, which is for {kinds}", where=f"{where}.{key}")
-    if not limits:
-        return guard(function, name, params, alone=alone)
-    if isinstance(function, Remote):
-        function.set_up(name, where, item.concurrency, item.deadline_s)
-        remote, attributes = function, {}
-    else:
-        remote = OwnReward(function, name, item.deadline_s, may_fail=bool(keys))
-        attributes = getattr(function, "__dict__", {})
-    guarded = guard(remote.__call__, name, params, alone=alone)
-    on_failure = item.on_failure or ("group_mean" if keys or isinstance(function, Remote) else None)
-    guarded.__dict__.update(attributes, remote=remote, on_failure=on_failure)
+    if not is_async(function):
+        return guard(function, name, item.params, alone=alone)
+    remote = function if isinstance(function, Remote) else OwnReward(function, may_fail=bool(keys))
+    remote.set_up(name, where, item.concurrency, item.deadline_s)
+    guarded = guard(remote.__call__, name, item.params, alone=alone)
+    guarded.__dict__.update({} if remote is function else getattr(function, "__dict__", {}))
+    on_failure = item.on_failure or ("group_mean" if keys or remote is function else None)
+    guarded.__dict__.update(remote=remote, on_failure=on_failure)
     return guarded
 
 
@@ -93,13 +83,11 @@ def _made(cls: Callable[..., Any], item: RewardItem, name: str, where: str) -> C
     return made
 
 
-def _check(
-    function: Callable[..., Any], item: RewardItem, params: dict[str, Any], where: str, columns: Collection[str] | None
-) -> None:
+def _check(function: Callable[..., Any], item: RewardItem, where: str, columns: Collection[str] | None) -> None:
     """Check a function's arguments; a built-in one judges no rows besides, which tells of a wrong pattern or column."""
     given = None if columns is None else [name for name in columns if name not in KEPT_BY_TRL]
     with suppress(ValueError):  # a callable of another language shows no signature
-        check_arguments(inspect.signature(function), params, where, given)
+        check_arguments(inspect.signature(function), item.params, where, given)
     if given is None:
         return
     missing = sorted(getattr(function, "columns", set()) - {*given, *KEPT_BY_TRL})
@@ -107,4 +95,4 @@ def _check(
         raise ConfigError(f"the data has no column {missing[0]}", where=where, fix=f"Columns: {', '.join(given)}.")
     if not is_reference(item.name) and not is_async(function) and function.__module__.startswith(__package__):
         no_rows: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", *given)}
-        function(**{**no_rows, **params})
+        function(**{**no_rows, **item.params})

@@ -16,7 +16,7 @@ from grpo_autotune.errors import RewardError
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.train.rewards.guard import FAILED
-from grpo_autotune.train.rewards.remote.client import close_in
+from grpo_autotune.train.rewards.remote.replies import close_in
 
 INNERMOST = INNER + 10
 """Below every speed-up and the probe: none of them sees a failed score."""
@@ -85,8 +85,7 @@ class _Attendant:
         try:
             result = call_next(*args, **kwargs)
         finally:
-            if (loop := getattr(self._trainer, "async_loop", None)) is not None:
-                close_in(loop)
+            close_in(getattr(self._trainer, "async_loop", None))
         if self._end is not None:
             raise self._end
         return result

@@ -14,8 +14,7 @@ import jinja2.meta
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.rewards.answers import completion_text
 from grpo_autotune.train.rewards.remote.batch import RemoteReward
-from grpo_autotune.train.rewards.remote.client import failure, secret
-from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt
+from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt, failure, secret
 
 DEFAULT_BODY = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 STEP = r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
@@ -75,9 +74,8 @@ class Service(RemoteReward):
     def rows(self, batch: Mapping[str, Any]) -> list[Any]:
         """The bodies."""
         named = {key: values for key, values in batch.items() if isinstance(values, list)}
-        named["prompt"] = [
-            completion_text(turns if isinstance(turns, str) else turns[-1:]) for turns in batch["prompts"]
-        ]
+        last = [turns if isinstance(turns, str) else turns[-1:] for turns in batch["prompts"]]
+        named["prompt"] = [completion_text(turn) for turn in last]
         named["completion"] = [completion_text(turns) for turns in batch["completions"]]
         return [self._body({key: named[key][row] for key in named}) for row in range(len(named["completion"]))]
 
@@ -91,21 +89,18 @@ class Service(RemoteReward):
         try:
             answer = await self.http.request(self.method, self.url, **call)
         except httpx2.TransportError as error:
-            raise failure(error) from error
+            raise failure(error, secrets.values()) from None
         check_status(answer.status_code, answer.headers, answer.text, secrets.values())
-        said = excerpt(answer.text, secrets.values())
         try:
             value = answer.json()
-        except ValueError:
-            raise Failed("json", said) from None
-        try:
             for step in self._steps:
                 value = value[step]
             if isinstance(value, int | float) and math.isfinite(value):
                 return Reply(float(value))
-        except (LookupError, TypeError):
-            pass
-        raise Failed("schema", f"no number at {self.path} in {said}")
+            kind = "schema"
+        except (ValueError, LookupError, TypeError) as error:
+            kind = "json" if isinstance(error, ValueError) else "schema"
+        raise Failed(kind, f"no number at {self.path} in {excerpt(answer.text, secrets.values())}")
 
 
 def _template(body: Any, where: str, columns: set[str]) -> Callable[[Mapping[str, Any]], Any]:
@@ -113,8 +108,9 @@ def _template(body: Any, where: str, columns: set[str]) -> Callable[[Mapping[str
     if isinstance(body, dict | list):
         items = body.items() if isinstance(body, dict) else enumerate(body)
         parts = {key: _template(part, f"{where}.{key}", columns) for key, part in items}
-        make = dict if isinstance(body, dict) else lambda pairs: [value for _, value in pairs]
-        return lambda row: make([(key, part(row)) for key, part in parts.items()])
+        if isinstance(body, list):
+            return lambda row: [part(row) for part in parts.values()]
+        return lambda row: {key: part(row) for key, part in parts.items()}
     if not isinstance(body, str):
         return lambda row: body
     try:
