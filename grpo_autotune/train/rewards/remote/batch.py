@@ -214,28 +214,5 @@ class RemoteReward(Remote):
         self._has_answered = True
         return reply
 
-<<<<<<< HEAD
-    def _learn(self, lane: Lane, error: Failed | None, good: bool | None, trial: bool) -> None:
-        """What a call says of its endpoint; nothing where it was given up."""
-        is_busy = isinstance(error, Busy)
-        lane.trouble = error or lane.trouble
-        lane.breaker.end(False if error and not is_busy else good, trial)
-        if error or good:
-            lane.slots.learn(error)
-        self.counts.rate_limited += is_busy
-        pause_s = (error.retry_after_s if error else None) or 0.0
-        if is_busy and pause_s >= self.policy.open_s:
-            lane.breaker.open(pause_s)
-        elif is_busy:
-            lane.pace.pause(pause_s)
-
-    def _never_answered(self) -> RewardError:
-        """The error of a process in which no call has succeeded yet: its configuration is wrong, most likely."""
-        lane = self._lanes[0]
-        kind, said = (lane.trouble.kind, lane.trouble.said) if lane.trouble else ("busy", "")
-        told = f"{lane.endpoint.name} has given no score yet, {self.counts.calls} calls failed ({kind}: {said})"
-        return RewardError(told, where=f"{self.where}.{lane.endpoint.where}", fix="Is it up, are its settings right?")
-=======
     def _error(self, lane: Lane, told: str, fix: str | None) -> RewardError:
         return RewardError(told, where=f"{self.where}.{lane.endpoint.where}", fix=fix)
->>>>>>> a1
