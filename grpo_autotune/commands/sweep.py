@@ -6,11 +6,10 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
-from grpo_autotune.config.schema import DataSection, RunConfig
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.predict.calls import batch_s
@@ -24,18 +23,25 @@ MOST_ROWS, LEAST_ROWS, ROUNDS = 512, 8, 4
 ABOUT_BEST = 1.05
 
 
-def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) -> int:
-    """Print what `judge` and `service` take for the texts of a file, or the data's own answers, with 1, 2, 4, ... calls
-    at once, until one is answered by status 429 or a generation is asked for at once. AutotuneError where none can."""
+def show_sweep(config: RunConfig, *, as_json: bool) -> int:
+    """Print what `judge` and `service` take for the completions or answers of the data with 1, 2, 4, ... calls at once,
+    until one is answered by status 429 or a generation is asked for at once. AutotuneError where none can be asked."""
     best, settings = dict[str, int](), list[RemoteCalls]()
     with output_aside() if as_json else nullcontext(), asyncio.Runner() as runner:
         set_environment()
         mend_torchvision()
+        from grpo_autotune.train.data.datasets import read_split
         from grpo_autotune.train.rewards.remote.client import aclose
 
-        rows, texts = _recorded(config, completions)
+        data = config.data
+        rows = read_split(
+            config, data.path, data.split, min(MOST_ROWS, data.max_samples or MOST_ROWS), say, "data.path"
+        )
+        column = next((name for name in ANSWERS if name in rows.column_names), None)
+        if column is None:
+            raise ConfigError(f"the data has no column {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}", where=data.path)
         for place in range(len(config.rewards)):
-            settings += (mine := list(_settings(runner, config, place, rows, texts)))
+            settings += (mine := list(_settings(runner, config, place, rows, list(map(str, rows[column][:])))))
             borne = {one.concurrency: one.step_s for one in mine if one.step_s and not one.rate_limited}
             short = [n for n, step_s in borne.items() if n and step_s <= ABOUT_BEST * min(borne.values())]
             best |= {f"rewards.{place}.concurrency": n for n in short[:1]}
@@ -43,24 +49,9 @@ def show_sweep(config: RunConfig, completions: Path | None, *, as_json: bool) ->
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
         raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
-    source = str(completions or f"the answers of {config.data.path}")
-    sweep = RewardSweep(source=source, settings=settings, best=best)
+    sweep = RewardSweep(source=f"column {column} of {data.path}", settings=settings, best=best)
     show(json.dumps(sweep.model_dump(mode="json"), indent=2) if as_json else render_sweep(sweep))
     return 0
-
-
-def _recorded(config: RunConfig, file: Path | None) -> tuple[Any, list[str]]:
-    """Rows, and the text that answers each."""
-    from grpo_autotune.train.data.datasets import read_split
-
-    data = config.data if file is None else DataSection(path=str(file), prompt_format=config.data.prompt_format)
-    limit, where = min(MOST_ROWS, data.max_samples or MOST_ROWS), "--completions" if file else "data.path"
-    rows = read_split(config.model_copy(update={"data": data}), data.path, data.split, limit, say, where)
-    column = next((name for name in ANSWERS[: 1 if file else None] if name in rows.column_names), None)
-    if column is None:
-        fix = "Give --completions a file of lines with prompt, completion and the columns that rewards read."
-        raise ConfigError("the data has no column with completions or answers", where=data.path, fix=fix)
-    return rows, [one[-1]["content"] if isinstance(one, list) else str(one) for one in rows[column][:]]
 
 
 def _settings(

@@ -61,20 +61,18 @@ def test_calls_at_once_go_up_until_the_first_429(tmp_path: Path, capsys: pytest.
     assert {call.body["text"] for call in server.calls} == {"1.", "2.", "3."}, "the data's own answers"
 
 
-def test_completions_of_a_file_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_completions_are_scored_before_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(json.dumps({"prompt": "Why?", "completion": "Because.", "value": 1}))
+    texts.write_text(json.dumps({"prompt": "Why?", "completion": "Because.", "answer": "No.", "value": 1}))
     with FaultServer() as server:
         config = str(served(server, tmp_path))
-        assert main(["probe", config, "--completions", str(texts)]) == 0
+        assert main(["probe", config, "--rewards-only", "--set", f"data.path={texts}"]) == 0
         assert {call.body["text"] for call in server.calls} == {"Because."}
         printed = capsys.readouterr().out
-        assert (
-            f"Rewards of {texts}" in printed and "32 at once" in printed and "set rewards.1.concurrency to" in printed
-        )
-        texts.write_text(json.dumps({"prompt": "Why?", "answer": "Because.", "value": 1}))
-        assert main(["probe", config, "--completions", str(texts)]) == 2
-        assert "the data has no column with completions" in capsys.readouterr().err
+        assert f"column completion of {texts}" in printed and "32 at once" in printed and "a step, predicted" in printed
+        texts.write_text(json.dumps({"prompt": "Why?", "value": 1}))
+        assert main(["probe", config, "--rewards-only", "--set", f"data.path={texts}"]) == 2
+        assert "the data has no column completion, answer or solution" in capsys.readouterr().err
         assert main(["probe", config, "--rewards-only", "--set", "rewards=[{name: exact_match}]"]) == 2
         assert "rewards: none is a judge or a service" in capsys.readouterr().err
 
