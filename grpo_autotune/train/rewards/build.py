@@ -73,7 +73,7 @@ def _guarded(
 
 
 def _made(cls: Callable[..., Any], item: RewardItem, name: str, where: str) -> Callable[..., Any]:
-    """What a class makes of `params`."""
+    """The reward that a class makes of `params`."""
     check_arguments(inspect.signature(cls), item.params, where, (), made=True)
     try:
         with blame(name):

@@ -27,7 +27,7 @@ REMEDIES = {
     400: "Check what is sent",
     401: "Check the key in the environment",
     403: "Check what the key in the environment may do",
-    404: "Check the address and the model's name",
+    404: "Check the address, and the names in it and in params",
 }
 
 
@@ -81,7 +81,7 @@ class RemoteReward(Remote):
         return client()
 
     def rows(self, batch: Mapping[str, Any]) -> list[Any]:
-        """What is asked for each completion of a batch, the keywords that TRL gives a reward function."""
+        """The requests, one for each completion of a batch, the keywords that TRL gives a reward function."""
         raise NotImplementedError
 
     async def __call__(self, **batch: Any) -> list[float]:
@@ -138,6 +138,7 @@ class RemoteReward(Remote):
             sleep=asyncio.sleep,
             reraise=True,
         )
+        reply: Reply
         try:
             reply, one.by = await retrying(self._attempt, one)
         except Failed as error:
@@ -157,7 +158,7 @@ class RemoteReward(Remote):
             self.cache.put(one.row, reply.value)
 
     def _is_over(self, one: _Asked, pause_s: float) -> bool:
-        """Whether a row may have no further call; one that it may have is taken off what the batch has left."""
+        """True if a row may have no further call; one that it may have is taken off what the batch has left."""
         is_late = time.monotonic() + pause_s - one.begin_s >= self.policy.call_s
         if one.calls >= self.policy.tries or is_late or self._credit < 1:
             return True

@@ -1,4 +1,4 @@
-"""How many calls an endpoint gets: at once, a minute, and whether any."""
+"""Limits of the calls to an endpoint: at once, in a minute, and none while it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call to an endpoint comes to, a reply or an error, and the HTTP client that makes it."""
+"""The outcomes of a call to an endpoint, a reply or an error, and the HTTP client that makes it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Endpoint:
 
     name: str  # what records, logs and messages call it
     ask: Callable[[Any], Awaitable[Reply]]  # sends one row, once; raises `Refused`, `Busy` or `Failed`
-    rpm: int | None = None  # calls a minute that it allows, over all ranks
+    rpm: int | None = None  # calls per minute that it allows, over all ranks
     timeout_s: float = 60.0  # longest one call may take, its answer read; the caller keeps it
     where: str = ""  # key path inside the reward, such as `params.providers[1]`
 
@@ -124,7 +124,7 @@ async def aclose() -> None:
 
 def close_in(loop: asyncio.AbstractEventLoop | None) -> None:
     """Close the client of a loop that runs on another thread."""
-    if loop in _clients and loop.is_running():
+    if loop is not None and loop in _clients and loop.is_running():
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(aclose(), loop).result(CLOSE_S)
 

@@ -35,7 +35,7 @@ class Service(RemoteReward):
         headers_env: Header -> name of the environment variable that holds its value.
         warmup: First rows of a process that are asked one after another.
         timeout_s: Longest a call may take.
-        rpm: Calls a minute that the service allows.
+        rpm: Calls per minute that the service allows.
 
     Raises:
         ConfigError: One of them cannot be used.

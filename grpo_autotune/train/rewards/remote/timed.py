@@ -114,7 +114,7 @@ class OwnReward(Remote):
         self._function, self._may_fail = function, may_fail
 
     async def __call__(self, **batch: Any) -> Any:
-        """What the function returns, or `FAILED` for each row."""
+        """The function's own result, or `FAILED` for each row."""
         rows, begin_s = len(batch["completions"]), time.monotonic()
         self.count["calls"] += 1
         with self.batch(rows):
@@ -123,7 +123,7 @@ class OwnReward(Remote):
                     values = await self._function(**batch)
                 self.took_s.append(time.monotonic() - begin_s)
                 return values
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the boundary to a user's function, if its scores may fail
                 if not self._may_fail or isinstance(error, AutotuneError):
                     raise
                 self.failed(Counter({"deadline" if limit.expired() else type(error).__name__: rows}), rows, str(error))
