@@ -31,7 +31,7 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
         set_environment()
         mend_torchvision()
         from grpo_autotune.train.data.datasets import read_split
-        from grpo_autotune.train.rewards.remote.client import aclose
+        from grpo_autotune.train.rewards.remote.replies import aclose
 
         data = config.data
         rows = read_split(
