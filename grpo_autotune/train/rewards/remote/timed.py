@@ -123,7 +123,7 @@ class OwnReward(Remote):
                     values = await self._function(**batch)
                 self.took_s.append(time.monotonic() - begin_s)
                 return values
-            except Exception as error:  # noqa: BLE001 - the boundary to a user's function, if its scores may fail
+            except Exception as error:
                 if not self._may_fail or isinstance(error, AutotuneError):
                     raise
                 self.failed(Counter({"deadline" if limit.expired() else type(error).__name__: rows}), rows, str(error))
