@@ -45,6 +45,7 @@ docs: .venv/.installed ## write the generated parts of the pages anew: picture, 
 bench: .venv/.installed ## measure everything the README and the pages claim: hours; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.aa_pairs runs/aa_pairs
+	$(BIN)/python -m benchmarks.remote_rewards --rounds 5 --steps 2
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m --cases 768px 448px --checkpointing on

@@ -174,7 +174,12 @@ def main() -> None:
         )
         for on in (True, False)
     }
-    path = write("remote_rewards", "python -m benchmarks.remote_rewards", [*rows, *beside], found)
+    path = write(
+        "remote_rewards",
+        f"python -m benchmarks.remote_rewards {' '.join(sys.argv[1:])}".strip(),
+        [*rows, *beside],
+        found,
+    )
     sys.stdout.write(f"{found}\n{path}\n")
 
 

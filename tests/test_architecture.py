@@ -250,7 +250,8 @@ def test_modules_and_public_functions_tell_their_idea() -> None:
 
 
 def test_nothing_is_caught_blindly() -> None:
-    """A handler for everything may only add to the error, and raise, but at the boundaries of trials, of reports and of a user's reward."""
+    """A handler for everything may only add to the error, and raise, but at three boundaries: to a report, to a user's
+    reward and to a trial."""
     swallowed = []
     for path in modules():
         for node in ast.walk(tree(path)):

@@ -69,17 +69,20 @@ class _Samples:
             handle.remove()
 
     def by_prompt(self, rows: range, group: int) -> list[PromptReward]:
-        cut = [slice(at, at + group) for at in range(0, len(rows) * group, group)]
+        answers = list(zip(self._rewards, self._truncated, strict=True))
+        groups = [answers[at : at + group] for at in range(0, len(rows) * group, group)]
+        scored = [[(reward, cut) for reward, cut in part if reward == reward] for part in groups]
         return [
-            PromptReward(prompt=row, rewards=self._rewards[part], truncated=sum(self._truncated[part]))
-            for row, part in zip(rows, cut, strict=True)
+            PromptReward(prompt=row, rewards=[reward for reward, _ in part], truncated=sum(cut for _, cut in part))
+            for row, part in zip(rows, scored, strict=True)
         ]
 
     def _total(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         with self._heartbeat.within("reward"):
             rewards_BF = call_next(*args, **kwargs)
         weights_F = self._trainer.reward_weights.to(rewards_BF.device)
-        self._rewards = (rewards_BF * weights_F).nansum(dim=1).tolist()
+        has_none_B = rewards_BF.isnan().all(dim=1)
+        self._rewards = (rewards_BF * weights_F).nansum(dim=1).masked_fill(has_none_B, torch.nan).tolist()
         return rewards_BF
 
     def _rollout(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -23,19 +23,7 @@ TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 
 class Service(RemoteReward):
-    """A reward whose score stands in the JSON that a URL answers.
-
-    Args:
-        url: `http://` or `https://`.
-        score: JSON path of the number, or of `true` or `false`, in the answer: `$`, then `.key`, `['key']`, `[0]`.
-        method: With `GET`, `body` makes the query.
-        body: JSON whose texts are templates (jinja2) over the row's columns, `prompt` and `completion`; a text that is
-            one `{{ expression }}` stands for its value, with its type. A text alone is a template of the whole.
-        headers: Sent with each call.
-        headers_env: Header -> name of the environment variable that holds its value.
-        warmup: First rows of a process that are asked one after another.
-        timeout_s: Longest a call may take.
-        rpm: Calls per minute that the service allows.
+    """A reward whose score stands in the JSON that a URL answers; docs/rewards.md has what its arguments mean.
 
     Raises:
         ConfigError: One of them cannot be used.

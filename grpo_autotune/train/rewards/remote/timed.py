@@ -16,6 +16,7 @@ from grpo_autotune.console import warn
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.records.rewards import CallTimes, RemoteCalls
 from grpo_autotune.train.rewards.guard import FAILED
+from grpo_autotune.train.rewards.remote.replies import excerpt
 
 LEAST_DEADLINE_S, DEADLINE_P99 = 120.0, 5.0
 """A batch's deadline where none is given: so many times the 99th percentile of those before, and not less."""
@@ -126,7 +127,9 @@ class OwnReward(Remote):
             except Exception as error:
                 if not self._may_fail or isinstance(error, AutotuneError):
                     raise
-                self.failed(Counter({"deadline" if limit.expired() else type(error).__name__: rows}), rows, str(error))
+                self.failed(
+                    Counter({"deadline" if limit.expired() else type(error).__name__: rows}), rows, excerpt(str(error))
+                )
                 return [FAILED] * rows
             finally:
                 self.called(time.monotonic() - begin_s)
@@ -135,5 +138,5 @@ class OwnReward(Remote):
 def _quantiles(seconds: deque[float]) -> CallTimes | None:
     if not seconds:
         return None
-    p50, p95, p99 = np.percentile(seconds, (50, 95, 99)).tolist()
+    p50, p95, p99 = np.percentile(list(seconds), (50, 95, 99)).tolist()
     return CallTimes(p50=p50, p95=p95, p99=p99)
