@@ -13,20 +13,18 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.predict.calls import batch_s
-from grpo_autotune.records.rewards import RemoteCalls, RewardSweep
+from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.render.remote import render_sweep
 
 ANSWERS = ("completion", "answer", "solution")
 """Columns that may hold what a model would write: the first that there is."""
 MOST_ROWS, LEAST_ROWS, ROUNDS = 512, 8, 4
 """Rows that are read, and those asked for at a setting: at least, and for each call at once."""
-ABOUT_BEST = 1.05
 
 
 def show_sweep(config: RunConfig, *, as_json: bool) -> int:
     """Print what `judge` and `service` take for the completions or answers of the data with 1, 2, 4, ... calls at once,
     until one is answered by status 429 or a generation is asked for at once. AutotuneError where none can be asked."""
-    best, settings = dict[str, int](), list[RemoteCalls]()
     with output_aside() if as_json else nullcontext(), asyncio.Runner() as runner:
         set_environment()
         mend_torchvision()
@@ -40,17 +38,15 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
         column = next((name for name in ANSWERS if name in rows.column_names), None)
         if column is None:
             raise ConfigError(f"the data has no column {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}", where=data.path)
-        for place in range(len(config.rewards)):
-            settings += (mine := list(_settings(runner, config, place, rows, list(map(str, rows[column][:])))))
-            borne = {one.concurrency: one.step_s for one in mine if one.step_s and not one.rate_limited}
-            short = [n for n, step_s in borne.items() if n and step_s <= ABOUT_BEST * min(borne.values())]
-            best |= {f"rewards.{place}.concurrency": n for n in short[:1]}
+        texts = list(map(str, rows[column][:]))
+        places = range(len(config.rewards))
+        settings = [one for place in places for one in _settings(runner, config, place, rows, texts)]
         runner.run(aclose())
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
         raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
-    sweep = RewardSweep(source=f"column {column} of {data.path}", settings=settings, best=best)
-    show(json.dumps(sweep.model_dump(mode="json"), indent=2) if as_json else render_sweep(sweep))
+    documents = [one.model_dump(mode="json") for one in settings]
+    show(json.dumps(documents, indent=2) if as_json else render_sweep(settings, f"column {column} of {data.path}"))
     return 0
 
 

@@ -57,6 +57,8 @@ def own_value(key: str, config: RunConfig) -> Any:
     section, _, name = key.partition(".")
     if section == "grpo":
         return grpo_value(name, config)
+    if section == "rewards":
+        return next((item.concurrency for item in config.rewards[int(name.partition(".")[0]) :]), None)
     value = getattr(getattr(config, section), name) if name else getattr(config, section)
     return VLLM_DEFAULTS.get(key) if value is None else value
 
@@ -76,10 +78,6 @@ def _rank(config: RunConfig) -> Any:
 def _prompts(config: RunConfig) -> int | None:
     whole, rest = divmod(config.batch.completions_per_step, config.batch.num_generations)
     return None if rest else whole
-
-
-def _concurrency(place: int, config: RunConfig) -> int | None:
-    return next((item.concurrency for item in config.rewards[place:]), None)
 
 
 TABLE = (
@@ -130,7 +128,6 @@ TABLE = (
     Knob(WORKERS, "exact", values.workers, rules.worker_rule, reach=("data",),
          why="rows are read and images decoded beside the step"),
     *(Knob(f"rewards.{place}.concurrency", "exact", partial(values.concurrencies, place), reach=("reward",),
-           read=partial(_concurrency, place),
            why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),

@@ -16,14 +16,12 @@ from scipy.special import ndtri
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.records.rewards import CallTimes, RemoteCalls
 
-LEAST_S = 1e-6
-
 
 @lru_cache(maxsize=4096)
 def scheduled_s(times: CallTimes, calls: int, lanes: int) -> float:
     """Seconds until so many calls have ended, each begun where a lane is free (list scheduling, Graham 1969); lengths
     are log-normal between the percentiles, mirrored below the median, in an order drawn once."""
-    p50, p95, p99 = np.log([max(value, LEAST_S) for value in (times.p50, times.p95, times.p99)])
+    p50, p95, p99 = np.log([max(value, 1e-6) for value in (times.p50, times.p95, times.p99)])
     normal = ndtri((np.arange(calls) + 0.5) / calls)
     lengths = np.exp(np.interp(normal, ndtri([0.05, 0.5, 0.95, 0.99]), [2.0 * p50 - p95, p50, p95, p99])).tolist()
     random.Random(0).shuffle(lengths)

@@ -205,17 +205,13 @@ class Models:
                 guess = fit.predict(wanted, place.of(part))
                 parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
         if "reward" in parts and ("reward", family(config, "reward")) not in self._fits:
-            parts["reward"] = self._waited(config, load, *parts["reward"])
+            mean, spread = parts["reward"]  # not tried yet: the step waits as much longer as a batch of calls takes
+            remote, plain = self.record.remote, [call.mean_s for call in self.record.rewards if not call.is_async]
+            later_s = load.generations * (longest_s(remote, config) - longest_s(remote, self.base))
+            parts["reward"] = max(min(mean, load.generations * math.fsum(plain)), mean + later_s), spread
         if "data" in parts and load.trainer.dataloader_num_workers and not self._knows_workers:
             parts["data"] = self._beside(load.trainer.dataloader_num_workers, parts)
         return parts
-
-    def _waited(self, config: RunConfig, load: Workload, mean: float, spread: float) -> tuple[float, float]:
-        """First guess of the rewards where other numbers of calls over a network are made at once: the step waits for
-        what a batch of them takes longer or shorter, and for plain functions as before."""
-        later_s = longest_s(self.record.remote, config) - longest_s(self.record.remote, self.base)
-        plain_s = math.fsum(call.mean_s for call in self.record.rewards if not call.is_async)
-        return max(min(mean, load.generations * plain_s), mean + load.generations * later_s), spread
 
     @property
     def _knows_workers(self) -> bool:

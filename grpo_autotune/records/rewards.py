@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
-from grpo_autotune.records.base import Document, Frozen
+from grpo_autotune.records.base import Frozen
 
 
 class CallTimes(Frozen):
@@ -47,12 +43,3 @@ class RemoteCalls(Frozen):
     cost_per_step: float | None = None
     cost_per_run: float | None = None  # of the steps that are configured
     step_s: float | None = None  # of `probe --rewards-only`: predicted seconds per step if nothing runs beside them
-
-
-class RewardSweep(Document):
-    """The document of `probe --rewards-only --json`."""
-
-    schema_: Literal["grpo-autotune/rewards/1"] = Field(default="grpo-autotune/rewards/1", alias="schema")
-    source: str  # of the completions
-    settings: list[RemoteCalls]  # of each reward over a network, with more and more calls at once
-    best: dict[str, int]  # key -> least number of calls at once within 5 % of the shortest step, none of status 429

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.report import Report
-from grpo_autotune.records.rewards import CallTimes, RemoteCalls, RewardSweep
+from grpo_autotune.records.rewards import CallTimes, RemoteCalls
 from grpo_autotune.render.text import as_text
 from grpo_autotune.units import amount, percent, seconds
 
@@ -30,13 +30,12 @@ def remote_parts(report: Report) -> tuple[list[str], list[Table]]:
     return [line], [_table({one.name: one for one in report.remote})]
 
 
-def render_sweep(sweep: RewardSweep) -> str:
+def render_sweep(settings: Sequence[RemoteCalls], source: str) -> str:
     """A table for each reward, with a column for each number of calls at once."""
-    parts: list[RenderableType] = [Text(f"Rewards of {sweep.source}, without a model and with caches off")]
-    for name in dict.fromkeys(one.name for one in sweep.settings):
-        settings = [one for one in sweep.settings if one.name == name]
-        parts += [Text(f"\n{name}", style="bold"), _table({f"{one.concurrency} at once": one for one in settings})]
-    parts += [Text(f"The least seconds per step: set {key} to {lanes}.") for key, lanes in sweep.best.items()]
+    parts: list[RenderableType] = [Text(f"Rewards of {source}, without a model and with caches off")]
+    for name in dict.fromkeys(one.name for one in settings):
+        columns = {f"{one.concurrency} at once": one for one in settings if one.name == name}
+        parts += [Text(f"\n{name}"), _table(columns)]
     return as_text(parts, 120, colour=False)
 
 

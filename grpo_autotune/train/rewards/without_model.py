@@ -10,18 +10,14 @@ from typing import Any
 
 from grpo_autotune.train.rewards.build import KEPT_BY_TRL
 
-FIRST_ROWS = 8
-"""Rows at hand for the first calls; a reward takes as many of them as its `warmup` says."""
-
 
 def keywords(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[str, Any]:
     """The keywords that TRL gives a reward function for rows of a data set and a text each; token ids are left out."""
-    prompts = [row["prompt"] for row in rows]
-    in_turns = not isinstance(prompts[0], str)
+    plain = isinstance(rows[0]["prompt"], str)
     return {
         **{name: [row[name] for row in rows] for name in rows[0] if name not in KEPT_BY_TRL},
-        "prompts": prompts,
-        "completions": [[{"role": "assistant", "content": text}] if in_turns else text for text in texts],
+        "prompts": [row["prompt"] for row in rows],
+        "completions": [text if plain else [{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": [[] for _ in rows],
         "trainer_state": None,
         **dict.fromkeys(("log_extra", "log_metric"), lambda name, values: None),
@@ -38,6 +34,6 @@ def ask_first(trainer: Any, phase: Callable[[str], AbstractContextManager[object
     for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
         if is_asking(function):
             with phase(name):
-                rows = list(itertools.islice(iter(trainer.train_dataset), FIRST_ROWS))
+                rows = list(itertools.islice(iter(trainer.train_dataset), 8))  # of which it takes its `warmup` first
                 first = function.remote.warm_up(keywords(rows, ["-"] * len(rows)))
                 asyncio.run_coroutine_threadsafe(first, trainer.async_loop).result()
