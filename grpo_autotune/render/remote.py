@@ -34,17 +34,17 @@ def render_sweep(settings: Sequence[RemoteCalls], source: str) -> str:
     """A table for each reward, with a column for each number of calls at once."""
     parts: list[RenderableType] = [Text(f"Rewards of {source}, without a model and with caches off")]
     for name in dict.fromkeys(one.name for one in settings):
-        columns = {f"{one.concurrency} at once": one for one in settings if one.name == name}
-        parts += [Text(f"\n{name}"), _table(columns)]
+        columns = {f"{one.concurrency}": one for one in settings if one.name == name}
+        parts += [Text(f"\n{name}"), _table(columns, "calls at once")]
     return as_text(parts, 120, colour=False)
 
 
-def _table(columns: Mapping[str, RemoteCalls]) -> Table:
+def _table(columns: Mapping[str, RemoteCalls], title: str = "") -> Table:
     """The keys of `report.json` in words; a row of nothing is left out."""
-    table = Table("", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title, *columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for key in (key for key in RemoteCalls.model_fields if key not in LEFT_OUT):
         values = [getattr(one, key) for one in columns.values()]
-        words = "a step, predicted" if key == "step_s" else key.removesuffix("_s").replace("_", " ")
+        words = "predicted step" if key == "step_s" else key.removesuffix("_s").replace("_", " ")
         if any(values):
             timed = any(isinstance(value, CallTimes) for value in values)
             table.add_row(f"{words}, {PERCENTILES}" if timed else words, *(_cell(key, value) for value in values))

@@ -67,7 +67,7 @@ def test_recorded_completions_are_scored_before_answers(tmp_path: Path, capsys: 
         assert main(["probe", config, "--rewards-only", "--set", f"data.path={texts}"]) == 0
         assert {call.body["text"] for call in server.calls} == {"Because."}
         printed = capsys.readouterr().out
-        assert f"column completion of {texts}" in printed and "32 at once" in printed and "a step, predicted" in printed
+        assert f"column completion of {texts}" in printed and "calls at once" in printed and "predicted step" in printed
         texts.write_text(json.dumps({"prompt": "Why?", "value": 1}))
         assert main(["probe", config, "--rewards-only", "--set", f"data.path={texts}"]) == 2
         assert "the data has no column completion, answer or solution" in capsys.readouterr().err

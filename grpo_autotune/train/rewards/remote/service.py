@@ -78,7 +78,8 @@ class Service(RemoteReward):
             answer = await self.http.request(self.method, self.url, **call)
         except httpx2.TransportError as error:
             raise failure(error, secrets.values()) from None
-        check_status(answer.status_code, answer.headers, answer.text, secrets.values())
+        if not answer.is_success:
+            check_status(answer.status_code, answer.headers, answer.text, secrets.values())
         try:
             value = answer.json()
             for step in self._steps:
