@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_autotune.commands.options import Checked, Config, Json, Out, Set, Steps
+from grpo_autotune.commands.options import Checked, Config, Json, Only, Out, Set, Steps
 from grpo_autotune.console import accept_any_text, as_warning, complain, is_first_rank, output_aside, say, show
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
 from grpo_autotune.processes.ending import Stopped, raising
@@ -43,11 +43,17 @@ def options(
 
 
 @app.command()
-def probe(config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = None, json_: Json = False) -> Action:
+def probe(
+    config: Config = None, steps: Steps = 5, out: Out = None, set_: Set = None, json_: Json = False, only: Only = False
+) -> Action:
     """Run a short real trial and print where its seconds went."""
 
     def action() -> int:
         loaded = _load(config, set_, "trial")
+        if only:
+            from grpo_autotune.commands.sweep import show_sweep
+
+            return show_sweep(loaded, as_json=json_)
         from grpo_autotune.commands.page import keep_page
         from grpo_autotune.commands.probe import probe_config
         from grpo_autotune.report.files import save_report

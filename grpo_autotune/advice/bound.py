@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grpo_autotune.advice.facts import Facts
+from grpo_autotune.advice.remote import remote_warnings
 from grpo_autotune.probe.breakdown import SLOW, Limit
 from grpo_autotune.records.probe import STAGE_WORDS, ProfiledStep
 from grpo_autotune.records.rollout import Fidelity
@@ -102,6 +103,7 @@ def warnings(facts: Facts) -> list[str]:
         )
     if record.others is not None and record.others.matters:
         lines.append(f"Meanwhile {record.others.words}: measured beside other work, figures are worth little.")
+    lines += remote_warnings(facts)
     if record.device_memory is not None and record.device_memory.retries:
         lines.append(
             f"The GPU's memory was full {record.device_memory.retries} times, and its allocator emptied the cache to "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from grpo_autotune.advice import learning, observed
+from grpo_autotune.advice import learning, observed, remote
 from grpo_autotune.advice.facts import Facts, Idea
 from grpo_autotune.advice.sentences import knob_ideas
 from grpo_autotune.records.report import Advice, Change
@@ -17,7 +17,8 @@ LEAST_SHARE = 0.01
 def ideas(facts: Facts) -> Iterator[Idea]:
     """Everything that may be advised: the knobs as the models see them, then what follows from the record alone."""
     yield from knob_ideas(facts)
-    yield from (idea for rule in (*observed.RULES, *learning.RULES) if (idea := rule(facts)) is not None)
+    rules = (*observed.RULES, remote.slow_reward, *learning.RULES)
+    yield from (idea for rule in rules if (idea := rule(facts)) is not None)
 
 
 def judge(facts: Facts, candidates: Iterable[Idea] | None = None) -> list[Advice]:

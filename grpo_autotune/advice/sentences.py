@@ -6,12 +6,14 @@ are advised at values that a measurement speaks for (`learning`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from grpo_autotune.advice.bound import kernels_per
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
 from grpo_autotune.advice.neighbours import Neighbour, changes, neighbours
+from grpo_autotune.advice.remote import more_at_once
 from grpo_autotune.knobs import engine, kind_of
 from grpo_autotune.knobs.apply import MICRO, SLEEP
 from grpo_autotune.knobs.table import Knob, grpo_value
@@ -45,7 +47,7 @@ def knob_ideas(facts: Facts) -> Iterator[Idea]:
 def idea_of(facts: Facts, row: Knob, near: Neighbour) -> Idea:
     """The advice to change a knob so."""
     assert facts.base is not None
-    words = WORDS.get(row.key, Words(lambda facts, near: row.why[0].upper() + row.why[1:]))
+    words = WORDS.get(re.sub(r"\d+", "N", row.key), Words(lambda facts, near: row.why[0].upper() + row.why[1:]))
     by_call = row.key == "speedups" and facts.config is None
     caveats = (words.caveat(facts, near), more_memory(facts, near))
     return Idea(
@@ -157,6 +159,7 @@ WORDS = {
     "grpo.dataloader_num_workers": Words(_workers),
     "speedups": Words(_speedups),
     SLEEP: Words(_sleep),
+    "rewards.N.concurrency": Words(more_at_once),
     "grpo.beta": Words(
         lambda facts, near: "Without the KL term no reference log-probs are computed",
         lambda facts, near: (

@@ -18,3 +18,4 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Ove
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps to measure, after a warm-up.")]
+Only = Annotated[bool, typer.Option("--rewards-only", help="Only rewards over a network, without a model.")]

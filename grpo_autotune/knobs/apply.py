@@ -141,10 +141,12 @@ def _divided(number: int, by: int, where: str, number_words: str, by_words: str)
     return whole
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    if not name:
-        return values
-    section: dict[str, Any] = values.setdefault(name, {})
+def _section(values: Any, path: str) -> Any:
+    section = values
+    for name in path.split(".") if path else ():
+        if isinstance(section, list) and int(name) >= len(section):
+            raise ConfigError(f"there are {len(section)} rewards, counted from 0", where=path)
+        section = section[int(name)] if isinstance(section, list) else section.setdefault(name, {})
     return section
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_keys
@@ -56,6 +57,8 @@ def own_value(key: str, config: RunConfig) -> Any:
     section, _, name = key.partition(".")
     if section == "grpo":
         return grpo_value(name, config)
+    if section == "rewards":
+        return next((item.concurrency for item in config.rewards[int(name.partition(".")[0]) :]), None)
     value = getattr(getattr(config, section), name) if name else getattr(config, section)
     return VLLM_DEFAULTS.get(key) if value is None else value
 
@@ -124,6 +127,8 @@ TABLE = (
          why="rows pass through memory that a GPU can read by itself, on a thread of their own"),
     Knob(WORKERS, "exact", values.workers, rules.worker_rule, reach=("data",),
          why="rows are read and images decoded beside the step"),
+    *(Knob(f"rewards.{place}.concurrency", "exact", partial(values.concurrencies, place), reach=("reward",),
+           why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),
     Knob("speedups", "exact", values.speed_ups,

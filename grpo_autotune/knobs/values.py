@@ -124,6 +124,18 @@ def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
     return switch(own) if context.config.peft is not None and context.gpus else (own,)
 
 
+def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[int | None, ...]:
+    """The user's own; twice and four times what a probe ended with, up to a generation's rows; half where an endpoint
+    asked for fewer."""
+    plan, record = context.config.batch, context.record
+    for one in record.remote if record is not None else ():
+        if one.place == place and one.concurrency:
+            now = own or one.concurrency * plan.processes
+            others = (max(1, now // 2),) if one.rate_limited else (min(n * now, plan.generation_batch) for n in (2, 4))
+            return unique((own, *(n for n in others if one.rate_limited or n > now)))
+    return (own,)
+
+
 def speed_ups(context: KnobContext, own: Any) -> tuple[Any, ...]:
     """The user's own, and all that apply; beside `auto`, none."""
     return (own, "none") if own == "auto" else (own, "auto")

@@ -20,6 +20,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
+from grpo_autotune.predict.calls import longest_s
 from grpo_autotune.predict.features import PARTS, Rates, features
 from grpo_autotune.predict.memory import PeakFit, PeakObservation, increment
 from grpo_autotune.predict.objective import Interval
@@ -179,16 +180,15 @@ class Models:
             for part, seconds in part_seconds(record.timings).items():
                 if part in made and seconds > LEAST_S:
                     one = Observation(made[part], seconds, place.of(part), _idle(record, PARTS[part]))
-                    seen.setdefault((part, family(config)), []).append(one)
-        base_choice = family(self.base)
+                    seen.setdefault((part, family(config, part)), []).append(one)
         measured = part_seconds(self.record.timings)
         for part, seconds in reported_seconds(self.record.timings).items():
-            several = seen.get((part, base_choice), [])
+            several = seen.get((part, family(self.base, part)), [])
             if [one.seconds for one in several] == [measured.get(part)]:  # the probe's, and no trial's
                 several[0] = several[0]._replace(seconds=seconds)
-        first = {part: Fit(tuple(several)) for (part, choice), several in seen.items() if choice == base_choice}
-        others = {key: Fit(tuple(several), first.get(key[0])) for key, several in seen.items() if key[1] != base_choice}
-        return {(part, base_choice): fit for part, fit in first.items()} | others
+        first = {key: Fit(tuple(several)) for key, several in seen.items() if key[1] == family(self.base, key[0])}
+        base = {part: fit for (part, _), fit in first.items()}
+        return {key: first.get(key) or Fit(tuple(several), base.get(key[0])) for key, several in seen.items()}
 
     def _parts(self, config: RunConfig, load: Workload | None = None) -> dict[str, tuple[float, float]]:
         """Mean and relative standard deviation of every part that is predicted to run."""
@@ -196,10 +196,15 @@ class Models:
         made, place = features(load, self._rates), place_of(config, load)
         parts = {}
         for part, wanted in made.items():
-            fit, doubt = self._fit_for(part, family(config))
+            fit, doubt = self._fit_for(part, family(config, part))
             if fit is not None:
                 guess = fit.predict(wanted, place.of(part))
                 parts[part] = (guess.mean, math.hypot(guess.spread, doubt))
+        if "reward" in parts and ("reward", family(config, "reward")) not in self._fits:
+            mean, spread = parts["reward"]  # not tried yet: the step waits as much longer as a batch of calls takes
+            remote, plain = self.record.remote, [call.mean_s for call in self.record.rewards if not call.is_async]
+            later_s = load.generations * (longest_s(remote, config) - longest_s(remote, self.base))
+            parts["reward"] = max(min(mean, load.generations * math.fsum(plain)), mean + later_s), spread
         workers, seen = load.trainer.dataloader_num_workers, (outcome.record for _, outcome in self.outcomes)
         if "data" in parts and workers and not any(one.trainer.dataloader_num_workers for one in seen if one):
             parts["data"] = self._beside(workers, parts)
@@ -216,7 +221,7 @@ class Models:
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
-        base_choice = family(self.base)
+        base_choice = family(self.base, part)
         also = ["training_forward"] if part in PASSES else []
         for name in (part, *also):
             for known in (choice, base_choice):
@@ -276,10 +281,12 @@ def place_of(config: RunConfig, load: Workload) -> Place:
     return Place(tuple(math.log2(max(n, 1.0)) for n in numbers), tuple(str(word) for word in words))
 
 
-def family(config: RunConfig) -> str:
-    """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not."""
+def family(config: RunConfig, part: str = "") -> str:
+    """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not, and for
+    rewards the same numbers of calls at once."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
-    return f"{config.speedups}, {'compiled' if compiled else 'eager'}"
+    lanes = [item.concurrency for item in config.rewards] if part == "reward" else ""
+    return f"{config.speedups}, {'compiled' if compiled else 'eager'}{lanes}"
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:

@@ -6,6 +6,7 @@ that the warm-up can be left out when the facts are read.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -222,15 +223,15 @@ def forget(step: int, tokens: TokenCollector, images: ImageCollector) -> None:
 class RewardCollector:
     """Seconds of each reward function's calls."""
 
-    rows: dict[str, RewardCall] = field(default_factory=dict)
+    spent: dict[tuple[str, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def see(self, name: str, is_async: bool, seconds: float) -> None:
-        before = self.rows.get(name)
-        calls, total_s, max_s = (before.calls, before.calls * before.mean_s, before.max_s) if before else (0, 0.0, 0.0)
-        mean_s = (total_s + seconds) / (calls + 1)
-        row = RewardCall(name=name, is_async=is_async, calls=calls + 1, mean_s=mean_s, max_s=max(max_s, seconds))
-        self.rows[name] = row
+        self.spent[name, is_async].append(seconds)
 
     def facts(self) -> list[RewardCall]:
         """One row per function, slowest first."""
-        return sorted(self.rows.values(), key=lambda row: -row.mean_s)
+        rows = [
+            RewardCall(name=name, is_async=is_async, calls=len(s), mean_s=math.fsum(s) / len(s), max_s=max(s))
+            for (name, is_async), s in self.spent.items()
+        ]
+        return sorted(rows, key=lambda row: -row.mean_s)

@@ -31,7 +31,7 @@ from grpo_autotune.probe.sampler import Sampler, readers_for
 from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
-from grpo_autotune.probe.startup import Startup
+from grpo_autotune.probe.startup import Startup, hint
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, versions
 from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, ProfiledStep, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
@@ -79,6 +79,7 @@ class Probe:
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge, ranges=ranges_for(trainer.args.device))
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
+        self.remote = {n: one.remote for n, one in enumerate(trainer.reward_funcs) if hasattr(one, "remote")}
         self.signal = SignalWatch(trainer, self.cycle, say)
         watching = meter_of(trainer)
         self.watched, self.fidelity = watching is not None, watching or FidelityMeter(trainer)
@@ -140,7 +141,7 @@ class Probe:
         state, stage = self.trainer.state, self._stage_now()
         counted = stage == APART  # by then the trainer has counted the step
         step = f"step {state.global_step + (0 if counted else 1)} of {state.max_steps}"
-        return f"{step}: {stage}, {duration(age_s)} since the step began"
+        return f"{step}: {stage}{'' if self.closed else hint(stage, age_s)}, {duration(age_s)} since the step began"
 
     def locate(self) -> tuple[int, object, str] | None:
         """Steps measured, a mark that every edge of a span changes, and the stage, for any thread; None without."""
@@ -197,6 +198,7 @@ class Probe:
             tokens=self.tokens.facts(first, steps, self.cycle, facts),
             images=self.images.facts(first, steps, self.cycle, partial(image_tokens, self.trainer.processing_class)),
             rewards=self.rewards.facts(),
+            remote=[one.calls().model_copy(update={"place": place}) for place, one in self.remote.items()],
             utilisation=self._sampler.summary(),
             others=self._sampler.others(on_gpu=self.recorder.timer is not None),
             profiled=self._profiled,
@@ -249,6 +251,8 @@ class Probe:
 
     def _open(self, step: int) -> None:
         self._last_step = step
+        for remote in self.remote.values() if self.closed == self.warmup else ():
+            remote.reset()
         self._sampler.start()
         if self.profiles and 0 < self.closed == self.warmup - self.cycle:
             try:
@@ -284,7 +288,7 @@ class Probe:
 
     def _keep(self, spans: StepSpans) -> None:
         if not self.closed:
-            self.startup.add("first_step", spans.spans[0].host_s)
+            self.startup.first_step(stages_of(spans).self_s)
         self.closed += 1
         self._pending.append(spans)
         timer = self.recorder.timer

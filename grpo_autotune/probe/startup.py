@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -14,8 +14,21 @@ from grpo_autotune.records.probe import Phase
 from grpo_autotune.seams.layers import Layer
 from grpo_autotune.units import duration
 
-LEAST_S = 1.0
-"""Age from which a phase is worth a line."""
+LEAST_S, STALL_S = 1.0, 60.0
+"""Ages from which a phase is worth a line, and a word on what may hold it up."""
+LOOK_AT = {
+    "import": "a cold or remote disk, a busy machine",
+    "data": "a download, a slow disk, images that are resized once",
+    "model": "a download, a slow disk",
+    "engine": "vLLM's last lines, for a server in serve.log",
+    "trainer": "another rank that has not come",
+    "script": "the script's own work",
+    "generation": "kernels that compile, max_completion_length, vLLM's last lines",
+    "reward": "a reward that waits for a server or a lock",
+    "sync_wait": "another rank, which is behind or has ended",
+    "": "its endpoint, which has not answered: address, key, proxy, log",
+}
+"""Phase of start-up, or stage of the first step -> what may hold it up; other phases are rewards over a network."""
 
 
 class Startup:
@@ -69,6 +82,12 @@ class Startup:
             outer = self._open[-1][0]
             self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
 
+    def first_step(self, stages: Mapping[str, float]) -> None:
+        """Add the first step by stage: its generation and its rewards apart."""
+        apart = {"generation": "first_generation", "reward": "first_reward"}
+        for name in sorted(stages, key=lambda stage: stage not in apart):
+            self.add(apart.get(name, "first_update"), stages[name])
+
     def since_birth(self, name: str) -> None:
         """Count the time since the process began, less that of all phases, as `name`."""
         self.add(name, max(0.0, self._clock() - self.born_s - sum(self._seconds.values())))
@@ -79,11 +98,17 @@ class Startup:
             return None
         name, begin = self._open[-1]
         age_s = self._clock() - begin
-        return f"start-up: {name}, {duration(age_s)}" if age_s >= LEAST_S else None
+        look_at = hint(name if name in LOOK_AT else "", age_s)
+        return f"start-up: {name}{look_at}, {duration(age_s)}" if age_s >= LEAST_S else None
 
     def phases(self) -> list[Phase]:
         """All phases in the order in which they were first counted."""
         return [Phase(name=name, seconds=max(0.0, seconds)) for name, seconds in self._seconds.items()]
+
+
+def hint(name: str | None, age_s: float) -> str:
+    """A bracket with what may hold up a phase or stage, once it is old."""
+    return f" (look at: {LOOK_AT[name]})" if name in LOOK_AT and age_s >= STALL_S else ""
 
 
 def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:

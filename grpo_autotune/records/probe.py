@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
 from grpo_autotune.units import plural
 
@@ -18,7 +19,7 @@ STAGE_WORDS = {
     "generation": "generation",
     "policy_logprob": "the policy's log-probs",
     "reference_logprob": "the reference model's log-probs",
-    "reward": "rewards",
+    "reward": "scoring by rewards",
     "backward": "the backward pass",
     "data": "data loading",
     "prompt": "prompt processing",
@@ -171,8 +172,9 @@ class DeviceMemory(Frozen):
 
 
 class Phase(Frozen):
-    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, `first_step`
-    (`script` and `before_attach`: a script until its trainer was built, or until `attach`)."""
+    """One phase of start-up, in the order of beginning: `import`, `data`, `model`, `engine`, `trainer`, a reward's name
+    (its first calls over a network), `first_generation`, `first_reward`, `first_update` (the rest of the first step),
+    and `script` and `before_attach`: a script until its trainer was built, or until `attach`."""
 
     name: str
     seconds: float
@@ -286,6 +288,7 @@ class ProbeRecord(Frozen):
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
     rewards: list[RewardCall] = []
+    remote: list[RemoteCalls] = []  # of rewards over a network
     utilisation: list[Utilisation] = []
     others: OtherLoad | None = None  # None where nobody tells
     profiled: ProfiledStep | None = None

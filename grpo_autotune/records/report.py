@@ -18,6 +18,7 @@ from grpo_autotune.records.probe import (
     TrainerFacts,
     Utilisation,
 )
+from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
 
 SCHEMA: Final = "grpo-autotune/report/1"
@@ -142,6 +143,7 @@ class Report(Document):
     occasions: dict[str, float] = {}  # seconds of one `evaluate` and one `save`, where they were measured
     rates: Rates | None
     rewards: list[RewardCall]
+    remote: list[RemoteCalls] = []  # of rewards over a network
     weight_sync_bytes: int | None
     rank: int
     ranks: Ranks | None

@@ -36,3 +36,10 @@ class RemoteCalls(Frozen):
     tokens_in: int
     tokens_out: int
     cost: float | None  # in the currency of `price_in` and `price_out`; None where no price is given
+    place: int = 0  # of the reward in `rewards`
+    # in a report, over all ranks by this rank's means per row, evaluations left out; None where it is not known
+    calls_per_step: float | None = None
+    tokens_per_step: float | None = None  # sent and received
+    cost_per_step: float | None = None
+    cost_per_run: float | None = None  # of the steps that are configured
+    step_s: float | None = None  # of `probe --rewards-only`: predicted seconds per step if nothing runs beside them

@@ -11,6 +11,7 @@ from typing import Any
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table, from_rich
+from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.search import value_text
 from grpo_autotune.render.sentences import PHASE_WORDS, facts_lines, header_lines, legend, startup_line
@@ -31,6 +32,7 @@ def probe_title(report: Report) -> str:
 def probe_sections(report: Report, folder: Path) -> list[Section]:
     """The sections of the page; `folder` holds the spans, without which the timeline is left out."""
     headers, warnings = list(filter(None, header_lines(report))), Lines(report.warnings, title="Warnings", strong=True)
+    lines, tables = remote_parts(report)
     return [
         Section("summary", "In short", [Lines([summary(report)], strong=True), warnings, Lines(headers)]),
         Section("step", "Where a step goes", [step_picture(report)]),
@@ -39,6 +41,7 @@ def probe_sections(report: Report, folder: Path) -> list[Section]:
         Section("advice", "What to change", list(_advice(report))),
         Section("stages", "Stages", list(stage_blocks(report))),
         Section("work", "Tokens, images and rewards", list(_work(report))),
+        Section("remote", "Rewards over a network", [Lines(lines), *map(from_rich, tables)]),
         Section("startup", "Before the first step", list(_startup(report))),
         Section("vllm", "vLLM and the fidelity of its samples", [Lines(rollout_lines(report))]),
         *machine_sections(report.machine, report.versions | report.runtime, report.config),

@@ -29,7 +29,10 @@ PHASE_WORDS = {
     "model": "loading the model",
     "engine": "starting vLLM",
     "trainer": "building the trainer",
+    "first_generation": "the first generation",
+    "first_reward": "the first rewards",
     "first_step": "the first step",
+    "first_update": "the rest of the first step",
     "script": "the script before it built the trainer",
     "before_attach": "the script before attach()",
 }

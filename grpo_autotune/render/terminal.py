@@ -12,6 +12,7 @@ from rich.text import Text
 
 from grpo_autotune.records.alerts import outcome
 from grpo_autotune.records.report import Advice, PartRow, Report, StageReport
+from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
 from grpo_autotune.render.text import as_text, section
@@ -38,6 +39,9 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from section("What bounds it", [report.bound])
     yield from section("Before the first step", [startup_line(report)] if report.startup else [])
     yield from section("Tokens, images and rewards", facts_lines(report))
+    lines, tables = remote_parts(report)
+    yield from section("Rewards over a network", lines)
+    yield from (Padding(table, (0, 0, 0, 2)) for table in tables)
     yield from section("vLLM", rollout_lines(report))
     watched = [outcome(report.monitors, report.alerts)] if report.monitors else []
     yield from section("Monitors", [*watched, *(alert.line() for alert in report.alerts)])

@@ -10,10 +10,11 @@ from grpo_autotune.advice.judge import judge
 from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
-from grpo_autotune.predict.objective import useful_completions
+from grpo_autotune.predict.objective import run_steps, useful_completions
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means, seconds_once
 from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
+from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
 from grpo_autotune.units import percent
@@ -61,6 +62,7 @@ def report_of_facts(facts: Facts) -> Report:
         warnings=warnings(facts),
         occasions=seconds_once(record),
         rates=_rates(facts),
+        remote=[_per_step(one, facts) for one in record.remote],
         ranks=_ranks(record.ranks, b.step_s),
         metrics=flat_metrics(record, b),
         machine=facts.machine.model_dump(mode="json") if facts.machine is not None else None,
@@ -122,6 +124,17 @@ def _rates(facts: Facts) -> Rates | None:
         useful_completions_per_s=useful,
         useless=None if useful != 0.0 else "each group's rewards were equal" if dead == 1.0 else cut,
     )
+
+
+def _per_step(one: RemoteCalls, facts: Facts) -> RemoteCalls:
+    """A row is scored once in `num_iterations` steps; a cost per row holds whatever ranks and evaluations asked."""
+    t = facts.record.trainer
+    steps = run_steps(facts.config, t.train_rows) if facts.config is not None else None
+    parts = {"calls": one.calls, "tokens": one.tokens_in + one.tokens_out, "cost": one.cost}
+    scale = t.rows / t.num_iterations / max(1, one.rows)
+    per_step = {f"{name}_per_step": None if n is None else n * scale for name, n in parts.items()}
+    whole = None if steps is None or one.cost is None else one.cost * scale * steps
+    return one.model_copy(update={**per_step, "cost_per_run": whole})
 
 
 def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:

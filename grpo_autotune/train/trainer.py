@@ -40,6 +40,7 @@ from grpo_autotune.train.models.load import check_images, load_model, load_proce
 from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
+from grpo_autotune.train.rewards.without_model import ask_first
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.train.runs.quiet import quieten
@@ -170,6 +171,7 @@ def build_trainer(
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)
+    ask_first(trainer, phase)
     return trainer
 
 

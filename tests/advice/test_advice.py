@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.advice import learning, observed
+from grpo_autotune.advice import learning, observed, remote
 from grpo_autotune.advice.bound import bound, warnings
 from grpo_autotune.advice.facts import Facts, Idea
 from grpo_autotune.advice.judge import advice_of, amdahl, judge
@@ -31,6 +31,8 @@ from tests.support.sample_records import (
     config_of,
     demo_record,
     image_facts,
+    judged_record,
+    remote_calls,
     spread,
     timings,
     token_facts,
@@ -523,3 +525,44 @@ def test_speed_ups_of_a_script_are_a_call() -> None:
     assert call.changes == () and (call.saving_s or 0.0) > 0.5
     fast = facts(demo_record(trainer=trainer_facts(speedups=names("speedup"))), config=None)
     assert not [a for a in judge(fast) if "speed_up(" in a.text], "they are on"
+
+
+# rewards over a network
+
+
+def judged(record: ProbeRecord, *, concurrency: int | None = 4, **sections: Any) -> Facts:
+    return facts(record, {"rewards": [{"name": "exact_match", "concurrency": concurrency}], **sections})
+
+
+def test_a_judge_that_bounds_the_step_is_asked_more_at_once() -> None:
+    idea = of_knob(judged(judged_record()), "rewards.0.concurrency")
+    assert changes(idea) == {"rewards.0.concurrency": 16}
+    assert idea and idea.kind == "exact" and idea.stages == ("reward",) and (idea.saving_s or 0.0) > 2.0
+    assert idea.because.startswith("judge takes 2.50 s per call at p95, and a batch 5.50 s with 4 at once; with 16 at")
+    assert "reward 5.50 s -> " in idea.because
+    limited = of_knob(judged(judged_record(remote_calls(rate_limited=2))), "rewards.0.concurrency")
+    assert limited is None or (limited.saving_s or 0.0) < 0.0, "half as many at once saves nothing"
+    assert of_knob(facts(), "rewards.0.concurrency") is None, "nobody asks a network"
+
+
+def test_a_service_is_slow_where_no_more_calls_at_once_help() -> None:
+    slow = remote_calls(name="service", kind="service", concurrency=16, batch_s=9.0)
+    record = judged_record(slow, trainer=trainer_facts(speedups=["reward_overlap"]))
+    idea = remote.slow_reward(judged(record, concurrency=16))
+    assert idea and idea.action.startswith("make service answer sooner") and idea.saving_s == pytest.approx(1.5)
+    assert not idea.caveat
+    plain = remote.slow_reward(judged(judged_record(slow), concurrency=16))
+    assert plain and plain.caveat == "The speed-up reward_overlap can hide it behind 700 ms of log-probs"
+    assert remote.slow_reward(judged(judged_record())) is None, "more at once would help, and the knob says so"
+    assert remote.slow_reward(facts(demo_record(remote=[slow]))) is None, "the step hardly waits"
+    assert remote.slow_reward(facts()) is None
+
+
+def test_rows_from_a_cache_and_rows_without_a_score_are_warned_of() -> None:
+    cached = remote_calls(cache_hits=36, calls=12, batch_s=3.0)
+    failing = remote_calls(failures={"timeout": 4, "schema": 2})
+    lines = list(remote.remote_warnings(judged(judged_record(cached, failing))))
+    assert lines[0].startswith("75% of the rows of judge came from its cache: without, ")
+    assert lines[1] == "12% of the rows of judge got no score (timeout 4 and schema 2)."
+    assert not list(remote.remote_warnings(judged(judged_record())))
+    assert lines[0] in warnings(judged(judged_record(cached)))

@@ -36,7 +36,9 @@ def test_the_script_runs_to_its_end_and_the_breakdown_follows(tiny, tmp_path):
     assert done.stdout.index("the script goes on after training") < done.stdout.index("generation")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert sum(stage["self_s"] for stage in report["stages"]) == pytest.approx(report["step_s"], abs=1e-6)
-    assert {"script", "model", "trainer", "first_step"} <= {phase["name"] for phase in report["startup"]}
+    assert {"script", "model", "trainer", "first_generation", "first_update"} <= {
+        phase["name"] for phase in report["startup"]
+    }
     assert "report/report.json" in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from grpo_autotune.knobs import (
     with_knobs,
 )
 from grpo_autotune.knobs.apply import why_not
+from tests.support.sample_records import judged_record, remote_calls
 
 MICRO, GROUP, STEPS = "grpo.per_device_train_batch_size", "grpo.num_generations", "grpo.steps_per_generation"
 
@@ -160,7 +162,7 @@ def test_values_of_a_wrong_type_are_refused(knobs: dict[str, Any]) -> None:
 
 
 def test_every_key_is_one_of_the_configuration() -> None:
-    strange = {row.key for row in TABLE} - set(known_paths()) - {PROMPTS}
+    strange = {re.sub(r"\.\d+", "", row.key) for row in TABLE} - set(known_paths()) - {PROMPTS}
     assert not strange
 
 
@@ -353,3 +355,26 @@ def test_values_of_an_engine_knob_are_told_apart_where_no_formula_does(row: Any)
     others = {"kv_cache_dtype": "fp8", "quantization": "fp8", "speculative_config": {"method": "ngram"}}
     value = {**tried, **others}.get(name, not row.current(user))
     assert engine.word(with_knobs(user, {row.key: value})) != engine.word(user)
+
+
+LANES = "rewards.1.concurrency"
+
+
+def test_calls_at_once_are_a_knob_where_a_probe_saw_calls() -> None:
+    user = config({"rewards": [{"name": "exact_match"}, {"name": "format", "concurrency": 4}]})
+    assert knob(LANES).values(context_of(user)) == (4,), "nobody knows what the endpoint bears"
+    seen = judged_record(remote_calls(place=1))
+    assert knob(LANES).values(context_of(user, record=seen)) == (4, 8, 16)
+    assert knob("rewards.0.concurrency").values(context_of(user, record=seen)) == (None,)
+    limited = judged_record(remote_calls(place=1, rate_limited=1))
+    assert knob(LANES).values(context_of(user, record=limited)) == (4, 2)
+    turned = with_knobs(user, {LANES: 8})
+    assert [item.concurrency for item in turned.rewards] == [None, 8] and turned.grpo == user.grpo
+    assert kind_of(user, LANES) == "exact"
+
+
+def test_calls_at_once_of_a_reward_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"rewards\.3: there are 1 rewards, counted from 0"):
+        with_knobs(config(), {"rewards.3.concurrency": 8})
+    with pytest.raises(ConfigError, match=r"rewards\[0\]\.concurrency"):
+        with_knobs(config(), {"rewards.0.concurrency": 0})

@@ -29,8 +29,8 @@ def test_a_phase_is_told_once_it_takes_time() -> None:
     assert startup.now() is None
     with startup.phase("import"):
         assert startup.now() is None, "`0 s` tells nothing"
-        now[0] = 125.0
-        assert startup.now() == "start-up: import, 2 min 05 s"
+        now[0] = 42.0
+        assert startup.now() == "start-up: import, 42 s"
 
 
 def test_imports_are_counted_from_birth_and_out_of_the_collectors_sight() -> None:
@@ -45,3 +45,23 @@ def test_imports_are_counted_from_birth_and_out_of_the_collectors_sight() -> Non
         pass
     assert gc.get_freeze_count() <= kept, "a second trial of this process may leave garbage"
     assert {phase.name: phase.seconds for phase in startup.phases()} == {"import": 5.0}
+
+
+def test_a_phase_that_may_hang_is_told_with_what_to_look_at() -> None:
+    now = [0.0]
+    startup = Startup(lambda: now[0], born_s=0.0)
+    with startup.phase("model"):
+        now[0] = 59.0
+        assert startup.now() == "start-up: model, 59 s"
+        now[0] = 61.0
+        assert startup.now() == "start-up: model (look at: a download, a slow disk), 1 min 01 s"
+    with startup.phase("my_judge"):
+        now[0] = 200.0
+        assert "my_judge (look at: its endpoint, which has not answered" in (startup.now() or "")
+
+
+def test_the_first_step_is_told_by_generation_rewards_and_rest() -> None:
+    startup = Startup(lambda: 0.0, born_s=0.0)
+    startup.first_step({"other": 0.5, "generation": 2.0, "backward": 1.0, "reward": 3.0})
+    phases = [(phase.name, phase.seconds) for phase in startup.phases()]
+    assert phases == [("first_generation", 2.0), ("first_reward", 3.0), ("first_update", 1.5)]

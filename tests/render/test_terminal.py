@@ -16,6 +16,7 @@ from grpo_autotune.advice.facts import Facts
 from grpo_autotune.probe.breakdown import Limit, break_down
 from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord
 from grpo_autotune.records.report import Report
+from grpo_autotune.records.rewards import CallTimes
 from grpo_autotune.render.sentences import LEGEND
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import report_of_facts
@@ -25,6 +26,8 @@ from tests.support.sample_records import (
     GPU_MACHINE,
     config_of,
     demo_record,
+    judged_record,
+    remote_calls,
     timings,
     two_rank_record,
     vllm_record,
@@ -41,6 +44,21 @@ ENGINE = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.4}
 VLLM_CONFIG = config_of(vllm_record(), vllm=ENGINE, grpo={"eval_steps": 1})
 DEMO_CONFIG = config_of(demo_record(), data={"image_size": 384})
 
+JUDGE = {"name": "exact_match", "concurrency": 4}
+SERVICE = {
+    "name": "service",
+    "kind": "service",
+    "place": 1,
+    "failures": {"timeout": 1},
+    "rate_limited": 3,
+    "retries": 4,
+}
+JUDGED = judged_record(
+    remote_calls(),
+    remote_calls(**SERVICE, retry_s=CallTimes(p50=0.5, p95=1.0, p99=1.0), tokens_in=0, tokens_out=0, cost=None),
+    startup=[Phase(name=name, seconds=2.0) for name in ("model", "judge", "first_generation", "first_reward")],
+)
+
 
 def report_of(record: ProbeRecord, **more: Any) -> Report:
     return report_of_facts(Facts(record=record, breakdown=break_down(record.timings), **more))
@@ -50,6 +68,7 @@ REPORTS = {
     "demo": report_of(demo_record(), limits=LIMITS, machine=CPU_MACHINE, config=DEMO_CONFIG),
     "vllm": report_of(vllm_record(), machine=GPU_MACHINE, config=VLLM_CONFIG),
     "two_ranks": report_of(two_rank_record(), machine=CPU_MACHINE),
+    "judge": report_of(JUDGED, machine=CPU_MACHINE, config=config_of(JUDGED, rewards=[JUDGE])),
 }
 
 

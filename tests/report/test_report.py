@@ -27,6 +27,8 @@ from tests.support.sample_records import (
     CPU_MACHINE,
     config_of,
     demo_record,
+    judged_record,
+    remote_calls,
     timings,
     token_facts,
     trainer_facts,
@@ -191,6 +193,16 @@ def test_zero_useful_completions_have_a_reason() -> None:
     assert "0 useful completions/s (100% of the completions were cut off and masked)" in header_lines(cut)
     alive = build_report(demo_record()).rates
     assert alive is not None and alive.useless is None
+
+
+def test_calls_of_a_step_and_cost_of_the_run_over_all_ranks() -> None:
+    ranks = judged_record(trainer=trainer_facts(world_size=2, num_iterations=2))
+    (one,) = build_report(ranks, config=config_of(ranks)).remote
+    assert one.calls_per_step == pytest.approx(16.0), "a row per completion, in every second step, on two ranks"
+    assert one.tokens_per_step == pytest.approx(16 * 1050)
+    assert one.cost_per_step == pytest.approx(16 * 0.0005) and one.cost_per_run == pytest.approx(0.8)
+    (free,) = build_report(judged_record(remote_calls(cost=None)), config=None).remote
+    assert free.cost_per_step is free.cost_per_run is None
 
 
 def test_familiar_metrics() -> None:

@@ -20,6 +20,7 @@ from grpo_autotune.records.probe import (
     TrainerFacts,
     Utilisation,
 )
+from grpo_autotune.records.rewards import CallTimes, RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity, FidelityPart
 from grpo_autotune.rollout.fidelity.causes import Evidence, diagnose
 
@@ -212,6 +213,44 @@ def demo_record(**changes: Any) -> ProbeRecord:
         "versions": {"torch": "2.13.0", "trl": "1.16.0"},
     }
     return ProbeRecord(**plain | changes)
+
+
+def remote_calls(**changes: Any) -> RemoteCalls:
+    """A judge on three generations of 16 completions, four at once: each takes a second, the slowest three."""
+    plain: dict[str, Any] = {
+        "name": "judge",
+        "kind": "judge",
+        "batches": 3,
+        "rows": 48,
+        "calls": 48,
+        "retries": 0,
+        "rate_limited": 0,
+        "fallbacks": 0,
+        "cache_hits": 0,
+        "failures": {},
+        "providers": {"gpt": 48},
+        "first_call_s": 3.5,
+        "wait_s": CallTimes(p50=1.9, p95=4.0, p99=4.4),
+        "call_s": CallTimes(p50=1.0, p95=2.5, p99=3.0),
+        "retry_s": None,
+        "batch_s": 16.5,
+        "concurrency": 4,
+        "tokens_in": 48_000,
+        "tokens_out": 2_400,
+        "cost": 0.024,
+    }
+    return RemoteCalls(**plain | changes)
+
+
+def judged_record(*calls: RemoteCalls, **changes: Any) -> ProbeRecord:
+    """The small run with a judge that it waits 5.5 seconds of a step for, with a reference pass of 0.7."""
+    seconds = {"generation": 1.2, "policy_logprob": 0.9, "reference_logprob": 0.7, "reward": 5.5, "backward": 1.6}
+    plain: dict[str, Any] = {
+        "timings": timings(seconds, {("policy_logprob", "training_forward"): 0.9}),
+        "rewards": [RewardCall(name="judge", is_async=True, calls=3, mean_s=5.5, max_s=6.0)],
+        "remote": list(calls or (remote_calls(),)),
+    }
+    return demo_record(**plain | changes)
 
 
 def stale_fidelity() -> Fidelity:

@@ -34,12 +34,12 @@ def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
     all other columns. ConfigError where the data, a split or a column is not there, or there are too few rows for one
     generation; DataError where there are no rows, or one, which it names (counted from 0), cannot be used."""
     data = config.data
-    train = _rows(config, data.path, data.split, data.max_samples, progress, "data.path")
+    train = read_split(config, data.path, data.split, data.max_samples, progress, "data.path")
     check_rows(config, len(train))
     held_out = {}
     for name, one in data.held_out.items():
         key = f"data.eval.{name}.path" if name else "data.eval_path"
-        held_out[name] = _rows(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
+        held_out[name] = read_split(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
     return train, held_out.get("", held_out) or None
 
 
@@ -55,9 +55,10 @@ def check_rows(config: RunConfig, rows: int) -> None:
         )
 
 
-def _rows(
+def read_split(
     config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None], key: str
 ) -> datasets.Dataset:
+    """Rows of one split as `load_data` gives them, at most `limit`; `key` names `path` in the configuration."""
     data = config.data
     progress(f"reading {path}{f' ({split})' if split else ''}")
     more: dict[str, Any] = {"name": data.name, "revision": data.revision, "params": data.params}

@@ -103,6 +103,7 @@ class TrialExecutor:
             from accelerate.state import AcceleratorState, GradientState
             from transformers import set_seed
 
+            from grpo_autotune.train.rewards.without_model import is_asking
             from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle, no trial's
             from grpo_autotune.train.trial_trainer import quiet_trainer
             from grpo_autotune.trials.child.measure import measure
@@ -117,6 +118,8 @@ class TrialExecutor:
         overrides |= collective_limit(spec, config.grpo.get("ddp_timeout"))
         trainer = quiet_trainer(config, startup, say, self._data.load, overrides, folder)
         self._model = weakref.ref(trainer.model)
+        for function in filter(is_asking, trainer.reward_funcs):
+            function.remote.cache = None  # an earlier trial's rows would take no time
         try:
             return measure(trainer, spec, folder, startup, heartbeat, trainer.train)
         finally:
