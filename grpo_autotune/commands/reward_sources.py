@@ -15,7 +15,7 @@ from grpo_autotune.registry import Definition, is_reference, source_of
 
 
 def check_rewards(config: RunConfig) -> None:
-    """Refuse a reward that does not exist, does not take what it will be given, or misses the key of a judge's provider;
+    """Refuse a reward that does not exist, does not take what it is given, or misses the key of a judge's provider;
     nothing is imported."""
     for place, item in enumerate(config.rewards):
         definition, where = source_of("reward", item.name), f"rewards[{place}]"
