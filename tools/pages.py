@@ -5,6 +5,7 @@ A part stands between two marks that name it; two files are generated whole. Tes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from grpo_autotune.report.files import load_report
 from tools import architecture, checks_table, config_reference, monitors_table
 from tools.readme_speedups import table
 
+BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = "[...]"
 
@@ -45,6 +47,20 @@ def picture_of_a_probe() -> str:
     return "\n".join(["```", f"\n{LEFT_OUT}\n".join(shown), "```", ""])
 
 
+def branches_table() -> str:
+    """KL of each branch at the end of each run of `docs/benchmarks/branches.json`."""
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "branches.json").read_text())["rows"]
+    cells = [[f"{name}, {'with' if control else 'without'} control" for name in BANDS] for control in (True, False)]
+    lines = [f"| seed | {' | '.join(cells[0] + cells[1])} |", "|---|---|---|---|---|"]
+    bands = [f"in {low:g} to {high:g}" for low, high in BANDS.values()]
+    lines.append(f"| band | {' | '.join(bands + bands)} |")
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        of_seed = sorted((row for row in rows if row["seed"] == seed), key=lambda row: not row["control"])
+        told = [(row[f"{name}_kl"], row[f"{name}_inside"]) for row in of_seed for name in BANDS]
+        lines.append(f"| {seed} | {' | '.join(f'**{kl:.3f}**' if inside else f'{kl:.3f}' for kl, inside in told)} |")
+    return "\n".join([*lines, ""])
+
+
 SMALL = ("speedups",)
 LARGER = ("speedups_100m", "speedups_100m_text", "speedups_100m_256", "speedups_100m_small")
 LARGER_OFF = ("speedups_100m_off", "speedups_100m_off_long")
@@ -58,6 +74,7 @@ PARTS = (
     Part("docs/speedups.md", "100 million, no checkpointing", partial(table, LARGER_OFF, "")),
     Part("docs/monitors.md", "monitors", monitors_table.rules),
     Part("docs/monitors.md", "monitors, measured", monitors_table.measured),
+    Part("docs/branches.md", "branches", branches_table),
     Part("docs/architecture.md", "files", architecture.file_tree),
     Part("docs/architecture.md", "seams", architecture.seam_table),
 )
