@@ -31,6 +31,7 @@ import httpx2  # noqa: E402
 import torch  # noqa: E402
 
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.seams.table import find, wrap_rows  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
 from grpo_autotune.train.rewards.remote.replies import aclose  # noqa: E402
 from grpo_autotune.train.rewards.remote.service import Service  # noqa: E402
@@ -124,17 +125,16 @@ def beside_log_probs(rounds: int, steps: int) -> list[dict[str, Any]]:
 def _train(config: Any, overlapped: bool) -> dict[str, float]:
     trainer = quiet_trainer(config, Startup(), say)
     speed_up(trainer, ["reward_overlap"] if overlapped else "none")
-    score, passes = trainer._calculate_rewards, trainer._get_per_token_logps_and_entropies
     seconds = {"waited_s": 0.0, "log_probs_s": 0.0}
 
-    def rewards(*args: Any, **kwargs: Any) -> Any:
+    def rewards(score: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         try:
             return score(*args, **kwargs)
         finally:
             seconds["waited_s"] += time.perf_counter() - begin
 
-    def log_probs(*args: Any, **kwargs: Any) -> Any:
+    def log_probs(passes: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         result = passes(*args, **kwargs)
         while not torch.is_grad_enabled() and time.perf_counter() - begin < LONG_S:
@@ -142,7 +142,7 @@ def _train(config: Any, overlapped: bool) -> dict[str, float]:
         seconds["log_probs_s"] += 0.0 if torch.is_grad_enabled() else time.perf_counter() - begin
         return result
 
-    trainer._calculate_rewards, trainer._get_per_token_logps_and_entropies = rewards, log_probs
+    wrap_rows(trainer, [(find("rewards"), rewards), (find("logps"), log_probs)])
     trainer.train()
     steps = trainer.state.global_step
     busy_s = trainer.reward_funcs[0].remote.calls().batch_s
