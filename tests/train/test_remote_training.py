@@ -59,7 +59,7 @@ async def broken_on_one_rank(completion_ids: list[list[int]], **columns: Any) ->
 def test_a_stop_on_one_rank_is_that_of_all(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")  # for the arithmetic of the batch; torchrun sets its own
     rewards = [
-        {"name": f"{__name__}:broken_on_one_rank", "on_failure": "stop"},
+        {"name": "tests.train.test_remote_training:broken_on_one_rank", "on_failure": "stop"},
         {"name": "tests.support.training:uneven"},
     ]
     grpo = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_steps": 50}
