@@ -72,12 +72,16 @@ class TokenCollector:
         """Completion lengths of every generation, warm-up included; empty once the first ones were dropped."""
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
-    def without_signal(self, group: int, weights: Sequence[float]) -> tuple[bool, bool]:
-        """True twice: every completion of the newest generating step was cut off; the rewards of no group differ."""
+    def cause(self, group: int, weights: Sequence[float], *, masks: bool) -> str:
+        """Why the newest generating step may teach nothing, a key of `NO_SIGNAL`; `masks` of completions cut off."""
         newest = [g for g in self.generations if g.step == self.generations[-1].step]
+        if masks and newest and all(g.truncated == len(g.completion) for g in newest):
+            return "masked"
         scored = [rewards for step, rewards in self.rewards if step == self.rewards[-1][0]]
+        if scored and all(np.isnan(rewards).all() for rewards in scored):
+            return "unscored"
         live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
-        return bool(newest) and all(g.truncated == len(g.completion) for g in newest), bool(rates) and not live
+        return "equal" if rates and not live else "zero"
 
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations of the `steps` optimizer steps from `first` on.

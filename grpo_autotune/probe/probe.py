@@ -176,8 +176,9 @@ class Probe:
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
             trainer = self.trainer
-            cut, equal = self.tokens.without_signal(trainer.num_generations, trainer.reward_weights.tolist())
-            self.signal.see(grad_norm, spans.spans[0].host_s, all_cut=cut, all_equal=equal)
+            group, weights = trainer.num_generations, trainer.reward_weights.tolist()
+            cause = self.tokens.cause(group, weights, masks=trainer.mask_truncated_completions)
+            self.signal.see(grad_norm, spans.spans[0].host_s, cause)
             self._keep(spans)
         self._open(step)
 

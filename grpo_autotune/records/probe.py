@@ -38,6 +38,7 @@ STAGES = tuple(STAGE_WORDS)
 NO_SIGNAL = {
     "masked": "all completions were cut off and masked: raise max_completion_length or drop mask_truncated_completions",
     "equal": "each group's rewards were equal: check the rewards, or take prompts that the model solves now and then",
+    "unscored": "no completion had a reward: look at the rewards' endpoints, limits and log",
     "zero": "the gradient was zero: check which weights are trained, and which tokens masks and loss leave of them",
 }
 """Cause of a step without a learning signal -> what was seen, and what to do."""

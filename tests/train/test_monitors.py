@@ -117,11 +117,14 @@ def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself
         ({"masks": True}, {"completions/clipped_ratio": 1.0}, "all completions were cut off and masked"),
         ({}, {"frac_reward_zero_std": 1.0}, "each group's rewards were equal, and beta is 0"),
         ({"beta": 0.1}, {"frac_reward_zero_std": 0.5}, "the gradient was zero"),
+        ({}, {"reward": None, "frac_reward_zero_std": 1.0, "rewards/judge/failed": 1.0}, "no completion had a reward"),
     ],
 )
 def test_the_cause_of_nothing_learned(run: dict[str, Any], row: dict[str, Any], words: str) -> None:
     rows = [{"kind": "train", "step": step, "grad_norm": 0.0, **row} for step in range(1, 7)]
-    (alert,) = [alert for alert in replayed(rows, Run(**run)) if alert.monitor == "nothing_learned"]
+    alerts = replayed(rows, Run(**run))
+    (alert,) = [alert for alert in alerts if alert.monitor == "nothing_learned"]
+    assert "not_finite" not in {alert.monitor for alert in alerts}  # a reward that failed is the judge's fault
     assert alert.step == 5 and alert.text == f"grad_norm 0, {words}, for 5 steps" and alert.remedy
 
 

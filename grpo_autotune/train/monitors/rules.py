@@ -24,6 +24,12 @@ Row = Mapping[str, Any]
 Readings = Iterator["Reading"]
 
 
+def is_unscored(row: Row) -> bool:
+    """True of a step without a reward because its scores failed."""
+    failed = any(name.startswith("rewards/") and name.endswith("/failed") and row[name] for name in row)
+    return failed and "reward" in row and number(row, "reward") is None
+
+
 class Reading(NamedTuple):
     """A metric as a rule reads it."""
 
@@ -87,7 +93,8 @@ class Run:
         return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
-        for name in filter(row.__contains__, ("loss", "grad_norm", "reward", "kl", "entropy")):
+        names = ("loss", "grad_norm", "kl", "entropy", *(() if is_unscored(row) else ("reward",)))
+        for name in filter(row.__contains__, names):
             yield Reading(name, math.nan, number(row, name) is None, text=f"{name} is no finite number")
 
     def loss_spike(self, row: Row, item: Any) -> Readings:
@@ -153,7 +160,8 @@ class Run:
 
     def nothing_learned(self, row: Row, item: Any) -> Readings:
         norm = number(row, "grad_norm")
-        cause = "masked" if self.masks and row.get(CUT) == 1.0 else "equal" if row.get(EQUAL) == 1.0 else "zero"
+        cause = "unscored" if is_unscored(row) else "equal" if row.get(EQUAL) == 1.0 else "zero"
+        cause = "masked" if self.masks and row.get(CUT) == 1.0 else cause
         what, _, remedy = NO_SIGNAL[cause].partition(": ")
         what += ", and beta is 0" if cause == "equal" and self.beta == 0.0 else ""
         if norm is not None:

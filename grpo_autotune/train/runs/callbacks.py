@@ -145,6 +145,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     def _line(self, step: int, total: int) -> str:
         seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         shown = "".join(f"{label} {self._shown[name]:.4f}  " for name, label in _LABELS if name in self._shown)
+        shown = shown.replace("reward nan", "no reward")  # no score of the step could be had
         return f"{shown}{seconds:.2f} s/step  {duration(seconds * (total - step))} left"
 
 
