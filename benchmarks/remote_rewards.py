@@ -1,11 +1,11 @@
 """What a reward over a network costs: waiting beyond the ideal, CPU of the client, seconds left beside log-probs.
 
-    python -m benchmarks.remote_rewards [--rounds 7] [--steps 3]
+    python -m benchmarks.remote_rewards [--rounds 5] [--steps 2]
 
 *Calls*: a server in a process of its own answers after 100 ms; 256 rows, 16 calls at once, ideal 256 / 16 x 0.1 s =
-1.6 s. The reward `service` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds are those of
+1.6 s. The rewards `service` and `judge` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds are those of
 its process, over the calls. *Beside log-probs*: the demo with a reward whose answers take 3 s, with `reward_overlap`
-and without, in turns. Its log-probs are made to last 3 s by repeating the real pass, on one torch thread, until they
+and once without. Its log-probs are made to last 3 s by repeating the real pass, on one torch thread, until they
 have: so the client shares the interpreter with a training that is busy, not asleep.
 """
 
@@ -33,6 +33,8 @@ import torch  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
 from grpo_autotune.seams.table import find, wrap_rows  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
+from grpo_autotune.train.rewards.remote.batch import RemoteReward  # noqa: E402
+from grpo_autotune.train.rewards.remote.judge import Judge  # noqa: E402
 from grpo_autotune.train.rewards.remote.replies import aclose  # noqa: E402
 from grpo_autotune.train.rewards.remote.service import Service  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
@@ -44,7 +46,9 @@ BATCH = {"prompts": ["Which digit?"] * ROWS, "completions": ["<answer>7</answer>
 
 
 def _serve(delay_s: float, port: Any, done: Any) -> None:
-    with FaultServer(answer=lambda call: {"score": len(call.body["completion"]) % 7 / 7}, delay_s=delay_s) as server:
+    verdict = {"message": {"content": '{"reason": "-", "score": 0.5}'}, "finish_reason": "stop"}
+    answer = {"score": 0.5, "choices": [verdict], "usage": {"prompt_tokens": 90, "completion_tokens": 12}}
+    with FaultServer(answer=lambda call: answer, delay_s=delay_s) as server:
         port.send(server.url)
         done.wait()
 
@@ -63,13 +67,23 @@ def server(delay_s: float) -> Iterator[str]:
         process.join()
 
 
-async def ours(url: str) -> None:
-    """The reward of this package."""
-    reward = Service(url=url, warmup=0)
-    reward.set_up("service", "rewards[0]", concurrency=AT_ONCE)
+async def ours(reward: RemoteReward) -> None:
+    """A reward of this package."""
+    reward.set_up(reward.kind, "rewards[0]", concurrency=AT_ONCE)
+    reward.warmup = 0
     scores = await reward(**BATCH)
     assert len(scores) == ROWS and min(scores) >= 0.0
     await aclose()
+
+
+async def service(url: str) -> None:
+    """A score in JSON."""
+    await ours(Service(url=url))
+
+
+async def judge(url: str) -> None:
+    """A verdict in a chat completion."""
+    await ours(Judge(providers=[{"base_url": url, "model": "m"}], prompt="{{ completion }}", cache=False))
 
 
 async def bare(url: str) -> None:
@@ -87,7 +101,7 @@ async def bare(url: str) -> None:
 
 def calls(rounds: int) -> list[dict[str, Any]]:
     """Seconds and CPU milliseconds a call of each side, in turns; the first round warms up and is left out."""
-    sides: dict[str, Callable[[str], Awaitable[None]]] = {"service": ours, "httpx2": bare}
+    sides: dict[str, Callable[[str], Awaitable[None]]] = {"service": service, "judge": judge, "httpx2": bare}
     rows: list[dict[str, Any]] = []
     with server(ANSWER_S) as url:
         for number in range(rounds + 1):
@@ -116,7 +130,7 @@ def beside_log_probs(rounds: int, steps: int) -> list[dict[str, Any]]:
         reward = {"name": "service", "params": {"url": url, "body": body, "warmup": 0}, "concurrency": 64}
         config = config.from_dict({**config.to_dict(), "rewards": [reward]})
         for number in range(rounds):
-            for overlapped in (True, False) if number % 2 else (False, True):
+            for overlapped in (True, False) if number == 0 else (True,):
                 rows.append({"round": number, "reward_overlap": overlapped, **_train(config, overlapped)})
                 say(str(rows[-1]))
     return rows
@@ -158,12 +172,12 @@ def _train(config: Any, overlapped: bool) -> dict[str, float]:
 def main() -> None:
     """Measure, and write `docs/benchmarks/remote_rewards.json`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = calls(options.rounds)
-    by = {name: [row for row in rows if row["side"] == name] for name in ("service", "httpx2")}
+    by = {name: [row for row in rows if row["side"] == name] for name in ("service", "judge", "httpx2")}
     found = {f"{name}_over_ideal": ratio([row["seconds"] / IDEAL_S for row in by[name]]) for name in by} | {
         f"{name}_cpu_ms_per_call": ratio([row["cpu_ms_per_call"] for row in by[name]]) for name in by
     }
