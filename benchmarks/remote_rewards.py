@@ -5,7 +5,7 @@
 *Calls*: a server in a process of its own answers after 100 ms; 256 rows, 16 calls at once, ideal 256 / 16 x 0.1 s =
 1.6 s. The rewards `service` and `judge` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds are those of
 its process, over the calls. *Beside log-probs*: the demo with a reward whose answers take 3 s, with `reward_overlap`
-and once without. Its log-probs are made to last 3 s by repeating the real pass, on one torch thread, until they
+and, in two rounds, without. Its log-probs are made to last 3 s by repeating the real pass, on one torch thread, until they
 have: so the client shares the interpreter with a training that is busy, not asleep.
 """
 
@@ -130,7 +130,7 @@ def beside_log_probs(rounds: int, steps: int) -> list[dict[str, Any]]:
         reward = {"name": "service", "params": {"url": url, "body": body, "warmup": 0}, "concurrency": 64}
         config = config.from_dict({**config.to_dict(), "rewards": [reward]})
         for number in range(rounds):
-            for overlapped in (True, False) if number == 0 else (True,):
+            for overlapped in (True, False) if number < 2 else (True,):
                 rows.append({"round": number, "reward_overlap": overlapped, **_train(config, overlapped)})
                 say(str(rows[-1]))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -57,7 +58,7 @@ def test_batches_end_whatever_the_server_does(faults: tuple[str, ...]) -> None:
     count, rows = (50, 8) if len(faults) > 1 else (6, 16)
     threads = set(threading.enumerate())
     with FaultServer(at_rate(faults, 0.2)) as server:
-        reward = service(server.url, timeout_s=0.06 if {"hang", "drip"} & set(faults) else 5.0)
+        reward = service(server.url, timeout_s=0.2 if {"hang", "drip"} & set(faults) else 5.0)
         scores = run(lambda: batches(reward, count, rows))
         assert server.connections() == 0
         late = [call for call in server.calls if call.end_s and call.end_s - call.begin_s > 1.0]
@@ -194,8 +195,11 @@ def test_a_row_has_four_calls_and_pauses_as_it_is_asked_to() -> None:
     at = [when for _, when in reward.asked]
     assert len(at) == 4 and at[1] - at[0] < 0.15 and 0.2 <= at[2] - at[1] < 0.35
     long = Script(lambda n: Busy(500.0) if n else 1.0)
-    long.set_up("long", "rewards[0]", deadline_s=0.1)
+    long.set_up("long", "rewards[0]", deadline_s=60.0)
+    begin_s = time.monotonic()
     assert run(lambda: long(**batch([0, 1]))) == [1.0, FAILED] and len(long.asked) == 2
+    assert time.monotonic() - begin_s < 5.0, "nothing is waited for that comes after the deadline"
+    assert long.calls().failures == {"429": 1}
 
 
 def lane(clock: Callable[[], float], fixed: int | None = None, ranks: int = 1, rpm: int | None = None) -> Lane:
@@ -321,7 +325,10 @@ def test_bodies_scores_and_what_is_wrong_with_them(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("answer", "score"),
-    [({"score": 1}, 1.0), ({"score": True}, 1.0), ({"score": None}, FAILED), ({"score": "1"}, FAILED), ([1], FAILED)],
+    [
+        *[({"score": 1}, 1.0), ({"score": True}, 1.0), ({"score": None}, FAILED), ({"score": "1"}, FAILED)],
+        *[({"score": math.nan}, FAILED), ({"score": 10**400}, FAILED), ({"score": 1e39}, FAILED), ([1], FAILED)],
+    ],
 )
 def test_only_a_number_is_a_score(answer: Any, score: float) -> None:
     good = {"score": 0.25}

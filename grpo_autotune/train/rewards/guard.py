@@ -22,6 +22,9 @@ PATIENCE = 10
 FAILED = -math.inf
 """This very object stands for a score that was asked for and could not be had, until `failures` puts another there."""
 
+MOST = 3.4e38
+"""Beyond it a reward is infinite in TRL's tensors of float32."""
+
 SHOWN, MOST_SHOWN = 45, 4
 """Characters of a value of the sample in a message, and number of such values."""
 
@@ -95,7 +98,7 @@ class _ResultCheck:
         except NotNumbers as error:
             raise self._error(str(error), batch) from error
         numbers = [value for value in rewards if value is not None]
-        if any(math.isinf(number) and number is not FAILED for number in numbers):
+        if any(abs(number) > MOST and number is not FAILED for number in numbers):
             raise self._error("returned an infinite reward", batch)
         if not all(math.isnan(number) for number in numbers):
             self.abstained = None

@@ -6,12 +6,13 @@ Retries are made here and nowhere else, by one rule for a row, one for a batch a
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
@@ -32,11 +33,8 @@ REMEDIES = {
 }
 
 
-class Cache(Protocol):
-    """Scores of rows that were asked for before. Called on the event loop: both must be quick."""
-
-    def get(self, row: Any, /) -> float | None: ...
-    def put(self, row: Any, value: float, /) -> None: ...
+class _Shut(Exception):
+    """No endpoint will take a call before the batch's deadline."""
 
 
 @dataclass
@@ -44,6 +42,7 @@ class _Asked:
     """A row that is asked for, and what came of it."""
 
     row: Any
+    until_s: float = math.inf  # the batch's deadline
     score: float = FAILED
     by: str | None = None
     trouble: str = "deadline"
@@ -61,12 +60,12 @@ class RemoteReward(Remote):
 
     Attributes:
         warmup: First rows of a process that are asked one after another, before the others.
-        cache: Scores known already; None asks always.
+        cache: What `known` looks into; None asks always.
         columns: Columns that `rows` needs: those that the data has not are told before training.
     """
 
     warmup = 1
-    cache: Cache | None = None
+    cache: Any = None
 
     def __init__(self, endpoints: Sequence[Endpoint], policy: Policy | None = None) -> None:
         super().__init__()
@@ -85,12 +84,20 @@ class RemoteReward(Remote):
         """The requests, one for each completion of a batch, the keywords that TRL gives a reward function."""
         raise NotImplementedError
 
+    def known(self, row: Any) -> float | None:
+        """The score of a row that was asked for before. Called on the event loop: it must be quick."""
+        return None
+
     async def __call__(self, **batch: Any) -> list[float]:
         """Scores of a batch, `FAILED` where there is none; RewardError where an endpoint refuses, or none has ever
         answered."""
         asked = [_Asked(row) for row in self.rows(batch)]
         with self.batch(len(asked)):
-            await self._ask([one for one in asked if not self._is_known(one)])
+            for one in asked:
+                if (score := self.known(one.row)) is not None:
+                    one.score, one.by = score, "cache"
+                    self.count["cache_hits"] += 1
+            await self._ask([one for one in asked if one.by is None])
         self.failed(Counter(one.trouble for one in asked if one.score is FAILED), len(asked))
         if len(self.endpoints) > 1 and "log_extra" in batch:
             batch["log_extra"](f"{self.name}_provider", [one.by for one in asked])
@@ -103,23 +110,17 @@ class RemoteReward(Remote):
     def limit(self) -> int | None:
         return self._lanes[0].limit if self._lanes else self.concurrency
 
-    def _is_known(self, one: _Asked) -> bool:
-        score = None if self.cache is None else self.cache.get(one.row)
-        if score is not None:
-            one.score, one.by = score, "cache"
-            self.count["cache_hits"] += 1
-        return score is not None
-
     async def _ask(self, asked: list[_Asked]) -> None:
         """Ask for all of them until the deadline; then those under way are given up."""
         if self._client is not client():  # another process or event loop, or closed: what was learned belongs to it
             self._client, self._warmed = client(), 0
             self._lanes = [Lane(one, self.concurrency, world_size(), self.policy) for one in self.endpoints]
-        extra, begin_s = self.policy.extra * len(asked), time.monotonic()
+        extra, begin_s, limit_s = self.policy.extra * len(asked), time.monotonic(), self.batch_limit_s()
         self._credit = min(self._credit + extra, max(self.policy.extra_least, extra))
         try:
-            async with asyncio.timeout(self.batch_limit_s()), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
                 for one in asked:
+                    one.until_s = begin_s + limit_s
                     if self._warmed < self.warmup:
                         self._warmed += 1
                         await self._score(one, begin_s)
@@ -145,6 +146,9 @@ class RemoteReward(Remote):
         except Failed as error:
             one.trouble = error.kind
             return
+        except _Shut as error:
+            one.trouble = str(error)
+            return
         finally:
             if one.calls:
                 self.seconds["wait_s"].append(one.begin_s - batch_begin_s)
@@ -155,8 +159,6 @@ class RemoteReward(Remote):
         fallbacks = int(one.by != self.endpoints[0].name)
         self.count.update(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, fallbacks=fallbacks)
         self.cost = self.cost if reply.cost is None else (self.cost or 0.0) + reply.cost
-        if self.cache is not None:
-            self.cache.put(one.row, reply.value)
 
     def _is_over(self, one: _Asked, pause_s: float) -> bool:
         """True if a row may have no further call; one that it may have is taken off what the batch has left."""
@@ -184,6 +186,8 @@ class RemoteReward(Remote):
                 told = f"{lane.endpoint.name} has given no score yet, {calls} calls failed ({kind}: {said})"
                 raise self._error(lane, told, "Is it up, are its settings right?")
             if min(shut_s):
+                if lane.trouble and time.monotonic() + min(shut_s) >= one.until_s:
+                    raise _Shut(lane.trouble.kind)
                 await asyncio.sleep(min(shut_s))
                 continue
             async with lane:

@@ -59,8 +59,7 @@ class Judge(RemoteReward):
         schema = {"name": "verdict", "strict": True, "schema": self.verdict.model_json_schema()}
         self.response_format: Any = {"type": "json_schema", "json_schema": schema}
         self._repeats = all(provider.temperature == 0 for provider in self.settings.providers)
-        self._verdicts = VerdictCache() if cache is True or (cache == "auto" and self._repeats) else None
-        self.cache = self if self._verdicts else None
+        self.cache = VerdictCache() if cache is True or (cache == "auto" and self._repeats) else None
         super().__init__([self._endpoint(*one) for one in enumerate(self.settings.providers)])
         self._template, self.columns = judge_template(prompt)
 
@@ -73,12 +72,9 @@ class Judge(RemoteReward):
             asked[text] += 1
         return rows
 
-    def get(self, row: Row) -> float | None:
+    def known(self, row: Row) -> float | None:
         """The kept verdict of the first provider: another one's is on a scale of its own."""
-        return self._verdicts.get(self._cache_key(self.settings.providers[0], row)) if self._verdicts else None
-
-    def put(self, row: Row, value: float) -> None:
-        """Nothing: `_judged`, which knows whose verdict it is, has kept it."""
+        return self.cache.get(self._cache_key(self.settings.providers[0], row)) if self.cache else None
 
     def _cache_key(self, provider: Provider, row: Row) -> str:
         model = (provider.base_url, provider.model, provider.sampling, provider.extra_body, self.response_format)
@@ -106,8 +102,8 @@ class Judge(RemoteReward):
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise Failed("json") from None
         score = self._read(answer)
-        if self._verdicts is not None:
-            self._verdicts.put(self._cache_key(provider, row), score)
+        if self.cache is not None:
+            self.cache.put(self._cache_key(provider, row), score)
         usage = answer.get("usage") or {}
         sent, got = (usage.get(f"{part}_tokens") or 0 for part in ("prompt", "completion"))
         return Reply(score, sent, got, (sent * provider.price_in + got * provider.price_out) / 1e6 or None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import jinja2
 import jinja2.meta
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.train.rewards.guard import MOST
 from grpo_autotune.train.rewards.remote.batch import RemoteReward, rows_of
 from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Reply, check_status, excerpt, failure, secret
 
@@ -79,7 +79,7 @@ class Service(RemoteReward):
             value = answer.json()
             for step in self._steps:
                 value = value[step]
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and abs(value) <= MOST:
                 return Reply(float(value))
             kind = "schema"
         except (ValueError, LookupError, TypeError) as error:
