@@ -3,10 +3,10 @@
     python -m benchmarks.remote_rewards [--rounds 5] [--steps 2]
 
 *Calls*: a server in a process of its own answers after 100 ms; 256 rows, 16 calls at once, ideal 256 / 16 x 0.1 s =
-1.6 s. The rewards `service` and `judge` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds are those of
-its process, over the calls. *Beside log-probs*: the demo with a reward whose answers take 3 s, with `reward_overlap`
-and, in two rounds, without. Its log-probs are made to last 3 s by repeating the real pass, on one torch thread, until they
-have: so the client shares the interpreter with a training that is busy, not asleep.
+1.6 s. The rewards `service` and `judge` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds
+are those of its process, over the calls. *Beside log-probs*: the demo with a reward whose answers take 3 s, with
+`reward_overlap` and, in two rounds, without. Its log-probs are made to last 3 s by repeating the real pass, on one
+torch thread, until they have: so the client shares the interpreter with a training that is busy, not asleep.
 """
 
 from __future__ import annotations

@@ -132,6 +132,14 @@ def test_an_endpoint_that_never_answered_ends_the_run(fault: str | None, told: s
             run(lambda: service(url, timeout_s=0.03)(**batch(range(30))))
 
 
+def test_first_calls_that_nobody_answers_end_the_run() -> None:
+    with FaultServer(lambda number: "hang") as server:
+        reward = service(server.url, timeout_s=30.0)
+        reward.set_up("service", "rewards[0]", deadline_s=0.1)
+        with pytest.raises(RewardError, match=r"no score yet, 1 calls failed \(deadline: no answer within 0.1 s"):
+            run(lambda: reward.warm_up(batch(range(8))))
+
+
 class Script(RemoteReward):
     """Two endpoints that answer as told: a value, or an error to raise; `asked` says who was asked, when."""
 

@@ -33,6 +33,10 @@ REMEDIES = {
 }
 
 
+SILENT = ("connect", "deadline", "read", "timeout")
+"""Kinds of failure in which an endpoint says nothing."""
+
+
 class _Shut(Exception):
     """No endpoint will take a call before the batch's deadline."""
 
@@ -104,8 +108,14 @@ class RemoteReward(Remote):
         return [one.score for one in asked]
 
     async def warm_up(self, batch: Mapping[str, Any]) -> None:
-        """Ask the first rows of a batch, one after another; their scores are dropped."""
+        """Ask the first rows of a batch, one after another; their scores are dropped. RewardError where an endpoint
+        refuses, or none says a word."""
         await self._ask([_Asked(row) for row in self.rows(batch)[: self.warmup]])
+        if self._lanes and not self._has_answered:
+            lane, waited_s = self._lanes[0], self.batch_limit_s()
+            trouble = lane.trouble or Failed("deadline", f"no answer within {waited_s:g} s")
+            if trouble.kind in SILENT:
+                raise self._unanswered(lane, trouble)
 
     def limit(self) -> int | None:
         return self._lanes[0].limit if self._lanes else self.concurrency
@@ -182,9 +192,7 @@ class RemoteReward(Remote):
             shut_s = [lane.shut_s() for lane in self._lanes]
             lane = self._lanes[shut_s.index(min(shut_s))]
             if min(shut_s) and not self._has_answered and lane.trouble:
-                kind, said, calls = lane.trouble.kind, lane.trouble.said, self.count["calls"]
-                told = f"{lane.endpoint.name} has given no score yet, {calls} calls failed ({kind}: {said})"
-                raise self._error(lane, told, "Is it up, are its settings right?")
+                raise self._unanswered(lane, lane.trouble)
             if min(shut_s):
                 if lane.trouble and time.monotonic() + min(shut_s) >= one.until_s:
                     raise _Shut(lane.trouble.kind)
@@ -219,6 +227,11 @@ class RemoteReward(Remote):
         lane.end(None, tried)
         self._has_answered = True
         return reply
+
+    def _unanswered(self, lane: Lane, trouble: Failed) -> RewardError:
+        told = f"{self.count['calls']} calls failed ({trouble.kind}: {trouble.said})"
+        told = f"{lane.endpoint.name} has given no score yet, {told}"
+        return self._error(lane, told, "Is it up, are its settings right?")
 
     def _error(self, lane: Lane, told: str, fix: str | None) -> RewardError:
         return RewardError(told, where=f"{self.where}.{lane.endpoint.where}", fix=fix)

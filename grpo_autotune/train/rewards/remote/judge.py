@@ -139,9 +139,7 @@ def _client(http: httpx2.AsyncClient, base_url: str, variable: str | None) -> op
     async def key() -> str:
         return _key(variable)
 
-    return openai.AsyncOpenAI(
-        api_key=key, base_url=base_url, timeout=http.timeout, max_retries=0, http_client=http
-    )
+    return openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=http.timeout, max_retries=0, http_client=http)
 
 
 def fenced(text: str) -> str:
