@@ -4,7 +4,8 @@
 
 *Calls*: a server in a process of its own answers after 100 ms; 256 rows, 16 calls at once, ideal 256 / 16 x 0.1 s =
 1.6 s. The rewards `service` and `judge` and a bare `httpx2` loop with a semaphore take turns; the client's CPU seconds
-are those of its process, over the calls. *Beside log-probs*: the demo with a reward whose answers take 3 s, with
+are those of its process, over the calls, with one client for all and what was imported frozen, as in a run. *Beside
+log-probs*: the demo with a reward whose answers take 3 s, with
 `reward_overlap` and, in two rounds, without. Its log-probs are made to last 3 s by repeating the real pass, on one
 torch thread, until they have: so the client shares the interpreter with a training that is busy, not asleep.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import sys
 import time
@@ -27,7 +29,6 @@ from grpo_autotune.console import say
 
 mend_torchvision()
 
-import httpx2  # noqa: E402
 import torch  # noqa: E402
 
 from grpo_autotune.probe.startup import Startup  # noqa: E402
@@ -35,7 +36,7 @@ from grpo_autotune.seams.table import find, wrap_rows  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
 from grpo_autotune.train.rewards.remote.batch import RemoteReward  # noqa: E402
 from grpo_autotune.train.rewards.remote.judge import Judge  # noqa: E402
-from grpo_autotune.train.rewards.remote.replies import aclose  # noqa: E402
+from grpo_autotune.train.rewards.remote.replies import aclose, client  # noqa: E402
 from grpo_autotune.train.rewards.remote.service import Service  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
 from tests.support.fault_server import FaultServer  # noqa: E402
@@ -73,7 +74,6 @@ async def ours(reward: RemoteReward) -> None:
     reward.warmup = 0
     scores = await reward(**BATCH)
     assert len(scores) == ROWS and min(scores) >= 0.0
-    await aclose()
 
 
 async def service(url: str) -> None:
@@ -89,21 +89,22 @@ async def judge(url: str) -> None:
 async def bare(url: str) -> None:
     """The same calls by `httpx2` alone."""
     slots = asyncio.Semaphore(AT_ONCE)
-    async with httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None)) as client:
 
-        async def one(completion: str) -> float:
-            async with slots:
-                answer = await client.post(url, json={"prompt": "Which digit?", "completion": completion})
-                return float(answer.json()["score"])
+    async def one(completion: str) -> float:
+        async with slots:
+            answer = await client().post(url, json={"prompt": "Which digit?", "completion": completion})
+            return float(answer.json()["score"])
 
-        await asyncio.gather(*map(one, BATCH["completions"]))
+    await asyncio.gather(*map(one, BATCH["completions"]))
 
 
 def calls(rounds: int) -> list[dict[str, Any]]:
     """Seconds and CPU milliseconds a call of each side, in turns; the first round warms up and is left out."""
     sides: dict[str, Callable[[str], Awaitable[None]]] = {"service": service, "judge": judge, "httpx2": bare}
     rows: list[dict[str, Any]] = []
-    with server(ANSWER_S) as url:
+    with server(ANSWER_S) as url, asyncio.Runner() as runner:
+        gc.collect()
+        gc.freeze()
         for number in range(rounds + 1):
             for name in list(sides)[:: 1 if number % 2 else -1]:
 
@@ -112,11 +113,12 @@ def calls(rounds: int) -> list[dict[str, Any]]:
                     await sides[name](url)
                     return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
-                seconds, cpu_s = asyncio.run(timed())
+                seconds, cpu_s = runner.run(timed())
                 if number:
                     rows.append(
                         {"side": name, "round": number, "seconds": seconds, "cpu_ms_per_call": cpu_s / ROWS * 1e3}
                     )
+        runner.run(aclose())
     return rows
 
 

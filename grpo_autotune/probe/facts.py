@@ -73,7 +73,7 @@ class TokenCollector:
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
     def cause(self, group: int, weights: Sequence[float], *, masks: bool) -> str:
-        """Why the newest generating step may teach nothing, a key of `NO_SIGNAL`; `masks` of completions cut off."""
+        """The cause if the newest generating step teaches nothing, a key of `NO_SIGNAL`; `masks` of what is cut off."""
         newest = [g for g in self.generations if g.step == self.generations[-1].step]
         if masks and newest and all(g.truncated == len(g.completion) for g in newest):
             return "masked"

@@ -38,7 +38,7 @@ SILENT = ("connect", "deadline", "read", "timeout")
 
 
 class _Shut(Exception):
-    """No endpoint will take a call before the batch's deadline."""
+    """No endpoint will take a call before the batch's deadline; its argument is the kind of the newest failure."""
 
 
 @dataclass
@@ -111,9 +111,8 @@ class RemoteReward(Remote):
         """Ask the first rows of a batch, one after another; their scores are dropped. RewardError where an endpoint
         refuses, or none says a word."""
         await self._ask([_Asked(row) for row in self.rows(batch)[: self.warmup]])
-        if self._lanes and not self._has_answered:
-            lane, waited_s = self._lanes[0], self.batch_limit_s()
-            trouble = lane.trouble or Failed("deadline", f"no answer within {waited_s:g} s")
+        for lane in self._lanes[:1] if not self._has_answered else ():
+            trouble = lane.trouble or Failed("deadline", f"no answer within {self.batch_limit_s():g} s")
             if trouble.kind in SILENT:
                 raise self._unanswered(lane, trouble)
 
@@ -153,11 +152,8 @@ class RemoteReward(Remote):
         reply: Reply
         try:
             reply, one.by = await retrying(self._attempt, one)
-        except Failed as error:
-            one.trouble = error.kind
-            return
-        except _Shut as error:
-            one.trouble = str(error)
+        except (Failed, _Shut) as error:
+            one.trouble = error.args[0]
             return
         finally:
             if one.calls:
@@ -180,9 +176,8 @@ class RemoteReward(Remote):
 
     def _pause_s(self, state: RetryCallState) -> float:
         """Full jitter, on top of what the endpoint asks for; a pause that opens the breaker is waited for there."""
-        error = state.outcome.exception() if state.outcome else None
+        error, (first_s, most_s) = state.outcome and state.outcome.exception(), self.policy.wait_s
         asked_s = error.retry_after_s if isinstance(error, Failed) else 0.0
-        first_s, most_s = self.policy.wait_s
         jitter_s = random.uniform(0, min(most_s, first_s * 2 ** (state.attempt_number - 1)))
         return jitter_s + (asked_s if asked_s < self.policy.open_s else 0.0)
 

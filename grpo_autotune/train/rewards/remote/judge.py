@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import quote
@@ -65,12 +66,9 @@ class Judge(RemoteReward):
 
     def rows(self, batch: Mapping[str, Any]) -> list[Row]:
         """The prompt for each completion."""
-        asked, rows = Counter[str](), []
-        for row in rows_of(batch):
-            text = self._template.render({**row, "completion": fenced(row["completion"])})
-            rows.append((text, asked[text]))
-            asked[text] += 1
-        return rows
+        rows = ({**row, "completion": fenced(row["completion"])} for row in rows_of(batch))
+        texts, asked = map(self._template.render, rows), defaultdict[str, Iterator[int]](itertools.count)
+        return [(text, next(asked[text])) for text in texts]
 
     def known(self, row: Row) -> float | None:
         """The kept verdict of the first provider: another one's is on a scale of its own."""

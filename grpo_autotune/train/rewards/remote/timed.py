@@ -41,8 +41,7 @@ class Remote:
         self.set_up(self.kind, "rewards")
         self.first_call_s: float | None = None
         self.took_s = deque[float](maxlen=100)  # of batches that ended before their deadline
-        self._told: set[str] = set()
-        self._under_way, self._since_s = 0, 0.0
+        self._told, self._under_way, self._since_s = set[str](), 0, 0.0
         self.reset()
 
     def set_up(self, name: str, where: str, concurrency: int | None = None, deadline_s: float | None = None) -> None:

@@ -42,7 +42,6 @@ class VerdictCache:
 def _connection(path: Path, process: int) -> sqlite3.Connection:
     """The connection of a process, which waits up to 1 s for another's write; none survives a fork."""
     connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL")
     connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL)")
     return connection
