@@ -39,6 +39,10 @@ class Branch(Section):
     eval: BranchEval | None = None
     """Its evaluation; by default all its held-out rows, as `grpo` says."""
 
+    @property
+    def samples(self) -> int | None:
+        return self.eval.samples if self.eval else None
+
 
 class Control(Section):
     """The controller of `beta`."""

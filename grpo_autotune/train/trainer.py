@@ -122,7 +122,7 @@ def build_trainer(
         train_data, eval_data = load(config, say)
         functions, weights, names = build_rewards(config, train_data.column_names)
         if config.branches is not None:
-            train_data, functions = divided(config, train_data, eval_data, functions, say)
+            train_data, eval_data, functions = divided(config, train_data, eval_data, functions, say)
     arguments = grpo_arguments(
         config,
         output_dir=str(RunFolder(config.run_dir).checkpoints),
@@ -130,7 +130,8 @@ def build_trainer(
         overrides=grpo_overrides or {},
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
-    check_best_metric(arguments.grpo, names, modules, config.data.eval)
+    branch_names = config.branches.by_name if config.branches is not None else ()
+    check_best_metric(arguments.grpo, names, modules, config.data.eval, branch_names)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
