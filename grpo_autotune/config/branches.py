@@ -74,8 +74,14 @@ class Branches(Section):
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, Mapping) else ():
             if not isinstance(values[name], Mapping) or not isinstance(name, str) or "/" in name:
                 raise wrong_type(f"branches.{name}", values[name], "column, control, or a mapping (no slash in names)")
-            for key in values[name].keys() - Branch.model_fields.keys():
-                raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
+            asked, known = values[name].get("eval"), {(key,) for key in Branch.model_fields}
+            known |= {("eval", key) for key in BranchEval.model_fields}
+            given = {(key,) for key in values[name]} | {
+                ("eval", key) for key in asked or () if isinstance(asked, Mapping)
+            }
+            for keys in given - known:
+                paths = [".".join(("branches", name, *path)) for path in known if len(path) == len(keys)]
+                raise unknown_key(("branches", name, *keys), sorted(paths))
         return values
 
     @model_validator(mode="after")
@@ -97,6 +103,9 @@ class Branches(Section):
 def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
     """Each branch's `beta` at the start; ConfigError for one that is not above 0: it would load no reference model."""
     weights = {name: float(branch.beta or grpo.get("beta") or 0.0) for name, branch in branches.by_name.items()}
+    if grpo.get("remove_unused_columns") and branches.column is not None:
+        fix = f"Leave it out: {branches.column} would be removed."
+        raise ConfigError("branches need a column", where="grpo.remove_unused_columns", fix=fix)
     if grpo.get("beta") == 0 or not all(weights.values()):
         where = next((f"branches.{name}.beta" for name, weight in weights.items() if not weight), "grpo.beta")
         raise ConfigError("it must be above 0 from the start", where=where, fix="Give each branch one, or grpo.beta.")

@@ -32,7 +32,9 @@ def divided(
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
     for name in branches.by_name.keys() - counts:
-        raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}")
+        raise ConfigError(
+            f"{config.data.path} has no row of this branch", where=f"branches.{name}", fix="Add rows, or remove it."
+        )
     shares = {name: branch.share for name, branch in branches.by_name.items() if branch.share is not None}
     if not shares:
         return rows, held_out, judges
