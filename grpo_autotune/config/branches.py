@@ -10,7 +10,6 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
-from grpo_autotune.config.messages import unknown_key
 from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.section import Section
 from grpo_autotune.errors import ConfigError, nearest_hint
@@ -74,14 +73,6 @@ class Branches(Section):
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, Mapping) else ():
             if not isinstance(values[name], Mapping) or not isinstance(name, str) or "/" in name:
                 raise wrong_type(f"branches.{name}", values[name], "column, control, or a mapping (no slash in names)")
-            asked, known = values[name].get("eval"), {(key,) for key in Branch.model_fields}
-            known |= {("eval", key) for key in BranchEval.model_fields}
-            given = {(key,) for key in values[name]} | {
-                ("eval", key) for key in asked or () if isinstance(asked, Mapping)
-            }
-            for keys in given - known:
-                paths = [".".join(("branches", name, *path)) for path in known if len(path) == len(keys)]
-                raise unknown_key(("branches", name, *keys), sorted(paths))
         return values
 
     @model_validator(mode="after")
@@ -98,6 +89,13 @@ class Branches(Section):
             what = f"{len(shares)} of {len(self.by_name)} have one, {sum(shares):g} together"
             raise ConfigError(what, where="branches.*.share", fix="Give it to all, 1 together, or to none.")
         return self
+
+
+def branch_paths(section: Any) -> list[str]:
+    """Every key path below the branches that a section, as it was written, names."""
+    names = section.keys() - Branches.model_fields.keys() if isinstance(section, Mapping) else ()
+    parts = (("", Branch), (".eval", BranchEval))
+    return [f"branches.{name}{part}.{key}" for name in names for part, model in parts for key in model.model_fields]
 
 
 def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
