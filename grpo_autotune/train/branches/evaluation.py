@@ -22,7 +22,7 @@ def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl)
 
     def loop(call_next: Callable[..., Any], /, whole: Any, *args: Any, **kwargs: Any) -> Any:
         outputs, names = [], branch_of_rows(branches, whole.dataset, "held-out data")
-        for name in dict.fromkeys(names) if greedy else ():
+        for name in sorted({*names}, key=[*branches.by_name].index) if greedy else ():
             rows = whole.dataset.select([row for row, of_row in enumerate(names) if of_row == name])
             with _greedy(trainer) if name in greedy else nullcontext():
                 part = trainer._get_dataloader(dataset=rows, description="Evaluation", **given)
