@@ -69,13 +69,16 @@ def sampling(run: Run) -> Findings:
 
 
 def data(run: Run) -> Findings:
-    """Rows are read, and each prompt and image made as in the run; rewards are imported, and have their columns."""
+    """Rows are read, and each prompt and image made as in the run; rewards and branches have their columns."""
+    from grpo_autotune.train.branches.rows import divided
     from grpo_autotune.train.rewards.build import build_rewards
 
     if run.rows is None:
         yield warn(ABSENT, f"hf download --repo-type dataset {run.config.data.path}, then doctor again")
         return
-    build_rewards(run.config, run.rows.column_names)
+    functions, _, _ = build_rewards(run.config, run.rows.column_names)
+    if run.config.branches is not None:
+        divided(run.config, *run.splits, functions, lambda line: None)
     yield ok(f"{len(run.rows)} rows with {', '.join(run.rows.column_names)}")
 
 

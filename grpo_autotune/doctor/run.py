@@ -56,7 +56,7 @@ class Run:
         return {} if self.folder is None else stored_json(str(self.folder), None, file)
 
     @cached_property
-    def rows(self) -> Any:  # training rows as the run makes them, held-out ones made as well; None if not here yet
+    def splits(self) -> Any:  # rows to train on and held-out ones, as the run makes them; None twice if not here yet
         from huggingface_hub.constants import HF_HUB_CACHE
 
         from grpo_autotune.train.data.datasets import load_data
@@ -66,7 +66,11 @@ class Run:
         path = self.config.data.path
         cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
         on_hub = "/" in path and HUB_ID.fullmatch(path) and Path(path).suffix not in FILE_BUILDERS
-        return None if on_hub and not cached and not is_folder(path) else load_data(self.config, say)[0]
+        return (None, None) if on_hub and not cached and not is_folder(path) else load_data(self.config, say)
+
+    @property
+    def rows(self) -> Any:
+        return self.splits[0]
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is

@@ -237,6 +237,8 @@ FAILED: list[tuple[Any, Callable[[World], Any], str]] = [
     (inputs.data, lambda w: w.rows[3].update(prompt=""), "row 3: the prompt is ''"),
     (inputs.data, picture, "row 70: cannot read the image"),
     (inputs.data, lambda w: w.values["rewards"][0].update(params={"column": "solution"}), "no column solution"),
+    (inputs.data, lambda w: w.values.update(branches={"column": "tusk", "a": {"beta": 1}}), "has no column tusk"),
+    (inputs.data, lambda w: w.values.update(branches={"column": "answer", "a": {"beta": 1}}), "which is no branch"),
     (inputs.data, lambda w: w.rows.clear(), "empty"),
     (inputs.answers, answered(*["none"] * 99), "numeric_match cannot read 100% of answer (row 0: 'none')"),
     (inputs.tokenizer, lambda w: w.write("tokenizer_config.json", pad_token=None, eos_token=None), "neither a padding"),
