@@ -1,4 +1,4 @@
-"""`torchrun -m tests.support.branch_ranks MODEL OUT`: a training with two branches, on one process or several."""
+"""`torchrun -m tests.support.branch_ranks MODEL OUT`: a training with two branches, on two processes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def by_token(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def main() -> None:
-    model, out = Path(sys.argv[1]), Path(sys.argv[2])
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def with_branches(model: Path, out: Path, size: int = 1) -> dict[str, Any]:
+    """What a training on `size` processes logs by branch, its weights at the end, and what it said."""
     rows = [
         {"prompt": [{"role": "user", "content": f"What is {n}? " * (1 + n)}], "answer": "odd" if n % 2 else "even"}
         for n in range(4)
@@ -58,11 +57,11 @@ def main() -> None:
     lines = [line for line in trainer.state.log_history if "kl" in line]
     kept = {"branch": [{key: line[key] for key in line if key.startswith("branch/")} for line in lines], "said": said}
     betas = next(value["beta"] for key, value in trainer.carried.items() if key.startswith("branches"))
-    (out / f"rank{rank}of{size}.json").write_text(json.dumps({**kept, "betas": betas}), encoding="utf-8")
-    if size > 1:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    return {**kept, "betas": betas}
 
 
 if __name__ == "__main__":
-    main()
+    told = with_branches(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+    Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
+    distributed.barrier()
+    distributed.destroy_process_group()

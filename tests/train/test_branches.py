@@ -27,6 +27,7 @@ from grpo_autotune.train.branches.rows import in_shares, judging
 from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.trainer import build_trainer, run_training
+from tests.support.branch_ranks import with_branches
 from tests.support.exactness import apart, generation, loss_and_gradients, ready
 from tests.support.pairs import gap, rewards_of, trained, weights_of
 from tests.support.trainers import EXACT, SAME, rising_reward, spread_reward
@@ -249,14 +250,12 @@ def branched(model: Path, folder: Path, **changes: Any) -> RunConfig:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_have_the_kl_and_weights_of_one(tiny: Tiny, tmp_path: Path) -> None:
-    told = []
-    for size in ("1", "2"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size]
-        command = [*launch, "-m", "tests.support.branch_ranks", str(tiny("qwen3")), str(tmp_path)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        told += [json.loads((tmp_path / f"rank{rank}of{size}.json").read_text()) for rank in range(int(size))]
-    one, first, second = told
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "tests.support.branch_ranks", str(tiny("qwen3")), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = with_branches(tiny("qwen3"), tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second and first["betas"] == one["betas"] == {"even": 1.6, "odd": 0.0025}
     assert one["said"] == first["said"] and len(one["said"]) == 4
     for line, same in zip(one["branch"], first["branch"], strict=True):
