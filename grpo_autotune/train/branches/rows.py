@@ -32,9 +32,8 @@ def divided(
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
     for name in branches.by_name.keys() - counts:
-        raise ConfigError(
-            f"{config.data.path} has no row of this branch", where=f"branches.{name}", fix="Add rows, or remove it."
-        )
+        fix = "Add rows, or remove it."
+        raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}", fix=fix)
     shares = {name: branch.share for name, branch in branches.by_name.items() if branch.share is not None}
     if not shares:
         return rows, held_out, judges
@@ -49,10 +48,8 @@ def evaluated(branches: Branches, held_out: Any, where: str = "held-out data") -
     if not isinstance(held_out, datasets.Dataset):
         return held_out and {name: evaluated(branches, rows, f"{where} {name}") for name, rows in held_out.items()}
     names = np.array(branch_of_rows(branches, held_out, where))
-    mine = {name: np.flatnonzero(names == name) for name in branches.by_name}
-    return held_out.select(
-        sorted(row for name, branch in branches.by_name.items() for row in mine[name][: branch.samples])
-    )
+    parts = [np.flatnonzero(names == name)[: branch.samples] for name, branch in branches.by_name.items()]
+    return held_out.select(np.sort(np.concatenate(parts)))
 
 
 def branch_of_rows(branches: Branches, rows: datasets.Dataset, where: str) -> list[str]:
