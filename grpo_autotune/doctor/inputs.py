@@ -78,7 +78,7 @@ def data(run: Run) -> Findings:
         return
     functions, _, _ = build_rewards(run.config, run.rows.column_names)
     if run.config.branches is not None:
-        divided(run.config, *run.splits, functions, lambda line: None)
+        divided(run.config, run.rows, run.splits[1], functions, lambda line: None)
     yield ok(f"{len(run.rows)} rows with {', '.join(run.rows.column_names)}")
 
 

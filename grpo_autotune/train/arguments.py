@@ -65,11 +65,7 @@ def grpo_arguments(
 
 
 def check_best_metric(
-    args: GRPOConfig,
-    rewards: Sequence[str],
-    modules: Iterable[Any],
-    sets: Iterable[str] = (),
-    branches: Iterable[str] = (),
+    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = (), *branches: str
 ) -> None:
     """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
     of some `branches` or none, unless one of their `modules` speaks of `log_metric`."""

@@ -131,7 +131,7 @@ def build_trainer(
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
     branch_names = config.branches.by_name if config.branches is not None else ()
-    check_best_metric(arguments.grpo, names, modules, config.data.eval, branch_names)
+    check_best_metric(arguments.grpo, names, modules, config.data.eval, *branch_names)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
