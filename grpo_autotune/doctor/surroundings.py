@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ def busy(run: Run) -> Findings:
     gpu = max((float(rate.gpu) for rate in rates if rate is not None), default=None)
     load = load_between(begun, others_s(run.ranks), gpu, on_gpu=bool(run.machine.gpus))
     if load is not None and load.matters:
-        detail = f"{load.words}: figures measured beside other work are worth little, and training is slower"
-        yield warn(detail, "end it (top and nvidia-smi name it), or wait for its end")
+        yield warn(load.warning, "end it (top and nvidia-smi name it), or wait for its end")
     yield from [ok(load.words)] if load is not None else ()
 
 
@@ -165,6 +165,10 @@ def endpoints(run: Run) -> Findings:
         took_s = time.perf_counter() - begun
         if answer.status_code >= 500 or took_s > SLOW_S or (where == "vllm" and answer.is_error):
             yield warn(f"{where}: {url} answers {answer.status_code} in {seconds(took_s)}", "look at its log and load")
+        with suppress(ValueError, KeyError):  # whose clock it is a second more or less
+            skew = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
+            if abs(skew) > SKEW_S + took_s:
+                yield warn(f"the clock of {url} is {skew:+.0f} s from this machine's", "set clocks by NTP")
         yield ok(f"{url} answers in {seconds(took_s)}")
 
 

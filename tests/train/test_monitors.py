@@ -117,6 +117,8 @@ def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself
         ({"masks": True}, {"completions/clipped_ratio": 1.0}, "all completions were cut off and masked"),
         ({}, {"frac_reward_zero_std": 1.0}, "each group's rewards were equal, and beta is 0"),
         ({"beta": 0.1}, {"frac_reward_zero_std": 0.5}, "the gradient was zero"),
+        ({}, {"frac_reward_zero_std": 1.0, "rewards/judge/failed": 1.0}, "most scores failed"),
+        ({}, {"frac_reward_zero_std": 1.0, "rewards/judge/failed": None}, "each group's rewards were equal, and"),
     ],
 )
 def test_the_cause_of_nothing_learned(run: dict[str, Any], row: dict[str, Any], words: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, complain, is_first_rank, say
 from grpo_autotune.errors import ConfigError
@@ -30,9 +31,11 @@ def run_of(config: RunConfig) -> Run:
     """The run of a configuration, of which nothing was logged yet; no built-in reward is above 1."""
     grpo, modules = config.grpo, {resolve("reward", item.name).__module__ for item in config.rewards}
     highest = sum(max(0.0, one.weight) for one in config.rewards) * (modules <= {builtin.__name__, from_trl.__name__})
-    branches = getattr(getattr(config, "branches", None), "by_name", {})
-    bands = {name: branch.kl_band for name, branch in branches.items() if branch.kl_band}
-    return Run(grpo.get("beta", 0.0), bool(grpo.get("mask_truncated_completions")), highest, bands)
+    beta, bands = grpo.get("beta") or 0.0, {}
+    if config.branches is not None:
+        beta = max(start_weights(config.branches, grpo).values())
+        bands = {name: branch.kl_band for name, branch in config.branches.by_name.items() if branch.kl_band}
+    return Run(beta, bool(grpo.get("mask_truncated_completions")), highest, bands)
 
 
 class Monitors(TrainerCallback):  # type: ignore[misc]
