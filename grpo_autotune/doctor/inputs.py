@@ -69,7 +69,8 @@ def sampling(run: Run) -> Findings:
 
 
 def data(run: Run) -> Findings:
-    """Rows are read, and each prompt and image made as in the run; rewards are imported, and have their columns."""
+    """Rows are read, and prompts and images made as in the run: all, or where they have images or are more than 10 000
+    the first, the last and 50 others; rewards are imported, and have their columns."""
     from grpo_autotune.train.rewards.build import build_rewards
 
     if run.rows is None:
@@ -82,7 +83,7 @@ def data(run: Run) -> Findings:
 
 
 def answers(run: Run) -> Findings:
-    """References that a built-in reward cannot read: their share, and the first."""
+    """References that a built-in reward cannot read: their share of the same rows, and the first."""
     from grpo_autotune.train.rewards.answers import read_box, read_letter, read_number
 
     readers: dict[str, Callable[..., Any]] = {"numeric_match": read_number, "exact_match": str, "box_iou": read_box}

@@ -24,7 +24,7 @@ from grpo_autotune.knobs import engine
 from grpo_autotune.probe.sampler import load_between, others_s
 from grpo_autotune.rollout.server.command import listens_at
 from grpo_autotune.seams.stored_images import image_column, image_columns
-from grpo_autotune.units import seconds, size
+from grpo_autotune.units import plural, seconds, size
 
 TRIED_BYTES = 2**25
 LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, LONG_READ_S, SKEW_S = 0.25, 5.0, 2.0, 60.0, 1.0, 5.0
@@ -91,7 +91,9 @@ def loader(run: Run) -> Findings:
     """Loader workers have cores, and a /dev/shm to pass batches through."""
     workers, cores = int(run.value("dataloader_num_workers") or 0), max(1, run.machine.cores // run.ranks)
     if workers > cores:
-        yield warn(f"{workers} workers of each rank on {cores} cores", f"set grpo.dataloader_num_workers to {cores}")
+        yield warn(
+            f"{workers} workers of each rank on {plural(cores, 'core')}", f"set grpo.dataloader_num_workers to {cores}"
+        )
     yield from [check_shared_memory()] if workers or run.ranks > 1 else ()
 
 
@@ -104,13 +106,18 @@ def launcher(run: Run) -> Findings:
     if moved and relative:
         detail = f"{', '.join(relative)} start from {Path.cwd()}, and {moved[0]} is {os.environ[moved[0]]}"
         yield warn(detail, "write absolute paths, or change to that folder first")
-    ports = {"MASTER_PORT": int(os.environ.get("MASTER_PORT", "29500"))} if run.ranks > 1 and not launched else {}
+    ports: dict[str, Any] = (
+        {"MASTER_PORT": os.environ.get("MASTER_PORT", "29500")} if run.ranks > 1 and not launched else {}
+    )
     if run.config.use_vllm and run.config.vllm.at_server and run.machine.gpus:
         ports["vllm.group_port"] = run.config.vllm.group_port or run.value("vllm_group_port")
     for name, port in ports.items():
         with socket.socket() as trial:
-            if trial.connect_ex(("127.0.0.1", port)) == 0:
-                yield fail(f"somebody listens at {name} {port}", f"end that process, or set {name} to another")
+            try:
+                if trial.connect_ex(("127.0.0.1", int(port))) == 0:
+                    yield fail(f"somebody listens at {name} {port}", f"end that process, or set {name} to another")
+            except (ValueError, OverflowError):
+                yield fail(f"{name} is {port!r}", "set it to a port from 1024 to 65535")
 
 
 def busy(run: Run) -> Findings:
@@ -149,13 +156,13 @@ def accounts(run: Run) -> Findings:
 
 
 def endpoints(run: Run) -> Findings:
-    """Judges, services and the vLLM server answer, and soon; no key is sent."""
+    """Judges, services and the vLLM server answer, and soon, and by the same clock; no key is sent."""
     import httpx2
 
     urls = {where: str(one.get("base_url") or one.get("url") or "") for where, one in asked(run)}
     if run.config.use_vllm and run.config.vllm.mode == "server" and run.config.vllm.server_gpus is None:
         urls["vllm"] = "http://{}:{}/health".format(*listens_at(run.config))
-    for where, url in urls.items():
+    for where, url in ((where, url) for where, url in urls.items() if url.startswith("http")):  # else: `configuration`
         begun, fix = time.perf_counter(), "grpo-autotune serve CONFIG" if where == "vllm" else "start it, or correct it"
         try:
             answer = httpx2.get(url, timeout=ANSWER_S)

@@ -207,6 +207,7 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
+    trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))

@@ -245,6 +245,8 @@ FAILED: list[tuple[Any, Callable[[World], Any], str]] = [
     (inputs.template, lambda w: (w.model / "chat_template.jinja").unlink(), "has no chat template"),
     (surroundings.disk, occupied, "cannot be written: "),
     (surroundings.launcher, listened, "somebody listens at MASTER_PORT"),
+    (surroundings.launcher, env(WORLD_SIZE="2", MASTER_PORT="abc"), "MASTER_PORT is 'abc'"),
+    (surroundings.launcher, env(WORLD_SIZE="2", MASTER_PORT="65536"), "MASTER_PORT is '65536'"),
     (surroundings.accounts, lambda w: served(w), "NO_SUCH_KEY (rewards[0].params.headers_env) is not set"),
     (surroundings.accounts, both(env(HOME="/nowhere"), grpo(report_to=["wandb"])), "wandb has no account here"),
     (surroundings.accounts, both(env(HOME="/nowhere"), grpo(push_to_hub=True)), "HF_TOKEN is not set"),

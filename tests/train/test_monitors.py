@@ -118,7 +118,11 @@ def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself
         ({}, {"frac_reward_zero_std": 1.0}, "each group's rewards were equal, and beta is 0"),
         ({"beta": 0.1}, {"frac_reward_zero_std": 0.5}, "the gradient was zero"),
         ({}, {"frac_reward_zero_std": 1.0, "rewards/judge/failed": 1.0}, "most scores failed"),
-        ({}, {"frac_reward_zero_std": 1.0, "rewards/judge/failed": None}, "each group's rewards were equal, and"),
+        (
+            {},
+            {"frac_reward_zero_std": 1.0, "rewards/judge/failed": None},
+            "each group's rewards were equal, and beta is 0",
+        ),
     ],
 )
 def test_the_cause_of_nothing_learned(run: dict[str, Any], row: dict[str, Any], words: str) -> None:
@@ -214,12 +218,16 @@ def test_an_alert_is_told_in_every_place_and_after_a_resume_not_again(tmp_path: 
     (stored,) = load_alerts(tmp_path)
     assert line.endswith(stored.line()) and stored.run == str(tmp_path)
 
+    with (tmp_path / "alerts.jsonl").open("a") as file:
+        file.write('{"monitor": "kl_hi')  # a kill while it was written
     again = Ranks()
     again.state.global_step = 12
     resumed = again.monitored(tmp_path, resumes=True)
     for _ in range(8):
         again.logs(resumed, **{"completions/clipped_ratio": 0.5})
     assert load_alerts(tmp_path) == [stored] and capsys.readouterr().err == ""
+    again.logs(resumed, reward=float("nan"))
+    assert [alert.monitor for alert in load_alerts(tmp_path)] == ["truncated", "not_finite"]
     (tmp_path / "train_log.jsonl").unlink()  # as a new run does
     assert Ranks().monitored(tmp_path).report() == {"monitors": 14, "alerts": []}
 

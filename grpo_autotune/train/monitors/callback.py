@@ -15,6 +15,7 @@ from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, complain, is_first_rank, say
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import write_whole
 from grpo_autotune.records.alerts import ALERTS_FILE, Alert, load_alerts, outcome
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.monitors.rules import Run
@@ -52,9 +53,10 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(what, where=f"monitors.{where}", fix="Use tell, checkpoint or stop.")
         self.stall = StallWatch(trainer, self.watch.items.get("stall"), folder, lambda alert: self._tell([alert]))
         self._commands = ThreadPoolExecutor(1)
-        if is_first_rank() and not resumes:
-            (folder / ALERTS_FILE).unlink(missing_ok=True)
-        self.watch.told |= {(alert.monitor, alert.metric): alert.step for alert in load_alerts(folder)}
+        earlier = load_alerts(folder) if resumes else []
+        if is_first_rank() and (folder / ALERTS_FILE).exists():  # without a torn line, or one of another run
+            write_whole(folder / ALERTS_FILE, "".join(f"{alert.model_dump_json()}\n" for alert in earlier))
+        self.watch.told |= {(alert.monitor, alert.metric): alert.step for alert in earlier}
         for row in log.earlier if is_first_rank() else ():
             self._tell(self.watch.see(row))
 
