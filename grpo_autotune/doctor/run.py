@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.places import FILE_BUILDERS, HUB_ID
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
@@ -21,6 +20,7 @@ from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
+from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.registry import is_reference, names
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.units import duration
@@ -42,7 +42,7 @@ class Run:
         return f"checking {self.check[0]}, {duration(time.monotonic() - self.check[1])}" if self.check[0] else None
 
     def value(self, key: str) -> Any:  # of `grpo`, or TRL's default
-        return self.config.grpo[key] if key in self.config.grpo else grpo_keys()[key].default_value()
+        return grpo_value(key, self.config)
 
     @property
     def ranks(self) -> int:  # training processes on this machine

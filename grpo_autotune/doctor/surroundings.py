@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.console import is_first_rank
 from grpo_autotune.doctor.checks import check_shared_memory
 from grpo_autotune.doctor.finding import Findings, fail, ok, warn
 from grpo_autotune.doctor.run import Run
@@ -106,12 +107,12 @@ def launcher(run: Run) -> Findings:
     if moved and relative:
         detail = f"{', '.join(relative)} start from {Path.cwd()}, and {moved[0]} is {os.environ[moved[0]]}"
         yield warn(detail, "write absolute paths, or change to that folder first")
-    ports: dict[str, Any] = (
-        {"MASTER_PORT": os.environ.get("MASTER_PORT", "29500")} if run.ranks > 1 and not launched else {}
-    )
+    ports: dict[str, Any] = {}
+    if run.ranks > 1 and not launched:
+        ports["MASTER_PORT"] = os.environ.get("MASTER_PORT", "29500")
     if run.config.use_vllm and run.config.vllm.at_server and run.machine.gpus:
         ports["vllm.group_port"] = run.config.vllm.group_port or run.value("vllm_group_port")
-    for name, port in ports.items():
+    for name, port in ports.items() if is_first_rank() else ():  # which may listen at them by now
         with socket.socket() as trial:
             try:
                 if trial.connect_ex(("127.0.0.1", int(port))) == 0:
