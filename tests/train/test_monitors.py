@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -22,7 +23,8 @@ from grpo_autotune.render.page import render_page
 from grpo_autotune.render.terminal import render
 from grpo_autotune.render.train_page import train_sections
 from grpo_autotune.report.files import load_report
-from grpo_autotune.train.monitors.callback import Monitors
+from grpo_autotune.train.monitors import callback
+from grpo_autotune.train.monitors.callback import Monitors, run_of
 from grpo_autotune.train.monitors.rules import Run
 from grpo_autotune.train.monitors.watch import StallWatch
 from grpo_autotune.train.runs.callbacks import TrainLog
@@ -131,6 +133,16 @@ def test_the_cause_of_nothing_learned(run: dict[str, Any], row: dict[str, Any], 
     assert alert.step == 5 and alert.text == f"grad_norm 0, {words}, for 5 steps" and alert.remedy
 
 
+def test_a_branch_is_watched_by_its_own_band_and_the_whole_by_no_narrower_one() -> None:
+    branches = {"column": "task", "a": {"beta": 0.1, "kl_band": [0.02, 0.06]}, "b": {"beta": 0.3, "kl_band": [0.5, 1]}}
+    run = run_of(RunConfig.from_dict({**BASE, "branches": branches}))
+    assert run.beta == 0.3 and run.bands == {"a": [0.02, 0.06], "b": [0.5, 1]}
+    rows = [{"kind": "train", "step": s, "kl": 1.5, "branch/a/kl": 0.2, "branch/b/kl": 1.8} for s in range(1, 9)]
+    assert [(alert.monitor, alert.metric, alert.limit) for alert in replayed(rows, run)] == [
+        ("kl_high", "branch/a/kl", 0.12)
+    ]
+
+
 @pytest.mark.parametrize(
     ("monitors", "words"),
     [
@@ -230,6 +242,21 @@ def test_an_alert_is_told_in_every_place_and_after_a_resume_not_again(tmp_path: 
     assert [alert.monitor for alert in load_alerts(tmp_path)] == ["truncated", "not_finite"]
     (tmp_path / "train_log.jsonl").unlink()  # as a new run does
     assert Ranks().monitored(tmp_path).report() == {"monitors": 14, "alerts": []}
+
+
+def test_a_command_that_hangs_is_ended_with_its_children_and_not_run_again(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(callback, "COMMAND_S", 0.3)
+    ranks = Ranks()
+    monitors = ranks.monitored(
+        tmp_path, command=f"echo once >> {tmp_path}/runs; sleep 60 & echo $! > {tmp_path}/pid; wait"
+    )
+    for _ in range(2):
+        ranks.logs(monitors, reward=float("nan"), kl=float("nan"))
+    monitors.close()
+    assert (tmp_path / "runs").read_text() == "once\n" and len(load_alerts(tmp_path)) == 2
+    sleeper = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
+    assert capsys.readouterr().err.count("warning: monitors.command: TimeoutError: it took more than 0.3 s") == 1
 
 
 def test_a_step_that_spikes_is_left_out_and_told(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from grpo_autotune.train.runs.callbacks import TrainLog
 from grpo_autotune.units import listing
 
 WEIGHTS = {"tell": 0, "skip_step": 0, "checkpoint": 1, "stop": 2}  # of actions at a log event: the heaviest is taken
-COMMAND_S = 30.0  # seconds that a command may take
+COMMAND_S, TOO_LONG = 30.0, 124  # seconds that a command may take, and the status of `timeout` for one that did
 
 
 def run_of(config: RunConfig) -> Run:
@@ -89,7 +89,7 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
         """Wait for commands under way, and say how many monitors fired, and which had nothing to read."""
         self._commands.shutdown()
         unread = [name for name in self.watch.items if name not in {"stall", *(name for name, _ in self.watch.read)}]
-        if self.watch.items:
+        if self.watch.items and self.watch.run.step:
             say(outcome(**self.report()) + (f"; nothing to read for {listing(unread)}" if unread else ""))
 
     def _tell(self, alerts: Iterable[Alert]) -> None:
@@ -103,10 +103,15 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
                 with as_warning(f"{name} was not told"):
                     module = importlib.import_module(name)
                     (module.run if name == "wandb" else module).alert(title=alert.name, text=alert.line())
-            if self._command is not None and is_first_rank():
-                self._commands.submit(self._run, self._command, f"{alert.model_dump_json()}\n".encode())
+            if is_first_rank():
+                self._commands.submit(self._run, f"{alert.model_dump_json()}\n".encode())
 
     @as_warning("monitors.command")
-    def _run(self, command: str, text: bytes) -> None:
+    def _run(self, text: bytes) -> None:
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        subprocess.run(command, shell=True, input=text, timeout=COMMAND_S, check=True, **quiet)
+        words = ["timeout", "-k1", f"{COMMAND_S}", "sh", "-c", self._command or "true"]  # ends children as well
+        done = subprocess.run(words, input=text, check=False, **quiet)
+        if done.returncode == TOO_LONG:
+            self._command = None
+            raise TimeoutError(f"it took more than {COMMAND_S:g} s, and will not be run again")
+        done.check_returncode()
