@@ -244,6 +244,7 @@ def test_an_alert_is_told_in_every_place_and_after_a_resume_not_again(tmp_path: 
     assert Ranks().monitored(tmp_path).report() == {"monitors": 14, "alerts": []}
 
 
+@pytest.mark.slow
 def test_a_command_that_hangs_is_ended_with_its_children_and_not_run_again(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(callback, "COMMAND_S", 0.3)
     ranks = Ranks()
