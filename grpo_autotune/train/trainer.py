@@ -68,8 +68,9 @@ class TrainResult(Frozen):
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop."""
-        return exit_code(self.signum) or int(self.by_monitor)
+        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop, on
+        the first rank alone: `torchrun` would end it over another's while it writes its report."""
+        return exit_code(self.signum) or int(self.by_monitor and is_first_rank())
 
     def line(self) -> str:
         """The closing line for a person."""

@@ -28,7 +28,7 @@ from grpo_autotune.train.monitors.callback import Monitors, run_of
 from grpo_autotune.train.monitors.rules import Run
 from grpo_autotune.train.monitors.watch import StallWatch
 from grpo_autotune.train.runs.callbacks import TrainLog
-from grpo_autotune.train.trainer import run_training
+from grpo_autotune.train.trainer import TrainResult, run_training
 from tests.support.faulty_logs import FAULTS, START, healthy_logs, replayed
 from tests.support.training import text_config
 from tools.monitors_table import FIRES, MEASURED
@@ -333,6 +333,14 @@ def test_alerts_are_on_the_page_with_an_anchor_each_and_in_the_printed_report() 
     text = " ".join(render(report).split())
     assert "Monitors 14 monitors, 1 fired: truncated at step 40" in text and alerts[0].remedy[1:] in text
     assert "onitor" not in render(demo) and "Alerts" not in render_page("A run", train_sections(HEALTHY, None))
+
+
+def test_torchrun_is_told_of_a_monitors_stop_by_the_rank_that_writes_the_report(monkeypatch) -> None:
+    numbers = {"steps": 2, "total_steps": 4, "seconds": 1.0, "resumed_from": None, "signum": 0}
+    result = TrainResult(folder="run", metrics={}, eval_metrics={}, by_monitor=True, **numbers)
+    assert result.exit_code == 1
+    monkeypatch.setenv("RANK", "1")
+    assert result.exit_code == 0 and result.model_copy(update={"signum": 15}).exit_code == 143
 
 
 @pytest.mark.slow
