@@ -17,7 +17,7 @@ from grpo_autotune.console import is_first_rank
 from grpo_autotune.doctor.checks import check_shared_memory
 from grpo_autotune.doctor.finding import Findings, fail, ok, warn
 from grpo_autotune.doctor.run import Run
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware.nvml import ask, driver, visible_handles
@@ -73,7 +73,7 @@ def disk(run: Run) -> Findings:
 
 def disk_speed(run: Run) -> Findings:
     """The disk of the run's folder takes a checkpoint within a minute, and gives a step's images within a second."""
-    with suppress(OSError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # `disk` tells of an error
+    with suppress(OSError, AutotuneError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # told elsewhere
         begun = time.perf_counter()
         file.write(os.urandom(TRIED_BYTES))
         os.fsync(file.fileno())
