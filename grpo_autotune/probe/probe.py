@@ -176,8 +176,8 @@ class Probe:
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
             trainer = self.trainer
-            cut, equal = self.tokens.without_signal(trainer.num_generations, trainer.reward_weights.tolist())
-            self.signal.see(grad_norm, spans.spans[0].host_s, all_cut=cut, all_equal=equal)
+            why = self.tokens.without_signal(trainer.num_generations, trainer.reward_weights.tolist())
+            self.signal.see(grad_norm, spans.spans[0].host_s, **why)
             self._keep(spans)
         self._open(step)
 

@@ -68,8 +68,9 @@ class TrainResult(Frozen):
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop."""
-        return exit_code(self.signum) or int(self.by_monitor)
+        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop, on
+        the first rank alone: `torchrun` would end it over another's while it writes its report."""
+        return exit_code(self.signum) or int(self.by_monitor and is_first_rank())
 
     def line(self) -> str:
         """The closing line for a person."""
@@ -208,6 +209,7 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
+    trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
