@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"vllm", "bitsandbytes", "requests"}
+OPTIONAL = {"vllm", "bitsandbytes", "requests", "openai", "tenacity"}
 """Extras, imported only where they are needed."""
 
 

@@ -17,7 +17,7 @@ FIRES = {
         "OLMo-core's `SkipStepOptimizer`; the log scale is ours",
     ),
     "kl_high": (
-        "`kl` is over `above`, or a branch's KL above twice the top of its `kl_band`",
+        "`kl` is over `above` and twice the top of any `kl_band`, or a branch's KL over twice the top of its own",
         "judgement; bands: RLlib",
     ),
     "kl_low": (

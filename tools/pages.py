@@ -16,7 +16,6 @@ from grpo_autotune.report.files import load_report
 from tools import architecture, checks_table, config_reference, monitors_table
 from tools.readme_speedups import table
 
-BANDS = {"calm": [0.02, 0.06], "pulled": [0.08, 0.15]}
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = "[...]"
 
@@ -50,14 +49,19 @@ def picture_of_a_probe() -> str:
 def branches_table() -> str:
     """KL of each branch at the end of each run of `docs/benchmarks/branches.json`."""
     rows = json.loads((ROOT / "docs" / "benchmarks" / "branches.json").read_text())["rows"]
-    cells = [[f"{name}, {'with' if control else 'without'} control" for name in BANDS] for control in (True, False)]
-    lines = [f"| seed | {' | '.join(cells[0] + cells[1])} |", "|---|---|---|---|---|"]
-    bands = [f"in {low:g} to {high:g}" for low, high in BANDS.values()]
-    lines.append(f"| band | {' | '.join(bands + bands)} |")
+    bands = {row["branch"]: row["band"] for row in rows}
+    cells = {
+        (name, control): f"{name}, with{'' if control else 'out'} control"
+        for control in (True, False)
+        for name in bands
+    }
+    lines = [f"| seed | {' | '.join(cells.values())} |", "|---" * (1 + len(cells)) + "|"]
+    lines.append(f"| band | {' | '.join('in {:g} to {:g}'.format(*bands[name]) for name, _ in cells)} |")
+    told = {(row["seed"], row["branch"], row["control"]): row for row in rows}
     for seed in dict.fromkeys(row["seed"] for row in rows):
-        of_seed = sorted((row for row in rows if row["seed"] == seed), key=lambda row: not row["control"])
-        told = [(row[f"{name}_kl"], row[f"{name}_inside"]) for row in of_seed for name in BANDS]
-        lines.append(f"| {seed} | {' | '.join(f'**{kl:.3f}**' if inside else f'{kl:.3f}' for kl, inside in told)} |")
+        ended = [told[seed, *cell] for cell in cells]
+        kls = ["**{kl:.3f}**" if row["inside"] else "{kl:.3f}" for row in ended]
+        lines.append(f"| {seed} | {' | '.join(form.format(**row) for form, row in zip(kls, ended, strict=True))} |")
     return "\n".join([*lines, ""])
 
 

@@ -102,7 +102,7 @@ def warnings(facts: Facts) -> list[str]:
             "measure more of them, and see that nothing else uses this machine."
         )
     if record.others is not None and record.others.matters:
-        lines.append(f"Meanwhile {record.others.words}: measured beside other work, figures are worth little.")
+        lines.append(f"Meanwhile {record.others.warning}.")
     lines += remote_warnings(facts)
     if record.device_memory is not None and record.device_memory.retries:
         lines.append(

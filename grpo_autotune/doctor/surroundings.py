@@ -9,13 +9,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.console import is_first_rank
 from grpo_autotune.doctor.checks import check_shared_memory
 from grpo_autotune.doctor.finding import Findings, fail, ok, warn
 from grpo_autotune.doctor.run import Run
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware.nvml import ask, driver, visible_handles
@@ -23,7 +25,7 @@ from grpo_autotune.knobs import engine
 from grpo_autotune.probe.sampler import load_between, others_s
 from grpo_autotune.rollout.server.command import listens_at
 from grpo_autotune.seams.stored_images import image_column, image_columns
-from grpo_autotune.units import seconds, size
+from grpo_autotune.units import plural, seconds, size
 
 TRIED_BYTES = 2**25
 LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, LONG_READ_S, SKEW_S = 0.25, 5.0, 2.0, 60.0, 1.0, 5.0
@@ -71,7 +73,7 @@ def disk(run: Run) -> Findings:
 
 def disk_speed(run: Run) -> Findings:
     """The disk of the run's folder takes a checkpoint within a minute, and gives a step's images within a second."""
-    with suppress(OSError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # `disk` tells of an error
+    with suppress(OSError, AutotuneError), tempfile.TemporaryFile(dir=run.disk, buffering=0) as file:  # told elsewhere
         begun = time.perf_counter()
         file.write(os.urandom(TRIED_BYTES))
         os.fsync(file.fileno())
@@ -90,7 +92,9 @@ def loader(run: Run) -> Findings:
     """Loader workers have cores, and a /dev/shm to pass batches through."""
     workers, cores = int(run.value("dataloader_num_workers") or 0), max(1, run.machine.cores // run.ranks)
     if workers > cores:
-        yield warn(f"{workers} workers of each rank on {cores} cores", f"set grpo.dataloader_num_workers to {cores}")
+        yield warn(
+            f"{workers} workers of each rank on {plural(cores, 'core')}", f"set grpo.dataloader_num_workers to {cores}"
+        )
     yield from [check_shared_memory()] if workers or run.ranks > 1 else ()
 
 
@@ -103,13 +107,18 @@ def launcher(run: Run) -> Findings:
     if moved and relative:
         detail = f"{', '.join(relative)} start from {Path.cwd()}, and {moved[0]} is {os.environ[moved[0]]}"
         yield warn(detail, "write absolute paths, or change to that folder first")
-    ports = {"MASTER_PORT": int(os.environ.get("MASTER_PORT", "29500"))} if run.ranks > 1 and not launched else {}
+    ports: dict[str, Any] = {}
+    if run.ranks > 1 and not launched:
+        ports["MASTER_PORT"] = os.environ.get("MASTER_PORT", "29500")
     if run.config.use_vllm and run.config.vllm.at_server and run.machine.gpus:
         ports["vllm.group_port"] = run.config.vllm.group_port or run.value("vllm_group_port")
-    for name, port in ports.items():
+    for name, port in ports.items() if is_first_rank() else ():  # which may listen at them by now
         with socket.socket() as trial:
-            if trial.connect_ex(("127.0.0.1", port)) == 0:
-                yield fail(f"somebody listens at {name} {port}", f"end that process, or set {name} to another")
+            try:
+                if trial.connect_ex(("127.0.0.1", int(port))) == 0:
+                    yield fail(f"somebody listens at {name} {port}", f"end that process, or set {name} to another")
+            except (ValueError, OverflowError):
+                yield fail(f"{name} is {port!r}", "set it to a port from 1024 to 65535")
 
 
 def busy(run: Run) -> Findings:
@@ -121,8 +130,7 @@ def busy(run: Run) -> Findings:
     gpu = max((float(rate.gpu) for rate in rates if rate is not None), default=None)
     load = load_between(begun, others_s(run.ranks), gpu, on_gpu=bool(run.machine.gpus))
     if load is not None and load.matters:
-        detail = f"{load.words}: figures measured beside other work are worth little, and training is slower"
-        yield warn(detail, "end it (top and nvidia-smi name it), or wait for its end")
+        yield warn(load.warning, "end it (top and nvidia-smi name it), or wait for its end")
     yield from [ok(load.words)] if load is not None else ()
 
 
@@ -149,13 +157,13 @@ def accounts(run: Run) -> Findings:
 
 
 def endpoints(run: Run) -> Findings:
-    """Judges, services and the vLLM server answer, and soon; no key is sent."""
+    """Judges, services and the vLLM server answer, and soon, and by the same clock; no key is sent."""
     import httpx2
 
     urls = {where: str(one.get("base_url") or one.get("url") or "") for where, one in asked(run)}
     if run.config.use_vllm and run.config.vllm.mode == "server" and run.config.vllm.server_gpus is None:
         urls["vllm"] = "http://{}:{}/health".format(*listens_at(run.config))
-    for where, url in urls.items():
+    for where, url in ((where, url) for where, url in urls.items() if url.startswith("http")):  # else: `configuration`
         begun, fix = time.perf_counter(), "grpo-autotune serve CONFIG" if where == "vllm" else "start it, or correct it"
         try:
             answer = httpx2.get(url, timeout=ANSWER_S)
@@ -165,6 +173,10 @@ def endpoints(run: Run) -> Findings:
         took_s = time.perf_counter() - begun
         if answer.status_code >= 500 or took_s > SLOW_S or (where == "vllm" and answer.is_error):
             yield warn(f"{where}: {url} answers {answer.status_code} in {seconds(took_s)}", "look at its log and load")
+        with suppress(ValueError, KeyError):  # whose clock it is a second more or less
+            skew = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
+            if abs(skew) > SKEW_S + took_s:
+                yield warn(f"the clock of {url} is {skew:+.0f} s from this machine's", "set clocks by NTP")
         yield ok(f"{url} answers in {seconds(took_s)}")
 
 

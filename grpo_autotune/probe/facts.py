@@ -72,16 +72,18 @@ class TokenCollector:
         """Completion lengths of every generation, warm-up included; empty once the first ones were dropped."""
         return [g.completion for g in self.generations] if len(self.generations) < KEEP else []
 
-    def cause(self, group: int, weights: Sequence[float], *, masks: bool) -> str:
-        """The cause if the newest generating step teaches nothing, a key of `NO_SIGNAL`; `masks` of what is cut off."""
+    def without_signal(self, group: int, weights: Sequence[float]) -> dict[str, bool]:
+        """Of the newest generating step, as `SignalWatch.see` takes it: whether every completion was cut off, the
+        rewards of no group differ, and most completions have no reward."""
         newest = [g for g in self.generations if g.step == self.generations[-1].step]
-        if masks and newest and all(g.truncated == len(g.completion) for g in newest):
-            return "masked"
         scored = [rewards for step, rewards in self.rewards if step == self.rewards[-1][0]]
-        if scored and all(np.isnan(rewards).all() for rewards in scored):
-            return "unscored"
         live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
-        return "equal" if rates and not live else "zero"
+        without = [share for rewards in scored for share in np.isnan(rewards).all(axis=1)]
+        return {
+            "all_cut": bool(newest) and all(g.truncated == len(g.completion) for g in newest),
+            "all_equal": bool(rates) and not live,
+            "failed": bool(rates) and not live and bool(np.mean(without) > 0.5),
+        }
 
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
         """Facts of the generations of the `steps` optimizer steps from `first` on.

@@ -176,9 +176,8 @@ class Probe:
             if self._kernels is not None:
                 self._profiled, self._kernels = self._profile_of(spans, self._kernels), None
             trainer = self.trainer
-            group, weights = trainer.num_generations, trainer.reward_weights.tolist()
-            cause = self.tokens.cause(group, weights, masks=trainer.mask_truncated_completions)
-            self.signal.see(grad_norm, spans.spans[0].host_s, cause)
+            why = self.tokens.without_signal(trainer.num_generations, trainer.reward_weights.tolist())
+            self.signal.see(grad_norm, spans.spans[0].host_s, **why)
             self._keep(spans)
         self._open(step)
 

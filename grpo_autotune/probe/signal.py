@@ -26,10 +26,13 @@ class SignalWatch:
         if trainer.args.save_strategy == "best" and trainer.args.eval_strategy == "no":
             say(SAVES_NOTHING)
 
-    def see(self, grad_norm: Any, step_s: float, cause: str) -> None:
-        """Take a step: its gradient's norm (None if unknown), its seconds, and why it may have taught nothing, a key of
-        `NO_SIGNAL`. Where the rewards are equal or missing the KL term alone may give a gradient."""
+    def see(self, grad_norm: Any, step_s: float, *, all_cut: bool, all_equal: bool, failed: bool = False) -> None:
+        """Take a step: its gradient's norm (None if unknown), its seconds, whether every completion was cut off,
+        whether no group's rewards differ, and whether most completions have none. Where the rewards are equal the KL
+        term alone may give a gradient."""
         zero = grad_norm is not None and float(grad_norm) == 0.0
+        masked = all_cut and self._trainer.mask_truncated_completions
+        cause = "masked" if masked else "failed" if failed else "equal" if all_equal else "zero"
         if not zero and (self._trainer.beta == 0.0 or cause == "zero"):
             cause = ""
         if cause != self._cause:

@@ -84,8 +84,7 @@ def _peft_of(model: Any) -> dict[str, Any] | None:
     if not isinstance(configs, dict) or not configs:
         return None
     config = next(iter(configs.values())).to_dict()
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-    return plain
+    return dict(json.loads(json.dumps(config, default=_plain)))
 
 
 def _speedups_of(trainer: Any) -> dict[str, tuple[bool, str]]:

@@ -37,8 +37,8 @@ STAGES = tuple(STAGE_WORDS)
 
 NO_SIGNAL = {
     "masked": "all completions were cut off and masked: raise max_completion_length or drop mask_truncated_completions",
+    "failed": "most scores failed: look at the endpoint of the judge or service, at its limits and its log",
     "equal": "each group's rewards were equal: check the rewards, or take prompts that the model solves now and then",
-    "unscored": "no completion had a reward: look at the rewards' endpoints, limits and log",
     "zero": "the gradient was zero: check which weights are trained, and which tokens masks and loss leave of them",
 }
 """Cause of a step without a learning signal -> what was seen, and what to do."""
@@ -159,6 +159,10 @@ class OtherLoad(Frozen):
         """The load as part of a sentence."""
         gpu = "" if self.gpu_percent is None else f" and {self.gpu_percent:.0f}% of the GPU's time"
         return f"other processes took {self.cores:.2f} of {plural(self.of, 'core')}{gpu}"
+
+    @property
+    def warning(self) -> str:
+        return f"{self.words}: measured beside other work, figures are worth little"
 
 
 class DeviceMemory(Frozen):

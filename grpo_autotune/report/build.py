@@ -122,7 +122,7 @@ def _rates(facts: Facts) -> Rates | None:
         tokens_per_s=tokens.prompt_per_step * t.world_size / step_s + completion,
         completion_tokens_per_s=completion,
         useful_completions_per_s=useful,
-        useless=None if useful != 0.0 else "no group's rewards differed" if dead == 1.0 else cut,
+        useless=None if useful != 0.0 else "each group's rewards were equal" if dead == 1.0 else cut,
     )
 
 

@@ -65,10 +65,10 @@ def grpo_arguments(
 
 
 def check_best_metric(
-    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = ()
+    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = (), *branches: str
 ) -> None:
     """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
-    or of a branch, unless one of their `modules` speaks of `log_metric`."""
+    of some `branches` or none, unless one of their `modules` speaks of `log_metric`."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
@@ -77,8 +77,9 @@ def check_best_metric(
     by_transformers = ("loss", "runtime", "samples_per_second", "steps_per_second")
     known |= {f"{name}_{key}" for name in sets for key in by_transformers} or set(by_transformers)
     known -= set() if args.beta else {"kl"}
+    known |= {f"branch/{name}/{key}" for name in branches for key in ("kl", "reward", "length", "truncated")}
     texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
-    if metric not in known and not metric.startswith("branch/") and not any("log_metric" in text for text in texts):
+    if metric not in known and not any("log_metric" in text for text in texts):
         fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
         raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
 

@@ -68,8 +68,9 @@ class TrainResult(Frozen):
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop."""
-        return exit_code(self.signum) or int(self.by_monitor)
+        """0, or 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 1 after a monitor's stop, on
+        the first rank alone: `torchrun` would end it over another's while it writes its report."""
+        return exit_code(self.signum) or int(self.by_monitor and is_first_rank())
 
     def line(self) -> str:
         """The closing line for a person."""
@@ -122,7 +123,7 @@ def build_trainer(
         train_data, eval_data = load(config, say)
         functions, weights, names = build_rewards(config, train_data.column_names)
         if config.branches is not None:
-            train_data, functions = divided(config, train_data, eval_data, functions, say)
+            train_data, eval_data, functions = divided(config, train_data, eval_data, functions, say)
     arguments = grpo_arguments(
         config,
         output_dir=str(RunFolder(config.run_dir).checkpoints),
@@ -130,7 +131,8 @@ def build_trainer(
         overrides=grpo_overrides or {},
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
-    check_best_metric(arguments.grpo, names, modules, config.data.eval)
+    branch_names = config.branches.by_name if config.branches is not None else ()
+    check_best_metric(arguments.grpo, names, modules, config.data.eval, *branch_names)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -207,6 +209,7 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
+    trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))

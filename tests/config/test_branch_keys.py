@@ -48,6 +48,7 @@ def test_one_branch_takes_its_weight_from_grpo_and_keeps_it() -> None:
         ({"fair": {"beta": 0}}, "branches.fair.beta", "above 0"),
         ({"fair": {}}, "branches.fair.beta", "above 0"),
         ({"fair": {"beta": 1, "betta": 1}}, "branches.fair.betta", "branches.fair.beta"),
+        ({"fair": {"beta": 1, "eval": {"greedi": True}}}, "branches.fair.eval.greedi", "Known here: greedy, samples."),
         ({"fair": {"beta": 1, "kl_band": [0.2, 0.1]}}, "branches.fair.kl_band", "low < high"),
         ({"fair": {"beta": 1, "kl_band": [0.2]}}, "branches.fair.kl_band", "low < high"),
         ({"fair": {"beta": 1, "rewards": ["jugde_fair"]}}, "branches.fair.rewards", "Nearest: judge_fair"),
@@ -76,6 +77,7 @@ def test_a_mistake_is_one_line(change: dict[Any, Any], where: str, words: str) -
     [
         ({}, {}, "branches"),
         (TWO, {"grpo": {"beta": 0.0}}, "grpo.beta"),
+        (TWO, {"grpo": {"remove_unused_columns": True}}, "grpo.remove_unused_columns"),
         (TWO, {"data": {"path": "digits"}}, "branches.fact.eval"),
         (TWO, {"grpo": {"advantages": "ranks"}}, "grpo.advantages"),
         (TWO, {"grpo": {"advantages": "rank", "scale_rewards": "batch"}}, "grpo.scale_rewards"),

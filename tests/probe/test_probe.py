@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import math
 import threading
 import time
 import weakref
@@ -409,20 +408,21 @@ def test_a_rollout_function_is_generation(tiny, tmp_path, text_rows, monkeypatch
 
 
 def test_a_step_of_dead_groups_explains_its_zero_gradient():
-    trainer = SimpleNamespace(args=SimpleNamespace(save_strategy="no", eval_strategy="no"), beta=0.0)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(save_strategy="no", eval_strategy="no"), beta=0.0, mask_truncated_completions=True
+    )
     watch = SignalWatch(trainer, 1, pytest.fail)
-    for norm, cause in ((0.0, "zero"), (0.0, "masked"), (0.0, "equal"), (0.0, "unscored"), (0.5, "zero")):
-        watch.see(norm, 1.0, cause)
-    assert list(watch.zero) == [True] * 4 + [False] and list(watch.unexplained) == [True] + [False] * 4
+    for norm, cut, equal in ((0.0, False, False), (0.0, True, False), (0.0, False, True), (0.5, False, False)):
+        watch.see(norm, 1.0, all_cut=cut, all_equal=equal)
+    assert list(watch.zero) == [True, True, True, False] and list(watch.unexplained) == [True, False, False, False]
 
 
-@pytest.mark.parametrize("cause", ["masked", "equal", "unscored", ""])
+@pytest.mark.parametrize("cause", ["masked", "equal", ""])
 def test_steps_without_a_learning_signal_are_told_and_counted(tiny, tmp_path, text_rows, cause):
     grpo = {"max_steps": 4, "beta": 0.0, "generation_kwargs": {"min_new_tokens": 6}}
     if cause == "masked":
         grpo["mask_truncated_completions"] = True
-    flat = {"equal": 1.0, "unscored": math.nan}.get(cause)
-    rewards = [rising_reward] if flat is None else [lambda completions, **kwargs: [flat] * len(completions)]
+    rewards = [lambda completions, **kwargs: [1.0] * len(completions)] if cause == "equal" else [rising_reward]
     told: list[str] = []
     record = probed(make_trainer(tiny("qwen3"), text_rows, tmp_path, rewards=rewards, **grpo), say=told.append)
     assert [NO_SIGNAL[cause] in line and "the last 3 steps, " in line for line in told] == [True] * bool(cause)

@@ -188,7 +188,7 @@ def test_zero_useful_completions_have_a_reason() -> None:
     dead = build_report(demo_record(tokens=token_facts(dead_groups=20, pass_rates=[0.0] * 20))).rates
     masks = trainer_facts(mask_truncated_completions=True)
     cut = build_report(demo_record(trainer=masks, tokens=token_facts(truncated_share=1.0)))
-    assert dead is not None and dead.useless == "no group's rewards differed"
+    assert dead is not None and dead.useless == "each group's rewards were equal"
     assert cut.rates is not None and cut.rates.useful_completions_per_s == 0.0
     assert "0 useful completions/s (100% of the completions were cut off and masked)" in header_lines(cut)
     alive = build_report(demo_record()).rates

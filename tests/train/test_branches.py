@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,10 @@ from grpo_autotune.speedups.batches.rows import take
 from grpo_autotune.train.advantages import put_ranks_on, rank_advantages
 from grpo_autotune.train.branches.control import BranchControl, adapted
 from grpo_autotune.train.branches.rows import in_shares, judging
-from grpo_autotune.train.trainer import run_training
+from grpo_autotune.train.rewards.failures import attend
+from grpo_autotune.train.rewards.guard import FAILED
+from grpo_autotune.train.trainer import build_trainer, run_training
+from tests.support.branch_ranks import with_branches
 from tests.support.exactness import apart, generation, loss_and_gradients, ready
 from tests.support.pairs import gap, rewards_of, trained, weights_of
 from tests.support.trainers import EXACT, SAME, rising_reward, spread_reward
@@ -184,6 +190,45 @@ def test_ranks_are_the_same_with_speed_ups(tiny: Tiny, tmp_path: Path) -> None:
     assert set(plain._logs["advantages"]) != set(by_group._logs["advantages"])
 
 
+def a_failed_one(completions: list[Any], **columns: Any) -> list[float]:
+    return [FAILED if row % 4 == 3 else float(row % 4) for row in range(len(completions))]
+
+
+a_failed_one.on_failure = "group_mean"  # type: ignore[attr-defined]
+
+
+def test_a_failed_score_is_settled_before_ranks_and_branches(tiny: Tiny, tmp_path: Path) -> None:
+    """Whoever comes first: ranks and sums see the mean of the group, 1, and never minus infinity."""
+    sides = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "beta": 0.05}
+    for parts in ([attend, control(TWO), put_ranks_on], [put_ranks_on, control(TWO), attend]):
+        trainer = ready(tiny("qwen3"), rows(), tmp_path, rewards=[a_failed_one], **sides)
+        for part in parts:
+            part(trainer)
+        batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+        assert batch["advantages"].view(-1, 4).tolist() == [pytest.approx([-1.2246, 0, 1.2246, 0], abs=1e-3)] * 2
+        metrics = trainer._metrics["train"]
+        assert metrics["branch/even/reward"] == metrics["branch/odd/reward"] == [1.0]
+        assert metrics["rewards/a_failed_one/failed"] == [0.25]
+
+
+def test_an_evaluation_that_fails_leaves_training_its_sampling(tiny: Tiny, tmp_path: Path) -> None:
+    trainer = build_trainer(branched(tiny("qwen3"), tmp_path), say=[].append)
+    assert Counter(trainer.eval_dataset["task"]) == {"plain": 4, "wild": 2}
+    settings, seen = trainer.generation_config, []
+
+    def fails(completions: list[Any], task: list[str], **columns: Any) -> list[float]:
+        seen.append((len(completions), set(task), trainer.generation_config.do_sample))
+        if "wild" in task:
+            raise ZeroDivisionError
+        return [0.0] * len(completions)
+
+    trainer.reward_funcs[0] = fails
+    with pytest.raises(ZeroDivisionError) as error:
+        trainer.evaluate()
+    assert seen == [(4, {"plain"}, True)] * 4 + [(2, {"wild"}, False)] and error
+    assert trainer.generation_config is settings and trainer.num_generations_eval == trainer.num_generations == 4
+
+
 BRANCHES: dict[str, Any] = {
     "column": "task",
     "plain": {"beta": 0.1, "kl_band": [0.5, 0.9]},
@@ -200,6 +245,21 @@ def branched(model: Path, folder: Path, **changes: Any) -> RunConfig:
     held_out = {"path": str(data), "eval_path": str(data)}
     grpo = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4, "save_steps": 2}
     return text_config(model, folder, {"data": held_out, "branches": BRANCHES, **changes}, beta=0.1, **grpo)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_processes_have_the_kl_and_weights_of_one(tiny: Tiny, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "tests.support.branch_ranks", str(tiny("qwen3")), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = with_branches(tiny("qwen3"), tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first["betas"] == one["betas"] == {"even": 1.6, "odd": 0.0025}
+    assert one["said"] == first["said"] and len(one["said"]) == 4
+    for line, same in zip(one["branch"], first["branch"], strict=True):
+        assert same == pytest.approx(line, rel=1e-3)
 
 
 def test_killed_and_resumed_the_controller_goes_on(
@@ -228,11 +288,10 @@ def test_killed_and_resumed_the_controller_goes_on(
         ({"branches": {**BRANCHES, "column": "tusk"}}, "has no column tusk. Nearest: task."),
         ({"branches": {"column": "task", "plain": {"beta": 1}}}, "row 1: task is 'wild', which is no branch"),
         ({"branches": {**BRANCHES, "third": {"beta": 1}}}, "branches.third: "),
+        ({"grpo": {"metric_for_best_model": "branch/wilt/reward"}}, "Nearest: branch/wild/reward."),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    from grpo_autotune.train.trainer import build_trainer
-
     config = branched(tmp_path, tmp_path, **changes)
     with pytest.raises(AutotuneError) as error:
         build_trainer(config)

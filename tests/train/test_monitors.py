@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -22,11 +23,12 @@ from grpo_autotune.render.page import render_page
 from grpo_autotune.render.terminal import render
 from grpo_autotune.render.train_page import train_sections
 from grpo_autotune.report.files import load_report
-from grpo_autotune.train.monitors.callback import Monitors
+from grpo_autotune.train.monitors import callback
+from grpo_autotune.train.monitors.callback import Monitors, run_of
 from grpo_autotune.train.monitors.rules import Run
 from grpo_autotune.train.monitors.watch import StallWatch
 from grpo_autotune.train.runs.callbacks import TrainLog
-from grpo_autotune.train.trainer import run_training
+from grpo_autotune.train.trainer import TrainResult, run_training
 from tests.support.faulty_logs import FAULTS, START, healthy_logs, replayed
 from tests.support.training import text_config
 from tools.monitors_table import FIRES, MEASURED
@@ -117,15 +119,28 @@ def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself
         ({"masks": True}, {"completions/clipped_ratio": 1.0}, "all completions were cut off and masked"),
         ({}, {"frac_reward_zero_std": 1.0}, "each group's rewards were equal, and beta is 0"),
         ({"beta": 0.1}, {"frac_reward_zero_std": 0.5}, "the gradient was zero"),
-        ({}, {"reward": None, "frac_reward_zero_std": 1.0, "rewards/judge/failed": 1.0}, "no completion had a reward"),
+        ({}, {"frac_reward_zero_std": 1.0, "rewards/judge/failed": 1.0}, "most scores failed"),
+        (
+            {},
+            {"frac_reward_zero_std": 1.0, "rewards/judge/failed": None},
+            "each group's rewards were equal, and beta is 0",
+        ),
     ],
 )
 def test_the_cause_of_nothing_learned(run: dict[str, Any], row: dict[str, Any], words: str) -> None:
     rows = [{"kind": "train", "step": step, "grad_norm": 0.0, **row} for step in range(1, 7)]
-    alerts = replayed(rows, Run(**run))
-    (alert,) = [alert for alert in alerts if alert.monitor == "nothing_learned"]
-    assert "not_finite" not in {alert.monitor for alert in alerts}  # a reward that failed is the judge's fault
+    (alert,) = [alert for alert in replayed(rows, Run(**run)) if alert.monitor == "nothing_learned"]
     assert alert.step == 5 and alert.text == f"grad_norm 0, {words}, for 5 steps" and alert.remedy
+
+
+def test_a_branch_is_watched_by_its_own_band_and_the_whole_by_no_narrower_one() -> None:
+    branches = {"column": "task", "a": {"beta": 0.1, "kl_band": [0.02, 0.06]}, "b": {"beta": 0.3, "kl_band": [0.5, 1]}}
+    run = run_of(RunConfig.from_dict({**BASE, "branches": branches}))
+    assert run.beta == 0.3 and run.bands == {"a": [0.02, 0.06], "b": [0.5, 1]}
+    rows = [{"kind": "train", "step": s, "kl": 1.5, "branch/a/kl": 0.2, "branch/b/kl": 1.8} for s in range(1, 9)]
+    assert [(alert.monitor, alert.metric, alert.limit) for alert in replayed(rows, run)] == [
+        ("kl_high", "branch/a/kl", 0.12)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,14 +230,34 @@ def test_an_alert_is_told_in_every_place_and_after_a_resume_not_again(tmp_path: 
     (stored,) = load_alerts(tmp_path)
     assert line.endswith(stored.line()) and stored.run == str(tmp_path)
 
+    with (tmp_path / "alerts.jsonl").open("a") as file:
+        file.write('{"monitor": "kl_hi')  # a kill while it was written
     again = Ranks()
     again.state.global_step = 12
     resumed = again.monitored(tmp_path, resumes=True)
     for _ in range(8):
         again.logs(resumed, **{"completions/clipped_ratio": 0.5})
     assert load_alerts(tmp_path) == [stored] and capsys.readouterr().err == ""
+    again.logs(resumed, reward=float("nan"))
+    assert [alert.monitor for alert in load_alerts(tmp_path)] == ["truncated", "not_finite"]
     (tmp_path / "train_log.jsonl").unlink()  # as a new run does
     assert Ranks().monitored(tmp_path).report() == {"monitors": 14, "alerts": []}
+
+
+@pytest.mark.slow
+def test_a_command_that_hangs_is_ended_with_its_children_and_not_run_again(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(callback, "COMMAND_S", 0.3)
+    ranks = Ranks()
+    monitors = ranks.monitored(
+        tmp_path, command=f"echo once >> {tmp_path}/runs; sleep 60 & echo $! > {tmp_path}/pid; wait"
+    )
+    for _ in range(2):
+        ranks.logs(monitors, reward=float("nan"), kl=float("nan"))
+    monitors.close()
+    assert (tmp_path / "runs").read_text() == "once\n" and len(load_alerts(tmp_path)) == 2
+    sleeper = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
+    assert capsys.readouterr().err.count("warning: monitors.command: TimeoutError: it took more than 0.3 s") == 1
 
 
 def test_a_step_that_spikes_is_left_out_and_told(tmp_path: Path) -> None:
@@ -298,6 +333,14 @@ def test_alerts_are_on_the_page_with_an_anchor_each_and_in_the_printed_report() 
     text = " ".join(render(report).split())
     assert "Monitors 14 monitors, 1 fired: truncated at step 40" in text and alerts[0].remedy[1:] in text
     assert "onitor" not in render(demo) and "Alerts" not in render_page("A run", train_sections(HEALTHY, None))
+
+
+def test_torchrun_is_told_of_a_monitors_stop_by_the_rank_that_writes_the_report(monkeypatch) -> None:
+    numbers = {"steps": 2, "total_steps": 4, "seconds": 1.0, "resumed_from": None, "signum": 0}
+    result = TrainResult(folder="run", metrics={}, eval_metrics={}, by_monitor=True, **numbers)
+    assert result.exit_code == 1
+    monkeypatch.setenv("RANK", "1")
+    assert result.exit_code == 0 and result.model_copy(update={"signum": 15}).exit_code == 143
 
 
 @pytest.mark.slow

@@ -19,14 +19,12 @@ from grpo_autotune.seams.layers import is_async
 
 def divided(
     config: RunConfig, rows: datasets.Dataset, held_out: Any, functions: Sequence[Any], say: Callable[[str], None]
-) -> tuple[datasets.Dataset, list[Any]]:
-    """Rows to train on and reward functions, as the branches of a configuration have them; held-out rows are checked.
-    ConfigError where the data lacks the column, or rows of a branch; DataError for a value that is no branch."""
+) -> tuple[datasets.Dataset, Any, list[Any]]:
+    """Rows to train on, held-out rows that are evaluated, and reward functions, as the branches of a configuration have
+    them. ConfigError where the data lacks the column, or rows of a branch; DataError for a value that is no branch."""
     branches = config.branches
     assert branches is not None
-    for name, one in (held_out if isinstance(held_out, Mapping) else {"": held_out}).items():
-        if one is not None:
-            branch_of_rows(branches, one, f"held-out data {name}".rstrip())
+    held_out = evaluated(branches, held_out)
     judges = list(functions)
     for place, names in enumerate(judged_branches(branches, config.rewards)):
         if len(names) < len(branches.by_name):
@@ -34,14 +32,24 @@ def divided(
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
     for name in branches.by_name.keys() - counts:
-        raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}")
+        fix = "Add rows, or remove it."
+        raise ConfigError(f"{config.data.path} has no row of this branch", where=f"branches.{name}", fix=fix)
     shares = {name: branch.share for name, branch in branches.by_name.items() if branch.share is not None}
     if not shares:
-        return rows, judges
+        return rows, held_out, judges
     order = in_shares(of_rows, shares, int(config.grpo.get("seed", 0)))
     drawn = Counter(of_rows[row] for row in order)
     say(f"prompts of an epoch: {', '.join(f'{drawn[name]} of {name} ({counts[name]} rows)' for name in shares)}")
-    return rows.select(order), judges
+    return rows.select(order), held_out, judges
+
+
+def evaluated(branches: Branches, held_out: Any, where: str = "held-out data") -> Any:
+    """The first `samples` rows of each branch of a held-out data set, of several by name, or of None."""
+    if not isinstance(held_out, datasets.Dataset):
+        return held_out and {name: evaluated(branches, rows, f"{where} {name}") for name, rows in held_out.items()}
+    names = np.array(branch_of_rows(branches, held_out, where))
+    parts = [np.flatnonzero(names == name)[: branch.samples] for name, branch in branches.by_name.items()]
+    return held_out.select(np.sort(np.concatenate(parts)))
 
 
 def branch_of_rows(branches: Branches, rows: datasets.Dataset, where: str) -> list[str]:

@@ -24,22 +24,25 @@ from grpo_autotune.train.data.sources import read_rows
 from grpo_autotune.train.models.load import size_check
 
 Splits = tuple[datasets.Dataset, Any]
+Choose = Callable[[datasets.Dataset], datasets.Dataset]
 LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 
 
-def load_data(config: RunConfig, progress: Callable[[str], None]) -> Splits:
+def load_data(config: RunConfig, progress: Callable[[str], None], choose: Choose = lambda rows: rows) -> Splits:
     """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
     Rows have `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any, and
-    all other columns. ConfigError where the data, a split or a column is not there, or there are too few rows for one
-    generation; DataError where there are no rows, or one, which it names (counted from 0), cannot be used."""
+    all other columns; of each set those that `choose` leaves of it. ConfigError where the data, a split or a column is
+    not there, or there are too few rows for one generation; DataError where there are no rows, or one, which it names
+    (counted from 0), cannot be used."""
     data = config.data
-    train = read_split(config, data.path, data.split, data.max_samples, progress, "data.path")
+    train = read_split(config, data.path, data.split, data.max_samples, progress, "data.path", choose)
     check_rows(config, len(train))
     held_out = {}
     for name, one in data.held_out.items():
         key = f"data.eval.{name}.path" if name else "data.eval_path"
-        held_out[name] = read_split(config, one.path or data.path, one.split, data.max_eval_samples, progress, key)
+        path, limit = one.path or data.path, data.max_eval_samples
+        held_out[name] = read_split(config, path, one.split, limit, progress, key, choose)
     return train, held_out.get("", held_out) or None
 
 
@@ -56,7 +59,13 @@ def check_rows(config: RunConfig, rows: int) -> None:
 
 
 def read_split(
-    config: RunConfig, path: str, split: str | None, limit: int | None, progress: Callable[[str], None], key: str
+    config: RunConfig,
+    path: str,
+    split: str | None,
+    limit: int | None,
+    progress: Callable[[str], None],
+    key: str,
+    choose: Choose = lambda rows: rows,
 ) -> datasets.Dataset:
     """Rows of one split as `load_data` gives them, at most `limit`; `key` names `path` in the configuration."""
     data = config.data
@@ -67,6 +76,7 @@ def read_split(
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
+    rows = choose(rows)
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
     finished, held = _columns(rows, data, path)

@@ -93,7 +93,8 @@ def _check(
                 try_size(*reversed(shown))
         except READ_ERRORS as error:
             reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", getattr(error, "strerror", None) or str(error))
-            raise DataError(f"cannot read the image{path}: {reason}", where=place) from error
+            fix = "Put a whole image there, or remove the row."
+            raise DataError(f"cannot read the image{path}: {reason}", where=place, fix=fix) from error
         if frames:
             with_frames.append((row, path))
         return shown != size or frames or mode.startswith(CUT_OFF) or image["path"] == INLINE

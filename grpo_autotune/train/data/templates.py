@@ -47,7 +47,8 @@ def fit_prompts(
             _try(prompts[row], processor, options, pictured=pictured)
         except Exception as error:  # a template is a program, and raises what its author likes
             what = f"the model's chat template refuses this prompt: {error}"
-            raise DataError(what, where=f"{where}, row {row}") from error
+            fix = "Correct the row or chat_template.jinja; what a system message says can go into data.prompt_template."
+            raise DataError(what, where=f"{where}, row {row}", fix=fix) from error
     _tell(prompts, processor, where, say)
     return rows
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, complain, is_first_rank, say
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import write_whole
 from grpo_autotune.records.alerts import ALERTS_FILE, Alert, load_alerts, outcome
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.monitors.rules import Run
@@ -23,16 +25,18 @@ from grpo_autotune.train.runs.callbacks import TrainLog
 from grpo_autotune.units import listing
 
 WEIGHTS = {"tell": 0, "skip_step": 0, "checkpoint": 1, "stop": 2}  # of actions at a log event: the heaviest is taken
-COMMAND_S = 30.0  # seconds that a command may take
+COMMAND_S, TOO_LONG = 30.0, 124  # seconds that a command may take, and the status of `timeout` for one that did
 
 
 def run_of(config: RunConfig) -> Run:
     """The run of a configuration, of which nothing was logged yet; no built-in reward is above 1."""
     grpo, modules = config.grpo, {resolve("reward", item.name).__module__ for item in config.rewards}
     highest = sum(max(0.0, one.weight) for one in config.rewards) * (modules <= {builtin.__name__, from_trl.__name__})
-    branches = getattr(getattr(config, "branches", None), "by_name", {})
-    bands = {name: branch.kl_band for name, branch in branches.items() if branch.kl_band}
-    return Run(grpo.get("beta", 0.0), bool(grpo.get("mask_truncated_completions")), highest, bands)
+    beta, bands = grpo.get("beta") or 0.0, {}
+    if config.branches is not None:
+        beta = max(start_weights(config.branches, grpo).values())
+        bands = {name: branch.kl_band for name, branch in config.branches.by_name.items() if branch.kl_band}
+    return Run(beta, bool(grpo.get("mask_truncated_completions")), highest, bands)
 
 
 class Monitors(TrainerCallback):  # type: ignore[misc]
@@ -49,9 +53,10 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(what, where=f"monitors.{where}", fix="Use tell, checkpoint or stop.")
         self.stall = StallWatch(trainer, self.watch.items.get("stall"), folder, lambda alert: self._tell([alert]))
         self._commands = ThreadPoolExecutor(1)
-        if is_first_rank() and not resumes:
-            (folder / ALERTS_FILE).unlink(missing_ok=True)
-        self.watch.told |= {(alert.monitor, alert.metric): alert.step for alert in load_alerts(folder)}
+        earlier = load_alerts(folder) if resumes else []
+        if is_first_rank() and (folder / ALERTS_FILE).exists():  # without a torn line, or one of another run
+            write_whole(folder / ALERTS_FILE, "".join(f"{alert.model_dump_json()}\n" for alert in earlier))
+        self.watch.told |= {(alert.monitor, alert.metric): alert.step for alert in earlier}
         for row in log.earlier if is_first_rank() else ():
             self._tell(self.watch.see(row))
 
@@ -84,7 +89,7 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
         """Wait for commands under way, and say how many monitors fired, and which had nothing to read."""
         self._commands.shutdown()
         unread = [name for name in self.watch.items if name not in {"stall", *(name for name, _ in self.watch.read)}]
-        if self.watch.items:
+        if self.watch.items and self.watch.run.step:
             say(outcome(**self.report()) + (f"; nothing to read for {listing(unread)}" if unread else ""))
 
     def _tell(self, alerts: Iterable[Alert]) -> None:
@@ -98,10 +103,15 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
                 with as_warning(f"{name} was not told"):
                     module = importlib.import_module(name)
                     (module.run if name == "wandb" else module).alert(title=alert.name, text=alert.line())
-            if self._command is not None and is_first_rank():
-                self._commands.submit(self._run, self._command, f"{alert.model_dump_json()}\n".encode())
+            if is_first_rank():
+                self._commands.submit(self._run, f"{alert.model_dump_json()}\n".encode())
 
     @as_warning("monitors.command")
-    def _run(self, command: str, text: bytes) -> None:
+    def _run(self, text: bytes) -> None:
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        subprocess.run(command, shell=True, input=text, timeout=COMMAND_S, check=True, **quiet)
+        words = ["timeout", "-k1", f"{COMMAND_S}", "sh", "-c", self._command or "true"]  # ends children as well
+        done = subprocess.run(words, input=text, check=False, **quiet)
+        if done.returncode == TOO_LONG:
+            self._command = None
+            raise TimeoutError(f"it took more than {COMMAND_S:g} s, and will not be run again")
+        done.check_returncode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +19,11 @@ RECENT, LEAST = 128, 20  # log events that a spike is measured against, at most 
 TREND = 10  # log events that a reward is the mean of
 MOST_FAILED = 0.5  # share of scores whose failure fires at once
 BAND = 2.0  # factor beyond a branch's band from which its KL is told (RLlib's `update_kl`)
+FAILED = re.compile("rewards/.+/failed")
 LENGTH, CUT, EQUAL = "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"
 
 Row = Mapping[str, Any]
 Readings = Iterator["Reading"]
-
-
-def is_unscored(row: Row) -> bool:
-    """True of a step without a reward because its scores failed."""
-    failed = any(name.startswith("rewards/") and name.endswith("/failed") and row[name] for name in row)
-    return failed and "reward" in row and number(row, "reward") is None
 
 
 class Reading(NamedTuple):
@@ -93,8 +89,7 @@ class Run:
         return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
-        names = ("loss", "grad_norm", "kl", "entropy", *(() if is_unscored(row) else ("reward",)))
-        for name in filter(row.__contains__, names):
+        for name in filter(row.__contains__, ("loss", "grad_norm", "reward", "kl", "entropy")):
             yield Reading(name, math.nan, number(row, name) is None, text=f"{name} is no finite number")
 
     def loss_spike(self, row: Row, item: Any) -> Readings:
@@ -109,9 +104,9 @@ class Run:
                 yield Reading(name, value, bad, limit, back(median))
 
     def kl_high(self, row: Row, item: Any) -> Readings:
-        yield from _level(row, "kl", item.above)
-        for name, (_, high) in self.bands.items():
-            yield from _level(row, f"branch/{name}/kl", BAND * high)
+        limits = {f"branch/{name}/kl": BAND * high for name, (_, high) in self.bands.items()}
+        for name, limit in {"kl": max(item.above, *limits.values(), 0.0), **limits}.items():
+            yield from _level(row, name, limit)
 
     def kl_low(self, row: Row, item: Any) -> Readings:
         limits = {"kl": item.below, **{f"branch/{name}/kl": low / BAND for name, (low, _) in self.bands.items()}}
@@ -147,10 +142,9 @@ class Run:
                 yield Reading(f"reward on {now['series']} data", now["value"], bad, best["low"], best["value"], text)
 
     def judge_failures(self, row: Row, item: Any) -> Readings:
-        for name in row:
-            if name.startswith("rewards/") and name.endswith("/failed"):
-                for reading in _level(row, name, item.above):
-                    yield reading._replace(at_once=reading.value > MOST_FAILED)
+        for name in filter(FAILED.fullmatch, row):
+            for reading in _level(row, name, item.above):
+                yield reading._replace(at_once=reading.value > MOST_FAILED)
 
     def memory_creep(self, row: Row, item: Any) -> Readings:
         for reading in _level(row, "memory_share", item.above):
@@ -159,8 +153,8 @@ class Run:
             yield reading._replace(bad=reading.bad and grows, at_once=True)
 
     def nothing_learned(self, row: Row, item: Any) -> Readings:
-        norm = number(row, "grad_norm")
-        cause = "unscored" if is_unscored(row) else "equal" if row.get(EQUAL) == 1.0 else "zero"
+        norm, failed = number(row, "grad_norm"), [number(row, name) or 0.0 for name in filter(FAILED.fullmatch, row)]
+        cause = "failed" if max(failed, default=0.0) > MOST_FAILED else "equal" if row.get(EQUAL) == 1.0 else "zero"
         cause = "masked" if self.masks and row.get(CUT) == 1.0 else cause
         what, _, remedy = NO_SIGNAL[cause].partition(": ")
         what += ", and beta is 0" if cause == "equal" and self.beta == 0.0 else ""

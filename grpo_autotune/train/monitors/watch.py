@@ -36,9 +36,8 @@ class Watch:
 
     def see(self, row: Row) -> list[Alert]:
         """The alerts of a line of the log."""
-        rules = ((name, getattr(self.run, name, lambda *_: ()), item) for name, item in self.items.items())
-        readings = ((name, reading) for name, read, item in rules for reading in read(row, item))
-        alerts = [alert for name, reading in readings for alert in self.take(name, reading, row["step"])]
+        rules = ((name, getattr(self.run, name)(row, item)) for name, item in self.items.items() if name != "stall")
+        alerts = [alert for name, readings in rules for one in readings for alert in self.take(name, one, row["step"])]
         self.run.add(row)
         return alerts
 
