@@ -111,6 +111,8 @@ def test_half_of_a_batch_without_scores_fires_at_once_and_each_reward_for_itself
         {"kind": "train", "step": s, "rewards/a/failed": 0.6 * (s == 3), "rewards/b/failed": 0.1} for s in range(1, 9)
     ]
     assert [(a.step, a.metric) for a in replayed(rows)] == [(3, "rewards/a/failed"), (3, "rewards/b/failed")]
+    whole = [{"kind": "train", "step": 1, "reward": None, "rewards/a/failed": 1.0}]
+    assert [alert.monitor for alert in replayed(whole)] == ["judge_failures"]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ class Run:
         return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
-        for name in filter(row.__contains__, ("loss", "grad_norm", "reward", "kl", "entropy")):
+        has_failed = any(name.endswith("/failed") and row[name] for name in row)  # for `judge_failures` to tell
+        for name in filter(row.__contains__, ("loss", "grad_norm", "kl", "entropy", *["reward"][has_failed:])):
             yield Reading(name, math.nan, number(row, name) is None, text=f"{name} is no finite number")
 
     def loss_spike(self, row: Row, item: Any) -> Readings:
