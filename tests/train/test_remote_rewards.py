@@ -136,8 +136,14 @@ def test_first_calls_that_nobody_answers_end_the_run() -> None:
     with FaultServer(lambda number: "hang") as server:
         reward = service(server.url, timeout_s=30.0)
         reward.set_up("service", "rewards[0]", deadline_s=0.1)
-        with pytest.raises(RewardError, match=r"no score yet, 1 calls failed \(deadline: no answer within 0.1 s"):
+        with pytest.raises(RewardError, match=r"no score yet, 1 call failed \(deadline: no answer within 0.1 s"):
             run(lambda: reward.warm_up(batch(range(8))))
+
+
+def test_no_first_calls_are_asked_for_where_none_are_wanted() -> None:
+    with FaultServer() as server:
+        run(lambda: service(server.url, warmup=0).warm_up(batch(range(8))))
+        assert not server.calls
 
 
 class Script(RemoteReward):

@@ -24,6 +24,7 @@ from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.limits import Lane, Policy
 from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Refused, Reply, client
 from grpo_autotune.train.rewards.remote.timed import Remote
+from grpo_autotune.units import plural
 
 REMEDIES = {
     400: "Check what is sent",
@@ -110,8 +111,9 @@ class RemoteReward(Remote):
     async def warm_up(self, batch: Mapping[str, Any]) -> None:
         """Ask the first rows of a batch, one after another; their scores are dropped. RewardError where an endpoint
         refuses, or none says a word."""
-        await self._ask([_Asked(row) for row in self.rows(batch)[: self.warmup]])
-        for lane in self._lanes[:1] if not self._has_answered else ():
+        asked = [_Asked(row) for row in self.rows(batch)[: self.warmup]]
+        await self._ask(asked)
+        for lane in self._lanes[:1] if asked and not self._has_answered else ():
             trouble = lane.trouble or Failed("deadline", f"no answer within {self.batch_limit_s():g} s")
             if trouble.kind in SILENT:
                 raise self._unanswered(lane, trouble)
@@ -224,7 +226,7 @@ class RemoteReward(Remote):
         return reply
 
     def _unanswered(self, lane: Lane, trouble: Failed) -> RewardError:
-        told = f"{self.count['calls']} calls failed ({trouble.kind}: {trouble.said})"
+        told = f"{plural(self.count['calls'], 'call')} failed ({trouble.kind}: {trouble.said})"
         told = f"{lane.endpoint.name} has given no score yet, {told}"
         return self._error(lane, told, "Is it up, are its settings right?")
 
