@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError
 
+from grpo_autotune.config.addresses import check_address, check_variable
 from grpo_autotune.config.messages import from_validation
 from grpo_autotune.config.section import Section
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
-"""Name of an environment variable. Keys hold small letters or hyphens: none passes for a name, to be repeated."""
-KEY_NAME = re.compile(r"(?i)key|token|secret|sig|auth|passw")
-"""Names of parameters of an address that hold a key."""
 
 
 class Provider(Section):
@@ -70,7 +64,9 @@ def judge_settings(params: Mapping[str, Any]) -> JudgeSettings:
     except ValidationError as error:
         raise from_validation(error, KNOWN) from None
     for place, provider in enumerate(settings.providers):
-        _check_provider(provider, f"providers[{place}]")
+        check_address(provider.base_url, f"providers[{place}].base_url", "api_key_env")
+        if provider.api_key_env is not None:
+            check_variable(provider.api_key_env, f"providers[{place}].api_key_env")
     if not settings.scale[0] < settings.scale[1]:
         raise ConfigError("the scale does not rise", where="scale", fix="Write [lowest, highest].")
     judge_template(settings.prompt)
@@ -110,21 +106,3 @@ def judge_template(prompt: str) -> tuple[Template, set[str]]:
     if "completion" not in names:
         raise ConfigError("it does not show the judge what to score", where="prompt", fix=fix)
     return environment.from_string(text), names
-
-
-def _check_provider(provider: Provider, where: str) -> None:
-    """Check an address and the name of a key, and repeat nothing that may be a key itself."""
-    try:
-        parts = urlsplit(provider.base_url)
-    except ValueError:
-        parts = urlsplit("")
-    if "@" in parts.netloc or any(KEY_NAME.search(name) for name, _ in parse_qsl(parts.query)):
-        fix = "Put it into an environment variable, and name that in api_key_env."
-        raise ConfigError("the address holds a key, which run folders would repeat", where=f"{where}.base_url", fix=fix)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("this is no address", where=f"{where}.base_url", fix="Write https://HOST/v1.")
-    if provider.api_key_env is not None and not VARIABLE.fullmatch(provider.api_key_env):
-        fix = (
-            "Write the name of an environment variable in capitals, such as OPENAI_API_KEY, and put the key into that."
-        )
-        raise ConfigError("this is no name of a variable", where=f"{where}.api_key_env", fix=fix)

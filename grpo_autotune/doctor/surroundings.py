@@ -165,19 +165,20 @@ def endpoints(run: Run) -> Findings:
         urls["vllm"] = "http://{}:{}/health".format(*listens_at(run.config))
     for where, url in ((where, url) for where, url in urls.items() if url.startswith("http")):  # else: `configuration`
         begun, fix = time.perf_counter(), "grpo-autotune serve CONFIG" if where == "vllm" else "start it, or correct it"
+        bare = url.partition("?")[0].rpartition("@")[2]  # without what may be a key
         try:
             answer = httpx2.get(url, timeout=ANSWER_S)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            yield fail(f"{where}: no answer from {url} ({error or type(error).__name__})", fix)
+            yield fail(f"{where}: no answer from {bare} ({error or type(error).__name__})", fix)
             continue
         took_s = time.perf_counter() - begun
         if answer.status_code >= 500 or took_s > SLOW_S or (where == "vllm" and answer.is_error):
-            yield warn(f"{where}: {url} answers {answer.status_code} in {seconds(took_s)}", "look at its log and load")
+            yield warn(f"{where}: {bare} answers {answer.status_code} in {seconds(took_s)}", "look at its log and load")
         with suppress(ValueError, KeyError):  # whose clock it is a second more or less
             skew = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
             if abs(skew) > SKEW_S + took_s:
-                yield warn(f"the clock of {url} is {skew:+.0f} s from this machine's", "set clocks by NTP")
-        yield ok(f"{url} answers in {seconds(took_s)}")
+                yield warn(f"the clock of {bare} is {skew:+.0f} s from this machine's", "set clocks by NTP")
+        yield ok(f"{bare} answers in {seconds(took_s)}")
 
 
 def _images_bytes(run: Run) -> float:

@@ -342,7 +342,10 @@ def test_endpoints(
         world.patch.setattr(server.RequestHandlerClass, name, value)
     world.patch.setattr(surroundings, "SLOW_S", slow_s)
     world.patch.setenv("A_KEY", "secret")
-    params = {"url": f"http://127.0.0.1:{server.server_port}/score", "headers_env": {"Authorization": "A_KEY"}}
+    params = {
+        "url": f"http://127.0.0.1:{server.server_port}/score?token=secret",
+        "headers_env": {"Authorization": "A_KEY"},
+    }
     world.values["rewards"] = [{"name": "service", "params": params}]
     (finding,) = world.findings(surroundings.endpoints)
     assert finding.status == status and told in finding.detail

@@ -116,7 +116,23 @@ def test_a_users_async_function_has_the_same_guard(
         ([{"name": "format", "deadline_s": 5.0}], r"rewards\[0\]\.deadline_s: format cannot have this key, .*async"),
         ([{"name": f"{__name__}:moody", "concurrency": 5}], r"rewards\[0\]\.concurrency: .*`judge` and `service`"),
         ([{"name": "format"}, {"name": "length", "label": "format"}], r"rewards\[1\]\.label: another reward"),
-        ([{"name": "service", "params": {"url": "x"}}], r"rewards\[0\]\.params\.url: 'x' is no address"),
+        ([{"name": "service", "params": {"url": "x"}}], r"rewards\[0\]\.params\.url: this is no address"),
+        (
+            [{"name": "service", "params": {"url": "http://me:sk-1@host"}}],
+            r"params\.url: the address holds a key.*headers_env",
+        ),
+        (
+            [{"name": "service", "params": {"url": "http://host/score?token=sk-1"}}],
+            r"params\.url: the address holds a key.*headers_env",
+        ),
+        (
+            [{"name": "service", "params": {"url": "http://x", "headers": {"Authorization": "Bearer sk-1"}}}],
+            r"params\.headers\.Authorization: a key in it.*headers_env",
+        ),
+        (
+            [{"name": "service", "params": {"url": "http://x", "headers_env": {"Authorization": "sk-1"}}}],
+            r"params\.headers_env\.Authorization: this is no name of a variable",
+        ),
         (
             [{"name": "service", "params": {"uri": "x"}}],
             r"rewards\[0\]\.params\.uri: .*no such parameter.*Nearest: url",
@@ -133,8 +149,9 @@ def test_a_users_async_function_has_the_same_guard(
     ],
 )
 def test_what_a_configuration_gets_wrong(tmp_path: Path, rewards: list[dict[str, Any]], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told) as error:
         build_rewards(text_config(tmp_path, tmp_path, {"rewards": rewards}), ["prompt", "answer"])
+    assert "sk-1" not in str(error.value)
 
 
 def test_keys_of_calls_may_stand_in_params(tmp_path: Path) -> None:

@@ -103,13 +103,15 @@ class Monitors(TrainerCallback):  # type: ignore[misc]
                 with as_warning(f"{name} was not told"):
                     module = importlib.import_module(name)
                     (module.run if name == "wandb" else module).alert(title=alert.name, text=alert.line())
-            if is_first_rank():
-                self._commands.submit(self._run, f"{alert.model_dump_json()}\n".encode())
+            if self._command is not None and is_first_rank():
+                self._commands.submit(self._run, self._command, f"{alert.model_dump_json()}\n".encode())
 
     @as_warning("monitors.command")
-    def _run(self, text: bytes) -> None:
+    def _run(self, command: str, text: bytes) -> None:
+        if self._command is None:  # an earlier one took too long
+            return
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        words = ["timeout", "-k1", f"{COMMAND_S}", "sh", "-c", self._command or "true"]  # ends children as well
+        words = ["timeout", "-k1", f"{COMMAND_S}", "sh", "-c", command]  # ends children as well
         done = subprocess.run(words, input=text, check=False, **quiet)
         if done.returncode == TOO_LONG:
             self._command = None

@@ -10,6 +10,7 @@ import httpx2
 import jinja2
 import jinja2.meta
 
+from grpo_autotune.config.addresses import KEY_NAME, check_address, check_variable
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.rewards.guard import MOST
 from grpo_autotune.train.rewards.remote.batch import RemoteReward, rows_of
@@ -43,15 +44,18 @@ class Service(RemoteReward):
         timeout_s: float = 30.0,
         rpm: int | None = None,
     ) -> None:
-        address = re.match(r"https?://([^/?#]+)", url)
-        if address is None:
-            raise ConfigError(f"{url!r} is no address", where="url", fix="Write http://host:port/path.")
+        check_address(url, "url", "headers_env")
+        for header in filter(KEY_NAME.search, headers or {}):
+            fix = "Put its value into an environment variable, and name that in headers_env."
+            raise ConfigError("a key in it would stand in run folders", where=f"headers.{header}", fix=fix)
+        for header, variable in (headers_env or {}).items():
+            check_variable(variable, f"headers_env.{header}")
         if re.fullmatch(rf"\$({STEP})*", score) is None:
             raise ConfigError(f"{score!r} is no JSON path", where="score", fix="Write $.key or $.list[0].key.")
         for name, value in {"timeout_s": timeout_s, "rpm": rpm}.items():
             if value is not None and value <= 0:
                 raise ConfigError(f"{value} is not above 0", where=name)
-        super().__init__([Endpoint(address[1].rpartition("@")[2], self._request, rpm, timeout_s, "params.url")])
+        super().__init__([Endpoint(httpx2.URL(url).netloc.decode(), self._request, rpm, timeout_s, "params.url")])
         self.url, self.method, self.warmup, self.path = url, method, warmup, score
         self._headers, self._variables = headers or {}, headers_env or {}
         self._secrets()
