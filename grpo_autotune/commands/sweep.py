@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.predict.calls import batch_s
-from grpo_autotune.records.rewards import RemoteCalls
+from grpo_autotune.records.rewards import RemoteCalls, Sweep
 from grpo_autotune.render.remote import render_sweep
 
 ANSWERS = ("completion", "answer", "solution")
@@ -45,8 +44,8 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
         raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
-    documents = [one.model_dump(mode="json") for one in settings]
-    show(json.dumps(documents, indent=2) if as_json else render_sweep(settings, f"column {column} of {data.path}"))
+    swept = Sweep(source=f"column {column} of {data.path}", settings=settings)
+    show(swept.model_dump_json(indent=2) if as_json else render_sweep(swept.settings, swept.source))
     return 0
 
 

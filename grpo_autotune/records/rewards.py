@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from grpo_autotune.records.base import Frozen
+from typing import Final, Literal
+
+from pydantic import Field
+
+from grpo_autotune.records.base import Document, Frozen
+
+SCHEMA: Final = "grpo-autotune/rewards/1"
 
 
 class CallTimes(Frozen):
@@ -43,3 +49,11 @@ class RemoteCalls(Frozen):
     cost_per_step: float | None = None
     cost_per_run: float | None = None  # of the steps that are configured
     step_s: float | None = None  # of `probe --rewards-only`: predicted seconds per step if nothing runs beside them
+
+
+class Sweep(Document):
+    """The JSON of `probe --rewards-only`: calls of each reward with 1, 2, 4, ... of them at once."""
+
+    schema_: Literal["grpo-autotune/rewards/1"] = Field(default=SCHEMA, alias="schema")
+    source: str  # of the texts that were scored
+    settings: list[RemoteCalls]

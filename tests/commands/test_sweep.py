@@ -44,7 +44,9 @@ def served(server: FaultServer, folder: Path) -> Path:
 
 def swept(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     assert main(["probe", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "grpo-autotune/rewards/1" and document["source"].startswith("column answer of ")
+    return document["settings"]
 
 
 def test_calls_at_once_go_up_until_the_first_429(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
