@@ -44,7 +44,7 @@ mend_torchvision()
 
 import torch  # noqa: E402
 
-from grpo_autotune.config.branches import Branches  # noqa: E402
+from grpo_autotune.config.sections.branches import Branches  # noqa: E402
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
 from grpo_autotune.speedups.install import speed_up  # noqa: E402
 from grpo_autotune.train.advantages import put_ranks_on  # noqa: E402

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import write
-from grpo_autotune.config.monitors import MONITORS, MonitorsSection
+from grpo_autotune.config.sections.monitors import MONITORS, MonitorsSection
 from grpo_autotune.train.monitors.rules import LEAST, Run, spread_of
 from grpo_autotune.train.monitors.watch import Watch
 from tests.support.faulty_logs import FAULTS, LOGS, START, healthy_logs, replayed

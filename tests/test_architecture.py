@@ -29,7 +29,7 @@ LAYERS = (
     ("rollout",),
     ("probe", "estimate"),
     ("knobs", "train"),
-    ("predict", "scripts"),
+    ("predict", "scripts", "trained"),
     ("advice",),
     ("report",),
     ("search", "trials"),
@@ -39,6 +39,14 @@ LAYERS = (
 )
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
+    "config": (
+        ("addresses", "foreign_keys", "renamed_keys", "vllm_names"),
+        ("messages",),
+        ("sections",),
+        ("batch", "places", "reward_arguments", "sampling", "sources", "yaml_text"),
+        ("schema",),
+        ("packages",),
+    ),
     "rollout": (
         ("options", "failures"),
         ("parts",),
@@ -205,7 +213,7 @@ def test_no_room_is_crowded() -> None:
 @pytest.mark.parametrize(
     ("line", "package", "found"),
     [
-        ("def f():\n    from grpo_autotune.cli import main", "grpo_autotune.train", ["grpo_autotune.cli"]),
+        ("def f():\n    from grpo_autotune.cli import main", "grpo_autotune.train", ["grpo_autotune.cli.main"]),
         ("from grpo_autotune import cli", "grpo_autotune.train", ["grpo_autotune.cli"]),
         ("from ..report import build", "grpo_autotune.train", ["grpo_autotune.report.build"]),
         ("from . import rewards", "grpo_autotune.train", ["grpo_autotune.train.rewards"]),

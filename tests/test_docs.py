@@ -20,7 +20,7 @@ import pytest
 import typer.main
 import yaml
 
-from grpo_autotune.cli import app, main
+from grpo_autotune.cli.main import app, main
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.registry import Kind, names, resolve

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from grpo_autotune import cli
+from grpo_autotune.cli import main as cli
 from grpo_autotune.processes.ending import ENDING, GRACE_S, Stopped, raising
 
 

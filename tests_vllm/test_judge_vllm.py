@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.rollout.server.command import SERVER_MODULE
 from tests.support.real_model import real_model
 from tests.support.training import text_config

@@ -14,20 +14,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_autotune.config.batch import COUNTS
-from grpo_autotune.config.branches import Branch, Branches, BranchEval, Control
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, WORDS
-from grpo_autotune.config.monitors import MonitorsSection
-from grpo_autotune.config.schema import (
-    OWNED_ELSEWHERE,
-    PEFT_FIXED,
-    DataSection,
-    ModelSection,
-    OutputSection,
-    RewardItem,
-    RunConfig,
-    SearchSection,
-)
-from grpo_autotune.config.vllm import ENGINE_FIXED, VllmSection
+from grpo_autotune.config.schema import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig
+from grpo_autotune.config.sections.branches import Branch, Branches, BranchEval, Control
+from grpo_autotune.config.sections.data import DataSection
+from grpo_autotune.config.sections.model import ModelSection
+from grpo_autotune.config.sections.monitors import MonitorsSection
+from grpo_autotune.config.sections.output import OutputSection
+from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.search import SearchSection
+from grpo_autotune.config.sections.vllm import ENGINE_FIXED, VllmSection
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.speedups.selection import OPTIONS
 

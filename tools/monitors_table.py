@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from grpo_autotune.config.monitors import MONITORS
+from grpo_autotune.config.sections.monitors import MONITORS
 
 MEASURED = Path(__file__).parent.parent / "docs" / "benchmarks" / "monitors.json"
 

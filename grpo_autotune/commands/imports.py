@@ -43,4 +43,4 @@ def served_weights(config: RunConfig) -> Weights:
 def _source(config: RunConfig) -> str:
     from grpo_autotune.train.models.load import model_source
 
-    return model_source(config, say)
+    return model_source(config.model, say)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import ForeignKey, accepted_types, check_values
-from grpo_autotune.config.judge import check_keys, judge_settings
 from grpo_autotune.config.reward_arguments import NAMED, check_arguments
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.judge import check_keys, judge_settings
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.registry import Definition, is_reference, source_of
 

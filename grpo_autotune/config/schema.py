@@ -13,21 +13,23 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
-from grpo_autotune.config.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
-from grpo_autotune.config.monitors import MonitorsSection
-from grpo_autotune.config.rewards import RewardItem
 from grpo_autotune.config.sampling import check_sampling
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
+from grpo_autotune.config.sections.data import DataSection
+from grpo_autotune.config.sections.model import ModelSection
+from grpo_autotune.config.sections.monitors import MonitorsSection
+from grpo_autotune.config.sections.output import OutputSection
+from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.search import SearchSection
+from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.sources import read_source, resolve_source
-from grpo_autotune.config.speedups import SpeedUps, check_speedups
-from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
-
-__all__ = ["RewardItem", "RunConfig", "load_config", "resolve_source"]
 
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
@@ -42,125 +44,6 @@ OWNED_ELSEWHERE = {
 
 PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
 """`LoraConfig` fields that PEFT fills in itself."""
-
-
-class ModelSection(Section):
-    """The model to train."""
-
-    name_or_path: str | None = None
-    """Folder, hub id, or registered model name (`demo`). Exactly one of this and `random_init`."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    random_init: str | None = None
-    """Architecture to build with random weights (`qwen3-vl-2b`), to measure a model before downloading it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type; `auto` takes the checkpoint's own."""
-    attn_implementation: str | None = None
-    """Attention kernel, as in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`, ...)."""
-    load_in_4bit: bool = False
-    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft`."""
-    freeze_vision_tower: bool = False
-    """Do not train the vision tower of a vision-language model."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.name_or_path is None) == (self.random_init is None):
-            raise ConfigError(
-                "give exactly one of model.name_or_path and model.random_init",
-                where="model",
-                fix="Set the one that is not wanted to null." if self.name_or_path else "Name a model to train.",
-            )
-        return self
-
-
-class HeldOut(Section):
-    """One held-out set, as `eval_path` and `eval_split` of the data section name it."""
-
-    path: str | None = None
-    split: str | None = None
-
-
-class DataSection(Section):
-    """The prompts, and the columns that rewards read."""
-
-    path: str
-    """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, or hub id."""
-    name: str | None = None
-    """Configuration of a hub data set (`main` of openai/gsm8k)."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    split: str = "train"
-    """Split to train on; slices as in `datasets` (`train[:90%]`). A file has the one split `train`."""
-    eval_path: str | None = None
-    """Held-out data, where it is not a split of `path`."""
-    eval_split: str | None = None
-    """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
-    eval: dict[str, HeldOut] = {}
-    """Instead of these two, several held-out sets: name -> mapping of `path` and `split`. Each reports its own
-    `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last set's."""
-    columns: dict[str, str] = {}
-    """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
-    prompt_template: str | None = None
-    """Prompt as a format string over columns: `"{question} Answer with a number."`"""
-    prompt_format: Literal["messages", "text"] = "messages"
-    """Text as a user message, to which the chat template is applied; `text` gives the model the text as it is."""
-    system_prompt: str | None = None
-    """System message put before every prompt."""
-    max_samples: int | None = Field(default=None, ge=1)
-    """Number of rows to use, from the first."""
-    max_eval_samples: int | None = Field(default=None, ge=1)
-    """The same for held-out data."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
-    params: dict[str, Any] = {}
-    """Arguments of a registered data-set function."""
-
-    @property
-    def held_out(self) -> dict[str, HeldOut]:
-        """Held-out sets by name; the one of `eval_path` and `eval_split` has an empty name."""
-        one = HeldOut(path=self.eval_path, split=self.eval_split)
-        return self.eval or ({} if one == HeldOut() else {"": one})
-
-    @model_validator(mode="after")
-    def _sets_are_named(self) -> Self:
-        if self.eval and (self.eval_path, self.eval_split) != (None, None):
-            raise ConfigError("it takes the place of data.eval_path and data.eval_split", where="data.eval")
-        for name, one in self.eval.items():
-            if not name or one == HeldOut():
-                raise ConfigError("a set needs a name, and a path or a split", where=f"data.eval.{name}")
-        return self
-
-
-class SearchSection(Section):
-    """Limits of `grpo-autotune search`: what it may change, and what it must prove."""
-
-    knobs: dict[str, list[Any] | None] = {}
-    """Knob (a key path such as `data.image_size`) -> the values it may take; null takes a knob out of the search."""
-    accept: list[str] = []
-    """Knobs that change what is learned and may enter `tuned.yaml` although the measurements do not prove them."""
-    max_reward_drop: float = Field(default=0.03, ge=0, allow_inf_nan=False)
-    """Largest loss of mean reward that a knob which changes what is learned may cost."""
-    confidence: float = Field(default=0.9, gt=0.5, lt=1)
-    """Confidence of every interval, and of the test against `max_reward_drop`."""
-    allow_longer_run: bool = False
-    """Whether the predicted wall time of the configured run may rise for more useful completions per second."""
-    steps: int = Field(default=3, ge=1)
-    """Optimizer steps that a trial measures at first; more where intervals overlap."""
-    trial_limit_s: float | None = Field(default=None, gt=0)
-    """Longest a trial may run, in seconds; by default what the models predict for it, with a margin."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the search itself; trials keep `grpo.seed`."""
-
-
-class OutputSection(Section):
-    """The folder of a run."""
-
-    dir: str | None = None
-    """Run folder; `runs/<name>` by default."""
-    name: str | None = None
-    """Name of the run; the configuration file's name by default."""
 
 
 def packed_at_server() -> ConfigError:

@@ -104,7 +104,7 @@ class Run:
     def processor(self) -> Any:  # or tokenizer; None where `folder` is
         from grpo_autotune.train.models.load import load_processor
 
-        return None if self.folder is None else load_processor(self.config, str(self.folder))
+        return None if self.folder is None else load_processor(self.config.model, str(self.folder))
 
 
 def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:

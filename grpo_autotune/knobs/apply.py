@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.vllm import VllmSection
+from grpo_autotune.config.sections.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import context_of

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, Literal
 
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_keys
-from grpo_autotune.config.schema import RunConfig, SearchSection
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext

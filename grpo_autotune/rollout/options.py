@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, engine_names, vllm_section
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, engine_names, vllm_section
 from grpo_autotune.errors import ConfigError
 
 WeightSync = Literal["auto", "merged", "batched", "adapter"]

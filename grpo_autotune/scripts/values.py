@@ -18,10 +18,10 @@ from pydantic import Field, ValidationError
 
 from grpo_autotune.config.foreign_keys import check_values, grpo_keys
 from grpo_autotune.config.messages import from_validation
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.config.sources import read_source
-from grpo_autotune.config.speedups import SpeedUps, check_speedups
-from grpo_autotune.config.vllm import VLLM_TO_TRL, VllmSection, vllm_section
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.files import is_file

@@ -16,8 +16,8 @@ from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
-from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure

@@ -138,8 +138,8 @@ def build_trainer(
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
         say("held-out data is configured, and grpo.eval_strategy is no: it will not be evaluated")
     with phase("model"):
-        source = model_source(config, say)
-        processor = load_processor(config, source)
+        source = model_source(config.model, say)
+        processor = load_processor(config.model, source)
         check_images(processor, train_data.column_names)
         options = arguments.grpo.chat_template_kwargs or {}
         train_data = fit_prompts(train_data, processor, options, config.data.path, say)
@@ -147,7 +147,7 @@ def build_trainer(
         for name, one in config.data.held_out.items():
             rows = eval_data[name] if name else eval_data
             fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say)
-        model = load_model(config, source, arguments.placement)
+        model = load_model(config.model, source, arguments.placement)
         suppress_image_token(arguments.grpo, processor, model)
         adapter = lora_config(config, model)
     with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):

@@ -49,7 +49,7 @@ MISTAKES = {
 
 CHILD = f"""
 import json, sys
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 ends = []
 for words in json.loads(sys.argv[1]):
     code = main(words)

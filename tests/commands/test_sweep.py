@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands.probe import probe_config
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.terminal import render

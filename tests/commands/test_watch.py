@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands.watch import read_runs
 from grpo_autotune.probe.live import LIVE_FILE, Live, LiveFile
 from grpo_autotune.records.search import SearchProgress, Skipped

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.config.branches import judged_branches, start_weights
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import judged_branches, start_weights
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs.context import context_of
 from grpo_autotune.knobs.table import knob

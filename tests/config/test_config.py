@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from grpo_autotune.config.batch import COUNTS, batch_plan
 from grpo_autotune.config.foreign_keys import CHOICES, grpo_keys, peft_keys
 from grpo_autotune.config.schema import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig, known_paths, load_config
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.config.sources import profile_names
-from grpo_autotune.config.vllm import VLLM_TO_TRL
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
 

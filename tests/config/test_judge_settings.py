@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.config.judge import check_keys, judge_settings, judge_template
+from grpo_autotune.config.sections.judge import check_keys, judge_settings, judge_template
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
 SECRET = "sk-proj-4Fq2"

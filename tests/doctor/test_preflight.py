@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands import doctor as command
 from grpo_autotune.commands.doctor import preflight
 from grpo_autotune.config.schema import RunConfig, load_config

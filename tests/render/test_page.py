@@ -20,7 +20,7 @@ from markupsafe import Markup
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands.page import keep_page, page_of, write_page
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.live import LiveFile

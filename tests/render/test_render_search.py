@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import TABLE, with_knobs
 from grpo_autotune.records.search import SearchProgress

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands.compare import check_slower, compare_runs
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.comparison import SCHEMA, Comparison, Pair, RatioRow

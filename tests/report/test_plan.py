@@ -13,7 +13,7 @@ import pytest
 from grpo_autotune.advice import observed
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.commands.plan import basis_of_run, record_of, write_phases
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError

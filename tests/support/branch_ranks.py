@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import distributed
 
-from grpo_autotune.config.branches import Branches
+from grpo_autotune.config.sections.branches import Branches
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.branches.control import BranchControl

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_autotune.config.monitors import MonitorsSection
+from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.records.alerts import Alert
 from grpo_autotune.train.monitors.rules import TREND, Run
 from grpo_autotune.train.monitors.watch import Watch

@@ -17,8 +17,8 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from grpo_autotune.config.branches import Branches
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import Branches
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.speedups.batches.rows import take
 from grpo_autotune.train.advantages import put_ranks_on, rank_advantages

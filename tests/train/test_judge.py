@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.cli import main
+from grpo_autotune.cli.main import main
 from grpo_autotune.errors import ConfigError, RewardError
 from grpo_autotune.files import cache_dir
 from grpo_autotune.train.rewards.build import build_rewards

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from grpo_autotune.commands.watch import read_runs
-from grpo_autotune.config.monitors import MONITORS, MonitorsSection
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.monitors import MONITORS, MonitorsSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.probe.live import LiveFile
 from grpo_autotune.probe.spans import SpanRecorder

@@ -291,7 +291,7 @@ def test_images_of_all_kinds_are_trained_on(
     Image.fromarray(np.rint(RAMP * 60000).astype(np.uint16)).save(here / "deep.tif")
     in_text = json.loads(json.dumps(plain).replace('"0.png"', f'"{encoded(here, 0)}"'))
     kept: list[float] = []
-    kind = type(load_processor(config, str(tiny("qwen3_vl"))).image_processor)
+    kind = type(load_processor(config.model, str(tiny("qwen3_vl"))).image_processor)
     process = kind._preprocess
 
     def seen(self: Any, images: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -74,6 +74,6 @@ def test_gpus_without_a_process_are_told_and_left_alone(
 def test_the_model_is_loaded_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(load, "create_model_from_path", lambda source, **options: asked.append(options))
-    load.load_model(config(), "m", {"device_map": {"": 3}})
-    load.load_model(config(), "m", {})
+    load.load_model(config().model, "m", {"device_map": {"": 3}})
+    load.load_model(config().model, "m", {})
     assert asked[0]["device_map"] == {"": 3} and "device_map" not in asked[1]

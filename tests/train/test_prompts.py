@@ -280,7 +280,7 @@ def test_what_may_not_be_meant_is_said_once(prompt: Any, told: str, tmp_path: Pa
 
 def vision_processor(tiny: Callable[[str], Path], folder: Path) -> Any:
     path = tiny("qwen3_vl")
-    return load_processor(text_config(path, folder), str(path))
+    return load_processor(text_config(path, folder).model, str(path))
 
 
 def test_a_template_in_the_tokenizer_alone_is_taken(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -51,5 +51,5 @@ def test_a_run_in_4_bits_on_a_cpu_is_told_once_that_its_kernel_is_missing(
     with caplog.at_level(logging.WARNING, logger=CPU_4BIT):
         logging.getLogger(CPU_4BIT).warning("%s: no module named kernels", LOG_LINES[CPU_4BIT])
         for _ in range(2):
-            load.load_model(config, "m", {})
+            load.load_model(config.model, "m", {})
     assert caplog.text.count("no module named kernels") == told

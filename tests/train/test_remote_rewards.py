@@ -66,7 +66,8 @@ def test_batches_end_whatever_the_server_does(faults: tuple[str, ...]) -> None:
     assert [score for score in scores if score is not FAILED] == [n for n in range(count * rows) if n not in failed]
     assert len(failed) < 0.5 * len(scores)
     calls = reward.calls()
-    assert calls.calls == len(server.calls)
+    unseen = calls.calls - len(server.calls)  # given up on a busy machine before the server had read them
+    assert 0 <= unseen <= calls.failures.get("timeout", 0)
     assert 0 < calls.retries <= 0.2 * len(scores) + QUICK.extra_least
     assert calls.rate_limited == sum(call.fault.startswith("429") for call in server.calls)
     assert sum(calls.failures.values()) == len(failed)

@@ -215,7 +215,7 @@ def test_padding_on_the_right_is_mended_where_it_can_be(tiny: Tiny, tmp_path: Pa
         (folder / path.name).write_bytes(path.read_bytes())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "right"}))
-    tokenizer = load_processor(text_config(folder, tmp_path), str(folder))
+    tokenizer = load_processor(text_config(folder, tmp_path).model, str(folder))
     assert tokenizer(["a", "a b c d"], padding=True)["attention_mask"][0][0] == 0
 
     (folder / "stubborn.py").write_text(
@@ -227,7 +227,7 @@ def test_padding_on_the_right_is_mended_where_it_can_be(tiny: Tiny, tmp_path: Pa
     remote = {"tokenizer_class": "Stubborn", "auto_map": {"AutoTokenizer": [None, "stubborn.Stubborn"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **remote}))
     with pytest.raises(ConfigError, match=r"^model.name_or_path: the processor of .* pads on the right"):
-        load_processor(text_config(folder, tmp_path, {"model": {"trust_remote_code": True}}), str(folder))
+        load_processor(text_config(folder, tmp_path, {"model": {"trust_remote_code": True}}).model, str(folder))
 
 
 @pytest.mark.parametrize(("reuse", "message"), [(2, "the loss or its gradient"), (1, "the model's probabilities")])

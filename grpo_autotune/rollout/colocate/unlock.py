@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from grpo_autotune.config.vllm import VLLM_TO_TRL
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.rollout.colocate.dtype import TrainerDtype
 from grpo_autotune.rollout.colocate.image_sizes import image_sizes
 from grpo_autotune.rollout.colocate.placeholders import OnePlaceholder, ServedImageTokens

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from grpo_autotune.config.schema import RunConfig, packed_at_server
-from grpo_autotune.config.vllm import OURS, VLLM_TO_TRL
+from grpo_autotune.config.sections.vllm import OURS, VLLM_TO_TRL
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.nvml import ORDER, PCI, VISIBLE, visible_names

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from grpo_autotune.config.branches import Branches, start_weights
+from grpo_autotune.config.sections.branches import Branches, start_weights
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
 

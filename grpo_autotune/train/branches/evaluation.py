@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from grpo_autotune.config.branches import Branches
+from grpo_autotune.config.sections.branches import Branches
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.train.branches.control import BranchControl
 from grpo_autotune.train.branches.rows import branch_of_rows

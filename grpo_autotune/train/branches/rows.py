@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from grpo_autotune.config.branches import Branches, judged_branches
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import Branches, judged_branches
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.seams.layers import is_async
 

@@ -14,7 +14,8 @@ from typing import Any
 import datasets
 
 from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
-from grpo_autotune.config.schema import DataSection, RunConfig
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.train.data.images import prepare_images
@@ -80,7 +81,7 @@ def read_split(
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
     finished, held = _columns(rows, data, path)
-    try_size = size_check(config, progress)
+    try_size = size_check(config.model, progress)
     return prepare_images(finished, data.image_size, base.absolute(), path, progress, held, try_size)
 
 

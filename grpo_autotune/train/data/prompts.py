@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from trl.trainer.utils import remove_none_values
 
-from grpo_autotune.config.schema import DataSection
+from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]

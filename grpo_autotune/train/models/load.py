@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path
 
 from grpo_autotune.config.places import check_model_place
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.registry import is_reference, names, resolve
 from grpo_autotune.seams.stored_images import image_columns
@@ -30,9 +31,8 @@ VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "im
 """Names of the image encoder (`PreTrainedModel.get_encoder` in transformers/modeling_utils.py)."""
 
 
-def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
+def model_source(section: ModelSection, say: Callable[[str], None]) -> str:
     """The source of the weights, a folder or the name of a hub repository; ConfigError for a path to nothing."""
-    section = config.model
     if section.random_init is not None:
         return str(random_model_path(section.random_init, section.dtype, say))
     name = str(section.name_or_path)
@@ -43,17 +43,16 @@ def model_source(config: RunConfig, say: Callable[[str], None]) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> Any:
+def load_model(section: ModelSection, source: str, placement: Mapping[str, Any]) -> Any:
     """The policy before any adapter, from the weights at `source`; the vision tower frozen where asked. TRL decides on
     the device where `placement` (`device_map`, as `arguments.placement` has it) is empty. ConfigError where the weights
     cannot be loaded, or there is no vision tower to freeze."""
-    section = config.model
     options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, **placement}
     for name in ("revision", "attn_implementation"):
         if getattr(section, name) is not None:
             options[name] = getattr(section, name)
     if section.load_in_4bit:
-        options["quantization_config"] = _four_bit(config)
+        options["quantization_config"] = _four_bit(section)
     with _load_errors(source):
         model = create_model_from_path(source, **options)
     if section.load_in_4bit and model.device.type == "cpu":
@@ -63,29 +62,29 @@ def load_model(config: RunConfig, source: str, placement: Mapping[str, Any]) -> 
     return model
 
 
-def load_processor(config: RunConfig, source: str) -> Any:
+def load_processor(section: ModelSection, source: str) -> Any:
     """The model's processor (for text models its tokenizer), padding and cutting prompts on the left; ConfigError where
     none can be loaded from `source`, or it pads on the right all the same."""
-    options: dict[str, Any] = {} if config.model.revision is None else {"revision": config.model.revision}
+    options: dict[str, Any] = {} if section.revision is None else {"revision": section.revision}
     with _load_errors(source):
         processor = AutoProcessor.from_pretrained(
             source,
             padding_side="left",
             truncation_side="left",
-            trust_remote_code=config.model.trust_remote_code,
+            trust_remote_code=section.trust_remote_code,
             **options,
         )
     check_padding(processor, source)
     return processor
 
 
-def size_check(config: RunConfig, say: Callable[[str], None]) -> Callable[[int, int], Any]:
+def size_check(section: ModelSection, say: Callable[[str], None]) -> Callable[[int, int], Any]:
     """A call with height and width that raises a ValueError for an image that the model's processor would refuse; the
     processor is loaded on the first call, since few data sets have such an image."""
 
     @cache
     def patches() -> Callable[..., Any]:
-        images = getattr(load_processor(config, model_source(config, say)), "image_processor", None)
+        images = getattr(load_processor(section, model_source(section, say)), "image_processor", None)
         return getattr(images, "get_number_of_image_patches", lambda height, width, options: None)
 
     return lambda height, width: patches()(height, width, {})
@@ -154,9 +153,9 @@ def _also_exclude(given: str | list[str] | None, tower: str) -> str:
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
-def _four_bit(config: RunConfig) -> BitsAndBytesConfig:
+def _four_bit(section: ModelSection) -> BitsAndBytesConfig:
     """NF4 with double quantisation, as QLoRA has it (arXiv 2305.14314, section 3)."""
-    dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    dtype = torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_autotune.config.branches import start_weights
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.console import as_warning, complain, is_first_rank, say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.config.monitors import MONITORS
+from grpo_autotune.config.sections.monitors import MONITORS
 from grpo_autotune.console import as_warning
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.records.alerts import Alert

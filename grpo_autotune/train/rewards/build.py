@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_autotune.config.reward_arguments import check_arguments
-from grpo_autotune.config.rewards import CALL_KEYS
-from grpo_autotune.config.schema import RewardItem, RunConfig
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.rewards import CALL_KEYS, RewardItem
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.registry import is_reference, resolve
 from grpo_autotune.seams.layers import is_async

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from grpo_autotune.config.rewards import OnFailure
+from grpo_autotune.config.sections.rewards import OnFailure
 from grpo_autotune.errors import RewardError
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.table import find, wrap_rows

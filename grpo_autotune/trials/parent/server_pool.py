@@ -114,7 +114,7 @@ def is_served(spec: TrialSpec) -> bool:
 def _source(config: RunConfig) -> str:
     from grpo_autotune.train.models.load import model_source
 
-    return model_source(config, lambda line: None)
+    return model_source(config.model, lambda line: None)
 
 
 def _logged_ending(log: Path) -> Ending | None:

@@ -15,7 +15,7 @@ import httpx2
 import openai
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from grpo_autotune.config.judge import Provider, judge_settings, judge_template
+from grpo_autotune.config.sections.judge import Provider, judge_settings, judge_template
 from grpo_autotune.train.rewards.remote import replies
 from grpo_autotune.train.rewards.remote.batch import RemoteReward, rows_of
 from grpo_autotune.train.rewards.remote.replies import Endpoint, Failed, Refused, Reply, Unfit

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.section import Section
 from grpo_autotune.errors import ConfigError
 
 OnFailure = Literal["group_mean", "drop", "stop"]

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from grpo_autotune.config.addresses import check_address, check_variable
 from grpo_autotune.config.messages import from_validation
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.section import Section
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
-from grpo_autotune.config.rewards import RewardItem
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.section import Section
 from grpo_autotune.errors import ConfigError, nearest_hint
 
 

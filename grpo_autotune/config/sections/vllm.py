@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from grpo_autotune.config.foreign_keys import ForeignKey, check_values, engine_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.section import Section
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 

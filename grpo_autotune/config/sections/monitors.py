@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model, field_validator, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
-from grpo_autotune.config.section import Section
+from grpo_autotune.config.sections.section import Section
 
 NATS = "nats per token"
 MONITORS: dict[str, tuple[dict[str, Any], str, str]] = {

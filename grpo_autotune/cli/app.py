@@ -1,0 +1,62 @@
+"""The program that commands are added to, and what several of them share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from grpo_autotune.console import say, show
+
+Action = Callable[[], int]
+"""The work of a command whose arguments were parsed; returns the exit code."""
+
+app = typer.Typer(
+    name="grpo-autotune",
+    help="Where each second of a GRPO step goes, and what to do about it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; stands before the command.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
+    """A configuration whose mistakes are said before the command's own imports, which take seconds."""
+    from grpo_autotune.commands.doctor import preflight
+    from grpo_autotune.commands.early import check_model
+    from grpo_autotune.config.schema import load_config
+    from grpo_autotune.config.sources import resolve_source
+    from grpo_autotune.records.trial import TRIAL_ARGUMENTS
+
+    label, _ = resolve_source(source)
+    say(f"Configuration: {label}")
+    config = load_config(source, overrides or [])
+    if purpose == "serve":  # it needs neither data nor rewards
+        check_model(config)
+    elif purpose != "doctor":  # which tells all of it
+        preflight(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
+    return config
+
+
+def print_reports(reports: Sequence[Any], as_json: bool) -> None:
+    """Reports as text, or as one JSON document: an object, or a list where a script built several trainers."""
+    if as_json:
+        documents = [report.model_dump(mode="json") for report in reports]
+        show(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        return
+    from grpo_autotune.render.terminal import render
+
+    for report in reports:
+        show(render(report))

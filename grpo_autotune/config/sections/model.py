@@ -1,0 +1,41 @@
+"""The `model` section."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from grpo_autotune.config.sections.section import Section
+from grpo_autotune.errors import ConfigError
+
+
+class ModelSection(Section):
+    """The model to train."""
+
+    name_or_path: str | None = None
+    """Folder, hub id, or registered model name (`demo`). Exactly one of this and `random_init`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    random_init: str | None = None
+    """Architecture to build with random weights (`qwen3-vl-2b`), to measure a model before downloading it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type; `auto` takes the checkpoint's own."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`, ...)."""
+    load_in_4bit: bool = False
+    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft`."""
+    freeze_vision_tower: bool = False
+    """Do not train the vision tower of a vision-language model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.random_init is None):
+            raise ConfigError(
+                "give exactly one of model.name_or_path and model.random_init",
+                where="model",
+                fix="Set the one that is not wanted to null." if self.name_or_path else "Name a model to train.",
+            )
+        return self

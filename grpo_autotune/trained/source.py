@@ -1,0 +1,99 @@
+"""The trained weights that a command is given: a run folder, a checkpoint in it, or a folder that holds weights.
+
+`RUN_DIR` is its finished `model`, else the newest whole checkpoint. `RUN_DIR/best`, `RUN_DIR/last` and
+`RUN_DIR/checkpoint-120` name checkpoints with or without `checkpoints/` between.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.errors import ConfigError, nearest_hint
+from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
+from grpo_autotune.train.runs.folder import RunFolder
+
+ADAPTER = "adapter_config.json"
+MODEL = "config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights of a training, not loaded."""
+
+    path: Path  # the folder that holds them
+    name: str  # `model`, `checkpoint-120`; of a folder outside a run its own name
+    run: Path | None  # the run folder around it
+    config: RunConfig | None  # the configuration that the run was trained with; None without `config.yaml`
+    adapter: dict[str, Any] | None  # `adapter_config.json`; None for whole weights
+
+    @property
+    def base(self) -> str | None:
+        """The base model that an adapter names."""
+        return None if self.adapter is None else self.adapter.get("base_model_name_or_path")
+
+
+def find_trained(place: str | Path) -> Trained:
+    """The weights at `place`, as the module's text has it.
+
+    Raises:
+        ConfigError: There is nothing there, no whole checkpoint, or a folder that holds no weights.
+    """
+    place = Path(place).expanduser()
+    run = place if _is_run(place) else next((above for above in _two_above(place) if _is_run(above)), None)
+    if run is None:
+        if not place.is_dir():
+            raise ConfigError(f"there is no folder {place}", where=str(place), fix="Give a run folder of `train`.")
+        return _described(place, None)
+    folder = RunFolder(run)
+    if place == run:
+        if folder.model.is_dir():
+            return _described(folder.model, run)
+        whole = next((one for one in survey(folder.checkpoints) if one.flaw in (None, WEIGHTS_ONLY)), None)
+        if whole is None:
+            raise ConfigError("the run has no whole checkpoint and no model", where=str(run), fix="Train it first.")
+        return _described(whole.path, run)
+    choices = (place, folder.checkpoints / place.name)
+    path = next((choice for choice in choices if choice.is_dir()), None)
+    if path is None:
+        known = [path.name for path in (*folder.checkpoints.glob("*"), folder.model) if path.is_dir()]
+        fix = nearest_hint(place.name, known, f"There are {', '.join(sorted(known))}." if known else "Train it first.")
+        raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
+    return _described(path.resolve(), run)
+
+
+def _is_run(place: Path) -> bool:
+    return (place / "config.yaml").is_file() or (place / "checkpoints").is_dir()
+
+
+def _two_above(place: Path) -> list[Path]:
+    return [*place.parents][:2]
+
+
+def _described(path: Path, run: Path | None) -> Trained:
+    flaw = find_flaw(path) if path.name.startswith("checkpoint-") else None
+    if flaw not in (None, WEIGHTS_ONLY):
+        raise ConfigError(f"this checkpoint is torn: {flaw}", where=str(path), fix="Take an older one.")
+    adapter = _read(path / ADAPTER)
+    if adapter is None and _read(path / MODEL) is None:
+        raise ConfigError(
+            "it holds neither a model nor an adapter", where=str(path), fix="Give a run folder of `train`."
+        )
+    config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
+    return Trained(path, path.name, run, config, adapter)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file, ConfigError where it is something else."""
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"is no JSON: {error}", where=str(file), fix="The folder was not saved whole.") from error
+    if not isinstance(values, dict):
+        raise ConfigError("is no JSON object", where=str(file), fix="The folder was not saved whole.")
+    return values

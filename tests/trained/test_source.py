@@ -1,0 +1,72 @@
+"""Trained weights by the words a user gives: a run folder, a checkpoint in it, a folder outside of any run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.trained.source import find_trained
+
+
+def adapter(folder: Path, base: str = "base") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    for step in (10, 20):
+        saved = adapter(run / "checkpoints" / f"checkpoint-{step}")
+        (saved / "complete.json").write_text(json.dumps({"files": {"adapter_config.json": 35}}))
+        (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+        (saved / "optimizer.pt").write_bytes(b"")
+    return run
+
+
+def test_a_run_folder_is_its_model_and_before_that_its_newest_whole_checkpoint(run: Path) -> None:
+    assert find_trained(run).name == "checkpoint-20"
+    (run / "checkpoints" / "checkpoint-20" / "adapter_config.json").write_text("{")
+    assert find_trained(run).name == "checkpoint-10"
+    model = adapter(run / "model")
+    trained = find_trained(str(run))
+    assert (trained.path, trained.name, trained.run, trained.base) == (model, "model", run, "base")
+
+
+@pytest.mark.parametrize("words", ["checkpoint-10", "checkpoints/checkpoint-10", "best"])
+def test_a_checkpoint_is_named_with_its_folder_or_without_and_by_a_link(run: Path, words: str) -> None:
+    (run / "best").symlink_to("checkpoints/checkpoint-10")
+    trained = find_trained(run / words)
+    assert (trained.name, trained.run) == ("checkpoint-10", run)
+
+
+def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    trained = find_trained(whole)
+    assert (trained.run, trained.config, trained.adapter, trained.base) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("nowhere", "there is no folder"),
+        ("run/checkpoint-30", "the run has no checkpoint-30"),
+        ("run/checkpoint-20", "torn: adapter_config.json has 1 of 35 bytes"),
+        ("empty", "neither a model nor an adapter"),
+        ("young", "no whole checkpoint and no model"),
+        ("broken", "is no JSON"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, told: str) -> None:
+    (run / "checkpoints" / "checkpoint-20" / "adapter_config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    (adapter(tmp_path / "broken") / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=told):
+        find_trained(tmp_path / words)
