@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.branches import judged_branches
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.predict.calls import batch_s
@@ -38,8 +39,12 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
         if column is None:
             raise ConfigError(f"the data has no column {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}", where=data.path)
         texts = list(map(str, rows[column][:]))
-        places = range(len(config.rewards))
-        settings = [one for place in places for one in _settings(runner, config, place, rows, texts)]
+        of_reward = _rows_of_rewards(config, rows)
+        settings = [
+            one
+            for place in range(len(of_reward))
+            for one in _settings(runner, config, place, rows, texts, of_reward[place])
+        ]
         runner.run(aclose())
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
@@ -49,21 +54,32 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
     return 0
 
 
+def _rows_of_rewards(config: RunConfig, rows: Any) -> list[list[int]]:
+    """The numbers of the rows that each reward is asked about: those of its branches, or all."""
+    from grpo_autotune.train.branches.rows import branch_of_rows
+
+    if config.branches is None:
+        return [[*range(len(rows))] for _ in config.rewards]
+    of_rows = branch_of_rows(config.branches, rows, config.data.path)
+    judged = judged_branches(config.branches, config.rewards)
+    return [[row for row, name in enumerate(of_rows) if name in names] for names in judged]
+
+
 def _settings(
-    runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str]
+    runner: asyncio.Runner, config: RunConfig, place: int, rows: Any, texts: Sequence[str], asked: Sequence[int]
 ) -> Iterator[RemoteCalls]:
-    """Calls of a judge or a service with one at once and upwards, each setting with other rows."""
+    """Calls of a judge or a service with one at once and upwards, each setting with other rows of those `asked`."""
     from grpo_autotune.train.rewards.build import build_rewards
     from grpo_autotune.train.rewards.without_model import is_asking, keywords
 
     whole, begin, lanes, items = config.batch.generation_batch, 0, 1, list(config.rewards)
-    per_step = config.batch.completions_per_step / config.batch.num_iterations
-    while lanes and is_asking(build_rewards(config, rows.column_names)[0][place]):
+    per_step = config.batch.completions_per_step / config.batch.num_iterations * len(asked) / len(rows)
+    while lanes and asked and is_asking(build_rewards(config, rows.column_names)[0][place]):
         items[place] = items[place].model_copy(update={"concurrency": lanes})
         function: Any = build_rewards(config.model_copy(update={"rewards": items}), rows.column_names)[0][place]
         count = min(whole, max(LEAST_ROWS, ROUNDS * lanes))
         say(f"rewards.{place}: {count} rows with {lanes} at once")
-        picked = [n % len(rows) for n in range(begin, begin + count)]
+        picked = [asked[n % len(asked)] for n in range(begin, begin + count)]
         batch = keywords([rows[n] for n in picked], [texts[n] for n in picked])
         function.remote.cache = None  # what an earlier setting asked would take no time
         runner.run(function.remote.warm_up(batch))
