@@ -169,6 +169,6 @@ def doctor(config: Checked = None, set_: Set = None, json_: Json = False) -> Act
         from grpo_autotune.commands.doctor import show_findings
 
         has_config = config is not None or set_ or Path("grpo.yaml").is_file()  # else the machine alone: no demo
-        return show_findings(load(config, set_, "doctor") if has_config else None, as_json=json_)
+        return show_findings((lambda: load(config, set_, "doctor")) if has_config else None, as_json=json_)
 
     return action

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,11 +14,11 @@ from grpo_autotune.commands.early import check_early
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, is_first_rank, say, show, warn
 from grpo_autotune.doctor.checks import run_checks
-from grpo_autotune.doctor.finding import Findings
+from grpo_autotune.doctor.finding import Findings, told
 from grpo_autotune.doctor.inputs import answers, data, sampling, template, tokenizer, weights
 from grpo_autotune.doctor.run import Run, examine
 from grpo_autotune.doctor.surroundings import accounts, busy, disk, disk_speed, endpoints, launcher, loader, room
-from grpo_autotune.errors import LONGEST, EnvironmentProblem, shortened
+from grpo_autotune.errors import LONGEST, ConfigError, EnvironmentProblem, shortened
 from grpo_autotune.hardware import detect
 from grpo_autotune.units import plural
 
@@ -27,12 +27,16 @@ SLOW = (data, answers, tokenizer, template, disk_speed, endpoints)
 SHOWN = ("check", "status", "detail", "remedy")
 
 
-def show_findings(config: RunConfig | None, *, as_json: bool) -> int:
-    """Print the findings on this machine and, where there is one, on a configuration; returns 3 when one of them stops
-    training, else 0."""
+def show_findings(load: Callable[[], RunConfig] | None, *, as_json: bool) -> int:
+    """Print the findings on this machine and, where there is one to `load`, on a configuration; returns 3 when one of
+    them stops training, else 0. A configuration that cannot be loaded is a finding, too."""
     findings = run_checks()
-    if config is not None:
-        run = Run(config, detect())
+    try:
+        run = Run(load(), detect()) if load is not None else None
+    except ConfigError as error:
+        run = None
+        findings.append(told(error, configuration.__name__))
+    if run is not None:
         with Heartbeat(run.now):
             findings += examine(run, (configuration, *SLOW, *CHEAP))
     rows = [{name: str(getattr(finding, name)).strip() for name in SHOWN} for finding in findings]

@@ -25,3 +25,9 @@ class Finding:
 
 Findings = Iterator[Finding]
 ok, warn, fail = (partial(Finding, "", status) for status in ("ok", "warn", "fail"))  # named by the table's row
+
+
+def told(error: AutotuneError, check: str = "") -> Finding:
+    """The failure that an error of this package tells."""
+    detail = f"{error.where}: {error.what}" if error.where else error.what
+    return Finding(check, "fail", detail, error.fix or "see docs/troubleshooting.md", error)

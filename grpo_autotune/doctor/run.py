@@ -15,7 +15,7 @@ from typing import Any
 from grpo_autotune.config.places import FILE_BUILDERS, HUB_ID
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
-from grpo_autotune.doctor.finding import Finding, Findings, ok
+from grpo_autotune.doctor.finding import Finding, Findings, ok, told
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
@@ -110,7 +110,7 @@ class Run:
 def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
     """Make checks, each named as its function. One that breaks is told in a line; what several stumble over is told by
     the first, and that all is well where nothing else is."""
-    told = set[str]()
+    heard = set[str]()
     for check in checks:
         findings: list[Finding] = []
         name = check.__name__.replace("_", " ")
@@ -119,9 +119,8 @@ def examine(run: Run, checks: Iterable[Callable[[Run], Findings]]) -> Findings:
             try:
                 findings += check(run)
             except AutotuneError as error:
-                detail = f"{error.where}: {error.what}" if error.where else error.what
-                findings.append(Finding("", "fail", detail, error.fix or "see docs/troubleshooting.md", error))
+                findings.append(told(error))
             findings = [one for one in findings if one.status != "ok"] or findings or [ok("nothing to tell")]
         findings = [replace(one, check=one.check or name, detail=run.numbered(one.detail)) for one in findings]
-        yield from (one for one in findings if one.detail not in told)
-        told |= {one.detail for one in findings if one.error is not None}
+        yield from (one for one in findings if one.detail not in heard)
+        heard |= {one.detail for one in findings if one.error is not None}

@@ -417,3 +417,6 @@ def test_doctor_with_a_configuration_and_without(
     code, broken = doctor("grpo.yaml", "--set", "data.path=nowhere.jsonl")
     assert code == 3 and "there is no file or folder nowhere.jsonl" in broken["configuration"]["detail"]
     assert "data" not in broken  # it is the same mistake
+    code, unread = doctor("grpo.yaml", "--set", "grpo.betta=1")
+    assert code == 3 and set(unread) == {"python", "configuration"}
+    assert "grpo.betta" in unread["configuration"]["detail"] and "grpo.beta" in unread["configuration"]["remedy"]
