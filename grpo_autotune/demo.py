@@ -6,8 +6,6 @@ parameters. A short supervised warm start gives it what GRPO needs to begin: it 
 answers in several forms, many of them wrong. GRPO then has to find the form and the digit that earn the reward.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The package's cache folder, files that are written whole or not at all, and disks that are full."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The probe in your own script: `probe = attach(trainer)`, `trainer.train()`, `print(probe.report())`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

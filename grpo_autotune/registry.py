@@ -5,8 +5,6 @@ it names; and nothing that is named there imports this module. In a configuratio
 too; the current folder is searched first. `source_of` reads a function's definition without importing it.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """`grpo-autotune probe`: a short real trial of a configuration, and a report of where its seconds went."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """`grpo-autotune search`: from a budget to tuned configurations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from grpo_autotune.commands.imports import set_environment

@@ -1,7 +1,5 @@
 """`grpo-autotune train`: train a configuration, show its progress, and in the end where time went."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """`grpo-autotune watch`: the state of probes, searches and trainings while they run, from their files alone."""
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics

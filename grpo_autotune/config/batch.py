@@ -8,8 +8,6 @@ and needs whole groups in it: the generation batch is a multiple of `num_generat
 processes (`WORLD_SIZE`, which torchrun sets).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@
 seconds and loads torch. Reading the class bodies with `ast` gives names, accepted types and defaults as *installed*.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 from collections.abc import Mapping

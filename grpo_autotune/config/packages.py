@@ -1,7 +1,5 @@
 """Packages that keys of a configuration need beside the required ones: looked for, never imported."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

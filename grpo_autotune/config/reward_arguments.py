@@ -1,7 +1,5 @@
 """Arguments of reward functions against their signatures: those that a configuration gives, and those that TRL does."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ vllm/sampling_params.py) and that still sample: `top_p: 0` is greedy in transfor
 `generation_kwargs` to `GenerationConfig`, which takes any name in silence, or to `SamplingParams`.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """The source of a configuration: a path, the name of a shipped profile, or the default."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from grpo_autotune.errors import ConfigError, nearest_hint

@@ -3,8 +3,6 @@
 `model.random_init` takes these names; the shapes are enough to measure a model before downloading it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ vLLM takes its share whole and gives what weights and activations leave to keys 
 (`_check_enough_kv_cache_memory` in vllm/v1/core/kv_cache_utils.py); completions beyond what they hold wait.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from grpo_autotune.estimate.shapes import ModelShape

@@ -7,8 +7,6 @@ one plus a constant, and whoever predicts fits both.
 Names: h hidden channels, w channels of all query heads, m channels of the MLP, S tokens of a row, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from grpo_autotune.estimate.cost import WorkFacts

@@ -3,8 +3,6 @@
 A patch is one cell of the image grid; `merge` x `merge` patches become one token of the language model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ cores were busy with something else, and on a GPU too full for products and copi
 used, but not kept. Nor is it where the cache folder cannot be written.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

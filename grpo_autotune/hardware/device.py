@@ -1,7 +1,5 @@
 """The CUDA device of this process, as torch tells of it: the memory it may have, and the software that drives it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import Any, NamedTuple

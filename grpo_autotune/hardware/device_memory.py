@@ -3,8 +3,6 @@
 torch is never imported here, and no context is opened: a process that has not begun to use a GPU holds nothing on it.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """The machine a run is on, as facts for a report: processor, memory, GPUs, versions. Nothing is measured here."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util

@@ -1,7 +1,5 @@
 """A colocated engine by its configuration: defaults of TRL and vLLM filled in, and the memory that follows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig

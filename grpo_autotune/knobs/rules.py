@@ -1,7 +1,5 @@
 """Rules of knobs on this machine and for this model: a rule answers None, or the reason against a value, a sentence."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable

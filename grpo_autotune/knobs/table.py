@@ -4,8 +4,6 @@ Exact knobs change an optimizer step's time and memory and leave its mathematics
 learned. The split is the one that decides into which tuned file a change may go.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

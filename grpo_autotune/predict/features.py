@@ -4,8 +4,6 @@ A feature is a count per optimizer step; a stage's seconds are a sum of features
 `regression` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ of 14 million parameters: the formula's largest phase explains 12 settings to 15
 non-negative least squares around a first guess, as for seconds.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

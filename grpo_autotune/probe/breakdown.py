@@ -1,7 +1,5 @@
 """The accounting of a step: every stage's seconds, so scaled that the stages sum to the step's median."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Each collector keeps one small entry per generation, tagged with the number of o
 that the warm-up can be left out when the facts are read.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections import defaultdict, deque

@@ -1,7 +1,5 @@
 """The probe's layers on TRL's seams: most only time a call, a few also read its arguments and its result."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 It draws no random numbers and changes no value, so training logs the same losses with and without it.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

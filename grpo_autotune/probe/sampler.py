@@ -1,7 +1,5 @@
 """A thread that samples the machine five times per second for the stage under way, and what others take of it."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """Seconds of start-up by phase."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import time

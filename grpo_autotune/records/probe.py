@@ -4,8 +4,6 @@ Times are seconds, sizes bytes. A *measured step* is an optimizer step after the
 step are in step order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading a stored report: its schema's name is checked before its keys, and each failure says what to do."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TypeVar

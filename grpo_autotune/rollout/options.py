@@ -1,7 +1,5 @@
 """Options of the rollout engine, beyond what TRL can be told."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType

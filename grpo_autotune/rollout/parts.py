@@ -1,7 +1,5 @@
 """An unlocked engine and its parts: the hooks of a part are called where TRL builds its engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, TypeVar
 

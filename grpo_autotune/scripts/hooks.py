@@ -3,8 +3,6 @@
 TRL is not imported before the script does it, so that environment variables which the script sets first keep working.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A configuration that stands in for a user's TRL script: it has the trainer's settings, for the knobs to turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Nothing of TRL is imported before the script does it. The keys enter just before
 subclass.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping

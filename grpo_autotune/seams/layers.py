@@ -5,8 +5,6 @@ that Python looks up on the class (a processor's `__call__`). The first layer pu
 the last one leaves, the slot is as it was before.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import types

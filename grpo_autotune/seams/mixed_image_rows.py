@@ -8,8 +8,6 @@ Several processes add up the gradients of all trained weights, and wait for thos
 one of them: such a micro batch is given a blank image whose features are multiplied by zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generatio
 (`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global is replaced.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple

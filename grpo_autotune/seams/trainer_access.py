@@ -1,7 +1,5 @@
 """Facts that engine, probe and speed-ups read off a trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """A budget of wall-clock seconds that is kept: the rest, the part set aside, and the cost of the next trial."""
 
-from __future__ import annotations
-
 import re
 import statistics
 import time

@@ -4,8 +4,6 @@ config.yaml  machine.json  study.journal  state.json  search.json  tuned.exact.y
 trials/0007/{spec.json, outcome.json, ...}
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Leaderboard of the measured combinations: seconds per step, score, memory, and what may be recommended."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ Whatever takes the lead after a race has a worst case and a race of its own (`en
 after every trial. Every step can be taken up again from the files of the folder.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

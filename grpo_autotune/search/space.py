@@ -4,8 +4,6 @@ Every knob that is searched by default, and any that the user names, is one axis
 an axis or takes it away. A value that breaks a rule is refused before anything runs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator

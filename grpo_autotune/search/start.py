@@ -1,7 +1,5 @@
 """Start of a search: the probe of the configuration as it is, models and study, and trials of an earlier process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn

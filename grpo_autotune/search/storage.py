@@ -1,7 +1,5 @@
 """Storage of a study: a journal in the run folder, or a database that several machines share."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

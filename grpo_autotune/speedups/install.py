@@ -1,7 +1,5 @@
 """`speed_up(trainer)`: puts the speed-ups that fit on a trainer, and tells which are on and why the rest is not."""
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections.abc import Callable, Sequence

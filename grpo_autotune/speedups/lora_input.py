@@ -6,8 +6,6 @@ every value and gradient is the same to the last bit, two kernels an adapter are
 (query, key and value; gate and up) keep that input once for their backward pass instead of a copy each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -7,8 +7,6 @@ exceptions and the gathering over processes stay where they were. A function tha
 into what it is given while the passes still read it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

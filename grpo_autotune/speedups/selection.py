@@ -1,7 +1,5 @@
 """The `speedups` key, read: `auto`, `none`, or a list of names and of mappings with a name and options."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A speed-up is compared with the plain path once, on first use, and leaves the work to TRL where the two disagree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -6,8 +6,6 @@ c is the centred rank, ties shared (the shaping of Salimans et al. 2017, arXiv:1
 those of TRL's scaling by group. Rewards that differ by the rounding of their sum are ties.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

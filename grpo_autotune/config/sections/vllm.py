@@ -4,8 +4,6 @@ Any key of vLLM's `EngineArgs` is accepted: those of the installed release, read
 release in `vllm_names`. The keys with a field here are those that a search changes; the others pass through.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

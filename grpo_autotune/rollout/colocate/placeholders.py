@@ -6,8 +6,6 @@ the one that is trained on (trl#6294). With each run put back to one placeholder
 ids that TRL has, and that is checked for every prompt.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ and for videos. Where the largest image of the data is known, the engine's proce
 within it come out the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping

@@ -10,8 +10,6 @@ its `max_tokens`. Copies that share a seed would all sample the same completion;
 from a server.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence

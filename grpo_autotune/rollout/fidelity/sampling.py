@@ -7,8 +7,6 @@ logits: penalties, temperature, `min_p`, `top_k`, `top_p` (vllm/v1/sample/sample
 Shapes: T tokens of one completion, V words of the vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

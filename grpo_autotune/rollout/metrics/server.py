@@ -4,8 +4,6 @@ Counters are read before and after TRL's call; how many requests ran and how ful
 few times per second. A server that also works for others counts their requests too.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ client names a model in every request: from then on the adapter's. Each has a na
 prefixes by it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -4,8 +4,6 @@
 the trainer is left the GPUs that it does not take.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

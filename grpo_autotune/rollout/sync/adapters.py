@@ -5,8 +5,6 @@ slicing for tensor parallelism and the kernels are vLLM's. vLLM keys the blocks 
 vision tower the images' embeddings, by the adapter's name: a fresh name leaves nothing stale to be found.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any

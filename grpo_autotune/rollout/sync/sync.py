@@ -10,8 +10,6 @@ wait in host memory: what TRL syncs again only because the engine slept needs no
 weights (transposed, scaled) takes none at all: an adapter is all that it is sent.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Container, Iterator

@@ -4,8 +4,6 @@ TRL merges every adapter into the trainer's own weights, pushes, and subtracts i
 both in them and turns 4-bit weights into others. Here each weight that an adapter touches is summed apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterator
 from typing import Any
 

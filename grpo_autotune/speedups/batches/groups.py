@@ -7,8 +7,6 @@ rely on the same). A `group_id` put into the generation batch goes through TRL's
 B: rows of this process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -7,8 +7,6 @@ divisor, clipping and metric is that of TRL's micro batch, whatever the loss typ
 With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

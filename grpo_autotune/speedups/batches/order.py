@@ -7,8 +7,6 @@ nothing is moved. Metrics that TRL averages over micro batches (entropy, kl, cli
 the same rows then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Legend: B rows, P prompt columns (padded on the left), C completion columns (padded on the right).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -11,8 +11,6 @@ TRL's metrics of the loss then speak of the rows that are left, so they are logg
 Legend: B rows of this process, N rows of all processes, G generations a prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -6,8 +6,6 @@ exact as the other speed-ups; in bfloat16 an adapter smaller than the rounding o
 why it has to be asked for there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -5,8 +5,6 @@ all of them. Which rows share a prompt is carried in the generation (`groups`); 
 a batch where they do not is generated as TRL would.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Weights of linear layers replaced while completions are written; the parameters themselves are put back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

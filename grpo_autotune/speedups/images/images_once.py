@@ -6,8 +6,6 @@ makes of it. Rows are read on generating steps only (`lazy_rows`). To a GPU each
 pinned memory and in the vision tower's type, which the model would turn it into first thing; copies are made there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import weakref
 from collections.abc import Callable, Hashable, Sequence

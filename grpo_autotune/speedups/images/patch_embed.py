@@ -5,8 +5,6 @@ the patch. Convolution kernels are several times slower at this than one matrix 
 are the convolution's own, so adapters, checkpointing and training see no difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -9,8 +9,6 @@ one mask over the whole sequence, (P + G C)^2 against P^2 + G C (P + C).
 T: tokens of the flat sequence, S: width of a group's completions, P: its prompt's length, H: heads, D: width of a head.
 """
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections import Counter

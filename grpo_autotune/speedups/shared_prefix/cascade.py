@@ -10,8 +10,6 @@ the output and the sums is kept for the backward pass.
 T: tokens of the flat sequence, the first P of them prompts; H: heads, K: heads of keys and values, D: width of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ and a little more at the edges, in one launch a layer however many prompts there
 keys and values once per completion. torch has a fused kernel with a backward pass on CUDA only.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import subprocess

@@ -4,8 +4,6 @@ TRL hands a batch's images over as one tensor over all rows: patches with a grid
 (LLaVA). Layouts beside these two are left to TRL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any

@@ -7,8 +7,6 @@ turns the hidden states of the scored tokens into log-probs. All of it happens i
 would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

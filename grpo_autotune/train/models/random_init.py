@@ -6,8 +6,6 @@ than it needs) for tiny models, and *padded* to the real vocabulary with Qwen's 
 every id a random model can sample decodes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

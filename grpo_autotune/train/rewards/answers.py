@@ -5,8 +5,6 @@ The same reading serves a completion and the reference in the data, so that both
 last counts, so listing many answers earns nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

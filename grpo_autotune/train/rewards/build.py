@@ -1,7 +1,5 @@
 """The reward functions of a configuration, wherever they come from."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Collection

@@ -6,8 +6,6 @@ keyword-only and come from `rewards[].params`: `column` names the one that holds
 where the data has none of that name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -4,8 +4,6 @@ TRL counts the missing reward of a row that has others as 0. A failed score is n
 group's others, which adds nothing to the row's advantage, or the row has no reward at all and so no advantage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Without it a reward of the wrong length or of nothing but None shows up as a shape error or as a flat line, hours later.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

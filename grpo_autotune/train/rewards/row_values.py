@@ -1,7 +1,5 @@
 """One number per row, out of whatever wrapping a reward function returns it in: arrays, tensors, series, iterators."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import numbers

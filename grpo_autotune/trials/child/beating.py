@@ -4,8 +4,6 @@ A span may hold the sampling of thousands of tokens, by the model or by an engin
 minutes.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 A waiting child holds its memory and leaves the processor alone.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -10,8 +10,6 @@ With `generate` a logits processor forbids the end of sequence before a row's le
 length for each request; its completions end without an end-of-sequence token then, so TRL counts them as truncated.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

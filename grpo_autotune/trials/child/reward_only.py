@@ -3,8 +3,6 @@
 The log-probabilities that this path computes for the loss are left out.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The parent of trials: it gives each to a worker, kills what it started when it must, and classifies every ending."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Retries are made here and nowhere else, by one rule for a row, one for a batch and one for an endpoint (see `Policy`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import random

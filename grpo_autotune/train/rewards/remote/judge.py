@@ -1,7 +1,5 @@
 """The reward `judge`: scores by a language model behind an OpenAI-compatible endpoint (`docs/judges.md`)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Limits of the calls to an endpoint: at once, in a minute, and none while it fails."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import deque

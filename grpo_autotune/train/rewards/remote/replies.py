@@ -1,7 +1,5 @@
 """The outcomes of a call to an endpoint, a reply or an error, and the HTTP client that makes it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -1,7 +1,5 @@
 """`service`: scores from any HTTP endpoint, such as retrieval, a code sandbox or a scorer of one's own."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Rewards that wait, timed: what all of them share, and a user's own async function, which scores a whole batch."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter, defaultdict, deque
