@@ -161,11 +161,8 @@ def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = N
     import datasets
 
     if canvas < DIGIT_PX:
-        raise ConfigError(
-            f"a digit of {DIGIT_PX} pixels does not fit on a canvas of {canvas}",
-            where="data.params.canvas",
-            fix=f"Set it to {DIGIT_PX} or more.",
-        )
+        what = f"a digit of {DIGIT_PX} pixels does not fit on a canvas of {canvas}"
+        raise ConfigError(what, where="data.params.canvas", fix=f"Set it to {DIGIT_PX} or more.")
     digits = load_digits(split)
     random = np.random.default_rng(seed)
     count = len(digits.labels) if count is None else count

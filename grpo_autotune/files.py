@@ -24,11 +24,9 @@ def cache_dir(part: str = "") -> Path:
     try:
         (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the cache folder cannot be made ({error.strerror})",
-            where=str(folder / part),
-            fix="Point GRPO_AUTOTUNE_CACHE to a folder that can be written.",
-        ) from error
+        what = f"the cache folder cannot be made ({error.strerror})"
+        fix = "Point GRPO_AUTOTUNE_CACHE to a folder that can be written."
+        raise EnvironmentProblem(what, where=str(folder / part), fix=fix) from error
     return folder / part
 
 

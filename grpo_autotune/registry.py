@@ -147,18 +147,12 @@ def _entry(kind: Kind, name: str) -> Builtin | Function:
     if entry is None and is_reference(name):
         entry = Builtin(name)
     if entry is None:
-        raise ConfigError(
-            f"there is no {kind} of this name",
-            where=name,
-            fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
-        )
+        fix = f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function."
+        raise ConfigError(f"there is no {kind} of this name", where=name, fix=fix)
     package, extra = (entry.needs if isinstance(entry, Builtin) else None) or ("", "")
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise ConfigError(
-            f"this {kind} needs the package {package}, which is not installed",
-            where=name,
-            fix=f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'.",
-        )
+        fix = f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'."
+        raise ConfigError(f"this {kind} needs the package {package}, which is not installed", where=name, fix=fix)
     return entry
 
 
@@ -225,11 +219,8 @@ def _assigned(tree: ast.Module) -> set[str]:
 
 
 def _no_import(module_name: str, kind: str, reference: str, error: ImportError | SyntaxError) -> ConfigError:
-    return ConfigError(
-        f"cannot import {module_name} for this {kind}: {error}",
-        where=reference,
-        fix=f"Modules are looked for in {Path.cwd()}.",
-    )
+    fix = f"Modules are looked for in {Path.cwd()}."
+    return ConfigError(f"cannot import {module_name} for this {kind}: {error}", where=reference, fix=fix)
 
 
 def _listed(functions: list[str]) -> str:

@@ -142,10 +142,8 @@ def class_in_source(package: str, path: str, class_name: str) -> ast.ClassDef:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             return node
-    raise EnvironmentProblem(
-        f"{source} has no class {class_name}",
-        fix="Install the versions that grpo-autotune's package metadata asks for.",
-    )
+    fix = "Install the versions that grpo-autotune's package metadata asks for."
+    raise EnvironmentProblem(f"{source} has no class {class_name}", fix=fix)
 
 
 def _field(entry: ast.stmt) -> ForeignKey | None:

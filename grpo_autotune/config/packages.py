@@ -63,11 +63,9 @@ def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     """EnvironmentProblem for a key that needs a package which is not installed; `overrides` win over `grpo`'s keys."""
     for need in _needs(config, {**config.grpo, **overrides}):
         if not any(importlib.util.find_spec(package) for package in need.packages):
-            raise EnvironmentProblem(
-                f"{need.value} needs the package {need.packages[0]}, which is not installed",
-                where=need.where,
-                fix=f"Install it (pip install {need.install}), or {need.otherwise}.",
-            )
+            what = f"{need.value} needs the package {need.packages[0]}, which is not installed"
+            fix = f"Install it (pip install {need.install}), or {need.otherwise}."
+            raise EnvironmentProblem(what, where=need.where, fix=fix)
 
 
 def _needs(config: RunConfig, grpo: Mapping[str, Any]) -> Iterator[Need]:

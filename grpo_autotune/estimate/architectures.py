@@ -150,8 +150,5 @@ def architecture(name: str) -> Architecture:
     """The row of that name; ConfigError, which lists the names, where there is none."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    raise ConfigError(
-        f"unknown architecture {name!r}",
-        where="model.random_init",
-        fix=f"{nearest_hint(name.lower(), ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}.",
-    )
+    fix = f"{nearest_hint(name.lower(), ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}."
+    raise ConfigError(f"unknown architecture {name!r}", where="model.random_init", fix=fix)

@@ -179,8 +179,5 @@ def knob(key: str, where: str | None = None) -> Knob:
     if key in BY_KEY:
         return BY_KEY[key]
     near = nearest_path(key, list(BY_KEY))
-    raise ConfigError(
-        "this knob does not exist",
-        where=where or key,
-        fix=f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}.",
-    )
+    fix = f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}."
+    raise ConfigError("this knob does not exist", where=where or key, fix=fix)

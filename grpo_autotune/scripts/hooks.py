@@ -101,9 +101,8 @@ def require_script(script: Path) -> None:
         fix = f"Give what `jupyter nbconvert --to script {script}` writes, or use attach(trainer) in a cell."
         raise ConfigError("this is a notebook, and no script", where=str(script), fix=fix)
     if not is_file(script):
-        raise ConfigError(
-            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
-        )
+        fix = "Give the path of a Python file that builds a GRPOTrainer."
+        raise ConfigError("no such script", where=str(script), fix=fix)
 
 
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:

@@ -44,11 +44,8 @@ class ScriptValues:
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
         if engine.server_gpus is not None:
-            raise ConfigError(
-                "a script's run does not start a server of its own",
-                where="vllm.server_gpus",
-                fix="Start one with `grpo-autotune serve`, and give vllm.server_base_url.",
-            )
+            fix = "Start one with `grpo-autotune serve`, and give vllm.server_base_url."
+            raise ConfigError("a script's run does not start a server of its own", where="vllm.server_gpus", fix=fix)
         overrides = grpo_overrides(values)
         _check_agreement(overrides, engine)
         self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
@@ -110,11 +107,8 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
         if path in (IMAGE_SIZE, SPEEDUPS) or section == "vllm":
             continue
         if name is None:
-            raise ConfigError(
-                "a script has no such knob",
-                where=path,
-                fix=f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
-            )
+            fix = f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script."
+            raise ConfigError("a script has no such knob", where=path, fix=fix)
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)
         grpo[name] = value
@@ -176,9 +170,6 @@ def _resized(rows: Any, size: int) -> Any:
     from grpo_autotune.train.data.images import prepare_images
 
     if not isinstance(rows, datasets.Dataset) or not image_columns(rows.column_names):
-        raise ConfigError(
-            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
-            where=IMAGE_SIZE,
-            fix="Take this knob out of the search (search.knobs).",
-        )
+        what = "the script gives its trainer no data set with a column of images by the keyword train_dataset"
+        raise ConfigError(what, where=IMAGE_SIZE, fix="Take this knob out of the search (search.knobs).")
     return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)

@@ -108,10 +108,8 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
         if not row.needed(trainer):
             return None
         holder = row.owner if owner is None else f"{type(owner).__module__}.{type(owner).__qualname__}"
-        raise SeamError(
-            f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there",
-            fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.",
-        )
+        what = f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there"
+        raise SeamError(what, fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.")
     return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)
 
 

@@ -122,11 +122,9 @@ class Study:
             self._study.set_user_attr("fingerprint", fingerprint)
             self._study.set_user_attr("knobs", {key: list(axis) for key, axis in axes.values.items()})
         elif stored != fingerprint:
-            raise ConfigError(
-                "the study there belongs to another configuration, or to other knobs",
-                where=where,
-                fix="Search in another folder or database, or with the configuration it was begun with.",
-            )
+            what = "the study there belongs to another configuration, or to other knobs"
+            fix = "Search in another folder or database, or with the configuration it was begun with."
+            raise ConfigError(what, where=where, fix=fix)
 
     def ask(self, knobs: Knobs) -> Claim:
         """Take on a combination. Where the queue of a shared study holds another machine's, that one comes first."""

@@ -176,9 +176,8 @@ def speed_up(trainer: Any, names: Wanted = AUTO, *, check: Check = "auto") -> Sp
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     if hasattr(trainer, SPEED_UPS):
-        raise ConfigError(
-            "speed_up() was called on this trainer before", fix="Call remove() on what the first call returned."
-        )
+        fix = "Call remove() on what the first call returned."
+        raise ConfigError("speed_up() was called on this trainer before", fix=fix)
     if trainer.is_in_train or trainer._step > 0:
         raise ConfigError("speed_up() was called after training began", fix="Call it before trainer.train().")
     return SpeedUps(trainer, wanted, check)

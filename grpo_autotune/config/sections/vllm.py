@@ -132,11 +132,8 @@ class VllmSection(Section):
                 fix="Remove one of the two.",
             )
         if self.server_gpus and (self.tensor_parallel_size or 1) > self.server_gpus:
-            raise ConfigError(
-                f"{self.tensor_parallel_size} GPUs would share one engine, and the server has {self.server_gpus}",
-                where="vllm.tensor_parallel_size",
-                fix="Lower it, or raise vllm.server_gpus.",
-            )
+            what = f"{self.tensor_parallel_size} GPUs would share one engine, and the server has {self.server_gpus}"
+            raise ConfigError(what, where="vllm.tensor_parallel_size", fix="Lower it, or raise vllm.server_gpus.")
         return self
 
     @property

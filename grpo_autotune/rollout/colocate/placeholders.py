@@ -64,11 +64,9 @@ def collapsed_prompt(prompt: Any, image_id: int) -> Any:
     short = collapsed(ids, image_id)
     images, runs = len(media) if isinstance(media, list) else 1, short.count(image_id)
     if runs != images:
-        raise EnvironmentProblem(
-            f"a prompt with {images} images has {runs} runs of image placeholders",
-            where="grpo.use_vllm",
-            fix="The chat template must set something between images that follow one another.",
-        )
+        what = f"a prompt with {images} images has {runs} runs of image placeholders"
+        fix = "The chat template must set something between images that follow one another."
+        raise EnvironmentProblem(what, where="grpo.use_vllm", fix=fix)
     return prompt if len(short) == len(ids) else {**prompt, PROMPT_IDS: short}
 
 

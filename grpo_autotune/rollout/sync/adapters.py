@@ -51,11 +51,8 @@ class Adapters:
         held = self._manager._adapter_manager
         lost = [name for name in held.get_adapter(number).loras if name not in held.modules]
         if lost:
-            raise ConfigError(
-                f"vLLM takes no adapter on {lost[0]} of this model",
-                where="vllm.weight_sync",
-                fix="Set it to batched, or leave the layer out of peft.target_modules.",
-            )
+            fix = "Set it to batched, or leave the layer out of peft.target_modules."
+            raise ConfigError(f"vLLM takes no adapter on {lost[0]} of this model", where="vllm.weight_sync", fix=fix)
 
     def _ask(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._request is not None:

@@ -67,11 +67,9 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
     if has_4bit(model):
         _check_4bit(model, options)
     elif (kind := packed(model)) is not None:
-        raise ConfigError(
-            f"vLLM takes no weights that are packed in 8 bits ({kind})",
-            where="model.name_or_path",
-            fix="Train on a base that is not quantized, or with model.load_in_4bit: true.",
-        )
+        what = f"vLLM takes no weights that are packed in 8 bits ({kind})"
+        fix = "Train on a base that is not quantized, or with model.load_in_4bit: true."
+        raise ConfigError(what, where="model.name_or_path", fix=fix)
     if asked == "merged" or asked == "batched":
         return asked, "asked for"
     reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
@@ -90,11 +88,8 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
     from transformers import PretrainedConfig
 
     if options.weight_sync == "merged":
-        raise ConfigError(
-            "an adapter merged into 4-bit weights is rounded away",
-            where=WHERE,
-            fix="Set it to auto, adapter or batched.",
-        )
+        fix = "Set it to auto, adapter or batched."
+        raise ConfigError("an adapter merged into 4-bit weights is rounded away", where=WHERE, fix=fix)
     if options.keys.get("quantization") is not None:
         raise ConfigError(
             f"{options.keys['quantization']} layers of vLLM take no weights from the trainer, whose own are in 4 bits",
@@ -102,17 +97,13 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
             fix="Leave it out: the engine then holds the numbers that the 4-bit weights stand for.",
         )
     if "quantization_config" in PretrainedConfig.get_config_dict(model.name_or_path)[0]:  # which vLLM reads
-        raise ConfigError(
-            "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then",
-            where="model.name_or_path",
-            fix="Name the checkpoint that it was made from, with model.load_in_4bit: true.",
-        )
+        what = "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then"
+        fix = "Name the checkpoint that it was made from, with model.load_in_4bit: true."
+        raise ConfigError(what, where="model.name_or_path", fix=fix)
     if (reason := lora.unmergeable(model)) is not None:
-        raise ConfigError(
-            f"a model in 4 bits trains with vLLM under a plain LoRA adapter only, and {reason}",
-            where="peft",
-            fix="Train LoRA without DoRA and biases on linear layers, or set model.load_in_4bit to false.",
-        )
+        what = f"a model in 4 bits trains with vLLM under a plain LoRA adapter only, and {reason}"
+        fix = "Train LoRA without DoRA and biases on linear layers, or set model.load_in_4bit to false."
+        raise ConfigError(what, where="peft", fix=fix)
 
 
 def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
@@ -121,17 +112,12 @@ def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> Non
     if quantization is None:
         return
     if way != "adapter":
-        raise ConfigError(
-            f"{quantization} layers of vLLM take no weights from the trainer, and weights are sent {way}",
-            where="vllm.quantization",
-            fix="Leave it out, or set vllm.weight_sync to adapter and train a LoRA adapter (peft).",
-        )
+        what = f"{quantization} layers of vLLM take no weights from the trainer, and weights are sent {way}"
+        fix = "Leave it out, or set vllm.weight_sync to adapter and train a LoRA adapter (peft)."
+        raise ConfigError(what, where="vllm.quantization", fix=fix)
     if sleep_level == TRL_LEVEL:
-        raise ConfigError(
-            f"asleep at level 2 an engine throws its weights away, and {quantization} layers take no new ones",
-            where="vllm.sleep_level",
-            fix="Set it to 1 or 0, or leave vllm.quantization out.",
-        )
+        what = f"asleep at level 2 an engine throws its weights away, and {quantization} layers take no new ones"
+        raise ConfigError(what, where="vllm.sleep_level", fix="Set it to 1 or 0, or leave vllm.quantization out.")
 
 
 class ColocateSync(WeightSync):

@@ -308,8 +308,6 @@ def built_once(folder: Path) -> Iterator[bool]:
 def _require_disk(folder: Path, size_bytes: int, name: str) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes * 1.05:
-        raise EnvironmentProblem(
-            f"{name} needs {size_bytes / 1e9:.1f} GB of disk and {free_bytes / 1e9:.1f} GB are free",
-            where=str(folder),
-            fix="Free some room, or point GRPO_AUTOTUNE_CACHE at another disk.",
-        )
+        what = f"{name} needs {size_bytes / 1e9:.1f} GB of disk and {free_bytes / 1e9:.1f} GB are free"
+        fix = "Free some room, or point GRPO_AUTOTUNE_CACHE at another disk."
+        raise EnvironmentProblem(what, where=str(folder), fix=fix)

@@ -97,9 +97,8 @@ def length(
 ) -> list[float | None]:
     """1 up to `target_tokens`, falling in a straight line to 0 at `max_tokens`, which is above it (ConfigError)."""
     if max_tokens <= target_tokens:
-        raise ConfigError(
-            f"max_tokens {max_tokens} must be above target_tokens {target_tokens}", where="rewards[].params of length"
-        )
+        what = f"max_tokens {max_tokens} must be above target_tokens {target_tokens}"
+        raise ConfigError(what, where="rewards[].params of length")
     slack = max_tokens - target_tokens
     return [min(1.0, max(0.0, (max_tokens - len(ids)) / slack)) for ids in completion_ids]
 
@@ -122,11 +121,9 @@ def column_of(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
     """A column of the data, B values; ConfigError where it has none of this name."""
     if name not in columns:
         others = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
-        raise ConfigError(
-            f"the data has no column {name}, which a reward reads",
-            where="rewards[].params.column",
-            fix=f"Columns: {others}. Name one there, or map one in data.columns.",
-        )
+        what = f"the data has no column {name}, which a reward reads"
+        fix = f"Columns: {others}. Name one there, or map one in data.columns."
+        raise ConfigError(what, where="rewards[].params.column", fix=fix)
     return columns[name]
 
 
