@@ -287,9 +287,7 @@ def _learn_to_say(
         chosen = random.integers(0, len(digits.labels), recipe.batch)
         images = [draw(digits.pixels[index], CANVAS_PX, random) for index in chosen]
         said = np.where(
-            random.random(recipe.batch) < wrong_share,
-            random.integers(0, 10, recipe.batch),
-            digits.labels[chosen],
+            random.random(recipe.batch) < wrong_share, random.integers(0, 10, recipe.batch), digits.labels[chosen]
         )
         forms = random.choice(FORMS, recipe.batch, p=recipe.form_shares)
         answers = [str(form).format(digit) for form, digit in zip(forms, said, strict=True)]

@@ -81,8 +81,7 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
         name: What a configuration calls it.
 
     Raises:
-        ConfigError: If another function has that name.
-    """
+        ConfigError: If another function has that name."""
 
     def add(function: F) -> F:
         old = _TABLE[kind].get(name)

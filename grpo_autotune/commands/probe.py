@@ -34,8 +34,7 @@ def probe_config(
     then, to lead standard output elsewhere. `with_eval` times one evaluation and one checkpoint after the steps.
 
     Raises:
-        AutotuneError: The configuration, the data, a reward function or this machine cannot be used.
-    """
+        AutotuneError: The configuration, the data, a reward function or this machine cannot be used."""
     probes: list[Any] = []
     try:
         with output, full_disk_told(out_dir, "Make room there."):

@@ -31,8 +31,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
     """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal).
 
     Raises:
-        AutotuneError: As `train.trainer.run_training`.
-    """
+        AutotuneError: As `train.trainer.run_training`."""
     startup, live = Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []

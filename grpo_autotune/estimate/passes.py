@@ -115,8 +115,7 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
 
     A product costs as much again for its input's gradient, and again for its weight's; frozen weights skip the second.
     Checkpointing adds the blocks' forward without each block's last product, which nothing saved needs
-    (`torch.utils.checkpoint` stops early). TRL's head recomputes its logits (`trl/kernels/chunked_logprob.py`).
-    """
+    (`torch.utils.checkpoint` stops early). TRL's head recomputes its logits (`trl/kernels/chunked_logprob.py`)."""
     whole = 1 if training.text_weights else 0
     linear = 2 * shape.layers * shape.layer_weights * batch.tokens
     attention = attention_flops(shape, batch.rows, batch.pairs)

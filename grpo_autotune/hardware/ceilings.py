@@ -32,7 +32,6 @@ SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 """Size of the copy, far larger than the caches, so that it reaches memory."""
 
-
 LEAST_KEPT_SIDE, LEAST_KEPT_COPY = 8192, 512 * 2**20
 """Of a GPU: smaller products are slower than its limit, and smaller copies may stay within its cache."""
 

@@ -11,7 +11,6 @@ from grpo_autotune.hardware.nvml import ask, driver, whole_card
 KERNELS = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}
 """`torch.nn.attention.SDPBackend` by value, as `torch.backends.cuda` names them."""
 
-
 ECC_MODE = "nvmlDeviceGetEccMode"
 """Gives whether memory is checked, now and after the next start; without HBM it takes memory and bandwidth."""
 

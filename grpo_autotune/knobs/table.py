@@ -163,8 +163,7 @@ def check_keys(search: SearchSection) -> None:
     """Refuse a key of `search.knobs` or `search.accept` that is no knob.
 
     Raises:
-        ConfigError: As `knob`, with the place of the key.
-    """
+        ConfigError: As `knob`, with the place of the key."""
     for section, keys in (("knobs", search.knobs), ("accept", search.accept)):
         for key in keys:
             knob(key, f"search.{section}.{key}")
@@ -174,8 +173,7 @@ def knob(key: str, where: str | None = None) -> Knob:
     """The row of a key, which stands at `where` in the configuration.
 
     Raises:
-        ConfigError: There is none; names the nearest.
-    """
+        ConfigError: There is none; names the nearest."""
     if key in BY_KEY:
         return BY_KEY[key]
     near = nearest_path(key, list(BY_KEY))

@@ -34,7 +34,6 @@ PARTS = {
 }
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
 
-
 IMAGE_PIXELS, IMAGE_TOKENS = 224.0**2, 49.0
 """Pixels and tokens that cost what an image costs whatever its size, in reading and in processing it: measured on the
 demo at 32, 64 and 96 pixels."""

@@ -21,7 +21,6 @@ from grpo_autotune.predict.workload import Workload
 NOISE = 0.05
 """Relative standard deviation of a measured increment."""
 
-
 HOST = {
     "stays": Estimate(1.0, 0.3),
     "images": Estimate(1.0, 0.5),

@@ -32,8 +32,7 @@ LOOK_AT = {
 class Startup:
     """Seconds of each phase before the first step; a phase inside another is not counted in the outer one.
 
-    The clock tells seconds since the epoch, as the operating system gives the process's birth (`born_s`).
-    """
+    The clock tells seconds since the epoch, as the operating system gives the process's birth (`born_s`)."""
 
     def __init__(self, clock: Callable[[], float] = time.time, born_s: float | None = None) -> None:
         self._clock = clock
@@ -59,8 +58,7 @@ class Startup:
         """Count the time since the process began, and that inside, as `import`.
 
         Libraries make a million objects that live as long as the process: looking through them for garbage is a third
-        of the import, and after it of every full collection, so they are left out of both.
-        """
+        of the import, and after it of every full collection, so they are left out of both."""
         collecting = gc.isenabled()
         gc.disable()
         try:

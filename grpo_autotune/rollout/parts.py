@@ -14,8 +14,7 @@ class Part:
     """One property of an engine that is put right; made anew for every engine, it keeps what others want to know of it.
 
     A subclass defines the hooks that it needs. `generation` is TRL's `VLLMGeneration`; hooks that put layers on answer
-    the layers' handles.
-    """
+    the layers' handles."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options

@@ -16,7 +16,6 @@ from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, sele
 
 _logger = logging.getLogger("grpo_autotune.speedups")
 
-
 Check = Literal["auto", "always"]
 """When whole micro steps are compared with plain TRL's: where somebody else's code takes part in them, or always."""
 
@@ -168,8 +167,7 @@ def speed_up(trainer: Any, names: Wanted = AUTO, *, check: Check = "auto") -> Sp
 
     Raises:
         ConfigError: An unknown name or option, not a `GRPOTrainer`, installed already, or training has begun.
-        SeamError: The installed TRL lacks a method that a speed-up wraps.
-    """
+        SeamError: The installed TRL lacks a method that a speed-up wraps."""
     from trl import GRPOTrainer
 
     wanted = selections(names)

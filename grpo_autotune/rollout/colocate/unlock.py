@@ -169,8 +169,7 @@ def unlock_vllm(
         The unlocking; `close()` ends it for trainers to come, `remove()` takes it off those built meanwhile too.
 
     Raises:
-        ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
-    """
+        ConfigError: A key is unknown or decided elsewhere, or a value is not accepted."""
     return unlock(EngineOptions.of_keys(weight_sync, sleep_level, llm_keys))
 
 

@@ -67,8 +67,7 @@ def log_probs(
     """Log-probs (T,) of the tokens in the distribution that vLLM draws from, by the model's logits (T, V), each row
     before its token, and parameters as `parameters` gives them. Penalties count the prompt's token ids.
 
-    A token outside the part of the distribution that is kept gets the number it would have if it were inside.
-    """
+    A token outside the part of the distribution that is kept gets the number it would have if it were inside."""
     logits_TV = _penalised(logits_TV.float(), tokens_T, prompt, given)
     if given["temperature"] < GREEDY:
         return _pick(logits_TV, tokens_T) - logits_TV.logsumexp(dim=-1)

@@ -40,7 +40,6 @@ PLAIN = {
 UNKNOWN = ("prefill_chunk_size", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "watermarking_config")
 """Settings that ask for another loop, or for scores that depend on the prompt's rows."""
 
-
 BY_STEP = ("logits_processor", "stopping_criteria")
 """What a layer further out may add to a call. It is asked at each step about all rows, which are more than those of the
 self-check, so that this one leaves it out."""

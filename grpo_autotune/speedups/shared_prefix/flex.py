@@ -148,14 +148,7 @@ def compiled_for_all_shapes(kernel: Kernel, backend: str = "inductor") -> Kernel
 def _failures() -> tuple[type[BaseException], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    errors = (
-        *FAILURES,
-        AssertionError,
-        OSError,
-        ImportError,
-        subprocess.SubprocessError,
-        FailOnRecompileLimitHit,
-    )
+    errors = (*FAILURES, AssertionError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit)
     try:
         triton = importlib.import_module("triton.errors")
     except ImportError:

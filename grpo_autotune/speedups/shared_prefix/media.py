@@ -14,7 +14,6 @@ from grpo_autotune.seams.trainer_access import BOTH_KEYS, IMAGE_KEYS
 
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
 
-
 INPUTS = (*IMAGE_KEYS, *BOTH_KEYS)
 """Keys of a batch that concern images."""
 

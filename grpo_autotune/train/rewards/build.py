@@ -30,8 +30,7 @@ def build_rewards(
     whose scores may fail `on_failure`.
 
     Raises:
-        ConfigError: A name is unknown, a parameter is none of the function's or is missing, or a column is.
-    """
+        ConfigError: A name is unknown, a parameter is none of the function's or is missing, or a column is."""
     functions: list[Callable[..., Any]] = []
     names: list[str] = []
     for place, item in enumerate(config.rewards):

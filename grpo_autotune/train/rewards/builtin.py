@@ -45,8 +45,7 @@ def numeric_match(
 
     The reference is a number, or text such as GSM8K's, whose number stands after `####`. `relative_tolerance` is the
     largest difference that still counts as equal, as a share of the reference; the default forgives rounding in the
-    machine's arithmetic and nothing else.
-    """
+    machine's arithmetic and nothing else."""
 
     def score(wanted: float, given: float | None) -> float:
         return float(given is not None and abs(given - wanted) <= relative_tolerance * max(abs(wanted), 1e-12))
@@ -82,8 +81,7 @@ def box_iou(
     without a reference.
 
     The reference is four numbers or text, in the completion's units. With a `threshold` it is 1 from this overlap on
-    and 0 below, instead of the overlap itself.
-    """
+    and 0 below, instead of the overlap itself."""
 
     def score(wanted: Box, given: Box | None) -> float:
         overlap = 0.0 if given is None else _overlap(wanted, given)

@@ -29,8 +29,7 @@ def settle(
         rewards_NF: Rewards of all ranks, groups of `group` rows one after another.
         group: G.
         policies: Of the functions that have one, by column. `group_mean` fills in the mean of the group's scores; the
-            rows of a group that has none lose all their rewards, as failed rows do with `drop` and `stop`.
-    """
+            rows of a group that has none lose all their rewards, as failed rows do with `drop` and `stop`."""
     columns = range(rewards_NF.shape[1])
     asked_F = torch.tensor([column in policies for column in columns], device=rewards_NF.device)
     filled_F = torch.tensor([policies.get(column) == "group_mean" for column in columns], device=rewards_NF.device)

@@ -32,8 +32,7 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
     name kept, its result checked. From a batch of nothing but None nothing can be learned where it stands `alone`.
 
     Calls raise `RewardError` where it raises, returns the wrong number of values, values that are not numbers, or only
-    None.
-    """
+    None."""
     check = _ResultCheck(name, patience=1 if alone else PATIENCE)
     if is_async(function):
 

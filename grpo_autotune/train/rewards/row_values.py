@@ -27,8 +27,7 @@ def row_values(returned: Any, rows: int) -> list[float | None]:
     any library of shape (B,), (B, 1) or (1, B), on any device, and each number wrapped alone once more.
 
     Raises:
-        NotNumbers: It is something else.
-    """
+        NotNumbers: It is something else."""
     if inspect.isawaitable(returned):
         raise NotNumbers("returned a coroutine: define the function with `async def`, or await inside it")
     shape = getattr(returned, "shape", None)

@@ -31,7 +31,6 @@ REMEDIES = {
     404: "Check the address, and the names in it and in params",
 }
 
-
 SILENT = ("connect", "deadline", "read", "timeout")
 """Kinds of failure in which an endpoint says nothing."""
 
@@ -64,8 +63,7 @@ class RemoteReward(Remote):
     Attributes:
         warmup: First rows of a process that are asked one after another, before the others.
         cache: What `known` looks into; None asks always.
-        columns: Columns that `rows` needs: those that the data has not are told before training.
-    """
+        columns: Columns that `rows` needs: those that the data has not are told before training."""
 
     warmup = 1
     cache: Any = None

@@ -28,7 +28,6 @@ NO_SCHEMA = ("response_format", "json_schema", "json schema", "structured output
 ROW_ERRORS = {"context length": "too_long", "context_length": "too_long", "content_filter": "content_filter"}
 """Words of a status 400 that one row alone is to blame for -> kind of its failure."""
 
-
 Row = tuple[str, int]
 """The prompt for one completion, and the number of rows before it in its batch with the same prompt."""
 

@@ -31,8 +31,7 @@ class Lane:
     """An endpoint and its limits, on one event loop.
 
     Calls at once double after each clean round that used all of `limit`, until the endpoint says that it is too much;
-    from then on they grow by 5 %, and shrink to 0.8 once for all refusals within the cooldown.
-    """
+    from then on they grow by 5 %, and shrink to 0.8 once for all refusals within the cooldown."""
 
     def __init__(
         self,

@@ -24,8 +24,7 @@ class Service(RemoteReward):
     """A reward whose score stands in the JSON that a URL answers; docs/rewards.md has what its arguments mean.
 
     Raises:
-        ConfigError: One of them cannot be used.
-    """
+        ConfigError: One of them cannot be used."""
 
     kind = "service"
 

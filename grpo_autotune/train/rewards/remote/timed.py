@@ -30,8 +30,7 @@ class Remote:
 
     Attributes:
         kind: `judge`, `service`, or `async` for a user's own function.
-        count: The whole numbers of `RemoteCalls` since `reset`, by name.
-    """
+        count: The whole numbers of `RemoteCalls` since `reset`, by name."""
 
     kind = "async"
 
