@@ -127,6 +127,11 @@ def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = O
     return handles
 
 
+def wrap_seams(trainer: Any, order: int = OUTER, **layers: Layer) -> list[Handle]:
+    """As `wrap_rows`, on the rows of these keys."""
+    return wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], order)
+
+
 def reward_slots(trainer: Any) -> list[tuple[str, bool, Slot]]:
     """Each reward function's name, whether TRL awaits it, and its slot (a reward model's is its `forward`)."""
     slots: list[tuple[str, bool, Slot]] = []

@@ -75,6 +75,11 @@ class SelfCheck:
         return True
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The type in which autocast multiplies on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of the difference over that of `wanted`, or over 1 where that is smaller."""
     if not wanted.numel():

@@ -22,7 +22,7 @@ from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.layers import OUTERMOST
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.merge_passes import Merging
@@ -47,7 +47,7 @@ class StepCheck(Installed):
     """The comparison on one trainer, whose model must lie whole in each process."""
 
     def __init__(self, trainer: Any, installed: Iterable[Installed]) -> None:
-        super().__init__("step_check", wrap_rows(trainer, [(find("loss"), self._loss)], OUTERMOST))
+        super().__init__("step_check", wrap_seams(trainer, OUTERMOST, loss=self._loss))
         self.trainer = trainer
         self._parts = [one for one in installed if one.name not in BEFORE]
         self._merging = next((one for one in self._parts if isinstance(one, Merging)), None)

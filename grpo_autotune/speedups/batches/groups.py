@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 
 KEY = "group_id"
 
@@ -32,7 +32,7 @@ class Groups:
         self.trainer = trainer
         self.current: torch.Tensor | None = None  # group of each row under way in TRL's scoring or loss, (B,), if known
         self.known: torch.Tensor | None = None  # the column `KNOWN` of the rows under way in TRL's loss, where it is
-        self._handles = wrap_rows(trainer, ((find("score"), self._score), (find("loss"), self._loss)), INNER)
+        self._handles = wrap_seams(trainer, INNER, score=self._score, loss=self._loss)
         setattr(trainer, _ATTRIBUTE, self)
 
     def remove(self) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
@@ -44,9 +44,8 @@ class MergePasses:
     def install(self, trainer: Any) -> Installed:
         """Put layers on the loss, and around the probe on the log-probs and the backward pass."""
         installed = Merging(self.name, trainer)
-        installed.handles += wrap_rows(trainer, [(find("loss"), installed.loss)], INNER)
-        layers = [(find("logps"), installed.scores), (find("backward"), installed.backward)]
-        installed.handles += wrap_rows(trainer, layers, OUTERMOST)
+        installed.handles += wrap_seams(trainer, INNER, loss=installed.loss)
+        installed.handles += wrap_seams(trainer, OUTERMOST, logps=installed.scores, backward=installed.backward)
         return installed
 
 

@@ -19,7 +19,7 @@ import torch
 
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.loss import DIVISORS
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
 from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_noise, in_parts
@@ -66,15 +66,9 @@ class SkipDead:
 
     def install(self, trainer: Any) -> Installed:
         """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""
-        installed = _Skipping(self.name, trainer)
-        layers = (
-            (find("rewards"), installed.rewards),
-            (find("score"), installed.score),
-            (find("loss"), installed.loss),
-            (find("gather"), installed.gather),
-        )
-        installed.handles += wrap_rows(trainer, layers, INNER)
-        return installed
+        on = _Skipping(self.name, trainer)
+        on.handles += wrap_seams(trainer, INNER, rewards=on.rewards, score=on.score, loss=on.loss, gather=on.gather)
+        return on
 
 
 def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
 from grpo_autotune.speedups.generation.weights import Replacement, replaced
@@ -51,7 +51,7 @@ class MergeForGeneration:
 
     def install(self, trainer: Any) -> Installed:
         installed = _Merging(self.name, trainer)
-        installed.handles += wrap_rows(trainer, [(find("model_generate"), installed.generate)], INNER)
+        installed.handles += wrap_seams(trainer, INNER, model_generate=installed.generate)
         return installed
 
     def _why_not_these(self, model: Any) -> str | None:

@@ -16,7 +16,7 @@ from trl.trainer.utils import split_pixel_values_by_grid
 from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.mixed_image_rows import without_empty
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take, widened
@@ -76,8 +76,7 @@ class SharedPrefill:
 
     def install(self, trainer: Any) -> Installed:
         installed = _Sharing(self.name, trainer, self.capture)
-        layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
-        installed.handles += wrap_rows(trainer, layers, INNER)
+        installed.handles += wrap_seams(trainer, INNER, turn=installed.turn, model_generate=installed.generate)
         return installed
 
 

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
+from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION, replaced
 from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
@@ -197,8 +198,7 @@ def _as_stored(rows: datasets.Dataset) -> bool:
 
 def _tower_type(trainer: Any, otherwise: torch.dtype) -> torch.dtype:
     """The type of the vision towers, which images are turned into (`get_image_features` of Qwen-VL's models)."""
-    models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]
-    types = {tower.dtype for model in models for tower in towers_of(model)}
+    types = {tower.dtype for model in models_of(trainer) for tower in towers_of(model)}
     return types.pop() if len(types) == 1 else otherwise
 
 

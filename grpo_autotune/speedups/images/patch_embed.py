@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import in_copies, replaced
-from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 
 CHECKED_PATCHES = 64
 
@@ -44,8 +45,8 @@ class PatchEmbed:
 
 
 def _convolutions(trainer: Any) -> Iterator[nn.Conv3d]:
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        for module in model.modules() if model is not None else ():
+    for model in models_of(trainer):
+        for module in model.modules():
             if isinstance(module, nn.Conv3d) and _is_embedding(module):
                 yield module
 
@@ -72,9 +73,7 @@ def _as_product(convolution: nn.Conv3d, installed: Installed) -> Layer:
         if installed.fell_back or not one_patch or args or kwargs:
             return call_next(patches, *args, **kwargs)
         some = patches[:CHECKED_PATCHES]
-        dtype = (
-            torch.get_autocast_dtype(some.device.type) if torch.is_autocast_enabled(some.device.type) else some.dtype
-        )
+        dtype = autocast_dtype(some.device.type) or some.dtype
         if not check.run(lambda: call_next(some), lambda: product(some), dtype, "patch embeddings"):
             return call_next(patches)
         return product(patches)

@@ -20,7 +20,7 @@ from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
 from grpo_autotune.speedups.images.towers import towers_of
-from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
 LIMIT_BYTES = FEATURE_BYTES
@@ -133,9 +133,7 @@ class _Run:
         self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: _Hash
     ) -> None:
         weight = next(tower.parameters())
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        self.dtype: torch.dtype = autocast_dtype(weight.device.type) or weight.dtype
         self.computed = 0
         self.output_type: Any = None
         self._tower, self._call_next, self._kept, self._hash = tower, call_next, kept, hash_of

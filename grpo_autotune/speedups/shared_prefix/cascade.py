@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from grpo_autotune.speedups.selfcheck import autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import FastForm, States, other_terms
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 from grpo_autotune.speedups.shared_prefix.varlen import Flash, Segments
@@ -75,10 +76,7 @@ def _segments(layout: Layout) -> tuple[Segments, Segments]:
 
 def _as_under_autocast(state: torch.Tensor) -> torch.Tensor:
     """In the type that autocast has scaled-dot-product attention take."""
-    kind = state.device.type
-    if not torch.is_autocast_enabled(kind) or state.dtype == torch.float64:
-        return state
-    return state.to(torch.get_autocast_dtype(kind))
+    return state if state.dtype == torch.float64 else state.to(autocast_dtype(state.device.type) or state.dtype)
 
 
 class _Merged(torch.autograd.Function):

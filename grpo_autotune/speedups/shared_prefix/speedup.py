@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
@@ -78,8 +78,7 @@ class _SharedPrefix(Installed):
         self._own_masks = masks_of_its_own(base_of(trainer.model))
         self._groups = groups = groups_of(trainer)
         try:
-            layers = [(find("logps"), self._scores_layer(groups)), (find("score"), self._score)]
-            self.handles += wrap_rows(trainer, layers, INNER)
+            self.handles += wrap_seams(trainer, INNER, logps=self._scores_layer(groups), score=self._score)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]

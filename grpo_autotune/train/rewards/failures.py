@@ -12,7 +12,7 @@ import torch
 from grpo_autotune.config.sections.rewards import OnFailure
 from grpo_autotune.errors import RewardError
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.replies import close_in
 
@@ -51,7 +51,7 @@ def attend(trainer: Any) -> None:
     attendant = _Attendant(trainer, policies)
     wrap(AttributeSlot(trainer, "train"), attendant.train)
     if policies:
-        wrap_rows(trainer, [(find("rewards"), attendant.rewards)], INNERMOST)
+        wrap_seams(trainer, INNERMOST, rewards=attendant.rewards)
 
 
 class _Attendant:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from grpo_autotune.hardware.device_memory import cuda_in_use
 from grpo_autotune.seams.layers import take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.trials.block_limit import WAITING, block_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
@@ -28,7 +28,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any, folder: Path, probe: Any, heartbeat: HeartbeatWriter, block: int) -> None:
         self._trainer, self._folder, self._probe, self._heartbeat = trainer, folder, probe, heartbeat
         self._block, self._first, self._last = block, 0, 0
-        self._handles = wrap_rows(trainer, [(find("log_save_evaluate"), self._after_step)])
+        self._handles = wrap_seams(trainer, log_save_evaluate=self._after_step)
         trainer.add_callback(self)
 
     def remove(self) -> None:

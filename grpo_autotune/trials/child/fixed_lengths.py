@@ -18,7 +18,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from grpo_autotune.seams.layers import AttributeSlot, Handle, take_off, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 
 LEFT_FREE = "completion lengths were left free"
 
@@ -45,12 +45,12 @@ class FixedLengths:
         if (reason := why_free(trainer)) is not None:
             self.notes.append(f"{LEFT_FREE}: {reason}")
             return
-        self._handles += wrap_rows(trainer, [(find("turn"), self._turn)])
+        self._handles += wrap_seams(trainer, turn=self._turn)
         if trainer.use_vllm:
             self._handles.append(wrap(AttributeSlot(trainer.vllm_generation.llm, "generate"), self._requests))
             self.notes.append("vLLM's completions end by length, so that TRL counts each as truncated")
         else:
-            self._handles += wrap_rows(trainer, [(find("model_generate"), self._generate)])
+            self._handles += wrap_seams(trainer, model_generate=self._generate)
 
     def remove(self) -> None:
         take_off(self._handles)

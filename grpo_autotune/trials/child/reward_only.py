@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
 from grpo_autotune.seams.layers import INNER, take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
@@ -60,7 +60,7 @@ class _Samples:
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
         layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
-        self._handles = wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], INNER)
+        self._handles = wrap_seams(trainer, INNER, **layers)
 
     def remove(self) -> None:
         take_off(self._handles)
@@ -90,14 +90,6 @@ class _Samples:
         return rollout
 
     def _no_logps(
-        self,
-        call_next: Callable[..., Any],
-        /,
-        model: Any,
-        input_ids: Any,
-        attention_mask: Any,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
+        self, call_next: Callable[..., Any], /, model: Any, ids_BT: Any, mask_BT: Any, keep: int, *_: Any, **__: Any
     ) -> Any:
-        return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+        return torch.zeros(len(ids_BT), keep, device=ids_BT.device), None, None
