@@ -34,24 +34,17 @@ class Builtin(NamedTuple):
 _REWARDS, _TRL_REWARDS = "grpo_autotune.train.rewards.builtin", "grpo_autotune.train.rewards.from_trl"
 _DEMO = "grpo_autotune.demo"
 _MATH = ("math-verify", "math")
+_REWARD_NAMES = ("exact_match", "numeric_match", "regex", "format", "choice_letter", "box_iou", "length")
+_TRL_MATH_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "cosine_scaled_reward")
+_TRL_NAMES = ("think_format_reward", "repetition_penalty_reward", "soft_overlong_punishment")
 
 _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
     "reward": {
-        "exact_match": Builtin(f"{_REWARDS}:exact_match"),
-        "numeric_match": Builtin(f"{_REWARDS}:numeric_match"),
-        "regex": Builtin(f"{_REWARDS}:regex"),
-        "format": Builtin(f"{_REWARDS}:format"),
-        "choice_letter": Builtin(f"{_REWARDS}:choice_letter"),
-        "box_iou": Builtin(f"{_REWARDS}:box_iou"),
-        "length": Builtin(f"{_REWARDS}:length"),
+        **{name: Builtin(f"{_REWARDS}:{name}") for name in _REWARD_NAMES},
         "judge": Builtin("grpo_autotune.train.rewards.remote.judge:Judge", ("openai", "judge")),
         "service": Builtin("grpo_autotune.train.rewards.remote.service:Service", ("tenacity", "judge")),
-        "accuracy_reward": Builtin(f"{_TRL_REWARDS}:accuracy_reward", _MATH),
-        "reasoning_accuracy_reward": Builtin(f"{_TRL_REWARDS}:reasoning_accuracy_reward", _MATH),
-        "cosine_scaled_reward": Builtin(f"{_TRL_REWARDS}:cosine_scaled_reward", _MATH),
-        "think_format_reward": Builtin(f"{_TRL_REWARDS}:think_format_reward"),
-        "repetition_penalty_reward": Builtin(f"{_TRL_REWARDS}:repetition_penalty_reward"),
-        "soft_overlong_punishment": Builtin(f"{_TRL_REWARDS}:soft_overlong_punishment"),
+        **{name: Builtin(f"{_TRL_REWARDS}:{name}", _MATH) for name in _TRL_MATH_NAMES},
+        **{name: Builtin(f"{_TRL_REWARDS}:{name}") for name in _TRL_NAMES},
     },
     "dataset": {"digits": Builtin(f"{_DEMO}:digits_dataset")},
     "model": {"demo": Builtin(f"{_DEMO}:demo_model_path")},

@@ -8,8 +8,6 @@ are therefore the least a pass can cost on this code path, which is what a share
 Names: S length of a row, N positions given to the LM head, P patches.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -32,10 +30,10 @@ class Work:
     def bytes(self) -> float:
         return sum(moved for _, moved in self.phases)
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.phases + other.phases)
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: float) -> "Work":
         return Work(tuple((flops * times, moved * times) for flops, moved in self.phases))
 
 

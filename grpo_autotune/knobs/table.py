@@ -113,7 +113,8 @@ TABLE = (
          reach=("generation",),
          why="tokens drafted from the text so far and checked together: distributed as without, other draws"),
     Knob("vllm.tensor_parallel_size", "exact", engine_knobs.tensor_parallel_sizes, engine_knobs.tensor_parallel_rule,
-         engine.written_tensor_parallel, why="GPUs that share one engine"),
+         lambda config: config.vllm.tensor_parallel_size or 1,  # GPUs of a server share the model without being told
+         why="GPUs that share one engine"),
     Knob("vllm.server_gpus", "exact", engine_knobs.server_gpus, engine_knobs.server_rule,
          why="GPUs of a vLLM server beside the trainer; null is the engine in the training process"),
     Knob("grpo.use_vllm", "learning", engine_knobs.engines, engine_knobs.engine_rule, lambda config: config.use_vllm,
@@ -160,20 +161,14 @@ REACH = {row.key: row.reach for row in TABLE if row.reach}
 
 
 def check_keys(search: SearchSection) -> None:
-    """Refuse a key of `search.knobs` or `search.accept` that is no knob.
-
-    Raises:
-        ConfigError: As `knob`, with the place of the key."""
+    """Refuse a key of `search.knobs` or `search.accept` that is no knob; ConfigError as `knob`."""
     for section, keys in (("knobs", search.knobs), ("accept", search.accept)):
         for key in keys:
             knob(key, f"search.{section}.{key}")
 
 
 def knob(key: str, where: str | None = None) -> Knob:
-    """The row of a key, which stands at `where` in the configuration.
-
-    Raises:
-        ConfigError: There is none; names the nearest."""
+    """The row of a key, which stands at `where` in the configuration; ConfigError, with the nearest, without one."""
     if key in BY_KEY:
         return BY_KEY[key]
     near = nearest_path(key, list(BY_KEY))

@@ -6,8 +6,6 @@ died are put back into the queue. A trial that ran out of memory is told as comp
 feasible value, because samplers do not see a trial that failed.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,7 +40,7 @@ class Axes:
     values: Mapping[str, tuple[Any, ...]]
 
     @classmethod
-    def of(cls, values: Mapping[str, Sequence[Any]]) -> Axes:
+    def of(cls, values: Mapping[str, Sequence[Any]]) -> "Axes":
         """Sort each knob's numbers; other values keep their order."""
         return cls({key: tuple(sorted(axis) if _numbers(axis) else axis) for key, axis in values.items()})
 

@@ -5,8 +5,6 @@ state, which is then put back: the micro step itself comes after that. Micro bat
 compared with the last of their window, all together.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
@@ -91,7 +89,7 @@ class StepCheck(Installed):
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
 
     def _tried(
-        self, state: State, model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
+        self, state: "State", model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
     ) -> torch.Tensor:
         """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
         accelerator, weights = self.trainer.accelerator, state.weights

@@ -20,24 +20,10 @@ from grpo_autotune.rollout.parts import Part
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
 
 SETTINGS = (
-    "do_resize",
-    "size",
-    "min_pixels",
-    "max_pixels",
-    "resample",
-    "crop_size",
-    "do_center_crop",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "do_pad",
-    "patch_size",
-    "temporal_patch_size",
-    "merge_size",
-)
+    "do_resize", "size", "min_pixels", "max_pixels", "resample", "crop_size", "do_center_crop", "do_rescale",
+    "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "patch_size",
+    "temporal_patch_size", "merge_size",
+)  # fmt: skip
 """Settings of an image processor on which its pixels, or the number of image tokens, depend."""
 
 PIXELS_APART = 0.02

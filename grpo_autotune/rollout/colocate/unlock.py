@@ -5,8 +5,6 @@ both are wrapped on the class and the module, since trainers build theirs inside
 wrapped too, for the data whose images the engine is sized for, and to mend the finished trainer.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
@@ -52,7 +50,7 @@ class Unlocked:
         self._data: list[tuple[Any, ...]] = []
         self._signature = self._trainer_signature = inspect.Signature()
 
-    def __enter__(self) -> Unlocked:
+    def __enter__(self) -> "Unlocked":
         return self
 
     def __exit__(self, *exc: object) -> None:

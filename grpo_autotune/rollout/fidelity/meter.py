@@ -5,8 +5,6 @@ trainer's. A large difference biases every gradient, silently; so beside the siz
 the possible causes apart (`causes`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -59,7 +57,7 @@ class Sum:
             self.largest = max(self.largest, float(values.max()))
             self.count += values.numel()
 
-    def with_more(self, other: Sum) -> Sum:
+    def with_more(self, other: "Sum") -> "Sum":
         return Sum(self.total + other.total, max(self.largest, other.largest), self.count + other.count)
 
     def mean(self) -> float:

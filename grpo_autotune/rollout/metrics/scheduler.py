@@ -7,8 +7,6 @@ With asynchronous scheduling the engine decides on a batch while the device work
 seconds belong to the batch whose tokens come back in it (`step_with_batch_queue` in vllm/v1/engine/core.py).
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import deque
@@ -60,7 +58,7 @@ class Scheduled:
     decode: int = 0
     running: int = 0
 
-    def and_then(self, other: Scheduled) -> Scheduled:
+    def and_then(self, other: "Scheduled") -> "Scheduled":
         """This and what was decided after it."""
         return Scheduled(self.prefill + other.prefill, self.decode + other.decode, max(self.running, other.running))
 

@@ -11,8 +11,6 @@ earlier, the tokens since then are discarded and the random stream is put back.
 Legend: U distinct prompts, B rows, A rows that the model still runs, T tokens so far, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +97,7 @@ class Decoder:
             return FixedStep(model, state, longest)
         return GraphStep(model, state, longest, self.capture)
 
-    def _write(self, step: GeneralStep, logits_AV: torch.Tensor, process: Any, text: _Text) -> torch.Tensor:
+    def _write(self, step: GeneralStep, logits_AV: torch.Tensor, process: Any, text: "_Text") -> torch.Tensor:
         """Draw and run until all rows are done; their ids."""
         rows = len(logits_AV)
         inside = torch.arange(rows, device=logits_AV.device)

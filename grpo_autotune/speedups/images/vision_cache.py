@@ -6,8 +6,6 @@ two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both
 chance below 2^-50. One read of the hashes is all that a call waits for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -130,7 +128,7 @@ class _Run:
     """One call of a tower."""
 
     def __init__(
-        self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: _Hash
+        self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: "_Hash"
     ) -> None:
         weight = next(tower.parameters())
         self.dtype: torch.dtype = autocast_dtype(weight.device.type) or weight.dtype
