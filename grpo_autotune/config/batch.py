@@ -83,16 +83,10 @@ def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
 
 
 COUNTS = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "steps_per_generation": 1,
-    "generation_batch_size": 1,
-    "num_iterations": 1,
-    "num_generations": 2,
-    "num_generations_eval": 1,
-    "max_completion_length": 1,
-}
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1, "generation_batch_size": 1, "num_iterations": 1, "num_generations": 2,
+    "num_generations_eval": 1, "max_completion_length": 1,
+}  # fmt: skip
 """Key -> smallest legal value. A group of one has its own reward as mean, so its advantage is always zero."""
 
 MOST = 2**20

@@ -8,17 +8,10 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
 
 TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "swanlab": ("swanlab",),
-    "clearml": ("clearml",),
-    "neptune": ("neptune",),
-    "dvclive": ("dvclive",),
-    "codecarbon": ("codecarbon",),
-}
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",),
+    "mlflow": ("mlflow",), "comet_ml": ("comet_ml",), "swanlab": ("swanlab",), "clearml": ("clearml",),
+    "neptune": ("neptune",), "dvclive": ("dvclive",), "codecarbon": ("codecarbon",),
+}  # fmt: skip
 """`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
 
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -30,22 +23,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
 (transformers/modeling_flash_attention_utils.py)."""
 
 OPTIMIZERS = {
-    "galore": ("galore_torch",),
-    "apollo": ("apollo_torch",),
-    "lomo": ("lomo_optim",),
-    "adalomo": ("lomo_optim",),
-    "grokadamw": ("grokadamw",),
-    "adamw_torch_4bit": ("torchao",),
-    "adamw_torch_8bit": ("torchao",),
-    "schedule_free": ("schedulefree",),
-    "stable_adamw": ("optimi",),
-    "ademamix": ("bitsandbytes",),
-    "adamw_bnb": ("bitsandbytes",),
-    "adamw_8bit": ("bitsandbytes",),
-    "lion": ("bitsandbytes",),
-    "paged": ("bitsandbytes",),
-    "rmsprop_bnb": ("bitsandbytes",),
-}
+    "galore": ("galore_torch",), "apollo": ("apollo_torch",), "lomo": ("lomo_optim",), "adalomo": ("lomo_optim",),
+    "grokadamw": ("grokadamw",), "adamw_torch_4bit": ("torchao",), "adamw_torch_8bit": ("torchao",),
+    "schedule_free": ("schedulefree",), "stable_adamw": ("optimi",), "ademamix": ("bitsandbytes",),
+    "adamw_bnb": ("bitsandbytes",), "adamw_8bit": ("bitsandbytes",), "lion": ("bitsandbytes",),
+    "paged": ("bitsandbytes",), "rmsprop_bnb": ("bitsandbytes",),
+}  # fmt: skip
 """Beginning of `grpo.optim` -> the same (transformers/trainer_optimizer.py)."""
 
 

@@ -16,22 +16,11 @@ from grpo_autotune.predict.workload import Workload
 Features = dict[str, float]
 
 PARTS = {
-    "generation": "generation",
-    "training_forward": "policy_logprob",
-    "old_policy": "policy_logprob",
-    "reference_logprob": "reference_logprob",
-    "backward": "backward",
-    "optimizer": "optimizer",
-    "data": "data",
-    "prompt": "prompt",
-    "tools": "tools",
-    "reward": "reward",
-    "weight_sync": "weight_sync",
-    "engine": "engine",
-    "sync_wait": "sync_wait",
-    "log_save_eval": "log_save_eval",
-    "other": "other",
-}
+    "generation": "generation", "training_forward": "policy_logprob", "old_policy": "policy_logprob",
+    "reference_logprob": "reference_logprob", "backward": "backward", "optimizer": "optimizer", "data": "data",
+    "prompt": "prompt", "tools": "tools", "reward": "reward", "weight_sync": "weight_sync", "engine": "engine",
+    "sync_wait": "sync_wait", "log_save_eval": "log_save_eval", "other": "other",
+}  # fmt: skip
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
 
 IMAGE_PIXELS, IMAGE_TOKENS = 224.0**2, 49.0

@@ -16,14 +16,9 @@ import torch
 from grpo_autotune.rollout.options import GREEDY
 
 PLAIN: dict[str, float] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
-}
+}  # fmt: skip
 OTHERS = ("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "min_tokens", "logits_processors")
 """Parameters that change a distribution too, and whose effect is not computed here."""
 
