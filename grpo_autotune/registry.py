@@ -65,16 +65,10 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
 
 
 def register(kind: Kind, name: str) -> Callable[[F], F]:
-    """Decorator that makes a function known by name.
+    """Decorator that makes a function known by a configuration's name for it; ConfigError where another one has that.
 
-    Args:
-        kind: `reward`: TRL's reward signature, parameters as keywords; `dataset`: `fn(split, **params)` ->
-            `datasets.Dataset`; `model`: `fn()` -> a folder that `from_pretrained` reads; `speedup`: a class, as
-            `speedups.base.SpeedUp`.
-        name: What a configuration calls it.
-
-    Raises:
-        ConfigError: If another function has that name."""
+    A `reward` has TRL's signature, parameters as keywords; a `dataset` is `fn(split, **params)` -> `datasets.Dataset`,
+    a `model` `fn()` -> a folder that `from_pretrained` reads, a `speedup` a class, as `speedups.base.SpeedUp`."""
 
     def add(function: F) -> F:
         old = _TABLE[kind].get(name)

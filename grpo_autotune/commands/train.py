@@ -28,10 +28,8 @@ LARGEST = 3
 
 
 def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
-    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal).
-
-    Raises:
-        AutotuneError: As `train.trainer.run_training`."""
+    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal). Raises as
+    `train.trainer.run_training`."""
     startup, live = Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []

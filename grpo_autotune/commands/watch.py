@@ -46,10 +46,7 @@ class Run(NamedTuple):
 
 
 def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
-    """Show the run in `folder`, or those below it in a table, until they are over.
-
-    Raises:
-        ConfigError: There is none."""
+    """Show the run in `folder`, or those below it in a table, until they are over; ConfigError where there is none."""
     live = is_live(sys.stdout) and "SLURM_JOB_ID" not in os.environ and not once
     with Screen(auto_refresh=False) if live else nullcontext() as screen:
         while True:

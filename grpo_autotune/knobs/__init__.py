@@ -5,14 +5,5 @@ from grpo_autotune.knobs.context import KnobContext, context_of
 from grpo_autotune.knobs.table import PROMPTS, TABLE, Kind, knob
 
 __all__ = [
-    "PROMPTS",
-    "TABLE",
-    "Kind",
-    "KnobContext",
-    "Knobs",
-    "context_of",
-    "kind_of",
-    "knob",
-    "knobs_of",
-    "with_knobs",
-]
+    "PROMPTS", "TABLE", "Kind", "KnobContext", "Knobs", "context_of", "kind_of", "knob", "knobs_of", "with_knobs",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from grpo_autotune.records.probe import Phase
-from grpo_autotune.seams.layers import Layer
+from grpo_autotune.seams.layers import Layer, Next
 from grpo_autotune.units import duration
 
 LEAST_S, STALL_S = 1.0, 60.0
@@ -110,7 +110,7 @@ def hint(name: str | None, age_s: float) -> str:
 def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:
     """A layer that counts the time of every call as the start-up phase `name`."""
 
-    def layer(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def layer(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with phase(name):
             return call_next(*args, **kwargs)
 

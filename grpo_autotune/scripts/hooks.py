@@ -25,7 +25,7 @@ from grpo_autotune.seams.import_hooks import (
     after_import,
     hook_imports,
 )
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Next, wrap
 from grpo_autotune.seams.torchvision_compat import import_mended, tell_once
 
 
@@ -77,7 +77,7 @@ class ScriptHooks:
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.startup.phase(name)
 
-    def _build(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _build(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         self.before_build()
         self.startup.since_birth("script")
         kwargs = self.values.arguments(kwargs)
@@ -86,7 +86,7 @@ class ScriptHooks:
         self.values.finish(trainer, self.say)
         self.after_build(trainer)
 
-    def _train(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _train(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
         return self.train(trainer, partial(call_next, trainer, *args, **kwargs))
 
     def _mend_torchvision(self, execute: Execute, module: ModuleType) -> None:

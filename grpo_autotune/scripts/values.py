@@ -27,7 +27,7 @@ from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Next, wrap
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.speedups.selection import chosen
 
@@ -83,7 +83,7 @@ class ScriptValues:
             for line in speed_up(trainer, self.speedups).lines():
                 say(line)
 
-    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
+    def _configured(self, call_next: Next, config: Any, /) -> None:
         from grpo_autotune.train.arguments import as_config_errors
 
         as_written = copy.copy(config)

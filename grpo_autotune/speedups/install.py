@@ -2,12 +2,12 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, take_off, wrap
+from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
@@ -67,11 +67,11 @@ class SpeedUps:
             installed.remove()
         self._groups.remove()
 
-    def _begin(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _begin(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._ask_again()
         return call_next(*args, **kwargs)
 
-    def _step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """With each optimizer step ask again where somebody's code may change settings and replace methods."""
         others = self._replaced != {None} or foreign_callback(self._trainer)
         if others and self._asked_at != self._trainer.state.global_step:

@@ -6,13 +6,13 @@ every value and gradient is the same to the last bit, two kernels an adapter are
 (query, key and value; gate and up) keep that input once for their backward pass instead of a copy each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import replaced
@@ -50,7 +50,7 @@ class _Uncast(Installed):
         self.handles += [wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)]
         self.counts = {"adapters": float(len(self.handles)), "casts_left_out": 0.0}
 
-    def _cast(self, call_next: Callable[..., Any], /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
+    def _cast(self, call_next: Next, /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
         """`x` where autocast would bring the copy back to the type that `x` has."""
         if x is None or x.dtype == dtype or self.fell_back is not None or autocast_dtype(x.device.type) != x.dtype:
             return call_next(x, dtype)

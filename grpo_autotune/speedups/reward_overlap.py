@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from grpo_autotune.seams.layers import INNER, is_async
+from grpo_autotune.seams.layers import INNER, Next, is_async
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION
@@ -107,7 +107,7 @@ class _Beside(Installed):
             self._pool.shutdown(wait=False)
             self._pool = None
 
-    def score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def score(self, call_next: Next, /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Know the rows; whatever ends the generation early also ends what was started for it."""
         self._inputs = inputs
         try:
@@ -119,7 +119,7 @@ class _Beside(Installed):
                     future.cancel()
             self._started = None
 
-    def rollout(self, call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+    def rollout(self, call_next: Next, /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Start as soon as the completions are there."""
         output = call_next(prompts, *args, **kwargs)
         if self._inputs is not None and not self.fell_back:
@@ -132,7 +132,7 @@ class _Beside(Installed):
         return output
 
     def rewards(
-        self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
+        self, call_next: Next, /, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """TRL's own method, over functions that hand out what is under way."""
         started, self._started = self._started, None

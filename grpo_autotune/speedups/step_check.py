@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.layers import OUTERMOST
+from grpo_autotune.seams.layers import OUTERMOST, Next
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -55,7 +55,7 @@ class StepCheck(Installed):
         for one in self._parts:
             one.fall_back(reason)
 
-    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+    def _loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         waits = self._merging is not None and not window_ends(self.trainer)
         if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
             window = [*(self._merging.held if self._merging else ()), inputs]

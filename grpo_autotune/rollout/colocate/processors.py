@@ -10,14 +10,14 @@ within it come out the same.
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.colocate.placeholders import MEDIA
 from grpo_autotune.rollout.parts import Part
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 SETTINGS = (
     "do_resize", "size", "min_pixels", "max_pixels", "resample", "crop_size", "do_center_crop", "do_rescale",
@@ -72,7 +72,7 @@ class TrainerProcessor(Part):
         compare_settings(settings(ours), engines)
         state = {"checked": False}
 
-        def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        def generate(call_next: Next, /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
             image = None if state["checked"] else _first_image(prompts)
             if image is not None:
                 state["checked"] = True

@@ -11,7 +11,7 @@ import inspect
 import operator
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ from grpo_autotune.rollout.server.client import ServerSync
 from grpo_autotune.rollout.sync.sync import ColocateSync
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, TRAINER_MODULE
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, take_off, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, take_off, wrap
 
 PARTS: dict[str, tuple[type[Part], ...]] = {
     "colocate": (TrainerDtype, ColocateSync, TrainerProcessor, OnePlaceholder, JoinedRequests, FidelityLog),
@@ -80,7 +80,7 @@ class Unlocked:
         self._trainer_signature = inspect.signature(module.GRPOTrainer.__init__)
         self._entrances.append(wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._trainer_built, INNER))
 
-    def _trainer_built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _trainer_built(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         self._data.append(data_of(self._trainer_signature.bind(trainer, *args, **kwargs).arguments))
         try:
             call_next(trainer, *args, **kwargs)
@@ -90,7 +90,7 @@ class Unlocked:
         if generation is not None and generation in self._engines:
             vars(generation)[MARK].handles += mixed_image_rows.mend(trainer)
 
-    def _built(self, call_next: Callable[..., Any], generation: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _built(self, call_next: Next, generation: Any, /, *args: Any, **kwargs: Any) -> None:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
             call_next(generation, *args, **kwargs)
             return
@@ -109,7 +109,7 @@ class Unlocked:
         for part in engine.parts:
             engine.handles += part.install(generation)
 
-    def _started(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _started(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if not self._building:
             return call_next(*args, **kwargs)
         generation, engine = self._building[-1]
@@ -126,7 +126,7 @@ class Unlocked:
             engine.handles += part.started(generation, llm)
         return llm
 
-    def _connected(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _connected(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         client = call_next(*args, **kwargs)
         if self._building:
             generation, engine = self._building[-1]

@@ -93,18 +93,13 @@ def _penalised(
 
 
 def _truncated(logits_TV: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
-    """Logits with minus infinity outside the part that `min_p`, `top_k` and `top_p` keep."""
+    """Logits with minus infinity outside the part that `min_p`, `top_k` and `top_p` keep, in vLLM's order."""
+    from transformers.generation import logits_process
+
     if given["min_p"] > 0.0:
-        probs_TV = logits_TV.softmax(dim=-1)
-        outside_TV = probs_TV < given["min_p"] * probs_TV.amax(dim=-1, keepdim=True)
-        logits_TV = logits_TV.masked_fill(outside_TV, -math.inf)
-    top_k = int(given["top_k"])
-    if 0 < top_k < logits_TV.shape[-1]:
-        least_T1 = logits_TV.topk(top_k, dim=-1).values[:, -1:]
-        logits_TV = logits_TV.masked_fill(logits_TV < least_T1, -math.inf)
+        logits_TV = logits_process.MinPLogitsWarper(given["min_p"])(None, logits_TV)
+    if given["top_k"] > 0:
+        logits_TV = logits_process.TopKLogitsWarper(int(given["top_k"]))(None, logits_TV)
     if given["top_p"] < 1.0:
-        ordered_TV, index_TV = logits_TV.sort(dim=-1)
-        outside_TV = ordered_TV.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - given["top_p"]
-        outside_TV[:, -1] = False
-        logits_TV = logits_TV.scatter(-1, index_TV, ordered_TV.masked_fill(outside_TV, -math.inf))
+        logits_TV = logits_process.TopPLogitsWarper(given["top_p"])(None, logits_TV)
     return logits_TV

@@ -25,7 +25,7 @@ from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
 from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync, check_quantized
 from grpo_autotune.rollout.sync.weights import packed
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 RESET_IMAGES = "/reset_encoder_cache"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -57,7 +57,7 @@ class ServerSync(WeightSync):
         check_quantized(self.options.keys.get("quantization"), self.way, 0)
         self.why = "a server takes an adapter from a file" if self.way == "adapter" else "TRL's push over NCCL"
 
-        def opened(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        def opened(call_next: Next, /, *args: Any, **kwargs: Any) -> None:
             if self.way == "merged":
                 call_next(*args, **kwargs)
 
@@ -68,7 +68,7 @@ class ServerSync(WeightSync):
 
         way = broadcast_object_list([self.way], from_process=0)[0]  # only the first rank has decided
 
-        def synced(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        def synced(call_next: Next, /, *args: Any, **kwargs: Any) -> None:
             if way == "merged":
                 self._asked(call_next, *args, **kwargs)
                 if self.client is not None:  # TRL resets the prefix cache alone, and images may be of older weights
@@ -84,7 +84,7 @@ class ServerSync(WeightSync):
             wrap(AttributeSlot(generation, "generate"), self._asked, INNER),
         ]
 
-    def _asked(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _asked(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Call what asks the server, once it is known to answer: TRL's client tries for a minute."""
         if self.client is None:
             return call_next(*args, **kwargs)

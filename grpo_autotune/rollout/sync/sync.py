@@ -12,7 +12,7 @@ weights (transposed, scaled) takes none at all: an adapter is all that it is sen
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import ConfigError
@@ -20,7 +20,7 @@ from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import Part, part_of
 from grpo_autotune.rollout.sync import adapters, caches, lora
 from grpo_autotune.rollout.sync.weights import changing, has_4bit, packed, weights
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 _logger = logging.getLogger("grpo_autotune.rollout")
 
@@ -171,24 +171,24 @@ class ColocateSync(WeightSync):
             wrap(AttributeSlot(generation, "_iter_named_params"), self._counted, INNER),
         ]
 
-    def _sleep(self, call_next: Callable[..., Any], /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+    def _sleep(self, call_next: Next, /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         level = level if self.options.sleep_level is None else self.options.sleep_level
         if level == 0:
             return None  # idle as it is, with all it holds
         self._slept = max(level, self._slept or 0)
         return call_next(level, *args, **kwargs)
 
-    def _wake_up(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _wake_up(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         return None if self.options.sleep_level == 0 else call_next(*args, **kwargs)
 
-    def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._generating = True
         try:
             return call_next(*args, **kwargs)
         finally:
             self._generating = False
 
-    def _sync(self, call_next: Callable[..., Any], /) -> None:
+    def _sync(self, call_next: Next, /) -> None:
         begun = time.perf_counter()
         self._pushed, self._bytes = [], 0
         full = not self._quantized and (not self.syncs or self._slept == TRL_LEVEL)
@@ -240,7 +240,7 @@ class ColocateSync(WeightSync):
             self._count(name, tensor)
             yield name, tensor
 
-    def _counted(self, call_next: Callable[..., Any], /) -> Iterator[tuple[str, Any]]:
+    def _counted(self, call_next: Next, /) -> Iterator[tuple[str, Any]]:
         for name, tensor in call_next():
             if self.way == "merged":
                 self._count(name, tensor)

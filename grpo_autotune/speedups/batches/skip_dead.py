@@ -11,13 +11,13 @@ TRL's metrics of the loss then speak of the rows that are left, so they are logg
 Legend: B rows of this process, N rows of all processes, G generations a prompt.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.loss import DIVISORS
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
@@ -99,7 +99,7 @@ class _Skipping(Installed):
             for name, weight in trainer.model.named_parameters()
         )
 
-    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+    def rewards(self, call_next: Next, /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Learn which groups have a spread; rewards come from all processes, in their order."""
         rewards = call_next(inputs, prompts, *args, **kwargs)
         trainer = self.trainer
@@ -109,7 +109,7 @@ class _Skipping(Installed):
             self._living_B = living_N[first : first + len(prompts)]
         return rewards
 
-    def score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def score(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Let the batch carry it through TRL's shuffle and split."""
         self._living_B = None
         output = call_next(*args, **kwargs)
@@ -119,7 +119,7 @@ class _Skipping(Installed):
         living = self._living_B if advantages.ndim == 1 else self._living_B[:, None]
         return {**output, KEY: torch.where(living, torch.nan, advantages)}
 
-    def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+    def loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The micro batch's loss, computed on the rows that have one."""
         if self.fell_back or not self.trainer.model.training:
             return call_next(model, inputs, *args, **kwargs)
@@ -131,9 +131,7 @@ class _Skipping(Installed):
         self.counts["skipped_rows"] += rows - len(kept)
         return loss
 
-    def _loss_of(
-        self, kept: list[int], call_next: Callable[..., Any], model: Any, inputs: Batch, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _loss_of(self, kept: list[int], call_next: Next, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         rows = len(inputs["completion_ids"])
         if len(kept) == rows:
             return call_next(model, inputs, *args, **kwargs)
@@ -145,7 +143,7 @@ class _Skipping(Installed):
         finally:
             self._left_out = 0
 
-    def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def gather(self, call_next: Next, /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL gathers a number per row for its metrics, and every rank must give as many: NaN, which they leave out."""
         if self._left_out and tensor.ndim == 1 and tensor.is_floating_point():
             tensor = torch.cat([tensor, tensor.new_full((self._left_out,), torch.nan)])

@@ -5,13 +5,13 @@ the patch. Convolution kernels are several times slower at this than one matrix 
 are the convolution's own, so adapters, checkpointing and training see no difference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
 from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import in_copies, replaced
@@ -68,7 +68,7 @@ def _as_product(convolution: nn.Conv3d, installed: Installed) -> Layer:
         embedded = nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
         return embedded[:, :, None, None, None]
 
-    def embed(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def embed(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         one_patch = patches.ndim == 5 and tuple(patches.shape[2:]) == convolution.kernel_size
         if installed.fell_back or not one_patch or args or kwargs:
             return call_next(patches, *args, **kwargs)

@@ -7,14 +7,14 @@ chance below 2^-50. One read of the hashes is all that a call waits for.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from cachetools import LRUCache
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
 from grpo_autotune.speedups.images.towers import towers_of
@@ -98,7 +98,7 @@ class _Features(Installed):
     def layer(self, tower: Any) -> Layer:
         check = SelfCheck(self)
 
-        def encode(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def encode(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             grid = kwargs.get("grid_thw")
             if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
                 return call_next(patches, *args, **kwargs)
@@ -127,9 +127,7 @@ class _Features(Installed):
 class _Run:
     """One call of a tower."""
 
-    def __init__(
-        self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: "_Hash"
-    ) -> None:
+    def __init__(self, tower: Any, call_next: Next, kept: LRUCache[Hashable, Features], hash_of: "_Hash") -> None:
         weight = next(tower.parameters())
         self.dtype: torch.dtype = autocast_dtype(weight.device.type) or weight.dtype
         self.computed = 0

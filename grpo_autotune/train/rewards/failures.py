@@ -4,14 +4,14 @@ TRL counts the missing reward of a row that has others as 0. A failed score is n
 group's others, which adds nothing to the row's advantage, or the row has no reward at all and so no advantage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from grpo_autotune.config.sections.rewards import OnFailure
 from grpo_autotune.errors import RewardError
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.replies import close_in
@@ -61,7 +61,7 @@ class _Attendant:
         self._trainer, self._policies = trainer, policies
         self._end: RewardError | None = None
 
-    def rewards(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def rewards(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
         group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
@@ -78,7 +78,7 @@ class _Attendant:
         trainer.must_end = self._end is not None
         return rewards_NF
 
-    def train(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def train(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         try:
             result = call_next(*args, **kwargs)
         finally:

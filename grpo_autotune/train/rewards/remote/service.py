@@ -22,9 +22,7 @@ TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 class Service(RemoteReward):
     """A reward whose score stands in the JSON that a URL answers; docs/rewards.md has what its arguments mean.
-
-    Raises:
-        ConfigError: One of them cannot be used."""
+    ConfigError where one of them cannot be used."""
 
     kind = "service"
 
