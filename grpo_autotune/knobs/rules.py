@@ -22,11 +22,6 @@ HOPPER = 9
 """Major compute capability that FlashAttention 3 is made for."""
 
 
-def no_rule(context: KnobContext, value: Any) -> str | None:
-    """Legal wherever it is accepted."""
-    return None
-
-
 def image_rule(context: KnobContext, value: Any) -> str | None:
     """Image size means something where there are images, and above the size that the processor enlarges them to."""
     if value is not None and context.images is False:

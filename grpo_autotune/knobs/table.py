@@ -30,7 +30,7 @@ class Knob:
     key: str  # key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`)
     kind: Kind  # `exact` or `learning`; see `kind_of` for the knob that can be either
     around: Callable[[KnobContext, Any], tuple[Any, ...]]  # values around the user's own, which comes first
-    rule: rules.Rule = rules.no_rule  # the reason against a value
+    rule: rules.Rule = lambda context, value: None  # the reason against a value
     read: Callable[[RunConfig], Any] | None = None  # of the user's own value, where `own_value` does not know it
     why: str = field(kw_only=True)  # its effect on a step
     searched: bool = field(kw_only=True, default=True)  # False if only where it is named in `search.knobs`

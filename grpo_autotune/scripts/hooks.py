@@ -55,7 +55,7 @@ class ScriptHooks:
 
     def on_trainer_module(self, module: ModuleType) -> None:
         """Put the layers on TRL's trainer once it was imported, before any model is there."""
-        self.values.on_trainer_module(module)
+        self.values.unlocked.enter_trainers(module)
         wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._build)
         wrap(AttributeSlot(module.GRPOTrainer, "train"), self._train)
         wrap(AttributeSlot(module, "create_model_from_path"), timed(self._phase, "model"))
@@ -71,7 +71,7 @@ class ScriptHooks:
         return train()
 
     def _on_engine_module(self, module: ModuleType) -> None:
-        self.values.on_engine_module(module)
+        self.values.unlocked.enter(module)  # engines are mended whatever the values are
         wrap(AttributeSlot(module.VLLMGeneration, "__init__"), timed(self._phase, "engine"))
 
     def _phase(self, name: str) -> AbstractContextManager[None]:

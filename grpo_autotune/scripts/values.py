@@ -59,14 +59,6 @@ class ScriptValues:
         if self.grpo:
             wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
 
-    def on_engine_module(self, module: ModuleType) -> None:
-        """Unlock TRL's engine, whose module was imported: engines are mended whatever the values are."""
-        self.unlocked.enter(module)
-
-    def on_trainer_module(self, module: ModuleType) -> None:
-        """Unlock the engine of TRL's trainers, whose module was imported."""
-        self.unlocked.enter_trainers(module)
-
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """A trainer's keyword arguments, with images of the wanted size; ConfigError where `train_dataset` has none."""
         if self.image_size is None:
