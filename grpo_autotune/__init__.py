@@ -5,8 +5,6 @@ tunes its rollout engine, `load_config(path)` reads a configuration, `load_run(f
 first use, so that importing this package costs nothing.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """`python -m grpo_autotune`, and `torchrun ... -m grpo_autotune`: the same as the command `grpo-autotune`."""
 
-from __future__ import annotations
-
 import sys
 
 from grpo_autotune.cli.main import main

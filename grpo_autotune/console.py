@@ -28,7 +28,6 @@ HEARTBEAT_S = 5.0
 REPEAT_S = 15.0
 """Seconds after which the same thing is said again."""
 
-
 SIGNS = {"±": "+-", "µ": "u", "█": "#", "─": "-", "━": "-", "│": "|", "╸": "-", "╺": "-", "•": "*", "…": "..."}
 SIGNS |= dict(zip("▁▂▃▄▅▆▇", "_.-=+*%", strict=True))
 """Signs of our own output and of rich's -> what stands for each where the terminal's encoding has no such sign."""

@@ -6,8 +6,6 @@ parameters. A short supervised warm start gives it what GRPO needs to begin: it 
 answers in several forms, many of them wrong. GRPO then has to find the form and the digit that earn the reward.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -45,53 +43,24 @@ HELD_OUT = 300
 """Digits of the 1797 that only the split `test` shows."""
 
 CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_vl",
-    "architectures": ["Qwen3VLForConditionalGeneration"],
-    "tie_word_embeddings": True,
-    "image_token_id": 0,
-    "video_token_id": 0,
-    "vision_start_token_id": 0,
-    "vision_end_token_id": 0,
+    "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": True,
+    "image_token_id": 0, "video_token_id": 0, "vision_start_token_id": 0, "vision_end_token_id": 0,
     "text_config": {
-        "model_type": "qwen3_vl_text",
-        "vocab_size": 0,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.05,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "model_type": "qwen3_vl_text", "vocab_size": 0, "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.05, "max_position_embeddings": 2048,
+        "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": True,
         "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [6, 5, 5],
+            "rope_type": "default", "rope_theta": 5000000.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
         },
     },
     "vision_config": {
-        "model_type": "qwen3_vl",
-        "depth": 2,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_heads": 4,
-        "hidden_act": "gelu_pytorch_tanh",
-        "in_channels": 3,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [0, 1],
-        "initializer_range": 0.05,
+        "model_type": "qwen3_vl", "depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
+        "hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "out_hidden_size": 128, "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1], "initializer_range": 0.05,
     },
-}
+}  # fmt: skip
 """Token ids and vocabulary size are filled in from the tokenizer."""
 
 Progress = Callable[[float], None]
@@ -163,11 +132,8 @@ def digits_dataset(split: str, *, canvas: int = CANVAS_PX, count: int | None = N
     import datasets
 
     if canvas < DIGIT_PX:
-        raise ConfigError(
-            f"a digit of {DIGIT_PX} pixels does not fit on a canvas of {canvas}",
-            where="data.params.canvas",
-            fix=f"Set it to {DIGIT_PX} or more.",
-        )
+        what = f"a digit of {DIGIT_PX} pixels does not fit on a canvas of {canvas}"
+        raise ConfigError(what, where="data.params.canvas", fix=f"Set it to {DIGIT_PX} or more.")
     digits = load_digits(split)
     random = np.random.default_rng(seed)
     count = len(digits.labels) if count is None else count
@@ -292,9 +258,7 @@ def _learn_to_say(
         chosen = random.integers(0, len(digits.labels), recipe.batch)
         images = [draw(digits.pixels[index], CANVAS_PX, random) for index in chosen]
         said = np.where(
-            random.random(recipe.batch) < wrong_share,
-            random.integers(0, 10, recipe.batch),
-            digits.labels[chosen],
+            random.random(recipe.batch) < wrong_share, random.integers(0, 10, recipe.batch), digits.labels[chosen]
         )
         forms = random.choice(FORMS, recipe.batch, p=recipe.form_shares)
         answers = [str(form).format(digit) for form, digit in zip(forms, said, strict=True)]

@@ -4,8 +4,6 @@ A message is one printable line of at most `LONGEST` characters: what is wrong, 
 what to do. For a name that does not exist `nearest` finds the one that was probably meant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 LONGEST = 370

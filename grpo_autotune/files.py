@@ -1,7 +1,5 @@
 """The package's cache folder, files that are written whole or not at all, and disks that are full."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,11 +24,9 @@ def cache_dir(part: str = "") -> Path:
     try:
         (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"the cache folder cannot be made ({error.strerror})",
-            where=str(folder / part),
-            fix="Point GRPO_AUTOTUNE_CACHE to a folder that can be written.",
-        ) from error
+        what = f"the cache folder cannot be made ({error.strerror})"
+        fix = "Point GRPO_AUTOTUNE_CACHE to a folder that can be written."
+        raise EnvironmentProblem(what, where=str(folder / part), fix=fix) from error
     return folder / part
 
 

@@ -1,7 +1,5 @@
 """The probe in your own script: `probe = attach(trainer)`, `trainer.train()`, `print(probe.report())`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -57,8 +55,7 @@ def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
 
     Raises:
         ConfigError: `trainer` is not a `GRPOTrainer`.
-        SeamError: The installed TRL lacks a method that holds a stage.
-    """
+        SeamError: The installed TRL lacks a method that holds a stage."""
     from trl import GRPOTrainer
 
     if not isinstance(trainer, GRPOTrainer):

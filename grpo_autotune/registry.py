@@ -5,8 +5,6 @@ it names; and nothing that is named there imports this module. In a configuratio
 too; the current folder is searched first. `source_of` reads a function's definition without importing it.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -36,24 +34,17 @@ class Builtin(NamedTuple):
 _REWARDS, _TRL_REWARDS = "grpo_autotune.train.rewards.builtin", "grpo_autotune.train.rewards.from_trl"
 _DEMO = "grpo_autotune.demo"
 _MATH = ("math-verify", "math")
+_REWARD_NAMES = ("exact_match", "numeric_match", "regex", "format", "choice_letter", "box_iou", "length")
+_TRL_MATH_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "cosine_scaled_reward")
+_TRL_NAMES = ("think_format_reward", "repetition_penalty_reward", "soft_overlong_punishment")
 
 _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
     "reward": {
-        "exact_match": Builtin(f"{_REWARDS}:exact_match"),
-        "numeric_match": Builtin(f"{_REWARDS}:numeric_match"),
-        "regex": Builtin(f"{_REWARDS}:regex"),
-        "format": Builtin(f"{_REWARDS}:format"),
-        "choice_letter": Builtin(f"{_REWARDS}:choice_letter"),
-        "box_iou": Builtin(f"{_REWARDS}:box_iou"),
-        "length": Builtin(f"{_REWARDS}:length"),
+        **{name: Builtin(f"{_REWARDS}:{name}") for name in _REWARD_NAMES},
         "judge": Builtin("grpo_autotune.train.rewards.remote.judge:Judge", ("openai", "judge")),
         "service": Builtin("grpo_autotune.train.rewards.remote.service:Service", ("tenacity", "judge")),
-        "accuracy_reward": Builtin(f"{_TRL_REWARDS}:accuracy_reward", _MATH),
-        "reasoning_accuracy_reward": Builtin(f"{_TRL_REWARDS}:reasoning_accuracy_reward", _MATH),
-        "cosine_scaled_reward": Builtin(f"{_TRL_REWARDS}:cosine_scaled_reward", _MATH),
-        "think_format_reward": Builtin(f"{_TRL_REWARDS}:think_format_reward"),
-        "repetition_penalty_reward": Builtin(f"{_TRL_REWARDS}:repetition_penalty_reward"),
-        "soft_overlong_punishment": Builtin(f"{_TRL_REWARDS}:soft_overlong_punishment"),
+        **{name: Builtin(f"{_TRL_REWARDS}:{name}", _MATH) for name in _TRL_MATH_NAMES},
+        **{name: Builtin(f"{_TRL_REWARDS}:{name}") for name in _TRL_NAMES},
     },
     "dataset": {"digits": Builtin(f"{_DEMO}:digits_dataset")},
     "model": {"demo": Builtin(f"{_DEMO}:demo_model_path")},
@@ -74,17 +65,10 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
 
 
 def register(kind: Kind, name: str) -> Callable[[F], F]:
-    """Decorator that makes a function known by name.
+    """Decorator that makes a function known by a configuration's name for it; ConfigError where another one has that.
 
-    Args:
-        kind: `reward`: TRL's reward signature, parameters as keywords; `dataset`: `fn(split, **params)` ->
-            `datasets.Dataset`; `model`: `fn()` -> a folder that `from_pretrained` reads; `speedup`: a class, as
-            `speedups.base.SpeedUp`.
-        name: What a configuration calls it.
-
-    Raises:
-        ConfigError: If another function has that name.
-    """
+    A `reward` has TRL's signature, parameters as keywords; a `dataset` is `fn(split, **params)` -> `datasets.Dataset`,
+    a `model` `fn()` -> a folder that `from_pretrained` reads, a `speedup` a class, as `speedups.base.SpeedUp`."""
 
     def add(function: F) -> F:
         old = _TABLE[kind].get(name)
@@ -149,18 +133,12 @@ def _entry(kind: Kind, name: str) -> Builtin | Function:
     if entry is None and is_reference(name):
         entry = Builtin(name)
     if entry is None:
-        raise ConfigError(
-            f"there is no {kind} of this name",
-            where=name,
-            fix=f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function.",
-        )
+        fix = f"{nearest_hint(name, names(kind))} Known: {', '.join(names(kind))}, or package.module:function."
+        raise ConfigError(f"there is no {kind} of this name", where=name, fix=fix)
     package, extra = (entry.needs if isinstance(entry, Builtin) else None) or ("", "")
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise ConfigError(
-            f"this {kind} needs the package {package}, which is not installed",
-            where=name,
-            fix=f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'.",
-        )
+        fix = f"Install it, or the extra `{extra}`: pip install 'grpo-autotune[{extra}]'."
+        raise ConfigError(f"this {kind} needs the package {package}, which is not installed", where=name, fix=fix)
     return entry
 
 
@@ -227,11 +205,8 @@ def _assigned(tree: ast.Module) -> set[str]:
 
 
 def _no_import(module_name: str, kind: str, reference: str, error: ImportError | SyntaxError) -> ConfigError:
-    return ConfigError(
-        f"cannot import {module_name} for this {kind}: {error}",
-        where=reference,
-        fix=f"Modules are looked for in {Path.cwd()}.",
-    )
+    fix = f"Modules are looked for in {Path.cwd()}."
+    return ConfigError(f"cannot import {module_name} for this {kind}: {error}", where=reference, fix=fix)
 
 
 def _listed(functions: list[str]) -> str:

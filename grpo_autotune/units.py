@@ -1,7 +1,5 @@
 """Numbers as text: two or three figures, with the unit that fits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 GIB = 2**30

@@ -1,7 +1,5 @@
 """The stage that bounds the step, in one sentence, and warnings to read before trusting the numbers."""
 
-from __future__ import annotations
-
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.remote import remote_warnings
 from grpo_autotune.probe.breakdown import SLOW, Limit

@@ -1,7 +1,5 @@
 """The input of every advice, one probe accounted for, and its output, an idea."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Every rule's advice: what saves too little is dropped, the rest is ranked and put into sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from grpo_autotune.advice import learning, observed, remote

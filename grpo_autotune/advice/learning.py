@@ -1,7 +1,5 @@
 """Advice that changes what is learned, at values that a measurement speaks for: each says so, and the user decides."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

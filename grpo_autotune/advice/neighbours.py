@@ -1,7 +1,5 @@
 """Knobs of the table at neighbouring values, and the seconds and memory that the models predict for each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Each saving comes from the probe's own seconds.
 """
 
-from __future__ import annotations
-
 import math
 
 from grpo_autotune.advice.facts import Facts, Idea

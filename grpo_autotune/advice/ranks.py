@@ -1,7 +1,5 @@
 """Ranks against each other: who works longer than the others, so that they wait."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

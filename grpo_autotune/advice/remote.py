@@ -1,7 +1,5 @@
 """Advice and warnings on rewards over a network, from the seconds of their calls."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from grpo_autotune.advice.facts import Facts, Idea

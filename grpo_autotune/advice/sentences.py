@@ -4,8 +4,6 @@ A knob that is searched by default is advised at the value that is predicted fas
 are advised at values that a measurement speaks for (`learning`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

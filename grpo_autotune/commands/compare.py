@@ -1,7 +1,5 @@
 """`grpo-autotune compare`: two or more stored runs held against a baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`grpo-autotune doctor`: every finding of the checks with its remedy, and the cheap ones before other commands."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any

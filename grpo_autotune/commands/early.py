@@ -1,7 +1,5 @@
 """Checks of a configuration that need no library: its mistakes are said before torch is imported."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from typing import Any

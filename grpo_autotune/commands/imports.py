@@ -1,7 +1,5 @@
 """Preparations before torch, transformers and TRL are imported."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 

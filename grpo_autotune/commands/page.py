@@ -39,8 +39,7 @@ def page_of(source: Path, *, interactive: bool = False, running: bool = False, s
     """The page of a probe, a search or a training run, from its folder or the JSON file of its report.
 
     It has tooltips and zoom where `interactive`, as many of the newest `samples` as the run stored, and is read again
-    by a browser while the training is `running`.
-    """
+    by a browser while the training is `running`."""
     from grpo_autotune.render.page import Lines, Section, Table, render_page
     from grpo_autotune.render.train_page import train_sections, train_title
 

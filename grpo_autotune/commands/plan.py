@@ -1,7 +1,5 @@
 """`grpo-autotune plan`: how long a run will take, from a stored probe or search, or a probe that is made for it."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime

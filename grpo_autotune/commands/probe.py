@@ -1,7 +1,5 @@
 """`grpo-autotune probe`: a short real trial of a configuration, and a report of where its seconds went."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -34,10 +32,7 @@ def probe_config(
 
     `show` is given the report, that of the steps so far where something ends the training early; `output` is held until
     then, to lead standard output elsewhere. `with_eval` times one evaluation and one checkpoint after the steps.
-
-    Raises:
-        AutotuneError: The configuration, the data, a reward function or this machine cannot be used.
-    """
+    AutotuneError where the configuration, the data, a reward function or this machine cannot be used."""
     probes: list[Any] = []
     try:
         with output, full_disk_told(out_dir, "Make room there."):

@@ -1,7 +1,5 @@
 """Reward functions of a configuration in their source text, which is read and not imported: names and arguments."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """`grpo-autotune run`: an unchanged TRL script with a probe on every `GRPOTrainer`, as `cProfile` does for Python."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """`grpo-autotune search`: from a budget to tuned configurations."""
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.commands.page import keep_page
@@ -15,32 +14,13 @@ from grpo_autotune.search.session import search
 from grpo_autotune.trials.parent.runner import Runner
 
 
-def search_config(
-    config: RunConfig,
-    *,
-    budget_s: float,
-    out: Path | None,
-    run_dir: Path,
-    resume: bool,
-    storage: str | None,
-    script: list[str] | None = None,
-) -> tuple[SearchReport, int]:
-    """Search with real trials, the progress on standard error; also the exit code: 0, or 130 where a signal ended
-    it."""
+def search_config(config: RunConfig, *, run_dir: Path, **asked: Any) -> tuple[SearchReport, int]:
+    """Search with real trials, the progress on standard error; also the exit code: 0, or 130 where a signal ended it.
+    What else is asked for is handed on to `search.session.search`."""
     set_environment()
     live = LiveFile(run_dir)
     with SearchView(progress_console()) as view:
         view.tell = lambda state: None if state.progress else live.write(search=state)  # as a trial begins
-        report = search(
-            config,
-            budget_s=budget_s,
-            out=out,
-            run_dir=run_dir,
-            resume=resume,
-            storage=storage,
-            view=view,
-            runner=Runner,
-            script=script,
-        )
+        report = search(config, run_dir=run_dir, view=view, runner=Runner, **asked)
     keep_page(run_dir)
     return report, INTERRUPTED_EXIT if report.ended == "interrupted" else 0

@@ -1,7 +1,5 @@
 """`grpo-autotune probe --rewards-only`: rewards over a network without a model, with more and more calls at once."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """`grpo-autotune train`: train a configuration, show its progress, and in the end where time went."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,11 +28,8 @@ LARGEST = 3
 
 
 def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
-    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal).
-
-    Raises:
-        AutotuneError: As `train.trainer.run_training`.
-    """
+    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal). Raises as
+    `train.trainer.run_training`."""
     startup, live = Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []

@@ -1,7 +1,5 @@
 """`grpo-autotune watch`: the state of probes, searches and trainings while they run, from their files alone."""
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics
@@ -48,11 +46,7 @@ class Run(NamedTuple):
 
 
 def watch(folder: Path, every_s: float | None, *, once: bool) -> None:
-    """Show the run in `folder`, or those below it in a table, until they are over.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Show the run in `folder`, or those below it in a table, until they are over; ConfigError where there is none."""
     live = is_live(sys.stdout) and "SLURM_JOB_ID" not in os.environ and not once
     with Screen(auto_refresh=False) if live else nullcontext() as screen:
         while True:

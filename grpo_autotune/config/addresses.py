@@ -1,7 +1,5 @@
 """Addresses of endpoints and names of variables with their keys: a configuration, which run folders keep, has none."""
 
-from __future__ import annotations
-
 import re
 from urllib.parse import parse_qsl, urlsplit
 

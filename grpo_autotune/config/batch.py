@@ -8,8 +8,6 @@ and needs whole groups in it: the generation batch is a multiple of `num_generat
 processes (`WORLD_SIZE`, which torchrun sets).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping
@@ -24,9 +22,8 @@ def world_size() -> int:
     """Number of training processes by `WORLD_SIZE` (1 without it); ConfigError if that is no positive whole number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(
-            f"{text!r} is not a number of processes", where="WORLD_SIZE", fix="Unset it, or use torchrun."
-        )
+        fix = "Unset it, or use torchrun."
+        raise ConfigError(f"{text!r} is not a number of processes", where="WORLD_SIZE", fix=fix)
     return int(text)
 
 
@@ -86,16 +83,10 @@ def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
 
 
 COUNTS = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "steps_per_generation": 1,
-    "generation_batch_size": 1,
-    "num_iterations": 1,
-    "num_generations": 2,
-    "num_generations_eval": 1,
-    "max_completion_length": 1,
-}
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1, "generation_batch_size": 1, "num_iterations": 1, "num_generations": 2,
+    "num_generations_eval": 1, "max_completion_length": 1,
+}  # fmt: skip
 """Key -> smallest legal value. A group of one has its own reward as mean, so its advantage is always zero."""
 
 MOST = 2**20
@@ -114,9 +105,8 @@ def _check_counts(grpo: Mapping[str, Any]) -> None:
         if count is None and name in MAY_BE_NULL:
             continue
         if count is None or count < least:
-            raise ConfigError(
-                f"must be at least {least}, and is {count}", where=f"grpo.{name}", fix=f"Nearest legal: {least}."
-            )
+            fix = f"Nearest legal: {least}."
+            raise ConfigError(f"must be at least {least}, and is {count}", where=f"grpo.{name}", fix=fix)
         if count > MOST:
             raise ConfigError(f"must be at most {MOST}", where=f"grpo.{name}", fix=f"Nearest legal: {MOST}.")
 
@@ -126,18 +116,13 @@ def _steps_per_generation(batch: int | None, steps: int | None, micro: int, proc
     if batch is None:
         return steps or accumulation
     if steps is not None:
-        raise ConfigError(
-            "generation_batch_size and steps_per_generation are both given, and each decides the other",
-            where="grpo.generation_batch_size",
-            fix="Remove one of them.",
-        )
+        what = "generation_batch_size and steps_per_generation are both given, and each decides the other"
+        raise ConfigError(what, where="grpo.generation_batch_size", fix="Remove one of them.")
     per_device, device_batch = f"per_device_train_batch_size {micro}", micro * processes
     if batch % device_batch:
-        raise ConfigError(
-            f"{batch} is not a multiple of {per_device} x world size {processes} = {device_batch}",
-            where="grpo.generation_batch_size",
-            fix=f"Nearest legal: {_words(_nearest_multiples(batch, device_batch))}.",
-        )
+        what = f"{batch} is not a multiple of {per_device} x world size {processes} = {device_batch}"
+        fix = f"Nearest legal: {_words(_nearest_multiples(batch, device_batch))}."
+        raise ConfigError(what, where="grpo.generation_batch_size", fix=fix)
     return batch // device_batch
 
 

@@ -4,8 +4,6 @@
 seconds and loads torch. Reading the class bodies with `ast` gives names, accepted types and defaults as *installed*.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 from collections.abc import Mapping
@@ -144,10 +142,8 @@ def class_in_source(package: str, path: str, class_name: str) -> ast.ClassDef:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             return node
-    raise EnvironmentProblem(
-        f"{source} has no class {class_name}",
-        fix="Install the versions that grpo-autotune's package metadata asks for.",
-    )
+    fix = "Install the versions that grpo-autotune's package metadata asks for."
+    raise EnvironmentProblem(f"{source} has no class {class_name}", fix=fix)
 
 
 def _field(entry: ast.stmt) -> ForeignKey | None:

@@ -1,7 +1,5 @@
 """Errors of a configuration in one line: the key path, the value, and what is accepted or nearest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pydantic import ValidationError

@@ -1,7 +1,5 @@
 """Packages that keys of a configuration need beside the required ones: looked for, never imported."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,17 +8,10 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
 
 TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "swanlab": ("swanlab",),
-    "clearml": ("clearml",),
-    "neptune": ("neptune",),
-    "dvclive": ("dvclive",),
-    "codecarbon": ("codecarbon",),
-}
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",),
+    "mlflow": ("mlflow",), "comet_ml": ("comet_ml",), "swanlab": ("swanlab",), "clearml": ("clearml",),
+    "neptune": ("neptune",), "dvclive": ("dvclive",), "codecarbon": ("codecarbon",),
+}  # fmt: skip
 """`grpo.report_to` -> packages of which one must be there (transformers/integrations/integration_utils.py)."""
 
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -32,22 +23,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
 (transformers/modeling_flash_attention_utils.py)."""
 
 OPTIMIZERS = {
-    "galore": ("galore_torch",),
-    "apollo": ("apollo_torch",),
-    "lomo": ("lomo_optim",),
-    "adalomo": ("lomo_optim",),
-    "grokadamw": ("grokadamw",),
-    "adamw_torch_4bit": ("torchao",),
-    "adamw_torch_8bit": ("torchao",),
-    "schedule_free": ("schedulefree",),
-    "stable_adamw": ("optimi",),
-    "ademamix": ("bitsandbytes",),
-    "adamw_bnb": ("bitsandbytes",),
-    "adamw_8bit": ("bitsandbytes",),
-    "lion": ("bitsandbytes",),
-    "paged": ("bitsandbytes",),
-    "rmsprop_bnb": ("bitsandbytes",),
-}
+    "galore": ("galore_torch",), "apollo": ("apollo_torch",), "lomo": ("lomo_optim",), "adalomo": ("lomo_optim",),
+    "grokadamw": ("grokadamw",), "adamw_torch_4bit": ("torchao",), "adamw_torch_8bit": ("torchao",),
+    "schedule_free": ("schedulefree",), "stable_adamw": ("optimi",), "ademamix": ("bitsandbytes",),
+    "adamw_bnb": ("bitsandbytes",), "adamw_8bit": ("bitsandbytes",), "lion": ("bitsandbytes",),
+    "paged": ("bitsandbytes",), "rmsprop_bnb": ("bitsandbytes",),
+}  # fmt: skip
 """Beginning of `grpo.optim` -> the same (transformers/trainer_optimizer.py)."""
 
 
@@ -65,11 +46,9 @@ def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     """EnvironmentProblem for a key that needs a package which is not installed; `overrides` win over `grpo`'s keys."""
     for need in _needs(config, {**config.grpo, **overrides}):
         if not any(importlib.util.find_spec(package) for package in need.packages):
-            raise EnvironmentProblem(
-                f"{need.value} needs the package {need.packages[0]}, which is not installed",
-                where=need.where,
-                fix=f"Install it (pip install {need.install}), or {need.otherwise}.",
-            )
+            what = f"{need.value} needs the package {need.packages[0]}, which is not installed"
+            fix = f"Install it (pip install {need.install}), or {need.otherwise}."
+            raise EnvironmentProblem(what, where=need.where, fix=fix)
 
 
 def _needs(config: RunConfig, grpo: Mapping[str, Any]) -> Iterator[Need]:

@@ -1,7 +1,5 @@
 """Places that a configuration names, data and model: what the file system tells of them before a library reads them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

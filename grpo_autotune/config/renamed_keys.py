@@ -9,8 +9,6 @@ Sources:
 - vLLM, PPO trainers, Unsloth and verl: names in common use, held against `EngineArgs` 0.31 (`vllm_names`) alone.
 """
 
-from __future__ import annotations
-
 _ELSEWHERE = {
     "model.name_or_path": "model_name_or_path model_name model_id pretrained_model_name_or_path",
     "model.revision": "model_revision",

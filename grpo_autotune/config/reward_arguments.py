@@ -1,7 +1,5 @@
 """Arguments of reward functions against their signatures: those that a configuration gives, and those that TRL does."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -35,16 +33,12 @@ def check_arguments(
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     refused = [name for name in (*ALWAYS_GIVEN, *(columns or ())) if name not in parameters]
     if refused and not made and inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise ConfigError(
-            f"the function takes no {' and no '.join(refused[:2])}, which TRL gives to every reward",
-            where=where,
-            fix="Add **kwargs to its parameters.",
-        )
+        what = f"the function takes no {' and no '.join(refused[:2])}, which TRL gives to every reward"
+        raise ConfigError(what, where=where, fix="Add **kwargs to its parameters.")
     missing = [name for name in settable if parameters[name].default is inspect.Parameter.empty and name not in params]
     missing = [name for name in missing if columns is not None and name not in columns]
     if missing:
         wanted = ", ".join(f"{name}: ..." for name in missing)
         column = f" Columns of the data: {', '.join(columns)}." if columns else ""
-        raise ConfigError(
-            f"the function needs {' and '.join(missing)}", where=where, fix=f"Write params: {{{wanted}}}.{column}"
-        )
+        fix = f"Write params: {{{wanted}}}.{column}"
+        raise ConfigError(f"the function needs {' and '.join(missing)}", where=where, fix=fix)

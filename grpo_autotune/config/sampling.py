@@ -5,8 +5,6 @@ vllm/sampling_params.py) and that still sample: `top_p: 0` is greedy in transfor
 `generation_kwargs` to `GenerationConfig`, which takes any name in silence, or to `SamplingParams`.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import math
@@ -76,9 +74,8 @@ def _check_range(where: str, value: Any, legal: Range) -> None:
         lower = "above 0" if legal.is_open else f"at least {legal.least:g}"
         accepted = lower if math.isinf(legal.most) else f"{lower} and at most {legal.most:g}"
         closest = legal.most if value > legal.most else legal.least
-        raise ConfigError(
-            f"must be {accepted}, and is {value}", where=where, fix=f"Nearest legal: {closest:g} ({legal.remark})."
-        )
+        fix = f"Nearest legal: {closest:g} ({legal.remark})."
+        raise ConfigError(f"must be {accepted}, and is {value}", where=where, fix=fix)
 
 
 def _check_setting(name: str, value: Any, *, in_vllm: bool) -> None:
@@ -91,9 +88,8 @@ def _check_setting(name: str, value: Any, *, in_vllm: bool) -> None:
     if names and name not in names:
         near = nearest(name, names, cutoff=0.8)
         library = "vLLM's SamplingParams" if in_vllm else "transformers' GenerationConfig"
-        raise ConfigError(
-            f"{library} has no such setting", where=where, fix=f"Nearest: {near}." if near else "Remove it."
-        )
+        fix = f"Nearest: {near}." if near else "Remove it."
+        raise ConfigError(f"{library} has no such setting", where=where, fix=fix)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,5 @@
 """The source of a configuration: a path, the name of a shipped profile, or the default."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from grpo_autotune.errors import ConfigError, nearest_hint
@@ -36,9 +34,8 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
     if is_folder(path) and path.name not in profile_names():
         raise ConfigError("this is a folder", where=str(source), fix="Name the YAML file in it.")
     if path.suffix in {".yaml", ".yml"} or path.name != str(source):
-        raise ConfigError(
-            "there is no such file", where=str(source), fix="Give a path, or the name of a shipped profile."
-        )
+        fix = "Give a path, or the name of a shipped profile."
+        raise ConfigError("there is no such file", where=str(source), fix=fix)
     names = profile_names()
     if path.name in names:
         return f"profile {path.name}", profiles_folder() / f"{path.name}.yaml"

@@ -5,8 +5,6 @@ in a training configuration; here the first is a number and the second is text (
 yaml.org/spec/1.2.2, section 10.3).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable
 from typing import Any

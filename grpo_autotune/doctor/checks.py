@@ -3,8 +3,6 @@
 Nothing is asked over the network. A missing or broken package is a finding, never an error.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """The result of a check."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial

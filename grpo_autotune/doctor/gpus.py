@@ -1,7 +1,5 @@
 """Checks of the GPUs that CUDA shows: what makes them slower than they are, or takes of their memory."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import os

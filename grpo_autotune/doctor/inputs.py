@@ -1,7 +1,5 @@
 """Checks of what a run reads: the model's files and sampling, rows and answers, tokenizer and template."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """A run before it starts, as its checks see it: each part is read once, when the first check asks for it."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """Checks of what a run takes of its machine, and of what it reaches over a network."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

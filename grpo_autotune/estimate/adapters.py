@@ -5,8 +5,6 @@ matrices are adapted follows PEFT's own rule for `target_modules`: a list matche
 string is a regular expression over the whole path, and `all-linear` is every linear layer but the LM head.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache

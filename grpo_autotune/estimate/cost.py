@@ -5,8 +5,6 @@ is the roofline of Williams, Waterman and Patterson 2009 (doi:10.1145/1498765.14
 longer of its operations over the matrix rate and its bytes over the memory bandwidth.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from grpo_autotune.estimate.adapters import NO_ADAPTERS, AdapterSizes, adapter_sizes

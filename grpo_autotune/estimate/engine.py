@@ -5,8 +5,6 @@ vLLM takes its share whole and gives what weights and activations leave to keys 
 (`_check_enough_kv_cache_memory` in vllm/v1/core/kv_cache_utils.py); completions beyond what they hold wait.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from grpo_autotune.estimate.shapes import ModelShape
@@ -51,8 +49,7 @@ def engine_need(
 
     `longest` (`max_model_len`), `row` (a prompt with its completion) and `batched_tokens` (`max_num_batched_tokens`)
     are tokens, and `running` is `max_num_seqs`. Bytes are those of a number that it computes with; weights, and keys
-    and values, take as many where nothing else is given. `tensor_parallel` GPUs share the model.
-    """
+    and values, take as many where nothing else is given. `tensor_parallel` GPUs share the model."""
     token = shape.kv_bytes_per_token(value_bytes if cache_bytes is None else cache_bytes) / tensor_parallel
     layer = batched_tokens * (2 * shape.hidden + max(3 * shape.mlp, 6 * shape.attention_width)) * value_bytes
     drawn = running * shape.vocab * FLOAT_BYTES

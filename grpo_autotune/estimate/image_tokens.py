@@ -1,7 +1,5 @@
 """Language-model tokens of an image, as the Qwen-VL image processors resize it."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -7,8 +7,6 @@ one plus a constant, and whoever predicts fits both.
 Names: h hidden channels, w channels of all query heads, m channels of the MLP, S tokens of a row, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from grpo_autotune.estimate.cost import WorkFacts
@@ -172,8 +170,7 @@ def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager
     kept repeated for every query head; then the output of attention. The MLP keeps the gate, its activation, the up
     projection and their product: 4 m. `eager` keeps the softmax of every head and pair of tokens in float32, and its
     copy in the run's type (RMSNorm, TextAttention and TextMLP in `modeling_qwen3_vl.py`; `sdpa_attention.py`). Adapters
-    that cast their input keep a copy each.
-    """
+    that cast their input keep a copy each."""
     h, w, kv, m = shape.hidden, shape.attention_width, shape.kv_width, shape.mlp
     half = training.value_bytes < STATE_BYTES
     norm = 2 + half + training.text_weights

@@ -8,8 +8,6 @@ are therefore the least a pass can cost on this code path, which is what a share
 Names: S length of a row, N positions given to the LM head, P patches.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -32,10 +30,10 @@ class Work:
     def bytes(self) -> float:
         return sum(moved for _, moved in self.phases)
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.phases + other.phases)
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: float) -> "Work":
         return Work(tuple((flops * times, moved * times) for flops, moved in self.phases))
 
 
@@ -115,8 +113,7 @@ def backward(shape: ModelShape, batch: Batch, training: Training) -> Work:
 
     A product costs as much again for its input's gradient, and again for its weight's; frozen weights skip the second.
     Checkpointing adds the blocks' forward without each block's last product, which nothing saved needs
-    (`torch.utils.checkpoint` stops early). TRL's head recomputes its logits (`trl/kernels/chunked_logprob.py`).
-    """
+    (`torch.utils.checkpoint` stops early). TRL's head recomputes its logits (`trl/kernels/chunked_logprob.py`)."""
     whole = 1 if training.text_weights else 0
     linear = 2 * shape.layers * shape.layer_weights * batch.tokens
     attention = attention_flops(shape, batch.rows, batch.pairs)

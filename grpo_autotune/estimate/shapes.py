@@ -4,8 +4,6 @@ Each family is a row that says where transformers puts biases and norms; counts 
 Sizes are channels, counts are parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +55,7 @@ class ModelShape:
     vision: VisionShape | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
         """Read a config.json (nested as transformers 5 writes it, or flat as older vision-language models have it).
         ConfigError where a size is missing, or the model is of a kind that these formulas do not describe (experts, a
         vision tower of another family)."""

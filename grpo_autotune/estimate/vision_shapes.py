@@ -3,8 +3,6 @@
 A patch is one cell of the image grid; `merge` x `merge` patches become one token of the language model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,26 +11,14 @@ from grpo_autotune.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
-        "depth": 32,
-        "hidden_size": 3584,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "patch_size": 14,
-        "out_hidden_size": 3584,
-        "window_size": 112,
-        "fullatt_block_indexes": (7, 15, 23, 31),
+        "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+        "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": (7, 15, 23, 31),
     },
     "qwen3_vl": {
-        "depth": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_heads": 16,
-        "patch_size": 16,
-        "out_hidden_size": 3584,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": (8, 16, 24),
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
+        "out_hidden_size": 3584, "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
     },
-}
+}  # fmt: skip
 """What transformers fills in where a config.json leaves a key out (`configuration_<family>.py`)."""
 
 SHARED_DEFAULTS = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}

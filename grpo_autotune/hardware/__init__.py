@@ -1,7 +1,5 @@
 """This machine: processor, memory, GPUs, and the speed it was measured to reach."""
 
-from __future__ import annotations
-
 from grpo_autotune.hardware.ceilings import Ceilings, measure_ceilings
 from grpo_autotune.hardware.gpus import find_gpu
 from grpo_autotune.hardware.machine import Machine, detect, package_version

@@ -5,8 +5,6 @@ cores were busy with something else, and on a GPU too full for products and copi
 used, but not kept. Nor is it where the cache folder cannot be written.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time
@@ -33,7 +31,6 @@ QUIET_SHARE = 0.75
 SMALLEST_SIDE, LARGEST_SIDE = 256, 16384
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 """Size of the copy, far larger than the caches, so that it reaches memory."""
-
 
 LEAST_KEPT_SIDE, LEAST_KEPT_COPY = 8192, 512 * 2**20
 """Of a GPU: smaller products are slower than its limit, and smaller copies may stay within its cache."""

@@ -1,7 +1,5 @@
 """The CUDA device of this process, as torch tells of it: the memory it may have, and the software that drives it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import Any, NamedTuple
@@ -12,7 +10,6 @@ from grpo_autotune.hardware.nvml import ask, driver, whole_card
 
 KERNELS = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}
 """`torch.nn.attention.SDPBackend` by value, as `torch.backends.cuda` names them."""
-
 
 ECC_MODE = "nvmlDeviceGetEccMode"
 """Gives whether memory is checked, now and after the next start; without HBM it takes memory and bandwidth."""

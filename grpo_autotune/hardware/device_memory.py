@@ -3,8 +3,6 @@
 torch is never imported here, and no context is opened: a process that has not begun to use a GPU holds nothing on it.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -48,8 +46,7 @@ class DeviceMemory:
     """Peaks since `restart`, all without what an engine gave back in its sleep.
 
     Reading the allocator's peak resets it, so that each reading is of the time since the last one; the running maximum
-    is kept here. The counters are the process's, and so is their reader (`DEVICE_MEMORY`).
-    """
+    is kept here. The counters are the process's, and so is their reader (`DEVICE_MEMORY`)."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

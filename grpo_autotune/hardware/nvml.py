@@ -3,8 +3,6 @@
 What a part does not report (unified memory has no size of its own, MIG slices no power limit) is None, never an error.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

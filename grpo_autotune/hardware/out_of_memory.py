@@ -5,8 +5,6 @@ one that allocators and drivers raise beside other errors, and only from its beg
 so that a log can be read as an exception is, and another library's class of the same name counts for nothing.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Random draws from a seed that nobody else sees, and random streams put back to where they were."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -6,8 +6,6 @@
 so accumulation and steps per generation follow the micro batch, and evaluation stays as the user had it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

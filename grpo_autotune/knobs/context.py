@@ -1,7 +1,5 @@
 """The facts before a knob is applied: the configuration, the machine, the model's config.json, a probe's record."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import lru_cache

@@ -1,9 +1,5 @@
 """A colocated engine by its configuration: defaults of TRL and vLLM filled in, and the memory that follows."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.engine import BYTES, EIGHT_BITS, HALF_BYTES, EngineNeed, engine_need
@@ -20,20 +16,10 @@ VLLM_SHARE = 0.92
 SLEEP = 2
 """TRL's level (trl/generation/vllm_generation.py)."""
 
-DESCRIBED = frozenset(
-    {
-        "gpu_memory_utilization",
-        "max_model_len",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "tensor_parallel_size",
-        "sleep_level",
-        "enable_sleep_mode",
-        "weight_sync",
-        "mode",
-        "server_gpus",
-    }
-)
+DESCRIBED = frozenset((
+    "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
+    "sleep_level", "enable_sleep_mode", "weight_sync", "mode", "server_gpus",
+))  # fmt: skip
 """Engine keys that a formula takes, or that `word` has in its own form."""
 
 
@@ -48,19 +34,11 @@ def tensor_parallel(config: RunConfig) -> int:
     return config.vllm.tensor_parallel_size or config.vllm.server_gpus or 1
 
 
-def written_tensor_parallel(config: RunConfig) -> int:
-    """The same as the configuration says it: GPUs of a server share the model without being told."""
-    return config.vllm.tensor_parallel_size or 1
-
-
 def rows_of_generation(config: RunConfig) -> int:
     """Completions that one engine is asked for at a time."""
-    plan = config.batch
-    return (
-        plan.generation_batch
-        if config.vllm.at_server
-        else plan.micro_batch * plan.steps_per_generation * tensor_parallel(config)
-    )
+    if config.vllm.at_server:
+        return config.batch.generation_batch
+    return config.batch.micro_batch * config.batch.steps_per_generation * tensor_parallel(config)
 
 
 def running(config: RunConfig) -> int:
@@ -82,10 +60,8 @@ def word(config: RunConfig) -> str:
     """The engine that generates, and its settings that no formula describes."""
     section = config.vllm
     if not config.use_vllm:
-        continuous = config.grpo.get("use_transformers_continuous_batching")
-        return " ".join(
-            filter(None, ("generate", config.grpo.get("cache_implementation"), "paged" if continuous else ""))
-        )
+        paged = "paged" if config.grpo.get("use_transformers_continuous_batching") else ""
+        return " ".join(filter(None, ("generate", config.grpo.get("cache_implementation"), paged)))
     if section.at_server and section.server_gpus is None:
         return "server"
     settings = section.model_dump(exclude_none=True)
@@ -145,10 +121,5 @@ def value_bytes(context: KnobContext) -> float:
     config = context.config
     if config.grpo.get("bf16") or config.grpo.get("fp16"):
         return HALF_BYTES
-    names: tuple[Any, ...] = (
-        config.vllm.dtype,
-        config.model.dtype,
-        context.model.get("dtype"),
-        context.text.get("dtype"),
-    )
+    names = (config.vllm.dtype, config.model.dtype, context.model.get("dtype"), context.text.get("dtype"))
     return next((BYTES[str(name)] for name in names if str(name) in BYTES), HALF_BYTES)

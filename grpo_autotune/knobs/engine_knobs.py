@@ -3,8 +3,6 @@
 A knob of the engine is a field in `config/vllm.py`, two lines in `table.py`, and here its values and its rule.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

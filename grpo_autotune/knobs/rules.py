@@ -1,7 +1,5 @@
 """Rules of knobs on this machine and for this model: a rule answers None, or the reason against a value, a sentence."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable
@@ -22,11 +20,6 @@ FLASH_KERNELS = {
 FLASH_CAPABILITY = 8.0
 HOPPER = 9
 """Major compute capability that FlashAttention 3 is made for."""
-
-
-def no_rule(context: KnobContext, value: Any) -> str | None:
-    """Legal wherever it is accepted."""
-    return None
 
 
 def image_rule(context: KnobContext, value: Any) -> str | None:

@@ -4,8 +4,6 @@ Exact knobs change an optimizer step's time and memory and leave its mathematics
 learned. The split is the one that decides into which tuned file a change may go.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +30,7 @@ class Knob:
     key: str  # key path in the configuration (`prompts_per_step` is derived: see `PROMPTS`)
     kind: Kind  # `exact` or `learning`; see `kind_of` for the knob that can be either
     around: Callable[[KnobContext, Any], tuple[Any, ...]]  # values around the user's own, which comes first
-    rule: rules.Rule = rules.no_rule  # the reason against a value
+    rule: rules.Rule = lambda context, value: None  # the reason against a value
     read: Callable[[RunConfig], Any] | None = None  # of the user's own value, where `own_value` does not know it
     why: str = field(kw_only=True)  # its effect on a step
     searched: bool = field(kw_only=True, default=True)  # False if only where it is named in `search.knobs`
@@ -115,7 +113,8 @@ TABLE = (
          reach=("generation",),
          why="tokens drafted from the text so far and checked together: distributed as without, other draws"),
     Knob("vllm.tensor_parallel_size", "exact", engine_knobs.tensor_parallel_sizes, engine_knobs.tensor_parallel_rule,
-         engine.written_tensor_parallel, why="GPUs that share one engine"),
+         lambda config: config.vllm.tensor_parallel_size or 1,  # GPUs of a server share the model without being told
+         why="GPUs that share one engine"),
     Knob("vllm.server_gpus", "exact", engine_knobs.server_gpus, engine_knobs.server_rule,
          why="GPUs of a vLLM server beside the trainer; null is the engine in the training process"),
     Knob("grpo.use_vllm", "learning", engine_knobs.engines, engine_knobs.engine_rule, lambda config: config.use_vllm,
@@ -162,27 +161,16 @@ REACH = {row.key: row.reach for row in TABLE if row.reach}
 
 
 def check_keys(search: SearchSection) -> None:
-    """Refuse a key of `search.knobs` or `search.accept` that is no knob.
-
-    Raises:
-        ConfigError: As `knob`, with the place of the key.
-    """
+    """Refuse a key of `search.knobs` or `search.accept` that is no knob; ConfigError as `knob`."""
     for section, keys in (("knobs", search.knobs), ("accept", search.accept)):
         for key in keys:
             knob(key, f"search.{section}.{key}")
 
 
 def knob(key: str, where: str | None = None) -> Knob:
-    """The row of a key, which stands at `where` in the configuration.
-
-    Raises:
-        ConfigError: There is none; names the nearest.
-    """
+    """The row of a key, which stands at `where` in the configuration; ConfigError, with the nearest, without one."""
     if key in BY_KEY:
         return BY_KEY[key]
     near = nearest_path(key, list(BY_KEY))
-    raise ConfigError(
-        "this knob does not exist",
-        where=where or key,
-        fix=f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}.",
-    )
+    fix = f"{f'Nearest: {near}. ' if near else ''}Known: {', '.join(BY_KEY)}."
+    raise ConfigError("this knob does not exist", where=where or key, fix=fix)

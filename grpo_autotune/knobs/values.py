@@ -1,7 +1,5 @@
 """The values a knob takes when the user names none: near the user's own, and only what the machine can do."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 It is assumed that a call takes as long with more of them at once, which an endpoint at its limit does not keep.
 """
 
-from __future__ import annotations
-
 import heapq
 import random
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A feature is a count per optimizer step; a stage's seconds are a sum of features
 `regression` finds. Work is counted by `estimate.passes` in operations, bytes at the machine's own exchange rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,24 +16,12 @@ from grpo_autotune.predict.workload import Workload
 Features = dict[str, float]
 
 PARTS = {
-    "generation": "generation",
-    "training_forward": "policy_logprob",
-    "old_policy": "policy_logprob",
-    "reference_logprob": "reference_logprob",
-    "backward": "backward",
-    "optimizer": "optimizer",
-    "data": "data",
-    "prompt": "prompt",
-    "tools": "tools",
-    "reward": "reward",
-    "weight_sync": "weight_sync",
-    "engine": "engine",
-    "sync_wait": "sync_wait",
-    "log_save_eval": "log_save_eval",
-    "other": "other",
-}
+    "generation": "generation", "training_forward": "policy_logprob", "old_policy": "policy_logprob",
+    "reference_logprob": "reference_logprob", "backward": "backward", "optimizer": "optimizer", "data": "data",
+    "prompt": "prompt", "tools": "tools", "reward": "reward", "weight_sync": "weight_sync", "engine": "engine",
+    "sync_wait": "sync_wait", "log_save_eval": "log_save_eval", "other": "other",
+}  # fmt: skip
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
-
 
 IMAGE_PIXELS, IMAGE_TOKENS = 224.0**2, 49.0
 """Pixels and tokens that cost what an image costs whatever its size, in reading and in processing it: measured on the

@@ -6,8 +6,6 @@ of 14 million parameters: the formula's largest phase explains 12 settings to 15
 non-negative least squares around a first guess, as for seconds.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass
@@ -23,17 +21,11 @@ from grpo_autotune.predict.workload import Workload
 NOISE = 0.05
 """Relative standard deviation of a measured increment."""
 
-
 HOST = {
-    "stays": Estimate(1.0, 0.3),
-    "images": Estimate(1.0, 0.5),
-    "pixels": Estimate(2.0, 0.6),
-    "generation": Estimate(0.7, 0.7),
-    "activations": Estimate(0.7, 0.6),
-    "head": Estimate(3.0, 1.3),
-    "engine": Estimate(1.0, 0.3),
-    "shift": Estimate(0.25, 1.0),
-}
+    "stays": Estimate(1.0, 0.3), "images": Estimate(1.0, 0.5), "pixels": Estimate(2.0, 0.6),
+    "generation": Estimate(0.7, 0.7), "activations": Estimate(0.7, 0.6), "head": Estimate(3.0, 1.3),
+    "engine": Estimate(1.0, 0.3), "shift": Estimate(0.25, 1.0),
+}  # fmt: skip
 """First guesses of the weights on a CPU. `shift` is what libraries load and keep beside the model, as a share of the
 first increment measured."""
 

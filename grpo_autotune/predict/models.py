@@ -5,8 +5,6 @@ is kept, so that the models' error is known. A search that is resumed builds the
 the same order.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -69,7 +67,7 @@ class Models:
     @classmethod
     def from_probe(
         cls, config: RunConfig, record: ProbeRecord, machine: Machine, outcome: TrialOutcome | None = None
-    ) -> Models:
+    ) -> "Models":
         """Models that know nothing but one probe (NothingSucceeded where that measured no step or no generation);
         `outcome` is that as a trial, for its peak and idle memory."""
         if record.tokens is None or not record.timings.step_s:
@@ -79,7 +77,7 @@ class Models:
             first = outcome.model_copy(update={"record": record})
         return cls(config, record, machine, ((config, first),))
 
-    def learn(self, config: RunConfig, outcome: TrialOutcome) -> Models:
+    def learn(self, config: RunConfig, outcome: TrialOutcome) -> "Models":
         """The models after one more trial. One that ran out of memory teaches its peak at least; other failures and
         trials without a step teach nothing."""
         checks = list(self.checks)

@@ -5,8 +5,6 @@ equal. So a step is worth the sum over its groups of (G - 1) x [rewards differ],
 loss masks them. With the learning knobs fixed this is 1 / seconds per step up to a constant.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

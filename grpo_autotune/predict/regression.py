@@ -6,8 +6,6 @@ remains as a factor is a Gaussian process over the knobs with one additive term 
 arXiv:1112.4394), so that what was learnt about one knob holds whatever the others are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +60,7 @@ class Place(NamedTuple):
     numbers: tuple[float, ...]
     words: tuple[str, ...]
 
-    def of(self, part: str) -> Place:
+    def of(self, part: str) -> "Place":
         """The place as it matters to a part of a step: workers make the loading shorter and nothing else."""
         return self if part == "data" else Place(self.numbers, self.words[:-1])
 
@@ -104,7 +102,7 @@ class Fit:
     """Coefficients and terms fitted to observations."""
 
     seen: tuple[Observation, ...]  # the first sets the first guess
-    base: Fit | None = None  # a fit to draw the first guess from: the same stage under other speed-ups
+    base: "Fit | None" = None  # a fit to draw the first guess from: the same stage under other speed-ups
 
     def predict(self, features: Features, place: Place) -> Estimate:
         """Seconds at a setting, and how sure that is: the coefficients' scatter and the terms' variance."""

@@ -1,7 +1,5 @@
 """One rank's part of the machine: its memory, the chance that a configuration fits into it, how busy its device is."""
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

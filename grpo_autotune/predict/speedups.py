@@ -1,7 +1,5 @@
 """Speed-ups as predictions see them: which of those asked for can work, what they keep and what they copy."""
 
-from __future__ import annotations
-
 from collections.abc import Set
 
 from grpo_autotune.config.schema import RunConfig

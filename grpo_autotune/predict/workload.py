@@ -5,8 +5,6 @@ draws stands for it. Tokens of an image at another size come from the processor 
 square law on the grid of tokens.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The accounting of a step: every stage's seconds, so scaled that the stages sum to the step's median."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -55,9 +53,8 @@ def break_down(timings: StageTimings) -> Breakdown:
     per_cycle = {row.name: cycle_means(row.per_step_s, timings.cycle) for row in timings.stages}
     total = math.fsum(math.fsum(values) for values in per_cycle.values())
     if not cycles or total <= 0.0:
-        raise NothingSucceeded(
-            "no optimizer step was measured", fix="Let the trainer run at least two optimizer steps (`--steps 3`)."
-        )
+        fix = "Let the trainer run at least two optimizer steps (`--steps 3`)."
+        raise NothingSucceeded("no optimizer step was measured", fix=fix)
     step_s = statistics.median(cycles)
     shares = {name: math.fsum(values) / total for name, values in per_cycle.items()}
     parts = {

@@ -3,8 +3,6 @@
 No collective is used: a rank that has no probe, or left early, is missing from the result and blocks no other rank.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -4,8 +4,6 @@ Each collector keeps one small entry per generation, tagged with the number of o
 that the warm-up can be left out when the facts are read.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections import defaultdict, deque
@@ -89,8 +87,7 @@ class TokenCollector:
         """Facts of the generations of the `steps` optimizer steps from `first` on.
 
         Tokens per step are counted over whole cycles of generating and reusing, so that each generation is divided by
-        all the steps that it serves; of very long runs, over the last `KEEP` generations.
-        """
+        all the steps that it serves; of very long runs, over the last `KEEP` generations."""
         measured = range(first, first + steps)  # without the step under way, or one that was broken off
         seen = [g for g in self.generations if g.step in measured] or list(self.generations)
         if not seen:
@@ -121,8 +118,7 @@ class TokenCollector:
 def _group_facts(scored: Iterable[Any], group: int, weights: Any) -> tuple[int, list[float], float]:
     """Number of groups with reward spread, pass rate of each group, mean weighted reward.
 
-    A row of NaN alone has no reward and counts nowhere, as in TRL's group means.
-    """
+    A row of NaN alone has no reward and counts nowhere, as in TRL's group means."""
     live, rates, totals = 0, [], []
     for rewards in scored:
         judged = ~np.isnan(rewards).all(axis=1)
@@ -149,8 +145,7 @@ class _Pictures:
 class ImageCollector:
     """Images of the first generating steps, and how often they were decoded and processed.
 
-    `full` is true once a generation came whose images were not read.
-    """
+    `full` is true once a generation came whose images were not read."""
 
     generations: list[_Pictures] = field(default_factory=list)
     full: bool = False

@@ -1,7 +1,5 @@
 """The clocks and gauges of one device: CUDA events and the allocator's peak on a GPU, the resident set on a CPU."""
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

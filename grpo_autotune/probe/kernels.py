@@ -4,8 +4,6 @@ NVML calls a GPU busy where any kernel ran in its window, which is always so in 
 are those in which a kernel ran, so that what is left is the time in which the GPU waited for the host.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from bisect import bisect_right

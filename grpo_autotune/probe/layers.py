@@ -1,7 +1,5 @@
 """The probe's layers on TRL's seams: most only time a call, a few also read its arguments and its result."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter
-from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, take_off, wrap
+from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, Next, take_off, wrap
 from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
 
 
@@ -70,7 +68,7 @@ def install(probe: Observer) -> list[Handle]:
 def _timed_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
-    def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def timed(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
             return call_next(*args, **kwargs)
 
@@ -81,7 +79,7 @@ def _prompt_layer(probe: Observer, row: Seam) -> Layer:
     """Time prompt processing; what a reward model tokenizes counts as the reward's time."""
     recorder, timed = probe.recorder, _timed_layer(probe, row)
 
-    def prompt(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def prompt(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         return (call_next if recorder.inside("reward") else partial(timed, call_next))(*args, **kwargs)
 
     return prompt
@@ -92,7 +90,7 @@ def _logps_layer(probe: Observer, row: Seam) -> Layer:
     recorder, trainer = probe.recorder, probe.trainer
     adapters = _adapter_state(trainer.model)
 
-    def logps(call_next: Callable[..., Any], /, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def logps(call_next: Next, /, model: Any, *args: Any, **kwargs: Any) -> Any:
         stage, part = "policy_logprob", "old_policy"
         if recorder.inside("policy_logprob", "training_forward"):
             part = "training_forward"
@@ -127,7 +125,7 @@ def _switch_layer(probe: Observer, row: Seam) -> Layer:
     stage = row.stage if probe.trainer.beta != 0.0 else "policy_logprob"
 
     @contextmanager
-    def switched(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def switched(call_next: Next, /, *args: Any, **kwargs: Any) -> Iterator[Any]:
         context = call_next(*args, **kwargs)
         with ExitStack() as stack:
             with recorder.span(stage, row.part):
@@ -142,7 +140,7 @@ def _switch_layer(probe: Observer, row: Seam) -> Layer:
 def _score_layer(probe: Observer, row: Seam) -> Layer:
     recorder, trainer = probe.recorder, probe.trainer
 
-    def score(call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def score(call_next: Next, /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("", row.key):
             if recorder.is_open and trainer.environment_factories is not None:
                 recorder.begin("tools", "reset")  # until the rollout begins
@@ -159,7 +157,7 @@ def _rollout_layer(probe: Observer, row: Seam) -> Layer:
     """Keep prompt and completion ids as they were sampled: later TRL masks truncated completions out."""
     recorder = probe.recorder
 
-    def rollout(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def rollout(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         before = recorder.current()
         if before is not None and before.part == "reset":
             recorder.end(before)
@@ -174,7 +172,7 @@ def _rollout_layer(probe: Observer, row: Seam) -> Layer:
 def _rewards_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
-    def rewards(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def rewards(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("reward"):
             scores = call_next(*args, **kwargs)
         if recorder.is_open and not recorder.inside(APART):
@@ -187,7 +185,7 @@ def _rewards_layer(probe: Observer, row: Seam) -> Layer:
 def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
     recorder, seen = probe.recorder, probe.rewards
 
-    def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def timed(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         counted = recorder.is_open and not recorder.inside(APART)
         span = None if recorder.on_main_thread() else recorder.begin_elsewhere("reward" if counted else APART, name)
@@ -199,7 +197,7 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
             seen.see(name, False, time.perf_counter() - begin)
         return scores
 
-    async def awaited(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    async def awaited(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         counted = recorder.is_open and not recorder.inside(APART)
         span = recorder.begin_elsewhere("reward" if counted else APART, name)
         scores = await call_next(*args, **kwargs)
@@ -214,7 +212,7 @@ def _reward_function_layer(probe: Observer, name: str, is_async: bool) -> Layer:
 def _step_end_layer(probe: Observer, row: Seam) -> Layer:
     recorder = probe.recorder
 
-    def step_end(call_next: Callable[..., Any], /, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
+    def step_end(call_next: Next, /, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
         with recorder.span(row.stage, row.part):
             result = call_next(tr_loss, grad_norm, *args, **kwargs)
         probe.step_ended(grad_norm)
@@ -232,12 +230,12 @@ def _counters(probe: Observer) -> list[Handle]:
 
         alive = weakref.ref(probe)
 
-        def preprocess(call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
+        def preprocess(call_next: Next, /, images: Any, *args: Any, **kwargs: Any) -> Any:
             if (seen := alive()) is not None and seen.counting() and not seen.images.full:
                 seen.images.processed[seen.closed] += _count(images)
             return call_next(images, *args, **kwargs)
 
-        def decode(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        def decode(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
             if (seen := alive()) is not None and seen.counting() and not seen.images.full:
                 seen.images.decoded[seen.closed] += 1
             return call_next(*args, **kwargs)
@@ -247,7 +245,7 @@ def _counters(probe: Observer) -> list[Handle]:
     engine = getattr(probe.trainer, "vllm_generation", None)
     if hasattr(engine, "_iter_named_params"):
 
-        def named(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def named(call_next: Next, /, *args: Any, **kwargs: Any) -> Iterator[Any]:
             pushed = 0
             for name, parameter in call_next(*args, **kwargs):
                 pushed += parameter.numel() * parameter.element_size()

@@ -1,7 +1,5 @@
 """The state of a run while it goes, `live.json` in its folder, written anew about once per second."""
 
-from __future__ import annotations
-
 import math
 import os
 import socket

@@ -3,8 +3,6 @@
 It draws no random numbers and changes no value, so training logs the same losses with and without it.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -38,7 +36,7 @@ from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
-from grpo_autotune.seams.layers import AttributeSlot, take_off, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
@@ -216,7 +214,7 @@ class Probe:
             runtime=runtime_facts(self.trainer.args.device),
         )
 
-    def _around_train(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _around_train(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """A layer on `train`, which may end without a word to its callbacks."""
         try:
             return call_next(*args, **kwargs)

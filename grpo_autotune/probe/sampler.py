@@ -1,7 +1,5 @@
 """A thread that samples the machine five times per second for the stage under way, and what others take of it."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -52,10 +50,8 @@ class NvmlDevice:
             ("other_gpu_percent", self._by_others),
         )
         for name, reader in readers:
-            try:
+            with suppress(nvml.NVMLError):
                 values[name] = float(reader())
-            except nvml.NVMLError:
-                continue
         return values
 
     def _by_others(self) -> float:
@@ -86,10 +82,8 @@ def readers_for(device: Any) -> list[Any]:
     if device.type == "cuda":
         import pynvml
 
-        try:
+        with suppress(pynvml.NVMLError):
             readers.append(NvmlDevice(device))
-        except pynvml.NVMLError:
-            return readers
     return readers
 
 

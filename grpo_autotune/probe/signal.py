@@ -1,7 +1,5 @@
 """Optimizer steps without a learning signal: why and for how long, told once for each cause while training goes on."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The clock, the device's timer and the memory gauge are arguments, so that the tr
 without sleeping. One tree (`StepSpans`) covers one optimizer step.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -153,7 +151,7 @@ class SpanRecorder:
         if self.edge is not None:
             self.edge()
 
-    def span(self, stage: str, part: str = "") -> _Timed:
+    def span(self, stage: str, part: str = "") -> "_Timed":
         """A context manager around `begin` and `end`; does nothing while no step is under way."""
         return _Timed(self, stage, part)
 

@@ -3,8 +3,6 @@
 Evaluation runs the same methods as training, so all that happens inside logging, saving or evaluating counts there.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Seconds of start-up by phase."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import time
@@ -11,7 +9,7 @@ from typing import Any
 import psutil
 
 from grpo_autotune.records.probe import Phase
-from grpo_autotune.seams.layers import Layer
+from grpo_autotune.seams.layers import Layer, Next
 from grpo_autotune.units import duration
 
 LEAST_S, STALL_S = 1.0, 60.0
@@ -34,8 +32,7 @@ LOOK_AT = {
 class Startup:
     """Seconds of each phase before the first step; a phase inside another is not counted in the outer one.
 
-    The clock tells seconds since the epoch, as the operating system gives the process's birth (`born_s`).
-    """
+    The clock tells seconds since the epoch, as the operating system gives the process's birth (`born_s`)."""
 
     def __init__(self, clock: Callable[[], float] = time.time, born_s: float | None = None) -> None:
         self._clock = clock
@@ -61,8 +58,7 @@ class Startup:
         """Count the time since the process began, and that inside, as `import`.
 
         Libraries make a million objects that live as long as the process: looking through them for garbage is a third
-        of the import, and after it of every full collection, so they are left out of both.
-        """
+        of the import, and after it of every full collection, so they are left out of both."""
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -114,7 +110,7 @@ def hint(name: str | None, age_s: float) -> str:
 def timed(phase: Callable[[str], contextlib.AbstractContextManager[None]], name: str) -> Layer:
     """A layer that counts the time of every call as the start-up phase `name`."""
 
-    def layer(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def layer(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with phase(name):
             return call_next(*args, **kwargs)
 

@@ -1,7 +1,5 @@
 """Facts of a trainer and of the installed packages, read from the trainer itself."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

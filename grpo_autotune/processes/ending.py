@@ -1,7 +1,5 @@
 """Signals that end a command: SIGTERM, and the two that schedulers are asked to send ahead of a time limit."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

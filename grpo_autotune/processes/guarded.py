@@ -1,7 +1,5 @@
 """A command as its parent holds it: a guardian's session, and a pipe whose end ends them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

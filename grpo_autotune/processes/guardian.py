@@ -9,8 +9,6 @@ their subreaper (prctl(2)), so that none can be orphaned past it. It ends as the
 the same code. It holds no torch and allocates next to nothing, so that it survives where a trial runs out of memory.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import select

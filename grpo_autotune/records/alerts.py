@@ -1,7 +1,5 @@
 """Files of a training, read: the alerts of its monitors, `alerts.jsonl`, and the evaluations in `train_log.jsonl`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

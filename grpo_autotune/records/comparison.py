@@ -1,7 +1,5 @@
 """The types of `compare --json`. Times are seconds; `docs/compare.md` explains every key."""
 
-from __future__ import annotations
-
 from typing import Final, Literal
 
 from pydantic import Field

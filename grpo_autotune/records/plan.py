@@ -1,7 +1,5 @@
 """The types of `plan --json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/plan.md` explains every key."""
 
-from __future__ import annotations
-
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import Field
@@ -19,7 +17,7 @@ class Figure(NamedTuple):
     high: float
     how: Literal["measured", "predicted"] = "predicted"
 
-    def times(self, factor: float) -> Figure:
+    def times(self, factor: float) -> "Figure":
         return Figure(factor * self.value, factor * self.low, factor * self.high, self.how)
 
 

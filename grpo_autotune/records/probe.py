@@ -4,8 +4,6 @@ Times are seconds, sizes bytes. A *measured step* is an optimizer step after the
 step are in step order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -244,8 +242,7 @@ class TrainerFacts(Frozen):
 
     `speedups_off` holds the reason of each speed-up that is off.
     On CUDA `device_bytes` is the memory of this rank's device, and `device_room_bytes` what of it the process held or
-    could still take when the probe began: other processes' share left out. None elsewhere.
-    """
+    could still take when the probe began: other processes' share left out. None elsewhere."""
 
     model_config_json: dict[str, Any]
     model_class: str

@@ -1,7 +1,5 @@
 """The receipt that a tuned configuration carries: what was measured, where, and what was changed for it."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict

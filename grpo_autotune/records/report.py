@@ -1,7 +1,5 @@
 """The types of `report.json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/report.md` explains every key."""
 
-from __future__ import annotations
-
 from typing import Any, Final, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The record of calls that a reward over a network made. Times are seconds."""
 
-from __future__ import annotations
-
 from typing import Final, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Facts about the rollout engine after a run: frozen, free of torch, and equal after a trip through JSON."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from grpo_autotune.records.base import Frozen

@@ -1,7 +1,5 @@
 """The types of `search.json`. Times are seconds, sizes bytes; `docs/search.md` explains every key."""
 
-from __future__ import annotations
-
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import Field

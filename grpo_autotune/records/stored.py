@@ -1,7 +1,5 @@
 """Reading a stored report: its schema's name is checked before its keys, and each failure says what to do."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TypeVar
@@ -18,8 +16,7 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
     """Read the record in a JSON file whose key `schema` must name the only schema that this version reads.
 
     Errors say `absent` where there is no file, `written_by` for the command that writes one, and `again` as the remedy
-    for a file that cannot be used.
-    """
+    for a file that cannot be used."""
     where = str(path)
     if not path.is_file():
         raise ConfigError(absent, where=where, fix=f"{written_by} writes one.")

@@ -1,7 +1,5 @@
 """A comparison of runs as text for a terminal and as a page, from the comparison alone."""
 
-from __future__ import annotations
-
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table

@@ -1,7 +1,5 @@
 """A page of HTML from its parts: one file without scripts or network, every datum cleaned and escaped in one place."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Pictures of a page as Vega-Lite specifications, in one style and with the same colour for a stage everywhere."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

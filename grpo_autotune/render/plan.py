@@ -1,7 +1,5 @@
 """A plan as text for a terminal and as a page, from the plan alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 from rich import box

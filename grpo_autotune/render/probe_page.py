@@ -1,7 +1,5 @@
 """The page of a probe: where a step goes, as pictures and tables, from `report.json` and `spans.jsonl`."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sentences on the engine's work, and on whether it sampled from the model in training."""
 
-from __future__ import annotations
-
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.rollout import EngineFacts, Fidelity, FidelityPart
 from grpo_autotune.units import amount, listing, percent, seconds, size

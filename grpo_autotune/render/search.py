@@ -1,7 +1,5 @@
 """A search's report as text for a terminal; everything comes from the report alone."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping

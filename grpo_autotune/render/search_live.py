@@ -1,7 +1,5 @@
 """A search while it runs: a live panel on a terminal, a plain line now and then elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Self

@@ -1,7 +1,5 @@
 """The page of a search: the race, the trials, the models, and what was not proven, from `search.json`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """A report's facts as sentences, for any renderer."""
 
-from __future__ import annotations
-
 from grpo_autotune.records.probe import Utilisation
 from grpo_autotune.records.report import Report
 from grpo_autotune.units import amount, listing, percent, plural, seconds, size

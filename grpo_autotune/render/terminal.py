@@ -1,7 +1,5 @@
 """A report as text for a terminal, from the report alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rich import box

@@ -1,7 +1,5 @@
 """Text of anything that rich can draw, without trailing blanks and with single empty lines."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Iterator
 

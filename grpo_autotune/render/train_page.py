@@ -1,7 +1,5 @@
 """The page of a training run: its curves and evaluations, from `train_log.jsonl`, and the stages of `report.json`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """From a probe's record to a report: pure arithmetic on what was measured."""
 
-from __future__ import annotations
-
 import statistics
 
 from grpo_autotune.advice.bound import bound, warnings

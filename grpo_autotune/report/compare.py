@@ -7,8 +7,6 @@ then told apart in at most 1 - confidence of the cases, as long as the pace diff
 for all of one run looks like a change, which only runs in turns tell apart.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Configurations in a report: keys with their values, and a tuned one as a diff against the user's."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """From a probe's record to a report: measure the machine's ceilings, and build."""
 
-from __future__ import annotations
-
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.hardware import detect, measure_ceilings

@@ -1,7 +1,5 @@
 """A run's files: `report.json`, written whole or not at all, and the log and answers of a training run, read back."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from pathlib import Path

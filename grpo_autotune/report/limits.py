@@ -1,7 +1,5 @@
 """Closeness of each stage to this machine's measured ceilings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

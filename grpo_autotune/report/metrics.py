@@ -8,8 +8,6 @@ divides all epochs' `update_actor` by the tokens of the generated batch. `perf/t
 `perf/throughput` is tokens per second and device.
 """
 
-from __future__ import annotations
-
 from grpo_autotune.probe.breakdown import Breakdown
 from grpo_autotune.records.probe import ProbeRecord
 

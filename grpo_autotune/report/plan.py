@@ -1,7 +1,5 @@
 """A plan: seconds, memory and passes of a whole run, from one measured configuration and the models that predict."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -58,7 +56,7 @@ class Basis:
         cycles = cycle_means(timings.step_s, timings.cycle)
         return median(cycles), min(MOST_REACH, half_width(self.models.record, "step", cycles, CONFIDENCE))
 
-    def with_length(self, samples: int | None) -> Basis:
+    def with_length(self, samples: int | None) -> "Basis":
         """The same for so many samples, or the configured length. Raises `ConfigError` where nobody knows that."""
         steps = run_steps(self.models.base, self.models.record.trainer.train_rows)
         if samples is None and steps is None:

@@ -1,7 +1,5 @@
 """Timelines of optimizer steps, from `spans.jsonl` alone: its spans, and bars that can be drawn."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress

@@ -5,8 +5,6 @@ overlaps, and counters of memory and use. Times are the host's, steps stand end 
 less what is nested in them, the slices of a category last as long as the report says (`mean_s`, or `host_s` on a GPU).
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterator

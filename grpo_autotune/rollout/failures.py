@@ -6,8 +6,6 @@ innermost frame of the traceback; the message is read only for the figures it ca
 What vLLM's own configuration classes refuse is a pydantic `ValidationError` with vLLM in its traceback.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

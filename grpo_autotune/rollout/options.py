@@ -1,7 +1,5 @@
 """Options of the rollout engine, beyond what TRL can be told."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -44,10 +42,7 @@ class EngineOptions:
             fix = f"Give GRPOConfig {VLLM_TO_TRL[name]} instead."
             raise ConfigError("this is an argument of GRPOConfig, not of vllm.LLM", where=name, fix=fix)
         if "server_gpus" in keys:
-            raise ConfigError(
-                "unlock_vllm starts no server",
-                where="server_gpus",
-                fix="Start one with `grpo-autotune serve`, and give its address to GRPOConfig (vllm_server_base_url).",
-            )
+            fix = "Start one with `grpo-autotune serve`, and give its address to GRPOConfig (vllm_server_base_url)."
+            raise ConfigError("unlock_vllm starts no server", where="server_gpus", fix=fix)
         vllm_section({"weight_sync": weight_sync, "sleep_level": sleep_level, **keys})
         return cls(weight_sync, sleep_level, MappingProxyType(dict(keys)))

@@ -1,7 +1,5 @@
 """An unlocked engine and its parts: the hooks of a part are called where TRL builds its engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -16,8 +14,7 @@ class Part:
     """One property of an engine that is put right; made anew for every engine, it keeps what others want to know of it.
 
     A subclass defines the hooks that it needs. `generation` is TRL's `VLLMGeneration`; hooks that put layers on answer
-    the layers' handles.
-    """
+    the layers' handles."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options

@@ -3,8 +3,6 @@
 TRL is not imported before the script does it, so that environment variables which the script sets first keep working.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +25,7 @@ from grpo_autotune.seams.import_hooks import (
     after_import,
     hook_imports,
 )
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Next, wrap
 from grpo_autotune.seams.torchvision_compat import import_mended, tell_once
 
 
@@ -57,7 +55,7 @@ class ScriptHooks:
 
     def on_trainer_module(self, module: ModuleType) -> None:
         """Put the layers on TRL's trainer once it was imported, before any model is there."""
-        self.values.on_trainer_module(module)
+        self.values.unlocked.enter_trainers(module)
         wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._build)
         wrap(AttributeSlot(module.GRPOTrainer, "train"), self._train)
         wrap(AttributeSlot(module, "create_model_from_path"), timed(self._phase, "model"))
@@ -73,13 +71,13 @@ class ScriptHooks:
         return train()
 
     def _on_engine_module(self, module: ModuleType) -> None:
-        self.values.on_engine_module(module)
+        self.values.unlocked.enter(module)  # engines are mended whatever the values are
         wrap(AttributeSlot(module.VLLMGeneration, "__init__"), timed(self._phase, "engine"))
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.startup.phase(name)
 
-    def _build(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _build(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         self.before_build()
         self.startup.since_birth("script")
         kwargs = self.values.arguments(kwargs)
@@ -88,7 +86,7 @@ class ScriptHooks:
         self.values.finish(trainer, self.say)
         self.after_build(trainer)
 
-    def _train(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _train(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
         return self.train(trainer, partial(call_next, trainer, *args, **kwargs))
 
     def _mend_torchvision(self, execute: Execute, module: ModuleType) -> None:
@@ -103,9 +101,8 @@ def require_script(script: Path) -> None:
         fix = f"Give what `jupyter nbconvert --to script {script}` writes, or use attach(trainer) in a cell."
         raise ConfigError("this is a notebook, and no script", where=str(script), fix=fix)
     if not is_file(script):
-        raise ConfigError(
-            "no such script", where=str(script), fix="Give the path of a Python file that builds a GRPOTrainer."
-        )
+        fix = "Give the path of a Python file that builds a GRPOTrainer."
+        raise ConfigError("no such script", where=str(script), fix=fix)
 
 
 def run_as_main(script: Path, arguments: Sequence[str], hooks: ScriptHooks) -> None:

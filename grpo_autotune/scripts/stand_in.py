@@ -1,7 +1,5 @@
 """A configuration that stands in for a user's TRL script: it has the trainer's settings, for the knobs to turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,8 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
     """A configuration for a script (its path and arguments) whose trainer is not known yet. ConfigError where there is
     none, or one of the settings, `search.key=value` and `output.key=value`, is not legal."""
     if not script or not is_file(script[0]):
-        raise ConfigError(
-            "no such script",
-            where=f"--script {' '.join(script)}",
-            fix="Give the path of a Python file that builds a GRPOTrainer.",
-        )
+        fix = "Give the path of a Python file that builds a GRPOTrainer."
+        raise ConfigError("no such script", where=f"--script {' '.join(script)}", fix=fix)
     values: dict[str, Any] = {
         "model": {"name_or_path": script[0]},
         "data": {"path": script[0]},
@@ -42,9 +37,8 @@ def load_stand_in(script: list[str], settings: Sequence[str] = ()) -> RunConfig:
     }
     for item in settings:
         if item.partition(".")[0] not in ("search", "output"):
-            raise ConfigError(
-                "a script brings its own settings", where=f"--set {item}", fix="Only search and output can be set."
-            )
+            fix = "Only search and output can be set."
+            raise ConfigError("a script brings its own settings", where=f"--set {item}", fix=fix)
         override(values, item)
     return RunConfig.from_dict(values)
 

@@ -5,8 +5,6 @@ Nothing of TRL is imported before the script does it. The keys enter just before
 subclass.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -29,7 +27,7 @@ from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
-from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Next, wrap
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.speedups.selection import chosen
 
@@ -46,11 +44,8 @@ class ScriptValues:
     def __init__(self, values: Mapping[str, Any], always: Mapping[str, Any] | None = None) -> None:
         engine = vllm_section({path.removeprefix("vllm."): values[path] for path in values if path.startswith("vllm.")})
         if engine.server_gpus is not None:
-            raise ConfigError(
-                "a script's run does not start a server of its own",
-                where="vllm.server_gpus",
-                fix="Start one with `grpo-autotune serve`, and give vllm.server_base_url.",
-            )
+            fix = "Start one with `grpo-autotune serve`, and give vllm.server_base_url."
+            raise ConfigError("a script's run does not start a server of its own", where="vllm.server_gpus", fix=fix)
         overrides = grpo_overrides(values)
         _check_agreement(overrides, engine)
         self.grpo = {**(always or {}), **overrides, **engine.grpo_kwargs()}
@@ -63,14 +58,6 @@ class ScriptValues:
         """Put the keys into `GRPOConfig`, whose module was imported; without keys the class stays as it is."""
         if self.grpo:
             wrap(AttributeSlot(module.GRPOConfig, "__post_init__"), self._configured)
-
-    def on_engine_module(self, module: ModuleType) -> None:
-        """Unlock TRL's engine, whose module was imported: engines are mended whatever the values are."""
-        self.unlocked.enter(module)
-
-    def on_trainer_module(self, module: ModuleType) -> None:
-        """Unlock the engine of TRL's trainers, whose module was imported."""
-        self.unlocked.enter_trainers(module)
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """A trainer's keyword arguments, with images of the wanted size; ConfigError where `train_dataset` has none."""
@@ -88,7 +75,7 @@ class ScriptValues:
             for line in speed_up(trainer, self.speedups).lines():
                 say(line)
 
-    def _configured(self, call_next: Callable[..., Any], config: Any, /) -> None:
+    def _configured(self, call_next: Next, config: Any, /) -> None:
         from grpo_autotune.train.arguments import as_config_errors
 
         as_written = copy.copy(config)
@@ -112,11 +99,8 @@ def grpo_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
         if path in (IMAGE_SIZE, SPEEDUPS) or section == "vllm":
             continue
         if name is None:
-            raise ConfigError(
-                "a script has no such knob",
-                where=path,
-                fix=f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script.",
-            )
+            fix = f"Only GRPOConfig's keys, vllm's, {IMAGE_SIZE} and {SPEEDUPS} reach a script."
+            raise ConfigError("a script has no such knob", where=path, fix=fix)
         if name not in grpo_keys():
             raise ConfigError("GRPOConfig has no such key", where=path)
         grpo[name] = value
@@ -178,9 +162,6 @@ def _resized(rows: Any, size: int) -> Any:
     from grpo_autotune.train.data.images import prepare_images
 
     if not isinstance(rows, datasets.Dataset) or not image_columns(rows.column_names):
-        raise ConfigError(
-            "the script gives its trainer no data set with a column of images by the keyword train_dataset",
-            where=IMAGE_SIZE,
-            fix="Take this knob out of the search (search.knobs).",
-        )
+        what = "the script gives its trainer no data set with a column of images by the keyword train_dataset"
+        raise ConfigError(what, where=IMAGE_SIZE, fix="Take this knob out of the search (search.knobs).")
     return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)

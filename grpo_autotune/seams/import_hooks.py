@@ -3,8 +3,6 @@
 Whoever imports TRL early to patch it would take from the script the environment variables that it sets first.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.abc
 import importlib.machinery

@@ -5,8 +5,6 @@ that Python looks up on the class (a processor's `__call__`). The first layer pu
 the last one leaves, the slot is as it was before.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import types
@@ -21,6 +19,9 @@ INNER = 10
 _MARK = "__grpo_autotune_point__"
 _ABSENT = object()
 
+Next = Callable[..., Any]
+"""What a layer calls: the layer below it, or the wrapped function."""
+
 
 def is_async(function: Callable[..., Any]) -> bool:
     """True if calling `function` returns a coroutine: partials and callable instances too, as TRL decides it."""
@@ -32,7 +33,7 @@ def is_async(function: Callable[..., Any]) -> bool:
 class Layer(Protocol):
     """Called in place of the wrapped function, with what is to be called next (the layer below, or the original)."""
 
-    def __call__(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Slot(Protocol):
@@ -195,7 +196,7 @@ def wrap(slot: Slot, layer: Layer, order: int = OUTER, *, weakly: bool = False) 
 
 
 def _while_alive(method: Callable[[], Any]) -> Layer:
-    def called(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def called(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         return call_next(*args, **kwargs) if (layer := method()) is None else layer(call_next, *args, **kwargs)
 
     return called

@@ -5,8 +5,6 @@ the rows of the micro batch, the sum over equal micro batches of an optimizer st
 dealt. A loss type that is not in the table is taken to depend on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 

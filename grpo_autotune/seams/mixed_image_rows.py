@@ -8,12 +8,10 @@ Several processes add up the gradients of all trained weights, and wait for thos
 one of them: such a micro batch is given a blank image whose features are multiplied by zero.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, Next, wrap
 from grpo_autotune.seams.trainer_access import base_of, models_of
 
 PATCHES, GRID = "pixel_values", "image_grid_thw"
@@ -40,7 +38,7 @@ def without_empty(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in (PATCHES, GRID)}
 
 
-def _process(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _process(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
     import torch
 
     images = kwargs.get("images")
@@ -57,7 +55,7 @@ def _forward(trainer: Any, backbone: Any) -> Layer:
     tower = getattr(backbone, "visual", None)
     waited_for = trainer.accelerator.num_processes > 1 and tower is not None
 
-    def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         kwargs = without_empty(kwargs)
         outputs = call_next(*args, **kwargs)
         if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):

@@ -1,7 +1,5 @@
 """Images as `datasets` stores them, not decoded: the rows of a column, and the size that an image's header tells."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO

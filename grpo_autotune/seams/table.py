@@ -4,8 +4,6 @@ Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generatio
 (`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global is replaced.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -110,10 +108,8 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
         if not row.needed(trainer):
             return None
         holder = row.owner if owner is None else f"{type(owner).__module__}.{type(owner).__qualname__}"
-        raise SeamError(
-            f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there",
-            fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.",
-        )
+        what = f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there"
+        raise SeamError(what, fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.")
     return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)
 
 
@@ -129,6 +125,11 @@ def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = O
         take_off(handles)
         raise
     return handles
+
+
+def wrap_seams(trainer: Any, order: int = OUTER, **layers: Layer) -> list[Handle]:
+    """As `wrap_rows`, on the rows of these keys."""
+    return wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], order)
 
 
 def reward_slots(trainer: Any) -> list[tuple[str, bool, Slot]]:

@@ -8,8 +8,6 @@ with torch's own message. In such an environment torchaudio and torchcodec are u
 transformers and vLLM import them wherever they are installed; nothing here reads sound or video, so they are hidden.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Facts that engine, probe and speed-ups read off a trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +9,9 @@ SPEED_UPS = "_grpo_autotune_speed_ups"
 
 BOTH_KEYS = ("token_type_ids", "mm_token_type_ids")
 IMAGE_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "num_tiles",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "image_position_ids",
-)
+    "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
+    "image_sizes", "image_position_ids",
+)  # fmt: skip
 """Inputs in TRL's batches: kinds of tokens over prompt and completion, and what belongs to images."""
 
 

@@ -4,8 +4,6 @@ Noise is booked to no change: none brings more than the stages that it reaches c
 predicted shares the measured gain that the measured changes leave.
 """
 
-from __future__ import annotations
-
 import math
 
 from grpo_autotune.knobs import Knobs

@@ -5,8 +5,6 @@ unsure may still come before one that is surely a little faster. A combination t
 the hopeful end of its prediction, is not run; the reason is kept.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

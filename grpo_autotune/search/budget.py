@@ -1,7 +1,5 @@
 """A budget of wall-clock seconds that is kept: the rest, the part set aside, and the cost of the next trial."""
 
-from __future__ import annotations
-
 import re
 import statistics
 import time
@@ -29,11 +27,8 @@ def parse_budget(text: str) -> float:
     if plain == "0":
         return 0.0
     if not parts or "".join(number + unit for number, unit in parts) != plain:
-        raise ConfigError(
-            f"{text!r} is not a length of time",
-            where="--budget",
-            fix="Accepted: 90s, 30m, 1h30m, and 0 for a prediction.",
-        )
+        fix = "Accepted: 90s, 30m, 1h30m, and 0 for a prediction."
+        raise ConfigError(f"{text!r} is not a length of time", where="--budget", fix=fix)
     return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 

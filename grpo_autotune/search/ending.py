@@ -4,8 +4,6 @@ An entry that leads is tested once: first the best of each file without changes 
 trials bring up. Only where time runs out is a winner written that was not raced.
 """
 
-from __future__ import annotations
-
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.search.ablation import SMALL, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE

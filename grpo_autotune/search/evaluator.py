@@ -1,7 +1,5 @@
 """Evaluation of a combination: a trial within its limits, learnt by leaderboard, models and study."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ Each round gives one ratio of their seconds per step; the speed-up is the median
 Rounds go on while the interval holds 1 and there is time.
 """
 
-from __future__ import annotations
-
 from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
 from grpo_autotune.search.evaluator import Evaluator

@@ -4,8 +4,6 @@ config.yaml  machine.json  study.journal  state.json  search.json  tuned.exact.y
 trials/0007/{spec.json, outcome.json, ...}
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -76,9 +74,8 @@ class SearchFolder:
         try:
             lock = filelock.FileLock(self.path / ".lock").acquire(timeout=0)
         except filelock.Timeout as error:
-            raise ConfigError(
-                "another search is running in this folder", where=str(self.path), fix="Give another --run-dir."
-            ) from error
+            fix = "Give another --run-dir."
+            raise ConfigError("another search is running in this folder", where=str(self.path), fix=fix) from error
         with lock:
             yield
 
@@ -99,17 +96,12 @@ class SearchFolder:
                 fix="Go on with --resume (a finished one with a larger --budget), or give another --run-dir.",
             )
         if state.fingerprint == without_speedups != fingerprint:
-            raise ConfigError(
-                "the search in this folder was begun without speed-ups",
-                where=str(self.path),
-                fix="Go on with --set speedups=none, or give another --run-dir.",
-            )
+            fix = "Go on with --set speedups=none, or give another --run-dir."
+            raise ConfigError("the search in this folder was begun without speed-ups", where=str(self.path), fix=fix)
         if state.fingerprint != fingerprint:
-            raise ConfigError(
-                "the search in this folder was begun with another configuration, or with other knobs",
-                where=str(self.path),
-                fix="Give another --run-dir, or the configuration it was begun with.",
-            )
+            what = "the search in this folder was begun with another configuration, or with other knobs"
+            fix = "Give another --run-dir, or the configuration it was begun with."
+            raise ConfigError(what, where=str(self.path), fix=fix)
         return state
 
 

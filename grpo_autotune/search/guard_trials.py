@@ -1,7 +1,5 @@
 """Trials that guard a winner: rewards for learning knobs, and the worst step that it may meet."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Leaderboard of the measured combinations: seconds per step, score, memory, and what may be recommended."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,12 +68,8 @@ class Entry:
     fails: str | None = None  # reason why it may not win
 
     @property
-    def cycles_s(self) -> list[float]:
-        return cycle_means(self.steps_s, self.cycle)
-
-    @property
     def runs_s(self) -> list[float]:
-        """The same with evaluations and checkpoints."""
+        """Seconds per step of each cycle, with evaluations and checkpoints."""
         return cycle_means([step + aside for step, aside in zip(self.steps_s, self.asides_s, strict=True)], self.cycle)
 
 
@@ -180,8 +174,8 @@ class Leaderboard:
         before, cycle = self.entry(knobs), outcome.record.timings.cycle if outcome.record else 1
         is_users = name_of(knobs) == name_of(self.baseline_knobs)
         if before is not None and is_users:
-            again = cycle_means(outcome.step_s, cycle)
-            alike = zip(again, before.cycles_s, strict=False)
+            both = (cycle_means(outcome.step_s, cycle), cycle_means(before.steps_s, before.cycle))
+            alike = zip(*both, strict=False)
             self.pace.learn(outcome.number, median_interval([after / first for after, first in alike], self.confidence))
             return before
         steps_s = [*(before.steps_s if before else []), *outcome.step_s]

@@ -5,8 +5,6 @@ user has it) must lie above `-max_reward_drop` with the configured confidence (o
 reported interval holds with that confidence on its own side.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pace of the machine during a search: the user's configuration, measured again now and then."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -6,8 +6,6 @@ Whatever takes the lead after a race has a worst case and a race of its own (`en
 after every trial. Every step can be taken up again from the files of the folder.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -259,11 +257,8 @@ def search(
         write_whole(folder.machine, machine.model_dump_json(indent=2) + "\n")
         budget = Budget(budget_s, state.elapsed_s if state else 0.0, clock, begun)
         if budget_s and budget.left_s <= 0.0:
-            raise ConfigError(
-                f"this search has spent {hms(budget.elapsed_s)} already",
-                where="--budget",
-                fix="Give a larger one; the time spent counts.",
-            )
+            fix = "Give a larger one; the time spent counts."
+            raise ConfigError(f"this search has spent {hms(budget.elapsed_s)} already", where="--budget", fix=fix)
         recalled = folder.trials() if state else []
         with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view)) as log:
             evaluator, pool = open_search(log, recalled, fit, storage, sampler)

@@ -4,8 +4,6 @@ Every knob that is searched by default, and any that the user names, is one axis
 an axis or takes it away. A value that breaks a rule is refused before anything runs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -50,11 +48,8 @@ def space(config: RunConfig, machine: Machine, record: ProbeRecord | None = None
     values = {key: axis for key, axis in values.items() if axis and (len(axis) > 1 or key in asked)}
     axes = Space(values, knobs_of(config, values))
     if next(points(axes, config, machine), None) is None:
-        raise ConfigError(
-            f"no combination of these knobs is legal: {_emptied_by(axes, config, machine)}",
-            where="search.knobs",
-            fix="Give the knobs concerned other values, or leave them out",
-        )
+        what = f"no combination of these knobs is legal: {_emptied_by(axes, config, machine)}"
+        raise ConfigError(what, where="search.knobs", fix="Give the knobs concerned other values, or leave them out")
     return axes
 
 
@@ -84,9 +79,8 @@ def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
     if asked is None:
         return unique(row.values(known))
     if not asked:
-        raise ConfigError(
-            "a knob needs a value", where=f"search.knobs.{key}", fix="Give a list, or null to leave it out."
-        )
+        fix = "Give a list, or null to leave it out."
+        raise ConfigError("a knob needs a value", where=f"search.knobs.{key}", fix=fix)
     try:
         for value in asked:
             _check_type(known.config, key, value)

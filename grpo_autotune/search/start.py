@@ -1,7 +1,5 @@
 """Start of a search: the probe of the configuration as it is, models and study, and trials of an earlier process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -164,19 +162,14 @@ def _no_trial_fits(budget: Budget, needed_s: float) -> NoReturn:
 
 
 def _too_small(budget: Budget, needed_s: float, why: str) -> NoReturn:
-    raise ConfigError(
-        f"a budget of {hms(budget.total_s)} is too small: {why}",
-        where="--budget",
-        fix=f"Give about {hms(needed_s)} or more; --budget 0 predicts from a probe alone.",
-    )
+    fix = f"Give about {hms(needed_s)} or more; --budget 0 predicts from a probe alone."
+    raise ConfigError(f"a budget of {hms(budget.total_s)} is too small: {why}", where="--budget", fix=fix)
 
 
 def _not_measured(log: TrialLog) -> NoReturn:
     row = log.rows[-1]
     folder = log.task.folder.trial(row.number)
     log_file = folder / LOG_FILE
-    raise NothingSucceeded(
-        f"your configuration itself cannot be measured ({row.status}): {row.why or 'no reason given'}",
-        where=f"trial {row.number}",
-        fix=f"The whole log: {log_file if log_file.exists() else folder / SERVER_LOG}",
-    )
+    what = f"your configuration itself cannot be measured ({row.status}): {row.why or 'no reason given'}"
+    fix = f"The whole log: {log_file if log_file.exists() else folder / SERVER_LOG}"
+    raise NothingSucceeded(what, where=f"trial {row.number}", fix=fix)

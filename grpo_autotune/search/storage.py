@@ -1,7 +1,5 @@
 """Storage of a study: a journal in the run folder, or a database that several machines share."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -60,15 +58,12 @@ def shared_storage(url: str) -> RDBStorage:
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2),
             )
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"the driver of this database is not installed: {error}", where="--storage", fix="Install the extra `rdb`."
-        ) from error
+        what = f"the driver of this database is not installed: {error}"
+        raise EnvironmentProblem(what, where="--storage", fix="Install the extra `rdb`.") from error
     except (ArgumentError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise ConfigError(
-            f"this database does not answer: {str(error).splitlines()[0]}",
-            where="--storage",
-            fix="Give a URL such as postgresql://user:password@host/database.",
-        ) from error
+        what = f"this database does not answer: {str(error).splitlines()[0]}"
+        fix = "Give a URL such as postgresql://user:password@host/database."
+        raise ConfigError(what, where="--storage", fix=fix) from error
 
 
 def driver_url(url: str) -> str:

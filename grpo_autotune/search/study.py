@@ -6,8 +6,6 @@ died are put back into the queue. A trial that ran out of memory is told as comp
 feasible value, because samplers do not see a trial that failed.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,7 +40,7 @@ class Axes:
     values: Mapping[str, tuple[Any, ...]]
 
     @classmethod
-    def of(cls, values: Mapping[str, Sequence[Any]]) -> Axes:
+    def of(cls, values: Mapping[str, Sequence[Any]]) -> "Axes":
         """Sort each knob's numbers; other values keep their order."""
         return cls({key: tuple(sorted(axis) if _numbers(axis) else axis) for key, axis in values.items()})
 
@@ -122,11 +120,9 @@ class Study:
             self._study.set_user_attr("fingerprint", fingerprint)
             self._study.set_user_attr("knobs", {key: list(axis) for key, axis in axes.values.items()})
         elif stored != fingerprint:
-            raise ConfigError(
-                "the study there belongs to another configuration, or to other knobs",
-                where=where,
-                fix="Search in another folder or database, or with the configuration it was begun with.",
-            )
+            what = "the study there belongs to another configuration, or to other knobs"
+            fix = "Search in another folder or database, or with the configuration it was begun with."
+            raise ConfigError(what, where=where, fix=fix)
 
     def ask(self, knobs: Knobs) -> Claim:
         """Take on a combination. Where the queue of a shared study holds another machine's, that one comes first."""

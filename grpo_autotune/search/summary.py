@@ -1,7 +1,5 @@
 """Report of a search: arithmetic on the leaderboard, nothing is measured here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

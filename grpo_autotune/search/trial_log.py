@@ -3,8 +3,6 @@
 All of it can be built again from the files of the folder, in the order in which it was measured.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tuned configurations: complete, loadable as they are, each with the receipt of what was measured."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The interface of a speed-up: whether it can run on a trainer, putting layers on seams, and taking them off again."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ its weights are sharded, each module's forward gathers them from all ranks: a ra
 own images are known or its own rows are dead, leaves the others waiting.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

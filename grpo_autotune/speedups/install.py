@@ -1,15 +1,13 @@
 """`speed_up(trainer)`: puts the speed-ups that fit on a trainer, and tells which are on and why the rest is not."""
 
-from __future__ import annotations
-
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune import registry
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, take_off, wrap
+from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
 from grpo_autotune.speedups.batches.groups import Groups
@@ -17,7 +15,6 @@ from grpo_autotune.speedups.conditions import MICRO_BATCH, REWARDS, foreign_call
 from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, selections
 
 _logger = logging.getLogger("grpo_autotune.speedups")
-
 
 Check = Literal["auto", "always"]
 """When whole micro steps are compared with plain TRL's: where somebody else's code takes part in them, or always."""
@@ -70,11 +67,11 @@ class SpeedUps:
             installed.remove()
         self._groups.remove()
 
-    def _begin(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _begin(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._ask_again()
         return call_next(*args, **kwargs)
 
-    def _step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """With each optimizer step ask again where somebody's code may change settings and replace methods."""
         others = self._replaced != {None} or foreign_callback(self._trainer)
         if others and self._asked_at != self._trainer.state.global_step:
@@ -170,17 +167,15 @@ def speed_up(trainer: Any, names: Wanted = AUTO, *, check: Check = "auto") -> Sp
 
     Raises:
         ConfigError: An unknown name or option, not a `GRPOTrainer`, installed already, or training has begun.
-        SeamError: The installed TRL lacks a method that a speed-up wraps.
-    """
+        SeamError: The installed TRL lacks a method that a speed-up wraps."""
     from trl import GRPOTrainer
 
     wanted = selections(names)
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     if hasattr(trainer, SPEED_UPS):
-        raise ConfigError(
-            "speed_up() was called on this trainer before", fix="Call remove() on what the first call returned."
-        )
+        fix = "Call remove() on what the first call returned."
+        raise ConfigError("speed_up() was called on this trainer before", fix=fix)
     if trainer.is_in_train or trainer._step > 0:
         raise ConfigError("speed_up() was called after training began", fix="Call it before trainer.train().")
     return SpeedUps(trainer, wanted, check)

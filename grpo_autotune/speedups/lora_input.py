@@ -6,18 +6,17 @@ every value and gradient is the same to the last bit, two kernels an adapter are
 (query, key and value; gate and up) keep that input once for their backward pass instead of a copy each.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import replaced
+from grpo_autotune.speedups.selfcheck import autocast_dtype
 
 CAST = "_cast_input_dtype"
 """PEFT's method of an adapter's layer that casts its input."""
@@ -35,10 +34,8 @@ class LoraInput:
         if not (trainer.args.bf16 or trainer.args.fp16):
             return "neither grpo.bf16 nor grpo.fp16 is on: no input is cast back"
         if next(_adapted(trainer), None) is None:
-            return (
-                "the model has no linear layer with a plain LoRA adapter in float32 and without dropout (peft), "
-                "whose input PEFT casts"
-            )
+            plain = "a plain LoRA adapter in float32 and without dropout (peft), whose input PEFT casts"
+            return f"the model has no linear layer with {plain}"
         return None
 
     def install(self, trainer: Any) -> Installed:
@@ -53,14 +50,12 @@ class _Uncast(Installed):
         self.handles += [wrap(AttributeSlot(layer, CAST), self._cast, INNER) for layer in _adapted(trainer)]
         self.counts = {"adapters": float(len(self.handles)), "casts_left_out": 0.0}
 
-    def _cast(self, call_next: Callable[..., Any], /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
+    def _cast(self, call_next: Next, /, x: torch.Tensor | None, dtype: torch.dtype) -> Any:
         """`x` where autocast would bring the copy back to the type that `x` has."""
-        if x is not None and x.dtype != dtype and self.fell_back is None:
-            device = x.device.type
-            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype:
-                self.counts["casts_left_out"] += 1
-                return x
-        return call_next(x, dtype)
+        if x is None or x.dtype == dtype or self.fell_back is not None or autocast_dtype(x.device.type) != x.dtype:
+            return call_next(x, dtype)
+        self.counts["casts_left_out"] += 1
+        return x
 
 
 def _adapted(trainer: Any) -> Iterator[nn.Module]:

@@ -7,16 +7,15 @@ exceptions and the gathering over processes stay where they were. A function tha
 into what it is given while the passes still read it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from grpo_autotune.seams.layers import INNER, is_async
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, Next, is_async
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION
 from grpo_autotune.speedups.images.lazy_rows import copied
@@ -48,10 +47,8 @@ class RewardOverlap:
         if not _moving(trainer):
             return "no function of `rewards` is async, and none was allowed to run beside training (`beside`)"
         if not _has_pass(trainer):
-            return (
-                "grpo.beta is 0 and grpo.use_vllm is false: between generation and rewards there is no pass to hide "
-                "behind"
-            )
+            no_pass = "between generation and rewards there is no pass to hide behind"
+            return f"grpo.beta is 0 and grpo.use_vllm is false: {no_pass}"
         if trainer.rollout_func is not None:
             return "rollout_func: what it returns is given to the rewards after those passes"
         return None
@@ -59,12 +56,8 @@ class RewardOverlap:
     def install(self, trainer: Any) -> Installed:
         """Put layers on the generation, on its scoring and on the rewards."""
         installed = _Beside(self.name, trainer)
-        layers = (
-            (find("score"), installed.score),
-            (find("rollout"), installed.rollout),
-            (find("rewards"), installed.rewards),
-        )
-        installed.handles += wrap_rows(trainer, layers, INNER)
+        layers = {"score": installed.score, "rollout": installed.rollout, "rewards": installed.rewards}
+        installed.handles += wrap_seams(trainer, INNER, **layers)
         return installed
 
 
@@ -105,8 +98,7 @@ class _Beside(Installed):
 
     def facts(self) -> dict[str, float]:
         """Calls that started early, their seconds, and the seconds that the main thread waited for them."""
-        hidden_s = max(0.0, self._facts["busy_s"] - self._facts["waited_s"])
-        return {**self._facts, "hidden_s": hidden_s}
+        return {**self._facts, "hidden_s": max(0.0, self._facts["busy_s"] - self._facts["waited_s"])}
 
     def remove(self) -> None:
         """Take every layer out; may be called twice."""
@@ -115,7 +107,7 @@ class _Beside(Installed):
             self._pool.shutdown(wait=False)
             self._pool = None
 
-    def score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def score(self, call_next: Next, /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Know the rows; whatever ends the generation early also ends what was started for it."""
         self._inputs = inputs
         try:
@@ -127,24 +119,20 @@ class _Beside(Installed):
                     future.cancel()
             self._started = None
 
-    def rollout(self, call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+    def rollout(self, call_next: Next, /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Start as soon as the completions are there."""
         output = call_next(prompts, *args, **kwargs)
         if self._inputs is not None and not self.fell_back:
-            completion_ids, completions = output[1], output[3]
-            given = {
-                **self._columns(),
-                "prompts": copied(prompts),
-                "completions": copied(completions),
-                "completion_ids": copied(completion_ids),
-            }
+            completions = output[3]
+            values = {"prompts": prompts, "completions": completions, "completion_ids": output[1]}
+            given = self._columns() | {name: copied(rows) for name, rows in values.items()}
             moving = _moving(self.trainer)
             futures = {index: self._start(self.trainer.reward_funcs[index], given) for index in moving}
             self._started = _Started(prompts, completions, futures)
         return output
 
     def rewards(
-        self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
+        self, call_next: Next, /, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """TRL's own method, over functions that hand out what is under way."""
         started, self._started = self._started, None
@@ -169,49 +157,42 @@ class _Beside(Installed):
 
     def _columns(self) -> dict[str, Any]:
         """Arguments of a reward function beside the completions, as `_calculate_rewards` gathers it."""
-        trainer = self.trainer
-        rows = self._inputs
-        columns: dict[str, Any] = {
-            name: copied(row[name] for row in rows) for name in rows[0] if name not in NOT_COLUMNS
-        }
+        trainer, rows = self.trainer, self._inputs
+        columns = {name: copied(row[name] for row in rows) for name in rows[0] if name not in NOT_COLUMNS}
         columns["trainer_state"] = trainer.state
         columns["log_extra"], columns["log_metric"] = trainer._log_completion_extra, trainer._log_metric
         if trainer.environments is not None:
             columns["environments"] = trainer.environments
         return columns
 
-    async def _awaited(self, function: Any, given: dict[str, Any]) -> Any:
+    @contextmanager
+    def _counted(self, fact: str) -> Iterator[None]:
         begin = time.perf_counter()
         try:
-            return await function(**given)
+            yield
         finally:
-            self._facts["busy_s"] += time.perf_counter() - begin
+            self._facts[fact] += time.perf_counter() - begin
+
+    async def _awaited(self, function: Any, given: dict[str, Any]) -> Any:
+        with self._counted("busy_s"):
+            return await function(**given)
 
     def _called(self, function: Any, given: dict[str, Any]) -> Any:
-        begin = time.perf_counter()
-        try:
+        with self._counted("busy_s"):
             return function(**given)
-        finally:
-            self._facts["busy_s"] += time.perf_counter() - begin
 
     def _ready(self, function: Any, future: Future[Any]) -> Callable[..., Any]:
         """A function of the same kind that returns, or raises, what the started one does."""
         if is_async(function):
 
             async def awaited(**given: Any) -> Any:
-                begin = time.perf_counter()
-                try:
+                with self._counted("waited_s"):
                     return await asyncio.wrap_future(future)
-                finally:
-                    self._facts["waited_s"] += time.perf_counter() - begin
 
             return awaited
 
         def called(**given: Any) -> Any:
-            begin = time.perf_counter()
-            try:
+            with self._counted("waited_s"):
                 return future.result()
-            finally:
-                self._facts["waited_s"] += time.perf_counter() - begin
 
         return called

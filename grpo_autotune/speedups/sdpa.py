@@ -1,7 +1,5 @@
 """The backend of scaled-dot-product attention around calls whose shapes are new again and again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The `speedups` key, read: `auto`, `none`, or a list of names and of mappings with a name and options."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,11 +38,8 @@ def selections(wanted: Wanted) -> list[Selection]:
     for item in [] if wanted == NONE else [wanted] if isinstance(wanted, str) else wanted:
         selection = _selection(item, known)
         if asked.setdefault(selection.name, selection) != selection:
-            raise ConfigError(
-                f"{selection.name} is given twice with different options",
-                where="speedups",
-                fix="Remove one of the two.",
-            )
+            fix = "Remove one of the two."
+            raise ConfigError(f"{selection.name} is given twice with different options", where="speedups", fix=fix)
     return [asked[name] for name in sorted(asked, key=lambda name: known.index(name) if name in known else len(known))]
 
 
@@ -63,20 +58,14 @@ def _selection(item: str | Mapping[str, Any], known: Sequence[str]) -> Selection
     options = {} if isinstance(item, str) else {key: value for key, value in item.items() if key != "name"}
     name = item if isinstance(item, str) else item.get("name")
     if name not in known and not registry.is_reference(str(name)):
-        raise ConfigError(
-            f"there is no speed-up {name!r}",
-            where="speedups",
-            fix=f"Accepted: {AUTO}, {NONE}, or a list of: {', '.join(known)}.",
-        )
+        what = f"there is no speed-up {name!r}"
+        raise ConfigError(what, where="speedups", fix=f"Accepted: {AUTO}, {NONE}, or a list of: {', '.join(known)}.")
     accepted = OPTIONS.get(str(name), {})
     for key, value in options.items():
         if key not in accepted:
             fix = f"Accepted: {', '.join(accepted)}." if accepted else "It has none."
             raise ConfigError(f"{name} has no option {key!r}", where="speedups", fix=fix)
         if value not in accepted[key]:
-            raise ConfigError(
-                f"{key} {value!r} of {name} is not accepted",
-                where="speedups",
-                fix=f"Accepted: {', '.join(accepted[key])}.",
-            )
+            what = f"{key} {value!r} of {name} is not accepted"
+            raise ConfigError(what, where="speedups", fix=f"Accepted: {', '.join(accepted[key])}.")
     return Selection(str(name), options)

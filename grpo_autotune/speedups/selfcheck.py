@@ -1,7 +1,5 @@
 """A speed-up is compared with the plain path once, on first use, and leaves the work to TRL where the two disagree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -75,6 +73,11 @@ class SelfCheck:
             self._installed.fall_back(f"its self-check found {what} off by {self.difference:.1e} (limit {limit:.0e})")
             return False
         return True
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The type in which autocast multiplies on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -5,8 +5,6 @@ state, which is then put back: the micro step itself comes after that. Micro bat
 compared with the last of their window, all together.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
@@ -21,8 +19,8 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.layers import OUTERMOST
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import OUTERMOST, Next
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.merge_passes import Merging
@@ -47,7 +45,7 @@ class StepCheck(Installed):
     """The comparison on one trainer, whose model must lie whole in each process."""
 
     def __init__(self, trainer: Any, installed: Iterable[Installed]) -> None:
-        super().__init__("step_check", wrap_rows(trainer, [(find("loss"), self._loss)], OUTERMOST))
+        super().__init__("step_check", wrap_seams(trainer, OUTERMOST, loss=self._loss))
         self.trainer = trainer
         self._parts = [one for one in installed if one.name not in BEFORE]
         self._merging = next((one for one in self._parts if isinstance(one, Merging)), None)
@@ -57,7 +55,7 @@ class StepCheck(Installed):
         for one in self._parts:
             one.fall_back(reason)
 
-    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+    def _loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         waits = self._merging is not None and not window_ends(self.trainer)
         if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
             window = [*(self._merging.held if self._merging else ()), inputs]
@@ -91,7 +89,7 @@ class StepCheck(Installed):
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
 
     def _tried(
-        self, state: State, model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
+        self, state: "State", model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
     ) -> torch.Tensor:
         """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
         accelerator, weights = self.trainer.accelerator, state.weights

@@ -6,14 +6,11 @@ c is the centred rank, ties shared (the shaping of Salimans et al. 2017, arXiv:1
 those of TRL's scaling by group. Rewards that differ by the rounding of their sum are ties.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.batches.skip_dead import ROUNDING
 
@@ -35,7 +32,7 @@ def rank_advantages(rewards_NF: torch.Tensor, weights_F: torch.Tensor, group: in
 def put_ranks_on(trainer: Any) -> None:
     """Let ranks take the place of a trainer's advantages in training: in the batch, and in the table of completions."""
 
-    def score(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def score(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         output, logs = call_next(*args, **kwargs), trainer._logs
         if not trainer.model.training:
             return output

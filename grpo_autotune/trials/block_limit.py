@@ -3,8 +3,6 @@
 The first block is the warm-up. The child reads the file at a block's end, and tells by its heartbeat that it waits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from grpo_autotune.files import write_whole

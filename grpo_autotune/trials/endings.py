@@ -5,8 +5,6 @@ A log is not searched for words: an exception goes by its type, and what vLLM ra
 log's last lines are read for its own.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from pathlib import Path

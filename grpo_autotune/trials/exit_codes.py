@@ -1,7 +1,5 @@
 """Exit codes of a worker; 0 is the end of its orders."""
 
-from __future__ import annotations
-
 RETIRED = 1
 """The outcome was written, and the process is not to be used again: a trial failed in it, or left too much behind."""
 

@@ -4,8 +4,6 @@ A beat carries a number that always grows, so that the parent compares contents 
 jumps or a file system with coarse times cannot make a running trial look dead.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

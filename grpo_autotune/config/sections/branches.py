@@ -1,7 +1,5 @@
 """The branches section: several objectives in one run, each with its own weight of the KL term and its own rewards."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

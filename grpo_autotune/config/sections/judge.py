@@ -57,8 +57,7 @@ def judge_settings(params: Mapping[str, Any]) -> JudgeSettings:
 
     Raises:
         ConfigError: A key is unknown, missing or of another type, an address is none or holds a key, the scale does not
-            rise, or the prompt is no template that shows the completion.
-    """
+            rise, or the prompt is no template that shows the completion."""
     try:
         settings = JudgeSettings.model_validate(dict(params))
     except ValidationError as error:
@@ -89,8 +88,7 @@ def judge_template(prompt: str) -> tuple[Template, set[str]]:
     """The Jinja template of a judge's prompt, and the names in it.
 
     Raises:
-        ConfigError: It cannot be read, is no template, or does not show the completion.
-    """
+        ConfigError: It cannot be read, is no template, or does not show the completion."""
     from jinja2 import StrictUndefined, TemplateSyntaxError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -1,7 +1,5 @@
 """The monitors section of a configuration, and the table of the rules: what each waits for, and what to do then."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator

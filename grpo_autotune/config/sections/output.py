@@ -1,7 +1,5 @@
 """The `output` section."""
 
-from __future__ import annotations
-
 from grpo_autotune.config.sections.section import Section
 
 

@@ -1,7 +1,5 @@
 """The rewards section of a configuration."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """The `search` section."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The shape of the `speedups` key; its names and options are judged where the speed-ups are known."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import wrong_type

@@ -4,8 +4,6 @@ Any key of vLLM's `EngineArgs` is accepted: those of the installed release, read
 release in `vllm_names`. The keys with a field here are those that a search changes; the others pass through.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -134,11 +132,8 @@ class VllmSection(Section):
                 fix="Remove one of the two.",
             )
         if self.server_gpus and (self.tensor_parallel_size or 1) > self.server_gpus:
-            raise ConfigError(
-                f"{self.tensor_parallel_size} GPUs would share one engine, and the server has {self.server_gpus}",
-                where="vllm.tensor_parallel_size",
-                fix="Lower it, or raise vllm.server_gpus.",
-            )
+            what = f"{self.tensor_parallel_size} GPUs would share one engine, and the server has {self.server_gpus}"
+            raise ConfigError(what, where="vllm.tensor_parallel_size", fix="Lower it, or raise vllm.server_gpus.")
         return self
 
     @property

@@ -6,8 +6,6 @@ vLLM's CPU build packs linear weights into a layout of their own and drops the p
 ("'Parameter' object has no attribute 'weight_loader'"). Without packing they stay.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from grpo_autotune.rollout.parts import Part

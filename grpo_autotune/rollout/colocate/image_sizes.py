@@ -4,8 +4,6 @@ Nothing is decoded, and a file that many rows share is opened once. Where one im
 more of them than is worth a look before training starts, none is known.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -6,15 +6,13 @@ the one that is trained on (trl#6294). With each run put back to one placeholder
 ids that TRL has, and that is checked for every prompt.
 """
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.parts import Part
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 PROMPT_IDS, MEDIA = "prompt_token_ids", "multi_modal_data"
 """Keys of a prompt that TRL hands to `LLM.generate`."""
@@ -28,7 +26,7 @@ class OnePlaceholder(Part):
         if image_id is None:
             return []
 
-        def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        def generate(call_next: Next, /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
             sent = [collapsed_prompt(prompt, image_id) for prompt in prompts]
             outputs = call_next(sent, *args, **kwargs)
             for given, prompt, output in zip(prompts, sent, outputs, strict=True):
@@ -47,7 +45,7 @@ class ServedImageTokens(Part):
         if image_id is None:
             return []
 
-        def place(call_next: Callable[..., Any], /, features: Any, prompt_ids: Any) -> Any:
+        def place(call_next: Next, /, features: Any, prompt_ids: Any) -> Any:
             if features is not None:
                 lengths = [at["length"] for at in features["mm_placeholders"]["image"]]
                 check_lengths(image_lengths(prompt_ids, image_id), lengths)
@@ -66,11 +64,9 @@ def collapsed_prompt(prompt: Any, image_id: int) -> Any:
     short = collapsed(ids, image_id)
     images, runs = len(media) if isinstance(media, list) else 1, short.count(image_id)
     if runs != images:
-        raise EnvironmentProblem(
-            f"a prompt with {images} images has {runs} runs of image placeholders",
-            where="grpo.use_vllm",
-            fix="The chat template must set something between images that follow one another.",
-        )
+        what = f"a prompt with {images} images has {runs} runs of image placeholders"
+        fix = "The chat template must set something between images that follow one another."
+        raise EnvironmentProblem(what, where="grpo.use_vllm", fix=fix)
     return prompt if len(short) == len(ids) else {**prompt, PROMPT_IDS: short}
 
 

@@ -8,38 +8,22 @@ and for videos. Where the largest image of the data is known, the engine's proce
 within it come out the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.colocate.placeholders import MEDIA
 from grpo_autotune.rollout.parts import Part
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 SETTINGS = (
-    "do_resize",
-    "size",
-    "min_pixels",
-    "max_pixels",
-    "resample",
-    "crop_size",
-    "do_center_crop",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "do_pad",
-    "patch_size",
-    "temporal_patch_size",
-    "merge_size",
-)
+    "do_resize", "size", "min_pixels", "max_pixels", "resample", "crop_size", "do_center_crop", "do_rescale",
+    "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "patch_size",
+    "temporal_patch_size", "merge_size",
+)  # fmt: skip
 """Settings of an image processor on which its pixels, or the number of image tokens, depend."""
 
 PIXELS_APART = 0.02
@@ -88,7 +72,7 @@ class TrainerProcessor(Part):
         compare_settings(settings(ours), engines)
         state = {"checked": False}
 
-        def generate(call_next: Callable[..., Any], /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        def generate(call_next: Next, /, prompts: Any, *args: Any, **kwargs: Any) -> Any:
             image = None if state["checked"] else _first_image(prompts)
             if image is not None:
                 state["checked"] = True

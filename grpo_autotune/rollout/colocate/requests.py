@@ -10,17 +10,15 @@ its `max_tokens`. Copies that share a seed would all sample the same completion;
 from a server.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_autotune.rollout.colocate.placeholders import MEDIA, PROMPT_IDS
 from grpo_autotune.rollout.options import GREEDY, EngineOptions
 from grpo_autotune.rollout.parts import Part
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 LENGTHS = "grpo_autotune_max_tokens"
 """Key of `SamplingParams.extra_args`: the children's `max_tokens`, by index."""
@@ -49,7 +47,7 @@ class JoinedRequests(Part):
             wrap(AttributeSlot(ParentRequest, "_get_child_sampling_params"), _child_params, INNER),
         ]
 
-    def batch(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def batch(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """`VLLMGeneration.generate`: its next `LLM.generate` is for these rows."""
         given = self._signature.bind(*args, **kwargs).arguments
         self._rows, self._group = len(given["prompts"]), given["num_generations"]
@@ -58,9 +56,7 @@ class JoinedRequests(Part):
         finally:
             self._rows = 0
 
-    def requests(
-        self, call_next: Callable[..., Any], /, prompts: Any, sampling_params: Any = None, **kwargs: Any
-    ) -> Any:
+    def requests(self, call_next: Next, /, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> Any:
         """`LLM.generate`: one request for the rows of a run, and an output for each row."""
         rows = self._rows if len(prompts) == self._rows else 0
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * rows
@@ -117,7 +113,7 @@ def _of_run(params: Sequence[Any], member: int) -> Any:
     return joined
 
 
-def _child_params(call_next: Callable[..., Any], parent: Any, index: int, /) -> Any:
+def _child_params(call_next: Next, parent: Any, index: int, /) -> Any:
     """`ParentRequest._get_child_sampling_params`: a child's own length."""
     params = call_next(parent, index)
     extra = params.extra_args or {}

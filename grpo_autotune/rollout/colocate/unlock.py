@@ -5,15 +5,13 @@ both are wrapped on the class and the module, since trainers build theirs inside
 wrapped too, for the data whose images the engine is sized for, and to mend the finished trainer.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
 import operator
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -31,7 +29,7 @@ from grpo_autotune.rollout.server.client import ServerSync
 from grpo_autotune.rollout.sync.sync import ColocateSync
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, TRAINER_MODULE
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, take_off, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, take_off, wrap
 
 PARTS: dict[str, tuple[type[Part], ...]] = {
     "colocate": (TrainerDtype, ColocateSync, TrainerProcessor, OnePlaceholder, JoinedRequests, FidelityLog),
@@ -52,7 +50,7 @@ class Unlocked:
         self._data: list[tuple[Any, ...]] = []
         self._signature = self._trainer_signature = inspect.Signature()
 
-    def __enter__(self) -> Unlocked:
+    def __enter__(self) -> "Unlocked":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -82,7 +80,7 @@ class Unlocked:
         self._trainer_signature = inspect.signature(module.GRPOTrainer.__init__)
         self._entrances.append(wrap(AttributeSlot(module.GRPOTrainer, "__init__"), self._trainer_built, INNER))
 
-    def _trainer_built(self, call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _trainer_built(self, call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
         self._data.append(data_of(self._trainer_signature.bind(trainer, *args, **kwargs).arguments))
         try:
             call_next(trainer, *args, **kwargs)
@@ -92,7 +90,7 @@ class Unlocked:
         if generation is not None and generation in self._engines:
             vars(generation)[MARK].handles += mixed_image_rows.mend(trainer)
 
-    def _built(self, call_next: Callable[..., Any], generation: Any, /, *args: Any, **kwargs: Any) -> None:
+    def _built(self, call_next: Next, generation: Any, /, *args: Any, **kwargs: Any) -> None:
         if engine_of(generation) is not None:  # unlocked twice: the newer one is further out
             call_next(generation, *args, **kwargs)
             return
@@ -111,7 +109,7 @@ class Unlocked:
         for part in engine.parts:
             engine.handles += part.install(generation)
 
-    def _started(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _started(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if not self._building:
             return call_next(*args, **kwargs)
         generation, engine = self._building[-1]
@@ -128,7 +126,7 @@ class Unlocked:
             engine.handles += part.started(generation, llm)
         return llm
 
-    def _connected(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _connected(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         client = call_next(*args, **kwargs)
         if self._building:
             generation, engine = self._building[-1]
@@ -169,8 +167,7 @@ def unlock_vllm(
         The unlocking; `close()` ends it for trainers to come, `remove()` takes it off those built meanwhile too.
 
     Raises:
-        ConfigError: A key is unknown or decided elsewhere, or a value is not accepted.
-    """
+        ConfigError: A key is unknown or decided elsewhere, or a value is not accepted."""
     return unlock(EngineOptions.of_keys(weight_sync, sleep_level, llm_keys))
 
 

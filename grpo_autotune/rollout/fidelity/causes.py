@@ -1,7 +1,5 @@
 """Causes of a difference between engine and trainer: what each would show, held against what was measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

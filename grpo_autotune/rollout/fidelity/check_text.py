@@ -4,8 +4,6 @@ The engine is asked inside the call that generates, while it is awake and holds 
 scores the same text once the generation is over. Over an optimizer step both must move alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field

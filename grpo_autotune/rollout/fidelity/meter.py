@@ -5,8 +5,6 @@ trainer's. A large difference biases every gradient, silently; so beside the siz
 the possible causes apart (`causes`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +24,7 @@ from grpo_autotune.rollout.fidelity.check_text import (
 from grpo_autotune.rollout.fidelity.rescore import rescore
 from grpo_autotune.rollout.fidelity.row_keys import row_keys, row_kinds
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, differences, not_plain, others, parameters, shapes
-from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Handle, Next, wrap
 from grpo_autotune.seams.trainer_access import compute_dtype
 
 THRESHOLD_NATS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
@@ -59,7 +57,7 @@ class Sum:
             self.largest = max(self.largest, float(values.max()))
             self.count += values.numel()
 
-    def with_more(self, other: Sum) -> Sum:
+    def with_more(self, other: "Sum") -> "Sum":
         return Sum(self.total + other.total, max(self.largest, other.largest), self.count + other.count)
 
     def mean(self) -> float:
@@ -269,7 +267,7 @@ class FidelityMeter:
     def _take(self, source: Any) -> None:
         self.given, self.shaped_by = parameters(source), others(source)
 
-    def _prompts_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _prompts_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Compare the token ids that the engine worked on with those that it was given."""
         answer = call_next(*args, **kwargs)
         given = kwargs["prompts"] if "prompts" in kwargs else args[0]
@@ -288,7 +286,7 @@ class FidelityMeter:
             images = sum(token == mark != before for before, token in zip([None, *ours], ours, strict=False))
             self.image_tokens = (theirs.count(mark), ours.count(mark), images) if mark is not None and images else None
 
-    def _llm_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _llm_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         outputs = call_next(*args, **kwargs)
         if self.asking or not self.trainer.model.training:
             return outputs
@@ -301,7 +299,7 @@ class FidelityMeter:
         self._ask(sequences, longest, lambda ids: scored_by_llm(llm, ids))
         return outputs
 
-    def _client_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _client_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         answer = call_next(*args, **kwargs)
         if self.asking or not self.trainer.model.training:
             return answer

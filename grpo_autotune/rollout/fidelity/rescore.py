@@ -6,8 +6,6 @@ through the model once more with all their logits.
 Shapes: B rows of a generation, P prompt tokens, C completion tokens, R and K those rows and tokens that are looked at.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Rows of a generation: their kind, and a key by which prompt and images are known again in a later one."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -7,8 +7,6 @@ logits: penalties, temperature, `min_p`, `top_k`, `top_p` (vllm/v1/sample/sample
 Shapes: T tokens of one completion, V words of the vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,14 +16,9 @@ import torch
 from grpo_autotune.rollout.options import GREEDY
 
 PLAIN: dict[str, float] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
-}
+}  # fmt: skip
 OTHERS = ("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "min_tokens", "logits_processors")
 """Parameters that change a distribution too, and whose effect is not computed here."""
 
@@ -69,8 +62,7 @@ def log_probs(
     """Log-probs (T,) of the tokens in the distribution that vLLM draws from, by the model's logits (T, V), each row
     before its token, and parameters as `parameters` gives them. Penalties count the prompt's token ids.
 
-    A token outside the part of the distribution that is kept gets the number it would have if it were inside.
-    """
+    A token outside the part of the distribution that is kept gets the number it would have if it were inside."""
     logits_TV = _penalised(logits_TV.float(), tokens_T, prompt, given)
     if given["temperature"] < GREEDY:
         return _pick(logits_TV, tokens_T) - logits_TV.logsumexp(dim=-1)
@@ -101,18 +93,13 @@ def _penalised(
 
 
 def _truncated(logits_TV: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
-    """Logits with minus infinity outside the part that `min_p`, `top_k` and `top_p` keep."""
+    """Logits with minus infinity outside the part that `min_p`, `top_k` and `top_p` keep, in vLLM's order."""
+    from transformers.generation import logits_process
+
     if given["min_p"] > 0.0:
-        probs_TV = logits_TV.softmax(dim=-1)
-        outside_TV = probs_TV < given["min_p"] * probs_TV.amax(dim=-1, keepdim=True)
-        logits_TV = logits_TV.masked_fill(outside_TV, -math.inf)
-    top_k = int(given["top_k"])
-    if 0 < top_k < logits_TV.shape[-1]:
-        least_T1 = logits_TV.topk(top_k, dim=-1).values[:, -1:]
-        logits_TV = logits_TV.masked_fill(logits_TV < least_T1, -math.inf)
+        logits_TV = logits_process.MinPLogitsWarper(given["min_p"])(None, logits_TV)
+    if given["top_k"] > 0:
+        logits_TV = logits_process.TopKLogitsWarper(int(given["top_k"]))(None, logits_TV)
     if given["top_p"] < 1.0:
-        ordered_TV, index_TV = logits_TV.sort(dim=-1)
-        outside_TV = ordered_TV.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - given["top_p"]
-        outside_TV[:, -1] = False
-        logits_TV = logits_TV.scatter(-1, index_TV, ordered_TV.masked_fill(outside_TV, -math.inf))
+        logits_TV = logits_process.TopPLogitsWarper(given["top_p"])(None, logits_TV)
     return logits_TV

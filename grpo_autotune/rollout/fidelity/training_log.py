@@ -7,12 +7,11 @@ does. TRL logs the plain differences itself (`sampling/sampling_logp_difference/
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import Part, engine_of, part_of
-from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Handle, Next, wrap
 
 if TYPE_CHECKING:
     from grpo_autotune.rollout.fidelity.meter import FidelityMeter
@@ -30,7 +29,7 @@ class FidelityLog(Part):
 
         alive = weakref.ref(generation)
 
-        def score(call_next: Callable[..., Any], trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def score(call_next: Next, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
             ours = getattr(trainer, "vllm_generation", None)
             watched = ours is not None and ours is alive() and trainer.model.training
             meter = meter_of(trainer) if watched else None

@@ -7,8 +7,6 @@ With asynchronous scheduling the engine decides on a batch while the device work
 seconds belong to the batch whose tokens come back in it (`step_with_batch_queue` in vllm/v1/engine/core.py).
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import deque
@@ -19,7 +17,7 @@ from typing import Any
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.parts import engine_of
 from grpo_autotune.rollout.sync import sync
-from grpo_autotune.seams.layers import AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import AttributeSlot, Handle, Next, wrap
 
 KEEP = 4096
 """Turns that are remembered."""
@@ -60,7 +58,7 @@ class Scheduled:
     decode: int = 0
     running: int = 0
 
-    def and_then(self, other: Scheduled) -> Scheduled:
+    def and_then(self, other: "Scheduled") -> "Scheduled":
         """This and what was decided after it."""
         return Scheduled(self.prefill + other.prefill, self.decode + other.decode, max(self.running, other.running))
 
@@ -134,7 +132,7 @@ class EngineMeter:
     def _timed(self, what: str) -> Callable[..., Any]:
         count = {"sync": "syncs", "sleep": "sleeps", "wake": "wakes"}[what]
 
-        def timed(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        def timed(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
             begin = self.clock()
             answer = call_next(*args, **kwargs)
             if self.counting():
@@ -145,25 +143,25 @@ class EngineMeter:
 
         return timed
 
-    def _generate_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _generate_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._unbooked_s = 0.0
         if self.counting():
             self._turn().generations += 1
         return call_next(*args, **kwargs)
 
-    def _schedule_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _schedule_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         output = call_next(*args, **kwargs)
         if self.counting():
             self._count(output)
         return output
 
-    def _update_layer(self, call_next: Callable[..., Any], output: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _update_layer(self, call_next: Next, output: Any, /, *args: Any, **kwargs: Any) -> Any:
         work = self._under_way.pop(id(output), None)
         if work is not None:
             self._returned = work if self._returned is None else self._returned.and_then(work)
         return call_next(output, *args, **kwargs)
 
-    def _step_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _step_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._returned, begin = None, self.clock()
         outputs = call_next(*args, **kwargs)
         if self.counting():

@@ -4,11 +4,9 @@ Counters are read before and after TRL's call; how many requests ran and how ful
 few times per second. A server that also works for others counts their requests too.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.metrics.scheduler import SAME, EngineMeter, per, together
 from grpo_autotune.rollout.server.http import http_client
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 POLL_S = 0.2
 TIMEOUT_S = 5.0
@@ -79,7 +77,7 @@ class ServerMeter(EngineMeter):
             source="server",
         )
 
-    def _client_layer(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _client_layer(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():
             return call_next(*args, **kwargs)
         before, seen, done = self._read(), list[dict[str, float]](), threading.Event()

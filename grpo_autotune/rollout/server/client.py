@@ -6,8 +6,6 @@ client names a model in every request: from then on the adapter's. Each has a na
 prefixes by it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -27,7 +25,7 @@ from grpo_autotune.rollout.server.http import http_client
 from grpo_autotune.rollout.sync import lora
 from grpo_autotune.rollout.sync.sync import WHERE, Sync, Way, WeightSync, check_quantized
 from grpo_autotune.rollout.sync.weights import packed
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 RESET_IMAGES = "/reset_encoder_cache"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -59,7 +57,7 @@ class ServerSync(WeightSync):
         check_quantized(self.options.keys.get("quantization"), self.way, 0)
         self.why = "a server takes an adapter from a file" if self.way == "adapter" else "TRL's push over NCCL"
 
-        def opened(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        def opened(call_next: Next, /, *args: Any, **kwargs: Any) -> None:
             if self.way == "merged":
                 call_next(*args, **kwargs)
 
@@ -70,7 +68,7 @@ class ServerSync(WeightSync):
 
         way = broadcast_object_list([self.way], from_process=0)[0]  # only the first rank has decided
 
-        def synced(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        def synced(call_next: Next, /, *args: Any, **kwargs: Any) -> None:
             if way == "merged":
                 self._asked(call_next, *args, **kwargs)
                 if self.client is not None:  # TRL resets the prefix cache alone, and images may be of older weights
@@ -86,7 +84,7 @@ class ServerSync(WeightSync):
             wrap(AttributeSlot(generation, "generate"), self._asked, INNER),
         ]
 
-    def _asked(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _asked(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Call what asks the server, once it is known to answer: TRL's client tries for a minute."""
         if self.client is None:
             return call_next(*args, **kwargs)
@@ -97,35 +95,26 @@ class ServerSync(WeightSync):
     def _choose(self, device: Any) -> Way:
         asked, cuda = self.options.weight_sync, device.type == "cuda"
         if (kind := packed(self._model)) is not None:
-            raise ConfigError(
-                f"a server takes no weights that are packed in 4 or 8 bits ({kind}), and no adapter on them",
-                where="vllm.mode",
-                fix="Set it to colocate, or train on a base that is not quantized.",
-            )
+            what = f"a server takes no weights that are packed in 4 or 8 bits ({kind}), and no adapter on them"
+            fix = "Set it to colocate, or train on a base that is not quantized."
+            raise ConfigError(what, where="vllm.mode", fix=fix)
         if asked in ("merged", "batched") or (asked == "auto" and cuda):
             if cuda:
                 return "merged"
-            raise EnvironmentProblem(
-                f"all weights go to a server over NCCL, which needs a GPU, and this trainer is on the {device}",
-                where=WHERE,
-                fix="Set it to adapter with a peft section, or vllm.mode to colocate.",
-            )
+            what = f"all weights go to a server over NCCL, which needs a GPU, and this trainer is on the {device}"
+            fix = "Set it to adapter with a peft section, or vllm.mode to colocate."
+            raise EnvironmentProblem(what, where=WHERE, fix=fix)
         reason = no_adapter_because(self._model)
         if reason is not None:
             other = "Set it to merged," if cuda else "Train a plain LoRA adapter (sending all weights needs a GPU),"
-            raise ConfigError(
-                f"no adapter can be sent to the vLLM server: {reason}",
-                where=WHERE,
-                fix=f"{other} or set vllm.mode to colocate.",
-            )
+            fix = f"{other} or set vllm.mode to colocate."
+            raise ConfigError(f"no adapter can be sent to the vLLM server: {reason}", where=WHERE, fix=fix)
         with one_line(self.client.base_url):
             answer = self._post(UNLOAD, {"lora_name": ""})
         if answer.status_code != httpx2.codes.BAD_REQUEST:  # it knows the route, and misses a name
-            raise EnvironmentProblem(
-                f"the vLLM server at {self.client.base_url} loads no adapters while it runs",
-                where=WHERE,
-                fix=f"{START}, or with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.",
-            )
+            what = f"the vLLM server at {self.client.base_url} loads no adapters while it runs"
+            fix = f"{START}, or with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
+            raise EnvironmentProblem(what, where=WHERE, fix=fix)
         return "adapter"
 
     def _post(self, route: str, body: Mapping[str, str] | None = None, timeout: float = ANSWER_S) -> httpx2.Response:
@@ -144,11 +133,9 @@ class ServerSync(WeightSync):
         with one_line(self.client.base_url):
             answer = self._post(LOAD, {"lora_name": name, "lora_path": str(folder)}, LOADING_S)
             if answer.status_code != httpx2.codes.OK:
-                raise EnvironmentProblem(
-                    f"the vLLM server at {self.client.base_url} did not load the adapter: {_message(answer)}",
-                    where=WHERE,
-                    fix=f"{START}: it must see {self._folder}, and have room for the adapter's rank.",
-                )
+                what = f"the vLLM server at {self.client.base_url} did not load the adapter: {_message(answer)}"
+                fix = f"{START}: it must see {self._folder}, and have room for the adapter's rank."
+                raise EnvironmentProblem(what, where=WHERE, fix=fix)
             self.client.model = name
             if before != self.base:
                 _forget(self.client.base_url, folder.with_name(before))
@@ -193,11 +180,9 @@ def one_line(address: str) -> Iterator[None]:
     try:
         yield
     except (httpx2.HTTPError, requests.RequestException) as error:
-        raise EnvironmentProblem(
-            f"the vLLM server at {address} does not answer any more ({type(error).__name__})",
-            where="vllm.mode server",
-            fix="Look into its log, and go on with --resume once it is started again (a run's own starts with it).",
-        ) from error
+        what = f"the vLLM server at {address} does not answer any more ({type(error).__name__})"
+        fix = "Look into its log, and go on with --resume once it is started again (a run's own starts with it)."
+        raise EnvironmentProblem(what, where="vllm.mode server", fix=fix) from error
 
 
 def _plain(value: Any) -> Any:

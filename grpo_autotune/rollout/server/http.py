@@ -1,7 +1,5 @@
 """The HTTP client that asks vLLM servers: one per process, and a connection for each request."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import httpx2

@@ -3,8 +3,6 @@
 A server is another process, so that there is no exception to look at; its traceback has the same facts as one.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The vLLM server that a run starts for itself (`vllm.server_gpus`), for as long as the command takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path

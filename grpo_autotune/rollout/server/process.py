@@ -4,8 +4,6 @@
 the trainer is left the GPUs that it does not take.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time
@@ -122,9 +120,8 @@ def leave_gpus(config: RunConfig) -> list[str]:
 def need_vllm() -> None:
     """EnvironmentProblem where the package vllm is not installed."""
     if not installed("vllm"):
-        raise EnvironmentProblem(
-            "serving needs the package vllm, which is not installed", where="serve", fix="Install the extra `vllm`."
-        )
+        fix = "Install the extra `vllm`."
+        raise EnvironmentProblem("serving needs the package vllm, which is not installed", where="serve", fix=fix)
 
 
 def free_port() -> int:

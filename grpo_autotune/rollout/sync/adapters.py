@@ -5,15 +5,13 @@ slicing for tensor parallelism and the kernels are vLLM's. vLLM keys the blocks 
 vision tower the images' embeddings, by the adapter's name: a fresh name leaves nothing stale to be found.
 """
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.sync import lora
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 _NUMBERS = itertools.count(1)
 """Of the adapters of this process: an engine may serve one trainer after another."""
@@ -53,18 +51,15 @@ class Adapters:
         held = self._manager._adapter_manager
         lost = [name for name in held.get_adapter(number).loras if name not in held.modules]
         if lost:
-            raise ConfigError(
-                f"vLLM takes no adapter on {lost[0]} of this model",
-                where="vllm.weight_sync",
-                fix="Set it to batched, or leave the layer out of peft.target_modules.",
-            )
+            fix = "Set it to batched, or leave the layer out of peft.target_modules."
+            raise ConfigError(f"vLLM takes no adapter on {lost[0]} of this model", where="vllm.weight_sync", fix=fix)
 
-    def _ask(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _ask(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if self._request is not None:
             kwargs.setdefault("lora_request", self._request)
         return call_next(*args, **kwargs)
 
-    def _load(self, call_next: Callable[..., Any], request: Any, /) -> Any:
+    def _load(self, call_next: Next, request: Any, /) -> Any:
         """Make of the tensors at hand what vLLM's `WorkerLoRAManager._load_adapter` makes of a folder."""
         if request != self._request:
             return call_next(request)

@@ -5,8 +5,6 @@ cache, keyed by the image alone). TRL 1.16 resets the first only: with trained v
 keeps the embedding of older weights. The cache of processed images holds pixels, which no weight has touched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A trainer's adapter: its layers and tensors, and the reasons for which vLLM cannot run it as an adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 TOWERS = ("qwen2_5_vl", "qwen3_vl")

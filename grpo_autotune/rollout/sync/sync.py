@@ -10,11 +10,9 @@ wait in host memory: what TRL syncs again only because the engine slept needs no
 weights (transposed, scaled) takes none at all: an adapter is all that it is sent.
 """
 
-from __future__ import annotations
-
 import logging
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import ConfigError
@@ -22,7 +20,7 @@ from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import Part, part_of
 from grpo_autotune.rollout.sync import adapters, caches, lora
 from grpo_autotune.rollout.sync.weights import changing, has_4bit, packed, weights
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 _logger = logging.getLogger("grpo_autotune.rollout")
 
@@ -69,11 +67,9 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
     if has_4bit(model):
         _check_4bit(model, options)
     elif (kind := packed(model)) is not None:
-        raise ConfigError(
-            f"vLLM takes no weights that are packed in 8 bits ({kind})",
-            where="model.name_or_path",
-            fix="Train on a base that is not quantized, or with model.load_in_4bit: true.",
-        )
+        what = f"vLLM takes no weights that are packed in 8 bits ({kind})"
+        fix = "Train on a base that is not quantized, or with model.load_in_4bit: true."
+        raise ConfigError(what, where="model.name_or_path", fix=fix)
     if asked == "merged" or asked == "batched":
         return asked, "asked for"
     reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
@@ -92,11 +88,8 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
     from transformers import PretrainedConfig
 
     if options.weight_sync == "merged":
-        raise ConfigError(
-            "an adapter merged into 4-bit weights is rounded away",
-            where=WHERE,
-            fix="Set it to auto, adapter or batched.",
-        )
+        fix = "Set it to auto, adapter or batched."
+        raise ConfigError("an adapter merged into 4-bit weights is rounded away", where=WHERE, fix=fix)
     if options.keys.get("quantization") is not None:
         raise ConfigError(
             f"{options.keys['quantization']} layers of vLLM take no weights from the trainer, whose own are in 4 bits",
@@ -104,17 +97,13 @@ def _check_4bit(model: Any, options: EngineOptions) -> None:
             fix="Leave it out: the engine then holds the numbers that the 4-bit weights stand for.",
         )
     if "quantization_config" in PretrainedConfig.get_config_dict(model.name_or_path)[0]:  # which vLLM reads
-        raise ConfigError(
-            "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then",
-            where="model.name_or_path",
-            fix="Name the checkpoint that it was made from, with model.load_in_4bit: true.",
-        )
+        what = "the checkpoint itself is quantized, and so is the engine that loads it, which takes no weights then"
+        fix = "Name the checkpoint that it was made from, with model.load_in_4bit: true."
+        raise ConfigError(what, where="model.name_or_path", fix=fix)
     if (reason := lora.unmergeable(model)) is not None:
-        raise ConfigError(
-            f"a model in 4 bits trains with vLLM under a plain LoRA adapter only, and {reason}",
-            where="peft",
-            fix="Train LoRA without DoRA and biases on linear layers, or set model.load_in_4bit to false.",
-        )
+        what = f"a model in 4 bits trains with vLLM under a plain LoRA adapter only, and {reason}"
+        fix = "Train LoRA without DoRA and biases on linear layers, or set model.load_in_4bit to false."
+        raise ConfigError(what, where="peft", fix=fix)
 
 
 def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> None:
@@ -123,17 +112,12 @@ def check_quantized(quantization: str | None, way: Way, sleep_level: int) -> Non
     if quantization is None:
         return
     if way != "adapter":
-        raise ConfigError(
-            f"{quantization} layers of vLLM take no weights from the trainer, and weights are sent {way}",
-            where="vllm.quantization",
-            fix="Leave it out, or set vllm.weight_sync to adapter and train a LoRA adapter (peft).",
-        )
+        what = f"{quantization} layers of vLLM take no weights from the trainer, and weights are sent {way}"
+        fix = "Leave it out, or set vllm.weight_sync to adapter and train a LoRA adapter (peft)."
+        raise ConfigError(what, where="vllm.quantization", fix=fix)
     if sleep_level == TRL_LEVEL:
-        raise ConfigError(
-            f"asleep at level 2 an engine throws its weights away, and {quantization} layers take no new ones",
-            where="vllm.sleep_level",
-            fix="Set it to 1 or 0, or leave vllm.quantization out.",
-        )
+        what = f"asleep at level 2 an engine throws its weights away, and {quantization} layers take no new ones"
+        raise ConfigError(what, where="vllm.sleep_level", fix="Set it to 1 or 0, or leave vllm.quantization out.")
 
 
 class ColocateSync(WeightSync):
@@ -187,24 +171,24 @@ class ColocateSync(WeightSync):
             wrap(AttributeSlot(generation, "_iter_named_params"), self._counted, INNER),
         ]
 
-    def _sleep(self, call_next: Callable[..., Any], /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+    def _sleep(self, call_next: Next, /, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         level = level if self.options.sleep_level is None else self.options.sleep_level
         if level == 0:
             return None  # idle as it is, with all it holds
         self._slept = max(level, self._slept or 0)
         return call_next(level, *args, **kwargs)
 
-    def _wake_up(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _wake_up(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         return None if self.options.sleep_level == 0 else call_next(*args, **kwargs)
 
-    def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._generating = True
         try:
             return call_next(*args, **kwargs)
         finally:
             self._generating = False
 
-    def _sync(self, call_next: Callable[..., Any], /) -> None:
+    def _sync(self, call_next: Next, /) -> None:
         begun = time.perf_counter()
         self._pushed, self._bytes = [], 0
         full = not self._quantized and (not self.syncs or self._slept == TRL_LEVEL)
@@ -256,7 +240,7 @@ class ColocateSync(WeightSync):
             self._count(name, tensor)
             yield name, tensor
 
-    def _counted(self, call_next: Callable[..., Any], /) -> Iterator[tuple[str, Any]]:
+    def _counted(self, call_next: Next, /) -> Iterator[tuple[str, Any]]:
         for name, tensor in call_next():
             if self.way == "merged":
                 self._count(name, tensor)

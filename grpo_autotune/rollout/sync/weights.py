@@ -4,8 +4,6 @@ TRL merges every adapter into the trainer's own weights, pushes, and subtracts i
 both in them and turns 4-bit weights into others. Here each weight that an adapter touches is summed apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -59,11 +57,9 @@ def numbers(parameter: Any) -> Any:
     if not is_4bit(parameter):
         return parameter.data
     if getattr(parameter.quant_state, "packing_format_for_cpu", False):
-        raise EnvironmentProblem(
-            "bitsandbytes has packed the 4-bit weights for inference on this CPU, which rounds their scales",
-            where="model.load_in_4bit",
-            fix="Train without evaluation (grpo.eval_strategy: no) here, or on a GPU.",
-        )
+        what = "bitsandbytes has packed the 4-bit weights for inference on this CPU, which rounds their scales"
+        fix = "Train without evaluation (grpo.eval_strategy: no) here, or on a GPU."
+        raise EnvironmentProblem(what, where="model.load_in_4bit", fix=fix)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state)

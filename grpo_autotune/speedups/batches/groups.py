@@ -7,16 +7,14 @@ rely on the same). A `group_id` put into the generation batch goes through TRL's
 B: rows of this process.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, Next, take_off
+from grpo_autotune.seams.table import wrap_seams
 
 KEY = "group_id"
 
@@ -34,7 +32,7 @@ class Groups:
         self.trainer = trainer
         self.current: torch.Tensor | None = None  # group of each row under way in TRL's scoring or loss, (B,), if known
         self.known: torch.Tensor | None = None  # the column `KNOWN` of the rows under way in TRL's loss, where it is
-        self._handles = wrap_rows(trainer, ((find("score"), self._score), (find("loss"), self._loss)), INNER)
+        self._handles = wrap_seams(trainer, INNER, score=self._score, loss=self._loss)
         setattr(trainer, _ATTRIBUTE, self)
 
     def remove(self) -> None:
@@ -50,14 +48,14 @@ class Groups:
         groups_B: torch.Tensor = torch.arange(first, first + rows, device=trainer.accelerator.device) // size
         return groups_B
 
-    def _score(self, call_next: Callable[..., Any], /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _score(self, call_next: Next, /, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         groups_B = self.of_generation(len(inputs))
         with self.under_way(groups_B):
             output = call_next(inputs, *args, **kwargs)
         rows = len(output["completion_ids"])  # somebody's own scoring may return more or fewer
         return {**output, KEY: groups_B} if rows == len(groups_B) else output
 
-    def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _loss(self, call_next: Next, /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = inputs if isinstance(inputs, Mapping) else {}
         with self.under_way(batch.get(KEY), batch.get(KNOWN)):
             return call_next(model, inputs, *args, **kwargs)

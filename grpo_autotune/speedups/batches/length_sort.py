@@ -5,8 +5,6 @@ tokens with a denominator of its own, the sum does not depend on which micro bat
 within one optimizer step. TRL's own permutation is drawn first: the random stream stays as it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ divisor, clipping and metric is that of TRL's micro batch, whatever the loss typ
 With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +14,8 @@ import torch
 from torch import nn
 
 from grpo_autotune.errors import TrainingError
-from grpo_autotune.seams.layers import INNER, OUTERMOST
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
@@ -46,9 +44,8 @@ class MergePasses:
     def install(self, trainer: Any) -> Installed:
         """Put layers on the loss, and around the probe on the log-probs and the backward pass."""
         installed = Merging(self.name, trainer)
-        installed.handles += wrap_rows(trainer, [(find("loss"), installed.loss)], INNER)
-        layers = [(find("logps"), installed.scores), (find("backward"), installed.backward)]
-        installed.handles += wrap_rows(trainer, layers, OUTERMOST)
+        installed.handles += wrap_seams(trainer, INNER, loss=installed.loss)
+        installed.handles += wrap_seams(trainer, OUTERMOST, logps=installed.scores, backward=installed.backward)
         return installed
 
 
@@ -129,7 +126,7 @@ class Merging(Installed):
         micro_batches, passes = self.counts.values()
         return f"{micro_batches / passes:.1f} micro batches a pass" if passes else ""
 
-    def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+    def loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Zero for a micro batch that waits; at the end of a window the loss of all, of which the last pass's part is
         left to go backward."""
         if not self.trainer.model.training:
@@ -150,29 +147,20 @@ class Merging(Installed):
         held, self.held = self.held, []
         return self._window_loss(model, held, lambda batch: call_next(model, batch, *args, **kwargs))
 
-    def backward(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Nothing for a micro batch that waits."""
         waits, self._waits = self._waits, False
         return None if waits else call_next(*args, **kwargs)
 
     def scores(
-        self,
-        call_next: Callable[..., Any],
-        /,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
+        self, call_next: Next, /, model: Any, ids_BT: Any, mask_BT: Any, width_C: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Record what is asked, or answer from the pass that was made of it."""
         if self._records:
-            groups = self._groups
-            raise _Recorded(Request(input_ids, attention_mask, logits_to_keep, kwargs, groups.current, groups.known))
+            raise _Recorded(Request(ids_BT, mask_BT, width_C, kwargs, self._groups.current, self._groups.known))
         if self._answers:
             return self._answers.pop(0)
-        return call_next(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        return call_next(model, ids_BT, mask_BT, width_C, *args, **kwargs)
 
     def _window_loss(self, model: Any, held: list[Batch], loss_of: Callable[[Batch], Any]) -> torch.Tensor:
         """The sum of the losses; passes before the last one have gone backward already."""

@@ -7,12 +7,10 @@ nothing is moved. Metrics that TRL averages over micro batches (entropy, kl, cli
 the same rows then.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from grpo_autotune.seams.layers import INNER, Handle, Layer, take_off
+from grpo_autotune.seams.layers import INNER, Handle, Layer, Next, take_off
 from grpo_autotune.seams.loss import micro_batch_terms_of
 from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, wrap_rows
 from grpo_autotune.speedups.batches.groups import KEY
@@ -73,7 +71,7 @@ def wrap_while_preparing(trainer: Any, layers: Iterable[tuple[Seam, Layer]]) -> 
     inputs."""
     rows = tuple(layers)
 
-    def prepare(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def prepare(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         handles = wrap_rows(trainer, rows, INNER)
         try:
             return call_next(*args, **kwargs)
@@ -98,7 +96,7 @@ class RowOrder:
             take_off(self._handles)
             delattr(self._trainer, _ATTRIBUTE)
 
-    def _shuffle(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _shuffle(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         batch: Batch = call_next(*args, **kwargs)
         groups = batch[KEY].tolist() if "group" in self.keys and batch.get(KEY) is not None else None
         widths = lengths(batch).tolist() if "length" in self.keys else None

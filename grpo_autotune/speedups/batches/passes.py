@@ -5,8 +5,6 @@ of the micro batch that TRL would send: memory stays at most what the configurat
 prompts, rows left out and padding cut off make room in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Log-probs that TRL's loss asks the model for, and several such calls put together as one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Legend: B rows, P prompt columns (padded on the left), C completion columns (padded on the right).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +17,9 @@ Batch = dict[str, Any]
 
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 COMPLETION_KEYS = (
-    "completion_ids",
-    "completion_mask",
-    "tool_mask",
-    "old_per_token_logps",
-    "ref_per_token_logps",
-    "sampling_per_token_logps",
-    "importance_sampling_ratio",
-    "advantages",
-)
+    "completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps",
+    "sampling_per_token_logps", "importance_sampling_ratio", "advantages",
+)  # fmt: skip
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:

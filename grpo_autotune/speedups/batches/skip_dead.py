@@ -11,17 +11,15 @@ TRL's metrics of the loss then speak of the rows that are left, so they are logg
 Legend: B rows of this process, N rows of all processes, G generations a prompt.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.loss import DIVISORS
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
 from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_noise, in_parts
@@ -68,15 +66,9 @@ class SkipDead:
 
     def install(self, trainer: Any) -> Installed:
         """Put layers on the rewards, the generation batch, the loss and the gathering of its metrics."""
-        installed = _Skipping(self.name, trainer)
-        layers = (
-            (find("rewards"), installed.rewards),
-            (find("score"), installed.score),
-            (find("loss"), installed.loss),
-            (find("gather"), installed.gather),
-        )
-        installed.handles += wrap_rows(trainer, layers, INNER)
-        return installed
+        on = _Skipping(self.name, trainer)
+        on.handles += wrap_seams(trainer, INNER, rewards=on.rewards, score=on.score, loss=on.loss, gather=on.gather)
+        return on
 
 
 def living_rows(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> torch.Tensor:
@@ -107,7 +99,7 @@ class _Skipping(Installed):
             for name, weight in trainer.model.named_parameters()
         )
 
-    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+    def rewards(self, call_next: Next, /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Learn which groups have a spread; rewards come from all processes, in their order."""
         rewards = call_next(inputs, prompts, *args, **kwargs)
         trainer = self.trainer
@@ -117,7 +109,7 @@ class _Skipping(Installed):
             self._living_B = living_N[first : first + len(prompts)]
         return rewards
 
-    def score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def score(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Let the batch carry it through TRL's shuffle and split."""
         self._living_B = None
         output = call_next(*args, **kwargs)
@@ -127,7 +119,7 @@ class _Skipping(Installed):
         living = self._living_B if advantages.ndim == 1 else self._living_B[:, None]
         return {**output, KEY: torch.where(living, torch.nan, advantages)}
 
-    def loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+    def loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The micro batch's loss, computed on the rows that have one."""
         if self.fell_back or not self.trainer.model.training:
             return call_next(model, inputs, *args, **kwargs)
@@ -139,9 +131,7 @@ class _Skipping(Installed):
         self.counts["skipped_rows"] += rows - len(kept)
         return loss
 
-    def _loss_of(
-        self, kept: list[int], call_next: Callable[..., Any], model: Any, inputs: Batch, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _loss_of(self, kept: list[int], call_next: Next, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         rows = len(inputs["completion_ids"])
         if len(kept) == rows:
             return call_next(model, inputs, *args, **kwargs)
@@ -153,7 +143,7 @@ class _Skipping(Installed):
         finally:
             self._left_out = 0
 
-    def gather(self, call_next: Callable[..., Any], /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def gather(self, call_next: Next, /, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL gathers a number per row for its metrics, and every rank must give as many: NaN, which they leave out."""
         if self._left_out and tensor.ndim == 1 and tensor.is_floating_point():
             tensor = torch.cat([tensor, tensor.new_full((self._left_out,), torch.nan)])

@@ -3,8 +3,6 @@
 transformers' `DynamicLayer` concatenates: each token reads and writes the whole cache of its layer once more.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

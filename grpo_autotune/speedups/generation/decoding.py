@@ -11,8 +11,6 @@ earlier, the tokens since then are discarded and the random stream is put back.
 Legend: U distinct prompts, B rows, A rows that the model still runs, T tokens so far, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -68,8 +66,9 @@ class Decoder:
         """As `GenerationMixin._sample`; ids of U prompts in, ids of B rows out."""
         longest = stopping_criteria.max_length or generation_config.max_length
         every = self.look_every or LOOK_EVERY.get(input_ids.device.type, LOOK_LATE)
-        if not all(_is_of_tokens_alone(item) for item in (*logits_processor, *stopping_criteria)):
-            every = 1
+        asked = (type(item).__module__ for item in (*logits_processor, *stopping_criteria))
+        if not all(module.startswith(("transformers.", "grpo_autotune.")) for module in asked):
+            every = 1  # somebody's own may change something when it is asked about a step too many
         with without_cudnn():
             with products(model) as dtypes:
                 state, logits_BV = self._read(model, input_ids, model_kwargs)
@@ -99,7 +98,7 @@ class Decoder:
             return FixedStep(model, state, longest)
         return GraphStep(model, state, longest, self.capture)
 
-    def _write(self, step: GeneralStep, logits_AV: torch.Tensor, process: Any, text: _Text) -> torch.Tensor:
+    def _write(self, step: GeneralStep, logits_AV: torch.Tensor, process: Any, text: "_Text") -> torch.Tensor:
         """Draw and run until all rows are done; their ids."""
         rows = len(logits_AV)
         inside = torch.arange(rows, device=logits_AV.device)
@@ -161,11 +160,6 @@ class _Text:
             self._tokens -= self.surplus
         self._unread = []
         return int(left[-1])
-
-
-def _is_of_tokens_alone(item: Any) -> bool:
-    """True for transformers' processors and criteria and ours: asked about a step too many, they change nothing."""
-    return type(item).__module__.startswith(("transformers.", "grpo_autotune."))
 
 
 def _of_rows(processor: Any, prompt_of_row: torch.Tensor) -> Any:

@@ -6,9 +6,7 @@ exact as the other speed-ups; in bfloat16 an adapter smaller than the rounding o
 why it has to be asked for there.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +15,8 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from grpo_autotune.seams.layers import INNER
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, Next
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
 from grpo_autotune.speedups.generation.weights import Replacement, replaced
@@ -53,7 +51,7 @@ class MergeForGeneration:
 
     def install(self, trainer: Any) -> Installed:
         installed = _Merging(self.name, trainer)
-        installed.handles += wrap_rows(trainer, [(find("model_generate"), installed.generate)], INNER)
+        installed.handles += wrap_seams(trainer, INNER, model_generate=installed.generate)
         return installed
 
     def _why_not_these(self, model: Any) -> str | None:
@@ -88,7 +86,7 @@ class _Merging(Installed):
         self._check = SelfCheck(self)
         self.counts = {"generations": 0.0, "layers": 0.0}  # on merged weights, and merged for them
 
-    def generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         layers = [] if self.fell_back else list(to_merge(self.trainer.model))
         if not layers or not self._agree(layers):
             return call_next(*args, **kwargs)

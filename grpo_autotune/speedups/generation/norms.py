@@ -1,7 +1,5 @@
 """RMS norms as the one kernel that PyTorch has for them; transformers writes them as six to eight."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -5,8 +5,6 @@ all of them. Which rows share a prompt is carried in the generation (`groups`); 
 a batch where they do not is generated as TRL would.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +14,9 @@ import torch
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from grpo_autotune.hardware.seeded import seeded
-from grpo_autotune.seams.layers import INNER
+from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.mixed_image_rows import without_empty
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take, widened
@@ -29,19 +27,13 @@ from grpo_autotune.speedups.selfcheck import SelfCheck
 
 CHECKED_TOKENS = 3
 PLAIN = {
-    "num_beams": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "token_healing": False,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "guidance_scale": 1.0,
-}
+    "num_beams": 1, "use_cache": True, "return_dict_in_generate": False, "token_healing": False,
+    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0,
+}  # fmt: skip
 """Settings of generation whose only value that the loop knows is this one, or none."""
 
 UNKNOWN = ("prefill_chunk_size", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "watermarking_config")
 """Settings that ask for another loop, or for scores that depend on the prompt's rows."""
-
 
 BY_STEP = ("logits_processor", "stopping_criteria")
 """What a layer further out may add to a call. It is asked at each step about all rows, which are more than those of the
@@ -79,8 +71,7 @@ class SharedPrefill:
 
     def install(self, trainer: Any) -> Installed:
         installed = _Sharing(self.name, trainer, self.capture)
-        layers = ((find("turn"), installed.turn), (find("model_generate"), installed.generate))
-        installed.handles += wrap_rows(trainer, layers, INNER)
+        installed.handles += wrap_seams(trainer, INNER, turn=installed.turn, model_generate=installed.generate)
         return installed
 
 
@@ -107,7 +98,7 @@ class _Sharing(Installed):
         # rows generated, prompts read for them, and rows times steps that the model ran and would have run
         self.counts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
 
-    def turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def turn(self, call_next: Next, /, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         """Know the groups and the number of images of the rows that are about to be generated on."""
         groups_B = groups_of(self.trainer).current
         if groups_B is not None and len(groups_B) == len(prompt_ids):
@@ -117,7 +108,7 @@ class _Sharing(Installed):
         finally:
             self._turn = None
 
-    def generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         turn, config = self._turn, kwargs.get("generation_config")
         if self.fell_back or turn is None or args or config is None or "custom_generate" in kwargs:
             return call_next(*args, **kwargs)
@@ -145,7 +136,7 @@ class _Sharing(Installed):
         return ids
 
     def _ways(
-        self, call_next: Callable[..., Any], batch: dict[str, Any], row: int, config: Any
+        self, call_next: Next, batch: dict[str, Any], row: int, config: Any
     ) -> tuple[Callable[[], torch.Tensor], ...]:
         """Scores of the first tokens of two completions of one row's prompt, by itself and behind one more column of
         padding: as TRL gets them, shared, and as TRL gets them with the two in each other's place."""

@@ -7,8 +7,6 @@ shape within a bucket of tokens, so that a step can be captured in a CUDA graph 
 Legend: A rows that the model runs, T tokens of a row so far, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

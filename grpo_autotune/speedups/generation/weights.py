@@ -1,7 +1,5 @@
 """Weights of linear layers replaced while completions are written; the parameters themselves are put back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import take_off
+from grpo_autotune.speedups.selfcheck import autocast_dtype
 
 Replacement = tuple[nn.Linear, torch.Tensor]
 
@@ -44,8 +43,7 @@ def products(model: Any) -> Iterator[dict[nn.Linear, torch.dtype | None]]:
     dtypes: dict[nn.Linear, torch.dtype | None] = {}
 
     def look(linear: nn.Linear, inputs: Any) -> None:
-        kind = linear.weight.device.type
-        dtypes[linear] = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtypes[linear] = autocast_dtype(linear.weight.device.type)
 
     text = [] if is_compiled(model) else [*model.get_decoder().modules(), model.get_output_embeddings()]
     handles = [module.register_forward_pre_hook(look) for module in text if type(module) is nn.Linear]

@@ -6,11 +6,9 @@ makes of it. Rows are read on generating steps only (`lazy_rows`). To a GPU each
 pinned memory and in the vision tower's type, which the model would turn it into first thing; copies are made there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,8 +18,9 @@ from cachetools import LRUCache
 from PIL import Image as Pillow
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
+from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION, replaced
 from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
@@ -110,7 +109,7 @@ class _Once(Installed):
         self._processed.clear()
         self._sent = (), ()
 
-    def dataloader(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def dataloader(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """A loader of rows that are read on first use; of whole rows where worker processes prepare them ahead."""
         rows = kwargs.get("dataset")
         if isinstance(rows, datasets.Dataset) and _as_stored(rows):  # those to evaluate on may have a transform
@@ -119,11 +118,11 @@ class _Once(Installed):
             self._loaded.add(kwargs["dataset"])
         return call_next(*args, **kwargs)
 
-    def rewards(self, call_next: Callable[..., Any], /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+    def rewards(self, call_next: Next, /, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Reward functions get images of their own, in columns and in prompts."""
         return call_next([private(row) for row in inputs], copied(prompts), *args, **kwargs)
 
-    def process(self, call_next: Callable[..., Any], /, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def process(self, call_next: Next, /, images: Any, *args: Any, **kwargs: Any) -> Any:
         flat = _flat(images)
         if self.fell_back or args or not flat or not all(isinstance(image, Pillow.Image) for image in flat):
             return call_next(images, *args, **kwargs)
@@ -149,7 +148,7 @@ class _Once(Installed):
         self._made[whole[0]] = keys, known
         return self._checked_once(call_next, flat, kwargs, whole)
 
-    def send(self, call_next: Callable[..., Any], /, data: Any) -> Any:
+    def send(self, call_next: Next, /, data: Any) -> Any:
         """As the trainer puts a tensor on its device; patches made here go there once per image."""
         if not isinstance(data, torch.Tensor) or data not in self._made or self.fell_back:
             return call_next(data)
@@ -171,9 +170,7 @@ class _Once(Installed):
         asked = {name: value for name, value in kwargs.items() if name != "return_tensors"}
         return repr((sorted(asked.items(), key=str), sorted(settings.items(), key=str)))
 
-    def _checked_once(
-        self, call_next: Callable[..., Any], images: list[Any], kwargs: dict[str, Any], whole: Processed
-    ) -> Any:
+    def _checked_once(self, call_next: Next, images: list[Any], kwargs: dict[str, Any], whole: Processed) -> Any:
         """The outcome as the processor would return it; compared with what it does return, once, to the last bit."""
         from transformers import BatchFeature
 
@@ -199,8 +196,7 @@ def _as_stored(rows: datasets.Dataset) -> bool:
 
 def _tower_type(trainer: Any, otherwise: torch.dtype) -> torch.dtype:
     """The type of the vision towers, which images are turned into (`get_image_features` of Qwen-VL's models)."""
-    models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]
-    types = {tower.dtype for model in models for tower in towers_of(model)}
+    types = {tower.dtype for model in models_of(trainer) for tower in towers_of(model)}
     return types.pop() if len(types) == 1 else otherwise
 
 

@@ -5,18 +5,17 @@ the patch. Convolution kernels are several times slower at this than one matrix 
 are the convolution's own, so adapters, checkpointing and training see no difference.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
+from grpo_autotune.seams.trainer_access import models_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import in_copies, replaced
-from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 
 CHECKED_PATCHES = 64
 
@@ -46,8 +45,8 @@ class PatchEmbed:
 
 
 def _convolutions(trainer: Any) -> Iterator[nn.Conv3d]:
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        for module in model.modules() if model is not None else ():
+    for model in models_of(trainer):
+        for module in model.modules():
             if isinstance(module, nn.Conv3d) and _is_embedding(module):
                 yield module
 
@@ -69,14 +68,12 @@ def _as_product(convolution: nn.Conv3d, installed: Installed) -> Layer:
         embedded = nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
         return embedded[:, :, None, None, None]
 
-    def embed(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def embed(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         one_patch = patches.ndim == 5 and tuple(patches.shape[2:]) == convolution.kernel_size
         if installed.fell_back or not one_patch or args or kwargs:
             return call_next(patches, *args, **kwargs)
         some = patches[:CHECKED_PATCHES]
-        dtype = (
-            torch.get_autocast_dtype(some.device.type) if torch.is_autocast_enabled(some.device.type) else some.dtype
-        )
+        dtype = autocast_dtype(some.device.type) or some.dtype
         if not check.run(lambda: call_next(some), lambda: product(some), dtype, "patch embeddings"):
             return call_next(patches)
         return product(patches)

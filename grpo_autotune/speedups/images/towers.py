@@ -1,7 +1,5 @@
 """Vision towers of Qwen-VL's kind: called with patches and a grid, they merge squares of patches into tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -6,21 +6,19 @@ two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both
 chance below 2^-50. One read of the hashes is all that a call waits for.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from cachetools import LRUCache
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
 from grpo_autotune.speedups.images.towers import towers_of
-from grpo_autotune.speedups.selfcheck import SelfCheck
+from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
 LIMIT_BYTES = FEATURE_BYTES
@@ -100,16 +98,15 @@ class _Features(Installed):
     def layer(self, tower: Any) -> Layer:
         check = SelfCheck(self)
 
-        def encode(call_next: Callable[..., Any], /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def encode(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             grid = kwargs.get("grid_thw")
             if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
                 return call_next(patches, *args, **kwargs)
-            run = _Run(tower, call_next, self._kept, self._hash)
-            shapes = grid.tolist()
+            weight, shapes = next(tower.parameters()), grid.tolist()
             parts = torch.split(patches, [math.prod(shape) for shape in shapes])
-            images = run.images(parts, grid, shapes)
+            dtype: torch.dtype = autocast_dtype(weight.device.type) or weight.dtype
+            images = self._images(tower, call_next, parts, grid, [(dtype, *shape) for shape in shapes])
             self.counts["asked"] += len(parts)
-            self.counts["computed"] += run.computed
             if images is None:
                 self.fall_back("the vision tower returned something that is not made of images side by side")
                 return call_next(patches, **kwargs)
@@ -117,62 +114,40 @@ class _Features(Installed):
             if not check.run(
                 lambda: call_next(torch.cat(parts[:some]), **{**kwargs, "grid_thw": grid[:some]}).pooler_output,
                 lambda: _joined(images[:some])["pooler_output"],
-                run.dtype,
+                dtype,
                 "image features",
             ):
                 return call_next(patches, **kwargs)
-            return run.output_type(**_joined(images))
+            return images[0]["type"](**_joined(images))
 
         return encode
 
-
-class _Run:
-    """One call of a tower."""
-
-    def __init__(
-        self, tower: Any, call_next: Callable[..., Any], kept: LRUCache[Hashable, Features], hash_of: _Hash
-    ) -> None:
-        weight = next(tower.parameters())
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.dtype: torch.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        self.computed = 0
-        self.output_type: Any = None
-        self._tower, self._call_next, self._kept, self._hash = tower, call_next, kept, hash_of
+    def _images(
+        self, tower: Any, call_next: Next, parts: Sequence[torch.Tensor], grid: torch.Tensor, kinds: Sequence[Hashable]
+    ) -> list[Features] | None:
+        """The features of each image, which has a `kind` beside its pixels, the tower run on those that are missing;
+        None where its output cannot be taken apart."""
         written = sum(weight._version for weight in tower.parameters())  # a loaded checkpoint writes into them
-        self._state = (id(tower), self.dtype, written)
-
-    def images(self, parts: Sequence[torch.Tensor], grid: torch.Tensor, shapes: list[Any]) -> list[Features] | None:
-        """The features of each image; None where the tower's output cannot be taken apart."""
         hashes = torch.stack([self._hash(part) for part in parts]).tolist()
         keys = [
-            (self._state, tuple(shape), part.dtype, *hashed)
-            for part, shape, hashed in zip(parts, shapes, hashes, strict=True)
+            (id(tower), written, kind, part.dtype, *hashed)
+            for part, kind, hashed in zip(parts, kinds, hashes, strict=True)
         ]
         images = {key: kept for key in keys if (kept := self._kept.get(key)) is not None}
         missing = {key: index for index, key in enumerate(keys) if key not in images}
-        if missing and not self._compute(images, missing, parts, grid):
-            return None
-        self.output_type = self.output_type or next(iter(images.values()))["type"]
+        if missing:
+            rows = list(missing.values())
+            with torch.no_grad():
+                output = call_next(torch.cat([parts[row] for row in rows]), grid_thw=grid[rows], return_dict=True)
+            separate = _apart(output, [len(parts[row]) for row in rows], tower.spatial_merge_size**2)
+            if separate is None:
+                return None
+            self.counts["computed"] += len(rows)
+            for key, features in zip(missing, separate, strict=True):
+                images[key] = {**features, "type": type(output)}
+                with suppress(ValueError):  # larger than the whole cache
+                    self._kept[key] = images[key]
         return [images[key] for key in keys]
-
-    def _compute(
-        self, images: dict[Any, Features], missing: dict[Any, int], parts: Sequence[torch.Tensor], grid: torch.Tensor
-    ) -> bool:
-        """Run the tower on the missing images; whether its output could be taken apart."""
-        rows = list(missing.values())
-        with torch.no_grad():
-            output = self._call_next(torch.cat([parts[row] for row in rows]), grid_thw=grid[rows], return_dict=True)
-        sizes = [len(parts[row]) for row in rows]
-        separate = _apart(output, sizes, self._tower.spatial_merge_size**2)
-        if separate is None:
-            return False
-        self.computed += len(rows)
-        for key, features in zip(missing, separate, strict=True):
-            images[key] = {**features, "type": type(output)}
-            with suppress(ValueError):  # larger than the whole cache
-                self._kept[key] = images[key]
-        return True
 
 
 class _Hash:

@@ -1,7 +1,5 @@
 """Conditions of the shared prefix on a trainer, and the sentence for each that fails."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

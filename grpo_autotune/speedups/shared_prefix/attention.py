@@ -9,8 +9,6 @@ one mask over the whole sequence, (P + G C)^2 against P^2 + G C (P + C).
 T: tokens of the flat sequence, S: width of a group's completions, P: its prompt's length, H: heads, D: width of a head.
 """
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections import Counter
@@ -133,17 +131,11 @@ def _layer(implementation: str) -> Callable[..., Any]:
     split = Split(implementation)
 
     def attention(
-        call_next: Attention,
-        /,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
+        call_next: Attention, /, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, Any]:
         layout = kwargs.pop(ARGUMENT, None)
-        if layout is None or not _is_decoder(module):
+        # a vision tower gets the keyword too, and attends both ways
+        if layout is None or not (getattr(module, "is_causal", False) and hasattr(module, "layer_idx")):
             return call_next(module, query, key, value, attention_mask, **kwargs)
         kwargs.pop("position_ids", None)  # flash kernels would look for packed sequences in them
         given = (call_next, module, (query, key, value), layout, kwargs)
@@ -151,11 +143,6 @@ def _layer(implementation: str) -> Callable[..., Any]:
         return split(*given) if output is None else output, None
 
     return attention
-
-
-def _is_decoder(module: Any) -> bool:
-    """A vision tower gets the keyword too, and attends both ways."""
-    return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
 class Split:

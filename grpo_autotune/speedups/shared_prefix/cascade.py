@@ -10,13 +10,12 @@ the output and the sums is kept for the backward pass.
 T: tokens of the flat sequence, the first P of them prompts; H: heads, K: heads of keys and values, D: width of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from grpo_autotune.speedups.selfcheck import autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import FastForm, States, other_terms
 from grpo_autotune.speedups.shared_prefix.layout import Layout
 from grpo_autotune.speedups.shared_prefix.varlen import Flash, Segments
@@ -77,10 +76,7 @@ def _segments(layout: Layout) -> tuple[Segments, Segments]:
 
 def _as_under_autocast(state: torch.Tensor) -> torch.Tensor:
     """In the type that autocast has scaled-dot-product attention take."""
-    kind = state.device.type
-    if not torch.is_autocast_enabled(kind) or state.dtype == torch.float64:
-        return state
-    return state.to(torch.get_autocast_dtype(kind))
+    return state if state.dtype == torch.float64 else state.to(autocast_dtype(state.device.type) or state.dtype)
 
 
 class _Merged(torch.autograd.Function):

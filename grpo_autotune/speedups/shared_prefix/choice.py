@@ -8,8 +8,6 @@ Neither the model nor the random stream notices.
 H: heads, T: tokens of the flat sequence, D: width of a head.
 """
 
-from __future__ import annotations
-
 import logging
 import statistics
 import time

@@ -5,8 +5,6 @@ and a little more at the edges, in one launch a layer however many prompts there
 keys and values once per completion. torch has a fused kernel with a backward pass on CUDA only.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import subprocess
@@ -150,14 +148,7 @@ def compiled_for_all_shapes(kernel: Kernel, backend: str = "inductor") -> Kernel
 def _failures() -> tuple[type[BaseException], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    errors = (
-        *FAILURES,
-        AssertionError,
-        OSError,
-        ImportError,
-        subprocess.SubprocessError,
-        FailOnRecompileLimitHit,
-    )
+    errors = (*FAILURES, AssertionError, OSError, ImportError, subprocess.SubprocessError, FailOnRecompileLimitHit)
     try:
         triton = importlib.import_module("triton.errors")
     except ImportError:

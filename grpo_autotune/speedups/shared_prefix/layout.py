@@ -9,8 +9,6 @@ B: rows, P: prompt width, C: completion width, W = P + C, T: tokens of the flat 
 S: width of a group's completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise

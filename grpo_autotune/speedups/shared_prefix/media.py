@@ -4,8 +4,6 @@ TRL hands a batch's images over as one tensor over all rows: patches with a grid
 (LLaVA). Layouts beside these two are left to TRL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from grpo_autotune.seams.trainer_access import BOTH_KEYS, IMAGE_KEYS
 
 _OTHER_LAYOUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_position_ids")
-
 
 INPUTS = (*IMAGE_KEYS, *BOTH_KEYS)
 """Keys of a batch that concern images."""

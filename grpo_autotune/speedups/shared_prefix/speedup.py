@@ -7,16 +7,14 @@ turns the hidden states of the scored tokens into log-probs. All of it happens i
 would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
@@ -40,6 +38,9 @@ activations several times over. With a micro batch smaller than a group this is 
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Log-probs and entropies (B, C), and the router's auxiliary loss, as TRL's method returns them."""
+
+SETTINGS = ("batch_size", "compute_entropy", "compute_aux_loss")
+"""Arguments of that method that are no inputs of the model."""
 
 Kind = tuple[bool, bool, bool]
 """Of a row: its prompt is padded (a model may count positions by the mask), it has images (a model may look at them
@@ -80,8 +81,7 @@ class _SharedPrefix(Installed):
         self._own_masks = masks_of_its_own(base_of(trainer.model))
         self._groups = groups = groups_of(trainer)
         try:
-            layers = [(find("logps"), self._scores_layer(groups)), (find("score"), self._score)]
-            self.handles += wrap_rows(trainer, layers, INNER)
+            self.handles += wrap_seams(trainer, INNER, logps=self._scores_layer(groups), score=self._score)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
@@ -112,7 +112,7 @@ class _SharedPrefix(Installed):
             "self_check_difference": max((check.difference for check in self.checks.values()), default=0.0),
         }
 
-    def _score(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _score(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Have the rows of a generation carry what the host has to know of them, where a device would be waited for.
 
         Not where somebody else's method sees micro batches, and may change them."""
@@ -130,40 +130,23 @@ class _SharedPrefix(Installed):
 
     def _scores_layer(self, groups: Groups) -> Callable[..., Scores]:
         def scores(
-            call_next: Callable[..., Scores],
-            /,
-            model: Any,
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            logits_to_keep: int,
-            batch_size: int | None = None,
-            compute_entropy: bool = False,
-            compute_aux_loss: bool = False,
-            **media: Any,
+            call_next: Callable[..., Scores], /, model: Any, ids_BW: Any, mask_BW: Any, width_C: int, **given: Any
         ) -> Scores:
             def plain() -> Scores:
                 self.passes["plain"] += 1
-                return call_next(
-                    model,
-                    input_ids,
-                    attention_mask,
-                    logits_to_keep,
-                    batch_size=batch_size,
-                    compute_entropy=compute_entropy,
-                    compute_aux_loss=compute_aux_loss,
-                    **media,
-                )
+                return call_next(model, ids_BW, mask_BW, width_C, **given)
 
-            group_B = groups.current
-            if self.fell_back is not None or compute_aux_loss or group_B is None or len(group_B) != len(input_ids):
+            group_B, compute_entropy = groups.current, given.get("compute_entropy", False)
+            if group_B is None or len(group_B) != len(ids_BW) or self.fell_back or given.get("compute_aux_loss"):
                 return plain()
-            batch = batch_of(input_ids, attention_mask, logits_to_keep, group_B, media, groups.known)
-            rows = self._rows(batch, batch_size)
+            media = {name: value for name, value in given.items() if name not in SETTINGS}
+            batch = batch_of(ids_BW, mask_BW, width_C, group_B, media, groups.known)
+            rows = self._rows(batch, given.get("batch_size"))
             if rows is None or not self._checked(call_next, model, batch):
                 return plain()
             self.passes["shared"] += 1
             self.tokens["shared"] += sum(batch.tokens(chunk) for chunk in rows)
-            self.tokens["plain"] += input_ids.numel()
+            self.tokens["plain"] += ids_BW.numel()
             parts = [self._shared(model, batch, chunk, compute_entropy) for chunk in rows]
             entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
             return torch.cat([logps for logps, _ in parts]), entropies, None
@@ -313,7 +296,7 @@ def _positions(base: Any, batch: Batch, layout: Layout, images: dict[str, Any]) 
 def _wrap_backbone(model: Any) -> Handle:
     """Keep of the flat sequence the hidden states of the tokens to be scored, before TRL's head sees them."""
 
-    def forward(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         outputs = call_next(*args, **kwargs)
         layout = kwargs.get(ARGUMENT)
         if layout is not None:

@@ -7,8 +7,6 @@ segment has as many of one as of the other, attention may be causal.
 T: tokens of the queries, U: of the keys, H: heads, K: heads of keys and values, D: width of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol

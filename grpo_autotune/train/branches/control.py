@@ -7,8 +7,6 @@ carried in the generation batch, through shuffle and split, as `group_id` is.
 Legend: B rows of this process, N of all processes, T completion tokens, F reward functions, n branches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Evaluation of branches: held-out rows of each by themselves, sampled or greedy, in one evaluation of TRL's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Rows of branches: their check, an epoch in given shares, and reward functions that see their branches' rows alone."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

@@ -3,8 +3,6 @@
 `model.dtype: auto` keeps the type that the checkpoint was stored in, as transformers does; TRL alone loads float32.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ than it needs) for tiny models, and *padded* to the real vocabulary with Qwen's 
 every id a random model can sample decodes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -24,21 +22,10 @@ from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
 """Qwen's, in the order of its ids
 (https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct/blob/main/tokenizer_config.json)."""
 
@@ -69,20 +56,14 @@ TOKEN_ID_KEYS = {
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 PROCESSORS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
-        "processor": "Qwen2_5_VLProcessor",
-        "video": "Qwen2VLVideoProcessor",
-        "mean": CLIP_MEAN,
-        "std": CLIP_STD,
-        "pixels": (56 * 56, 16384 * 28 * 28),
+        "processor": "Qwen2_5_VLProcessor", "video": "Qwen2VLVideoProcessor",
+        "mean": CLIP_MEAN, "std": CLIP_STD, "pixels": (56 * 56, 16384 * 28 * 28),
     },
     "qwen3_vl": {
-        "processor": "Qwen3VLProcessor",
-        "video": "Qwen3VLVideoProcessor",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "pixels": (256 * 16 * 16, 16384 * 32 * 32),
+        "processor": "Qwen3VLProcessor", "video": "Qwen3VLVideoProcessor",
+        "mean": [0.5] * 3, "std": [0.5] * 3, "pixels": (256 * 16 * 16, 16384 * 32 * 32),
     },
-}
+}  # fmt: skip
 """By `model_type`: processor classes, and the numbers of the real models' preprocessor_config.json (`pixels`: least and
 most of an image; https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/preprocessor_config.json and
 https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct/blob/main/preprocessor_config.json)."""
@@ -196,11 +177,8 @@ def build_processor(config: Mapping[str, Any], tokenizer: Any, *, min_pixels: in
     import transformers
 
     vision = config["vision_config"]
-    sizes = {
-        "patch_size": vision["patch_size"],
-        "merge_size": vision["spatial_merge_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-    }
+    sizes = {name: vision[name] for name in ("patch_size", "temporal_patch_size")}
+    sizes["merge_size"] = vision["spatial_merge_size"]
     least, most = facts["pixels"]
     image_processor = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": min_pixels or least, "longest_edge": most},
@@ -310,8 +288,6 @@ def built_once(folder: Path) -> Iterator[bool]:
 def _require_disk(folder: Path, size_bytes: int, name: str) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes * 1.05:
-        raise EnvironmentProblem(
-            f"{name} needs {size_bytes / 1e9:.1f} GB of disk and {free_bytes / 1e9:.1f} GB are free",
-            where=str(folder),
-            fix="Free some room, or point GRPO_AUTOTUNE_CACHE at another disk.",
-        )
+        what = f"{name} needs {size_bytes / 1e9:.1f} GB of disk and {free_bytes / 1e9:.1f} GB are free"
+        fix = "Free some room, or point GRPO_AUTOTUNE_CACHE at another disk."
+        raise EnvironmentProblem(what, where=str(folder), fix=fix)

@@ -1,7 +1,5 @@
 """The monitors on a trainer: each line of its log goes through the rules, and all ranks take the same action."""
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 from collections.abc import Iterable

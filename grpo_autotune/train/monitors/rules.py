@@ -1,7 +1,5 @@
 """The rules of the monitors: what each reads in a line of the log, and when that is bad."""
 
-from __future__ import annotations
-
 import math
 import re
 import statistics

@@ -1,7 +1,5 @@
 """The state of the monitors: persistence and episodes over the lines of a log, and stages that do not end."""
 
-from __future__ import annotations
-
 import faulthandler
 import math
 import time

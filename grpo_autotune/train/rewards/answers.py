@@ -5,8 +5,6 @@ The same reading serves a completion and the reference in the data, so that both
 last counts, so listing many answers earns nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,8 +52,7 @@ def final_answer(text: str) -> str:
 def read_number(answer: object) -> float | None:
     """The last number in an answer, units and currency ignored; None where there is none.
 
-    `1,234.50`, `$-3`, `\\frac{1}{2}`, `1 1/2`, `2.5e3` and `50%` (as 50) are understood.
-    """
+    `1,234.50`, `$-3`, `\\frac{1}{2}`, `1 1/2`, `2.5e3` and `50%` (as 50) are understood."""
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         return float(answer)
     numbers = list(NUMBER.finditer(_plain(final_answer(str(answer)))))

@@ -1,7 +1,5 @@
 """The reward functions of a configuration, wherever they come from."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Collection
@@ -29,11 +27,8 @@ def build_rewards(
 
     A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`. A class is
     called with `params` once, and what it makes is the function. Async functions carry `remote`, a `Remote`, and those
-    whose scores may fail `on_failure`.
-
-    Raises:
-        ConfigError: A name is unknown, a parameter is none of the function's or is missing, or a column is.
-    """
+    whose scores may fail `on_failure`. ConfigError where a name is unknown, a parameter is none of the function's or is
+    missing, or a column is."""
     functions: list[Callable[..., Any]] = []
     names: list[str] = []
     for place, item in enumerate(config.rewards):

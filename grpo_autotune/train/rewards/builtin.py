@@ -6,8 +6,6 @@ keyword-only and come from `rewards[].params`: `column` names the one that holds
 where the data has none of that name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -47,8 +45,7 @@ def numeric_match(
 
     The reference is a number, or text such as GSM8K's, whose number stands after `####`. `relative_tolerance` is the
     largest difference that still counts as equal, as a share of the reference; the default forgives rounding in the
-    machine's arithmetic and nothing else.
-    """
+    machine's arithmetic and nothing else."""
 
     def score(wanted: float, given: float | None) -> float:
         return float(given is not None and abs(given - wanted) <= relative_tolerance * max(abs(wanted), 1e-12))
@@ -84,8 +81,7 @@ def box_iou(
     without a reference.
 
     The reference is four numbers or text, in the completion's units. With a `threshold` it is 1 from this overlap on
-    and 0 below, instead of the overlap itself.
-    """
+    and 0 below, instead of the overlap itself."""
 
     def score(wanted: Box, given: Box | None) -> float:
         overlap = 0.0 if given is None else _overlap(wanted, given)
@@ -99,9 +95,8 @@ def length(
 ) -> list[float | None]:
     """1 up to `target_tokens`, falling in a straight line to 0 at `max_tokens`, which is above it (ConfigError)."""
     if max_tokens <= target_tokens:
-        raise ConfigError(
-            f"max_tokens {max_tokens} must be above target_tokens {target_tokens}", where="rewards[].params of length"
-        )
+        what = f"max_tokens {max_tokens} must be above target_tokens {target_tokens}"
+        raise ConfigError(what, where="rewards[].params of length")
     slack = max_tokens - target_tokens
     return [min(1.0, max(0.0, (max_tokens - len(ids)) / slack)) for ids in completion_ids]
 
@@ -124,11 +119,9 @@ def column_of(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
     """A column of the data, B values; ConfigError where it has none of this name."""
     if name not in columns:
         others = ", ".join(key for key, value in columns.items() if isinstance(value, list) and key not in GIVEN_BY_TRL)
-        raise ConfigError(
-            f"the data has no column {name}, which a reward reads",
-            where="rewards[].params.column",
-            fix=f"Columns: {others}. Name one there, or map one in data.columns.",
-        )
+        what = f"the data has no column {name}, which a reward reads"
+        fix = f"Columns: {others}. Name one there, or map one in data.columns."
+        raise ConfigError(what, where="rewards[].params.column", fix=fix)
     return columns[name]
 
 

@@ -4,17 +4,15 @@ TRL counts the missing reward of a row that has others as 0. A failed score is n
 group's others, which adds nothing to the row's advantage, or the row has no reward at all and so no advantage.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from grpo_autotune.config.sections.rewards import OnFailure
 from grpo_autotune.errors import RewardError
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.replies import close_in
 
@@ -31,8 +29,7 @@ def settle(
         rewards_NF: Rewards of all ranks, groups of `group` rows one after another.
         group: G.
         policies: Of the functions that have one, by column. `group_mean` fills in the mean of the group's scores; the
-            rows of a group that has none lose all their rewards, as failed rows do with `drop` and `stop`.
-    """
+            rows of a group that has none lose all their rewards, as failed rows do with `drop` and `stop`."""
     columns = range(rewards_NF.shape[1])
     asked_F = torch.tensor([column in policies for column in columns], device=rewards_NF.device)
     filled_F = torch.tensor([policies.get(column) == "group_mean" for column in columns], device=rewards_NF.device)
@@ -54,7 +51,7 @@ def attend(trainer: Any) -> None:
     attendant = _Attendant(trainer, policies)
     wrap(AttributeSlot(trainer, "train"), attendant.train)
     if policies:
-        wrap_rows(trainer, [(find("rewards"), attendant.rewards)], INNERMOST)
+        wrap_seams(trainer, INNERMOST, rewards=attendant.rewards)
 
 
 class _Attendant:
@@ -64,7 +61,7 @@ class _Attendant:
         self._trainer, self._policies = trainer, policies
         self._end: RewardError | None = None
 
-    def rewards(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def rewards(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
         group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
@@ -81,7 +78,7 @@ class _Attendant:
         trainer.must_end = self._end is not None
         return rewards_NF
 
-    def train(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def train(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         try:
             result = call_next(*args, **kwargs)
         finally:

@@ -4,8 +4,6 @@ Each has TRL's signature. Those that TRL makes by a `get_...` function take that
 those that read the column `solution` take the name of another one (`column`; a `ConfigError` where the data has none).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

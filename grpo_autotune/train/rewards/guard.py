@@ -3,15 +3,13 @@
 Without it a reward of the wrong length or of nothing but None shows up as a shape error or as a flat line, hours later.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from grpo_autotune.errors import AutotuneError, RewardError, printable, shortened
-from grpo_autotune.seams.layers import Layer, is_async, wrap
+from grpo_autotune.seams.layers import Layer, Next, is_async, wrap
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.seams.table import reward_slots
 from grpo_autotune.train.rewards.row_values import NotNumbers, row_values
@@ -34,8 +32,7 @@ def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *,
     name kept, its result checked. From a batch of nothing but None nothing can be learned where it stands `alone`.
 
     Calls raise `RewardError` where it raises, returns the wrong number of values, values that are not numbers, or only
-    None.
-    """
+    None."""
     check = _ResultCheck(name, patience=1 if alone else PATIENCE)
     if is_async(function):
 
@@ -74,11 +71,11 @@ def blame_rewards(trainer: Any) -> None:
 def blaming_layer(name: str, *, awaited: bool) -> Layer:
     """The layer that `blame_rewards` puts on a reward function, one that TRL awaits or not."""
 
-    async def call_async(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    async def call_async(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with blame(name):
             return await call_next(*args, **kwargs)
 
-    def call(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with blame(name):
             return call_next(*args, **kwargs)
 

@@ -1,7 +1,5 @@
 """One number per row, out of whatever wrapping a reward function returns it in: arrays, tensors, series, iterators."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import numbers
@@ -26,11 +24,8 @@ def row_values(returned: Any, rows: int) -> list[float | None]:
     """The numbers that a reward function returned for `rows` completions (B), in their order; None where it has none.
 
     Taken are sequences and iterators of numbers (`Decimal`, `Fraction`, bool and 0-d arrays too), arrays and tensors of
-    any library of shape (B,), (B, 1) or (1, B), on any device, and each number wrapped alone once more.
-
-    Raises:
-        NotNumbers: It is something else.
-    """
+    any library of shape (B,), (B, 1) or (1, B), on any device, and each number wrapped alone once more; NotNumbers for
+    anything else."""
     if inspect.isawaitable(returned):
         raise NotNumbers("returned a coroutine: define the function with `async def`, or await inside it")
     shape = getattr(returned, "shape", None)

@@ -1,7 +1,5 @@
 """Rewards of texts that no model writes: first calls before training, and completions that were recorded."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence

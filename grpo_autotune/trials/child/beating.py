@@ -4,15 +4,13 @@ A span may hold the sampling of thousands of tokens, by the model or by an engin
 minutes.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.trainer_access import base_of
 from grpo_autotune.speedups.generation.step import GraphStep
 from grpo_autotune.trials.heartbeat import ANSWER, COMPILING, HeartbeatWriter
@@ -42,11 +40,11 @@ def _elsewhere(
     """Layers on the steps of an engine in this process, on replays of a captured step, which call no forward, and on
     what a server or another thread is asked to generate."""
 
-    def step(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def step(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         heartbeat.again()
         return call_next(*args, **kwargs)
 
-    def ask(call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def ask(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with heartbeat.within(ANSWER):
             return call_next(*args, **kwargs)
 

@@ -3,18 +3,15 @@
 A waiting child holds its memory and leaves the processor alone.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from grpo_autotune.hardware.device_memory import cuda_in_use
-from grpo_autotune.seams.layers import take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import Next, take_off
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.trials.block_limit import WAITING, block_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
@@ -30,7 +27,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any, folder: Path, probe: Any, heartbeat: HeartbeatWriter, block: int) -> None:
         self._trainer, self._folder, self._probe, self._heartbeat = trainer, folder, probe, heartbeat
         self._block, self._first, self._last = block, 0, 0
-        self._handles = wrap_rows(trainer, [(find("log_save_evaluate"), self._after_step)])
+        self._handles = wrap_seams(trainer, log_save_evaluate=self._after_step)
         trainer.add_callback(self)
 
     def remove(self) -> None:
@@ -41,7 +38,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         self._first = self._last = state.global_step
         self._hold()
 
-    def _after_step(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _after_step(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         result = call_next(*args, **kwargs)
         if self._trainer.state.global_step != self._last:
             self._last = self._trainer.state.global_step

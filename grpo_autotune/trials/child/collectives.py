@@ -3,8 +3,6 @@
 A rank that waits shows no sign of life while another judges or compiles, so that silence says nothing there.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

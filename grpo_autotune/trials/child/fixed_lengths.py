@@ -10,17 +10,15 @@ With `generate` a logits processor forbids the end of sequence before a row's le
 length for each request; its completions end without an end-of-sequence token then, so TRL counts them as truncated.
 """
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from grpo_autotune.seams.layers import AttributeSlot, Handle, take_off, wrap
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import AttributeSlot, Handle, Next, take_off, wrap
+from grpo_autotune.seams.table import wrap_seams
 
 LEFT_FREE = "completion lengths were left free"
 
@@ -47,17 +45,17 @@ class FixedLengths:
         if (reason := why_free(trainer)) is not None:
             self.notes.append(f"{LEFT_FREE}: {reason}")
             return
-        self._handles += wrap_rows(trainer, [(find("turn"), self._turn)])
+        self._handles += wrap_seams(trainer, turn=self._turn)
         if trainer.use_vllm:
             self._handles.append(wrap(AttributeSlot(trainer.vllm_generation.llm, "generate"), self._requests))
             self.notes.append("vLLM's completions end by length, so that TRL counts each as truncated")
         else:
-            self._handles += wrap_rows(trainer, [(find("model_generate"), self._generate)])
+            self._handles += wrap_seams(trainer, model_generate=self._generate)
 
     def remove(self) -> None:
         take_off(self._handles)
 
-    def _turn(self, call_next: Callable[..., Any], /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def _turn(self, call_next: Next, /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """One generation of this rank's rows; those of evaluation are left as they are."""
         if not self._trainer.model.training:
             return call_next(prompt_ids, *args, **kwargs)
@@ -75,15 +73,13 @@ class FixedLengths:
         places = [divmod(row, self._group) for row in range(first, first + rows)]
         return [min(longest, length_of(self._lengths, self._seed, *place, self._seen)) for place in places]
 
-    def _generate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if self._wanted is not None:
             ends = _Ends(self._wanted, self._trainer.eos_token_ids, self._trainer.max_completion_length)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), ends])
         return call_next(*args, **kwargs)
 
-    def _requests(
-        self, call_next: Callable[..., Any], /, prompts: Any, sampling_params: Any = None, **kwargs: Any
-    ) -> Any:
+    def _requests(self, call_next: Next, /, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> Any:
         """Give each request its length; under tensor parallelism the rows of all ranks of the group are here."""
         wanted = self._wanted
         if wanted is not None and sampling_params is not None:

@@ -1,7 +1,5 @@
 """The measurement of a trial, by its purpose: optimizer steps under the probe, or generation and rewards alone."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -6,8 +6,6 @@ of the two counts is known at the end, by what the process came to use: a machin
 torch is never imported here: a script may set environment variables before it does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -1,7 +1,5 @@
 """Seconds of what a run does every so many steps, and a probe of few steps may miss: one evaluation, one checkpoint."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

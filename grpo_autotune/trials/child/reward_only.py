@@ -3,10 +3,8 @@
 The log-probabilities that this path computes for the loss are left out.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from accelerate.utils import gather_object
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
-from grpo_autotune.seams.layers import INNER, take_off
-from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.layers import INNER, Next, take_off
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
@@ -62,7 +60,7 @@ class _Samples:
         self._rewards: list[float] = []
         self._truncated: list[bool] = []
         layers = {"rewards": self._total, "rollout": self._rollout, "logps": self._no_logps}
-        self._handles = wrap_rows(trainer, [(find(key), layer) for key, layer in layers.items()], INNER)
+        self._handles = wrap_seams(trainer, INNER, **layers)
 
     def remove(self) -> None:
         take_off(self._handles)
@@ -76,7 +74,7 @@ class _Samples:
             for row, part in zip(rows, scored, strict=True)
         ]
 
-    def _total(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _total(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with self._heartbeat.within("reward"):
             rewards_BF = call_next(*args, **kwargs)
         weights_F = self._trainer.reward_weights.to(rewards_BF.device)
@@ -84,7 +82,7 @@ class _Samples:
         self._rewards = (rewards_BF * weights_F).nansum(dim=1).masked_fill(has_none_B, torch.nan).tolist()
         return rewards_BF
 
-    def _rollout(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _rollout(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         rollout = call_next(*args, **kwargs)
         tokenizer = getattr(self._trainer.processing_class, "tokenizer", self._trainer.processing_class)
         ends = {*self._trainer.eos_token_ids, tokenizer.pad_token_id}
@@ -92,14 +90,6 @@ class _Samples:
         return rollout
 
     def _no_logps(
-        self,
-        call_next: Callable[..., Any],
-        /,
-        model: Any,
-        input_ids: Any,
-        attention_mask: Any,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
+        self, call_next: Next, /, model: Any, ids_BT: Any, mask_BT: Any, keep: int, *_: Any, **__: Any
     ) -> Any:
-        return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+        return torch.zeros(len(ids_BT), keep, device=ids_BT.device), None, None

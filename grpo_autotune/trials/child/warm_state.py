@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.seams.import_hooks import ENGINE_MODULE, after_import, hook_imports
-from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.trials.exit_codes import OTHER_ENGINE
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EngineCache:
         if hasattr(module, "LLM"):  # without vLLM TRL's module has no such name
             wrap(AttributeSlot(module, "LLM"), self._start, INNERMOST)
 
-    def _start(self, call_next: Callable[..., Any], /, **arguments: Any) -> Any:
+    def _start(self, call_next: Next, /, **arguments: Any) -> Any:
         if self._engine is None:
             self._engine, self._arguments = call_next(**arguments), arguments
             return self._engine

@@ -6,8 +6,6 @@
 It loads torch only with its first trial in hand, so that the wait is that trial's start-up, seen and counted.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -3,8 +3,6 @@
 Of a large data set a sample is looked at: evenly spaced rows, and those whose text is longest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any

@@ -1,7 +1,5 @@
 """A trial's folder as the parent prepares it and reads the outcome from it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The order of blocks is reversed from round to round (A B, B A, A B, ...), so tha
 differences.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The machine between two workers: the last one's processes are gone, and what it had of the GPUs' memory is back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from grpo_autotune.hardware.nvml import ask, driver, visible_handles

@@ -1,7 +1,5 @@
 """The parent of trials: it gives each to a worker, kills what it started when it must, and classifies every ending."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -35,8 +33,7 @@ class Runner(AbstractContextManager["Runner"]):
 
     Trials live in `trials/0007` of the run folder. A `warm` runner lets a worker run several; `spawn` starts one for a
     trial's folder, its log, and a number of ranks. The clock tells monotonic seconds, `wait` sleeps for so many between
-    two looks, and `used` tells the bytes in use on this machine's GPUs, None where nobody tells.
-    """
+    two looks, and `used` tells the bytes in use on this machine's GPUs, None where nobody tells."""
 
     def __init__(
         self,

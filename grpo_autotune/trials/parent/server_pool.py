@@ -4,8 +4,6 @@ It stays for the next trial that can use it. Weights that were pushed into it ar
 adapters are sent to can be used again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ The three facts are the outcome file, the exit code and the age of the heartbeat
 clock, and a jump of that clock counts for nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

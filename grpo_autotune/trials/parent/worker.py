@@ -1,7 +1,5 @@
 """A worker as the parent holds it: a child process behind its guardian, and a pipe for orders."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Retries are made here and nowhere else, by one rule for a row, one for a batch and one for an endpoint (see `Policy`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import random
@@ -32,7 +30,6 @@ REMEDIES = {
     403: "Check what the key in the environment may do",
     404: "Check the address, and the names in it and in params",
 }
-
 
 SILENT = ("connect", "deadline", "read", "timeout")
 """Kinds of failure in which an endpoint says nothing."""
@@ -66,8 +63,7 @@ class RemoteReward(Remote):
     Attributes:
         warmup: First rows of a process that are asked one after another, before the others.
         cache: What `known` looks into; None asks always.
-        columns: Columns that `rows` needs: those that the data has not are told before training.
-    """
+        columns: Columns that `rows` needs: those that the data has not are told before training."""
 
     warmup = 1
     cache: Any = None

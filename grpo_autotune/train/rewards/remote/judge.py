@@ -1,7 +1,5 @@
 """The reward `judge`: scores by a language model behind an OpenAI-compatible endpoint (`docs/judges.md`)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -29,7 +27,6 @@ NO_SCHEMA = ("response_format", "json_schema", "json schema", "structured output
 """Words of an endpoint that takes no schema for its answer."""
 ROW_ERRORS = {"context length": "too_long", "context_length": "too_long", "content_filter": "content_filter"}
 """Words of a status 400 that one row alone is to blame for -> kind of its failure."""
-
 
 Row = tuple[str, int]
 """The prompt for one completion, and the number of rows before it in its batch with the same prompt."""

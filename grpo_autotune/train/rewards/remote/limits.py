@@ -1,7 +1,5 @@
 """Limits of the calls to an endpoint: at once, in a minute, and none while it fails."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import deque
@@ -33,8 +31,7 @@ class Lane:
     """An endpoint and its limits, on one event loop.
 
     Calls at once double after each clean round that used all of `limit`, until the endpoint says that it is too much;
-    from then on they grow by 5 %, and shrink to 0.8 once for all refusals within the cooldown.
-    """
+    from then on they grow by 5 %, and shrink to 0.8 once for all refusals within the cooldown."""
 
     def __init__(
         self,

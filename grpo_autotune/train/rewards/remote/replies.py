@@ -1,7 +1,5 @@
 """The outcomes of a call to an endpoint, a reply or an error, and the HTTP client that makes it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re
@@ -61,8 +59,7 @@ class Failed(Exception):
     Args:
         kind: A short word that is counted: `timeout`, `connect`, `read`, `503`, `json`, `schema`, `refusal`, `length`.
         said: The server's own words, without secrets.
-        retry_after_s: The pause that it asks for.
-    """
+        retry_after_s: The pause that it asks for."""
 
     def __init__(self, kind: str, said: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(kind, said)
@@ -108,8 +105,7 @@ def retry_after(value: str | None, now_s: Callable[[], float] = time.time) -> fl
 def client() -> httpx2.AsyncClient:
     """The client of this process and the running loop, made anew after a fork and once it was closed.
 
-    How long a call may take, and how many are made at once, is for the caller to limit.
-    """
+    How long a call may take, and how many are made at once, is for the caller to limit."""
     loop, pid = asyncio.get_running_loop(), os.getpid()
     kept = _clients.get(loop)
     if kept is None or kept[0] != pid or kept[1].is_closed:

@@ -1,7 +1,5 @@
 """`service`: scores from any HTTP endpoint, such as retrieval, a code sandbox or a scorer of one's own."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -24,10 +22,7 @@ TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 class Service(RemoteReward):
     """A reward whose score stands in the JSON that a URL answers; docs/rewards.md has what its arguments mean.
-
-    Raises:
-        ConfigError: One of them cannot be used.
-    """
+    ConfigError where one of them cannot be used."""
 
     kind = "service"
 

@@ -1,7 +1,5 @@
 """Rewards that wait, timed: what all of them share, and a user's own async function, which scores a whole batch."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter, defaultdict, deque
@@ -32,8 +30,7 @@ class Remote:
 
     Attributes:
         kind: `judge`, `service`, or `async` for a user's own function.
-        count: The whole numbers of `RemoteCalls` since `reset`, by name.
-    """
+        count: The whole numbers of `RemoteCalls` since `reset`, by name."""
 
     kind = "async"
 

@@ -1,7 +1,5 @@
 """Verdicts that were given once, in a file of the cache folder that several processes and runs share."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from functools import cache
