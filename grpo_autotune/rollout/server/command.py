@@ -191,16 +191,18 @@ def listens_at(config: RunConfig) -> tuple[str, int]:
 
 def adapter_room(config: RunConfig) -> int | None:
     """Rank that the server keeps room for, None where no adapters are sent; ConfigError for one above all of vLLM's."""
-    if config.peft is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
+    if config.lora is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
         return None
-    rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])
+    return room_for(config.lora, where="peft.r", fix="Set it lower, or set vllm.weight_sync to merged.")
+
+
+def room_for(adapter: Mapping[str, Any], *, where: str, fix: str) -> int:
+    """The smallest rank of vLLM's that holds an adapter with these `LoraConfig` keys; ConfigError where none does."""
+    rank = max([adapter.get("r") or 8, *(adapter.get("rank_pattern") or {}).values()])
     room = next((size for size in ADAPTER_RANKS if size >= rank), None)
     if room is None:
-        raise ConfigError(
-            f"vLLM takes adapters up to rank {ADAPTER_RANKS[-1]}, and this one has {rank}",
-            where="peft.r",
-            fix="Set it lower, or set vllm.weight_sync to merged.",
-        )
+        what = f"vLLM takes adapters up to rank {ADAPTER_RANKS[-1]}, and this one has {rank}"
+        raise ConfigError(what, where=where, fix=fix)
     return room
 
 
