@@ -17,8 +17,8 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.models.adapter import REFERENCE
 from grpo_autotune.train.trainer import build_trainer, run_training
-from tests.support.training import log_lines, text_config, uneven
 from tests.support.tiny import tiny_model
+from tests.support.training import log_lines, text_config, uneven
 
 pytestmark = pytest.mark.slow
 

@@ -119,12 +119,7 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
         raise packed_at_server()
     keys = {name: value for name, value in given_keys(config).items() if name not in CLIENT_KEYS}
     notes: list[str] = []
-    environment = {"VLLM_SERVER_DEV_MODE": "1"}
-    if gpus:
-        environment |= {VISIBLE: ",".join(gpus), ORDER: os.environ.get(ORDER, PCI)}
-        if len(gpus) > 1 and "tensor_parallel_size" not in keys:
-            keys["tensor_parallel_size"] = len(gpus)
-            notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **gpu_keys(gpus, keys, notes)}
     if config.model.revision is not None:
         keys.setdefault("revision", config.model.revision)
     if config.model.trust_remote_code:
@@ -144,6 +139,15 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     words = (*option("host", host), *option("port", port))
     options = [word for name, value in keys.items() for word in option(name, value)]
     return Serving(source, (*words, *options), environment, host, port, tuple(notes))
+
+
+def gpu_keys(gpus: Sequence[str], keys: dict[str, Any], notes: list[str]) -> dict[str, str]:
+    """The variables that give a server these `gpus`, as `CUDA_VISIBLE_DEVICES` names them, none for all; several share
+    the model where its `keys` say nothing else."""
+    if len(gpus) > 1 and "tensor_parallel_size" not in keys:
+        keys["tensor_parallel_size"] = len(gpus)
+        notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")
+    return {VISIBLE: ",".join(gpus), ORDER: os.environ.get(ORDER, PCI)} if gpus else {}
 
 
 def has_command() -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from grpo_autotune.config.places import check_same_adapter
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.train.models.load import first_line, load_model, lora_config, vision_tower
 
 WHERE = "model.adapter"
@@ -24,7 +25,7 @@ REFERENCE = "ref"
 """Name of TRL's copy of the adapter."""
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
-"""First words of `init_lora_weights` with which PEFT writes to the base weights as it adds an adapter, or needs data."""
+"""First words of `init_lora_weights` with which PEFT writes to the base weights as it adds an adapter."""
 
 
 def load_policy(
@@ -42,22 +43,24 @@ def load_policy(
     check_same_adapter(config.peft, config.model.adapter)
     in_float32 = not zero_3 or config.model.load_in_4bit
     model = with_adapter(model, config.model.adapter, is_trainable=True, autocast_adapter_dtype=in_float32)
-    init = str(model.peft_config[model.active_adapter].to_dict().get("init_lora_weights")).lower()
-    if init.startswith(CHANGES_BASE):
+    if (init := _init_words(model)).startswith(CHANGES_BASE):
         raise ConfigError(
             f"the adapter changes the base model's weights as it is put on it (init_lora_weights: {init})",
             where=WHERE,
             fix="Merge it into its base, and train that: model.name_or_path.",
         )
-    if config.model.freeze_vision_tower:
-        tower = model.get_base_model().get_submodule(vision_tower(model.get_base_model()))
-        if any(isinstance(module, BaseTunerLayer) for module in tower.modules()):
-            raise ConfigError(
-                "the adapter holds layers of the vision tower, which is to be frozen",
-                where="model.freeze_vision_tower",
-                fix="Set it to false.",
-            )
+    if config.model.freeze_vision_tower and _sees(model.get_base_model()):
+        what, where = "the adapter holds layers of the vision tower, which is to be frozen", "model.freeze_vision_tower"
+        raise ConfigError(what, where=where, fix="Set it to false.")
     return model, None
+
+
+def _init_words(model: PeftModel) -> str:
+    return str(model.peft_config[model.active_adapter].to_dict().get("init_lora_weights")).lower()
+
+
+def _sees(base: Any) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(vision_tower(base)).modules())
 
 
 def with_adapter(model: Any, folder: str, **options: Any) -> PeftModel:
@@ -72,13 +75,11 @@ def with_adapter(model: Any, folder: str, **options: Any) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, folder, **options)
         # again, for what it tells: from_pretrained keeps the names that it found no place for to itself
         result = adapted.load_adapter(folder, adapted.active_adapter, **options)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        if is_of_the_machine(error):
             raise
-        told = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise _unfit(model, folder, told) from error
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise _unfit(model, folder, first_line(error)) from error
+        lines = [line for line in str(error).splitlines() if "size mismatch" in line]  # after a heading
+        raise _unfit(model, folder, lines[0].strip() if lines else first_line(error)) from error
     for names, what in ((result.unexpected_keys, "the model has no"), (result.missing_keys, "the adapter has no")):
         if names:
             raise _unfit(model, folder, f"{what} {names[0]}")
