@@ -18,8 +18,6 @@ from grpo_autotune.rollout.sync.lora import TOWERS
 if TYPE_CHECKING:
     from grpo_autotune.trained.source import Trained
 
-TEMPLATE = "chat_template.jinja"
-
 
 def served_name(trained: Trained) -> str:
     """The name by which clients ask for the weights: the run's, with the checkpoint's where it is one."""
@@ -58,18 +56,12 @@ def _as_trained(trained: Trained, weights: Weights) -> dict[str, Any]:
         keys |= {"trust_remote_code": True} if section.trust_remote_code else {}
         if options := trained.config.grpo.get("chat_template_kwargs"):
             keys["default_chat_template_kwargs"] = options
-    template = trained.path / TEMPLATE
-    if template.is_file() and not _is_same(template, Path(weights.source) / TEMPLATE):
-        keys["chat_template"] = str(template)
-    return keys
+    template = trained.path / "chat_template.jinja"
+    return {**keys, "chat_template": str(template)} if trained.adapter is not None and template.is_file() else keys
 
 
 def _stored_dtype(model: Mapping[str, Any]) -> str | None:
     return model.get("dtype") or model.get("torch_dtype") or (model.get("text_config") or {}).get("dtype")
-
-
-def _is_same(file: Path, other: Path) -> bool:
-    return other.is_file() and other.read_bytes() == file.read_bytes()
 
 
 def _adapter_keys(trained: Trained, adapter: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

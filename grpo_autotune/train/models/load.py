@@ -179,5 +179,5 @@ def _load_errors(source: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its name where it says nothing."""
+    """The first line of an error's text, or its name where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
