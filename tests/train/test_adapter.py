@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.rollout.sync.weights import engine_name
 from grpo_autotune.train.models.adapter import REFERENCE
 from grpo_autotune.train.trainer import build_trainer, run_training
 from tests.support.tiny import tiny_model
@@ -115,6 +116,16 @@ def test_a_resumed_run_keeps_the_reference(
     trainer = build_trainer(stage_2(stage_1, tmp_path, {"model": base}))
     trainer._load_from_checkpoint(str(tmp_path / "whole" / "checkpoints" / "checkpoint-2"))
     assert REFERENCE not in trainer.model.peft_config, "the checkpoint's reference is not asked for"
+
+
+def test_the_reference_is_kept_from_an_engine(stage_1: tuple[Path, Path]) -> None:
+    """Modules that an adapter trains whole are in the reference as well, and an engine has one place for them."""
+    base = AutoModelForCausalLM.from_pretrained(stage_1[0])
+    names = sorted(name for name, _ in base.named_parameters())
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    model = get_peft_model(base, lora)
+    model.add_adapter(REFERENCE, lora)
+    assert sorted(filter(None, (engine_name(model, name) for name, _ in model.named_parameters()))) == names
 
 
 def cut_short(adapter: Path) -> None:
