@@ -43,6 +43,10 @@ def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
     label, _ = resolve_source(source)
     say(f"Configuration: {label}")
     config = load_config(source, overrides or [])
+    if config.model.adapter is not None:
+        from grpo_autotune.trained.adapter import settled
+
+        config = settled(config, say)
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
     elif purpose != "doctor":  # which tells all of it

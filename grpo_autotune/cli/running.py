@@ -142,20 +142,31 @@ def run(
 
 @app.command()
 def serve(
-    config: Config = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN_DIR|CONFIG]", help="What was trained, or a configuration to train against."),
+    ] = None,
     gpus: Annotated[
         str | None, typer.Option(metavar="LIST", help="GPUs of the server, with commas: 0,1; the others train.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Hold an answer of a RUN_DIR's weights against the trainer's.")
+    ] = True,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the server's log.")] = None,
     set_: Set = None,
 ) -> Action:
-    """Start a vLLM server that the configuration can be trained against (vllm.mode server)."""
+    """Start a vLLM server of a run's trained weights, or one that a configuration can be trained against."""
 
     def action() -> int:
-        loaded = load(config, set_, "serve")
-        from grpo_autotune.commands.serve import numbers, serve_config
+        from grpo_autotune.commands.serve import is_trained, numbers, serve_config
 
+        if what is not None and is_trained(what):
+            from grpo_autotune.commands.serve_trained import serve_trained
+
+            how: Any = {"gpus": numbers(gpus), "dry_run": dry_run, "check": check, "settings": set_ or []}
+            return serve_trained(what, out_dir=out, **how)
+        loaded = load(what, set_, "serve")
         return serve_config(loaded, out_dir=out or loaded.run_dir, gpus=numbers(gpus), dry_run=dry_run)
 
     return action

@@ -1,4 +1,4 @@
-"""`grpo-autotune serve`: a vLLM server that a configuration can be trained against, watched until it ends.
+"""`grpo-autotune serve CONFIG`: a vLLM server that a configuration can be trained against, watched until it ends.
 
 The server runs behind a guardian in a session of its own: whatever ends this command ends the server and all that it
 started. Its output goes to a log; here is said what it was started with, when it answers, and why it did not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grpo_autotune.commands.imports import served_weights, set_environment
@@ -35,6 +35,12 @@ def numbers(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
+def is_trained(place: str | None) -> bool:
+    """True for a folder, or a name in a run folder that may be a checkpoint's; anything else is a configuration."""
+    path = Path(place or "").expanduser()
+    return place is not None and (path.is_dir() or (not path.exists() and (path.parent / "checkpoints").is_dir()))
+
+
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:
     """Start a server for `config`, and stay with it until it ends or a signal comes; the exit code: 0, or 128 + the
     signal.
@@ -46,30 +52,34 @@ def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_r
         need_vllm()
     set_environment()
     wanted = _wanted(config, gpus)
+    return stay_with(wanted, out_dir / LOG, lambda: _say_how(wanted, gpus), dry_run=dry_run)
+
+
+def stay_with(wanted: Serving, log: Path, ready: Callable[[], None], *, dry_run: bool) -> int:
+    """Start a server, call `ready` once it answers, and watch it until it ends, which is an error, or a signal shuts it
+    down; the exit code: 0, or 128 + the signal. A `dry_run` only prints the command."""
     for note in wanted.notes:
         say(note)
     if dry_run:
         show(wanted.line())
         return 0
     _check_port(wanted)
-    log = out_dir / LOG
     say(wanted.line())
     try:
         with raising(more=[signal.SIGINT]):
-            _stay(config, wanted, gpus, log)
+            _stay(wanted, log, ready)
     except Stopped as stopped:
         return 128 + stopped.signum
     return 0
 
 
-def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) -> None:
-    """Start the server and watch it until it ends, which is an error, or a signal shuts it down."""
+def _stay(wanted: Serving, log: Path, ready: Callable[[], None]) -> None:
     server = VllmServer(wanted, log)
     try:
         with Heartbeat(lambda: f"the server starts, {duration(server.age_s)} (its log: {log})", say):
             server.until_healthy()
         say(f"the server answers at {server.wanted.address} after {duration(server.age_s)}")
-        _say_how(wanted, gpus)
+        ready()
         while (code := server.wait(LOOK_S)) is None:
             pass
         raise server.ended("the server ended by itself", code)
@@ -83,13 +93,19 @@ def _stay(config: RunConfig, wanted: Serving, gpus: Sequence[int], log: Path) ->
 
 
 def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
+    names = named(gpus)
+    if not gpus and config.vllm.server_gpus is not None:
+        names, _ = split_gpus(config, len(detect().gpus))
+    return serving_at(config, served_weights(config), names)
+
+
+def named(gpus: Sequence[int]) -> list[str]:
+    """These of the GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them; ConfigError for one that is not
+    there."""
     count = len(detect().gpus)
     if unknown := [index for index in gpus if index >= count]:
         raise ConfigError(f"there is no GPU {unknown[0]}: {count} can be seen here", where="--gpus")
-    names = [names_of_gpus(count)[index] for index in gpus]
-    if not gpus and config.vllm.server_gpus is not None:
-        names, _ = split_gpus(config, count)
-    return serving_at(config, served_weights(config), names)
+    return [names_of_gpus(count)[index] for index in gpus]
 
 
 def _check_port(wanted: Serving) -> None:

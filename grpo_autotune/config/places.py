@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.config.foreign_keys import peft_keys
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.files import is_file, is_folder
 from grpo_autotune.registry import is_reference, names, source_of
 
+ADAPTER = "adapter_config.json"
+"""File in which PEFT describes an adapter."""
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 MOST_OF_HUB_ID = 96
@@ -57,16 +60,13 @@ def check_split(path: str, split: str | None, where: str) -> None:
 
 def check_model_place(name: str) -> None:
     """ConfigError for a path at which there is no folder, or an adapter alone; a registered name and a hub id pass."""
-    adapter = Path(name) / "adapter_config.json"
+    adapter = Path(name) / ADAPTER
     if is_file(adapter) and not is_file(adapter.with_name("config.json")):
-        text = adapter.expanduser().read_text(encoding="utf-8", errors="replace")
-        named = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', text)
-        base = named[1] if named else "its base model"
+        base = trained_adapter(name).get("base_model_name_or_path") or "its base model"
         raise ConfigError(
             f"{name} holds an adapter of {base}, and no model",
             where="model.name_or_path",
-            fix=f"Write {base} to train a new adapter; to go on from this one, save what PEFT's merge_and_unload() "
-            "makes of both, and its tokenizer, in a folder, and write that.",
+            fix=f"Write {base}; to go on from this adapter, write model.adapter: {name} beside it.",
         )
     if name in names("model") or is_reference(name) or is_folder(name):
         return
@@ -77,6 +77,38 @@ def check_model_place(name: str) -> None:
             fix="Give a folder that holds config.json, the id of a hub repository (owner/name), or a registered model: "
             + ", ".join(names("model")),
         )
+
+
+def trained_adapter(folder: str) -> dict[str, Any]:
+    """The configuration that PEFT saved with the adapter in `folder`; empty where none can be read."""
+    try:
+        values = json.loads((Path(folder).expanduser() / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def check_same_adapter(peft: Mapping[str, Any] | None, folder: str) -> None:
+    """ConfigError where there is no adapter in `folder`, or a `peft` section asks for another one than is there."""
+    adapter = trained_adapter(folder)
+    if not adapter:
+        raise ConfigError(
+            f"there is no {ADAPTER} in {folder}",
+            where="model.adapter",
+            fix="Give a folder that holds one, such as RUN_DIR/model.",
+        )
+    for name, asked in (peft or {}).items():
+        has = adapter.get(name, peft_keys()[name].default_value())
+        if not (_comparable(asked) == _comparable(has) or asked == "all-linear"):  # PEFT saves the names it stood for
+            raise ConfigError(
+                f"the adapter to go on from has {has}, and this is {asked}",
+                where=f"peft.{name}",
+                fix="Remove the peft section: the adapter brings its own.",
+            )
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def _splits(path: str) -> Sequence[str]:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
+from grpo_autotune.config.places import trained_adapter
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.sections.data import DataSection
@@ -129,7 +130,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.model.load_in_4bit and self.peft is None:
+        if self.model.load_in_4bit and self.peft is None and self.model.adapter is None:
             raise ConfigError(
                 "weights in 4 bits cannot be trained without an adapter",
                 where="model.load_in_4bit",
@@ -165,6 +166,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.output.dir) if self.output.dir else Path("runs") / (self.output.name or "run")
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """Keys of the adapter that is trained: the `peft` section, or those of `model.adapter`; None without one."""
+        return self.peft if self.model.adapter is None else trained_adapter(self.model.adapter)
 
     @property
     def use_vllm(self) -> bool:

@@ -61,7 +61,7 @@ def sampling(run: Run) -> Findings:
         detail = f"{name} says {pairs(ignored, given.get)}: ignored, {pairs(ignored, run.value)} will be used"
         yield warn(detail, f"write {listing([f'grpo.{key}' for key in ignored])} as wanted, which ends this line")
     senseless = [k for k, none in GREEDY.items() if not file.get("do_sample") and file.get(k) not in (None, none)]
-    if senseless and run.config.peft is None:
+    if senseless and run.config.lora is None:
         detail = f"{name} has {pairs(senseless, file.get)} without do_sample: transformers refuses to save it"
         yield warn(detail, "write do_sample: true into that file, or take these keys out of it")
 

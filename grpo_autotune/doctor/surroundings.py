@@ -194,8 +194,8 @@ def _needs(run: Run) -> tuple[float, float]:
         shape = ModelShape.from_config(run.model)
     except ConfigError:
         return 0.0, 0.0
-    adapters, section = adapter_sizes(shape, run.config.peft or {}), run.config.model
-    trained = shape.parameters if run.config.peft is None else adapters.text + adapters.blocks + adapters.mergers
+    adapters, section = adapter_sizes(shape, run.config.lora or {}), run.config.model
+    trained = shape.parameters if run.config.lora is None else adapters.text + adapters.blocks + adapters.mergers
     weight = 0.5 if section.load_in_4bit else 4.0 if section.dtype == "float32" else 2.0
     moments = 0.0 if run.value("save_only_model") else 8.0  # of Adam, and what is trained in 4 bytes, as its gradient
     return shape.parameters * weight + trained * 12.0, trained * (4.0 + moments)

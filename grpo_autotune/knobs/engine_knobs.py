@@ -67,7 +67,7 @@ def server_rule(context: KnobContext, value: Any) -> str | None:
             split_gpus(config, context.gpus)
         except ConfigError as error:
             return f"{error.where} {value}: {error.what}"
-    if context.gpus == 0 and (config.peft is None or config.vllm.weight_sync not in SENDS):
+    if context.gpus == 0 and (config.lora is None or config.vllm.weight_sync not in SENDS):
         return (
             f"vllm.server_gpus {value} without a GPU needs a peft section, and vllm.weight_sync adapter or auto: all "
             "weights are sent over NCCL"
@@ -145,7 +145,7 @@ def sync_rule(context: KnobContext, value: Any) -> str | None:
     config = context.config
     if not config.use_vllm:
         return colocate_rule(context, value)
-    if value == "adapter" and config.peft is None:
+    if value == "adapter" and config.lora is None:
         return "vllm.weight_sync adapter needs a peft section: there is no adapter to send"
     if value != "adapter" and config.vllm.quantization is not None:
         return f"vllm.weight_sync {value} pushes weights, and layers in {config.vllm.quantization} take none"
@@ -162,7 +162,7 @@ def quantized_rule(context: KnobContext, value: Any) -> str | None:
         return colocate_rule(context, value)
     if context.gpus == 0:
         return f"vllm.quantization {value} needs a GPU"
-    if context.config.vllm.weight_sync != "adapter" or context.config.peft is None:
+    if context.config.vllm.weight_sync != "adapter" or context.config.lora is None:
         return f"vllm.quantization {value} needs vllm.weight_sync adapter: weights cannot be pushed into quantized ones"
     return colocate_rule(context, value) or room_rule(context, value) or _weights_come_back(context)
 
@@ -239,7 +239,7 @@ def sleep_levels(context: KnobContext, own: int) -> tuple[int, ...]:
 
 def syncs(context: KnobContext, own: str) -> tuple[str, ...]:
     """The user's own; beside an adapter, whose layers every token passes, the push of merged weights in batches."""
-    adapter = context.config.peft is not None
+    adapter = context.config.lora is not None
     if own == "auto":
         return (own, "batched") if adapter else (own,)
     return (own, *(way for way in (("batched", "adapter") if adapter else ("batched",)) if way != own))

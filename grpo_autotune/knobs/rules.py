@@ -78,7 +78,7 @@ def continuous_rule(context: KnobContext, value: Any) -> str | None:
     if context.gpus == 0:
         return f"{name} is not searched without a GPU"
     half = config.grpo.get("fp16") or config.grpo.get("bf16") is not False
-    if half and (config.peft is not None or config.model.dtype not in ("bfloat16", "float16")):
+    if half and (config.lora is not None or config.model.dtype not in ("bfloat16", "float16")):
         return f"{name} casts the trained weights to half precision for good, unless grpo.bf16 and fp16 are false"
     return None
 
@@ -110,7 +110,7 @@ def four_bit_rule(context: KnobContext, value: Any) -> str | None:
     """4-bit weights come from bitsandbytes, and only an adapter on them can be trained."""
     if not value:
         return None
-    if context.config.peft is None:
+    if context.config.lora is None:
         return "model.load_in_4bit true needs a peft section: weights in 4 bits cannot be trained"
     if not installed("bitsandbytes"):
         return "model.load_in_4bit true needs the package bitsandbytes (the extra `quantization`)"
@@ -118,5 +118,7 @@ def four_bit_rule(context: KnobContext, value: Any) -> str | None:
 
 
 def adapter_rule(context: KnobContext, value: Any) -> str | None:
-    """LoRA's rank means something where there is an adapter."""
+    """LoRA's rank means something where an adapter begins."""
+    if context.config.model.adapter is not None:
+        return "peft.r is that of the adapter that the run goes on from (model.adapter)"
     return "peft.r means nothing without a peft section" if context.config.peft is None else None

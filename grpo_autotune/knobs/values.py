@@ -119,7 +119,7 @@ def betas(context: KnobContext, own: float) -> tuple[float, ...]:
 
 def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
     """Both, where 4-bit weights can be trained on."""
-    return switch(own) if context.config.peft is not None and context.gpus else (own,)
+    return switch(own) if context.config.lora is not None and context.gpus else (own,)
 
 
 def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[int | None, ...]:

@@ -36,7 +36,8 @@ from grpo_autotune.train.branches.evaluation import evaluate_by_branch
 from grpo_autotune.train.branches.rows import divided
 from grpo_autotune.train.data.datasets import LoadData, load_data
 from grpo_autotune.train.data.templates import fit_prompts
-from grpo_autotune.train.models.load import check_images, load_model, load_processor, lora_config, model_source
+from grpo_autotune.train.models.adapter import load_policy, settle_reference
+from grpo_autotune.train.models.load import check_images, load_processor, model_source
 from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
@@ -147,9 +148,9 @@ def build_trainer(
         for name, one in config.data.held_out.items():
             rows = eval_data[name] if name else eval_data
             fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say)
-        model = load_model(config.model, source, arguments.placement)
+        zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
+        model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
-        adapter = lora_config(config, model)
     with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
         trainer = ResumableTrainer(
             model=model,
@@ -161,6 +162,8 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    if config.model.adapter is not None:
+        say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
         mixed_image_rows.mend(trainer)
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):

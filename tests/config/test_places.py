@@ -98,6 +98,8 @@ def test_an_adapter_alone_names_its_base_model(here: Path) -> None:
     config.write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 4}, indent=2))
     with pytest.raises(AutotuneError, match=r"^model\.name_or_path: adapter holds an adapter of Qwen/Qwen3-0\.6B, and"):
         check_model_place("adapter")
+    with pytest.raises(AutotuneError, match=r"go on from this adapter, write model\.adapter: adapter beside it"):
+        check_model_place("adapter")
     config.write_text("broken")
     with pytest.raises(AutotuneError, match="an adapter of its base model"):
         check_model_place("adapter")

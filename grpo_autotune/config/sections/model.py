@@ -24,7 +24,13 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     """Attention kernel, as in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`, ...)."""
     load_in_4bit: bool = False
-    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft`."""
+    """Load the base weights in 4 bits with bitsandbytes (QLoRA); needs `peft` or `adapter`."""
+    adapter: str | None = None
+    """Trained adapter to go on from: a run folder of `train`, a checkpoint in it (`runs/one/best`), or a folder that
+    PEFT saved. Its own configuration holds; a `peft` section may be left out."""
+    adapter_reference: Literal["adapter", "base"] = "adapter"
+    """With `adapter`, the reference model of the KL term: that adapter as it is at the start, as in TRL, or the base
+    model without it."""
     freeze_vision_tower: bool = False
     """Do not train the vision tower of a vision-language model."""
     trust_remote_code: bool = False

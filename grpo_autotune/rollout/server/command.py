@@ -119,12 +119,7 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
         raise packed_at_server()
     keys = {name: value for name, value in given_keys(config).items() if name not in CLIENT_KEYS}
     notes: list[str] = []
-    environment = {"VLLM_SERVER_DEV_MODE": "1"}
-    if gpus:
-        environment |= {VISIBLE: ",".join(gpus), ORDER: os.environ.get(ORDER, PCI)}
-        if len(gpus) > 1 and "tensor_parallel_size" not in keys:
-            keys["tensor_parallel_size"] = len(gpus)
-            notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **gpu_keys(gpus, keys, notes)}
     if config.model.revision is not None:
         keys.setdefault("revision", config.model.revision)
     if config.model.trust_remote_code:
@@ -144,6 +139,15 @@ def serving(config: RunConfig, source: str, model: Mapping[str, Any], gpus: Sequ
     words = (*option("host", host), *option("port", port))
     options = [word for name, value in keys.items() for word in option(name, value)]
     return Serving(source, (*words, *options), environment, host, port, tuple(notes))
+
+
+def gpu_keys(gpus: Sequence[str], keys: dict[str, Any], notes: list[str]) -> dict[str, str]:
+    """The variables that give a server these `gpus`, as `CUDA_VISIBLE_DEVICES` names them, none for all; several share
+    the model where its `keys` say nothing else."""
+    if len(gpus) > 1 and "tensor_parallel_size" not in keys:
+        keys["tensor_parallel_size"] = len(gpus)
+        notes.append(f"the server's {len(gpus)} GPUs share the model (vllm.tensor_parallel_size {len(gpus)})")
+    return {VISIBLE: ",".join(gpus), ORDER: os.environ.get(ORDER, PCI)} if gpus else {}
 
 
 def has_command() -> bool:
@@ -191,16 +195,18 @@ def listens_at(config: RunConfig) -> tuple[str, int]:
 
 def adapter_room(config: RunConfig) -> int | None:
     """Rank that the server keeps room for, None where no adapters are sent; ConfigError for one above all of vLLM's."""
-    if config.peft is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
+    if config.lora is None or given_keys(config).get("weight_sync", "auto") not in SENDS:
         return None
-    rank = max([config.peft.get("r") or 8, *(config.peft.get("rank_pattern") or {}).values()])
+    return room_for(config.lora, where="peft.r", fix="Set it lower, or set vllm.weight_sync to merged.")
+
+
+def room_for(adapter: Mapping[str, Any], *, where: str, fix: str) -> int:
+    """The smallest rank of vLLM's that holds an adapter with these `LoraConfig` keys; ConfigError where none does."""
+    rank = max([adapter.get("r") or 8, *(adapter.get("rank_pattern") or {}).values()])
     room = next((size for size in ADAPTER_RANKS if size >= rank), None)
     if room is None:
-        raise ConfigError(
-            f"vLLM takes adapters up to rank {ADAPTER_RANKS[-1]}, and this one has {rank}",
-            where="peft.r",
-            fix="Set it lower, or set vllm.weight_sync to merged.",
-        )
+        what = f"vLLM takes adapters up to rank {ADAPTER_RANKS[-1]}, and this one has {rank}"
+        raise ConfigError(what, where=where, fix=fix)
     return room
 
 

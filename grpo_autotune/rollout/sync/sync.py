@@ -242,6 +242,8 @@ class ColocateSync(WeightSync):
 
     def _counted(self, call_next: Next, /) -> Iterator[tuple[str, Any]]:
         for name, tensor in call_next():
+            if ".modules_to_save." in name:  # TRL's reference adapter's, which it would push too
+                continue
             if self.way == "merged":
                 self._count(name, tensor)
             yield name, tensor

@@ -17,9 +17,12 @@ def engine_name(model: Any, name: str) -> str | None:
     """The name that vLLM has for the parameter `name`; None for adapters, and for modules that PEFT replaced."""
     if is_adapted(model):
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        if model.prefix in name or "original_module" in name:
+        name = name.replace("modules_to_save.default.", "")
+        if (
+            model.prefix in name or "original_module" in name or "modules_to_save." in name
+        ):  # of TRL's reference adapter
             return None
-    return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def changing(model: Any) -> set[str]:

@@ -138,7 +138,7 @@ def lora_config(config: RunConfig, model: Any) -> LoraConfig | None:
     try:
         return LoraConfig(**keys)
     except (TypeError, ValueError) as error:
-        raise ConfigError(_first_line(error), where="peft", fix="The keys are those of peft.LoraConfig") from error
+        raise ConfigError(first_line(error), where="peft", fix="The keys are those of peft.LoraConfig") from error
 
 
 def _also_exclude(given: str | list[str] | None, tower: str) -> str:
@@ -168,13 +168,14 @@ def _load_errors(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(
-            f"cannot load {source}: {_first_line(error)}",
+            f"cannot load {source}: {first_line(error)}",
             where="model.name_or_path",
             fix="Give a folder with config.json, or a hub id that can be reached (and model.revision there)",
         ) from error
     except ImportError as error:
-        raise EnvironmentProblem(_first_line(error), where="model") from error
+        raise EnvironmentProblem(first_line(error), where="model") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -102,7 +102,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_adapter(self, checkpoint: str, model: Any) -> None:
         """Load as transformers does, and keep the types: PEFT casts a loaded bfloat16 adapter to float32."""
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        adapters = set(getattr(self.model, "peft_config", ()))
         super()._load_from_checkpoint(checkpoint, model)
+        for name in set(getattr(self.model, "peft_config", ())) - adapters:  # a reference that is not wanted any more
+            self.model.delete_adapter(name)
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])

@@ -1,0 +1,107 @@
+"""The policy of a run: a model as it was loaded, or under a trained adapter to go on from (`model.adapter`).
+
+TRL keeps a frozen copy of an adapter that it is given, and takes it as the reference model of the KL term
+(`ref` in trl/trainer/grpo_trainer.py, TRL 1.16); without the copy the reference is the base with the adapter off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+
+from grpo_autotune.config.places import check_same_adapter
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
+from grpo_autotune.train.models.load import first_line, load_model, lora_config, vision_tower
+
+WHERE = "model.adapter"
+REFERENCE = "ref"
+"""Name of TRL's copy of the adapter."""
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+"""First words of `init_lora_weights` with which PEFT writes to the base weights as it adds an adapter."""
+
+
+def load_policy(
+    config: RunConfig, source: str, placement: Mapping[str, Any], *, zero_3: bool
+) -> tuple[Any, LoraConfig | None]:
+    """The model at `source` as `load_model` has it, and the adapter that TRL shall put on it; with `model.adapter` a
+    `PeftModel`, and None. As TRL has it, PEFT makes its matrices float32 unless DeepSpeed's `zero_3` shards the model.
+
+    Raises:
+        ConfigError: As `load_model` and `with_adapter`, or the vision tower is frozen and the adapter is on it.
+    """
+    model = load_model(config.model, source, placement)
+    if config.model.adapter is None:
+        return model, lora_config(config, model)
+    check_same_adapter(config.peft, config.model.adapter)
+    in_float32 = not zero_3 or config.model.load_in_4bit
+    model = with_adapter(model, config.model.adapter, is_trainable=True, autocast_adapter_dtype=in_float32)
+    if (init := _init_words(model)).startswith(CHANGES_BASE):
+        raise ConfigError(
+            f"the adapter changes the base model's weights as it is put on it (init_lora_weights: {init})",
+            where=WHERE,
+            fix="Merge it into its base, and train that: model.name_or_path.",
+        )
+    if config.model.freeze_vision_tower and _sees(model.get_base_model()):
+        what, where = "the adapter holds layers of the vision tower, which is to be frozen", "model.freeze_vision_tower"
+        raise ConfigError(what, where=where, fix="Set it to false.")
+    return model, None
+
+
+def _init_words(model: PeftModel) -> str:
+    return str(model.peft_config[model.active_adapter].to_dict().get("init_lora_weights")).lower()
+
+
+def _sees(base: Any) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(vision_tower(base)).modules())
+
+
+def with_adapter(model: Any, folder: str, **options: Any) -> PeftModel:
+    """`model` under the adapter that PEFT saved in `folder`; `options` are those of `PeftModel.from_pretrained`.
+
+    Raises:
+        ConfigError: The adapter is torn, or another model's: its names or shapes do not fit.
+    """
+    try:
+        with catch_warnings():
+            simplefilter("ignore", UserWarning)  # of missing names, which are an error below
+            adapted = PeftModel.from_pretrained(model, folder, **options)
+        # again, for what it tells: from_pretrained keeps the names that it found no place for to itself
+        result = adapted.load_adapter(folder, adapted.active_adapter, **options)
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        if is_of_the_machine(error):
+            raise
+        lines = [line for line in str(error).splitlines() if "size mismatch" in line]  # after a heading
+        raise _unfit(model, folder, lines[0].strip() if lines else first_line(error)) from error
+    for names, what in ((result.unexpected_keys, "the model has no"), (result.missing_keys, "the adapter has no")):
+        if names:
+            raise _unfit(model, folder, f"{what} {names[0]}")
+    return adapted
+
+
+def settle_reference(trainer: Any, config: RunConfig) -> str:
+    """Keep TRL's copy of the adapter as the reference, or take it away (`model.adapter_reference`); the line that says
+    from what the run goes on, and which reference holds."""
+    asked, told = config.model.adapter_reference, f"going on from the adapter {config.model.adapter}"
+    if trainer.beta == 0.0:
+        return f"{told}; no reference model (grpo.beta 0)"
+    if asked == "base" and REFERENCE in trainer.model.peft_config:
+        trainer.model.delete_adapter(REFERENCE)
+    held = REFERENCE in trainer.model.peft_config
+    kept = "this adapter as it is at the start" if held else "the base model without it"
+    return f"{told}; the reference model is {kept} (model.adapter_reference: {'adapter' if held else 'base'})"
+
+
+def _unfit(model: Any, folder: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"the adapter in {folder} does not fit {getattr(model, 'name_or_path', None) or type(model).__name__}: {why}",
+        where=WHERE,
+        fix="Give the model that it was trained on in model.name_or_path.",
+    )

@@ -1,0 +1,123 @@
+"""The answer that a server of trained weights has to give: the trainer's own greedy tokens to one held-out prompt."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from grpo_autotune.errors import AutotuneError, ConfigError
+from grpo_autotune.train.data.datasets import read_split
+from grpo_autotune.train.data.templates import fit_prompts
+from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.trained.agreement import Answer
+from grpo_autotune.trained.load import load_trained, load_trained_processor
+from grpo_autotune.trained.source import Trained
+
+TOKENS = 16
+PROMPTS = 4
+FIXED = "The answer to the question is"
+"""Asked where there is no data."""
+
+
+def trainers_answer(trained: Trained, say: Callable[[str], None]) -> Answer:
+    """The trained model's greedy answer, of a few held-out prompts to the one at which it is farthest from its base; to
+    training prompts where none are held out, and to a fixed text where there is no data. The model is gone from memory
+    afterwards. ConfigError as `load_trained`."""
+    quieten(bars=False)
+    model, processor = load_trained(trained), load_trained_processor(trained)
+    try:
+        prompts = _prompts(trained, processor, say)
+    except AutotuneError as error:
+        say(f"a fixed text is asked, since there is no data to ask of: {error}")
+        prompts = [("a fixed text", FIXED)]
+    options = trained.config.grpo.get("chat_template_kwargs") or {} if trained.config is not None else {}
+    answers = [_answer(model, _inputs(processor, prompt, options), place, prompt) for place, prompt in prompts]
+    del model
+    _free()
+    return max(answers, key=lambda answer: answer.apart)
+
+
+def _prompts(trained: Trained, processor: Any, say: Callable[[str], None]) -> list[tuple[str, Any]]:
+    """The first held-out prompts as TRL has them, pictures in their places, and the source of each."""
+    if trained.config is None:
+        raise ConfigError("the folder is not in a run", where=str(trained.path))
+    data, options = trained.config.data, trained.config.grpo.get("chat_template_kwargs") or {}
+    held_out = next(iter(data.held_out.values()), None)
+    path, split = (held_out.path or data.path, held_out.split) if held_out else (data.path, data.split)
+    rows = read_split(trained.config, path, split, PROMPTS, say, "data.path")
+    rows = fit_prompts(rows, processor, options, path, say)
+    kind = "held-out row" if held_out else "training row"
+    return [(f"{kind} {number} of {path}", _prompt(row, processor)) for number, row in enumerate(rows)]
+
+
+def _prompt(row: Mapping[str, Any], processor: Any) -> Any:
+    pictures = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    plain = isinstance(row["prompt"], str) or not isinstance(processor, ProcessorMixin)
+    return row["prompt"] if plain else prepare_multimodal_messages(row["prompt"], pictures)
+
+
+def _inputs(processor: Any, prompt: Any, options: Mapping[str, Any]) -> Any:
+    """The model's inputs for a prompt, as TRL makes them."""
+    if isinstance(prompt, str):
+        return processor(text=[prompt], return_tensors="pt")
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template([prompt], **how, **options)
+
+
+@torch.no_grad()
+def _answer(model: Any, inputs: Any, place: str, prompt: Any) -> Answer:
+    inputs, ids = inputs.to(model.device), inputs["input_ids"][0].tolist()
+    tokens, logps = _steps(model, inputs, [])
+    base = None
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            base = _steps(model, inputs, tokens)[1]
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Answer(place, _asked(prompt, ids), ids, tokens, logps, base, dtype)
+
+
+def _steps(model: Any, inputs: Any, forced: list[int]) -> tuple[list[int], list[float]]:
+    """Tokens of a greedy generation, or those `forced`, and the log-prob of each, in nats."""
+    length = inputs["input_ids"].shape[1]
+    how: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": len(forced) or TOKENS}
+    if forced:
+        how["prefix_allowed_tokens_fn"] = lambda _, ids: [forced[len(ids) - length]]
+    out = model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+    tokens = out.sequences[0, length:].tolist()
+    logps = [torch.log_softmax(step[0].float(), -1)[token] for step, token in zip(out.logits, tokens, strict=True)]
+    return tokens, [float(logp) for logp in logps]
+
+
+def _asked(prompt: Any, ids: list[int]) -> dict[str, Any]:
+    """A prompt in a request of the OpenAI interface."""
+    if isinstance(prompt, str):
+        return {"prompt": ids}
+    return {"messages": [{**turn, "content": _content(turn["content"])} for turn in prompt]}
+
+
+def _content(content: Any) -> Any:
+    return content if isinstance(content, str) else [_part(part) for part in content]
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a turn; a picture without loss in the request itself."""
+    if part["type"] != "image":
+        return {"type": "text", "text": part["text"]}
+    file = io.BytesIO()
+    part["image"].convert("RGB").save(file, "PNG")
+    picture = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
