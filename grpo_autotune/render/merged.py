@@ -7,7 +7,7 @@ from grpo_autotune.units import plural
 
 
 def render_merged(merged: Merged, out: str) -> str:
-    """What was merged, the two differences that prove it, and what to know about it."""
+    """A line each for what was merged, the two differences that prove it, and what to know about it."""
     proof = merged.proof
     lines = [
         f"{merged.trained} merged into {merged.base}" if merged.base else f"{merged.trained} copied",

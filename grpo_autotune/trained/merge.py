@@ -55,7 +55,7 @@ def steps_of(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be merged, and in which dtypes."""
+    """The weights to merge, and the dtypes."""
 
     trained: Trained  # in one piece
     stored: str  # dtype of the merged weights
@@ -208,8 +208,8 @@ def _part(model: Any) -> None:
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         if id(weight) in seen:
             parent, _, leaf = name.rpartition(".")
-            own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
-            setattr(model.get_submodule(parent), leaf, own)
+            copy = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            setattr(model.get_submodule(parent), leaf, copy)
         seen.add(id(weight))
 
 

@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the models are asked."""
+    """Tokens that the models are given, and how many of what kind in words."""
 
     told: str  # `8 held-out prompts`
     rows: tuple[Tokens, ...]
@@ -93,15 +93,10 @@ def prompts_of(config: RunConfig | None, processor: Any, count: int, say: Say) -
 
 def _of_data(config: RunConfig, processor: Any, count: int, say: Say) -> Prompts:
     data, options = config.data, config.grpo.get("chat_template_kwargs") or {}
-    name, held_out = next(iter(data.held_out.items()), ("", None))
+    held_out = next(iter(data.held_out.values()), None)
     path, split = (data.path, data.split) if held_out is None else (held_out.path or data.path, held_out.split)
-    limit = data.max_samples if held_out is None else data.max_eval_samples
-    key = "data.path" if held_out is None else f"data.eval.{name}.path" if name else "data.eval_path"
-
-    def first(rows: Any) -> Any:
-        return rows.select(range(min(count, len(rows))))
-
-    rows = fit_prompts(read_split(config, path, split, limit, say, key, first), processor, options, path, say)
+    rows = read_split(config, path, split, count, say, "data")
+    rows = fit_prompts(rows, processor, options, path, say)
     kind = "training" if held_out is None else "held-out"
     return Prompts(f"{len(rows)} {kind} prompts", tuple(_tokens(row, processor, options) for row in rows))
 
