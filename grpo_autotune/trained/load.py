@@ -74,6 +74,8 @@ def _with_adapter(model: Any, trained: Trained) -> Any:
     """The model with the adapter on it, every weight of which has found its place: PEFT only warns of a place that
     stays empty, and says nothing of weights that no place is there for."""
     folder = str(trained.path)
+    if not any(trained.path.glob("adapter_model.*")):
+        raise _misfit(trained, "adapter_model.safetensors is missing")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

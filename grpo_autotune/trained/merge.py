@@ -135,7 +135,8 @@ def _proof(plan: Plan, exam: Exam, draft: Path, base: ModelSection | None, step:
     """The folder that was written, read again, and the base, both held against the trained model."""
     _free()
     step("loading the merged model")
-    written = ModelSection(name_or_path=str(draft), trust_remote_code=base is not None and base.trust_remote_code)
+    trusted = base_section(plan.trained).trust_remote_code
+    written = ModelSection(name_or_path=str(draft), trust_remote_code=trusted)
     merged = exam.difference(load_section(written, plan.computed), "the merged model")
     _free()
     if base is not None:

@@ -199,7 +199,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({A: None}, "it lacks .*q_proj.lora_A"),
         ({A: torch.ones(4, 128)}, "size mismatch for .*q_proj.lora_A"),
         ("cut", "cannot be put on .*llama: "),
-        ("gone", "there is no folder|no file|cannot be put on"),
+        ("gone", "adapter_model.safetensors is missing"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(llama: Path, tmp_path: Path, damage: Any, told: str) -> None:
