@@ -136,7 +136,8 @@ def log_probs(model: Any, row: Tokens) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(**_on(model, row), use_cache=False).logits[0, :-1]
         kept, ids = kept.to(logits.device), ids.to(logits.device)
-        return selective_log_softmax(logits[kept].float(), ids[kept]).cpu()
+        given: torch.Tensor = selective_log_softmax(logits[kept].float(), ids[kept])
+    return given.cpu()
 
 
 def flaw(proof: Proof) -> str | None:
