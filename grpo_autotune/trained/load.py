@@ -63,11 +63,11 @@ def load_section(section: ModelSection, dtype: str | None, placement: Mapping[st
 
 
 def load_trained_processor(trained: Trained) -> Any:
-    """The processor that was saved beside the trained weights (or in the folder around several adapters), else the
-    base's."""
-    section, folders = base_section(trained), (trained.path, trained.path.parent)
-    saved = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
-    return load_processor(section, model_source(section, say) if saved is None else str(saved))
+    """The processor that was saved beside the trained weights (or in the folder around several adapters), else that of
+    the run's model, or of the base that an adapter names."""
+    saved = (folder for folder in (trained.path, trained.path.parent) if (folder / "tokenizer_config.json").is_file())
+    section = base_section(trained) if trained.config is None else trained.config.model
+    return load_processor(section, str(next(saved, None) or model_source(section, say)))
 
 
 def _with_adapter(model: Any, trained: Trained) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import merge_fsdp_weights
 from peft import LoraConfig
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
@@ -76,7 +76,10 @@ def _describe_model(trained: Trained, folder: Path) -> None:
         return
     section = _run_of(trained).model
     how = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    AutoConfig.from_pretrained(model_source(section, say), **how).save_pretrained(folder)
+    source = model_source(section, say)
+    AutoConfig.from_pretrained(source, **how).save_pretrained(folder)
+    with suppress(OSError):  # a model may have none
+        GenerationConfig.from_pretrained(source, revision=section.revision).save_pretrained(folder)
 
 
 def _run_of(trained: Trained) -> RunConfig:

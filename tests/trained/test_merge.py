@@ -236,7 +236,7 @@ def test_a_full_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fails(EnvironmentProblem, "the disk is full", llama, tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    fails(EnvironmentProblem, r"the merged model takes 440 kB, and the disk has", llama, tmp_path / "out")
+    fails(EnvironmentProblem, r"the merged model takes 428 KiB, and the disk has 1000 B", llama, tmp_path / "out")
 
 
 @pytest.mark.slow
