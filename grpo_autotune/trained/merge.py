@@ -73,7 +73,7 @@ def merge(trained: Trained, out: Path, *, dtype: str | None, rows: int, step: St
         EnvironmentProblem: The disk is full, or DeepSpeed is missing for what it saved.
         MergeError: The folder that was written does not prove to be the trained model.
     """
-    with full_disk_told(out, NO_SPACE), _draft_of(out) as draft:
+    with _draft_of(out) as draft, full_disk_told(out, NO_SPACE):
         step("reading the outline of the weights")
         plan = _plan(in_one_piece(trained, draft / PARTS), draft, dtype)
         processor = load_trained_processor(plan.trained)
