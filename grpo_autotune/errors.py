@@ -58,6 +58,10 @@ class TrainingError(AutotuneError):
     """Training cannot go on, such as a loss that is not a number."""
 
 
+class MergeError(AutotuneError):
+    """A merged model is not the trained one, or cannot be told from its base."""
+
+
 class SeamError(EnvironmentProblem):
     """The installed TRL or vLLM lacks a method that the probe or a speed-up has to wrap."""
 

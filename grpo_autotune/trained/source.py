@@ -18,6 +18,7 @@ from grpo_autotune.train.runs.folder import RunFolder
 
 ADAPTER = "adapter_config.json"
 MODEL = "config.json"
+PARTS = ("pytorch_model_fsdp_*", "global_step*")
 
 
 @dataclass(frozen=True)
@@ -36,33 +37,41 @@ class Trained:
         return None if self.adapter is None else self.adapter.get("base_model_name_or_path")
 
 
-def find_trained(place: str | Path) -> Trained:
-    """The weights at `place`, as the module's text has it.
+def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
+    """The weights at `place`, as the module's text has it; `adapter` names one of several in a folder.
 
     Raises:
-        ConfigError: There is nothing there, no whole checkpoint, or a folder that holds no weights.
+        ConfigError: There is nothing there, no whole checkpoint, or a folder that holds no weights, or no such adapter.
     """
     place = Path(place).expanduser()
     run = place if _is_run(place) else next((above for above in _two_above(place) if _is_run(above)), None)
     if run is None:
         if not place.is_dir():
             raise ConfigError(f"there is no folder {place}", where=str(place), fix="Give a run folder of `train`.")
-        return _described(place, None)
+        return _described(place, None, adapter)
     folder = RunFolder(run)
     if place == run:
         if folder.model.is_dir():
-            return _described(folder.model, run)
+            return _described(folder.model, run, adapter)
         whole = next((one for one in survey(folder.checkpoints) if one.flaw in (None, WEIGHTS_ONLY)), None)
         if whole is None:
             raise ConfigError("the run has no whole checkpoint and no model", where=str(run), fix="Train it first.")
-        return _described(whole.path, run)
+        return _described(whole.path, run, adapter)
     choices = (place, folder.checkpoints / place.name)
     path = next((choice for choice in choices if choice.is_dir()), None)
     if path is None:
         known = [path.name for path in (*folder.checkpoints.glob("*"), folder.model) if path.is_dir()]
         fix = nearest_hint(place.name, known, f"There are {', '.join(sorted(known))}." if known else "Train it first.")
         raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
-    return _described(path.resolve(), run)
+    return _described(path.resolve(), run, adapter)
+
+
+def parts_of(path: Path) -> Path | None:
+    """The folder in `path` with weights that each rank saved its part of (DeepSpeed's ZeRO-3, FSDP's sharded state),
+    where they are not there in one piece as well."""
+    if any(path.glob("*model*.safetensors")) or any(path.glob("*model*.bin")):
+        return None
+    return next((part for name in PARTS for part in sorted(path.glob(name)) if part.is_dir()), None)
 
 
 def _is_run(place: Path) -> bool:
@@ -73,17 +82,32 @@ def _two_above(place: Path) -> list[Path]:
     return [*place.parents][:2]
 
 
-def _described(path: Path, run: Path | None) -> Trained:
+def _described(path: Path, run: Path | None, name: str | None) -> Trained:
     flaw = find_flaw(path) if path.name.startswith("checkpoint-") else None
     if flaw not in (None, WEIGHTS_ONLY):
         raise ConfigError(f"this checkpoint is torn: {flaw}", where=str(path), fix="Take an older one.")
+    label, path = path.name, _with_name(path, name)
     adapter = _read(path / ADAPTER)
-    if adapter is None and _read(path / MODEL) is None:
+    if adapter is None and _read(path / MODEL) is None and parts_of(path) is None:
         raise ConfigError(
             "it holds neither a model nor an adapter", where=str(path), fix="Give a run folder of `train`."
         )
     config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
-    return Trained(path, path.name, run, config, adapter)
+    return Trained(path, label, run, config, adapter)
+
+
+def _with_name(path: Path, name: str | None) -> Path:
+    """The folder of an adapter: PEFT keeps `default` in the folder itself, and others in folders of their names."""
+    named = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{ADAPTER}"))}
+    alone = any((path / file).is_file() for file in (ADAPTER, MODEL))
+    named = ({"default": path} if alone else {}) | named
+    if name is None and (alone or len(named) < 2):
+        return path if alone else next(iter(named.values()), path)
+    if name not in named:
+        what = f"there is no adapter {name}" if name else "there are several adapters"
+        names = f"Name one with --adapter: {', '.join(named)}." if named else "There is none."
+        raise ConfigError(what, where=str(path), fix=names)
+    return named[name]
 
 
 def _read(file: Path) -> dict[str, Any] | None:

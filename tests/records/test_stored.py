@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.records.merged import Merged
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.report.files import load_report
 from grpo_autotune.search.folder import load_search
@@ -32,6 +33,11 @@ def test_a_trial() -> None:
     outcome = TrialOutcome.model_validate_json((STORED / "outcome.json").read_text())
     assert spec.number == outcome.number and outcome.status == "ok" and outcome.record is not None
     assert RunConfig.from_dict(spec.config).grpo["num_generations"] > 1
+
+
+def test_the_receipt_of_a_merge() -> None:
+    receipt = Merged.model_validate_json((STORED / "merged.json").read_text())
+    assert receipt.proof.base is not None and receipt.proof.merged.max < receipt.proof.limit and receipt.files
 
 
 def test_a_tuned_configuration_that_leaves_speed_ups_out_has_none() -> None:

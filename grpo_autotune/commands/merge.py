@@ -1,0 +1,38 @@
+"""`grpo-autotune merge`: an adapter merged into its base, or whole weights copied, in a folder that proves itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
+from grpo_autotune.console import ProgressBar, say
+from grpo_autotune.records.merged import Merged
+
+LINE_S = 5.0
+"""Seconds between two lines of progress without a terminal."""
+
+
+def merge_trained(place: str, out: Path, *, adapter: str | None, dtype: str | None, rows: int) -> Merged:
+    """Merge the trained weights at `place` into the folder `out`, with progress; errors as `trained.merge.merge`."""
+    set_environment()
+    mend_torchvision()
+    from grpo_autotune.train.runs.quiet import quieten
+    from grpo_autotune.trained.merge import merge, steps_of
+    from grpo_autotune.trained.source import find_trained
+
+    quieten(bars=False)
+    trained = find_trained(place, adapter=adapter)
+    say(f"merging {trained.path} into {out}")
+    with ProgressBar("merge", steps_of(rows)) as bar:
+        done, said_s = 0, time.monotonic()
+
+        def step(what: str) -> None:
+            nonlocal done, said_s
+            left = f", {bar.time_left(done)}" if done else ""
+            due = time.monotonic() - said_s >= LINE_S
+            said_s = time.monotonic() if due else said_s
+            bar.update(done, f"{what}{left}", f"merge: {what}{left}" if due else None)
+            done += 1
+
+        return merge(trained, out.expanduser().absolute(), dtype=dtype, rows=rows, step=step)
