@@ -10,7 +10,7 @@ B: rows of this process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,3 +76,9 @@ def groups_of(trainer: Any) -> Groups:
     """The `Groups` of a trainer that speed-ups are being put on."""
     groups: Groups = getattr(trainer, _ATTRIBUTE)
     return groups
+
+
+def in_groups(trainer: Any, rows: int) -> AbstractContextManager[None]:
+    """A context in which a generation of so many rows, by itself, has its groups; nothing where no speed-up is on."""
+    groups: Groups | None = getattr(trainer, _ATTRIBUTE, None)
+    return nullcontext() if groups is None else groups.under_way(groups.of_generation(rows))
