@@ -42,11 +42,11 @@ def infer(
     """Write completions of data with trained weights, and their rewards; the same command goes on."""
 
     def action() -> int:
-        from grpo_autotune.commands.infer import Asked, infer
+        from grpo_autotune.commands.infer import Request, infer
         from grpo_autotune.render.inference import render_inference
 
         how = {"n": n, "greedy": greedy, "in_vllm": vllm, "longest": max_new_tokens, "batch_size": batch_size}
-        asked = Asked(place, out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)
+        asked = Request(place, out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)
         with output_aside():
             summary = infer(asked)
         show(summary.model_dump_json(indent=2) if json_ else render_inference(summary))

@@ -30,8 +30,8 @@ PLAIN_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `infer` was asked for, as its options say."""
+class Request:
+    """The options of `infer`."""
 
     place: Path  # run folder, checkpoint or folder of weights
     out: Path
@@ -48,7 +48,7 @@ class Asked:
     overrides: Sequence[str] = ()
 
 
-def infer(asked: Asked) -> Inference:
+def infer(asked: Request) -> Inference:
     """Write what is missing of the completions asked for, and sum the whole file up.
 
     Raises:
@@ -87,7 +87,7 @@ def infer(asked: Asked) -> Inference:
     return summarize(file.completions, file.settings, out=str(asked.out), written=written, tokens_per_s=rate)
 
 
-def _configuration(asked: Asked, of_run: RunConfig | None) -> RunConfig:
+def _configuration(asked: Request, of_run: RunConfig | None) -> RunConfig:
     """The run's configuration, or the one that was named, with what the options change."""
     config = load_config(asked.config) if asked.config is not None else of_run
     if config is None:
@@ -119,7 +119,7 @@ def _fitted(rows: Any, trained: Any, config: RunConfig, where: str) -> tuple[Any
     return fit_prompts(rows, processor, options, where, say), processor
 
 
-def _file(asked: Asked, config: RunConfig, trained: Any, prompts: Sequence[Any], data: str) -> Any:
+def _file(asked: Request, config: RunConfig, trained: Any, prompts: Sequence[Any], data: str) -> Any:
     from grpo_autotune.trained.completions import CompletionFile, prompts_digest, weights_digest
     from grpo_autotune.trained.engine import SAMPLED
 
@@ -137,7 +137,7 @@ def _file(asked: Asked, config: RunConfig, trained: Any, prompts: Sequence[Any],
     return CompletionFile(asked.out, settings)
 
 
-def _work(work: Any, asked: Asked, startup: Startup, of_engine: tuple[Any, ...]) -> tuple[int, float | None]:
+def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...]) -> tuple[int, float | None]:
     """Write what is missing, if anything is; completions written, and tokens per second."""
     from grpo_autotune.train.trial_trainer import engine_time
     from grpo_autotune.trained.engine import Engine

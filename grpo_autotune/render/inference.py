@@ -17,9 +17,12 @@ def render_inference(inference: Inference, width: int = 100) -> str:
     sampled = ", ".join(f"{name} {value}" for name, value in settings.sampling.items() if value is not None)
     speed = "nothing was left to do" if rate is None else f"{inference.written} written, {amount(rate)} tokens/s"
     lines = [
-        f"{inference.completions} completions of {inference.prompts} prompts of {settings.data}: {speed}",
+        f"{inference.completions} completions of {inference.prompts} prompts: {speed}",
         f"{amount(inference.tokens)} tokens each, {percent(inference.truncated)} truncated",
-        f"{settings.checkpoint} by {settings.backend} ({'greedy' if settings.greedy else sampled})",
+        f"weights: {settings.checkpoint}, by {settings.backend}",
+        f"data: {settings.data}",
+        f"sampling: {'greedy' if settings.greedy else sampled}",
+        f"file: {inference.out}",
     ]
     table = Table("reward", "branch", "mean", "interval", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("prompts", "completions", "failed", "truncated"):

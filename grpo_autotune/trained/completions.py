@@ -103,8 +103,11 @@ def _check(path: Path, side: Path, settings: Settings) -> None:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, **settings.pop("sampling")}
+    sampling = settings.pop("sampling")
+    return {**settings, **sampling}
 
 
 def _lines(completions: Iterable[Completion]) -> bytes:
-    return b"".join(to_json(one, inf_nan_mode="null", bytes_mode="base64", fallback=str) + b"\n" for one in completions)
+    return b"".join(
+        to_json(one.model_dump(), inf_nan_mode="null", bytes_mode="base64", fallback=str) + b"\n" for one in completions
+    )

@@ -112,8 +112,8 @@ class Work:
         return [batch for batch in batches if {(row, i) for row in batch for i in range(self.n)} - done]
 
     def write(self, engine: Engine, tell: Callable[[int], None]) -> tuple[int, float | None]:
-        """Do what is left; `tell` is given the number of batches done. Completions written, and tokens per second of
-        generation."""
+        """Write the completions that are missing, and `tell` the number of batches done after each; how many they are,
+        and tokens per second of generation."""
         done, tokens, spent_s = self._done(), 0, 0.0
         for number, batch in enumerate(self.batches(), start=1):
             rows, begun = [self.rows[row] for row in batch], time.perf_counter()
