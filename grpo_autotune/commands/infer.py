@@ -84,6 +84,7 @@ def infer(asked: Request) -> Inference:
         prompts = max(1, (asked.batch_size or BATCH[asked.in_vllm]) // asked.n)
         work = Work(rows, asked.n, prompts, config.grpo["seed"], scorer, file)
         written, rate = _work(work, asked, startup, (trained, config, processor))
+        file.sort()
     return summarize(file.completions, file.settings, out=str(asked.out), written=written, tokens_per_s=rate)
 
 
@@ -131,7 +132,8 @@ def _file(asked: Request, config: RunConfig, trained: Any, prompts: Sequence[Any
         prompts=prompts_digest(prompts),
         n=asked.n,
         greedy=asked.greedy,
-        sampling={name: config.grpo.get(name) for name in (*SAMPLED, "generation_kwargs")},
+        image_size=config.data.image_size,
+        sampling={name: config.grpo.get(name) for name in (*SAMPLED, "generation_kwargs", "chat_template_kwargs")},
         rewards=[item.model_dump(mode="json", exclude_defaults=True) for item in config.rewards],
     )
     return CompletionFile(asked.out, settings)
@@ -152,7 +154,6 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
             engine = Engine(*of_engine, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
         with ProgressBar("inferring", count) as bar:
             result: tuple[int, float | None] = work.write(engine, _Teller(bar, count))
-        work.file.sort()
         return result
     except KeyboardInterrupt:
         say(f"{asked.out} holds {plural(len(work.file.completions), 'completion')}; the same command goes on")

@@ -39,6 +39,7 @@ class Settings(Document):
     backend: Literal["generate", "vllm"]
     data: str
     prompts: str  # digest of the rows' prompts, in their order
+    image_size: int | None
     n: int  # completions of each prompt
     greedy: bool
     sampling: dict[str, Any]  # keys of `grpo`

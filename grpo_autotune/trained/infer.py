@@ -19,7 +19,7 @@ from grpo_autotune.records.inference import Completion
 from grpo_autotune.seams.layers import is_async
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.train.branches.rows import branch_of_rows, judges_of
-from grpo_autotune.train.data.datasets import read_split
+from grpo_autotune.train.data.datasets import load_data, read_split
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.replies import aclose
@@ -37,18 +37,16 @@ def rows_to_complete(
     """Rows as the run's data section has them, the first `limit`, and the name of what they were read from: `data`, a
     held-out set of the run by name, or (None) the only one. ConfigError and DataError as `read_split`, and where there
     is no held-out set, or are several."""
-    sets, key = config.data.held_out, "--data"
+    sets, data = config.data.held_out, config.data.path if data is None and split is not None else data
+    if data is not None and data not in sets:
+        return read_split(config, data, split, limit, say, "--data"), f"{data} ({split})" if split else data
     if data is None and len(sets) != 1:
         told, fix = ("no", "Name a file.") if not sets else (f"{len(sets)}", f"Name one: {', '.join(sets)}.")
-        raise ConfigError(f"the run has {told} held-out sets", where=key, fix=fix)
-    path = data
-    if data is None or data in sets:
-        one = sets[data if data is not None else next(iter(sets))]
-        path, split = one.path or config.data.path, split or one.split
-        limit = limit or config.data.max_eval_samples
-    assert path is not None
-    rows = read_split(config, path, split, limit, say, key)
-    return rows, f"{path} ({split})" if split else path
+        raise ConfigError(f"the run has {told} held-out sets", where="--data", fix=fix)
+    name, (_, held_out) = next(iter(sets)) if data is None else data, load_data(config, say)
+    rows = held_out[name] if name else held_out
+    path = sets[name].path or config.data.path
+    return rows.select(range(min(limit or len(rows), len(rows)))), f"{path} ({sets[name].split or 'held out'})"
 
 
 class Scorer(AbstractContextManager["Scorer"]):

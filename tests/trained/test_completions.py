@@ -17,6 +17,7 @@ SETTINGS = Settings(
     backend="generate",
     data="rows",
     prompts="2",
+    image_size=None,
     n=2,
     greedy=False,
     sampling={"temperature": 1.0},
