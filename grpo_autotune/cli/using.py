@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +45,13 @@ def infer(
         from grpo_autotune.commands.infer import Request, infer
         from grpo_autotune.render.inference import render_inference
 
-        how = {"n": n, "greedy": greedy, "in_vllm": vllm, "longest": max_new_tokens, "batch_size": batch_size}
+        how: dict[str, Any] = {
+            "n": n,
+            "greedy": greedy,
+            "in_vllm": vllm,
+            "longest": max_new_tokens,
+            "batch_size": batch_size,
+        }
         asked = Request(place, out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)
         with output_aside():
             summary = infer(asked)

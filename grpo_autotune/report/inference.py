@@ -35,7 +35,7 @@ def summarize(
 def _scores(completions: Sequence[Completion], branch: str | None) -> Iterator[Score]:
     part = [one for one in completions if branch in (None, one.branch)]
     for name in (*part[0].rewards, TOTAL) if part and part[0].rewards else ():
-        by_row = defaultdict(list)
+        by_row = defaultdict[int, list[float]](list)
         for one in part:
             value = one.total if name == TOTAL else one.rewards[name]
             if value is not None:

@@ -58,7 +58,7 @@ class CompletionFile:
 
     def _read(self) -> list[Completion]:
         """The whole lines; a last one that was cut short is taken off the file."""
-        content, completions = self.path.read_bytes(), []
+        content, completions = self.path.read_bytes(), list[Completion]()
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
