@@ -150,8 +150,9 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
     if not count:
         return 0, None
     try:
+        trained, config, processor = of_engine
         with startup.phase("model"), engine_time(startup):
-            engine = Engine(*of_engine, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
+            engine = Engine(trained, config, processor, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
         with ProgressBar("inferring", count) as bar:
             result: tuple[int, float | None] = work.write(engine, _Teller(bar, count))
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +31,7 @@ def render_inference(inference: Inference, width: int = 100) -> str:
     for score in inference.scores:
         table.add_row(*_cells(score))
     meaning = f"Interval of the mean at {percent(inference.confidence)}, over prompts."
-    below = [table, Text(meaning)] if inference.scores else []
+    below: list[RenderableType] = [table, Text(meaning)] if inference.scores else []
     return as_text([*map(Text, lines), *below], width, colour=False)
 
 

@@ -69,7 +69,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         """The fields `rewards`, `failed` and `total` of each completion."""
         given = {"completions": [one.completion for one in answers], "completion_ids": [one.ids for one in answers]}
         batch = {**keywords(rows, [one.text for one in answers]), **given}
-        values = [None if is_async(function) else function(**batch) for function in self._functions]
+        values: list[Any] = [None if is_async(function) else function(**batch) for function in self._functions]
         awaited = [place for place, function in enumerate(self._functions) if is_async(function)]
         for place, result in zip(awaited, self._runner.run(self._awaited(batch, awaited)), strict=True):
             values[place] = result
