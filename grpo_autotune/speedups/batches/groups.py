@@ -7,8 +7,8 @@ rely on the same). A `group_id` put into the generation batch goes through TRL's
 B: rows of this process.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,3 +74,9 @@ def groups_of(trainer: Any) -> Groups:
     """The `Groups` of a trainer that speed-ups are being put on."""
     groups: Groups = getattr(trainer, _ATTRIBUTE)
     return groups
+
+
+def in_groups(trainer: Any, rows: int) -> AbstractContextManager[None]:
+    """A context in which a generation of so many rows, by itself, has its groups; nothing where no speed-up is on."""
+    groups: Groups | None = getattr(trainer, _ATTRIBUTE, None)
+    return nullcontext() if groups is None else groups.under_way(groups.of_generation(rows))

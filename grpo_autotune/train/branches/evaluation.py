@@ -22,7 +22,7 @@ def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl)
         outputs, names = [], branch_of_rows(branches, whole.dataset, "held-out data")
         for name in sorted({*names}, key=[*branches.by_name].index) if greedy else ():
             rows = whole.dataset.select([row for row, of_row in enumerate(names) if of_row == name])
-            with _greedy(trainer) if name in greedy else nullcontext():
+            with greedy_generation(trainer) if name in greedy else nullcontext():
                 part = trainer._get_dataloader(dataset=rows, description="Evaluation", **given)
                 outputs.append(call_next(part, *args, **kwargs))
         outputs = outputs or [call_next(whole, *args, **kwargs)]
@@ -37,7 +37,7 @@ def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl)
 
 
 @contextmanager
-def _greedy(trainer: Any) -> Iterator[None]:
+def greedy_generation(trainer: Any) -> Iterator[None]:
     """One completion of each prompt inside, of the most likely tokens: further ones would be alike."""
     holder, key, settings = trainer, "generation_config", 0.0
     if trainer.use_vllm:

@@ -11,6 +11,7 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import Branches, judged_branches
+from grpo_autotune.config.sections.rewards import RewardItem
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
 from grpo_autotune.seams.layers import is_async
 
@@ -23,10 +24,7 @@ def divided(
     branches = config.branches
     assert branches is not None
     held_out = evaluated(branches, held_out)
-    judges = list(functions)
-    for place, names in enumerate(judged_branches(branches, config.rewards)):
-        if len(names) < len(branches.by_name):
-            judges[place] = judging(functions[place], str(branches.column), names)
+    judges = judges_of(branches, config.rewards, functions)
     of_rows = branch_of_rows(branches, rows, config.data.path)
     counts = Counter(of_rows)
     for name in branches.by_name.keys() - counts:
@@ -39,6 +37,15 @@ def divided(
     drawn = Counter(of_rows[row] for row in order)
     say(f"prompts of an epoch: {', '.join(f'{drawn[name]} of {name} ({counts[name]} rows)' for name in shares)}")
     return rows.select(order), held_out, judges
+
+
+def judges_of(branches: Branches, rewards: Sequence[RewardItem], functions: Sequence[Any]) -> list[Any]:
+    """Reward functions, each of which judges the rows of its own branches alone."""
+    judged = judged_branches(branches, rewards)
+    return [
+        function if len(names) == len(branches.by_name) else judging(function, str(branches.column), names)
+        for function, names in zip(functions, judged, strict=True)
+    ]
 
 
 def evaluated(branches: Branches, held_out: Any, where: str = "held-out data") -> Any:

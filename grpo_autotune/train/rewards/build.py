@@ -20,10 +20,10 @@ KEPT_BY_TRL = ("prompt", "completion")
 
 
 def build_rewards(
-    config: RunConfig, columns: Collection[str] | None = None
+    config: RunConfig, columns: Collection[str] | None = None, *, to_learn: bool = True
 ) -> tuple[list[Callable[..., Any]], list[float], list[str]]:
     """The reward functions of a configuration, guarded (see `rewards.guard`), their weights and their names, for data
-    with these columns (None: not known).
+    with these columns (None: not known). Where nothing is `to_learn` from them, they may give None alone.
 
     A sync function stays sync and an async one async; names are unique, a second `format` being `format_2`. A class is
     called with `params` once, and what it makes is the function. Async functions carry `remote`, a `Remote`, and those
@@ -42,13 +42,11 @@ def build_rewards(
         if inspect.isclass(function):
             function, item = _made(function, item, names[-1], where), item.model_copy(update={"params": {}})
         _check(function, item, where, columns)
-        functions.append(_guarded(function, item, names[-1], where, alone=len(config.rewards) == 1))
+        functions.append(_guarded(function, item, names[-1], where, alone=len(config.rewards) == 1, to_learn=to_learn))
     return functions, [item.weight for item in config.rewards], names
 
 
-def _guarded(
-    function: Callable[..., Any], item: RewardItem, name: str, where: str, *, alone: bool
-) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any], item: RewardItem, name: str, where: str, **how: bool) -> Callable[..., Any]:
     keys = [key for key in CALL_KEYS if getattr(item, key) is not None]
     for key in keys:
         kinds, is_one = "async functions", is_async(function)
@@ -57,10 +55,10 @@ def _guarded(
         if not is_one:
             raise ConfigError(f"{name} cannot have this key, which is for {kinds}", where=f"{where}.{key}")
     if not is_async(function):
-        return guard(function, name, item.params, alone=alone)
+        return guard(function, name, item.params, **how)
     remote = function if isinstance(function, Remote) else OwnReward(function, may_fail=bool(keys))
     remote.set_up(name, where, item.concurrency, item.deadline_s)
-    guarded = guard(remote.__call__, name, item.params, alone=alone)
+    guarded = guard(remote.__call__, name, item.params, **how)
     guarded.__dict__.update({} if remote is function else getattr(function, "__dict__", {}))
     on_failure = item.on_failure or ("group_mean" if keys or remote is function else None)
     guarded.__dict__.update(remote=remote, on_failure=on_failure)

@@ -27,13 +27,16 @@ SHOWN, MOST_SHOWN = 45, 4
 """Characters of a value of the sample in a message, and number of such values."""
 
 
-def guard(function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool) -> Callable[..., Any]:
+def guard(
+    function: Callable[..., Any], name: str, params: Mapping[str, Any], *, alone: bool, to_learn: bool = True
+) -> Callable[..., Any]:
     """Wrap a reward function of TRL's signature, sync or async: params bound, which win over columns of the same name,
-    name kept, its result checked. From a batch of nothing but None nothing can be learned where it stands `alone`.
+    name kept, its result checked. From a batch of nothing but None nothing can be learned where it stands `alone`;
+    where nothing is `to_learn` it is no mistake.
 
     Calls raise `RewardError` where it raises, returns the wrong number of values, values that are not numbers, or only
     None."""
-    check = _ResultCheck(name, patience=1 if alone else PATIENCE)
+    check = _ResultCheck(name, patience=(1 if alone else PATIENCE) if to_learn else math.inf)
     if is_async(function):
 
         async def guarded_async(**batch: Any) -> list[float | None]:
@@ -85,7 +88,7 @@ def blaming_layer(name: str, *, awaited: bool) -> Layer:
 class _ResultCheck:
     """Checks the results of one reward function, over its life."""
 
-    def __init__(self, name: str, patience: int) -> None:
+    def __init__(self, name: str, patience: float) -> None:
         self.name, self.patience = name, patience
         self.abstained: int | None = 0  # calls so far, all of them of nothing but None; None once it gave a value
 

@@ -1,0 +1,179 @@
+"""`grpo-autotune infer`: completions and rewards of data with trained weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
+from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.schema import RunConfig, load_config, override
+from grpo_autotune.console import Heartbeat, ProgressBar, is_live, say
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.files import full_disk_told
+from grpo_autotune.hardware.out_of_memory import is_of_the_machine
+from grpo_autotune.knobs.table import grpo_value
+from grpo_autotune.probe.startup import Startup
+from grpo_autotune.records.inference import Inference, Settings
+from grpo_autotune.report.inference import summarize
+from grpo_autotune.rollout.server.process import need_vllm
+from grpo_autotune.units import plural
+
+BATCH = {False: 32, True: 256}
+"""Completions of a batch by `generate`, and by vLLM, which schedules them itself."""
+KEPT = ("prompt", "image", "images")
+PLAIN_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `infer`."""
+
+    place: Path  # run folder, checkpoint or folder of weights
+    out: Path
+    data: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    n: int = 1
+    greedy: bool = False
+    in_vllm: bool = False
+    longest: int | None = None  # tokens of a completion
+    batch_size: int | None = None
+    config: str | None = None
+    scored: bool = True
+    overrides: Sequence[str] = ()
+
+
+def infer(asked: Request) -> Inference:
+    """Write what is missing of the completions asked for, and sum the whole file up.
+
+    Raises:
+        AutotuneError: The weights, the configuration, the data or a reward cannot be used, the file was begun
+            otherwise, or memory or disk ran out.
+    """
+    if asked.greedy and asked.n > 1:
+        raise ConfigError("greedy completions of a prompt are all the same", where="--n", fix="Leave it out.")
+    if asked.out.is_dir() or not asked.out.absolute().parent.is_dir():
+        raise ConfigError("this is no place for a file", where=f"--out {asked.out}", fix="Name a file in a folder.")
+    if asked.in_vllm:
+        need_vllm()
+    startup = Startup()
+    set_environment()
+    told = "Make room, and give the same command again."
+    with ExitStack() as ended, full_disk_told(asked.out.absolute().parent, told), Heartbeat(startup.now):
+        with startup.imports():
+            mend_torchvision()
+            from grpo_autotune.train.runs.quiet import quieten
+            from grpo_autotune.trained.engine import generating
+            from grpo_autotune.trained.infer import Scorer, Work, rows_to_complete
+            from grpo_autotune.trained.source import find_trained
+        quieten(bars=is_live())
+        trained = find_trained(asked.place)
+        config = _configuration(asked, trained.config)
+        check_rewards(config)
+        with startup.phase("data"):
+            rows, data = rows_to_complete(config, asked.data, asked.split, asked.limit)
+            scorer = ended.enter_context(Scorer(config, rows, data))
+            rows, processor = _fitted(rows, trained, config, data)
+        config = generating(config, in_vllm=asked.in_vllm, longest=asked.longest)
+        file = _file(asked, config, trained, rows["prompt"][:], data)
+        prompts = max(1, (asked.batch_size or BATCH[asked.in_vllm]) // asked.n)
+        work = Work(rows, asked.n, prompts, config.grpo["seed"], scorer, file)
+        written, rate = _work(work, asked, startup, (trained, config, processor))
+        file.sort()
+    return summarize(file.completions, file.settings, out=str(asked.out), written=written, tokens_per_s=rate)
+
+
+def _configuration(asked: Request, of_run: RunConfig | None) -> RunConfig:
+    """The run's configuration, or the one that was named, with what the options change."""
+    config = load_config(asked.config) if asked.config is not None else of_run
+    if config is None:
+        fix = "Name the run's: --config RUN_DIR/config.yaml."
+        raise ConfigError("no config.yaml of a run says how to read data and score", where=str(asked.place), fix=fix)
+    if asked.overrides:
+        values = config.to_dict()
+        if asked.in_vllm:  # else its section would be refused
+            values["grpo"] = {**values.get("grpo", {}), "use_vllm": True}
+        for item in asked.overrides:
+            override(values, item)
+        config = RunConfig.from_dict(values)
+    if asked.scored:
+        return config
+    template = config.data.prompt_template or ""
+    columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in KEPT or f"{{{ours}" in template}
+    section = config.data.model_copy(update={"columns": columns})
+    return config.model_copy(update={"rewards": [], "branches": None, "data": section})
+
+
+def _fitted(rows: Any, trained: Any, config: RunConfig, where: str) -> tuple[Any, Any]:
+    from grpo_autotune.train.data.templates import fit_prompts
+    from grpo_autotune.train.models.load import check_images
+    from grpo_autotune.trained.load import load_trained_processor
+
+    processor = load_trained_processor(trained)
+    check_images(processor, rows.column_names)
+    options = grpo_value("chat_template_kwargs", config) or {}
+    return fit_prompts(rows, processor, options, where, say), processor
+
+
+def _file(asked: Request, config: RunConfig, trained: Any, prompts: Sequence[Any], data: str) -> Any:
+    from grpo_autotune.trained.completions import CompletionFile, prompts_digest, weights_digest
+    from grpo_autotune.trained.engine import SAMPLED
+
+    settings = Settings(
+        checkpoint=str(trained.path.resolve()),
+        weights=weights_digest(trained.path),
+        backend="vllm" if asked.in_vllm else "generate",
+        data=data,
+        prompts=prompts_digest(prompts),
+        n=asked.n,
+        greedy=asked.greedy,
+        image_size=config.data.image_size,
+        sampling={name: config.grpo.get(name) for name in (*SAMPLED, "generation_kwargs", "chat_template_kwargs")},
+        rewards=[item.model_dump(mode="json", exclude_defaults=True) for item in config.rewards],
+    )
+    return CompletionFile(asked.out, settings)
+
+
+def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...]) -> tuple[int, float | None]:
+    """Write what is missing, if anything is; completions written, and tokens per second."""
+    from grpo_autotune.train.trial_trainer import engine_time
+    from grpo_autotune.trained.engine import Engine
+
+    count, before = len(work.batches()), len(work.file.completions)
+    if before:
+        say(f"{asked.out} holds {plural(before, 'completion')} of {len(work.rows) * asked.n} already")
+    if not count:
+        return 0, None
+    try:
+        trained, config, processor = of_engine
+        with startup.phase("model"), engine_time(startup):
+            engine = Engine(trained, config, processor, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
+        with ProgressBar("inferring", count) as bar:
+            result: tuple[int, float | None] = work.write(engine, _Teller(bar, count))
+        return result
+    except KeyboardInterrupt:
+        say(f"{asked.out} holds {plural(len(work.file.completions), 'completion')}; the same command goes on")
+        raise
+    except Exception as error:
+        if not is_of_the_machine(error):
+            raise
+        size, fix = work.prompts * asked.n, "Lower --batch-size; what was written stays."
+        raise EnvironmentProblem(f"memory ran out, with {size} completions at once", where="infer", fix=fix) from error
+
+
+class _Teller:
+    """A line, or the bar's text, after a batch."""
+
+    def __init__(self, bar: ProgressBar, count: int) -> None:
+        self._bar, self._count, self._said_s = bar, count, 0.0
+
+    def __call__(self, done: int) -> None:
+        left, now_s = self._bar.time_left(done), time.monotonic()
+        due = now_s - self._said_s >= PLAIN_INTERVAL_S or done == self._count
+        self._said_s = now_s if due else self._said_s
+        self._bar.update(done, left, f"batch {done} of {self._count}, {left}" if due else None)

@@ -1,0 +1,113 @@
+"""The file of completions: a JSON line each, added batch by batch, so that whatever ends a run loses at most a batch.
+
+The settings stand beside it, in `FILE.meta.json`: a file is only gone on with by the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from grpo_autotune.errors import ConfigError, shortened
+from grpo_autotune.files import write_whole
+from grpo_autotune.records.inference import SETTINGS, Completion, Settings
+from grpo_autotune.records.stored import read_stored
+
+EDGE_BYTES = 1 << 20
+"""What is read of a weights file at either end for its digest: a header with every tensor's place, and values."""
+SHOWN = 60
+
+
+class CompletionFile:
+    """The file at `path`, made or gone on with by these settings.
+
+    Raises:
+        ConfigError: There is a file that other settings made, or that is none of completions.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+        side = path.with_name(f"{path.name}.meta.json")
+        if path.exists():
+            _check(path, side, settings)
+        else:
+            write_whole(side, settings.model_dump_json(indent=1))
+        self.completions = self._read() if path.exists() else []
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Add completions, which are on the disk afterwards."""
+        with self.path.open("ab") as file:
+            file.write(_lines(completions))
+            file.flush()
+            os.fsync(file.fileno())
+        self.completions += completions
+
+    def sort(self) -> None:
+        """Put the lines in the order of rows and samples."""
+        ordered = sorted(self.completions, key=lambda one: (one.row, one.sample))
+        if ordered != self.completions:
+            write_whole(self.path, _lines(ordered))
+            self.completions = ordered
+
+    def _read(self) -> list[Completion]:
+        """The whole lines; a last one that was cut short is taken off the file."""
+        content, completions = self.path.read_bytes(), list[Completion]()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                completions.append(Completion.model_validate_json(line))
+            except ValidationError as error:
+                what = f"line {number} is no completion"
+                raise ConfigError(what, where=str(self.path), fix="Remove it, or give another --out.") from error
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        return completions
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of the weights in a folder: names, sizes and both ends of their files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def prompts_digest(prompts: Iterable[Any]) -> str:
+    """A digest of prompts, in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check(path: Path, side: Path, settings: Settings) -> None:
+    fix = "Give another --out, or the settings that it was begun with."
+    absent, again = "this file is there, and not begun by `infer`", "Give another --out."
+    stored = read_stored(side, Settings, SETTINGS, absent=absent, written_by="`infer` with another --out", again=again)
+    before, asked = (_flat(json.loads(one.model_dump_json())) for one in (stored, settings))
+    for name in (name for name in {**asked, **before} if before.get(name) != asked.get(name)):
+        was, is_ = (shortened(json.dumps(one.get(name), ensure_ascii=False), SHOWN) for one in (before, asked))
+        raise ConfigError(f"it was begun with {name} {was}, and {is_} is asked for", where=str(path), fix=fix)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    sampling = settings.pop("sampling")
+    return {**settings, **sampling}
+
+
+def _lines(completions: Iterable[Completion]) -> bytes:
+    return b"".join(
+        to_json(one.model_dump(), inf_nan_mode="null", bytes_mode="base64", fallback=str) + b"\n" for one in completions
+    )
