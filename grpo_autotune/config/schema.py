@@ -31,6 +31,8 @@ from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
+Consent = Literal["micro_batch", "image_size", "lora_rank", "num_generations", "max_completion_length"]
+
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
     "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
@@ -73,6 +75,12 @@ class RunConfig(Section):
     speedups_check: Literal["auto", "always"] = "auto"
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""
+    on_oom: Literal["stop", "ladder"] = "stop"
+    """What `train` does where memory runs out: `stop`, or `ladder`: go on from the newest checkpoint, in a new process,
+    with a setting that needs less memory and learns the same ([the rungs](troubleshooting.md#out-of-memory))."""
+    on_oom_allow: list[Consent] = []
+    """Rungs of that ladder that change what is learned and may be taken after the others: `micro_batch` (where the loss
+    depends on it), `image_size`, `lora_rank`, `num_generations`, `max_completion_length`."""
     search: SearchSection = SearchSection()
     monitors: MonitorsSection = MonitorsSection()
     output: OutputSection = OutputSection()
@@ -149,6 +157,12 @@ class RunConfig(Section):
                 raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
         if not self.data.held_out and self.data.max_eval_samples is not None:
             raise ConfigError("there is no held-out data to take rows of", where="data.max_eval_samples", fix=fix)
+        if self.on_oom == "ladder" and self.grpo.get("auto_find_batch_size"):
+            raise ConfigError(
+                "with on_oom ladder this setting cannot be used here: it changes the batch of each step",
+                where="grpo.auto_find_batch_size",
+                fix="Remove it.",
+            )
         if self.vllm != VllmSection() and not self.use_vllm:
             raise ConfigError(
                 "the vllm section has keys, and vLLM is off",

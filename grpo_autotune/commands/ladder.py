@@ -1,0 +1,131 @@
+"""`on_oom: ladder` of `grpo-autotune train`: where memory runs out, a rung down and the same command anew with it.
+
+A process that has run out of memory is not gone on with: a failed call of CUDA leaves it in no known state, and frames,
+caches and holes in the heap keep what the next attempt needs. The rungs stand in the run folder, so that every later
+`--resume` begins at their foot.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from grpo_autotune.config.batch import world_size
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.console import complain, is_first_rank, say
+from grpo_autotune.errors import TrainingError
+from grpo_autotune.files import write_whole
+from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.device_memory import cuda_in_use
+from grpo_autotune.knobs import knobs_of
+from grpo_autotune.knobs.ladder import RANK, descended, kind_of_rung, next_rung
+from grpo_autotune.processes.fresh import start_anew
+from grpo_autotune.records.alerts import ALERTS_FILE
+from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
+from grpo_autotune.rollout.failures import engine_failure
+from grpo_autotune.trials.child.memory import available_bytes
+from grpo_autotune.trials.endings import ending_of_error
+
+CHECKPOINTS = "checkpoints"
+
+
+class Ladder:
+    """The ladder of one training, entered around it; `config` is what to train with, the user's own and the rungs so
+    far. TrainingError where memory runs out and no rung is left."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, resume: bool) -> None:
+        self._folder, self._environment, self._resumes = folder, dict(os.environ), resume
+        self.config, self._rungs = descended(config, load_rungs(folder) if resume else [])
+        self._step: Callable[[], int] = lambda: 0
+        self._ranks: Any = None
+        for rung in self._rungs:
+            say(f"{folder / LADDER_FILE}: {rung.change}, since memory ran out in step {rung.step}")
+
+    def begin(self, trainer: Any) -> None:
+        """Follow a trainer that is about to train in the folder."""
+        self._step = lambda: int(trainer.state.global_step) + 1
+        if is_first_rank() and not self._resumes:
+            (self._folder / LADDER_FILE).unlink(missing_ok=True)  # of a run that saved nothing
+
+    def __enter__(self) -> Ladder:
+        if self.config.on_oom == "ladder" and world_size() > 1:
+            from grpo_autotune.train.runs.leaving import Ranks
+
+            self._ranks = Ranks(self._leave)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.config.on_oom == "ladder" and isinstance(error, Exception):
+            ending = ending_of_error(error, available_bytes)
+            if ending.status == "oom":
+                self._descend(error, ending.why)
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _descend(self, error: Exception, why: str) -> None:
+        if self._ranks is None or self._ranks.claim():
+            self._write(self._next(error, why))
+            if self._ranks is None:
+                self._leave({})
+            self._ranks.call()
+        self._ranks.wait()
+        complain("warning: another rank does not answer, so that none can begin anew", everywhere=True)
+
+    def _next(self, error: Exception, why: str) -> Rung:
+        engine = engine_failure(error)
+        taken = [rung.knobs for rung in self._rungs]
+        mends = engine is None or engine.too_large
+        knobs = next_rung(self.config, detect(), engine=engine is not None, taken=taken) if mends else None
+        if knobs is None:
+            tried = "; ".join(rung.change for rung in self._rungs) or "nothing"
+            raise TrainingError(
+                f"memory ran out ({why}), and no rung of on_oom ladder is left (taken: {tried})",
+                where=f"step {self._step()}",
+                fix="on_oom_allow admits rungs that change what is learned",
+            ) from error
+        held, limit = memory_of_process()
+        return Rung(
+            knobs=knobs,
+            before=knobs_of(self.config, knobs),
+            kind=kind_of_rung(self.config, knobs),
+            anew=RANK in knobs,
+            step=self._step(),
+            rank=int(os.environ.get("RANK", "0")),
+            why=why,
+            held_bytes=held,
+            limit_bytes=limit,
+            time=round(time.time(), 3),
+        )
+
+    def _write(self, rung: Rung) -> None:
+        """Keep a rung before anything else happens: a process killed from here on is resumed at it."""
+        complain(f"warning: {rung.alert().line()}", everywhere=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        saved = self._folder / CHECKPOINTS
+        if rung.anew and saved.exists():
+            saved.rename(self._folder / f"{CHECKPOINTS}-before-rung-{len(self._rungs) + 1}")
+        lines = (f"{one.model_dump_json()}\n" for one in (*self._rungs, rung))
+        write_whole(self._folder / LADDER_FILE, "".join(lines))
+        with (self._folder / ALERTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(rung.alert().model_dump_json() + "\n")
+
+    def _leave(self, meeting: dict[str, str]) -> None:
+        start_anew(["--resume"], {**self._environment, **meeting})
+
+
+def memory_of_process() -> tuple[int, int]:
+    """Bytes that this process holds, and that there are for it: on its GPU, else of addresses under a limit on them,
+    else of the machine's memory."""
+    if (cuda := cuda_in_use()) is not None:
+        return int(cuda.memory_reserved()), int(cuda.get_device_properties(cuda.current_device()).total_memory)
+    held, limit = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        return int(held.vms), int(limit)
+    return int(held.rss), int(psutil.virtual_memory().total)
