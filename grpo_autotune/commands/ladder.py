@@ -20,7 +20,7 @@ import psutil
 from grpo_autotune.config.batch import world_size
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import complain, is_first_rank, say
-from grpo_autotune.errors import TrainingError
+from grpo_autotune.errors import TrainingError, shortened
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device_memory import cuda_in_use
@@ -34,6 +34,7 @@ from grpo_autotune.trials.child.memory import available_bytes
 from grpo_autotune.trials.endings import ending_of_error
 
 CHECKPOINTS = "checkpoints"
+LONGEST_WHY = 120
 
 
 class Ladder:
@@ -65,7 +66,7 @@ class Ladder:
         if self.config.on_oom == "ladder" and isinstance(error, Exception):
             ending = ending_of_error(error, available_bytes)
             if ending.status == "oom":
-                self._descend(error, ending.why)
+                self._descend(error, shortened(ending.why, LONGEST_WHY))
         if self._ranks is not None:
             self._ranks.close()
 

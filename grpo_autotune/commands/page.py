@@ -96,6 +96,10 @@ def save_page(path: Path, text: str, *, durable: bool = True) -> Path:
 @as_warning("no page")
 def keep_page(folder: Path, *, running: bool = False) -> None:
     """Write the page beside what was measured and saved already; where it cannot be, that is a warning."""
+    from grpo_autotune.render.page import can_draw
+
+    if running and not can_draw():  # it is said at the end
+        return
     if is_first_rank() and any((folder / name).is_file() for name in (LOG_FILE, REPORT_FILE, SEARCH_FILE)):
         path = write_page(folder, running=running)
         if not running:
