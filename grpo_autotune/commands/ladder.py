@@ -24,17 +24,26 @@ from grpo_autotune.errors import TrainingError, shortened
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.device_memory import cuda_in_use
+from grpo_autotune.hardware.out_of_memory import causes
 from grpo_autotune.knobs import knobs_of
-from grpo_autotune.knobs.ladder import RANK, descended, kind_of_rung, next_rung
+from grpo_autotune.knobs.ladder import RANK, Stage, descended, kind_of_rung, next_rung
 from grpo_autotune.processes.fresh import start_anew
 from grpo_autotune.records.alerts import ALERTS_FILE
 from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
-from grpo_autotune.rollout.failures import engine_failure
+from grpo_autotune.rollout.failures import engine_failure, frames
 from grpo_autotune.trials.child.memory import available_bytes
 from grpo_autotune.trials.endings import ending_of_error
 
 CHECKPOINTS = "checkpoints"
 LONGEST_WHY = 120
+
+OTHERWISE: dict[Stage | None, str] = {
+    "training": "on_oom_allow admits rungs that change what is learned.",
+    "generation": "on_oom_allow admits rungs that change what is learned.",
+    "engine": "What is loaded before the first step does not fit: model.load_in_4bit, a smaller model.",
+    None: "grpo.per_device_eval_batch_size is an evaluation's, vllm.max_model_len an engine's.",
+}
+"""Stage that ran out -> what the user can do where no rung is left."""
 
 
 class Ladder:
@@ -80,16 +89,14 @@ class Ladder:
         complain("warning: another rank does not answer, so that none can begin anew", everywhere=True)
 
     def _next(self, error: Exception, why: str) -> Rung:
-        engine = engine_failure(error)
-        taken = [rung.knobs for rung in self._rungs]
-        mends = engine is None or engine.too_large
-        knobs = next_rung(self.config, detect(), engine=engine is not None, taken=taken) if mends else None
+        stage, taken = stage_of(error, begun=bool(self._step())), [rung.knobs for rung in self._rungs]
+        knobs = next_rung(self.config, detect(), stage, taken) if stage is not None else None
         if knobs is None:
-            tried = "; ".join(rung.change for rung in self._rungs) or "nothing"
+            tried = "; ".join(rung.change for rung in self._rungs) or "none"
             raise TrainingError(
-                f"memory ran out ({why}), and no rung of on_oom ladder is left (taken: {tried})",
+                f"memory ran out ({why}), and no rung of on_oom ladder helps here (taken: {tried})",
                 where=f"step {self._step()}",
-                fix="on_oom_allow admits rungs that change what is learned",
+                fix=OTHERWISE[stage],
             ) from error
         held, limit = memory_of_process()
         return Rung(
@@ -119,6 +126,16 @@ class Ladder:
 
     def _leave(self, meeting: dict[str, str]) -> None:
         start_anew(["--resume"], {**self._environment, **meeting})
+
+
+def stage_of(error: Exception, *, begun: bool) -> Stage | None:
+    """The part of a run whose memory ran out; None for an evaluation, and for an engine that needs a larger share."""
+    if (engine := engine_failure(error)) is not None:
+        return "engine" if engine.too_large else None
+    inside = {function for cause in causes(error) for _, function in frames(cause)}
+    if "evaluation_loop" in inside:  # of transformers' trainer
+        return None
+    return "engine" if not begun else "generation" if "_generate_single_turn" in inside else "training"
 
 
 def memory_of_process() -> tuple[int, int]:

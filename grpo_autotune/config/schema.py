@@ -44,6 +44,12 @@ OWNED_ELSEWHERE = {
 }
 """`GRPOConfig` keys that belong elsewhere -> the key or option to use."""
 
+LADDER_LACKS = {
+    "auto_find_batch_size": "it changes how many completions a step has",
+    "save_only_model": "training cannot go on from its checkpoints",
+}
+"""Keys of `grpo` that must not be true with `on_oom: ladder`, and why."""
+
 PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
 """`LoraConfig` fields that PEFT fills in itself."""
 
@@ -157,12 +163,9 @@ class RunConfig(Section):
                 raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
         if not self.data.held_out and self.data.max_eval_samples is not None:
             raise ConfigError("there is no held-out data to take rows of", where="data.max_eval_samples", fix=fix)
-        if self.on_oom == "ladder" and self.grpo.get("auto_find_batch_size"):
-            raise ConfigError(
-                "with on_oom ladder this setting cannot be used here: it changes the batch of each step",
-                where="grpo.auto_find_batch_size",
-                fix="Remove it.",
-            )
+        for key, why in LADDER_LACKS.items() if self.on_oom == "ladder" else ():
+            if self.grpo.get(key):
+                raise ConfigError(f"on_oom ladder cannot be used with it: {why}", where=f"grpo.{key}", fix="Remove it.")
         if self.vllm != VllmSection() and not self.use_vllm:
             raise ConfigError(
                 "the vllm section has keys, and vLLM is off",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
@@ -22,22 +23,32 @@ SHARE, SEQUENCES = "vllm.gpu_memory_utilization", "vllm.max_num_seqs"
 LEAST_SHARE = 0.1
 """Share of memory below which an engine is not pressed."""
 
+Stage = Literal["training", "generation", "engine"]
+"""The part of a run that ran out: `engine` is vLLM, or the start-up beside it."""
+
 CONSENTS = {"micro_batch": MICRO, "image_size": IMAGE, "lora_rank": RANK, "num_generations": GROUP,
             "max_completion_length": LENGTH}  # fmt: skip
 """Item of `on_oom_allow` -> the knob that it lets change what is learned."""
 
+OF_TRAINING = {MICRO, CHECKPOINTING}
+HELPLESS: dict[Stage, set[str]] = {
+    "training": set(),
+    "generation": OF_TRAINING,
+    "engine": {*OF_TRAINING, *CONSENTS.values(), SPEED_UPS},
+}
+"""Stage -> knobs that change nothing in its memory."""
+
 
 def next_rung(
-    config: RunConfig, machine: Machine | None, *, engine: bool = False, taken: Sequence[Knobs] = ()
+    config: RunConfig, machine: Machine | None, stage: Stage = "training", taken: Sequence[Knobs] = ()
 ) -> Knobs | None:
-    """The next values that need less memory; None where none is left. Where the `engine` ran out, only its own help.
-    Of those that change what is learned each comes in turn, by how often it was `taken`."""
-    exact = _engine(config) if engine else _exact(config)
+    """The next values by which the stage that ran out needs less memory; None where none is left. Of those that change
+    what is learned each comes in turn, by how often it was `taken`."""
     times = Counter(key for knobs in taken for key in knobs)
     allowed = sorted((CONSENTS[name] for name in config.on_oom_allow), key=lambda key: times[key])
-    learning = () if engine else (_lowered(config, key) for key in allowed)
-    candidates = (knobs for source in (exact, learning) for knobs in source)
-    return next((knobs for knobs in candidates if _applies(config, knobs, machine)), None)
+    candidates = chain(_exact(config), (_lowered(config, key) for key in allowed))
+    helpful = (knobs for knobs in candidates if not HELPLESS[stage] & knobs.keys())
+    return next((knobs for knobs in helpful if _applies(config, knobs, machine)), None)
 
 
 def kind_of_rung(config: RunConfig, knobs: Knobs) -> Kind:
