@@ -132,9 +132,8 @@ def test_stopped_and_resumed(name: str, tiny: Tiny, tmp_path: Path, monkeypatch:
 
 
 IN_PARTS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "between generations": ("qwen3", {}, 2),
-    "with rollouts left": ("qwen3", {"num_iterations": 2, "steps_per_generation": 4}, 1),
-    "with pictures left": ("qwen3_vl", {"num_iterations": 2, "steps_per_generation": 4}, 1),
+    "rollouts left": ("qwen3", {"num_iterations": 2, "steps_per_generation": 4}, 1),
+    "pictures left": ("qwen3_vl", {"num_iterations": 2, "steps_per_generation": 4}, 1),
 }
 
 
