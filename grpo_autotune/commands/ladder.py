@@ -8,9 +8,8 @@ caches and holes in the heap keep what the next attempt needs. The rungs stand i
 from __future__ import annotations
 
 import os
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,8 +30,9 @@ from grpo_autotune.processes.fresh import start_anew
 from grpo_autotune.records.alerts import ALERTS_FILE
 from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
 from grpo_autotune.rollout.failures import engine_failure, frames
-from grpo_autotune.trials.child.memory import available_bytes
+from grpo_autotune.trials.child.memory import available_bytes, in_use, most_bytes
 from grpo_autotune.trials.endings import ending_of_error
+from grpo_autotune.units import size
 
 CHECKPOINTS = "checkpoints"
 LONGEST_WHY = 120
@@ -99,32 +99,39 @@ class Ladder:
                 fix=OTHERWISE[stage],
             ) from error
         held, limit = memory_of_process()
-        return Rung(
-            knobs=knobs,
-            before=knobs_of(self.config, knobs),
-            kind=kind_of_rung(self.config, knobs),
-            anew=RANK in knobs,
+        before, kind = knobs_of(self.config, knobs), kind_of_rung(self.config, knobs)
+        place = f"in step {self._step()}" if self._step() else "before the first step"
+        begins = "begins again" if RANK in knobs else "goes on from the newest checkpoint"
+        learns = "the same is learned" if kind == "exact" else "on_oom_allow lets it change what is learned"
+        rung = Rung(
             step=self._step(),
+            value=held,
+            limit=limit,
+            text=f"memory ran out {place} with {size(held)} of {size(limit)} held: {why}",
+            remedy="",
             rank=int(os.environ.get("RANK", "0")),
-            why=why,
-            held_bytes=held,
-            limit_bytes=limit,
             time=round(time.time(), 3),
+            run=str(self._folder),
+            knobs=knobs,
+            before=before,
+            kind=kind,
         )
+        remedy = f"training {begins} in a fresh process with {rung.change} ({learns})"
+        return rung.model_copy(update={"remedy": remedy})
 
     def _write(self, rung: Rung) -> None:
         """Keep a rung before anything else happens: a process killed from here on is resumed at it."""
-        complain(f"warning: {rung.alert().line()}", everywhere=True)
+        complain(f"warning: {rung.line()}", everywhere=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         saved = self._folder / CHECKPOINTS
-        if rung.anew and saved.exists():
+        if RANK in rung.knobs and saved.exists():
             saved.rename(self._folder / f"{CHECKPOINTS}-before-rung-{len(self._rungs) + 1}")
         lines = (f"{one.model_dump_json()}\n" for one in (*self._rungs, rung))
         write_whole(self._folder / LADDER_FILE, "".join(lines))
         with (self._folder / ALERTS_FILE).open("a", encoding="utf-8") as file:
             file.write(rung.alert().model_dump_json() + "\n")
 
-    def _leave(self, meeting: dict[str, str]) -> None:
+    def _leave(self, meeting: Mapping[str, str]) -> None:
         start_anew(["--resume"], {**self._environment, **meeting})
 
 
@@ -139,11 +146,7 @@ def stage_of(error: Exception, *, begun: bool) -> Stage | None:
 
 
 def memory_of_process() -> tuple[int, int]:
-    """Bytes that this process holds, and that there are for it: on its GPU, else of addresses under a limit on them,
-    else of the machine's memory."""
+    """Bytes that this process holds, and that there are for it: on its GPU, else on the host."""
     if (cuda := cuda_in_use()) is not None:
-        return int(cuda.memory_reserved()), int(cuda.get_device_properties(cuda.current_device()).total_memory)
-    held, limit = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        return int(held.vms), int(limit)
-    return int(held.rss), int(psutil.virtual_memory().total)
+        return int(cuda.memory_reserved()), int(cuda.mem_get_info()[1])
+    return in_use(), most_bytes() or int(psutil.virtual_memory().total)

@@ -6,25 +6,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_autotune.records.alerts import Alert
-from grpo_autotune.records.base import Frozen
-from grpo_autotune.units import size
 
 LADDER_FILE = "ladder.jsonl"
 
 
-class Rung(Frozen):
-    """One rung down."""
+class Rung(Alert):
+    """One rung down: the alert of memory that ran out, `value` of `limit` bytes held, in `step` (0: before the first),
+    and what was changed."""
 
+    monitor: str = "out_of_memory"
+    metric: str = "memory"
+    unit: str = "bytes"
+    action: str = "ladder"
     knobs: dict[str, Any]  # key path -> value from here on; what follows from it (accumulation) is not named
     before: dict[str, Any]  # the values until then
     kind: Literal["exact", "learning"]
-    anew: bool = False  # True where no checkpoint fits the values, and training begins again
-    step: int  # optimizer step in which memory ran out; 0 before the first
-    rank: int  # process in which it did
-    why: str  # the error in one line
-    held_bytes: int  # memory that the process held then, on its GPU where it trains on one
-    limit_bytes: int  # memory that there is for it
-    time: float  # Unix seconds
 
     @property
     def change(self) -> str:
@@ -33,23 +29,8 @@ class Rung(Frozen):
         return ", ".join(f"{key} {self.before[key]} -> {value}" for key, value in changed.items())
 
     def alert(self) -> Alert:
-        """The rung as reports, pages and `watch` show it."""
-        place = f"in step {self.step}" if self.step else "before the first step"
-        goes_on = "training begins anew" if self.anew else "training goes on from the newest checkpoint"
-        learns = "the same is learned" if self.kind == "exact" else "on_oom_allow lets it change what is learned"
-        return Alert(
-            monitor="out_of_memory",
-            step=self.step,
-            metric="memory",
-            value=float(self.held_bytes),
-            limit=float(self.limit_bytes),
-            unit="bytes",
-            text=f"memory ran out {place} with {size(self.held_bytes)} of {size(self.limit_bytes)} held: {self.why}",
-            remedy=f"{goes_on} in a fresh process with {self.change} ({learns})",
-            action="ladder",
-            rank=self.rank,
-            time=self.time,
-        )
+        """The alert alone, as reports, pages and `watch` show it."""
+        return Alert.model_validate(self.model_dump(include=set(Alert.model_fields)))
 
 
 def load_rungs(folder: Path) -> list[Rung]:

@@ -18,7 +18,7 @@ LENGTH = "grpo.max_completion_length"
 
 
 def rung(before: RunConfig, knobs: dict[str, Any]) -> Rung:
-    facts: Any = {"step": 3, "rank": 0, "why": "no room", "held_bytes": 1, "limit_bytes": 2, "time": 0.0}
+    facts: Any = {"step": 3, "value": 1.0, "text": "memory ran out", "remedy": "train with less"}
     return Rung(knobs=knobs, before=knobs_of(before, knobs), kind=kind_of_rung(before, knobs), **facts)
 
 

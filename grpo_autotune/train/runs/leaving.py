@@ -17,7 +17,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
+import torch.distributed
+from torch.distributed import DistError, DistStoreError
 
 from grpo_autotune.config.batch import world_size
 
@@ -33,17 +34,17 @@ class Ranks:
 
     def __init__(self, leave: Callable[[Mapping[str, str]], object]) -> None:
         self._rank, self._world, self._leave = int(os.environ["RANK"]), world_size(), leave
-        self._lock, self._store, self._over = threading.Lock(), None, threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="grpo-autotune-ranks", daemon=True)
         self._thread.start()
 
     def claim(self) -> bool:
         """True for the first rank that ran out of memory: it decides, and calls the others."""
-        return bool(self._connected().compare_set("first", "", str(self._rank)) == str(self._rank).encode())
+        return bool(_store().compare_set("first", "", str(self._rank)) == str(self._rank).encode())
 
     def call(self) -> None:
         """Tell all ranks that it is decided."""
-        self._connected().set("decided", "1")
+        _store().set("decided", "1")
 
     def wait(self) -> None:
         """Wait until this rank leaves with the others; returns only where one of them does not answer."""
@@ -54,18 +55,9 @@ class Ranks:
         self._over.set()
         self._thread.join()
 
-    def _connected(self) -> Any:
-        with self._lock:
-            if self._store is None:
-                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                wait = timedelta(seconds=WAIT_S)
-                store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
-                self._store = PrefixStore("grpo_autotune/leaving", store)
-            return self._store
-
     def _watch(self) -> None:
         with suppress(DistError):  # the store ended with the rank that serves it
-            store = self._connected()
+            store = _store()
             while not self._over.wait(LOOK_S):
                 if store.check(["decided"]):
                     self._leave(self._meeting(store))
@@ -89,6 +81,13 @@ class Ranks:
             if time.monotonic() > until:
                 raise DistStoreError(f"not all ranks are {key}")
             time.sleep(LOOK_S / 10)
+
+
+def _store() -> Any:
+    stores: Any = torch.distributed
+    place, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=WAIT_S)
+    store = stores.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=wait)
+    return stores.PrefixStore("grpo_autotune/leaving", store)
 
 
 def _free_port() -> int:

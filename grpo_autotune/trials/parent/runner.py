@@ -195,8 +195,8 @@ def _rung(spec: TrialSpec, outcome: TrialOutcome) -> str | None:
     if outcome.status != "oom" or spec.script is not None or spec.world_size > 1:
         return None
     config = RunConfig.from_dict({**spec.config, "on_oom_allow": []})
-    knobs = next_rung(config, None)
-    return knobs and ", ".join(f"{key} {value}" for key, value in knobs.items())
+    knobs = next_rung(config, None) or {}
+    return ", ".join(f"{key} {value}" for key, value in knobs.items()) or None
 
 
 def ignore(progress: object) -> None:
