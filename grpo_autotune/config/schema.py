@@ -45,7 +45,7 @@ OWNED_ELSEWHERE = {
 """`GRPOConfig` keys that belong elsewhere -> the key or option to use."""
 
 LADDER_LACKS = {
-    "auto_find_batch_size": "it changes how many completions a step has",
+    "auto_find_batch_size": "it changes the batch of a step",
     "save_only_model": "training cannot go on from its checkpoints",
 }
 """Keys of `grpo` that must not be true with `on_oom: ladder`, and why."""

@@ -7,25 +7,18 @@ import hashlib
 import json
 import os
 import re
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import vl_convert
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from rich.table import Table as RichTable
 
-from grpo_autotune.errors import EnvironmentProblem
-
 MOST_CHARACTERS = 4000
 """Characters of one datum that a page shows."""
-
-ADDRESSES = 68 << 30
-"""Bytes of addresses that the interpreter of the pictures (V8) reserves; it ends its process where it gets none."""
 
 HOME = os.path.expanduser("~")  # noqa: PTH111 - a user without a home is no error here
 REDACTED = (
@@ -119,23 +112,13 @@ ENVIRONMENT.filters["svg"] = lambda spec: Markup(vl_convert.vegalite_to_svg({**s
 ENVIRONMENT.filters["kind"] = lambda block: type(block).__name__
 
 
-def can_draw() -> bool:
-    """Return whether a limit on this process's addresses (`RLIMIT_AS`) leaves room to draw pictures."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return limit == resource.RLIM_INFINITY or limit - psutil.Process().memory_info().vms >= ADDRESSES
-
-
 def render_page(
     title: str, sections: Sequence[Section], *, interactive: bool = False, refresh_s: int | None = None
 ) -> str:
     """The page as one text; `interactive` pictures have tooltips and zoom, drawn by Vega in the browser, which makes it
-    0.9 MB larger. A browser reads the page again after `refresh_s`; None for a run that is over. EnvironmentProblem
-    where its pictures cannot be drawn."""
+    0.9 MB larger. A browser reads the page again after `refresh_s`; None for a run that is over."""
     shown = [(s, blocks) for s in sections if (blocks := [b for b in s.blocks if not isinstance(b, Lines) or b.lines])]
     pictures = [block for _, blocks in shown for block in blocks if isinstance(block, Picture)]
-    if (pictures or interactive) and not can_draw():
-        what, fix = "the limit on addresses leaves no room to draw pictures", "ulimit -v unlimited"
-        raise EnvironmentProblem(what, where="RLIMIT_AS", fix=fix)
     specs = json.dumps([picture.spec for picture in pictures]) if interactive else ""
     # Vega with an interpreter of expressions, which a page may run that forbids `eval`, and the call that draws
     script = str(vl_convert.javascript_bundle((TEMPLATES / "draw.js").read_text("utf-8"))) if interactive else ""
