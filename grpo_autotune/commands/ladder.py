@@ -52,10 +52,11 @@ class Ladder:
 
     def __init__(self, config: RunConfig, folder: Path, *, resume: bool) -> None:
         self._folder, self._environment, self._resumes = folder, dict(os.environ), resume
-        self.config, self._rungs = descended(config, load_rungs(folder) if resume else [])
+        self._rungs = load_rungs(folder) if resume else []
+        self.config, held = descended(config, self._rungs)
         self._step: Callable[[], int] = lambda: 0
         self._ranks: Any = None
-        for rung in self._rungs:
+        for rung in held:
             say(f"{folder / LADDER_FILE}: {rung.change}, since memory ran out in step {rung.step}")
 
     def begin(self, trainer: Any) -> None:

@@ -86,6 +86,7 @@ def test_every_later_resume_begins_at_the_foot_of_the_ladder(
         f"step 3: memory ran out (MemoryError), and no rung of on_oom ladder helps here (taken: {tried}). on_oom_allow"
     )
     assert f"ladder.jsonl: {MICRO} 2 -> 1, since memory ran out in step 2" in capsys.readouterr().err
+    assert Ladder(now.config, tmp_path, resume=True).config == now.config  # `config.yaml` of the run folder
     with Ladder(config, tmp_path, resume=False) as now:  # a run from the beginning leaves it behind
         now.begin(SimpleNamespace(state=SimpleNamespace(global_step=0)))
     assert now.config == config and load_rungs(tmp_path) == []

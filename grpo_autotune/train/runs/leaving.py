@@ -34,7 +34,7 @@ class Ranks:
 
     def __init__(self, leave: Callable[[Mapping[str, str]], object]) -> None:
         self._rank, self._world, self._leave = int(os.environ["RANK"]), world_size(), leave
-        self._over = threading.Event()
+        self._over, self._leaves = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="grpo-autotune-ranks", daemon=True)
         self._thread.start()
 
@@ -53,13 +53,14 @@ class Ranks:
     def close(self) -> None:
         """End the thread; where it is leaving, as `wait`."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(None if self._leaves else 2 * LOOK_S)  # it may wait for a store that never comes
 
     def _watch(self) -> None:
         with suppress(DistError):  # the store ended with the rank that serves it
             store = _store()
             while not self._over.wait(LOOK_S):
                 if store.check(["decided"]):
+                    self._leaves = True
                     self._leave(self._meeting(store))
 
     def _meeting(self, store: Any) -> dict[str, str]:
