@@ -156,7 +156,7 @@ def test_resumed_with_half_the_micro_batch(
     )
     assert len(lines) == 4 and lines == [pytest.approx(line, rel=1e-4, abs=1e-6) for line in expected]
     for key in ("reward", "num_tokens"):  # the very same completions
-        assert [line[key] for line in lines] == [line[key] for line in expected]
+        assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
 
 
 def test_torn_checkpoint(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
