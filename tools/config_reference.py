@@ -148,9 +148,10 @@ def _speedups() -> Iterator[str]:
             words = ", ".join(f"`{value}`" for value in accepted)
             yield f"| `{name}` | `{option}` | {words} | `{accepted[0]}` |"
     yield ""
-    yield "## `speedups_check`\n"
-    field = RunConfig.model_fields["speedups_check"]
-    yield f"{field.description} Default: `{field.default}`.\n"
+    for name in ("speedups_check", "on_oom", "on_oom_allow"):
+        yield f"## `{name}`\n"
+        field = RunConfig.model_fields[name]
+        yield f"{field.description} Default: `{field.default}`.\n"
 
 
 def _monitors() -> Iterator[str]:

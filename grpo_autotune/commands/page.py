@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import as_warning, is_first_rank, say
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.files import full_disk_told, refusal_told, write_whole
 from grpo_autotune.probe.live import goes_on
 from grpo_autotune.records.alerts import load_alerts
@@ -34,12 +37,26 @@ NO_SAMPLES = (
 )
 
 
+ADDRESSES = 68 << 30
+"""Bytes of addresses that V8 reserves, which draws the pictures; it ends its process where it gets none."""
+
+
+def can_draw() -> bool:
+    """Return whether a limit on this process's addresses (`RLIMIT_AS`) leaves room to draw pictures."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return limit == resource.RLIM_INFINITY or limit - psutil.Process().memory_info().vms >= ADDRESSES
+
+
 @refusal_told()
 def page_of(source: Path, *, interactive: bool = False, running: bool = False, samples: int = 0) -> str:
     """The page of a probe, a search or a training run, from its folder or the JSON file of its report.
 
     It has tooltips and zoom where `interactive`, as many of the newest `samples` as the run stored, and is read again
-    by a browser while the training is `running`."""
+    by a browser while the training is `running`. EnvironmentProblem where no picture can be drawn.
+    """
+    if not can_draw():
+        what, fix = "the limit on addresses leaves no room to draw pictures", "Lift it: ulimit -v unlimited."
+        raise EnvironmentProblem(what, where="RLIMIT_AS", fix=fix)
     from grpo_autotune.render.page import Lines, Section, Table, render_page
     from grpo_autotune.render.train_page import train_sections, train_title
 
@@ -95,6 +112,8 @@ def save_page(path: Path, text: str, *, durable: bool = True) -> Path:
 @as_warning("no page")
 def keep_page(folder: Path, *, running: bool = False) -> None:
     """Write the page beside what was measured and saved already; where it cannot be, that is a warning."""
+    if running and not can_draw():  # it is said at the end
+        return
     if is_first_rank() and any((folder / name).is_file() for name in (LOG_FILE, REPORT_FILE, SEARCH_FILE)):
         path = write_page(folder, running=running)
         if not running:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
+from grpo_autotune.commands.ladder import Ladder
 from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, as_warning, is_first_rank, say, warn
@@ -28,9 +29,13 @@ LARGEST = 3
 
 
 def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
-    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal). Raises as
-    `train.trainer.run_training`."""
-    startup, live = Startup(), LiveFile(out_dir)
+    """Train in `out_dir` until the end, or until a signal; returns the exit code (0, or 128 + the signal).
+
+    Raises:
+        AutotuneError: As `train.trainer.run_training` and `commands.ladder.Ladder`.
+    """
+    ladder = Ladder(config, out_dir, resume=resume)
+    config, startup, live = ladder.config, Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
     set_environment()
@@ -49,6 +54,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             warn(sentence)
 
         def prepare(trainer: Any) -> None:
+            ladder.begin(trainer)
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
@@ -60,7 +66,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             ended.callback(keep_page, out_dir)  # however it ends, and last
             ended.callback(_tell_time, probes[0], config, out_dir)
 
-        with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides, engine_time(startup):
+        server = own_server(config, served_weights, gpus, out_dir, startup.phase)
+        with ladder, server as overrides, engine_time(startup):
             startup.tell = live.starting  # its phases begin once the folder was judged: no other run's state is lost
             result = run_training(
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides

@@ -32,6 +32,8 @@ from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
+Consent = Literal["micro_batch", "image_size", "lora_rank", "num_generations", "max_completion_length"]
+
 OWNED_ELSEWHERE = {
     "output_dir": "output.dir",
     "model_init_kwargs": "the model section (dtype, attn_implementation, revision, load_in_4bit)",
@@ -42,6 +44,12 @@ OWNED_ELSEWHERE = {
     **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
 }
 """`GRPOConfig` keys that belong elsewhere -> the key or option to use."""
+
+LADDER_LACKS = {
+    "auto_find_batch_size": "it changes the batch of a step",
+    "save_only_model": "training cannot go on from its checkpoints",
+}
+"""Keys of `grpo` that must not be true with `on_oom: ladder`, and why."""
 
 PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
 """`LoraConfig` fields that PEFT fills in itself."""
@@ -74,6 +82,12 @@ class RunConfig(Section):
     speedups_check: Literal["auto", "always"] = "auto"
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""
+    on_oom: Literal["stop", "ladder"] = "stop"
+    """What `train` does where memory runs out: `stop`, or `ladder`: go on from the newest checkpoint, in a new process,
+    with a setting that needs less memory and learns the same ([the rungs](troubleshooting.md#out-of-memory))."""
+    on_oom_allow: list[Consent] = []
+    """Rungs of that ladder that change what is learned and may be taken after the others: `micro_batch` (where the loss
+    depends on it), `image_size`, `lora_rank`, `num_generations`, `max_completion_length`."""
     search: SearchSection = SearchSection()
     monitors: MonitorsSection = MonitorsSection()
     output: OutputSection = OutputSection()
@@ -150,6 +164,9 @@ class RunConfig(Section):
                 raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
         if not self.data.held_out and self.data.max_eval_samples is not None:
             raise ConfigError("there is no held-out data to take rows of", where="data.max_eval_samples", fix=fix)
+        for key, why in LADDER_LACKS.items() if self.on_oom == "ladder" else ():
+            if self.grpo.get(key):
+                raise ConfigError(f"on_oom ladder cannot be used with it: {why}", where=f"grpo.{key}", fix="Remove it.")
         if self.vllm != VllmSection() and not self.use_vllm:
             raise ConfigError(
                 "the vllm section has keys, and vLLM is off",

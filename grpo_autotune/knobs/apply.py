@@ -77,7 +77,7 @@ def same_value(left: Any, right: Any) -> bool:
     return (type(left) is type(right) and bool(left == right)) or (_number(left) and _number(right) and left == right)
 
 
-def why_not(config: RunConfig, knobs: Knobs, machine: Machine, record: ProbeRecord | None = None) -> str | None:
+def why_not(config: RunConfig, knobs: Knobs, machine: Machine | None, record: ProbeRecord | None = None) -> str | None:
     """The rule that a combination breaks, in one sentence; None for a legal one. Memory is left to the models."""
     try:
         changed, baseline = with_knobs(config, knobs), knobs_of(config, knobs)

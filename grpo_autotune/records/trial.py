@@ -111,6 +111,7 @@ class TrialOutcome(Frozen):
     device_memory: DeviceMemory | None = None  # on CUDA the figures behind it, and those of the whole device
     # most that the process could have held under a limit on its addresses; None without one
     most_bytes: int | None = None
+    rung: str | None = None  # for `oom`: the first change that needs less memory and learns the same, in words
     overshoot_bytes: int | None = None  # for `oom`: memory asked for beyond what there was, where the error said so
     startup_s: float | None = None  # seconds from the request to the first step's begin
     elapsed_s: float = 0.0  # seconds of the whole trial, as the parent saw them

@@ -42,6 +42,7 @@ class EngineFailure(NamedTuple):
     needed_bytes: int | None = None  # memory that it asked for, where vLLM says so
     available_bytes: int | None = None  # memory that there was for it
     longest: int | None = None  # the largest `max_model_len` that fits
+    too_large: bool = False  # True where a smaller share of memory is a remedy
 
     @property
     def overshoot_bytes(self) -> int | None:
@@ -104,12 +105,14 @@ def _share_of_gpu(text: str) -> EngineFailure:
     free = re.search(rf"\({NUMBER}/{NUMBER} GiB\)", text)
     asked = re.search(rf"utilization \({NUMBER}, {NUMBER} GiB\)", text)
     if free is None or asked is None:
-        return EngineFailure("oom", _first(text), SHARE, "Set it lower, or end what else holds memory")
+        fix = "Set it lower, or end what else holds memory"
+        return EngineFailure("oom", _first(text), SHARE, fix, too_large=True)
     available, total = _bytes(free[1]), _bytes(free[2])
     share = largest_share(available, total)
     fix = f"Set it to {share} or less" if share else "Nothing is free"
     what = f"{asked[1]} of memory is {_words(_bytes(asked[2]))}, and {_words(available)} of {_words(total)} is free"
-    return EngineFailure("oom", what, SHARE, f"{fix}, or end what else holds memory", _bytes(asked[2]), available)
+    fix = f"{fix}, or end what else holds memory"
+    return EngineFailure("oom", what, SHARE, fix, _bytes(asked[2]), available, too_large=True)
 
 
 def _space_on_cpu(text: str) -> EngineFailure:
@@ -145,7 +148,7 @@ def device_failure(text: str) -> EngineFailure:
     """The device's memory ran out inside vLLM, past its own checks."""
     what = f"the engine ran out of memory: {_first(text)}"
     fix = f"Set {SHARE}, vllm.max_num_seqs or vllm.max_num_batched_tokens lower, or vllm.enable_sleep_mode to true"
-    return EngineFailure("oom", what, SHARE, fix)
+    return EngineFailure("oom", what, SHARE, fix, too_large=True)
 
 
 def _changed_meanwhile(text: str) -> EngineFailure:

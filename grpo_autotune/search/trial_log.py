@@ -126,7 +126,7 @@ class TrialLog:
             step_s=step_s,
             predicted_s=predicted_s,
             peak_bytes=outcome.peak_bytes,
-            why=outcome.why,
+            why=f"{outcome.why}; less memory, as exact: {outcome.rung}" if outcome.rung else outcome.why,
             score=None if useful is None or step_s is None else useful / step_s,
             elapsed_s=outcome.elapsed_s,
             warm=outcome.warm,

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.knobs import with_knobs
 from grpo_autotune.train.runs.checkpoints import survey
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.train.trainer import TrainResult, run_training
@@ -128,6 +129,34 @@ def test_stopped_and_resumed(name: str, tiny: Tiny, tmp_path: Path, monkeypatch:
     again = run_training(config, tmp_path / "cut", resume=True)
     assert (again.resumed_from, again.steps) == (result.steps, whole.steps)
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+
+
+IN_PARTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "rollouts left": ("qwen3", {"num_iterations": 2, "steps_per_generation": 4}, 1),
+    "pictures left": ("qwen3_vl", {"num_iterations": 2, "steps_per_generation": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_resumed_with_half_the_micro_batch(
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on at the right row, and learns what a run does that had the half from the beginning."""
+    kind, grpo, call = IN_PARTS[name]
+    make = picture_config if kind.endswith("vl") else text_config
+    config = make(tiny(kind), tmp_path, **grpo)
+    half = with_knobs(config, {"grpo.per_device_train_batch_size": 2})
+    result = stopped(config, tmp_path / "cut", monkeypatch, call)
+    assert result.signum == signal.SIGTERM
+    run_training(half, tmp_path / "cut", resume=True)
+    run_training(half, tmp_path / "whole")
+    lines, expected = (
+        [{key: value for key, value in line.items() if isinstance(value, float)} for line in log_lines(tmp_path / run)]
+        for run in ("cut", "whole")
+    )
+    assert len(lines) == 4 and lines == [pytest.approx(line, rel=1e-4, abs=1e-6) for line in expected]
+    for key in ("reward", "num_tokens"):  # the very same completions
+        assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
 
 
 def test_torn_checkpoint(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ def test_memory_that_runs_out_in_step_3(attempt: Callable[..., TrialOutcome]) ->
     assert outcome.why is not None and "DefaultCPUAllocator" in outcome.why
     assert outcome.overshoot_bytes is not None and 1 << 45 < outcome.overshoot_bytes < 1 << 46
     assert outcome.peak_bytes is not None and outcome.startup_s is not None
+    assert outcome.rung == "grpo.per_device_train_batch_size 2"
 
 
 def test_memory_that_runs_out_at_the_start(

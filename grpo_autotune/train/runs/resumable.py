@@ -19,7 +19,12 @@ from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
-from trl.trainer.utils import strip_images_from_messages
+from trl.trainer.utils import (
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    strip_images_from_messages,
+    unsplit_pixel_values_by_grid,
+)
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.train.runs.checkpoints import seal
@@ -129,16 +134,27 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch cannot restore to "cpu:0"
         state = torch.load(path, map_location=device, weights_only=True) if path.is_file() else {}
         self.carried.update(state.get("carried", {}))
-        if state.get("world_size") != self.args.world_size:
+        parts = self._parts(state)
+        if state.get("world_size") != self.args.world_size or not parts:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
-        self._step = state["micro_step"]
-        self._buffered_inputs = state["rollouts"]
+        self._step = state["micro_step"] * parts
+        self._buffered_inputs = in_parts(state["rollouts"], parts)
         for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, metrics)
         self._restore_completions(json.loads(state["completions"]))
         self._resumed_losses = {name: state[name] for name in ("loss_sum", "last_logged")}
         self._load_reference(Path(checkpoint))
+
+    def _parts(self, state: dict[str, Any]) -> int:
+        """Micro batches that one of a saved state's is here, at the same rows per step and generation; 0 for none."""
+        (micro, *counts), (micro_here, *counts_here) = state.get("batch", self._batch()), self._batch()
+        parts, rest = divmod(micro, micro_here)
+        return parts if not rest and [count * parts for count in counts] == counts_here else 0
+
+    def _batch(self) -> list[int]:
+        args = self.args
+        return [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation]
 
     def restore_losses(self) -> None:
         """Put back the losses since the last log event; transformers zeroes them when training begins."""
@@ -193,6 +209,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         return {
             "world_size": self.args.world_size,
             "micro_step": self._step,
+            "batch": self._batch(),
             "carried": self.carried,
             "rollouts": self._buffered_inputs if self._step % period else None,
             "metrics": {mode: {name: list(values) for name, values in m.items()} for mode, m in self._metrics.items()},
@@ -273,6 +290,14 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         if self._trainer.must_end or (request is not None and request.agreed):
             control.should_save = control.should_save or request is not None  # a trial saves nothing
             control.should_training_stop = True
+
+
+def in_parts(rollouts: list[dict[str, Any]] | None, parts: int) -> list[dict[str, Any]] | None:
+    """Micro batches of a generation cut into equal parts, their rows in order, as TRL cuts a generation."""
+    if rollouts is None or parts == 1:
+        return rollouts
+    cut = (part for batch in rollouts for part in split_tensor_dict(split_pixel_values_by_grid(batch), parts))
+    return [unsplit_pixel_values_by_grid(part) for part in cut]
 
 
 def _finite(value: torch.Tensor | float | None) -> bool:

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from grpo_autotune.config.batch import batch_plan
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware.out_of_memory import kernel_kills
+from grpo_autotune.knobs.ladder import next_rung
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.trials.endings import ending_of_exit
 from grpo_autotune.trials.parent.folder import prepare_folder, read_outcome
@@ -181,8 +183,17 @@ class Runner(AbstractContextManager["Runner"]):
         written = read_outcome(attempt.folder, attempt.spec, ending)
         started_s = None if attempt.startup_s is None else attempt.startup_s + server_s
         elapsed_s, warm = attempt.elapsed_s + server_s, written.warm and not server_s
-        update = {"elapsed_s": elapsed_s, "startup_s": started_s, "warm": warm}
+        update = {"elapsed_s": elapsed_s, "startup_s": started_s, "warm": warm, "rung": _rung(attempt.spec, written)}
         return self._written(written.model_copy(update=update), attempt.folder)
+
+
+def _rung(spec: TrialSpec, outcome: TrialOutcome) -> str | None:
+    """The first rung that a training with `on_oom: ladder` would go down, where a trial ran out of memory."""
+    if outcome.status != "oom" or spec.script is not None or spec.world_size > 1:
+        return None
+    config = RunConfig.from_dict({**spec.config, "on_oom_allow": []})
+    knobs = next_rung(config, None) or {}
+    return ", ".join(f"{key} {value}" for key, value in knobs.items()) or None
 
 
 def ignore(progress: object) -> None:
