@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from grpo_autotune.config.sections.rewards import RewardItem
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.knobs.table import grpo_value
-from grpo_autotune.records.data import DataView, PromptTokens, ReferenceScores, ShownImage, ShownRow
+from grpo_autotune.records.data import DataView, ReferenceScores, ShownImage, ShownRow
 from grpo_autotune.registry import resolve
 from grpo_autotune.render.data import render_data
 from grpo_autotune.seams.layers import is_async
@@ -34,7 +33,6 @@ LOOKED_AT, WITH_IMAGES = 400, 40
 NARROWEST = 60
 
 Row = Mapping[str, Any]
-Scores = Mapping[int, float | None]
 
 
 def show_data(config: RunConfig, *, count: int, asked: Sequence[int], full: bool, as_json: bool) -> int:
@@ -66,47 +64,40 @@ def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
     check_images(processor, train.column_names)
     options = grpo_value("chat_template_kwargs", config) or {}
     train = fit_prompts(train, processor, options, config.data.path, say)
-    shown, looked_at = _numbers(
-        len(train), count, asked, WITH_IMAGES if image_columns(train.column_names) else LOOKED_AT
-    )
-    rows = {number: train[number] for number in looked_at}
+    order = random.Random(0).sample(range(len(train)), len(train))
+    if beyond := [number for number in asked if number >= len(train)]:
+        raise ConfigError(f"there are {len(train)} rows", where=f"--row {beyond[0]}", fix="Count from 0.")
+    shown = sorted(asked or list(dict.fromkeys([0, len(train) - 1, *order]))[:count])
+    sample = order[: WITH_IMAGES if image_columns(train.column_names) else LOOKED_AT]
+    rows = {number: train[number] for number in sorted({*shown, *sample})}
     ids = {number: _prompt_ids(processor, row, options) for number, row in rows.items()}
     columns = [name for name in train.column_names if name not in KEPT_BY_TRL]
-    with asyncio.Runner() as runner:
-        scored = [
-            _scored(runner, item, function, name, columns, rows, processor)
-            for item, function, name in zip(config.rewards, functions, names, strict=True)
-        ]
-    used = {"dataset" for _ in config.data.mix}.union(*({one.reference, *one.reads} for one, _ in scored))
-    sets = held_out if isinstance(held_out, Mapping) else {"": held_out} if held_out is not None else {}
+    scored = [
+        _scored(item, function, name, columns, rows, processor)
+        for item, function, name in zip(config.rewards, functions, names, strict=True)
+    ]
+    used = {"dataset" for _ in config.data.mix}.union(*({one.reference, *one.reads} for one in scored))
+    sets = held_out if isinstance(held_out, Mapping) else {} if held_out is None else {"": held_out}
     return DataView(
         source=config.data.path,
         rows=len(train),
         held_out={name: len(one) for name, one in sets.items()},
         columns=train.column_names,
-        prompt_tokens=_quantiles([len(one) for one in ids.values()]),
+        prompt_tokens={number: len(one) for number, one in ids.items()},
         shown=[
             ShownRow(
                 row=number,
                 text=_text(processor, ids[number]),
-                tokens=len(ids[number]),
-                images=[_image(processor, image) for image in _images(rows[number])],
+                images=[
+                    ShownImage(width=image.width, height=image.height, tokens=image_tokens(processor, *image.size))
+                    for image in _images(rows[number])
+                ],
                 columns={name: str(rows[number][name]) for name in columns if name in used},
-                scores={one.name: scores[number] for one, scores in scored if number in scores},
             )
             for number in shown
         ],
-        rewards=[one for one, _ in scored],
+        rewards=scored,
     )
-
-
-def _numbers(rows: int, count: int, asked: Sequence[int], sample: int) -> tuple[list[int], list[int]]:
-    """Numbers of the rows to show, and of those to look at besides."""
-    if beyond := [number for number in asked if number >= rows]:
-        raise ConfigError(f"there are {rows} rows", where=f"--row {beyond[0]}", fix="Count from 0.")
-    order = random.Random(0).sample(range(rows), rows)
-    shown = sorted(set(asked) or {*list(dict.fromkeys([0, rows - 1, *order]))[:count]})
-    return shown, sorted({*shown, *order[:sample]})
 
 
 def _prompt_ids(processor: Any, row: Row, options: Mapping[str, Any]) -> Sequence[int]:
@@ -135,10 +126,6 @@ def _images(row: Row) -> list[Any]:
     return [image for one in held for image in (one if isinstance(one, list) else [one]) if image is not None]
 
 
-def _image(processor: Any, image: Any) -> ShownImage:
-    return ShownImage(width=image.width, height=image.height, tokens=image_tokens(processor, *image.size))
-
-
 def _text(processor: Any, ids: Sequence[int]) -> str:
     """Tokens as text; of several image tokens in a row, one and their number."""
     text = str(getattr(processor, "tokenizer", processor).decode(ids))
@@ -146,55 +133,44 @@ def _text(processor: Any, ids: Sequence[int]) -> str:
     return re.sub(f"({re.escape(sign)})+", lambda run: f"{sign} x{len(run[0]) // len(sign)}", text) if sign else text
 
 
-def _quantiles(counts: Sequence[int]) -> PromptTokens:
-    p95 = sorted(counts)[math.ceil(0.95 * len(counts)) - 1]
-    median = statistics.median(counts)
-    return PromptTokens(rows=len(counts), least=min(counts), median=median, p95=p95, most=max(counts))
-
-
 def _scored(
-    runner: asyncio.Runner,
     item: RewardItem,
     function: Callable[..., Any],
     name: str,
     columns: Sequence[str],
     rows: Mapping[int, Row],
     processor: Any,
-) -> tuple[ReferenceScores, Scores]:
-    """The scores of one reward for the reference answers of rows by their number, and what they come to."""
+) -> ReferenceScores:
+    """The scores of one reward for the reference answers of rows, given by their number."""
     from grpo_autotune.train.rewards.without_model import is_asking, keywords
 
     reads = _reads(item, function, columns)
-    own = next((column for column in (item.params.get("column"), *ANSWERS, *reads) if column in reads), None)
-    reference = own or next((column for column in ANSWERS if column in columns), None)
+    its_column = next((column for column in (item.params.get("column"), *ANSWERS, *reads) if column in reads), None)
+    reference = its_column or next((column for column in ANSWERS if column in columns), None)
     texts = {number: str(row[reference]) for number, row in rows.items() if reference and row[reference] is not None}
-    scores, note = dict[int, float | None](), None if texts else "the data has no reference answer"
+    note = None if texts else "the data has no reference answer"
     if is_asking(function):
         texts, note = {}, "not asked: it calls an endpoint (`grpo-autotune probe --rewards-only` does)"
+    scores = dict[int, float | None]()
     if texts:
         encoded = getattr(processor, "tokenizer", processor)(list(texts.values()), add_special_tokens=False)
         batch = keywords([rows[number] for number in texts], list(texts.values()))
         try:
-            result = function(**{**batch, "completion_ids": encoded["input_ids"]})
-            scores = dict(zip(texts, runner.run(result) if is_async(function) else result, strict=True))
+            result: Any = function(**{**batch, "completion_ids": encoded["input_ids"]})
+            result = asyncio.run(result) if is_async(function) else result
+            scores = {n: None if v is None else float(v) for n, v in zip(texts, result, strict=True)}
         except AutotuneError as error:
             note = str(error)
-    values = {number: float(value) for number, value in scores.items() if value is not None and math.isfinite(value)}
+    values = {number: value for number, value in scores.items() if value is not None and math.isfinite(value)}
     is_ours = resolve("reward", item.name).__module__.startswith("grpo_autotune.")  # with a best score of 1
     best = max([*values.values(), *[1.0][:is_ours]], default=1.0)
-    below = [number for number, value in values.items() if own and value < best - 1e-9]
-    if below:
+    below = [number for number, value in values.items() if its_column and value < best - 1e-9]
+    if scores and not values:
+        note = "it gives no score to any"
+    elif below:
         note = f"its own reference has less than {best:g} in {plural(len(below), 'row')}, the first row {below[0]}"
-    summary = ReferenceScores(
-        name=name,
-        reads=reads,
-        reference=reference if texts else None,
-        rows=len(values),
-        mean=statistics.fmean(values.values()) if values else None,
-        least=min(values.values(), default=None),
-        note=note,
-    )
-    return summary, {number: values.get(number) for number in scores}
+    scores = {number: values.get(number) for number in scores}
+    return ReferenceScores(name=name, reads=reads, reference=reference if texts else None, scores=scores, note=note)
 
 
 def _reads(item: RewardItem, function: Any, columns: Sequence[str]) -> list[str]:

@@ -20,8 +20,6 @@ from grpo_autotune.registry import is_reference, names
 
 DEFAULT_FILE = "datasets.yaml"
 HELD_OUT = ("eval_path", "eval_split", "split_ratio", "eval")
-ALIKE = ("name", "revision", "columns", "prompt_template", "prompt_format", "system_prompt", "image_root", "params")
-"""Keys of which a configuration has one value for the rows it trains on and those held out."""
 
 Values = Mapping[str, Any]
 
@@ -34,9 +32,9 @@ def with_named_data(values: Values, folder: Path) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         return dict(values)
     file = section.get("registry")
-    if isinstance(file, str) and not is_file(file):
+    if file is not None and not (isinstance(file, str) and is_file(file)):
         raise ConfigError(f"there is no file {file}", where="data.registry", fix=f"Paths start from {Path.cwd()}.")
-    places = [folder / DEFAULT_FILE, Path(DEFAULT_FILE)] if file is None else [Path(str(file)).expanduser()]
+    places = [folder / DEFAULT_FILE, Path(DEFAULT_FILE)] if file is None else [Path(file).expanduser()]
     registry = next((Registry(place, _entries(place), file is not None) for place in places if is_file(place)), None)
     return {**values, "data": (registry or Registry(places[-1], {})).resolved(section)}
 
@@ -63,9 +61,9 @@ class Registry:
         result = {key: value for key, value in _over(entry or {}, section).items() if key != "registry"}
         if entry is not None:
             result["path"] = entry.get("path", name)
-        self._held_out(result, result, "data.eval_path")
+        self._held_out(result, ("eval_path", "eval_split"), "data.eval_path")
         for name, one in _named_sets(result):
-            self._held_out(one, result, f"data.eval.{name}.path")
+            self._held_out(one, ("path", "split"), f"data.eval.{name}.path")
         if "mix" in result:
             place = "data.mix" if entry is None else f"{self.file}: {name}.mix"
             passed_on = {key: result.pop(key) for key in OF_PARTS if key in result and key != "eval"}
@@ -81,30 +79,26 @@ class Registry:
         for name, value in mix.items():
             if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
                 raise ConfigError(f"{value!r} is no weight", where=f"{place}.{name}", fix="Write a number above 0.")
-            own = dict(value) if isinstance(value, Mapping) else {"weight": value}
-            path = own.get("path", name)
-            entry = self._entry(path, f"{place}.{name}", must_be="path" not in own and bool(self.entries)) or {}
+            keys = dict(value) if isinstance(value, Mapping) else {"weight": value}
+            path = keys.get("path", name)
+            entry = self._entry(path, f"{place}.{name}") or {}
             if "mix" in entry:
                 raise ConfigError(f"{path} is a mixture itself", where=f"{place}.{name}", fix="Name its data sets.")
-            parts[str(name)] = _over(_over(entry, passed_on), {**own, "path": entry.get("path", path)})
+            parts[str(name)] = _over(_over(entry, passed_on), {**keys, "path": entry.get("path", path)})
         return parts
 
-    def _held_out(self, one: dict[str, Any], section: Values, place: str) -> None:
-        """Put path and split of an entry in place of its name; ConfigError where its rows are read in another way."""
-        key, split = ("eval_path", "eval_split") if one is section else ("path", "split")
-        entry = self._entry(one.get(key), place) if one.get(key) in self.entries else None
+    def _held_out(self, one: dict[str, Any], keys: tuple[str, str], place: str) -> None:
+        """Put path and split of an entry in place of its name."""
+        key, split = keys
+        entry = self._entry(one.get(key), place)
         if entry is not None:
-            differing = [name for name in ALIKE if entry.get(name) != section.get(name)]
-            if differing:
-                told = f"{one[key]} is read in another way than data.path ({', '.join(differing)})"
-                raise ConfigError(told, where=place, fix=f"Make these keys alike in {self.file}.")
             one |= {key: entry["path"], split: one.get(split) or entry.get("split", "train")}
 
-    def _entry(self, name: Any, place: str, *, must_be: bool = False) -> dict[str, Any] | None:
+    def _entry(self, name: Any, place: str) -> dict[str, Any] | None:
         """An entry, judged, its places from the registry's folder; None for what is no name. ConfigError for a name
         that is not there, `place` being the key path that holds it."""
         if not isinstance(name, str) or name not in self.entries:
-            self._check_absent(name, place, must_be=must_be)
+            self._check_absent(name, place)
             return None
         entry, where = self.entries[name], f"{self.file}: {name}"
         if name in names("dataset"):
@@ -129,12 +123,12 @@ class Registry:
             return path
         return f"./{near}" if str(near) in self.entries else str(near)
 
-    def _check_absent(self, name: Any, place: str, *, must_be: bool) -> None:
+    def _check_absent(self, name: Any, place: str) -> None:
         known = [*map(str, self.entries), *names("dataset")]
         if not isinstance(name, str) or "/" in name or name in known or is_reference(name):
             return
         hint = nearest_hint(name, map(str, self.entries))
-        if (hint or must_be or self.asked_for) and not is_file(name) and not is_folder(name):
+        if (hint or self.asked_for) and not is_file(name) and not is_folder(name):
             fix = hint or f"Data sets of {self.file}: {', '.join(known)}."
             raise ConfigError(f"there is no data set {name}", where=place, fix=fix)
 

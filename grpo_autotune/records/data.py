@@ -24,20 +24,8 @@ class ShownRow(Frozen):
 
     row: int  # among the training rows, counted from 0
     text: str  # the prompt's tokens as text, the chat template's included; of an image's, the first and their number
-    tokens: int
     images: list[ShownImage]
     columns: dict[str, str]  # those that rewards read -> value as text
-    scores: dict[str, float | None]  # reward -> score of the reference; None where it gives none
-
-
-class PromptTokens(Frozen):
-    """Tokens of prompts, images included, of some rows."""
-
-    rows: int
-    least: int
-    median: float
-    p95: float
-    most: int
 
 
 class ReferenceScores(Frozen):
@@ -46,20 +34,18 @@ class ReferenceScores(Frozen):
     name: str
     reads: list[str]  # columns of the data
     reference: str | None  # the column that was scored; None where there is none, or nothing was asked
-    rows: int  # that have a score
-    mean: float | None
-    least: float | None
-    note: str | None  # sentence: it was not scored, or rows whose own reference has less than the best score
+    scores: dict[int, float | None]  # row -> score, of all that were looked at
+    note: str | None  # why it was not scored, or of rows whose own reference has less than the best score
 
 
 class DataView(Document):
-    """What the model will see of a configuration's data, and what rewards say of the reference answers."""
+    """A configuration's data as the model will see it, and scores of its reference answers."""
 
     schema_: Literal["grpo-autotune/data/1"] = Field(default=SCHEMA, alias="schema")
     source: str  # `data.path`
     rows: int  # to train on; of a mixture or of branches with shares, those of an epoch
     held_out: dict[str, int]  # rows by set; one that is not named has an empty name
     columns: list[str]
-    prompt_tokens: PromptTokens
+    prompt_tokens: dict[int, int]  # row -> tokens, images included, of all that were looked at
     shown: list[ShownRow]
     rewards: list[ReferenceScores]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator
 
 from rich import box
@@ -24,21 +26,23 @@ def render_data(view: DataView, width: int, *, full: bool) -> str:
 
 
 def _parts(view: DataView, *, full: bool) -> Iterator[RenderableType]:
-    sets = [f"{plural(view.rows, 'row')} to train on"]
-    sets += [f"{count} held out{f' as {name}' if name else ''}" for name, count in view.held_out.items()]
-    yield Text(f"{view.source}: {listing(sets)}")
+    sets = [f"{count} held out{f' as {name}' if name else ''}" for name, count in view.held_out.items()]
+    yield Text(f"{view.source}: {listing([plural(view.rows, 'row') + ' to train on', *sets])}")
     yield Text(f"Columns: {', '.join(view.columns)}")
-    t = view.prompt_tokens
-    numbers = f"{t.least} to {t.most}, median {amount(t.median)}, 95% have at most {amount(t.p95)}"
-    yield Text(f"Prompt tokens, images included: {numbers} ({plural(t.rows, 'row')} looked at)")
+    tokens = sorted(view.prompt_tokens.values())
+    p95 = tokens[math.ceil(0.95 * len(tokens)) - 1]
+    numbers = f"{tokens[0]} to {tokens[-1]}, median {amount(statistics.median(tokens))}, 95% have at most {p95}"
+    yield Text(f"Prompt tokens, images included: {numbers} ({plural(len(tokens), 'row')} looked at)")
     for row in view.shown:
-        yield from section(f"Row {row.row}, {plural(row.tokens, 'token')}", list(_row(row, full=full)))
+        title = f"Row {row.row}, {plural(view.prompt_tokens[row.row], 'token')}"
+        yield from section(title, [*_row(row, full=full), f"scores of the reference: {_scores(view, row.row)}"])
     yield Text("\nThe reference answers as completions", style="bold")
     table = Table("reward", "reads", "scored", "rows", "mean", "least", box=box.SIMPLE_HEAD, pad_edge=False)
     for one in view.rewards:
-        figures = ["" if value is None else amount(value) for value in (one.mean, one.least)]
-        scored = one.reference or "nothing"
-        table.add_row(one.name, ", ".join(one.reads) or "the completion alone", scored, str(one.rows), *figures)
+        scores = [score for score in one.scores.values() if score is not None]
+        figures = [amount(statistics.fmean(scores)), amount(min(scores))] if scores else []
+        reads = ", ".join(one.reads) or "the completion alone"
+        table.add_row(one.name, reads, one.reference or "nothing", str(len(scores)), *figures)
     yield Padding(table, (0, 0, 0, 2))
     yield from (Padding(Text(f"{one.name}: {one.note}"), (0, 0, 0, 2)) for one in view.rewards if one.note)
 
@@ -47,10 +51,12 @@ def _row(row: ShownRow, *, full: bool) -> Iterator[str]:
     yield from (f"| {line}" for line in _cut(row.text, MOST, full=full).split("\n"))
     for image in row.images:
         yield f"image: {image.width} x {image.height}" + ("" if image.tokens is None else f", {image.tokens} tokens")
-    for name, value in row.columns.items():
-        yield f"{name}: {_cut(value, MOST_OF_VALUE, full=full)}"
-    scores = (f"{name} {'none' if score is None else amount(score)}" for name, score in row.scores.items())
-    yield f"scores of the reference: {', '.join(scores) or 'none'}"
+    yield from (f"{name}: {_cut(value, MOST_OF_VALUE, full=full)}" for name, value in row.columns.items())
+
+
+def _scores(view: DataView, row: int) -> str:
+    scores = {one.name: one.scores[row] for one in view.rewards if row in one.scores}
+    return ", ".join(f"{name} {'none' if score is None else amount(score)}" for name, score in scores.items()) or "none"
 
 
 def _cut(text: str, most: int, *, full: bool) -> str:
