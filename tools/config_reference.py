@@ -57,8 +57,8 @@ DATA_NOTES = """\
 - Named data sets, mixtures, drawn rows, files of other trainers, and `grpo-autotune data`, which shows what the model will
   see: [data.md](data.md).
 - `digits` is the one registered data set that comes with the package (the demo's).
-- Relative paths start from the current folder; image paths inside a data file start from that file's folder,
-  or from `image_root`.
+- Relative paths start from the current folder; image paths inside a data file start from that file's folder, or from
+  `image_root`.
 - A prompt is text (it becomes a user message) or a list of messages, also as JSON in a table of text; the content of a
   message is text or a list of parts (`{type: text, text: ...}`, `{type: image}`). One column may mix them; keys that
   are null do not count.

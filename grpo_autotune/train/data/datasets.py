@@ -117,7 +117,7 @@ def read_split(
     root = base if data.image_root is None else Path(data.image_root).expanduser()
     image_size = config.data.image_size or data.image_size
     with _numbered(numbers if rows is kept else {}, progress) as tell:
-        finished, held = _columns(rows, data, path, key.removesuffix(".eval_path").removesuffix(".path"))
+        finished, held = _columns(rows, data, path, key.partition(".eval")[0].removesuffix(".path"))
         try_size = size_check(config.model, tell)
         return prepare_images(finished, image_size, root.absolute(), path, tell, held, try_size)
 
