@@ -67,7 +67,7 @@ def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
     order = random.Random(0).sample(range(len(train)), len(train))
     if beyond := [number for number in asked if number >= len(train)]:
         raise ConfigError(f"there are {len(train)} rows", where=f"--row {beyond[0]}", fix="Count from 0.")
-    shown = sorted(asked or list(dict.fromkeys([0, len(train) - 1, *order]))[:count])
+    shown = sorted(set(asked) or list(dict.fromkeys([0, len(train) - 1, *order]))[:count])
     sample = order[: WITH_IMAGES if image_columns(train.column_names) else LOOKED_AT]
     rows = {number: train[number] for number in sorted({*shown, *sample})}
     ids = {number: _prompt_ids(processor, row, options) for number, row in rows.items()}
