@@ -4,7 +4,8 @@ A message is one printable line of at most `LONGEST` characters: what is wrong, 
 what to do. For a name that does not exist `nearest` finds the one that was probably meant.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 LONGEST = 370
 """Characters of a message; the command's name and a rank's number still fit in front of it in 400."""
@@ -70,6 +71,11 @@ def printable(text: str) -> str:
     """The text in one line, white space as single spaces, and each control character as its escape."""
     line = " ".join(text.split())
     return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def with_row_numbers(text: str, numbers: Mapping[int, int]) -> str:
+    """A text in which each "row 3" is the row of that place in `numbers`, by its number there."""
+    return re.sub(r"\brow (\d+)", lambda row: f"row {numbers.get(int(row[1]), row[1])}", text)
 
 
 def shortened(text: str, most: int) -> str:

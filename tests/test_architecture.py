@@ -44,6 +44,7 @@ FLOORS = {
         ("messages",),
         ("sections",),
         ("batch", "places", "reward_arguments", "sampling", "sources", "yaml_text"),
+        ("registry_file",),
         ("schema",),
         ("packages",),
     ),

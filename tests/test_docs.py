@@ -204,8 +204,14 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=name_of)
 def test_yaml_loads(block: Block, tmp_path: Path) -> None:
-    """A whole configuration as it is; some sections in place of the demo's."""
+    """A whole configuration as it is; some sections in place of the demo's; each name of a registry."""
     given = yaml.safe_load(block.text)
+    if block.text.startswith("# datasets.yaml"):
+        (tmp_path / "datasets.yaml").write_text(block.text)
+        for name in given:
+            data = json.dumps({"path": name, "registry": str(tmp_path / "datasets.yaml")})
+            assert load_config("demo", [f"data={data}"]).data.path in (name, given[name].get("path"))
+        return
     if not {"model", "data", "rewards"} <= set(given):
         whole = yaml.safe_load((ROOT / "profiles" / "demo.yaml").read_text())
         for section, values in given.items():

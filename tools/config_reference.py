@@ -54,8 +54,11 @@ grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length
 """
 
 DATA_NOTES = """\
+- Named data sets, mixtures, drawn rows, files of other trainers, and the command that shows what the model will see:
+  [data.md](data.md).
 - `digits` is the one registered data set that comes with the package (the demo's).
-- Relative paths start from the current folder; image paths inside a data file start from that file's folder.
+- Relative paths start from the current folder; image paths inside a data file start from that file's folder, or from
+  `image_root`.
 - A prompt is text (it becomes a user message) or a list of messages, also as JSON in a table of text; the content of a
   message is text or a list of parts (`{type: text, text: ...}`, `{type: image}`). One column may mix them; keys that
   are null do not count.

@@ -35,7 +35,7 @@ def options(
 def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
     """A configuration whose mistakes are said before the command's own imports, which take seconds."""
     from grpo_autotune.commands.doctor import preflight
-    from grpo_autotune.commands.early import check_model
+    from grpo_autotune.commands.early import check_inputs, check_model
     from grpo_autotune.config.schema import load_config
     from grpo_autotune.config.sources import resolve_source
     from grpo_autotune.records.trial import TRIAL_ARGUMENTS
@@ -49,6 +49,8 @@ def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
         config = settled(config, say)
     if purpose == "serve":  # it needs neither data nor rewards
         check_model(config)
+    elif purpose == "data":
+        check_inputs(config)
     elif purpose != "doctor":  # which tells all of it
         preflight(config, {} if purpose == "train" else TRIAL_ARGUMENTS)
     return config

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from grpo_autotune.cli.app import Action, app, load, print_reports
-from grpo_autotune.commands.options import Json, Set
+from grpo_autotune.commands.options import Checked, Json, Set
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 
@@ -141,5 +141,25 @@ def plan(
         result = plan_run(loaded or stored, samples, memory, output, with_eval=with_eval, html=html, phases=phases)
         show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_plan(result))
         return 0
+
+    return action
+
+
+@app.command()
+def data(
+    config: Checked = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show: the first, the last and random ones.")] = 3,
+    row: Annotated[list[int] | None, typer.Option(metavar="N", min=0, help="Show this row, counted from 0.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    set_: Set = None,
+    json_: Json = False,
+) -> Action:
+    """Show what the model will see of the data, and what rewards say of the reference answers."""
+
+    def action() -> int:
+        loaded = load(config, set_, "data")
+        from grpo_autotune.commands.data import show_data
+
+        return show_data(loaded, count=rows, asked=row or [], full=full, as_json=json_)
 
     return action

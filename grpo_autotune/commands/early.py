@@ -23,10 +23,15 @@ def check_early(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     for name in filter(is_reference, chosen(config.speedups)):
         source_of("speedup", name)
     check_keys(config.search)
+    check_inputs(config)
+    check_packages(config, overrides)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Refuse a reward or its parameter, a file, a split or a model that does not exist, and an empty file of data."""
     check_rewards(config)
     _check_data(config)
     check_model(config)
-    check_packages(config, overrides)
 
 
 def check_model(config: RunConfig) -> None:
@@ -41,14 +46,15 @@ def check_model(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data = config.data
-    check_data_place(data.path, name=data.name, revision=data.revision, params=data.params, where="data.path")
-    check_split(data.path, data.split, "data.split")
-    for name, one in data.held_out.items():
-        key = f"data.eval.{name}." if name else "data.eval_"
-        if one.path is not None:
-            check_data_place(one.path, name=None, revision=None, params=None, where=f"{key}path")
-        check_split(one.path or data.path, one.split, f"{key}split")
+    for place, one in config.data.sources.items():
+        key = f"{place}.path"
+        check_data_place(one.path, name=one.name, revision=one.revision, params=one.params, where=key)
+        check_split(one.path, one.split, f"{place}.split")
+        for name, held_out in one.held_out.items():
+            key = f"{place}.eval.{name}." if name else f"{place}.eval_"
+            if held_out.path is not None:
+                check_data_place(held_out.path, name=None, revision=None, params=None, where=f"{key}path")
+            check_split(held_out.path or one.path, held_out.split, f"{key}split")
 
 
 def load_script(config: str | None, script: str, overrides: list[str] | None) -> tuple[RunConfig, list[str]]:

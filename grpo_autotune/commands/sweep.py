@@ -26,16 +26,15 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
     with output_aside() if as_json else nullcontext(), asyncio.Runner() as runner:
         set_environment()
         mend_torchvision()
-        from grpo_autotune.train.data.datasets import read_split
+        from grpo_autotune.train.data.datasets import training_rows
         from grpo_autotune.train.rewards.remote.replies import aclose
 
-        data = config.data
-        rows = read_split(
-            config, data.path, data.split, min(MOST_ROWS, data.max_samples or MOST_ROWS), say, "data.path"
-        )
+        rows = training_rows(config, say, lambda rows: rows.select(range(min(MOST_ROWS, len(rows)))))
         column = next((name for name in ANSWERS if name in rows.column_names), None)
         if column is None:
-            raise ConfigError(f"the data has no column {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}", where=data.path)
+            raise ConfigError(
+                f"the data has no column {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}", where=config.data.path
+            )
         texts = list(map(str, rows[column][:]))
         of_reward = _rows_of_rewards(config, rows)
         settings = [
@@ -47,7 +46,7 @@ def show_sweep(config: RunConfig, *, as_json: bool) -> int:
     if not settings:
         fix = "Without --rewards-only, `grpo-autotune probe` measures the others."
         raise ConfigError("none is a judge or a service", where="rewards", fix=fix)
-    swept = Sweep(source=f"column {column} of {data.path}", settings=settings)
+    swept = Sweep(source=f"column {column} of {config.data.path}", settings=settings)
     show(swept.model_dump_json(indent=2) if as_json else render_sweep(swept.settings, swept.source))
     return 0
 

@@ -19,6 +19,7 @@ ACCEPTED = {
     "too_short": "at least {min_length} item",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "at least {ge}",
+    "less_than": "a number below {lt}",
     "less_than_equal": "at most {le}",
     "finite_number": "a finite number",
 }

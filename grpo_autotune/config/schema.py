@@ -16,6 +16,7 @@ from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_keys, peft_keys
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.places import trained_adapter
+from grpo_autotune.config.registry_file import with_named_data
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.sections.data import DataSection
@@ -155,7 +156,10 @@ class RunConfig(Section):
         if self.branches is not None:
             start_weights(self.branches, self.grpo)
             judged_branches(self.branches, self.rewards)
-        on_start, fix = bool(self.grpo.get("eval_on_start")), "Set data.eval_split, data.eval_path or data.eval."
+        on_start, fix = (
+            bool(self.grpo.get("eval_on_start")),
+            "Set data.eval_split, data.eval_path, data.eval or data.split_ratio.",
+        )
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
@@ -234,6 +238,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     values = _mapping(parse_yaml(read_source(path), label), label)
     for item in overrides:
         override(values, item)
+    values = with_named_data(values, path.parent)
     output = values.get("output") or {}
     if isinstance(output, dict) and output.get("name") is None:
         values["output"] = {**output, "name": path.stem}

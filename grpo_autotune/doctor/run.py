@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from grpo_autotune.config.places import FILE_BUILDERS, HUB_ID
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import as_warning, say
 from grpo_autotune.doctor.finding import Finding, Findings, ok, told
-from grpo_autotune.errors import AutotuneError
+from grpo_autotune.errors import AutotuneError, with_row_numbers
 from grpo_autotune.files import is_folder
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import cached_file, model_config, stored_json
@@ -74,13 +73,13 @@ class Run:
         from grpo_autotune.train.runs.quiet import quieten
 
         quieten(bars=False)
-        path = self.config.data.path
-        cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
-        on_hub = "/" in path and HUB_ID.fullmatch(path) and Path(path).suffix not in FILE_BUILDERS
-        if on_hub and not cached and not is_folder(path):
-            return None
+        for path in (one.path for one in self.config.data.sources.values()):
+            cached = (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
+            on_hub = "/" in path and HUB_ID.fullmatch(path) and Path(path).suffix not in FILE_BUILDERS
+            if on_hub and not cached and not is_folder(path):
+                return None
         rows = load_data(self.config, lambda line: say(self.numbered(line)), self._choose)[0]
-        del self.looked_at[1:]
+        self.looked_at[:] = [range(len(rows))] if self.config.data.mix else self.looked_at[:1]
         return rows
 
     def _choose(self, rows: Any) -> Any:
@@ -95,8 +94,7 @@ class Run:
 
     def numbered(self, text: str) -> str:
         """A text of rows by their numbers in the set that was looked at last, the training rows once all are read."""
-        numbers = dict(enumerate(self.looked_at[-1])) if self.looked_at else {}
-        return re.sub(r"\brow (\d+)", lambda row: f"row {numbers.get(int(row[1]), row[1])}", text)
+        return with_row_numbers(text, dict(enumerate(self.looked_at[-1])) if self.looked_at else {})
 
     @cached_property
     def processor(self) -> Any:  # or tokenizer; None where `folder` is

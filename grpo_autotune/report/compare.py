@@ -29,7 +29,10 @@ PER_SPREAD = 0.7 / 1.349
 LEAST_SHARE, ALIKE = 0.01, 0.02
 """Share of the baseline's step that is the least difference, and of mean lengths up to which they count as one."""
 ON_HOST = ("data", "prompt", "tools", "reward", "log_save_eval", "other")  # stages that cores do, with a GPU too
-SAME_DATA = ("path", "name", "revision", "split", "prompt_template", "prompt_format", "system_prompt", "max_samples")
+SAME_DATA = (
+    *("path", "name", "revision", "split", "split_ratio", "subsample", "max_samples", "mix", "seed"),
+    *("prompt_template", "prompt_format", "system_prompt"),
+)
 
 
 class Run(NamedTuple):

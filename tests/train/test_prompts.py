@@ -141,7 +141,7 @@ def test_messages_in_a_table_of_text(tmp_path: Path) -> None:
         ([ASKED, {"role": "assistant", "content": None}], "row 1: a turn of the prompt is {'role': 'assistant'}"),
         ([{"role": "user", "content": []}], "row 1: a turn of the prompt is {"),
         ([{"content": "a"}], "row 1: a turn of the prompt is {'content': 'a'}"),
-        ([{"from": "human", "value": "a"}], "row 1: a turn of the prompt is {'from': "),
+        ([{"from": "human", "text": "a"}], "row 1: a turn of the prompt is {'from': "),
         ([{"role": "user", "content": [{"type": "text"}]}], "row 1: a turn of the prompt is {"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "row 1: a turn of the prompt is {"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "row 1: a turn of the prompt is {"),

@@ -17,11 +17,12 @@ class HeldOut(Section):
     split: str | None = None
 
 
-class DataSection(Section):
-    """The prompts, and the columns that rewards read."""
+class Source(Section):
+    """One data set: where its rows are, and how they are read."""
 
     path: str
-    """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, or hub id."""
+    """Registered data-set name, .json/.jsonl/.csv/.parquet file, image folder, saved `datasets` folder, hub id, or a
+    name in the registry (docs/data.md)."""
     name: str | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
     revision: str | None = None
@@ -32,37 +33,96 @@ class DataSection(Section):
     """Held-out data, where it is not a split of `path`."""
     eval_split: str | None = None
     """Held-out split of `eval_path` (there by default `test`, or a file's one split), or of `path` (`train[90%:]`)."""
-    eval: dict[str, HeldOut] = {}
-    """Instead of these two, several held-out sets: name -> mapping of `path` and `split`. Each reports its own
-    `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last set's."""
+    split_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of these two, the share of the rows of `split` that is drawn with `seed` and held out."""
     columns: dict[str, str] = {}
-    """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`)."""
+    """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`); a dot goes into
+    what a column holds: `reward_model.ground_truth`, `messages.0.content`, `conversations.:-1` (all but the last)."""
     prompt_template: str | None = None
     """Prompt as a format string over columns: `"{question} Answer with a number."`"""
     prompt_format: Literal["messages", "text"] = "messages"
     """Text as a user message, to which the chat template is applied; `text` gives the model the text as it is."""
     system_prompt: str | None = None
     """System message put before every prompt."""
+    subsample: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Number of rows to train on, or (below 1) their share, drawn with `seed` after `split_ratio`."""
     max_samples: int | None = Field(default=None, ge=1)
     """Number of rows to use, from the first."""
     max_eval_samples: int | None = Field(default=None, ge=1)
     """The same for held-out data."""
     image_size: int | None = Field(default=None, ge=1)
     """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
+    image_root: str | None = None
+    """Folder that relative image paths start from; by default that of the data file."""
     params: dict[str, Any] = {}
     """Arguments of a registered data-set function."""
 
     @property
     def held_out(self) -> dict[str, HeldOut]:
-        """Held-out sets by name; the one of `eval_path` and `eval_split` has an empty name."""
+        """Held-out sets by name; the one of `eval_path` and `eval_split`, or of `split_ratio`, has an empty name."""
         one = HeldOut(path=self.eval_path, split=self.eval_split)
-        return self.eval or ({} if one == HeldOut() else {"": one})
+        return {} if one == HeldOut() and self.split_ratio is None else {"": one}
+
+    @model_validator(mode="after")
+    def _draws_are_possible(self) -> Self:
+        if self.split_ratio is not None and (self.eval_path, self.eval_split) != (None, None):
+            raise ConfigError("it takes the place of eval_path and eval_split", where="data.split_ratio")
+        if self.subsample is not None and self.subsample >= 1 and self.subsample % 1:
+            what = f"{self.subsample} is neither a number of rows nor a share below 1"
+            raise ConfigError(what, where="data.subsample")
+        return self
+
+
+class Part(Source):
+    """One data set of a mixture."""
+
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """Its part of an epoch's rows, against the weights of the others."""
+
+
+class DataSection(Source):
+    """The prompts, and the columns that rewards read."""
+
+    eval: dict[str, HeldOut] = {}
+    """Instead of `eval_path` and `eval_split`, several held-out sets: name -> mapping of `path` and `split`. Each
+    reports its own `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last
+    set's."""
+    mix: dict[str, Part] = {}
+    """A mixture instead of one data set: name -> weight (a name in the registry), or mapping of `weight` and these
+    keys; `path` then is its title. A row's column `dataset` holds the name."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of `split_ratio`, `subsample` and the order of a mixture; that of training (`grpo.seed`) leaves it alone."""
+    registry: str | None = None
+    """File of named data sets; by default `datasets.yaml`, beside the configuration or in the current folder."""
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Data sets that are read, by their place in a configuration: this one, or the parts of the mixture."""
+        return {f"data.mix.{name}": part for name, part in self.mix.items()} or {"data": self}
+
+    @property
+    def held_out(self) -> dict[str, HeldOut]:
+        """Held-out sets by name; the one that is not named, a mixture's for instance, has an empty name."""
+        of_parts = {"": HeldOut()} if any(part.held_out for part in self.mix.values()) else {}
+        return self.eval or of_parts or super().held_out
 
     @model_validator(mode="after")
     def _sets_are_named(self) -> Self:
-        if self.eval and (self.eval_path, self.eval_split) != (None, None):
-            raise ConfigError("it takes the place of data.eval_path and data.eval_split", where="data.eval")
+        for key in self.model_fields_set & set(OF_PARTS) if self.mix else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                fix = f"Write data.mix.{next(iter(self.mix))}.{key}."
+                raise ConfigError(
+                    "the data sets of a mixture have this key, each its own", where=f"data.{key}", fix=fix
+                )
+        if self.eval and (self.split_ratio, self.eval_path, self.eval_split) != (None, None, None):
+            raise ConfigError(
+                "it takes the place of data.eval_path, data.eval_split and data.split_ratio", where="data.eval"
+            )
         for name, one in self.eval.items():
             if not name or one == HeldOut():
                 raise ConfigError("a set needs a name, and a path or a split", where=f"data.eval.{name}")
         return self
+
+
+OF_PARTS = (*sorted(Source.model_fields.keys() - {"path", "subsample", "max_samples", "image_size"}), "eval")
+"""Keys of the section that a mixture leaves to its parts."""

@@ -7,18 +7,21 @@ copied that need not be.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 
 from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.sections.data import DataSection
-from grpo_autotune.errors import ConfigError, DataError, nearest_hint
+from grpo_autotune.config.sections.data import DataSection, HeldOut, Source
+from grpo_autotune.errors import ConfigError, DataError, nearest_hint, with_row_numbers
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.train.data.images import prepare_images
+from grpo_autotune.train.data.mixing import drawn, in_proportion, mixed
+from grpo_autotune.train.data.nested import head_of, nested_column
 from grpo_autotune.train.data.pictures import lift
 from grpo_autotune.train.data.prompts import shaped, with_prompts
 from grpo_autotune.train.data.sources import read_rows
@@ -26,6 +29,8 @@ from grpo_autotune.train.models.load import size_check
 
 Splits = tuple[datasets.Dataset, Any]
 Choose = Callable[[datasets.Dataset], datasets.Dataset]
+Draw = Literal["to train on", "held out"]
+TRAIN, HELD_OUT = get_args(Draw)
 LoadData = Callable[[RunConfig, Callable[[str], None]], Splits]
 
 
@@ -33,18 +38,44 @@ def load_data(config: RunConfig, progress: Callable[[str], None], choose: Choose
     """Training rows, and held-out rows: a data set, several by name as `data.eval` has them, or None.
 
     Rows have `prompt` (messages, or text with `prompt_format: text`), `image` or `images` where the data has any, and
-    all other columns; of each set those that `choose` leaves of it. ConfigError where the data, a split or a column is
-    not there, or there are too few rows for one generation; DataError where there are no rows, or one, which it names
-    (counted from 0), cannot be used."""
-    data = config.data
-    train = read_split(config, data.path, data.split, data.max_samples, progress, "data.path", choose)
+    all other columns; of each set those that `choose` leaves of it. Those of a mixture are an epoch in its proportions,
+    the held-out ones one set. ConfigError where the data, a split or a column is not there, or there are too few rows
+    for one generation; DataError where there are no rows, or one, which it names (counted from 0), cannot be used."""
+    train = training_rows(config, progress, choose)
     check_rows(config, len(train))
-    held_out = {}
-    for name, one in data.held_out.items():
-        key = f"data.eval.{name}.path" if name else "data.eval_path"
-        path, limit = one.path or data.path, data.max_eval_samples
-        held_out[name] = read_split(config, path, one.split, limit, progress, key, choose)
-    return train, held_out.get("", held_out) or None
+    return train, held_out_rows(config, progress, choose)
+
+
+def training_rows(
+    config: RunConfig, progress: Callable[[str], None], choose: Choose = lambda rows: rows
+) -> datasets.Dataset:
+    """Rows to train on, as `load_data` has them, however few."""
+    data, parts = config.data, []
+    for place, one in data.sources.items():
+        key = f"{place}.path"
+        parts.append(read_split(config, one.path, one.split, one.max_samples, progress, key, choose, one, draw=TRAIN))
+    if not data.mix:
+        return parts[0]
+    rows = in_proportion(data, mixed(dict(zip(data.mix, parts, strict=True))), progress)
+    return _some(rows, data, data, TRAIN, progress, data.max_samples)[0]
+
+
+def held_out_rows(config: RunConfig, progress: Callable[[str], None], choose: Choose = lambda rows: rows) -> Any:
+    """Held-out rows, as `load_data` has them."""
+    data, sets = config.data, dict[str, list[datasets.Dataset]]()
+    for place, one in data.sources.items():
+        for name, split in one.held_out.items():
+            key = f"{place}.eval.{name}.path" if name else f"{place}.eval_path"
+            path, part, draw = split.path or one.path, split.split, None
+            if split == HeldOut():  # cut by `split_ratio`
+                part, draw = one.split, HELD_OUT
+            rows = read_split(config, path, part, one.max_eval_samples, progress, key, choose, one, draw=draw)
+            sets.setdefault(name, []).append(rows)
+    if data.mix and sets:
+        names = [name for name, part in data.mix.items() if part.held_out]
+        return mixed(dict(zip(names, sets[""], strict=True)))
+    held_out = {name: rows for name, (rows,) in sets.items()}
+    return held_out.get("", held_out) or None
 
 
 def check_rows(config: RunConfig, rows: int) -> None:
@@ -67,30 +98,65 @@ def read_split(
     progress: Callable[[str], None],
     key: str,
     choose: Choose = lambda rows: rows,
+    source: Source | None = None,
+    *,
+    draw: Draw | None = None,
 ) -> datasets.Dataset:
-    """Rows of one split as `load_data` gives them, at most `limit`; `key` names `path` in the configuration."""
-    data = config.data
+    """Rows of one split as `load_data` gives them, at most `limit`; `key` names `path` in the configuration, of which
+    `source` (the data section, or a part of its mixture) says how they are read, and which of them are drawn."""
+    data = config.data if source is None else source
     progress(f"reading {path}{f' ({split})' if split else ''}")
     more: dict[str, Any] = {"name": data.name, "revision": data.revision, "params": data.params}
     rows = read_rows(path, split, where=key, **(more if path == data.path else {}))
     if len(rows) == 0:
         raise DataError("the data set is empty", where=f"{path}{f', split {split}' if split else ''}")
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    rows = choose(rows)
+    kept, numbers = _some(rows, data, config.data, draw, progress, limit)
+    rows = choose(kept)
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
-    finished, held = _columns(rows, data, path)
-    try_size = size_check(config.model, progress)
-    return prepare_images(finished, data.image_size, base.absolute(), path, progress, held, try_size)
+    root = base if data.image_root is None else Path(data.image_root).expanduser()
+    image_size = config.data.image_size or data.image_size
+    with _numbered(numbers if rows is kept else {}, progress) as tell:
+        finished, held = _columns(rows, data, path, key.partition(".eval")[0].removesuffix(".path"))
+        try_size = size_check(config.model, tell)
+        return prepare_images(finished, image_size, root.absolute(), path, tell, held, try_size)
 
 
-def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[datasets.Dataset, list[list[Any]]]:
-    """Rows under our column names, with `prompt` as TRL takes it, and the images that each row's messages held."""
+def _some(
+    rows: datasets.Dataset,
+    source: Source,
+    data: DataSection,
+    draw: Draw | None,
+    progress: Callable[[str], None],
+    limit: int | None = None,
+) -> tuple[datasets.Dataset, dict[int, int]]:
+    """The rows that are drawn, the first `limit` of them, and the number of each among all."""
+    numbers: Sequence[int] = range(len(rows))
+    if draw is not None:
+        numbers = drawn(len(rows), source, data.seed, held_out=draw == HELD_OUT)
+    if len(numbers) < len(rows):
+        progress(f"{source.path}: {len(numbers)} of {len(rows)} rows are {draw}, drawn with data.seed {data.seed}")
+    numbers = numbers[:limit]
+    return rows if len(numbers) == len(rows) else rows.select(numbers), dict(enumerate(numbers))
+
+
+@contextmanager
+def _numbered(numbers: Mapping[int, int], progress: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Rows in messages and errors by their number in the whole data set; gives what tells a message."""
+    try:
+        yield lambda line: progress(with_row_numbers(line, numbers))
+    except DataError as error:
+        where = with_row_numbers(error.where or "", numbers)
+        raise DataError(with_row_numbers(error.what, numbers), where=where, fix=error.fix) from error
+
+
+def _columns(rows: datasets.Dataset, data: Source, where: str, place: str) -> tuple[datasets.Dataset, list[list[Any]]]:
+    """Rows under our column names, with `prompt` as TRL takes it, and the images that each row's messages held; `where`
+    names the data set in messages, `place` its section in the configuration."""
     for ours, theirs in data.columns.items():
-        if theirs not in rows.column_names:
-            raise _missing(theirs, rows, f"data.columns.{ours}")
-    renamed = _renamed(rows, data.columns)
+        if head_of(theirs, rows.column_names) not in rows.column_names:
+            raise _missing(theirs, rows, f"{place}.columns.{ours}")
+    renamed = _renamed(rows, data.columns, where)
     taken = sorted(GIVEN_BY_TRL.intersection(renamed.column_names))
     if taken:
         raise ConfigError(
@@ -101,37 +167,40 @@ def _columns(rows: datasets.Dataset, data: DataSection, where: str) -> tuple[dat
     pictured = bool(image_columns(renamed.column_names))
     if data.prompt_format == "text" and (pictured or data.system_prompt is not None):
         kind = "pictures" if pictured else "data.system_prompt"
-        raise ConfigError(f"text that is taken as it is has no place for {kind}", where="data.prompt_format")
-    prompts = [
-        shaped(prompt, data, f"{where}, row {row}", pictured=pictured) for row, prompt in _prompts(rows, renamed, data)
-    ]
+        raise ConfigError(f"text that is taken as it is has no place for {kind}", where=f"{place}.prompt_format")
+    numbered = _prompts(rows, renamed, data, place)
+    prompts = [shaped(prompt, data, f"{where}, row {row}", pictured=pictured) for row, prompt in numbered]
     lifted = [(prompt, []) if isinstance(prompt, str) else lift(prompt) for prompt in prompts]
     return with_prompts(renamed, [prompt for prompt, _ in lifted], where), [held for _, held in lifted]
 
 
-def _renamed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+def _renamed(rows: datasets.Dataset, columns: Mapping[str, str], where: str) -> datasets.Dataset:
     """Mapped columns under our names, beside all others; an unmapped column gives way to a mapped one of its name."""
     used = {*columns, *columns.values()}
     others = [name for name in rows.column_names if name not in used]
     parts = [rows.select_columns(others)] if others else []
     for ours, theirs in columns.items():
-        column = rows.select_columns([theirs])
-        parts.append(column if ours == theirs else column.rename_column(theirs, ours))
+        if theirs in rows.column_names:
+            column = rows.select_columns([theirs])
+            parts.append(column if ours == theirs else column.rename_column(theirs, ours))
+        else:
+            parts.append(nested_column(rows, theirs, ours, where))
     return datasets.concatenate_datasets(parts, axis=1)
 
 
-def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSection) -> Iterator[tuple[int, Any]]:
+def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: Source, place: str) -> Iterator[tuple[int, Any]]:
     """Row number and prompt, as it stands in the data or as the template makes it from columns of either name."""
     if data.prompt_template is None:
         if "prompt" not in renamed.column_names:
-            raise _missing("prompt", rows, "data.columns.prompt")
+            raise _missing("prompt", rows, f"{place}.columns.prompt")
         yield from enumerate(renamed["prompt"][:])
         return
+    place += ".prompt_template"
     values = {}
-    for field in _fields(data.prompt_template):
+    for field in _fields(data.prompt_template, place):
         source = renamed if field in renamed.column_names else rows
         if field not in source.column_names:
-            raise _missing(field, rows, "data.prompt_template")
+            raise _missing(field, rows, place)
         values[field] = source[field][:]
     for row in range(len(rows)):
         cells = {field: column[row] for field, column in values.items()}
@@ -140,11 +209,11 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: DataSectio
                 raise ValueError("a column that it names is empty there")
             prompt = data.prompt_template.format(**cells)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"does not fit row {row}: {error}", where="data.prompt_template") from error
+            raise ConfigError(f"does not fit row {row}: {error}", where=place) from error
         yield row, prompt
 
 
-def _fields(template: str) -> list[str]:
+def _fields(template: str, where: str) -> list[str]:
     """Names of the columns in a template; ConfigError if it is not a format string over plain names."""
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
@@ -152,14 +221,17 @@ def _fields(template: str) -> list[str]:
     except ValueError as error:
         flaw = f"not a format string: {error}"
     if flaw:
-        raise ConfigError(flaw, where="data.prompt_template", fix="Write a literal brace twice: {{ or }}.")
+        raise ConfigError(flaw, where=where, fix="Write a literal brace twice: {{ or }}.")
     return fields
 
 
 def _missing(column: str, rows: datasets.Dataset, where: str) -> ConfigError:
     hint = nearest_hint(column, rows.column_names)
-    if column == "prompt":
-        hint += " Map one with data.columns.prompt, or write data.prompt_template."
+    turns = next((name for name in ("conversations", "messages") if name in rows.column_names), None)
+    if column == "prompt" and turns:
+        hint += f" Write columns: {{prompt: '{turns}.:-1'}}, which is all but the answer."
+    elif column == "prompt":
+        hint += f" Map one with {where}, or write data.prompt_template."
     return ConfigError(
         f"the data has no column {column}", where=where, fix=f"{hint} Columns: {', '.join(rows.column_names)}."
     )

@@ -11,14 +11,16 @@ from typing import Any
 import datasets
 from trl.trainer.utils import remove_none_values
 
-from grpo_autotune.config.sections.data import DataSection
+from grpo_autotune.config.sections.data import Source
 from grpo_autotune.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
 
 MARKER = "<image>"
 """Place of a picture in a text."""
-MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+"""Names of ShareGPT's turns (`from`, `value`) that are others in a chat template."""
 
 
 def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> datasets.Dataset:
@@ -36,7 +38,7 @@ def with_prompts(rows: datasets.Dataset, prompts: Sequence[Any], where: str) -> 
     return datasets.concatenate_datasets([rows.select_columns(others), column], axis=1) if others else column
 
 
-def shaped(prompt: Any, data: DataSection, where: str, *, pictured: bool) -> Any:
+def shaped(prompt: Any, data: Source, where: str, *, pictured: bool) -> Any:
     """A prompt as messages behind the system prompt, or as text where `data` says so; `pictured` data has markers.
     ConfigError where there is a system message already, DataError where the prompt is nothing that can be used."""
     as_text = data.prompt_format == "text"
@@ -70,7 +72,9 @@ def has_parts(prompt: Sequence[Message]) -> bool:
 
 
 def _turn(turn: Any, where: str) -> Message:
-    """A turn that has content or, TRL looking that key up all the same, tool calls alone."""
+    """A turn that has content or, TRL looking that key up all the same, tool calls alone; ShareGPT's in these keys."""
+    if isinstance(turn, Mapping) and "role" not in turn and turn.keys() >= {"from", "value"}:
+        turn = {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
     content = turn.get("content") if isinstance(turn, Mapping) and turn.get("role") else ()
     are_parts = isinstance(content, list) and content != [] and all(map(_is_part, content))
     if isinstance(content, str) or are_parts or (content is None and turn.get("tool_calls")):
