@@ -17,6 +17,7 @@ from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection, check_choice
 from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
@@ -75,6 +76,7 @@ class RunConfig(Section):
     where somebody else's code is on the trainer or the model, or `always`."""
     search: SearchSection = SearchSection()
     monitors: MonitorsSection = MonitorsSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None
 
@@ -144,6 +146,8 @@ class RunConfig(Section):
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
+        has_kl = self.branches is not None or bool(self.grpo.get("beta"))
+        check_choice(self.checkpoints, self.grpo, evaluates=self.batch.eval_batch is not None, has_kl=has_kl)
         for name, branch in self.branches.by_name.items() if self.branches is not None else ():
             if not self.data.held_out and branch.eval is not None:
                 raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
@@ -230,6 +234,7 @@ def known_paths() -> list[str]:
         ("search", SearchSection),
         ("monitors", MonitorsSection),
         *((f"monitors.{name}", item.__class__) for name, item in MonitorsSection().items_on().items()),
+        ("checkpoints", CheckpointsSection),
         ("output", OutputSection),
         ("receipt", Receipt),
     ):
