@@ -12,9 +12,8 @@ from grpo_autotune.files import refusal_told
 from grpo_autotune.records.evaluations import CheckpointList, EvaluationLog, SavedRow
 from grpo_autotune.report.files import load_log
 from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, survey
-from grpo_autotune.train.runs.choose import Ranking
+from grpo_autotune.train.runs.choose import Ranking, default_strategy, rank_kept
 from grpo_autotune.train.runs.folder import RunFolder
-from grpo_autotune.train.runs.kept import default_strategy, rank_kept
 from grpo_autotune.train.runs.links import links_to
 
 STATES = {None: "whole", WEIGHTS_ONLY: "weights only"}
@@ -44,7 +43,13 @@ def list_checkpoints(run: Path, strategy: str | None, mode: str = "auto", *, sho
     lines = log if evaluated else _marked(log, [one.step for one in saved])
     evaluations = EvaluationLog(lines)
     usable = {one.step: one.path.name for one in saved if one.flaw in STATES}
-    ranking = _ranking(evaluations, usable, config, strategy, mode, evaluated)
+    unranked = "nothing was evaluated; --strategy ranks by what training logged"
+    if evaluated and not {row["step"] for row in evaluations.rows} & usable.keys():
+        unranked = "no checkpoint was saved at an evaluated step" if usable else "no checkpoint is whole"
+        evaluated = False
+    if strategy is not None and not usable:
+        raise ConfigError("no checkpoint is whole", where=str(run), fix="Without --strategy they are listed.")
+    ranking = rank_kept(evaluations.by_step(), usable, config, strategy, mode) if strategy or evaluated else None
     rows = _rows(run, saved, log, evaluations, ranking, usable, show_all=show_all)
     named = strategy or (default_strategy(config) if ranking else None)
     return CheckpointList(
@@ -53,7 +58,7 @@ def list_checkpoints(run: Path, strategy: str | None, mode: str = "auto", *, sho
         metric=ranking.metric if ranking else None,
         mode=ranking.mode if ranking else None,
         best=usable[ranking.best] if ranking and ranking.best is not None else None,
-        why=ranking.why if ranking else "nothing was evaluated; --strategy ranks by what training logged",
+        why=ranking.why if ranking else unranked,
         notes=[*ranking.notes, *_gone(evaluations, usable, config, named, mode, ranking)] if ranking else [],
         rows=rows,
     )
@@ -63,23 +68,6 @@ def _marked(log: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> list[Mapp
     """The log of a run without evaluations, with an empty one at each checkpoint."""
     marks = [{"kind": "eval", "step": step} for step in steps]
     return sorted([*log, *marks], key=lambda line: (line["step"], line["kind"] == "eval"))
-
-
-def _ranking(
-    log: EvaluationLog,
-    usable: Mapping[int, str],
-    config: RunConfig | None,
-    strategy: str | None,
-    mode: str,
-    evaluated: bool,
-) -> Ranking | None:
-    if strategy is None and not evaluated:
-        return None
-    rows = log.by_step()
-    if not rows.keys() & usable.keys():
-        what = "no checkpoint is whole" if not usable else "no checkpoint was saved at an evaluated step"
-        raise ConfigError(what, where="checkpoints", fix="Let grpo.save_steps be a multiple of grpo.eval_steps.")
-    return rank_kept(rows, usable, config, strategy, mode)
 
 
 def _gone(

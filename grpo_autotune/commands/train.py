@@ -80,7 +80,7 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
     record = probe.record()
     if not (is_first_rank() and record.timings.step_s):
         return
-    told = {**probe.trainer.monitors.report(), "evaluations": probe.trainer.kept.table()}
+    told = {**probe.trainer.monitors.report(), "evaluations": probe.trainer.evaluations.table()}
     report = report_of(record, config).model_copy(update=told)
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
     shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)

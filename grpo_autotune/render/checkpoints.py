@@ -17,39 +17,42 @@ from grpo_autotune.units import plural, size
 
 MOST_ROWS = 10
 """Checkpoints that are listed without `--show-all`."""
-MEASURED = ("held-out reward", "val loss", "KL")
-RANKED_BY = {"held-out reward": "eval_reward", "val loss": "eval_loss", "KL": "eval_kl"}
+MEASURED = {"held-out reward": "eval_reward", "val loss": "eval_loss", "KL": "eval_kl"}
+"""Columns that are shown where they fit -> the names in the log."""
 
 
 def render_checkpoints(listed: CheckpointList, *, show_all: bool = False, width: int | None = None) -> str:
     """The list, the best at the top, and why it is the best."""
-    return as_text(_parts(listed, show_all), width or shutil.get_terminal_size((100, 24)).columns, colour=False)
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    return as_text(_parts(listed, width, show_all), width, colour=False)
 
 
-def _parts(listed: CheckpointList, show_all: bool) -> Iterator[RenderableType]:
+def _parts(listed: CheckpointList, width: int, show_all: bool) -> Iterator[RenderableType]:
     shown = listed.rows if show_all else listed.rows[:MOST_ROWS]
-    measured = [title for title in MEASURED if RANKED_BY[title] != listed.metric or title == "held-out reward"]
-    measured = [title for title in measured if any(_cell(row, title) for row in shown)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("checkpoint", overflow="fold")
-    table.add_column("epoch", justify="right")
-    table.add_column("state")
-    table.add_column("on disk", justify="right", no_wrap=True)
-    value = listed.metric if listed.metric != "eval_reward" else None
-    for title in [value, *measured] if value else measured:
-        table.add_column(title, justify="right", overflow="fold")
-    for row in shown:
-        numbers = [_cell(row, title) for title in measured]
-        name = f"{row.name} ({', '.join(row.links)})" if row.links else row.name
-        ranked = [f"{row.value:.4g}" if row.value is not None else ""] if value else []
-        place, epoch = str(row.place or ""), "" if row.epoch is None else f"{row.epoch:.4g}"
-        table.add_row(place, name, epoch, row.state, "" if row.bytes is None else size(row.bytes), *ranked, *numbers)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns: dict[str, list[str]] = {
+        "": [str(row.place or "") for row in shown],
+        "checkpoint": [row.name for row in shown],
+        "also": [", ".join(row.links) for row in shown],
+        "epoch": ["" if row.epoch is None else f"{row.epoch:.4g}" for row in shown],
+        "state": [row.state for row in shown],
+        "on disk": ["" if row.bytes is None else size(row.bytes) for row in shown],
+    }
+    if listed.metric not in (None, "eval_reward"):
+        columns[str(listed.metric)] = ["" if row.value is None else f"{row.value:.4g}" for row in shown]
+    for title, key in MEASURED.items():
+        cells = [_cell(row, title) for row in shown]
+        if key != listed.metric or key == "eval_reward":
+            columns |= {title: cells} if _width({**columns, title: cells}) <= width and any(cells) else {}
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("checkpoint", "also", "state") else "right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     yield table
     if len(listed.rows) > len(shown):
         yield Text(f"and {plural(len(listed.rows) - len(shown), 'other')}: --show-all lists them")
     if listed.best is not None:
-        yield Text(f"Best by {listed.strategy}: {listed.best}. {listed.why[:1].upper()}{listed.why[1:]}.")
+        yield Text(f"Best by {listed.strategy}: {listed.best}. Its {listed.why}.")
     else:
         yield Text(f"No best: {listed.why}.")
     for note in listed.notes:
@@ -61,3 +64,8 @@ def _parts(listed: CheckpointList, show_all: bool) -> Iterator[RenderableType]:
 
 def _cell(row: SavedRow, title: str) -> str:
     return "" if row.evaluation is None else COLUMNS[title][2](row.evaluation)
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Columns of text of a table, with its gaps."""
+    return sum(max(map(len, [title, *cells])) + 2 for title, cells in columns.items())

@@ -41,9 +41,9 @@ from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
+from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
-from grpo_autotune.train.runs.kept import Kept
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
@@ -217,8 +217,8 @@ def run_training(
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     Measures(trainer)
-    trainer.kept = Kept(trainer, config, folder, log, say, console.width)
-    trainer.add_callback(trainer.kept)
+    trainer.evaluations = EvaluationTable(trainer, config, folder, log, say, console.width)
+    trainer.add_callback(trainer.evaluations)
     trainer.monitors = Monitors(trainer, config, folder.path, log, resumes=resume)
     trainer.add_callback(trainer.monitors)
     if prepare is not None:

@@ -34,9 +34,8 @@ def test_each_strategy(strategy: str, order: list[int]) -> None:
 
 def test_ties_go_to_the_earliest() -> None:
     assert list(rank(TIED, "reward").values) == [30, 40, 20, 10]  # 0.66 is within 0.70 +- 0.06, and 0.60 is not
-    assert "step 30 is the earliest of 2 within the interval of the highest, 0.7 ± 0.06 at step 40" in (
-        rank(TIED, "reward").why
-    )
+    of = "the earliest of 2 within the interval of the highest, 0.7 ± 0.06 at step 40"
+    assert rank(TIED, "reward").why == f"eval_reward 0.66 ± 0.05 is {of}"
     assert rank({1: {"eval_loss": 0.5}, 2: {"eval_loss": 0.5}}, "val_loss").best == 1
     wide = {step: {**row, "eval_reward_ci": 0.1} for step, row in ROWS.items()}
     assert rank(wide, "kl").best == 20  # inside the band 20 and 30 are tied
@@ -44,7 +43,8 @@ def test_ties_go_to_the_earliest() -> None:
 
 def test_a_band_that_no_step_is_inside() -> None:
     ranking = rank(ROWS, "kl", band=(0.1, 0.2))
-    assert list(ranking.values) == [30, 20, 10, 40] and "no KL is inside 0.1 to 0.2: step 30 is nearest" in ranking.why
+    assert list(ranking.values) == [30, 20, 10, 40]
+    assert ranking.why == "KL 0.05 is nearest to the band of 0.1 to 0.2 nats per token; none is inside"
 
 
 def test_the_other_end_can_be_asked_for() -> None:
@@ -67,8 +67,8 @@ def test_a_step_without_the_value_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("rewrd", "rewrd: no strategy; there are val_loss, ppo_loss, kl, adv_std, reward. Nearest: reward."),
-        ("nonsense", "nonsense: no strategy; .* Or a logged name: adv_std, eval_kl, .*eval_reward."),
+        ("rewrd", "rewrd: no such strategy; there are val_loss, ppo_loss, kl, adv_std, reward. Nearest: reward."),
+        ("nonsense", "nonsense: no such strategy; .* Or a logged name: adv_std, eval_kl, .*eval_reward."),
     ],
 )
 def test_a_name_that_was_not_logged(name: str, line: str) -> None:
@@ -77,7 +77,7 @@ def test_a_name_that_was_not_logged(name: str, line: str) -> None:
 
 
 def test_a_strategy_whose_value_was_not_logged() -> None:
-    with pytest.raises(ConfigError, match="^kl: this run logged no eval_kl. There are eval_loss"):
+    with pytest.raises(ConfigError, match=r"^kl: this run logged no eval_kl\. There are eval_loss"):
         rank({1: {"eval_loss": 0.5, "step": 1}}, "kl")
 
 

@@ -42,7 +42,7 @@ def built(model: Path, folder: Path, changes: dict[str, Any], speedups: str) -> 
 
 
 def terms(trainer: Any, batch: Any, loss_type: str) -> tuple[float, float]:
-    """The policy's part and the KL term's of a batch's loss, from the logits: ratios are 1 where nothing was updated."""
+    """The policy's part and the KL term's of a batch's loss, from the logits; ratios are 1 before an update."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     length = batch["completion_ids"].size(1)

@@ -12,8 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, nearest_hint
 from grpo_autotune.records.alerts import number
+from grpo_autotune.records.evaluations import NO_VALUES
 
 Mode = Literal["min", "max"]
 REWARD = "eval_reward"
@@ -25,7 +27,7 @@ STRATEGIES: dict[str, tuple[str, Mode]] = {
     "reward": (REWARD, "max"),
 }
 """Strategy -> the name in the log, and which end of it is the best; of `kl`, outside the band."""
-LOWEST = re.compile(r"(.*[_/])?(loss|kl|failed|truncated|clipped_ratio)")
+LOWEST = re.compile(r"(.*[_/])?(loss|kl|adv_std|failed|truncated|clipped_ratio)")
 HIGHEST = re.compile(r"(.*[_/])?(reward|accuracy)|(eval_)?rewards/.+/mean")
 ZERO = 1e-6
 """Below it a policy loss is a rounding error."""
@@ -48,14 +50,15 @@ class Ranking:
 
 def metric_of(strategy: str, logged: Collection[str]) -> str:
     """The name in the log that a strategy looks at: held out where that was logged. ConfigError with what there is."""
-    metric = STRATEGIES.get(strategy, (strategy, ""))[0]
-    names = [name for name in (f"eval_{metric}", metric) if name in logged]
+    known = STRATEGIES.get(strategy)
+    names = [name for name in ([known[0]] if known else [f"eval_{strategy}", strategy]) if name in logged]
     if names:
         return names[0]
-    if strategy in STRATEGIES:
-        raise ConfigError(f"this run logged no {metric}", where=strategy, fix=f"There are {_listed(logged)}.")
-    near = nearest_hint(strategy, [*STRATEGIES, *logged], f"Or a logged name: {_listed(logged)}.")
-    raise ConfigError(f"no strategy; there are {', '.join(STRATEGIES)}", where=strategy, fix=near)
+    there_are = ", ".join(sorted(logged))
+    if known:
+        raise ConfigError(f"this run logged no {known[0]}", where=strategy, fix=f"There are {there_are}.")
+    near = nearest_hint(strategy, [*STRATEGIES, *logged], f"Or a logged name: {there_are}.")
+    raise ConfigError(f"no such strategy; there are {', '.join(STRATEGIES)}", where=strategy, fix=near)
 
 
 def mode_of(metric: str, mode: str = "auto") -> Mode:
@@ -87,9 +90,8 @@ def rank(
     Raises:
         ConfigError: No row has such a name, or the name does not tell which end is the best.
     """
-    metric = metric_of(
-        strategy, sorted({name for row in rows.values() for name in row if number(row, name) is not None})
-    )
+    logged = {name for row in rows.values() for name in row if name not in NO_VALUES and number(row, name) is not None}
+    metric = metric_of(strategy, logged)
     end = mode_of(metric, mode)
     values = {step: value for step in sorted(rows) if (value := number(rows[step], metric)) is not None}
     if strategy == "kl" and mode == "auto":
@@ -97,6 +99,32 @@ def rank(
     else:
         order, why = _ordered(rows, values, metric, end)
     return Ranking(metric, end, {step: values[step] for step in order}, why, _notes(metric, values, untrained))
+
+
+def rank_kept(
+    rows: Mapping[int, Mapping[str, Any]],
+    kept: Collection[int],
+    config: RunConfig | None,
+    strategy: str | None = None,
+    mode: str = "auto",
+) -> Ranking:
+    """Rank the steps of `rows` that are `kept`, by a strategy or the configuration's own; ConfigError as `rank`."""
+    chosen = config.checkpoints if config else None
+    untrained = [item.label or item.name for item in config.rewards if item.weight == 0] if config else []
+    return rank(
+        {step: row for step, row in rows.items() if step in kept},
+        strategy or default_strategy(config),
+        mode=chosen.mode if mode == "auto" and chosen and strategy in (None, chosen.choose) else mode,
+        band=chosen.kl_band if chosen else (0.01, 0.1),
+        untrained=untrained,
+    )
+
+
+def default_strategy(config: RunConfig | None) -> str:
+    """The strategy of a run itself: `checkpoints.choose`, transformers' key, or else the held-out reward."""
+    if config is None:
+        return "reward"
+    return config.checkpoints.choose or str(config.grpo.get("metric_for_best_model") or "reward").removeprefix("eval_")
 
 
 def _ordered(
@@ -108,10 +136,12 @@ def _ordered(
     tied = [step for step in order if abs(values[step] - values[top]) <= half]
     first, word = min(tied), "lowest" if end == "min" else "highest"
     order.remove(first)
-    why = f"{metric} {_told(rows, first, metric)} at step {first} is the {word} of {len(values)}"
-    if len(tied) > 1:
-        of = f"within the interval of the {word}, {_told(rows, top, metric)} at step {top}" if half else "equal to it"
-        why = f"{metric} {_told(rows, first, metric)}: step {first} is the earliest of {len(tied)} {of}"
+    why = f"{metric} {_told(rows, first, metric)} is the {word} of {len(values)}"
+    if first != top:
+        why = f"{metric} {_told(rows, first, metric)} is the earliest of {len(tied)} within the interval of the {word}"
+        why += f", {_told(rows, top, metric)} at step {top}"
+    elif len(tied) > 1:
+        why += f", and earlier than {len(tied) - 1} that {'are within its interval' if half else 'equal it'}"
     return [first, *order], why
 
 
@@ -126,10 +156,11 @@ def _inside(
         step = outside[0]
         return (
             outside,
-            f"no KL is inside {low:g} to {high:g}: step {step} is nearest with {kl[step]:.4g} nats per token",
+            f"KL {kl[step]:.4g} is nearest to the band of {low:g} to {high:g} nats per token; none is inside",
         )
     order, why = _ordered(rows, inside, REWARD, "max")
-    return [*order, *outside], f"KL {kl[order[0]]:.4g} is inside {low:g} to {high:g} nats per token, and {why} inside"
+    band_words = f"the band of {low:g} to {high:g} nats per token"
+    return [*order, *outside], f"KL {kl[order[0]]:.4g} is inside {band_words}, and {why} there"
 
 
 def _notes(metric: str, values: Mapping[int, float], untrained: Collection[str]) -> tuple[str, ...]:
@@ -147,7 +178,3 @@ def _notes(metric: str, values: Mapping[int, float], untrained: Collection[str])
 def _told(rows: Mapping[int, Mapping[str, Any]], step: int, metric: str) -> str:
     half, value = number(rows[step], f"{metric}_ci"), number(rows[step], metric) or 0.0
     return f"{value:.4g}" if half is None else f"{value:.4g} ± {half:.2g}"
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(sorted(name for name in names if name not in ("step", "time", "epoch")))

@@ -1,4 +1,4 @@
-"""What a row of the table of evaluations needs beside TRL's metrics, measured on a trainer and logged with them.
+"""Measures of a row of the table of evaluations that TRL does not log, put on a trainer and logged with its metrics.
 
 `adv_std` and `adv_max`: standard deviation and maximum of the advantages of a generation, over all ranks. Of an
 evaluation alone: `reward_ci`, half of the 95 % interval of the mean reward (t over the means of prompts), `beta`, and

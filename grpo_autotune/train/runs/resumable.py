@@ -47,7 +47,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
         self.monitors: Any = None  # callback of a training in a run folder
-        self.kept: Any = None  # the same
+        self.evaluations: Any = None  # the same
         self.best_checkpoint: str | None = None  # stays, beside transformers' own best
         self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)

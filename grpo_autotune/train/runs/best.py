@@ -5,7 +5,7 @@ All of it follows from `train_log.jsonl` and the checkpoints on the disk, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,38 +17,12 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.records.evaluations import EVALUATIONS_FILE, Evaluation, EvaluationLog
 from grpo_autotune.train.runs.callbacks import TrainLog
-from grpo_autotune.train.runs.choose import REWARD, Ranking, rank
+from grpo_autotune.train.runs.choose import REWARD, rank_kept
 from grpo_autotune.train.runs.folder import RunFolder
 from grpo_autotune.train.runs.links import kept_checkpoints, link, link_epoch
 
 
-def rank_kept(
-    rows: Mapping[int, Mapping[str, Any]],
-    kept: Collection[int],
-    config: RunConfig | None,
-    strategy: str | None = None,
-    mode: str = "auto",
-) -> Ranking:
-    """Rank the steps of `rows` that are `kept`, by a strategy or the configuration's own; ConfigError as `rank`."""
-    chosen = config.checkpoints if config else None
-    untrained = [item.label or item.name for item in config.rewards if item.weight == 0] if config else []
-    return rank(
-        {step: row for step, row in rows.items() if step in kept},
-        strategy or default_strategy(config),
-        mode=chosen.mode if mode == "auto" and chosen and strategy in (None, chosen.choose) else mode,
-        band=chosen.kl_band if chosen else (0.01, 0.1),
-        untrained=untrained,
-    )
-
-
-def default_strategy(config: RunConfig | None) -> str:
-    """What a run chose its best by: `checkpoints.choose`, transformers' key, or else the held-out reward."""
-    if config is None:
-        return "reward"
-    return config.checkpoints.choose or str(config.grpo.get("metric_for_best_model") or "reward").removeprefix("eval_")
-
-
-class Kept(TrainerCallback):  # type: ignore[misc]
+class EvaluationTable(TrainerCallback):  # type: ignore[misc]
     """Prints each evaluation of a trainer as a row, writes `evaluations.jsonl`, and keeps the best checkpoint."""
 
     def __init__(
