@@ -92,13 +92,13 @@ class RowPrinter:
     """Prints rows one by one, with a header now and then."""
 
     def __init__(self, say: Callable[[str], None], width: int) -> None:
-        self._say, self._width, self._titles, self._rows = say, width, list[str](), 0
+        self.say, self._width, self._titles, self._rows = say, width, list[str](), 0
 
     def print(self, row: Evaluation) -> None:
         """Print a row, below a header where that is due or another column has come."""
         titles = fitting([row.model_copy(update={"best": True})], self._width)  # with room for the sign
         if self._rows % HEADER_EVERY == 0 or not {*titles} <= {*self._titles}:
             self._titles = titles
-            self._say(header(self._titles))
-        self._say(line(row, self._titles))
+            self.say(header(self._titles))
+        self.say(line(row, self._titles))
         self._rows += 1

@@ -19,6 +19,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank, is_live, progress_console
 from grpo_autotune.hardware.device import memory_share
 from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
@@ -217,7 +218,7 @@ def run_training(
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     Measures(trainer)
-    trainer.evaluations = EvaluationTable(trainer, config, folder, log, say, console.width)
+    trainer.evaluations = EvaluationTable(trainer, config, folder, log, RowPrinter(say, console.width))
     trainer.add_callback(trainer.evaluations)
     trainer.monitors = Monitors(trainer, config, folder.path, log, resumes=resume)
     trainer.add_callback(trainer.monitors)

@@ -57,7 +57,7 @@ def test_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[1] for row in rows] == ["checkpoint-50", "checkpoint-40", "checkpoint-20"]
     assert rows[0][2:4] == ["best,", "epoch-5"] and "weights only" in text
     assert "Best by reward: checkpoint-50. Its eval_reward 0.8 is the highest of 3." in text
-    assert "step 10 would be first (eval_reward 0.9), and its checkpoint was not kept" in text
+    assert "step 10, whose checkpoint was not kept, would be first (eval_reward 0.9)" in text
     assert "checkpoint-30 is torn: optimizer.pt is missing." in text and "not kept" not in text.replace(
         "was not kept", ""
     )

@@ -124,7 +124,8 @@ def test_killed_and_resumed(name: str, tiny: Tiny, tmp_path: Path) -> None:
 
 def table(folder: Path) -> list[dict[str, Any]]:
     """The rows of `evaluations.jsonl` without seconds, and where `best` and `last` point to."""
-    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    file = folder / "evaluations.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     ends = {name: (folder / name).readlink() for name in ("best", "last") if (folder / name).is_symlink()}
     return [*({**row, "seconds": None} for row in rows), ends]
 

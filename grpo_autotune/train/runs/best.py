@@ -5,7 +5,7 @@ All of it follows from `train_log.jsonl` and the checkpoints on the disk, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from transformers import TrainerCallback
@@ -25,18 +25,9 @@ from grpo_autotune.train.runs.links import kept_checkpoints, link, link_epoch
 class EvaluationTable(TrainerCallback):  # type: ignore[misc]
     """Prints each evaluation of a trainer as a row, writes `evaluations.jsonl`, and keeps the best checkpoint."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        config: RunConfig,
-        folder: RunFolder,
-        log: TrainLog,
-        say: Callable[[str], None],
-        width: int = 80,
-    ) -> None:
-        self._trainer, self._config, self._folder, self._log, self._say = trainer, config, folder, log, say
-        self._printer, self._evaluations = RowPrinter(say, width), EvaluationLog(log.earlier)
-        self._told: set[str] = set()
+    def __init__(self, trainer: Any, config: RunConfig, folder: RunFolder, log: TrainLog, printer: RowPrinter) -> None:
+        self._trainer, self._config, self._folder, self._log, self._printer = trainer, config, folder, log, printer
+        self._evaluations, self._told = EvaluationLog(log.earlier), set[str]()
 
     def table(self) -> list[Evaluation]:
         """The rows so far, with what is kept on the disk."""
@@ -82,8 +73,9 @@ class EvaluationTable(TrainerCallback):  # type: ignore[misc]
         link(self._folder.path / "last", next(iter(kept.values()), None))
         link(self._folder.path / "best", None if best is None else kept[best])
         rows = self._evaluations.table({step: path.name for step, path in kept.items()}, best)
-        with as_warning("the table of evaluations was not written"):
-            write_whole(self._folder.path / EVALUATIONS_FILE, "".join(f"{row.model_dump_json()}\n" for row in rows))
+        if rows:
+            with as_warning("the table of evaluations was not written"):
+                write_whole(self._folder.path / EVALUATIONS_FILE, "".join(f"{row.model_dump_json()}\n" for row in rows))
 
     def _best(self, kept: Collection[int]) -> int | None:
         """The best step of those kept, after the start; None where none was evaluated, or reports what is asked for."""
@@ -99,5 +91,5 @@ class EvaluationTable(TrainerCallback):  # type: ignore[misc]
         for note in notes if chooses else ():
             if note not in self._told:
                 self._told.add(note)
-                self._say(f"checkpoints.choose: {note}")
+                self._printer.say(f"checkpoints.choose: {note}")
         return best

@@ -109,22 +109,22 @@ def rank_kept(
     mode: str = "auto",
 ) -> Ranking:
     """Rank the steps of `rows` that are `kept`, by a strategy or the configuration's own; ConfigError as `rank`."""
-    chosen = config.checkpoints if config else None
-    untrained = [item.label or item.name for item in config.rewards if item.weight == 0] if config else []
+    own, own_mode = own_choice(config)
     return rank(
         {step: row for step, row in rows.items() if step in kept},
-        strategy or default_strategy(config),
-        mode=chosen.mode if mode == "auto" and chosen and strategy in (None, chosen.choose) else mode,
-        band=chosen.kl_band if chosen else (0.01, 0.1),
-        untrained=untrained,
+        strategy or own,
+        mode=own_mode if mode == "auto" and strategy in (None, own) else mode,
+        band=config.checkpoints.kl_band if config else (0.01, 0.1),
+        untrained=[item.label or item.name for item in config.rewards if item.weight == 0] if config else (),
     )
 
 
-def default_strategy(config: RunConfig | None) -> str:
-    """The strategy of a run itself: `checkpoints.choose`, transformers' key, or else the held-out reward."""
-    if config is None:
-        return "reward"
-    return config.checkpoints.choose or str(config.grpo.get("metric_for_best_model") or "reward").removeprefix("eval_")
+def own_choice(config: RunConfig | None) -> tuple[str, str]:
+    """Strategy and mode of a run itself: of `checkpoints`, of transformers' keys, or else the held-out reward."""
+    if config is None or config.checkpoints.choose is not None:
+        return (str(config.checkpoints.choose), config.checkpoints.mode) if config else ("reward", "auto")
+    metric, greater = config.grpo.get("metric_for_best_model"), config.grpo.get("greater_is_better")
+    return str(metric or "reward").removeprefix("eval_"), "auto" if greater is None else "max" if greater else "min"
 
 
 def _ordered(
