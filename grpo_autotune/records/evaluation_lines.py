@@ -84,7 +84,7 @@ def table_lines(rows: Sequence[Evaluation], width: int) -> list[str]:
     """The whole table, and what did not fit into `width` columns."""
     titles = fitting(rows, width)
     left_out = [title for title in fitting(rows, 10**6) if title not in titles]
-    more = [f"left out for width: {', '.join(left_out)}"] if left_out else []
+    more = [f"left out for width: {', '.join(left_out)} (--json has them)"] if left_out else []
     return [header(titles), *(line(row, titles) for row in rows), *more] if rows else []
 
 
