@@ -46,8 +46,8 @@ def _parts(listed: CheckpointList, width: int, show_all: bool) -> Iterator[Rende
             columns |= {title: cells} if _width({**columns, title: cells}) <= width and any(cells) else {}
     for title in columns:
         table.add_column(title, justify="left" if title in ("checkpoint", "also", "state") else "right", no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
+    for place in range(len(shown)):
+        table.add_row(*(cells[place] for cells in columns.values()))
     yield table
     if len(listed.rows) > len(shown):
         yield Text(f"and {plural(len(listed.rows) - len(shown), 'other')}: --show-all lists them")

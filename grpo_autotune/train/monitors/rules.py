@@ -87,7 +87,7 @@ class Run:
         """True if a held-out reward has risen beyond its intervals; without, if that of training has by a sigma."""
         held_out = [done for done in self.evaluations.values() if len(done) > 1]
         level = sum(self.baselines.get("reward", (math.inf,)))
-        return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
+        return any(done[-1][0].low > done[0][0].high for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
         has_failed = any(name.endswith("/failed") and row[name] for name in row)  # for `judge_failures` to tell

@@ -59,7 +59,8 @@ class Measures:
 
         def weighted(kl_BT: torch.Tensor) -> torch.Tensor:
             torch.set_grad_enabled(True)
-            return factor * (beta * kl_BT)
+            kl_term_BT: torch.Tensor = factor * (beta * kl_BT)
+            return kl_term_BT
 
         trainer.beta = KlWeight(beta)
         trainer.beta.product = weighted
