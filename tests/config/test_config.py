@@ -481,7 +481,7 @@ def test_speed_ups_of_another_shape_are_one_line(value: Any) -> None:
         ),
         ({"kl_band": [0.2, 0.1]}, {}, "checkpoints.kl_band: low and high, 0 or more, low first"),
         ({"mode": "lowest"}, {}, "checkpoints.mode"),
-        ({"chose": "reward"}, {}, "checkpoints.chose: unknown key. Nearest: checkpoints.choose."),
+        ({"chose": "reward"}, {}, "checkpoints.chose: unknown key. Nearest known key: checkpoints.choose."),
     ],
 )
 def test_a_choice_of_checkpoints_that_cannot_be(section: Any, grpo: dict[str, Any], line: str) -> None:
