@@ -109,11 +109,11 @@ def rank_kept(
     mode: str = "auto",
 ) -> Ranking:
     """Rank the steps of `rows` that are `kept`, by a strategy or the configuration's own; ConfigError as `rank`."""
-    own, own_mode = own_choice(config)
+    chosen, chosen_mode = own_choice(config)
     return rank(
         {step: row for step, row in rows.items() if step in kept},
-        strategy or own,
-        mode=own_mode if mode == "auto" and strategy in (None, own) else mode,
+        strategy or chosen,
+        mode=chosen_mode if mode == "auto" and strategy in (None, chosen) else mode,
         band=config.checkpoints.kl_band if config else (0.01, 0.1),
         untrained=[item.label or item.name for item in config.rewards if item.weight == 0] if config else (),
     )
