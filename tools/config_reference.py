@@ -17,6 +17,7 @@ from grpo_autotune.config.batch import COUNTS
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, WORDS
 from grpo_autotune.config.schema import OWNED_ELSEWHERE, PEFT_FIXED, RunConfig
 from grpo_autotune.config.sections.branches import Branch, Branches, BranchEval, Control
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
@@ -108,6 +109,9 @@ def markdown() -> str:
             *_speedups(),
             *_section("search", SearchSection, SearchSection.__doc__),
             *_monitors(),
+            *_section(
+                "checkpoints", CheckpointsSection, f"{CheckpointsSection.__doc__} See [checkpoints.md](checkpoints.md)."
+            ),
             *_section("output", OutputSection),
             *_section("receipt", Receipt, f"{Receipt.__doc__} Written by the search, not by hand."),
         ]

@@ -82,7 +82,8 @@ def _tell_time(probe: Any, config: RunConfig, out_dir: Path) -> None:
     record = probe.record()
     if not (is_first_rank() and record.timings.step_s):
         return
-    report = report_of(record, config).model_copy(update=probe.trainer.monitors.report())
+    told = {**probe.trainer.monitors.report(), "evaluations": probe.trainer.evaluations.table()}
+    report = report_of(record, config).model_copy(update=told)
     largest = sorted(report.stages, key=lambda stage: -stage.share)[:LARGEST]
     shares = ", ".join(f"{stage.name} {percent(stage.share)}" for stage in largest)
     line = f"{seconds(report.step_s)} per step: {shares}"

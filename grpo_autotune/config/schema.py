@@ -19,6 +19,7 @@ from grpo_autotune.config.places import trained_adapter
 from grpo_autotune.config.registry_file import with_named_data
 from grpo_autotune.config.sampling import check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection, check_choice
 from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
@@ -91,6 +92,7 @@ class RunConfig(Section):
     depends on it), `image_size`, `lora_rank`, `num_generations`, `max_completion_length`."""
     search: SearchSection = SearchSection()
     monitors: MonitorsSection = MonitorsSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
     output: OutputSection = OutputSection()
     receipt: Receipt | None = None
 
@@ -163,6 +165,8 @@ class RunConfig(Section):
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
+        has_kl = self.branches is not None or bool(self.grpo.get("beta"))
+        check_choice(self.checkpoints, self.grpo, evaluates=self.batch.eval_batch is not None, has_kl=has_kl)
         for name, branch in self.branches.by_name.items() if self.branches is not None else ():
             if not self.data.held_out and branch.eval is not None:
                 raise ConfigError("there is no held-out data", where=f"branches.{name}.eval", fix=fix)
@@ -258,6 +262,7 @@ def known_paths() -> list[str]:
         ("search", SearchSection),
         ("monitors", MonitorsSection),
         *((f"monitors.{name}", item.__class__) for name, item in MonitorsSection().items_on().items()),
+        ("checkpoints", CheckpointsSection),
         ("output", OutputSection),
         ("receipt", Receipt),
     ):

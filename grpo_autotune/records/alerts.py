@@ -1,7 +1,5 @@
-"""Files of a training, read: the alerts of its monitors, `alerts.jsonl`, and the evaluations in `train_log.jsonl`."""
+"""The alerts of a training's monitors, `alerts.jsonl`, and the numbers in a line of its log."""
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,19 +58,3 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
     """A finite number of a log line; None where it has none of that name."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
-
-
-def evaluations(log: Log) -> list[dict[str, Any]]:
-    """The evaluations of a log: mean reward `value` on the set `series`, `low` and `high` of its 95%."""
-    rows = []
-    for row in log:
-        timed = [match for key in row if (match := re.fullmatch(r"eval_(?:(.+)_)?runtime", key))]
-        reward = number(row, "eval_reward")
-        if not timed or reward is None:
-            continue
-        before = timed[0][0].removesuffix("runtime")
-        took, rate = (number(row, before + key) or 0.0 for key in ("runtime", "samples_per_second"))
-        half = 1.96 * (number(row, "eval_reward_std") or 0.0) / math.sqrt(max(1.0, took * rate))
-        rows.append({"step": row["step"], "series": timed[0][1] or "held-out", "value": reward, "low": reward - half,
-                     "high": reward + half, "seconds": took, "completions": took * rate})  # fmt: skip
-    return rows

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from grpo_autotune.records.alerts import Alert
 from grpo_autotune.records.base import Document, Frozen
+from grpo_autotune.records.evaluations import Evaluation
 from grpo_autotune.records.probe import (
     ImageFacts,
     OtherLoad,
@@ -153,6 +154,7 @@ class Report(Document):
     runtime: dict[str, str] = {}
     monitors: int | None = None
     alerts: list[Alert] = []
+    evaluations: list[Evaluation] = []
 
     def stage(self, name: str) -> StageReport:
         """The row of one stage."""

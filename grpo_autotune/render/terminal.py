@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.alerts import outcome
+from grpo_autotune.records.evaluation_lines import LEGEND, table_lines
 from grpo_autotune.records.report import Advice, PartRow, Report, StageReport
 from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
@@ -23,10 +24,10 @@ EVEN_RANKS = 1.02
 
 def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
     """The report as text for a terminal of `width` columns, with ANSI escapes where `colour` is asked for."""
-    return as_text(_sections(report), width, colour=colour)
+    return as_text(_sections(report, width), width, colour=colour)
 
 
-def _sections(report: Report) -> Iterator[RenderableType]:
+def _sections(report: Report, width: int) -> Iterator[RenderableType]:
     for line in header_lines(report):
         yield Text(line)
     for line in report.warnings:
@@ -37,12 +38,14 @@ def _sections(report: Report) -> Iterator[RenderableType]:
     yield from section("What bounds it", [report.bound])
     yield from section("Before the first step", [startup_line(report)] if report.startup else [])
     yield from section("Tokens, images and rewards", facts_lines(report))
-    lines, tables = remote_parts(report)
-    yield from section("Rewards over a network", lines)
+    remote, tables = remote_parts(report)
+    yield from section("Rewards over a network", remote)
     yield from (Padding(table, (0, 0, 0, 2)) for table in tables)
     yield from section("vLLM", rollout_lines(report))
     watched = [outcome(report.monitors, report.alerts)] if report.monitors else []
     yield from section("Monitors", [*watched, *(alert.line() for alert in report.alerts)])
+    lines = table_lines(report.evaluations, width - 2)
+    yield from section("Evaluations", [*lines, LEGEND] if lines else [])
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
         yield rank_table(report)

@@ -5,12 +5,17 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from grpo_autotune.records.alerts import Alert, Log, evaluations, number, outcome
+from grpo_autotune.records.alerts import Alert, Log, number, outcome
+from grpo_autotune.records.evaluation_lines import COLUMNS, LEGEND, fitting
+from grpo_autotune.records.evaluations import Evaluation, EvaluationLog, evaluations
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table
 from grpo_autotune.render.probe_page import machine_sections, stage_blocks, step_picture, steps_picture, summary
-from grpo_autotune.units import amount, plural, seconds
+from grpo_autotune.units import plural, seconds
+
+MOST_COLUMNS = 10**6
+"""Columns of text that a page has room for: it can be moved sideways."""
 
 MOST_POINTS = 300
 """Points of a curve; those of a longer run are means of as many neighbours as that takes."""
@@ -43,14 +48,15 @@ def train_sections(
     blocks: list[Block] = []
     if report:
         blocks = [Lines([summary(report)]), step_picture(report), *steps_picture(report), *stage_blocks(report)]
-    rows = [(alert.name, alert.text, alert.remedy) for alert in alerts]
+    fired = [(alert.name, alert.text, alert.remedy) for alert in alerts]
     told: list[Block] = [Lines([f"{outcome(report.monitors, alerts)}."])] if report and report.monitors else []
-    told += [Table(("alert", "what was seen", "what to do"), rows, anchor="alert")] if rows else []
+    told += [Table(("alert", "what was seen", "what to do"), fired, anchor="alert")] if fired else []
+    rows = EvaluationLog(log).table()
     facts = (report.machine, report.versions | report.runtime, report.config) if report else (None, {}, config)
     return [
         Section("summary", "In short", [Lines(_summary(log), strong=True)]),
         Section("alerts", "Alerts", told),
-        Section("evaluations", "Evaluations", list(_evaluations(log))),
+        Section("evaluations", "Evaluations", list(_evaluations((report and report.evaluations) or rows))),
         Section("curves", "Training", [picture for curve in _curves(log) for picture in _curve(log, *curve)]),
         Section("stages", "Where a step goes", blocks),
         *machine_sections(*facts),
@@ -71,12 +77,12 @@ def _summary(log: Log) -> list[str]:
     if took:
         told.append(f"{seconds(took[len(took) // 2])} per step at the median.")
     done = evaluations(log)
-    for name in dict.fromkeys(row["series"] for row in done):
-        same = [row for row in done if row["series"] == name]
-        best = max(same, key=lambda row: row["value"])
+    for name in dict.fromkeys(row.series for row in done):
+        same = [row for row in done if row.series == name]
+        best = max(same, key=lambda row: row.scored)
         told.append(
-            f"Reward on {name} data {best['value']:.3g} ({best['low']:.3g} to {best['high']:.3g}) at step "
-            f"{best['step']}, the highest of {plural(len(same), 'evaluation')}."
+            f"Reward on {name} data {best.scored:.3g} ({best.low:.3g} to {best.high:.3g}) at step "
+            f"{best.step}, the highest of {plural(len(same), 'evaluation')}."
         )
     last_s = number(log[-1], "time")
     if last_s is not None and 0.0 <= last_s < 1e11:
@@ -114,15 +120,17 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]
         yield part[-1][0], math.fsum(value for _, value in part) / len(part)
 
 
-def _evaluations(log: Log) -> Iterator[Picture]:
-    rows = evaluations(log)
-    cells = [
-        (str(r["step"]), r["series"], f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}",
-         amount(r["completions"]), seconds(r["seconds"]))
-        for r in rows
-    ]  # fmt: skip
-    table = Table(("step", "set", "reward", "interval at 95%", "completions", "took"), cells)
+def _evaluations(rows: Sequence[Evaluation]) -> Iterator[Block]:
+    """The held-out reward over steps, and the whole table."""
+    titles = fitting(rows, len(rows) and MOST_COLUMNS)
+    table = Table(titles, [[COLUMNS[title][2](row) for title in titles] for row in rows], caption=LEGEND)
+    points = [
+        {"step": row.step, "series": row.series, "value": row.scored, "low": row.low, "high": row.high}
+        for row in rows
+        if row.eval_reward is not None
+    ]
     alt = "Held-out reward over steps with intervals; the sentences at the top have the highest"
-    note = "Intervals take completions as independent: several of one prompt make them too narrow."
-    if rows:
-        yield draw.picture("Held-out reward", alt, draw.lines(rows, "step", "mean reward", draw.WIDTH), table, note)
+    if points:
+        yield draw.picture("Held-out reward", alt, draw.lines(points, "step", "mean reward", draw.WIDTH), table)
+    elif rows:
+        yield table

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.workload import quantiles
@@ -65,7 +66,8 @@ class Evaluator:
         if purpose == "timed":
             more |= {"completion_lengths": self._lengths, "seen_lengths": self._probe.lengths}
         if config.batch.eval_batch is not None:
-            config = config.model_copy(update={"grpo": config.grpo | NO_EVALUATION})
+            keys = {"grpo": config.grpo | NO_EVALUATION, "checkpoints": CheckpointsSection()}
+            config = config.model_copy(update=keys)
         return self.log.spec(purpose, config, knobs, limit_s, **more)
 
     def run(self, purpose: Purpose, knobs: Knobs, limit_s: float, **more: Any) -> TrialOutcome:

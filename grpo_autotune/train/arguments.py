@@ -18,10 +18,12 @@ from trl.trainer import grpo_trainer
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import start_weights
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
+from grpo_autotune.train.runs.choose import STRATEGIES, mode_of
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
@@ -65,23 +67,38 @@ def grpo_arguments(
 
 
 def check_best_metric(
-    args: GRPOConfig, rewards: Sequence[str], modules: Iterable[Any], sets: Iterable[str] = (), *branches: str
+    args: GRPOConfig,
+    rewards: Sequence[str],
+    modules: Iterable[Any],
+    sets: Iterable[str] = (),
+    *branches: str,
+    checkpoints: CheckpointsSection | None = None,
 ) -> None:
-    """ConfigError for a `metric_for_best_model` that no evaluation of these `rewards` reports, on named `sets` or one,
-    of some `branches` or none, unless one of their `modules` speaks of `log_metric`."""
-    if args.metric_for_best_model is None or args.eval_strategy == "no":
+    """ConfigError for a `metric_for_best_model` or a name to choose checkpoints by that no evaluation of these
+    `rewards` reports, on named `sets` or one, of some `branches` or none, unless one of their `modules` speaks of
+    `log_metric`. Checkpoints may be chosen by what training reports, too."""
+    if args.eval_strategy == "no":
         return
-    metric = args.metric_for_best_model.removeprefix("eval_")
     logged = re.findall(r'_metrics\[mode\]\[f?"([^"]+)"\]', inspect.getsource(grpo_trainer))
     known = {name.format(reward_func_name=reward) for name in logged for reward in rewards}
-    by_transformers = ("loss", "runtime", "samples_per_second", "steps_per_second")
-    known |= {f"{name}_{key}" for name in sets for key in by_transformers} or set(by_transformers)
+    by_set = ("loss", "ppo_loss", "runtime", "samples_per_second", "steps_per_second")
+    known |= {f"{name}_{key}" for name in sets for key in by_set} or set(by_set)
+    known |= {"adv_std", "adv_max", "reward_ci"}
     known -= set() if args.beta else {"kl"}
     known |= {f"branch/{name}/{key}" for name in branches for key in ("kl", "reward", "length", "truncated")}
-    texts = ("".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules)
-    if metric not in known and not any("log_metric" in text for text in texts):
-        fix = nearest_hint(metric, known, f"There are {', '.join(sorted(known))}.")
-        raise ConfigError(f"no evaluation reports {metric}", where="grpo.metric_for_best_model", fix=fix)
+    texts = ["".join(linecache.getlines(getattr(module, "__file__", None) or "")) for module in modules]
+    if any("log_metric" in text for text in texts):
+        return
+    wishes = {"grpo.metric_for_best_model": (args.metric_for_best_model, known)}
+    if checkpoints is not None and checkpoints.choose not in STRATEGIES:
+        wishes["checkpoints.choose"] = (checkpoints.choose, known | {"loss", "grad_norm", "learning_rate"})
+    for where, (name, names) in wishes.items():
+        metric = (name or "").removeprefix("eval_")
+        if name is not None and metric not in names:
+            fix = nearest_hint(metric, names, f"There are {', '.join(sorted(names))}.")
+            raise ConfigError(f"no evaluation reports {metric}", where=where, fix=fix)
+    if checkpoints is not None and checkpoints.choose is not None:
+        mode_of(checkpoints.choose.removeprefix("eval_"), checkpoints.mode)
 
 
 def suppress_image_token(grpo: GRPOConfig, processor: Any, model: Any) -> None:

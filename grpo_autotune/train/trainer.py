@@ -19,6 +19,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import is_first_rank, is_live, progress_console
 from grpo_autotune.hardware.device import memory_share
 from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
@@ -42,8 +43,10 @@ from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
+from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
+from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
@@ -133,7 +136,7 @@ def build_trainer(
     )
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
     branch_names = config.branches.by_name if config.branches is not None else ()
-    check_best_metric(arguments.grpo, names, modules, config.data.eval, *branch_names)
+    check_best_metric(arguments.grpo, names, modules, config.data.eval, *branch_names, checkpoints=config.checkpoints)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -217,6 +220,9 @@ def run_training(
         say(_start_line(folder, start))
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
+    Measures(trainer)
+    trainer.evaluations = EvaluationTable(trainer, config, folder, log, RowPrinter(say, console.width))
+    trainer.add_callback(trainer.evaluations)
     trainer.monitors = Monitors(trainer, config, folder.path, log, resumes=resume)
     trainer.add_callback(trainer.monitors)
     if prepare is not None:

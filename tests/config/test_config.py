@@ -457,3 +457,41 @@ def test_speed_ups_of_another_shape_are_one_line(value: Any) -> None:
     assert str(caught.value).startswith(
         f"speedups: {value!r} is not accepted. Accepted: auto, none, or a list of names"
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "grpo", "line"),
+    [
+        ({"choose": "kl"}, {}, "checkpoints.choose: no KL is measured with grpo.beta 0. Set grpo.beta above 0."),
+        ({"choose": "reward"}, {"eval_strategy": "no"}, "checkpoints.choose: nothing is evaluated, so nothing can be"),
+        (
+            {"choose": "reward"},
+            {"metric_for_best_model": "loss"},
+            "checkpoints.choose: grpo.metric_for_best_model choo",
+        ),
+        (
+            {"choose": "reward"},
+            {"load_best_model_at_end": True},
+            "checkpoints.choose: grpo.load_best_model_at_end choo",
+        ),
+        (
+            {"choose": "reward"},
+            {"save_strategy": "best"},
+            "checkpoints.choose: grpo.save_strategy best chooses already",
+        ),
+        ({"kl_band": [0.2, 0.1]}, {}, "checkpoints.kl_band: low and high, 0 or more, low first"),
+        ({"mode": "lowest"}, {}, "checkpoints.mode"),
+        ({"chose": "reward"}, {}, "checkpoints.chose: unknown key. Nearest known key: checkpoints.choose."),
+    ],
+)
+def test_a_choice_of_checkpoints_that_cannot_be(section: Any, grpo: dict[str, Any], line: str) -> None:
+    values = {
+        "model": {"name_or_path": "m"},
+        "data": {"path": "d", "eval_split": "test"},
+        "rewards": [{"name": "format"}],
+        "grpo": {"eval_strategy": "epoch", **grpo},
+        "checkpoints": section,
+    }
+    with pytest.raises(ConfigError) as told:
+        RunConfig.from_dict(values)
+    assert str(told.value).startswith(line) and "\n" not in str(told.value)

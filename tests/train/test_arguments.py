@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from trl import GRPOConfig
 
+from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.arguments import check_best_metric
 from grpo_autotune.train.rewards import builtin
@@ -54,3 +55,23 @@ def test_held_out_sets_have_losses_of_their_own() -> None:
     args.metric_for_best_model = "eval_loss"
     with pytest.raises(ConfigError, match="no evaluation reports loss"):
         check_best_metric(args, ["format"], [builtin], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("choose", "line"),
+    [
+        (
+            "rewards/format/men",
+            "checkpoints.choose: no evaluation reports rewards/format/men. Nearest: rewards/format/mean",
+        ),
+        ("entropy", "entropy: its name does not tell whether low or high is good"),
+    ],
+)
+def test_a_choice_that_no_evaluation_reports(choose: str, line: str) -> None:
+    args = GRPOConfig(output_dir="out", use_cpu=True, bf16=False, eval_strategy="steps")
+    with pytest.raises(ConfigError) as told:
+        check_best_metric(args, ["format"], [builtin], checkpoints=CheckpointsSection(choose=choose))
+    assert str(told.value).startswith(line)
+    for good in ("rewards/format/mean", "eval_loss", "adv_std", "val_loss", "reward"):
+        check_best_metric(args, ["format"], [builtin], checkpoints=CheckpointsSection(choose=good))
+    check_best_metric(args, ["format"], [builtin], checkpoints=CheckpointsSection(choose="entropy", mode="max"))

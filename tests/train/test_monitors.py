@@ -372,3 +372,13 @@ def test_watch_tells_the_newest_alerts(tmp_path: Path) -> None:
     (run,) = read_runs(tmp_path)
     assert [text for name, text in run.facts if name == "alert"] == [alert.line() for alert in alerts]
     assert outcome(14, alerts) == "14 monitors, 2 fired: truncated at step 40 and kl_high at step 35"
+
+
+def test_a_held_out_reward_has_risen_beyond_both_intervals() -> None:
+    def evaluated(step: int, reward: float) -> dict[str, Any]:
+        return {"kind": "eval", "step": step, "eval_runtime": 1.0, "eval_reward": reward, "eval_reward_ci": 0.1}
+
+    run = Run()
+    for step, reward, gained in ((1, 0.5, False), (2, 0.65, False), (3, 0.75, True)):
+        run.add(evaluated(step, reward))
+        assert run.gained() is gained

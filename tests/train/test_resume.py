@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from grpo_autotune.commands.checkpoints import list_checkpoints
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.train.runs.checkpoints import survey
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.train.trainer import TrainResult, run_training
+from grpo_autotune.trained.source import find_trained
 from tests.support.training import arm, log_lines, losses, picture_config, text_config
 
 Tiny = Callable[[str], Path]
@@ -80,6 +83,20 @@ KILLED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         5,
         4,
     ),
+    "in the evaluation of an epoch": (
+        {"data": {"eval_split": "train", "max_eval_samples": 2}, "checkpoints": {"choose": "reward"}},
+        {
+            "max_steps": -1,
+            "num_train_epochs": 4,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "per_device_eval_batch_size": 4,
+        },
+        6,
+        1,
+    ),
 }
 """Changes, grpo keys, the reward call (evaluation's count too) at which to kill, the newest checkpoint's step then."""
 
@@ -95,6 +112,59 @@ def test_killed_and_resumed(name: str, tiny: Tiny, tmp_path: Path) -> None:
     assert result.resumed_from == step and result.signum == 0
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
     assert len(set(losses(tmp_path / "whole"))) > 1  # the runs learned something that could differ
+    assert table(tmp_path / "cut") == table(tmp_path / "whole")
+    if grpo.get("save_strategy") == "epoch":
+        names = [f"epoch-{n}" for n in range(1, 5)]
+        assert [Path(tmp_path / "cut" / "checkpoints" / name).resolve().name for name in names] == [
+            f"checkpoint-{n}" for n in range(1, 5)
+        ]
+        assert find_trained(tmp_path / "cut" / "last").name == find_trained(tmp_path / "cut/epoch-4").name
+        for strategy, pick in picks(tmp_path / "whole").items():
+            assert list_checkpoints(tmp_path / "cut", strategy).best == f"checkpoint-{pick}", strategy
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `evaluations.jsonl` without seconds, and where `best` and `last` point to."""
+    file = folder / "evaluations.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    ends = {name: (folder / name).readlink() for name in ("best", "last") if (folder / name).is_symlink()}
+    return [*({**row, "seconds": None} for row in rows), ends]
+
+
+def picks(folder: Path) -> dict[str, int]:
+    """The step that each strategy picks, from the log alone, where each evaluation follows one step."""
+    lines = log_lines(folder)
+    held_out = {line["step"]: line for line in lines if line["kind"] == "eval"}
+    trained = {line["step"]: line for line in lines if line["kind"] == "train"}
+    inside = {step: line for step, line in held_out.items() if 0.01 <= line["eval_kl"] <= 0.1}
+    near = min(held_out, key=lambda step: max(0.01 - held_out[step]["eval_kl"], held_out[step]["eval_kl"] - 0.1))
+    return {
+        "val_loss": min(held_out, key=lambda step: held_out[step]["eval_loss"]),
+        "ppo_loss": min(held_out, key=lambda step: held_out[step]["eval_ppo_loss"]),
+        "adv_std": min(trained, key=lambda step: trained[step]["adv_std"]),
+        "reward": earliest(held_out),
+        "kl": earliest(inside) if inside else near,
+    }
+
+
+def earliest(lines: dict[int, Any]) -> int:
+    top = max(lines, key=lambda step: lines[step]["eval_reward"])
+    least = lines[top]["eval_reward"] - lines[top]["eval_reward_ci"]
+    return min(step for step in lines if lines[step]["eval_reward"] >= least)
+
+
+def test_the_best_stays_outside_of_rotation(tiny: Tiny, tmp_path: Path) -> None:
+    """It is saved where the strategy saves nothing, and stays when newer ones take the places of older ones."""
+    changes = {"data": {"eval_split": "train", "max_eval_samples": 2}, "checkpoints": {"choose": "val_loss"}}
+    grpo = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "save_steps": 3}
+    config = text_config(tiny("qwen3"), tmp_path, changes, max_steps=5, save_total_limit=1, **grpo)
+    run_training(config, tmp_path / "run")
+    losses_by_step = {line["step"]: line["eval_loss"] for line in log_lines(tmp_path / "run") if line["kind"] == "eval"}
+    best = min(losses_by_step, key=lambda step: losses_by_step[step])
+    assert len(losses_by_step) == 5
+    assert {one.step for one in survey(tmp_path / "run" / "checkpoints")} == {best, 5}
+    assert find_trained(tmp_path / "run" / "best").name == f"checkpoint-{best}"
+    assert find_trained(tmp_path / "run" / "last").name == "checkpoint-5"
 
 
 STOPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {

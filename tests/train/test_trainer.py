@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,9 +51,12 @@ def test_a_run_and_its_folder(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureF
     result = run_training(config, tmp_path / "run", phase=phase, prepare=seen.append)
     out, told = capfd.readouterr()
 
+    [evaluated] = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
     assert phases == ["data", "model", "trainer"]
     assert out == ""
-    assert "grpo.bf16 false" in told and "step 2/2  reward" in told and "evaluation at step 2: reward" in told
+    assert "grpo.bf16 false" in told and "step 2/2  reward" in told
+    row = next(line for line in told.splitlines() if re.search(r"  2 .*\d\.\d{4} ±\d\.\d{4} .*\*$", line))
+    assert f"{json.loads(evaluated)['eval_reward']:.4f} ±" in row
     assert [line for line in told.splitlines() if "Warning" in line or "%|" in line] == []
     callbacks = {type(callback) for callback in seen[0].callback_handler.callbacks}
     assert not callbacks & {PrinterCallback, ProgressCallback}
@@ -193,7 +197,6 @@ def test_an_evaluation_before_the_first_step_is_not_in_its_time() -> None:
     line.on_evaluate(None, state, None, metrics={"eval_hard_runtime": 9.0, "eval_reward": 0.5})
     now[0], state.global_step = 102.0, 1
     line.on_step_end(None, state, None)
-    assert "evaluation of hard at step 0: reward 0.5000" in text.getvalue()
     assert "2.00 s/step  8 s left" in text.getvalue()
 
 

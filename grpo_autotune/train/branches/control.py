@@ -28,7 +28,7 @@ def adapted(beta: float, start: float, kl: float, band: Sequence[float], factor:
     return min(max(after, start / 10.0), start * 10.0)
 
 
-class _ByRow(float):
+class KlWeight(float):
     """The trainer's `beta` while it computes a loss: a number like any other but for its product with the KL term."""
 
     product: Callable[[Any], Any]
@@ -78,7 +78,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
 
     def _loss(self, call_next: Callable[..., Any], /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         trainer, beta = self._trainer, self._trainer.beta
-        trainer.beta = by_row = _ByRow(beta)
+        trainer.beta = by_row = KlWeight(beta)
         by_row.product = partial(self._weighted, inputs)
         try:
             return call_next(model, inputs, *args, **kwargs)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from grpo_autotune.records.alerts import evaluations, number
+from grpo_autotune.records.alerts import number
+from grpo_autotune.records.evaluations import Evaluation, evaluations
 from grpo_autotune.records.probe import NO_SIGNAL
 
 WARMUP = 5  # steps at the start that no baseline is taken from
@@ -56,7 +57,7 @@ class Run:
 
     def __init__(self, beta: float = 0.0, masks: bool = False, highest: float = 0.0, bands: Any = None) -> None:
         self.beta, self.masks, self.highest, self.bands, self.step = beta, masks, highest, bands or {}, 0
-        self.evaluations: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.evaluations: dict[str, list[tuple[Evaluation, float]]] = defaultdict(list)  # and the reward of training
         self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.baselines: dict[str, tuple[float, ...]] = defaultdict(tuple)  # median and sigma, once they are frozen
         self._first: dict[str, list[float]] = defaultdict(list)
@@ -64,7 +65,7 @@ class Run:
     def add(self, row: Row) -> None:
         """Take a line of the log."""
         for done in evaluations([row]):
-            self.evaluations[done["series"]].append({**done, "train": self.reward()})
+            self.evaluations[done.series].append((done, self.reward()))
         self.step = row["step"] if row["kind"] == "train" else self.step
         for name in row if row["kind"] == "train" else ():
             if (value := number(row, name)) is not None:
@@ -84,7 +85,7 @@ class Run:
         """True if a held-out reward has risen beyond its intervals; without, if that of training has by a sigma."""
         held_out = [done for done in self.evaluations.values() if len(done) > 1]
         level = sum(self.baselines.get("reward", (math.inf,)))
-        return any(done[-1]["low"] > done[0]["high"] for done in held_out) if held_out else self.reward() > level
+        return any(done[-1][0].low > done[0][0].high for done in held_out) if held_out else self.reward() > level
 
     def not_finite(self, row: Row, item: Any) -> Readings:
         has_failed = any(name.endswith("/failed") and row[name] for name in row)  # for `judge_failures` to tell
@@ -134,11 +135,12 @@ class Run:
 
     def held_out_gap(self, row: Row, item: Any) -> Readings:
         for now in evaluations([row]):
-            best = max(self.evaluations[now["series"]], key=lambda done: done["value"], default=None)
-            if best is not None:
-                bad = now["high"] < best["low"] and self.reward() > best["train"]
-                text = f"below the {best['value']:.3g} of step {best['step']}, and training's reward has risen since"
-                yield Reading(f"reward on {now['series']} data", now["value"], bad, best["low"], best["value"], text)
+            earlier = self.evaluations[now.series]
+            best, then = max(earlier, key=lambda done: done[0].scored, default=(now, math.inf))
+            bad = now.high < best.low and self.reward() > then
+            text = f"below the {best.scored:.3g} of step {best.step}, and training's reward has risen since"
+            if earlier:
+                yield Reading(f"reward on {now.series} data", now.scored, bad, best.low, best.scored, text)
 
     def judge_failures(self, row: Row, item: Any) -> Readings:
         for name in filter(FAILED.fullmatch, row):

@@ -118,21 +118,9 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             plain = f"step {state.global_step}/{state.max_steps}  {line}"
         self._bar.update(state.global_step, line, plain)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if len(self._ends) == 1:  # an evaluation before the first step is no part of it
             self._ends[0] = self._clock()
-        reward = (metrics or {}).get("eval_reward")
-        if state.is_world_process_zero and metrics and reward is not None:
-            timed = next((key for key in metrics if key.endswith("_runtime")), "")
-            held_out = timed.removeprefix("eval_").removesuffix("runtime").rstrip("_")
-            of = f" of {held_out}" if held_out else ""
-            line = f"evaluation{of} at step {state.global_step}: reward {reward:.4f}"
-            for key in metrics:
-                if key.startswith("eval_branch/") and key.endswith("/reward") and metrics[key] is not None:
-                    line += f", {key.split('/')[1]} {metrics[key]:.4f}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -52,6 +52,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
         self.monitors: Any = None  # callback of a training in a run folder
+        self.evaluations: Any = None  # the same
+        self.best_checkpoint: str | None = None  # stays, beside transformers' own best
         self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
         self.grad_norm: torch.Tensor | float | None = None  # of this step before clipping; None where none is clipped
@@ -96,7 +98,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder, self.args.world_size)
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(str(folder.parent), limit, self.best_checkpoint or self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_peft_model(self.model) or self._sharded():
