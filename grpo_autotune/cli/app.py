@@ -1,7 +1,5 @@
 """The program that commands are added to, and what several of them share."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The entrance of the program, and the one place that catches this package's errors."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Commands that run something: a trial, a search, a training, a script, a server."""
 
-from __future__ import annotations
-
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_autotune.cli.app import Action, app, load, print_reports
-from grpo_autotune.commands.options import Checked, Config, Json, Only, Out, Set, Steps
+from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, Set, Steps
 from grpo_autotune.console import as_warning, is_first_rank, output_aside, say, show
 
 

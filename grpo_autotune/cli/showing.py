@@ -1,7 +1,5 @@
 """Commands that show what was measured: reports, comparisons, plans, what a run is at."""
 
-from __future__ import annotations
-
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grpo_autotune.cli.app import Action, app, load, print_reports
-from grpo_autotune.commands.options import Checked, Json, Set
+from grpo_autotune.cli.options import Checked, Json, Set
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 

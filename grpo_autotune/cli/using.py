@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grpo_autotune.cli.app import Action, app
-from grpo_autotune.commands.options import Json, Set
+from grpo_autotune.cli.options import Json, Set
 from grpo_autotune.console import output_aside, show
 
 Trained = Annotated[

@@ -1,7 +1,5 @@
 """`grpo-autotune checkpoints`: the checkpoints of a run, ranked by what its log says of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`grpo-autotune data`: what the model will see of a configuration's data, and what rewards say of its references."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import math

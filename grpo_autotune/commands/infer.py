@@ -1,7 +1,5 @@
 """`grpo-autotune infer`: completions and rewards of data with trained weights."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack

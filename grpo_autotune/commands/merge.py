@@ -1,7 +1,5 @@
 """`grpo-autotune merge`: an adapter merged into its base, or whole weights copied, in a folder that proves itself."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The server runs behind a guardian in a session of its own: whatever ends this co
 started. Its output goes to a log; here is said what it was started with, when it answers, and why it did not.
 """
 
-from __future__ import annotations
-
 import signal
 import socket
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """Named data sets: a file of them, and the `data` section of a configuration with each name replaced by what it stands
 for, so that what a run stores needs no such file (docs/data.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ladder of a training that ran out of memory: settings that need less, those that learn the same first."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """This process begun anew: the same command in the same process of the system, with nothing of its memory."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

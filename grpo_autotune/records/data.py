@@ -1,7 +1,5 @@
 """The types of `data --json`; `docs/data.md` explains every key."""
 
-from __future__ import annotations
-
 from typing import Final, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The table of evaluations as lines of fixed columns, so that a row printed as it happens stands below those before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from grpo_autotune.records.evaluations import Evaluation

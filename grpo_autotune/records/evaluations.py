@@ -4,8 +4,6 @@ Names are the log's: `eval_...` was measured on held-out rows, the others while 
 events since the evaluation before; where there was none since, those of the row before.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping

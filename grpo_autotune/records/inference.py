@@ -1,7 +1,5 @@
 """The types of `infer`: the lines of its file, the settings beside it, and the JSON of its summary."""
 
-from __future__ import annotations
-
 from typing import Any, Final, Literal
 
 from pydantic import Field

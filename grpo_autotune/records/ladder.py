@@ -1,7 +1,5 @@
 """Rungs that a training went down where memory ran out: `ladder.jsonl` in its folder, a JSON line each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

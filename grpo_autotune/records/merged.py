@@ -1,7 +1,5 @@
 """The receipt of `grpo-autotune merge`, `merged.json`: what was merged, and the log-probs that prove it."""
 
-from __future__ import annotations
-
 from typing import Final, Literal
 
 from pydantic import Field

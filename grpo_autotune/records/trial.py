@@ -3,8 +3,6 @@
 Both are frozen, free of torch, and equal after a trip through JSON. Times are seconds, sizes bytes.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.records.base import Frozen

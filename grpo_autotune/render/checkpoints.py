@@ -1,7 +1,5 @@
 """The ranked checkpoints of a run as text for a terminal."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The rows that a model will see, for a terminal."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The summary of completions as text for a terminal."""
 
-from __future__ import annotations
-
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table

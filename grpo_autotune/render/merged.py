@@ -1,7 +1,5 @@
 """The receipt of a merge as a few lines for a terminal."""
 
-from __future__ import annotations
-
 from grpo_autotune.records.merged import Difference, Merged
 from grpo_autotune.units import plural
 

@@ -1,7 +1,5 @@
 """The summary of completions: each reward over all of them and over each branch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 

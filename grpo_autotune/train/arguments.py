@@ -1,7 +1,5 @@
 """The `grpo` and `vllm` sections as TRL's own `GRPOConfig`; the few derived values are printed."""
 
-from __future__ import annotations
-
 import inspect
 import linecache
 import os

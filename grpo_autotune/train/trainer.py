@@ -1,7 +1,5 @@
 """From a `RunConfig` to a `GRPOTrainer`, and from there to a trained model in a run folder."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

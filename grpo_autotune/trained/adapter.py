@@ -1,7 +1,5 @@
 """`model.adapter` in a user's words made the one folder that a run, its trials and its resumption all start from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from grpo_autotune.config.places import check_same_adapter

@@ -1,7 +1,5 @@
 """The answer of a server of trained weights, held against the trainer's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple, Self

@@ -1,7 +1,5 @@
 """The answer that a server of trained weights has to give: the trainer's own greedy tokens to one held-out prompt."""
 
-from __future__ import annotations
-
 import base64
 import gc
 import io

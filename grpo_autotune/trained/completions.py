@@ -3,8 +3,6 @@
 The settings stand beside it, in `FILE.meta.json`: a file is only gone on with by the same ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

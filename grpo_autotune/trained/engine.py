@@ -4,8 +4,6 @@ A `trl.GRPOTrainer` that never trains makes the prompts' ids, samples and decode
 and the way of an adapter into vLLM are those of the run.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack

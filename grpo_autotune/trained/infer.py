@@ -1,7 +1,5 @@
 """Completions of rows and their rewards, batch by batch, into a file that a later call goes on with."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

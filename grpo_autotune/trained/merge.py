@@ -4,8 +4,6 @@ The models are in memory one after the other, in float32 where that has room: th
 is merged and written, then the folder that was written is loaded, then the base.
 """
 
-from __future__ import annotations
-
 import fcntl
 import gc
 import hashlib
@@ -111,7 +109,7 @@ def merge(trained: Trained, out: Path, *, dtype: str | None, rows: int, step: St
 
 def _plan(trained: Trained, draft: Path, dtype: str | None) -> Plan:
     """The dtypes, from weights that are not loaded; the disk has room, and nothing is stored quantized."""
-    outline = load_trained(trained, dtype="auto", with_adapter=False, placement={"device_map": "meta"})
+    outline = load_trained(trained, dtype="auto", adapted=False, placement={"device_map": "meta"})
     if getattr(outline.config, "quantization_config", None) is not None:
         fix = "Write the name of its unquantized original as model.name_or_path in the run's config.yaml."
         raise ConfigError("the base is stored quantized, nothing is merged into that", where=str(trained.path), fix=fix)

@@ -5,8 +5,6 @@ of tokens, each followed by the greedy answer of the trained model. Rows go one 
 an image's place are left out: no model is asked for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Trained weights in one piece, where DeepSpeed's ZeRO-3 or FSDP had each rank save its part."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -4,8 +4,6 @@
 `RUN_DIR/checkpoint-120` name checkpoints with or without `checkpoints/` between.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -196,10 +196,10 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        ({A.replace("layers.0", "layers.7"): torch.ones(4, 64)}, "the base has no place for .*layers.7"),
-        ({A: None}, "it lacks .*q_proj.lora_A"),
+        ({A.replace("layers.0", "layers.7"): torch.ones(4, 64)}, "the model has no .*layers.7"),
+        ({A: None}, "the adapter has no .*q_proj.lora_A"),
         ({A: torch.ones(4, 128)}, "size mismatch for .*q_proj.lora_A"),
-        ("cut", "cannot be put on .*llama: "),
+        ("cut", "does not fit .*llama"),
         ("gone", "adapter_model.safetensors is missing"),
     ],
 )

@@ -1,7 +1,5 @@
 """The `checkpoints` section: the best checkpoint, and how it is chosen while training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """The `data` section: the prompts, held-out ones, and the columns that rewards read."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator

@@ -4,8 +4,6 @@ Nothing is started here, and nothing heavy imported. The keys of the `vllm` sect
 what TRL's server mode cannot do without (trl/generation/vllm_client.py, TRL 1.16) is added.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import itertools

@@ -4,8 +4,6 @@ Text is rearranged here and nothing else: image columns are passed on as they ar
 copied that need not be.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ the same smaller image, whatever its own processor's limits. So do images that t
 whose values a processor would cut off.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

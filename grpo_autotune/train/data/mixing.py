@@ -1,7 +1,5 @@
 """Rows that are drawn: those held out, a part of a data set, and a mixture of several, each decided by a seed alone."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 

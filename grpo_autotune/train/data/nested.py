@@ -2,8 +2,6 @@
 `reward_model.ground_truth` of a row's mapping, `messages.0.content` and `conversations.:-1` of its list.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

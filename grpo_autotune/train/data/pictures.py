@@ -3,8 +3,6 @@
 TRL takes them from one column, and a part of a message keeps the place for the next image of its row.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

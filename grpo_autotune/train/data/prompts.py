@@ -1,7 +1,5 @@
 """Prompts as messages, whatever shape they have in the data, and each picture where the text has its place."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

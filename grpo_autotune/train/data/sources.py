@@ -1,7 +1,5 @@
 """Reading rows from wherever they are: a registered function, a file, an image folder, a saved data set, the hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

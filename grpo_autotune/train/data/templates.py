@@ -1,7 +1,5 @@
 """Prompts against the model's chat template, tried in TRL's own way before the model loads."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

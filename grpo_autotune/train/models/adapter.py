@@ -4,9 +4,8 @@ TRL keeps a frozen copy of an adapter that it is given, and takes it as the refe
 (`ref` in trl/trainer/grpo_trainer.py, TRL 1.16); without the copy the reference is the base with the adapter off.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -63,12 +62,15 @@ def _sees(base: Any) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(vision_tower(base)).modules())
 
 
-def with_adapter(model: Any, folder: str, **options: Any) -> PeftModel:
-    """`model` under the adapter that PEFT saved in `folder`; `options` are those of `PeftModel.from_pretrained`.
+def with_adapter(model: Any, folder: str, *, where: str = WHERE, **options: Any) -> PeftModel:
+    """`model` under the adapter that PEFT saved in `folder`; `options` are those of `PeftModel.from_pretrained`, and
+    `where` names the folder in messages.
 
     Raises:
         ConfigError: The adapter is torn, or another model's: its names or shapes do not fit.
     """
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise _unfit(model, folder, where, "adapter_model.safetensors is missing")
     try:
         with catch_warnings():
             simplefilter("ignore", UserWarning)  # of missing names, which are an error below
@@ -79,10 +81,12 @@ def with_adapter(model: Any, folder: str, **options: Any) -> PeftModel:
         if is_of_the_machine(error):
             raise
         lines = [line for line in str(error).splitlines() if "size mismatch" in line]  # after a heading
-        raise _unfit(model, folder, lines[0].strip() if lines else first_line(error)) from error
+        raise _unfit(model, folder, where, lines[0].strip() if lines else first_line(error)) from error
     for names, what in ((result.unexpected_keys, "the model has no"), (result.missing_keys, "the adapter has no")):
         if names:
-            raise _unfit(model, folder, f"{what} {names[0]}")
+            raise _unfit(
+                model, folder, where, f"{what} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+            )
     return adapted
 
 
@@ -99,9 +103,9 @@ def settle_reference(trainer: Any, config: RunConfig) -> str:
     return f"{told}; the reference model is {kept} (model.adapter_reference: {'adapter' if held else 'base'})"
 
 
-def _unfit(model: Any, folder: str, why: str) -> ConfigError:
+def _unfit(model: Any, folder: str, where: str, why: str) -> ConfigError:
     return ConfigError(
         f"the adapter in {folder} does not fit {getattr(model, 'name_or_path', None) or type(model).__name__}: {why}",
-        where=WHERE,
+        where=where,
         fix="Give the model that it was trained on in model.name_or_path.",
     )

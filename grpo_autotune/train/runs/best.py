@@ -3,8 +3,6 @@
 All of it follows from `train_log.jsonl` and the checkpoints on the disk, so that a resumed run goes on with the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

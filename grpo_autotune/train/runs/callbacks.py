@@ -1,7 +1,5 @@
 """The log and the progress of a run: a JSON line for each log event, and one line on the terminal."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -5,8 +5,6 @@ of `checkpoint-<step>` folders as transformers names them. A checkpoint that pla
 it counts as whole when what a resumed run loads from it opens.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

@@ -5,8 +5,6 @@ reward; the others take the lowest or the highest value. Where the value has an 
 within that of the first are tied, and of ties the earliest step wins.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Nothing that was trained is overwritten: a folder that holds checkpoints is only entered to resume.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ connections would be an error in the others. The store keeps the addresses of th
 meet at another port, where rank 0 serves it.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Names for checkpoints: `best` and `last` in a run folder, and `epoch-7` beside `checkpoint-70`, as relative links."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

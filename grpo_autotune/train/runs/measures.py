@@ -8,8 +8,6 @@ TRL's losses are linear in the KL term, whatever the loss type: `loss = policy +
 of the loss by a factor of that term, 1, is the term's part of the loss; autograd follows from the term on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Silence for known lines of other libraries that a user can do nothing about: each by its text, none by its kind."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 

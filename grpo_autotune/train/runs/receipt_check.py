@@ -1,7 +1,5 @@
 """A tuned configuration against its receipt: the machine is compared before training, the speed later."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -6,8 +6,6 @@ its sampler has shuffled. Each rank saves its part beside the weights, and a res
 uninterrupted one. Engines outside this process (vLLM) start their own random stream anew.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections import defaultdict

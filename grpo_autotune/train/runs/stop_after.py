@@ -1,7 +1,5 @@
 """Optimizer steps of a measurement: a run stops after them, its schedule unchanged, or goes on for as many."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
