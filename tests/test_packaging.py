@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"vllm", "bitsandbytes", "requests", "openai", "tenacity"}
+OPTIONAL = {"vllm", "bitsandbytes", "requests", "openai", "tenacity", "deepspeed"}
 """Extras, imported only where they are needed."""
 
 

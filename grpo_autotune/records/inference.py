@@ -2,7 +2,7 @@
 
 from typing import Any, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Document, Frozen
 
@@ -14,6 +14,8 @@ TOTAL: Final = "total"
 
 class Completion(Frozen):
     """A line of the file: one completion of one row."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", ser_json_inf_nan="null")
 
     row: int  # of the data, counted from 0
     sample: int  # of the row, from 0

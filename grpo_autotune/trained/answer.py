@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from grpo_autotune.errors import AutotuneError, ConfigError
-from grpo_autotune.train.data.datasets import read_split
+from grpo_autotune.train.data.datasets import first_rows
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.trained.agreement import Answer
@@ -47,13 +47,10 @@ def _prompts(trained: Trained, processor: Any, say: Callable[[str], None]) -> li
     """The first held-out prompts as TRL has them, pictures in their places, and the source of each."""
     if trained.config is None:
         raise ConfigError("the folder is not in a run", where=str(trained.path))
-    data, options = trained.config.data, trained.config.grpo.get("chat_template_kwargs") or {}
-    held_out = next(iter(data.held_out.values()), None)
-    path, split = (held_out.path or data.path, held_out.split) if held_out else (data.path, data.split)
-    rows = read_split(trained.config, path, split, PROMPTS, say, "data.path")
+    path, options = trained.config.data.path, trained.config.grpo.get("chat_template_kwargs") or {}
+    rows, kind = first_rows(trained.config, PROMPTS, say)
     rows = fit_prompts(rows, processor, options, path, say)
-    kind = "held-out row" if held_out else "training row"
-    return [(f"{kind} {number} of {path}", _prompt(row, processor)) for number, row in enumerate(rows)]
+    return [(f"{kind} row {number} of {path}", _prompt(row, processor)) for number, row in enumerate(rows)]
 
 
 def _prompt(row: Mapping[str, Any], processor: Any) -> Any:

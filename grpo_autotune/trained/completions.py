@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import to_json
 
 from grpo_autotune.errors import ConfigError, shortened
 from grpo_autotune.files import write_whole
@@ -106,6 +105,4 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(completions: Iterable[Completion]) -> bytes:
-    return b"".join(
-        to_json(one.model_dump(), inf_nan_mode="null", bytes_mode="base64", fallback=str) + b"\n" for one in completions
-    )
+    return b"".join(f"{one.model_dump_json(fallback=str)}\n".encode() for one in completions)

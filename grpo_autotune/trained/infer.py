@@ -17,7 +17,7 @@ from grpo_autotune.records.inference import Completion
 from grpo_autotune.seams.layers import is_async
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.train.branches.rows import branch_of_rows, judges_of
-from grpo_autotune.train.data.datasets import load_data, read_split
+from grpo_autotune.train.data.datasets import held_out_rows, read_split
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.guard import FAILED
 from grpo_autotune.train.rewards.remote.replies import aclose
@@ -41,7 +41,7 @@ def rows_to_complete(
     if data is None and len(sets) != 1:
         told, fix = ("no", "Name a file.") if not sets else (f"{len(sets)}", f"Name one: {', '.join(sets)}.")
         raise ConfigError(f"the run has {told} held-out sets", where="--data", fix=fix)
-    name, (_, held_out) = next(iter(sets)) if data is None else data, load_data(config, say)
+    name, held_out = next(iter(sets)) if data is None else data, held_out_rows(config, say)
     rows = held_out[name] if name else held_out
     path = sets[name].path or config.data.path
     return rows.select(range(min(limit or len(rows), len(rows)))), f"{path} ({sets[name].split or 'held out'})"

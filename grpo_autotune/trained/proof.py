@@ -18,7 +18,7 @@ from trl.trainer.utils import selective_log_softmax
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.records.merged import Difference, Proof
-from grpo_autotune.train.data.datasets import read_split
+from grpo_autotune.train.data.datasets import first_rows
 from grpo_autotune.train.data.templates import fit_prompts
 
 ANSWER_TOKENS = 32
@@ -90,12 +90,9 @@ def prompts_of(config: RunConfig | None, processor: Any, count: int, say: Say) -
 
 
 def _of_data(config: RunConfig, processor: Any, count: int, say: Say) -> Prompts:
-    data, options = config.data, config.grpo.get("chat_template_kwargs") or {}
-    held_out = next(iter(data.held_out.values()), None)
-    path, split = (data.path, data.split) if held_out is None else (held_out.path or data.path, held_out.split)
-    rows = read_split(config, path, split, count, say, "data")
-    rows = fit_prompts(rows, processor, options, path, say)
-    kind = "training" if held_out is None else "held-out"
+    options = config.grpo.get("chat_template_kwargs") or {}
+    rows, kind = first_rows(config, count, say)
+    rows = fit_prompts(rows, processor, options, config.data.path, say)
     return Prompts(f"{len(rows)} {kind} prompts", tuple(_tokens(row, processor, options) for row in rows))
 
 

@@ -76,6 +76,18 @@ def held_out_rows(config: RunConfig, progress: Callable[[str], None], choose: Ch
     return held_out.get("", held_out) or None
 
 
+def first_rows(config: RunConfig, count: int, progress: Callable[[str], None]) -> tuple[datasets.Dataset, str]:
+    """The first `count` held-out rows, of the first set of several, or else training rows, and their kind in a word."""
+
+    def first(rows: datasets.Dataset) -> datasets.Dataset:
+        return rows.select(range(min(count, len(rows))))
+
+    rows = held_out_rows(config, progress, first)
+    kind = "training" if rows is None else "held-out"
+    rows = training_rows(config, progress, first) if rows is None else rows
+    return first(next(iter(rows.values())) if isinstance(rows, dict) else rows), kind
+
+
 def check_rows(config: RunConfig, rows: int) -> None:
     """ConfigError where a generation takes more different prompts than there are rows."""
     wanted = config.batch.prompts_per_generation

@@ -91,11 +91,7 @@ class Measures:
 
 def half_interval(means: list[float]) -> float:
     """Half of the 95 % interval of the mean of independent numbers, by Student's t; NaN for fewer than two."""
-    from scipy.stats import t
+    from scipy import stats
 
     known = [value for value in means if not math.isnan(value)]
-    if len(known) < 2:
-        return math.nan
-    mean = math.fsum(known) / len(known)
-    variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
-    return float(t.ppf(0.975, len(known) - 1)) * math.sqrt(variance / len(known))
+    return float(stats.t.ppf(0.975, len(known) - 1) * stats.sem(known)) if len(known) > 1 else math.nan
