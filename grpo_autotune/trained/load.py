@@ -46,7 +46,7 @@ def load_trained(
     """
     model = load_section(base_section(trained), dtype, placement)
     if trained.adapter is not None and adapted:
-        model = with_adapter(model, str(trained.path), where=str(trained.path)).eval()
+        model = with_adapter(model, str(trained.path)).eval()
     return model
 
 

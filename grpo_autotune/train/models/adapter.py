@@ -39,9 +39,10 @@ def load_policy(
     model = load_model(config.model, source, placement)
     if config.model.adapter is None:
         return model, lora_config(config, model)
-    check_same_adapter(config.peft, config.model.adapter)
-    in_float32 = not zero_3 or config.model.load_in_4bit
-    model = with_adapter(model, config.model.adapter, is_trainable=True, autocast_adapter_dtype=in_float32)
+    folder, in_float32 = config.model.adapter, not zero_3 or config.model.load_in_4bit
+    check_same_adapter(config.peft, folder)
+    where = f"{WHERE}: {folder}"
+    model = with_adapter(model, folder, where=where, is_trainable=True, autocast_adapter_dtype=in_float32)
     if (init := _init_words(model)).startswith(CHANGES_BASE):
         raise ConfigError(
             f"the adapter changes the base model's weights as it is put on it (init_lora_weights: {init})",
@@ -62,15 +63,16 @@ def _sees(base: Any) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(vision_tower(base)).modules())
 
 
-def with_adapter(model: Any, folder: str, *, where: str = WHERE, **options: Any) -> PeftModel:
-    """`model` under the adapter that PEFT saved in `folder`; `options` are those of `PeftModel.from_pretrained`, and
-    `where` names the folder in messages.
+def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) -> PeftModel:
+    """`model` under the adapter that PEFT saved in `folder`; `options` are those of `PeftModel.from_pretrained`.
+    Messages begin with `where`, or the folder.
 
     Raises:
         ConfigError: The adapter is torn, or another model's: its names or shapes do not fit.
     """
+    where = where or folder
     if not any(Path(folder).glob("adapter_model.*")):
-        raise _unfit(model, folder, where, "adapter_model.safetensors is missing")
+        raise _unfit(model, where, "adapter_model.safetensors is missing")
     try:
         with catch_warnings():
             simplefilter("ignore", UserWarning)  # of missing names, which are an error below
@@ -81,7 +83,7 @@ def with_adapter(model: Any, folder: str, *, where: str = WHERE, **options: Any)
         if is_of_the_machine(error):
             raise
         lines = [line for line in str(error).splitlines() if "size mismatch" in line]  # after a heading
-        raise _unfit(model, folder, where, lines[0].strip() if lines else first_line(error)) from error
+        raise _unfit(model, where, lines[0].strip() if lines else first_line(error)) from error
     for names, what in ((result.unexpected_keys, "the model has no"), (result.missing_keys, "the adapter has no")):
         if names:
             raise _unfit(
@@ -103,9 +105,7 @@ def settle_reference(trainer: Any, config: RunConfig) -> str:
     return f"{told}; the reference model is {kept} (model.adapter_reference: {'adapter' if held else 'base'})"
 
 
-def _unfit(model: Any, folder: str, where: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"the adapter in {folder} does not fit {getattr(model, 'name_or_path', None) or type(model).__name__}: {why}",
-        where=where,
-        fix="Give the model that it was trained on in model.name_or_path.",
-    )
+def _unfit(model: Any, where: str, why: str) -> ConfigError:
+    base = getattr(model, "name_or_path", None) or type(model).__name__
+    fix = f"It was trained on another model than {base}, or the folder is not whole."
+    return ConfigError(f"the adapter does not fit: {why}", where=where, fix=fix)
