@@ -199,7 +199,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({A.replace("layers.0", "layers.7"): torch.ones(4, 64)}, "the model has no .*layers.7"),
         ({A: None}, "the adapter has no .*q_proj.lora_A"),
         ({A: torch.ones(4, 128)}, "size mismatch for .*q_proj.lora_A"),
-        ("cut", "does not fit .*llama"),
+        ("cut", "the adapter does not fit: Error while"),
         ("gone", "adapter_model.safetensors is missing"),
     ],
 )

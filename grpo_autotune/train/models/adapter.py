@@ -86,9 +86,8 @@ def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) ->
         raise _unfit(model, where, lines[0].strip() if lines else first_line(error)) from error
     for names, what in ((result.unexpected_keys, "the model has no"), (result.missing_keys, "the adapter has no")):
         if names:
-            raise _unfit(
-                model, folder, where, f"{what} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            )
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise _unfit(model, where, f"{what} {names[0]}{more}")
     return adapted
 
 
