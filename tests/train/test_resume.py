@@ -64,7 +64,6 @@ def killed(config: RunConfig, out: Path, folder: Path, call: int) -> None:
 
 
 KILLED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
-    "plain": ({}, {"max_steps": 4, "save_steps": 2}, 3, 2),
     "reused": (
         {
             "data": {"eval_split": "train", "max_eval_samples": 2},
