@@ -11,8 +11,8 @@ from typing import Any
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, nearest_hint
-from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
-from grpo_autotune.train.runs.folder import RunFolder
+from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
+from grpo_autotune.runs.folder import RunFolder
 
 ADAPTER = "adapter_config.json"
 MODEL = "config.json"

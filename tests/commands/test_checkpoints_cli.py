@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from grpo_autotune.cli.main import main
-from grpo_autotune.train.runs.checkpoints import seal
-from grpo_autotune.train.runs.links import link, link_epoch
+from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.runs.links import link, link_epoch
 
 
 def saved(run: Path, step: int, *, optimizer: bool = True) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.train.runs.choose import mode_of, rank
+from grpo_autotune.runs.choose import mode_of, rank
 
 ROWS = {
     10: {"eval_loss": 0.3, "eval_ppo_loss": 0.1, "eval_kl": 0.005, "adv_std": 0.9, "eval_reward": 0.50},
