@@ -58,8 +58,9 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
     choices = (place, folder.checkpoints / place.name)
     path = next((choice for choice in choices if choice.is_dir()), None)
     if path is None:
-        known = [path.name for path in (*folder.checkpoints.glob("*"), folder.model) if path.is_dir()]
-        fix = nearest_hint(place.name, known, f"There are {', '.join(sorted(known))}." if known else "Train it first.")
+        saved = [one.path for one in survey(folder.checkpoints)]
+        known = [path.name for path in (run / "best", run / "last", folder.model, *saved) if path.is_dir()]
+        fix = nearest_hint(place.name, known, f"There are {', '.join(known)}." if known else "Train it first.")
         raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
     return _described(path.resolve(), run, adapter)
 

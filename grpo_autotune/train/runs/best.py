@@ -66,7 +66,7 @@ class EvaluationTable(TrainerCallback):  # type: ignore[misc]
         best = self._best(kept)
         if self._config.checkpoints.choose is not None and best is not None:
             self._trainer.best_checkpoint = str(kept[best])
-        elif self._config.grpo.get("metric_for_best_model") and state.best_global_step in kept:
+        elif self._trainer.args.metric_for_best_model and state.best_global_step in kept:
             best = state.best_global_step
         link(self._folder.path / "last", next(iter(kept.values()), None))
         link(self._folder.path / "best", None if best is None else kept[best])
