@@ -26,7 +26,7 @@ LAYERS = (
     ("console",),
     ("records", "registry", "hardware", "seams"),
     ("config", "speedups"),
-    ("rollout",),
+    ("rollout", "runs"),
     ("probe", "estimate"),
     ("knobs", "train"),
     ("predict", "scripts", "trained"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config, override
 from grpo_autotune.console import Heartbeat, ProgressBar, is_live, say
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
@@ -19,6 +20,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.inference import Inference, Settings
 from grpo_autotune.report.inference import summarize
 from grpo_autotune.rollout.server.process import need_vllm
+from grpo_autotune.trained.source import find_trained
 from grpo_autotune.units import plural
 
 BATCH = {False: 32, True: 256}
@@ -59,6 +61,10 @@ def infer(asked: Request) -> Inference:
         raise ConfigError("this is no place for a file", where=f"--out {asked.out}", fix="Name a file in a folder.")
     if asked.in_vllm:
         need_vllm()
+    trained = find_trained(asked.place)
+    config, data, split = _with_data(_configuration(asked, trained.config), asked.data, asked.split)
+    config = config if asked.scored else _unscored(config)
+    check_rewards(config)
     startup = Startup()
     set_environment()
     told = "Make room, and give the same command again."
@@ -68,17 +74,13 @@ def infer(asked: Request) -> Inference:
             from grpo_autotune.train.runs.quiet import quieten
             from grpo_autotune.trained.engine import generating
             from grpo_autotune.trained.infer import Scorer, Work, rows_to_complete
-            from grpo_autotune.trained.source import find_trained
         quieten(bars=is_live())
-        trained = find_trained(asked.place)
-        config = _configuration(asked, trained.config)
-        check_rewards(config)
         with startup.phase("data"):
-            rows, data = rows_to_complete(config, asked.data, asked.split, asked.limit)
-            scorer = ended.enter_context(Scorer(config, rows, data))
-            rows, processor = _fitted(rows, trained, config, data)
+            rows, read = rows_to_complete(config, data, split, asked.limit)
+            scorer = ended.enter_context(Scorer(config, rows, read))
+            rows, processor = _fitted(rows, trained, config, read)
         config = generating(config, in_vllm=asked.in_vllm, longest=asked.longest)
-        file = _file(asked, config, trained, rows["prompt"][:], data)
+        file = _file(asked, config, trained, rows, read)
         prompts = max(1, (asked.batch_size or BATCH[asked.in_vllm]) // asked.n)
         work = Work(rows, asked.n, prompts, config.grpo["seed"], scorer, file)
         written, rate = _work(work, asked, startup, (trained, config, processor))
@@ -99,8 +101,21 @@ def _configuration(asked: Request, of_run: RunConfig | None) -> RunConfig:
         for item in asked.overrides:
             override(values, item)
         config = RunConfig.from_dict(values)
-    if asked.scored:
-        return config
+    return config
+
+
+def _with_data(config: RunConfig, data: str | None, split: str | None) -> tuple[RunConfig, str | None, str | None]:
+    """The configuration with the section of data that are asked for by name, its path, and a split; None for both
+    where that has held-out rows, and no split is asked for."""
+    section = None if data is None or data in config.data.held_out else named_section(config.data, data)
+    if section is None:
+        return config, data, split
+    config, is_held_out = config.model_copy(update={"data": section}), split is None and section.held_out
+    return (config, None, None) if is_held_out else (config, section.path, split or section.split)
+
+
+def _unscored(config: RunConfig) -> RunConfig:
+    """The configuration without rewards, and without the columns that only they read."""
     template = config.data.prompt_template or ""
     columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in KEPT or f"{{{ours}" in template}
     section = config.data.model_copy(update={"columns": columns})
@@ -118,16 +133,19 @@ def _fitted(rows: Any, trained: Any, config: RunConfig, where: str) -> tuple[Any
     return fit_prompts(rows, processor, options, where, say), processor
 
 
-def _file(asked: Request, config: RunConfig, trained: Any, prompts: Sequence[Any], data: str) -> Any:
-    from grpo_autotune.trained.completions import CompletionFile, prompts_digest, weights_digest
+def _file(asked: Request, config: RunConfig, trained: Any, rows: Any, data: str) -> Any:
+    from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
+    from grpo_autotune.trained.completions import CompletionFile, rows_digest, weights_digest
     from grpo_autotune.trained.engine import SAMPLED
+
+    pictures = [name for name in rows.column_names if name in IMAGE_COLUMNS]
 
     settings = Settings(
         checkpoint=str(trained.path.resolve()),
         weights=weights_digest(trained.path),
         backend="vllm" if asked.in_vllm else "generate",
         data=data,
-        prompts=prompts_digest(prompts),
+        rows=rows_digest(rows.remove_columns(pictures)),
         n=asked.n,
         greedy=asked.greedy,
         image_size=config.data.image_size,

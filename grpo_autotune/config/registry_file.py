@@ -37,6 +37,23 @@ def with_named_data(values: Values, folder: Path) -> dict[str, Any]:
     return {**values, "data": (registry or Registry(places[-1], {})).resolved(section)}
 
 
+def named_section(section: DataSection, name: str) -> DataSection | None:
+    """The section for the data of a name: of a part of the mixture in `section`, or of an entry of `datasets.yaml` in
+    the current folder, which is read as `section` has it where the entry does not say. None for what is no name;
+    ConfigError as `with_named_data`."""
+    part = section.mix.get(name)
+    if part is not None:
+        values = part.model_dump(exclude_unset=True, exclude={"weight"})
+    else:
+        values = with_named_data({"data": {"path": name}}, Path())["data"]
+    if values == {"path": name}:
+        return None
+    kept = {"image_size"} if "mix" in values else {"image_size", "system_prompt", "prompt_format"}
+    if not {"mix", "columns", "prompt_template"} & values.keys():
+        kept |= {"columns", "prompt_template"}
+    return DataSection.model_validate({**section.model_dump(exclude_unset=True, include=kept), **values})
+
+
 def _entries(file: Path) -> Mapping[str, Any]:
     entries = parse_yaml(read_source(file), str(file)) or {}
     if not isinstance(entries, Mapping):

@@ -38,7 +38,7 @@ class Settings(Document):
     weights: str  # digest of the files that hold them
     backend: Literal["generate", "vllm"]
     data: str
-    prompts: str  # digest of the rows' prompts, in their order
+    rows: str  # digest of the rows without their images, in their order
     image_size: int | None
     n: int  # completions of each prompt
     greedy: bool

@@ -21,7 +21,7 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
-from grpo_autotune.train.runs.choose import STRATEGIES, mode_of
+from grpo_autotune.runs.choose import STRATEGIES, mode_of
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""

@@ -19,6 +19,7 @@ from grpo_autotune.hardware.device import memory_share
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
+from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
@@ -43,7 +44,6 @@ from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
 from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
-from grpo_autotune.train.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer

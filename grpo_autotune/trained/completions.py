@@ -81,11 +81,11 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def prompts_digest(prompts: Iterable[Any]) -> str:
-    """A digest of prompts, in their order."""
+def rows_digest(rows: Iterable[Any]) -> str:
+    """A digest of rows, in their order."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt}\0".encode())
+    for row in rows:
+        digest.update(f"{row}\0".encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 
 

@@ -36,6 +36,8 @@ def rows_to_complete(
     held-out set of the run by name, or (None) the only one. ConfigError and DataError as `read_split`, and where there
     is no held-out set, or are several."""
     sets, data = config.data.held_out, config.data.path if data is None and split is not None else data
+    if config.data.mix and data == config.data.path:
+        raise ConfigError("it is a mixture", where="--data", fix=f"Name one: {', '.join(config.data.mix)}.")
     if data is not None and data not in sets:
         return read_split(config, data, split, limit, say, "--data"), f"{data} ({split})" if split else data
     if data is None and len(sets) != 1:

@@ -11,8 +11,8 @@ from typing import Any
 
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, nearest_hint
-from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
-from grpo_autotune.train.runs.folder import RunFolder
+from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
+from grpo_autotune.runs.folder import RunFolder
 
 ADAPTER = "adapter_config.json"
 MODEL = "config.json"
@@ -58,8 +58,9 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
     choices = (place, folder.checkpoints / place.name)
     path = next((choice for choice in choices if choice.is_dir()), None)
     if path is None:
-        known = [path.name for path in (*folder.checkpoints.glob("*"), folder.model) if path.is_dir()]
-        fix = nearest_hint(place.name, known, f"There are {', '.join(sorted(known))}." if known else "Train it first.")
+        saved = [one.path for one in survey(folder.checkpoints)]
+        known = [path.name for path in (run / "best", run / "last", folder.model, *saved) if path.is_dir()]
+        fix = nearest_hint(place.name, known, f"There are {', '.join(known)}." if known else "Train it first.")
         raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
     return _described(path.resolve(), run, adapter)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo_autotune.cli.main import main
-from grpo_autotune.train.runs.checkpoints import seal
-from grpo_autotune.train.runs.links import link, link_epoch
+from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.runs.links import link, link_epoch
 
 
 def saved(run: Path, step: int, *, optimizer: bool = True) -> Path:
@@ -137,3 +139,10 @@ def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     link(tmp_path / "last", second)
     link(tmp_path / "last", second)
     assert capsys.readouterr().err.count("Operation not permitted") == 1
+
+
+@pytest.mark.slow
+def test_nothing_heavy_is_loaded() -> None:
+    names = "grpo_autotune.commands.checkpoints, grpo_autotune.trained.source, grpo_autotune.render.checkpoints"
+    code = f"import sys, {names}; print(sorted({{'torch', 'transformers', 'datasets', 'scipy'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

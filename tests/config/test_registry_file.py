@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.yaml_text import write_yaml
 from grpo_autotune.errors import ConfigError
 
@@ -132,3 +134,20 @@ def test_a_mixture_that_no_registry_resolved_leaves_the_keys_of_rows_to_its_part
         RunConfig.from_dict({**values, "data": {"path": "m", "mix": mix, "columns": {"prompt": "question"}}})
     config = RunConfig.from_dict({**values, "data": {"path": "m", "mix": mix}})
     assert RunConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_other_data_by_a_name_are_read_as_their_entry_says_and_else_as_the_run(folder: Path) -> None:
+    entries = {**ENTRIES, "gsm": {**ENTRIES["gsm"], "path": "../files/gsm.jsonl"}, "plain": {"path": "digits"}}
+    (folder / "here" / "datasets.yaml").write_text(write_yaml(entries))
+    columns, as_trained = {"answer": "a", "prompt": "p"}, {"system_prompt": "Think.", "image_size": 32}
+    run = DataSection.model_validate({"path": "rows.jsonl", "split": "one", "columns": columns, **as_trained})
+    gsm, plain, both = (named_section(run, name) for name in ("gsm", "plain", "both"))
+    assert gsm and (gsm.columns, gsm.system_prompt, gsm.image_size) == ({"prompt": "question"}, "Add.", 32)
+    assert gsm.split_ratio == 0.1 and gsm.held_out
+    assert plain and (plain.path, plain.split, plain.columns) == ("digits", "train", columns)
+    assert both and (list(both.mix), both.image_size) == (["gsm", "digits"], 64)
+    part = named_section(both, "gsm")
+    assert part and (part.columns, part.system_prompt, part.split_ratio) == (gsm.columns, "Count.", 0.1)
+    assert named_section(run, "rows.jsonl") is named_section(run, "digits") is None
+    with pytest.raises(ConfigError, match=r"no data set plai\. Nearest: plain"):
+        named_section(run, "plai")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.train.runs.checkpoints import survey
+from grpo_autotune.runs.checkpoints import survey
 from tests.support.fault_server import TRANSIENT, FaultServer, at_rate
 from tests.support.training import log_lines, text_config
 from tests.train.test_trainer_ranks import torchrun

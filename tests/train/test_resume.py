@@ -18,7 +18,7 @@ from grpo_autotune.commands.checkpoints import list_checkpoints
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
-from grpo_autotune.train.runs.checkpoints import survey
+from grpo_autotune.runs.checkpoints import survey
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.train.trainer import TrainResult, run_training
 from grpo_autotune.trained.source import find_trained

@@ -20,9 +20,9 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem, TrainingError
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.registry import register
+from grpo_autotune.runs.checkpoints import find_flaw
 from grpo_autotune.train.models.load import load_processor
 from grpo_autotune.train.runs.callbacks import ProgressLine
-from grpo_autotune.train.runs.checkpoints import find_flaw
 from grpo_autotune.train.runs.signals import StopRequest
 from grpo_autotune.train.trainer import build_trainer, run_training
 from grpo_autotune.train.trial_trainer import quiet_trainer
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_weights_alone_is_no_start(tiny: Tiny, tmp_path: Path) -
 
 
 def test_nothing_that_was_trained_is_trained_over(tiny: Tiny, tmp_path: Path) -> None:
-    from grpo_autotune.train.runs.folder import RunFolder, find_start
+    from grpo_autotune.runs.folder import RunFolder, find_start
 
     config = text_config(tiny("qwen3"), tmp_path, max_steps=1, save_steps=1, save_only_model=True)
     run_training(config, tmp_path / "weights")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_autotune.train.runs.checkpoints import survey
+from grpo_autotune.runs.checkpoints import survey
 from tests.support.training import log_lines, text_config
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ SETTINGS = Settings(
     weights="1",
     backend="generate",
     data="rows",
-    prompts="2",
+    rows="2",
     image_size=None,
     n=2,
     greedy=False,
@@ -61,6 +61,7 @@ def test_lines_come_back_a_torn_last_one_is_cut_off_and_the_rest_is_sorted(tmp_p
     [
         ({"n": 4}, "begun with n 2, and 4 is asked for"),
         ({"sampling": {"temperature": 0.5}}, "begun with temperature 1.0, and 0.5"),
+        ({"rows": "3"}, 'begun with rows "2"'),
         ({"weights": "3"}, 'begun with weights "1"'),
     ],
 )

@@ -70,3 +70,11 @@ def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, 
     (adapter(tmp_path / "broken") / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match=told):
         find_trained(tmp_path / words)
+
+
+def test_a_name_typed_wrongly_is_told_the_nearest_link_and_the_checkpoints(run: Path) -> None:
+    (run / "best").symlink_to("checkpoints/checkpoint-10")
+    with pytest.raises(ConfigError, match=r"the run has no bset\. Nearest: best\."):
+        find_trained(run / "bset")
+    with pytest.raises(ConfigError, match=r"There are best, checkpoint-20, checkpoint-10\."):
+        find_trained(run / "elsewhere")

@@ -1,1 +1,1 @@
-"""The folder of a run: checkpoints, log, signals, resumption."""
+"""A run under way: its log, signals, the best checkpoint, resumption."""

@@ -14,10 +14,10 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.records.evaluations import EVALUATIONS_FILE, Evaluation, EvaluationLog
+from grpo_autotune.runs.choose import REWARD, rank_kept
+from grpo_autotune.runs.folder import RunFolder
+from grpo_autotune.runs.links import kept_checkpoints, link, link_epoch
 from grpo_autotune.train.runs.callbacks import TrainLog
-from grpo_autotune.train.runs.choose import REWARD, rank_kept
-from grpo_autotune.train.runs.folder import RunFolder
-from grpo_autotune.train.runs.links import kept_checkpoints, link, link_epoch
 
 
 class EvaluationTable(TrainerCallback):  # type: ignore[misc]
@@ -66,7 +66,7 @@ class EvaluationTable(TrainerCallback):  # type: ignore[misc]
         best = self._best(kept)
         if self._config.checkpoints.choose is not None and best is not None:
             self._trainer.best_checkpoint = str(kept[best])
-        elif self._config.grpo.get("metric_for_best_model") and state.best_global_step in kept:
+        elif self._trainer.args.metric_for_best_model and state.best_global_step in kept:
             best = state.best_global_step
         link(self._folder.path / "last", next(iter(kept.values()), None))
         link(self._folder.path / "best", None if best is None else kept[best])

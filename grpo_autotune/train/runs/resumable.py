@@ -25,7 +25,7 @@ from trl.trainer.utils import (
 )
 
 from grpo_autotune.errors import TrainingError
-from grpo_autotune.train.runs.checkpoints import seal
+from grpo_autotune.runs.checkpoints import seal
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"

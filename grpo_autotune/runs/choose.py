@@ -121,8 +121,13 @@ def own_choice(config: RunConfig | None) -> tuple[str, str]:
     """Strategy and mode of a run itself: of `checkpoints`, of transformers' keys, or else the held-out reward."""
     if config is None or config.checkpoints.choose is not None:
         return (str(config.checkpoints.choose), config.checkpoints.mode) if config else ("reward", "auto")
-    metric, greater = config.grpo.get("metric_for_best_model"), config.grpo.get("greater_is_better")
-    return str(metric or "reward").removeprefix("eval_"), "auto" if greater is None else "max" if greater else "min"
+    grpo = config.grpo
+    metric = grpo.get("metric_for_best_model") or ("loss" if grpo.get("load_best_model_at_end") else None)
+    if metric is None:
+        return "reward", "auto"
+    greater = grpo.get("greater_is_better")
+    least = metric.endswith("loss") if greater is None else not greater  # as transformers has it
+    return metric.removeprefix("eval_"), "min" if least else "max"
 
 
 def _ordered(

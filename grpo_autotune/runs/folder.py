@@ -11,7 +11,7 @@ from pathlib import Path
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
-from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
+from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
 
 
 class RunFolder:

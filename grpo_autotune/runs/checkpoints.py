@@ -110,7 +110,7 @@ def _opens(path: Path) -> bool:
     if path.suffix != ".safetensors":
         return zipfile.is_zipfile(path)
     try:
-        with safe_open(str(path), framework="pt"):
+        with safe_open(str(path), framework="np"):
             return True
     except (SafetensorError, OSError):
         return False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.train.runs.choose import mode_of, rank
+from grpo_autotune.runs.choose import mode_of, own_choice, rank
 
 ROWS = {
     10: {"eval_loss": 0.3, "eval_ppo_loss": 0.1, "eval_kl": 0.005, "adv_std": 0.9, "eval_reward": 0.50},
@@ -89,3 +92,18 @@ def test_what_was_trained_on_is_said() -> None:
     assert rank(rows, "rewards/judge/mean").notes and not rank(rows, "rewards/judge/mean", untrained=["judge"]).notes
     flat = {1: {"eval_ppo_loss": 1e-9}, 2: {"eval_ppo_loss": -1e-9}}
     assert "its order says nothing" in rank(flat, "ppo_loss").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("grpo", "choice"),
+    [
+        ({}, ("reward", "auto")),
+        ({"metric_for_best_model": "eval_kl"}, ("kl", "max")),  # transformers takes the highest of all but losses
+        ({"metric_for_best_model": "two_loss"}, ("two_loss", "min")),
+        ({"metric_for_best_model": "kl", "greater_is_better": False}, ("kl", "min")),
+        ({"load_best_model_at_end": True}, ("loss", "min")),
+    ],
+)
+def test_a_run_that_leaves_the_choice_to_transformers(grpo: dict[str, Any], choice: tuple[str, str]) -> None:
+    values = {"model": {"name_or_path": "m"}, "data": {"path": "digits"}, "rewards": [{"name": "exact_match"}]}
+    assert own_choice(RunConfig.from_dict({**values, "grpo": {"beta": 0.1, **grpo}})) == choice

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo_autotune.console import warn
-from grpo_autotune.train.runs.checkpoints import WEIGHTS_ONLY, survey
+from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, survey
 
 _refused: set[Path] = set()
 """Folders whose file system has no links, as was said once."""

@@ -1,0 +1,1 @@
+"""The folder of a run: its checkpoints, their names, and which of them is the best; read without torch."""
