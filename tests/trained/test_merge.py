@@ -77,7 +77,8 @@ def test_merged_is_trained_and_not_base(kind: str, shape: str, tied: bool, tiny:
 
 
 def test_a_run_s_pictures_prove_and_its_processor_comes_along(tiny: Tiny, tmp_path: Path) -> None:
-    run = run_folder(picture_config(tiny("qwen2_5_vl"), tmp_path), tmp_path / "run")
+    elsewhere = {"model": {"attn_implementation": "flash_attention_2"}}  # of the GPU that it was trained on
+    run = run_folder(picture_config(tiny("qwen2_5_vl"), tmp_path, elsewhere), tmp_path / "run")
     saved_adapter(tiny("qwen2_5_vl"), "tower", run / "model")
     receipt = merge(run, tmp_path / "out")
     assert receipt.proof.prompts == "2 training prompts" and receipt.base == str(tiny("qwen2_5_vl"))
