@@ -127,7 +127,7 @@ def flaw(proof: Proof) -> str | None:
     if base is not None and base.mean < proof.factor * merged.mean:
         return (
             f"rounding hides what was learned: log-probs differ by {merged.mean:.3g} nats from the trained model and "
-            f"by {base.mean:.3g} from the base, on average"
+            f"by {base.mean:.3g} from the base, on average, which has to be {proof.factor:g} times as far"
         )
     return None
 

@@ -132,7 +132,7 @@ def test_bfloat16_is_held_to_what_rounding_does(tiny: Tiny, llama: Path, tmp_pat
 
 def test_an_adapter_that_learned_nothing_fails(tiny: Tiny, tmp_path: Path) -> None:
     place = saved_adapter(tiny("llama"), "lora", tmp_path / "adapter", 0.0)
-    fails(MergeError, "nothing was learned", place, tmp_path / "out")
+    fails(MergeError, r"nothing was learned.* Nothing was written\.$", place, tmp_path / "out", dtype="bfloat16")
 
 
 def test_one_of_several_adapters(tiny: Tiny, tmp_path: Path) -> None:
