@@ -57,7 +57,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         moved = adapted(text).logits.argmax(-1)
         with adapted.disable_adapter():
-            assert (moved == adapted(text).logits.argmax(-1)).float().mean() < 0.9, "the adapter changes greedy tokens"
+            assert (moved == adapted(text).logits.argmax(-1)).float().mean() < ENOUGH, (
+                "the adapter changes greedy tokens"
+            )
     adapted.save_pretrained(folder / "run" / "model")
     (folder / "run" / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return folder / "run"
