@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
 from grpo_autotune.errors import AutotuneError, ConfigError
-from grpo_autotune.train.data.datasets import first_rows
-from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.trained.agreement import Answer
 from grpo_autotune.trained.load import load_trained, load_trained_processor
+from grpo_autotune.trained.prompts import first_prompts, inputs_of, template_options
 from grpo_autotune.trained.source import Trained
 
 TOKENS = 16
@@ -36,8 +33,8 @@ def trainers_answer(trained: Trained, say: Callable[[str], None]) -> Answer:
     except AutotuneError as error:
         say(f"a fixed text is asked, since there is no data to ask of: {error}")
         prompts = [("a fixed text", FIXED)]
-    options = trained.config.grpo.get("chat_template_kwargs") or {} if trained.config is not None else {}
-    answers = [_answer(model, _inputs(processor, prompt, options), place, prompt) for place, prompt in prompts]
+    options = template_options(trained.config)
+    answers = [_answer(model, inputs_of(prompt, processor, options), place, prompt) for place, prompt in prompts]
     del model
     _free()
     return max(answers, key=lambda answer: answer.apart)
@@ -47,24 +44,8 @@ def _prompts(trained: Trained, processor: Any, say: Callable[[str], None]) -> li
     """The first held-out prompts as TRL has them, pictures in their places, and the source of each."""
     if trained.config is None:
         raise ConfigError("the folder is not in a run", where=str(trained.path))
-    path, options = trained.config.data.path, trained.config.grpo.get("chat_template_kwargs") or {}
-    rows, kind = first_rows(trained.config, PROMPTS, say)
-    rows = fit_prompts(rows, processor, options, path, say)
-    return [(f"{kind} row {number} of {path}", _prompt(row, processor)) for number, row in enumerate(rows)]
-
-
-def _prompt(row: Mapping[str, Any], processor: Any) -> Any:
-    pictures = row.get("images") or ([] if row.get("image") is None else [row["image"]])
-    plain = isinstance(row["prompt"], str) or not isinstance(processor, ProcessorMixin)
-    return row["prompt"] if plain else prepare_multimodal_messages(row["prompt"], pictures)
-
-
-def _inputs(processor: Any, prompt: Any, options: Mapping[str, Any]) -> Any:
-    """The model's inputs for a prompt, as TRL makes them."""
-    if isinstance(prompt, str):
-        return processor(text=[prompt], return_tensors="pt")
-    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template([prompt], **how, **options)
+    prompts, kind = first_prompts(trained.config, processor, PROMPTS, say)
+    return [(f"{kind} row {row} of {trained.config.data.path}", prompt) for row, prompt in enumerate(prompts)]
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from trl.data_utils import prepare_multimodal_messages
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
@@ -27,6 +26,7 @@ from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, supp
 from grpo_autotune.train.branches.evaluation import greedy_generation
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.trained.load import load_trained
+from grpo_autotune.trained.prompts import prompt_of
 from grpo_autotune.trained.source import Trained
 
 Row = Mapping[str, Any]
@@ -106,7 +106,7 @@ class Engine:
         apart, have the same ones."""
         trainer, n = self._trainer, self._n
         self._seeds = [seed for seed in seeds for _ in range(n)]
-        prompts = [prompt for row in rows for prompt in [self._prompt(row)] * n]
+        prompts = [prompt for row in rows for prompt in [prompt_of(row, trainer.processing_class)] * n]
         with ExitStack() as inside:
             inside.enter_context(as_config_errors("infer"))
             inside.enter_context(seeded(seeds[0], trainer.accelerator.device))
@@ -115,10 +115,6 @@ class Engine:
             inside.enter_context(in_groups(trainer, len(prompts)))
             prompt_ids, ids, _, completions, *_ = trainer._generate(prompts)
         return [self._answer(*each) for each in zip(prompt_ids, ids, completions, strict=True)]
-
-    def _prompt(self, row: Row) -> Any:
-        images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
-        return prepare_multimodal_messages(row["prompt"], images) if images else row["prompt"]
 
     def _answer(self, prompt_ids: Sequence[int], ids: list[int], completion: Any) -> Answer:
         read = prompt_ids if self._image_id is None else collapsed(prompt_ids, self._image_id)

@@ -52,9 +52,11 @@ def load_trained(
 
 def load_section(section: ModelSection, dtype: str | None, placement: Mapping[str, Any] = ANYWHERE) -> Any:
     """The model of a section without an adapter, in evaluation mode; arguments and errors as `load_trained` has them.
-    The source is found in the section's own dtype: random weights are drawn in it."""
+    The source is found in the section's own dtype: random weights are drawn in it. In another dtype attention is
+    transformers' default, since FlashAttention takes no float32."""
     source = model_source(section, say)
-    section = section if dtype is None else section.model_copy(update={"dtype": dtype})
+    if dtype is not None:
+        section = section.model_copy(update={"dtype": dtype, "attn_implementation": None})
     return load_model(section, source, placement).eval()
 
 

@@ -86,8 +86,9 @@ def merge(trained: Trained, out: Path, *, dtype: str | None, rows: int, step: St
         base = _base_of(plan.trained)
         proof = _proof(plan, exam, draft, base, step)
         if (why := flaw(proof)) is not None:
-            fix = "Nothing was written." if plan.stored == "float32" else "Nothing was written; try --dtype float32."
-            raise MergeError(why, where=str(trained.path), fix=fix)
+            equal = proof.base is not None and proof.base.max == 0 and plan.computed == "float32"
+            finer = "" if plan.stored == "float32" or equal else "; try --dtype float32"
+            raise MergeError(why, where=str(trained.path), fix=f"Nothing was written{finer}.")
         step("hashing files")
         shutil.rmtree(draft / PARTS, ignore_errors=True)
         source = None if base is None else model_source(base, say)

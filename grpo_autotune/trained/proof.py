@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from torchvision.transforms.functional import to_pil_image
-from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import selective_log_softmax
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.records.merged import Difference, Proof
-from grpo_autotune.train.data.datasets import first_rows
-from grpo_autotune.train.data.templates import fit_prompts
+from grpo_autotune.trained.prompts import first_prompts, inputs_of, prompt_of, template_options
 
 ANSWER_TOKENS = 32
 FIXED_TOKENS = 64
@@ -74,7 +71,9 @@ def prompts_of(config: RunConfig | None, processor: Any, count: int, say: Say) -
     """At most `count` prompts of a run; fixed sequences where there is no run, or its data cannot be read any more."""
     if config is not None:
         try:
-            return _of_data(config, processor, count, say)
+            prompts, kind = first_prompts(config, processor, count, say)
+            rows = tuple(dict(inputs_of(prompt, processor, template_options(config))) for prompt in prompts)
+            return Prompts(f"{len(rows)} {kind} prompts", rows)
         except AutotuneError as error:
             say(f"the run's prompts cannot be had, fixed sequences of tokens take their place: {error}")
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -85,27 +84,9 @@ def prompts_of(config: RunConfig | None, processor: Any, count: int, say: Say) -
         return Prompts(f"{count} fixed sequences of tokens", tuple({"input_ids": ids} for ids in drawn))
     noise = to_pil_image(torch.rand((3, NOISE, NOISE), generator=fixed))
     texts = [[{"role": "user", "content": tokenizer.decode(ids[0])}] for ids in drawn]
-    rows = tuple(_tokens({"prompt": text, "image": noise}, processor, {}) for text in texts)
+    seen = [prompt_of({"prompt": text, "image": noise}, processor) for text in texts]
+    rows = tuple(dict(inputs_of(prompt, processor, {})) for prompt in seen)
     return Prompts(f"{count} fixed sequences of tokens with a picture", rows)
-
-
-def _of_data(config: RunConfig, processor: Any, count: int, say: Say) -> Prompts:
-    options = config.grpo.get("chat_template_kwargs") or {}
-    rows, kind = first_rows(config, count, say)
-    rows = fit_prompts(rows, processor, options, config.data.path, say)
-    return Prompts(f"{len(rows)} {kind} prompts", tuple(_tokens(row, processor, options) for row in rows))
-
-
-def _tokens(row: dict[str, Any], processor: Any, options: dict[str, Any]) -> Tokens:
-    """A row as TRL tokenizes it (`GRPOTrainer._tokenize_prompts`)."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return dict(processor(text=[prompt], return_tensors="pt"))
-    if isinstance(processor, ProcessorMixin):
-        images = row.get("images") or ([row["image"]] if row.get("image") is not None else None)
-        prompt = prepare_multimodal_messages(prompt, images=images)
-    how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **options}
-    return dict(processor.apply_chat_template([prompt], add_generation_prompt=True, **how))
 
 
 def answered(model: Any, row: Tokens) -> Tokens:
@@ -146,7 +127,7 @@ def flaw(proof: Proof) -> str | None:
     if base is not None and base.mean < proof.factor * merged.mean:
         return (
             f"rounding hides what was learned: log-probs differ by {merged.mean:.3g} nats from the trained model and "
-            f"by {base.mean:.3g} from the base, on average"
+            f"by {base.mean:.3g} from the base, on average, which has to be {proof.factor:g} times as far"
         )
     return None
 

@@ -56,8 +56,9 @@ def _as_trained(trained: Trained, weights: Weights) -> dict[str, Any]:
         keys |= {"trust_remote_code": True} if section.trust_remote_code else {}
         if options := trained.config.grpo.get("chat_template_kwargs"):
             keys["default_chat_template_kwargs"] = options
-    template = trained.path / "chat_template.jinja"
-    return {**keys, "chat_template": str(template)} if trained.adapter is not None and template.is_file() else keys
+    beside = (folder / "chat_template.jinja" for folder in (trained.path, trained.path.parent))  # of several adapters
+    template = next((path for path in beside if path.is_file()), None)
+    return {**keys, "chat_template": str(template)} if trained.adapter is not None and template is not None else keys
 
 
 def _stored_dtype(model: Mapping[str, Any]) -> str | None:

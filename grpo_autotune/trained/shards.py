@@ -48,7 +48,7 @@ def in_one_piece(trained: Trained, folder: Path) -> Trained:
         return replace(trained, path=folder)
     (folder / WHOLE).rename(folder / ADAPTED)
     if not (folder / ADAPTER).is_file():
-        LoraConfig(**_run_of(trained).peft or {}).save_pretrained(str(folder))
+        LoraConfig(**_run_of(trained).lora or {}).save_pretrained(str(folder))
     return replace(trained, path=folder, adapter=json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
 
 

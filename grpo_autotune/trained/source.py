@@ -78,7 +78,7 @@ def _is_run(place: Path) -> bool:
 
 
 def _two_above(place: Path) -> list[Path]:
-    return [*place.parents][:2]
+    return [*place.parents[:2], *place.absolute().parents[:2]]
 
 
 def _described(path: Path, run: Path | None, name: str | None) -> Trained:

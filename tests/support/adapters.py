@@ -21,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "bias": {"target_modules": "all-linear", "bias": "all"},
     "tower": {"target_modules": r".*visual.*(qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj)"},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "both ends": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

@@ -12,12 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
+from trl.trainer.utils import use_adapter
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.sync.weights import engine_name
 from grpo_autotune.train.models.adapter import REFERENCE
 from grpo_autotune.train.trainer import build_trainer, run_training
+from tests.support.adapters import saved_adapter
 from tests.support.tiny import tiny_model
 from tests.support.training import log_lines, text_config, uneven
 
@@ -116,6 +118,26 @@ def test_a_resumed_run_keeps_the_reference(
     trainer = build_trainer(stage_2(stage_1, tmp_path, {"model": base}))
     trainer._load_from_checkpoint(str(tmp_path / "whole" / "checkpoints" / "checkpoint-2"))
     assert REFERENCE not in trainer.model.peft_config, "the checkpoint's reference is not asked for"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("shape", ["dora", "embeddings", "saved embeddings"])
+def test_the_reference_is_the_whole_adapter(stage_1: tuple[Path, Path], tmp_path: Path, shape: str) -> None:
+    adapter = saved_adapter(stage_1[0], shape, tmp_path / "adapter")
+    model = build_trainer(stage_2(stage_1, tmp_path, {"model": {"adapter": str(adapter)}})).model
+    learned = logps(model)
+    with use_adapter(model, REFERENCE):
+        torch.testing.assert_close(logps(model), learned, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("shape", "why"), [("bias", "it has biases"), ("both ends", "it ties weights of its own")])
+def test_an_adapter_that_cannot_be_a_reference(
+    stage_1: tuple[Path, Path], tmp_path: Path, shape: str, why: str
+) -> None:
+    adapter = saved_adapter(stage_1[0], shape, tmp_path / "adapter")
+    keys = {"model": {"adapter": str(adapter)}}
+    with pytest.raises(ConfigError, match=f"TRL cannot copy this adapter.*{why}.*grpo.beta: 0"):
+        build_trainer(stage_2(stage_1, tmp_path, keys))
 
 
 def test_the_reference_is_kept_from_an_engine(stage_1: tuple[Path, Path]) -> None:

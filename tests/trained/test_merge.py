@@ -77,7 +77,8 @@ def test_merged_is_trained_and_not_base(kind: str, shape: str, tied: bool, tiny:
 
 
 def test_a_run_s_pictures_prove_and_its_processor_comes_along(tiny: Tiny, tmp_path: Path) -> None:
-    run = run_folder(picture_config(tiny("qwen2_5_vl"), tmp_path), tmp_path / "run")
+    elsewhere = {"model": {"attn_implementation": "flash_attention_2"}}  # of the GPU that it was trained on
+    run = run_folder(picture_config(tiny("qwen2_5_vl"), tmp_path, elsewhere), tmp_path / "run")
     saved_adapter(tiny("qwen2_5_vl"), "tower", run / "model")
     receipt = merge(run, tmp_path / "out")
     assert receipt.proof.prompts == "2 training prompts" and receipt.base == str(tiny("qwen2_5_vl"))
@@ -131,7 +132,7 @@ def test_bfloat16_is_held_to_what_rounding_does(tiny: Tiny, llama: Path, tmp_pat
 
 def test_an_adapter_that_learned_nothing_fails(tiny: Tiny, tmp_path: Path) -> None:
     place = saved_adapter(tiny("llama"), "lora", tmp_path / "adapter", 0.0)
-    fails(MergeError, "nothing was learned", place, tmp_path / "out")
+    fails(MergeError, r"nothing was learned.* Nothing was written\.$", place, tmp_path / "out", dtype="bfloat16")
 
 
 def test_one_of_several_adapters(tiny: Tiny, tmp_path: Path) -> None:

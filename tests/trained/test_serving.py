@@ -79,6 +79,12 @@ def test_an_adapter_is_served_beside_its_base_and_named_by_its_run(run: Path) ->
     assert options(given)["tensor-parallel-size"] == "2" and given.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
+def test_a_second_adapter_in_the_folder_has_the_template_of_the_first(run: Path) -> None:
+    line = options(served(adapter(run / "model" / "ref")))
+    assert line["chat-template"] == str(run / "model" / "chat_template.jinja")
+    assert line["lora-modules"] == f"sums-ref={run / 'model' / 'ref'}"
+
+
 def test_room_for_the_largest_rank_of_a_checkpoint(run: Path) -> None:
     line = options(served(run / "checkpoint-4"))
     assert line["max-lora-rank"] == "32"

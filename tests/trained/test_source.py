@@ -44,6 +44,13 @@ def test_a_checkpoint_is_named_with_its_folder_or_without_and_by_a_link(run: Pat
     assert (trained.name, trained.run) == ("checkpoint-10", run)
 
 
+def test_a_checkpoint_is_of_its_run_from_within(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, word in ((run / "checkpoints", "checkpoint-10"), (run / "checkpoints" / "checkpoint-10", ".")):
+        monkeypatch.chdir(folder)
+        trained = find_trained(word)
+        assert (trained.path.resolve(), trained.run) == (run / "checkpoints" / "checkpoint-10", run)
+
+
 def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()

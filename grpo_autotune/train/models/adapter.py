@@ -49,10 +49,23 @@ def load_policy(
             where=WHERE,
             fix="Merge it into its base, and train that: model.name_or_path.",
         )
+    if config.grpo.get("beta") and (why := _not_copied(model)) is not None:
+        raise ConfigError(
+            f"TRL cannot copy this adapter, and its copy is the reference of the KL term: {why}",
+            where=WHERE,
+            fix="Merge it into its base, and train that (model.name_or_path), or set grpo.beta: 0.",
+        )
     if config.model.freeze_vision_tower and _sees(model.get_base_model()):
         what, where = "the adapter holds layers of the vision tower, which is to be frozen", "model.freeze_vision_tower"
         raise ConfigError(what, where=where, fix="Set it to false.")
     return model, None
+
+
+def _not_copied(model: PeftModel) -> str | None:
+    adapter = model.peft_config[model.active_adapter].to_dict()
+    if adapter.get("bias", "none") != "none":
+        return "it has biases (peft.bias)"
+    return "it ties weights of its own (peft.ensure_weight_tying)" if adapter.get("ensure_weight_tying") else None
 
 
 def _init_words(model: PeftModel) -> str:
@@ -100,6 +113,9 @@ def settle_reference(trainer: Any, config: RunConfig) -> str:
     if asked == "base" and REFERENCE in trainer.model.peft_config:
         trainer.model.delete_adapter(REFERENCE)
     held = REFERENCE in trainer.model.peft_config
+    for name, weight in trainer.model.named_parameters() if held else ():
+        if name.endswith(".default"):  # TRL's copy leaves out embeddings and single tokens, which PEFT names so
+            trainer.model.get_parameter(f"{name.removesuffix('default')}{REFERENCE}").data.copy_(weight.data)
     kept = "this adapter as it is at the start" if held else "the base model without it"
     return f"{told}; the reference model is {kept} (model.adapter_reference: {'adapter' if held else 'base'})"
 
