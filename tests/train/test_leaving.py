@@ -23,7 +23,7 @@ rank, environment = os.environ["RANK"], dict(os.environ)
 dist.init_process_group("gloo")
 number = torch.ones(1)
 dist.all_reduce(number)
-print(f"{sys.argv[1:]} rank {rank}: {int(number)} ranks", flush=True)
+os.write(1, f"{sys.argv[1:]} rank {rank}: {int(number)} ranks\\n".encode())  # in one piece: ranks share the output
 if "--again" not in sys.argv:
     ranks = Ranks(lambda meeting: start_anew(["--again"], {**environment, **meeting}))
     if rank == "1":
