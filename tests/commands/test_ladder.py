@@ -42,7 +42,7 @@ def narrow(config: RunConfig, out: Path, rows: int) -> subprocess.CompletedProce
 def test_a_run_that_runs_out_of_memory_ends_by_itself_and_learns_the_same(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = text_config(tiny("qwen3"), tmp_path, {"on_oom": "ladder"})
+    config = text_config(tiny("qwen3"), tmp_path, {"on_oom": "ladder"}, max_steps=3)
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = narrow(config, run, rows=2)
     assert command.returncode == 0, command.stderr
