@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,7 +127,8 @@ class Ladder:
         self._folder.mkdir(parents=True, exist_ok=True)
         saved = self._folder / CHECKPOINTS
         if RANK in rung.knobs and saved.exists():
-            saved.rename(self._folder / f"{CHECKPOINTS}-before-rung-{len(self._rungs) + 1}")
+            names = (f"{CHECKPOINTS}-before-rung-{number}" for number in count(len(self._rungs) + 1))
+            saved.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
         lines = (f"{one.model_dump_json()}\n" for one in (*self._rungs, rung))
         write_whole(self._folder / LADDER_FILE, "".join(lines))
         with (self._folder / ALERTS_FILE).open("a", encoding="utf-8") as file:

@@ -58,7 +58,7 @@ def _entries(file: Path) -> Mapping[str, Any]:
     entries = parse_yaml(read_source(file), str(file)) or {}
     if not isinstance(entries, Mapping):
         raise ConfigError("it is no mapping of names to data sets", where=str(file), fix="Write NAME: {path: ...}.")
-    return entries
+    return {str(name): entry for name, entry in entries.items()}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Registry:
             self._held_out(one, ("path", "split"), f"data.eval.{name}.path")
         if "mix" in result:
             place = "data.mix" if entry is None else f"{self.file}: {name}.mix"
-            passed_on = {key: result.pop(key) for key in OF_PARTS if key in result and key != "eval"}
+            passed_on = {key: result.pop(key) for key in OF_PARTS if key in result and key not in ("eval", "eval_path")}
             result["mix"] = self._parts(result["mix"], passed_on, place)
             result.setdefault("path", " + ".join(result["mix"]))
         return result
@@ -99,13 +99,19 @@ class Registry:
             entry = self._entry(path, f"{place}.{name}") or {}
             if "mix" in entry:
                 raise ConfigError(f"{path} is a mixture itself", where=f"{place}.{name}", fix="Name its data sets.")
-            parts[str(name)] = _over(_over(entry, passed_on), {**keys, "path": entry.get("path", path)})
+            part = parts[str(name)] = _over(_over(entry, passed_on), {**keys, "path": entry.get("path", path)})
+            if "eval" in part:
+                what = "the held-out rows of a mixture are one set, and this names several"
+                raise ConfigError(what, where=f"{place}.{name}.eval", fix="Write eval_path or eval_split for the part.")
         return parts
 
     def _held_out(self, one: dict[str, Any], keys: tuple[str, str], place: str) -> None:
         """Put path and split of an entry in place of its name."""
         key, split = keys
         entry = self._entry(one.get(key), place)
+        if entry is not None and "mix" in entry:
+            told, fix = f"{one[key]} is a mixture, which is not held out whole", "Name a data set."
+            raise ConfigError(told, where=place, fix=fix)
         if entry is not None:
             one |= {key: entry["path"], split: one.get(split) or entry.get("split", "train")}
 
@@ -139,10 +145,10 @@ class Registry:
         return f"./{near}" if str(near) in self.entries else str(near)
 
     def _check_absent(self, name: Any, place: str) -> None:
-        known = [*map(str, self.entries), *names("dataset")]
+        known = [*self.entries, *names("dataset")]
         if not isinstance(name, str) or "/" in name or name in known or is_reference(name):
             return
-        hint = nearest_hint(name, map(str, self.entries))
+        hint = nearest_hint(name, self.entries)
         if (hint or self.asked_for) and not is_file(name) and not is_folder(name):
             fix = hint or f"Data sets of {self.file}: {', '.join(known)}."
             raise ConfigError(f"there is no data set {name}", where=place, fix=fix)

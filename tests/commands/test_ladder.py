@@ -42,7 +42,7 @@ def narrow(config: RunConfig, out: Path, rows: int) -> subprocess.CompletedProce
 def test_a_run_that_runs_out_of_memory_ends_by_itself_and_learns_the_same(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = text_config(tiny("qwen3"), tmp_path, {"on_oom": "ladder"})
+    config = text_config(tiny("qwen3"), tmp_path, {"on_oom": "ladder"}, max_steps=3)
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = narrow(config, run, rows=2)
     assert command.returncode == 0, command.stderr
@@ -103,13 +103,14 @@ def test_checkpoints_of_another_rank_are_set_aside(tmp_path: Path, monkeypatch: 
     changes = {"on_oom": "ladder", "on_oom_allow": ["lora_rank"]}
     config = text_config(tmp_path, tmp_path, changes, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "checkpoints-before-rung-1" / "checkpoint-4").mkdir(parents=True)  # of an earlier run in this folder
     monkeypatch.setattr(ladder, "start_anew", lambda options, environment: sys.exit())
     with pytest.raises(SystemExit), Ladder(config, tmp_path, resume=False) as now:
         now.begin(SimpleNamespace(state=SimpleNamespace(global_step=2)))
         raise MemoryError
     (rung,) = load_rungs(tmp_path)
     assert (rung.change, rung.kind) == ("peft.r 4 -> 2", "learning") and "begins again" in rung.remedy
-    assert (tmp_path / "checkpoints-before-rung-1" / "checkpoint-2").is_dir()
+    assert (tmp_path / "checkpoints-before-rung-2" / "checkpoint-2").is_dir()
 
 
 def evaluation_loop() -> None:

@@ -73,6 +73,7 @@ def test_a_mixture_has_the_keys_of_its_data_sets_and_those_for_all_win(folder: P
     assert (data.path, data.image_size, data.max_samples, data.system_prompt) == ("both", 64, 9, None)
     assert list(data.held_out) == [""] and data.mix["gsm"].split_ratio == 0.1
     inline = loaded(folder, {"mix": {"gsm": 1, "x": {"weight": 2, "path": "verl", "split": "all"}}}).data
+    assert loaded(folder, {"path": "7"}, {7: {"path": "digits"}}).data.path == "digits"
     assert inline.path == "gsm + x" and inline.mix["x"].split == "all" and inline.mix["x"].columns
 
 
@@ -118,7 +119,19 @@ def test_a_folder_of_the_entrys_own_name_is_read_once_more_as_it_is(folder: Path
         ({"path": "m"}, {"m": {"mix": {"n": 1}}, "n": {"mix": {"digits": 1}}}, "m.mix.n: n is a mixture itself."),
         ({"mix": {"gms": 1}}, None, "data.mix.gms: there is no data set gms. Nearest: gsm."),
         ({"mix": {"gsm": -1}}, None, "data.mix.gsm.weight: -1 is not accepted. Accepted: a number above 0.0."),
-        ({"mix": {"gsm": 1}, "eval": {"a": {"path": "digits"}}}, None, "data.eval: the data sets of a mixture have "),
+        (
+            {"mix": {"gsm": 1}, "eval": {"a": {"path": "digits"}}},
+            None,
+            "have this key, each its own. Write data.mix.gsm.eval_path.",
+        ),
+        ({"path": "both", "eval_path": "gsm"}, None, "have this key, each its own. Write data.mix.gsm.eval_path."),
+        (
+            {"mix": {"s": 1}},
+            {"s": {"path": "a", "eval": {"x": {"path": "b"}}}},
+            "data.mix.s.eval: the held-out rows of a ",
+        ),
+        ({"path": "gsm", "eval_path": "both"}, None, "data.eval_path: both is a mixture, which is not held out whole."),
+        ({"path": "gsm", "eval": {"a": {"path": "both"}}}, None, "data.eval.a.path: both is a mixture, which is not "),
         ({"path": "gsm", "split_ratio": 1.0}, None, "data.split_ratio: 1.0 is not accepted. Accepted: a number below "),
         ({"path": "gsm", "subsample": 2.5}, None, "data.subsample: 2.5 is neither a number of rows nor a share"),
     ],

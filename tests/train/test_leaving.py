@@ -16,15 +16,16 @@ RANK = """
 import os, sys
 import torch
 import torch.distributed as dist
-from grpo_autotune.processes.fresh import start_anew
-from grpo_autotune.train.runs.leaving import Ranks
 
 rank, environment = os.environ["RANK"], dict(os.environ)
 dist.init_process_group("gloo")
 number = torch.ones(1)
 dist.all_reduce(number)
-print(f"{sys.argv[1:]} rank {rank}: {int(number)} ranks", flush=True)
+os.write(1, f"{sys.argv[1:]} rank {rank}: {int(number)} ranks\\n".encode())  # in one piece: ranks share the output
 if "--again" not in sys.argv:
+    from grpo_autotune.processes.fresh import start_anew
+    from grpo_autotune.train.runs.leaving import Ranks
+
     ranks = Ranks(lambda meeting: start_anew(["--again"], {**environment, **meeting}))
     if rank == "1":
         assert ranks.claim()

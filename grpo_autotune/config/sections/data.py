@@ -108,7 +108,7 @@ class DataSection(Source):
     def _sets_are_named(self) -> Self:
         for key in self.model_fields_set & set(OF_PARTS) if self.mix else ():
             if getattr(self, key) != type(self).model_fields[key].default:
-                fix = f"Write data.mix.{next(iter(self.mix))}.{key}."
+                fix = f"Write data.mix.{next(iter(self.mix))}.{'eval_path' if key == 'eval' else key}."
                 raise ConfigError(
                     "the data sets of a mixture have this key, each its own", where=f"data.{key}", fix=fix
                 )
