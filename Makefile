@@ -10,7 +10,7 @@ VLLM_BIN := .venv-vllm/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-fast test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
+.PHONY: help install demo demo-text test test-fast test-long test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -26,10 +26,14 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 demo-text: .venv/.installed ## a real language model learns to add, on two CPU cores in ten minutes; needs the package index once
 	$(BIN)/grpo-autotune train examples/arithmetic.yaml --out runs/demo-text-$(shell date +%Y%m%d-%H%M%S)
 
-test test-fast test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
+test test-fast test-long test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
 test: .venv/.installed ## run the whole test suite
-	$(NICE) $(BIN)/python -m pytest tests -n auto --dist loadfile
+	$(NICE) $(BIN)/python -m pytest tests -m "not long" -n auto --dist loadfile
+
+test-long: .venv/.installed .venv-vllm/.installed ## run the tests that take most of a minute each, which no other suite has
+	$(BIN)/python -m pytest tests -m long
+	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m long
 
 test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
@@ -84,7 +88,7 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 	$(BIN)/python -m benchmarks.exact
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
-	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm
+	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')

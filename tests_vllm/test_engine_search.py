@@ -59,6 +59,7 @@ def test_a_probe_tells_of_the_engine(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(BUDGET_S + 4 * GRACE_S)
+@pytest.mark.long
 def test_a_search_turns_the_engines_keys(config: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
     words = ["--budget", f"{BUDGET_S}s", "--run-dir", tmp_path / "run", "--out", tmp_path / "tuned.yaml"]

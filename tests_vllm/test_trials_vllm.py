@@ -42,6 +42,7 @@ def test_a_warm_worker_keeps_the_engine(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_trials_share_a_server_of_their_own(
     served: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
