@@ -33,6 +33,7 @@ def here(options: argparse.Namespace, names: list[str], scratch: Path, limit_s: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_that_needs_no_other_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_text_that_looks_like_an_id_is_shown_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_its_reports_are_pages_and_its_progress_is_lines(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRPO_AUTOTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

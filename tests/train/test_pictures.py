@@ -272,7 +272,7 @@ def test_an_image_that_the_processor_refuses_is_told_before_the_model(
 ) -> None:
     config = picture_config(tiny("qwen3_vl"), here, {"data": {"image_size": asked}})
     Image.new("RGB", (4000, 3)).save(here / "2.png")
-    monkeypatch.setattr("grpo_autotune.train.trainer.load_model", None)
+    monkeypatch.setattr("grpo_autotune.train.trainer.load_policy", None)
     with pytest.raises(DataError) as caught:
         build_trainer(config)
     assert f"pictures.jsonl, row 2: cannot read the image {here / '2.png'}: absolute aspect ratio" in str(caught.value)

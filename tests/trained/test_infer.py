@@ -65,6 +65,7 @@ def completions(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_file_of_two_kills_is_that_of_a_run_left_alone(run: Path, tmp_path: Path) -> None:
     out, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
     words = ["infer", str(run), "--n", "2", "--batch-size", "4", "--out"]
