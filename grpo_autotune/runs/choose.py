@@ -153,17 +153,14 @@ def _inside(
 ) -> tuple[list[int], str]:
     low, high = band
     away = {step: max(low - value, value - high, 0.0) for step, value in kl.items()}
-    outside = sorted((step for step in kl if away[step]), key=lambda step: (away[step], step))
-    inside = {step: number(rows[step], REWARD) or 0.0 for step in kl if not away[step]}
+    rewards = {step: number(rows[step], REWARD) for step in kl if not away[step]}
+    inside = {step: reward for step, reward in rewards.items() if reward is not None}
+    outside = sorted(kl.keys() - inside.keys(), key=lambda step: (away[step], step))
+    words = f"the band of {low:g} to {high:g} nats per token"
     if not inside:
-        step = outside[0]
-        return (
-            outside,
-            f"KL {kl[step]:.4g} is nearest to the band of {low:g} to {high:g} nats per token; none is inside",
-        )
+        return outside, f"KL {kl[outside[0]]:.4g} is nearest to {words}; none with a held-out reward is inside"
     order, why = _ordered(rows, inside, REWARD, "max")
-    band_words = f"the band of {low:g} to {high:g} nats per token"
-    return [*order, *outside], f"KL {kl[order[0]]:.4g} is inside {band_words}, and {why} there"
+    return [*order, *outside], f"KL {kl[order[0]]:.4g} is inside {words}, and {why} there"
 
 
 def _notes(metric: str, values: Mapping[int, float], untrained: Collection[str]) -> tuple[str, ...]:

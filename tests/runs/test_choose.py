@@ -44,10 +44,18 @@ def test_ties_go_to_the_earliest() -> None:
     assert rank(wide, "kl").best == 20  # inside the band 20 and 30 are tied
 
 
+def test_a_step_without_a_held_out_reward_is_not_taken_for_one_of_0() -> None:
+    rows = {10: {"eval_kl": 0.05, "eval_reward": None}, 20: {"eval_kl": 0.05, "eval_reward": -1.0}}
+    assert list(rank(rows, "kl").values) == [20, 10]
+
+
 def test_a_band_that_no_step_is_inside() -> None:
     ranking = rank(ROWS, "kl", band=(0.1, 0.2))
     assert list(ranking.values) == [30, 20, 10, 40]
-    assert ranking.why == "KL 0.05 is nearest to the band of 0.1 to 0.2 nats per token; none is inside"
+    assert (
+        ranking.why
+        == "KL 0.05 is nearest to the band of 0.1 to 0.2 nats per token; none with a held-out reward is inside"
+    )
 
 
 def test_the_other_end_can_be_asked_for() -> None:
