@@ -72,6 +72,7 @@ def infer(asked: Request) -> Inference:
         with startup.imports():
             mend_torchvision()
             from grpo_autotune.train.runs.quiet import quieten
+            from grpo_autotune.trained.completions import alone_with
             from grpo_autotune.trained.engine import generating
             from grpo_autotune.trained.infer import Scorer, Work, rows_to_complete
         quieten(bars=is_live())
@@ -80,6 +81,7 @@ def infer(asked: Request) -> Inference:
             scorer = ended.enter_context(Scorer(config, rows, read))
             rows, processor = _fitted(rows, trained, config, read)
         config = generating(config, in_vllm=asked.in_vllm, longest=asked.longest)
+        ended.enter_context(alone_with(asked.out))
         file = _file(asked, config, trained, rows, read)
         prompts = max(1, (asked.batch_size or BATCH[asked.in_vllm]) // asked.n)
         work = Work(rows, asked.n, prompts, config.grpo["seed"], scorer, file)

@@ -3,10 +3,12 @@
 The settings stand beside it, in `FILE.meta.json`: a file is only gone on with by the same ones.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,12 @@ class CompletionFile:
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
         side = path.with_name(f"{path.name}.meta.json")
-        if path.exists():
+        is_begun = path.exists() and path.stat().st_size > 0
+        if is_begun:
             _check(path, side, settings)
         else:
             write_whole(side, settings.model_dump_json(indent=1))
-        self.completions = self._read() if path.exists() else []
+        self.completions = self._read() if is_begun else []
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Add completions, which are on the disk afterwards."""
@@ -66,6 +69,22 @@ class CompletionFile:
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         return completions
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the file meanwhile, which is removed if nothing was written; ConfigError where
+    another one is at it."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError("another process writes it", where=str(path), fix="Give another --out.") from error
+        try:
+            yield
+        finally:
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def weights_digest(folder: Path) -> str:

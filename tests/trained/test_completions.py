@@ -9,7 +9,7 @@ import pytest
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.inference import Completion, Settings
-from grpo_autotune.trained.completions import CompletionFile, weights_digest
+from grpo_autotune.trained.completions import CompletionFile, alone_with, weights_digest
 
 SETTINGS = Settings(
     checkpoint="run/model",
@@ -94,3 +94,15 @@ def test_a_digest_tells_other_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     file.write_bytes(b"one")
     assert weights_digest(tmp_path) == first
+
+
+def test_one_process_writes_a_file_and_an_empty_one_does_not_stay(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with alone_with(path):
+        with pytest.raises(ConfigError, match="another process writes it"), alone_with(path):
+            pass
+        assert CompletionFile(path, SETTINGS.model_copy(update={"n": 3})).completions == []
+    assert not path.exists()
+    with alone_with(path):
+        CompletionFile(path, SETTINGS).add([completion(0)])
+    assert len(CompletionFile(path, SETTINGS).completions) == 1
