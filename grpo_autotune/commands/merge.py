@@ -6,6 +6,7 @@ from pathlib import Path
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.console import ProgressBar, say
 from grpo_autotune.records.merged import Merged
+from grpo_autotune.trained.source import find_trained
 
 LINE_S = 5.0
 """Seconds between two lines of progress without a terminal."""
@@ -13,14 +14,13 @@ LINE_S = 5.0
 
 def merge_trained(place: str, out: Path, *, adapter: str | None, dtype: str | None, rows: int) -> Merged:
     """Merge the trained weights at `place` into the folder `out`, with progress; errors as `trained.merge.merge`."""
+    trained = find_trained(place, adapter=adapter)
     set_environment()
     mend_torchvision()
     from grpo_autotune.train.runs.quiet import quieten
     from grpo_autotune.trained.merge import merge, steps_of
-    from grpo_autotune.trained.source import find_trained
 
     quieten(bars=False)
-    trained = find_trained(place, adapter=adapter)
     say(f"merging {trained.path} into {out}")
     with ProgressBar("merge", steps_of(rows)) as bar:
         done, said_s = 0, time.monotonic()

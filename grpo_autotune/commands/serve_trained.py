@@ -1,11 +1,9 @@
 """`grpo-autotune serve RUN_DIR`: a vLLM server of what was trained, its first answer held against the trainer's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
 from grpo_autotune.commands.serve import named, stay_with
@@ -18,9 +16,7 @@ from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import Weights, need_vllm
 from grpo_autotune.trained.agreement import check_answer
 from grpo_autotune.trained.serving import served_name, serving_trained
-
-if TYPE_CHECKING:
-    from grpo_autotune.trained.source import Trained
+from grpo_autotune.trained.source import Trained, find_trained
 
 
 def serve_trained(
@@ -40,8 +36,6 @@ def serve_trained(
         need_vllm()
     set_environment()
     mend_torchvision()
-    from grpo_autotune.trained.source import find_trained
-
     trained = find_trained(place)
     wanted = serving_trained(trained, _weights(trained), _section(settings), named(gpus))
     answer = None

@@ -1,7 +1,6 @@
 """The answer that a server of trained weights has to give: the trainer's own greedy tokens to one held-out prompt."""
 
 import base64
-import gc
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from peft import PeftModel
 from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.train.runs.quiet import quieten
 from grpo_autotune.trained.agreement import Answer
-from grpo_autotune.trained.load import load_trained, load_trained_processor
+from grpo_autotune.trained.load import free_memory, load_trained, load_trained_processor
 from grpo_autotune.trained.prompts import first_prompts, inputs_of, template_options
 from grpo_autotune.trained.source import Trained
 
@@ -36,7 +35,7 @@ def trainers_answer(trained: Trained, say: Callable[[str], None]) -> Answer:
     options = template_options(trained.config)
     answers = [_answer(model, inputs_of(prompt, processor, options), place, prompt) for place, prompt in prompts]
     del model
-    _free()
+    free_memory()
     return max(answers, key=lambda answer: answer.apart)
 
 
@@ -91,9 +90,3 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     part["image"].convert("RGB").save(file, "PNG")
     picture = base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

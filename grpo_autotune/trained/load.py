@@ -1,8 +1,11 @@
 """A trained model in memory: its base as it was pretrained, with the adapter on it, or the whole weights."""
 
+import gc
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.console import say
@@ -58,6 +61,13 @@ def load_section(section: ModelSection, dtype: str | None, placement: Mapping[st
     if dtype is not None:
         section = section.model_copy(update={"dtype": dtype, "attn_implementation": None})
     return load_model(section, source, placement).eval()
+
+
+def free_memory() -> None:
+    """Give back what models that are gone have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_trained_processor(trained: Trained) -> Any:

@@ -5,7 +5,6 @@ is merged and written, then the folder that was written is loaded, then the base
 """
 
 import fcntl
-import gc
 import hashlib
 import os
 import shutil
@@ -28,7 +27,7 @@ from grpo_autotune.hardware.machine import package_version
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.records.merged import Merged, Proof
 from grpo_autotune.train.models.load import model_source
-from grpo_autotune.trained.load import base_section, load_section, load_trained, load_trained_processor
+from grpo_autotune.trained.load import base_section, free_memory, load_section, load_trained, load_trained_processor
 from grpo_autotune.trained.proof import FACTOR, LIMITS, Exam, flaw, prompts_of
 from grpo_autotune.trained.shards import in_one_piece
 from grpo_autotune.trained.source import Trained
@@ -132,12 +131,12 @@ def _plan(trained: Trained, draft: Path, dtype: str | None) -> Plan:
 
 def _proof(plan: Plan, exam: Exam, draft: Path, base: ModelSection | None, step: Step) -> Proof:
     """The folder that was written, read again, and the base, both held against the trained model."""
-    _free()
+    free_memory()
     step("loading the merged model")
     trusted = base_section(plan.trained).trust_remote_code
     written = ModelSection(name_or_path=str(draft), trust_remote_code=trusted)
     merged = exam.difference(load_section(written, plan.computed), "the merged model")
-    _free()
+    free_memory()
     if base is not None:
         step("loading the base")
     return Proof(
@@ -239,12 +238,6 @@ def _base_of(trained: Trained) -> ModelSection | None:
         say(f"not held against the base, which is not there: {error.what}")
         return None
     return section
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _folder(source: str, revision: str | None) -> Path:

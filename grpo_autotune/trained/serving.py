@@ -1,11 +1,9 @@
 """The `vllm serve` for trained weights: an adapter beside its base, or whole weights. Nothing is started or loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,9 +12,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.server.command import CLIENT_KEYS, HOST, PORT, Serving, gpu_keys, option, room_for
 from grpo_autotune.rollout.server.process import Weights
 from grpo_autotune.rollout.sync.lora import TOWERS
-
-if TYPE_CHECKING:
-    from grpo_autotune.trained.source import Trained
+from grpo_autotune.trained.source import Trained
 
 
 def served_name(trained: Trained) -> str:
