@@ -19,6 +19,11 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.records.inference import SETTINGS, Completion, Settings
 from grpo_autotune.records.stored import read_stored
 
+DIGESTS = {
+    "rows": "it was begun with other rows: the data has changed, or --limit",
+    "weights": "it was begun with other weights: training has gone on in that folder",
+}
+"""Settings whose values would tell nobody anything."""
 EDGE_BYTES = 1 << 20
 """What is read of a weights file at either end for its digest: a header with every tensor's place, and values."""
 SHOWN = 60
@@ -115,7 +120,8 @@ def _check(path: Path, side: Path, settings: Settings) -> None:
     before, asked = (_flat(json.loads(one.model_dump_json())) for one in (stored, settings))
     for name in (name for name in {**asked, **before} if before.get(name) != asked.get(name)):
         was, is_ = (shortened(json.dumps(one.get(name), ensure_ascii=False), SHOWN) for one in (before, asked))
-        raise ConfigError(f"it was begun with {name} {was}, and {is_} is asked for", where=str(path), fix=fix)
+        what = DIGESTS.get(name, f"it was begun with {name} {was}, and {is_} is asked for")
+        raise ConfigError(what, where=str(path), fix=fix)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

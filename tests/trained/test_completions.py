@@ -61,8 +61,8 @@ def test_lines_come_back_a_torn_last_one_is_cut_off_and_the_rest_is_sorted(tmp_p
     [
         ({"n": 4}, "begun with n 2, and 4 is asked for"),
         ({"sampling": {"temperature": 0.5}}, "begun with temperature 1.0, and 0.5"),
-        ({"rows": "3"}, 'begun with rows "2"'),
-        ({"weights": "3"}, 'begun with weights "1"'),
+        ({"rows": "3"}, "begun with other rows: the data has changed"),
+        ({"weights": "3"}, "begun with other weights"),
     ],
 )
 def test_other_settings_are_refused_in_one_line(change: dict[str, object], told: str, tmp_path: Path) -> None:
