@@ -1,4 +1,4 @@
-# Minutes on two CPU cores: check 1, test-fast 2, test 15, test-vllm 17; all that guards the project (.ci/run) 24, with
+# Minutes on two CPU cores: check 1, test-fast 2, test 15, test-vllm 17; all that guards the project (.ci/run) under 30, with
 # the last two side by side. The environments are made once, a few minutes each, and again when their list of packages
 # changes (the stamp files).
 PYTHON ?= python3
