@@ -26,7 +26,7 @@ LAYERS = (
     ("console",),
     ("records", "registry", "hardware", "seams"),
     ("config", "speedups"),
-    ("rollout", "runs"),
+    ("rollout", "runs", "interop"),
     ("probe", "estimate"),
     ("knobs", "train"),
     ("predict", "scripts", "trained"),
@@ -47,6 +47,14 @@ FLOORS = {
         ("registry_file",),
         ("schema",),
         ("packages",),
+    ),
+    "interop": (
+        ("source", "batch", "redact"),
+        ("reading", "translation"),
+        ("recognise",),
+        ("frameworks", "adapters", "logs"),
+        ("importing",),
+        ("writing",),
     ),
     "rollout": (
         ("options", "failures"),

@@ -1,0 +1,1 @@
+"""Other frameworks' configurations and logs: read, converted, and tuned values written back."""

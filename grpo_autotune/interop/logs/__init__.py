@@ -1,0 +1,1 @@
+"""Seconds by stage, out of the logs of other frameworks."""

@@ -1,0 +1,1 @@
+"""The framework that a file was written for."""

@@ -1,0 +1,31 @@
+"""A configuration of another framework as it was read: each setting, and the line it stands on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a source, and where it stands."""
+
+    value: Any  # plain: text, number, true or false, list, mapping, None
+    line: int | None = None  # line of `file`, from 1; None for the framework's default
+    file: str | None = None  # name of the file where it is not the source itself (a base YAML beside a script)
+    text: str | None = None  # as written, where that differs: `${BATCH:-512}`
+
+
+@dataclass(frozen=True)
+class Source:
+    """The settings of one file, before any default is filled in. Keys are the framework's own, nested ones joined by
+    dots; of several settings of a key the last one is here, as the framework would have it."""
+
+    framework: str
+    path: Path
+    settings: Mapping[str, Setting]
+    environment: Mapping[str, Setting] = field(default_factory=dict)  # variables that the file sets or exports
+    launch: Mapping[str, Setting] = field(default_factory=dict)  # options of torchrun or accelerate, and the like
+    program: str | None = None  # module or script that is started: `verl.trainer.main_ppo`, `src/open_r1/grpo.py`
+    hints: Mapping[str, str] = field(default_factory=dict)  # versions that the file pins: `trl` -> `0.22.2`
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,176 @@
+"""A configuration on its way from another framework to a `RunConfig`: no setting is dropped without a word.
+
+A framework's module reads settings with `value`, and gives each one its verdict. What the user's file sets and no
+verdict was given is `no equivalent` in the end, so that a key nobody thought of shows up by its line.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.batch import SixNumbers
+from grpo_autotune.interop.source import Setting, Source
+from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict
+
+UNKNOWN = "not a key that is known of this framework: dropped"
+
+
+class Translation:
+    """Rows and values that gather while a framework's module reads a source.
+
+    Args:
+        source: What the file says.
+        defaults: The framework's defaults, key -> value, of the version that the file was written for.
+        version: That version, and `version_from` the reason to take it.
+        world_size: Training processes that the result is for; None for the source's own.
+    """
+
+    def __init__(
+        self, source: Source, defaults: Mapping[str, Any], version: str, version_from: str, world_size: int | None
+    ) -> None:
+        self.source, self.defaults = source, defaults
+        self.version, self.version_from, self.world_size = version, version_from, world_size
+        self.warnings = list(source.warnings)
+        self.rows: dict[str, ImportedRow] = {}
+        self.values: dict[str, Any] = {}
+        """Key path of a `RunConfig` -> value."""
+        self.comments: dict[str, str] = {}
+        """Key path -> what stands behind it in the YAML."""
+        self.files: dict[str, str] = {}
+        """Files to write beside the configuration, name -> text."""
+        self.batch: SixNumbers | None = None
+
+    def given(self, key: str) -> bool:
+        """True if the user's file sets the key."""
+        return key in self.source.settings
+
+    def value(self, key: str, fallback: Any = None) -> Any:
+        """The setting as the framework sees it: the file's, else the version's default."""
+        setting = self.source.settings.get(key)
+        return self.defaults.get(key, fallback) if setting is None else setting.value
+
+    def number(self, key: str, fallback: Any = None) -> Any:
+        """The same, a number for sure (or None): ConfigError by line for a value such as a shell's
+        `$(nproc)` that is only known where the script runs."""
+        value = self.value(key, fallback)
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value
+        fix = "Give the variable behind it with --env NAME=VALUE, or write the number."
+        raise ConfigError(f"a number is needed, and the file says {value!r}", where=self.where(key), fix=fix)
+
+    def where(self, key: str) -> str:
+        """A setting's place, for an error message."""
+        setting = self.source.settings.get(key, Setting(None))
+        file = setting.file or self.source.path.name
+        return f"{file}: {key}" if setting.line is None else f"{file}, line {setting.line}: {key}"
+
+    def same(self, key: str, target: str, value: Any = None, note: str = "", comment: str = "") -> None:
+        """The setting under another name with the same meaning; `value` where its spelling differs."""
+        self.verdict("same", key, {target: self.value(key) if value is None else value}, note, comment)
+
+    def converted(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+        """The same meaning, by arithmetic or in several keys."""
+        self.verdict("converted", key, targets, note, comment)
+
+    def changes(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+        """The nearest there is: what differs, and how much."""
+        self.verdict("changes meaning", key, targets, note, comment)
+
+    def dropped(self, key: str, note: str) -> None:
+        """No equivalent: what would be needed."""
+        self.verdict("no equivalent", key, {}, note)
+
+    def speed(self, key: str, note: str, targets: Mapping[str, Any] | None = None) -> None:
+        """Changes seconds and memory alone."""
+        self.verdict("speed only", key, targets or {}, note)
+
+    def inert(self, key: str, note: str) -> None:
+        """Has no effect in the source as it stands, so leaving it out is the same."""
+        self.verdict("same", key, {}, note)
+
+    def verdict(
+        self, verdict: Verdict, key: str, targets: Mapping[str, Any], note: str = "", comment: str = ""
+    ) -> None:
+        """Record what becomes of a setting, and set the target keys. A default that TRL shares leaves no trace."""
+        given = self.source.settings.get(key)
+        shared = not any(_differs(path, value) for path, value in targets.items())
+        if given is None and shared and verdict not in STRICT:
+            return
+        for path, value in targets.items():
+            self.set(path, value, comment)
+        setting = given or Setting(self.defaults.get(key))
+        self.rows[key] = ImportedRow(
+            line=setting.line, file=setting.file, key=key, value=setting.value, verdict=verdict,
+            targets=dict(targets), note=note,
+        )  # fmt: skip
+
+    def set(self, path: str, value: Any, comment: str = "") -> None:
+        """Set a key of the result that no single setting stands for."""
+        self.values[path] = value
+        if comment:
+            self.comments[path] = comment
+
+    def set_batch(self, batch: SixNumbers, keys: Iterable[str], note: str = "") -> None:
+        """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from."""
+        keys = list(keys)
+        ranks = self.world_size or batch.ranks
+        keys_of_trl = batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0])))
+        self.batch, self.world_size = batch, ranks
+        arithmetic = (
+            f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
+            f"{batch.completions} per optimizer step"
+        )
+        comments = {
+            "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
+            "gradient_accumulation_steps": f"{batch.completions} completions per step / {ranks} processes / "
+            f"{keys_of_trl.per_device_train_batch_size}",
+            "steps_per_generation": f"{batch.rollout} completions per rollout / {ranks} processes / "
+            f"{keys_of_trl.per_device_train_batch_size}",
+        }
+        values = {f"grpo.{name}": value for name, value in vars(keys_of_trl).items()}
+        for name, comment in comments.items():
+            self.comments[f"grpo.{name}"] = comment
+        for key in keys:
+            self.converted(key, values, "; ".join(part for part in (arithmetic, note) if part))
+        for path, value in values.items():
+            self.set(path, value)
+
+    def steps(self, count: float) -> int | float:
+        """Rollouts of the source as optimizer steps, which TRL counts; a share below 1 and -1 stay."""
+        per_rollout = 1.0 if self.batch is None else self.batch.steps_per_rollout
+        return count if count < 1 else max(1, round(count * per_rollout))
+
+    def finished(self) -> Imported:
+        """The record of it all; ConfigError where no batch was set."""
+        for key in self.source.settings.keys() - self.rows.keys():
+            self.dropped(key, UNKNOWN)
+        if self.batch is None:
+            raise ConfigError("no batch size", where=self.source.path.name)
+        rows = sorted(self.rows.values(), key=lambda row: (row.line is None, row.file or "", row.line or 0, row.key))
+        numbers = {name: int(value) for name, value in vars(self.batch).items()}
+        return Imported(
+            file=str(self.source.path), framework=self.source.framework, version=self.version,
+            version_from=self.version_from, world_size=self.world_size or self.batch.ranks, batch=numbers,
+            steps_per_rollout=self.batch.steps_per_rollout, rows=rows, warnings=self.warnings,
+            config=nested(self.values), files=self.files,
+        )  # fmt: skip
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Key paths as mappings inside each other, in the order of a configuration's sections."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, key = path.split(".")
+        here = tree
+        for name in sections:
+            here = here.setdefault(name, {})
+        here[key] = value
+    return tree
+
+
+def _differs(path: str, value: Any) -> bool:
+    """True unless TRL has the same default."""
+    section, _, name = path.partition(".")
+    key = grpo_keys().get(name) if section == "grpo" else None
+    return key is None or key.default_value() != value

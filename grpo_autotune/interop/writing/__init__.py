@@ -1,0 +1,1 @@
+"""Tuned values, into the text of the file that a run came from."""

@@ -1,0 +1,45 @@
+"""The outcome of importing another framework's configuration, setting by setting."""
+
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from grpo_autotune.records.base import Document, Frozen
+
+SCHEMA: Final = "grpo-autotune/imported/1"
+
+Verdict = Literal["same", "converted", "changes meaning", "no equivalent", "speed only"]
+"""A setting means the same here; the same in another unit or another key; something else, said what and how much;
+nothing, so it was dropped; or it changes seconds and memory alone."""
+
+STRICT: tuple[Verdict, ...] = ("changes meaning", "no equivalent")
+"""Verdicts after which the imported run may learn something else."""
+
+
+class ImportedRow(Frozen):
+    """One setting of the source."""
+
+    line: int | None  # line that gives it; None for a default of the framework
+    file: str | None = None  # name of the file, where it is not the imported one
+    key: str  # the framework's own
+    value: Any  # secrets replaced by `***`
+    verdict: Verdict
+    targets: dict[str, Any] = {}  # key path of a `RunConfig` -> its value
+    note: str = ""  # the arithmetic, the size of the difference, or what would be needed
+
+
+class Imported(Document):
+    """One imported configuration. Batch sizes are completions unless they are named prompts."""
+
+    schema_: Literal["grpo-autotune/imported/1"] = Field(default=SCHEMA, alias="schema")
+    file: str
+    framework: str  # in words: `verl`, `ms-swift`
+    version: str  # version whose defaults were taken
+    version_from: str  # why that one: `--source-version`, the file's own pin, or that it was assumed
+    world_size: int  # training processes that the result is written for
+    batch: dict[str, int]  # the six numbers of `interop.batch.SixNumbers`
+    steps_per_rollout: float  # optimizer steps for each rollout
+    rows: list[ImportedRow]  # by line, defaults last
+    warnings: list[str]
+    config: dict[str, Any]  # the values of a `RunConfig`
+    files: dict[str, str] = {}  # name -> text of files that belong beside it, such as a reward's adapter
