@@ -120,7 +120,7 @@ def mutated(draw: st.DrawFn) -> tuple[dict[str, Any], str, bytes | list[Any]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(case=mutated())
 def test_a_mutated_data_set_is_read_whole_or_refused_in_one_line(
     case: tuple[dict[str, Any], str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
