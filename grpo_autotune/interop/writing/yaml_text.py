@@ -1,0 +1,56 @@
+"""An imported configuration as YAML for people: its sections in the order of a configuration, and the reasons behind
+the keys that are not obvious."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.yaml_text import write_yaml
+from grpo_autotune.errors import printable
+from grpo_autotune.records.imported import Imported
+
+WIDTH = 110
+"""Characters of a line; a comment that does not fit behind its key stands above it."""
+
+
+def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
+    """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
+    `imported.config`."""
+    order = [*RunConfig.model_fields]
+    sections = {name: imported.config[name] for name in sorted(imported.config, key=order.index)}
+    head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
+
+
+def _head(imported: Imported) -> Iterator[str]:
+    version = printable(f"{imported.framework} {imported.version} ({imported.version_from})")
+    yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
+    yield f"Batch sizes are for {imported.world_size} training processes; the source has {imported.batch['ranks']}."
+
+
+def commented(text: str, comments: Mapping[str, str]) -> str:
+    """YAML text of mappings, each comment behind the value of its key path, or above it where it does not fit."""
+    lines = text.split("\n")
+    places = {path: (start, end) for path, start, end in _places(yaml.compose(text))}
+    for path in sorted(comments.keys() & places.keys(), key=lambda path: places[path], reverse=True):
+        start, end = places[path]
+        comment = printable(comments[path])
+        line, indent = lines[start], len(lines[start]) - len(lines[start].lstrip())
+        if start == end and len(line) + len(comment) + 4 <= WIDTH:
+            lines[start] = f"{line}  # {comment}"
+        else:
+            wrapped = textwrap.wrap(comment, WIDTH - indent - 2, break_long_words=False)
+            lines[start:start] = [f"{' ' * indent}# {part}" for part in wrapped]
+    return "\n".join(lines)
+
+
+def _places(node: Any, above: str = "") -> Iterator[tuple[str, int, int]]:
+    """Each key path with the line of its key and the last one of its value; a section's own line is its last."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        path, line = f"{above}{key.value}", key.start_mark.line
+        is_block = not isinstance(value, yaml.ScalarNode) and not value.flow_style
+        yield path, line, line if is_block else value.end_mark.line
+        yield from _places(value, f"{path}.")
