@@ -1,13 +1,16 @@
 """Commands for files of other frameworks: their configurations and logs in, tuned values back out."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from grpo_autotune.cli import running
 from grpo_autotune.cli.app import Action, app
 from grpo_autotune.cli.options import Json
-from grpo_autotune.console import output_aside
+from grpo_autotune.config.sources import DEFAULT_FILE
+from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 
 From = Annotated[
@@ -45,11 +48,15 @@ def import_(
 
     def action() -> int:
         from grpo_autotune.commands.import_config import import_config
+        from grpo_autotune.config.batch import world_size as processes
 
-        ranks = world_size or (1 if probe else None)
-        how = {"framework": from_, "version": version, "environment": environment(env)}
-        code, loaded = import_config(file, **how, world_size=ranks, out=out, strict=strict, as_json=json_)
-        return code
+        how: Any = {"framework": from_, "version": version, "environment": environment(env), "strict": strict}
+        ranks = world_size or (processes() if probe else None)
+        with output_aside() if probe and json_ else nullcontext():
+            imported = import_config(file, **how, world_size=ranks, out=out, as_json=json_ and not probe)
+        if imported is None:
+            return 1
+        return probed(str(out or DEFAULT_FILE), imported.framework, as_json=json_) if probe else 0
 
     return action
 
@@ -64,6 +71,9 @@ def export(
     from_: From = None,
     version: Version = None,
     env: Env = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", metavar="N", min=1, help="Processes that it was tuned on.")
+    ] = None,
     json_: Json = False,
 ) -> Action:
     """Write the values that a search tuned into a copy of the file that the run was imported from."""
@@ -71,10 +81,22 @@ def export(
     def action() -> int:
         from grpo_autotune.commands.export import export_tuned
 
-        how = {"framework": from_, "version": version, "environment": environment(env)}
-        return export_tuned(tuned, to, out=out, as_json=json_, **how)
+        how: Any = {"framework": from_, "version": version, "environment": environment(env)}
+        return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)
 
     return action
+
+
+def probed(config: str, framework: str, *, as_json: bool) -> int:
+    """Probe an imported configuration, and say how the source's timers split; the exit code."""
+    code = running.probe(config, json_=as_json)()
+    from grpo_autotune.config.schema import load_config
+    from grpo_autotune.render.split import split_lines
+    from grpo_autotune.report.files import load_report
+
+    for line in split_lines(load_report(load_config(config).run_dir / "probe"), framework):
+        (say if as_json else show)(line)
+    return code
 
 
 def environment(items: list[str] | None) -> dict[str, str]:

@@ -22,10 +22,10 @@ NARROWEST = 60
 def import_config(
     path: Path, *, framework: str | None, version: str | None, world_size: int | None, environment: Mapping[str, str],
     out: Path | None, strict: bool, as_json: bool,
-) -> tuple[int, RunConfig]:  # fmt: skip
+) -> Imported | None:  # fmt: skip
     """Import a file, print its table or (`as_json`) its record, and write the YAML with what belongs beside it: to
-    `out`, else to a `grpo.yaml` that is not there yet; with `strict` only where the meaning of all is kept. The exit
-    code, and the configuration. ConfigError where the file cannot be imported or the result not be written."""
+    `out`, else to a `grpo.yaml` that is not there yet. None where `strict` is asked for and a setting loses its
+    meaning; nothing is written then. ConfigError where the file cannot be imported or the result not be written."""
     target = out or Path(DEFAULT_FILE)
     if out is None and target.exists():
         raise ConfigError("it is there already", where=str(target), fix="Name the file to write with --out.")
@@ -34,7 +34,7 @@ def import_config(
     )
     imported = translation.finished()
     text = yaml_text(imported, translation.comments)
-    config = checked(imported, text, str(target))
+    check(imported, text, str(target))
     lost = [row for row in imported.rows if row.verdict in STRICT] if strict else []
     if not lost:
         _write(target, text, imported.files)
@@ -43,19 +43,19 @@ def import_config(
     if lost:
         first = lost[0].key if lost[0].line is None else f"{lost[0].key} in line {place_of(lost[0])}"
         complain(f"grpo-autotune: --strict: {len(lost)} settings lose their meaning, {first} first", everywhere=False)
-        return 1, config
+        return None
     for line in _next(imported, target):
         say(line)
-    return 0, config
+    return imported
 
 
-def checked(imported: Imported, text: str, where: str) -> RunConfig:
-    """The configuration, judged for the processes it was written for; ConfigError by the source's line where it is
+def check(imported: Imported, text: str, where: str) -> None:
+    """Judge the configuration for the processes it was written for; ConfigError by the source's line where it is
     refused, which is a fault of the importer."""
     kept = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(imported.world_size)
     try:
-        return RunConfig.from_dict(parse_yaml(text, where))
+        RunConfig.from_dict(parse_yaml(text, where))
     except ConfigError as error:
         row = next((row for row in imported.rows if error.where in row.targets), None)
         source = f", line {place_of(row)}: {row.key}" if row and row.line is not None else f": {row.key}" if row else ""

@@ -23,7 +23,7 @@ def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:
     """Texts of the script with the key set, one edit each."""
     data = text.encode()
     root = Parser(Language(tree_sitter_bash.language())).parse(data).root_node
-    assigned = {"": [], **_assignments(root)}
+    assigned = _assignments(root)
     name = re.escape(key.lstrip("+")).replace("_", "[_-]") if form == OPTION else re.escape(key.lstrip("+"))
     for holder in reversed([node for node in _walk(root) if node.type in ("array", "command")]):
         items = [node for node in holder.named_children if node.type in ARGUMENTS]
@@ -85,7 +85,7 @@ def _replacing(
 
 
 def _appended(data: bytes, command: Node, words: str) -> str:
-    """The words as the command's last ones, in front of `"$@"`, on a line of their own where the command has several."""
+    """The words at a command's end, in front of `"$@"`; on a line of their own where the command has several."""
     last = command.named_children[-1]
     if (last.text or b"") in (b'"$@"', b"$@", b'"${@}"'):
         return replaced(data, (last.start_byte, last.start_byte), f"{words} ")

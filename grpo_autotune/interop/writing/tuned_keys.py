@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.interop.batch import SixNumbers, TrlBatch
+from grpo_autotune.interop.source import Source
 
 Numbers = Callable[[SixNumbers, TrlBatch], Any]
 """A batch key's value, from the six numbers and TRL's keys on the source's own processes."""
@@ -16,7 +17,6 @@ Target = str | Callable[[Any], Mapping[str, Any]]
 """A key of the framework, or several with their values."""
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
-STEPS = ("max_steps", "save_steps", "eval_steps")
 
 
 class Framework(NamedTuple):
@@ -24,7 +24,9 @@ class Framework(NamedTuple):
 
     batch: Mapping[str, Numbers]
     keys: Mapping[str, Target]  # key path of a `RunConfig` -> the key here
-    steps: tuple[str, ...] = ()  # what `STEPS` are here, where they count rollouts; () where they count optimizer steps
+    rollouts: tuple[str, ...] = ()  # keys that count rollouts
+    micro: str = ""  # the micro batch, with which `fixed` is written as well
+    fixed: Mapping[str, Any] = {}
 
 
 def _engine(prefix: str, *names: str, **others: str) -> dict[str, Target]:
@@ -60,7 +62,9 @@ VERL = Framework(
         "model.attn_implementation": "+actor_rollout_ref.model.override_config.attn_implementation",
         "peft.r": "actor_rollout_ref.model.lora_rank",
     },
-    steps=("trainer.total_training_steps", "trainer.save_freq", "trainer.test_freq"),
+    rollouts=("trainer.total_training_steps", "trainer.save_freq", "trainer.test_freq"),
+    micro=f"{ACTOR}ppo_micro_batch_size_per_gpu",
+    fixed={f"{ACTOR}use_dynamic_bsz": False},
 )  # fmt: skip
 EASYR1 = Framework(
     batch={
@@ -81,7 +85,9 @@ EASYR1 = Framework(
         "data.image_size": lambda side: {"data.max_pixels": side * side},
         "peft.r": "worker.actor.model.lora.rank",
     },
-    steps=("trainer.max_steps", "trainer.save_freq", "trainer.val_freq"),
+    rollouts=("trainer.max_steps", "trainer.save_freq", "trainer.val_freq"),
+    micro="worker.actor.micro_batch_size_per_device_for_update",
+    fixed={"worker.actor.dynamic_batching": False},
 )  # fmt: skip
 TRL_BATCH: dict[str, Numbers] = {
     "num_generations": lambda six, trl: trl.num_generations,
@@ -114,8 +120,31 @@ SWIFT = Framework(
         "peft.r": "lora_rank",
     },
 )  # fmt: skip
-FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT}
-"""By name in lower letters; all others have TRL's keys."""
+MEGATRON = SWIFT._replace(
+    batch={
+        "num_generations": lambda six, trl: six.num_generations,
+        "micro_batch_size": lambda six, trl: trl.per_device_train_batch_size,
+        "global_batch_size": lambda six, trl: six.completions,
+        "steps_per_generation": lambda six, trl: trl.steps_per_generation / trl.gradient_accumulation_steps,
+        "num_iterations": lambda six, trl: six.passes,
+    }
+)
+R1_V = TRL._replace(
+    batch={
+        "num_generations": lambda six, trl: six.num_generations,
+        "per_device_train_batch_size": lambda six, trl: trl.per_device_train_batch_size / six.num_generations,
+        "gradient_accumulation_steps": lambda six, trl: trl.gradient_accumulation_steps,
+    }
+)
+UNSLOTH = TRL._replace(
+    keys={
+        "vllm.gpu_memory_utilization": "*.from_pretrained.gpu_memory_utilization",
+        "peft.r": "*.get_peft_model.r",
+        "model.load_in_4bit": "*.from_pretrained.load_in_4bit",
+    }
+)
+FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V, "unsloth": UNSLOTH}
+"""By name; all others have TRL's keys."""
 WHY = {
     "speedups": "a speed-up of grpo-autotune, which trains with TRL",
     "data.image_size": "no key of this framework limits images: resize them in the data, or in its code",
@@ -124,13 +153,17 @@ WHY = {
 """Key path -> why it is lost where a framework has no key for it."""
 
 
-def framework_of(name: str) -> Framework:
-    """The side of a framework."""
-    return FRAMEWORKS.get(name.lower(), TRL)
+def framework_of(source: Source) -> Framework:
+    """The side of a source's framework; that of Megatron and Ray in ms-swift has other names for the batch."""
+    if source.framework == "ms-swift" and source.settings.keys() & {"global_batch_size", "micro_batch_size"}:
+        return MEGATRON
+    return FRAMEWORKS.get(source.framework, TRL)
 
 
 def values_of(side: Framework, key: str, value: Any) -> Mapping[str, Any]:
-    """A tuned key in the framework's keys; nothing where it has none."""
+    """A tuned key in the framework's keys; nothing where it has none, and for those of the batch."""
     section, _, name = key.partition(".")
-    target = side.keys.get(key) or (name if section == "grpo" and side.batch is TRL_BATCH else None)
+    if key.removeprefix("grpo.") in TRL_BATCH:
+        return {}
+    target = side.keys.get(key) or (name if section == "grpo" and "num_generations" in side.batch else None)
     return {} if target is None else {target: value} if isinstance(target, str) else target(value)
