@@ -37,10 +37,9 @@ def imported(config: dict[str, Any]) -> Imported:
 
 
 def test_sections_stand_in_their_order_and_comments_behind_their_keys() -> None:
-    config = nested(
-        {"grpo.beta": 0.04, "grpo.loss_type": "dapo", "model.name_or_path": "m", "rewards": [{"name": "format"}]}
-    )
-    text = yaml_text(imported(nested(values)), {"grpo.beta": "k3", "grpo.loss_type": "word " * 40, "rewards": "choose"})
+    values = {"grpo.beta": 0.04, "grpo.loss_type": "dapo", "model.name_or_path": "m", "rewards": [{"name": "format"}]}
+    comments = {"grpo.beta": "k3", "grpo.loss_type": "word " * 40, "rewards": "choose"}
+    text = yaml_text(imported(nested(values)), comments)
     lines = text.splitlines()
     assert [line.partition(":")[0] for line in lines if line[0].isalpha()] == ["model", "rewards", "grpo"]
     assert lines[0].startswith("# Imported by grpo-autotune from run.sh, verl 2026 (assumed).")
