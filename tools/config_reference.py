@@ -23,6 +23,7 @@ from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.sampled import EvalSampling, Resample
 from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.config.sections.vllm import ENGINE_FIXED, VllmSection
 from grpo_autotune.records.receipt import Receipt
@@ -104,6 +105,8 @@ def markdown() -> str:
             *_section("branches.NAME.eval", BranchEval),
             *_section("branches.control", Control),
             *_grpo(),
+            *_section("resample", Resample, f"{Resample.__doc__} See [sampling.md](sampling.md#dynamic-sampling)."),
+            *_section("eval_sampling", EvalSampling, f"{EvalSampling.__doc__} See [sampling.md](sampling.md#evaluation)."),
             *_section("vllm", VllmSection, VllmSection.__doc__),
             *_engine(),
             *_speedups(),

@@ -66,6 +66,18 @@ def check_sampling(grpo: Mapping[str, Any]) -> None:
         _check_setting(name, value, in_vllm=in_vllm)
 
 
+def check_eval_sampling(values: Mapping[str, Any], *, evaluates: bool, in_vllm: bool) -> None:
+    """ConfigError where a value of an `eval_sampling` section is out of range, 0 being a temperature here, or nothing is
+    evaluated."""
+    if not evaluates:
+        fix = "Set grpo.eval_strategy, and data.eval_split, data.eval_path or data.eval."
+        raise ConfigError("nothing is evaluated", where="eval_sampling", fix=fix)
+    legal = ENGINE_RANGES if in_vllm else RANGES
+    legal = legal | {"temperature": legal["temperature"]._replace(least=0, remark="0 is greedy", is_open=False)}
+    for name, value in values.items():
+        _check_range(f"eval_sampling.{name}", value, legal[name])
+
+
 def _check_range(where: str, value: Any, legal: Range) -> None:
     if not isinstance(value, int | float):
         return
