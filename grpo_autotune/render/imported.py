@@ -1,5 +1,6 @@
 """An imported configuration as text for a terminal: each setting of the source by its line, and what became of it."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from grpo_autotune.units import listing
 STYLES: dict[Verdict, str] = {
     "changes meaning": "bold yellow", "no equivalent": "bold red", "converted": "cyan", "speed only": "dim",
 }  # fmt: skip
-MOST_OF_VALUE = 60
+MOST_OF_VALUE = 120
 """Characters that are shown of a value."""
 
 
@@ -83,7 +84,8 @@ def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
 
 def _value(value: Any) -> str:
     """A value as YAML has it, cut where it is long."""
-    text = {"None": "null", "True": "true", "False": "false", "": '""'}.get(str(value), " ".join(str(value).split()))
+    plain = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(plain.split())
     return text if len(text) <= MOST_OF_VALUE else f"{text[: MOST_OF_VALUE - 4]} ..."
 
 
