@@ -16,6 +16,8 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
 from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, Version, choose, defaults
+from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.yaml_lines import yaml_settings
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
@@ -25,8 +27,8 @@ Rewards = Callable[[Translation], list[dict[str, Any]]]
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of TRL's `ModelConfig`, of a command line that is, the same in all releases."""
 BATCH = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size",
-    "num_generations", "num_iterations",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
+    "generation_batch_size", "num_iterations",
 )  # fmt: skip
 TO_VLLM = {trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()}
 PLACES = {
@@ -46,7 +48,6 @@ SPEED = {
     "bnb_4bit_quant_storage": "how 4-bit weights are stored", "dataset_streaming": "here the data is downloaded first",
     "gradient_checkpointing_use_reentrant": "the kind of checkpointing", "num_processes": "the number of processes",
 }  # fmt: skip
-ONE_SHOT = "TRL's command line passes it to the data set's mapping alone"
 REWARDS = {
     "accuracy_reward": {"name": "accuracy_reward"},
     "reasoning_accuracy_reward": {"name": "reasoning_accuracy_reward"},
@@ -65,8 +66,8 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 
 def translated(
     source: Source, release: tuple[Version, str, str], world_size: int | None, *,
-    over: Mapping[str, Any] | None = None, rewards: Rewards | None = None, handlers: Mapping[str, Handler] | None = None,
-    prompts: bool = False,
+    over: Mapping[str, Any] | None = None, unread: Mapping[str, str] | None = None, rewards: Rewards | None = None,
+    handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None,
 ) -> Translation:  # fmt: skip
     """A configuration of TRL or of a framework built on it.
 
@@ -75,20 +76,27 @@ def translated(
         release: TRL's release, as `trl_versions.choose` gives it.
         world_size: As `Translation` has it.
         over: Defaults of the framework over TRL's.
+        unread: Keys that the framework's trainer takes and never reads, and why; `over` has what it does instead.
         rewards: Makes the items of `rewards`; TRL's names otherwise.
         handlers: What the framework's own keys become, over `HANDLERS`.
-        prompts: True if `per_device_train_batch_size` counts prompts in this framework whatever its TRL does.
+        micro: Completions per device where the framework changes their number, and how.
     """
-    source = accelerate.with_launch(source)
+    source = accelerate.with_launch(_with_config(trl_script.unified(source)))
     if (named := source.settings.get("deepspeed")) is not None:
         source = deepspeed.with_file(source, named.value, "deepspeed.")
     number, name, why = release
-    base = {**MODEL, "dtype": _weights(number, source), **defaults(number), **(over or {})}
+    is_script = trl_script.is_script(source)
+    over = {**(trl_script.NO_PEFT if is_script else {}), **(over or {})}
+    weights = "auto" if is_script and number == (0, 26) else "float32"
+    base = {**MODEL, "dtype": weights, **defaults(number), **over}
+    said, unread = source, unread or {}
+    source = replace(source, settings={key: value for key, value in source.settings.items() if key not in unread})
     to = Translation(source, base, name, why, world_size)
-    _batch(to, number, prompts)
-    table = {**HANDLERS, **(handlers or {})}
+    _batch(to, number, micro)
+    liger = {"use_liger_kernel": _fast_kernels} if number < (0, 28) else {}
+    table = {**HANDLERS, **liger, **(handlers or {})}
     to.verdict("converted", "reward_funcs", {"rewards": (rewards or _rewards)(to)}, "functions by name")
-    for key in [*source.settings, *DEFAULTS, *(over or ()), *(MODEL if to.value("use_peft") else ()), "dtype"]:
+    for key in [*source.settings, *DEFAULTS, *over, *(MODEL if to.value("use_peft") else ()), "dtype"]:
         if key not in to.rows and not key.startswith((accelerate.PREFIX, "deepspeed.")):
             _handler(to, key, table)(to, key)
     if to.value("use_vllm") and number < (0, 16) and not to.given("top_k"):
@@ -98,9 +106,23 @@ def translated(
     accelerate.apply(to, adapter=bool(to.value("use_peft")))
     if named is not None:
         deepspeed.apply(to, "deepspeed", str(named.value), adapter=bool(to.value("use_peft")))
+    to.source = said
+    for key in said.settings.keys() & unread.keys():
+        to.inert(key, unread[key])
     return to
 
 
+def _with_config(source: Source) -> Source:
+    """The source with the YAML that `--config` names, over which the command line wins."""
+    named = source.settings.get("config")
+    path = beside(source.path, str(named.value)) if named else None
+    if path is None:
+        return source
+    inside = yaml_settings(text_of(path), path.name, nested=False)
+    return replace(source, settings={**{k: replace(s, file=path.name) for k, s in inside.items()}, **source.settings})
+
+
+RUNS = "only a run of the program can tell its value: set it by hand"
 DATA_FIX = "What a program builds cannot be read: save the data to a file, and write a configuration that names it."
 
 
@@ -136,7 +158,7 @@ def _plain(to: Translation, key: str) -> None:
     known = grpo_keys().get(key)
     value = to.value(key)
     if setting is not None and unknown(setting):
-        return to.dropped(key, "only a run of the program can tell its value")
+        return to.dropped(key, RUNS)
     if value is None and to.given(key) and (known is None or not known.allows(None)):
         return to.inert(key, "null: the default")
     if known is not None and not known.allows(value):
@@ -152,34 +174,32 @@ def unknown(setting: Setting) -> bool:
     return isinstance(setting.value, str) and setting.text == setting.value
 
 
-def _weights(version: Version, source: Source) -> str:
-    """Type of the weights where nothing is said: a script of TRL 0.26 takes the checkpoint's, all others load 32 bits
-    (`trl/trainer/utils.py: create_model_from_path`; before, the default of transformers 4)."""
-    return "auto" if version == (0, 26) and source.program is None and source.path.suffix == ".py" else "float32"
-
-
-def _batch(to: Translation, version: Version, prompts: bool) -> None:
+def _batch(to: Translation, version: Version, changed: tuple[int, str] | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
     ranks = accelerate.processes(to) or _torchrun(to) or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1
-    group, per_device = to.number("num_generations"), to.number("per_device_train_batch_size")
+    group, micro = to.number("num_generations"), to.number("per_device_train_batch_size")
     accumulation, passes = to.number("gradient_accumulation_steps"), to.number("num_iterations")
-    micro = per_device * group if prompts or version < (0, 15) else per_device
-    step = micro * ranks * accumulation
-    if version < (0, 18) or prompts:
-        rollout, note = micro * ranks, "completions are generated in each micro step"
+    notes = []
+    if version < (0, 15):
+        notes.append(f"per_device_train_batch_size counts prompts: {micro} x {group} completions")
+        micro *= group
+    if changed:
+        micro, note = changed
+        notes.append(note)
+    rollout = micro * ranks * (to.number("steps_per_generation") or accumulation)
+    if version < (0, 18):
+        rollout = micro * ranks
+        notes.append("completions are generated in each micro step")
     elif to.number("generation_batch_size"):
-        rollout, note = to.number("generation_batch_size"), "the generation batch is given"
-    else:
-        rollout, note = micro * ranks * (to.number("steps_per_generation") or accumulation), ""
-    if micro != per_device:
-        note = f"per_device_train_batch_size counts prompts: {per_device} x {group} completions; {note}"
+        rollout = to.number("generation_batch_size")
     if rollout % group:
         what = f"a rollout of {rollout} completions is no whole number of groups of {group}"
         raise ConfigError(what, where=to.where("num_generations"), fix="Say how many processes train: --world-size.")
-    to.set_batch(SixNumbers(group, rollout // group, step, passes, ranks, micro), BATCH, note)
+    batch = SixNumbers(group, rollout // group, micro * ranks * accumulation, passes, ranks, micro)
+    to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
 
 
 def _torchrun(to: Translation) -> int | None:
@@ -192,7 +212,8 @@ def _torchrun(to: Translation) -> int | None:
 def _rewards(to: Translation) -> list[dict[str, Any]]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
     names = listed(to.value("reward_funcs"))
-    items = trl_script.rewards(to, names) if to.source.program is None else [_reward(to, name) for name in names]
+    is_script = trl_script.is_script(to.source)
+    items = trl_script.rewards(to, names) if is_script else [_reward(to, name) for name in names]
     return weighted(to, items)
 
 
@@ -228,7 +249,7 @@ def listed(value: Any) -> list[Any]:
 
 def _dtype(to: Translation, key: str) -> None:
     value = str(to.value(key)).removeprefix("torch.")
-    note = "without it TRL loads the weights in 32 bits" if not to.given(key) else ""
+    note = "" if to.given(key) or value != "float32" else "without it TRL loads the weights in 32 bits"
     if key == "dtype" and to.given("torch_dtype"):
         return
     if value in ("auto", "float32", "bfloat16", "float16"):
@@ -252,18 +273,42 @@ def _model_init(to: Translation, key: str) -> None:
 def _lora(to: Translation, key: str) -> None:
     """A key of LoRA; TRL unwraps a list of one, and a comma behind a name of a shell's list stays in it."""
     place = {"lora_target_modules": "target_modules", "lora_modules_to_save": "modules_to_save",
-             "lora_target_parameters": "target_parameters"}.get(key, key.removeprefix("lora_"))  # fmt: skip
+             "lora_target_parameters": "target_parameters", "lora_r": "r"}.get(key, key)  # fmt: skip
     value = to.value(key)
     if not isinstance(value, list):
         return to.same(key, f"peft.{place}")
     clean = [str(name).rstrip(",") for name in value]
     if clean != value:
         kept = [name for name in map(str, value) if not name.endswith(",")]
-        to.warnings.append(f"{to.where(key)}: the commas are part of the names, so PEFT adapts {kept or 'nothing'} alone")
+        to.warnings.append(
+            f"{to.where(key)}: the commas are part of the names, so PEFT adapts {kept or 'nothing'} alone"
+        )
         return to.changes(key, {f"peft.{place}": clean}, f"without the commas; as written, {kept or 'nothing'} alone")
     if value == ["all-linear"]:
         return to.converted(key, {f"peft.{place}": "all-linear"}, "a list of one is unwrapped")
     return to.same(key, f"peft.{place}")
+
+
+def _data(to: Translation, key: str) -> None:
+    if trl_script.is_script(to.source):
+        note = (
+            "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+        )
+        to.changes(key, {"data.path": to.value(key)}, note, comment="rows as they are published")
+    else:
+        to.same(key, "data.path")
+
+
+def _resize(to: Translation, key: str) -> None:
+    size = [side for side in listed(to.value(key)) if isinstance(side, int)]
+    if size:
+        note = f"the script squeezes images into {' x '.join(map(str, size))}; here the aspect is kept"
+        to.changes(key, {"data.image_size": max(size)}, note)
+
+
+def _many_turns(to: Translation, key: str) -> None:
+    what = "rollouts of several turns or with tools are not imported"
+    raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
 
 
 def _split(to: Translation, key: str) -> None:
@@ -310,11 +355,17 @@ def _warmup(to: Translation, key: str) -> None:
 
 def _prompt_limit(to: Translation, key: str) -> None:
     """Old releases keep a prompt's last tokens."""
+    setting = to.source.settings.get(key)
+    if setting is not None and unknown(setting):
+        return to.dropped(key, RUNS)
     limit = to.number(key)
     if limit is None:
         return _inert("no limit")(to, key)
+    if any(name in to.source.settings for name in ("resize", "finetune_vision_layers", "max_pixels")):
+        targets = {"data.max_prompt_tokens": limit, "data.prompt_overflow": "filter"}
+        return to.changes(key, targets, "rows with longer prompts are left out; TRL cuts them, through an image too")
     targets = {"data.max_prompt_tokens": limit, "data.prompt_overflow": "left"}
-    return to.same_in(key, targets) if False else to.converted(key, targets, "TRL keeps the last tokens of a prompt")
+    return to.converted(key, targets, "TRL keeps the last tokens of a prompt")
 
 
 def _engine_place(to: Translation, key: str) -> None:
@@ -347,6 +398,10 @@ def _in_process(to: Translation, key: str) -> None:
 def _scale(to: Translation, key: str) -> None:
     value = to.value(key)
     to.same(key, f"grpo.{key}", {True: "group", False: "none"}.get(value, value) if isinstance(value, bool) else value)
+
+
+def _fast_kernels(to: Translation, key: str) -> None:
+    to.speed(key, "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off")
 
 
 def _kl(to: Translation, key: str) -> None:
@@ -390,6 +445,8 @@ HANDLERS: dict[str, Handler] = {
         to.inert(key, "as here") if to.value(key) == "nf4" else _four_bit(to, key)
     ),
     "use_bnb_nested_quant": _four_bit,
+    "dataset_name": _data, "resize": _resize,
+    **dict.fromkeys(("rollout_func", "environment_factory", "tools"), _many_turns),
     "use_peft": lambda to, key: to.inert(key, "the peft section") if to.given(key) else None,
     "lora_r": _lora, "lora_dropout": _lora, "lora_target_modules": _lora, "lora_modules_to_save": _lora,
     "lora_target_parameters": _lora,
@@ -415,8 +472,3 @@ HANDLERS: dict[str, Handler] = {
     "vllm_importance_sampling_correction": _correction, "vllm_importance_sampling_mode": _correction,
     "vllm_importance_sampling_clip_max": _correction, "vllm_importance_sampling_cap": _correction,
 }  # fmt: skip
-
-
-def with_settings(source: Source, **settings: Any) -> Source:
-    """The source with settings of the framework that no line gives."""
-    return replace(source, settings={**source.settings, **{k: Setting(v) for k, v in settings.items()}})

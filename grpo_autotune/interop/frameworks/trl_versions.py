@@ -40,7 +40,6 @@ DEFAULTS: Mapping[str, Mapping[Version, Any]] = {
     "vllm_importance_sampling_correction": {(0, 14): False, (0, 23): True},
     "vllm_importance_sampling_mode": {(0, 14): "token_truncate", (0, 26): "sequence_mask"},
     "vllm_importance_sampling_clip_max": {(0, 14): 2.0, (0, 26): 3.0},
-    "router_aux_loss_coef": {(0, 14): 0.001, (1, 14): None},
     "gradient_checkpointing": {(0, 14): False, (0, 22): True},
     "bf16": {(0, 14): False, (0, 19): None},
     "logging_steps": {(0, 14): 500, (0, 19): 10},

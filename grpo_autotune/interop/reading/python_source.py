@@ -60,7 +60,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     text = text_of(path)
     script = Script(pins={name: version for name, version in PIN.findall(text)})
     names: dict[str, Any] = {}
-    for cell, source in _cells(path, text):
+    for cell, source in cells(path, text):
         try:
             tree = ast.parse(source)
         except (SyntaxError, RecursionError, ValueError) as error:
@@ -72,7 +72,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     return script
 
 
-def _cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
+def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
     """Name and source of each cell of code; a script is one, without a name."""
     if path.suffix != ".ipynb":
         yield None, text
@@ -144,7 +144,7 @@ class _Reader(ast.NodeVisitor):
             plain = ast.literal_eval(node) is not ...
         except WRONG:
             plain = False
-        value = self.value(node) if plain or self.known(node) else self.parts(node)
+        value = self.value(node) if self.known(node) else self.parts(node)
         return Setting(value, node.lineno, self.cell, None if plain else written)
 
     def parts(self, node: ast.expr) -> Any:
