@@ -19,6 +19,8 @@ STYLES: dict[Verdict, str] = {
 }  # fmt: skip
 MOST_OF_VALUE = 120
 """Characters that are shown of a value."""
+LONG = 40
+"""Characters above which the same words are not said twice."""
 
 
 def render_imported(imported: Imported, width: int, *, colour: bool = False) -> str:
@@ -66,20 +68,25 @@ def _block(title: str, rows: list[ImportedRow]) -> Iterator[RenderableType]:
 
 
 def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
-    """`key = value -> targets`, and the note below; what an earlier row said already is not said again."""
+    """`key = value -> targets`, and the note, where no earlier row has said the same."""
     text = Text(f"{row.key} = {_value(row.value)}", overflow="fold")
     becomes = ", ".join(
         path if value == row.value and len(row.targets) == 1 else f"{path}: {_value(value)}"
         for path, value in row.targets.items()
     )
-    whole = f"{becomes}\n{row.note}"
-    if becomes and whole in said:
-        return text.append(f" -> with {said[whole]}", style="dim")
-    said[whole] = row.key if row.line is None else f"line {place_of(row)}"
-    if becomes:
+    note = f"as {said[row.note]}" if row.note in said else row.note
+    if becomes and becomes not in said:
         text.append(" -> ").append(becomes, style="bold")
-    note = f" ({row.note})" if row.verdict == "same" else f"\n{row.note}"
-    return text.append(note, style="dim") if row.note else text
+    elif becomes:
+        text.append(f" -> as {said[becomes]}", style="dim")
+        note = note if row.note not in said else ""
+    place = row.key if row.line is None else f"line {place_of(row)}"
+    said |= {words: said.get(words, place) for words in (becomes, row.note) if len(words) > LONG}
+    return (
+        text.append(f" ({note})" if row.verdict == "same" or note != row.note else f"\n{note}", style="dim")
+        if note
+        else text
+    )
 
 
 def _value(value: Any) -> str:
