@@ -40,7 +40,7 @@ LAYERS = (
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
     "config": (
-        ("addresses", "foreign_keys", "renamed_keys", "vllm_names"),
+        ("addresses", "foreign_keys", "renamed_keys", "template_text", "vllm_names"),
         ("messages",),
         ("sections",),
         ("batch", "places", "reward_arguments", "sampling", "sources", "yaml_text"),

@@ -1,5 +1,5 @@
-"""Templates that a configuration gives as text or as a file: both are text from then on, so that what a run stores needs
-no such file."""
+"""Templates that a configuration gives as text or as a file: both are text from then on, so that what a run stores
+needs no such file."""
 
 import string
 from pathlib import Path
@@ -44,7 +44,5 @@ def _read(name: str, where: str) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot read {name}: {reason}", where=where, fix=f"Paths start from {Path.cwd()}."
-        ) from error
+        what = f"cannot read {name}: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(what, where=where, fix=f"Paths start from {Path.cwd()}.") from error

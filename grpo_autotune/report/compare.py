@@ -31,6 +31,7 @@ LEAST_SHARE, ALIKE = 0.01, 0.02
 ON_HOST = ("data", "prompt", "tools", "reward", "log_save_eval", "other")  # stages that cores do, with a GPU too
 SAME_DATA = (
     *("path", "name", "revision", "split", "split_ratio", "subsample", "max_samples", "mix", "seed"),
+    *("max_pixels", "min_pixels", "max_prompt_tokens", "prompt_overflow"),
     *("prompt_template", "prompt_format", "system_prompt"),
 )
 

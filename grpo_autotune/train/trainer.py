@@ -34,7 +34,7 @@ from grpo_autotune.train.arguments import (
 from grpo_autotune.train.branches.control import BranchControl
 from grpo_autotune.train.branches.evaluation import evaluate_by_branch
 from grpo_autotune.train.branches.rows import divided
-from grpo_autotune.train.data.datasets import LoadData, load_data
+from grpo_autotune.train.data.datasets import LoadData, check_rows, load_data
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.adapter import load_policy, settle_reference
 from grpo_autotune.train.models.load import check_images, load_processor, model_source
@@ -144,11 +144,12 @@ def build_trainer(
         processor = load_processor(config.model, source)
         check_images(processor, train_data.column_names)
         options = arguments.grpo.chat_template_kwargs or {}
-        train_data = fit_prompts(train_data, processor, options, config.data.path, say)
+        train_data = fit_prompts(train_data, processor, options, config.data.path, say, config.data)
+        check_rows(config, len(train_data))
         fitted = {}
         for name, one in config.data.held_out.items():
             rows = eval_data[name] if name else eval_data
-            fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say)
+            fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say, config.data)
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
