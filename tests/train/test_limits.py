@@ -83,8 +83,8 @@ def test_longer_prompts_are_left_out(how: str, tmp_path: Path) -> None:
     assert fit(rows, tokenizer, max_prompt_tokens=max(counts)) == (rows, [])
     kept, (line,) = fit(rows, tokenizer, max_prompt_tokens=counts[2])
     assert kept["answer"][:] == [1, 2] and token_counts(kept, tokenizer) == [counts[0], counts[2]]
-    told = f"2 of 4 prompts have more than {counts[2]} tokens (data.max_prompt_tokens), up to {counts[1]} (row 1): left out"
-    assert line == f"rows.jsonl: {told}"
+    told = f"have more than {counts[2]} tokens (data.max_prompt_tokens), up to {counts[1]} (row 1): left out"
+    assert line == f"rows.jsonl: 2 of 4 prompts {told}"
     with pytest.raises(DataError, match=r"rows\.jsonl: no prompt is short enough"):
         fit(rows, tokenizer, max_prompt_tokens=1)
 
@@ -130,7 +130,7 @@ def test_images_count_as_the_processor_counts_them(
     assert lengths.prompt_tokens(rows, processor, {}, sizes) == counts
     kept, (line,) = fit(rows, processor, max_prompt_tokens=max(counts) - 1)
     assert len(kept) == 3 and "row 2" in line
-    with pytest.raises(DataError, match="more than data.max_prompt_tokens .*, and one with an image is not cut"):
+    with pytest.raises(DataError, match=r"more than data\.max_prompt_tokens .*, and one with an image is not cut"):
         fit(rows, processor, max_prompt_tokens=max(counts) - 1, prompt_overflow="left")
 
     monkeypatch.setattr(
