@@ -2,14 +2,19 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading import python_source
-from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.reading.arguments import options, overrides
+from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.launches import Launch, launched
 from grpo_autotune.interop.reading.python_source import PIN
+from grpo_autotune.interop.reading.shell import evaluate
+from grpo_autotune.interop.reading.words import Word
 from grpo_autotune.interop.reading.yaml_lines import yaml_settings
 from grpo_autotune.interop.redact import redacted
 from grpo_autotune.interop.source import Setting, Source
@@ -58,7 +63,7 @@ def read_source(path: Path, framework: str | None = None, environment: Mapping[s
     if framework is not None and framework not in FRAMEWORKS:
         raise ConfigError(f"no framework {framework!r}", where="--from", fix=f"One of: {', '.join(FRAMEWORKS)}.")
     text = text_of(path)
-    reader = READERS.get(path.suffix.lower(), _of_yaml)
+    reader = READERS.get(path.suffix.lower(), _of_shell)
     return redacted(reader(path, text, framework, environment or {}))
 
 
@@ -111,7 +116,146 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
     )  # fmt: skip
 
 
+PROGRAMS: Sequence[tuple[str, str, str]] = (
+    ("easyr1", r"verl\.trainer\.main|.*verl/trainer/main\.py", ""),
+    ("easyr1", r"", r"worker\.(actor|rollout)\."),
+    ("verl", r"(verl|recipe)\..*\bmain\w*|.*main_(ppo|dapo)\w*\.py", ""),
+    ("verl", r"", r"actor_rollout_ref\."),
+    ("ms-swift", r"(swift|megatron) rlhf|.*swift/cli/(_megatron/)?rlhf\.py|swift\.cli\.(_megatron\.)?rlhf", ""),
+    ("openrlhf", r"openrlhf\.cli\.train_(ppo|grpo)\w*", ""),
+    ("nemo-rl", r".*run_\w*grpo\w*\.py", r"(policy|grpo|cluster|loss_fn)\."),
+    ("prime-rl", r"rl @.*|prime_rl\..*", ""),
+    ("llama-factory", r"llamafactory-cli .*", ""),
+    ("vlm-r1", r".*open_r1[/.]\w*grpo_(jsonl|rec|gui)\w*(\.py)?", ""),
+    ("vlm-r1", r".*grpo\w*\.py", r"--(data_file_paths|image_folders)"),
+    ("r1-v", r".*open_r1[/.]grpo\w*\.py", r"--max_pixels"),
+    ("open-r1", r".*open_r1[/.]grpo\w*(\.py)?", r"--config"),
+    ("trl", r"trl grpo|.*trl[/.]scripts[/.]grpo(\.py)?|.*/grpo_vlm\.py", ""),
+    ("?", r".*open_r1[/.]\w*grpo\w*(\.py)?", ""),
+    ("trl", r".*\.py", r"--num_generations"),
+)
+"""Framework, whole name of the program, and start of one of its arguments; the first that fits is it."""
+UNTRAINED = re.compile(
+    r"(swift|trl|megatron) \w+|.*\b(sft|dpo|kto|rm|eval|infer|generat|merge|preprocess|data)\w*(\.py)?"
+)
+"""Programs that are no GRPO training, to be named where a script has nothing else."""
+
+
+def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
+    """The one GRPO command of a script."""
+    script = evaluate(text, path.name, environment)
+    launches = [launch for command in script.commands if (launch := launched(command))]
+    trainings = [(name, launch) for launch in launches if (name := started(launch, framework))]
+    trainings = [(name, launch) for name, launch in trainings if framework in (None, name) or name == "?"]
+    first = {launch.command.line: (name, launch) for name, launch in reversed(trainings)}
+    warnings = list(script.warnings)
+    if len(first) > 1:
+        lines = ", ".join(f"{line} ({name})" for line, (name, _) in sorted(first.items()))
+        what = f"{len(first)} commands that train: lines {lines}"
+        raise ConfigError(what, where=path.name, fix="Leave one in a copy of the file, or name one with --from.")
+    if not first:
+        raise _nothing(path, text, launches)
+    ((name, launch),) = first.values()
+    if name in UNREAD:
+        raise ConfigError(UNREAD[name], where=f"{path.name}, line {launch.command.line}")
+    if name == "?":
+        what = f"{launch.program} is the program of open-r1, of R1-V and of VLM-R1"
+        raise ConfigError(what, where=f"{path.name}, line {launch.command.line}", fix="Name one with --from.")
+    if len(trainings) > 1:
+        warnings.append(f"line {launch.command.line} trains {len(trainings)} times; the first is read")
+    return _of_launch(path, name, launch, script.files, warnings, dict(PIN.findall(text)))
+
+
+def started(launch: Launch, framework: str | None) -> str | None:
+    """The framework of a command; `framework` where the command does not tell."""
+    for name, program, argument in PROGRAMS:
+        if (
+            re.fullmatch(program or ".*", launch.program)
+            and any(
+                re.match(
+                    argument,
+                    word.text.replace("-", "_").replace("__", "--", 1).lstrip("+~")
+                    if argument[0] == "-"
+                    else word.text.lstrip("+~"),
+                )
+                for word in launch.arguments
+            )
+            if argument
+            else re.fullmatch(program, launch.program)
+        ):
+            return framework if name == "?" and framework else name
+    return None
+
+
+def _nothing(path: Path, text: str, launches: Sequence[Launch]) -> ConfigError:
+    """The reason why a script holds no training."""
+    names = ", ".join(dict.fromkeys(f"{launch.program} (line {launch.command.line})" for launch in launches))
+    if names:
+        return ConfigError(f"no GRPO training of a framework that is known; it starts {names}", where=path.name)
+    fix = f"Name the script or the YAML of a GRPO run of {', '.join(FRAMEWORKS)}."
+    return ConfigError("no command that trains, and no configuration, is in this file", where=path.name, fix=fix)
+
+
+def _of_launch(
+    path: Path, framework: str, launch: Launch, files: Mapping[str, str], warnings: list[str], hints: dict[str, str]
+) -> Source:
+    """A command's settings over those of the YAML that it names."""
+    given, first = options(launch.arguments)
+    settings = overrides(launch.arguments) if framework in HYDRA else given
+    named = _configured(framework, settings, given, first)
+    for file in named:
+        settings = _named(path, file, framework, files, hints, warnings) | settings
+    launcher = dict(launch.options)
+    if "config_file" in launcher:
+        launcher = _named(path, str(launcher["config_file"].value), "accelerate", files, hints, warnings) | launcher
+    warnings += [
+        f"line {word.line}: {name} is set nowhere; give it with --env {name}=VALUE"
+        for word in launch.arguments
+        for name in re.findall(r"\$\{?(\w+)\}?", word.text)
+        if name in word.text and not re.search(r"\$\(|`", word.text)
+    ]
+    environment = {name: word.setting(word.text) for name, word in launch.command.environment.items()}
+    return Source(
+        framework, path, settings, environment, launcher, launch.program, hints, tuple(dict.fromkeys(warnings))
+    )
+
+
+def _configured(
+    framework: str, settings: dict[str, Setting], given: Mapping[str, Setting], first: list[Word]
+) -> list[str]:
+    """Names of the YAML files that a command reads."""
+    if framework == "easyr1":
+        file = settings.pop("config", None)
+        return [str(file.value)] if file else []
+    if framework == "verl":
+        folder, name = (str(given[key].value) if key in given else "" for key in ("config_path", "config_name"))
+        return [f"{folder}/{name.removesuffix('.yaml')}.yaml".lstrip("/")] if name else []
+    file = settings.pop("config", None)
+    ends = (".yaml", ".yml", ".json")
+    return [str(file.value)] if file else [word.text for word in first if word.text.endswith(ends)][:1]
+
+
+def _named(
+    path: Path, file: str, framework: str, files: Mapping[str, str], hints: dict[str, str], warnings: list[str]
+) -> dict[str, Setting]:
+    """Settings of a file that a command names; where it is not at hand, its name is a hint."""
+    found_text = next((text for name, text in files.items() if Path(name).name == Path(file).name), None)
+    place = None if found_text is not None else beside(path, file)
+    if found_text is None and place is None:
+        hints["accelerate" if framework == "accelerate" else "config"] = file
+        warnings.append(f"{file} is not beside this file: what it sets is not read")
+        return {}
+    text = found_text if found_text is not None else text_of(place)
+    settings = yaml_settings(text, Path(file).name, nested=framework in (*HYDRA, "accelerate"))
+    return {key: replace(setting, file=Path(file).name) for key, setting in settings.items()}
+
+
+def _of_toml(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
+    name = recognised((f"{section}." for section in re.findall(r"(?m)^\[+([\w.]+)", text)), path)
+    raise ConfigError(f"{name} has no TOML", where=path.name)
+
+
 READERS: Mapping[str, Callable[[Path, str, str | None, Mapping[str, str]], Source]] = {
-    ".yaml": _of_yaml, ".yml": _of_yaml, ".json": _of_yaml, ".py": _of_python, ".ipynb": _of_python,
+    ".yaml": _of_yaml, ".yml": _of_yaml, ".json": _of_yaml, ".py": _of_python, ".ipynb": _of_python, ".toml": _of_toml,
 }  # fmt: skip
 """Ending of a file's name -> its reader."""
