@@ -67,8 +67,7 @@ def check_sampling(grpo: Mapping[str, Any]) -> None:
 
 
 def check_eval_sampling(values: Mapping[str, Any], *, evaluates: bool, in_vllm: bool) -> None:
-    """ConfigError where a value of an `eval_sampling` section is out of range, 0 being a temperature here, or nothing is
-    evaluated."""
+    """ConfigError where a value of an `eval_sampling` section is out of range, or nothing is evaluated."""
     if not evaluates:
         fix = "Set grpo.eval_strategy, and data.eval_split, data.eval_path or data.eval."
         raise ConfigError("nothing is evaluated", where="eval_sampling", fix=fix)
