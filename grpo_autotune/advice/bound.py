@@ -116,12 +116,12 @@ def _resampled(r: ResampleFacts, facts: Facts) -> str:
     """The cost of dynamic sampling, per rollout."""
     t, further_s = facts.record.trainer, r.further_s / r.rollouts
     steps = t.steps_per_generation * t.num_iterations / t.gradient_accumulation_steps
-    made, trained = r.rounds * r.groups * t.num_generations, r.rollouts * r.groups * t.num_generations
+    made, trained = (count * r.groups * t.num_generations for count in (r.rounds, r.rollouts))
     return (
         f"Dynamic sampling (resample): {r.rounds / r.rollouts:.3g} generations per rollout, {amount(made)} completions "
         f"for {amount(trained)} that are trained on; those after the first take {seconds(further_s)} per rollout, "
         f"{percent(further_s / (steps * facts.breakdown.step_s))} of its steps. "
-        f"{percent(r.equal_groups / (r.rollouts * r.groups))} of the groups trained on are still equal."
+        f"{percent(r.dead_groups / (r.rollouts * r.groups))} of the groups trained on have equal rewards nevertheless."
     )
 
 

@@ -111,9 +111,9 @@ class ResampleFacts(Frozen):
     """Dynamic sampling since the run began, warm-up included."""
 
     rollouts: int = 0
-    rounds: int = 0  # generations for them; one each where no group was equal
+    rounds: int = 0  # generations for them, the first of each included
     groups: int = 0  # groups of a rollout, over all ranks, and of a generation
-    equal_groups: int = 0  # groups of equal rewards that were trained on, in all rollouts
+    dead_groups: int = 0  # groups of equal rewards that stayed, in all rollouts
     further_s: float = 0.0  # seconds of the generations after the first, their rewards included
 
 

@@ -1,5 +1,5 @@
-"""`resample`: places of groups whose rewards are all equal go to groups of further prompts (DAPO's dynamic sampling,
-Yu et al. 2025, arXiv:2503.14476, section 3.2).
+"""`resample`: places of zero-advantage groups go to groups of further prompts (DAPO's dynamic sampling, Yu et al. 2025,
+arXiv:2503.14476, section 3.2).
 
 It works inside TRL's scoring, between generation and all that follows: log-probs are computed for the rows that are
 trained on, and no others. Prompts come in the data's own order, from the first rollout on, a rollout's worth at a time;
@@ -146,18 +146,17 @@ class Resampling:
 
     def _note(self, rounds: int, lives_P: torch.Tensor, means: Sequence[float], seconds: float) -> None:
         """Log a rollout, and say it once where the rounds were not enough."""
-        groups, equal, facts = len(lives_P), int((~lives_P).sum()), self.facts
-        if equal and not facts.equal_groups:
-            told = f"{equal} of {plural(groups, 'group')} are equal after {plural(rounds, 'round')}, and stay"
-            self._say(f"step {self._trainer.state.global_step + 1}: resample: {told}; resample/equal logs their share")
-        numbers = {"rounds": rounds, "equal": equal / groups, "reward": sum(means) / len(means), "seconds": seconds}
-        for name, number in numbers.items():
+        groups, dead, facts = len(lives_P), int((~lives_P).sum()), self.facts
+        if dead and not facts.dead_groups:
+            told = f"{dead} of {plural(groups, 'group')} have equal rewards after {rounds} rounds, and stay as they are"
+            self._say(f"step {self._trainer.state.global_step + 1}: resample: {told} (resample/dead logs their share)")
+        for name, number in {"rounds": rounds, "dead": dead / groups, "reward": sum(means) / len(means)}.items():
             self._trainer._metrics["train"][f"resample/{name}"].append(number)
         self.facts = ResampleFacts(
             rollouts=facts.rollouts + 1,
             rounds=facts.rounds + rounds,
             groups=groups,
-            equal_groups=facts.equal_groups + equal,
+            dead_groups=facts.dead_groups + dead,
             further_s=facts.further_s + (seconds if rounds > 1 else 0.0),
         )
 
