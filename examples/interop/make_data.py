@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from grpo_autotune.demo import digits_dataset
+
+FOLDER = Path(__file__).parent
 
 
 def verl_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -26,4 +29,4 @@ def verl_row(row: dict[str, Any]) -> dict[str, Any]:
 
 for split in ("train", "test"):
     rows = [verl_row(row) for row in digits_dataset(split, count=128)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), f"digits_{split}.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), FOLDER / f"digits_{split}.parquet")

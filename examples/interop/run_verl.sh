@@ -18,8 +18,8 @@ ACTOR=(
 
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
-    data.train_files=digits_train.parquet \
-    data.val_files=digits_test.parquet \
+    data.train_files=examples/interop/digits_train.parquet \
+    data.val_files=examples/interop/digits_test.parquet \
     data.image_key=images \
     data.train_batch_size=$BATCH \
     data.max_prompt_length=256 \
@@ -32,7 +32,7 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.rollout.name=hf \
     actor_rollout_ref.rollout.n=$GROUP \
     actor_rollout_ref.rollout.temperature=1.0 \
-    custom_reward_function.path=digit_reward.py \
+    custom_reward_function.path=examples/interop/digit_reward.py \
     custom_reward_function.name=compute_score \
     trainer.n_gpus_per_node=2 \
     trainer.nnodes=1 \

@@ -19,16 +19,26 @@ WIDTH = 110
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
     """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
     `imported.config`."""
-    order = [*RunConfig.model_fields]
-    sections = {name: imported.config[name] for name in sorted(imported.config, key=order.index)}
+    sections = {
+        name: _ordered(name, imported.config[name]) for name in RunConfig.model_fields if name in imported.config
+    }
     head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
+
+
+def _ordered(name: str, section: Any) -> Any:
+    """A section's keys in the order of their fields, where it has fields; others stay as they are."""
+    fields = [*getattr(RunConfig.model_fields[name].annotation, "model_fields", ())]
+    if not isinstance(section, dict) or not fields:
+        return section
+    return {key: section[key] for key in [*(key for key in fields if key in section), *(section.keys() - set(fields))]}
 
 
 def _head(imported: Imported) -> Iterator[str]:
     version = printable(f"{imported.framework} {imported.version} ({imported.version_from})")
     yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
-    yield f"Batch sizes are for {imported.world_size} training processes; the source has {imported.batch['ranks']}."
+    ranks = imported.world_size
+    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.batch['ranks']}."
 
 
 def commented(text: str, comments: Mapping[str, str]) -> str:
