@@ -84,7 +84,10 @@ def _zero(to: Translation) -> dict[str, Any]:
         return default if value is None else value
 
     more = {"stage3_gather_16bit_weights_on_model_save": True} if said("zero3_save_16bit_model", False) else {}
-    devices = {"optimizer": said("offload_optimizer_device", "none"), "parameters": said("offload_param_device", "none")}
+    devices = {
+        "optimizer": said("offload_optimizer_device", "none"),
+        "parameters": said("offload_param_device", "none"),
+    }
     config = deepspeed.zero(said("zero_stage", 2), **devices, **more)
     clip = said("gradient_clipping", "auto")
     return config if clip == "auto" else {**config, "gradient_clipping": clip}

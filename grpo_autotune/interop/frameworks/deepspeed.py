@@ -74,7 +74,9 @@ def apply(to: Translation, key: str, config: Mapping[str, Any] | str, *, adapter
         adapter: True if the base weights are not trained.
     """
     file = {name.removeprefix("deepspeed."): name for name in to.source.settings if name.startswith("deepspeed.")}
-    values = {name: to.value(whole) for name, whole in file.items()} or (_flat(config) if isinstance(config, Mapping) else {})
+    values = {name: to.value(whole) for name, whole in file.items()} or (
+        _flat(config) if isinstance(config, Mapping) else {}
+    )
     for name, value in values.items():
         _said(to, file.get(name, key), name, value)
     if (to.world_size or 1) > 1:

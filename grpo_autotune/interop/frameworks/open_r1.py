@@ -3,7 +3,8 @@
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks.trl import Handler, listed, translated, weighted
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import Handler, listed
 from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation

@@ -89,7 +89,10 @@ def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tu
         return pinned, "pinned in the file"
     for key, version in swift_keys.VERSION_OF.items():
         if key in {name.rpartition(".")[2] for name in names.values()} | source.settings.keys():
-            return version, f"the last that knows {key}" if version != swift_keys.NEWEST else f"assumed: {key} is of 4.0 or later"
+            return (
+                version,
+                f"the last that knows {key}" if version != swift_keys.NEWEST else f"assumed: {key} is of 4.0 or later",
+            )
     return swift_keys.NEWEST, "assumed"
 
 
@@ -113,7 +116,11 @@ def _refuse(to: Translation) -> None:
     """ConfigError for a way of training that is not read."""
     kind = to.value("rlhf_type", "dpo")
     if kind != "grpo":
-        what = f"rlhf_type {kind} is not GRPO" if to.given("rlhf_type") else "no rlhf_type: grpo, and swift's default is dpo"
+        what = (
+            f"rlhf_type {kind} is not GRPO"
+            if to.given("rlhf_type")
+            else "no rlhf_type: grpo, and swift's default is dpo"
+        )
         raise ConfigError(what, where=to.where("rlhf_type"), fix="Only rlhf_type grpo is read.")
     for key, what in swift_keys.REFUSED.items():
         if to.given(key) and to.value(key):
@@ -145,7 +152,9 @@ def batch(to: Translation, megatron: bool, version: str) -> None:
         note = f"{micro} x {world} processes x {steps}"
     if world % shared:
         what = f"{world} processes cannot share each sequence in groups of {shared}"
-        raise ConfigError(what, where=to.source.path.name, fix="Give the number of processes with --env NPROC_PER_NODE=N.")
+        raise ConfigError(
+            what, where=to.source.path.name, fix="Give the number of processes with --env NPROC_PER_NODE=N."
+        )
     if rollout % group:
         what = f"the {rollout} completions of a rollout are not whole groups of {group}"
         raise ConfigError(what, where=to.where("num_generations"), fix="swift refuses it, too: choose a divisor.")

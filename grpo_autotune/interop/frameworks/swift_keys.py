@@ -35,7 +35,15 @@ OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("3.12", {"vllm_mode": "colocate"}),
     ("3.7", {"gradient_accumulation_steps": None}),
     ("3.6", {"split_dataset_ratio": 0.01}),
-    ("3.3", {"adam_beta2": 0.999, "loss_type": "bnpo", "cosine_min_len_value_wrong": 0.0, "cosine_max_len_value_wrong": -0.5}),
+    (
+        "3.3",
+        {
+            "adam_beta2": 0.999,
+            "loss_type": "bnpo",
+            "cosine_min_len_value_wrong": 0.0,
+            "cosine_max_len_value_wrong": -0.5,
+        },
+    ),
 )
 """Defaults before a version: the last that applies holds. Without a default, accumulation makes 16 completions."""
 RENAMED = {

@@ -57,7 +57,11 @@ def mapping(value: Any) -> dict[str, Any]:
 def _model(to: Translation, megatron: bool) -> None:
     name = str(to.value("model", ""))
     hub = to.value("use_hf") is True or str(to.value("USE_HF")) in ("1", "true", "True")
-    elsewhere = "" if hub or "/" not in name or beside(to.source.path, name) else "a ModelScope id: see that the Hugging Face hub has the same"
+    elsewhere = (
+        ""
+        if hub or "/" not in name or beside(to.source.path, name)
+        else "a ModelScope id: see that the Hugging Face hub has the same"
+    )
     to.same("model", "model.name_or_path", name, elsewhere, "" if sees(to) else "taken for a text model")
     for key in ("use_hf", "USE_HF"):
         to.inert(key, "the Hugging Face hub is used") if to.given(key) else None
@@ -71,7 +75,11 @@ def _model(to: Translation, megatron: bool) -> None:
     if to.given("attn_impl"):
         to.same("attn_impl", "model.attn_implementation", KERNELS.get(to.value("attn_impl"), to.value("attn_impl")))
     if to.given("recompute_granularity"):
-        to.speed("recompute_granularity", "Megatron's", {"grpo.gradient_checkpointing": to.value("recompute_granularity") != "none"})
+        to.speed(
+            "recompute_granularity",
+            "Megatron's",
+            {"grpo.gradient_checkpointing": to.value("recompute_granularity") != "none"},
+        )
     if sees(to):
         note = "by the model's name, it sees images; a tower that is frozen gets no adapters either"
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
@@ -79,7 +87,9 @@ def _model(to: Translation, megatron: bool) -> None:
         to.inert("freeze_vit", "taken for a text model")
     if to.given("freeze_aligner"):
         frozen = bool(to.value("freeze_aligner")) == bool(to.value("freeze_vit"))
-        to.inert("freeze_aligner", "goes with the tower of Qwen models") if frozen else to.dropped("freeze_aligner", "it goes with the tower")
+        to.inert("freeze_aligner", "goes with the tower of Qwen models") if frozen else to.dropped(
+            "freeze_aligner", "it goes with the tower"
+        )
 
 
 def sees(to: Translation) -> bool:
@@ -108,9 +118,17 @@ def _adapter(to: Translation) -> None:
         if key == "target_modules":
             value = words(value)
             value = "all-linear" if "all-linear" in value else value[0] if to.given("target_regex") else value
-        to.same(key, f"peft.{swift_keys.PEFT[key]}", words(value) if key in ("modules_to_save", "target_parameters") else value)
+        to.same(
+            key,
+            f"peft.{swift_keys.PEFT[key]}",
+            words(value) if key in ("modules_to_save", "target_parameters") else value,
+        )
     if to.given("init_weights"):
-        to.same("init_weights", "peft.init_lora_weights", {"true": True, "false": False}.get(str(to.value("init_weights")).lower(), to.value("init_weights")))
+        to.same(
+            "init_weights",
+            "peft.init_lora_weights",
+            {"true": True, "false": False}.get(str(to.value("init_weights")).lower(), to.value("init_weights")),
+        )
     _four_bits(to)
 
 
@@ -129,10 +147,18 @@ def _data(to: Translation) -> None:
     parts = [part for text in words(to.value("dataset")) for part in _subsets(str(text))]
     names = [_part_name(part, number) for number, part in enumerate(parts)] if len(parts) > 1 else []
     amount = "subsample" if to.value("dataset_shuffle") else "max_samples"
-    entries = [{**{key: part[key] for key in ("path", "name") if part[key]}, **({amount: part["rows"]} if part["rows"] else {})} for part in parts]
+    entries = [
+        {
+            **{key: part[key] for key in ("path", "name") if part[key]},
+            **({amount: part["rows"]} if part["rows"] else {}),
+        }
+        for part in parts
+    ]
     if names:
         places = [f"data.mix.{name}." for name in names]
-        targets = {"data.path": "mixture"} | {place + key: value for place, entry in zip(places, entries) for key, value in entry.items()}
+        targets = {"data.path": "mixture"} | {
+            place + key: value for place, entry in zip(places, entries) for key, value in entry.items()
+        }
     else:
         places, targets = ["data."], {f"data.{key}": value for entry in entries for key, value in entry.items()}
     hints = ["swift draws the rows at random" if any(part["rows"] for part in parts) else "", *_hub(to, parts)]
@@ -152,7 +178,11 @@ def _data(to: Translation) -> None:
         _system(to, everywhere)
     held = [part for text in words(to.value("val_dataset")) for part in _subsets(str(text))]
     if held:
-        to.converted("val_dataset", everywhere("eval_path", held[0]["path"]), f"{held[0]['rows']} rows of it" if held[0]["rows"] else "")
+        to.converted(
+            "val_dataset",
+            everywhere("eval_path", held[0]["path"]),
+            f"{held[0]['rows']} rows of it" if held[0]["rows"] else "",
+        )
         if held[0]["rows"]:
             to.set("data.max_eval_samples", held[0]["rows"])
     elif to.value("split_dataset_ratio"):
@@ -160,7 +190,11 @@ def _data(to: Translation) -> None:
     if to.value("max_length"):
         overflow = {"left": "left", "delete": "filter"}.get(to.value("truncation_strategy"), "filter")
         to.same("max_length", "data.max_prompt_tokens", note="of the prompt alone, in GRPO")
-        note = "swift draws another row instead" if overflow == "filter" else "a prompt with an image is not cut here, but stops the run"
+        note = (
+            "swift draws another row instead"
+            if overflow == "filter"
+            else "a prompt with an image is not cut here, but stops the run"
+        )
         to.converted("truncation_strategy", {"data.prompt_overflow": overflow}, note)
     elif to.given("truncation_strategy"):
         to.inert("truncation_strategy", "no max_length: the model's own")
@@ -183,7 +217,9 @@ def _part_name(part: Mapping[str, Any], number: int) -> str:
 
 
 def _hub(to: Translation, parts: list[dict[str, Any]]) -> list[str]:
-    files = all(re.search(r"\.(jsonl?|csv|parquet)$", part["path"]) or part["path"].startswith((".", "/")) for part in parts)
+    files = all(
+        re.search(r"\.(jsonl?|csv|parquet)$", part["path"]) or part["path"].startswith((".", "/")) for part in parts
+    )
     given = to.value("use_hf") is True or str(to.value("USE_HF")) in ("1", "true", "True")
     return [] if files or given else ["a ModelScope id: see that the Hugging Face hub has the same"]
 
@@ -256,7 +292,9 @@ def _reward(to: Translation, name: str) -> tuple[dict[str, Any], str]:
         "soft_overlong": ("soft_overlong_punishment", {"max_completion_len": to.value("soft_max_length") or longest, "soft_punish_cache": to.value("soft_cache_length")}, "the same"),
     }  # fmt: skip
     if name not in known:
-        return {"name": f"swift_rewards:{name}"}, "of swift, which must be installed" if name in SWIFT_REWARDS else "the plugin's"
+        return {
+            "name": f"swift_rewards:{name}"
+        }, "of swift, which must be installed" if name in SWIFT_REWARDS else "the plugin's"
     ours, params, note = known[name]
     return {"name": ours} | ({"params": params} if params else {}), note
 
@@ -277,7 +315,9 @@ def _loss(to: Translation) -> None:
         to.converted("importance_sampling_level", {"grpo.importance_sampling_level": "sequence"}, note)
     scale = {True: "group", False: "none", None: "group"}.get(to.value("scale_rewards"), to.value("scale_rewards"))
     if scale == "gdpo":
-        to.converted("scale_rewards", {"grpo.multi_objective_aggregation": "normalize_then_sum"}, "eps 1e-8 there, 1e-4 here")
+        to.converted(
+            "scale_rewards", {"grpo.multi_objective_aggregation": "normalize_then_sum"}, "eps 1e-8 there, 1e-4 here"
+        )
     else:
         to.same("scale_rewards", "grpo.scale_rewards", scale)
     to.same("top_k", "grpo.top_k", max(0, to.value("top_k")), "-1 and 0 take every token")
@@ -289,7 +329,11 @@ def _loss(to: Translation) -> None:
         note = "the threshold is that of a rank's micro batch there, of all ranks' micro batches here"
         to.changes("top_entropy_quantile", {"grpo.top_entropy_quantile": quantile}, note)
     if to.value("overlong_filter") and LOSSES[kind]:
-        to.changes("overlong_filter", {"grpo.mask_truncated_completions": True}, "tokens that are left out still divide the loss there, and not here")
+        to.changes(
+            "overlong_filter",
+            {"grpo.mask_truncated_completions": True},
+            "tokens that are left out still divide the loss there, and not here",
+        )
     if stop := words(to.value("stop_words")):
         _stop(to, stop)
 
@@ -310,7 +354,9 @@ def _resample(to: Translation) -> None:
         return
     note = f"at most {rounds} generations there as here; where they do not suffice, swift trains on the first as it was"
     to.changes("dynamic_sample", {"resample.max_rounds": rounds}, note)
-    to.converted("max_resample_times", {}, "in resample.max_rounds: the last draw is never looked at there") if to.given("max_resample_times") else None
+    to.converted(
+        "max_resample_times", {}, "in resample.max_rounds: the last draw is never looked at there"
+    ) if to.given("max_resample_times") else None
 
 
 def _stop(to: Translation, stop: list[Any]) -> None:
@@ -386,9 +432,15 @@ def _correction(to: Translation, mode: str) -> None:
         "grpo.vllm_importance_sampling_correction": True, "grpo.vllm_importance_sampling_mode": mode,
         "grpo.vllm_importance_sampling_clip_max": threshold,
     }  # fmt: skip
-    notes = ["the ratio of a sequence is the geometric mean of its tokens' there, their product here"] if mode.startswith("sequence") else []
+    notes = (
+        ["the ratio of a sequence is the geometric mean of its tokens' there, their product here"]
+        if mode.startswith("sequence")
+        else []
+    )
     notes += ["the KL term is weighted, too, there"] if to.value("beta") else []
-    to.verdict("changes meaning" if notes else "converted", "rollout_importance_sampling_mode", targets, "; ".join(notes))
+    to.verdict(
+        "changes meaning" if notes else "converted", "rollout_importance_sampling_mode", targets, "; ".join(notes)
+    )
     if to.given("rollout_importance_sampling_threshold"):
         to.converted("rollout_importance_sampling_threshold", {"grpo.vllm_importance_sampling_clip_max": threshold}, "")
 
@@ -396,18 +448,34 @@ def _correction(to: Translation, mode: str) -> None:
 def _schedule(to: Translation) -> None:
     rate = to.value("learning_rate")
     full = to.value("tuner_type") == "full"
-    to.same("learning_rate", "grpo.learning_rate", rate if rate is not None else 1e-5 if full else 1e-4, "" if rate else "swift's for full training" if full else "swift's for adapters")
+    to.same(
+        "learning_rate",
+        "grpo.learning_rate",
+        rate if rate is not None else 1e-5 if full else 1e-4,
+        "" if rate else "swift's for full training" if full else "swift's for adapters",
+    )
     if to.value("warmup_ratio"):
-        to.converted("warmup_ratio", {"grpo.warmup_steps": to.number("warmup_ratio")}, "below 1 it is a share of all steps")
+        to.converted(
+            "warmup_ratio", {"grpo.warmup_steps": to.number("warmup_ratio")}, "below 1 it is a share of all steps"
+        )
     elif to.given("warmup_ratio"):
         to.inert("warmup_ratio", "no warm-up")
     kind, least = str(to.value("lr_scheduler_type")), to.value("min_lr") or 0
     if kind in SCHEDULES:
         note = "" if kind != "WSD" else "without its decay at the end"
-        to.verdict("changes meaning" if note else "same", "lr_scheduler_type", {"grpo.lr_scheduler_type": SCHEDULES[kind]}, note)
+        to.verdict(
+            "changes meaning" if note else "same",
+            "lr_scheduler_type",
+            {"grpo.lr_scheduler_type": SCHEDULES[kind]},
+            note,
+        )
     if least and kind in ("cosine", "linear"):
         flat = least == to.values["grpo.learning_rate"]
-        targets = {"grpo.lr_scheduler_type": "constant_with_warmup"} if flat else {"grpo.lr_scheduler_type": "cosine_with_min_lr", "grpo.lr_scheduler_kwargs": {"min_lr": least}}
+        targets = (
+            {"grpo.lr_scheduler_type": "constant_with_warmup"}
+            if flat
+            else {"grpo.lr_scheduler_type": "cosine_with_min_lr", "grpo.lr_scheduler_kwargs": {"min_lr": least}}
+        )
         to.converted("lr_scheduler_type", targets, f"down to min_lr {least:g}")
         to.converted("min_lr", targets, "the rate stays" if flat else "")
     if to.given("max_steps") and to.given("num_train_epochs"):
@@ -417,15 +485,26 @@ def _schedule(to: Translation) -> None:
 def _evaluation(to: Translation) -> None:
     held = to.given("val_dataset") or bool(to.value("split_dataset_ratio"))
     strategy = to.value("eval_strategy") or to.value("save_strategy")
-    keys = [key for key in to.source.settings if key.startswith(("eval_s", "eval_i", "per_device_eval", "num_generations_eval"))]
+    keys = [
+        key
+        for key in to.source.settings
+        if key.startswith(("eval_s", "eval_i", "per_device_eval", "num_generations_eval"))
+    ]
     if not held or strategy == "no":
         for key in keys:
             to.inert(key, "no held-out data" if not held else "evaluation is off")
         return
     steps = to.value("eval_steps") or to.value("save_steps")
-    to.verdict("same", "eval_strategy", {"grpo.eval_strategy": strategy}, "as save_strategy" if not to.given("eval_strategy") else "")
+    to.verdict(
+        "same",
+        "eval_strategy",
+        {"grpo.eval_strategy": strategy},
+        "as save_strategy" if not to.given("eval_strategy") else "",
+    )
     if strategy == "steps":
-        to.verdict("same", "eval_steps", {"grpo.eval_steps": steps}, "as save_steps" if not to.given("eval_steps") else "")
+        to.verdict(
+            "same", "eval_steps", {"grpo.eval_steps": steps}, "as save_steps" if not to.given("eval_steps") else ""
+        )
     group, ranks = to.value("num_generations_eval") or to.value("num_generations"), to.world_size or 1
     unit = group // math.gcd(group, ranks)
     size = math.ceil(max(1, to.number("per_device_eval_batch_size")) / unit) * unit

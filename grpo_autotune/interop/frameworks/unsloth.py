@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
-from grpo_autotune.interop.frameworks.trl import Handler, translated
+from grpo_autotune.interop.frameworks.trl import translated
+from grpo_autotune.interop.frameworks.trl_keys import Handler, off
 from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -18,7 +19,7 @@ OVER = {
     "weight_decay": 0.001, "warmup_ratio": 0.1, "seed": 3407, "optim": "adamw_8bit", "logging_steps": 1,
     "per_device_eval_batch_size": 4, "loss_type": "bnpo", "beta": 0.001, "top_k": 0, "vllm_mode": "colocate",
     "vllm_importance_sampling_correction": False, "bf16": None, "gradient_checkpointing": True,
-    "load_in_4bit": True, "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0,
+    "load_in_4bit": True, "gpu_memory_utilization": 0.5, "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }  # fmt: skip
 """Defaults over those of TRL."""
@@ -36,7 +37,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     source = replace(source, launch={"num_processes": Setting(1), **source.launch})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
-    over = {**OVER, "use_vllm": bool(values.get("fast_inference")), "use_peft": not values.get("full_finetuning")}
+    over = {**OVER, "use_vllm": bool(values.get("fast_inference"))}
     if any(key.startswith("finetune_") for key in values):
         over["lora_target_modules"] = "all-linear"
     micro = _micro_batch(values, release[0])
@@ -133,21 +134,17 @@ def _layers(to: Translation, key: str) -> None:
         to.changes(key, {}, "name the layers in peft.target_modules")
 
 
-def _off(why: str) -> Handler:
-    """Nothing where it is off, as here; else there is no place for it."""
-    return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
-
-
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(MEMORY, _memory), **dict.fromkeys(TOWERS, _layers),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
+    "vllm_gpu_memory_utilization": lambda to, key: to.inert(key, "from_pretrained says it") if to.given(key) else None,
     "max_seq_length": _length, "max_completion_length": _completion, "gpu_memory_utilization": _engine_memory, "finetune_vision_layers": _vision,
     "use_gradient_checkpointing": lambda to, key: to.speed(
         key, "Unsloth's kind moves activations to the host", {"grpo.gradient_checkpointing": bool(to.value(key))}
     ),
-    "load_in_8bit": _off("there is no 8-bit base here"), "load_in_16bit": lambda to, key: to.inert(key, "as here"),
-    "load_in_fp8": _off("there is no fp8 base here: weights stay in bfloat16"),
-    "loftq_config": _off("no LoftQ here"), "full_finetuning": lambda to, key: to.inert(key, "the peft section"),
+    "load_in_8bit": off("there is no 8-bit base here"), "load_in_16bit": lambda to, key: to.inert(key, "as here"),
+    "load_in_fp8": off("there is no fp8 base here: weights stay in bfloat16"),
+    "loftq_config": off("no LoftQ here"), "full_finetuning": lambda to, key: to.inert(key, "the peft section"),
     "vllm_sampling_params": lambda to, key: to.inert(key, "its arguments have rows of their own"),
     "SamplingParams.stop": _stop,
     "SamplingParams.seed": lambda to, key: to.inert(key, "each engine draws from a stream of its own"),
