@@ -29,7 +29,7 @@ SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
 }  # fmt: skip
 """Key -> a value as text -> the same as it is written here."""
 NEEDS: tuple[tuple[str, str, Any, str], ...] = (
-    (r"vllm_.*", "use_vllm", True, "vLLM is off"),
+    (r"(vllm_|SamplingParams\.).*", "use_vllm", True, "vLLM is off"),
     (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
     (
         r"vllm_(gpu_memory_utilization|tensor_parallel_size)",
@@ -37,7 +37,12 @@ NEEDS: tuple[tuple[str, str, Any, str], ...] = (
         ("colocate", "device"),
         "a server has its own",
     ),
-    (r"vllm_importance_sampling_[mc]\w+", "vllm_importance_sampling_correction", True, "the correction is off"),
+    (
+        r"vllm_importance_sampling_(mode|cap|clip\w+)",
+        "vllm_importance_sampling_correction",
+        True,
+        "the correction is off",
+    ),
     (r"lora_.*|use_(rslora|dora)", "use_peft", True, "without use_peft the whole model is trained"),
     (r"ref_model_.*", "sync_ref_model", True, "the reference is not synchronised"),
     (r"use_bias_correction_kl", "beta", True, "beta is 0"),
@@ -67,10 +72,9 @@ def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     gets none. ConfigError, by line, for a value that TRL refuses."""
     setting = to.source.settings.get(key)
     missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    inert = missing or INERT.get(key)
-    if inert and key not in handlers or missing:
-        if setting is not None:
-            to.inert(key, str(inert))
+    why = missing or (INERT.get(key) if key not in handlers else None)
+    if why:
+        inert(why)(to, key)
     elif key in handlers:
         handlers[key](to, key)
     elif key.startswith(("hub_", "push_to_hub")):
@@ -178,7 +182,7 @@ def _prompt_limit(to: Translation, key: str) -> None:
         to.dropped(key, RUNS)
     elif (limit := to.number(key)) is None:
         to.inert(key, "no limit")
-    elif any(name in to.source.settings for name in ("resize", "finetune_vision_layers", "max_pixels")):
+    elif to.given("resize") or re.search(r"(?i)vl\b|-vl|vision", str(to.value("model_name_or_path"))):
         note = "rows with longer prompts are left out; TRL cuts them, through an image too"
         to.changes(key, {"data.max_prompt_tokens": limit, "data.prompt_overflow": "filter"}, note)
     else:
@@ -228,13 +232,19 @@ def off(why: str) -> Handler:
     return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
 
 
-def renamed(target: str) -> Handler:
-    """The verdict of a key that only has another name here."""
-    return lambda to, key: to.same(key, target)
+def inert(why: str) -> Handler:
+    """The verdict of a key without an effect of its own."""
+    return lambda to, key: to.inert(key, why) if to.given(key) else None
 
 
-def _double_quant(to: Translation, key: str) -> None:
-    if to.value(key):
+def speed(why: str) -> Handler:
+    """The verdict of a key that changes seconds and memory alone."""
+    return lambda to, key: to.speed(key, why)
+
+
+def _quantized(to: Translation, key: str) -> None:
+    """NF4 with double quantization is the one kind of 4 bits here."""
+    if to.value(key) in (True, "nf4"):
         to.inert(key, "as here")
     else:
         to.changes(key, {}, SAID["bnb_4bit_quant_type"])
@@ -242,8 +252,7 @@ def _double_quant(to: Translation, key: str) -> None:
 
 HANDLERS: dict[str, Handler] = {
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
-    "bnb_4bit_quant_type": lambda to, key: to.inert(key, "as here") if to.value(key) == "nf4" else to.dropped(key, SAID[key]),
-    "use_bnb_nested_quant": _double_quant, "bnb_4bit_use_double_quant": _double_quant,
+    **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
     "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": _column,
     "output_dir": _output, "resize": _resize, "warmup_ratio": _warmup, "max_prompt_length": _prompt_limit,

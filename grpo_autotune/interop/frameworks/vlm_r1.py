@@ -11,13 +11,13 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.r1_v import LIMITS
 from grpo_autotune.interop.frameworks.trl import translated, weighted
-from grpo_autotune.interop.frameworks.trl_keys import Handler, listed
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, listed, off, speed
 from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
 NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",
-         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len", 
+         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len",
          "torch_dtype", "dataset_name", "sync_ref_model", "loss_type", "scale_rewards")  # fmt: skip
 UNREAD = dict.fromkeys(NAMES, "VLM-R1's trainer takes it and never reads it")
 OVER = {
@@ -25,8 +25,8 @@ OVER = {
     "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": None,
 }  # fmt: skip
 ASKING = (
-    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> "
-    "tags."
+    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
+    "</answer> tags."
 )
 TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}
 """Kind of task -> the prompt of the Qwen models (`vlm_modules/qwen_module.py`)."""
@@ -56,13 +56,6 @@ def _files(to: Translation, key: str) -> None:
     )
 
 
-def _ratio(to: Translation, key: str) -> None:
-    if to.number(key):
-        to.same(key, "data.split_ratio")
-    else:
-        to.inert(key, "nothing is held out")
-
-
 def _frozen(to: Translation, key: str) -> None:
     """An adapter is never on the vision modules, so that nothing of them trains."""
     adapter = bool(to.value("use_peft"))
@@ -77,17 +70,13 @@ def _layers(to: Translation, key: str) -> None:
     to.changes(key, {"peft.target_modules": "all-linear"}, note)
 
 
-def _quiet(note: str) -> Handler:
-    return lambda to, key: to.converted(key, {}, note)
-
-
 HANDLERS: dict[str, Handler] = {
-    "data_file_paths": _files, "image_folders": _quiet("with data_file_paths"), "task_type": _quiet(IN_REWARDS),
-    "is_reward_customized_from_vlm_module": _quiet(IN_REWARDS), "reward_method": _quiet(IN_REWARDS),
-    "val_split_ratio": _ratio, "freeze_vision_modules": _frozen,
+    "data_file_paths": _files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
+    "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
+    "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None), "freeze_vision_modules": _frozen,
     "lora_target_modules": _layers,
-    "max_anyres_num": lambda to, key: to.dropped(key, "tiles of InternVL: the model's own number holds"),
-    "arrow_cache_dir": lambda to, key: to.speed(key, "a folder of caches"),
+    "max_anyres_num": off("tiles of InternVL: the model's own number holds"),
+    "arrow_cache_dir": speed("a folder of caches"),
 }  # fmt: skip
 
 
