@@ -56,8 +56,8 @@ grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length
 """
 
 DATA_NOTES = """\
-- Named data sets, mixtures, drawn rows, files of other trainers, and the command that shows what the model will see:
-  [data.md](data.md).
+- Named data sets, mixtures and several files, drawn rows, long prompts, areas of images, templates, files of other
+  trainers, and the command that shows what the model will see: [data.md](data.md).
 - `digits` is the one registered data set that comes with the package (the demo's).
 - Relative paths start from the current folder; image paths inside a data file start from that file's folder, or from
   `image_root`.
@@ -72,7 +72,7 @@ DATA_NOTES = """\
 - Before the model loads, the shape of every row is checked, and the chat template is tried on the first, the last and
   50 other rows.
 - `columns` renames: the column keeps our name only. Every column that is not mapped is passed to the rewards as it is.
-- `prompt_template` may use the data's names and ours; a literal brace is written twice.
+- `prompt_template` may use the data's names and ours; a format string's literal brace is written twice.
 - An image folder has one sub-folder per class (the column `label` then holds the class's name), or a `metadata.csv`
   with `file_name`.
 - With `image_size`, each distinct image is resized once and kept in the cache folder, so later runs find it there.

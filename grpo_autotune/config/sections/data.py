@@ -40,8 +40,8 @@ class Source(Section):
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`); a dot goes into
     what a column holds: `reward_model.ground_truth`, `messages.0.content`, `conversations.:-1` (all but the last)."""
     prompt_template: Annotated[str | None, AfterValidator(prompt_template_text)] = None
-    """Prompt over columns as a format string, `"{question} Answer with a number."`, or in Jinja,
-    `"{{ question | trim }} Answer with a number."`, or a file of Jinja (`.jinja`, `.j2`), which is read right away."""
+    """Prompt over columns as a format string, `"{question} Answer with a number."`, or in Jinja, `"{{ question }}"`, or
+    a file of Jinja (`.jinja`, `.j2`), which is read right away."""
     prompt_format: Literal["messages", "text"] = "messages"
     """Text as a user message, to which the chat template is applied; `text` gives the model the text as it is."""
     system_prompt: str | None = None
