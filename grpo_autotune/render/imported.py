@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict
+from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict, titled
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import listing
 
@@ -29,14 +29,15 @@ def render_imported(imported: Imported, width: int, *, colour: bool = False) -> 
 
 
 def _parts(imported: Imported) -> Iterator[RenderableType]:
-    yield Text(f"{imported.file}: {imported.framework} {imported.version} ({imported.version_from})")
+    name = titled(imported.framework, imported.version)
+    yield Text(f"{imported.file}: {name} ({imported.version_from})")
     yield Text(batch_line(imported))
     for line in imported.warnings:
         yield Text(f"\nWARNING: {line}", style="bold red")
     given = [row for row in imported.rows if row.line is not None]
     defaults = [row for row in imported.rows if row.line is None]
     yield from _block("What the file says, by line", given)
-    yield from _block(f"Defaults of {imported.framework} {imported.version} that are not TRL's", defaults)
+    yield from _block(f"Defaults of {name} that had to be written out", defaults)
     yield from section("In short", list(summary_lines(imported)))
 
 

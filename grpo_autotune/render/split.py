@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from grpo_autotune.records.imported import titled
 from grpo_autotune.records.report import Report
 from grpo_autotune.units import percent, seconds
 
@@ -19,7 +20,7 @@ def split_lines(report: Report, framework: str) -> Iterator[str]:
     }
     whole = sum(pieces.values())
     if whole > 0:
-        name = f"{framework}'s {LUMPS[framework]}" if framework in LUMPS else "The training pass"
+        name = f"{titled(framework)}'s {LUMPS[framework]}" if framework in LUMPS else "The training pass"
         shares = ", ".join(f"{percent(piece / whole)} {part}" for part, piece in pieces.items())
         yield f"{name} holds {shares}: {seconds(whole)} of a step of {seconds(report.step_s)}."
-        yield f"That is TRL on this machine, with the imported batch; {framework} itself was not measured."
+        yield f"That is TRL on this machine, with the imported batch; {titled(framework)} itself was not measured."

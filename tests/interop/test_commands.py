@@ -152,7 +152,7 @@ def test_an_export_goes_to_standard_output_or_to_the_file_that_is_named(folder: 
     told = capfd.readouterr()
     assert "per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n" in told.out
     assert "num_generations: 8   # G" in told.out and "# Measured" in told.out.replace("# Tuned", "# Measured")
-    assert "left out: speedups auto" in told.err and "Whether it is faster in trl was not measured." in told.err
+    assert "left out: speedups auto" in told.err and "Whether it is faster in TRL was not measured." in told.err
     assert (folder / "trl.yaml").read_text() == TRL
     assert main([*words, "--json"]) == 0
     record = json.loads(capfd.readouterr().out)

@@ -43,11 +43,11 @@ def table(width: int) -> str:
 
 def test_rows_stand_by_line_and_defaults_apart() -> None:
     text = table(120)
-    given, defaults = text.split("Defaults of verl 2026 that are not TRL's")
+    given, defaults = text.split("Defaults of verl 2026 that had to be written out")
     assert "512 prompts x 5 completions per rollout; optimizer steps of 640 completions, 4 per rollout" in text
     assert "WARNING: line 2 cuts the command" in given
     assert "6  same             data.max_response_length = 2048 -> grpo.max_completion_length\n" in given
-    assert "ppo_mini_batch_size = 128 -> with line 4" in given
+    assert "ppo_mini_batch_size = 128 -> as line 4" in given
     assert "base.yaml:9  changes meaning" in given and "images kept" in given
     assert "weight_decay = 0.01 -> grpo.weight_decay" in defaults
     assert "3 same, 2 converted, 1 no equivalent and 1 changes meaning" in defaults

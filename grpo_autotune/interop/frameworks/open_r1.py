@@ -3,7 +3,8 @@
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks.trl import Handler, listed, translated, weighted
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, listed, off
 from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -24,15 +25,10 @@ MODULE = "open_r1_rewards"
 PUBLISHED = ("benchmarks", "callbacks", "hub_model_revision", "overwrite_hub_revision", "wandb_run_group")
 
 
-def _dropped(to: Translation, key: str) -> None:
-    to.dropped(key, "what open-r1 does after a checkpoint: publish, evaluate, log")
-
-
-def _setting(to: Translation, key: str) -> None:
-    to.converted(key, {}, f"in {MODULE}.py")
-
-
-HANDLERS: dict[str, Handler] = {**dict.fromkeys(PUBLISHED, _dropped), **dict.fromkeys(REWARDS, _setting)}
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(PUBLISHED, off("what open-r1 does after a checkpoint: publish, evaluate, log")),
+    **dict.fromkeys(REWARDS, inert(f"in {MODULE}.py")),
+}
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:

@@ -6,7 +6,8 @@ in their prompt and rewards.
 
 from typing import Any
 
-from grpo_autotune.interop.frameworks.trl import listed, translated, weighted
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import listed
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 

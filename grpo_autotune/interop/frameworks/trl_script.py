@@ -37,8 +37,6 @@ LAST = ("load_dataset", "GRPOTrainer", "get_peft_model")
 OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
            "model", "device_map", "quantization_config", "reward_processing_classes", "optimizers")  # fmt: skip
 """Arguments that hand over what other calls made."""
-NO_PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_task_type": None}
-"""PEFT's own defaults, which a script has."""
 
 
 def is_script(source: Source) -> bool:
@@ -47,12 +45,16 @@ def is_script(source: Source) -> bool:
 
 
 def unified(source: Source) -> Source:
-    """The source with the arguments of calls under the names of TRL's command line, and `use_peft` where an adapter is
-    made."""
+    """The source with the arguments of calls under the names of TRL's command line."""
     settings: dict[str, Setting] = {}
-    places = [(key, PLACE.fullmatch(key), setting) for key, setting in source.settings.items()]
-    for key, place, setting in places:
+    is_over = False
+    for key, setting in source.settings.items():
+        place = PLACE.fullmatch(key)
         call = place["call"] if place else ""
+        is_made = bool(re.search(r"from_pretrained|SamplingParams|\.resize", call))
+        is_over = is_over or call.endswith("GRPOTrainer")
+        if is_made and (is_over or (call == "SamplingParams" and "vllm_sampling_params" not in source.settings)):
+            continue
         names = next((names for pattern, names in NAMES.items() if re.fullmatch(pattern, call)), None)
         if place is None or names is None:
             settings[key] = setting
@@ -63,8 +65,6 @@ def unified(source: Source) -> Source:
             continue
         if name not in settings or call.endswith(LAST):
             settings[name] = setting
-    if any(re.search(r"LoraConfig\.|get_peft_model", key) for key in source.settings):
-        settings.setdefault("use_peft", Setting(True))
     return replace(source, settings=settings)
 
 
@@ -88,7 +88,7 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
         text, missing = script.module(wanted)
         to.files[f"{module}.py"] = text
         if missing:
-            to.warnings.append(f"{module}.py uses {', '.join(missing)}, which the script makes while it runs: add them")
+            to.warnings.append(f"{module}.py uses {', '.join(missing)}, which the script makes while it runs: add it")
     return items
 
 
@@ -142,7 +142,12 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 
 def _used(statement: ast.stmt) -> set[str]:
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    """Names that a statement reads from around it; those that a function makes itself are its own."""
+    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    local = {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+        local |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    return {node.id for node in names if isinstance(node.ctx, ast.Load)} - local
 
 
 def _runs(statement: ast.stmt) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
-from grpo_autotune.interop.frameworks.trl import Handler, translated
+from grpo_autotune.interop.frameworks.trl import translated
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed
 from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -18,14 +19,15 @@ OVER = {
     "weight_decay": 0.001, "warmup_ratio": 0.1, "seed": 3407, "optim": "adamw_8bit", "logging_steps": 1,
     "per_device_eval_batch_size": 4, "loss_type": "bnpo", "beta": 0.001, "top_k": 0, "vllm_mode": "colocate",
     "vllm_importance_sampling_correction": False, "bf16": None, "gradient_checkpointing": True,
-    "load_in_4bit": True, "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0,
+    "load_in_4bit": True, "gpu_memory_utilization": 0.5, "dtype": "bfloat16",
+    "lora_r": 16, "lora_alpha": 16,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }  # fmt: skip
 """Defaults over those of TRL."""
 MEMORY = ("unsloth_num_chunks", "unsloth_grpo_mini_batch", "unsloth_logit_chunk_multiplier", "max_lora_rank",
           "offload_embedding", "device_map_planner_kwargs", "unsloth_vllm_standby", "float8_kv_cache",
           "disable_log_stats", "random_state", "use_exact_model_name")  # fmt: skip
-TOWERS = ("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
+TOWERS = ("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
 BATCH = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
 SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 
@@ -36,7 +38,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     source = replace(source, launch={"num_processes": Setting(1), **source.launch})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
-    over = {**OVER, "use_vllm": bool(values.get("fast_inference")), "use_peft": not values.get("full_finetuning")}
+    over = {**OVER, "use_vllm": bool(values.get("fast_inference"))}
     if any(key.startswith("finetune_") for key in values):
         over["lora_target_modules"] = "all-linear"
     micro = _micro_batch(values, release[0])
@@ -79,13 +81,10 @@ def _sampled(source: Source) -> Source:
 
     before = [call for call in calls.values() if all(place(one) <= place(named) for one in call.values())]
     chosen = before[-1] if before else {}
-    kept = {name: setting for name, setting in chosen.items() if name in SAMPLING}
-    rest = {f"SamplingParams.{name}": setting for name, setting in chosen.items() if name not in SAMPLING}
+    is_read = getattr(source.settings.get("fast_inference"), "value", False) is True
+    kept = {name: setting for name, setting in chosen.items() if name in SAMPLING and is_read}
+    rest = {f"SamplingParams.{name}": setting for name, setting in chosen.items() if name not in kept}
     return replace(source, settings={**settings, **kept, **rest})
-
-
-def _memory(to: Translation, key: str) -> None:
-    to.speed(key, "Unsloth's own memory and speed")
 
 
 def _stop(to: Translation, key: str) -> None:
@@ -122,35 +121,29 @@ def _engine_memory(to: Translation, key: str) -> None:
         to.inert(key, "fast_inference is off")
 
 
-def _vision(to: Translation, key: str) -> None:
-    to.same(key, "model.freeze_vision_tower", not to.value(key))
-
-
-def _layers(to: Translation, key: str) -> None:
-    if to.value(key) is True:
+def _towers(to: Translation, key: str) -> None:
+    if key == "finetune_vision_layers":
+        to.same(key, "model.freeze_vision_tower", not to.value(key))
+    elif to.value(key) is True:
         to.inert(key, "all of them, as by default")
     else:
         to.changes(key, {}, "name the layers in peft.target_modules")
 
 
-def _off(why: str) -> Handler:
-    """Nothing where it is off, as here; else there is no place for it."""
-    return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
+def _checkpointing(to: Translation, key: str) -> None:
+    targets = {"grpo.gradient_checkpointing": bool(to.value(key))}
+    to.speed(key, "Unsloth's kind moves activations to the host", targets)
 
 
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(MEMORY, _memory), **dict.fromkeys(TOWERS, _layers),
+    **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(TOWERS, _towers),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
-    "max_seq_length": _length, "max_completion_length": _completion, "gpu_memory_utilization": _engine_memory, "finetune_vision_layers": _vision,
-    "use_gradient_checkpointing": lambda to, key: to.speed(
-        key, "Unsloth's kind moves activations to the host", {"grpo.gradient_checkpointing": bool(to.value(key))}
-    ),
-    "load_in_8bit": _off("there is no 8-bit base here"), "load_in_16bit": lambda to, key: to.inert(key, "as here"),
-    "load_in_fp8": _off("there is no fp8 base here: weights stay in bfloat16"),
-    "loftq_config": _off("no LoftQ here"), "full_finetuning": lambda to, key: to.inert(key, "the peft section"),
-    "vllm_sampling_params": lambda to, key: to.inert(key, "its arguments have rows of their own"),
-    "SamplingParams.stop": _stop,
-    "SamplingParams.seed": lambda to, key: to.inert(key, "each engine draws from a stream of its own"),
-    "SamplingParams.include_stop_str_in_output": lambda to, key: to.inert(key, "the end stays in a completion"),
-    "SamplingParams.max_tokens": lambda to, key: to.inert(key, "max_completion_length decides"),
+    "vllm_gpu_memory_utilization": inert("from_pretrained says it"), "gpu_memory_utilization": _engine_memory,
+    "max_seq_length": _length, "max_completion_length": _completion, "use_gradient_checkpointing": _checkpointing,
+    "load_in_8bit": off("there is no 8-bit base here"), "load_in_16bit": inert("as here"),
+    "load_in_fp8": off("there is no fp8 base here: weights stay in bfloat16"), "loftq_config": off("no LoftQ here"),
+    "full_finetuning": inert("the peft section"), "vllm_sampling_params": inert("its arguments have rows"),
+    "SamplingParams.stop": _stop, "SamplingParams.seed": inert("each engine draws from a stream of its own"),
+    "SamplingParams.include_stop_str_in_output": inert("the end stays in a completion"),
+    "SamplingParams.max_tokens": inert("max_completion_length decides"),
 }  # fmt: skip

@@ -10,22 +10,23 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.r1_v import LIMITS
-from grpo_autotune.interop.frameworks.trl import Handler, listed, translated, weighted
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, listed, off, speed
 from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
 NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",
-         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len", "lora_target_modules",
+         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len",
          "torch_dtype", "dataset_name", "sync_ref_model", "loss_type", "scale_rewards")  # fmt: skip
 UNREAD = dict.fromkeys(NAMES, "VLM-R1's trainer takes it and never reads it")
 OVER = {
     **LIMITS, "temperature": 1.0, "top_k": 50, "loss_type": "grpo", "max_prompt_length": None, "dtype": "bfloat16",
-    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "dataset_name": None,
+    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": None,
 }  # fmt: skip
 ASKING = (
-    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> "
-    "tags."
+    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
+    "</answer> tags."
 )
 TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}
 """Kind of task -> the prompt of the Qwen models (`vlm_modules/qwen_module.py`)."""
@@ -55,32 +56,27 @@ def _files(to: Translation, key: str) -> None:
     )
 
 
-def _ratio(to: Translation, key: str) -> None:
-    if to.number(key):
-        to.same(key, "data.split_ratio")
-    else:
-        to.inert(key, "nothing is held out")
-
-
 def _frozen(to: Translation, key: str) -> None:
     """An adapter is never on the vision modules, so that nothing of them trains."""
     adapter = bool(to.value("use_peft"))
     note = "an adapter leaves the vision modules alone" if adapter else ""
     to.same(key, "model.freeze_vision_tower", True if adapter else None, note)
-    if adapter:
-        to.set("peft.target_modules", "all-linear", "chosen by its trainer; it adapts lm_head as well")
 
 
-def _quiet(note: str) -> Handler:
-    return lambda to, key: to.converted(key, {}, note)
+def _layers(to: Translation, key: str) -> None:
+    note = (
+        "VLM-R1 adapts each linear layer outside the vision modules, whatever is named: lm_head too, which is left out"
+    )
+    to.changes(key, {"peft.target_modules": "all-linear"}, note)
 
 
 HANDLERS: dict[str, Handler] = {
-    "data_file_paths": _files, "image_folders": _quiet("with data_file_paths"), "task_type": _quiet(IN_REWARDS),
-    "is_reward_customized_from_vlm_module": _quiet(IN_REWARDS), "reward_method": _quiet(IN_REWARDS),
-    "val_split_ratio": _ratio, "freeze_vision_modules": _frozen,
-    "max_anyres_num": lambda to, key: to.dropped(key, "tiles of InternVL: the model's own number holds"),
-    "arrow_cache_dir": lambda to, key: to.speed(key, "a folder of caches"),
+    "data_file_paths": _files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
+    "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
+    "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None), "freeze_vision_modules": _frozen,
+    "lora_target_modules": _layers,
+    "max_anyres_num": off("tiles of InternVL: the model's own number holds"),
+    "arrow_cache_dir": speed("a folder of caches"),
 }  # fmt: skip
 
 

@@ -114,6 +114,10 @@ class _Reader(ast.NodeVisitor):
         self.names.pop(ast.unparse(node.target), None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, its_value in zip(target.elts, value.elts, strict=True):
+                self.assign(one, its_value)
+            return
         name = ast.unparse(target)
         base = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)

@@ -24,6 +24,7 @@ from grpo_autotune.interop.writing.edits import edits
 from grpo_autotune.interop.writing.finish import headed, is_patch, measured_line, patch
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
 from grpo_autotune.records.exported import Exported, ExportedKey, LostKey
+from grpo_autotune.records.imported import titled
 from grpo_autotune.records.receipt import Receipt
 
 PROMPTS = "prompts_per_step"
@@ -81,7 +82,7 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
         values = _placed(values_of(side, change.key, change.after), before.source)
         wanted |= {key: (value, change.key) for key, value in values.items()}
         if not values and change.key != PROMPTS and change.key.removeprefix("grpo.") not in TRL_BATCH:
-            why = WHY.get(change.key, f"{framework} has no key for it")
+            why = WHY.get(change.key, f"{titled(framework)} has no key for it")
             lost[change.key] = LostKey(key=change.key, value=change.after, why=why)
     text = edited = original.path.read_text(encoding="utf-8")
     keys = []

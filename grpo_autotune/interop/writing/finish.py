@@ -8,6 +8,7 @@ from pathlib import Path
 from grpo_autotune.errors import printable
 from grpo_autotune.interop.writing.python_edits import code_of
 from grpo_autotune.records.exported import ExportedKey
+from grpo_autotune.records.imported import titled
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.units import seconds
 
@@ -26,7 +27,7 @@ def measured_line(receipt: Receipt, framework: str) -> str:
     return (
         f"Measured with TRL{f' {trl}' if trl else ''} on {printable(receipt.hardware)}: x {receipt.speedup:.2f} "
         f"({interval}) useful completions per second, {seconds(receipt.baseline_step_s)} -> {seconds(receipt.step_s)} "
-        f"per optimizer step. Whether it is faster in {framework} was not measured."
+        f"per optimizer step. Whether it is faster in {titled(framework)} was not measured."
     )
 
 

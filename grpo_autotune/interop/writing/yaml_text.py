@@ -10,7 +10,7 @@ import yaml
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.yaml_text import write_yaml
 from grpo_autotune.errors import printable
-from grpo_autotune.records.imported import Imported
+from grpo_autotune.records.imported import Imported, titled
 
 WIDTH = 110
 """Characters of a line; a comment that does not fit behind its key stands above it."""
@@ -35,7 +35,7 @@ def _ordered(name: str, section: Any) -> Any:
 
 
 def _head(imported: Imported) -> Iterator[str]:
-    version = printable(f"{imported.framework} {imported.version} ({imported.version_from})")
+    version = printable(f"{titled(imported.framework, imported.version)} ({imported.version_from})")
     yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
     ranks = imported.world_size
     yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.batch['ranks']}."
