@@ -1,5 +1,6 @@
 """accelerate's configuration (`accelerate launch --config_file`) beside that of a framework."""
 
+from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
@@ -7,7 +8,7 @@ from grpo_autotune.interop.frameworks import deepspeed
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-PREFIX = "accelerate."
+PREFIX = "launch."
 ZERO = f"{PREFIX}deepspeed_config."
 FSDP = f"{PREFIX}fsdp_config."
 
@@ -22,22 +23,20 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 
 
 def with_launch(source: Source) -> Source:
-    """The source with the settings of the file that `accelerate launch` is given, under `PREFIX`, and of the DeepSpeed
-    file that this one names."""
-    named = source.launch.get("config_file")
-    source = source if named is None else deepspeed.with_file(source, named.value, PREFIX)
-    file = source.settings.get(f"{ZERO}deepspeed_config_file")
+    """The source with the launcher's options under `PREFIX`, those of accelerate's file among them, and with the
+    settings of the DeepSpeed file that this one names."""
+    options = {PREFIX + key: setting for key, setting in source.launch.items() if key != "config_file"}
+    source = replace(source, settings={**options, **source.settings})
+    file = options.get(f"{ZERO}deepspeed_config_file")
     return source if file is None else deepspeed.with_file(source, file.value, deepspeed.PREFIX)
 
 
 def processes(to: Translation) -> int | None:
     """Training processes by the launcher: of `accelerate launch`, its option or its file, or of torchrun."""
-    launch = {key: setting.value for key, setting in to.source.launch.items()}
-    if "nproc_per_node" in launch:
-        counts = [launch["nproc_per_node"], launch.get("nnodes", 1)]
-        return counts[0] * counts[1] if all(isinstance(count, int) for count in counts) else None
-    count = launch.get("num_processes", to.value(f"{PREFIX}num_processes"))
-    return count if isinstance(count, int) and count > 0 else None
+    if to.given(f"{PREFIX}nproc_per_node"):
+        return int(to.number(f"{PREFIX}nproc_per_node") * (to.number(f"{PREFIX}nnodes") or 1))
+    count = to.number(f"{PREFIX}num_processes")
+    return None if count is None else int(count)
 
 
 def apply(to: Translation, *, adapter: bool) -> None:

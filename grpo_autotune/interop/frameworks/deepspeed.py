@@ -74,8 +74,10 @@ def apply(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
         ours = {f"grpo.{ours}": value for ours, value in _run_keys(name.removeprefix(PREFIX), to.value(name))}
         if ours:
             to.converted(name, ours, "in the run's own keys: DeepSpeed's would win over them")
+        elif name == f"{PREFIX}optimizer.type" and to.value(name) not in ("Adam", "AdamW"):
+            to.changes(name, {}, "AdamW takes its place")
         else:
-            to.speed(name, "how GPUs share the work")
+            to.speed(name, "the run's" if name.removeprefix(PREFIX) in (*BATCH, *RUN) else "how GPUs share the work")
     for path, value in said.items():
         to.set(path, value, "of the DeepSpeed configuration")
     if (to.world_size or 1) > 1:

@@ -14,6 +14,7 @@ from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, swift_keys, swift_run
+from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
@@ -28,6 +29,8 @@ PRESETS = {
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 GROUPS = ("train", "rollout", "teacher")
 """Roles of Ray's YAML, each with keys of its own."""
+VARIABLES = ("ENV", "model_kwargs")
+"""Mappings whose keys are variables of the process."""
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
@@ -50,21 +53,25 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 def prepared(source: Source) -> tuple[Source, dict[str, str]]:
     """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
     settings among these. Second, the newest name of a setting -> its name in the file."""
-    for key, prefix in (("config", ""), ("deepspeed", "deepspeed.")):
-        if key in source.settings:
-            source = deepspeed.with_file(source, source.settings[key].value, prefix)
+    if "deepspeed" in source.settings:
+        source = deepspeed.with_file(source, source.settings["deepspeed"].value, deepspeed.PREFIX)
     source = accelerate.with_launch(source)
-    given = {key: setting for key, setting in source.environment.items() if key in swift_keys.ENVIRONMENT}
+    given = {
+        key: replace(setting, value=option_value(str(setting.value)))
+        for key, setting in source.environment.items()
+        if key in swift_keys.ENVIRONMENT
+    }
     for key, setting in source.settings.items():
-        inside = setting.value if key in (*GROUPS, "model_kwargs") and isinstance(setting.value, Mapping) else None
-        if inside is None:
-            given[key] = setting
+        if key in (*GROUPS, *VARIABLES) and isinstance(setting.value, Mapping):
+            inside = {f"{key}.{name}": replace(setting, value=value) for name, value in setting.value.items()}
+            given |= inside
         else:
-            given |= {f"{key}.{name}": replace(setting, value=value, text=None) for name, value in inside.items()}
-    settings, names = {}, {}
+            given[key] = setting
+    settings: dict[str, Setting] = {}
+    names: dict[str, str] = {}
     for path, setting in given.items():
         group, _, inner = path.partition(".")
-        name = inner if group in GROUPS[:2] and inner != "gpus" else inner.upper() if group == "model_kwargs" else path
+        name = inner if group in GROUPS[:2] and inner != "gpus" else inner.upper() if group in VARIABLES else path
         name = swift_keys.RENAMED.get(name, name)
         settings[name] = setting
         names[name] = path
@@ -133,26 +140,30 @@ def _batch(to: Translation, megatron: bool, version: str) -> None:
         keys += ["per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel_size"]
         note = f"{micro} x {world} processes x {steps}"
     rollout = to.number("generation_batch_size") or rollout
-    for count, parts, what in ((world, shared, "processes"), (rollout, group, "completions of a rollout")):
+    for count, parts, what, key in (
+        (world, shared, "processes", keys[-1]),
+        (rollout, group, "completions of a rollout", "num_generations"),
+    ):
         if parts < 1 or count % parts:
             fix = "swift refuses it, too. The number of processes is NPROC_PER_NODE (--env)."
-            raise ConfigError(f"{count} {what} in groups of {parts}", where=to.where(keys[-1]), fix=fix)
+            raise ConfigError(f"{count} {what} are not whole groups of {parts}", where=to.where(key), fix=fix)
     six = SixNumbers(group, rollout // group, completions, passes, world // shared, micro)
     keys += ["num_generations", "steps_per_generation", "generation_batch_size", "num_iterations"]
     to.set_batch(six, [key for key in keys if to.given(key)] or keys[:1], note)
 
 
 def _processes(to: Translation) -> tuple[int, list[str]]:
-    """Processes that train, and the settings that say so."""
-    if to.given("train.gpus"):
-        return to.number("train.gpus"), ["train.gpus"]
+    """Processes that train, and the settings that say so: Ray's, the launcher's, else swift's own variables."""
+    counts = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
     if to.given("CUDA_VISIBLE_DEVICES"):
-        spread = not to.given("NPROC_PER_NODE") and "," in str(to.value("CUDA_VISIBLE_DEVICES"))
-        to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the trainer")
-    if (launched := accelerate.processes(to)) is not None:
-        return launched, []
-    keys = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
-    return math.prod(map(to.number, keys)), keys
+        spread = not counts and "," in str(to.value("CUDA_VISIBLE_DEVICES")) and not to.given("train.gpus")
+        to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
+    launched = to.number("train.gpus") if to.given("train.gpus") else accelerate.processes(to)
+    if launched is None:
+        return math.prod(map(to.number, counts)), counts
+    for key in counts:
+        to.inert(key, "the launcher says it")
+    return launched, ["train.gpus"] if to.given("train.gpus") else []
 
 
 def _sharding(to: Translation, megatron: bool) -> None:
@@ -166,11 +177,14 @@ def _sharding(to: Translation, megatron: bool) -> None:
     if megatron and not adapter:
         note = "Megatron keeps 32-bit weights beside the bfloat16 ones"
         to.converted("use_distributed_optimizer", deepspeed.master_weights(to), note)
+    if "torch_dtype" in to.rows and to.values["model.dtype"] != to.value("torch_dtype"):
+        note = "the type of computing: weights are kept in 32 bits"
+        to.converted("torch_dtype", deepspeed.master_weights(to), note)
 
 
 def _rest(to: Translation, key: str) -> None:
     """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
-    value, foreign = to.value(key), grpo_keys().get(key)
+    value, foreign = to.value(key), None if key in swift_keys.VERDICTS else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):
         to.same(key, f"grpo.{key}")
     elif value in (None, False, [], ""):

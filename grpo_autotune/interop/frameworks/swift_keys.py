@@ -33,6 +33,7 @@ OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("4.1", {"top_k": 50, "top_p": 0.9}),
     ("3.7", {"gradient_accumulation_steps": None}),  # as many as make 16 completions
     ("3.6", {"split_dataset_ratio": 0.01}),
+    ("3.5", {"num_infer_workers": 1}),  # GPUs of the engine on each node, beside those of the trainer
     ("3.3", {"adam_beta2": 0.999, "loss_type": "bnpo"}),
     ("3.3", {"cosine_min_len_value_wrong": 0.0, "cosine_max_len_value_wrong": -0.5}),
 )
@@ -43,7 +44,8 @@ VERSION_OF = {"sft_type": "3.2", "train_type": "3.12"}
 RENAMED = {
     "train_type": "tuner_type", "sft_type": "tuner_type", "custom_register_path": "external_plugins",
     "max_new_tokens": "max_completion_length", "response_length": "max_completion_length",
-    "max_epochs": "num_train_epochs", "tensor_parallel_size": "vllm_tensor_parallel_size",
+    "max_epochs": "num_train_epochs", "tensor_parallel_size": "vllm_tensor_parallel_size", "ckpt_dir": "model",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     # Megatron's
     "lr": "learning_rate", "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio",
     "lr_warmup_iters": "warmup_steps", "clip_grad": "max_grad_norm", "adam_eps": "adam_epsilon", "train_iters": "max_steps",
@@ -66,6 +68,12 @@ SAME = {
     "vllm_server_timeout": "vllm.server_timeout", "vllm_server_group_port": "vllm.group_port",
 }  # fmt: skip
 """The same under our name. Other keys of TRL, transformers and vLLM pass through under their own."""
+PLAIN = (
+    "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type", "weight_decay",
+    "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy", "save_steps",
+    "gradient_checkpointing",
+)  # fmt: skip
+"""Keys of `grpo` whose defaults differ between versions, or from TRL's."""
 PEFT = {
     "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
     "target_regex": "target_modules", "target_parameters": "target_parameters", "modules_to_save": "modules_to_save",
@@ -89,7 +97,7 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     for verdict, note, keys in (
         ("same", "nothing that the run depends on", """
             rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict dataset_num_proc
-            load_from_cache_file lazy_tokenize ddp_timeout finetune save_optim save_rng save_safetensors merge_lora
+            load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng no_load_optim no_load_rng ENV save_safetensors merge_lora
             model_type task_type max_shard_size max_turns reward_model_plugin save_missing_weights download_mode nnodes
             colocate_groups config USE_HF use_hf hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy"""),
         ("same", "as here", """
@@ -108,6 +116,9 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
             moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap expert_model_parallel_size
             expert_tensor_parallel_size optimizer_cpu_offload use_precision_aware_optimizer overlap_grad_reduce
             overlap_param_gather use_distributed_optimizer manual_gc"""),
+        ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
+        ("speed only", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
+        ("no equivalent", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
         ("no equivalent", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
         ("no equivalent", "there a step trains on completions of the step before; here on those of its own", "async_generate"),
         ("no equivalent", "the server may have rolled out several turns; here there is one", "vllm_server_pass_dataset"),

@@ -7,18 +7,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.sections.vllm import engine_names
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.module import adapter
 from grpo_autotune.interop.adapters.named import NAMED
-from grpo_autotune.interop.frameworks.swift_keys import DEFAULTS, LISTS, LOSSES, PEFT, PIXELS, SAME, VISION
+from grpo_autotune.interop.frameworks.swift_keys import DEFAULTS, LISTS, LOSSES, PEFT, PIXELS, PLAIN, SAME, VERDICTS, VISION
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
 OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
 """swift's columns -> ours, where they differ."""
-HUB = "a ModelScope id, if it is no path: see that the Hugging Face hub has the same"
+ENGINE = (
+    "sleep_level", "rollout.gpus", "rollout_importance_sampling_mode", "rollout_importance_sampling_threshold",
+)  # fmt: skip
+"""Keys of the engine beside those that begin with `vllm_`."""
+HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
 
 
 def translate(to: Translation) -> None:
@@ -29,8 +32,8 @@ def translate(to: Translation) -> None:
         value = to.value(key)
         if key not in to.rows and value not in (None, [], 0.0 if key == "min_p" else None):
             to.same(key, target, words(value)[0])
-    for key in DEFAULTS.keys() & grpo_keys().keys() - to.rows.keys():
-        if to.value(key) is not None:
+    for key in PLAIN:
+        if key not in to.rows and to.value(key) is not None:
             to.same(key, f"grpo.{key}")
 
 
@@ -53,7 +56,7 @@ def _model(to: Translation) -> None:
         raise ConfigError("no model", where=to.where("model"), fix="Give --model.")
     name, sees = str(to.value("model")), any(map(to.given, PIXELS))
     sees = sees or re.search(VISION, name) is not None
-    to.same("model", "model.name_or_path", name, _elsewhere(to), "" if sees else "taken for a text model")
+    to.same("model", "model.name_or_path", name, _elsewhere(to, name), "" if sees else "taken for a text model")
     if sees:
         note = "taken for a model that sees images; its frozen tower gets no adapters either"
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
@@ -75,9 +78,9 @@ def _model(to: Translation) -> None:
         to.same("adapters", "model.adapter", path)
 
 
-def _elsewhere(to: Translation) -> str:
+def _elsewhere(to: Translation, *names: str) -> str:
     on_hub = to.value("use_hf") is True or str(to.value("USE_HF")) in ("1", "true", "True")
-    return "" if on_hub else HUB
+    return "" if on_hub or all(name.startswith(("/", ".", "~", "$")) or ".json" in name for name in names) else HUB
 
 
 def _adapter(to: Translation) -> None:
@@ -106,9 +109,8 @@ def _data(to: Translation) -> None:
     sets = mixed if len(parts) > 1 else {"data": parts[0]}
     targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
     title = {"data.path": "mixture"} if len(parts) > 1 else {}
-    to.converted(
-        "dataset", title | targets, _elsewhere(to), "swift looks for the prompt's column: name it in data.columns"
-    )
+    to.converted("dataset", title | targets, _elsewhere(to, *(part["path"] for part in parts)))
+    to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
     if columns := mapping(to.value("columns")):
         ours = {OURS.get(swifts, swifts): theirs for theirs, swifts in columns.items()}
         to.converted(
@@ -174,7 +176,7 @@ def _rewards(to: Translation) -> None:
             items.append(known.item(arguments))
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            made = adapter("swift", str(plugins[-1]), name, arguments)
+            made = adapter("swift", _plugin(to, list(map(str, plugins)), name), name, arguments)
             to.files[made.name] = made.text
             items.append(dict(made.reward))
         else:
@@ -187,6 +189,13 @@ def _rewards(to: Translation) -> None:
     to.verdict("changes meaning" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
     for key in (*settings, "reward_weights", "external_plugins"):
         to.converted(key, {}, "in rewards") if to.given(key) else None
+
+
+def _plugin(to: Translation, plugins: list[str], name: str) -> str:
+    """The plugin that names a reward; the first where none is at hand."""
+    files = {plugin: beside(to.source.path, plugin) for plugin in plugins[1:]}
+    naming = (plugin for plugin, file in files.items() if file is not None and name in text_of(file))
+    return next(naming, plugins[0])
 
 
 def _loss(to: Translation) -> None:
@@ -227,7 +236,7 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 
 
 def _sampling(to: Translation) -> None:
-    to.same("top_k", "grpo.top_k", max(0, to.number("top_k")), "-1 takes every token")
+    to.same("top_k", "grpo.top_k", max(0, to.number("top_k")), "" if to.number("top_k") > 0 else "every token")
     if stop := [word for word in words(to.value("stop_words", [])) if word]:
         if to.value("use_vllm"):
             note = "a completion that ends so has no end token, and counts as truncated here"
@@ -261,7 +270,8 @@ def _evaluation(to: Translation) -> None:
                 to.inert(key, "nothing is evaluated")
         return
     to.verdict("same", "eval_strategy", {"grpo.eval_strategy": strategy})
-    to.verdict("same", "eval_steps", {"grpo.eval_steps": to.value("eval_steps") or to.value("save_steps")})
+    if strategy == "steps":
+        to.verdict("same", "eval_steps", {"grpo.eval_steps": to.value("eval_steps") or to.value("save_steps")})
     group = to.number("num_generations_eval") or to.number("num_generations")
     unit = group // math.gcd(group, to.world_size or 1)
     size = -(-to.number("per_device_eval_batch_size") // unit) * unit
@@ -269,39 +279,51 @@ def _evaluation(to: Translation) -> None:
 
 
 def _engine(to: Translation) -> None:
-    """vLLM: none, in the training process, or a server."""
-    keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ("sleep_level", "rollout.gpus")]
-    if not to.value("use_vllm"):
+    """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
+    keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
+    if to.value("use_lmdeploy"):
+        to.speed("use_lmdeploy", "vLLM instead", {"grpo.use_vllm": True})
+    elif not to.value("use_vllm"):
         for key in keys:
             to.inert(key, "without vLLM")
         return
-    to.same("use_vllm", "grpo.use_vllm", True)
+    else:
+        to.same("use_vllm", "grpo.use_vllm", True)
     to.set("grpo.vllm_importance_sampling_correction", False, "off in swift; TRL's is on, and costs a pass")
     if mode := to.value("rollout_importance_sampling_mode"):
         _correction(to, str(mode))
-    own = to.given("rollout.gpus") and "rollout" not in str(to.value("colocate_groups"))
-    server = (
-        own or to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
-    )
+    server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
+    own = 0 if server else _own_gpus(to)
     if server:
         note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
-        target = {"vllm.server_gpus": to.number("rollout.gpus")} if own else {"vllm.mode": "server"}
-        to.converted("rollout.gpus" if own else "vllm_mode", target, note)
+        to.converted("vllm_mode", {"vllm.mode": "server"}, note)
+    elif own:
+        key = "rollout.gpus" if to.given("rollout.gpus") else "num_infer_workers"
+        to.same(key, "vllm.server_gpus", own, "GPUs of the engine alone")
     else:
         to.verdict("same", "vllm_mode", {"vllm.mode": "colocate"})
+    if not server:
         to.same("vllm_gpu_memory_utilization", "vllm.gpu_memory_utilization")
-        shared = math.gcd(to.number("vllm_tensor_parallel_size"), to.world_size or 1)
         if to.given("vllm_tensor_parallel_size"):
-            to.speed("vllm_tensor_parallel_size", "of the training processes", {"vllm.tensor_parallel_size": shared})
+            shared = math.gcd(to.number("vllm_tensor_parallel_size"), own or to.world_size or 1)
+            to.speed("vllm_tensor_parallel_size", "of the processes there are", {"vllm.tensor_parallel_size": shared})
     for key in keys:
         if key not in to.rows and to.value(key) is not None:
-            _engine_key(to, key, server and not own, at_server=server)
+            _engine_key(to, key, at_server=server)
 
 
-def _engine_key(to: Translation, key: str, addressed: bool, *, at_server: bool) -> None:
+def _own_gpus(to: Translation) -> int:
+    """GPUs that the engine has for itself: of Ray's group, and before 3.5 those beside the trainer's."""
+    if to.given("rollout.gpus"):
+        return 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
+    workers = int(to.number("num_infer_workers") or 0)
+    return workers if to.batch is not None and workers < to.batch.ranks else 0
+
+
+def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
     name, value = key.removeprefix("vllm_"), to.value(key)
     if name.startswith("server_") and name != "server_pass_dataset":
-        if not addressed:
+        if not at_server:
             to.inert(key, "no such server")
         elif key == "vllm_server_port":
             to.same(key, SAME[key], to.number(key))
@@ -316,7 +338,7 @@ def _engine_key(to: Translation, key: str, addressed: bool, *, at_server: bool) 
         lost = ", ".join(inside.keys() - engine_names())
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
-    elif name in engine_names() and key not in ("vllm_max_lora_rank", "vllm_data_parallel_size"):
+    elif name in engine_names() and key not in VERDICTS:
         to.same(key, f"vllm.{name}", mapping(value) or value)
 
 
