@@ -38,8 +38,7 @@ def export_tuned(
 
 
 def _summary(exported: Exported, out: Path | None) -> Iterator[str]:
-    for key in exported.keys:
-        yield f"{key.key}: {key.before} -> {key.after}"
+    yield from map(str, exported.keys)
     for lost in exported.lost:
         yield f"left out: {lost.key} {lost.value} ({lost.why})"
     if not exported.keys:

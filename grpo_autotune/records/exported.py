@@ -16,6 +16,9 @@ class ExportedKey(Frozen):
     before: Any  # as the framework had it, its default where the file left it out
     after: Any
 
+    def __str__(self) -> str:
+        return f"{self.key} {'unset' if self.before is None else self.before} -> {self.after}"
+
 
 class LostKey(Frozen):
     """A tuned key of a `RunConfig` that the framework cannot be told."""

@@ -23,4 +23,6 @@ def edits(path: Path, text: str, key: str, value: Any, framework: str) -> Iterat
         return yaml_edits(text, key, json.dumps(value))
     if kind in (".py", ".ipynb"):
         return (python_edits if kind == ".py" else notebook_edits)(text, name, repr(value))
-    return shell_edits(text, key, shlex.quote(plain), OVERRIDE if framework in HYDRA else OPTION)
+    if framework not in HYDRA:
+        return shell_edits(text, key, shlex.quote(plain), OPTION)
+    return shell_edits(text, key, str(value) if isinstance(value, bool) else shlex.quote(plain), OVERRIDE)

@@ -73,13 +73,14 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     """
     receipt = Receipt.model_validate(tuned["receipt"])
     before = original.translated()
-    side, framework = framework_of(before.source), before.source.framework
+    raw = original.read()
+    side, framework = framework_of(raw), raw.framework
     numbers = tuned_numbers(tuned, receipt, before, ranks)
     batch = _batch_values(side, before, numbers)
     wanted = {key: (value, key) for key, value in batch.items()}
     lost: dict[str, LostKey] = {}
     for change in receipt.changed:
-        values = _placed(values_of(side, change.key, change.after), before.source)
+        values = _placed(values_of(side, change.key, change.after), raw)
         wanted |= {key: (value, change.key) for key, value in values.items()}
         if not values and change.key != PROMPTS and change.key.removeprefix("grpo.") not in TRL_BATCH:
             why = WHY.get(change.key, f"{titled(framework)} has no key for it")
@@ -87,7 +88,8 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     text = edited = original.path.read_text(encoding="utf-8")
     keys = []
     for key, (value, reason) in wanted.items():
-        name, old = key.lstrip("+"), before.value(key.lstrip("+"))
+        name = key.lstrip("+")
+        old = raw.settings[name].value if name in raw.settings else before.value(name)
         if old == value:
             continue
         changed = _with(original, edited, key, value, framework)

@@ -44,7 +44,7 @@ def headed(text: str, keys: Sequence[ExportedKey], measured: str, path: Path) ->
     """The text below a comment; JSON, which has none, as it is."""
     if path.suffix.lower() == ".json":
         return text
-    changes = ", ".join(f"{key.key} {key.before} -> {key.after}" for key in keys)
+    changes = ", ".join(map(str, keys))
     words = f"Tuned by grpo-autotune: {changes or 'nothing was changed'}. {measured}"
     head = "".join(
         f"# {line}\n" for line in textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
