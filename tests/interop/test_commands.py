@@ -30,7 +30,17 @@ per_device_train_batch_size: 8
 gradient_accumulation_steps: 2
 output_dir: out
 """
-OPEN_R1 = TRL.replace("[think_format_reward]", "[accuracy]") + "dataset_prompt_column: problem\nsystem_prompt: Think.\n"
+EASYR1 = """data: {train_files: train.parquet, rollout_batch_size: 8}
+algorithm: {adv_estimator: grpo, disable_kl: true}
+worker:
+  actor:
+    global_batch_size: 8
+    micro_batch_size_per_device_for_update: 8
+    model: {model_path: Qwen/Qwen2.5-1.5B-Instruct}
+  rollout: {n: 8}
+  reward: {reward_function: "./mine.py:compute_score"}
+trainer: {n_gpus_per_node: 1, nnodes: 1}
+"""
 SCRIPT = """from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import think_format_reward
 from datasets import load_dataset
@@ -57,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "trl.yaml").write_text(TRL)
-    (tmp_path / "open_r1.yaml").write_text(OPEN_R1)
+    (tmp_path / "easyr1.yaml").write_text(EASYR1)
     (tmp_path / "train.py").write_text(SCRIPT)
     return tmp_path
 
@@ -100,13 +110,13 @@ def test_strict_lists_what_is_lost_and_writes_nothing(folder: Path, capfd: Any) 
 
 
 def test_files_beside_the_configuration_are_not_written_over(folder: Path, capfd: Any) -> None:
-    (folder / "open_r1_rewards.py").write_text("# mine")
-    assert main(["import", "open_r1.yaml"]) == 2
-    assert "open_r1_rewards.py: another file of this name is there" in capfd.readouterr().err
+    (folder / "easyr1_compute_score.py").write_text("# mine")
+    assert main(["import", "easyr1.yaml"]) == 2
+    assert "easyr1_compute_score.py: another file of this name is there" in capfd.readouterr().err
     assert not (folder / "grpo.yaml").exists()
-    (folder / "open_r1_rewards.py").unlink()
-    assert main(["import", "open_r1.yaml"]) == 0
-    assert (folder / "open_r1_rewards.py").is_file()
+    (folder / "easyr1_compute_score.py").unlink()
+    assert main(["import", "easyr1.yaml"]) == 0
+    assert (folder / "easyr1_compute_score.py").is_file()
 
 
 @pytest.mark.parametrize(
