@@ -58,9 +58,9 @@ def calls(path: Path, environment: Mapping[str, str] | None = None) -> list[Call
 def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     """All of a script or notebook; `environment` is what `os.environ` gives it. ConfigError if it is no Python."""
     text = text_of(path)
-    script = Script(pins={name: version for name, version in PIN.findall(text)})
+    script = Script(pins=dict(PIN.findall(text)))
     names: dict[str, Any] = {}
-    for cell, source in _cells(path, text):
+    for cell, source in cells(path, text):
         try:
             tree = ast.parse(source)
         except (SyntaxError, RecursionError, ValueError) as error:
@@ -72,7 +72,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     return script
 
 
-def _cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
+def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
     """Name and source of each cell of code; a script is one, without a name."""
     if path.suffix != ".ipynb":
         yield None, text
@@ -144,7 +144,7 @@ class _Reader(ast.NodeVisitor):
             plain = ast.literal_eval(node) is not ...
         except WRONG:
             plain = False
-        value = self.value(node) if plain or self.known(node) else self.parts(node)
+        value = self.value(node) if self.known(node) else self.parts(node)
         return Setting(value, node.lineno, self.cell, None if plain else written)
 
     def parts(self, node: ast.expr) -> Any:

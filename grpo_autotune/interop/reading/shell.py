@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from tree_sitter import Node
 
 from grpo_autotune.interop.reading import arithmetic, marks
-from grpo_autotune.interop.reading.expansion import PARSER, Expansion, Field, Variables
+from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
 from grpo_autotune.interop.reading.words import Word
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
@@ -48,10 +48,10 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     given = dict(environment or {})
     places = [int(key) for key in given if key.isdigit()]
     positional = [Field(given.get(str(place), "")) for place in range(1, max(places, default=0) + 1)]
-    values: dict[str, str | list[Field]] = {"HOME": "~"}
+    values: dict[str, str | list[Field]] = {"HOME": "~", "PWD": "."}
     values |= {key: value for key, value in given.items() if not key.isdigit()}
     evaluation = _Evaluation(text, Variables(values, positional, name))
-    evaluation.exported |= values.keys() - {"HOME"}
+    evaluation.exported |= given.keys() & values.keys()
     try:
         evaluation.run(evaluation.tree)
     except _Ended:
@@ -65,16 +65,16 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
 class _Evaluation:
     """One script on its way."""
 
-    def __init__(self, text: str, variables: Variables) -> None:
-        source = text.encode()
-        self.tree, self.variables, self.expand = PARSER.parse(source).root_node, variables, Expansion(source, variables)
+    def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
+        source, self.tree = parsed(text)
+        self.variables, self.expand = variables, Expansion(source, variables, line)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
         if self.tree.has_error:
             error = next(_errors(self.tree))
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
     def warn(self, node: Node | None, what: str) -> None:
-        text = what if node is None else f"line {node.start_point[0] + 1}: {what}"
+        text = what if node is None else f"line {self.expand.line(node.start_byte)}: {what}"
         if text not in self.result.warnings:
             self.result.warnings.append(text)
 
@@ -123,6 +123,9 @@ class _Evaluation:
         name = marks.shown(words[0].text)
         if name in BUILTINS:
             return BUILTINS[name](self, node, words[1:])
+        texts = [marks.shown(word.text) for word in words]
+        if script := _inner_script(texts):
+            return self.inside(script, self.expand.line(node.start_byte))
         if name in self.functions and self.depth < DEEPEST:
             return self.called(self.functions[name], words[1:])
         values = {key: self.variables.text(key) for key in self.exported}
@@ -131,7 +134,7 @@ class _Evaluation:
             if key is not None:
                 values[self.expand.raw(key)] = "" if value is None else self.expand.text(value)
         given = {key: Field(text).word() for key, text in values.items() if text is not None}
-        line = node.start_point[0] + 1
+        line = self.expand.line(node.start_byte)
         self.result.commands.append(Command([word.word() for word in words], given, line))
         return True
 
@@ -150,6 +153,12 @@ class _Evaluation:
         finally:
             self.variables.positional = outer
             self.depth -= 1
+
+    def inside(self, script: str, line: int) -> bool | None:
+        """A script in a text: of `eval` or `bash -c`."""
+        inner = _Evaluation(script, self.variables, line)
+        inner.result, inner.exported, inner.functions, inner.depth = self.result, self.exported, {}, self.depth + 1
+        return inner.run(inner.tree) if self.depth < DEEPEST else None
 
     def defined(self, node: Node) -> bool:
         name, body = node.child_by_field_name("name"), node.child_by_field_name("body")
@@ -374,6 +383,14 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     ":": lambda *none: True,
 }  # fmt: skip
 TESTS = ("test_command", "list", "negated_command", "compound_statement")
+
+
+def _inner_script(words: list[str]) -> str | None:
+    """The script that `eval` or `bash -c` is given."""
+    if words[0] == "eval":
+        return " ".join(words[1:])
+    shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
+    return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
 
 
 def shorter(text: str, most: int = 60) -> str:
