@@ -60,7 +60,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     text = text_of(path)
     script = Script(pins={name: version for name, version in PIN.findall(text)})
     names: dict[str, Any] = {}
-    for cell, source in _cells(path, text):
+    for cell, source in cells(path, text):
         try:
             tree = ast.parse(source)
         except (SyntaxError, RecursionError, ValueError) as error:
@@ -72,7 +72,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     return script
 
 
-def _cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
+def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
     """Name and source of each cell of code; a script is one, without a name."""
     if path.suffix != ".ipynb":
         yield None, text
@@ -114,6 +114,10 @@ class _Reader(ast.NodeVisitor):
         self.names.pop(ast.unparse(node.target), None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, its_value in zip(target.elts, value.elts, strict=True):
+                self.assign(one, its_value)
+            return
         name = ast.unparse(target)
         base = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
@@ -144,7 +148,7 @@ class _Reader(ast.NodeVisitor):
             plain = ast.literal_eval(node) is not ...
         except WRONG:
             plain = False
-        value = self.value(node) if plain or self.known(node) else self.parts(node)
+        value = self.value(node) if self.known(node) else self.parts(node)
         return Setting(value, node.lineno, self.cell, None if plain else written)
 
     def parts(self, node: ast.expr) -> Any:

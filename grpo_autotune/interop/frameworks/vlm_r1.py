@@ -1,0 +1,135 @@
+"""VLM-R1: a trainer of its own, with the batch sizes of TRL 0.17 and a loss that is always GRPO's, mean by sequence.
+
+Source: `src/open-r1-multimodal/src/open_r1/{grpo_jsonl.py,grpo_rec.py,trainer/,vlm_modules/}`. Its trainer samples at
+temperature 1 with transformers' own `top_k` of 50 whatever the command says, sums rewards without weights, cuts no
+prompt, and chooses the adapter's layers itself.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks.r1_v import LIMITS
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import Handler, listed
+from grpo_autotune.interop.frameworks.trl_versions import choose
+from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import Translation
+
+NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",
+         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len", 
+         "torch_dtype", "dataset_name", "sync_ref_model", "loss_type", "scale_rewards")  # fmt: skip
+UNREAD = dict.fromkeys(NAMES, "VLM-R1's trainer takes it and never reads it")
+OVER = {
+    **LIMITS, "temperature": 1.0, "top_k": 50, "loss_type": "grpo", "max_prompt_length": None, "dtype": "bfloat16",
+    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": None,
+}  # fmt: skip
+ASKING = (
+    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> "
+    "tags."
+)
+TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}
+"""Kind of task -> the prompt of the Qwen models (`vlm_modules/qwen_module.py`)."""
+MODULES = {"qwen": "Qwen2VLModule", "internvl": "InvernVLModule", "glm": "GLMVModule"}
+TURNS = {"problem": "conversations.0.value", "solution": "conversations.1.value"}
+MODULE = "vlm_r1_rewards"
+IN_REWARDS = "in the rewards' module"
+
+
+def _files(to: Translation, key: str) -> None:
+    """Files and image folders, each a list with colons: one data set, or a mixture that has each row once."""
+    paths, folders = (str(to.value(name) or "").split(":") for name in ("data_file_paths", "image_folders"))
+    if len(folders) != len(paths):
+        what = f"{len(paths)} data files and {len(folders)} image folders"
+        raise ConfigError(what, where=to.where(key), fix="Give one folder for each file.")
+    template = TEMPLATES.get(str(to.value("task_type")), f"{{problem}}{ASKING}")
+    parts = [
+        {"path": path, "columns": TURNS, "prompt_template": template, **({"image_root": folder} if folder else {})}
+        for path, folder in zip(paths, folders, strict=True)
+    ]
+    if len(parts) == 1:
+        to.converted(key, {f"data.{name}": value for name, value in parts[0].items()}, "the turns as columns")
+        return
+    names = [f"{PurePosixPath(part['path']).stem}_{place}" for place, part in enumerate(parts, 1)]
+    to.converted(
+        key, {"data.path": "mixture", "data.mix": dict(zip(names, parts, strict=True))}, "joined, each row once"
+    )
+
+
+def _ratio(to: Translation, key: str) -> None:
+    if to.number(key):
+        to.same(key, "data.split_ratio")
+    else:
+        to.inert(key, "nothing is held out")
+
+
+def _frozen(to: Translation, key: str) -> None:
+    """An adapter is never on the vision modules, so that nothing of them trains."""
+    adapter = bool(to.value("use_peft"))
+    note = "an adapter leaves the vision modules alone" if adapter else ""
+    to.same(key, "model.freeze_vision_tower", True if adapter else None, note)
+
+
+def _layers(to: Translation, key: str) -> None:
+    note = (
+        "VLM-R1 adapts each linear layer outside the vision modules, whatever is named: lm_head too, which is left out"
+    )
+    to.changes(key, {"peft.target_modules": "all-linear"}, note)
+
+
+def _quiet(note: str) -> Handler:
+    return lambda to, key: to.converted(key, {}, note)
+
+
+HANDLERS: dict[str, Handler] = {
+    "data_file_paths": _files, "image_folders": _quiet("with data_file_paths"), "task_type": _quiet(IN_REWARDS),
+    "is_reward_customized_from_vlm_module": _quiet(IN_REWARDS), "reward_method": _quiet(IN_REWARDS),
+    "val_split_ratio": _ratio, "freeze_vision_modules": _frozen,
+    "lora_target_modules": _layers,
+    "max_anyres_num": lambda to, key: to.dropped(key, "tiles of InternVL: the model's own number holds"),
+    "arrow_cache_dir": lambda to, key: to.speed(key, "a folder of caches"),
+}  # fmt: skip
+
+
+def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
+    """The translation of a VLM-R1 command."""
+    from_files = "data_file_paths" in source.settings
+    unread = {key: why for key, why in UNREAD.items() if from_files or key != "dataset_name"}
+    return translated(
+        source, choose(source, version, "0.17.0"), world_size, over=OVER, unread=unread, rewards=_rewards,
+        handlers=HANDLERS,
+    )  # fmt: skip
+
+
+def _rewards(to: Translation) -> list[dict[str, Any]]:
+    """VLM-R1's own functions, in a module beside the configuration that gives them the columns they read."""
+    names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
+    to.files[f"{MODULE}.py"] = _module(to, names)
+    to.warnings.append(f"the rewards are VLM-R1's own, by {MODULE}.py: have its src folder on PYTHONPATH")
+    return weighted(to, [{"name": f"{MODULE}:{name}"} for name in names])
+
+
+def _module(to: Translation, names: list[str]) -> str:
+    model = str(to.value("model_name_or_path")).lower()
+    vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
+    if to.value("is_reward_customized_from_vlm_module"):
+        origin, made = (
+            f"open_r1.vlm_modules import {vlm}",
+            f"{vlm}.select_reward_func({{name!r}}, {to.value('task_type')!r})",
+        )
+    else:
+        origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{name!r}]"
+    method = str(to.value("reward_method") or "default").partition(":")[0]
+    functions = "".join(
+        f"def {name}(completions, solution, **columns):\n"
+        f"    return _{name}(completions, solution=[f'<answer> {{_plain(one)}} </answer>' for one in solution],"
+        f" **{{'accu_reward_method': [{method!r}] * len(solution), **columns}})\n\n\n"
+        for name in names
+    )
+    made_names = "".join(f"_{name} = {made.format(name=name)}\n" for name in names)
+    plain = "def _plain(text):\n    return str(text).replace('<answer>', '').replace('</answer>', '').strip()\n"
+    return (
+        '"""Reward functions of VLM-R1, called as its trainer calls them; needs its src folder on PYTHONPATH."""\n\n'
+        f"from {origin}\n\n{made_names}\n\n{plain}\n\n{functions}".rstrip()
+        + "\n"
+    )
