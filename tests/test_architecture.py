@@ -72,7 +72,7 @@ FLOORS = {
         ("install",),
     ),
     "train": (
-        ("advantages", "arguments", "branches", "data", "models", "rewards", "runs"),
+        ("advantages", "arguments", "branches", "data", "eval_sampling", "models", "resample", "rewards", "runs"),
         ("monitors",),
         ("trainer",),
         ("trial_trainer",),
