@@ -16,7 +16,6 @@ ACTOR, ROLLOUT = "worker.actor.", "worker.rollout."
 MODEL, OPTIM, LORA = f"{ACTOR}model.", f"{ACTOR}optim.", f"{ACTOR}model.lora."
 VALIDATION = f"{ROLLOUT}val_override_config."
 AVERAGE, LOSS, MICRO = f"{ACTOR}loss_avg_mode", f"{ACTOR}loss_type", f"{ACTOR}micro_batch_size_per_device_for_update"
-NAME = "EasyR1"
 
 KEYS = Keys(
     group=f"{ROLLOUT}n", prompts="data.rollout_batch_size", mini=f"{ACTOR}global_batch_size",
@@ -105,7 +104,8 @@ WORDS = shared.words(
             "data.filter_overlong_prompts_workers data.return_raw_",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
         ("same", "of a setting that has its own row"):
-            "algorithm.kl_ algorithm.filter_ algorithm.online_filtering algorithm.disable_kl optim.training_steps config",
+            "algorithm.kl_ algorithm.filter_ algorithm.online_filtering algorithm.disable_kl optim.training_steps "
+            "trainer.max_try_make_batch",
         ("same", "rows with videos are not read here"): "data.video_",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
         ("no equivalent", "the model's own is taken"): "model.override_config. model.tokenizer_path",
@@ -163,16 +163,18 @@ def translate(source: Source, version: str | None = None, world_size: int | None
 def _resolved(source: Source, version: str | None, world_size: int | None) -> tuple[Translation, bool]:
     """The translation with the defaults of a version, and whether that is the early one."""
     if version not in (None, "2025.2", "2026.7"):
-        raise ConfigError(f"{version!r} is no version of EasyR1", where="--source-version", fix="Known: 2025.2, 2026.7.")
+        raise ConfigError(
+            f"{version!r} is no version of EasyR1", where="--source-version", fix="Known: 2025.2, 2026.7."
+        )
     mark = next((key for key in EARLY_MARKS if key in source.settings), None)
     is_early = version == "2025.2" if version else mark is not None
     reason = "--source-version" if version else f"it has the key {mark}" if mark else "assumed, as no key tells"
-    has_base = "config" not in source.settings or any(setting.file for setting in source.settings.values())
-    defaults = DEFAULTS | (EARLY if is_early else {} if has_base else SHIPPED)
+    lacks_base = "config" in source.hints
+    defaults = DEFAULTS | (EARLY if is_early else SHIPPED if lacks_base else {})
     t = Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size)
-    if not has_base:
-        values = "the classes'" if is_early else "the shipped file's"
-        t.warnings.append(f"{t.value('config')} is not here: {values} values are assumed for what the script leaves out")
+    if lacks_base:
+        values = "of the classes" if is_early else "of EasyR1's examples/config.yaml"
+        t.warnings.append(f"for what the file leaves out, the values {values} are assumed")
     return t, is_early
 
 
@@ -193,7 +195,9 @@ def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
     elif is_early:
         form, micro = "bnpo", t.values["grpo.per_device_train_batch_size"]
         if micro != t.batch.micro_batch:
-            note = f"the mean over the tokens of each micro batch, of {t.batch.micro_batch} completions there, {micro} here"
+            note = (
+                f"the mean over the tokens of a micro batch, of {t.batch.micro_batch} completions there, {micro} here"
+            )
     elif kind != "sapo":
         note = shared.uneven(t)
     if kind == "sapo":
@@ -230,11 +234,15 @@ def _data(t: Translation, keys: Keys) -> None:
     if template and "data.mix" in t.values:
         t.values.pop("data.prompt_template")
     names = ("temperature", "top_p", "top_k")
-    shared.evaluation(t, keys, {name: (VALIDATION + name, t.value(VALIDATION + name)) for name in names}, f"{VALIDATION}n")
+    shared.evaluation(
+        t, keys, {name: (VALIDATION + name, t.value(VALIDATION + name)) for name in names}, f"{VALIDATION}n"
+    )
     if on(t.value("algorithm.online_filtering")):
         low, high = (t.number(f"algorithm.filter_{end}") for end in ("low", "high"))
         most, name = int(positive(t, "trainer.max_try_make_batch")), t.value("algorithm.filter_key")
-        note = f"EasyR1 keeps groups whose mean of {name} is between {low:g} and {high:g}; here those whose rewards differ"
+        note = (
+            f"EasyR1 keeps groups whose mean of {name} is between {low:g} and {high:g}; here those whose rewards differ"
+        )
         t.changes("algorithm.online_filtering", {"resample.max_rounds": most if most > 1 else 10}, note)
 
 

@@ -20,9 +20,9 @@ from grpo_autotune.records.imported import Verdict
 
 Keys = namedtuple(
     "Keys",
-    "group prompts mini passes nodes gpus low high dual warmup_steps warmup_ratio schedule least_rate epochs steps save "
-    "keep val val_first logger run rank alpha adapted kept_out parallel memory top_k longest_prompt longest_completion "
-    "filter_prompts overflow train_files val_files",
+    "group prompts mini passes nodes gpus low high dual warmup_steps warmup_ratio schedule least_rate epochs steps "
+    "save keep val val_first logger run rank alpha adapted kept_out parallel memory top_k longest_prompt "
+    "longest_completion filter_prompts overflow train_files val_files",
     defaults=("data.train_files", "data.val_files"),
 )
 """One framework's names."""

@@ -13,18 +13,33 @@ from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
 from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
 from grpo_autotune.interop.frameworks.verl_defaults import (
-    ACTOR, CHANGED, CORRECTION, FAST, FILTER, FSDP, LEGACY, MARKS, MODEL, NEWEST, OPTIM, RELEASES, ROLLOUT, SAME, WORDS,
+    ACTOR,
+    CHANGED,
+    CORRECTION,
+    FAST,
+    FILTER,
+    FSDP,
+    LEGACY,
+    MARKS,
+    MODEL,
+    NEWEST,
+    OPTIM,
+    RELEASES,
+    ROLLOUT,
+    SAME,
+    WORDS,
 )  # fmt: skip
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
 KEYS = Keys(
-    group=f"{ROLLOUT}n", prompts="data.train_batch_size", mini=f"{ACTOR}ppo_mini_batch_size", passes=f"{ACTOR}ppo_epochs",
-    nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low", high=f"{ACTOR}clip_ratio_high",
-    dual=f"{ACTOR}clip_ratio_c", warmup_steps=f"{OPTIM}lr_warmup_steps", warmup_ratio=f"{OPTIM}lr_warmup_steps_ratio",
-    schedule=f"{OPTIM}lr_scheduler_type", least_rate=f"{OPTIM}min_lr_ratio", epochs="trainer.total_epochs",
-    steps="trainer.total_training_steps", save="trainer.save_freq", keep="trainer.max_actor_ckpt_to_keep",
-    val="trainer.test_freq", val_first="trainer.val_before_train", logger="trainer.logger", run="trainer.experiment_name",
+    group=f"{ROLLOUT}n", prompts="data.train_batch_size", mini=f"{ACTOR}ppo_mini_batch_size",
+    passes=f"{ACTOR}ppo_epochs", nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low",
+    high=f"{ACTOR}clip_ratio_high", dual=f"{ACTOR}clip_ratio_c", warmup_steps=f"{OPTIM}lr_warmup_steps",
+    warmup_ratio=f"{OPTIM}lr_warmup_steps_ratio", schedule=f"{OPTIM}lr_scheduler_type",
+    least_rate=f"{OPTIM}min_lr_ratio", epochs="trainer.total_epochs", steps="trainer.total_training_steps",
+    save="trainer.save_freq", keep="trainer.max_actor_ckpt_to_keep", val="trainer.test_freq",
+    val_first="trainer.val_before_train", logger="trainer.logger", run="trainer.experiment_name",
     rank=f"{MODEL}lora_rank", alpha=f"{MODEL}lora_alpha", adapted=f"{MODEL}target_modules",
     kept_out=f"{MODEL}exclude_modules", parallel=f"{ROLLOUT}tensor_model_parallel_size", top_k=f"{ROLLOUT}top_k",
     memory=f"{ROLLOUT}gpu_memory_utilization", longest_prompt="data.max_prompt_length",
@@ -34,17 +49,17 @@ KEYS = Keys(
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
 TURNS = f"{ROLLOUT}multi_turn."
 SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
-                   f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size", f"{ACTOR}engine.cp")  # fmt: skip
+                   f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
+                   f"{ACTOR}engine.cp")  # fmt: skip
 MODEL_SHARDS = (f"{ACTOR}megatron.tensor_model_parallel_size", f"{ACTOR}megatron.pipeline_model_parallel_size",
                 f"{ACTOR}engine.tp", f"{ACTOR}engine.pp")  # fmt: skip
 OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")
 """Of verl's programs, those that train something else or in another order."""
+SEVERAL_TURNS = "rollouts of several turns and tools are not read"
+SERVED = "a reward model that verl serves is not read; write a judge or service reward by hand"
 REFUSED = {
-    f"{TURNS}enable": "rollouts of several turns and tools are not read",
-    f"{TURNS}tool_config_path": "rollouts of several turns and tools are not read",
-    f"{TURNS}interaction_config_path": "rollouts of several turns and tools are not read",
-    "reward_model.enable": "a reward model that verl serves is not read; write a judge or service reward by hand",
-    "reward.reward_model.enable": "a reward model that verl serves is not read; write a judge or service reward by hand",
+    **dict.fromkeys((f"{TURNS}enable", f"{TURNS}tool_config_path", f"{TURNS}interaction_config_path"), SEVERAL_TURNS),
+    **dict.fromkeys(("reward_model.enable", "reward.reward_model.enable"), SERVED),
     "distillation.enabled": "distillation is another loss than GRPO's",
     "algorithm.use_pf_ppo": "PF-PPO draws its batch in another way than GRPO",
 }
@@ -121,7 +136,7 @@ def _check(t: Translation) -> None:
         if on(t.value(key)) and not (key.startswith(TURNS) and t.value(f"{TURNS}enable") is False):
             refuse(t, key, what)
     if t.value(f"{ROLLOUT}agent.default_agent_loop", "single_turn_agent") != "single_turn_agent":
-        refuse(t, f"{ROLLOUT}agent.default_agent_loop", REFUSED[f"{TURNS}enable"])
+        refuse(t, f"{ROLLOUT}agent.default_agent_loop", SEVERAL_TURNS)
     if t.value(LOSS) not in FORMS:
         refuse(t, LOSS, f"TRL has no loss like {t.value(LOSS)}", f"Read are {', '.join(FORMS)}.")
     if t.value("trainer.v1.trainer_mode", "sync") != "sync":
@@ -137,9 +152,9 @@ def _batch(t: Translation) -> None:
     )
     if on(t.value(DYNAMIC)):
         longest = t.number(KEYS.longest_prompt) + t.number(KEYS.longest_completion)
-        tokens = t.number(budget) * (positive(t, sequence) or 1)
+        tokens = t.number(budget)
         micro, used = max(1, int(tokens // longest)), [budget, DYNAMIC]
-        note = f"{tokens} tokens of a micro batch / {longest} of the longest prompt and completion = {tokens / longest:.3g}"
+        note = f"{tokens} tokens of a micro batch / {longest} of the longest prompt and answer = {tokens / longest:.3g}"
     else:
         used = [total if t.value(each) is None and t.value(total) is not None else each]
         size = t.number(used[0])
@@ -276,7 +291,7 @@ def _data(t: Translation) -> None:
     if on(t.value(f"{FILTER}enable")):
         most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
         note = (
-            f"verl compares {metric} in a group, and stops after so many generations; here the whole reward, and go on"
+            f"verl compares {metric}, and ends after so many generations; here the whole reward, and training goes on"
         )
         t.changes(f"{FILTER}enable", {"resample.max_rounds": most if most > 1 else 10}, note)
 
@@ -294,7 +309,7 @@ def _rewards(t: Translation) -> None:
     else:
         items = [{"name": "grpo_autotune.interop.adapters.formulas:verl_by_data_source"}]
         note = "verl's own rewards by a row's data_source: here are those of gsm8k and geometry3k"
-        t.changes("data.reward_fn_key", {"rewards": items}, note)
+        t.changes("data.reward_fn_key", {"rewards": list(items)}, note)
     managers = {
         key: t.value(key)
         for key in ("reward.reward_manager.name", "reward_model.reward_manager", "reward_manager.name")

@@ -55,7 +55,7 @@ MARKS = (
     ("2026.8", "trainer.use_v1 trainer.v1. reward. distillation. transfer_queue. model_engine data.audio_key "
                "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
     ("2026.1", f"{LEGACY} reward_manager. data.sampler. data.datagen. {ROLLOUT}skip_rollout"),
-    ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler {ROLLOUT}use_fire_sampling "
+    ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler "
              f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size"),
     ("2026.1", "reward_model. custom_reward_function."),
 )  # fmt: skip
@@ -85,8 +85,8 @@ WORDS = words(
         ("speed only", "TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once"):
             "model.use_remove_padding actor.use_remove_padding actor.use_prefix_grouper actor.pad_to_length",
         ("speed only", "another kernel for the same numbers"):
-            "model.use_fused_kernels model.fused_kernel_options. model.use_liger model.tiled_mlp. actor.use_fused_kernels "
-            "actor.use_torch_compile actor.entropy_ model.enable_activation_offload",
+            "model.use_fused_kernels model.fused_kernel_options. model.use_liger model.tiled_mlp. actor.entropy_ "
+            "actor.use_fused_kernels actor.use_torch_compile model.enable_activation_offload",
         ("speed only", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
             "actor.strategy actor.fsdp_config. actor.fsdp_size actor.megatron. actor.veomni. actor.engine. "
             "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight",
@@ -94,27 +94,28 @@ WORDS = words(
         ("speed only", "the engine runs inside the training processes"):
             "rollout.mode rollout.data_parallel_size rollout.expert_parallel_size rollout.pipeline_model_parallel_size "
             "rollout.moe_tensor_parallel_size rollout.checkpoint_engine. rollout.nnodes rollout.n_gpus_per_node "
-            "rollout.multi_stage_wake_up rollout.disable_log_stats rollout.skip_tokenizer_init rollout.trace. rollout.seed "
-            "rollout.prometheus. rollout.profiler. rollout.scheduling_policy rollout.over_sample_rate rollout.agent. "
-            "rollout.dtype rollout.layered_summon rollout.engine_kwargs. rollout.swap_space rollout.chat_scheduler",
+            "rollout.multi_stage_wake_up rollout.disable_log_stats rollout.skip_tokenizer_init rollout.trace. "
+            "rollout.seed rollout.prometheus. rollout.profiler. rollout.scheduling_policy rollout.over_sample_rate "
+            "rollout.agent. rollout.dtype rollout.layered_summon rollout.engine_kwargs. rollout.swap_space "
+            "rollout.chat_scheduler",
         ("speed only", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
         ("speed only", "no part of what is learned"):
-            "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers data.val_batch_size "
-            "data.dataloader_num_workers data.gen_batch_size actor.checkpoint. actor.calculate_entropy ray_kwargs. "
-            "ray_init. transfer_queue. hydra. defaults actor_rollout_ref.nccl_timeout skip.",
+            "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
+            "data.val_batch_size data.dataloader_num_workers data.gen_batch_size actor.checkpoint. ray_kwargs. "
+            "actor.calculate_entropy ray_init. transfer_queue. hydra. defaults actor_rollout_ref.nccl_timeout skip.",
         ("speed only", "the run folder is output.dir"): "trainer.default_local_dir",
         ("speed only", "grpo-autotune train --resume"): "trainer.resume_mode",
         ("speed only", "the tracker's own variable, such as WANDB_PROJECT"): "trainer.project_name",
         ("speed only", "how a reward is called"):
-            "reward.num_workers reward_model.num_workers reward_model.launch_reward_fn_async reward_model.use_reward_loop "
-            "reward.sandbox_fusion. reward_model.sandbox_fusion. reward_model. reward.reward_model. custom_reward_function. "
-            "reward.custom_reward_function. reward_manager. reward.",
+            "reward. reward_model. custom_reward_function. reward_manager.",
         ("same", "TRL shuffles the completions of a rollout as well"): "actor.shuffle actor.data_loader_seed",
-        ("same", "the source sets it when it starts"): "optim.total_training_steps rollout.prompt_length rollout.response_length",
+        ("same", "the source sets it when it starts"):
+            "optim.total_training_steps rollout.prompt_length rollout.response_length",
         ("same", "the engine's weights come from the trainer before the first rollout"): "rollout.load_format",
         ("same", "of a setting that has its own row"):
             "algorithm.filter_groups. algorithm.rollout_correction. rollout.calculate_log_probs rollout.val_kwargs. "
-            "rollout.multi_turn. optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio model.lora. rollout.do_sample",
+            "rollout.multi_turn. optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio model.lora. "
+            "rollout.do_sample",
         ("same", "verl reads it under `actor.`"): "actor.policy_loss.tau_",
         ("same", "trainer and engine share the GPUs"): "actor_rollout_ref.hybrid_engine",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
@@ -124,15 +125,18 @@ WORDS = words(
         ("same", "rows with videos or sound are not read here"): "data.video_key data.audio_key",
         ("no equivalent", "KL in the reward: TRL has it in the loss alone (grpo.beta)"): "algorithm.use_kl_in_reward",
         ("no equivalent", "a row's experts in the rollout are not replayed in training"):
-            "actor.router_replay.mode actor.megatron.router_replay.mode rollout.enable_rollout_routing_replay actor.veomni.router_replay.mode",
+            "actor.router_replay.mode actor.megatron.router_replay.mode actor.veomni.router_replay.mode "
+            "rollout.enable_rollout_routing_replay",
         ("no equivalent", "the router's loss is that of the model's own configuration"):
-            "actor.megatron.override_transformer_config.moe_aux_loss_coeff actor.megatron.override_transformer_config.moe_z_loss_coeff",
+            "actor.megatron.override_transformer_config.moe_aux_loss_coeff "
+            "actor.megatron.override_transformer_config.moe_z_loss_coeff",
         ("no equivalent", "TRL's AdamW has no such setting"): "optim. actor.qat.",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
-        ("no equivalent", "the model's own configuration holds"): "model.override_config. model.tokenizer_path model.hf_config_path "
-            "model.external_lib model.mtp. data.tokenizer",
+        ("no equivalent", "the model's own configuration holds"):
+            "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib model.mtp. "
+            "data.tokenizer",
         ("no equivalent", "set model.adapter to the folder by hand, and leave out `peft`"): "model.lora_adapter_path",
-        ("no equivalent", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen. data.tool_config_path",
+        ("no equivalent", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
         ("no equivalent", "TRL corrects by importance weights alone"):
             "algorithm.rollout_correction.rollout_rs algorithm.rollout_correction.rollout_rs_threshold "
             "algorithm.rollout_correction.bypass_mode algorithm.rollout_correction.rollout_is_batch_normalize",
