@@ -3,6 +3,7 @@
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.adapters.named import NAMED
 from grpo_autotune.interop.frameworks.trl import translated, weighted
 from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, listed, off
 from grpo_autotune.interop.frameworks.trl_versions import choose
@@ -27,7 +28,7 @@ PUBLISHED = ("benchmarks", "callbacks", "hub_model_revision", "overwrite_hub_rev
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(PUBLISHED, off("what open-r1 does after a checkpoint: publish, evaluate, log")),
-    **dict.fromkeys(REWARDS, inert(f"in {MODULE}.py")),
+    **dict.fromkeys(REWARDS, inert("a setting of its rewards")),
 }
 
 
@@ -39,19 +40,29 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     )  # fmt: skip
 
 
-def _rewards(to: Translation) -> list[dict[str, Any]]:
-    """open-r1's own functions, made by its `get_reward_funcs` in a module beside the configuration."""
+def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
+    """Its functions as they are known here; the others by open-r1's own `get_reward_funcs`, in a module beside the
+    configuration."""
     names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format", "tag_count"]
     wrong = next((name for name in names if name not in NAMES), None)
     if wrong:
         fix = f"Known: {', '.join(NAMES)}."
         raise ConfigError(f"open-r1 has no reward {wrong}", where=to.where("reward_funcs"), fix=fix)
     settings = {key: to.value(key, default) for key, default in REWARDS.items()}
+    known = {name: NAMED["open-r1", name] for name in names if ("open-r1", name) in NAMED}
+    items = {name: reward.item(settings) for name, reward in known.items() if reward.name}
+    others = [name for name in names if name not in items]
+    if others:
+        to.files[f"{MODULE}.py"] = _module(others, settings)
+        to.warnings.append(f"{', '.join(others)}: open-r1's own, by {MODULE}.py: have open-r1 installed")
+    notes = [f"{name}: {reward.note}" for name, reward in known.items() if reward.name and reward.note]
+    return weighted(to, [items.get(name) or {"name": f"{MODULE}:{name}"} for name in names]), "; ".join(notes)
+
+
+def _module(names: list[str], settings: dict[str, Any]) -> str:
     arguments = "".join(f"        {key}={value!r},\n" for key, value in {"reward_funcs": names, **settings}.items())
-    to.files[f"{MODULE}.py"] = (
-        '"""Reward functions of open-r1, as its recipe has them; needs open-r1 (pip install, or its src folder on '
-        'PYTHONPATH)."""\n\nfrom types import SimpleNamespace\n\nfrom open_r1.rewards import get_reward_funcs\n\n'
-        f"{', '.join(names)}{',' * (len(names) == 1)} = get_reward_funcs(\n    SimpleNamespace(\n{arguments}    )\n)\n"
+    return (
+        '"""Reward functions of open-r1, as its recipe has them."""\n\nfrom types import SimpleNamespace\n\n'
+        f"from open_r1.rewards import get_reward_funcs\n\n{', '.join(names)}{',' * (len(names) == 1)} = "
+        f"get_reward_funcs(\n    SimpleNamespace(\n{arguments}    )\n)\n"
     )
-    to.warnings.append(f"the rewards are open-r1's own, by {MODULE}.py: have open-r1 installed")
-    return weighted(to, [{"name": f"{MODULE}:{name}"} for name in names])

@@ -34,7 +34,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     return to
 
 
-def _rewards(to: Translation) -> list[dict[str, Any]]:
+def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     names = listed(to.value("reward_funcs")) or ["accuracy", "format"]
     to.warnings.append("the rewards are R1-V's own, open_r1.grpo: have its src folder on PYTHONPATH")
-    return weighted(to, [{"name": f"open_r1.grpo:{name}_reward"} for name in names])
+    return weighted(to, [{"name": f"open_r1.grpo:{name}_reward"} for name in names]), ""

@@ -18,7 +18,8 @@ from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, Version, cho
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-Rewards = Callable[[Translation], list[dict[str, Any]]]
+Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]
+"""Makes the items of `rewards`, and says what differs from the source's."""
 
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
@@ -54,7 +55,7 @@ def translated(
         world_size: As `Translation` has it.
         over: Defaults of the framework over TRL's.
         unread: Keys that the framework's trainer takes and never reads, and why; `over` has what it does instead.
-        rewards: Makes the items of `rewards`; TRL's names otherwise.
+        rewards: The framework's rewards; TRL's names otherwise.
         handlers: What the framework's own keys become, over `HANDLERS`.
         micro: Completions per device where the framework changes their number, and how.
     """
@@ -68,7 +69,8 @@ def translated(
     weights = "auto" if is_script and number == (0, 26) else "float32"
     to = Translation(read, {**model, "dtype": weights, **defaults(number), **over}, name, why, world_size)
     _batch(to, number, micro)
-    to.verdict("converted", "reward_funcs", {"rewards": (rewards or _rewards)(to)}, "functions by name")
+    items, differs = (rewards or _rewards)(to)
+    (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
     table = {**HANDLERS, "dataset_name": _data, **_of_release(number), **(handlers or {})}
     for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
         is_default = key not in read.settings
@@ -158,11 +160,11 @@ def _torchrun(to: Translation) -> int | None:
     return per_node * (nodes if isinstance(nodes, int) else 1) if isinstance(per_node, int) else None
 
 
-def _rewards(to: Translation) -> list[dict[str, Any]]:
+def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
     names = listed(to.value("reward_funcs"))
     is_script = trl_script.is_script(to.source)
-    return weighted(to, trl_script.rewards(to, names) if is_script else [_reward(to, str(name)) for name in names])
+    return weighted(to, trl_script.rewards(to, names) if is_script else [_reward(to, str(name)) for name in names]), ""
 
 
 def _reward(to: Translation, name: str) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def _layers(to: Translation, key: str) -> None:
 HANDLERS: dict[str, Handler] = {
     "data_file_paths": _files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
     "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
-    "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None), "freeze_vision_modules": _frozen,
-    "lora_target_modules": _layers,
+    "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None),
+    "freeze_vision_modules": _frozen, "lora_target_modules": _layers,
     "max_anyres_num": off("tiles of InternVL: the model's own number holds"),
     "arrow_cache_dir": speed("a folder of caches"),
 }  # fmt: skip
@@ -90,12 +90,12 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     )  # fmt: skip
 
 
-def _rewards(to: Translation) -> list[dict[str, Any]]:
+def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """VLM-R1's own functions, in a module beside the configuration that gives them the columns they read."""
     names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
     to.files[f"{MODULE}.py"] = _module(to, names)
     to.warnings.append(f"the rewards are VLM-R1's own, by {MODULE}.py: have its src folder on PYTHONPATH")
-    return weighted(to, [{"name": f"{MODULE}:{name}"} for name in names])
+    return weighted(to, [{"name": f"{MODULE}:{name}"} for name in names]), ""
 
 
 def _module(to: Translation, names: list[str]) -> str:
