@@ -72,7 +72,9 @@ def test_batches_of_swift(tmp_path_factory, group, micro, ranks, steps, rounds, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(group=st.integers(2, 8), micro=counts, ranks=counts, steps=counts, rounds=counts, shared=st.sampled_from([1, 2, 4]))
+@given(
+    group=st.integers(2, 8), micro=counts, ranks=counts, steps=counts, rounds=counts, shared=st.sampled_from([1, 2, 4])
+)
 def test_batches_of_megatron(tmp_path_factory, group, micro, ranks, steps, rounds, shared) -> None:
     """Its rollout is counted in global batches, on the ranks that parallelism within a sequence leaves."""
     completions = micro * ranks * steps * group
@@ -178,7 +180,7 @@ def test_each_key_has_its_verdict(tmp_path) -> None:
     assert known == {"made_up": "no equivalent"}
     verdicts = {key: table[key].verdict for key in keys}
     assert [key for key, verdict in verdicts.items() if verdict == "changes meaning"] == [
-        "dynamic_sample", "vllm_engine_kwargs", "rollout_importance_sampling_mode",
+        "dynamic_sample", "max_resample_times", "vllm_engine_kwargs", "rollout_importance_sampling_mode",
     ]  # fmt: skip
     config = result.config
     assert config["data"]["columns"] == {"prompt": "question", "solution": "result"}
@@ -209,7 +211,9 @@ def test_evaluation_needs_held_out_rows(tmp_path) -> None:
     """Swift evaluates wherever it has data to, as often as it saves, in whole groups."""
     off = imported(tmp_path, command(eval_steps=5, eval_strategy="steps"))
     assert rows(off)["eval_steps"].targets == {} and "eval_strategy" not in off.config["grpo"]
-    grpo = imported(tmp_path, command(val_dataset="held.jsonl", save_steps=7, num_generations=16, gradient_accumulation_steps=2)).config["grpo"]
+    grpo = imported(
+        tmp_path, command(val_dataset="held.jsonl", save_steps=7, num_generations=16, gradient_accumulation_steps=2)
+    ).config["grpo"]
     assert (grpo["eval_strategy"], grpo["eval_steps"], grpo["per_device_eval_batch_size"]) == ("steps", 7, 2)
 
 

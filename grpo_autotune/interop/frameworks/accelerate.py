@@ -23,11 +23,13 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 
 
 def with_launch(source: Source) -> Source:
-    """The source with the launcher's options under `PREFIX`, those of accelerate's file among them, and with the
-    settings of the DeepSpeed file that this one names."""
+    """The source with the launcher's options under `PREFIX`, over those of accelerate's file, and with the settings of
+    the DeepSpeed file that this one names."""
     options = {PREFIX + key: setting for key, setting in source.launch.items() if key != "config_file"}
     source = replace(source, settings={**options, **source.settings})
-    file = options.get(f"{ZERO}deepspeed_config_file")
+    if (named := source.launch.get("config_file")) is not None:
+        source = deepspeed.with_file(source, named.value, PREFIX)
+    file = source.settings.get(f"{ZERO}deepspeed_config_file")
     return source if file is None else deepspeed.with_file(source, file.value, deepspeed.PREFIX)
 
 

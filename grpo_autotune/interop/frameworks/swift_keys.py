@@ -69,7 +69,7 @@ SAME = {
 }  # fmt: skip
 """The same under our name. Other keys of TRL, transformers and vLLM pass through under their own."""
 PLAIN = (
-    "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type", "weight_decay",
+    "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type", "weight_decay",
     "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy", "save_steps",
     "gradient_checkpointing",
 )  # fmt: skip

@@ -11,7 +11,17 @@ from grpo_autotune.config.sections.vllm import engine_names
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.module import adapter
 from grpo_autotune.interop.adapters.named import NAMED
-from grpo_autotune.interop.frameworks.swift_keys import DEFAULTS, LISTS, LOSSES, PEFT, PIXELS, PLAIN, SAME, VERDICTS, VISION
+from grpo_autotune.interop.frameworks.swift_keys import (
+    DEFAULTS,
+    LISTS,
+    LOSSES,
+    PEFT,
+    PIXELS,
+    PLAIN,
+    SAME,
+    VERDICTS,
+    VISION,
+)
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
@@ -223,7 +233,8 @@ def _loss(to: Translation) -> None:
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
         note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
-        to.changes("dynamic_sample", {"resample.max_rounds": rounds}, note)
+        for key in ("dynamic_sample", "max_resample_times"):
+            to.changes(key, {"resample.max_rounds": rounds}, note)
 
 
 def _same_clipping(to: Translation, kind: str, factor: int) -> None:
