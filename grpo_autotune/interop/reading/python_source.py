@@ -23,6 +23,8 @@ OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: lambda none, value: -value,
     ast.UAdd: lambda none, value: +value, ast.Not: lambda none, value: not value,
 }  # fmt: skip
+MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
+MOST_LEFT_OUT = 20
 WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
 
 
@@ -43,7 +45,8 @@ class Script:
     imports: set[str] = field(default_factory=set)  # packages, without their parts
     environment: dict[str, Setting] = field(default_factory=dict)  # what it puts into `os.environ`
     pins: dict[str, str] = field(default_factory=dict)  # package -> version, of its `pip install` lines
-    docstring: str | None = None
+    docstring: range | None = None  # its lines, from 1
+    warnings: list[str] = field(default_factory=list)
 
     def called(self, pattern: str) -> list[Call]:
         """Calls whose whole name matches a regular expression, in the order of their lines."""
@@ -58,18 +61,32 @@ def calls(path: Path, environment: Mapping[str, str] | None = None) -> list[Call
 def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     """All of a script or notebook; `environment` is what `os.environ` gives it. ConfigError if it is no Python."""
     text = text_of(path)
-    script = Script(pins={name: version for name, version in PIN.findall(text)})
+    script = Script(pins=dict(PIN.findall(text)))
     names: dict[str, Any] = {}
     for cell, source in cells(path, text):
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, RecursionError, ValueError) as error:
-            line = getattr(error, "lineno", None)
-            where = path.name + (f", {cell}" if cell else "") + (f", line {line}" if line else "")
-            raise ConfigError("this Python cannot be read: " + str(error).partition(" (")[0], where=where) from None
-        script.docstring = script.docstring or ast.get_docstring(tree)
+        tree, left_out = _parsed(source, f"{path.name}, {cell}" if cell else path.name)
+        script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
+        if ast.get_docstring(tree) and script.docstring is None:
+            script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
         _Reader(script, cell, names, environment or {}).visit(tree)
     return script
+
+
+def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
+    """The tree of a source without the statements that are no Python (of this version), and their lines."""
+    lines, left_out = source.split("\n"), list[str]()
+    while True:
+        try:
+            return ast.parse("\n".join(lines)), left_out
+        except (SyntaxError, RecursionError, ValueError) as error:
+            line = min(getattr(error, "lineno", None) or 0, len(lines))
+            if not line or len(left_out) >= MOST_LEFT_OUT:
+                raise ConfigError("this Python cannot be read", where=f"{where}, line {line}") from None
+            starts = [n for n, text in enumerate(lines) if re.match(r"[A-Za-z@]", text)]
+            start = max((n for n in starts if n < line), default=0)
+            end = min((n for n in starts if n >= line), default=len(lines))
+            left_out.append(f"{start + 1} to {end}")
+            lines[start:end] = [""] * (end - start)
 
 
 def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
@@ -84,7 +101,12 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
         raise ConfigError("this is no notebook", where=path.name) from None
     for number, source in enumerate(sources, 1):
         if not re.match(r"%%(bash|sh|writefile|html|javascript|script)", source):
-            yield f"cell {number:0{len(str(len(sources)))}}", re.sub(r"(?m)^(\s*)[!%?].*$", r"\1pass", source)
+            yield f"cell {number:0{len(str(len(sources)))}}", MAGIC.sub(_blank, source)
+
+
+def _blank(magic: re.Match[str]) -> str:
+    """A statement that does nothing, and as many lines as the notebook's command."""
+    return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
 
 
 class _Reader(ast.NodeVisitor):
@@ -114,10 +136,6 @@ class _Reader(ast.NodeVisitor):
         self.names.pop(ast.unparse(node.target), None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            for one, its_value in zip(target.elts, value.elts, strict=True):
-                self.assign(one, its_value)
-            return
         name = ast.unparse(target)
         base = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
