@@ -224,7 +224,7 @@ def _data(t: Translation, keys: Keys) -> None:
     shared.prompts(t, keys)
     template = _template(t, "data.format_prompt", "data.prompt_template", "its `content` is the column of the prompt")
     _template(t, "data.override_chat_template", "data.chat_template", "")
-    columns = {}
+    columns: dict[str, str] = {}
     for ours, name in (("content" if template else "prompt", "prompt_key"), ("images", "image_key")):
         columns |= {ours: str(t.value(f"data.{name}"))} if t.value(f"data.{name}") != ours else {}
     columns["ground_truth"] = str(t.value("data.answer_key"))

@@ -74,7 +74,7 @@ MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj"
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    t = Translation(source, NEWEST | CHANGED[name], name, reason, world_size)
+    t = Translation(source, {**NEWEST, **CHANGED[name]}, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
@@ -170,7 +170,13 @@ def _batch(t: Translation) -> None:
 
 
 def _lora(t: Translation) -> bool:
-    """LoRA of FSDP, or Megatron's, whose layers have other names."""
+    """LoRA of FSDP, which may go on from an adapter, or Megatron's, whose layers have other names."""
+    start = f"{MODEL}lora_adapter_path"
+    if on(t.value(start)):
+        note = "goes on from it; the reference is the base model, as in verl"
+        t.verdict("same", start, {"model.adapter": t.value(start), "model.adapter_reference": "base"}, note)
+        unused(t, (KEYS.rank, KEYS.alpha, KEYS.adapted, KEYS.kept_out), "the adapter's own configuration holds")
+        return True
     if not positive(t, f"{MODEL}lora.rank"):
         return shared.lora(t, KEYS, t.value(KEYS.adapted))
     rank, alpha, adapted, out = (
@@ -189,6 +195,8 @@ def _loss(t: Translation) -> None:
     key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
     average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
     unused(t, [LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
+    if average not in (*AVERAGES, "token-sum"):
+        refuse(t, key, f"no average of a loss like {average}", f"Read are {', '.join(AVERAGES)}.")
     if mode in ("gspo", "sapo"):
         level = {"grpo.importance_sampling_level": "sequence"} if mode == "gspo" else {}
         targets = {"grpo.loss_type": "grpo" if mode == "gspo" else "sapo", **level}

@@ -135,7 +135,6 @@ WORDS = words(
         ("no equivalent", "the model's own configuration holds"):
             "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib model.mtp. "
             "data.tokenizer",
-        ("no equivalent", "set model.adapter to the folder by hand, and leave out `peft`"): "model.lora_adapter_path",
         ("no equivalent", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
         ("no equivalent", "TRL corrects by importance weights alone"):
             "algorithm.rollout_correction.rollout_rs algorithm.rollout_correction.rollout_rs_threshold "
