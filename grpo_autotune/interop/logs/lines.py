@@ -28,8 +28,8 @@ BAR = re.compile(
 WANDB = re.compile(r"wandb: +(\S+) +(-?\d\S*)$")
 DICT = re.compile(r"\{'(?=[^{}]*'(?:loss|reward|train_runtime)':)[^{}]*\}")
 TORN = "lines that are torn"
-ORDINAL = ""
-"""Key of a row that has no number of its own: a Trainer's dictionary on a console."""
+NEXT, LAST = "(the next)", "(the last)"
+"""Keys of a row without a number of its own: a Trainer's dictionary on a console, W&B's summary at the end."""
 LONG = (("key", "metric", "name", "metric_name"), ("value", "metric_value"))
 
 
@@ -45,10 +45,11 @@ def rows(path: Path, skipped: Counter[str]) -> Iterator[Row]:
     with path.open("rb") as file:
         head = file.read(1 << 16).decode("utf-8", "replace").lstrip("\ufeff \r\n")
     first = head.partition("\n")[0]
-    if head[:1] in ("{", "[") and not _json(first):
+    row = _json(first)
+    if path.suffix != ".jsonl" and re.match(r'\{\s*"|\[\s*\{', head) and (row is None or "log_history" in row):
         return _entries(path)
-    titles = next(csv.reader([first]), [])
-    if path.suffix == ".csv" or (len(titles) > 2 and "," in first and {"step", "_step"} & {t.lower() for t in titles}):
+    titles = {title.lower() for title in first.split(",")}
+    if path.suffix == ".csv" or (len(titles) > 2 and {"step", "_step"} & titles):
         return _table(path)
     return _console(path, skipped)
 
@@ -88,20 +89,23 @@ def _entries(path: Path) -> Iterator[Row]:
 def _table(path: Path) -> Iterator[Row]:
     """A CSV with a column for each key, or with a line for each value."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        by_name = {str(name).lower(): name for name in reader.fieldnames or []}
-        key, value = (next((by_name[name] for name in names if name in by_name), None) for names in LONG)
-        step, when = by_name.get("step"), by_name.get("timestamp")
-        if key is None or value is None or step is None:
-            for row in reader:
-                yield Row(reader.line_num, {k: v for k, v in row.items() if v not in ("", None) and k})
-            return
-        cells = [(reader.line_num, row) for row in reader]
-    for line, row in sorted(cells, key=lambda cell: _order(cell[1].get(when or step))):
-        yield Row(line, {"step": row[step], str(row[key]): row[value]})
+        reader = csv.DictReader(line.replace("\0", "") for line in file)
+        try:
+            lines = ((reader.line_num, row) for row in reader)
+            by_name = {str(name).lower(): name for name in reader.fieldnames or []}
+            key, value = (next((by_name[name] for name in names if name in by_name), None) for names in LONG)
+            if key is None or value is None or "step" not in by_name:
+                yield from (Row(line, {k: v for k, v in row.items() if v and k}) for line, row in lines)
+                return
+            step, when = by_name["step"], by_name.get("timestamp", by_name["step"])
+            for line, row in sorted(lines, key=lambda cell: _order(cell[1].get(when))):
+                yield Row(line, {"step": row[step], str(row[key]): row[value]})
+        except csv.Error as problem:
+            raise ConfigError(f"no table that can be read ({problem})", where=str(path)) from problem
 
 
 def _order(text: Any) -> tuple[float, str]:
+    """A key to sort times by, numbers or dates."""
     try:
         return float(text), ""
     except (TypeError, ValueError):
@@ -121,7 +125,8 @@ def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
             pairs = (part.strip().rpartition(":") for part in text[match.end() :].split(" - "))
             yield Row(line, {"step": match[1]} | {key: value.split(" ")[0] for key, _, value in pairs if key})
         elif text.startswith("wandb:"):
-            yield Row(line, {m[1]: m[2] for part in text.split("\n") if (m := WANDB.match(part))})
+            summary = {m[1]: m[2] for part in text.split("\n") if (m := WANDB.match(part))}
+            yield Row(line, {LAST: True} | summary)
         else:
             yield from _of_trainer(line, text, skipped)
 
@@ -137,7 +142,7 @@ def _of_trainer(line: int, text: str, skipped: Counter[str]) -> Iterator[Row]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             skipped[TORN] += 1
         else:
-            yield Row(line, {ORDINAL: True} | row)
+            yield Row(line, {NEXT: True} | row)
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -148,7 +153,7 @@ def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
         line = 0
         while raw := file.readline(LONGEST):
             line, done = line + 1, done + len(raw)
-            if line % 4096 == 0 and time.monotonic() - told > TELL_S:
+            if time.monotonic() - told > TELL_S:
                 told = time.monotonic()
                 left = duration((told - begun) * (size / done - 1.0))
                 say(f"{path.name}: {percent(done / size)} read, about {left} left")
@@ -180,9 +185,9 @@ def _continues(whole: str, text: str, last: str, width: int) -> str | None:
     if VERL.search(text) or "{'" in text:
         return None
     if VERL.search(whole):
-        parts = text.strip().split(" - ") if not text.startswith(" - ") else ["", *text[3:].strip().split(" - ")]
-        wrapped = len(parts) > 1 or (len(text) > 0 and width - 2 <= len(last) <= width)
+        parts = re.sub(r"^\s*(?:- )?|\s+-?\s*$", "", text).split(" - ")
+        wrapped = len(parts) > 1 or text.lstrip().startswith("- ") or (text and width - 2 <= len(last) <= width)
         fits = not any(" " in part for part in parts) and all(":" in part for part in parts[1:-1])
-        glue = " " if whole.endswith(" -") or text.startswith("- ") else ""
-        return glue if wrapped and fits else None
+        bare = whole.endswith(" -") or (text.startswith("- ") and not whole.endswith(" "))
+        return (" " if bare else "") if wrapped and fits else None
     return "" if "{'" in whole and "}" not in whole[whole.rindex("{'") :] and whole.count("'") < 400 else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.interop.logs.lines import ORDINAL, Row, rows
+from grpo_autotune.interop.logs.lines import LAST, NEXT, Row, rows
 from grpo_autotune.interop.logs.timers import RAY, TRL, Part, TrlTimers
 
 MOST_STEPS = 20_000
@@ -52,7 +52,7 @@ class LoggedSteps:
         for row in rows(path, self.skipped):
             self._take(row)
         missing = self._first_row is not None and self._last_row - self._first_row >= 1.02 * self._rows
-        if (missing or self._timers.collapsed) and self.parts:
+        if self._timers.seen and (missing or self._timers.collapsed or not self.parts):
             self.parts = {}
             self.warnings.append(
                 "rows are missing or were put together (a panel's export, or W&B without a commit for each), so the "
@@ -103,7 +103,7 @@ class LoggedSteps:
     def _number_of(self, row: Row) -> int | None:
         key = next((key for key in COUNTERS if key in row.values), None)
         if key is None:
-            return self._last + 1 if ORDINAL in row.values else None
+            return self._last + 1 if NEXT in row.values else max(1, self._last) if LAST in row.values else None
         at = number(str(row.values[key]).partition("/")[0])
         return None if at is None else int(at)
 

@@ -80,7 +80,7 @@ def _generation(timers: Mapping[str, float]) -> Iterator[Part]:
         yield Part("generation", ("generation", "prompt"), (f"{RAY}gen", f"-{RAY}reshard"), whole - reshard)
         yield Part("weight_sync", ("weight_sync", "engine"), (f"{RAY}reshard",), reshard)
     else:
-        streamed = in_loop and timers.get("reward", 0.0) < LEAST_WAIT * timers["step"]
+        streamed = any(key.startswith("agent_loop/compute_score") for key in timers)
         pushed = () if "update_weights" in timers else ("weight_sync", "engine")
         data = ("data",) if {"old", "validation"} & timers.keys() else ()  # EasyR1 draws its batches in there
         holds = ("generation", "prompt", *pushed, *data, *(["reward"] if streamed else []))
@@ -91,6 +91,7 @@ class TrlTimers:
     """Timers of TRL's trainers, which end one after the other: those before the one around them are inside it."""
 
     def __init__(self) -> None:
+        self.seen = False
         self.collapsed = False  # several in one row: a name that was logged twice kept its last value alone
         self._spent: Counter[str] = Counter()
         self._passes: list[float] = []
@@ -98,6 +99,7 @@ class TrlTimers:
     def add(self, values: Mapping[str, float]) -> None:
         """Take the timers of a row in."""
         names = {key: key.removeprefix(TRL).partition(".")[2] for key in values if key.startswith(TRL)}
+        self.seen |= bool(names)
         self.collapsed |= len(names) > 1
         for key, name in names.items():
             if name.startswith("_get_per_token_logps"):
@@ -122,7 +124,7 @@ class TrlTimers:
         inner = [label for label in TRL_ROWS if label in spent and label != "forward"]
         seconds = {label: spent[label] for label in TRL_ROWS if label in spent}
         seconds["prompt"] = spent["prepare"] - sum(spent[label] for label in inner)
-        seconds["left"] = spent["loss"] - spent["forward"]
+        seconds["left" if spent["forward"] else "fused"] = spent["loss"] - spent["forward"]
         if step_s is not None:
             seconds["backward"] = step_s - spent["prepare"] - spent["loss"]
         least = -SLACK * (spent["prepare"] + spent["loss"])
@@ -133,8 +135,8 @@ class TrlTimers:
 
 
 TRL_NAMES = {
-    **dict.fromkeys(("transformers.generate", "transformers.generate_batch", "vLLM.generate", "generate"), "gen"),
-    **dict.fromkeys(("transformers.generate_paged",), "gen"),
+    **dict.fromkeys((f"transformers.generate{how}" for how in ("", "_batch", "_paged")), "gen"),
+    **dict.fromkeys(("vLLM.generate", "generate"), "gen"),
     **dict.fromkeys(("sync_weights", "_move_model_to_vllm"), "sync"),
     **dict.fromkeys(("_calculate_rewards", "_compute_rewards_per_func"), "reward"),
     "_prepare_inputs": "prepare",
@@ -153,6 +155,7 @@ TRL_ROWS = {
 }
 TRL_REST = {
     "prompt": ("prompt", ("prompt", "engine", "sync_wait"), (*_PREPARE, "-what is inside")),
+    "fused": ("training forward", ("policy_logprob.training_forward",), ("compute_loss",)),
     "left": ("other", ("other",), ("compute_loss", f"-{_PASS}")),
     "backward": ("backward", ("backward",), ("step_time", "-_prepare_inputs", "-compute_loss")),
 }
