@@ -36,14 +36,13 @@ def import_(
     env: Env = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="The YAML to write (./grpo.yaml if new); of a log, the JSON."),
+        typer.Option("--out", metavar="FILE", help="The YAML to write (a new ./grpo.yaml); of a log, JSON or .html."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a setting changes meaning or is lost.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Also run a short real trial of the result.")] = False,
-    config: Annotated[
+    against: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Of a log, the configuration to check it against.")
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Of a log, the page to write.")] = None,
     json_: Json = False,
 ) -> Action:
     """Import a configuration or a log of verl, EasyR1, ms-swift, TRL, open-r1, VLM-R1, R1-V or Unsloth."""
@@ -54,7 +53,7 @@ def import_(
         if file.is_file() and is_log(file):
             from grpo_autotune.commands.import_log import import_log
 
-            return import_log(file, out=out, html=html, config=config, as_json=json_)
+            return import_log(file, out=out, config=against, as_json=json_)
         from grpo_autotune.commands.import_config import import_config
         from grpo_autotune.config.batch import world_size as processes
 

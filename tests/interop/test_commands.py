@@ -217,3 +217,20 @@ def test_import_loads_no_heavy_library(folder: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
     )
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_probe_of_what_was_imported_splits_the_training_pass(folder: Path, tiny: Any, capfd: Any) -> None:
+    rows = [{"prompt": f"What is {number} + 1?"} for number in range(8)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    values = {
+        "model_name_or_path": str(tiny("qwen3")), "dataset_name": "rows.jsonl", "reward_funcs": ["think_format_reward"],
+        "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "bf16": False,
+        "output_dir": "out", "report_to": "none",
+    }  # fmt: skip
+    (folder / "trl.yaml").write_text(yaml.safe_dump(values))
+    assert main(["import", "trl.yaml", "--probe"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    split = next(line for line in lines if line.startswith("The training pass holds "))
+    shares = [float(share) for share in re.findall(r"([\d.]+)% (?:forward|backward|optimizer)", split)]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=1.5)
+    assert any(line.startswith("What the file says") for line in lines) and (folder / "out" / "probe").is_dir()

@@ -12,8 +12,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.writing.export import Original, export
-from grpo_autotune.knobs.apply import with_knobs
-from grpo_autotune.knobs.table import knob
+from tests.support.tuned import tuned_values
 
 VERL = """#!/bin/bash
 # GRPO on our cluster
@@ -94,25 +93,6 @@ beta: 0.001
 FILES = {"run_verl.sh": VERL, "easyr1.yaml": EASYR1, "run_swift.sh": SWIFT, "trl.yaml": TRL}
 
 
-def tuned_values(config: dict[str, Any], knobs: dict[str, Any], ranks: int, monkeypatch: Any) -> dict[str, Any]:
-    """What a search writes for these knobs."""
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    before = RunConfig.from_dict(config)
-    after = with_knobs(before, knobs)
-    kept = {key: knob(key).current(before) for key in knobs}
-    changed = [
-        {"key": key, "before": kept[key], "after": value, "kind": "exact", "proof": "exact"}
-        for key, value in knobs.items()
-        if value != kept[key]
-    ]
-    receipt = {
-        "machine": "m", "hardware": "2 cores of a CPU", "versions": {"trl": "1.16.0"}, "step_s": 1.0, "step_s_low": 0.9,
-        "step_s_high": 1.1, "steps": 8, "baseline_step_s": 2.0, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1,
-        "raced": True, "confidence": 0.95, "changed": changed,
-    }  # fmt: skip
-    return {**after.to_dict(), "receipt": receipt}
-
-
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -136,9 +116,10 @@ def test_an_exported_file_imports_to_the_tuned_values(
     path = tmp_path_factory.mktemp("export") / name
     path.write_text(FILES[name])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(ranks))
         config = import_file(path, world_size=ranks).finished().config
         try:
-            tuned = tuned_values(config, knobs, ranks, patch)
+            tuned = tuned_values(config, knobs)
         except ConfigError:
             assume(False)
         exported = export(tuned, Original(path))
