@@ -92,7 +92,10 @@ def test_batches_of_megatron(tmp_path_factory, group, micro, ranks, steps, round
     [
         (command(num_generations=8), "a.sh", (8, 1, 1, 1)),
         (
-            command(num_generations=16, per_device_train_batch_size=2, gradient_accumulation_steps=8, steps_per_generation=32),
+            command(
+                num_generations=16, per_device_train_batch_size=2, gradient_accumulation_steps=8,
+                steps_per_generation=32,
+            ),
             "b.sh",
             (8, 2, 8, 32),
         ),
@@ -126,8 +129,9 @@ def test_worked_examples(tmp_path, text, name, numbers) -> None:
         ("4.5", "top_k", None), ("3.12", "top_k", 50), ("3.12", "top_p", 0.9), ("4.5", "beta", 0.04),
         ("4.5", "temperature", 0.9), ("4.5", "loss_type", "grpo"), ("3.2", "loss_type", "bnpo"),
         ("4.5", "adam_beta2", 0.95), ("3.2", "adam_beta2", None), ("4.5", "weight_decay", 0.1),
-        ("4.5", "lr_scheduler_type", "cosine"), ("4.5", "learning_rate", 1e-4), ("4.5", "gradient_accumulation_steps", 1),
-        ("3.6", "gradient_accumulation_steps", 2), ("3.2", "steps_per_generation", 1),
+        ("4.5", "lr_scheduler_type", "cosine"), ("4.5", "learning_rate", 1e-4),
+        ("4.5", "gradient_accumulation_steps", 1), ("3.6", "gradient_accumulation_steps", 2),
+        ("3.2", "steps_per_generation", 1),
     ],
 )  # fmt: skip
 def test_defaults_of_versions(tmp_path, version, key, value) -> None:
@@ -168,8 +172,9 @@ def test_each_key_has_its_verdict(tmp_path) -> None:
         "truncation_strategy": "delete", "overlong_filter": "true", "importance_sampling_level": "sequence_token",
         "scale_rewards": "gdpo", "dynamic_sample": "true", "max_resample_times": 5, "use_vllm": "true",
         "vllm_mode": "colocate", "vllm_enable_lora": "true", "sleep_level": 1, "offload_model": "true",
-        "vllm_engine_kwargs": """'{"max_num_seqs": 4, "no_such": 1}'""", "rollout_importance_sampling_mode": "sequence_mask",
-        "freeze_aligner": "true", "lora_rank": 16, "target_modules": "q_proj v_proj", "async_generate": "true",
+        "vllm_engine_kwargs": """'{"max_num_seqs": 4, "no_such": 1}'""",
+        "rollout_importance_sampling_mode": "sequence_mask", "freeze_aligner": "true",
+        "lora_rank": 16, "target_modules": "q_proj v_proj", "async_generate": "true",
         "warmup_ratio": 0.05, "no_save_optim": "true", "made_up": 3,
     }  # fmt: skip
     result = imported(tmp_path, command(**keys))

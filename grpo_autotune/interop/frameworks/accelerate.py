@@ -42,7 +42,7 @@ def processes(to: Translation) -> int | None:
 
 
 def apply(to: Translation, *, adapter: bool) -> None:
-    """Verdicts of all settings of accelerate's file. Call it when all else is set; `adapter` as in `deepspeed.apply`."""
+    """Verdicts of the launcher's settings. Call it when all else is set; `adapter` as in `deepspeed.apply`."""
     for key in [key for key in to.source.settings if key.startswith(PREFIX)]:
         if key == f"{PREFIX}mixed_precision":
             _precision(to, key)

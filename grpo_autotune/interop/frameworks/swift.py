@@ -25,7 +25,7 @@ PRESETS = {
     "zero3": deepspeed.zero(3, **_ZERO_3),
     "zero3_offload": deepspeed.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
-"""DeepSpeed's configurations by swift's names (swift/config; the prefetch is off in swift/rlhf_trainers/arguments.py)."""
+"""DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 GROUPS = ("train", "rollout", "teacher")
 """Roles of Ray's YAML, each with keys of its own."""

@@ -1,7 +1,8 @@
 """Keys of ms-swift as tables: defaults by version, older names, and what becomes of those that need no thought.
 
-Read in modelscope/ms-swift at 3602360 (4.5) and at its tags from v3.2.0 on: swift/arguments, swift/trainers/arguments.py,
-swift/rlhf_trainers/{arguments,args_mixin,grpo_trainer}.py, swift/megatron/arguments/megatron_args.py.
+Read in modelscope/ms-swift at 3602360 (4.5) and at its tags from v3.2.0 on: swift/arguments,
+swift/trainers/arguments.py, swift/rlhf_trainers/{arguments,args_mixin,grpo_trainer}.py,
+swift/megatron/arguments/megatron_args.py.
 """
 
 from typing import Any
@@ -48,7 +49,8 @@ RENAMED = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     # Megatron's
     "lr": "learning_rate", "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio",
-    "lr_warmup_iters": "warmup_steps", "clip_grad": "max_grad_norm", "adam_eps": "adam_epsilon", "train_iters": "max_steps",
+    "lr_warmup_iters": "warmup_steps", "clip_grad": "max_grad_norm", "adam_eps": "adam_epsilon",
+    "train_iters": "max_steps",
 }  # fmt: skip
 """Older names, and Megatron's, for a key."""
 PIXELS = {
@@ -69,8 +71,8 @@ SAME = {
 }  # fmt: skip
 """The same under our name. Other keys of TRL, transformers and vLLM pass through under their own."""
 PLAIN = (
-    "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type", "weight_decay",
-    "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy", "save_steps",
+    "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type",
+    "weight_decay", "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy", "save_steps",
     "gradient_checkpointing",
 )  # fmt: skip
 """Keys of `grpo` whose defaults differ between versions, or from TRL's."""
@@ -79,11 +81,14 @@ PEFT = {
     "target_regex": "target_modules", "target_parameters": "target_parameters", "modules_to_save": "modules_to_save",
     "lora_bias": "bias", "use_rslora": "use_rslora", "use_dora": "use_dora",
 }  # fmt: skip
+FIXED = {"quant_method": "bnb", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+"""How `model.load_in_4bit` loads."""
 LISTS = ("target_modules", "target_parameters", "modules_to_save")
 
 REFUSED = {
     "multi_turn_scheduler": "rollouts of several turns", "multi_turn_func": "rollouts of several turns",
-    "use_gym_env": "rewards of an environment", "gym_env": "rewards of an environment", "reward_model": "a reward model",
+    "use_gym_env": "rewards of an environment", "gym_env": "rewards of an environment",
+    "reward_model": "a reward model",
     "teacher_model": "a teacher model", "teacher_model_server": "a teacher model",
 }  # fmt: skip
 LOSSES = {"grpo": False, "bnpo": False, "dr_grpo": False, "sapo": False, "dapo": True, "cispo": True}
@@ -96,15 +101,16 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     key: (verdict, note)
     for verdict, note, keys in (
         ("same", "nothing that the run depends on", """
-            rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict dataset_num_proc
-            load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng no_load_optim no_load_rng ENV save_safetensors merge_lora
-            model_type task_type max_shard_size max_turns reward_model_plugin save_missing_weights download_mode nnodes
-            colocate_groups config USE_HF use_hf hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy"""),
+            rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict
+            dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
+            no_load_optim no_load_rng ENV save_safetensors merge_lora model_type task_type max_shard_size max_turns
+            reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
+            logging_dir hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy"""),
         ("same", "as here", """
             remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
-            log_rollout_offpolicy_metrics bnb_4bit_use_double_quant freeze_aligner quant_method"""),
-        ("same", "the batch says it", "cosine_max_len NNODES"),
-        ("speed only", "the trainer's memory stays on the GPU while the engine runs", "offload_model offload_optimizer"),
+            log_rollout_offpolicy_metrics freeze_aligner"""),
+        ("same", "the batch says it", "NNODES"),
+        ("speed only", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
         ("speed only", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
         ("speed only", "chosen here by itself", """
             vllm_max_lora_rank vllm_data_parallel_size vllm_use_async_engine vllm_disable_custom_all_reduce
@@ -120,11 +126,12 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
         ("speed only", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
         ("no equivalent", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
         ("no equivalent", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
-        ("no equivalent", "there a step trains on completions of the step before; here on those of its own", "async_generate"),
-        ("no equivalent", "the server may have rolled out several turns; here there is one", "vllm_server_pass_dataset"),
+        ("no equivalent", "a step trains on completions of the step before there", "async_generate"),
+        ("no equivalent", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
         ("no equivalent", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
         ("no equivalent", "of the model's parts, only the vision tower can be frozen", """
             freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters"""),
+        ("no equivalent", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
         ("no equivalent", "one learning rate for all weights", "vit_lr aligner_lr"),
         ("no equivalent", "CHORD's loss of supervised answers is left out", """
             chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function chord_mu_warmup_steps

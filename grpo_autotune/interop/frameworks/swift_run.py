@@ -11,17 +11,7 @@ from grpo_autotune.config.sections.vllm import engine_names
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.module import adapter
 from grpo_autotune.interop.adapters.named import NAMED
-from grpo_autotune.interop.frameworks.swift_keys import (
-    DEFAULTS,
-    LISTS,
-    LOSSES,
-    PEFT,
-    PIXELS,
-    PLAIN,
-    SAME,
-    VERDICTS,
-    VISION,
-)
+from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
@@ -38,11 +28,11 @@ def translate(to: Translation) -> None:
     """Verdicts of all settings but the batch and how GPUs share the work, which come before and after."""
     for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
         part(to)
-    for key, target in SAME.items():
+    for key, target in swift_keys.SAME.items():
         value = to.value(key)
-        if key not in to.rows and value not in (None, [], 0.0 if key == "min_p" else None):
+        if key not in to.rows and value not in (None, []):
             to.same(key, target, words(value)[0])
-    for key in PLAIN:
+    for key in swift_keys.PLAIN:
         if key not in to.rows and to.value(key) is not None:
             to.same(key, f"grpo.{key}")
 
@@ -64,8 +54,8 @@ def mapping(value: Any) -> dict[str, Any]:
 def _model(to: Translation) -> None:
     if not to.given("model"):
         raise ConfigError("no model", where=to.where("model"), fix="Give --model.")
-    name, sees = str(to.value("model")), any(map(to.given, PIXELS))
-    sees = sees or re.search(VISION, name) is not None
+    name, sees = str(to.value("model")), any(map(to.given, swift_keys.PIXELS))
+    sees = sees or re.search(swift_keys.VISION, name) is not None
     to.same("model", "model.name_or_path", name, _elsewhere(to, name), "" if sees else "taken for a text model")
     if sees:
         note = "taken for a model that sees images; its frozen tower gets no adapters either"
@@ -78,14 +68,13 @@ def _model(to: Translation) -> None:
     if to.given("attn_impl"):
         kernel = {"flash_attn": "flash_attention_2"}.get(to.value("attn_impl"), to.value("attn_impl"))
         to.same("attn_impl", "model.attn_implementation", kernel)
-    if to.value("quant_bits") == 4:
+    if to.value("quant_bits") == 4 and to.value("quant_method", "bnb") == "bnb":
         to.same("quant_bits", "model.load_in_4bit", True)
-    if to.value("bnb_4bit_quant_type", "nf4") != "nf4":
-        to.changes("bnb_4bit_quant_type", {}, "nf4 here")
-    elif to.given("bnb_4bit_quant_type"):
-        to.inert("bnb_4bit_quant_type", "as here")
-    for path in words(to.value("adapters"))[:1] if to.value("adapters") else ():
-        to.same("adapters", "model.adapter", path)
+    for key, ours in swift_keys.FIXED.items():
+        if to.given(key):
+            to.inert(key, "as here") if to.value(key) == ours else to.changes(key, {}, f"{ours} here")
+    if to.given("freeze_aligner") and sees and to.value("freeze_aligner") != to.value("freeze_vit"):
+        to.dropped("freeze_aligner", "the projector goes with the vision tower")
 
 
 def _elsewhere(to: Translation, *names: str) -> str:
@@ -94,24 +83,29 @@ def _elsewhere(to: Translation, *names: str) -> str:
 
 
 def _adapter(to: Translation) -> None:
-    kind, keys = to.value("tuner_type"), [key for key in PEFT if to.given(key)]
-    if kind == "full":
+    kind, keys = to.value("tuner_type"), [key for key in swift_keys.PEFT if to.given(key)]
+    trained = words(to.value("adapters", []))
+    if trained or kind == "full":
         for key in ("tuner_type", *keys):
-            to.inert(key, "the whole model is trained") if to.given(key) else None
+            note = "the adapter's own configuration holds" if trained else "the whole model is trained"
+            to.inert(key, note) if to.given(key) else None
+        if trained:
+            reference = "adapter" if to.value("ref_adapters") else "base"
+            to.same("adapters", "model.adapter", trained[0])
+            to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
         return
     verdict = "same" if kind in ("lora", "lora_llm") else "changes meaning"
     to.verdict(verdict, "tuner_type", {}, "a peft section" if verdict == "same" else f"LoRA instead of {kind}")
     for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *keys]):
-        value = words(to.value(key)) if key in LISTS else to.value(key)
+        value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
         value = "all-linear" if key == "target_modules" and "all-linear" in value else value
-        to.same(key, f"peft.{PEFT[key]}", value)
+        to.same(key, f"peft.{swift_keys.PEFT[key]}", value)
 
 
 def _data(to: Translation) -> None:
     """The data sets: one, or the parts of a mixture, each of which has the keys of `_everywhere`."""
-    parts = [
-        part for text in words(to.value("dataset", [])) for part in _parts(str(text), bool(to.value("dataset_shuffle")))
-    ]
+    shuffled = bool(to.value("dataset_shuffle"))
+    parts = [part for text in words(to.value("dataset", [])) for part in _parts(str(text), shuffled)]
     if not parts:
         raise ConfigError("no dataset", where=to.where("dataset"), fix="Give --dataset.")
     stems = [re.sub(r"\W", "_", PurePosixPath(part["path"]).stem) for part in parts]
@@ -123,9 +117,7 @@ def _data(to: Translation) -> None:
     to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
     if columns := mapping(to.value("columns")):
         ours = {OURS.get(swifts, swifts): theirs for theirs, swifts in columns.items()}
-        to.converted(
-            "columns", _everywhere(sets, "columns", ours), "swift's mapping is theirs: ours; here it is ours: theirs"
-        )
+        to.converted("columns", _everywhere(sets, "columns", ours), "swift's are theirs: ours; here ours: theirs")
     if to.value("val_dataset"):
         held = next(_parts(str(words(to.value("val_dataset"))[0]), False))
         to.converted("val_dataset", _everywhere(sets, "eval_path", held["path"]), "the first of them, all its rows")
@@ -156,15 +148,13 @@ def _everywhere(sets: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
 
 def _prompts(to: Translation) -> None:
     """Lengths of prompts, and sizes of images."""
-    for key, (target, unit) in PIXELS.items():
+    for key, (target, unit) in swift_keys.PIXELS.items():
         if to.given(key):
-            to.converted(
-                key, {target: to.number(key) * unit}, "the processor rounds sides to whole patches, there as here"
-            )
+            to.converted(key, {target: to.number(key) * unit}, "the processor rounds to whole patches there as here")
     if to.value("max_length"):
         to.same("max_length", "data.max_prompt_tokens", note="of the prompt alone, with GRPO")
         cuts = to.value("truncation_strategy") == "left"
-        note = "a prompt with an image is not cut here: the run stops" if cuts else "swift takes another row instead"
+        note = "a prompt with an image is not cut here: it stops the run" if cuts else "swift takes another row instead"
         to.converted("truncation_strategy", {"data.prompt_overflow": "left" if cuts else "filter"}, note)
     elif to.given("truncation_strategy"):
         to.inert("truncation_strategy", "without max_length")
@@ -175,7 +165,9 @@ def _prompts(to: Translation) -> None:
 def _rewards(to: Translation) -> None:
     """Rewards by name: swift's, and those of the user's plugin, which an adapter calls."""
     names, plugins = words(to.value("reward_funcs")), words(to.value("external_plugins", []))
-    settings = [key for key in {**DEFAULTS, **to.source.settings} if re.match(r"(cosine|repetition|soft)_", key)]
+    settings = [
+        key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(r"(cosine|repetition|soft)_", key)
+    ]
     arguments = {key: to.value(key) for key in settings}
     for key in ("cosine_max_len", "soft_max_length"):
         arguments[key] = arguments.get(key) or to.value("max_completion_length")
@@ -190,15 +182,16 @@ def _rewards(to: Translation) -> None:
             to.files[made.name] = made.text
             items.append(dict(made.reward))
         else:
-            fix = "Write it as a function of ours (docs/rewards.md), or name the plugin that registers it (external_plugins)."
-            raise ConfigError(
-                f"the reward {name} of ms-swift has no counterpart", where=to.where("reward_funcs"), fix=fix
-            )
+            what = f"the reward {name} of ms-swift has no counterpart"
+            fix = "Write it as a function (docs/rewards.md), or name the plugin that registers it: external_plugins."
+            raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
     for item, weight in zip(items, weights, strict=False):
         item["weight"] = float(weight)
     to.verdict("changes meaning" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
-    for key in (*settings, "reward_weights", "external_plugins"):
+    for key in (*settings, "reward_weights", *(["external_plugins"] if to.files else [])):
         to.converted(key, {}, "in rewards") if to.given(key) else None
+    if plugins and not to.files:
+        to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
 
 
 def _plugin(to: Translation, plugins: list[str], name: str) -> str:
@@ -213,7 +206,7 @@ def _loss(to: Translation) -> None:
     to.same("beta", "grpo.beta", beta)
     if beta:
         to.set("grpo.use_bias_correction_kl", False, "swift does not multiply the KL term by the ratio")
-    if to.batch is not None and LOSSES[kind]:
+    if to.batch is not None and swift_keys.LOSSES[kind]:
         _same_clipping(to, kind, to.batch.rollout // (to.batch.ranks * to.batch.micro_batch))
     if to.value("importance_sampling_level") == "sequence_token":
         note = "the same gradient, as all tokens of a completion have one advantage (arXiv 2507.18071, section 4.3)"
@@ -224,7 +217,7 @@ def _loss(to: Translation) -> None:
         to.converted("scale_rewards", target, "with 1e-8 there, and 1e-4 here, added to a standard deviation")
     else:
         to.same("scale_rewards", "grpo.scale_rewards", scale)
-    if to.value("overlong_filter") and LOSSES[kind]:
+    if to.value("overlong_filter") and swift_keys.LOSSES[kind]:
         note = "tokens that are left out still divide the loss there, and do not here"
         to.changes("overlong_filter", {"grpo.mask_truncated_completions": True}, note)
     if to.value("top_entropy_quantile", 1.0) < 1:
@@ -337,19 +330,19 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         if not at_server:
             to.inert(key, "no such server")
         elif key == "vllm_server_port":
-            to.same(key, SAME[key], to.number(key))
+            to.same(key, swift_keys.SAME[key], to.number(key))
     elif at_server and name != "server_pass_dataset":
         to.inert(key, "a server has options of its own")
     elif key == "sleep_level":
         to.same(key, "vllm.sleep_level") if value else to.inert(key, "no sleep")
     elif key == "vllm_enable_lora":
-        to.speed(key, "adapters alone go to the engine", {"vllm.weight_sync": "adapter"} if value else {})
+        to.speed(key, "adapters alone" if value else "off", {"vllm.weight_sync": "adapter"} if value else {})
     elif key == "vllm_engine_kwargs":
         inside = mapping(value)
         lost = ", ".join(inside.keys() - engine_names())
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
-    elif name in engine_names() and key not in VERDICTS:
+    elif name in engine_names() and key not in swift_keys.VERDICTS:
         to.same(key, f"vllm.{name}", mapping(value) or value)
 
 
