@@ -27,7 +27,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     r".*\.from_pretrained": MODEL,
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
-    r"(.*\.)?GRPOTrainer": {"model": "model_name_or_path"},
+    r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
     r"(.*\.)?BitsAndBytesConfig": {},
     r".*\.resize": {"0": "resize"},
 }  # fmt: skip
