@@ -6,6 +6,7 @@ Both keep a value's type as far as its text tells: numbers, `null`, true and fal
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.interop.reading.words import Word
@@ -71,33 +72,27 @@ def options(words: Iterable[Word]) -> tuple[dict[str, Setting], list[Word]]:
     for true, `--no_a` for false, several words as a list, JSON as a mapping or list; `-` in a name is `_`."""
     settings: dict[str, Setting] = {}
     first: list[Word] = []
-    name, values = "", first
+    option, values = None, first
     for word in words:
-        if not re.match(r"--?[A-Za-z]", word.text):
+        if re.match(r"--?[A-Za-z]", word.text):
+            name, equals, value = word.text.partition("=")
+            written = word.written and word.written.partition("=")[2]
+            option, values = replace(word, text=name), [Word(value, word.line, written)] if equals else []
+        else:
             values.append(word)
-            settings |= _option(name, values) if name else {}
-            continue
-        name, equals, value = word.text.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        values = [Word(value, word.line, word.written and word.written.partition("=")[2])] if equals else []
-        settings |= _option(name, values) if equals else {_flag(name): word.setting(not _negated(name))}
+        if option is not None:
+            settings |= _option(option, values)
     return settings, first
 
 
-def _negated(name: str) -> bool:
-    return name.startswith("no_") and name != "no_cuda"
-
-
-def _flag(name: str) -> str:
-    return name.removeprefix("no_") if _negated(name) else name
-
-
-def _option(name: str, words: list[Word]) -> dict[str, Setting]:
+def _option(option: Word, words: list[Word]) -> dict[str, Setting]:
+    name = option.text.lstrip("-").replace("-", "_")
+    if not words:
+        off = name.startswith("no_") and name != "no_cuda"
+        return {name.removeprefix("no_") if off else name: Setting(not off, option.line)}
     values = [option_value(word.text) for word in words]
-    written = " ".join(word.written or word.text for word in words)
-    value = values[0] if len(values) == 1 else values
-    differs = any(word.written is not None for word in words)
-    return {name: Setting(value, words[0].line, text=written if differs else None)}
+    written = " ".join(word.written or word.text for word in words) if any(word.written for word in words) else None
+    return {name: Setting(values[0] if len(values) == 1 else values, option.line or words[0].line, text=written)}
 
 
 def option_value(text: str) -> Any:

@@ -1,20 +1,27 @@
 """Files that a configuration names: its own paths are those of another machine, or of the folder it is started in."""
 
+import re
 from pathlib import Path, PurePosixPath
 
 from grpo_autotune.errors import ConfigError
 
 MOST_BYTES = 20_000_000
+SUBSTITUTION = re.compile(r"(\$\((?:[^()]|\([^()]*\))*\)|\$\{?\w+\}?)/?")
+"""Parts of a path that only a run of a script can tell."""
 
 
 def beside(path: Path, named: str) -> Path | None:
     """The file that `path` means by `named`: the name as it stands, else its last parts in the folder of `path` or
     one above, the longest that exist. None if there is none."""
-    parts = PurePosixPath(named).parts
+    known = SUBSTITUTION.sub("", named)
+    parts = PurePosixPath(known).parts
     folders = [path.absolute().parent, *path.absolute().parents[1:5]]
-    ends = [Path(*parts[start:]) for start in range(len(parts)) if "$" not in parts[start]]
-    candidates = [Path(named).expanduser(), *(folder / end for end in ends for folder in folders)]
-    return next((file for file in candidates if file.is_file()), None)
+    ends = [Path(*parts[start:]) for start in range(len(parts))]
+    candidates = [Path(known).expanduser(), *(folder / end for end in ends for folder in folders)]
+    try:
+        return next((file for file in candidates if file.is_file()), None)
+    except (OSError, ValueError):  # no name of a file
+        return None
 
 
 def text_of(path: Path) -> str:

@@ -4,6 +4,7 @@ What is not known here is kept as it is written: a command's output, and variabl
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 
@@ -17,7 +18,34 @@ PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)
 PARAMETER = re.compile(r"\$\{?([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
 OPERATOR = re.compile(r":?[-=+?]|##|#|%%|%|//|/|,,|,|\^\^|\^|:")
-ARRAY = re.compile(r'"?\$(?:\{(\w+|@)(?:\[@\])?\}|(@))"?')
+MISSING = re.compile(marks.UNKNOWN + r"\$\{?(\w+)")
+ARRAY = re.compile(r'"\$(?:\{(\w+)(\[@\])\}|\{?(@)\}?)"')
+
+
+def parsed(text: str) -> tuple[bytes, Node]:
+    """A script and its tree. The grammar does not know arithmetic everywhere (`${V:-$((a * b))}`), so the tree has a
+    plain word in the place of each."""
+    source = text.rstrip("\\ \t\n").encode() + b"\n"
+    masked = bytearray(source)
+    for start, end in arithmetics(source.decode("latin-1")):
+        if b"\n" not in source[start:end]:
+            masked[start:end] = b"_" * (end - start)
+    return source, PARSER.parse(bytes(masked)).root_node
+
+
+def arithmetics(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of each `$(( ... ))` that is in no other."""
+    end = 0
+    for match in re.finditer(r"\$\(\(", text):
+        depth, close = 0, match.start() + 1
+        while match.start() >= end and close < len(text):
+            depth += {"(": 1, ")": -1}.get(text[close], 0)
+            close += 1
+            if depth == 0:
+                if text[close - 2 : close] == "))":
+                    yield match.start(), close
+                    end = close
+                break
 
 
 @dataclass(frozen=True)
@@ -29,8 +57,8 @@ class Field:
 
     def word(self) -> Word:
         """The word as a program receives it."""
-        text = marks.shown(self.text)
-        return Word(text, marks.line_of(self.text), None if self.written == text else self.written)
+        text, missing = marks.shown(self.text), tuple(MISSING.findall(marks.plain(self.text)))
+        return Word(text, marks.line_of(self.text), None if self.written == text else self.written, missing)
 
 
 @dataclass
@@ -61,8 +89,12 @@ class Variables:
 class Expansion:
     """Nodes of one script as texts and words, by its variables."""
 
-    def __init__(self, source: bytes, variables: Variables) -> None:
-        self.source, self.variables = source, variables
+    def __init__(self, source: bytes, variables: Variables, line: int | None = None) -> None:
+        self.source, self.variables, self.only_line = source, variables, line
+
+    def line(self, byte: int) -> int:
+        """Number of the line that a byte is in."""
+        return self.only_line or self.source.count(b"\n", 0, byte) + 1
 
     def raw(self, node: Node) -> str:
         """The node as it is written."""
@@ -76,28 +108,26 @@ class Expansion:
         """A node as the words it becomes."""
         raw = self.raw(node)
         array = ARRAY.fullmatch(raw)
-        if array and isinstance(self.variables.values.get(array[1] or "", None if array[1] else []), list):
-            if raw.startswith('"') or array[1] is None:
-                return self.variables.list(array[1] or "@")
+        if array:
+            return self.variables.list(array[1] or "@")
         words = list(marks.fields(self.expanded(node)))
-        single = len(words) == 1 and re.search(r"[$`]", raw) and not raw.startswith("'")
-        last = node.end_point[0] + 1
-        through = (
-            words
-            and re.search("=|^-", marks.plain(words[0]))
-            and not (marks.line_of(words[0]) or last) >= node.start_point[0] + 1
-        )
-        return [Field(word, raw if single and not through else None) for word in words]
+        if len(words) != 1 or not re.search(r"[$`]", raw) or raw.startswith("'"):
+            return [Field(word) for word in words]
+        elsewhere = (marks.line_of(words[0]) or 0) < self.line(node.start_byte)
+        whole = elsewhere and re.match(r"-|[+~\w.]+=", marks.plain(words[0]))
+        return [Field(words[0], None if whole else raw)]
 
     def expanded(self, node: Node, quoted: bool = False) -> str:
         """A node's text: white space that is in no quotes splits it."""
-        sign, raw = marks.at(node.start_point[0] + 1), self.raw(node)
+        sign, raw = marks.at(self.line(node.start_byte)), self.raw(node)
         if node.type in ("simple_expansion", "expansion"):
             return self.parameter(node, quoted)
         if node.type in ("command_substitution", "process_substitution", "arithmetic_expansion"):
             return sign + self.substituted(raw)
         if node.type == "raw_string":
-            return marks.quoted(re.sub("^|\n", lambda m: m[0] + marks.at(node.start_point[0] + 1), raw[1:-1], count=1))
+            return marks.quoted(
+                re.sub("^|\n", lambda m: m[0] + marks.at(self.line(node.start_byte)), raw[1:-1], count=1)
+            )
         if node.type == "ansi_c_string":
             return sign + marks.quoted(raw[2:-1].encode().decode("unicode_escape"))
         if node.type in ("string", "translated_string"):
@@ -111,23 +141,29 @@ class Expansion:
         parts = []
         for child in node.named_children:
             if start <= child.start_byte and child.end_byte <= end and not child.type.endswith("_content"):
-                parts += [self.literal(start, child.start_byte, quoted), self.expanded(child, quoted)]
+                raw = self.raw(child)  # the grammar gives some nodes the white space before them
+                begin = child.start_byte + len(raw) - len(raw.lstrip())
+                parts += [self.literal(start, begin, quoted), self.expanded(child, quoted)]
                 start = child.end_byte
         return "".join([*parts, self.literal(start, end, quoted)])
 
     def literal(self, start: int, end: int, quoted: bool) -> str:
         """Written text without its escapes, the beginning of each line signed."""
-        line = self.source.count(b"\n", 0, start)
+        line = self.line(start) - 1
 
         def plain(match: re.Match[str]) -> str:
             nonlocal line
             if "\n" in match[0]:
-                line += 1
+                line += not self.only_line
                 return ("" if match[1] else "\n") + marks.at(line + 1)
             kept = quoted and match[1] not in '$`"\\'
             return match[0] if kept else match[1] if quoted else marks.quoted(match[1])
 
-        text = marks.at(line + 1) + ESCAPE.sub(plain, self.source[start:end].decode()) if start < end else ""
+        written, text, begin = self.source[start:end].decode(), "", 0
+        for place, close in arithmetics(written):
+            text += ESCAPE.sub(plain, written[begin:place]) + self.substituted(written[place:close])
+            begin = close
+        text = marks.at(line + 1) + text + ESCAPE.sub(plain, written[begin:]) if written else ""
         return marks.quoted(text) if quoted and text else text
 
     def substituted(self, raw: str) -> str:
@@ -144,7 +180,7 @@ class Expansion:
         node = tree.named_children[0].child_by_field_name("value") if tree.named_children else None
         if tree.has_error or node is None:
             raise arithmetic.Unknown(expression)
-        return arithmetic.evaluate(node, Expansion(source, self.variables).operand)
+        return arithmetic.evaluate(node, Expansion(source, self.variables, 1).operand)
 
     def operand(self, node: Node) -> str:
         """The text of a name, number or expansion in arithmetic."""
@@ -155,7 +191,7 @@ class Expansion:
 
     def parameter(self, node: Node, quoted: bool) -> str:
         """`$NAME`, `${NAME}`, and what operators and indices make of it."""
-        raw = self.raw(node)
+        raw = self.raw(node).lstrip()
         match = PARAMETER.fullmatch(raw)
         if match is None:
             return marks.kept(raw)
@@ -171,7 +207,7 @@ class Expansion:
             sign[0][-1] if (sign and not re.match(r":\s*-?\d", rest[: 1 + len(rest)])) or rest.startswith(":-") else ""
         )
         if kind in tuple("-=+") and sign is not None and set_ == (kind == "+"):
-            start = node.start_byte + len(raw[: match.start(4)].encode()) + len(sign[0])
+            start = node.end_byte - len(raw[match.start(4) + len(sign[0]) :].encode())
             value = self.between(node, start, node.end_byte - 1, quoted)
             if kind == "=":
                 self.variables.values[name] = marks.stored(value)

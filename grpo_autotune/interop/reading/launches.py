@@ -1,7 +1,7 @@
 """Commands that start a training: the launcher's options, the program, and its arguments."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo_autotune.interop.reading.arguments import options
@@ -19,14 +19,18 @@ PROGRAMS = re.compile(r"(.*/)?(swift|megatron|trl|llamafactory-cli|rl)|\$\(which
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
 
 
+VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A command, taken apart."""
 
-    command: Command
+    line: int
     program: str  # `verl.trainer.main_ppo`, `src/open_r1/grpo.py`, `swift rlhf`
-    arguments: list[Word]
-    options: dict[str, Setting]  # of torchrun, accelerate and so on
+    arguments: Sequence[Word]
+    options: Mapping[str, Setting]  # of torchrun, accelerate and so on
+    environment: Mapping[str, Setting]
 
 
 def launched(command: Command) -> Launch | None:
@@ -40,12 +44,16 @@ def launched(command: Command) -> Launch | None:
             return _launch(command, after[0].text, after[1:], words[:place])
         if text.endswith(".py") and not text.startswith("-"):
             return _launch(command, text, after, words[:place])
-        if PROGRAMS.fullmatch(text) and after and (place == 0 or not words[place - 1].text.startswith("--")):
+        if PROGRAMS.fullmatch(text) and after and not (place and words[place - 1].text.startswith("--")):
             name = re.sub(r".*/|\$\(which |\)", "", text)
             return _launch(command, f"{name} {after[0].text}", after[1:], words[:place])
     return None
 
 
 def _launch(command: Command, program: str, arguments: Sequence[Word], before: Sequence[Word]) -> Launch:
-    options_of_launcher, _ = options(word for word in before if word.text not in ("--", "-m", *LAUNCHERS))
-    return Launch(command, program, list(arguments), options_of_launcher)
+    environment = {name: word.setting(word.text) for name, word in command.environment.items()}
+    for word in before:
+        if match := VARIABLE.fullmatch(word.text):
+            environment[match[1]] = word.setting(match[2], f"{match[1]}=")
+    given, _ = options(word for word in before if word.text not in ("--", "-m", *LAUNCHERS))
+    return Launch(command.line, program, arguments, given, environment)

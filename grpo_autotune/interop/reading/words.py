@@ -13,8 +13,8 @@ class Word:
     text: str
     line: int | None = None
     written: str | None = None  # as in the file, where that differs: `${BATCH:-512}`
+    missing: tuple[str, ...] = ()  # variables in it that nothing sets
 
     def setting(self, value: Any, prefix: str = "") -> Setting:
         """The value that this word gives; `prefix` is what stands before the value in the word, such as `lr=`."""
-        written = self.written
-        return Setting(value, self.line, text=None if written is None else written.removeprefix(prefix))
+        return Setting(value, self.line, text=self.written and self.written.removeprefix(prefix))
