@@ -64,27 +64,15 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     script = Script(pins=dict(PIN.findall(text)))
     names: dict[str, Any] = {}
     for cell, source in cells(path, text):
-<<<<<<< HEAD
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, RecursionError, ValueError) as error:
-            line = getattr(error, "lineno", None)
-            where = path.name + (f", {cell}" if cell else "") + (f", line {line}" if line else "")
-            raise ConfigError("this Python cannot be read: " + str(error).partition(" (")[0], where=where) from None
-        script.docstring = script.docstring or ast.get_docstring(tree)
-=======
-        tree, left_out = _parsed(source, f"{path.name}, {cell}" if cell else path.name)
+        tree, left_out = parsed(source, f"{path.name}, {cell}" if cell else path.name)
         script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
         if ast.get_docstring(tree) and script.docstring is None:
             script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
->>>>>>> reading
         _Reader(script, cell, names, environment or {}).visit(tree)
     return script
 
 
-<<<<<<< HEAD
-=======
-def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
+def parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
     """The tree of a source without the statements that are no Python (of this version), and their lines."""
     lines, left_out = source.split("\n"), list[str]()
     while True:
@@ -101,7 +89,6 @@ def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
             lines[start:end] = [""] * (end - start)
 
 
->>>>>>> reading
 def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
     """Name and source of each cell of code; a script is one, without a name."""
     if path.suffix != ".ipynb":
@@ -153,14 +140,11 @@ class _Reader(ast.NodeVisitor):
         self.names.pop(ast.unparse(node.target), None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
-<<<<<<< HEAD
+        """A name for a value or a call; an attribute of a call's result is one more argument."""
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             for one, its_value in zip(target.elts, value.elts, strict=True):
                 self.assign(one, its_value)
             return
-=======
-        """A name for a value or a call; an attribute of a call's result is one more argument."""
->>>>>>> reading
         name = ast.unparse(target)
         call = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
@@ -190,26 +174,8 @@ class _Reader(ast.NodeVisitor):
         try:
             literal = ast.literal_eval(node) is not ...
         except WRONG:
-<<<<<<< HEAD
-            plain = False
-        value = self.value(node) if self.known(node) else self.parts(node)
-        return Setting(value, node.lineno, self.cell, None if plain else written)
-
-    def parts(self, node: ast.expr) -> Any:
-        """A list or mapping with what is known of it; else the source text."""
-        if isinstance(node, ast.List | ast.Tuple):
-            return [self.value(item) if self.known(item) else self.parts(item) for item in node.elts]
-        return ast.unparse(node)
-
-    def known(self, node: ast.expr) -> bool:
-        try:
-            return not isinstance(self.value(node), Call)
-        except WRONG:
-            return False
-=======
             literal = False
         return Setting(value, node.lineno, self.cell, None if literal else written)
->>>>>>> reading
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
