@@ -191,7 +191,8 @@ class _Reader(ast.NodeVisitor):
             sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
             return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)
         if isinstance(node, ast.JoinedStr):
-            parts = [getattr(part, "value", part) if not getattr(part, "format_spec", None) else part for part in node.values]
+            whole = [part for part in node.values if isinstance(part, ast.FormattedValue) and not part.format_spec]
+            parts = [part.value if part in whole else part for part in node.values]
             return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
         if isinstance(node, ast.Call):
             return self.called(node, unknown)
