@@ -28,7 +28,7 @@ BATCH = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
     "generation_batch_size", "num_iterations",
 )  # fmt: skip
-REWARDS = {
+REWARDS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")},
     "get_soft_overlong_punishment": {
         "name": "soft_overlong_punishment", "params": {"max_completion_len": 1280, "soft_punish_cache": 256},
@@ -61,8 +61,8 @@ def translated(
     """
     number, name, why = release
     said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
-    named = said.settings.get("deepspeed")
-    said = said if named is None else deepspeed.with_file(said, named.value, "deepspeed.")
+    named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
+    said = said if named is None else deepspeed.with_file(said, _given(said, named), "deepspeed.")
     read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
@@ -76,16 +76,20 @@ def translated(
         is_default = key not in read.settings
         if key in to.rows or (is_default and (to.value(key) is None or key in ("use_peft", "use_vllm"))):
             continue
-        if not key.startswith((accelerate.PREFIX, "deepspeed.")):
+        if key != named and not key.startswith((accelerate.PREFIX, "deepspeed.")):
             settle(to, key, table)
     _whole(to)
     accelerate.apply(to, adapter=bool(to.value("use_peft")))
     if named is not None:
-        deepspeed.apply(to, "deepspeed", _zero(str(named.value)), adapter=bool(to.value("use_peft")))
+        deepspeed.apply(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
     to.source = said
     for key in said.settings.keys() & unread.keys():
         to.inert(key, unread[key])
     return to
+
+
+def _given(source: Source, key: str) -> Any:
+    return source.settings[key].value if key in source.settings else None
 
 
 def _of_release(number: Version) -> dict[str, Handler]:
@@ -95,7 +99,19 @@ def _of_release(number: Version) -> dict[str, Handler]:
     sampled: dict[str, Handler] = {
         "top_k": lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))
     }
-    return {**(liger if number < (0, 28) else {}), **(sampled if number < (0, 16) else {})}
+    loss: dict[str, Handler] = {"loss_type": _token_loss} if number < (1, 9) else {}
+    return {**(liger if number < (0, 28) else {}), **(sampled if number < (0, 16) else {}), **loss}
+
+
+def _token_loss(to: Translation, key: str) -> None:
+    """TRL before 1.9 divides the token losses by the tokens of a whole rollout, later ones by those of a step."""
+    grpo = to.values
+    factor = grpo["grpo.steps_per_generation"] / grpo["grpo.gradient_accumulation_steps"]
+    if to.value(key) in ("dapo", "cispo") and factor != 1:
+        note = f"gradients are {factor:g} times as large here, which clipping (max_grad_norm) feels and Adam does not"
+        to.changes(key, {"grpo.loss_type": to.value(key)}, note)
+    else:
+        to.same(key, "grpo.loss_type")
 
 
 def _whole(to: Translation) -> None:
@@ -172,7 +188,7 @@ def _reward(to: Translation, name: str) -> dict[str, Any]:
     if name not in REWARDS and not module:
         fix = f"Known: {', '.join(REWARDS)}, or module.function."
         raise ConfigError(f"TRL has no reward {name}", where=to.where("reward_funcs"), fix=fix)
-    return dict(REWARDS.get(name) or {"name": f"{module}:{function}"})
+    return {"name": f"{module}:{function}", **REWARDS.get(name, {})}
 
 
 def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     r".*\.from_pretrained": MODEL,
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
-    r"(.*\.)?GRPOTrainer": {"model": "model_name_or_path"},
+    r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
     r"(.*\.)?BitsAndBytesConfig": {},
     r".*\.resize": {"0": "resize"},
 }  # fmt: skip
@@ -96,11 +96,12 @@ class _Functions:
     """The statements at the top of a script, by the names that they define."""
 
     def __init__(self, path: Path) -> None:
-        sources = [source for _, source in python_source.cells(path, text_of(path))]
+        cells = python_source.cells(path, text_of(path))
+        self.body = [node for _, source in cells for node in python_source.parsed(source, path.name)[0].body]
         self.statements: dict[str, list[ast.stmt]] = {}
         self.imports: dict[str, ast.stmt] = {}
         self.imported: dict[str, str] = {}  # name -> its module, of `from module import name`
-        for statement in ast.parse("\n".join(sources)).body:
+        for statement in self.body:
             for name in _defined(statement):
                 if isinstance(statement, ast.Import | ast.ImportFrom):
                     self.imports[name] = statement
@@ -111,22 +112,21 @@ class _Functions:
 
     def module(self, names: list[str]) -> tuple[str, list[str]]:
         """The text of a module with these functions and all that they use, and the names that are not to be had."""
-        kept: dict[int, ast.stmt] = {}
+        kept: set[int] = set()
         missing: list[str] = []
         todo, met = list(names), set(names)
         while todo:
             name = todo.pop()
             definitions = self.statements.get(name, [])[-1:] or [self.imports[name]] * (name in self.imports)
             if definitions and not _runs(definitions[0]):
-                kept[id(definitions[0])] = definitions[0]
+                kept.add(id(definitions[0]))
                 used = [used for used in _used(definitions[0]) if used in self.statements or used in self.imports]
                 todo += [one for one in used if one not in met]
                 met |= set(used)
             else:
                 missing.append(name)
-        ordered = sorted(
-            kept.values(), key=lambda node: (not isinstance(node, ast.Import | ast.ImportFrom), node.lineno)
-        )
+        ordered = [node for node in self.body if id(node) in kept]
+        ordered.sort(key=lambda node: not isinstance(node, ast.Import | ast.ImportFrom))
         return "\n\n\n".join(ast.unparse(node) for node in ordered) + "\n", sorted(missing)
 
 

@@ -34,6 +34,23 @@ MODULES = {"qwen": "Qwen2VLModule", "internvl": "InvernVLModule", "glm": "GLMVMo
 TURNS = {"problem": "conversations.0.value", "solution": "conversations.1.value"}
 MODULE = "vlm_r1_rewards"
 IN_REWARDS = "in the rewards' module"
+MODULE_TEXT = '''"""Reward functions of VLM-R1, called as its trainer calls them; needs its src folder on PYTHONPATH."""
+
+from {origin}
+
+METHOD = {method!r}
+
+
+def wrapped(solution):
+    texts = [str(one).replace("<answer>", "").replace("</answer>", "").strip() for one in solution]
+    return [f"<answer> {{text}} </answer>" for text in texts]
+'''
+FUNCTION = """
+
+def {name}(completions, solution, **columns):
+    methods = {{"accu_reward_method": [METHOD] * len(solution), **columns}}
+    return {made}(completions=completions, solution=wrapped(solution), **methods)
+"""
 
 
 def _files(to: Translation, key: str) -> None:
@@ -43,7 +60,7 @@ def _files(to: Translation, key: str) -> None:
         what = f"{len(paths)} data files and {len(folders)} image folders"
         raise ConfigError(what, where=to.where(key), fix="Give one folder for each file.")
     template = TEMPLATES.get(str(to.value("task_type")), f"{{problem}}{ASKING}")
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"path": path, "columns": TURNS, "prompt_template": template, **({"image_root": folder} if folder else {})}
         for path, folder in zip(paths, folders, strict=True)
     ]
@@ -99,26 +116,15 @@ def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
 
 
 def _module(to: Translation, names: list[str]) -> str:
+    """The text of that module."""
     model = str(to.value("model_name_or_path")).lower()
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
+    origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
     if to.value("is_reward_customized_from_vlm_module"):
         origin, made = (
             f"open_r1.vlm_modules import {vlm}",
-            f"{vlm}.select_reward_func({{name!r}}, {to.value('task_type')!r})",
+            f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})",
         )
-    else:
-        origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{name!r}]"
     method = str(to.value("reward_method") or "default").partition(":")[0]
-    functions = "".join(
-        f"def {name}(completions, solution, **columns):\n"
-        f"    return _{name}(completions, solution=[f'<answer> {{_plain(one)}} </answer>' for one in solution],"
-        f" **{{'accu_reward_method': [{method!r}] * len(solution), **columns}})\n\n\n"
-        for name in names
-    )
-    made_names = "".join(f"_{name} = {made.format(name=name)}\n" for name in names)
-    plain = "def _plain(text):\n    return str(text).replace('<answer>', '').replace('</answer>', '').strip()\n"
-    return (
-        '"""Reward functions of VLM-R1, called as its trainer calls them; needs its src folder on PYTHONPATH."""\n\n'
-        f"from {origin}\n\n{made_names}\n\n{plain}\n\n{functions}".rstrip()
-        + "\n"
-    )
+    functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
+    return MODULE_TEXT.format(origin=origin, method=method) + "".join(functions)
