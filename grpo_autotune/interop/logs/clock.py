@@ -104,7 +104,8 @@ def _keep(log: LoggedSteps, result: Timed, reason: str) -> None:
 
 def _of_speed(log: LoggedSteps) -> dict[int, float]:
     """Mean speeds since the start as seconds of each step in between; a resumed run starts at its own step."""
-    elapsed, start = {}, 0
+    elapsed: dict[int, float] = {}
+    start = 0
     for step, values in log.values.items():
         key = next((key for key in SPEEDS if values.get(key)), None)
         if key is None:

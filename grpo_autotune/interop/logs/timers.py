@@ -1,7 +1,7 @@
 """Timers of each framework as rows of a step: which stages each one holds, and what is left when they are taken off."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from grpo_autotune.records.logged import TRAINING_PASS
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     seconds: float
 
 
-def is_async(keys: Mapping[str, float]) -> bool:
+def is_async(keys: Iterable[str]) -> bool:
     """True for the timers of an asynchronous trainer."""
     return any(key.startswith("fully_async/") or key.rpartition("/")[2].startswith(OVERLAP) for key in keys)
 
@@ -93,7 +93,7 @@ class TrlTimers:
     def __init__(self) -> None:
         self.seen = False
         self.collapsed = False  # several in one row: a name that was logged twice kept its last value alone
-        self._spent: Counter[str] = Counter()
+        self._spent: dict[str, float] = defaultdict(float)
         self._passes: list[float] = []
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -104,10 +104,9 @@ class TrlTimers:
         for key, name in names.items():
             if name.startswith("_get_per_token_logps"):
                 self._passes.append(values[key])
-                continue
-            if name in ("_prepare_inputs", "compute_loss"):
-                before = {1: ["one"], 2: ["old", "ref"]}.get(len(self._passes), ["passes"] * len(self._passes))
-                labels = before if name == "_prepare_inputs" else ["forward"] * len(self._passes)
+            elif name in ("_prepare_inputs", "compute_loss"):
+                labels = {1: ["one"], 2: ["old", "ref"]}.get(len(self._passes), ["passes"] * len(self._passes))
+                labels = labels if name == "_prepare_inputs" else ["forward"] * len(self._passes)
                 for label, spent in zip(labels, self._passes, strict=True):
                     self._spent[label] += spent
                 self._passes = []
@@ -116,22 +115,19 @@ class TrlTimers:
     def take(self, steps: int, step_s: float | None, *, kl: bool) -> list[Part]:
         """The rows of one of the `steps` optimizer steps since the last call, of `step_s` seconds where the log has
         them. Where it has a KL term (`kl`), a lone pass before the loss is the reference's, else the old policy's."""
-        spent = Counter({label: seconds / steps for label, seconds in self._spent.items()})
-        self._spent = Counter()
+        spent = defaultdict(float, {label: seconds / steps for label, seconds in self._spent.items()})
+        self._spent.clear()
         if not spent["prepare"] or not spent["loss"]:
             return []
-        spent["ref" if kl else "old"] += spent.pop("one", 0.0)
-        inner = [label for label in TRL_ROWS if label in spent and label != "forward"]
-        seconds = {label: spent[label] for label in TRL_ROWS if label in spent}
-        seconds["prompt"] = spent["prepare"] - sum(spent[label] for label in inner)
+        spent["ref" if kl else "old"] += spent["one"]
+        seconds = {label: spent[label] for label in TRL_ROWS if spent[label]}
+        seconds["prompt"] = spent["prepare"] - sum(seconds.values()) + spent["forward"]
         seconds["left" if spent["forward"] else "fused"] = spent["loss"] - spent["forward"]
         if step_s is not None:
             seconds["backward"] = step_s - spent["prepare"] - spent["loss"]
-        least = -SLACK * (spent["prepare"] + spent["loss"])
-        if min(seconds.values()) < least:
+        if min(seconds.values()) < -SLACK * (spent["prepare"] + spent["loss"]):
             return []
-        rows = TRL_ROWS | TRL_REST
-        return [Part(rows[k][0], rows[k][1], rows[k][2], max(0.0, spent_s)) for k, spent_s in seconds.items()]
+        return [Part(*(TRL_ROWS | TRL_REST)[label], max(0.0, each)) for label, each in seconds.items()]
 
 
 TRL_NAMES = {
@@ -143,7 +139,7 @@ TRL_NAMES = {
     "compute_loss": "loss",
 }
 """Method -> label; each reward's own name is inside `_calculate_rewards`."""
-_PASS, _PREPARE = "_get_per_token_logps*", ("_prepare_inputs",)
+_PASS = "_get_per_token_logps*"
 TRL_ROWS = {
     "gen": ("generation", ("generation",), ("*generate",)),
     "sync": ("weight_sync", ("weight_sync",), ("sync_weights",)),
@@ -154,7 +150,7 @@ TRL_ROWS = {
     "forward": ("training forward", ("policy_logprob.training_forward",), (_PASS,)),
 }
 TRL_REST = {
-    "prompt": ("prompt", ("prompt", "engine", "sync_wait"), (*_PREPARE, "-what is inside")),
+    "prompt": ("prompt", ("prompt", "engine", "sync_wait"), ("_prepare_inputs", "-what is inside")),
     "fused": ("training forward", ("policy_logprob.training_forward",), ("compute_loss",)),
     "left": ("other", ("other",), ("compute_loss", f"-{_PASS}")),
     "backward": ("backward", ("backward",), ("step_time", "-_prepare_inputs", "-compute_loss")),
