@@ -6,7 +6,6 @@ the edited text again: the key has to have its value, and no other key may have 
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,7 +79,7 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     wanted = {key: (value, key) for key, value in batch.items()}
     lost: dict[str, LostKey] = {}
     for change in receipt.changed:
-        values = _placed(values_of(side, change.key, change.after), raw)
+        values = values_of(side, change.key, change.after)
         wanted |= {key: (value, change.key) for key, value in values.items()}
         if not values and change.key != PROMPTS and change.key.removeprefix("grpo.") not in TRL_BATCH:
             why = WHY.get(change.key, f"{titled(framework)} has no key for it")
@@ -150,6 +149,7 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     for key in (key for key, value in values.items() if value != int(value)):
         what = f"an optimizer step of {numbers.completions} completions is no whole number of what it counts"
         raise ConfigError(what, where=f"{where}: {key}")
+    values = {key: int(value) for key, value in values.items()}
     if "steps_per_generation" in values and before.given("generation_batch_size"):
         values["generation_batch_size"] = numbers.rollout
         del values["steps_per_generation"]
@@ -158,15 +158,6 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     ratio = old.steps_per_rollout / numbers.steps_per_rollout
     counts = {key: before.value(key) for key in side.rollouts if before.given(key)} if ratio != 1 else {}
     return values | {key: max(1, round(count * ratio)) for key, count in counts.items() if (count or 0) > 0}
-
-
-def _placed(values: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Keys with a `*` in front as the source has them; left out where it has none."""
-    placed = {}
-    for key, value in values.items():
-        names = [name for name in source.settings if re.fullmatch(rf".*\.{re.escape(key[2:])}", name)]
-        placed |= dict.fromkeys(names[:1] if key.startswith("*.") else [key], value)
-    return placed
 
 
 def _with(original: Original, text: str, key: str, value: Any, framework: str) -> str | None:

@@ -7,6 +7,7 @@ Sources: the configuration classes of the frameworks (verl `trainer/config/{acto
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.interop.batch import SixNumbers, TrlBatch
 from grpo_autotune.interop.source import Source
@@ -23,7 +24,7 @@ class Framework(NamedTuple):
     """One framework's side of the table."""
 
     batch: Mapping[str, Numbers]
-    keys: Mapping[str, Target]  # key path of a `RunConfig` -> the key here
+    keys: Mapping[str, Target | None]  # key path of a `RunConfig` -> the key here; those of TRL's name are left out
     rollouts: tuple[str, ...] = ()  # keys that count rollouts
     micro: str = ""  # the micro batch, with which `fixed` is written as well
     fixed: Mapping[str, Any] = {}
@@ -113,6 +114,8 @@ SWIFT = Framework(
             "vllm_", "gpu_memory_utilization", "max_num_seqs", "enforce_eager", "tensor_parallel_size",
             "enable_prefix_caching", "quantization",
         ),
+        "grpo.cache_implementation": None,
+        "grpo.use_transformers_continuous_batching": None,
         "vllm.sleep_level": "sleep_level",
         "vllm.weight_sync": lambda how: {"vllm_enable_lora": how == "adapter"},
         "data.image_size": lambda side: {"max_pixels": side * side},
@@ -136,14 +139,9 @@ R1_V = TRL._replace(
         "gradient_accumulation_steps": lambda six, trl: trl.gradient_accumulation_steps,
     }
 )
-UNSLOTH = TRL._replace(
-    keys={
-        "vllm.gpu_memory_utilization": "*.from_pretrained.gpu_memory_utilization",
-        "peft.r": "*.get_peft_model.r",
-        "model.load_in_4bit": "*.from_pretrained.load_in_4bit",
-    }
-)
-FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V, "unsloth": UNSLOTH}
+SCRIPT = TRL._replace(keys={key: name for key, name in TRL.keys.items() if key.startswith("vllm.")})
+"""Of a program: its `GRPOConfig` alone; the model and the adapter are made elsewhere in it."""
+FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V}
 """By name; all others have TRL's keys."""
 WHY = {
     "speedups": "a speed-up of grpo-autotune, which trains with TRL",
@@ -154,9 +152,11 @@ WHY = {
 
 
 def framework_of(source: Source) -> Framework:
-    """The side of a source's framework; that of Megatron and Ray in ms-swift has other names for the batch."""
+    """The side of a source's framework; Megatron and Ray in ms-swift have other names for the batch."""
     if source.framework == "ms-swift" and source.settings.keys() & {"global_batch_size", "micro_batch_size"}:
         return MEGATRON
+    if source.path.suffix in (".py", ".ipynb"):
+        return SCRIPT
     return FRAMEWORKS.get(source.framework, TRL)
 
 
@@ -165,5 +165,6 @@ def values_of(side: Framework, key: str, value: Any) -> Mapping[str, Any]:
     section, _, name = key.partition(".")
     if key.removeprefix("grpo.") in TRL_BATCH:
         return {}
-    target = side.keys.get(key) or (name if section == "grpo" and "num_generations" in side.batch else None)
+    shared = name if section == "grpo" and name in grpo_keys() and "num_generations" in side.batch else None
+    target = side.keys.get(key, shared)
     return {} if target is None else {target: value} if isinstance(target, str) else target(value)
