@@ -64,7 +64,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     script = Script(pins=dict(PIN.findall(text)))
     names: dict[str, Any] = {}
     for cell, source in cells(path, text):
-        tree, left_out = _parsed(source, f"{path.name}, {cell}" if cell else path.name)
+        tree, left_out = parsed(source, f"{path.name}, {cell}" if cell else path.name)
         script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
         if ast.get_docstring(tree) and script.docstring is None:
             script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
@@ -72,7 +72,7 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
     return script
 
 
-def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
+def parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
     """The tree of a source without the statements that are no Python (of this version), and their lines."""
     lines, left_out = source.split("\n"), list[str]()
     while True:
@@ -141,6 +141,10 @@ class _Reader(ast.NodeVisitor):
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         """A name for a value or a call; an attribute of a call's result is one more argument."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, its_value in zip(target.elts, value.elts, strict=True):
+                self.assign(one, its_value)
+            return
         name = ast.unparse(target)
         call = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
@@ -187,7 +191,8 @@ class _Reader(ast.NodeVisitor):
             sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
             return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)
         if isinstance(node, ast.JoinedStr):
-            parts = [getattr(part, "value", part) if not getattr(part, "format_spec", None) else part for part in node.values]
+            whole = [part for part in node.values if isinstance(part, ast.FormattedValue) and not part.format_spec]
+            parts = [part.value if part in whole else part for part in node.values]
             return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
         if isinstance(node, ast.Call):
             return self.called(node, unknown)
