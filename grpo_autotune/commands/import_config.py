@@ -14,7 +14,8 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.writing.yaml_text import yaml_text
 from grpo_autotune.records.imported import STRICT, Imported
-from grpo_autotune.render.imported import place_of, render_imported
+from grpo_autotune.render.imported import named, render_imported
+from grpo_autotune.units import plural
 
 NARROWEST = 60
 
@@ -41,8 +42,10 @@ def import_config(
     width = max(NARROWEST, shutil.get_terminal_size((100, 24)).columns)
     show(imported.model_dump_json(indent=2) if as_json else render_imported(imported, width))
     if lost:
-        first = lost[0].key if lost[0].line is None else f"{lost[0].key} in line {place_of(lost[0])}"
-        complain(f"grpo-autotune: --strict: {len(lost)} settings lose their meaning, {first} first", everywhere=False)
+        first = (
+            f"{lost[0].key} ({named(lost[0])}) is the first of {plural(len(lost), 'setting')} that lose their meaning"
+        )
+        complain(f"grpo-autotune: --strict: {first}; nothing was written", everywhere=False)
         return None
     for line in _next(imported, target):
         say(line)
@@ -58,7 +61,7 @@ def check(imported: Imported, text: str, where: str) -> None:
         RunConfig.from_dict(parse_yaml(text, where))
     except ConfigError as error:
         row = next((row for row in imported.rows if error.where in row.targets), None)
-        source = f", line {place_of(row)}: {row.key}" if row and row.line is not None else f": {row.key}" if row else ""
+        source = f", {named(row)}: {row.key}" if row else ""
         fix = f"Report this file: the importer wrote what {error.where} refuses."
         raise ConfigError(error.what, where=f"{imported.file}{source}", fix=fix) from error
     finally:

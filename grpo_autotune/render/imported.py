@@ -69,25 +69,18 @@ def _block(title: str, rows: list[ImportedRow]) -> Iterator[RenderableType]:
 
 
 def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
-    """`key = value -> targets`, and the note, where no earlier row has said the same."""
-    text = Text(f"{row.key} = {_value(row.value)}", overflow="fold")
+    """`key = value -> targets`, and the note; of either, what an earlier row has said is named by that row."""
     becomes = ", ".join(
         path if value == row.value and len(row.targets) == 1 else f"{path}: {_value(value)}"
         for path, value in row.targets.items()
     )
-    note = f"as {said[row.note]}" if row.note in said else row.note
-    if becomes and becomes not in said:
-        text.append(" -> ").append(becomes, style="bold")
-    elif becomes:
-        text.append(f" -> as {said[becomes]}", style="dim")
-        note = note if row.note not in said else ""
-    place = row.key if row.line is None else f"line {place_of(row)}"
-    said |= {words: said.get(words, place) for words in (becomes, row.note) if len(words) > LONG}
-    return (
-        text.append(f" ({note})" if row.verdict == "same" or note != row.note else f"\n{note}", style="dim")
-        if note
-        else text
-    )
+    target, note = (f"as {said[words]}" if words in said else words for words in (becomes, row.note))
+    said |= {words: said.get(words, named(row)) for words in (becomes, row.note) if len(words) > LONG}
+    text = Text(f"{row.key} = {_value(row.value)}", overflow="fold")
+    text.append(f" -> {target}" if target else "", style="bold")
+    if not note or note == target:
+        return text
+    return text.append(f" ({note})" if row.verdict == "same" or note != row.note else f"\n{note}", style="dim")
 
 
 def _value(value: Any) -> str:
@@ -104,10 +97,14 @@ def summary_lines(imported: Imported) -> Iterator[str]:
     for verdict in STRICT:
         rows = [row for row in imported.rows if row.verdict == verdict]
         if rows:
-            places = (row.key if row.line is None else f"line {place_of(row)}" for row in rows)
-            yield f"{verdict}: {', '.join(dict.fromkeys(places))}"
+            yield f"{verdict}: {', '.join(dict.fromkeys(map(named, rows)))}"
 
 
 def place_of(row: ImportedRow) -> str:
-    """The line of a setting, the file in front where it is not the imported one."""
+    """The line of a setting, the file or cell in front where it is not the imported one."""
     return f"{row.file}:{row.line}" if row.file else str(row.line)
+
+
+def named(row: ImportedRow) -> str:
+    """A setting's line in a sentence; the key of a default."""
+    return row.key if row.line is None else place_of(row) if row.file else f"line {row.line}"

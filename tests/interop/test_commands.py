@@ -105,7 +105,7 @@ def test_strict_lists_what_is_lost_and_writes_nothing(folder: Path, capfd: Any) 
     (folder / "trl.yaml").write_text(f"{TRL}push_to_hub: true\n")
     assert main(["import", "trl.yaml", "--strict"]) == 1
     told = capfd.readouterr()
-    assert "no equivalent" in told.out and "--strict" in told.err and "push_to_hub in line 9" in told.err
+    assert "no equivalent" in told.out and "--strict" in told.err and "push_to_hub (line 9) is the first of 1 setting" in told.err
     assert not (folder / "grpo.yaml").exists()
 
 

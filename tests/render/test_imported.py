@@ -51,7 +51,7 @@ def test_rows_stand_by_line_and_defaults_apart() -> None:
     assert "base.yaml:9  changes meaning" in given and "images kept" in given
     assert "weight_decay = 0.01 -> grpo.weight_decay" in defaults
     assert "3 same, 2 converted, 1 no equivalent and 1 changes meaning" in defaults
-    assert "changes meaning: line base.yaml:9" in defaults and "no equivalent: line 7" in defaults
+    assert "changes meaning: base.yaml:9" in defaults and "no equivalent: line 7" in defaults
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
