@@ -119,15 +119,16 @@ class Translation:
         ranks = self.world_size or batch.ranks
         keys_of_trl = batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0])))
         self.batch, self.world_size = batch, ranks
+        processes = "1 process" if ranks == 1 else f"{ranks} processes"
         arithmetic = (
             f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
             f"{batch.completions} per optimizer step"
         )
         comments = {
             "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
-            "gradient_accumulation_steps": f"{batch.completions} completions per step / {ranks} processes / "
+            "gradient_accumulation_steps": f"{batch.completions} completions per step / {processes} / "
             f"{keys_of_trl.per_device_train_batch_size}",
-            "steps_per_generation": f"{batch.rollout} completions per rollout / {ranks} processes / "
+            "steps_per_generation": f"{batch.rollout} completions per rollout / {processes} / "
             f"{keys_of_trl.per_device_train_batch_size}",
         }
         values = {f"grpo.{name}": value for name, value in vars(keys_of_trl).items()}

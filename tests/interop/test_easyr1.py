@@ -98,6 +98,11 @@ def test_what_changes_meaning(values: dict[str, Any], key: str) -> None:
     assert row(imported(values), key).verdict == "changes meaning"
 
 
+def test_a_built_in_reward_of_early_2025() -> None:
+    outcome = imported(EARLY | {"worker.reward.reward_function": None, "worker.reward.compute_score": "math"})
+    assert row(outcome, "worker.reward.compute_score").verdict == "changes meaning"
+
+
 def test_names_and_defaults_of_early_2025() -> None:
     outcome = imported(EARLY)
     grpo = outcome.config["grpo"]

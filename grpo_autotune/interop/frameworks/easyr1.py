@@ -103,9 +103,10 @@ WORDS = shared.words(
             "trainer. rollout. reward. actor.use_torch_compile data.val_batch_size data.mini_rollout_batch_size "
             "data.filter_overlong_prompts_workers data.return_raw_",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
-        ("same", "of a setting that has its own row"):
-            "algorithm.kl_ algorithm.filter_ algorithm.online_filtering algorithm.disable_kl optim.training_steps "
-            "trainer.max_try_make_batch",
+        ("same", "goes with algorithm.online_filtering"): "algorithm.filter_ trainer.max_try_make_batch",
+        ("same", "off"): "algorithm.online_filtering algorithm.disable_kl",
+        ("same", "of KL in the reward, in the row of use_kl_loss"): "algorithm.kl_",
+        ("same", "the source sets it when it starts"): "optim.training_steps",
         ("same", "rows with videos are not read here"): "data.video_",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
         ("no equivalent", "the model's own is taken"): "model.override_config. model.tokenizer_path",
@@ -223,7 +224,7 @@ def _kl(t: Translation, is_early: bool) -> None:
 def _data(t: Translation, keys: Keys) -> None:
     shared.prompts(t, keys)
     template = _template(t, "data.format_prompt", "data.prompt_template", "its `content` is the column of the prompt")
-    _template(t, "data.override_chat_template", "data.chat_template", "")
+    _template(t, "data.override_chat_template", "model.chat_template", "")
     columns: dict[str, str] = {}
     for ours, name in (("content" if template else "prompt", "prompt_key"), ("images", "image_key")):
         columns |= {ours: str(t.value(f"data.{name}"))} if t.value(f"data.{name}") != ours else {}
@@ -262,9 +263,15 @@ def _template(t: Translation, key: str, target: str, note: str) -> str | None:
 def _reward(t: Translation) -> None:
     """The user's function, or the name of one that early versions had."""
     key, arguments = "worker.reward.reward_function", shared.below(t, "worker.reward.reward_function_kwargs.")
+    if not on(t.value(key)) and t.given("worker.reward.compute_score"):
+        note = (
+            "EasyR1's own of then: 0.9 for the right answer, by mathruler, and 0.1 for the form; here 1, by math-verify"
+        )
+        reward = {"name": "accuracy_reward", "params": {"column": "ground_truth"}}
+        t.changes("worker.reward.compute_score", {"rewards": [reward]}, note)
+        return
     if not on(t.value(key)):
-        given = next(filter(t.given, ("worker.reward.compute_score", key)), key)
-        refuse(t, given, "no file of a reward function", "Give worker.reward.reward_function=FILE:FUNCTION with --set.")
+        refuse(t, key, "no file of a reward function", "Name it there as FILE:FUNCTION.")
     path, _, function = str(t.value(key)).rpartition(":") if ":" in str(t.value(key)) else (t.value(key), "", "main")
     shared.reward(t, "easyr1", key, path, function, arguments)
     unused(t, [f"worker.reward.reward_function_kwargs.{name}" for name in arguments], "in the adapter")

@@ -97,6 +97,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     shared.naming(t, KEYS)
     shared.renamed(t, SAME)
     shared.renamed(t, FAST, "speed only")
+    if t.value(f"{ROLLOUT}name") == "hf":
+        _without_engine(t)
     shared.explain(t, WORDS)
     return t
 
@@ -262,9 +264,10 @@ def _optimizer(t: Translation) -> None:
 def _engine(t: Translation, is_lora: bool) -> None:
     shared.engine(t, KEYS)
     name, sleep = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine"
-    t.speed(f"{ROLLOUT}name", "" if name == "vllm" else f"vLLM generates here, not {name}")
+    t.speed(f"{ROLLOUT}name", f"vLLM generates here{'' if name == 'vllm' else f', not {name}'}")
     level = {"vllm.enable_sleep_mode": True, "vllm.sleep_level": 1 if is_lora else 2} if on(t.value(sleep)) else {}
-    t.speed(sleep, "its memory is the trainer's while weights are trained" if level else "", level)
+    note = "its memory is the trainer's while weights are trained" if level else "it keeps its memory"
+    t.speed(sleep, note, level)
     prefix, known = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
     engine = {rest: value for rest, value in shared.below(t, prefix).items() if value is not None}
     shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in known})
@@ -275,6 +278,15 @@ def _engine(t: Translation, is_lora: bool) -> None:
         ("data.mm_processor_kwargs.", "vllm.mm_processor_kwargs"),
     ):
         shared.renamed(t, {prefix + rest: f"{target}.{rest}" for rest in shared.below(t, prefix)})
+
+
+def _without_engine(t: Translation) -> None:
+    """transformers' own generation in the place of vLLM."""
+    t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
+    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.targets)]:
+        del t.rows[key]
+        unused(t, [key], "of an engine, and transformers generates")
+    t.converted(f"{ROLLOUT}name", {"grpo.use_vllm": False}, "transformers generates")
 
 
 def _data(t: Translation) -> None:
@@ -295,7 +307,7 @@ def _data(t: Translation) -> None:
             t.same(key, f"data.{target}")
         unused(t, {key} - t.rows.keys(), "all rows")
     if on(t.value(f"{MODEL}custom_chat_template")):
-        t.same(f"{MODEL}custom_chat_template", "data.chat_template")
+        t.same(f"{MODEL}custom_chat_template", "model.chat_template")
     if on(t.value(f"{FILTER}enable")):
         most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
         note = (

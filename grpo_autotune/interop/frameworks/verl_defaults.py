@@ -89,7 +89,8 @@ WORDS = words(
             "actor.use_fused_kernels actor.use_torch_compile model.enable_activation_offload",
         ("speed only", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
             "actor.strategy actor.fsdp_config. actor.fsdp_size actor.megatron. actor.veomni. actor.engine. "
-            "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight",
+            "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight "
+            "ref.fsdp_config. ref.megatron. ref.veomni. ref.strategy ref.ulysses_sequence_parallel_size",
         ("speed only", "passes without gradient use per_device_train_batch_size"): "ref. rollout.log_prob_",
         ("speed only", "the engine runs inside the training processes"):
             "rollout.mode rollout.data_parallel_size rollout.expert_parallel_size rollout.pipeline_model_parallel_size "
@@ -112,10 +113,13 @@ WORDS = words(
         ("same", "the source sets it when it starts"):
             "optim.total_training_steps rollout.prompt_length rollout.response_length",
         ("same", "the engine's weights come from the trainer before the first rollout"): "rollout.load_format",
-        ("same", "of a setting that has its own row"):
-            "algorithm.filter_groups. algorithm.rollout_correction. rollout.calculate_log_probs rollout.val_kwargs. "
-            "rollout.multi_turn. optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio model.lora. "
-            "rollout.do_sample",
+        ("same", "goes with algorithm.filter_groups.enable"): "algorithm.filter_groups.",
+        ("same", "goes with algorithm.rollout_correction.rollout_is"):
+            "algorithm.rollout_correction. rollout.calculate_log_probs",
+        ("same", "evaluation's sampling"): "rollout.val_kwargs.",
+        ("same", "one turn, sampled"): "rollout.multi_turn. rollout.do_sample",
+        ("same", "goes with the schedule"): "optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio",
+        ("same", "Megatron's LoRA, which is off"): "model.lora.",
         ("same", "verl reads it under `actor.`"): "actor.policy_loss.tau_",
         ("same", "trainer and engine share the GPUs"): "actor_rollout_ref.hybrid_engine",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
