@@ -52,7 +52,8 @@ FLOORS = {
         ("source", "batch", "redact"),
         ("reading", "translation"),
         ("recognise",),
-        ("frameworks", "adapters", "logs"),
+        ("adapters", "logs"),
+        ("frameworks",),
         ("importing",),
         ("writing",),
     ),
@@ -72,7 +73,7 @@ FLOORS = {
         ("install",),
     ),
     "train": (
-        ("advantages", "arguments", "branches", "data", "models", "rewards", "runs"),
+        ("advantages", "arguments", "branches", "data", "eval_sampling", "models", "resample", "rewards", "runs"),
         ("monitors",),
         ("trainer",),
         ("trial_trainer",),

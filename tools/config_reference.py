@@ -106,7 +106,9 @@ def markdown() -> str:
             *_section("branches.control", Control),
             *_grpo(),
             *_section("resample", Resample, f"{Resample.__doc__} See [sampling.md](sampling.md#dynamic-sampling)."),
-            *_section("eval_sampling", EvalSampling, f"{EvalSampling.__doc__} See [sampling.md](sampling.md#evaluation)."),
+            *_section(
+                "eval_sampling", EvalSampling, f"{EvalSampling.__doc__} See [sampling.md](sampling.md#evaluation)."
+            ),
             *_section("vllm", VllmSection, VllmSection.__doc__),
             *_engine(),
             *_speedups(),

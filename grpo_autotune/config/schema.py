@@ -170,7 +170,9 @@ class RunConfig(Section):
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
         if self.eval_sampling is not None:
             evaluates = on_start or self.batch.eval_batch is not None
-            check_eval_sampling(self.eval_sampling.model_dump(), evaluates=evaluates, in_vllm=self.use_vllm)
+            server_n = self.batch.eval_generations if self.use_vllm and self.vllm.at_server else 1
+            values = self.eval_sampling.model_dump()
+            check_eval_sampling(values, evaluates=evaluates, in_vllm=self.use_vllm, server_n=server_n)
         if self.resample is not None:
             check_resample(self.resample, self.rewards, self.branches)
         has_kl = self.branches is not None or bool(self.grpo.get("beta"))

@@ -112,7 +112,9 @@ class Translation:
             self.comments[path] = comment
 
     def set_batch(self, batch: SixNumbers, keys: Iterable[str], note: str = "") -> None:
-        """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from."""
+        """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from, as a
+        mapping with the names of those keys that each one decides."""
+        decides = keys if isinstance(keys, Mapping) else {}
         keys = list(keys)
         ranks = self.world_size or batch.ranks
         keys_of_trl = batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0])))
@@ -132,7 +134,8 @@ class Translation:
         for name, comment in comments.items():
             self.comments[f"grpo.{name}"] = comment
         for key in keys:
-            self.converted(key, values, "; ".join(part for part in (arithmetic, note) if part))
+            targets = {path: values[path] for path in (f"grpo.{name}" for name in decides.get(key, vars(keys_of_trl)))}
+            self.converted(key, targets, "; ".join(part for part in (arithmetic, note) if part))
         for path, value in values.items():
             self.set(path, value)
 

@@ -16,6 +16,19 @@ STRICT: tuple[Verdict, ...] = ("changes meaning", "no equivalent")
 """Verdicts after which the imported run may learn something else."""
 
 
+TITLES = {
+    "easyr1": "EasyR1", "trl": "TRL", "vlm-r1": "VLM-R1", "r1-v": "R1-V", "unsloth": "Unsloth",
+    "deepspeed": "DeepSpeed", "accelerate": "Accelerate",
+}  # fmt: skip
+"""Name of a framework as its authors write it, where that differs."""
+
+
+def titled(framework: str, version: str = "") -> str:
+    """The framework as its authors write it, with a version."""
+    name = TITLES.get(framework, framework)
+    return version if version.startswith(name) else f"{name} {version}".rstrip()
+
+
 class ImportedRow(Frozen):
     """One setting of the source."""
 
@@ -33,7 +46,7 @@ class Imported(Document):
 
     schema_: Literal["grpo-autotune/imported/1"] = Field(default=SCHEMA, alias="schema")
     file: str
-    framework: str  # in words: `verl`, `ms-swift`
+    framework: str  # as `--from` has it: `verl`, `ms-swift`
     version: str  # version whose defaults were taken
     version_from: str  # why that one: `--source-version`, the file's own pin, or that it was assumed
     world_size: int  # training processes that the result is written for

@@ -36,9 +36,11 @@ from grpo_autotune.train.branches.evaluation import evaluate_by_branch
 from grpo_autotune.train.branches.rows import divided
 from grpo_autotune.train.data.datasets import LoadData, check_rows, load_data
 from grpo_autotune.train.data.templates import fit_prompts
+from grpo_autotune.train.eval_sampling import evaluate_with
 from grpo_autotune.train.models.adapter import load_policy, settle_reference
 from grpo_autotune.train.models.load import check_images, load_processor, model_source
 from grpo_autotune.train.monitors.callback import Monitors
+from grpo_autotune.train.resample import Resampling
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
@@ -175,6 +177,10 @@ def build_trainer(
         evaluate_by_branch(trainer, config.branches, BranchControl(trainer, config.branches, config.grpo, say))
     if config.grpo.get("advantages") == "rank":
         put_ranks_on(trainer)
+    if config.resample is not None:
+        trainer.resampling = Resampling(trainer, config.resample, say)
+    if config.eval_sampling is not None:
+        evaluate_with(trainer, config.eval_sampling, say)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)

@@ -12,14 +12,14 @@ from grpo_autotune.errors import ConfigError, nearest_hint
 
 
 class Resample(Section):
-    """Dynamic sampling, as in DAPO: a group whose rewards are all equal teaches nothing, and gives its place to one of
-    further prompts before training."""
+    """Dynamic sampling, as in DAPO: a zero-advantage group teaches nothing, and before training a group of a further
+    prompt takes its place."""
 
     max_rounds: int = Field(default=10, ge=2)
-    """Generations for one rollout at most, the first included. Where they do not bring as many groups that differ as a
-    rollout has, equal ones stay in it."""
+    """Generations for one rollout at most, the first included, each of as many prompts as a rollout has. Groups that
+    are equal then stay."""
     reward: str | None = None
-    """Label or name of the one reward whose equality counts; by default the weighted sum of all."""
+    """Label or name of the reward that decides if a group is equal; by default the weighted sum of all."""
 
 
 class EvalSampling(Section):

@@ -1,0 +1,53 @@
+"""The last words on an export: a head that says what was changed and measured, or a patch."""
+
+import difflib
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_autotune.errors import printable
+from grpo_autotune.interop.writing.python_edits import code_of
+from grpo_autotune.records.exported import ExportedKey
+from grpo_autotune.records.imported import titled
+from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.units import seconds
+
+WIDTH = 108
+
+
+def is_patch(path: Path) -> bool:
+    """True of programs, which nobody edits but their author."""
+    return path.suffix.lower() in (".py", ".ipynb")
+
+
+def measured_line(receipt: Receipt, framework: str) -> str:
+    """Where the tuned values were measured, and where not."""
+    trl = receipt.versions.get("trl", "")
+    interval = f"{receipt.speedup_low:.2f} to {receipt.speedup_high:.2f}"
+    return (
+        f"Measured with TRL{f' {trl}' if trl else ''} on {printable(receipt.hardware)}: x {receipt.speedup:.2f} "
+        f"({interval}) useful completions per second, {seconds(receipt.baseline_step_s)} -> {seconds(receipt.step_s)} "
+        f"per optimizer step. Whether it is faster in {titled(framework)} was not measured."
+    )
+
+
+def patch(path: Path, before: str, after: str) -> str:
+    """The difference as a unified diff; of a notebook, that of its code."""
+    texts = [code_of(text) if path.suffix == ".ipynb" else text for text in (before, after)]
+    lines = difflib.unified_diff(
+        *(text.splitlines() for text in texts), f"a/{path.name}", f"b/{path.name}", lineterm=""
+    )
+    return "\n".join(lines) + "\n"
+
+
+def headed(text: str, keys: Sequence[ExportedKey], measured: str, path: Path) -> str:
+    """The text below a comment; JSON, which has none, as it is."""
+    if path.suffix.lower() == ".json":
+        return text
+    changes = ", ".join(map(str, keys))
+    words = f"Tuned by grpo-autotune: {changes or 'nothing was changed'}. {measured}"
+    head = "".join(
+        f"# {line}\n" for line in textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
+    )
+    first, newline, rest = text.partition("\n")
+    return f"{first}{newline}{head}{rest}" if first.startswith("#!") else head + text
