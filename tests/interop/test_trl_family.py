@@ -228,9 +228,9 @@ def test_engine_of_old_releases() -> None:
     assert record.config["grpo"]["vllm_importance_sampling_correction"] is False
     assert record.config["grpo"].get("top_k", 0) == 0
     server = of_trl({"use_vllm": True, "vllm_gpu_memory_utilization": 0.7}, "0.18.0")
-    assert server.config["vllm"] == {"mode": "server", "server_timeout": 240.0}
-    colocated = of_trl({"use_vllm": True}, "1.16.0")
-    assert "vllm" not in colocated.config or "server_timeout" not in colocated.config["vllm"]
+    assert server.config["vllm"] == {"mode": "server"}
+    assert of_trl({"use_vllm": True}, "0.16.1").config["vllm"] == {"mode": "server", "server_timeout": 120.0}
+    assert "vllm" not in of_trl({"use_vllm": True}, "1.16.0").config
 
 
 def test_names_of_rewards() -> None:
@@ -393,7 +393,7 @@ def test_unsloth_script(tmp_path: Path) -> None:
     assert (grpo["epsilon_high"], grpo["mask_truncated_completions"], grpo["min_p"]) == (0.28, True, 0.1)
     assert (grpo["max_completion_length"], grpo["beta"], grpo["learning_rate"]) == (768, 0.001, 5e-5)
     assert grpo["vllm_importance_sampling_correction"] is False and "temperature" not in grpo
-    assert record.config["vllm"] == {"max_model_len": 1024, "gpu_memory_utilization": 0.8, "mode": "colocate"}
+    assert record.config["vllm"] == {"max_model_len": 1024, "gpu_memory_utilization": 0.8}
     assert record.config["peft"] == {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
     assert record.config["model"]["freeze_vision_tower"] is True
     data = record.config["data"]
@@ -422,6 +422,40 @@ def test_a_name_that_only_a_run_has_is_told(tmp_path: Path) -> None:
     )
     translation = import_file(path)
     assert any("uses tokenizer" in warning for warning in translation.warnings)
+
+
+PROGRAM = """
+from datasets import load_dataset
+from trl import GRPOTrainer
+from trl.rewards import think_format_reward
+
+
+def short(completions, **columns):
+    return [float(len(text) < 9) for text in completions]
+
+
+GRPOTrainer(model=name, args=args, reward_funcs=[think_format_reward, short], train_dataset=load_dataset("d"), {more})
+"""
+
+
+def test_a_command_takes_data_and_rewards_of_its_program(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PROGRAM.format(more=""))
+    settings = {"model_name_or_path": "m", "num_generations": 8}
+    one = source("trl", settings, {"num_processes": 1}, path=tmp_path / "run.sh", program="train.py")
+    record = imported(trl.translate(one, None, None))
+    assert [item["name"] for item in record.config["rewards"]] == ["think_format_reward", "train_rewards:short"]
+    assert row(record, "dataset_name").file == "train.py" and "def short" in record.files["train_rewards.py"]
+    (tmp_path / "train.py").write_text(PROGRAM.format(more="tools=[search]"))
+    with pytest.raises(ConfigError, match="several turns"):
+        trl.translate(one, None, None)
+
+
+@pytest.mark.parametrize(("version", "verdict"), [("1.8.0", "changes meaning"), ("1.9.0", "same")])
+def test_token_loss_before_one_window(version: str, verdict: str) -> None:
+    settings = {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    one = row(of_trl(settings, version), "loss_type")
+    assert one.verdict == verdict
+    assert ("2 times as large" in one.note) == (verdict != "same")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
 from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, Handler, listed, settle
-from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, Version, choose, defaults
+from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -24,6 +24,7 @@ Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
 PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+NO_DEFAULT = object()
 BATCH = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
     "generation_batch_size", "num_iterations",
@@ -39,7 +40,7 @@ REWARDS: dict[str, dict[str, Any]] = {
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of a TRL configuration; ConfigError in one line where there is none."""
-    return translated(source, choose(source, version), world_size)
+    return translated(trl_script.with_program(source), choose(source, version), world_size)
 
 
 def translated(
@@ -71,10 +72,11 @@ def translated(
     _batch(to, number, micro)
     items, differs = (rewards or _rewards)(to)
     (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
+    newest = defaults(NEWEST)
     table = {**HANDLERS, "dataset_name": _data, **_of_release(number), **(handlers or {})}
     for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
-        is_default = key not in read.settings
-        if key in to.rows or (is_default and (to.value(key) is None or key in ("use_peft", "use_vllm"))):
+        is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
+        if key in to.rows or (key not in read.settings and is_silent):
             continue
         if key != named and not key.startswith((accelerate.PREFIX, "deepspeed.")):
             settle(to, key, table)
@@ -137,7 +139,8 @@ def _zero(path: str) -> str | dict[str, Any]:
 
 def _data(to: Translation, key: str) -> None:
     note = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
-    if trl_script.is_script(to.source):
+    setting = to.source.settings.get(key)
+    if trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py")):
         to.changes(key, {"data.path": to.value(key)}, note, comment="rows as they are published")
     else:
         to.same(key, "data.path")
@@ -179,8 +182,9 @@ def _torchrun(to: Translation) -> int | None:
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
     names = listed(to.value("reward_funcs"))
-    is_script = trl_script.is_script(to.source)
-    return weighted(to, trl_script.rewards(to, names) if is_script else [_reward(to, str(name)) for name in names]), ""
+    setting = to.source.settings.get("reward_funcs")
+    is_code = trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
+    return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
 
 
 def _reward(to: Translation, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.renamed_keys import MOVED, SAID
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS
 from grpo_autotune.interop.source import Setting
 from grpo_autotune.interop.translation import Translation
 
@@ -257,5 +258,5 @@ HANDLERS: dict[str, Handler] = {
     "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": _column,
     "output_dir": _output, "resize": _resize, "warmup_ratio": _warmup, "max_prompt_length": _prompt_limit,
     "vllm_mode": _engine_place, "ignore_bias_buffers": off("for broken biases of old models under DDP"),
-    **dict.fromkeys(("rollout_func", "environment_factory", "tools"), _many_turns),
+    **dict.fromkeys(MANY_TURNS, _many_turns),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.interop.reading import python_source
-from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
@@ -39,9 +39,33 @@ OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokeniz
 """Arguments that hand over what other calls made."""
 
 
+MANY_TURNS = ("rollout_func", "environment_factory", "tools")
+
+
 def is_script(source: Source) -> bool:
-    """True for a Python script or notebook."""
-    return source.path.suffix in (".py", ".ipynb")
+    """True for a Python script or notebook, whose calls are the settings."""
+    return source.path.suffix in (".py", ".ipynb") and source.program in (None, source.path.name)
+
+
+def program(source: Source) -> Path | None:
+    """The Python file that makes the data and the rewards, if it is at hand."""
+    if source.path.suffix in (".py", ".ipynb"):
+        return source.path
+    name = source.program or ""
+    return beside(source.path, name) if name.endswith(".py") else None
+
+
+def with_program(source: Source) -> Source:
+    """A command with the data and the rewards that are written in the program which it starts."""
+    path = program(source)
+    if path is None or is_script(source) or "reward_funcs" in source.settings:
+        return source
+    calls = python_source.read(path).called(r"(.*\.)?(GRPOTrainer|load_dataset)")
+    made = unified(replace(source, settings={f"{c.name}.{key}": s for c in calls for key, s in c.arguments.items()}))
+    wanted = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", *MANY_TURNS)
+    inside = {key: replace(s, file=path.name) for key, s in made.settings.items() if key in wanted}
+    is_known = isinstance(getattr(inside.get("reward_funcs"), "value", None), list)
+    return replace(source, settings={**inside, **source.settings}) if is_known else source
 
 
 def unified(source: Source) -> Source:
@@ -71,9 +95,12 @@ def unified(source: Source) -> Source:
 def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     """Items of `rewards` for functions of a script: TRL's own and imported ones by their module, those that the script
     defines in a module that is written beside the configuration."""
-    script = _Functions(to.source.path)
+    path = program(to.source)
+    if path is None:
+        return []
+    script = _Functions(path)
     items, wanted = [], []
-    module = re.sub(r"\W+", "_", to.source.path.stem).strip("_").lower() + "_rewards"
+    module = re.sub(r"\W+", "_", path.stem).strip("_").lower() + "_rewards"
     for name in map(str, names):
         origin = script.imported.get(name)
         if origin:
