@@ -39,6 +39,31 @@ LAYERS = (
 )
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
+    "commands": (
+        (
+            "checkpoints",
+            "compare",
+            "data",
+            "doctor",
+            "early",
+            "imports",
+            "infer",
+            "ladder",
+            "merge",
+            "page",
+            "plan",
+            "probe",
+            "reward_sources",
+            "run",
+            "search",
+            "serve",
+            "serve_trained",
+            "sweep",
+            "train",
+            "watch",
+        ),
+        ("interop",),
+    ),  # fmt: skip
     "config": (
         ("addresses", "foreign_keys", "renamed_keys", "template_text", "vllm_names"),
         ("messages",),

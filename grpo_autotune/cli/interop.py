@@ -51,10 +51,10 @@ def import_(
         from grpo_autotune.interop.logs.recognise import is_log
 
         if file.is_file() and is_log(file):
-            from grpo_autotune.commands.import_log import import_log
+            from grpo_autotune.commands.interop.log import import_log
 
             return import_log(file, out=out, config=against, as_json=json_)
-        from grpo_autotune.commands.import_config import import_config
+        from grpo_autotune.commands.interop.config import import_config
         from grpo_autotune.config.batch import world_size as processes
 
         how: Any = {"framework": from_, "version": version, "environment": environment(env), "strict": strict}
@@ -86,7 +86,7 @@ def export(
     """Write the values that a search tuned into a copy of the file that the run was imported from."""
 
     def action() -> int:
-        from grpo_autotune.commands.export import export_tuned
+        from grpo_autotune.commands.interop.export import export_tuned
 
         how: Any = {"framework": from_, "version": version, "environment": environment(env)}
         return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)
@@ -98,7 +98,7 @@ def probed(config: str, framework: str, *, as_json: bool) -> int:
     """Probe an imported configuration, and say how the source's timers split; the exit code."""
     code = running.probe(config, json_=as_json)()
     from grpo_autotune.config.schema import load_config
-    from grpo_autotune.render.split import split_lines
+    from grpo_autotune.render.imported import split_lines
     from grpo_autotune.report.files import load_report
 
     for line in split_lines(load_report(load_config(config).run_dir / "probe"), framework):

@@ -1,4 +1,4 @@
-"""The outcome of importing another framework's configuration, setting by setting."""
+"""The outcome of importing another framework's configuration, setting by setting, and that of exporting into one."""
 
 from typing import Any, Final, Literal
 
@@ -7,6 +7,7 @@ from pydantic import Field
 from grpo_autotune.records.base import Document, Frozen
 
 SCHEMA: Final = "grpo-autotune/imported/1"
+EXPORTED: Final = "grpo-autotune/exported/1"
 
 Verdict = Literal["same", "converted", "changes meaning", "no equivalent", "speed only"]
 """A setting means the same here; the same in another unit or another key; something else, said what and how much;
@@ -56,3 +57,35 @@ class Imported(Document):
     warnings: list[str]
     config: dict[str, Any]  # the values of a `RunConfig`
     files: dict[str, str] = {}  # name -> text of files that belong beside it, such as a reward's adapter
+
+
+class ExportedKey(Frozen):
+    """A key of the framework that was written."""
+
+    key: str
+    before: Any  # as the framework had it, its default where the file left it out
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {'unset' if self.before is None else self.before} -> {self.after}"
+
+
+class LostKey(Frozen):
+    """A tuned key of a `RunConfig` that the framework cannot be told."""
+
+    key: str
+    value: Any
+    why: str
+
+
+class Exported(Document):
+    """A file with tuned values."""
+
+    schema_: Literal["grpo-autotune/exported/1"] = Field(default=EXPORTED, alias="schema")
+    original: str
+    framework: str
+    kind: Literal["file", "patch"]  # the whole text, or a unified diff that nobody has applied
+    keys: list[ExportedKey]
+    lost: list[LostKey]
+    measured: str  # where the values were measured, and that it was not in that framework
+    text: str

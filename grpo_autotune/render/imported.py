@@ -1,4 +1,5 @@
-"""An imported configuration as text for a terminal: each setting of the source by its line, and what became of it."""
+"""An imported configuration as text for a terminal, each setting of the source by its line; and a probe's split of
+what another framework's timers hold together."""
 
 import json
 from collections import Counter
@@ -11,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict, titled
+from grpo_autotune.records.report import Report
 from grpo_autotune.render.text import as_text, section
-from grpo_autotune.units import listing
+from grpo_autotune.units import listing, percent, seconds
 
 STYLES: dict[Verdict, str] = {
     "changes meaning": "bold yellow", "no equivalent": "bold red", "converted": "cyan", "speed only": "dim",
@@ -108,3 +110,23 @@ def place_of(row: ImportedRow) -> str:
 def named(row: ImportedRow) -> str:
     """A setting's line in a sentence; the key of a default."""
     return row.key if row.line is None else place_of(row) if row.file else f"line {row.line}"
+
+
+LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}
+"""Framework -> its timer around the whole training pass; the others have none, and so no split of one."""
+
+
+def split_lines(report: Report, framework: str) -> Iterator[str]:
+    """The training pass by forward, backward and optimizer, as measured here."""
+    stages = {stage.name: stage for stage in report.stages}
+    parts = {part.name: part.self_s for part in stages["policy_logprob"].parts} if "policy_logprob" in stages else {}
+    pieces = {
+        "forward": parts.get("training_forward", 0.0),
+        **{name: stages[name].self_s for name in ("backward", "optimizer") if name in stages},
+    }
+    whole = sum(pieces.values())
+    if whole > 0:
+        name = f"{titled(framework)}'s {LUMPS[framework]}" if framework in LUMPS else "The training pass"
+        shares = ", ".join(f"{percent(piece / whole)} {part}" for part, piece in pieces.items())
+        yield f"{name} holds {shares}: {seconds(whole)} of a step of {seconds(report.step_s)}."
+        yield f"That is TRL on this machine, with the imported batch; {titled(framework)} itself was not measured."

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from grpo_autotune.cli.main import main
-from grpo_autotune.commands.import_config import check
+from grpo_autotune.commands.interop.config import check
 from grpo_autotune.config.schema import load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.writing.yaml_text import yaml_text

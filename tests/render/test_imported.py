@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.records.imported import Imported, ImportedRow
-from grpo_autotune.render.imported import render_imported
-from grpo_autotune.render.split import split_lines
+from grpo_autotune.render.imported import render_imported, split_lines
 from grpo_autotune.report.files import load_report
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,7 @@ from grpo_autotune.interop.translation import Translation
 from grpo_autotune.interop.writing.edits import edits
 from grpo_autotune.interop.writing.finish import headed, is_patch, measured_line, patch
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
-from grpo_autotune.records.exported import Exported, ExportedKey, LostKey
-from grpo_autotune.records.imported import titled
+from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, titled
 from grpo_autotune.records.receipt import Receipt
 
 PROMPTS = "prompts_per_step"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from grpo_autotune.errors import printable
 from grpo_autotune.interop.writing.python_edits import code_of
-from grpo_autotune.records.exported import ExportedKey
-from grpo_autotune.records.imported import titled
+from grpo_autotune.records.imported import ExportedKey, titled
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.units import seconds
 
@@ -21,7 +20,7 @@ def is_patch(path: Path) -> bool:
 
 
 def measured_line(receipt: Receipt, framework: str) -> str:
-    """Where the tuned values were measured, and where not."""
+    """The place where the tuned values were measured, and the one where they were not."""
     trl = receipt.versions.get("trl", "")
     interval = f"{receipt.speedup_low:.2f} to {receipt.speedup_high:.2f}"
     return (

@@ -9,7 +9,7 @@ from grpo_autotune.console import say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
 from grpo_autotune.interop.writing.export import Original, export
-from grpo_autotune.records.exported import Exported
+from grpo_autotune.records.imported import Exported
 
 
 def export_tuned(
