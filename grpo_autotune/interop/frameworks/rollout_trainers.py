@@ -285,7 +285,9 @@ def engine(t: Translation, keys: Keys) -> None:
     t.same(keys.memory, "vllm.gpu_memory_utilization", note="of the whole GPU")
     wanted, ranks = int(t.number(keys.parallel)), t.world_size or 1
     fits = math.gcd(wanted, ranks)
-    note = "" if fits == wanted else f"groups of {wanted} do not divide {ranks} training processes"
+    note = (
+        "" if fits == wanted else f"groups of {wanted} there, which do not divide the number of processes here, {ranks}"
+    )
     t.speed(keys.parallel, note, {"vllm.tensor_parallel_size": fits})
     t.same(keys.top_k, "grpo.top_k", positive(t, keys.top_k), "all tokens" if not positive(t, keys.top_k) else "")
 

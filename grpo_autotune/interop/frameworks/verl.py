@@ -209,7 +209,7 @@ def _loss(t: Translation) -> None:
         if mode == "sapo":
             shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
         return
-    t.inert(LOSS, "")
+    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
     kind, note = _average(t, average, mode == "cispo")
     t.verdict("changes meaning" if note else "same", key, {"grpo.loss_type": kind}, note)
 
