@@ -95,6 +95,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _correction(t)
     _optimizer(t)
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
+    if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
+        t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
     _engine(t, is_lora)
     _data(t)
     _rewards(t)
@@ -206,6 +208,8 @@ def _loss(t: Translation) -> None:
         targets = {"grpo.loss_type": "grpo" if mode == "gspo" else "sapo", **level}
         t.converted(LOSS, targets, f"averaged per sequence, whatever {key} says")
         t.inert(key, f"{mode} averages per sequence")
+        if on(t.value(f"{ACTOR}use_kl_loss")) and average != "seq-mean-token-mean":
+            t.changes(key, {}, f"verl averages KL by {average} beside {mode}, TRL per sequence")
         if mode == "sapo":
             shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
         return
@@ -223,9 +227,9 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
         return kind, shared.uneven(t)
     if average == "token-mean":
         is_like = not is_cispo and not on(t.value(DYNAMIC))
-        own = "as many completions as fit" if on(t.value(DYNAMIC)) else f"{source} completions"
+        each = "as many completions as fit" if on(t.value(DYNAMIC)) else f"{source} completions"
         here = f"of {micro}" if is_like else "of the optimizer step"
-        note = f"verl averages over the tokens of each micro batch of {own}, TRL over those {here}"
+        note = f"verl averages over the tokens of each micro batch of {each}, TRL over those {here}"
         return ("bnpo" if is_like else kind), "" if is_like and micro == source else note
     if is_cispo or average not in AVERAGES:
         return kind, f"verl averages by {average}, TRL's {kind} over tokens"
