@@ -61,6 +61,7 @@ KL = {"algorithm.use_kl_loss": True, "algorithm.kl_penalty": "low_var_kl", "algo
         ({"trainer.val_freq": 5}, "grpo.eval_steps", 20),
         ({"trainer.val_freq": 5}, "data.eval_split", "test"),
         ({"trainer.val_freq": 5, f"{ROLLOUT}val_override_config.temperature": 0.6}, "eval_sampling.temperature", 0.6),
+        ({"trainer.val_freq": 5, f"{ROLLOUT}val_override_config.top_k": -1}, "eval_sampling.top_k", 0),
         ({"trainer.save_limit": 3}, "grpo.save_total_limit", 3),
         ({}, "grpo.seed", 1),
         ({}, "data.split", "train"),

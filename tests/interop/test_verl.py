@@ -110,6 +110,7 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{MODEL}lora_rank": 64}, "vllm.sleep_level", 1),
         ({f"{ROLLOUT}free_cache_engine": False}, "vllm.enable_sleep_mode", None),
         ({}, "model.dtype", "float32"),
+        ({f"{ACTOR}fsdp_config.dtype": "float16"}, "grpo.fp16", True),
         ({f"{MODEL}lora_rank": 64}, "model.dtype", "bfloat16"),
         ({f"{MODEL}lora_rank": 64}, "peft.target_modules", "all-linear"),
         ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.target_modules": ["linear_qkv"]}, "peft.target_modules",
@@ -118,6 +119,7 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{MODEL}lora_adapter_path": "before", f"{MODEL}lora_rank": 8}, "model.adapter_reference", "base"),
         ({"data.truncation": "left"}, "data.prompt_overflow", "left"),
         ({"data.truncation": "right"}, "data.prompt_overflow", "error"),
+        ({"data.train_files": "hdfs://me@host/a.parquet"}, "data.path", "hdfs://me@host/a.parquet"),
         ({"data.train_max_samples": 100}, "data.subsample", 100),
         ({"data.train_max_samples": 100, "data.shuffle": False}, "data.max_samples", 100),
         ({f"{FILTER}enable": True, f"{FILTER}max_num_gen_batches": 7}, "resample.max_rounds", 7),
@@ -242,6 +244,8 @@ def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
 def test_what_is_lost_is_said_by_line_and_what_is_off_is_not() -> None:
     outcome = imported({"algorithm.use_kl_in_reward": True, f"{ROLLOUT}ignore_eos": False, f"{ACTOR}unheard_of": 3})
     assert row(outcome, "algorithm.use_kl_in_reward").verdict == "no equivalent"
+    beside = imported(KL | {f"{ACTOR}policy_loss.loss_mode": "gspo"})
+    assert row(beside, f"{ACTOR}loss_agg_mode").verdict == "changes meaning"
     assert row(outcome, f"{ROLLOUT}ignore_eos").verdict == "same"
     assert row(outcome, f"{ACTOR}unheard_of").note.startswith("not a key that is known")
 

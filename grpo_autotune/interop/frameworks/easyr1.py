@@ -164,9 +164,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
 def _resolved(source: Source, version: str | None, world_size: int | None) -> tuple[Translation, bool]:
     """The translation with the defaults of a version, and whether that is the early one."""
     if version not in (None, "2025.2", "2026.7"):
-        raise ConfigError(
-            f"{version!r} is no version of EasyR1", where="--source-version", fix="Known: 2025.2, 2026.7."
-        )
+        what = f"{version!r} is no version of EasyR1"
+        raise ConfigError(what, where="--source-version", fix="Known: 2025.2, 2026.7.")
     mark = next((key for key in EARLY_MARKS if key in source.settings), None)
     is_early = version == "2025.2" if version else mark is not None
     reason = "--source-version" if version else f"it has the key {mark}" if mark else "assumed, as no key tells"
@@ -192,13 +191,11 @@ def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
         if (kind == "cispo") != (average == "token"):
             note = f"TRL averages {kind} over {'tokens' if kind == 'cispo' else 'sequences'}"
     if average == "seq":
-        note = "EasyR1 weighs the mean over a micro batch's sequences by its tokens: of one sequence, that is token"
+        note = "EasyR1 weighs the mean over a micro batch's sequences by its tokens: of one, that is by token"
     elif is_early:
         form, micro = "bnpo", t.values["grpo.per_device_train_batch_size"]
         if micro != t.batch.micro_batch:
-            note = (
-                f"the mean over the tokens of a micro batch, of {t.batch.micro_batch} completions there, {micro} here"
-            )
+            note = f"the mean over the tokens of a micro batch: of {t.batch.micro_batch} completions, here of {micro}"
     elif kind != "sapo":
         note = shared.uneven(t)
     if kind == "sapo":
@@ -234,16 +231,14 @@ def _data(t: Translation, keys: Keys) -> None:
     shared.files(t, keys, {"columns": columns, **({"prompt_template": template} if template else {})})
     if template and "data.mix" in t.values:
         t.values.pop("data.prompt_template")
-    names = ("temperature", "top_p", "top_k")
-    shared.evaluation(
-        t, keys, {name: (VALIDATION + name, t.value(VALIDATION + name)) for name in names}, f"{VALIDATION}n"
-    )
+    sampling = {name: (VALIDATION + name, t.value(VALIDATION + name)) for name in ("temperature", "top_p")}
+    if t.value(f"{VALIDATION}top_k") is not None:
+        sampling["top_k"] = (f"{VALIDATION}top_k", positive(t, f"{VALIDATION}top_k"))
+    shared.evaluation(t, keys, sampling, f"{VALIDATION}n")
     if on(t.value("algorithm.online_filtering")):
         low, high = (t.number(f"algorithm.filter_{end}") for end in ("low", "high"))
         most, name = int(positive(t, "trainer.max_try_make_batch")), t.value("algorithm.filter_key")
-        note = (
-            f"EasyR1 keeps groups whose mean of {name} is between {low:g} and {high:g}; here those whose rewards differ"
-        )
+        note = f"EasyR1 keeps groups with a mean of {name} from {low:g} to {high:g}; here those whose rewards differ"
         t.changes("algorithm.online_filtering", {"resample.max_rounds": most if most > 1 else 10}, note)
 
 

@@ -1,4 +1,4 @@
-"""What verl and EasyR1, its fork, have in common: a step is a rollout, sizes are prompts, and losses have other names.
+"""The common part of verl and EasyR1, its fork: a step is a rollout, sizes are prompts, and losses have other names.
 
 Each function gives verdicts on a few settings, whose keys come from a framework's `Keys`. Sources: core_algos.py,
 dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_trainer.py.
@@ -42,7 +42,7 @@ def refuse(t: Translation, key: str, what: str, fix: str | None = None) -> NoRet
 
 
 def on(value: Any) -> bool:
-    """True unless a setting is off, null or nothing."""
+    """True unless a setting is off, None or nothing."""
     return value not in (None, 0, "", [], {}) and str(value).lower() not in ("false", "null", "none", "disable")
 
 
@@ -285,7 +285,9 @@ def engine(t: Translation, keys: Keys) -> None:
     t.same(keys.memory, "vllm.gpu_memory_utilization", note="of the whole GPU")
     wanted, ranks = int(t.number(keys.parallel)), t.world_size or 1
     fits = math.gcd(wanted, ranks)
-    note = "" if fits == wanted else f"groups of {wanted} do not divide {ranks} training processes"
+    note = (
+        "" if fits == wanted else f"groups of {wanted} there, which do not divide the number of processes here, {ranks}"
+    )
     t.speed(keys.parallel, note, {"vllm.tensor_parallel_size": fits})
     t.same(keys.top_k, "grpo.top_k", positive(t, keys.top_k), "all tokens" if not positive(t, keys.top_k) else "")
 
@@ -338,8 +340,8 @@ def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
 def _paths(value: Any) -> list[dict[str, str]]:
     """Path, and split behind an `@`, of each file of a setting: a text, or a list of them."""
     texts = re.split(r"\s*,\s*", value.strip("[] ")) if isinstance(value, str) else list(value or ())
-    pairs = [str(text).strip("'\" ").partition("@") for text in texts]
-    return [{"path": path, **({"split": split} if split else {})} for path, _, split in pairs if path]
+    pairs = [re.fullmatch(r"(.+?)(?:@([\w\[\]:%+]+))?", str(text).strip("'\" ")) for text in texts]
+    return [{"path": pair[1], **({"split": pair[2]} if pair[2] else {})} for pair in pairs if pair]
 
 
 def _named(places: Sequence[Mapping[str, str]]) -> dict[str, dict[str, str]]:

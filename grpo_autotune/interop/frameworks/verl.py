@@ -4,7 +4,6 @@ Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (
 """
 
 import re
-from typing import Any
 
 from grpo_autotune.config.sections.vllm import ENGINE_FIXED
 from grpo_autotune.config.vllm_names import NAMES
@@ -57,6 +56,12 @@ OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill"
 """Of verl's programs, those that train something else or in another order."""
 SEVERAL_TURNS = "rollouts of several turns and tools are not read"
 SERVED = "a reward model that verl serves is not read; write a judge or service reward by hand"
+FUNCTIONS = ("reward.custom_reward_function.", "custom_reward_function.")
+MANAGERS = ("reward.reward_manager.name", "reward_model.reward_manager", "reward_manager.name")
+BUFFERS = ("reward.reward_kwargs.overlong_buffer_cfg.", "reward_model.reward_kwargs.overlong_buffer_cfg.",
+           "reward_model.overlong_buffer.", "custom_reward_function.overlong_buffer.")  # fmt: skip
+KWARGS = {"data.apply_chat_template_kwargs.": "grpo.chat_template_kwargs",
+          "data.mm_processor_kwargs.": "vllm.mm_processor_kwargs"}  # fmt: skip
 REFUSED = {
     **dict.fromkeys((f"{TURNS}enable", f"{TURNS}tool_config_path", f"{TURNS}interaction_config_path"), SEVERAL_TURNS),
     **dict.fromkeys(("reward_model.enable", "reward.reward_model.enable"), SERVED),
@@ -90,6 +95,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _correction(t)
     _optimizer(t)
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
+    if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
+        t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
     _engine(t, is_lora)
     _data(t)
     _rewards(t)
@@ -163,11 +170,8 @@ def _batch(t: Translation) -> None:
         if size is None:
             refuse(t, each, "no size of a micro batch, which verl needs as well")
         micro, note = max(1, int(size) // (ranks if used == [total] else 1)), ""
-    unused(
-        t,
-        {budget, each, total, DYNAMIC} - {*used},
-        f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}",
-    )
+    note_of_others = f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}"
+    unused(t, {budget, each, total, DYNAMIC} - {*used}, note_of_others)
     shared.batch(t, KEYS, micro, ranks, used, note)
 
 
@@ -204,10 +208,12 @@ def _loss(t: Translation) -> None:
         targets = {"grpo.loss_type": "grpo" if mode == "gspo" else "sapo", **level}
         t.converted(LOSS, targets, f"averaged per sequence, whatever {key} says")
         t.inert(key, f"{mode} averages per sequence")
+        if on(t.value(f"{ACTOR}use_kl_loss")) and average != "seq-mean-token-mean":
+            t.changes(key, {}, f"verl averages KL by {average} beside {mode}, TRL per sequence")
         if mode == "sapo":
             shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
         return
-    t.inert(LOSS, "")
+    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
     kind, note = _average(t, average, mode == "cispo")
     t.verdict("changes meaning" if note else "same", key, {"grpo.loss_type": kind}, note)
 
@@ -221,9 +227,9 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
         return kind, shared.uneven(t)
     if average == "token-mean":
         is_like = not is_cispo and not on(t.value(DYNAMIC))
-        own = "as many completions as fit" if on(t.value(DYNAMIC)) else f"{source} completions"
+        each = "as many completions as fit" if on(t.value(DYNAMIC)) else f"{source} completions"
         here = f"of {micro}" if is_like else "of the optimizer step"
-        note = f"verl averages over the tokens of each micro batch of {own}, TRL over those {here}"
+        note = f"verl averages over the tokens of each micro batch of {each}, TRL over those {here}"
         return ("bnpo" if is_like else kind), "" if is_like and micro == source else note
     if is_cispo or average not in AVERAGES:
         return kind, f"verl averages by {average}, TRL's {kind} over tokens"
@@ -244,11 +250,8 @@ def _correction(t: Translation) -> None:
         return
     low, _, high = str(limit).rpartition("_")
     prefix = "grpo.vllm_importance_sampling_"
-    values: dict[str, Any] = {
-        f"{prefix}mode": f"{kind}_{'mask' if low else 'truncate'}",
-        f"{prefix}clip_max": float(high),
-    }
-    t.converted(level, values | ({f"{prefix}clip_min": float(low)} if low else {}), "")
+    values = {f"{prefix}clip_max": float(high), **({f"{prefix}clip_min": float(low)} if low else {})}
+    t.converted(level, {f"{prefix}mode": f"{kind}_{'mask' if low else 'truncate'}", **values}, "")
     unused(t, [cap], f"{level} says it")
 
 
@@ -273,10 +276,7 @@ def _engine(t: Translation, is_lora: bool) -> None:
     shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in known})
     if on(engine.get("disable_mm_preprocessor_cache")):
         t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
-    for prefix, target in (
-        ("data.apply_chat_template_kwargs.", "grpo.chat_template_kwargs"),
-        ("data.mm_processor_kwargs.", "vllm.mm_processor_kwargs"),
-    ):
+    for prefix, target in KWARGS.items():
         shared.renamed(t, {prefix + rest: f"{target}.{rest}" for rest in shared.below(t, prefix)})
 
 
@@ -310,17 +310,13 @@ def _data(t: Translation) -> None:
         t.same(f"{MODEL}custom_chat_template", "model.chat_template")
     if on(t.value(f"{FILTER}enable")):
         most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
-        note = (
-            f"verl compares {metric}, and ends after so many generations; here the whole reward, and training goes on"
-        )
+        note = f"verl compares {metric}, and ends after so many generations; here the whole reward, and goes on"
         t.changes(f"{FILTER}enable", {"resample.max_rounds": most if most > 1 else 10}, note)
 
 
 def _rewards(t: Translation) -> None:
     """The user's function by an adapter, or verl's own by `data_source`; and the penalty of long completions."""
-    place = next(
-        (key for key in ("reward.custom_reward_function.", "custom_reward_function.") if t.value(f"{key}path")), None
-    )
+    place = next((key for key in FUNCTIONS if t.value(f"{key}path")), None)
     if place:
         function = str(t.value(f"{place}name") or "compute_score")
         arguments = shared.below(t, f"{place}reward_kwargs.")
@@ -330,19 +326,10 @@ def _rewards(t: Translation) -> None:
         items = [{"name": "grpo_autotune.interop.adapters.formulas:verl_by_data_source"}]
         note = "verl's own rewards by a row's data_source: here are those of gsm8k and geometry3k"
         t.changes("data.reward_fn_key", {"rewards": list(items)}, note)
-    managers = {
-        key: t.value(key)
-        for key in ("reward.reward_manager.name", "reward_model.reward_manager", "reward_manager.name")
-        if t.given(key)
-    }
-    for key, name in managers.items():
-        is_plain = name in ("naive", "dapo", "batch", "prime", None)
-        (t.inert if is_plain else t.dropped)(
-            key, "calls the function" if is_plain else "another way to call the function"
-        )
-    buffers = ("reward.reward_kwargs.overlong_buffer_cfg.", "reward_model.reward_kwargs.overlong_buffer_cfg.",
-               "reward_model.overlong_buffer.", "custom_reward_function.overlong_buffer.")  # fmt: skip
-    for buffer in buffers:
+    for key in filter(t.given, MANAGERS):
+        is_plain = t.value(key) in ("naive", "dapo", "batch", "prime", None)
+        (t.inert if is_plain else t.dropped)(key, "how the function is called")
+    for buffer in BUFFERS:
         if on(t.value(f"{buffer}enable")) and positive(t, f"{buffer}len"):
             longest, factor = int(t.number(KEYS.longest_completion)), float(t.number(f"{buffer}penalty_factor", 1.0))
             items.append(overlong_penalty(longest, int(t.number(f"{buffer}len")), factor))

@@ -136,6 +136,8 @@ WORDS = words(
             "actor.megatron.override_transformer_config.moe_z_loss_coeff",
         ("no equivalent", "TRL's AdamW has no such setting"): "optim. actor.qat.",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
+        ("no equivalent", "grpo-autotune eval evaluates alone"): "trainer.val_only",
+        ("no equivalent", "grpo-autotune train --resume, of its own checkpoints"): "trainer.resume_from_path",
         ("no equivalent", "the model's own configuration holds"):
             "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib model.mtp. "
             "data.tokenizer",
