@@ -46,7 +46,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 def translated(
     source: Source, release: tuple[Version, str, str], world_size: int | None, *,
     over: Mapping[str, Any] | None = None, unread: Mapping[str, str] | None = None, rewards: Rewards | None = None,
-    handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None,
+    handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None, ranks: int | None = None,
 ) -> Translation:  # fmt: skip
     """A configuration of TRL or of a framework built on it.
 
@@ -59,6 +59,7 @@ def translated(
         rewards: The framework's rewards; TRL's names otherwise.
         handlers: What the framework's own keys become, over `HANDLERS`.
         micro: Completions per device where the framework changes their number, and how.
+        ranks: Training processes where the launcher does not tell.
     """
     number, name, why = release
     said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
@@ -69,7 +70,7 @@ def translated(
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
     weights = "auto" if is_script and number == (0, 26) else "float32"
     to = Translation(read, {**model, "dtype": weights, **defaults(number), **over}, name, why, world_size)
-    _batch(to, number, micro)
+    _batch(to, number, micro, ranks)
     items, differs = (rewards or _rewards)(to)
     (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
     newest = defaults(NEWEST)
@@ -146,9 +147,9 @@ def _data(to: Translation, key: str) -> None:
         to.same(key, "data.path")
 
 
-def _batch(to: Translation, version: Version, changed: tuple[int, str] | None) -> None:
+def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
-    ranks = accelerate.processes(to) or _torchrun(to) or to.number("num_processes") or to.world_size
+    ranks = accelerate.processes(to) or _torchrun(to) or to.number("num_processes") or usual or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1

@@ -29,7 +29,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
                              "name": "dataset_config", "split": "dataset_train_split"},
     r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
     r"(.*\.)?BitsAndBytesConfig": {},
-    r".*\.resize": {"0": "resize"},
+    r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
 """Call -> its arguments in the names of TRL's command line; the others keep theirs."""
 LAST = ("load_dataset", "GRPOTrainer", "get_peft_model")
@@ -75,7 +75,7 @@ def unified(source: Source) -> Source:
     for key, setting in source.settings.items():
         place = PLACE.fullmatch(key)
         call = place["call"] if place else ""
-        is_made = bool(re.search(r"from_pretrained|SamplingParams|\.resize", call))
+        is_made = bool(re.search(r"from_pretrained|SamplingParams|^(.*\.)?resize$", call))
         is_over = is_over or call.endswith("GRPOTrainer")
         if is_made and (is_over or (call == "SamplingParams" and "vllm_sampling_params" not in source.settings)):
             continue

@@ -35,14 +35,13 @@ SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of an Unsloth script or notebook, which trains in one process."""
     source = _sampled(trl_script.unified(source))
-    source = replace(source, launch={"num_processes": Setting(1), **source.launch})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
     over = {**OVER, "use_vllm": bool(values.get("fast_inference"))}
     if any(key.startswith("finetune_") for key in values):
         over["lora_target_modules"] = "all-linear"
     micro = _micro_batch(values, release[0])
-    to = translated(source, release, world_size, over=over, handlers=HANDLERS, micro=micro)
+    to = translated(source, release, world_size, over=over, handlers=HANDLERS, micro=micro, ranks=1)
     if str(values["loss_type"]).lower() == "dapo":
         forced = {"grpo.epsilon_high": 0.28, "grpo.mask_truncated_completions": True}
         to.changes("loss_type", {"grpo.loss_type": "dapo", **forced}, "Unsloth forces both with dapo")
