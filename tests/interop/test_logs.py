@@ -16,7 +16,7 @@ from grpo_autotune.commands.import_log import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs import lines, steps
 from grpo_autotune.interop.logs.recognise import is_log
-from grpo_autotune.records.logged import TRAINING_PASS, LogReport
+from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.report.logged import read_log
 from tests.support import logs
 

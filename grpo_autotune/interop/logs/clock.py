@@ -9,7 +9,7 @@ from grpo_autotune.interop.logs.steps import SPEEDS, LoggedSteps
 from grpo_autotune.interop.logs.timers import OCCASIONS, RAY, Part, is_async, ray_parts
 
 WARM = 1.5
-"""Times the others' median: a first step that takes longer is left out."""
+"""Times the others' median (of optimizer steps, their longest): a first step that takes longer is left out."""
 LEAST_BAR = 5
 """Looks at a progress bar below which it is one of loading something."""
 
@@ -51,7 +51,11 @@ def timed(log: LoggedSteps) -> Timed:
         what = f"no seconds in the {len(log.values)} steps of this log" if log.values else "no training step in it"
         fix = "TRL logs step_time since 0.26; verl, EasyR1 and ms-swift log seconds: docs/interop.md lists the files."
         raise ConfigError(what, where=str(log.path), fix=fix)
-    _leave_out_warm_up(log, result.seconds)
+    first, *rest = result.seconds
+    usual = statistics.median if result.counted == "rollout" else max  # not every optimizer step generates
+    if len(rest) >= 2 and result.seconds[first] > WARM * usual(result.seconds[step] for step in rest):
+        del result.seconds[first]
+        log.skipped["first step, which warms up"] += 1
     return result
 
 
@@ -125,10 +129,3 @@ def _differences(elapsed: Mapping[int, float], start: int = 0) -> dict[int, floa
             seconds[step] = (now - at) / (step - before)
         before, at = step, now  # a clock that begins again is that of a resumed run
     return seconds
-
-
-def _leave_out_warm_up(log: LoggedSteps, seconds: dict[int, float]) -> None:
-    first, *rest = seconds
-    if len(rest) >= 2 and seconds[first] > WARM * statistics.median(seconds[step] for step in rest):
-        del seconds[first]
-        log.skipped["first step, which warms up"] += 1
