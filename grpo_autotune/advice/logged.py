@@ -45,7 +45,7 @@ def bound(report: LogReport) -> str:
 
 
 def advice(report: LogReport) -> list[Advice]:
-    """What the log gives reason for, most seconds first."""
+    """Advice that the log gives reason for, most seconds first."""
     entries = []
     for row in report.stages:
         least, kind, sentence = RULES.get(row.name, (2.0, "exact", ""))

@@ -308,7 +308,7 @@ def test_a_configuration_is_no_log(tmp_path: Path) -> None:
 def test_a_large_console_takes_little_memory(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(lines, "TELL_S", 0.0)
     noise = ("x" * 300 + " - of: nobody\n") * 800
-    text = noise + "y" * (1 << 22) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
+    text = noise + "y" * (1 << 23) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
     (tmp_path / "run.log").write_text(text)
     tracemalloc.start()
     report = read_log(tmp_path / "run.log")

@@ -179,7 +179,7 @@ def _joined(pieces: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
 
 
 def _continues(whole: str, text: str, last: str, width: int) -> str | None:
-    """What to put between a row and the next line of it; None where that line is none of it."""
+    """The text between a row and the next line of it; None where that line is none of it."""
     if whole.startswith("wandb:"):
         return "\n" if text.startswith("wandb:") else None
     if VERL.search(text) or "{'" in text:
