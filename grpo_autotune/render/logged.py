@@ -83,7 +83,7 @@ def _notes(report: LogReport) -> dict[str, list[str]]:
         "Keys of the log behind each row": keys,
         "Unknown to this tool: timers of the run's own": strange,
         "Absent: not in this log": [absent],
-        "Timers beside the step (means; per request, or outside of it)": beside,
+        "Timers beside the step (means where they are; per request, or outside of it)": beside,
         "Means of the steps used": facts,
         "Against the configuration": report.checks,
         "Skipped": [f"{reason}: {count}" for reason, count in report.skipped.items()],
