@@ -209,6 +209,12 @@ def test_a_trainer_state_has_whole_steps(tmp_path: Path) -> None:
     assert read(tmp_path, one_line, "trainer_state.json").step_seconds == report.step_seconds
 
 
+def test_dictionaries_of_a_console_are_read_one_after_the_other_and_wrapped(tmp_path: Path) -> None:
+    rows = [{"loss": 0.1 * n, "grad_norm": float("nan"), "step_time": f"{10 + n}", "epoch": 0.1} for n in range(1, 5)]
+    for text in (" ".join(map(str, rows)), "\n".join(logs.wrapped(str(row), 40) for row in rows)):
+        assert read(tmp_path, text).step_seconds == [11.0, 12.0, 13.0, 14.0]
+
+
 def test_timers_of_trl_are_nested_by_the_order_in_which_they_end(tmp_path: Path) -> None:
     rows = [row for step in (1, 2, 3) for row in logs.trl_rows(step)]
     exported = [{"_step": at, **row} for at, row in enumerate(rows)]

@@ -26,7 +26,7 @@ BAR = re.compile(
     r"(?:^|\]|Train[^:%|]*:)\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[(?:(\d+):)?(\d+):(\d+)<[^\]]*?(?:it/s|s/it)[^\]]*\]"
 )
 WANDB = re.compile(r"wandb: +(\S+) +(-?\d\S*)$")
-DICT = re.compile(r"\{'(?=[^{}]*'(?:loss|reward|train_runtime)':)[^{}]*\}")
+DICT = re.compile(r"\{(?=[^{}]*'(?:loss|reward|train_runtime)':)'[^{}]*\}")
 TORN = "lines that are torn"
 NEXT, LAST = "(the next)", "(the last)"
 """Keys of a row without a number of its own: a Trainer's dictionary on a console, W&B's summary at the end."""
