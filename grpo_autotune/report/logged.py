@@ -29,6 +29,8 @@ def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
     step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
     stages = _stages(times, step_s)
     facts = dict([*_facts(log, steps), *_recovered(log, steps)])
+    if "reward, mean" not in facts:
+        log.warnings.append("no reward in this log: it may be of another kind of training than GRPO")
     report = LogReport(
         file=str(path), framework=times.framework, counted=times.counted, whole=times.whole, step_s=step_s,
         step_spread_s=half_quartile_range(seconds), steps=steps, lines=[log.lines[step] for step in steps],
