@@ -191,6 +191,8 @@ def test_speed_since_the_start_becomes_seconds_of_each_step(tmp_path: Path) -> N
         assert report.step_seconds == pytest.approx([11.0, 12.0, 13.0, 14.0, 15.0, 16.0], abs=1e-4)
         assert report.stages == []
         assert "every stage" in _printed(report)
+    resumed = read(tmp_path, rows(0) + rows(4), "logging.jsonl")  # its clock begins anew
+    assert resumed.step_seconds == pytest.approx([11.0, 12.0, 13.0, 14.0, 12.0, 13.0, 14.0, 15.0, 16.0], abs=1e-4)
 
 
 def test_a_trainer_state_has_whole_steps(tmp_path: Path) -> None:

@@ -109,16 +109,18 @@ def _keep(log: LoggedSteps, result: Timed, reason: str) -> None:
 def _of_speed(log: LoggedSteps) -> dict[int, float]:
     """Mean speeds since the start as seconds of each step in between; a resumed run starts at its own step."""
     elapsed: dict[int, float] = {}
-    start = 0
+    start, begun = 0, 0
     for step, values in log.values.items():
         key = next((key for key in SPEEDS if values.get(key)), None)
         if key is None:
             continue
         each = values[key] if key == SPEEDS[0] else 1.0 / values[key]
-        if not elapsed and "elapsed_time" in values:
-            start = max(0, step - round(values["elapsed_time"] / each))
+        counted_from = step - values.get("elapsed_time", (step - start) * each) / each
+        if abs(counted_from - start) > 1.0 + 1.0 / each:  # more than a clock of whole seconds may miss
+            start = max(0, round(counted_from))
+        begun = begun if elapsed else start
         elapsed[step] = (step - start) * each
-    return _differences(elapsed, start)
+    return _differences(elapsed, begun)
 
 
 def _differences(elapsed: Mapping[int, float], start: int = 0) -> dict[int, float]:
