@@ -40,30 +40,11 @@ LAYERS = (
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
     "commands": (
-        (
-            "checkpoints",
-            "compare",
-            "data",
-            "doctor",
-            "early",
-            "imports",
-            "infer",
-            "ladder",
-            "merge",
-            "page",
-            "plan",
-            "probe",
-            "reward_sources",
-            "run",
-            "search",
-            "serve",
-            "serve_trained",
-            "sweep",
-            "train",
-            "watch",
-        ),
+        ("early", "imports", "page", "probe", "reward_sources", "serve_trained", "sweep"),
+        ("checkpoints", "compare", "data", "doctor", "infer", "ladder", "merge", "plan", "run", "search", "serve"),
+        ("train", "watch"),
         ("interop",),
-    ),  # fmt: skip
+    ),
     "config": (
         ("addresses", "foreign_keys", "renamed_keys", "template_text", "vllm_names"),
         ("messages",),

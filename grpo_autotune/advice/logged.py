@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
-from grpo_autotune.records.logged import TRAINING_PASS, LogReport
+from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.records.report import Advice, Kind
 from grpo_autotune.units import amount, percent, seconds
 
-MANY_DEAD = 0.3
-MANY_TRUNCATED = 0.2
+MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2
+"""Shares of groups of equal rewards, and of completions that were cut off, from which they are worth a word."""
+GENERATES = 0.3
 LONG_TAIL = 3.0
 """Times the mean: a longest completion from which the others wait for few."""
 RULES: dict[str, tuple[float, Kind, str]] = {
@@ -44,7 +45,7 @@ def bound(report: LogReport) -> str:
 
 
 def advice(report: LogReport) -> list[Advice]:
-    """What the log gives reason for, most seconds first."""
+    """Advice that the log gives reason for, most seconds first."""
     entries = []
     for row in report.stages:
         least, kind, sentence = RULES.get(row.name, (2.0, "exact", ""))
@@ -68,7 +69,7 @@ def _of_lengths(report: LogReport, generation: float) -> Iterator[str]:
         ways = "a higher limit lets them end, a prompt or a reward for short answers makes them shorter"
         yield f"{part}{percent(cut)} of the completions were cut off: {ways}."
     mean, longest = facts.get("completion tokens, mean", 0.0), facts.get("completion tokens, longest", 0.0)
-    if generation >= MANY_DEAD and mean and longest >= LONG_TAIL * mean:
+    if generation >= GENERATES and mean and longest >= LONG_TAIL * mean:
         yield (
             f"{part}the longest completion has {amount(longest)} tokens where the mean has {amount(mean)}: all wait "
             "for it, so a lower limit saves time at the price of completions that are cut off."

@@ -9,7 +9,6 @@ import typer
 from grpo_autotune.cli import running
 from grpo_autotune.cli.app import Action, app
 from grpo_autotune.cli.options import Json
-from grpo_autotune.config.sources import DEFAULT_FILE
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 
@@ -48,9 +47,12 @@ def import_(
     """Import a configuration or a log of verl, EasyR1, ms-swift, TRL, open-r1, VLM-R1, R1-V or Unsloth."""
 
     def action() -> int:
+        from grpo_autotune.files import is_file, refusal_told
         from grpo_autotune.interop.logs.recognise import is_log
 
-        if file.is_file() and is_log(file):
+        with refusal_told():
+            is_training = is_file(file) and is_log(file)
+        if is_training:
             from grpo_autotune.commands.interop.log import import_log
 
             return import_log(file, out=out, config=against, as_json=json_)
@@ -63,7 +65,7 @@ def import_(
             imported = import_config(file, **how, world_size=ranks, out=out, as_json=json_ and not probe)
         if imported is None:
             return 1
-        return probed(str(out or DEFAULT_FILE), imported.framework, as_json=json_) if probe else 0
+        return probed(str(out or "grpo.yaml"), imported.framework, as_json=json_) if probe else 0
 
     return action
 
@@ -110,6 +112,6 @@ def environment(items: list[str] | None) -> dict[str, str]:
     """Variables given as `K=V`; ConfigError for another form."""
     pairs = [item.partition("=") for item in items or []]
     for name, equals, _ in pairs:
-        if not equals or not name.isidentifier():
+        if not equals or not (name.isidentifier() or name.isdecimal()):
             raise ConfigError("not of the form NAME=VALUE", where=f"--env {name}", fix="Example: --env NNODES=1.")
     return {name: value for name, _, value in pairs}

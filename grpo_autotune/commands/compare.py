@@ -7,8 +7,7 @@ from grpo_autotune.commands.page import load_run
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs.recognise import is_log
 from grpo_autotune.records.comparison import Comparison
-from grpo_autotune.records.logged import SCHEMA as LOG_SCHEMA
-from grpo_autotune.records.logged import LogReport
+from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.stored import read_stored

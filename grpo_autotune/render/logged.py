@@ -5,11 +5,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.logged import LogReport
+from grpo_autotune.records.imported import LogReport
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import amount, listing, percent, plural, seconds
 
 BAR_CELLS = 16
+LEFT = ("what the others leave of the step",)
 
 
 def render_log(report: LogReport, width: int = 100) -> str:
@@ -45,7 +46,7 @@ def log_page(report: LogReport) -> str:
 
 
 def stage_table(report: LogReport) -> Table:
-    """One row for each of the log's timers, longest first, with the keys that it comes from."""
+    """One row for each of the log's timers, longest first."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("stage", "one step", no_wrap=True)
     table.add_column("time", seconds(report.step_s), justify="right", no_wrap=True)
@@ -53,12 +54,9 @@ def stage_table(report: LogReport) -> Table:
     table.add_column("share", percent(1.0), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("from", report.whole, overflow="fold")
     for row in report.stages:
-        keys = row.keys if row.name != "other" else [report.whole, "- all above"]
         bar = "█" * round(min(1.0, max(0.0, row.share)) * BAR_CELLS)
-        spent, spread = seconds(row.self_s), f"± {seconds(row.spread)}"
-        table.add_row(row.name, spent, spread, percent(row.share), bar, row.state, ", ".join(keys))
+        table.add_row(row.name, seconds(row.self_s), f"± {seconds(row.spread)}", percent(row.share), bar, row.state)
     return table
 
 
@@ -66,24 +64,26 @@ def _header(report: LogReport) -> list[str]:
     used = f"{plural(len(report.steps), 'step')} used, {report.steps[0]} to {report.steps[-1]}"
     spot = f"lines {report.lines[0]} to {report.lines[-1]} of {report.file}"
     return [
-        f"{seconds(report.step_s)} per {report.counted} of {report.framework} (median; {used})",
+        f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({report.middle}; {used})",
         f"Read from {spot}: seconds by its own clock, from {report.whole}",
     ]
 
 
 def _notes(report: LogReport) -> dict[str, list[str]]:
     lumps = [f"{row.name}: {', '.join(row.holds)}" for row in report.stages if row.state == "lumped"]
+    keys = [f"{row.name} = {' '.join(row.keys if row.keys[0] != report.whole else LEFT)}" for row in report.stages]
     strange = [row.name for row in report.stages if row.state == "unknown"]
     absent = ", ".join(report.absent) if report.stages else "every stage"
     absent += f" (or inside {listing(strange)})" if strange else ""
-    beside = [f"{name}: {amount(fact.value)} s" for name, fact in report.beside.items()]
+    beside = [f"{name}: {seconds(fact.value)}" for name, fact in report.beside.items()]
     facts = [f"{name}: {_value(name, fact.value)} ({fact.key})" for name, fact in report.facts.items()]
     notes = {
         "What bounds it": [report.bound],
         "Lumped: one timer, and nobody can tell apart": lumps,
+        "Keys of the log behind each row": keys,
         "Unknown to this tool: timers of the run's own": strange,
         "Absent: not in this log": [absent],
-        "Timers beside the step (means; per request, or outside of it)": beside,
+        "Timers beside the step (means where they are; per request, or outside of it)": beside,
         "Means of the steps used": facts,
         "Against the configuration": report.checks,
         "Skipped": [f"{reason}: {count}" for reason, count in report.skipped.items()],

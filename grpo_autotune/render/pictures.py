@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import altair as alt
 
-from grpo_autotune.records.logged import TRAINING_PASS
+from grpo_autotune.records.imported import TRAINING_PASS
 from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.trial import Status
 from grpo_autotune.render.page import Picture, Table, datum

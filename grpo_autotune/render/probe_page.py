@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.records.logged import LogReport
+from grpo_autotune.records.imported import LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table, from_rich

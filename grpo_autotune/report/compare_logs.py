@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from grpo_autotune.records.comparison import Comparison, Pair, RatioRow
-from grpo_autotune.records.logged import ATOMS, TRAINING_PASS, LogReport
+from grpo_autotune.records.imported import ATOMS, TRAINING_PASS, LogReport
 from grpo_autotune.records.probe import cycle_means
 from grpo_autotune.report.compare import DRIFT_CPU, DRIFT_GPU, ON_HOST, Run, facts_of, half_interval, ratio_row
 
@@ -124,8 +124,8 @@ def _common(sets: list[frozenset[str]]) -> list[frozenset[str]]:
 
 def _name(group: frozenset[str]) -> str:
     order = [atom for atom in (*ATOMS, "other") if atom in group]
-    own = sorted(group - {*order})
-    return TRAINING_PASS if group == TOGETHER else " + ".join([*own, "what it may hold"] if own else order)
+    strange = sorted(group - {*order})
+    return TRAINING_PASS if group == TOGETHER else " + ".join([*strange, "what it may hold"] if strange else order)
 
 
 def _untimed(run: Run | LogRun) -> set[str]:

@@ -10,9 +10,9 @@ from grpo_autotune.interop.logs.clock import Timed, timed
 from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
 from grpo_autotune.interop.logs.timers import LEFT_OVER, RAY
 from grpo_autotune.probe.breakdown import half_quartile_range
-from grpo_autotune.records.logged import ATOMS, LoggedFact, LoggedStage, LogReport, State
+from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
 
-SILENT = ("/min", "num_preempted", "slowest", "topk_ratio")
+SILENT = ("/min", "num_preempted", "slowest", "ratio")
 """In keys of timers that are no seconds, or say nothing that others do not."""
 STATES: dict[int, State] = {0: "unknown", 1: "known"}
 WHOLE = 0.01
@@ -26,8 +26,11 @@ def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
     times = timed(log)
     steps = list(times.seconds)
     seconds = list(times.seconds.values())
-    step_s, stages = statistics.median(seconds), _stages(times)
+    step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
+    stages = _stages(times, step_s)
     facts = dict([*_facts(log, steps), *_recovered(log, steps)])
+    if "reward, mean" not in facts:
+        log.warnings.append("no reward in this log: it may be of another kind of training than GRPO")
     report = LogReport(
         file=str(path), framework=times.framework, counted=times.counted, whole=times.whole, step_s=step_s,
         step_spread_s=half_quartile_range(seconds), steps=steps, lines=[log.lines[step] for step in steps],
@@ -39,9 +42,9 @@ def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
     return report.model_copy(update={"bound": bound(report), "verdict": advice(report)})
 
 
-def _stages(times: Timed) -> list[LoggedStage]:
-    """A row for each name that a timer of any step has, the longest first; they sum to the median step."""
-    total, step_s = math.fsum(times.seconds.values()), statistics.median(times.seconds.values())
+def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
+    """A row for each name that a timer of any step has, the longest first; they sum to the step."""
+    total = math.fsum(times.seconds.values())
     by_name: dict[str, dict[int, float]] = {}
     holds: dict[str, dict[str, None]] = {}
     keys: dict[str, dict[str, None]] = {}
@@ -79,7 +82,7 @@ def _facts(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact
 def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> dict[str, LoggedFact]:
     """Means of the timers that no row of the step is made of."""
     used = {key.removeprefix("-") for row in stages for key in row.keys} | {RAY + key for key in ("step", *LEFT_OVER)}
-    keys = {key: None for step in steps for key in log.values.get(step, {}) if key.startswith((RAY, "fully_async/"))}
+    keys = {key: None for step in steps for key in log.values.get(step, {}) if key.startswith(RAY)}
     kept = [key for key in keys if key not in used and not any(word in key for word in SILENT)]
     return {key.removeprefix(RAY): LoggedFact(value=mean, key=key) for key, mean in _means(log, steps, kept)}
 

@@ -105,7 +105,8 @@ def test_strict_lists_what_is_lost_and_writes_nothing(folder: Path, capfd: Any) 
     (folder / "trl.yaml").write_text(f"{TRL}push_to_hub: true\n")
     assert main(["import", "trl.yaml", "--strict"]) == 1
     told = capfd.readouterr()
-    assert "no equivalent" in told.out and "--strict" in told.err and "push_to_hub (line 9) is the first of 1 setting" in told.err
+    assert "no equivalent" in told.out
+    assert "--strict: push_to_hub (line 9) is the first of 1 setting whose meaning is lost" in told.err
     assert not (folder / "grpo.yaml").exists()
 
 
@@ -169,6 +170,16 @@ def test_an_export_goes_to_standard_output_or_to_the_file_that_is_named(folder: 
     assert record["text"] == told.out and record["lost"][0]["key"] == "speedups"
     assert main([*words, "--out", "trl.yaml"]) == 0
     assert (folder / "trl.yaml").read_text() == told.out
+
+
+def test_a_secret_is_written_to_the_users_file_alone(folder: Path, capfd: Any) -> None:
+    (folder / "trl.yaml").write_text(f"{TRL}hub_token: hf_abcdefghijklmnopqrst\n")
+    words = ["export", tuned(folder, [], num_generations=8, per_device_train_batch_size=16), "--to", "trl.yaml"]
+    assert main(words) == 0
+    told = capfd.readouterr()
+    assert "hf_abc" not in told.out and "***" in told.out and "shown as ***" in told.err
+    assert main([*words, "--out", "new.yaml"]) == 0
+    assert "hub_token: hf_abcdefghijklmnopqrst\n" in (folder / "new.yaml").read_text()
 
 
 def test_a_script_gets_a_patch(folder: Path, capfd: Any) -> None:

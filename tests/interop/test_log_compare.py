@@ -11,7 +11,7 @@ from grpo_autotune.commands.compare import check_slower, compare_runs
 from grpo_autotune.commands.interop.log import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.comparison import Pair
-from grpo_autotune.records.logged import TRAINING_PASS
+from grpo_autotune.records.imported import TRAINING_PASS
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import save_report
 from tests.support import logs

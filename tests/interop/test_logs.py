@@ -16,7 +16,7 @@ from grpo_autotune.commands.interop.log import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs import lines, steps
 from grpo_autotune.interop.logs.recognise import is_log
-from grpo_autotune.records.logged import TRAINING_PASS, LogReport
+from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.report.logged import read_log
 from tests.support import logs
 
@@ -191,6 +191,8 @@ def test_speed_since_the_start_becomes_seconds_of_each_step(tmp_path: Path) -> N
         assert report.step_seconds == pytest.approx([11.0, 12.0, 13.0, 14.0, 15.0, 16.0], abs=1e-4)
         assert report.stages == []
         assert "every stage" in _printed(report)
+    resumed = read(tmp_path, rows(0) + rows(4), "logging.jsonl")  # its clock begins anew
+    assert resumed.step_seconds == pytest.approx([11.0, 12.0, 13.0, 14.0, 12.0, 13.0, 14.0, 15.0, 16.0], abs=1e-4)
 
 
 def test_a_trainer_state_has_whole_steps(tmp_path: Path) -> None:
@@ -207,6 +209,12 @@ def test_a_trainer_state_has_whole_steps(tmp_path: Path) -> None:
     assert read(tmp_path, console).step_seconds == report.step_seconds
     one_line = json.dumps({"log_history": history})
     assert read(tmp_path, one_line, "trainer_state.json").step_seconds == report.step_seconds
+
+
+def test_dictionaries_of_a_console_are_read_one_after_the_other_and_wrapped(tmp_path: Path) -> None:
+    rows = [{"loss": 0.1 * n, "grad_norm": float("nan"), "step_time": f"{10 + n}", "epoch": 0.1} for n in range(1, 5)]
+    for text in (" ".join(map(str, rows)), "\n".join(logs.wrapped(str(row), 40) for row in rows)):
+        assert read(tmp_path, text).step_seconds == [11.0, 12.0, 13.0, 14.0]
 
 
 def test_timers_of_trl_are_nested_by_the_order_in_which_they_end(tmp_path: Path) -> None:
@@ -308,7 +316,7 @@ def test_a_configuration_is_no_log(tmp_path: Path) -> None:
 def test_a_large_console_takes_little_memory(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(lines, "TELL_S", 0.0)
     noise = ("x" * 300 + " - of: nobody\n") * 800
-    text = noise + "y" * (1 << 22) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
+    text = noise + "y" * (1 << 23) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
     (tmp_path / "run.log").write_text(text)
     tracemalloc.start()
     report = read_log(tmp_path / "run.log")

@@ -8,6 +8,7 @@ from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
+from grpo_autotune.interop.redact import hidden_text
 from grpo_autotune.interop.writing.export import Original, export
 from grpo_autotune.records.imported import Exported
 
@@ -28,10 +29,13 @@ def export_tuned(
             write_whole(out, exported.text)
         except OSError as error:
             raise ConfigError(f"cannot be written ({error.strerror})", where=str(out)) from error
+    shown = hidden_text(exported.text)
     if as_json:
-        show(exported.model_dump_json(indent=2))
+        show(exported.model_copy(update={"text": shown}).model_dump_json(indent=2))
     elif out is None:
-        show(exported.text.removesuffix("\n"))
+        show(shown.removesuffix("\n"))
+    if shown != exported.text and (as_json or out is None):
+        say("Secrets of the file are shown as ***: --out writes them as they are.")
     for line in _summary(exported, out):
         say(line)
     return 0

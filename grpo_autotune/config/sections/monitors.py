@@ -41,10 +41,10 @@ def _monitor(name: str) -> Any:
     return section | None, section()
 
 
-_RULES = create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS})  # type: ignore[call-overload]
+_RULES: Any = create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS})
 
 
-class MonitorsSection(_RULES, use_attribute_docstrings=True):  # type: ignore[misc]
+class MonitorsSection(_RULES, use_attribute_docstrings=True):  # type: ignore[misc, unused-ignore]
     """Rules over what a training logs, each by name: a mapping of its keys, or `false`. `none` turns all off."""
 
     command: str | None = None

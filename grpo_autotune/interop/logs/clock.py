@@ -9,7 +9,7 @@ from grpo_autotune.interop.logs.steps import SPEEDS, LoggedSteps
 from grpo_autotune.interop.logs.timers import OCCASIONS, RAY, Part, is_async, ray_parts
 
 WARM = 1.5
-"""Times the others' median: a first step that takes longer is left out."""
+"""Times the others' median (of optimizer steps, their longest): a first step that takes longer is left out."""
 LEAST_BAR = 5
 """Looks at a progress bar below which it is one of loading something."""
 
@@ -51,7 +51,11 @@ def timed(log: LoggedSteps) -> Timed:
         what = f"no seconds in the {len(log.values)} steps of this log" if log.values else "no training step in it"
         fix = "TRL logs step_time since 0.26; verl, EasyR1 and ms-swift log seconds: docs/interop.md lists the files."
         raise ConfigError(what, where=str(log.path), fix=fix)
-    _leave_out_warm_up(log, result.seconds)
+    first, *rest = result.seconds
+    usual = statistics.median if result.counted == "rollout" else max  # not every optimizer step generates
+    if len(rest) >= 2 and result.seconds[first] > WARM * usual(result.seconds[step] for step in rest):
+        del result.seconds[first]
+        log.skipped["first step, which warms up"] += 1
     return result
 
 
@@ -105,16 +109,18 @@ def _keep(log: LoggedSteps, result: Timed, reason: str) -> None:
 def _of_speed(log: LoggedSteps) -> dict[int, float]:
     """Mean speeds since the start as seconds of each step in between; a resumed run starts at its own step."""
     elapsed: dict[int, float] = {}
-    start = 0
+    start, begun = 0, 0
     for step, values in log.values.items():
         key = next((key for key in SPEEDS if values.get(key)), None)
         if key is None:
             continue
         each = values[key] if key == SPEEDS[0] else 1.0 / values[key]
-        if not elapsed and "elapsed_time" in values:
-            start = max(0, step - round(values["elapsed_time"] / each))
+        counted_from = step - values.get("elapsed_time", (step - start) * each) / each
+        if abs(counted_from - start) > 1.0 + 1.0 / each:  # more than a clock of whole seconds may miss
+            start = max(0, round(counted_from))
+        begun = begun if elapsed else start
         elapsed[step] = (step - start) * each
-    return _differences(elapsed, start)
+    return _differences(elapsed, begun)
 
 
 def _differences(elapsed: Mapping[int, float], start: int = 0) -> dict[int, float]:
@@ -125,10 +131,3 @@ def _differences(elapsed: Mapping[int, float], start: int = 0) -> dict[int, floa
             seconds[step] = (now - at) / (step - before)
         before, at = step, now  # a clock that begins again is that of a resumed run
     return seconds
-
-
-def _leave_out_warm_up(log: LoggedSteps, seconds: dict[int, float]) -> None:
-    first, *rest = seconds
-    if len(rest) >= 2 and seconds[first] > WARM * statistics.median(seconds[step] for step in rest):
-        del seconds[first]
-        log.skipped["first step, which warms up"] += 1

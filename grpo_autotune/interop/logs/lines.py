@@ -26,7 +26,7 @@ BAR = re.compile(
     r"(?:^|\]|Train[^:%|]*:)\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[(?:(\d+):)?(\d+):(\d+)<[^\]]*?(?:it/s|s/it)[^\]]*\]"
 )
 WANDB = re.compile(r"wandb: +(\S+) +(-?\d\S*)$")
-DICT = re.compile(r"\{'(?=[^{}]*'(?:loss|reward|train_runtime)':)[^{}]*\}")
+DICT = re.compile(r"\{(?=[^{}]*'(?:loss|reward|train_runtime)':)'[^{}]*\}")
 TORN = "lines that are torn"
 NEXT, LAST = "(the next)", "(the last)"
 """Keys of a row without a number of its own: a Trainer's dictionary on a console, W&B's summary at the end."""
@@ -179,7 +179,7 @@ def _joined(pieces: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
 
 
 def _continues(whole: str, text: str, last: str, width: int) -> str | None:
-    """What to put between a row and the next line of it; None where that line is none of it."""
+    """The text between a row and the next line of it; None where that line is none of it."""
     if whole.startswith("wandb:"):
         return "\n" if text.startswith("wandb:") else None
     if VERL.search(text) or "{'" in text:

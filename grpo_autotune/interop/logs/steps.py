@@ -66,7 +66,7 @@ class LoggedSteps:
             return
         self._rows += 1
         if (place := number(row.values.get("_step"))) is not None:
-            self._first_row, self._last_row = self._first_row or place, place
+            self._first_row, self._last_row = place if self._first_row is None else self._first_row, place
         timed = {key: values.pop(key) for key in [*values] if key.startswith(TRL)}
         self._timers.add(timed)
         step = None if timed and "train/global_step" not in row.values else self._number_of(row)

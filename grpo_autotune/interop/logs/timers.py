@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from grpo_autotune.records.logged import TRAINING_PASS
+from grpo_autotune.records.imported import TRAINING_PASS
 
 RAY = "timing_s/"
 TRL = "profiling/Time taken: "

@@ -52,6 +52,10 @@ class Original:
         draft = self.path.with_name(f".{self.path.stem}.{os.urandom(4).hex()}{self.path.suffix}")
         try:
             draft.write_text(text, encoding="utf-8")
+        except OSError as error:
+            what = f"the result cannot be read again there ({error.strerror})"
+            raise ConfigError(what, where=str(self.path.parent), fix="Copy ORIGINAL to a folder of yours.") from error
+        try:
             yield replace(self, path=draft)
         finally:
             draft.unlink(missing_ok=True)

@@ -32,10 +32,9 @@ def measured_line(receipt: Receipt, framework: str) -> str:
 
 def patch(path: Path, before: str, after: str) -> str:
     """The difference as a unified diff; of a notebook, that of its code."""
-    texts = [code_of(text) if path.suffix == ".ipynb" else text for text in (before, after)]
-    lines = difflib.unified_diff(
-        *(text.splitlines() for text in texts), f"a/{path.name}", f"b/{path.name}", lineterm=""
-    )
+    old, new = (code_of(text) if path.suffix == ".ipynb" else text for text in (before, after))
+    names = f"a/{path.name}", f"b/{path.name}"
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")
     return "\n".join(lines) + "\n"
 
 
