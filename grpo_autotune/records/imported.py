@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The outcome of importing another framework's configuration, setting by setting, and that of exporting into one."""
-=======
-"""The outcome of importing another framework's files: a configuration, setting by setting, or a log, by stages."""
->>>>>>> logs
+"""The outcome of importing another framework's files, a configuration by settings or a log by stages, and of exporting."""
 
 from typing import Any, Final, Literal
 
@@ -64,7 +60,6 @@ class Imported(Document):
     files: dict[str, str] = {}  # name -> text of files that belong beside it, such as a reward's adapter
 
 
-<<<<<<< HEAD
 class ExportedKey(Frozen):
     """A key of the framework that was written."""
 
@@ -95,7 +90,8 @@ class Exported(Document):
     lost: list[LostKey]
     measured: str  # where the values were measured, and that it was not in that framework
     text: str
-=======
+
+
 LOG_SCHEMA: Final = "grpo-autotune/log/1"
 TRAINING_PASS = "training pass"
 """Row of the training forward, backward and optimizer together, where a log has one timer for them."""
@@ -157,4 +153,3 @@ class LogReport(Document):
     def middle(self) -> str:
         """The word for `step_s`."""
         return "median" if self.counted == "rollout" else "mean"
->>>>>>> logs
