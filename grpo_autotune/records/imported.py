@@ -1,4 +1,4 @@
-"""The outcome of importing another framework's files, a configuration by settings or a log by stages, and of exporting."""
+"""The outcome of importing another framework's files, a configuration or a log, and of exporting into one."""
 
 from typing import Any, Final, Literal
 
