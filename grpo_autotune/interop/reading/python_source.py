@@ -19,7 +19,7 @@ from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right), ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
     ast.Not: operator.not_,
 }  # fmt: skip
@@ -87,6 +87,8 @@ def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
             end = min((n for n in starts if n >= line), default=len(lines))
             left_out.append(f"{start + 1} to {end}")
             lines[start:end] = [""] * (end - start)
+            if not any(lines):
+                raise ConfigError("this is no Python", where=where) from None
 
 
 def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
@@ -187,7 +189,8 @@ class _Reader(ast.NodeVisitor):
             sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
             return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)
         if isinstance(node, ast.JoinedStr):
-            parts = [getattr(part, "value", part) if not getattr(part, "format_spec", None) else part for part in node.values]
+            whole = [part for part in node.values if isinstance(part, ast.FormattedValue) and not part.format_spec]
+            parts = [part.value if part in whole else part for part in node.values]
             return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
         if isinstance(node, ast.Call):
             return self.called(node, unknown)
@@ -203,7 +206,7 @@ class _Reader(ast.NodeVisitor):
         return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        if function is None or any(isinstance(part, Unknown) for part in given) or _huge(given):
+        if function is None or any(isinstance(part, Unknown) for part in given):
             return unknown
         try:
             return function(*given)
@@ -211,9 +214,11 @@ class _Reader(ast.NodeVisitor):
             return unknown
 
 
-def _huge(given: list[Any]) -> bool:
-    """True if a text or list is multiplied, which may fill the memory."""
-    return len(given) == 2 and any(isinstance(a, int) and isinstance(b, str | list) for a, b in (given, given[::-1]))
+def _times(left: Any, right: Any) -> Any:
+    """A product of numbers; one with a text or list may fill the memory."""
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise TypeError
+    return left * right
 
 
 def _plain(value: Any) -> Any:
