@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_called(text: str, function: str, told: str, write
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no Python file .*gone\.py"):
         Called("verl", "gone.py", "f", {}, str(tmp_path / "adapter.py"))
-    with pytest.raises(ConfigError, match="no style of rewards verle: Did you mean verl"):
+    with pytest.raises(ConfigError, match=r"no style of rewards verle\. Nearest: verl"):
         adapter("verle", "a.py", "f")
 
 

@@ -74,7 +74,8 @@ class Called:
             return True, [()], [{f"{name}s": list(values) for name, values in columns.items()}]
         takes_all = any(one.kind is one.VAR_KEYWORD for one in self._parameters.values())
         taken = [name for name in columns if takes_all or name in self._parameters]
-        return False, [()] * len(texts), [{name: columns[name][row] for name in taken} for row in range(len(texts))]
+        args = [(text,) if "predict_str" in self._parameters else () for text in texts]  # a built-in one's name for it
+        return False, args, [{name: columns[name][row] for name in taken} for row in range(len(texts))]
 
     def _easyr1(self, batch: Batch, texts: list[str]) -> Calls:
         open_ones = (one for one in self._parameters.values() if one.default is one.empty)
