@@ -34,6 +34,7 @@ KEYS: Final[Mapping[str, Sequence[str]]] = {
     "llama-factory": (r"stage$", r"model_name_or_path$"),
     "deepspeed": (r"zero_optimization\b|train_micro_batch_size_per_gpu$",),
     "accelerate": (r"(compute_environment|distributed_type)$",),
+    "vlm-r1": (r"(data_file_paths|image_folders)$",),
     "open-r1": (
         r"(benchmarks|callbacks|dataset_prompt_column|chat_template|dataset_mixture|code_provider|wandb_entity"
         r"|push_to_hub_revision|overwrite_hub_revision|cosine_\w+|system_prompt)\b",
@@ -60,7 +61,7 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (
     ("open-r1", r".*open_r1[/.]grpo\w*(\.py)?", r"--config"),
     ("trl", r"trl grpo|.*trl[/.]scripts[/.]grpo(\.py)?", ""),
     ("?", r".*open_r1[/.]\w*grpo\w*(\.py)?", ""),
-    ("trl", r".*grpo\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
+    ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
 """Framework, whole name of the program, and beginning of one of its arguments; the first that fits is it."""
@@ -133,8 +134,8 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
     script = python_source.read(path, environment)
     configs = script.called(r"(.*\.)?GRPOConfig")
     if not configs:
-        if script.docstring and path.suffix == ".py":
-            return _of_shell(path, _commands_in(text, script.docstring), framework, environment)
+        if command := _command_in(text, script.docstring or range(0)):
+            return _of_shell(path, command, framework, environment)
         what = "a Python program that makes no GRPOConfig: its settings are not in it"
         raise ConfigError(what, where=path.name, fix="Name the script or command that starts it.")
     settings: dict[str, Setting] = {}
@@ -146,20 +147,22 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
         for argument, setting in call.arguments.items():
             if call not in configs and not (argument in PASSED_ON and setting.value == setting.text):
                 settings[f"{place}.{argument}"] = setting
-    several = f"{len(configs)} GRPOConfig calls: the last one, of line {configs[-1].line}, is read"
+    warnings = list(script.warnings)
+    if len(configs) > 1:
+        warnings.append(f"{len(configs)} GRPOConfig calls: the last one, of line {configs[-1].line}, is read")
     return Source(
         framework or ("unsloth" if "unsloth" in script.imports else "trl"), path, settings | configs[-1].arguments,
-        environment=script.environment, program=path.name, hints=script.pins, warnings=(several,) * (len(configs) > 1),
+        environment=script.environment, program=path.name, hints=script.pins, warnings=tuple(warnings),
     )  # fmt: skip
 
 
-def _commands_in(text: str, docstring: str) -> str:
-    """The first command of a script's docstring, on its own line; nothing else of the script."""
+def _command_in(text: str, places: range) -> str:
+    """The first command of a script's docstring, on its own lines; the rest of the script is left out."""
     lines = text.splitlines()
-    end = next((n for n, line in enumerate(lines) if n and '"""' in line), len(lines))
-    start = next((n for n in range(end) if re.match(r"\s*(accelerate|torchrun|python3?|trl) ", lines[n])), end)
-    stop = next((n for n in range(start, end) if not lines[n].rstrip().endswith("\\")), end)
-    return "\n" * start + "\n".join(lines[start : stop + 1]) if start < end else "\n"
+    starts = [n for n in places if re.match(r"\s*(accelerate launch|torchrun|python3?|trl) ", lines[n - 1])]
+    start = starts[0] if starts else 0
+    stop = next((n for n in range(start, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), start)
+    return "\n" * (start - 1) + "\n".join(lines[start - 1 : stop]) if start else ""
 
 
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:

@@ -6,6 +6,7 @@ branch depends on the machine, it is the one of a machine with NVIDIA GPUs.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,7 @@ from grpo_autotune.interop.reading.words import Word
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
 MOST_TURNS, MOST_COMMANDS, DEEPEST = 100, 5_000, 20
+NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,23 @@ class Shell:
 
 
 class _Ended(Exception):
-    """The script, or the function, ends here."""
+    """The script ends here."""
+
+
+class _Returned(Exception):
+    """The function ends here."""
 
 
 def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
     ("1"), which fill what the script leaves to them, as in bash."""
     given = dict(environment or {})
-    places = [int(key) for key in given if key.isdigit()]
-    positional = [Field(given.get(str(place), "")) for place in range(1, max(places, default=0) + 1)]
-    values: dict[str, str | list[Field]] = {"HOME": "~", "PWD": "."}
-    values |= {key: value for key, value in given.items() if not key.isdigit()}
-    evaluation = _Evaluation(text, Variables(values, positional, name))
-    evaluation.exported |= given.keys() & values.keys()
-    try:
+    last = max((int(key) for key in given if key.isdigit()), default=0)
+    positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
+    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
+    evaluation.exported |= given.keys()
+    with suppress(_Ended, _Returned):
         evaluation.run(evaluation.tree)
-    except _Ended:
-        pass
-    except RecursionError:
-        evaluation.warn(None, "functions call each other without end")
     evaluation.result.warnings[:0] = _cut_commands(text, evaluation.tree)
     return evaluation.result
 
@@ -69,12 +69,11 @@ class _Evaluation:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
-        if self.tree.has_error:
-            error = next(_errors(self.tree))
+        for error in [node for node in _within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
-    def warn(self, node: Node | None, what: str) -> None:
-        text = what if node is None else f"line {self.expand.line(node.start_byte)}: {what}"
+    def warn(self, node: Node, what: str) -> None:
+        text = f"line {self.expand.line(node.start_byte)}: {what}"
         if text not in self.result.warnings:
             self.result.warnings.append(text)
 
@@ -93,57 +92,48 @@ class _Evaluation:
 
     def assignment(self, node: Node) -> bool:
         name, value = node.child_by_field_name("name"), node.child_by_field_name("value")
-        if name is None:
-            return True
-        key, adds = self.expand.raw(name), any(child.type == "+=" for child in node.children)
+        key, adds = re.split(r"\W", self.expand.raw(node))[0], any(child.type == "+=" for child in node.children)
         if value is not None and value.type == "array":
-            words = [
-                word for item in value.named_children if item.type != "comment" for word in self.expand.fields(item)
-            ]
+            items = [item for item in value.named_children if item.type != "comment"]
+            words = [word for item in items for word in self.expand.fields(item)]
             self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
-        elif name.type == "variable_name":
-            text = "" if value is None else self.expand.text(value)
+        elif name is not None and name.type == "variable_name":
+            text = self.expand.text(value)
             self.variables.values[key] = (self.variables.text(key) or "") + text if adds else text
         return True
 
     def declaration(self, node: Node) -> bool:
-        exports = self.expand.raw(node).startswith("export")
         for child in node.named_children:
             if child.type == "variable_assignment":
                 self.assignment(child)
-            if exports and child.type in ("variable_assignment", "variable_name"):
+            if self.expand.raw(node).startswith("export"):
                 self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
         return True
 
     def command(self, node: Node) -> bool | None:
-        words = [word for child in self._words(node) for word in self.expand.fields(child)]
-        prefix = [child for child in node.children if child.type == "variable_assignment"]
+        words = [word for child in _fields(node, "name", "argument") for word in self.expand.fields(child)]
+        texts = [marks.shown(word.text) for word in words]
         if not words:
             return True
-        name = marks.shown(words[0].text)
-        if name in BUILTINS:
-            return BUILTINS[name](self, node, words[1:])
-        texts = [marks.shown(word.text) for word in words]
+        if texts[0] in BUILTINS:
+            return BUILTINS[texts[0]](self, node, words[1:])
         if script := _inner_script(texts):
             return self.inside(script, self.expand.line(node.start_byte))
-        if name in self.functions and self.depth < DEEPEST:
-            return self.called(self.functions[name], words[1:])
+        if texts[0] in self.functions:
+            return self.called(self.functions[texts[0]], words[1:])
         values = {key: self.variables.text(key) for key in self.exported}
-        for child in prefix:
-            key, value = child.child_by_field_name("name"), child.child_by_field_name("value")
-            if key is not None:
-                values[self.expand.raw(key)] = "" if value is None else self.expand.text(value)
+        for child in node.named_children:
+            if child.type == "variable_assignment":
+                name = self.expand.raw(child).partition("=")[0]
+                values[name] = self.expand.text(child.child_by_field_name("value"))
         given = {key: Field(text).word() for key, text in values.items() if text is not None}
-        line = self.expand.line(node.start_byte)
-        self.result.commands.append(Command([word.word() for word in words], given, line))
+        self.result.commands.append(Command([w.word() for w in words], given, self.expand.line(node.start_byte)))
         return True
 
-    def _words(self, node: Node) -> Iterator[Node]:
-        for place, child in enumerate(node.children):
-            if node.field_name_for_child(place) in ("name", "argument"):
-                yield child
-
     def called(self, body: Node, words: list[Field]) -> bool | None:
+        """A function, with its own arguments."""
+        if self.depth == DEEPEST:
+            return None
         outer, self.variables.positional = self.variables.positional, words
         self.depth += 1
         try:
@@ -157,7 +147,7 @@ class _Evaluation:
     def inside(self, script: str, line: int) -> bool | None:
         """A script in a text: of `eval` or `bash -c`."""
         inner = _Evaluation(script, self.variables, line)
-        inner.result, inner.exported, inner.functions, inner.depth = self.result, self.exported, {}, self.depth + 1
+        inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
         return inner.run(inner.tree) if self.depth < DEEPEST else None
 
     def defined(self, node: Node) -> bool:
@@ -167,9 +157,8 @@ class _Evaluation:
         return True
 
     def ended(self, node: Node, words: list[Field]) -> bool:
-        """`exit`: at the top the script ends; inside a branch, which may not be the one that is taken, it is read on."""
-        parent = node.parent
-        if parent is not None and parent.type == "program":
+        """`exit`: at the top the script ends; a branch may not be the one that is taken, and is read on."""
+        if node.parent is not None and node.parent.type == "program":
             raise _Ended
         self.warn(node, "the script may end here; it is read on")
         return False
@@ -188,7 +177,7 @@ class _Evaluation:
         return True
 
     def sourced(self, node: Node, words: list[Field]) -> bool:
-        self.warn(node, f"`{' '.join(self.expand.raw(node).split())}` is not read")
+        self.warn(node, f"`{_shorter(self.expand.raw(node))}` is not read")
         return True
 
     def unset(self, node: Node) -> bool:
@@ -197,32 +186,22 @@ class _Evaluation:
         return True
 
     def redirected(self, node: Node) -> bool | None:
-        body = node.child_by_field_name("body")
-        text, target = None, None
-        for child in (inner for outer in node.named_children for inner in (outer, *outer.named_children)):
-            if child.type == "heredoc_body":
-                start = (
-                    next((c for c in child.parent.children if c.type == "heredoc_start"), None)
-                    if child.parent
-                    else None
-                )
-                quoted = start is not None and self.expand.raw(start)[:1] in "'\"\\"
-                text = self.expand.raw(child) if quoted else marks.shown(self.expand.text(child))
-            elif child.type == "file_redirect" and (place := child.child_by_field_name("destination")) is not None:
-                if not any(c.type == "file_descriptor" for c in child.children):
-                    target = marks.shown(self.expand.text(place))
-        if text is not None and body is not None and self.expand.raw(body).startswith(("cat", "tee")):
-            target = target or self.expand.raw(body).split()[-1]
-            self.result.files[target] = text
-            return True
-        return True if body is None else self.run(body)
+        """A statement with redirections; a here-document of `cat` or `tee` is kept as the file that it becomes."""
+        parts = {part.type: part for part in _within(node) if part.type.startswith(("heredoc", "file_redirect"))}
+        body = self.expand.raw(node.named_children[0]).split()
+        if "heredoc_body" not in parts or body[0] not in ("cat", "tee"):
+            return self.run(node.named_children[0])
+        text, start = parts["heredoc_body"], self.expand.raw(parts["heredoc_start"])
+        place = parts["file_redirect"].child_by_field_name("destination") if "file_redirect" in parts else None
+        name = marks.shown(self.expand.text(place)) or body[-1]
+        self.result.files[name] = self.expand.raw(text) if start[0] in "'\"\\" else marks.shown(self.expand.text(text))
+        return True
 
     def chain(self, node: Node) -> bool | None:
         """`a && b` and `a || b`; a command succeeds, a test that only a run can tell fails."""
-        left, right = node.named_children[0], node.named_children[-1]
-        sign = next((child.type for child in node.children if child.type in ("&&", "||")), "&&")
-        state = self.run(left)
-        return self.run(right) if bool(state) == (sign == "&&") else state
+        state = self.run(node.named_children[0])
+        wanted = any(child.type == "&&" for child in node.children)
+        return self.run(node.named_children[-1]) if bool(state) == wanted else state
 
     def negated(self, node: Node) -> bool | None:
         state = self.run(node.named_children[-1])
@@ -230,129 +209,98 @@ class _Evaluation:
 
     def branch(self, node: Node) -> bool | None:
         """`if`, with `elif` and `else`."""
-        body: list[Node] = []
-        conditions: list[Node] = []
-        after = False
-        for place, child in enumerate(node.children):
-            if child.type == "then":
-                after = True
-            elif child.is_named and child.type not in ("elif_clause", "else_clause", "comment"):
-                (body if after else conditions).append(child)
-        if self.holds(conditions, node):
-            return self.each(body)
-        for child in node.named_children:
-            if child.type == "elif_clause" and self._elif(child):
-                return True
-            if child.type == "else_clause":
-                return self.each(child.named_children)
+        for conditions, body in _clauses(node):
+            if not conditions or self.holds(conditions):
+                return self.each(body)
         return True
 
-    def _elif(self, node: Node) -> bool:
-        then = next(place for place, child in enumerate(node.children) if child.type == "then")
-        if not self.holds([child for child in node.children[:then] if child.is_named], node):
-            return False
-        self.each([child for child in node.children[then:] if child.is_named])
-        return True
-
-    def holds(self, conditions: list[Node], node: Node) -> bool:
+    def holds(self, conditions: list[Node]) -> bool:
+        """The condition of an `if`; a command in it is not run, so it holds if it asks for NVIDIA's GPUs."""
         states = [self.run(child) if child.type in TESTS else None for child in conditions]
-        if states and states[-1] is not None:
+        if states[-1] is not None:
             return states[-1]
         text = " ".join(self.expand.raw(child) for child in conditions)
-        guess = bool(NVIDIA.search(text)) and not text.lstrip().startswith("!")
-        self.warn(node, f"`if {shorter(text)}` depends on the machine: taken as {'true' if guess else 'false'}")
+        guess = bool(NVIDIA.search(text)) and not text.startswith("!")
+        self.warn(conditions[0], f"`if {_shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
         return guess
 
     def test(self, node: Node) -> bool | None:
-        inner = [child for child in node.children if child.is_named and child.type != "comment"]
-        if node.children and node.children[0].type == "((":
-            try:
+        """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
+        if node.children[0].type == "((":
+            with suppress(arithmetic.Unknown):
                 return bool(arithmetic.evaluate(node, self.expand.operand))
-            except arithmetic.Unknown:
-                return None
-        return self.truth(inner[0], node.children[0].type == "[[") if inner else False
+            return None
+        if node.type != "test_command":
+            return self.each(node.named_children)
+        return self.truth(node.named_children[0], node.children[0].type == "[[") if node.named_children else False
 
-    def truth(self, node: Node, double: bool) -> bool | None:
-        """The truth of an expression of `[` or `[[`."""
-        inner = node.named_children
-        sign = node.child_by_field_name("operator")
+    def truth(self, node: Node, pattern: bool) -> bool | None:
+        """The truth of an expression; `pattern` if `=` compares with one."""
+        first, last = (node.named_children or [node])[0], (node.named_children or [node])[-1]
+        operator = node.child_by_field_name("operator")
+        sign = self.expand.raw(operator) if operator is not None else ""
         if node.type == "parenthesized_expression":
-            return self.truth(inner[0], double)
-        if node.type == "unary_expression" and sign is not None:
-            name = self.expand.raw(sign)
-            if name == "!":
-                state = self.truth(inner[-1], double)
-                return None if state is None else not state
-            text = self.tested(inner[-1])
-            return {"-z": not text, "-n": bool(text)}.get(name) if name in ("-z", "-n") else None
-        if node.type == "binary_expression" and sign is not None:
-            return self.compared(inner, self.expand.raw(sign), double)
-        return bool(self.tested(node))
+            return self.truth(first, pattern)
+        if node.type == "unary_expression" and sign == "!":
+            state = self.truth(last, pattern)
+            return None if state is None else not state
+        if node.type == "unary_expression":
+            return {"-z": not self.tested(last), "-n": bool(self.tested(last))}.get(sign)
+        if node.type != "binary_expression":
+            return bool(self.tested(node))
+        if sign in ("&&", "-a", "||", "-o"):
+            state = self.truth(first, pattern)
+            return self.truth(last, pattern) if bool(state) == (sign in ("&&", "-a")) else state
+        left, right = self.tested(first), self.tested(last)
+        if sign in ("=", "==", "!="):
+            return self.alike(first, left, right, pattern) == (sign != "!=")
+        with suppress(arithmetic.Unknown, KeyError):
+            return bool(arithmetic.INFIX[NUMBERS[sign]](arithmetic.number(left), arithmetic.number(right)))
+        return None
 
     def tested(self, node: Node) -> str:
         """A text in a test: nothing for a variable that nothing sets."""
-        text = marks.plain(self.expand.text(node))
-        raw = self.expand.raw(node).strip("\"'")
-        return (
-            ""
-            if marks.is_unknown(text) and re.fullmatch(r"\$\w+|\$\{\w+\}", raw) and marks.shown(text) == raw
-            else text
+        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
+        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
+        return "" if unset else text
+
+    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
+        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
+        if not marks.is_unknown(left):
+            return fnmatchcase(left, right) if pattern else left == right
+        same = bool(NVIDIA.fullmatch(right))
+        self.warn(
+            node,
+            f"`{_shorter(self.expand.raw(node))}` depends on the machine: taken as {'' if same else 'not '}{right}",
         )
-
-    def compared(self, inner: list[Node], sign: str, double: bool) -> bool | None:
-        if sign in ("&&", "-a", "||", "-o"):
-            left = self.truth(inner[0], double)
-            return self.truth(inner[-1], double) if bool(left) == (sign in ("&&", "-a")) else left
-        left, right = self.tested(inner[0]), self.tested(inner[-1])
-        if sign in ("=", "==", "!="):
-            return self.alike(left, right, double) == (sign != "!=")
-        numbers = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
-        try:
-            return bool(arithmetic.INFIX[numbers[sign]](arithmetic.number(left), arithmetic.number(right)))
-        except (arithmetic.Unknown, KeyError):
-            return None
-
-    def alike(self, left: str, right: str, pattern: bool) -> bool:
-        if marks.is_unknown(left):
-            return bool(NVIDIA.fullmatch(right))
-        return fnmatchcase(left, right) if pattern else left == right
+        return same
 
     def case(self, node: Node) -> bool | None:
-        """`case`: the first pattern that fits; of an unknown text the one of NVIDIA's GPUs, which it then is."""
-        subject = node.child_by_field_name("value")
-        text = marks.plain(self.expand.text(subject)) if subject is not None else ""
-        unknown = marks.is_unknown(text)
-        items = [child for child in node.named_children if child.type == "case_item"]
-        for item in items:
-            values = [child for place, child in enumerate(item.children) if item.field_name_for_child(place) == "value"]
-            patterns = [marks.plain(self.expand.text(value)) for value in values]
-            fits = [p for p in patterns if (NVIDIA.fullmatch(p) if unknown else fnmatchcase(text, p))]
+        """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
+        subject = node.named_children[0]
+        text = marks.plain(self.expand.text(subject))
+        for item in [child for child in node.named_children if child.type == "case_item"]:
+            patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
+            if marks.is_unknown(text):
+                patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
+            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
+            if fits and marks.is_unknown(text):
+                self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
             if fits:
-                if unknown and subject is not None:
-                    self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
-                    self.warn(node, f"`{self.expand.raw(subject)}` depends on the machine: taken as {fits[0]}")
-                return self.each(
-                    [
-                        c
-                        for place, c in enumerate(item.children)
-                        if c.is_named and item.field_name_for_child(place) not in ("value", "termination")
-                    ]
-                )
+                return self.each([c for c in item.named_children if c not in _fields(item, "value", "termination")])
         return True
 
     def loop(self, node: Node) -> bool | None:
         variable, body = node.child_by_field_name("variable"), node.child_by_field_name("body")
-        values = [child for place, child in enumerate(node.children) if node.field_name_for_child(place) == "value"]
-        if variable is None or body is None:
-            return True
-        for word in [word for value in values for word in self.expand.fields(value)][:MOST_TURNS]:
-            self.variables.values[self.expand.raw(variable)] = word.text
-            self.run(body)
+        words = [word for value in _fields(node, "value") for word in self.expand.fields(value)]
+        for word in words[:MOST_TURNS] if variable is not None and body is not None else ():
+            self.variables.values[self.expand.raw(variable)] = word.text  # type: ignore[arg-type]
+            self.run(body)  # type: ignore[arg-type]
         return True
 
     def skipped(self, node: Node) -> bool:
         if not (node.type == "while_statement" and self.run(node.named_children[0]) is False):
-            self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is not followed")
+            self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is not followed")
         return True
 
     def subshell(self, node: Node) -> bool | None:
@@ -361,21 +309,17 @@ class _Evaluation:
             return self.each(node.named_children)
         finally:
             self.variables.values.clear()
-            self.variables.values.update(outer)
+            self.variables.values |= outer
 
 
-class _Returned(Exception):
-    """The function ends here."""
-
-
-Handler = Callable[[_Evaluation, Node], bool | None]
-HANDLERS: Mapping[str, Handler] = {
+HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
     "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
     "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
     "for_statement": _Evaluation.loop, "while_statement": _Evaluation.skipped, "subshell": _Evaluation.subshell,
-    "c_style_for_statement": _Evaluation.skipped, "comment": lambda none, node: True,
+    "c_style_for_statement": _Evaluation.skipped, "compound_statement": _Evaluation.test,
+    "comment": lambda none, node: True,
 }  # fmt: skip
 BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
     "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
@@ -383,6 +327,30 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     ":": lambda *none: True,
 }  # fmt: skip
 TESTS = ("test_command", "list", "negated_command", "compound_statement")
+
+
+def _within(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _within(child)
+
+
+def _fields(node: Node, *names: str) -> list[Node]:
+    return [child for place, child in enumerate(node.children) if node.field_name_for_child(place) in names]
+
+
+def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
+    """Conditions and statements of each branch of an `if`; `else` has no condition."""
+    clauses: list[tuple[list[Node], list[Node]]] = []
+    part = 0
+    for child in node.children:
+        for inner in child.children if child.type in ("elif_clause", "else_clause") else [child]:
+            if inner.type in ("if", "elif", "else"):
+                clauses.append(([], []))
+            part = {"if": 0, "elif": 0, "else": 1, "then": 1}.get(inner.type, part)
+            if inner.is_named and inner.type != "comment":
+                clauses[-1][part].append(inner)
+    return clauses
 
 
 def _inner_script(words: list[str]) -> str | None:
@@ -393,39 +361,24 @@ def _inner_script(words: list[str]) -> str | None:
     return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
 
 
-def shorter(text: str, most: int = 60) -> str:
-    """The text's first line, at most so many characters of it."""
+def _shorter(text: str, most: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def _errors(node: Node) -> Iterator[Node]:
-    if node.type == "ERROR" or node.is_missing:
-        yield node
-    for child in node.children:
-        if child.has_error:
-            yield from _errors(child)
 
 
 def _cut_commands(text: str, tree: Node) -> list[str]:
     """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
     lines, warnings = text.splitlines(), []
+    comments = {node.start_point[0] for node in _within(tree) if node.type == "comment"}
     for number in range(1, len(lines)):
-        before, line = lines[number - 1], lines[number]
-        comment = line.lstrip().startswith("#") and before.endswith("\\") and not before.lstrip().startswith("#")
-        space = re.search(r"[^\\]\\[ \t]+$", line) and not line.lstrip().startswith("#")
-        if not comment and not space:
+        after_more = lines[number - 1].endswith("\\") and number - 1 not in comments
+        comment = number in comments and after_more and lines[number].lstrip().startswith("#")
+        if not comment and (number in comments or not re.search(r"(^|[^\\])\\[ \t]+$", lines[number])):
             continue
-        node = tree.descendant_for_point_range((number, len(line) - len(line.lstrip())), (number, len(line)))
-        if comment and (node is None or node.type != "comment"):
-            continue
-        start = next((n for n in range(number + 1, len(lines)) if not lines[n].lstrip().startswith("#")), len(lines))
+        start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
         end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
-        names = [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]
-        if names:
+        if names := [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]:
             what = "a comment" if comment else "a space behind the backslash"
-            warnings.append(
-                f"line {number + 1}: {what} ends the command here; lines {start + 1} to {end + 1} are not passed to it "
-                f"({', '.join(names)})"
-            )
+            lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
+            warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
     return warnings
