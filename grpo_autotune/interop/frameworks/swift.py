@@ -36,7 +36,7 @@ VARIABLES = ("ENV", "model_kwargs")
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
-    """What becomes of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
+    """Verdicts of all of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
     that are not read: several turns, environments, reward models."""
     source, names = prepared(source)
     megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings

@@ -304,19 +304,19 @@ def _engine(to: Translation) -> None:
     if mode := to.value("rollout_importance_sampling_mode"):
         _correction(to, str(mode))
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
-    own = 0 if server else _own_gpus(to)
+    apart = 0 if server else _own_gpus(to)
     if server:
         note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
         to.converted("vllm_mode", {"vllm.mode": "server"}, note)
-    elif own:
+    elif apart:
         key = "rollout.gpus" if to.given("rollout.gpus") else "num_infer_workers"
-        to.same(key, "vllm.server_gpus", own, "GPUs of the engine alone")
+        to.same(key, "vllm.server_gpus", apart, "GPUs of the engine alone")
     else:
         to.verdict("same", "vllm_mode", {"vllm.mode": "colocate"})
     if not server:
         to.same("vllm_gpu_memory_utilization", "vllm.gpu_memory_utilization")
         if to.given("vllm_tensor_parallel_size"):
-            shared = math.gcd(to.number("vllm_tensor_parallel_size"), own or to.world_size or 1)
+            shared = math.gcd(to.number("vllm_tensor_parallel_size"), apart or to.world_size or 1)
             to.speed("vllm_tensor_parallel_size", "of the processes there are", {"vllm.tensor_parallel_size": shared})
     for key in keys:
         if key not in to.rows and to.value(key) is not None:
