@@ -46,7 +46,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     _batch(to, megatron, version)
     swift_run.translate(to)
     _sharding(to, megatron)
-    for key in source.settings.keys() - to.rows.keys():
+    for key in [key for key in source.settings if key not in to.rows]:
         _rest(to, key)
     to.rows = {key: row.model_copy(update={"key": names.get(key, key)}) for key, row in to.rows.items()}
     return to

@@ -346,7 +346,7 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         to.speed(key, "adapters alone" if value else "off", {"vllm.weight_sync": "adapter"} if value else {})
     elif key == "vllm_engine_kwargs":
         inside = mapping(value)
-        lost = ", ".join(inside.keys() - engine_names())
+        lost = ", ".join(sorted(inside.keys() - engine_names()))
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
     elif name in engine_names() and key not in swift_keys.VERDICTS:
