@@ -107,6 +107,7 @@ WORDS = shared.words(
         ("same", "off"): "algorithm.online_filtering algorithm.disable_kl",
         ("same", "of KL in the reward, in the row of use_kl_loss"): "algorithm.kl_",
         ("same", "the source sets it when it starts"): "optim.training_steps",
+        ("same", "the file under these settings"): "config",
         ("same", "rows with videos are not read here"): "data.video_",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
         ("no equivalent", "the model's own is taken"): "model.override_config. model.tokenizer_path",
