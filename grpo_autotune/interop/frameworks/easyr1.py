@@ -107,6 +107,7 @@ WORDS = shared.words(
         ("same", "off"): "algorithm.online_filtering algorithm.disable_kl",
         ("same", "of KL in the reward, in the row of use_kl_loss"): "algorithm.kl_",
         ("same", "the source sets it when it starts"): "optim.training_steps",
+        ("same", "the file under these settings"): "config",
         ("same", "rows with videos are not read here"): "data.video_",
         ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
         ("no equivalent", "the model's own is taken"): "model.override_config. model.tokenizer_path",
@@ -123,29 +124,10 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     """The file's settings with EasyR1's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     t, is_early = _resolved(source, version, world_size)
     keys = KEYS._replace(**OLD_KEYS) if is_early else KEYS
-    estimator = "algorithm.adv_estimator"
-    if t.value(estimator) != "grpo":
-        refuse(t, estimator, f"advantages by {t.value(estimator)} are not GRPO's", "Only grpo can be read.")
-    t.same(estimator, "grpo.scale_rewards", "group", shared.EPSILON)
-    if not positive(t, MICRO):
-        refuse(t, MICRO, "no size of a micro batch, which EasyR1 needs as well")
-    sizes = (f"{ACTOR}ulysses_size", f"{ACTOR}ulysses_sequence_parallel_size")
-    ranks = shared.devices(t, keys, [key for key in sizes if t.given(key)])
-    shared.batch(t, keys, int(t.number(MICRO)), ranks, [MICRO])
-    modules = t.value(keys.adapted)
-    if isinstance(modules, str) and modules != "all-linear":
-        modules = [name.strip() for name in modules.split(",")]
-    is_lora = shared.lora(t, keys, modules)
+    _batch(t, keys)
     _loss(t, keys, is_early)
     _kl(t, is_early)
-    shared.schedule(t, keys)
-    shared.betas(t, f"{OPTIM}betas")
-    if t.value(f"{OPTIM}strategy") == "adamw":
-        t.inert(f"{OPTIM}strategy", "TRL's as well")
-    else:
-        note = "EasyR1 corrects the rounding of bfloat16 weights and states (Kahan); TRL's AdamW loses small updates"
-        t.changes(f"{OPTIM}strategy", {}, note)
-    shared.weights(t, f"{ACTOR}fsdp.torch_dtype", is_lora)
+    _weights(t, keys)
     shared.engine(t, keys)
     t.set("vllm.enable_sleep_mode", True, "EasyR1's engine always sleeps while weights are trained")
     t.set("vllm.sleep_level", 1)
@@ -176,6 +158,33 @@ def _resolved(source: Source, version: str | None, world_size: int | None) -> tu
         values = "of the classes" if is_early else "of EasyR1's examples/config.yaml"
         t.warnings.append(f"for what the file leaves out, the values {values} are assumed")
     return t, is_early
+
+
+def _batch(t: Translation, keys: Keys) -> None:
+    estimator = "algorithm.adv_estimator"
+    if t.value(estimator) != "grpo":
+        refuse(t, estimator, f"advantages by {t.value(estimator)} are not GRPO's", "Only grpo can be read.")
+    t.same(estimator, "grpo.scale_rewards", "group", shared.EPSILON)
+    if not positive(t, MICRO):
+        refuse(t, MICRO, "no size of a micro batch, which EasyR1 needs as well")
+    sizes = (f"{ACTOR}ulysses_size", f"{ACTOR}ulysses_sequence_parallel_size")
+    ranks = shared.devices(t, keys, [key for key in sizes if t.given(key)])
+    shared.batch(t, keys, int(t.number(MICRO)), ranks, [MICRO])
+
+
+def _weights(t: Translation, keys: Keys) -> None:
+    """The trained weights, and their optimizer."""
+    modules = t.value(keys.adapted)
+    if isinstance(modules, str) and modules != "all-linear":
+        modules = [name.strip() for name in modules.split(",")]
+    shared.weights(t, f"{ACTOR}fsdp.torch_dtype", shared.lora(t, keys, modules))
+    shared.schedule(t, keys)
+    shared.betas(t, f"{OPTIM}betas")
+    if t.value(f"{OPTIM}strategy") == "adamw":
+        t.inert(f"{OPTIM}strategy", "TRL's as well")
+    else:
+        note = "EasyR1 corrects the rounding of bfloat16 weights and states (Kahan); TRL's AdamW loses small updates"
+        t.changes(f"{OPTIM}strategy", {}, note)
 
 
 def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
