@@ -120,7 +120,7 @@ def listed(value: Any) -> list[Any]:
 
 def _dtype(to: Translation, key: str) -> None:
     value = str(to.value(key)).removeprefix("torch.")
-    if key == "dtype" and to.given("torch_dtype"):
+    if key == "dtype" and (to.given("torch_dtype") or (not to.given(key) and "model.dtype" in to.values)):
         return
     if value == "None":
         to.converted(key, {"model.dtype": "float32"}, "null: transformers 4 loads the weights in 32 bits")
