@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grpo_autotune.commands.page import load_run
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import refusal_told
 from grpo_autotune.interop.logs.recognise import is_log
 from grpo_autotune.records.comparison import Comparison
 from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
@@ -51,17 +52,17 @@ def _place(name: str) -> Path:
     return (run if run.exists() and not Path(name).exists() else Path(name)).absolute()
 
 
+@refusal_told()
 def _load(name: str) -> Run | LogRun:
     place = _place(name)
-    if (
-        place.is_file()
-        and place.suffix == ".json"
-        and LOG_SCHEMA in place.read_text(encoding="utf-8", errors="replace")
-    ):
-        again = {"absent": "", "written_by": "", "again": "Import the log again."}
-        return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))
-    if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE) and is_log(place):
-        return LogRun(name, read_log(place))
+    if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE):
+        with place.open("rb") as file:
+            imported = LOG_SCHEMA.encode() in file.read(100)
+        if imported:
+            again = {"absent": "", "written_by": "", "again": "Import the log again."}
+            return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))
+        if is_log(place):
+            return LogRun(name, read_log(place))
     stored = load_run(place)
     report, folder = stored.data, stored.folder
     if isinstance(report, SearchReport):

@@ -41,10 +41,10 @@ def _pair(a: Run | LogRun, b: Run | LogRun, confidence: float) -> Pair:
     cells = [[cell for cell in _cells(run) if not cell.atoms <= out] for run, out in zip(sides, left_out, strict=True)]
     for run, out, kept in zip(sides, left_out, cells, strict=True):
         dropped = sorted(atom for cell in _cells(run) for atom in cell.atoms if cell.atoms <= out)
-        told += [f"not compared, since the other's log does not time it: {', '.join(dropped)} of {run.name}"] * bool(
-            dropped
-        )
-        told += [f"{run.name} has seconds of whole steps alone, so only these are compared"] * (not kept)
+        if dropped:
+            told.append(f"not compared, since the other's log does not time it: {', '.join(dropped)} of {run.name}")
+        if not kept:
+            told.append(f"{run.name} has seconds of whole steps alone, so only these are compared")
     counts = [_completions(run) for run in sides]
     factor = 1.0
     if counts[0] and counts[1] and counts[0] != counts[1]:
@@ -100,11 +100,8 @@ def _cells(run: Run | LogRun) -> list[Cell]:
 def _whole(run: Run | LogRun, kept: list[Cell]) -> Cell:
     """A run's step; where it has rows, their sum, without those that are left out."""
     steps = cycle_means(run.report.step_seconds, run.report.cycle)
-    return (
-        _sum(kept, frozenset().union(*(cell.atoms for cell in kept)))
-        if kept
-        else Cell(frozenset(), run.report.step_s, steps)
-    )
+    everything = frozenset[str]().union(*(cell.atoms for cell in kept))
+    return _sum(kept, everything) if kept else Cell(everything, run.report.step_s, steps)
 
 
 def _sum(cells: list[Cell], group: frozenset[str]) -> Cell:
