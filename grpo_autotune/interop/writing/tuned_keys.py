@@ -130,7 +130,8 @@ MEGATRON = SWIFT._replace(
         "global_batch_size": lambda six, trl: six.completions,
         "steps_per_generation": lambda six, trl: trl.steps_per_generation / trl.gradient_accumulation_steps,
         "num_iterations": lambda six, trl: six.passes,
-    }
+    },
+    keys={**SWIFT.keys, "grpo.gradient_checkpointing": None},
 )
 R1_V = TRL._replace(
     batch={
@@ -141,6 +142,7 @@ R1_V = TRL._replace(
 )
 SCRIPT = TRL._replace(keys={key: name for key, name in TRL.keys.items() if key.startswith("vllm.")})
 """Of a program: its `GRPOConfig` alone; the model and the adapter are made elsewhere in it."""
+UNSLOTH = SCRIPT._replace(keys={**SCRIPT.keys, "grpo.gradient_checkpointing": None})
 FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V}
 """By name; all others have TRL's keys."""
 WHY = {
@@ -156,7 +158,7 @@ def framework_of(source: Source) -> Framework:
     if source.framework == "ms-swift" and source.settings.keys() & {"global_batch_size", "micro_batch_size"}:
         return MEGATRON
     if source.path.suffix in (".py", ".ipynb"):
-        return SCRIPT
+        return UNSLOTH if source.framework == "unsloth" else SCRIPT
     return FRAMEWORKS.get(source.framework, TRL)
 
 
