@@ -58,7 +58,7 @@ def changed(text: str, key: str, value: Any, name: str, framework: str = "verl")
         ("data.batch", 256, ["-     data.batch=${1:-512} \\", "+     data.batch=${1:-256} \\"]),
         ("actor.name", "new", ["-     \"actor.name='old'\"", "+     \"actor.name='new'\""]),
         ("data.other", 16, ['-     data.other=$((2 * 4)) "$@"', '+     data.other=16 "$@"']),
-        ("+data.more", True, ['-     data.other=$((2 * 4)) "$@"', '+     data.other=$((2 * 4)) +data.more=true "$@"']),
+        ("+data.more", True, ['-     data.other=$((2 * 4)) "$@"', '+     data.other=$((2 * 4)) +data.more=True "$@"']),
     ],
 )
 def test_a_hydra_script_is_changed_where_the_value_is_defined(key: str, value: Any, lines: list[str]) -> None:
