@@ -160,7 +160,9 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
         values |= side.fixed
     ratio = old.steps_per_rollout / numbers.steps_per_rollout
     counts = {key: before.value(key) for key in side.rollouts if before.given(key)} if ratio != 1 else {}
-    return values | {key: max(1, round(count * ratio)) for key, count in counts.items() if (count or 0) > 0}
+    return values | {
+        key: max(1, round(count * ratio)) for key, count in counts.items() if isinstance(count, int) and count > 0
+    }
 
 
 def _with(original: Original, text: str, key: str, value: Any, framework: str) -> str | None:
