@@ -120,10 +120,8 @@ def split_lines(report: Report, framework: str) -> Iterator[str]:
     """The training pass by forward, backward and optimizer, as measured here."""
     stages = {stage.name: stage for stage in report.stages}
     parts = {part.name: part.self_s for part in stages["policy_logprob"].parts} if "policy_logprob" in stages else {}
-    pieces = {
-        "forward": parts.get("training_forward", 0.0),
-        **{name: stages[name].self_s for name in ("backward", "optimizer") if name in stages},
-    }
+    pieces = {"forward": parts.get("training_forward", 0.0)}
+    pieces |= {name: stages[name].self_s for name in ("backward", "optimizer") if name in stages}
     whole = sum(pieces.values())
     if whole > 0:
         name = f"{titled(framework)}'s {LUMPS[framework]}" if framework in LUMPS else "The training pass"

@@ -41,10 +41,9 @@ def _monitor(name: str) -> Any:
     return section | None, section()
 
 
-_RULES: Any = create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS})
-
-
-class MonitorsSection(_RULES, use_attribute_docstrings=True):  # type: ignore[misc, unused-ignore]
+class MonitorsSection(  # type: ignore[misc]
+    create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS}), use_attribute_docstrings=True
+):
     """Rules over what a training logs, each by name: a mapping of its keys, or `false`. `none` turns all off."""
 
     command: str | None = None

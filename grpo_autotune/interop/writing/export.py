@@ -114,7 +114,7 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
 def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translation, ranks: int | None) -> SixNumbers:
     """The tuned batch, for the source's processes; ConfigError where it is no part of the source's."""
     source = _numbers(before)
-    given = {name: grpo_keys()[name].default_value() for name in (*TRL_BATCH, "generation_batch_size")}
+    given: dict[str, Any] = {name: grpo_keys()[name].default_value() for name in (*TRL_BATCH, "generation_batch_size")}
     given |= tuned.get("grpo") or {}
     group, micro, accumulation = (
         given[name] for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
