@@ -25,6 +25,7 @@ from grpo_autotune.interop.importing import import_file
 
 LISTS = Path(__file__).parent / "public"
 BESIDE = ("yaml", "yml", "json", "jinja", "txt")
+LARGEST = 50_000
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def scripts() -> Iterator[tuple[str, str]]:
 def checked_out(repository: str, commit: str) -> Path:
     """A folder with the configurations of a commit; other files are added as they are asked for."""
     folder = Path(tempfile.mkdtemp())
-    names = git(repository, "ls-tree", "-r", "-z", "--name-only", commit).decode().split("\0")
-    wanted = [f":(literal){name}" for name in names if name.rpartition(".")[2] in BESIDE]
-    if wanted:
-        with tarfile.open(fileobj=io.BytesIO(git(repository, "archive", commit, *wanted))) as files:
-            files.extractall(folder, filter="data")
+    for line in git(repository, "ls-tree", "-r", "-z", "-l", commit).decode().split("\0")[:-1]:
+        (*_, size), name = line.partition("\t")[0].split(), line.partition("\t")[2]
+        if name.rpartition(".")[2] in BESIDE and size.isdigit() and int(size) < LARGEST:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(git(repository, "show", f"{commit}:{name}"))
     return folder
 
 

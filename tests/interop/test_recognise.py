@@ -146,7 +146,10 @@ def test_launch_environment_and_pins(tmp_path: Path) -> None:
         "  --num_processes 4 -m trl.scripts.grpo --bf16\n"
     )
     read = source(tmp_path, "run.sh", text)
-    assert {name: setting.value for name, setting in read.launch.items()} == {"config_file": "z.yaml", "num_processes": 4}
+    assert {name: setting.value for name, setting in read.launch.items()} == {
+        "config_file": "z.yaml",
+        "num_processes": 4,
+    }
     assert {name: setting.value for name, setting in read.environment.items()} == {"A": "1", "B": "2", "C": "3"}
     assert read.hints == {"trl": "0.22.2"} and read.settings == {"bf16": Setting(True, 4)}
 
@@ -162,7 +165,9 @@ def test_a_loop_over_one_command(tmp_path: Path) -> None:
 
 
 def test_hydra_names_a_yaml_beside(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("defaults:\n  - ppo_trainer\n  - _self_\nactor_rollout_ref: {rollout: {n: 4}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - ppo_trainer\n  - _self_\nactor_rollout_ref: {rollout: {n: 4}}\n"
+    )
     command = f"python3 -m verl.trainer.main_ppo --config-path {tmp_path} --config-name mine a.b=1\n"
     settings = source(tmp_path, "run.sh", command).settings
     assert settings["actor_rollout_ref.rollout.n"].value == 4 and settings["a.b"].value == 1
