@@ -87,3 +87,10 @@ def test_what_is_no_python_is_one_line(tmp_path: Path, name: str, text: str) -> 
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match="no Python|no notebook"):
         python_source.read(tmp_path / name)
+
+
+def test_the_environment_gives_a_name_that_is_left_open(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("N = f()\nGRPOConfig(n=N, m=N * 2, k=OPEN, s=TEXT)\n")
+    arguments = python_source.calls(file, {"N": "4", "OPEN": "1e-3", "TEXT": "a/b"})[-1].arguments
+    assert {name: setting.value for name, setting in arguments.items()} == {"n": 4, "m": 8, "k": 1e-3, "s": "a/b"}

@@ -85,11 +85,15 @@ def test_arithmetic(expression: tuple[str, int]) -> None:
     assert commands(f"python3 $(({text})) ${{X:-$(( {text} ))}}") == [["python3", str(value), str(value)]]
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r", exclude_categories=["Co", "Cs"])), min_size=1))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0\r", exclude_categories=["Co", "Cs"])), min_size=1
+    )
+)
 @settings(max_examples=60)
 def test_quoted_words_come_through(texts: list[str]) -> None:
     quoted = ["'" + text.replace("'", "'\\''") + "'" for text in texts]
-    assert commands(f"A=({' '.join(quoted)})\npython3 \"${{A[@]}}\"") == [["python3", *texts]]
+    assert commands(f'A=({" ".join(quoted)})\npython3 "${{A[@]}}"') == [["python3", *texts]]
 
 
 def test_lines_and_how_words_are_written() -> None:
@@ -109,7 +113,9 @@ def test_the_environment_fills_what_the_script_leaves_to_it() -> None:
 
 
 def test_what_only_a_run_can_tell_is_kept_as_text() -> None:
-    shell = evaluate('N=$(nproc --all)\nT=`date +%s`\nU=$((N * 2))\npython3 $N "a-$T" $((N+1)) $U $NONE ${NO:-$(x y)}\n')
+    shell = evaluate(
+        'N=$(nproc --all)\nT=`date +%s`\nU=$((N * 2))\npython3 $N "a-$T" $((N+1)) $U $NONE ${NO:-$(x y)}\n'
+    )
     (command,) = shell.commands
     assert [word.text for word in command.words[1:]] == [
         "$(nproc --all)", "a-`date +%s`", "$((N+1))", "$((N * 2))", "$NONE", "$(x y)",

@@ -184,7 +184,7 @@ class _Reader(ast.NodeVisitor):
         unknown = Unknown(ast.unparse(node))
         if isinstance(node, ast.Name):
             value = self.names.get(node.id, unknown)
-            return unknown if isinstance(value, Call | Unknown) else value
+            return self.given(node.id, unknown) if isinstance(value, Call | Unknown) else value
         if isinstance(node, ast.List | ast.Tuple):
             return [self.value(item) for item in node.elts]
         if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
@@ -199,6 +199,14 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.Call):
             return self.called(node, unknown)
         return node.value if isinstance(node, ast.Constant) else unknown
+
+    def given(self, name: str, unknown: Unknown) -> Any:
+        """A name that the script leaves open, by the environment."""
+        text = self.environment.get(name)
+        try:
+            return unknown if text is None else ast.literal_eval(text)
+        except (*WRONG, SyntaxError):
+            return text
 
     def called(self, node: ast.Call, unknown: Unknown) -> Any:
         """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
