@@ -18,10 +18,10 @@ from grpo_autotune.interop.reading.beside import text_of
 from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
-OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: lambda none, value: -value,
-    ast.UAdd: lambda none, value: +value, ast.Not: lambda none, value: not value,
+OPERATORS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right), ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
 }  # fmt: skip
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
 MOST_LEFT_OUT = 20
@@ -87,6 +87,8 @@ def _parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
             end = min((n for n in starts if n >= line), default=len(lines))
             left_out.append(f"{start + 1} to {end}")
             lines[start:end] = [""] * (end - start)
+            if not any(lines):
+                raise ConfigError("this is no Python", where=where) from None
 
 
 def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
@@ -107,6 +109,10 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
 def _blank(magic: re.Match[str]) -> str:
     """A statement that does nothing, and as many lines as the notebook's command."""
     return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
+
+
+class Unknown(str):
+    """Source text of an expression whose value is not known before the script runs."""
 
 
 class _Reader(ast.NodeVisitor):
@@ -136,87 +142,89 @@ class _Reader(ast.NodeVisitor):
         self.names.pop(ast.unparse(node.target), None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """A name for a value or a call; an attribute of a call's result is one more argument."""
         name = ast.unparse(target)
-        base = self.names.get(name.partition(".")[0])
+        call = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
-        elif isinstance(target, ast.Attribute) and isinstance(base, Call):
-            base.arguments[target.attr] = self.setting(value)
-        elif isinstance(value, ast.Call) and not self.known(value):
-            self.names[name] = next((call for call in reversed(self.script.calls) if call.line == value.lineno), None)
-        elif self.known(value):
-            self.names[name] = self.value(value)
+        elif isinstance(target, ast.Attribute) and isinstance(call, Call):
+            call.arguments[target.attr] = self.setting(value)
         else:
-            self.names.pop(name, None)
+            made = [call for call in self.script.calls if isinstance(value, ast.Call) and call.line == value.lineno]
+            known = self.value(value)
+            self.names[name] = made[-1] if made and isinstance(known, Unknown) else known
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         arguments = {str(place): self.setting(value) for place, value in enumerate(node.args)}
         for keyword in node.keywords:
+            spread = self.value(keyword.value) if keyword.arg is None else None
             if keyword.arg:
                 arguments[keyword.arg] = self.setting(keyword.value)
-            elif self.known(keyword.value) and isinstance(spread := self.value(keyword.value), dict):
-                arguments |= {str(key): Setting(value, node.lineno, self.cell) for key, value in spread.items()}
+            elif isinstance(spread, dict):
+                arguments |= {str(key): Setting(_plain(value), node.lineno, self.cell) for key, value in spread.items()}
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
 
     def setting(self, node: ast.expr) -> Setting:
-        written = ast.unparse(node)
+        """A value, and its source text unless that says the same."""
+        value, written = _plain(self.value(node)), ast.unparse(node)
         try:
-            plain = ast.literal_eval(node) is not ...
+            literal = ast.literal_eval(node) is not ...
         except WRONG:
-            plain = False
-        value = self.value(node) if self.known(node) else self.parts(node)
-        return Setting(value, node.lineno, self.cell, None if plain else written)
-
-    def parts(self, node: ast.expr) -> Any:
-        """A list or mapping with what is known of it; else the source text."""
-        if isinstance(node, ast.List | ast.Tuple):
-            return [self.value(item) if self.known(item) else self.parts(item) for item in node.elts]
-        return ast.unparse(node)
-
-    def known(self, node: ast.expr) -> bool:
-        try:
-            return not isinstance(self.value(node), Call)
-        except WRONG:
-            return False
+            literal = False
+        return Setting(value, node.lineno, self.cell, None if literal else written)
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression; one of `WRONG` if it is not known."""
+        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
+        unknown = Unknown(ast.unparse(node))
         if isinstance(node, ast.Name):
-            return self.names[node.id]
+            value = self.names.get(node.id, unknown)
+            return unknown if isinstance(value, Call | Unknown) else value
         if isinstance(node, ast.List | ast.Tuple):
             return [self.value(item) for item in node.elts]
-        if isinstance(node, ast.Dict):
-            return {self.value(key): self.value(value) for key, value in _items(node)}
-        if isinstance(node, ast.BinOp):
-            left, right = self.value(node.left), self.value(node.right)
-            if not all(isinstance(side, int | float) or isinstance(node.op, ast.Add) for side in (left, right)):
-                raise ValueError
-            return OPERATORS[type(node.op)](left, right)
-        if isinstance(node, ast.UnaryOp):
-            return OPERATORS[type(node.op)](None, self.value(node.operand))
+        if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+            return {ast.literal_eval(key): self.value(item) for key, item in zip(node.keys, node.values, strict=True)}
+        if isinstance(node, ast.BinOp | ast.UnaryOp):
+            sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
+            return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)
         if isinstance(node, ast.JoinedStr):
-            return "".join(str(self.value(part)) for part in node.values)
-        if isinstance(node, ast.FormattedValue) and node.format_spec is None:
-            return self.value(node.value)
-        return self.called(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+            whole = [part for part in node.values if isinstance(part, ast.FormattedValue) and not part.format_spec]
+            parts = [part.value if part in whole else part for part in node.values]
+            return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
+        if isinstance(node, ast.Call):
+            return self.called(node, unknown)
+        return node.value if isinstance(node, ast.Constant) else unknown
 
-    def called(self, node: ast.Call) -> Any:
+    def called(self, node: ast.Call, unknown: Unknown) -> Any:
         """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
-        name = ast.unparse(node.func)
-        given = [self.value(argument) for argument in node.args]
+        name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
         if name == "dict" and not given:
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        if name in ("int", "float", "str") and len(given) == 1:
-            return {"int": int, "float": float, "str": str}[name](given[0])
-        if name in ("os.environ.get", "os.getenv") and given:
-            return self.environment.get(given[0], *given[1:2]) if len(given) > 1 else self.environment[given[0]]
-        raise ValueError(name)
+        if name in ("os.environ.get", "os.getenv"):
+            return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
+        return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
+
+    def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
+        if function is None or any(isinstance(part, Unknown) for part in given):
+            return unknown
+        try:
+            return function(*given)
+        except WRONG:
+            return unknown
 
 
-def _items(node: ast.Dict) -> Iterator[tuple[ast.expr, ast.expr]]:
-    for key, value in zip(node.keys, node.values, strict=True):
-        if key is None:
-            raise ValueError
-        yield key, value
+def _times(left: Any, right: Any) -> Any:
+    """A product of numbers; one with a text or list may fill the memory."""
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise TypeError
+    return left * right
+
+
+def _plain(value: Any) -> Any:
+    """The value with the text of what is not known in it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return (
+        [_plain(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, str) else value
+    )
