@@ -4,6 +4,7 @@ A framework's module reads settings with `value`, and gives each one its verdict
 verdict was given is `no equivalent` in the end, so that a key nobody thought of shows up by its line.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ class Translation:
         """The same, a number for sure (or None): ConfigError by line for a value such as a shell's
         `$(nproc)` that is only known where the script runs."""
         value = self.value(key, fallback)
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
             return value
         fix = "Give the variable behind it with --env NAME=VALUE, or write the number."
         raise ConfigError(f"a number is needed, and the file says {value!r}", where=self.where(key), fix=fix)

@@ -1,7 +1,9 @@
 """Six numbers, written as each framework writes them, come out as TRL's own arithmetic has them."""
 
+import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,12 @@ from hypothesis import strategies as st
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
+from grpo_autotune.interop.frameworks import easyr1, verl_defaults
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
+from tests.support.imported import source
 
 ACTOR, ROLLOUT, EASY = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "worker.actor."
-
-
-def source(framework: str, values: dict[str, Any], **others: Any) -> Source:
-    return Source(framework, Path("run.sh"), {key: Setting(value, 1) for key, value in values.items()}, **others)
 
 
 def as_verl(batch: SixNumbers) -> Source:
@@ -108,6 +108,23 @@ def test_a_batch_is_the_same_in_trl(framework: str, batch: SixNumbers, fewer: bo
     assert steps == batch.prompts * batch.num_generations * batch.passes / batch.completions
     assert plan.micro_batch == batch.micro_batch or ranks != batch.ranks
     assert plan.micro_batch <= batch.micro_batch
+
+
+ODD = ("$(x)", None, [], "abc", True, -5, 0, 1.5, {}, ["a", "b"], "", float("nan"), 10**12)
+
+
+@pytest.mark.parametrize(("framework", "defaults"), [("verl", verl_defaults.NEWEST), ("easyr1", easyr1.DEFAULTS)])
+@settings(max_examples=200, deadline=None)
+@given(choice=st.data())
+def test_no_value_of_a_setting_ends_in_a_traceback(
+    framework: str, defaults: dict[str, Any], choice: st.DataObject
+) -> None:
+    make, _ = FORMS[framework]
+    read = make(SixNumbers(4, 32, 32, 1, 2, 4))
+    key = choice.draw(st.sampled_from(sorted({*defaults, *read.settings})))
+    odd = dict(read.settings) | {key: Setting(choice.draw(st.sampled_from(ODD)), 1)}
+    with contextlib.suppress(ConfigError):
+        import_module(f"grpo_autotune.interop.frameworks.{framework}").translate(replace(read, settings=odd)).finished()
 
 
 def test_what_no_number_of_processes_divides_is_one_line() -> None:

@@ -276,6 +276,8 @@ def _reward(t: Translation) -> None:
         return
     if not on(t.value(key)):
         refuse(t, key, "no file of a reward function", "Name it there as FILE:FUNCTION.")
-    path, _, function = str(t.value(key)).rpartition(":") if ":" in str(t.value(key)) else (t.value(key), "", "main")
+    path, _, function = (
+        str(t.value(key)).rpartition(":") if ":" in str(t.value(key)) else (str(t.value(key)), "", "main")
+    )
     shared.reward(t, "easyr1", key, path, function, arguments)
     unused(t, [f"worker.reward.reward_function_kwargs.{name}" for name in arguments], "in the adapter")

@@ -51,6 +51,14 @@ def positive(t: Translation, key: str) -> Any:
     return max(0, t.number(key) or 0)
 
 
+def count(t: Translation, key: str) -> int:
+    """A whole number; ConfigError by line for anything else."""
+    value = t.number(key)
+    if value is None or value % 1:
+        refuse(t, key, f"a whole number is needed, and the file says {value}")
+    return int(value)
+
+
 def unused(t: Translation, keys: Iterable[str], note: str) -> None:
     """Settings of the file without effect."""
     for key in keys:
@@ -95,7 +103,7 @@ def below(t: Translation, prefix: str) -> dict[str, Any]:
 
 def devices(t: Translation, keys: Keys, shards: Sequence[str]) -> int:
     """Data-parallel ranks: GPUs, over those that share a sequence or a model (the product of `shards`)."""
-    gpus = int(t.number(keys.nodes) * t.number(keys.gpus))
+    gpus = count(t, keys.nodes) * count(t, keys.gpus)
     share = math.prod(int(positive(t, key) or 1) for key in shards)
     if gpus % share:
         refuse(t, next(filter(t.given, shards)), f"{gpus} GPUs cannot be divided into groups of {share}")
@@ -109,7 +117,7 @@ def devices(t: Translation, keys: Keys, shards: Sequence[str]) -> int:
 
 def batch(t: Translation, keys: Keys, micro: int, ranks: int, micro_keys: Iterable[str], note: str = "") -> None:
     """The six numbers. ConfigError where the framework itself refuses them."""
-    group, prompts, mini, passes = (int(t.number(key)) for key in (keys.group, keys.prompts, keys.mini, keys.passes))
+    group, prompts, mini, passes = (count(t, key) for key in (keys.group, keys.prompts, keys.mini, keys.passes))
     if mini > prompts:
         refuse(t, keys.mini, f"{mini} prompts per optimizer step, of a rollout of {prompts}: the framework refuses it")
     names = {keys.group: ["num_generations"], keys.prompts: ["steps_per_generation"], keys.passes: ["num_iterations"]}
@@ -199,7 +207,10 @@ def schedule(t: Translation, keys: Keys) -> None:
 
 def betas(t: Translation, key: str) -> None:
     """Adam's."""
-    first, second = t.value(key)
+    values = t.value(key)
+    if not isinstance(values, list) or [type(value) for value in values] != [float, float]:
+        refuse(t, key, f"two numbers are needed, and the file says {values}")
+    first, second = values
     t.converted(key, {"grpo.adam_beta1": first, "grpo.adam_beta2": second}, "")
 
 
@@ -241,8 +252,7 @@ def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any
 
 def naming(t: Translation, keys: Keys) -> None:
     """Name of the run, and where it is reported."""
-    loggers = t.value(keys.logger)
-    names = re.findall(r"\w+", loggers) if isinstance(loggers, str) else list(loggers or ())
+    names = re.findall(r"\w+", str(t.value(keys.logger) or ""))
     lost = ", ".join(sorted({*names} - REPORTS))
     note = f"{lost}: the terminal and the files of the run folder are always written" if lost else ""
     t.converted(keys.logger, {"grpo.report_to": [name for name in names if name in REPORTS] or "none"}, note)
@@ -283,7 +293,7 @@ def engine(t: Translation, keys: Keys) -> None:
     t.set("grpo.use_vllm", True)
     t.set("vllm.mode", "colocate")
     t.same(keys.memory, "vllm.gpu_memory_utilization", note="of the whole GPU")
-    wanted, ranks = int(t.number(keys.parallel)), t.world_size or 1
+    wanted, ranks = count(t, keys.parallel), t.world_size or 1
     fits = math.gcd(wanted, ranks)
     note = (
         "" if fits == wanted else f"groups of {wanted} there, which do not divide the number of processes here, {ranks}"
@@ -294,7 +304,7 @@ def engine(t: Translation, keys: Keys) -> None:
 
 def prompts(t: Translation, keys: Keys) -> None:
     """Lengths, and what happens to prompts that are too long."""
-    longest, completion = t.number(keys.longest_prompt), t.number(keys.longest_completion)
+    longest, completion = count(t, keys.longest_prompt), count(t, keys.longest_completion)
     cut = str(t.value(keys.overflow))
     t.same(keys.longest_completion, "grpo.max_completion_length")
     t.same(keys.longest_prompt, "data.max_prompt_tokens", note="with the chat template and the tokens of images")
@@ -339,7 +349,7 @@ def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
 
 def _paths(value: Any) -> list[dict[str, str]]:
     """Path, and split behind an `@`, of each file of a setting: a text, or a list of them."""
-    texts = re.split(r"\s*,\s*", value.strip("[] ")) if isinstance(value, str) else list(value or ())
+    texts = value if isinstance(value, list) else re.split(r"\s*,\s*", str(value or "").strip("[] "))
     pairs = [re.fullmatch(r"(.+?)(?:@([\w\[\]:%+]+))?", str(text).strip("'\" ")) for text in texts]
     return [{"path": pair[1], **({"split": pair[2]} if pair[2] else {})} for pair in pairs if pair]
 

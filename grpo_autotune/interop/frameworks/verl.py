@@ -146,7 +146,7 @@ def _check(t: Translation) -> None:
             refuse(t, key, what)
     if t.value(f"{ROLLOUT}agent.default_agent_loop", "single_turn_agent") != "single_turn_agent":
         refuse(t, f"{ROLLOUT}agent.default_agent_loop", SEVERAL_TURNS)
-    if t.value(LOSS) not in FORMS:
+    if str(t.value(LOSS)) not in FORMS:
         refuse(t, LOSS, f"TRL has no loss like {t.value(LOSS)}", f"Read are {', '.join(FORMS)}.")
     if t.value("trainer.v1.trainer_mode", "sync") != "sync":
         t.dropped("trainer.v1.trainer_mode", "rollouts of older weights beside training: TRL takes turns")
@@ -160,10 +160,10 @@ def _batch(t: Translation) -> None:
         f"{ACTOR}ppo_{name}" for name in ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
     )
     if on(t.value(DYNAMIC)):
-        longest = t.number(KEYS.longest_prompt) + t.number(KEYS.longest_completion)
-        tokens = t.number(budget)
-        micro, used = max(1, int(tokens // longest)), [budget, DYNAMIC]
-        note = f"{tokens} tokens of a micro batch / {longest} of the longest prompt and answer = {tokens / longest:.3g}"
+        longest = shared.count(t, KEYS.longest_prompt) + shared.count(t, KEYS.longest_completion)
+        tokens = shared.count(t, budget)
+        micro, used = max(1, tokens // max(1, longest)), [budget, DYNAMIC]
+        note = f"{tokens} tokens of a micro batch / {longest} of the longest completion with its prompt"
     else:
         used = [total if t.value(each) is None and t.value(total) is not None else each]
         size = t.number(used[0])
@@ -331,7 +331,7 @@ def _rewards(t: Translation) -> None:
         (t.inert if is_plain else t.dropped)(key, "how the function is called")
     for buffer in BUFFERS:
         if on(t.value(f"{buffer}enable")) and positive(t, f"{buffer}len"):
-            longest, factor = int(t.number(KEYS.longest_completion)), float(t.number(f"{buffer}penalty_factor", 1.0))
+            longest, factor = shared.count(t, KEYS.longest_completion), float(t.number(f"{buffer}penalty_factor") or 0)
             items.append(overlong_penalty(longest, int(t.number(f"{buffer}len")), factor))
             t.converted(f"{buffer}enable", {"rewards": items}, "a reward of its own, added to the others")
             unused(t, [f"{buffer}len", f"{buffer}penalty_factor"], f"of {buffer}enable")
