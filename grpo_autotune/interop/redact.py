@@ -9,7 +9,8 @@ from grpo_autotune.interop.source import Setting, Source
 
 HIDDEN = "***"
 NAME = re.compile(
-    r"[A-Z0-9_]*(KEY|TOKEN|AUTH)|(?i:.*(secret|passw(or)?d|credential).*|token"
+    r"(?!.*(MAX|MIN|NUM|PAD|EOS|BOS|IMAGE|VIDEO|PROMPT|ANSWER|DATA|FN)_?(KEY|TOKEN))[A-Z0-9_]*(KEY|TOKEN|AUTH)"
+    r"|(?i:.*(secret|passw(or)?d|credential).*|token"
     r"|(.*[._-])?(api|access|auth|private|hub|hf|wandb|swanlab|login|openai|judge)_?(key|token))s?"
 )
 """Names of variables and keys, whole, whose text nobody is shown: `prompt_key` and `pad_token` are not among them."""
@@ -49,7 +50,7 @@ def hidden(value: Any, key: str = "") -> Any:
     if not isinstance(value, str) or not value:
         return value
     last = key.rpartition(".")[2]
-    if NAME.fullmatch(last) and not re.fullmatch(r"\d{1,7}|\$\{?\w+\}?|(?i:true|false|none|null)", value):
+    if NAME.fullmatch(last) and not re.fullmatch(r"\$\{?\w+\}?|(?i:true|false|none|null)", value):
         return HIDDEN
     return hidden_text(value, keep_hex=bool(re.search(r"(?i)revision|commit|sha|branch", key)))
 

@@ -53,7 +53,7 @@ def apply(to: Translation, *, adapter: bool) -> None:
         devices = {ours: str(to.value(f"{ZERO}{name}") or "none") for ours, name in names.items()}
         whole = {"stage3_gather_16bit_weights_on_model_save": True} if to.value(f"{ZERO}zero3_save_16bit_model") else {}
         clip = {"gradient_clipping": to.value(f"{ZERO}gradient_clipping", "auto")}
-        deepspeed.apply(to, f"{ZERO}zero_stage", deepspeed.zero(int(stage), **devices, **whole) | clip, adapter=adapter)
+        deepspeed.apply(to, f"{ZERO}zero_stage", deepspeed.zero(int(stage), whole, **devices) | clip, adapter=adapter)
     elif to.given(f"{ZERO}deepspeed_config_file"):
         deepspeed.apply(to, f"{ZERO}deepspeed_config_file", to.value(f"{ZERO}deepspeed_config_file"), adapter=adapter)
     elif to.value(f"{PREFIX}distributed_type") == "FSDP":

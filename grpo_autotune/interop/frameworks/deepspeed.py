@@ -7,6 +7,7 @@ run and becomes `auto`; the rest, ZeRO above all, stays DeepSpeed's. One process
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
@@ -48,8 +49,11 @@ def with_file(source: Source, named: object, prefix: str) -> Source:
     return replace(source, settings={**settings, **source.settings})
 
 
-def zero(stage: int, *, optimizer: str = "none", parameters: str = "none", **more: Any) -> dict[str, Any]:
-    """DeepSpeed's configuration for a stage of ZeRO, with the devices to which states are moved (`none`, `cpu`)."""
+def zero(
+    stage: int, more: Mapping[str, Any] = MappingProxyType({}), *, optimizer: str = "none", parameters: str = "none"
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for a stage of ZeRO, with `more` of its keys, and the devices to which states are moved
+    (`none`, `cpu`)."""
     moved = {"offload_optimizer": optimizer, "offload_param": parameters}
     places = {key: {"device": device, "pin_memory": True} for key, device in moved.items() if device != "none"}
     numbers: dict[str, Any] = dict.fromkeys((*BATCH, "gradient_clipping"), "auto")

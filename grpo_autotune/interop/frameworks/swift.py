@@ -22,19 +22,21 @@ _ZERO_3 = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_mod
 PRESETS = {
     **{f"zero{stage}": deepspeed.zero(stage) for stage in (0, 1, 2)},
     "zero2_offload": deepspeed.zero(2, optimizer="cpu"),
-    "zero3": deepspeed.zero(3, **_ZERO_3),
-    "zero3_offload": deepspeed.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
+    "zero3": deepspeed.zero(3, _ZERO_3),
+    "zero3_offload": deepspeed.zero(3, _ZERO_3, optimizer="cpu", parameters="cpu"),
 }
 """DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 GROUPS = ("train", "rollout", "teacher")
 """Roles of Ray's YAML, each with keys of its own."""
+OVERRULED = "overruled."
+"""Beginning of keys that are given under another name as well, which wins."""
 VARIABLES = ("ENV", "model_kwargs")
 """Mappings whose keys are variables of the process."""
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
-    """What becomes of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
+    """Verdicts of all of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
     that are not read: several turns, environments, reward models."""
     source, names = prepared(source)
     megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings
@@ -44,7 +46,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     _batch(to, megatron, version)
     swift_run.translate(to)
     _sharding(to, megatron)
-    for key in source.settings.keys() - to.rows.keys():
+    for key in [key for key in source.settings if key not in to.rows]:
         _rest(to, key)
     to.rows = {key: row.model_copy(update={"key": names.get(key, key)}) for key, row in to.rows.items()}
     return to
@@ -73,6 +75,10 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
         group, _, inner = path.partition(".")
         name = inner if group in GROUPS[:2] and inner != "gpus" else inner.upper() if group in VARIABLES else path
         name = swift_keys.RENAMED.get(name, name)
+        if name != path and name in given:  # swift reads `max_new_tokens` first
+            settings[OVERRULED + name], names[OVERRULED + name] = given[name], name
+        elif OVERRULED + name in settings:
+            continue
         settings[name] = setting
         names[name] = path
     return replace(source, settings=settings), names
@@ -187,6 +193,8 @@ def _rest(to: Translation, key: str) -> None:
     value, foreign = to.value(key), None if key in swift_keys.VERDICTS else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):
         to.same(key, f"grpo.{key}")
+    elif key.startswith(OVERRULED):
+        to.inert(key, "an older name of it wins")
     elif value in (None, False, [], ""):
         to.inert(key, "off")
     elif key in swift_keys.VERDICTS:

@@ -97,48 +97,46 @@ VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|min
 """Names of models that see images."""
 
 _TEMPLATE = "the model folder's chat template is used; model.chat_template gives another"
-VERDICTS: dict[str, tuple[Verdict, str]] = {
-    key: (verdict, note)
-    for verdict, note, keys in (
-        ("same", "nothing that the run depends on", """
-            rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict
-            dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
-            no_load_optim no_load_rng ENV save_safetensors merge_lora model_type task_type max_shard_size max_turns
-            reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
-            logging_dir hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy"""),
-        ("same", "as here", """
-            remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
-            log_rollout_offpolicy_metrics freeze_aligner"""),
-        ("same", "the batch says it", "NNODES"),
-        ("speed only", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
-        ("speed only", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
-        ("speed only", "chosen here by itself", """
-            vllm_max_lora_rank vllm_data_parallel_size vllm_use_async_engine vllm_disable_custom_all_reduce
-            move_model_batches enable_flattened_weight_sync gc_collect_after_offload use_logits_to_keep
-            vit_gradient_checkpointing ds3_gather_for_generation zero_hpz_partition_size experts_impl"""),
-        ("speed only", "Megatron's", """
-            offload_bridge sequence_parallel attention_backend recompute_granularity recompute_method
-            recompute_num_layers recompute_modules gradient_accumulation_fusion cross_entropy_loss_fusion
-            moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap expert_model_parallel_size
-            expert_tensor_parallel_size optimizer_cpu_offload use_precision_aware_optimizer overlap_grad_reduce
-            overlap_param_gather use_distributed_optimizer manual_gc"""),
-        ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
-        ("speed only", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
-        ("no equivalent", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
-        ("no equivalent", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
-        ("no equivalent", "a step trains on completions of the step before there", "async_generate"),
-        ("no equivalent", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
-        ("no equivalent", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
-        ("no equivalent", "of the model's parts, only the vision tower can be frozen", """
-            freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters"""),
-        ("no equivalent", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
-        ("no equivalent", "one learning rate for all weights", "vit_lr aligner_lr"),
-        ("no equivalent", "CHORD's loss of supervised answers is left out", """
-            chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function chord_mu_warmup_steps
-            chord_mu_decay_steps chord_mu_peak chord_mu_valley"""),
-        ("no equivalent", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
-        ("no equivalent", "experts take all their tokens here", "moe_expert_capacity_factor"),
-    )
-    for key in keys.split()
-}  # fmt: skip
+_KEYS: tuple[tuple[Verdict, str, str], ...] = (
+    ("same", "nothing that the run depends on", """
+        rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict
+        dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
+        no_load_optim no_load_rng ENV save_safetensors merge_lora model_type task_type max_shard_size max_turns
+        reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
+        logging_dir hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy
+        wandb_project wandb_exp_name tensorboard_dir"""),
+    ("same", "as here", """
+        remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
+        log_rollout_offpolicy_metrics freeze_aligner"""),
+    ("same", "the batch says it", "NNODES"),
+    ("speed only", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
+    ("speed only", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
+    ("speed only", "chosen here by itself", """
+        vllm_max_lora_rank vllm_data_parallel_size vllm_use_async_engine vllm_disable_custom_all_reduce
+        move_model_batches enable_flattened_weight_sync gc_collect_after_offload use_logits_to_keep
+        vit_gradient_checkpointing ds3_gather_for_generation zero_hpz_partition_size experts_impl"""),
+    ("speed only", "Megatron's", """
+        offload_bridge sequence_parallel attention_backend recompute_granularity recompute_method
+        recompute_num_layers recompute_modules gradient_accumulation_fusion cross_entropy_loss_fusion
+        moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap expert_model_parallel_size
+        expert_tensor_parallel_size optimizer_cpu_offload use_precision_aware_optimizer overlap_grad_reduce
+        overlap_param_gather use_distributed_optimizer manual_gc"""),
+    ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
+    ("speed only", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
+    ("no equivalent", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
+    ("no equivalent", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
+    ("no equivalent", "a step trains on completions of the step before there", "async_generate"),
+    ("no equivalent", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
+    ("no equivalent", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
+    ("no equivalent", "of the model's parts, only the vision tower can be frozen", """
+        freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters"""),
+    ("no equivalent", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
+    ("no equivalent", "one learning rate for all weights", "vit_lr aligner_lr"),
+    ("no equivalent", "CHORD's loss of supervised answers is left out", """
+        chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function chord_mu_warmup_steps
+        chord_mu_decay_steps chord_mu_peak chord_mu_valley"""),
+    ("no equivalent", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
+    ("no equivalent", "experts take all their tokens here", "moe_expert_capacity_factor"),
+)  # fmt: skip
+VERDICTS = {key: (verdict, note) for verdict, note, keys in _KEYS for key in keys.split()}
 """What becomes of a key that no function looks at, where it is on."""

@@ -14,6 +14,7 @@ from grpo_autotune.interop.adapters.named import NAMED
 from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
+from grpo_autotune.records.imported import Verdict
 
 OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
 """swift's columns -> ours, where they differ."""
@@ -94,7 +95,7 @@ def _adapter(to: Translation) -> None:
             to.same("adapters", "model.adapter", trained[0])
             to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
         return
-    verdict = "same" if kind in ("lora", "lora_llm") else "changes meaning"
+    verdict: Verdict = "same" if kind in ("lora", "lora_llm") else "changes meaning"
     to.verdict(verdict, "tuner_type", {}, "a peft section" if verdict == "same" else f"LoRA instead of {kind}")
     for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *keys]):
         value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
@@ -223,6 +224,10 @@ def _loss(to: Translation) -> None:
     if to.value("top_entropy_quantile", 1.0) < 1:
         note = "the threshold is that of one rank's micro batch there, and of all ranks' here"
         to.changes("top_entropy_quantile", {"grpo.top_entropy_quantile": to.value("top_entropy_quantile")}, note)
+    if beta and to.given("off_policy_sequence_mask_delta"):
+        note = "sequences that are left out keep their KL term here"
+        target = {"grpo.off_policy_mask_threshold": to.number("off_policy_sequence_mask_delta")}
+        to.changes("off_policy_sequence_mask_delta", target, note)
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
         note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
@@ -262,6 +267,8 @@ def _schedule(to: Translation) -> None:
         targets = falls if least < rate else {"grpo.lr_scheduler_type": "constant_with_warmup"}
         for key in ("lr_scheduler_type", "min_lr"):
             to.converted(key, targets, f"from {rate:g} to {least:g}")
+    if to.value("lr_scheduler_type") in ("WSD", "inverse-square-root"):
+        to.changes("lr_scheduler_type", {"grpo.lr_scheduler_type": "constant_with_warmup"}, "the rate stays")
     if to.given("max_steps") and to.given("num_train_epochs"):
         to.inert("num_train_epochs", "max_steps wins")
 
@@ -297,19 +304,19 @@ def _engine(to: Translation) -> None:
     if mode := to.value("rollout_importance_sampling_mode"):
         _correction(to, str(mode))
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
-    own = 0 if server else _own_gpus(to)
+    apart = 0 if server else _own_gpus(to)
     if server:
         note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
         to.converted("vllm_mode", {"vllm.mode": "server"}, note)
-    elif own:
+    elif apart:
         key = "rollout.gpus" if to.given("rollout.gpus") else "num_infer_workers"
-        to.same(key, "vllm.server_gpus", own, "GPUs of the engine alone")
+        to.same(key, "vllm.server_gpus", apart, "GPUs of the engine alone")
     else:
         to.verdict("same", "vllm_mode", {"vllm.mode": "colocate"})
     if not server:
         to.same("vllm_gpu_memory_utilization", "vllm.gpu_memory_utilization")
         if to.given("vllm_tensor_parallel_size"):
-            shared = math.gcd(to.number("vllm_tensor_parallel_size"), own or to.world_size or 1)
+            shared = math.gcd(to.number("vllm_tensor_parallel_size"), apart or to.world_size or 1)
             to.speed("vllm_tensor_parallel_size", "of the processes there are", {"vllm.tensor_parallel_size": shared})
     for key in keys:
         if key not in to.rows and to.value(key) is not None:
@@ -339,7 +346,7 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         to.speed(key, "adapters alone" if value else "off", {"vllm.weight_sync": "adapter"} if value else {})
     elif key == "vllm_engine_kwargs":
         inside = mapping(value)
-        lost = ", ".join(inside.keys() - engine_names())
+        lost = ", ".join(sorted(inside.keys() - engine_names()))
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
     elif name in engine_names() and key not in swift_keys.VERDICTS:

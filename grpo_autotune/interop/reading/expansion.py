@@ -30,6 +30,8 @@ def parsed(text: str) -> tuple[bytes, Node]:
     for start, end in arithmetics(source.decode("latin-1")):
         if b"\n" not in source[start:end]:
             masked[start:end] = b"_" * (end - start)
+    for match in re.finditer(rb"(?<=[^\s\\])\\\n(?=[^\s#])", source):  # a word that goes on in the next line
+        masked[match.start() : match.end()] = b"__"
     return source, PARSER.parse(bytes(masked)).root_node
 
 
@@ -68,6 +70,8 @@ class Variables:
     values: dict[str, str | list[Field]] = field(default_factory=dict)
     positional: list[Field] = field(default_factory=list)
     script: str = "script.sh"
+    called: bool = False  # in a function, where an argument that is not given is empty
+    steps: int = 0
 
     def list(self, name: str) -> list[Field]:
         """A variable as the words of an array."""
@@ -83,7 +87,8 @@ class Variables:
         if name in ("0", "BASH_SOURCE"):
             return self.script
         words = self.positional[int(name) - 1 : int(name)] if name.isdigit() else self.list(name)
-        return words[0].text if words else "" if isinstance(self.values.get(name), list) else None
+        empty = self.called if name.isdigit() else isinstance(self.values.get(name), list)
+        return words[0].text if words else "" if empty else None
 
 
 class Expansion:
@@ -174,20 +179,16 @@ class Expansion:
             return marks.kept(raw)
 
     def computed(self, expression: str) -> int:
-        """The value of an arithmetic expression; `Unknown` if it is not known."""
-        source = f"x=$(({expression}))".encode()
-        tree = PARSER.parse(source).root_node
-        node = tree.named_children[0].child_by_field_name("value") if tree.named_children else None
-        if tree.has_error or node is None:
-            raise arithmetic.Unknown(expression)
-        return arithmetic.evaluate(node, Expansion(source, self.variables, 1).operand)
+        """The value of an arithmetic expression, in which expansions are as in double quotes; `Unknown` if it is not
+        known."""
+        source, tree = parsed('x="' + expression.replace('"', "") + '"')
+        text = Expansion(source, self.variables, 1).text(tree.named_children[0].child_by_field_name("value"))
+        return arithmetic.evaluate(marks.plain(text), self.operand)
 
-    def operand(self, node: Node) -> str:
-        """The text of a name, number or expansion in arithmetic."""
-        name = self.raw(node)
-        if re.fullmatch(r"[A-Za-z_]\w*", name):
-            return marks.plain(self.variables.text(name) or name)
-        return marks.plain(self.expanded(node))
+    def operand(self, name: str) -> str | None:
+        """The text of a name in arithmetic."""
+        text = self.variables.text(name)
+        return text and marks.plain(text)
 
     def parameter(self, node: Node, quoted: bool) -> str:
         """`$NAME`, `${NAME}`, and what operators and indices make of it."""
@@ -217,7 +218,7 @@ class Expansion:
         if value is None:
             return "" if many else marks.kept(raw)
         if many:
-            words = [marks.quoted(word.text) for word in self.sliced(name, rest)]
+            words = [marks.quoted(word.text) if quoted else word.text for word in self.sliced(name, rest)]
             return (
                 marks.quoted(" ".join(word.text for word in self.variables.list(name)))
                 if index == "*" and quoted
@@ -250,14 +251,14 @@ class Expansion:
         text = marks.plain(value)
         name = re.compile(r"\$\{?(\w+)\}?")
         pattern = name.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), rest)
-        pattern = re.sub(r"""["']|\\(?=.)""", "", pattern)
+        pattern, _, to = re.sub("[\"']", "", pattern).replace("\\/", "\0").partition("/" if sign[0] == "/" else "\0\0")
+        pattern, to = (re.sub(r"\\(?=.)", "", part).replace("\0", "/") for part in (pattern, to))
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None
         if sign[0] in "#%":
             return _trimmed(text, sign, pattern)
         if sign[0] == "/":
-            old, _, to = pattern.partition("/")
-            return re.sub(re.sub(r"\\[zZ]$", "", translate(old)), lambda _: to, text, count=int(sign == "/"))
+            return re.sub(re.sub(r"\\[zZ]$", "", translate(pattern)), lambda _: to, text, count=int(sign == "/"))
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]

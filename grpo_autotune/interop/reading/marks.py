@@ -60,7 +60,7 @@ def line_of(text: str) -> int | None:
 def fields(text: str) -> Iterator[str]:
     """The words that a text splits into, each with its line."""
     sign = ""
-    for part in text.split():
+    for part in re.split(f"[{SPACES}]+", text):
         if AT.sub("", part):
             yield stored(part if line_of(part) else sign + part)
         sign = next((match[0] for match in reversed(list(AT.finditer(part)))), sign)

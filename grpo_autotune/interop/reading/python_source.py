@@ -19,7 +19,7 @@ from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right), ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
     ast.Not: operator.not_,
 }  # fmt: skip
@@ -87,6 +87,8 @@ def parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
             end = min((n for n in starts if n >= line), default=len(lines))
             left_out.append(f"{start + 1} to {end}")
             lines[start:end] = [""] * (end - start)
+            if not any(lines):
+                raise ConfigError("this is no Python", where=where) from None
 
 
 def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
@@ -208,7 +210,7 @@ class _Reader(ast.NodeVisitor):
         return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        if function is None or any(isinstance(part, Unknown) for part in given) or _huge(given):
+        if function is None or any(isinstance(part, Unknown) for part in given):
             return unknown
         try:
             return function(*given)
@@ -216,9 +218,11 @@ class _Reader(ast.NodeVisitor):
             return unknown
 
 
-def _huge(given: list[Any]) -> bool:
-    """True if a text or list is multiplied, which may fill the memory."""
-    return len(given) == 2 and any(isinstance(a, int) and isinstance(b, str | list) for a, b in (given, given[::-1]))
+def _times(left: Any, right: Any) -> Any:
+    """A product of numbers; one with a text or list may fill the memory."""
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise TypeError
+    return left * right
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,8 @@ from grpo_autotune.interop.reading.words import Word
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
-MOST_TURNS, MOST_COMMANDS, DEEPEST = 100, 5_000, 20
+LONGEST_VALUE = 1_000_000
+MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 
 
@@ -79,7 +80,9 @@ class _Evaluation:
 
     def run(self, node: Node) -> bool | None:
         """Follow a statement. True or false as it succeeds, None if only a run can tell."""
-        if len(self.result.commands) > MOST_COMMANDS:
+        self.variables.steps += 1
+        if self.variables.steps > MOST_STEPS:
+            self.warn(node, "the script goes on without end; nothing is read from here on")
             raise _Ended
         handler = HANDLERS.get(node.type)
         return handler(self, node) if handler else self.each(node.named_children)
@@ -93,6 +96,8 @@ class _Evaluation:
     def assignment(self, node: Node) -> bool:
         name, value = node.child_by_field_name("name"), node.child_by_field_name("value")
         key, adds = re.split(r"\W", self.expand.raw(node))[0], any(child.type == "+=" for child in node.children)
+        if re.search(rf"\$\{{?{key}\b(?![:=?+-])", self.expand.raw(node)):
+            self.variables.values.setdefault(key, "")
         if value is not None and value.type == "array":
             items = [item for item in value.named_children if item.type != "comment"]
             words = [word for item in items for word in self.expand.fields(item)]
@@ -100,6 +105,9 @@ class _Evaluation:
         elif name is not None and name.type == "variable_name":
             text = self.expand.text(value)
             self.variables.values[key] = (self.variables.text(key) or "") + text if adds else text
+        if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
+            self.warn(node, f"{key} grows without end; nothing is read from here on")
+            raise _Ended
         return True
 
     def declaration(self, node: Node) -> bool:
@@ -134,14 +142,15 @@ class _Evaluation:
         """A function, with its own arguments."""
         if self.depth == DEEPEST:
             return None
-        outer, self.variables.positional = self.variables.positional, words
+        outer = self.variables.positional, self.variables.called
+        self.variables.positional, self.variables.called = words, True
         self.depth += 1
         try:
             return self.run(body)
         except _Returned:
             return True
         finally:
-            self.variables.positional = outer
+            self.variables.positional, self.variables.called = outer
             self.depth -= 1
 
     def inside(self, script: str, line: int) -> bool | None:
@@ -228,7 +237,7 @@ class _Evaluation:
         """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
             with suppress(arithmetic.Unknown):
-                return bool(arithmetic.evaluate(node, self.expand.operand))
+                return bool(self.expand.computed(self.expand.raw(node)[2:-2]))
             return None
         if node.type != "test_command":
             return self.each(node.named_children)
@@ -255,7 +264,7 @@ class _Evaluation:
         if sign in ("=", "==", "!="):
             return self.alike(first, left, right, pattern) == (sign != "!=")
         with suppress(arithmetic.Unknown, KeyError):
-            return bool(arithmetic.INFIX[NUMBERS[sign]](arithmetic.number(left), arithmetic.number(right)))
+            return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
         return None
 
     def tested(self, node: Node) -> str:
@@ -369,7 +378,8 @@ def _shorter(text: str, most: int = 60) -> str:
 def _cut_commands(text: str, tree: Node) -> list[str]:
     """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
     lines, warnings = text.splitlines(), []
-    comments = {node.start_point[0] for node in _within(tree) if node.type == "comment"}
+    source = text.encode()
+    comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
     for number in range(1, len(lines)):
         after_more = lines[number - 1].endswith("\\") and number - 1 not in comments
         comment = number in comments and after_more and lines[number].lstrip().startswith("#")

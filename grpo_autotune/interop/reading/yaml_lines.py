@@ -60,7 +60,9 @@ def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str, nested: bool) 
             yield key, Setting(loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1)
 
 
-def with_defaults(settings: dict[str, Setting], path: Path) -> tuple[dict[str, Setting], str | None]:
+def with_defaults(
+    settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()
+) -> tuple[dict[str, Setting], str | None]:
     """Settings over those of the files of Hydra's `defaults` list, which lie beside `path`, and the name of one that
     does not: the framework's own."""
     listed = settings.pop("defaults", None)
@@ -72,10 +74,10 @@ def with_defaults(settings: dict[str, Setting], path: Path) -> tuple[dict[str, S
         if name == "_self_" or not isinstance(name, str):
             continue
         file = path.parent / group / f"{name.removesuffix('.yaml')}.yaml"
-        if not file.is_file() or file.resolve() == path.resolve():
+        if not file.is_file() or file in (path, *within):
             missing = missing or (None if group else name)
             continue
-        inner, _ = with_defaults(yaml_settings(text_of(file), file.name), file)
+        inner, _ = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
         place = package or group.replace("/", ".")
         prefix = "" if place in ("", "_global_", "_here_") else f"{place}."
         base |= {f"{prefix}{key}": replace(setting, file=setting.file or file.name) for key, setting in inner.items()}
