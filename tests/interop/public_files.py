@@ -97,9 +97,12 @@ def outcome(file: Public) -> str:
         done = import_file(
             path, framework=file.framework, world_size=file.world_size, environment=file.environment
         ).finished()
+        os.environ["WORLD_SIZE"] = str(done.world_size)  # as torchrun sets it for the processes that it is for
         RunConfig.from_dict(done.config)
     except AutotuneError as error:
         return str(error)
+    finally:
+        os.environ.pop("WORLD_SIZE", None)
     return "imports"
 
 

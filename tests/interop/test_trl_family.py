@@ -297,6 +297,15 @@ def test_vlm_r1_ignores_what_its_trainer_never_reads(monkeypatch: pytest.MonkeyP
     ast.parse(module)
 
 
+def test_vlm_r1_adapter_without_named_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**BASE, "use_peft": True, "lora_r": 64}
+    record = imported(vlm_r1.translate(source("vlm-r1", settings, {"nproc_per_node": 8}), None, None), monkeypatch)
+    assert record.config["peft"]["target_modules"] == "all-linear" and record.config["peft"]["r"] == 64
+    assert row(record, "lora_target_modules").verdict == "changes meaning"
+    whole = vlm_r1.translate(source("vlm-r1", BASE, {"nproc_per_node": 8}), None, None).finished()
+    assert "peft" not in whole.config
+
+
 def test_vlm_r1_rewards_are_called_as_its_trainer_does(tmp_path: Path) -> None:
     """The module gives the columns that the functions read, with a stand-in for VLM-R1's registry."""
     settings = {"model_name_or_path": "m", "data_file_paths": "one.jsonl", "reward_method": "all_match"}

@@ -127,7 +127,7 @@ def _whole(to: Translation) -> None:
     ):
         to.set("data.eval_split", "test", "TRL's default")
     if not to.values.get("data.path"):
-        fix = "Save what the program builds to a file, and write a configuration that names it."
+        fix = "Name one (dataset_name); save what a program builds to a file first."
         raise ConfigError("no data set is named that can be loaded", where=to.source.path.name, fix=fix)
 
 

@@ -21,7 +21,8 @@ PLACES = {
     "chat_template": "model.chat_template", "system_prompt": "data.system_prompt",
     "lora_alpha": "peft.lora_alpha", "lora_dropout": "peft.lora_dropout", "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora", "lora_bias": "peft.bias", "max_pixels": "data.max_pixels",
-    "min_pixels": "data.min_pixels", "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
+    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
+    "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
 }  # fmt: skip
 """Key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`."""
 SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
@@ -30,20 +31,10 @@ SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
 }  # fmt: skip
 """Key -> a value as text -> the same as it is written here."""
 NEEDS: tuple[tuple[str, str, Any, str], ...] = (
-    (r"(vllm_|SamplingParams\.).*", "use_vllm", True, "vLLM is off"),
+    (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
     (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
-    (
-        r"vllm_(gpu_memory_utilization|tensor_parallel_size)",
-        "vllm_mode",
-        ("colocate", "device"),
-        "a server has its own",
-    ),
-    (
-        r"vllm_importance_sampling_(mode|cap|clip\w+)",
-        "vllm_importance_sampling_correction",
-        True,
-        "the correction is off",
-    ),
+    (r"vllm_(gpu_memory|tensor_parallel)\w+", "vllm_mode", ("colocate", "device"), "a server has its own"),
+    (r"vllm_importance_sampling_(mode|cap|clip\w+)", "vllm_importance_sampling_correction", True, "no correction"),
     (r"lora_.*|use_(rslora|dora)", "use_peft", True, "without use_peft the whole model is trained"),
     (r"ref_model_.*", "sync_ref_model", True, "the reference is not synchronised"),
     (r"use_bias_correction_kl", "beta", True, "beta is 0"),

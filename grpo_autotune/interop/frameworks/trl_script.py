@@ -100,7 +100,7 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
         return []
     script = _Functions(path)
     items, wanted = [], []
-    module = re.sub(r"\W+", "_", path.stem).strip("_").lower() + "_rewards"
+    module = re.sub(r"[\W_]+", "_", path.stem).strip("_").lower() + "_rewards"
     for name in map(str, names):
         origin = script.imported.get(name)
         if origin:

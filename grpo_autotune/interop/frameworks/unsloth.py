@@ -95,13 +95,6 @@ def _stop(to: Translation, key: str) -> None:
         to.changes(key, {}, "the model's own end of a turn ends a completion")
 
 
-def _length(to: Translation, key: str) -> None:
-    if to.value("use_vllm"):
-        to.same(key, "vllm.max_model_len")
-    else:
-        to.inert(key, "without vLLM it limits nothing here")
-
-
 def _completion(to: Translation, key: str) -> None:
     """The limit of a completion, often what a measured longest prompt leaves of `max_seq_length`."""
     whole = to.value("max_seq_length")
@@ -113,11 +106,8 @@ def _completion(to: Translation, key: str) -> None:
 
 
 def _engine_memory(to: Translation, key: str) -> None:
-    if to.value("use_vllm"):
-        note = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
-        to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, note)
-    else:
-        to.inert(key, "fast_inference is off")
+    note = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
+    to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, note)
 
 
 def _towers(to: Translation, key: str) -> None:
@@ -138,7 +128,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(TOWERS, _towers),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
     "vllm_gpu_memory_utilization": inert("from_pretrained says it"), "gpu_memory_utilization": _engine_memory,
-    "max_seq_length": _length, "max_completion_length": _completion, "use_gradient_checkpointing": _checkpointing,
+    "max_completion_length": _completion, "use_gradient_checkpointing": _checkpointing,
     "load_in_8bit": off("there is no 8-bit base here"), "load_in_16bit": inert("as here"),
     "load_in_fp8": off("there is no fp8 base here: weights stay in bfloat16"), "loftq_config": off("no LoftQ here"),
     "full_finetuning": inert("the peft section"), "vllm_sampling_params": inert("its arguments have rows"),

@@ -22,7 +22,7 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_pr
 UNREAD = dict.fromkeys(NAMES, "VLM-R1's trainer takes it and never reads it")
 OVER = {
     **LIMITS, "temperature": 1.0, "top_k": 50, "loss_type": "grpo", "max_prompt_length": None, "dtype": "bfloat16",
-    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": None,
+    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": "all-linear",
 }  # fmt: skip
 ASKING = (
     " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
@@ -81,9 +81,7 @@ def _frozen(to: Translation, key: str) -> None:
 
 
 def _layers(to: Translation, key: str) -> None:
-    note = (
-        "VLM-R1 adapts each linear layer outside the vision modules, whatever is named: lm_head too, which is left out"
-    )
+    note = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"
     to.changes(key, {"peft.target_modules": "all-linear"}, note)
 
 
