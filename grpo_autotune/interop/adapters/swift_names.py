@@ -47,7 +47,7 @@ class _Swift(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        absent = type(name, (_Absent,), {})
+        absent: Any = type(name, (_Absent,), {})
         return KNOWN[name] if name in KNOWN else (absent if name[0].isupper() else absent.__new__(absent))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
+from cachetools import LRUCache
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -24,6 +25,9 @@ ROWS = 1024
 
 Sizes = Sequence[Sequence[tuple[int, int]]]  # height and width of each row's images
 
+_counted: LRUCache[tuple[Any, ...], tuple[Sizes, list[int]]] = LRUCache(8)
+"""Sizes and counts of data sets that this process has counted, since trials build on them again."""
+
 
 def within_limit(
     rows: datasets.Dataset,
@@ -39,8 +43,11 @@ def within_limit(
     limit = data.max_prompt_tokens
     if limit is None:
         return rows
-    sizes = image_sizes(rows)
-    counts = prompt_tokens(rows, processor, options, sizes)
+    key = (rows._fingerprint, str(getattr(processor, "tokenizer", processor)), processor.chat_template, repr(options))
+    if key not in _counted:
+        sizes = image_sizes(rows)
+        _counted[key] = sizes, prompt_tokens(rows, processor, options, sizes)
+    sizes, counts = _counted[key]
     beyond = [row for row, count in enumerate(counts) if count > limit]
     if data.prompt_overflow == "left":
         wrap(ClassSlot(processor, "__call__"), _cutting(limit), INNER)
