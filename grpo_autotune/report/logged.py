@@ -50,8 +50,9 @@ def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
     keys: dict[str, dict[str, None]] = {}
     for step in times.seconds:
         for part in times.parts.get(step, ()):
-            spent = by_name.setdefault(part.name, dict.fromkeys(times.seconds, 0.0))
-            spent[step] += part.seconds
+            if part.name not in by_name:
+                by_name[part.name] = dict.fromkeys(times.seconds, 0.0)
+            by_name[part.name][step] += part.seconds
             holds.setdefault(part.name, {}).update(dict.fromkeys(part.holds))
             keys.setdefault(part.name, {}).update(dict.fromkeys(part.keys))
     rows = [
