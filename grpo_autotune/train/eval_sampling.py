@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from grpo_autotune.config.sections.sampled import EvalSampling
@@ -29,12 +29,12 @@ def evaluate_with(trainer: Any, sampling: EvalSampling, say: Callable[[str], Non
 def sampling_by(trainer: Any, values: Mapping[str, Any], completions: int | None = None) -> Iterator[None]:
     """Generation by these settings inside, whatever generates, a temperature of 0 being greedy; `completions` of each
     prompt in evaluation, if given."""
-    holder, changes = trainer, {}
     if trainer.use_vllm:
         holder = trainer.vllm_generation
         others = {name: value for name, value in holder.generation_kwargs.items() if name not in values}
         changes = {**values, "generation_kwargs": others}
     else:
+        holder = trainer
         settings = copy.deepcopy(trainer.generation_config)
         settings.update(**{**values, **(GREEDY if values.get("temperature") == 0 else {})})
         changes = {"generation_config": settings}
@@ -48,6 +48,6 @@ def sampling_by(trainer: Any, values: Mapping[str, Any], completions: int | None
         vars(holder).update(before)
 
 
-def greedy_generation(trainer: Any) -> Any:
+def greedy_generation(trainer: Any) -> AbstractContextManager[None]:
     """One completion of each prompt inside, of the most likely tokens: further ones would be alike."""
     return sampling_by(trainer, {"temperature": 0.0}, completions=1)

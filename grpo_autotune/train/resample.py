@@ -22,7 +22,7 @@ from trl.trainer.utils import RepeatSampler
 from grpo_autotune.config.sections.sampled import Resample
 from grpo_autotune.records.probe import ResampleFacts
 from grpo_autotune.seams.layers import INNER, Next
-from grpo_autotune.seams.table import PREPARE_INPUTS, find, wrap_rows
+from grpo_autotune.seams.table import PREPARE_INPUTS, wrap_rows, wrap_seams
 from grpo_autotune.speedups.batches.skip_dead import living_rows
 from grpo_autotune.units import plural
 
@@ -44,9 +44,10 @@ class Resampling:
         self._inputs: list[Any] | None = None  # rows that are being scored; None outside of training
         self._rewards_NF: torch.Tensor | None = None  # those of the chosen rows, until TRL asks for them
         self.facts = ResampleFacts()
-        layers = [(PREPARE_INPUTS, self._prepare), (find("score"), self._score), (find("rollout"), self._rollout)]
-        wrap_rows(trainer, layers, INNER - 3)  # around all that see a rollout, inside of the probe
-        wrap_rows(trainer, [(find("rewards"), self._rewards)], INNER + 5)  # inside of all that learn from rewards
+        outside = INNER - 3  # around all that see a rollout, and inside of the probe
+        wrap_rows(trainer, [(PREPARE_INPUTS, self._prepare)], outside)
+        wrap_seams(trainer, outside, score=self._score, rollout=self._rollout)
+        wrap_seams(trainer, INNER + 5, rewards=self._rewards)  # inside of all that learn from rewards
 
     def _prepare(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         self._trains = self._trainer.model.training

@@ -62,13 +62,14 @@ def rollout(seed: int, *, apart: float = 0.6, ragged: bool = True) -> tuple[Arra
 
 def clipped(ratio: Array, advantages: Array, dual: float | None = DUAL) -> Array:
     """PPO with its own upper bound (DAPO, arXiv:2503.14476, eq. 10) and dual clip (Ye et al., arXiv:1912.09729)."""
-    worth = np.minimum(ratio * advantages, np.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
+    worth: Array = np.minimum(ratio * advantages, np.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
     return worth if dual is None else np.where(advantages < 0, np.maximum(worth, dual * advantages), worth)
 
 
 def k3(new: Array, ref: Array) -> Array:
     """Schulman's third estimator of KL; verl, EasyR1 and ms-swift cut it off at 10."""
-    return np.minimum(np.exp(ref - new) - (ref - new) - 1, 10.0)
+    kl: Array = np.minimum(np.exp(ref - new) - (ref - new) - 1, 10.0)
+    return kl
 
 
 def tokens_ppo(new: Array, fixed: Array, step: Step) -> Array:
@@ -89,13 +90,15 @@ def tokens_gspo_of_easyr1(new: Array, fixed: Array, step: Step) -> Array:
 
 def tokens_cispo(new: Array, fixed: Array, step: Step, low: float = LOW) -> Array:
     """MiniMax-M1, arXiv:2506.13585, eq. 4: sg[clip(ratio)] A log pi."""
-    return -np.clip(np.exp(fixed - step.old), 1 - low, 1 + HIGH) * step.advantages * new
+    weight: Array = np.clip(np.exp(fixed - step.old), 1 - low, 1 + HIGH)
+    return -weight * step.advantages * new
 
 
 def tokens_sapo(new: Array, fixed: Array, step: Step) -> Array:
     """Soft gate, arXiv:2511.20347: 4/tau sigmoid(tau (ratio - 1)), tau by the advantage's sign."""
     tau = np.where(step.advantages > 0, 1.0, 1.05)
-    return -4 / tau / (1 + np.exp(-tau * (np.exp(new - step.old) - 1))) * step.advantages
+    gate: Array = 4 / tau / (1 + np.exp(-tau * (np.exp(new - step.old) - 1)))
+    return -gate * step.advantages
 
 
 # what becomes of the tokens
