@@ -39,11 +39,10 @@ def patch(path: Path, before: str, after: str) -> str:
 
 
 def headed(text: str, keys: Sequence[ExportedKey], measured: str, path: Path) -> str:
-    """The text below a comment; JSON, which has none, as it is."""
-    if path.suffix.lower() == ".json":
+    """The text below a comment; JSON, which has none, and a text without a change as it is."""
+    if not keys or path.suffix.lower() == ".json":
         return text
-    changes = ", ".join(map(str, keys))
-    words = f"Tuned by grpo-autotune: {changes or 'nothing was changed'}. {measured}"
+    words = f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}"
     head = "".join(
         f"# {line}\n" for line in textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
     )
