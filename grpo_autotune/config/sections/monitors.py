@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
 from grpo_autotune.config.sections.section import Section
@@ -41,10 +41,10 @@ def _monitor(name: str) -> Any:
     return section | None, section()
 
 
-class MonitorsSection(  # type: ignore[misc]
-    create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS}), use_attribute_docstrings=True
-):
+class MonitorsSection(create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS})):  # type: ignore[misc]
     """Rules over what a training logs, each by name: a mapping of its keys, or `false`. `none` turns all off."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     command: str | None = None
     """Shell command that gets each alert as JSON on standard input; it has 30 seconds, and training goes on."""
