@@ -185,8 +185,8 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
         raise _nothing(path, launches)
     ((line, (name, same)),) = trainings.items()
     if name in UNREAD:
-        fix = "Name one with --from." if name == "?" else None
-        raise ConfigError(UNREAD[name], where=f"{path.name}, line {line}", fix=fix)
+        which = "Name one with --from." if name == "?" else None
+        raise ConfigError(UNREAD[name], where=f"{path.name}, line {line}", fix=which)
     if len(same) > 1:
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
     return _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
