@@ -173,10 +173,10 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
     launches = [launch for command in script.commands if (launch := launched(command))]
     trainings: dict[int, tuple[str, list[Launch]]] = {}
     for launch in launches:
-        name = started(launch)
-        name = framework if name == "?" and framework else name
-        if name is not None and framework in (None, name):
-            trainings.setdefault(launch.line, (name, []))[1].append(launch)
+        kind = started(launch)
+        kind = framework if kind == "?" and framework else kind
+        if kind is not None and framework in (None, kind):
+            trainings.setdefault(launch.line, (kind, []))[1].append(launch)
     if len(trainings) > 1:
         lines = ", ".join(f"{line} ({name})" for line, (name, _) in trainings.items())
         fix = "Leave one of them in a copy of the file, or name one's framework with --from."
@@ -185,8 +185,8 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
         raise _nothing(path, launches)
     ((line, (name, same)),) = trainings.items()
     if name in UNREAD:
-        fix = "Name one with --from." if name == "?" else None
-        raise ConfigError(UNREAD[name], where=f"{path.name}, line {line}", fix=fix)
+        which = "Name one with --from." if name == "?" else None
+        raise ConfigError(UNREAD[name], where=f"{path.name}, line {line}", fix=which)
     if len(same) > 1:
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
     return _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)

@@ -26,9 +26,9 @@ HEX = re.compile(r"\b[0-9a-f]{40}\b")
 
 def redacted(source: Source) -> Source:
     """The source without its secrets."""
-    parts = {name: hidden_settings(getattr(source, name)) for name in ("settings", "environment", "launch")}
     return replace(
-        source, **parts, hints={name: hidden(text, name) for name, text in source.hints.items()},
+        source, settings=hidden_settings(source.settings), environment=hidden_settings(source.environment),
+        launch=hidden_settings(source.launch), hints={name: hidden(text, name) for name, text in source.hints.items()},
         warnings=tuple(hidden_text(text) for text in source.warnings),
     )  # fmt: skip
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 PROGRAMS = (
-    "python", "python3", "torchrun", "accelerate", "deepspeed", "swift", "megatron", "trl", "uv", "ray", "nohup", "srun",
+    "python", "python3", "torchrun", "accelerate", "deepspeed", "swift", "megatron", "trl", "uv", "ray", "nohup",
+    "srun",
 )  # fmt: skip
 STAND_IN = """#!{bash}
 [ "$1" = -c ] && exit 1
@@ -73,6 +74,7 @@ def main() -> None:
 
     sys.setrecursionlimit(5000)
     same = skipped = 0
+    lines = []
     for name in sys.argv[1:]:
         path = Path(name)
         text = path.read_text()
@@ -90,13 +92,13 @@ def main() -> None:
         if len(ours) == len(theirs) and all(agrees(*pair) for pair in pairs):
             same += 1
             continue
-        print(name, len(ours), len(theirs))
+        lines.append(f"{name} {len(ours)} {len(theirs)}")
         for mine, bash in pairs:
             for left, right in zip(mine, bash, strict=False):
                 if not agrees([left], [right]):
-                    print("   ours", json.dumps(left), "bash", json.dumps(right))
+                    lines.append(f"   ours {json.dumps(left)} bash {json.dumps(right)}")
                     break
-    print(same, "same,", skipped, "skipped")
+    sys.stdout.write("\n".join([*lines, f"{same} same, {skipped} skipped", ""]))
 
 
 if __name__ == "__main__":

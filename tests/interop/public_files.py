@@ -112,7 +112,7 @@ def main() -> int:
         came = outcome(file)
         good = came == "imports" if file.outcome == "imports" else file.outcome in came
         wrong += not good
-        print(f"{'ok   ' if good else 'WRONG'} {file.name}: {came}")
+        sys.stdout.write(f"{'ok   ' if good else 'WRONG'} {file.name}: {came}\n")
     return int(bool(wrong))
 
 

@@ -189,7 +189,8 @@ def test_a_python_script(tmp_path: Path) -> None:
 
 
 def test_a_command_in_a_docstring(tmp_path: Path) -> None:
-    text = '# a\n"""\nStart it:\n\naccelerate launch \\\n    x/grpo_vlm.py \\\n    --num_generations 4\n\nOr:\npython y.py\n"""\nimport trl\n'
+    command = "accelerate launch \\\n    x/grpo_vlm.py \\\n    --num_generations 4\n"
+    text = f'# a\n"""\nStart it:\n\n{command}\nOr:\npython y.py\n"""\nimport trl\n'
     read = source(tmp_path, "grpo_vlm.py", text)
     assert read.framework == "trl" and read.settings == {"num_generations": Setting(4, 7)}
 

@@ -31,7 +31,8 @@ def test_a_secret_is_hidden(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("data.prompt_key", "prompt"), ("PROMPT_KEY", "prompt"), ("reward_fn_key", "data_source"), ("pad_token", "<eos>"),
+        ("data.prompt_key", "prompt"), ("PROMPT_KEY", "prompt"), ("reward_fn_key", "data_source"),
+        ("pad_token", "<eos>"),
         ("use_token_level_loss", "True"), ("MAX_TOKEN", "4096"), ("model_revision", HEX), ("HF_TOKEN", "$HF_TOKEN"),
         ("path", "/data/hf_models/qwen"), ("max_num_batched_tokens", 8192), ("tokenizer", "a/b"), ("x", "http://h:80/x"),
         ("WANDB_API_KEY", ""), ("monkey", "banana"), ("task", "sk-learn"), ("token", None), ("IMAGE_KEY", "images"),

@@ -21,23 +21,27 @@ SCRIPTS = {
     "plain": "python3 -m a.b x=1 \\\n  y='two words' \"z=$HOME/q\" w=a\\ b --flag\n",
     "arrays": 'A=(a=1 "b c"\n # comment\n d=${V:-4})\nA+=(e)\nB=("${A[@]}" f)\npython3 "${B[@]}" n=${#B[@]} '
     '${A[1]} "${A[*]}" ${A[@]} "x${A[@]}y" "${A[@]:1:2}" "${NONE[@]}" ${A[@]+"${A[@]}"}\n',
-    "defaults": 'A=1; E=\npython3 ${A:-2} ${B:-2} ${E:-3} "${E-3}" ${C:=4} $C ${A:+set} "${B:+set}" ${B:-"a b"} ${B:-a b} '
-    '"${B:-$A}" ${1:-vllm} ${A:?no} x${E}y $E\n',
-    "arithmetic": 'n=3; m="$((n*2))"\npython3 $((n + m)) $(( (n+1) * -m / 4 )) $((7/2)) $((-7%3)) $((n>2?10:20)) $((2**10)) '
-    '${X:-$(((n + 1) * 2))} "a$((n))b" $((0x1f+010)) $((!n)) $((n==3&&m<9))\n',
+    "defaults": 'A=1; E=\npython3 ${A:-2} ${B:-2} ${E:-3} "${E-3}" ${C:=4} $C ${A:+set} "${B:+set}" '
+    '${B:-"a b"} ${B:-a b} "${B:-$A}" ${1:-vllm} ${A:?no} x${E}y $E\n',
+    "arithmetic": 'n=3; m="$((n*2))"\npython3 $((n + m)) $(( (n+1) * -m / 4 )) $((7/2)) $((-7%3)) '
+    '$((n>2?10:20)) $((2**10)) ${X:-$(((n + 1) * 2))} "a$((n))b" $((0x1f+010)) $((!n)) $((n==3&&m<9))\n',
     "strings": 's=/a/b/model.tar.gz; l=ABC\npython3 ${s##*/} ${s%.*} ${s%%.*} ${s#*/} ${s/a/X} ${l,,} ${s:1:3} ${#s} '
     '${l/B/-} "${s//\\//_}" ${l,} ${s: -2}\n',
-    "quotes": "a=\"x  'y'\"; b='$a \"q\"'\npython3 $a \"$a\" \"$b\" 'it'\\''s' \"a\\\"b\\$c\\n\" $'t\\tq' \"\" '' x\"\"y a\\\nb\n",
+    "quotes": "a=\"x  'y'\"; b='$a \"q\"'\n"
+    "python3 $a \"$a\" \"$b\" 'it'\\''s' \"a\\\"b\\$c\\n\" $'t\\tq' \"\" '' x\"\"y a\\\nb\n",
     "lines": 'O="--lr 1 \\\n --beta 2\n --c=3"\nO="$O --d"\npython3 $O "$O"\n',
     "case": 'D=gpu\ncase "$D" in npu) x=1;; gpu|cuda) x=2;; *) x=3;; esac\ncase $D in g*) y=4;; esac\npython3 $x $y\n',
     "if": 'a=1; E=()\nif [ "$a" = 2 ]; then b=x; elif [[ $a == [0-9] && -n $a ]]; then b=y; else b=z; fi\n'
     'if [ -z "${Q:-}" ] || [ $a -gt 3 ]; then c=1; fi\nif ! [ $a -eq 1 ]; then d=1; else d=2; fi\n'
-    'if (( a + 1 == 2 )); then E=(k=v); fi\n[ "$a" = 1 ] && e=5\n[ "$a" = 2 ] || f=6\npython3 $b $c $d $e $f "${E[@]}"\n',
+    'if (( a + 1 == 2 )); then E=(k=v); fi\n[ "$a" = 1 ] && e=5\n[ "$a" = 2 ] || f=6\n'
+    'python3 $b $c $d $e $f "${E[@]}"\n',
     "for": 'for i in 1 2 "3 4"; do python3 --i $i; done\nfor i in {1..3}; do L="$L $i"; done\npython3 $L\n',
-    "functions": 'f() { local v=$1; shift; python3 f "$v" "$@"; return; python3 never; }\nf a "b c" d\nf\npython3 "$@" $#\n',
+    "functions": 'f() { local v=$1; shift; python3 f "$v" "$@"; return; python3 never; }\n'
+    'f a "b c" d\nf\npython3 "$@" $#\n',
     "environment": 'export A=1 B\nB=2\nC=3 D="x y" python3 a\nunset A\n(B=9; python3 b $B)\npython3 c $B\n',
     "runs": "nohup torchrun --nproc_per_node=8 a.py --x 1 > log 2>&1 &\nwait\nswift rlhf --y 2 | tee log\n",
-    "here": 'N=4\ncat > c.yaml <<EOF\na: $N\nb: ${N}0\nEOF\ncat <<\'EOF\' > d.yaml\na: $N\nEOF\npython3 --config c.yaml\n',
+    "here": 'N=4\ncat > c.yaml <<EOF\na: $N\nb: ${N}0\nEOF\n'
+    'cat <<\'EOF\' > d.yaml\na: $N\nEOF\npython3 --config c.yaml\n',
     "cut": "python3 a \\\n  --b 1 \\\n# --c 2 \\\n  --d 3 \\\n  --e 4\npython3 next\n",
     "space": "python3 a \\\n --b 1 \\ \n --c 2\n",
     "inner": 'C="python3 -m x --a 1"\neval "$C --b 2"\n$C --c "3 4"\n',
@@ -165,10 +169,12 @@ def test_variables_that_a_command_is_given() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "f() { f; f; }\nf\n", "f() { g; }\ng() { f; }\nf\n", "A=$A$A\nA=$A$A\n", "eval 'eval \"eval x\"'\n", "((((", "if [", "${",
-        "'", '"$(', "case x in", "for i in", "a=(", "\\", "python3 $(( 9**99999999 )) $((1/0)) $((1<<999999999))\n",
-        "x=$((y)); y=$((x))\npython3 $x\n", "A=(1 2)\npython3 ${A[9]} ${A[-1]} ${A[x]}\n", "exit\n", "return\n", "}\n;;\n",
-        "for i in {1..999999999}; do for j in {1..99999999}; do python3; done; done\n", "\x00\x01", "a=" + "(" * 500,
+        "f() { f; f; }\nf\n", "f() { g; }\ng() { f; }\nf\n", "A=$A$A\nA=$A$A\n", "eval 'eval \"eval x\"'\n", "((((",
+        "if [", "${", "'", '"$(', "case x in", "for i in", "a=(", "\\",
+        "python3 $(( 9**99999999 )) $((1/0)) $((1<<999999999))\n",
+        "x=$((y)); y=$((x))\npython3 $x\n", "A=(1 2)\npython3 ${A[9]} ${A[-1]} ${A[x]}\n", "exit\n", "return\n",
+        "}\n;;\n", "for i in {1..999999999}; do for j in {1..99999999}; do python3; done; done\n", "\x00\x01",
+        "a=" + "(" * 500,
         "if " * 300, "$(" * 300, "X=x; " + "X=$X$X; " * 60,
     ],
 )  # fmt: skip

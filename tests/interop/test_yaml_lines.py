@@ -14,8 +14,8 @@ from grpo_autotune.interop.source import Setting
 def test_settings_with_the_lines_of_their_keys() -> None:
     text = "a: 1e-6\nb:\n  c:\n    - x\n    - y\n  d: {e: null}\nday: 2024-01-01\nv: 7.3.0\nempty: {}\n"
     assert yaml_settings(text, "x.yaml") == {
-        "a": Setting(1e-6, 1), "b.c": Setting(["x", "y"], 3), "b.d.e": Setting(None, 6), "day": Setting("2024-01-01", 7),
-        "v": Setting("7.3.0", 8), "empty": Setting({}, 9),
+        "a": Setting(1e-6, 1), "b.c": Setting(["x", "y"], 3), "b.d.e": Setting(None, 6),
+        "day": Setting("2024-01-01", 7), "v": Setting("7.3.0", 8), "empty": Setting({}, 9),
     }  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def test_defaults_that_name_each_other_end(tmp_path: Path) -> None:
 
 def test_interpolations() -> None:
     settings = yaml_settings(
-        "data:\n  p: 512\n  q: ${data.p}\n  rel: ${.p}\n  text: 'n${data.p}'\nenv: ${oc.env:N,2e-3}\nhome: ${oc.env:H}\n"
-        "loop: ${loop}\nother: ${data.none}\nsum: ${eval:1+1}\n",
+        "data:\n  p: 512\n  q: ${data.p}\n  rel: ${.p}\n  text: 'n${data.p}'\nenv: ${oc.env:N,2e-3}\n"
+        "home: ${oc.env:H}\nloop: ${loop}\nother: ${data.none}\nsum: ${eval:1+1}\n",
         "x",
     )
     values = {key: setting.value for key, setting in resolved(settings, {"H": "7"}).items()}

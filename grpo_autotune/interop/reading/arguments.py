@@ -1,6 +1,6 @@
 """Command lines as settings: Hydra's and OmegaConf's overrides, and the options of HfArgumentParser.
 
-Both keep a value's type as far as its text tells: numbers, `null`, true and false (of Hydra), lists and mappings.
+Both keep a value's type as far as its text tells: numbers, true and false, lists, mappings, and Hydra's word for None.
 """
 
 import json
@@ -39,7 +39,8 @@ def flat(key: str, setting: Setting) -> dict[str, Setting]:
 
 
 def hydra_value(text: str) -> Any:
-    """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, null, else text
+    """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, its word for
+    None, else text
     as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
     tokens = TOKEN.findall(text)
     if text[:1] not in "[{'\"" or "".join(tokens).replace(" ", "") != text.replace(" ", ""):

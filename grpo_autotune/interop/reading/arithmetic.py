@@ -10,7 +10,8 @@ INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {
     "^": (4, operator.xor), "&": (5, operator.and_), "==": (6, operator.eq), "!=": (6, operator.ne),
     "<": (7, operator.lt), ">": (7, operator.gt), "<=": (7, operator.le), ">=": (7, operator.ge),
     "<<": (8, lambda a, b: a << b % 64), ">>": (8, lambda a, b: a >> b % 64), "+": (9, operator.add),
-    "-": (9, operator.sub), "*": (10, operator.mul), "/": (10, lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)),
+    "-": (9, operator.sub), "*": (10, operator.mul),
+    "/": (10, lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)),
     "%": (10, lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1)), "**": (11, lambda a, b: a ** min(b, 64)),
 }  # fmt: skip
 """Operator -> how strongly it binds, and what it does."""

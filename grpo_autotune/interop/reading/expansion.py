@@ -65,7 +65,7 @@ class Field:
 
 @dataclass
 class Variables:
-    """What a script knows at some place of it."""
+    """The variables and arguments of a script, at some place of it."""
 
     values: dict[str, str | list[Field]] = field(default_factory=dict)
     positional: list[Field] = field(default_factory=list)
@@ -204,9 +204,7 @@ class Expansion:
             return str(len(self.variables.list(name)) if many else len(marks.shown(value or "")))
         value = self.variables.text(marks.plain(value or "")) if prefix == "!" else value
         set_ = value is not None and bool(marks.plain(value) or not rest.startswith(":"))
-        kind = (
-            sign[0][-1] if (sign and not re.match(r":\s*-?\d", rest[: 1 + len(rest)])) or rest.startswith(":-") else ""
-        )
+        kind = sign[0][-1] if sign and sign[0].lstrip(":") in tuple("-=+?") else ""
         if kind in tuple("-=+") and sign is not None and set_ == (kind == "+"):
             start = node.end_byte - len(raw[match.start(4) + len(sign[0]) :].encode())
             value = self.between(node, start, node.end_byte - 1, quoted)
@@ -218,12 +216,10 @@ class Expansion:
         if value is None:
             return "" if many else marks.kept(raw)
         if many:
-            words = [marks.quoted(word.text) if quoted else word.text for word in self.sliced(name, rest)]
-            return (
-                marks.quoted(" ".join(word.text for word in self.variables.list(name)))
-                if index == "*" and quoted
-                else " ".join(words)
-            )
+            texts = [word.text for word in self.sliced(name, rest)]
+            apart = quoted and index != "*"
+            joined = " ".join(map(marks.quoted, texts) if apart else texts)
+            return marks.quoted(joined) if quoted and not apart else joined
         text = value if sign is None or kind in tuple("-=?") else self.changed(value, sign[0], rest[len(sign[0]) :])
         return marks.kept(raw) if text is None else marks.quoted(text) if quoted else text
 

@@ -19,9 +19,9 @@ from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right), ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
-    ast.Not: operator.not_,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right),
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
 MOST_LEFT_OUT = 20
@@ -39,7 +39,7 @@ class Call:
 
 @dataclass
 class Script:
-    """What a script or notebook says."""
+    """The calls of a script or notebook, and all else that is read of it."""
 
     calls: list[Call] = field(default_factory=list)
     imports: set[str] = field(default_factory=set)  # packages, without their parts
@@ -188,7 +188,8 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.List | ast.Tuple):
             return [self.value(item) for item in node.elts]
         if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-            return {ast.literal_eval(key): self.value(item) for key, item in zip(node.keys, node.values, strict=True)}
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            return dict(zip(keys, [self.value(item) for item in node.values], strict=True))
         if isinstance(node, ast.BinOp | ast.UnaryOp):
             sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
             return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)

@@ -34,7 +34,7 @@ class Command:
 
 @dataclass
 class Shell:
-    """What a script would do."""
+    """The commands of a script, and the files that it writes."""
 
     commands: list[Command] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # here-documents, by the name they are written to
