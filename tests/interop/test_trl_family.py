@@ -355,7 +355,7 @@ def test_open_r1_rewards_by_name() -> None:
         open_r1.translate(source("open-r1", {**BASE, "reward_funcs": ["best"]}), None, None)
 
 
-SCRIPT = '''
+SCRIPT = """
 import re
 from unsloth import FastVisionModel
 from datasets import load_dataset
@@ -390,7 +390,7 @@ args = GRPOConfig(
 )
 trainer = GRPOTrainer(model=model, args=args, train_dataset=dataset, reward_funcs=[format_reward])
 later = SamplingParams(temperature=0.1)
-'''
+"""
 
 
 def test_unsloth_script(tmp_path: Path) -> None:
@@ -426,7 +426,8 @@ def test_a_name_that_only_a_run_has_is_told(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text(
         "from trl import GRPOConfig, GRPOTrainer\nfrom datasets import load_dataset\n"
-        "tokenizer = load()\n\n\ndef score(completions, **columns):\n    return [tokenizer(c) for c in completions]\n\n\n"
+        "tokenizer = load()\n\n\ndef score(completions, **columns):\n"
+        "    return [tokenizer(c) for c in completions]\n\n\n"
         "GRPOTrainer('m', reward_funcs=score, train_dataset=load_dataset('d'), args=GRPOConfig(max_steps=3))\n"
     )
     translation = import_file(path)

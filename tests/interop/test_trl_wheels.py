@@ -1,5 +1,5 @@
-"""The table of TRL's defaults against its wheels: `GRPO_AUTOTUNE_TRL_WHEELS` names a folder with them unpacked, a folder
-`VERSION/trl` for each."""
+"""The table of TRL's defaults against its wheels: `GRPO_AUTOTUNE_TRL_WHEELS` names a folder with them unpacked, each in
+a folder `VERSION/trl`."""
 
 from __future__ import annotations
 
