@@ -79,8 +79,9 @@ def infer(asked: Request) -> Inference:
         quieten(bars=is_live())
         with startup.phase("data"):
             rows, read = rows_to_complete(config, data, split, asked.limit)
-            rows, processor = _fitted(rows, trained, config, read)
             scorer = ended.enter_context(Scorer(config, rows, read))
+            rows, processor = _fitted(rows, trained, config, read)
+            scorer.sort(config, rows, read)
         config = generating(config, in_vllm=asked.in_vllm, longest=asked.longest)
         ended.enter_context(alone_with(asked.out))
         file = _file(asked, config, trained, rows, read)
