@@ -87,6 +87,9 @@ def _generation(timers: Mapping[str, float]) -> Iterator[Part]:
         yield Part("generation", holds, (f"{RAY}gen",), whole)
 
 
+TrlRow = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+
 class TrlTimers:
     """Timers of TRL's trainers, which end one after the other: those before the one around them are inside it."""
 
@@ -140,7 +143,7 @@ TRL_NAMES = {
 }
 """Method -> label; each reward's own name is inside `_calculate_rewards`."""
 _PASS = "_get_per_token_logps*"
-TRL_ROWS = {
+TRL_ROWS: dict[str, TrlRow] = {
     "gen": ("generation", ("generation",), ("*generate",)),
     "sync": ("weight_sync", ("weight_sync",), ("sync_weights",)),
     "reward": ("reward", ("reward",), ("_calculate_rewards",)),
@@ -149,7 +152,7 @@ TRL_ROWS = {
     "passes": ("log-prob passes", ("policy_logprob.old_policy", "reference_logprob"), (_PASS,)),
     "forward": ("training forward", ("policy_logprob.training_forward",), (_PASS,)),
 }
-TRL_REST = {
+TRL_REST: dict[str, TrlRow] = {
     "prompt": ("prompt", ("prompt", "engine", "sync_wait"), ("_prepare_inputs", "-what is inside")),
     "fused": ("training forward", ("policy_logprob.training_forward",), ("compute_loss",)),
     "left": ("other", ("other",), ("compute_loss", f"-{_PASS}")),
