@@ -101,7 +101,7 @@ def warnings(facts: Facts) -> list[str]:
         )
     if record.others is not None and record.others.matters:
         lines.append(f"Meanwhile {record.others.warning}.")
-    if record.resample is not None and record.resample.rollouts:
+    if record.resample is not None and record.resample.rounds > record.resample.rollouts:
         lines.append(_resampled(record.resample, facts))
     lines += remote_warnings(facts)
     if record.device_memory is not None and record.device_memory.retries:

@@ -107,7 +107,7 @@ class Resampling:
         return list(zip(*columns, strict=True)), rewards_NF
 
     def _lives(self, rewards_NF: torch.Tensor) -> torch.Tensor:
-        """Whether the rewards of each group differ, (P,)."""
+        """True for each group whose rewards differ, (P,)."""
         trainer, weights_F = self._trainer, self._trainer.reward_weights
         if self._wish.reward is not None:
             only = [trainer.reward_func_names.index(self._wish.reward)]
@@ -137,7 +137,7 @@ class Resampling:
                 rows[place - first] = row
 
     def _chosen(self, rows: list[Row], inputs: list[Any], prompts: list[Any]) -> tuple[Any, ...]:
-        """What TRL's `_generate` returns, of the chosen rows; the lists that TRL goes on with hold them, too."""
+        """The chosen rows as TRL's `_generate` returns them; the lists that TRL goes on with hold them, too."""
         data, texts, prompt_ids, ids, completions, logprobs, images, logged = map(list, zip(*rows, strict=True))
         inputs[:], prompts[:] = data, texts
         for name in dict.fromkeys(name for row in logged for name in row):
