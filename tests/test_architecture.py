@@ -39,8 +39,14 @@ LAYERS = (
 )
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
+    "commands": (
+        ("early", "imports", "page", "probe", "reward_sources", "serve", "sweep"),
+        ("checkpoints", "compare", "data", "doctor", "infer", "ladder", "merge", "plan", "run", "search"),
+        ("serve_trained", "train", "watch"),
+        ("interop",),
+    ),
     "config": (
-        ("addresses", "foreign_keys", "renamed_keys", "vllm_names"),
+        ("addresses", "foreign_keys", "renamed_keys", "template_text", "vllm_names"),
         ("messages",),
         ("sections",),
         ("batch", "places", "reward_arguments", "sampling", "sources", "yaml_text"),
@@ -52,7 +58,8 @@ FLOORS = {
         ("source", "batch", "redact"),
         ("reading", "translation"),
         ("recognise",),
-        ("frameworks", "adapters", "logs"),
+        ("adapters", "logs"),
+        ("frameworks",),
         ("importing",),
         ("writing",),
     ),
@@ -72,7 +79,7 @@ FLOORS = {
         ("install",),
     ),
     "train": (
-        ("advantages", "arguments", "branches", "data", "models", "rewards", "runs"),
+        ("advantages", "arguments", "branches", "data", "eval_sampling", "models", "resample", "rewards", "runs"),
         ("monitors",),
         ("trainer",),
         ("trial_trainer",),

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -24,6 +25,7 @@ from grpo_autotune.cli.main import app, main
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sources import profile_names
 from grpo_autotune.registry import Kind, names, resolve
+from tests.support.tuned import tuned_values
 from tools.architecture import floors, needed_arrows, room_imports, tree
 from tools.pages import FILES, PARTS, with_parts
 
@@ -303,3 +305,24 @@ def test_the_tutorials_configuration_trains(own_data: Path, tiny: Any) -> None:
     assert main(["train", "my.yaml", *(word for item in short for word in ("--set", item))]) == 0
     lines = (own_data / "runs" / "my" / "train_log.jsonl").read_text().splitlines()
     assert any("rewards/near/mean" in line for line in lines)
+
+
+def test_the_walks_with_other_frameworks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The commands of the page that train nothing, on its files; a tuned file stands in for the search's."""
+    shutil.copytree(ROOT / "examples" / "interop", tmp_path / "examples" / "interop")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "interop.md"
+    commands = [words for block in blocks("bash", page) for words in shell_lines(block.text)]
+    ran = [words[1:] for words in commands if words[:2] in ([PROGRAM, "import"], [PROGRAM, "export"])]
+    ran = [words for words in ran if any(word.startswith("examples/") for word in words)]
+    assert [words[0] for words in ran].count("import") == 3
+    for words in ran:
+        if words[0] == "export":
+            config = RunConfig.from_yaml((tmp_path / "grpo.yaml").read_text()).to_dict()
+            tuned = tuned_values(config, {"grpo.num_generations": 4, "grpo.gradient_checkpointing": False})
+            (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+        assert main(words) == 0, words
+        assert len(capfd.readouterr().out) > 500 or words[0] == "export"
+    text = (tmp_path / "run_tuned.sh").read_text()
+    assert "GROUP=${GROUP:-4}" in text and "BATCH=${BATCH:-32} " in text and "ppo_mini_batch_size=16\n" in text
+    assert "not-a-real-key" not in (tmp_path / "grpo.yaml").read_text()

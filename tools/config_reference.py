@@ -23,6 +23,7 @@ from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.sampled import EvalSampling, Resample
 from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.config.sections.vllm import ENGINE_FIXED, VllmSection
 from grpo_autotune.records.receipt import Receipt
@@ -55,8 +56,8 @@ grpo: {num_generations: 8, per_device_train_batch_size: 8, max_completion_length
 """
 
 DATA_NOTES = """\
-- Named data sets, mixtures, drawn rows, files of other trainers, and the command that shows what the model will see:
-  [data.md](data.md).
+- Named data sets, mixtures and several files, drawn rows, long prompts, areas of images, templates, files of other
+  trainers, and the command that shows what the model will see: [data.md](data.md).
 - `digits` is the one registered data set that comes with the package (the demo's).
 - Relative paths start from the current folder; image paths inside a data file start from that file's folder, or from
   `image_root`.
@@ -71,7 +72,7 @@ DATA_NOTES = """\
 - Before the model loads, the shape of every row is checked, and the chat template is tried on the first, the last and
   50 other rows.
 - `columns` renames: the column keeps our name only. Every column that is not mapped is passed to the rewards as it is.
-- `prompt_template` may use the data's names and ours; a literal brace is written twice.
+- `prompt_template` may use the data's names and ours; a format string's literal brace is written twice.
 - An image folder has one sub-folder per class (the column `label` then holds the class's name), or a `metadata.csv`
   with `file_name`.
 - With `image_size`, each distinct image is resized once and kept in the cache folder, so later runs find it there.
@@ -104,6 +105,10 @@ def markdown() -> str:
             *_section("branches.NAME.eval", BranchEval),
             *_section("branches.control", Control),
             *_grpo(),
+            *_section("resample", Resample, f"{Resample.__doc__} See [sampling.md](sampling.md#dynamic-sampling)."),
+            *_section(
+                "eval_sampling", EvalSampling, f"{EvalSampling.__doc__} See [sampling.md](sampling.md#evaluation)."
+            ),
             *_section("vllm", VllmSection, VllmSection.__doc__),
             *_engine(),
             *_speedups(),

@@ -3,7 +3,7 @@
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.remote import remote_warnings
 from grpo_autotune.probe.breakdown import SLOW, Limit
-from grpo_autotune.records.probe import STAGE_WORDS, ProfiledStep
+from grpo_autotune.records.probe import STAGE_WORDS, ProfiledStep, ResampleFacts
 from grpo_autotune.records.rollout import Fidelity
 from grpo_autotune.units import amount, listing, percent, seconds
 
@@ -101,6 +101,8 @@ def warnings(facts: Facts) -> list[str]:
         )
     if record.others is not None and record.others.matters:
         lines.append(f"Meanwhile {record.others.warning}.")
+    if record.resample is not None and record.resample.rounds > record.resample.rollouts:
+        lines.append(_resampled(record.resample, facts))
     lines += remote_warnings(facts)
     if record.device_memory is not None and record.device_memory.retries:
         lines.append(
@@ -108,6 +110,19 @@ def warnings(facts: Facts) -> list[str]:
             "go on, which takes time: what takes less memory may be faster."
         )
     return lines
+
+
+def _resampled(r: ResampleFacts, facts: Facts) -> str:
+    """The cost of dynamic sampling, per rollout."""
+    t, further_s = facts.record.trainer, r.further_s / r.rollouts
+    steps = t.steps_per_generation * t.num_iterations / t.gradient_accumulation_steps
+    made, trained = (count * r.groups * t.num_generations for count in (r.rounds, r.rollouts))
+    return (
+        f"Dynamic sampling (resample): {r.rounds / r.rollouts:.3g} generations per rollout, {amount(made)} completions "
+        f"for {amount(trained)} that are trained on; those after the first take {seconds(further_s)} per rollout, "
+        f"{percent(further_s / (steps * facts.breakdown.step_s))} of its steps. "
+        f"{percent(r.dead_groups / (r.rollouts * r.groups))} of the groups trained on have equal rewards nevertheless."
+    )
 
 
 def _unfaithful(f: Fidelity) -> str:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from grpo_autotune.advice.facts import PASSES, Facts, Idea
+from grpo_autotune.advice.logged import MANY_DEAD, MANY_TRUNCATED
 from grpo_autotune.advice.neighbours import Neighbour, changes, neighbour
 from grpo_autotune.advice.sentences import concerned, moves
 from grpo_autotune.knobs import PROMPTS, context_of, knob
@@ -17,8 +18,6 @@ ROW_STAGES = (*PASSES, "generation", "prompt", "tools", "reward")
 IMAGE_SIZE = "data.image_size"
 LENGTH = "grpo.max_completion_length"
 LORA_DROPOUT = "peft.lora_dropout"
-MANY_DEAD = 0.3
-MANY_TRUNCATED = 0.2
 LEAST_USEFUL = 0.9
 """Fewer generations are advised where useful completions per second are predicted to fall by a tenth at most."""
 LEAST_SEEN = 0.7

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from grpo_autotune.cli import running, showing, using  # noqa: F401 - their commands
+from grpo_autotune.cli import interop, running, showing, using  # noqa: F401 - their commands
 from grpo_autotune.cli.app import app
 from grpo_autotune.console import accept_any_text, complain
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened

@@ -5,14 +5,20 @@ from pathlib import Path
 
 from grpo_autotune.commands.page import load_run
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import refusal_told
+from grpo_autotune.interop.logs.recognise import is_log
 from grpo_autotune.records.comparison import Comparison
+from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
+from grpo_autotune.records.stored import read_stored
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.compare import Run, compare
-from grpo_autotune.report.files import LOG_FILE
-from grpo_autotune.search.folder import SearchFolder, read_record
+from grpo_autotune.report.compare_logs import LogRun, compare_logs
+from grpo_autotune.report.files import LOG_FILE, REPORT_FILE
+from grpo_autotune.report.logged import read_log
+from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, read_record
 
 
 def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
@@ -21,7 +27,10 @@ def compare_runs(names: Sequence[str], baseline: str | None) -> Comparison:
         names = [baseline, *(name for name in names if _place(name) != _place(baseline))]
     if len(names) < 2:
         raise ConfigError("a comparison takes two runs", fix="Name another run folder, or a --baseline.")
-    runs = [_load(name) for name in names]
+    loaded = [_load(name) for name in names]
+    runs = [run for run in loaded if isinstance(run, Run)]
+    if len(runs) < len(loaded):
+        return compare_logs(loaded)
     if len({run.kind == "search" for run in runs}) > 1:
         what = "a search, whose trials have fixed completion lengths, stands beside other runs"
         raise ConfigError(what, fix="Compare searches with each other, or probe the search's tuned.yaml.")
@@ -43,8 +52,18 @@ def _place(name: str) -> Path:
     return (run if run.exists() and not Path(name).exists() else Path(name)).absolute()
 
 
-def _load(name: str) -> Run:
-    stored = load_run(_place(name))
+@refusal_told()
+def _load(name: str) -> Run | LogRun:
+    place = _place(name)
+    if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE):
+        with place.open("rb") as file:
+            imported = LOG_SCHEMA.encode() in file.read(100)
+        if imported:
+            again = {"absent": "", "written_by": "", "again": "Import the log again."}
+            return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))
+        if is_log(place):
+            return LogRun(name, read_log(place))
+    stored = load_run(place)
     report, folder = stored.data, stored.folder
     if isinstance(report, SearchReport):
         return Run(name, "search", _winner(name, folder, report))

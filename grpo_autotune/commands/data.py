@@ -48,6 +48,7 @@ def show_data(config: RunConfig, *, count: int, asked: Sequence[int], full: bool
 def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
     from grpo_autotune.train.branches.rows import divided
     from grpo_autotune.train.data.datasets import load_data
+    from grpo_autotune.train.data.lengths import within_limit
     from grpo_autotune.train.data.templates import fit_prompts
     from grpo_autotune.train.models.load import check_images, load_processor, model_source
     from grpo_autotune.train.rewards.build import KEPT_BY_TRL, build_rewards
@@ -61,7 +62,10 @@ def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
     processor = load_processor(config.model, model_source(config.model, say))
     check_images(processor, train.column_names)
     options = grpo_value("chat_template_kwargs", config) or {}
-    train = fit_prompts(train, processor, options, config.data.path, say)
+    train = fit_prompts(train, processor, options, config.data.path, say, config.data)
+    sets = dict(held_out) if isinstance(held_out, Mapping) else {} if held_out is None else {"": held_out}
+    for name, one in sets.items():
+        sets[name] = within_limit(one, processor, options, config.data, f"held-out data {name}".rstrip(), say)
     order = random.Random(0).sample(range(len(train)), len(train))
     if beyond := [number for number in asked if number >= len(train)]:
         raise ConfigError(f"there are {len(train)} rows", where=f"--row {beyond[0]}", fix="Count from 0.")
@@ -75,7 +79,6 @@ def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
         for item, function, name in zip(config.rewards, functions, names, strict=True)
     ]
     used = {"dataset" for _ in config.data.mix}.union(*({one.reference, *one.reads} for one in scored))
-    sets = held_out if isinstance(held_out, Mapping) else {} if held_out is None else {"": held_out}
     return DataView(
         source=config.data.path,
         rows=len(train),

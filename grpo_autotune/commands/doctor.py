@@ -13,7 +13,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, is_first_rank, say, show, warn
 from grpo_autotune.doctor.checks import run_checks
 from grpo_autotune.doctor.finding import Findings, told
-from grpo_autotune.doctor.inputs import answers, data, sampling, template, tokenizer, weights
+from grpo_autotune.doctor.inputs import answers, data, lengths, sampling, template, tokenizer, weights
 from grpo_autotune.doctor.run import Run, examine
 from grpo_autotune.doctor.surroundings import accounts, busy, disk, disk_speed, endpoints, launcher, loader, room
 from grpo_autotune.errors import LONGEST, ConfigError, EnvironmentProblem, shortened
@@ -21,7 +21,7 @@ from grpo_autotune.hardware import detect
 from grpo_autotune.units import plural
 
 CHEAP = (weights, sampling, room, disk, loader, launcher, accounts, busy)  # those that take milliseconds
-SLOW = (data, answers, tokenizer, template, disk_speed, endpoints)
+SLOW = (data, answers, tokenizer, template, lengths, disk_speed, endpoints)
 SHOWN = ("check", "status", "detail", "remedy")
 
 

@@ -1,5 +1,6 @@
 """`grpo-autotune infer`: completions and rewards of data with trained weights."""
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -80,6 +81,7 @@ def infer(asked: Request) -> Inference:
             rows, read = rows_to_complete(config, data, split, asked.limit)
             scorer = ended.enter_context(Scorer(config, rows, read))
             rows, processor = _fitted(rows, trained, config, read)
+            scorer.sort(config, rows, read)
         config = generating(config, in_vllm=asked.in_vllm, longest=asked.longest)
         ended.enter_context(alone_with(asked.out))
         file = _file(asked, config, trained, rows, read)
@@ -119,7 +121,8 @@ def _with_data(config: RunConfig, data: str | None, split: str | None) -> tuple[
 def _unscored(config: RunConfig) -> RunConfig:
     """The configuration without rewards, and without the columns that only they read."""
     template = config.data.prompt_template or ""
-    columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in KEPT or f"{{{ours}" in template}
+    named = {*KEPT, *re.findall(r"\w+", template)}
+    columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in named}
     section = config.data.model_copy(update={"columns": columns})
     return config.model_copy(update={"rewards": [], "branches": None, "data": section})
 
@@ -132,7 +135,7 @@ def _fitted(rows: Any, trained: Any, config: RunConfig, where: str) -> tuple[Any
     processor = load_trained_processor(trained)
     check_images(processor, rows.column_names)
     options = grpo_value("chat_template_kwargs", config) or {}
-    return fit_prompts(rows, processor, options, where, say), processor
+    return fit_prompts(rows, processor, options, where, say, config.data), processor
 
 
 def _file(asked: Request, config: RunConfig, trained: Any, rows: Any, data: str) -> Any:
@@ -140,6 +143,8 @@ def _file(asked: Request, config: RunConfig, trained: Any, rows: Any, data: str)
     from grpo_autotune.trained.completions import CompletionFile, rows_digest, weights_digest
     from grpo_autotune.trained.engine import SAMPLED
 
+    limits = config.data.model_dump(include={"max_pixels", "min_pixels", "max_prompt_tokens", "prompt_overflow"})
+    limits["chat_template"] = config.model.chat_template
     pictures = [name for name in rows.column_names if name in IMAGE_COLUMNS]
 
     settings = Settings(
@@ -152,6 +157,7 @@ def _file(asked: Request, config: RunConfig, trained: Any, rows: Any, data: str)
         greedy=asked.greedy,
         image_size=config.data.image_size,
         sampling={name: config.grpo.get(name) for name in (*SAMPLED, "generation_kwargs", "chat_template_kwargs")},
+        prompts={name: value for name, value in limits.items() if value is not None},
         rewards=[item.model_dump(mode="json", exclude_defaults=True) for item in config.rewards],
     )
     return CompletionFile(asked.out, settings)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo_autotune.config.messages import from_validation
-from grpo_autotune.config.sections.data import OF_PARTS, DataSection
+from grpo_autotune.config.sections.data import IMAGE_LIMITS, OF_PARTS, DataSection
 from grpo_autotune.config.sources import read_source
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.errors import ConfigError, nearest_hint
@@ -48,7 +48,8 @@ def named_section(section: DataSection, name: str) -> DataSection | None:
         values = with_named_data({"data": {"path": name}}, Path())["data"]
     if values == {"path": name}:
         return None
-    kept = {"image_size"} if "mix" in values else {"image_size", "system_prompt", "prompt_format"}
+    kept = {*IMAGE_LIMITS, "max_prompt_tokens", "prompt_overflow"}
+    kept |= set() if "mix" in values else {"system_prompt", "prompt_format"}
     if not {"mix", "columns", "prompt_template"} & values.keys():
         kept |= {"columns", "prompt_template"}
     return DataSection.model_validate({**section.model_dump(exclude_unset=True, include=kept), **values})
@@ -92,9 +93,9 @@ class Registry:
             raise ConfigError("the mixture is empty", where=place, fix="Write {NAME: weight, NAME: weight}.")
         parts = {}
         for name, value in mix.items():
-            if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
+            if isinstance(value, bool) or not isinstance(value, int | float | Mapping | None):
                 raise ConfigError(f"{value!r} is no weight", where=f"{place}.{name}", fix="Write a number above 0.")
-            keys = dict(value) if isinstance(value, Mapping) else {"weight": value}
+            keys = dict(value) if isinstance(value, Mapping) else {} if value is None else {"weight": value}
             path = keys.get("path", name)
             entry = self._entry(path, f"{place}.{name}") or {}
             if "mix" in entry:

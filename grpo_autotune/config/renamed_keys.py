@@ -13,6 +13,7 @@ _ELSEWHERE = {
     "model.name_or_path": "model_name_or_path model_name model_id pretrained_model_name_or_path",
     "model.revision": "model_revision",
     "model.dtype": "torch_dtype",
+    "model.chat_template": "chat_template chat_template_path custom_chat_template",
     "data.path": "dataset_name dataset_path train_dataset",
     "data.eval_path": "eval_dataset",
     "data.name": "dataset_config dataset_config_name",
@@ -72,16 +73,15 @@ _REWARD = "a reward is a function (rewards[].name: package.module:function), whi
 _FOUR_BIT = "model.load_in_4bit loads NF4 with double quantization; there is no other setting"
 _MICRO_BATCH = "completions per device and micro step are grpo.per_device_train_batch_size"
 _PROCESSES = "start one process per GPU: torchrun --nproc_per_node N -m grpo_autotune ..."
-_LENGTHS = "completions are limited by grpo.max_completion_length; long prompts are to be filtered out of the data"
+_LENGTHS = "completions are limited by grpo.max_completion_length, prompts by data.max_prompt_tokens"
 
 SAID = {
     # TRL
-    "max_prompt_length": "TRL removed it in 0.28 and cuts no prompt: filter long ones out of the data",
+    "max_prompt_length": "TRL removed it in 0.28: write data.max_prompt_tokens, and data.prompt_overflow: left",
     "vllm_device": "TRL removed it in 0.18: the engine is on the trainer's GPUs, or at a server (vllm.mode)",
     "use_peft": "write a peft section, such as peft: {r: 16, target_modules: all-linear}; null trains the whole model",
     "processing_class": _MODEL_FOLDER,
     "tokenizer": _MODEL_FOLDER,
-    "chat_template": f"{_MODEL_FOLDER}; its arguments are grpo.chat_template_kwargs",
     "reward_model": _REWARD,
     "reward_model_name_or_path": _REWARD,
     "gradient_checkpointing_use_reentrant": "write grpo.gradient_checkpointing_kwargs: {use_reentrant: ...}",

@@ -66,6 +66,21 @@ def check_sampling(grpo: Mapping[str, Any]) -> None:
         _check_setting(name, value, in_vllm=in_vllm)
 
 
+def check_eval_sampling(values: Mapping[str, Any], *, evaluates: bool, in_vllm: bool, server_n: int) -> None:
+    """ConfigError where a value of an `eval_sampling` section is out of range, nothing is evaluated, or a server would
+    be asked for `server_n` greedy completions of a prompt."""
+    if not evaluates:
+        fix = "Set grpo.eval_strategy, and data.eval_split, data.eval_path or data.eval."
+        raise ConfigError("nothing is evaluated", where="eval_sampling", fix=fix)
+    legal = ENGINE_RANGES if in_vllm else RANGES
+    legal = legal | {"temperature": legal["temperature"]._replace(least=0, remark="0 is greedy", is_open=False)}
+    for name, value in values.items():
+        _check_range(f"eval_sampling.{name}", value, legal[name])
+    if values["temperature"] == 0 and server_n > 1:
+        what = f"a vLLM server gives one greedy completion of a prompt, and {server_n} are asked for"
+        raise ConfigError(what, where="eval_sampling.temperature", fix="Set grpo.num_generations_eval to 1.")
+
+
 def _check_range(where: str, value: Any, legal: Range) -> None:
     if not isinstance(value, int | float):
         return

@@ -17,7 +17,7 @@ from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, check_values, grpo_
 from grpo_autotune.config.messages import from_validation, unknown_key
 from grpo_autotune.config.places import trained_adapter
 from grpo_autotune.config.registry_file import with_named_data
-from grpo_autotune.config.sampling import check_sampling
+from grpo_autotune.config.sampling import check_eval_sampling, check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection, check_choice
 from grpo_autotune.config.sections.data import DataSection
@@ -25,6 +25,7 @@ from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
+from grpo_autotune.config.sections.sampled import EvalSampling, Resample, check_resample
 from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.config.sections.section import Section
 from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
@@ -75,6 +76,8 @@ class RunConfig(Section):
     rewards: list[RewardItem] = Field(min_length=1)
     branches: Branches | None = None
     grpo: dict[str, Any] = {}
+    resample: Resample | None = None
+    eval_sampling: EvalSampling | None = None
     vllm: VllmSection = VllmSection()
     speedups: SpeedUps = "auto"
     """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names. An item may be a mapping with
@@ -165,6 +168,13 @@ class RunConfig(Section):
         if not self.data.held_out and (on_start or self.batch.eval_batch is not None):
             where = "grpo.eval_on_start" if on_start else "grpo.eval_strategy"
             raise ConfigError("evaluation is on, and there is no held-out data", where=where, fix=fix)
+        if self.eval_sampling is not None:
+            evaluates = on_start or self.batch.eval_batch is not None
+            server_n = self.batch.eval_generations if self.use_vllm and self.vllm.at_server else 1
+            values = self.eval_sampling.model_dump()
+            check_eval_sampling(values, evaluates=evaluates, in_vllm=self.use_vllm, server_n=server_n)
+        if self.resample is not None:
+            check_resample(self.resample, self.rewards, self.branches)
         has_kl = self.branches is not None or bool(self.grpo.get("beta"))
         check_choice(self.checkpoints, self.grpo, evaluates=self.batch.eval_batch is not None, has_kl=has_kl)
         for name, branch in self.branches.by_name.items() if self.branches is not None else ():
@@ -258,6 +268,8 @@ def known_paths() -> list[str]:
         ("rewards", RewardItem),
         ("branches", Branches),
         ("branches.control", Control),
+        ("resample", Resample),
+        ("eval_sampling", EvalSampling),
         ("vllm", VllmSection),
         ("search", SearchSection),
         ("monitors", MonitorsSection),

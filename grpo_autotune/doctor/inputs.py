@@ -147,3 +147,15 @@ def template(run: Run) -> Findings:
         fix = f"add {last[0]} to eos_token_id in the model's generation_config.json"
         yield warn(f"an answer's turn ends with {one.decode(last)}, which does not end generation", fix)
     yield ok(f"generation ends at {' or '.join(one.convert_ids_to_tokens(sorted(ends)))}")
+
+
+def lengths(run: Run) -> Findings:
+    """The same rows' prompts within `data.max_prompt_tokens`, or what becomes of those beyond."""
+    from grpo_autotune.train.data.templates import fit_prompts
+
+    data, lines = run.config.data, list[str]()
+    if run.processor is None or run.rows is None or data.max_prompt_tokens is None:
+        return
+    fit_prompts(run.rows, run.processor, run.value("chat_template_kwargs") or {}, data.path, lines.append, data)
+    beyond = [line for line in lines if "data.max_prompt_tokens" in line]
+    yield ok(*beyond or (f"none has more than {data.max_prompt_tokens} tokens",))

@@ -13,7 +13,7 @@ class Setting:
     value: Any  # plain: text, number, true or false, list, mapping, None
     line: int | None = None  # line of `file`, from 1; None for the framework's default
     file: str | None = None  # name of the file where it is not the source itself (a base YAML beside a script)
-    text: str | None = None  # as written, where that differs: `${BATCH:-512}`
+    text: str | None = None  # as written, where that differs: `${BATCH:-512}`; same as `value` if only a run can tell
 
 
 @dataclass(frozen=True)

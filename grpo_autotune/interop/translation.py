@@ -4,6 +4,7 @@ A framework's module reads settings with `value`, and gives each one its verdict
 verdict was given is `no equivalent` in the end, so that a key nobody thought of shows up by its line.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ class Translation:
         """The same, a number for sure (or None): ConfigError by line for a value such as a shell's
         `$(nproc)` that is only known where the script runs."""
         value = self.value(key, fallback)
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
             return value
         fix = "Give the variable behind it with --env NAME=VALUE, or write the number."
         raise ConfigError(f"a number is needed, and the file says {value!r}", where=self.where(key), fix=fix)
@@ -112,27 +113,31 @@ class Translation:
             self.comments[path] = comment
 
     def set_batch(self, batch: SixNumbers, keys: Iterable[str], note: str = "") -> None:
-        """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from."""
+        """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from, as a
+        mapping with the names of those keys that each one decides."""
+        decides = keys if isinstance(keys, Mapping) else {}
         keys = list(keys)
         ranks = self.world_size or batch.ranks
         keys_of_trl = batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0])))
         self.batch, self.world_size = batch, ranks
+        processes = "1 process" if ranks == 1 else f"{ranks} processes"
         arithmetic = (
             f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
             f"{batch.completions} per optimizer step"
         )
         comments = {
             "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
-            "gradient_accumulation_steps": f"{batch.completions} completions per step / {ranks} processes / "
+            "gradient_accumulation_steps": f"{batch.completions} completions per step / {processes} / "
             f"{keys_of_trl.per_device_train_batch_size}",
-            "steps_per_generation": f"{batch.rollout} completions per rollout / {ranks} processes / "
+            "steps_per_generation": f"{batch.rollout} completions per rollout / {processes} / "
             f"{keys_of_trl.per_device_train_batch_size}",
         }
         values = {f"grpo.{name}": value for name, value in vars(keys_of_trl).items()}
         for name, comment in comments.items():
             self.comments[f"grpo.{name}"] = comment
         for key in keys:
-            self.converted(key, values, "; ".join(part for part in (arithmetic, note) if part))
+            targets = {path: values[path] for path in (f"grpo.{name}" for name in decides.get(key, vars(keys_of_trl)))}
+            self.converted(key, targets, "; ".join(part for part in (arithmetic, note) if part))
         for path, value in values.items():
             self.set(path, value)
 

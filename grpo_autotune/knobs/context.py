@@ -96,8 +96,8 @@ def cached_file(name: str, revision: str | None, file: str) -> Path | None:
 
 
 def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
-    """Least and most pixels that the image processor leaves an image, where its file is in a folder or in the hub's
-    cache: smaller images are enlarged, larger ones shrunk."""
+    """Least and most pixels that the data section and the image processor, where its file is in a folder or in the
+    hub's cache, leave an image: smaller images are enlarged, larger ones shrunk."""
     name, revision = str(config.model.name_or_path), config.model.revision
     whole = stored_json(name, revision, "processor_config.json").get("image_processor") or {}
     settings = whole or stored_json(name, revision, "preprocessor_config.json")
@@ -106,4 +106,6 @@ def pixel_bounds(config: RunConfig) -> tuple[int, int] | None:
         settings.get("min_pixels") or size.get("shortest_edge"),
         settings.get("max_pixels") or size.get("longest_edge"),
     )
-    return (int(least), int(most)) if least and most else None
+    if not least or not most:
+        return None
+    return max(int(least), config.data.min_pixels or 0), min(int(most), config.data.max_pixels or int(most))

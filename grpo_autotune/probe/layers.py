@@ -175,7 +175,8 @@ def _rewards_layer(probe: Observer, row: Seam) -> Layer:
     def rewards(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         with recorder.span("reward"):
             scores = call_next(*args, **kwargs)
-        if recorder.is_open and not recorder.inside(APART):
+        of_further = recorder.inside("prompt", "copy")  # of `resample`, which hands over those of the chosen rows later
+        if recorder.is_open and not recorder.inside(APART) and not of_further:
             probe.tokens.see_rewards(probe.closed, scores)
         return scores
 

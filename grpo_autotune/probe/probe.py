@@ -195,6 +195,7 @@ class Probe:
             trainer=facts,
             tokens=self.tokens.facts(first, steps, self.cycle, facts),
             images=self.images.facts(first, steps, self.cycle, partial(image_tokens, self.trainer.processing_class)),
+            resample=getattr(getattr(self.trainer, "resampling", None), "facts", None),
             rewards=self.rewards.facts(),
             remote=[one.calls().model_copy(update={"place": place}) for place, one in self.remote.items()],
             utilisation=self._sampler.summary(),

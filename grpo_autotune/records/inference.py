@@ -43,6 +43,7 @@ class Settings(Document):
     n: int  # completions of each prompt
     greedy: bool
     sampling: dict[str, Any]  # keys of `grpo`
+    prompts: dict[str, Any] = {}  # keys of `data` and `model` that prompts depend on, beside the rows
     rewards: list[dict[str, Any]]  # items of the configuration
 
 

@@ -107,6 +107,16 @@ class TokenFacts(Frozen):
     reward_mean: float  # mean weighted reward
 
 
+class ResampleFacts(Frozen):
+    """Dynamic sampling since the run began, warm-up included."""
+
+    rollouts: int = 0
+    rounds: int = 0  # generations for them, the first of each included
+    groups: int = 0  # groups of a rollout, over all ranks, and of a generation
+    dead_groups: int = 0  # groups of equal rewards that stayed, in all rollouts
+    further_s: float = 0.0  # seconds of the generations after the first, their rewards included
+
+
 class ImageFacts(Frozen):
     """Images of the measured generations."""
 
@@ -289,6 +299,7 @@ class ProbeRecord(Frozen):
     trainer: TrainerFacts
     tokens: TokenFacts | None = None
     images: ImageFacts | None = None
+    resample: ResampleFacts | None = None  # None where it is off
     rewards: list[RewardCall] = []
     remote: list[RemoteCalls] = []  # of rewards over a network
     utilisation: list[Utilisation] = []

@@ -12,6 +12,7 @@ from grpo_autotune.records.probe import (
     OtherLoad,
     Phase,
     ProfiledStep,
+    ResampleFacts,
     RewardCall,
     TokenFacts,
     TrainerFacts,
@@ -136,6 +137,7 @@ class Report(Document):
     engine: EngineFacts | None = None
     startup: list[Phase]
     images: ImageFacts | None
+    resample: ResampleFacts | None = None
     tokens: TokenFacts | None
     profiled: ProfiledStep | None = None
     others: OtherLoad | None = None

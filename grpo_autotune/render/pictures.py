@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import altair as alt
 
+from grpo_autotune.records.imported import TRAINING_PASS
 from grpo_autotune.records.probe import STAGES
 from grpo_autotune.records.trial import Status
 from grpo_autotune.render.page import Picture, Table, datum
@@ -17,6 +18,9 @@ _STAGES = (BLUE, ORANGE, "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", 
            "#8A8A8A", "#9A5A2A", "#B8A000", "#BDBDBD")  # fmt: skip
 _STATUS = ("#009E73", "#D55E00", "#CC79A7", ORANGE, "#8F4D70", "#8A8A8A", "#56B4E9", "#B8A000")
 STAGE_COLOURS = dict(zip(STAGES, _STAGES, strict=True))
+LUMPS = {TRAINING_PASS: "#F0A27A", "training forward": "#F6CE6B"}
+"""Rows of a log that are no stage."""
+UNKNOWN = "#BDBDBD"
 STATUS_COLOURS = dict(zip(get_args(Status), _STATUS, strict=True))
 WIDTH, NARROW = 820, 380
 MOST_DOTS = 60
@@ -62,6 +66,7 @@ def chart_of(rows: Iterable[dict[str, Any]], height: int = 150, width: int = NAR
 
 def coloured(field: str, rows: Rows, colours: dict[str, str]) -> Any:
     """The colours of those values of the field that there are, with a legend."""
+    colours = colours | {row[field]: LUMPS.get(row[field], UNKNOWN) for row in rows if row[field] not in colours}
     shown = [name for name in colours if any(row[field] == name for row in rows)]
     scale = alt.Scale(domain=[datum(name) for name in shown], range=[colours[name] for name in shown])
     return alt.Color(f"{field}:N", title=None, scale=scale)

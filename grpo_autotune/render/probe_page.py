@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.records.imported import LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.render import pictures as draw
 from grpo_autotune.render.page import Block, Lines, Picture, Section, Table, from_rich
@@ -57,7 +58,7 @@ def summary(report: Report) -> str:
     return f"{report.bound} The best exact change, {what}, is predicted to save {saving} of it."
 
 
-def step_picture(report: Report) -> Picture:
+def step_picture(report: Report | LogReport) -> Picture:
     """The stages of the median step in one bar."""
     shares = [(row.name, row.self_s, row.share) for row in report.stages if row.self_s > 0.0]
     largest = sorted(shares, key=lambda row: -row[1])[:3]
@@ -88,7 +89,7 @@ def _timeline(report: Report, folder: Path) -> Iterator[Picture]:
         yield draw.picture("The fastest, the median and the slowest step", alt, chart, table, note)
 
 
-def steps_picture(report: Report) -> Iterator[Picture]:
+def steps_picture(report: Report | LogReport) -> Iterator[Picture]:
     """A bar for each of the last steps."""
     stages = [row for row in report.stages if row.per_step_s]
     steps = report.steps[-MOST_STEPS:]

@@ -21,7 +21,7 @@ STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
 AS_MEASURED = (
     *("fidelity", "engine", "startup", "images", "tokens", "profiled", "others", "rewards", "weight_sync_bytes"),
-    *("rank", "trainer", "versions", "runtime"),
+    *("rank", "trainer", "versions", "runtime", "resample"),
 )
 """Fields of a report that are the record's."""
 TRAINED = ("policy_logprob", "backward", "optimizer")
@@ -125,11 +125,12 @@ def _rates(facts: Facts) -> Rates | None:
 
 
 def _per_step(one: RemoteCalls, facts: Facts) -> RemoteCalls:
-    """A row is scored once in `num_iterations` steps; a cost per row holds whatever ranks and evaluations asked."""
-    t = facts.record.trainer
+    """A row is scored once in `num_iterations` steps, and dynamic sampling has more rows scored than trained on; a cost
+    per row holds whatever ranks and evaluations asked."""
+    t, r = facts.record.trainer, facts.record.resample
     steps = run_steps(facts.config, t.train_rows) if facts.config is not None else None
     parts = {"calls": one.calls, "tokens": one.tokens_in + one.tokens_out, "cost": one.cost}
-    scale = t.rows / t.num_iterations / max(1, one.rows)
+    scale = t.rows / t.num_iterations / max(1, one.rows) * (r.rounds / r.rollouts if r and r.rollouts else 1.0)
     per_step = {f"{name}_per_step": None if n is None else n * scale for name, n in parts.items()}
     whole = None if steps is None or one.cost is None else one.cost * scale * steps
     return one.model_copy(update={**per_step, "cost_per_run": whole})

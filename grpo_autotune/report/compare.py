@@ -31,6 +31,7 @@ LEAST_SHARE, ALIKE = 0.01, 0.02
 ON_HOST = ("data", "prompt", "tools", "reward", "log_save_eval", "other")  # stages that cores do, with a GPU too
 SAME_DATA = (
     *("path", "name", "revision", "split", "split_ratio", "subsample", "max_samples", "mix", "seed"),
+    *("max_pixels", "min_pixels", "max_prompt_tokens", "prompt_overflow"),
     *("prompt_template", "prompt_format", "system_prompt"),
 )
 
@@ -62,16 +63,12 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
     rows, names = [], {**before, **after}
     for name in names:
         (old_s, old), (new_s, new) = before.get(name, (0.0, [])), after.get(name, (0.0, []))
-        equal_s, change, apart = factors[name] * new_s, None, True  # where only one of them has the stage
+        half = math.inf  # where only one of them has the stage
         if old_s > 0.0 and new_s > 0.0:
-            each, ratio = confidence if name == "step" else confidence ** (1.0 / (len(names) - 1)), equal_s / old_s
+            each = confidence if name == "step" else confidence ** (1.0 / (len(names) - 1))
             half = math.hypot(half_width(a.report, name, old, each), half_width(b.report, name, new, each))
-            change = [ratio * math.exp(end) - 1.0 for end in (-half, 0.0, half)] if half < math.log(1e6) else None
-            apart = abs(math.log(ratio)) > half
-        large = abs(equal_s - old_s) >= LEAST_SHARE * a.report.step_s
-        word: Word = "within noise" if not (apart and large) else "slower" if equal_s > old_s else "faster"
-        rows.append(RatioRow(name=name, before_s=old_s, after_s=new_s, scale=factors[name], change=change, word=word))
-    old_facts, new_facts = _facts(a), _facts(b)
+        rows.append(ratio_row(name, (old_s, new_s), factors[name], half, a.report.step_s))
+    old_facts, new_facts = facts_of(a), facts_of(b)
     return Pair(
         run=b.name,
         steps=[len(side["step"][1]) for side in (before, after)],
@@ -83,16 +80,34 @@ def _pair(a: Run, b: Run, confidence: float) -> Pair:
     )
 
 
+def ratio_row(name: str, spent: tuple[float, float], factor: float, half: float, step_s: float) -> RatioRow:
+    """Two runs' seconds, the second times `factor` for equal work; the logarithm of their ratio is known to `half`."""
+    old_s, new_s = spent
+    equal_s, change, apart = factor * new_s, None, True
+    if old_s > 0.0 and new_s > 0.0:
+        ratio = equal_s / old_s
+        change = [ratio * math.exp(end) - 1.0 for end in (-half, 0.0, half)] if half < math.log(1e6) else None
+        apart = abs(math.log(ratio)) > half
+    large = abs(equal_s - old_s) >= LEAST_SHARE * step_s
+    word: Word = "within noise" if not (apart and large) else "slower" if equal_s > old_s else "faster"
+    return RatioRow(name=name, before_s=old_s, after_s=new_s, scale=factor, change=change, word=word)
+
+
 def half_width(run: Report | ProbeRecord, name: str, cycles: list[float], confidence: float) -> float:
     """Half of the interval of the logarithm of a run's seconds, of which these are the cycles': Student's for the error
     of their mean, normal for the drift, to which comes what is lost with the share that other processes took."""
+    on_gpu, others = run.trainer.device != "cpu" and name not in ON_HOST, run.others
+    taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
+    least = math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, math.log(1.0 - min(taken, 0.9)))
+    return half_interval(cycles, least, confidence)
+
+
+def half_interval(cycles: list[float], least: float, confidence: float) -> float:
+    """The same with `least` for the drift of the pace, where the cycles do not show more."""
     if len(cycles) < 2:
         return math.inf
     tail, error = (1.0 + confidence) / 2.0, statistics.stdev(cycles) / statistics.fmean(cycles) / len(cycles) ** 0.5
     low, _, high = statistics.quantiles([math.log(max(spent, 1e-9)) for spent in cycles], method="inclusive")
-    on_gpu, others = run.trainer.device != "cpu" and name not in ON_HOST, run.others
-    taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
-    least = math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, math.log(1.0 - min(taken, 0.9)))
     drift = max(least, PER_SPREAD * (high - low))
     return math.hypot(float(stdtrit(len(cycles) - 1, tail)) * error, statistics.NormalDist().inv_cdf(tail) * drift)
 
@@ -144,7 +159,7 @@ def _differences(a: Run, b: Run) -> Iterator[str]:
             yield f"during {run.name} {run.report.others.words}"
 
 
-def _facts(run: Run) -> dict[str, float]:
+def facts_of(run: Run) -> dict[str, float]:
     """Tokens, images, rewards and memory, as far as the run tells."""
     tokens, images = run.report.tokens, run.report.images
     facts = {"completions per second": run.report.trainer.rows / run.report.step_s}

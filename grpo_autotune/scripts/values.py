@@ -28,7 +28,7 @@ from grpo_autotune.rollout.colocate.unlock import Unlocked
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.layers import AttributeSlot, Next, wrap
-from grpo_autotune.seams.stored_images import image_columns
+from grpo_autotune.seams.stored_images import Limits, image_columns
 from grpo_autotune.speedups.selection import chosen
 
 IMAGE_SIZE = "data.image_size"
@@ -164,4 +164,4 @@ def _resized(rows: Any, size: int) -> Any:
     if not isinstance(rows, datasets.Dataset) or not image_columns(rows.column_names):
         what = "the script gives its trainer no data set with a column of images by the keyword train_dataset"
         raise ConfigError(what, where=IMAGE_SIZE, fix="Take this knob out of the search (search.knobs).")
-    return prepare_images(rows, size, Path.cwd(), "the script's data", lambda line: None)
+    return prepare_images(rows, Limits(size), Path.cwd(), "the script's data", lambda line: None)

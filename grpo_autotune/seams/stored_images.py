@@ -1,8 +1,10 @@
 """Images as `datasets` stores them, not decoded: the rows of a column, and the size that an image's header tells."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from typing import Any
 
 Stored = Mapping[str, Any]
@@ -67,6 +69,32 @@ def header_size(image: Stored) -> tuple[int, int]:
     with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
         width, height = opened.size
     return width, height
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of an image's sides in pixels, and of their product; None is no limit."""
+
+    longest: int | None = None  # of the longer side
+    most: int | None = None  # width times height
+    least: int | None = None  # the same; what is smaller is enlarged
+
+    def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height within the limits, aspect kept."""
+        if self.longest is not None and self.longest < max(size):
+            size = scaled(size, self.longest)
+        area = size[0] * size[1]
+        if self.most is not None and area > self.most:
+            side = math.floor(max(size) * math.sqrt(self.most / area))
+            return next(fit for longest in range(side, 0, -1) if math.prod(fit := scaled(size, longest)) <= self.most)
+        if self.least is not None and area < self.least:
+            side = math.ceil(max(size) * math.sqrt(self.least / area))
+            return next(fit for longest in count(side) if math.prod(fit := scaled(size, longest)) >= self.least)
+        return size
+
+    def __str__(self) -> str:
+        kinds = (self.longest, "{} px"), (self.most, "at most {} pixels"), (self.least, "at least {} pixels")
+        return ", ".join(text.format(value) for value, text in kinds if value) or "their own size"
 
 
 def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:

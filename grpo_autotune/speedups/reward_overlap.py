@@ -49,6 +49,8 @@ class RewardOverlap:
         if not _has_pass(trainer):
             no_pass = "between generation and rewards there is no pass to hide behind"
             return f"grpo.beta is 0 and grpo.use_vllm is false: {no_pass}"
+        if getattr(trainer, "resampling", None) is not None:
+            return "resample needs the rewards before those passes"
         if trainer.rollout_func is not None:
             return "rollout_func: what it returns is given to the rewards after those passes"
         return None

@@ -34,11 +34,13 @@ from grpo_autotune.train.arguments import (
 from grpo_autotune.train.branches.control import BranchControl
 from grpo_autotune.train.branches.evaluation import evaluate_by_branch
 from grpo_autotune.train.branches.rows import divided
-from grpo_autotune.train.data.datasets import LoadData, load_data
+from grpo_autotune.train.data.datasets import LoadData, check_rows, load_data
 from grpo_autotune.train.data.templates import fit_prompts
+from grpo_autotune.train.eval_sampling import evaluate_with
 from grpo_autotune.train.models.adapter import load_policy, settle_reference
 from grpo_autotune.train.models.load import check_images, load_processor, model_source
 from grpo_autotune.train.monitors.callback import Monitors
+from grpo_autotune.train.resample import Resampling
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.rewards.failures import attend
 from grpo_autotune.train.rewards.without_model import ask_first
@@ -144,11 +146,12 @@ def build_trainer(
         processor = load_processor(config.model, source)
         check_images(processor, train_data.column_names)
         options = arguments.grpo.chat_template_kwargs or {}
-        train_data = fit_prompts(train_data, processor, options, config.data.path, say)
+        train_data = fit_prompts(train_data, processor, options, config.data.path, say, config.data)
+        check_rows(config, len(train_data))
         fitted = {}
         for name, one in config.data.held_out.items():
             rows = eval_data[name] if name else eval_data
-            fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say)
+            fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say, config.data)
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
@@ -174,6 +177,10 @@ def build_trainer(
         evaluate_by_branch(trainer, config.branches, BranchControl(trainer, config.branches, config.grpo, say))
     if config.grpo.get("advantages") == "rank":
         put_ranks_on(trainer)
+    if config.resample is not None:
+        trainer.resampling = Resampling(trainer, config.resample, say)
+    if config.eval_sampling is not None:
+        evaluate_with(trainer, config.eval_sampling, say)
     if config.speedups != "none":
         for line in speed_up(trainer, config.speedups, check=config.speedups_check).lines():
             say(line)

@@ -23,7 +23,7 @@ from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.speedups.batches.groups import in_groups
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, suppress_image_token, unlocked_engine
-from grpo_autotune.train.branches.evaluation import greedy_generation
+from grpo_autotune.train.eval_sampling import greedy_generation
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.trained.load import load_trained
 from grpo_autotune.trained.prompts import prompt_of

@@ -61,9 +61,14 @@ class Scorer(AbstractContextManager["Scorer"]):
         except ConfigError as error:
             raise ConfigError(error.what, where=error.where, fix=f"{error.fix or ''} {NO_COLUMN}".strip()) from error
         if config.branches is not None:
-            self.branches = branch_of_rows(config.branches, rows, where)
             self._functions = judges_of(config.branches, config.rewards, self._functions)
+        self.sort(config, rows, where)
         self._runner = asyncio.Runner()
+
+    def sort(self, config: RunConfig, rows: datasets.Dataset, where: str) -> None:
+        """Take note of the rows' branches, of those that are left."""
+        if config.branches is not None:
+            self.branches = branch_of_rows(config.branches, rows, where)
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
         """The fields `rewards`, `failed` and `total` of each completion."""

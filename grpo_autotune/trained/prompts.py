@@ -11,13 +11,17 @@ from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.train.data.datasets import first_rows
 from grpo_autotune.train.data.templates import fit_prompts
 
+SPARE = 8
+"""Rows that are read for each that is wanted, where those with long prompts are left out."""
+
 
 def first_prompts(config: RunConfig, processor: Any, count: int, say: Callable[[str], None]) -> tuple[list[Any], str]:
     """At most `count` prompts of held-out rows, or else of training rows, and the kind of the rows in a word; raises as
     `first_rows` and `fit_prompts`."""
-    rows, kind = first_rows(config, count, say)
-    rows = fit_prompts(rows, processor, template_options(config), config.data.path, say)
-    return [prompt_of(row, processor) for row in rows], kind
+    spare = 1 if config.data.max_prompt_tokens is None else SPARE
+    rows, kind = first_rows(config, count * spare, say)
+    rows = fit_prompts(rows, processor, template_options(config), config.data.path, say, config.data)
+    return [prompt_of(row, processor) for row in rows.select(range(min(count, len(rows))))], kind
 
 
 def template_options(config: RunConfig | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from grpo_autotune.records.probe import (
     ProbeRecord,
     ProfiledStep,
     RankTimings,
+    ResampleFacts,
     RewardCall,
     StageKernels,
     StageRow,
@@ -566,3 +567,12 @@ def test_rows_from_a_cache_and_rows_without_a_score_are_warned_of() -> None:
     assert lines[1] == "12% of the rows of judge got no score (timeout 4 and schema 2)."
     assert not list(remote.remote_warnings(judged(judged_record())))
     assert lines[0] in warnings(judged(judged_record(cached)))
+
+
+def test_the_cost_of_dynamic_sampling() -> None:
+    once = ResampleFacts(rollouts=4, rounds=4, groups=8)
+    assert warnings(facts(demo_record(resample=once))) == []
+    often = once.model_copy(update={"rounds": 10, "dead_groups": 2, "further_s": 6.0})
+    (line,) = warnings(facts(demo_record(resample=often)))
+    assert "2.5 generations per rollout" in line and "take 1.50 s per rollout, 30% of its steps" in line
+    assert "6.2% of the groups trained on have equal rewards nevertheless" in line

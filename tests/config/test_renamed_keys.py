@@ -37,7 +37,7 @@ def test_every_key_of_the_table_is_foreign_and_leads_to_a_key_of_ours() -> None:
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
-        ("max_prompt_length", "TRL removed it in 0.28 and cuts no prompt: filter long ones out of the data."),
+        ("max_prompt_length", "TRL removed it in 0.28: write data.max_prompt_tokens, and data.prompt_overflow: left."),
         ("vllm_device", "TRL removed it in 0.18: the engine is on the trainer's GPUs, or at a server (vllm.mode)."),
         ("torch_dtype", "Use model.dtype."),
         ("reward_funcs", "Use rewards."),

@@ -12,6 +12,7 @@ from PIL import Image
 from grpo_autotune.rollout.colocate import image_sizes as module
 from grpo_autotune.rollout.colocate.image_sizes import image_sizes
 from grpo_autotune.rollout.colocate.unlock import data_of
+from grpo_autotune.seams.stored_images import Limits
 from grpo_autotune.train.data.images import prepare_images
 
 
@@ -57,7 +58,7 @@ def test_each_file_and_each_data_set_is_read_once(tmp_path, opened):
 def test_prepared_rows(tmp_path):
     paths = pictures(tmp_path, (40, 20), (100, 50))
     rows = datasets.Dataset.from_dict({"image": paths, "prompt": ["a", "b"]})
-    assert image_sizes([prepare_images(rows, 60, tmp_path, "here", print)]) == {(40, 20), (60, 30)}
+    assert image_sizes([prepare_images(rows, Limits(60), tmp_path, "here", print)]) == {(40, 20), (60, 30)}
 
 
 def test_the_data_of_a_trainer():

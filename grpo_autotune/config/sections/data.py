@@ -1,11 +1,14 @@
 """The `data` section: the prompts, held-out ones, and the columns that rewards read."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.template_text import prompt_template_text
 from grpo_autotune.errors import ConfigError
+
+Overflow = Literal["filter", "error", "left"]
 
 
 class HeldOut(Section):
@@ -36,8 +39,9 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Our column -> the data's column: `prompt`, `image`, `images`, and what rewards read (`answer`); a dot goes into
     what a column holds: `reward_model.ground_truth`, `messages.0.content`, `conversations.:-1` (all but the last)."""
-    prompt_template: str | None = None
-    """Prompt as a format string over columns: `"{question} Answer with a number."`"""
+    prompt_template: Annotated[str | None, AfterValidator(prompt_template_text)] = None
+    """Prompt over columns as a format string, `"{question} Answer with a number."`, or in Jinja, `"{{ question }}"`, or
+    a file of Jinja (`.jinja`, `.j2`), which is read right away."""
     prompt_format: Literal["messages", "text"] = "messages"
     """Text as a user message, to which the chat template is applied; `text` gives the model the text as it is."""
     system_prompt: str | None = None
@@ -50,6 +54,10 @@ class Source(Section):
     """The same for held-out data."""
     image_size: int | None = Field(default=None, ge=1)
     """Longest side of an image in pixels; larger ones are resized once, aspect kept, and none is enlarged."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Most pixels of an image, width times height; larger ones are shrunk, aspect kept, after `image_size`."""
+    min_pixels: int | None = Field(default=None, ge=1)
+    """Least pixels of an image; smaller ones are enlarged, aspect kept, whatever `image_size` says."""
     image_root: str | None = None
     """Folder that relative image paths start from; by default that of the data file."""
     params: dict[str, Any] = {}
@@ -68,14 +76,17 @@ class Source(Section):
         if self.subsample is not None and self.subsample >= 1 and self.subsample % 1:
             what = f"{self.subsample} is neither a number of rows nor a share below 1"
             raise ConfigError(what, where="data.subsample")
+        if self.max_pixels is not None and self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"more than data.max_pixels {self.max_pixels}", where="data.min_pixels")
         return self
 
 
 class Part(Source):
     """One data set of a mixture."""
 
-    weight: float = Field(gt=0, allow_inf_nan=False)
-    """Its part of an epoch's rows, against the weights of the others."""
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Its part of an epoch's rows, against the weights of the others; by default its number of rows, so that data sets
+    without weights are one, each row of which an epoch has once."""
 
 
 class DataSection(Source):
@@ -86,8 +97,13 @@ class DataSection(Source):
     reports its own `eval_<name>_loss`; TRL names its metrics (`eval_reward`) alike for all: the best model is the last
     set's."""
     mix: dict[str, Part] = {}
-    """A mixture instead of one data set: name -> weight (a name in the registry), or mapping of `weight` and these
-    keys; `path` then is its title. A row's column `dataset` holds the name."""
+    """A mixture instead of one data set, or several files: name -> weight (a name in the registry), or mapping of
+    `weight`, `path` and these keys; the section's `path` then is its title. A row's column `dataset` holds the name."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of a prompt as the model gets it: chat template applied, each image counted in its tokens."""
+    prompt_overflow: Overflow = "filter"
+    """For longer prompts: `filter` leaves their rows out, training and held-out ones, and tells how many; `error` ends
+    with the first one's row; `left` keeps a prompt's last tokens, and ends where its row has an image."""
     seed: int = Field(default=0, ge=0)
     """Seed of `split_ratio`, `subsample` and the order of a mixture; that of training (`grpo.seed`) leaves it alone."""
     registry: str | None = None
@@ -122,5 +138,6 @@ class DataSection(Source):
         return self
 
 
-OF_PARTS = (*sorted(Source.model_fields.keys() - {"path", "subsample", "max_samples", "image_size"}), "eval")
+IMAGE_LIMITS = ("image_size", "max_pixels", "min_pixels")
+OF_PARTS = (*sorted(Source.model_fields.keys() - {"path", "subsample", "max_samples", *IMAGE_LIMITS}), "eval")
 """Keys of the section that a mixture leaves to its parts."""

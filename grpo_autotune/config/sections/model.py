@@ -1,10 +1,11 @@
 """The `model` section."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.template_text import chat_template_text
 from grpo_autotune.errors import ConfigError
 
 
@@ -29,6 +30,9 @@ class ModelSection(Section):
     adapter_reference: Literal["adapter", "base"] = "adapter"
     """With `adapter`, the reference model of the KL term: that adapter as it is at the start, as in TRL, or the base
     model without it."""
+    chat_template: Annotated[str | None, AfterValidator(chat_template_text)] = None
+    """Chat template instead of the model's own, as Jinja text or a file (`.jinja`, `.j2`), which is read right away. It
+    is saved with what is trained."""
     freeze_vision_tower: bool = False
     """Do not train the vision tower of a vision-language model."""
     trust_remote_code: bool = False

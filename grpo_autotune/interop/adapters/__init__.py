@@ -1,1 +1,1 @@
-"""Files that let a reward function of another framework be called as TRL calls one, unchanged."""
+"""Rewards of other frameworks in the form of TRL's, their files called as they are."""

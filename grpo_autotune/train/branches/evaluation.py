@@ -1,16 +1,14 @@
 """Evaluation of branches: held-out rows of each by themselves, sampled or greedy, in one evaluation of TRL's."""
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from grpo_autotune.config.sections.branches import Branches
 from grpo_autotune.seams.layers import AttributeSlot, wrap
 from grpo_autotune.train.branches.control import BranchControl
 from grpo_autotune.train.branches.rows import branch_of_rows
-
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}  # without its warnings
+from grpo_autotune.train.eval_sampling import greedy_generation
 
 
 def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl) -> None:
@@ -34,22 +32,3 @@ def evaluate_by_branch(trainer: Any, branches: Branches, control: BranchControl)
         return outputs[0]._replace(metrics=metrics, num_samples=count)
 
     wrap(AttributeSlot(trainer, "evaluation_loop"), loop)
-
-
-@contextmanager
-def greedy_generation(trainer: Any) -> Iterator[None]:
-    """One completion of each prompt inside, of the most likely tokens: further ones would be alike."""
-    holder, key, settings = trainer, "generation_config", 0.0
-    if trainer.use_vllm:
-        holder, key = trainer.vllm_generation, "temperature"
-    else:
-        settings = copy.deepcopy(trainer.generation_config)
-        settings.update(**GREEDY)
-    before = trainer.num_generations_eval, getattr(holder, key)
-    try:
-        trainer.num_generations_eval = 1
-        setattr(holder, key, settings)
-        yield
-    finally:
-        trainer.num_generations_eval, _ = before
-        setattr(holder, key, before[1])

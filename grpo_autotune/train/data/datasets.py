@@ -4,7 +4,6 @@ Text is rearranged here and nothing else: image columns are passed on as they ar
 copied that need not be.
 """
 
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,14 @@ import datasets
 
 from grpo_autotune.config.reward_arguments import GIVEN_BY_TRL
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.sections.data import DataSection, HeldOut, Source
+from grpo_autotune.config.sections.data import IMAGE_LIMITS, DataSection, HeldOut, Source
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint, with_row_numbers
-from grpo_autotune.seams.stored_images import image_columns
+from grpo_autotune.seams.stored_images import Limits, image_columns
 from grpo_autotune.train.data.images import prepare_images
 from grpo_autotune.train.data.mixing import drawn, in_proportion, mixed
 from grpo_autotune.train.data.nested import head_of, nested_column
 from grpo_autotune.train.data.pictures import lift
+from grpo_autotune.train.data.prompt_templates import NOT_FIT, compiled
 from grpo_autotune.train.data.prompts import shaped, with_prompts
 from grpo_autotune.train.data.sources import read_rows
 from grpo_autotune.train.models.load import size_check
@@ -125,11 +125,11 @@ def read_split(
     place = Path(path).expanduser()
     base = place.parent if place.is_file() else place if place.is_dir() else Path()
     root = base if data.image_root is None else Path(data.image_root).expanduser()
-    image_size = config.data.image_size or data.image_size
+    limits = Limits(*(getattr(config.data, key) or getattr(data, key) for key in IMAGE_LIMITS))
     with _numbered(numbers if rows is kept else {}, progress) as tell:
         finished, held = _columns(rows, data, path, key.partition(".eval")[0].removesuffix(".path"))
         try_size = size_check(config.model, tell)
-        return prepare_images(finished, image_size, root.absolute(), path, tell, held, try_size)
+        return prepare_images(finished, limits, root.absolute(), path, tell, held, try_size)
 
 
 def _some(
@@ -206,33 +206,18 @@ def _prompts(rows: datasets.Dataset, renamed: datasets.Dataset, data: Source, pl
         yield from enumerate(renamed["prompt"][:])
         return
     place += ".prompt_template"
+    fields, render = compiled(data.prompt_template, place)
     values = {}
-    for field in _fields(data.prompt_template, place):
+    for field in fields:
         source = renamed if field in renamed.column_names else rows
         if field not in source.column_names:
             raise _missing(field, rows, place)
         values[field] = source[field][:]
     for row in range(len(rows)):
-        cells = {field: column[row] for field, column in values.items()}
         try:
-            if None in cells.values():
-                raise ValueError("a column that it names is empty there")
-            prompt = data.prompt_template.format(**cells)
-        except (ValueError, TypeError) as error:
+            yield row, render({field: column[row] for field, column in values.items()})
+        except NOT_FIT as error:
             raise ConfigError(f"does not fit row {row}: {error}", where=place) from error
-        yield row, prompt
-
-
-def _fields(template: str, where: str) -> list[str]:
-    """Names of the columns in a template; ConfigError if it is not a format string over plain names."""
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        flaw = next((f"{{{field}}} is not the name of a column" for field in fields if not field.isidentifier()), "")
-    except ValueError as error:
-        flaw = f"not a format string: {error}"
-    if flaw:
-        raise ConfigError(flaw, where=where, fix="Write a literal brace twice: {{ or }}.")
-    return fields
 
 
 def _missing(column: str, rows: datasets.Dataset, where: str) -> ConfigError:

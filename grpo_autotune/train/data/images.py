@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import astuple
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import datasets
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from grpo_autotune.config.sections.data import IMAGE_LIMITS
 from grpo_autotune.errors import DataError
 from grpo_autotune.files import cache_dir, write_whole
-from grpo_autotune.seams.stored_images import THIN, Stored, image_columns, image_feature, scaled
+from grpo_autotune.seams.stored_images import THIN, Limits, Stored, image_columns, image_feature
 from grpo_autotune.train.data.pictures import INLINE, RowImages, stored_column
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -38,16 +40,15 @@ PNG_MODES = frozenset({"L", "LA", "RGB", "RGBA"})
 
 def prepare_images(
     rows: datasets.Dataset,
-    image_size: int | None,
+    limits: Limits,
     base: Path,
     where: str,
     progress: Callable[[str], None],
     held: Sequence[Sequence[Any]] = (),
     try_size: Callable[[int, int], Any] = lambda height, width: None,
 ) -> datasets.Dataset:
-    """Put each row's images, readable and no side longer than `image_size` pixels, into `image`, or `images` where they
-    are lists. Larger ones are shrunk, aspect kept, none is enlarged; None leaves all. DataError for the first image
-    that cannot be used, naming its row (counted from 0).
+    """Put each row's images, readable and within `limits`, into `image`, or `images` where they are lists. DataError
+    for the first image that cannot be used, naming its row (counted from 0).
 
     Images are paths, which start from `base`, bytes, text, or `datasets` images, and those that each row's messages
     `held`, as `pictures.lift` has them; None stays None. `try_size` is called with height and width of thin images, and
@@ -57,27 +58,26 @@ def prepare_images(
         names = ["images"]
         rows = rows.add_column("images", [[]] * len(rows), feature=image_feature(True, decode=False))
     if not names:
-        if image_size is not None:
-            progress(f"data.image_size is {image_size}, and {where} has no images")
+        for key, value in zip(IMAGE_LIMITS, astuple(limits), strict=True):
+            if value is not None:
+                progress(f"data.{key} is {value}, and {where} has no images")
         return rows
     columns = [stored_column(rows, name, where) for name in names]
     images = RowImages(columns, held, rows.select_columns(["prompt"]), base, where, progress)
     gathered = len(names) > 1 or any(map(any, held))
     name = "images" if gathered or columns[0].several else "image"
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        unfit, files = _check(images, image_size, try_size, pool)
+        unfit, files = _check(images, limits, try_size, pool)
         if unfit:
-            progress(f"resizing the images of {where} to {image_size or 'their own size'} px")
-            return _replace(rows, names, name, _make_all(images, image_size, pool))
+            progress(f"resizing the images of {where} to {limits}")
+            return _replace(rows, names, name, _make_all(images, limits, pool))
     if files or gathered:
         return _replace(rows, names, name, (row for _, batch in images.batches("listed") for row in batch))
     rows = rows.cast_column(names[0], image_feature(columns[0].several, decode=True))
     return rows if names == [name] else rows.rename_column(names[0], name)
 
 
-def _check(
-    images: RowImages, image_size: int | None, try_size: Callable[[int, int], Any], pool: Executor
-) -> tuple[bool, bool]:
+def _check(images: RowImages, limits: Limits, try_size: Callable[[int, int], Any], pool: Executor) -> tuple[bool, bool]:
     """Read every image; answer if one has to be made anew, and if one is a file."""
     with_frames: list[tuple[int, str]] = []
 
@@ -86,7 +86,7 @@ def _check(
         place, path = f"{images.where}, row {row}", f" {image['path']}" if image["path"] else ""
         try:
             size, mode, frames = _look(_content(image))
-            shown = _fitted(size, image_size)
+            shown = limits.fitted(size)
             if max(shown) > THIN * min(shown):
                 try_size(*reversed(shown))
         except READ_ERRORS as error:
@@ -131,7 +131,7 @@ def _has_frames(image: Image.Image) -> bool:
     return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
-def _make_all(images: RowImages, image_size: int | None, pool: Executor) -> Iterator[list[Stored]]:
+def _make_all(images: RowImages, limits: Limits, pool: Executor) -> Iterator[list[Stored]]:
     """Each row's images as paths of files that are fit to be shown; each distinct image is worked on once."""
     folder = cache_dir("images")
     done: dict[str, str] = {}
@@ -140,7 +140,7 @@ def _make_all(images: RowImages, image_size: int | None, pool: Executor) -> Iter
         return hashlib.sha256(_content(image)).hexdigest()[:40]
 
     def make(item: tuple[str, Stored]) -> str:
-        return str(_made(_content(item[1]), folder / item[0], image_size))
+        return str(_made(_content(item[1]), folder / item[0], limits))
 
     for _, batch in images.batches("resized"):
         present = [image for row in batch for image in row]
@@ -152,10 +152,10 @@ def _make_all(images: RowImages, image_size: int | None, pool: Executor) -> Iter
             yield [{"bytes": None, "path": done[next(left)]} for _ in row]
 
 
-def _made(content: bytes, stem: Path, image_size: int | None) -> Path:
+def _made(content: bytes, stem: Path, limits: Limits) -> Path:
     """Path of the file that holds the image fit to be shown; made if it is not there yet, whole or not at all."""
     with Image.open(BytesIO(content)) as image:
-        width, height = _fitted(image.size, image_size)
+        width, height = limits.fitted(image.size)
         as_it_is = (width, height) == image.size and not (image.mode.startswith(CUT_OFF) or _has_frames(image))
         as_jpeg = image.format == "JPEG"
         ending = (image.format or "png").lower() if as_it_is else "jpg" if as_jpeg else "png"
@@ -164,7 +164,7 @@ def _made(content: bytes, stem: Path, image_size: int | None) -> Path:
             return target
         if not as_it_is:
             upright, file = _storable(ImageOps.exif_transpose(image), as_jpeg), BytesIO()
-            small = upright.resize(_fitted(upright.size, image_size), Image.Resampling.LANCZOS)
+            small = upright.resize(limits.fitted(upright.size), Image.Resampling.LANCZOS)
             if as_jpeg:
                 small.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
             else:
@@ -172,10 +172,6 @@ def _made(content: bytes, stem: Path, image_size: int | None) -> Path:
             content = file.getvalue()
     write_whole(target, content, durable=False)
     return target
-
-
-def _fitted(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
-    return size if image_size is None or image_size >= max(size) else scaled(size, image_size)
 
 
 def _storable(image: Image.Image, as_jpeg: bool) -> Image.Image:

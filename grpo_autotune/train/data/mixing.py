@@ -58,11 +58,17 @@ def mixed(parts: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
 
 
 def in_proportion(data: DataSection, rows: datasets.Dataset, say: Callable[[str], None]) -> datasets.Dataset:
-    """Rows of a mixture for one epoch, in a drawn order and in the proportions of the weights: each at least once."""
-    total = sum(part.weight for part in data.mix.values())
+    """Rows of a mixture for one epoch, in a drawn order and in the proportions of the weights: each at least once,
+    without weights each once."""
     names = rows[NAME][:]
-    order = in_shares(names, {name: part.weight / total for name, part in data.mix.items()}, data.seed)
-    counts, taken = Counter(names), Counter(names[row] for row in order)
+    counts = Counter(names)
+    weights = {name: part.weight or counts[name] for name, part in data.mix.items()}
+    total = sum(weights.values())
+    if any(part.weight for part in data.mix.values()):
+        order = in_shares(names, {name: weight / total for name, weight in weights.items()}, data.seed)
+    else:
+        order = np.random.default_rng(data.seed).permutation(len(names)).tolist()
+    taken = Counter(names[row] for row in order)
     told = (f"{taken[name]} of {name} ({counts[name]} rows)" for name in data.mix)
     say(f"an epoch of {data.path}: {', '.join(told)}")
     return rows.select(order)

@@ -8,8 +8,10 @@ import datasets
 from transformers import ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
+from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.errors import ConfigError, DataError
 from grpo_autotune.seams.stored_images import image_columns
+from grpo_autotune.train.data.lengths import within_limit
 from grpo_autotune.train.data.prompts import MARKER, has_parts, with_prompts
 
 SAMPLE = 50
@@ -19,20 +21,37 @@ TURN_SIGNS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]"
 
 
 def fit_prompts(
-    rows: datasets.Dataset, processor: Any, options: dict[str, Any], where: str, say: Callable[[str], None]
+    rows: datasets.Dataset,
+    processor: Any,
+    options: dict[str, Any],
+    where: str,
+    say: Callable[[str], None],
+    data: DataSection | None = None,
 ) -> datasets.Dataset:
-    """Try the model's chat template, with these options, on the prompts; a text model gets each turn as one text.
-    ConfigError where there is no template, DataError, which names the row, where it refuses a prompt."""
+    """Try the model's chat template, with these options, on the prompts; a text model gets each turn as one text, and
+    what is longer than the section `data` admits is dealt with. ConfigError where there is no template, DataError,
+    which names the row, where it refuses a prompt, and as `within_limit`."""
     prompts = rows["prompt"][:]
-    if isinstance(prompts[0], str):
-        return rows
+    if not isinstance(prompts[0], str):
+        rows = _through_template(rows, prompts, processor, options, where, say)
+    return rows if data is None else within_limit(rows, processor, options, data, where, say)
+
+
+def _through_template(
+    rows: datasets.Dataset,
+    prompts: list[Any],
+    processor: Any,
+    options: dict[str, Any],
+    where: str,
+    say: Callable[[str], None],
+) -> datasets.Dataset:
     if not processor.chat_template:
         processor.chat_template = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
     if not processor.chat_template:
         raise ConfigError(
             "the model has no chat template to make a prompt of messages",
             where="model.name_or_path",
-            fix="Take the instruct model, put chat_template.jinja into its folder, or set data.prompt_format: text.",
+            fix="Take the instruct model, name one in model.chat_template, or set data.prompt_format: text.",
         )
     if not isinstance(processor, ProcessorMixin) and any(map(has_parts, prompts)):
         prompts = [[{**turn, "content": _in_one(turn["content"])} for turn in prompt] for prompt in prompts]
@@ -45,7 +64,7 @@ def fit_prompts(
             _try(prompts[row], processor, options, pictured=pictured)
         except Exception as error:  # a template is a program, and raises what its author likes
             what = f"the model's chat template refuses this prompt: {error}"
-            fix = "Correct the row or chat_template.jinja; what a system message says can go into data.prompt_template."
+            fix = "Correct the row or model.chat_template; what a system message says can go into data.prompt_template."
             raise DataError(what, where=f"{where}, row {row}", fix=fix) from error
     _tell(prompts, processor, where, say)
     return rows

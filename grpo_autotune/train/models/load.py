@@ -73,6 +73,9 @@ def load_processor(section: ModelSection, source: str) -> Any:
             **options,
         )
     check_padding(processor, source)
+    if section.chat_template is not None:
+        for one in (processor, getattr(processor, "tokenizer", processor)):
+            one.chat_template = section.chat_template
     return processor
 
 

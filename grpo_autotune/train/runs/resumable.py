@@ -51,6 +51,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         self.stop_request: StopRequest | None = None  # where a signal leaves its wish to stop
         self.monitors: Any = None  # callback of a training in a run folder
         self.evaluations: Any = None  # the same
+        self.resampling: Any = None  # layers of `resample`, where it is asked for
         self.best_checkpoint: str | None = None  # stays, beside transformers' own best
         self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)

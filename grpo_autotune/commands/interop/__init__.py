@@ -1,0 +1,1 @@
+"""The commands `import` and `export`, for configurations and logs of other frameworks."""

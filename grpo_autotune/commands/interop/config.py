@@ -1,0 +1,97 @@
+"""`grpo-autotune import`: another framework's configuration as a YAML of ours, and what became of each setting."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sources import DEFAULT_FILE
+from grpo_autotune.config.yaml_text import parse_yaml
+from grpo_autotune.console import complain, say, show
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import write_whole
+from grpo_autotune.interop.importing import import_file
+from grpo_autotune.interop.writing.yaml_text import yaml_text
+from grpo_autotune.records.imported import STRICT, Imported
+from grpo_autotune.render.imported import named, render_imported
+from grpo_autotune.units import plural
+
+NARROWEST = 60
+
+
+def import_config(
+    path: Path, *, framework: str | None, version: str | None, world_size: int | None, environment: Mapping[str, str],
+    out: Path | None, strict: bool, as_json: bool,
+) -> Imported | None:  # fmt: skip
+    """Import a file, print its table or (`as_json`) its record, and write the YAML with what belongs beside it: to
+    `out`, else to a `grpo.yaml` that is not there yet. None where `strict` is asked for and a setting loses its
+    meaning; nothing is written then. ConfigError where the file cannot be imported or the result not be written."""
+    target = out or Path(DEFAULT_FILE)
+    if out is None and target.exists():
+        raise ConfigError("it is there already", where=str(target), fix="Name the file to write with --out.")
+    translation = import_file(
+        path, framework=framework, version=version, world_size=world_size, environment=environment
+    )
+    imported = translation.finished()
+    text = yaml_text(imported, translation.comments)
+    check(imported, text, str(target))
+    lost = [row for row in imported.rows if row.verdict in STRICT] if strict else []
+    if not lost:
+        _write(target, text, imported.files)
+    width = max(NARROWEST, shutil.get_terminal_size((100, 24)).columns)
+    show(imported.model_dump_json(indent=2) if as_json else render_imported(imported, width))
+    if lost:
+        first = f"{lost[0].key} ({named(lost[0])}) is the first of {plural(len(lost), 'setting')} whose meaning is lost"
+        complain(f"grpo-autotune: --strict: {first}; nothing was written", everywhere=False)
+        return None
+    for line in _next(imported, target):
+        say(line)
+    return imported
+
+
+def check(imported: Imported, text: str, where: str) -> None:
+    """Judge the configuration for the processes it was written for; ConfigError by the source's line where it is
+    refused, which is a fault of the importer."""
+    kept = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(imported.world_size)
+    try:
+        RunConfig.from_dict(parse_yaml(text, where))
+    except ConfigError as error:
+        row = next((row for row in imported.rows if error.where in row.targets), None)
+        source = f", {named(row)}: {row.key}" if row else ""
+        fix = f"Report this file: the importer wrote what {error.where} refuses."
+        raise ConfigError(error.what, where=f"{imported.file}{source}", fix=fix) from error
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        os.environ.update({} if kept is None else {"WORLD_SIZE": kept})
+
+
+def _write(target: Path, text: str, beside: Mapping[str, str]) -> None:
+    """All files or none; a file beside the configuration that is there with another text is left alone."""
+    contents = {**{target.parent / name: content for name, content in beside.items()}, target: text}
+    for path in contents.keys() - {target}:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != contents[path]:
+            raise ConfigError("another file of this name is there", where=str(path), fix="Move it, or choose --out.")
+    made = [path for path in contents if not path.exists()]
+    try:
+        for path, content in contents.items():
+            write_whole(path, content)
+    except OSError as error:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise ConfigError(f"cannot be written ({error.strerror})", where=str(error.filename or target)) from error
+
+
+def _next(imported: Imported, target: Path) -> list[str]:
+    """Lines on what was written and what to do with it."""
+    ranks = imported.world_size
+    beside = f", with {', '.join(imported.files)} beside it" if imported.files else ""
+    lines = [f"Wrote {target}{beside}. Next:"]
+    if ranks == 1:
+        return [*lines, f"  grpo-autotune doctor {target}", f"  grpo-autotune probe {target}"]
+    train = f"torchrun --nproc-per-node {ranks} -m grpo_autotune"
+    return [
+        *lines, f"  WORLD_SIZE={ranks} grpo-autotune doctor {target}", f"  {train} probe {target}",
+        "It is for that many processes: import with --world-size 1 to run the same batch on one GPU.",
+    ]  # fmt: skip

@@ -1,0 +1,136 @@
+"""Reward functions of other frameworks, called by TRL: their files stay as they are.
+
+TRL gives a reward the lists of a batch of B: `completions` (texts, or messages), `completion_ids`, and one for each
+column. A style makes of them the arguments of one call for all, or of a call for each completion.
+"""
+
+import asyncio
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.adapters.swift_names import ORMS, provide_swift
+
+Batch = Mapping[str, Any]
+Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]
+"""True if one call is for the whole batch; positional arguments of each call; those by name."""
+
+
+class Called:
+    """A function of the Python file `path`, which starts from the folder of the file `beside`.
+
+    Args:
+        style: Framework that it was written for, a key of `module.STYLES`.
+        function: Its name, or for ms-swift that in the plugin's registry.
+        arguments: Further keyword arguments; for a class of ms-swift the attributes of its `args`.
+
+    Raises:
+        ConfigError: There is no such file or function, or the file needs what is not installed.
+    """
+
+    def __init__(self, style: str, path: str, function: str, arguments: Mapping[str, Any], beside: str) -> None:
+        file = Path(beside).absolute().parent / Path(path).expanduser()
+        if style == "swift":
+            provide_swift()
+        module = _imported(file)
+        registered = getattr(module, "orms", ORMS) if style == "swift" else {}
+        called: Any = registered.get(function) or getattr(module, function, None)
+        if not callable(called):
+            known = [*registered, *(name for name, value in vars(module).items() if inspect.isroutine(value))]
+            raise ConfigError(f"{file} has no {function}", where=beside, fix=f"It has {', '.join(known)}.")
+        self._arguments: Mapping[str, Any] = arguments
+        if inspect.isclass(called):
+            called, self._arguments = _made(called, arguments), {}
+        self._function: Callable[..., Any] = called
+        self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
+        self._sequential = getattr(module, "REWARD_TYPE", "batch") == "sequential"
+        self._parameters = inspect.signature(called).parameters
+        self.is_async = any(map(inspect.iscoroutinefunction, (called, type(called).__call__)))
+
+    def __call__(self, **batch: Any) -> list[float | None]:
+        """The scores of a batch, B values."""
+        whole, args, keys = self._calls(batch, list(map(text_of, batch["completions"])))
+        results = [self._function(*one, **more, **self._arguments) for one, more in zip(args, keys, strict=True)]
+        return list(map(_number, results[0] if whole else results))
+
+    async def awaited(self, **batch: Any) -> list[float | None]:
+        """The same of an async function, its calls side by side."""
+        whole, args, keys = self._calls(batch, list(map(text_of, batch["completions"])))
+        calls = (self._function(*one, **more, **self._arguments) for one, more in zip(args, keys, strict=True))
+        results = await asyncio.gather(*calls)
+        return list(map(_number, results[0] if whole else results))
+
+    def _verl(self, batch: Batch, texts: list[str]) -> Calls:
+        columns = {name: batch[name] for name in ("data_source", "ground_truth")}
+        extras = batch.get("extra_info") or [None] * len(texts)
+        given = [{**(extra or {}), "num_turns": None, "rollout_reward_scores": {}} for extra in extras]
+        columns |= {"solution_str": texts, "extra_info": given}
+        if "solution_strs" in self._parameters:
+            return True, [()], [{f"{name}s": list(values) for name, values in columns.items()}]
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in self._parameters.values())
+        taken = [name for name in columns if takes_all or name in self._parameters]
+        args = [(text,) if "predict_str" in self._parameters else () for text in texts]  # a built-in one's name for it
+        return False, args, [{name: columns[name][row] for name in taken} for row in range(len(texts))]
+
+    def _easyr1(self, batch: Batch, texts: list[str]) -> Calls:
+        open_ones = (one for one in self._parameters.values() if one.default is one.empty)
+        needed = [one.name for one in open_ones if one.kind < one.VAR_POSITIONAL and one.name not in self._arguments]
+        truths = list(batch["ground_truth"])
+        if len(needed) > 1:  # before June 2025: texts and references
+            whole = needed[0].endswith("s")
+            args: list[tuple[Any, ...]] = [(texts, truths)] if whole else list(zip(texts, truths, strict=True))
+        else:
+            rows = zip(texts, map(len, batch["completion_ids"]), truths, strict=True)
+            dicts = [{"response": text, "response_length": n, "ground_truth": truth} for text, n, truth in rows]
+            whole = not self._sequential
+            args = [(dicts,)] if whole else [(one,) for one in dicts]
+        return whole, args, [{} for _ in args]
+
+    def _swift(self, batch: Batch, texts: list[str]) -> Calls:
+        others = {name: values for name, values in batch.items() if name != "completions"}
+        return True, [(texts,)], [{**others, "response_token_ids": batch["completion_ids"]}]
+
+
+def text_of(completion: Any) -> str:
+    """A completion as text: plain, or of the assistant's last message."""
+    if isinstance(completion, str):
+        return completion
+    content = [turn.get("content") for turn in completion if turn.get("role", "assistant") == "assistant"][-1:]
+    parts = content[0] if content else ""
+    return parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts or ())
+
+
+def _number(result: Any) -> float | None:
+    """A score: alone, the first of several values, or under verl's or EasyR1's name for it."""
+    if isinstance(result, Mapping):
+        result = result["score"] if "score" in result else result["overall"]
+    if isinstance(result, list | tuple):
+        result = result[0]
+    return None if result is None else float(result)
+
+
+def _made(cls: Any, arguments: Mapping[str, Any]) -> Any:
+    """The reward that a class makes, as ms-swift does, of its training arguments."""
+    parameters = inspect.signature(cls).parameters.values()
+    takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
+    return cls(args=SimpleNamespace(**arguments)) if takes else cls()
+
+
+def _imported(file: Path) -> ModuleType:
+    """The module of a file, under a name of its own: such files are called `math.py`."""
+    name = f"rewards_of_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ConfigError(f"there is no Python file {file}", where="rewards", fix="Correct the path in the adapter.")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path += [str(file.parent)] if str(file.parent) not in sys.path else []
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{file} cannot be imported: {error}", where="rewards", fix="Install it.") from error
+    return module

@@ -1,0 +1,78 @@
+"""accelerate's configuration (`accelerate launch --config_file`) beside that of a framework."""
+
+from dataclasses import replace
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks import deepspeed
+from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import Translation
+
+PREFIX = "launch."
+ZERO = f"{PREFIX}deepspeed_config."
+FSDP = f"{PREFIX}fsdp_config."
+
+
+def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
+    """ConfigError: alone, such a file says nothing of what is trained."""
+    what = "a configuration of accelerate says how processes are started, and not what is trained"
+    fix = (
+        "Import the training configuration or script that goes with it; accelerate launch --config_file takes this one."
+    )
+    raise ConfigError(what, where=str(source.path), fix=fix)
+
+
+def with_launch(source: Source) -> Source:
+    """The source with the launcher's options under `PREFIX`, over those of accelerate's file, and with the settings of
+    the DeepSpeed file that this one names."""
+    options = {PREFIX + key: setting for key, setting in source.launch.items() if key != "config_file"}
+    source = replace(source, settings={**options, **source.settings})
+    if (named := source.launch.get("config_file")) is not None:
+        source = deepspeed.with_file(source, named.value, PREFIX)
+    file = source.settings.get(f"{ZERO}deepspeed_config_file")
+    return source if file is None else deepspeed.with_file(source, file.value, deepspeed.PREFIX)
+
+
+def processes(to: Translation) -> int | None:
+    """Training processes by the launcher: of `accelerate launch`, its option or its file, or of torchrun."""
+    if to.given(f"{PREFIX}nproc_per_node"):
+        return int(to.number(f"{PREFIX}nproc_per_node") * (to.number(f"{PREFIX}nnodes") or 1))
+    count = to.number(f"{PREFIX}num_processes")
+    return None if count is None else int(count)
+
+
+def apply(to: Translation, *, adapter: bool) -> None:
+    """Verdicts of the launcher's settings. Call it when all else is set; `adapter` as in `deepspeed.apply`."""
+    for key in [key for key in to.source.settings if key.startswith(PREFIX)]:
+        if key == f"{PREFIX}mixed_precision":
+            _precision(to, key)
+        else:
+            to.speed(key, "how processes are started and share the work")
+    if (stage := to.value(f"{ZERO}zero_stage")) is not None:
+        names = {"optimizer": "offload_optimizer_device", "parameters": "offload_param_device"}
+        devices = {ours: str(to.value(f"{ZERO}{name}") or "none") for ours, name in names.items()}
+        whole = {"stage3_gather_16bit_weights_on_model_save": True} if to.value(f"{ZERO}zero3_save_16bit_model") else {}
+        clip = {"gradient_clipping": to.value(f"{ZERO}gradient_clipping", "auto")}
+        deepspeed.apply(to, f"{ZERO}zero_stage", deepspeed.zero(int(stage), whole, **devices) | clip, adapter=adapter)
+    elif to.given(f"{ZERO}deepspeed_config_file"):
+        deepspeed.apply(to, f"{ZERO}deepspeed_config_file", to.value(f"{ZERO}deepspeed_config_file"), adapter=adapter)
+    elif to.value(f"{PREFIX}distributed_type") == "FSDP":
+        sharing = {key.removeprefix(FSDP): to.value(key) for key in to.source.settings if key.startswith(FSDP)}
+        fully_sharded(to, f"{PREFIX}distributed_type", sharing)
+
+
+def fully_sharded(to: Translation, key: str, options: dict[str, Any]) -> None:
+    """The verdict of `key`, which asks for FSDP with these options (transformers strips a prefix `fsdp_`)."""
+    if (to.world_size or 1) > 1:
+        to.speed(key, "FSDP", {"grpo.fsdp": "full_shard auto_wrap", "grpo.fsdp_config": options})
+    else:
+        to.speed(key, deepspeed.ALONE)
+
+
+def _precision(to: Translation, key: str) -> None:
+    """bf16 and fp16 of the run win over the launcher's (transformers/training_args.py); TRL's default is bf16."""
+    value = str(to.value(key))
+    if to.given("bf16") or to.given("fp16") or to.value("bf16") is None:
+        to.inert(key, "the run's own bf16 or fp16 wins")
+    else:
+        to.converted(key, {f"grpo.{name}": value == name for name in ("bf16", "fp16")}, "")

@@ -1,0 +1,204 @@
+"""ms-swift: `swift rlhf`, `megatron rlhf` and Ray's YAML, with `rlhf_type: grpo`.
+
+Its batches count completions. `steps_per_generation` counts micro steps in `swift rlhf`, and global batches in Megatron
+and Ray (docs/source_en/Megatron-SWIFT/GRPO.md).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.batch import SixNumbers
+from grpo_autotune.interop.frameworks import accelerate, deepspeed, swift_keys, swift_run
+from grpo_autotune.interop.reading.arguments import option_value
+from grpo_autotune.interop.source import Setting, Source
+from grpo_autotune.interop.translation import Translation
+
+_ZERO_3 = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
+PRESETS = {
+    **{f"zero{stage}": deepspeed.zero(stage) for stage in (0, 1, 2)},
+    "zero2_offload": deepspeed.zero(2, optimizer="cpu"),
+    "zero3": deepspeed.zero(3, _ZERO_3),
+    "zero3_offload": deepspeed.zero(3, _ZERO_3, optimizer="cpu", parameters="cpu"),
+}
+"""DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
+FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
+GROUPS = ("train", "rollout", "teacher")
+"""Roles of Ray's YAML, each with keys of its own."""
+OVERRULED = "overruled."
+"""Beginning of keys that are given under another name as well, which wins."""
+VARIABLES = ("ENV", "model_kwargs")
+"""Mappings whose keys are variables of the process."""
+
+
+def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
+    """Verdicts of all of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
+    that are not read: several turns, environments, reward models."""
+    source, names = prepared(source)
+    megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings
+    version, reason = _version(source, names, version)
+    to = Translation(source, _defaults(version, megatron), version, reason, world_size)
+    _refuse(to)
+    _batch(to, megatron, version)
+    swift_run.translate(to)
+    _sharding(to, megatron)
+    for key in [key for key in source.settings if key not in to.rows]:
+        _rest(to, key)
+    to.rows = {key: row.model_copy(update={"key": names.get(key, key)}) for key, row in to.rows.items()}
+    return to
+
+
+def prepared(source: Source) -> tuple[Source, dict[str, str]]:
+    """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
+    settings among these. Second, the newest name of a setting -> its name in the file."""
+    if "deepspeed" in source.settings:
+        source = deepspeed.with_file(source, source.settings["deepspeed"].value, deepspeed.PREFIX)
+    source = accelerate.with_launch(source)
+    given = {
+        key: replace(setting, value=option_value(str(setting.value)))
+        for key, setting in source.environment.items()
+        if key in swift_keys.ENVIRONMENT
+    }
+    for key, setting in source.settings.items():
+        if key in (*GROUPS, *VARIABLES) and isinstance(setting.value, Mapping):
+            inside = {f"{key}.{name}": replace(setting, value=value) for name, value in setting.value.items()}
+            given |= inside
+        else:
+            given[key] = setting
+    settings: dict[str, Setting] = {}
+    names: dict[str, str] = {}
+    for path, setting in given.items():
+        group, _, inner = path.partition(".")
+        name = inner if group in GROUPS[:2] and inner != "gpus" else inner.upper() if group in VARIABLES else path
+        name = swift_keys.RENAMED.get(name, name)
+        if name != path and name in given:  # swift reads `max_new_tokens` first
+            settings[OVERRULED + name], names[OVERRULED + name] = given[name], name
+        elif OVERRULED + name in settings:
+            continue
+        settings[name] = setting
+        names[name] = path
+    return replace(source, settings=settings), names
+
+
+def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:
+    """The version to take defaults of, and the reason."""
+    pinned = source.hints.get("ms-swift")
+    if wanted or pinned:
+        return (wanted, "--source-version") if wanted else (str(pinned), "pinned in the file")
+    old = next((key for key in swift_keys.VERSION_OF if key in names.values()), None)
+    return (swift_keys.VERSION_OF[old], f"the last that knows {old}") if old else (swift_keys.NEWEST, "assumed")
+
+
+def _before(version: str, other: str) -> bool:
+    """True for an earlier version; ConfigError where it is none."""
+    first, second = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version, other))
+    if not first:
+        raise ConfigError(f"{version!r} is no version", where="--source-version", fix="Example: 3.8.")
+    return first < second
+
+
+def _defaults(version: str, megatron: bool) -> dict[str, Any]:
+    defaults = dict(swift_keys.DEFAULTS)
+    for before, values in swift_keys.OLDER:
+        defaults |= values if _before(version, before) else {}
+    return {**defaults, **(swift_keys.MEGATRON if megatron else {})}
+
+
+def _refuse(to: Translation) -> None:
+    """ConfigError for a way of training that is not read."""
+    fix = "Import a configuration without it."
+    for key, what in swift_keys.REFUSED.items():
+        if to.given(key) and to.value(key):
+            raise ConfigError(f"{what}: this is not read", where=to.where(key), fix=fix)
+    for key, legal in (
+        ("rlhf_type", ["grpo"]),
+        ("advantage_estimator", ["grpo"]),
+        ("loss_type", list(swift_keys.LOSSES)),
+    ):
+        if to.value(key, "dpo") not in legal:
+            fix = f"Read here: {', '.join(legal)}."
+            raise ConfigError(f"{to.value(key, 'dpo')} is not GRPO as TRL has it", where=to.where(key), fix=fix)
+    if not to.value("reward_funcs"):
+        what = "no reward function: an environment or a teacher scores, and that is not read"
+        raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
+
+
+def _batch(to: Translation, megatron: bool, version: str) -> None:
+    """The six numbers, by swift's arithmetic or Megatron's; ConfigError where it would stop as well."""
+    world, keys = _processes(to)
+    group, passes = to.number("num_generations"), to.number("num_iterations")
+    if megatron:
+        split = [f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context")]
+        shared, micro = math.prod(map(to.number, split)), to.number("micro_batch_size")
+        completions = to.number("global_batch_size")
+        rollout = completions * to.number("steps_per_generation")
+        keys += ["global_batch_size", "micro_batch_size", *split]
+        note = "steps_per_generation counts global batches"
+    else:
+        shared, micro = to.number("sequence_parallel_size"), to.number("per_device_train_batch_size")
+        steps = to.number("gradient_accumulation_steps") or max(1, math.ceil(16 / micro / world))
+        completions = micro * world * steps
+        rollout = micro * world * (to.number("steps_per_generation") or (1 if _before(version, "3.3") else steps))
+        keys += ["per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel_size"]
+        note = f"{micro} x {world} processes x {steps}"
+    rollout = to.number("generation_batch_size") or rollout
+    for count, parts, what, key in (
+        (world, shared, "processes", keys[-1]),
+        (rollout, group, "completions of a rollout", "num_generations"),
+    ):
+        if parts < 1 or count % parts:
+            fix = "swift refuses it, too. The number of processes is NPROC_PER_NODE (--env)."
+            raise ConfigError(f"{count} {what} are not whole groups of {parts}", where=to.where(key), fix=fix)
+    six = SixNumbers(group, rollout // group, completions, passes, world // shared, micro)
+    keys += ["num_generations", "steps_per_generation", "generation_batch_size", "num_iterations"]
+    to.set_batch(six, [key for key in keys if to.given(key)] or keys[:1], note)
+
+
+def _processes(to: Translation) -> tuple[int, list[str]]:
+    """Processes that train, and the settings that say so: Ray's, the launcher's, else swift's own variables."""
+    counts = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
+    if to.given("CUDA_VISIBLE_DEVICES"):
+        spread = not counts and "," in str(to.value("CUDA_VISIBLE_DEVICES")) and not to.given("train.gpus")
+        to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
+    launched = to.number("train.gpus") if to.given("train.gpus") else accelerate.processes(to)
+    if launched is None:
+        return math.prod(map(to.number, counts)), counts
+    for key in counts:
+        to.inert(key, "the launcher says it")
+    return launched, ["train.gpus"] if to.given("train.gpus") else []
+
+
+def _sharding(to: Translation, megatron: bool) -> None:
+    """DeepSpeed, FSDP and accelerate; Megatron's optimizer, which always keeps weights in 32 bits."""
+    adapter = to.value("tuner_type") != "full"
+    if named := to.value("deepspeed"):
+        deepspeed.apply(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)
+    if to.value("fsdp"):
+        accelerate.fully_sharded(to, "fsdp", FSDP_2)
+    accelerate.apply(to, adapter=adapter)
+    if megatron and not adapter:
+        note = "Megatron keeps 32-bit weights beside the bfloat16 ones"
+        to.converted("use_distributed_optimizer", deepspeed.master_weights(to), note)
+    if "torch_dtype" in to.rows and to.values["model.dtype"] != to.value("torch_dtype"):
+        note = "the type of computing: weights are kept in 32 bits"
+        to.converted("torch_dtype", deepspeed.master_weights(to), note)
+
+
+def _rest(to: Translation, key: str) -> None:
+    """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
+    value, foreign = to.value(key), None if key in swift_keys.VERDICTS else grpo_keys().get(key)
+    if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):
+        to.same(key, f"grpo.{key}")
+    elif key.startswith(OVERRULED):
+        to.inert(key, "an older name of it wins")
+    elif value in (None, False, [], ""):
+        to.inert(key, "off")
+    elif key in swift_keys.VERDICTS:
+        verdict, note = swift_keys.VERDICTS[key]
+        to.verdict(verdict, key, {}, note)
+    elif key.startswith(("teacher", "swanlab_", "fipo_", "real_", "rlsd_", "sdar_", "rollout.", "train.")):
+        to.inert(key, "without effect as the file stands")

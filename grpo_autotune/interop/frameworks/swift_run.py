@@ -1,0 +1,364 @@
+"""The model, the data, the rewards, the loss and the engine of ms-swift's GRPO."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from grpo_autotune.config.sections.vllm import engine_names
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.adapters.module import adapter
+from grpo_autotune.interop.adapters.named import NAMED
+from grpo_autotune.interop.frameworks import swift_keys
+from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.translation import Translation
+from grpo_autotune.records.imported import Verdict
+
+OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
+"""swift's columns -> ours, where they differ."""
+ENGINE = (
+    "sleep_level", "rollout.gpus", "rollout_importance_sampling_mode", "rollout_importance_sampling_threshold",
+)  # fmt: skip
+"""Keys of the engine beside those that begin with `vllm_`."""
+HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
+
+
+def translate(to: Translation) -> None:
+    """Verdicts of all settings but the batch and how GPUs share the work, which come before and after."""
+    for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
+        part(to)
+    for key, target in swift_keys.SAME.items():
+        value = to.value(key)
+        if key not in to.rows and value not in (None, []):
+            to.same(key, target, words(value)[0])
+    for key in swift_keys.PLAIN:
+        if key not in to.rows and to.value(key) is not None:
+            to.same(key, f"grpo.{key}")
+
+
+def words(value: Any) -> list[Any]:
+    """Several words of a command line, of which one is no list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping, of which a command line has the JSON."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        value = {}
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _model(to: Translation) -> None:
+    if not to.given("model"):
+        raise ConfigError("no model", where=to.where("model"), fix="Give --model.")
+    name, sees = str(to.value("model")), any(map(to.given, swift_keys.PIXELS))
+    sees = sees or re.search(swift_keys.VISION, name) is not None
+    to.same("model", "model.name_or_path", name, _elsewhere(to, name), "" if sees else "taken for a text model")
+    if sees:
+        note = "taken for a model that sees images; its frozen tower gets no adapters either"
+        to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
+    elif to.given("freeze_vit"):
+        to.inert("freeze_vit", "taken for a text model")
+    if to.value("torch_dtype") in ("float16", "float32") and not to.given("bf16"):
+        to.set("grpo.fp16", True, "swift's for weights in float16 or float32")
+        to.set("grpo.bf16", False)
+    if to.given("attn_impl"):
+        kernel = {"flash_attn": "flash_attention_2"}.get(to.value("attn_impl"), to.value("attn_impl"))
+        to.same("attn_impl", "model.attn_implementation", kernel)
+    if to.value("quant_bits") == 4 and to.value("quant_method", "bnb") == "bnb":
+        to.same("quant_bits", "model.load_in_4bit", True)
+    for key, ours in swift_keys.FIXED.items():
+        if to.given(key):
+            to.inert(key, "as here") if to.value(key) == ours else to.changes(key, {}, f"{ours} here")
+    if to.given("freeze_aligner") and sees and to.value("freeze_aligner") != to.value("freeze_vit"):
+        to.dropped("freeze_aligner", "the projector goes with the vision tower")
+
+
+def _elsewhere(to: Translation, *names: str) -> str:
+    on_hub = to.value("use_hf") is True or str(to.value("USE_HF")) in ("1", "true", "True")
+    return "" if on_hub or all(name.startswith(("/", ".", "~", "$")) or ".json" in name for name in names) else HUB
+
+
+def _adapter(to: Translation) -> None:
+    kind, keys = to.value("tuner_type"), [key for key in swift_keys.PEFT if to.given(key)]
+    trained = words(to.value("adapters", []))
+    if trained or kind == "full":
+        for key in ("tuner_type", *keys):
+            note = "the adapter's own configuration holds" if trained else "the whole model is trained"
+            to.inert(key, note) if to.given(key) else None
+        if trained:
+            reference = "adapter" if to.value("ref_adapters") else "base"
+            to.same("adapters", "model.adapter", trained[0])
+            to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
+        return
+    verdict: Verdict = "same" if kind in ("lora", "lora_llm") else "changes meaning"
+    to.verdict(verdict, "tuner_type", {}, "a peft section" if verdict == "same" else f"LoRA instead of {kind}")
+    for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *keys]):
+        value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
+        value = "all-linear" if key == "target_modules" and "all-linear" in value else value
+        to.same(key, f"peft.{swift_keys.PEFT[key]}", value)
+
+
+def _data(to: Translation) -> None:
+    """The data sets: one, or the parts of a mixture, each of which has the keys of `_everywhere`."""
+    shuffled = bool(to.value("dataset_shuffle"))
+    parts = [part for text in words(to.value("dataset", [])) for part in _parts(str(text), shuffled)]
+    if not parts:
+        raise ConfigError("no dataset", where=to.where("dataset"), fix="Give --dataset.")
+    stems = [re.sub(r"\W", "_", PurePosixPath(part["path"]).stem) for part in parts]
+    mixed = {f"data.mix.{stem}_{number}": part for number, (stem, part) in enumerate(zip(stems, parts, strict=True), 1)}
+    sets = mixed if len(parts) > 1 else {"data": parts[0]}
+    targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
+    title = {"data.path": "mixture"} if len(parts) > 1 else {}
+    to.converted("dataset", title | targets, _elsewhere(to, *(part["path"] for part in parts)))
+    to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
+    if columns := mapping(to.value("columns")):
+        ours = {OURS.get(swifts, swifts): theirs for theirs, swifts in columns.items()}
+        to.converted("columns", _everywhere(sets, "columns", ours), "swift's are theirs: ours; here ours: theirs")
+    if to.value("val_dataset"):
+        held = next(_parts(str(words(to.value("val_dataset"))[0]), False))
+        to.converted("val_dataset", _everywhere(sets, "eval_path", held["path"]), "the first of them, all its rows")
+    elif to.value("split_dataset_ratio"):
+        to.converted("split_dataset_ratio", _everywhere(sets, "split_ratio", to.value("split_dataset_ratio")), "")
+    if to.value("system"):
+        text = str(to.value("system")).replace("\\n", "\n")
+        path = beside(to.source.path, text) if text.endswith(".txt") else None
+        if text.endswith(".txt") and path is None:
+            to.dropped("system", "the file is not at hand: its text belongs into data.system_prompt")
+        else:
+            note = "" if path is None else f"the text of {path.name}"
+            to.converted("system", _everywhere(sets, "system_prompt", text if path is None else text_of(path)), note)
+
+
+def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
+    """The parts of `HF::path:subset/subset#rows` (swift/dataset/dataset_syntax.py)."""
+    match = re.fullmatch(r"(?:(?i:hf|ms)::)?(?P<path>[^#:]+)(?::(?P<sets>[^#]+))?(?:#(?P<rows>\d+))?", text)
+    path, subsets, rows = match.group("path", "sets", "rows") if match else (text, None, None)
+    for subset in subsets.split("/") if subsets else [None]:
+        limit = {"subsample" if shuffled else "max_samples": int(rows)} if rows else {}
+        yield {"path": path.strip(), **({"name": subset.strip()} if subset else {}), **limit}
+
+
+def _everywhere(sets: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {f"{place}.{key}": value for place in sets}
+
+
+def _prompts(to: Translation) -> None:
+    """Lengths of prompts, and sizes of images."""
+    for key, (target, unit) in swift_keys.PIXELS.items():
+        if to.given(key):
+            to.converted(key, {target: to.number(key) * unit}, "the processor rounds to whole patches there as here")
+    if to.value("max_length"):
+        to.same("max_length", "data.max_prompt_tokens", note="of the prompt alone, with GRPO")
+        cuts = to.value("truncation_strategy") == "left"
+        note = "a prompt with an image is not cut here: it stops the run" if cuts else "swift takes another row instead"
+        to.converted("truncation_strategy", {"data.prompt_overflow": "left" if cuts else "filter"}, note)
+    elif to.given("truncation_strategy"):
+        to.inert("truncation_strategy", "without max_length")
+    if to.value("enable_thinking") is not None:
+        to.same("enable_thinking", "grpo.chat_template_kwargs", {"enable_thinking": to.value("enable_thinking")})
+
+
+def _rewards(to: Translation) -> None:
+    """Rewards by name: swift's, and those of the user's plugin, which an adapter calls."""
+    names, plugins = words(to.value("reward_funcs")), words(to.value("external_plugins", []))
+    settings = [
+        key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(r"(cosine|repetition|soft)_", key)
+    ]
+    arguments = {key: to.value(key) for key in settings}
+    for key in ("cosine_max_len", "soft_max_length"):
+        arguments[key] = arguments.get(key) or to.value("max_completion_length")
+    weights, items, notes = words(to.value("reward_weights", [])), [], []
+    for name in map(str, names):
+        known = NAMED.get(("swift", name))
+        if known is not None and known.name:
+            items.append(known.item(arguments))
+            notes += [f"{name}: {known.note}"] if known.note else []
+        elif plugins:
+            made = adapter("swift", _plugin(to, list(map(str, plugins)), name), name, arguments)
+            to.files[made.name] = made.text
+            items.append(dict(made.reward))
+        else:
+            what = f"the reward {name} of ms-swift has no counterpart"
+            fix = "Write it as a function (docs/rewards.md), or name the plugin that registers it: external_plugins."
+            raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
+    for item, weight in zip(items, weights, strict=False):
+        item["weight"] = float(weight)
+    to.verdict("changes meaning" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
+    for key in (*settings, "reward_weights", *(["external_plugins"] if to.files else [])):
+        to.converted(key, {}, "in rewards") if to.given(key) else None
+    if plugins and not to.files:
+        to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
+
+
+def _plugin(to: Translation, plugins: list[str], name: str) -> str:
+    """The plugin that names a reward; the first where none is at hand."""
+    files = {plugin: beside(to.source.path, plugin) for plugin in plugins[1:]}
+    naming = (plugin for plugin, file in files.items() if file is not None and name in text_of(file))
+    return next(naming, plugins[0])
+
+
+def _loss(to: Translation) -> None:
+    kind, beta = str(to.value("loss_type")), to.number("beta") or 0
+    to.same("beta", "grpo.beta", beta)
+    if beta:
+        to.set("grpo.use_bias_correction_kl", False, "swift does not multiply the KL term by the ratio")
+    if to.batch is not None and swift_keys.LOSSES[kind]:
+        _same_clipping(to, kind, to.batch.rollout // (to.batch.ranks * to.batch.micro_batch))
+    if to.value("importance_sampling_level") == "sequence_token":
+        note = "the same gradient, as all tokens of a completion have one advantage (arXiv 2507.18071, section 4.3)"
+        to.converted("importance_sampling_level", {"grpo.importance_sampling_level": "sequence"}, note)
+    scale = {True: "group", False: "none", None: "group"}.get(to.value("scale_rewards"), to.value("scale_rewards"))
+    if scale == "gdpo":
+        target = {"grpo.multi_objective_aggregation": "normalize_then_sum"}
+        to.converted("scale_rewards", target, "with 1e-8 there, and 1e-4 here, added to a standard deviation")
+    else:
+        to.same("scale_rewards", "grpo.scale_rewards", scale)
+    if to.value("overlong_filter") and swift_keys.LOSSES[kind]:
+        note = "tokens that are left out still divide the loss there, and do not here"
+        to.changes("overlong_filter", {"grpo.mask_truncated_completions": True}, note)
+    if to.value("top_entropy_quantile", 1.0) < 1:
+        note = "the threshold is that of one rank's micro batch there, and of all ranks' here"
+        to.changes("top_entropy_quantile", {"grpo.top_entropy_quantile": to.value("top_entropy_quantile")}, note)
+    if beta and to.given("off_policy_sequence_mask_delta"):
+        note = "sequences that are left out keep their KL term here"
+        target = {"grpo.off_policy_mask_threshold": to.number("off_policy_sequence_mask_delta")}
+        to.changes("off_policy_sequence_mask_delta", target, note)
+    if to.value("dynamic_sample"):
+        rounds = max(2, to.number("max_resample_times"))
+        note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
+        for key in ("dynamic_sample", "max_resample_times"):
+            to.changes(key, {"resample.max_rounds": rounds}, note)
+
+
+def _same_clipping(to: Translation, kind: str, factor: int) -> None:
+    """Both are divided by a rollout's tokens; swift's Trainer also by the accumulation, and TRL takes the optimizer
+    step's share of the tokens: TRL's gradient is larger by the micro steps of a rollout. Adam feels that in its epsilon
+    alone, clipping of the norm does."""
+    note = f"the gradient of {kind} is 1/{factor} of TRL's there ({factor} micro steps per rollout)"
+    for key, usual in (("max_grad_norm", 1.0), ("adam_epsilon", 1e-8)) if factor > 1 else ():
+        to.converted(key, {f"grpo.{key}": (to.number(key) or usual) * factor}, note, note)
+
+
+def _sampling(to: Translation) -> None:
+    to.same("top_k", "grpo.top_k", max(0, to.number("top_k")), "" if to.number("top_k") > 0 else "every token")
+    if stop := [word for word in words(to.value("stop_words", [])) if word]:
+        if to.value("use_vllm"):
+            note = "a completion that ends so has no end token, and counts as truncated here"
+            to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
+        else:
+            to.dropped("stop_words", "needs grpo.use_vllm")
+
+
+def _schedule(to: Translation) -> None:
+    usual = 1e-5 if to.value("tuner_type") == "full" else 1e-4
+    rate, least, ratio = to.number("learning_rate") or usual, to.number("min_lr"), to.number("warmup_ratio")
+    to.same("learning_rate", "grpo.learning_rate", rate)
+    if ratio:
+        to.converted("warmup_ratio", {"grpo.warmup_steps": ratio}, "below 1 it is a share of all steps")
+    elif to.given("warmup_ratio"):
+        to.inert("warmup_ratio", "no warm-up")
+    if least:
+        falls = {"grpo.lr_scheduler_type": "cosine_with_min_lr", "grpo.lr_scheduler_kwargs": {"min_lr": least}}
+        targets = falls if least < rate else {"grpo.lr_scheduler_type": "constant_with_warmup"}
+        for key in ("lr_scheduler_type", "min_lr"):
+            to.converted(key, targets, f"from {rate:g} to {least:g}")
+    if to.value("lr_scheduler_type") in ("WSD", "inverse-square-root"):
+        to.changes("lr_scheduler_type", {"grpo.lr_scheduler_type": "constant_with_warmup"}, "the rate stays")
+    if to.given("max_steps") and to.given("num_train_epochs"):
+        to.inert("num_train_epochs", "max_steps wins")
+
+
+def _evaluation(to: Translation) -> None:
+    strategy = to.value("eval_strategy") or to.value("save_strategy")
+    if strategy == "no" or not (to.value("val_dataset") or to.value("split_dataset_ratio")):
+        for key in to.source.settings:
+            if re.match(r"(per_device_eval|eval_|num_generations_eval)", key):
+                to.inert(key, "nothing is evaluated")
+        return
+    to.verdict("same", "eval_strategy", {"grpo.eval_strategy": strategy})
+    if strategy == "steps":
+        to.verdict("same", "eval_steps", {"grpo.eval_steps": to.value("eval_steps") or to.value("save_steps")})
+    group = to.number("num_generations_eval") or to.number("num_generations")
+    unit = group // math.gcd(group, to.world_size or 1)
+    size = -(-to.number("per_device_eval_batch_size") // unit) * unit
+    to.speed("per_device_eval_batch_size", "whole groups", {"grpo.per_device_eval_batch_size": size})
+
+
+def _engine(to: Translation) -> None:
+    """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
+    keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
+    if to.value("use_lmdeploy"):
+        to.speed("use_lmdeploy", "vLLM instead", {"grpo.use_vllm": True})
+    elif not to.value("use_vllm"):
+        for key in keys:
+            to.inert(key, "without vLLM")
+        return
+    else:
+        to.same("use_vllm", "grpo.use_vllm", True)
+    to.set("grpo.vllm_importance_sampling_correction", False, "off in swift; TRL's is on, and costs a pass")
+    if mode := to.value("rollout_importance_sampling_mode"):
+        _correction(to, str(mode))
+    server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
+    apart = 0 if server else _own_gpus(to)
+    if server:
+        note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
+        to.converted("vllm_mode", {"vllm.mode": "server"}, note)
+    elif apart:
+        key = "rollout.gpus" if to.given("rollout.gpus") else "num_infer_workers"
+        to.same(key, "vllm.server_gpus", apart, "GPUs of the engine alone")
+    else:
+        to.verdict("same", "vllm_mode", {"vllm.mode": "colocate"})
+    if not server:
+        to.same("vllm_gpu_memory_utilization", "vllm.gpu_memory_utilization")
+        if to.given("vllm_tensor_parallel_size"):
+            shared = math.gcd(to.number("vllm_tensor_parallel_size"), apart or to.world_size or 1)
+            to.speed("vllm_tensor_parallel_size", "of the processes there are", {"vllm.tensor_parallel_size": shared})
+    for key in keys:
+        if key not in to.rows and to.value(key) is not None:
+            _engine_key(to, key, at_server=server)
+
+
+def _own_gpus(to: Translation) -> int:
+    """GPUs that the engine has for itself: of Ray's group, and before 3.5 those beside the trainer's."""
+    if to.given("rollout.gpus"):
+        return 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
+    workers = int(to.number("num_infer_workers") or 0)
+    return workers if to.batch is not None and workers < to.batch.ranks else 0
+
+
+def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
+    name, value = key.removeprefix("vllm_"), to.value(key)
+    if name.startswith("server_") and name != "server_pass_dataset":
+        if not at_server:
+            to.inert(key, "no such server")
+        elif key == "vllm_server_port":
+            to.same(key, swift_keys.SAME[key], to.number(key))
+    elif at_server and name != "server_pass_dataset":
+        to.inert(key, "a server has options of its own")
+    elif key == "sleep_level":
+        to.same(key, "vllm.sleep_level") if value else to.inert(key, "no sleep")
+    elif key == "vllm_enable_lora":
+        to.speed(key, "adapters alone" if value else "off", {"vllm.weight_sync": "adapter"} if value else {})
+    elif key == "vllm_engine_kwargs":
+        inside = mapping(value)
+        lost = ", ".join(sorted(inside.keys() - engine_names()))
+        targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
+        to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
+    elif name in engine_names() and key not in swift_keys.VERDICTS:
+        to.same(key, f"vllm.{name}", mapping(value) or value)
+
+
+def _correction(to: Translation, mode: str) -> None:
+    prefix, limit = "grpo.vllm_importance_sampling_", to.number("rollout_importance_sampling_threshold")
+    targets = {f"{prefix}correction": True, f"{prefix}mode": mode, f"{prefix}clip_max": limit}
+    product = "a sequence's ratio is the geometric mean of its tokens' there, and their product here"
+    weighted = "the KL term is weighted there as well"
+    notes = [product] if mode.startswith("sequence") else []
+    notes += [weighted] if to.value("beta") else []
+    for key in ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold"):
+        to.verdict("changes meaning" if notes else "converted", key, targets, "; ".join(notes))

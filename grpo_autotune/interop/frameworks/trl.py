@@ -1,0 +1,210 @@
+"""TRL's own configurations: `TrlParser` YAML, command lines (`trl grpo`, `accelerate launch grpo.py`) and scripts.
+
+What a release defaulted to is written out where TRL 1.16 differs. open-r1, VLM-R1, R1-V and Unsloth are TRL with other
+defaults, rewards and data: their modules say what differs, and come here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.batch import SixNumbers
+from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
+from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, Handler, listed, settle
+from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
+from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import Translation
+
+Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]
+"""Makes the items of `rewards`, and says what differs from the source's."""
+
+MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
+"""Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
+PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+NO_DEFAULT = object()
+BATCH = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
+    "generation_batch_size", "num_iterations",
+)  # fmt: skip
+REWARDS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")},
+    "get_soft_overlong_punishment": {
+        "name": "soft_overlong_punishment", "params": {"max_completion_len": 1280, "soft_punish_cache": 256},
+    },
+}  # fmt: skip
+"""Names of `trl grpo --reward_funcs` -> items of `rewards` (trl/scripts/grpo.py)."""
+
+
+def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
+    """The translation of a TRL configuration; ConfigError in one line where there is none."""
+    return translated(trl_script.with_program(source), choose(source, version), world_size)
+
+
+def translated(
+    source: Source, release: tuple[Version, str, str], world_size: int | None, *,
+    over: Mapping[str, Any] | None = None, unread: Mapping[str, str] | None = None, rewards: Rewards | None = None,
+    handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None, ranks: int | None = None,
+) -> Translation:  # fmt: skip
+    """A configuration of TRL or of a framework built on it.
+
+    Args:
+        source: What the file says.
+        release: TRL's release, as `trl_versions.choose` gives it.
+        world_size: As `Translation` has it.
+        over: Defaults of the framework over TRL's.
+        unread: Keys that the framework's trainer takes and never reads, and why; `over` has what it does instead.
+        rewards: The framework's rewards; TRL's names otherwise.
+        handlers: What the framework's own keys become, over `HANDLERS`.
+        micro: Completions per device where the framework changes their number, and how.
+        ranks: Training processes where the launcher does not tell.
+    """
+    number, name, why = release
+    said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
+    named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
+    said = said if named is None else deepspeed.with_file(said, _given(said, named), "deepspeed.")
+    read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
+    is_script = trl_script.is_script(source)
+    model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
+    weights = "auto" if is_script and number == (0, 26) else "float32"
+    to = Translation(read, {**model, "dtype": weights, **defaults(number), **over}, name, why, world_size)
+    _batch(to, number, micro, ranks)
+    items, differs = (rewards or _rewards)(to)
+    (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
+    newest = defaults(NEWEST)
+    table = {**HANDLERS, "dataset_name": _data, **_of_release(number), **(handlers or {})}
+    for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
+        is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
+        if key in to.rows or (key not in read.settings and is_silent):
+            continue
+        if key != named and not key.startswith((accelerate.PREFIX, "deepspeed.")):
+            settle(to, key, table)
+    _whole(to)
+    accelerate.apply(to, adapter=bool(to.value("use_peft")))
+    if named is not None:
+        deepspeed.apply(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
+    to.source = said
+    for key in said.settings.keys() & unread.keys():
+        to.inert(key, unread[key])
+    return to
+
+
+def _given(source: Source, key: str) -> Any:
+    return source.settings[key].value if key in source.settings else None
+
+
+def _of_release(number: Version) -> dict[str, Handler]:
+    """Keys that meant something else in an old release."""
+    kernels = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
+    liger: dict[str, Handler] = {"use_liger_kernel": lambda to, key: to.speed(key, kernels)}
+    sampled: dict[str, Handler] = {
+        "top_k": lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))
+    }
+    loss: dict[str, Handler] = {"loss_type": _token_loss} if number < (1, 9) else {}
+    return {**(liger if number < (0, 28) else {}), **(sampled if number < (0, 16) else {}), **loss}
+
+
+def _token_loss(to: Translation, key: str) -> None:
+    """TRL before 1.9 divides the token losses by the tokens of a whole rollout, later ones by those of a step."""
+    grpo = to.values
+    factor = grpo["grpo.steps_per_generation"] / grpo["grpo.gradient_accumulation_steps"]
+    if to.value(key) in ("dapo", "cispo") and factor != 1:
+        note = f"gradients are {factor:g} times as large here, which clipping (max_grad_norm) feels and Adam does not"
+        to.changes(key, {"grpo.loss_type": to.value(key)}, note)
+    else:
+        to.same(key, "grpo.loss_type")
+
+
+def _whole(to: Translation) -> None:
+    """The evaluation's split, and the check that there is data."""
+    is_evaluated = to.values.get("grpo.eval_strategy", "no") != "no"
+    if (
+        is_evaluated
+        and not trl_script.is_script(to.source)
+        and not to.values.keys() & {"data.eval_split", "data.split_ratio"}
+    ):
+        to.set("data.eval_split", "test", "TRL's default")
+    if not to.values.get("data.path"):
+        fix = "Name one (dataset_name); save what a program builds to a file first."
+        raise ConfigError("no data set is named that can be loaded", where=to.source.path.name, fix=fix)
+
+
+def _zero(path: str) -> str | dict[str, Any]:
+    """DeepSpeed's plain configuration for a file that is not at hand, where its name tells the stage of ZeRO."""
+    name = re.search(r"zero_?([123])[^/]*$", path)
+    offload = "cpu" if "offload" in path.rpartition("/")[2] else "none"
+    return path if name is None or Path(path).is_file() else deepspeed.zero(int(name[1]), optimizer=offload)
+
+
+def _data(to: Translation, key: str) -> None:
+    note = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+    setting = to.source.settings.get(key)
+    if trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py")):
+        to.changes(key, {"data.path": to.value(key)}, note, comment="rows as they are published")
+    else:
+        to.same(key, "data.path")
+
+
+def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
+    """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
+    ranks = accelerate.processes(to) or _torchrun(to) or to.number("num_processes") or usual or to.world_size
+    if ranks is None:
+        to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
+    ranks = ranks or 1
+    micro, accumulation, group = (to.number(key) for key in BATCH[:3])
+    notes = []
+    if version < (0, 15):
+        notes.append(f"per_device_train_batch_size counts prompts: {micro} x {group} completions")
+        micro *= group
+    if changed:
+        micro, note = changed
+        notes.append(note)
+    rollout = to.number("generation_batch_size") or micro * ranks * (to.number("steps_per_generation") or accumulation)
+    if version < (0, 18):
+        rollout = micro * ranks
+        notes.append("completions are generated in each micro step")
+    if rollout % group:
+        what = f"a rollout of {rollout} completions is no whole number of groups of {group}"
+        raise ConfigError(what, where=to.where("num_generations"), fix="Say how many processes train: --world-size.")
+    passes = to.number("num_iterations")
+    batch = SixNumbers(group, rollout // group, micro * ranks * accumulation, passes, ranks, micro)
+    to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
+
+
+def _torchrun(to: Translation) -> int | None:
+    """Processes that torchrun starts, on all nodes."""
+    launch = {name.replace("-", "_"): setting.value for name, setting in to.source.launch.items()}
+    per_node, nodes = launch.get("nproc_per_node"), launch.get("nnodes", 1)
+    return per_node * (nodes if isinstance(nodes, int) else 1) if isinstance(per_node, int) else None
+
+
+def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
+    """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
+    names = listed(to.value("reward_funcs"))
+    setting = to.source.settings.get("reward_funcs")
+    is_code = trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
+    return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
+
+
+def _reward(to: Translation, name: str) -> dict[str, Any]:
+    module, _, function = name.rpartition(".")
+    if name not in REWARDS and not module:
+        fix = f"Known: {', '.join(REWARDS)}, or module.function."
+        raise ConfigError(f"TRL has no reward {name}", where=to.where("reward_funcs"), fix=fix)
+    return {"name": f"{module}:{function}", **REWARDS.get(name, {})}
+
+
+def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same items with the weights of `reward_weights`. ConfigError where there are no items."""
+    weights = listed(to.value("reward_weights"))
+    if not items:
+        fix = "Name a function: --reward_funcs accuracy_reward. A reward model is to be called by one."
+        raise ConfigError("no reward function", where=to.source.path.name, fix=fix)
+    if weights and len(weights) != len(items):
+        what = f"{len(weights)} weights for {len(items)} rewards"
+        raise ConfigError(what, where=to.where("reward_weights"), fix="Give one weight for each reward.")
+    return (
+        [{**item, "weight": float(weight)} for item, weight in zip(items, weights, strict=True)] if weights else items
+    )

@@ -1,0 +1,253 @@
+"""TRL's keys one by one: most keep their meaning under their own name, in the section that holds them here; the tables
+say the rest. A key that only matters with another one (`NEEDS`) is inert without it."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.config.renamed_keys import MOVED, SAID
+from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS
+from grpo_autotune.interop.source import Setting
+from grpo_autotune.interop.translation import Translation
+
+Handler = Callable[[Translation, str], None]
+PLACES = {
+    **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
+    "model_name_or_path": "model.name_or_path", "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code", "load_in_4bit": "model.load_in_4bit",
+    "chat_template": "model.chat_template", "system_prompt": "data.system_prompt",
+    "lora_alpha": "peft.lora_alpha", "lora_dropout": "peft.lora_dropout", "use_rslora": "peft.use_rslora",
+    "use_dora": "peft.use_dora", "lora_bias": "peft.bias", "max_pixels": "data.max_pixels",
+    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
+    "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
+}  # fmt: skip
+"""Key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`."""
+SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
+    "scale_rewards": {"True": "group", "False": "none"}, "top_k": {"None": 0, "-1": 0},
+    "eval_strategy": {"False": "no"}, "evaluation_strategy": {"False": "no"},
+}  # fmt: skip
+"""Key -> a value as text -> the same as it is written here."""
+NEEDS: tuple[tuple[str, str, Any, str], ...] = (
+    (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
+    (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
+    (r"vllm_(gpu_memory|tensor_parallel)\w+", "vllm_mode", ("colocate", "device"), "a server has its own"),
+    (r"vllm_importance_sampling_(mode|cap|clip\w+)", "vllm_importance_sampling_correction", True, "no correction"),
+    (r"lora_.*|use_(rslora|dora)", "use_peft", True, "without use_peft the whole model is trained"),
+    (r"ref_model_.*", "sync_ref_model", True, "the reference is not synchronised"),
+    (r"use_bias_correction_kl", "beta", True, "beta is 0"),
+    (r"bnb_4bit_\w+|use_bnb_nested_quant", "load_in_4bit", True, "4 bits are off"),
+    (r"dataset_test_split", "eval_strategy", ("steps", "epoch"), "evaluation is off"),
+)
+"""Pattern of keys, the key they need and its value (true: any that is not 0), and what is said without it."""
+INERT = {
+    "use_peft": "the peft section", "resume_from_checkpoint": "go on with the option --resume",
+    "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",
+    "do_eval": "eval_strategy decides", "accelerate_config": "how processes are started",
+    "num_processes": "the number of processes", "local_rank": "the launcher says it",
+    "vllm_device": "the engine's GPU: vllm_mode decides", "logging_nan_inf_filter": "a loss of NaN stops the run",
+    "bnb_4bit_compute_dtype": "bf16 and fp16 say in what is computed", "reward_weights": "weights of the rewards",
+}  # fmt: skip
+SPEED = {
+    "ds3_gather_for_generation": "how ZeRO-3 gathers weights", "bnb_4bit_quant_storage": "how weights are stored",
+    "gradient_checkpointing_use_reentrant": "the kind of checkpointing", "dataset_streaming": "data is loaded whole",
+    "dataset_num_proc": "processes that prepare data",
+}  # fmt: skip
+HUB = "nothing is published: push the trained folder yourself"
+RUNS = "only a run of the program can tell its value: set it by hand"
+
+
+def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
+    """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
+    gets none. ConfigError, by line, for a value that TRL refuses."""
+    setting = to.source.settings.get(key)
+    missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
+    why = missing or (INERT.get(key) if key not in handlers else None)
+    if why:
+        inert(why)(to, key)
+    elif key in handlers:
+        handlers[key](to, key)
+    elif key.startswith(("hub_", "push_to_hub")):
+        to.dropped(key, HUB)
+    elif key in SPEED:
+        to.speed(key, SPEED[key])
+    else:
+        _plain(to, key, setting)
+
+
+def _met(to: Translation, needed: str, wanted: Any) -> bool:
+    value = to.value(needed)
+    return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _plain(to: Translation, key: str, setting: Setting | None) -> None:
+    target = PLACES.get(key) or (f"grpo.{key}" if key in grpo_keys() else MOVED.get(key))
+    known = grpo_keys().get(key)
+    value = to.value(key)
+    value = SPELLINGS.get(key, {}).get(str(value), value)
+    if target is None:
+        return to.dropped(key, SAID[key]) if key in SAID else None
+    if setting is not None and unknown(setting):
+        return to.dropped(key, RUNS)
+    if value is None and setting is not None and not (known and known.allows(None)):
+        return to.inert(key, "null: the default")
+    if known is not None and not known.allows(value):
+        fix = f"Accepted: {known.accepted()}."
+        raise ConfigError(f"{value!r} is not accepted", where=to.where(key), fix=fix)
+    return to.same(key, target, value)
+
+
+def unknown(setting: Setting) -> bool:
+    """True for a value that only a run of its program can tell."""
+    return isinstance(setting.value, str) and setting.text == setting.value
+
+
+def listed(value: Any) -> list[Any]:
+    """A value as a list: one item is often written without."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _dtype(to: Translation, key: str) -> None:
+    value = str(to.value(key)).removeprefix("torch.")
+    if key == "dtype" and (to.given("torch_dtype") or (not to.given(key) and "model.dtype" in to.values)):
+        return
+    if value == "None":
+        to.converted(key, {"model.dtype": "float32"}, "null: transformers 4 loads the weights in 32 bits")
+    else:
+        note = "" if to.given(key) or value != "float32" else "without it TRL loads the weights in 32 bits"
+        to.same(key, "model.dtype", value, note, comment=note)
+
+
+def _model_init(to: Translation, key: str) -> None:
+    names = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision",
+             "attn_implementation": "attn_implementation", "trust_remote_code": "trust_remote_code"}  # fmt: skip
+    given = to.value(key) if isinstance(to.value(key), dict) else {}
+    kept = {f"model.{names[name]}": value for name, value in given.items() if name in names}
+    if "model.dtype" in kept:
+        kept["model.dtype"] = str(kept["model.dtype"]).removeprefix("torch.")
+    lost = ", ".join(name for name in given if name not in names)
+    (to.changes if lost else to.converted)(key, kept, f"no place for {lost}" if lost else "the model section")
+
+
+def _lora(to: Translation, key: str) -> None:
+    """A list of LoRA's: TRL unwraps one of a single name, and a comma behind a name of a shell's list stays in it."""
+    target = f"peft.{key.removeprefix('lora_')}"
+    value = to.value(key)
+    clean = [str(name).rstrip(",") for name in listed(value)]
+    kept = [str(name) for name in listed(value) if not str(name).endswith(",")]
+    if isinstance(value, list) and clean != kept:
+        to.warnings.append(f"{to.where(key)}: the commas are part of the names; PEFT adapts {kept or 'nothing'} alone")
+        to.changes(key, {target: clean}, f"without the commas; as written, {kept or 'nothing'} alone")
+    else:
+        to.same(key, target, "all-linear" if clean == ["all-linear"] else value)
+
+
+def _mixture(to: Translation, key: str) -> None:
+    """Data sets joined to one: a mixture without weights, each row once per epoch."""
+    value = to.value(key)
+    given = value if isinstance(value, dict) else {"datasets": value}
+    parts = {}
+    for place, one in enumerate(listed(given.get("datasets")), 1):
+        share = one.get("fraction", one.get("weight"))
+        part = {"path": one.get("path") or one.get("id"), "name": one.get("name") or one.get("config"),
+                "split": one.get("split"), "subsample": share if share and share < 1 else None}  # fmt: skip
+        parts[f"part{place}"] = {name: text for name, text in part.items() if text}
+    whole = {"data.path": "mixture", "data.mix": parts}
+    only = {f"data.{name}": text for name, text in parts.get("part1", {}).items()}
+    held = {"data.split_ratio": given["test_split_size"]} if given.get("test_split_size") else {}
+    to.converted(key, {**(only if len(parts) == 1 else whole), **held}, f"{len(parts)} data sets, joined")
+
+
+def _warmup(to: Translation, key: str) -> None:
+    if not to.number(key) or to.number("warmup_steps", 0):
+        to.inert(key, "warmup_steps wins over it" if to.number(key) else "no warm-up")
+    else:
+        to.converted(key, {"grpo.warmup_steps": to.number(key)}, "below 1 it is a share of all steps")
+
+
+def _prompt_limit(to: Translation, key: str) -> None:
+    """Old releases keep a prompt's last tokens."""
+    setting = to.source.settings.get(key)
+    if setting is not None and unknown(setting):
+        to.dropped(key, RUNS)
+    elif (limit := to.number(key)) is None:
+        to.inert(key, "no limit")
+    elif to.given("resize") or re.search(r"(?i)vl\b|-vl|vision", str(to.value("model_name_or_path"))):
+        note = "rows with longer prompts are left out; TRL cuts them, through an image too"
+        to.changes(key, {"data.max_prompt_tokens": limit, "data.prompt_overflow": "filter"}, note)
+    else:
+        targets = {"data.max_prompt_tokens": limit, "data.prompt_overflow": "left"}
+        to.converted(key, targets, "TRL keeps the last tokens of a prompt")
+
+
+def _engine_place(to: Translation, key: str) -> None:
+    """`vllm_mode`: in the training processes, a server's, or (before 0.16) a GPU of its own."""
+    if to.value(key) == "device":
+        to.speed(key, "the engine has a GPU of its own: a server that the run starts", {"vllm.server_gpus": 1})
+    else:
+        is_server = to.value(key) == "server"
+        to.same(key, "vllm.mode", comment="start the server first: trl vllm-serve" if is_server else "")
+
+
+def _output(to: Translation, key: str) -> None:
+    """The folder of a run; of a path that the shell builds, the last part."""
+    text = str(to.value(key))
+    last = text.rstrip("/").rpartition("/")[2]
+    if "$" in last or unknown(to.source.settings[key]):
+        to.inert(key, "only a run can tell it: runs/NAME is taken")
+    elif "$" in text:
+        to.converted(key, {"output.dir": f"runs/{last}"}, "the shell builds the path: its last part")
+    else:
+        to.same(key, "output.dir")
+
+
+def _resize(to: Translation, key: str) -> None:
+    size = [side for side in listed(to.value(key)) if isinstance(side, int)]
+    note = f"the script squeezes images into {' x '.join(map(str, size))}; here the aspect is kept"
+    to.changes(key, {"data.image_size": max(size)} if size else {}, note)
+
+
+def _many_turns(to: Translation, key: str) -> None:
+    what = "rollouts of several turns or with tools are not imported"
+    raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
+
+
+def _column(to: Translation, key: str) -> None:
+    column = to.value(key)
+    to.converted(key, {} if column == "prompt" else {"data.columns.prompt": column}, "the prompt's column")
+
+
+def off(why: str) -> Handler:
+    """The verdict of a key that is as here where it is off, and has no equivalent where it is on."""
+    return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
+
+
+def inert(why: str) -> Handler:
+    """The verdict of a key without an effect of its own."""
+    return lambda to, key: to.inert(key, why) if to.given(key) else None
+
+
+def speed(why: str) -> Handler:
+    """The verdict of a key that changes seconds and memory alone."""
+    return lambda to, key: to.speed(key, why)
+
+
+def _quantized(to: Translation, key: str) -> None:
+    """NF4 with double quantization is the one kind of 4 bits here."""
+    if to.value(key) in (True, "nf4"):
+        to.inert(key, "as here")
+    else:
+        to.changes(key, {}, SAID["bnb_4bit_quant_type"])
+
+
+HANDLERS: dict[str, Handler] = {
+    "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
+    **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
+    "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
+    "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": _column,
+    "output_dir": _output, "resize": _resize, "warmup_ratio": _warmup, "max_prompt_length": _prompt_limit,
+    "vllm_mode": _engine_place, "ignore_bias_buffers": off("for broken biases of old models under DDP"),
+    **dict.fromkeys(MANY_TURNS, _many_turns),
+}  # fmt: skip

@@ -1,0 +1,338 @@
+"""verl: shell scripts with Hydra's overrides, and copies of its ppo_trainer.yaml.
+
+Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (from 0.8).
+"""
+
+import re
+
+from grpo_autotune.config.sections.vllm import ENGINE_FIXED
+from grpo_autotune.config.vllm_names import NAMES
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.adapters.named import overlong_penalty
+from grpo_autotune.interop.frameworks import rollout_trainers as shared
+from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
+from grpo_autotune.interop.frameworks.verl_defaults import (
+    ACTOR,
+    CHANGED,
+    CORRECTION,
+    FAST,
+    FILTER,
+    FSDP,
+    LEGACY,
+    MARKS,
+    MODEL,
+    NEWEST,
+    OPTIM,
+    RELEASES,
+    ROLLOUT,
+    SAME,
+    WORDS,
+)  # fmt: skip
+from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import Translation
+
+KEYS = Keys(
+    group=f"{ROLLOUT}n", prompts="data.train_batch_size", mini=f"{ACTOR}ppo_mini_batch_size",
+    passes=f"{ACTOR}ppo_epochs", nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low",
+    high=f"{ACTOR}clip_ratio_high", dual=f"{ACTOR}clip_ratio_c", warmup_steps=f"{OPTIM}lr_warmup_steps",
+    warmup_ratio=f"{OPTIM}lr_warmup_steps_ratio", schedule=f"{OPTIM}lr_scheduler_type",
+    least_rate=f"{OPTIM}min_lr_ratio", epochs="trainer.total_epochs", steps="trainer.total_training_steps",
+    save="trainer.save_freq", keep="trainer.max_actor_ckpt_to_keep", val="trainer.test_freq",
+    val_first="trainer.val_before_train", logger="trainer.logger", run="trainer.experiment_name",
+    rank=f"{MODEL}lora_rank", alpha=f"{MODEL}lora_alpha", adapted=f"{MODEL}target_modules",
+    kept_out=f"{MODEL}exclude_modules", parallel=f"{ROLLOUT}tensor_model_parallel_size", top_k=f"{ROLLOUT}top_k",
+    memory=f"{ROLLOUT}gpu_memory_utilization", longest_prompt="data.max_prompt_length",
+    longest_completion="data.max_response_length", filter_prompts="data.filter_overlong_prompts",
+    overflow="data.truncation",
+)  # fmt: skip
+AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
+TURNS = f"{ROLLOUT}multi_turn."
+SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
+                   f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
+                   f"{ACTOR}engine.cp")  # fmt: skip
+MODEL_SHARDS = (f"{ACTOR}megatron.tensor_model_parallel_size", f"{ACTOR}megatron.pipeline_model_parallel_size",
+                f"{ACTOR}engine.tp", f"{ACTOR}engine.pp")  # fmt: skip
+OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")
+"""Of verl's programs, those that train something else or in another order."""
+SEVERAL_TURNS = "rollouts of several turns and tools are not read"
+SERVED = "a reward model that verl serves is not read; write a judge or service reward by hand"
+FUNCTIONS = ("reward.custom_reward_function.", "custom_reward_function.")
+MANAGERS = ("reward.reward_manager.name", "reward_model.reward_manager", "reward_manager.name")
+BUFFERS = ("reward.reward_kwargs.overlong_buffer_cfg.", "reward_model.reward_kwargs.overlong_buffer_cfg.",
+           "reward_model.overlong_buffer.", "custom_reward_function.overlong_buffer.")  # fmt: skip
+KWARGS = {"data.apply_chat_template_kwargs.": "grpo.chat_template_kwargs",
+          "data.mm_processor_kwargs.": "vllm.mm_processor_kwargs"}  # fmt: skip
+REFUSED = {
+    **dict.fromkeys((f"{TURNS}enable", f"{TURNS}tool_config_path", f"{TURNS}interaction_config_path"), SEVERAL_TURNS),
+    **dict.fromkeys(("reward_model.enable", "reward.reward_model.enable"), SERVED),
+    "distillation.enabled": "distillation is another loss than GRPO's",
+    "algorithm.use_pf_ppo": "PF-PPO draws its batch in another way than GRPO",
+}
+"""Settings that make it something else."""
+AVERAGES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo",
+            "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
+FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}
+MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj", "linear_fc1": "gate_proj up_proj",
+                   "linear_fc2": "down_proj"}  # fmt: skip
+
+
+def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
+    """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
+    name, reason = chosen(source, version)
+    t = Translation(source, {**NEWEST, **CHANGED[name]}, name, reason, world_size)
+    _check(t)
+    _batch(t)
+    is_lora = _lora(t)
+    old = f"{ACTOR}clip_ratio"
+    low, high = (key if t.value(key) is not None else old for key in (KEYS.low, KEYS.high))
+    shared.clipping(t, KEYS._replace(low=low, high=high), FORMS[t.value(LOSS)], t.value(LOSS) == "vanilla")
+    unused(t, {old} - t.rows.keys(), "verl ignores it, as clip_ratio_low and clip_ratio_high are not null")
+    _loss(t)
+    shared.kl(t, f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
+    by_deviation = on(t.value("algorithm.norm_adv_by_std_in_grpo"))
+    scale, note = ("group", shared.EPSILON) if by_deviation else ("none", "")
+    t.same("algorithm.norm_adv_by_std_in_grpo", "grpo.scale_rewards", scale, note)
+    _correction(t)
+    _optimizer(t)
+    shared.weights(t, f"{FSDP}model_dtype", is_lora)
+    if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
+        t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
+    _engine(t, is_lora)
+    _data(t)
+    _rewards(t)
+    shared.cadence(t, KEYS)
+    shared.naming(t, KEYS)
+    shared.renamed(t, SAME)
+    shared.renamed(t, FAST, "speed only")
+    if t.value(f"{ROLLOUT}name") == "hf":
+        _without_engine(t)
+    shared.explain(t, WORDS)
+    return t
+
+
+def chosen(source: Source, version: str | None) -> tuple[str, str]:
+    """The row of `CHANGED` for a version, a release number or the file's own keys, and why it was taken."""
+    pin = version or source.hints.get("verl")
+    if pin in CHANGED:
+        return str(pin), "--source-version"
+    if pin:
+        release = tuple(int(part) for part in re.findall(r"\d+", pin)[:2])
+        if not re.fullmatch(r"v?0\.\d.*", pin):
+            fix = f"Known: {', '.join(CHANGED)}, or a release such as 0.7."
+            raise ConfigError(f"{pin!r} is no version of verl", where="--source-version", fix=fix)
+        return next(name for end, name in RELEASES if release < end), f"release {pin}"
+    if (source.program or "").startswith("recipe.dapo.src"):
+        return "2025.3", f"it starts {source.program}"
+    for name, marks in MARKS:
+        starts = tuple(mark for mark in marks.split() if mark[-1] == ".")
+        mark = next((key for key in source.settings if key in marks.split() or key.startswith(starts)), None)
+        if mark is not None:
+            return name, f"it has the key {mark}"
+    return "2026.8", "assumed, as no key tells; --source-version says another"
+
+
+def _check(t: Translation) -> None:
+    program, estimator = t.source.program or "", t.value("algorithm.adv_estimator")
+    if OTHER_PROGRAMS.search(program.lower()):
+        what = f"{program} does not train by GRPO as verl.trainer.main_ppo does"
+        raise ConfigError(what, where=t.source.path.name)
+    if estimator not in ("grpo", "grpo_vectorized"):
+        is_default = "" if t.given("algorithm.adv_estimator") else ", verl's default,"
+        what = f"advantages by {estimator}{is_default} are not GRPO's"
+        refuse(t, "algorithm.adv_estimator", what, "Only grpo can be read.")
+    t.inert("algorithm.adv_estimator", "the mean of a prompt's completions is the baseline")
+    for key, what in REFUSED.items():
+        if on(t.value(key)) and not (key.startswith(TURNS) and t.value(f"{TURNS}enable") is False):
+            refuse(t, key, what)
+    if t.value(f"{ROLLOUT}agent.default_agent_loop", "single_turn_agent") != "single_turn_agent":
+        refuse(t, f"{ROLLOUT}agent.default_agent_loop", SEVERAL_TURNS)
+    if str(t.value(LOSS)) not in FORMS:
+        refuse(t, LOSS, f"TRL has no loss like {t.value(LOSS)}", f"Read are {', '.join(FORMS)}.")
+    if t.value("trainer.v1.trainer_mode", "sync") != "sync":
+        t.dropped("trainer.v1.trainer_mode", "rollouts of older weights beside training: TRL takes turns")
+
+
+def _batch(t: Translation) -> None:
+    """The micro batch as completions: as given, or those of full length that fit into a budget of tokens."""
+    sequence = next((key for key in SEQUENCE_SHARDS if t.given(key)), SEQUENCE_SHARDS[0])
+    ranks = shared.devices(t, KEYS, [sequence, *filter(t.given, MODEL_SHARDS)])
+    budget, each, total = (
+        f"{ACTOR}ppo_{name}" for name in ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
+    )
+    if on(t.value(DYNAMIC)):
+        longest = shared.count(t, KEYS.longest_prompt) + shared.count(t, KEYS.longest_completion)
+        tokens = shared.count(t, budget)
+        micro, used = max(1, tokens // max(1, longest)), [budget, DYNAMIC]
+        note = f"{tokens} tokens of a micro batch / {longest} of the longest completion with its prompt"
+    else:
+        used = [total if t.value(each) is None and t.value(total) is not None else each]
+        size = t.number(used[0])
+        if size is None:
+            refuse(t, each, "no size of a micro batch, which verl needs as well")
+        micro, note = max(1, int(size) // (ranks if used == [total] else 1)), ""
+    note_of_others = f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}"
+    unused(t, {budget, each, total, DYNAMIC} - {*used}, note_of_others)
+    shared.batch(t, KEYS, micro, ranks, used, note)
+
+
+def _lora(t: Translation) -> bool:
+    """LoRA of FSDP, which may go on from an adapter, or Megatron's, whose layers have other names."""
+    start = f"{MODEL}lora_adapter_path"
+    if on(t.value(start)):
+        note = "goes on from it; the reference is the base model, as in verl"
+        t.verdict("same", start, {"model.adapter": t.value(start), "model.adapter_reference": "base"}, note)
+        unused(t, (KEYS.rank, KEYS.alpha, KEYS.adapted, KEYS.kept_out), "the adapter's own configuration holds")
+        return True
+    if not positive(t, f"{MODEL}lora.rank"):
+        return shared.lora(t, KEYS, t.value(KEYS.adapted))
+    rank, alpha, adapted, out = (
+        f"{MODEL}lora.{name}" for name in ("rank", "alpha", "target_modules", "exclude_modules")
+    )
+    layers = t.value(adapted) or list(MEGATRON_LAYERS)
+    modules = [name for layer in layers for name in MEGATRON_LAYERS.get(layer, layer).split()]
+    shared.renamed(t, {f"{MODEL}lora.dropout": "peft.lora_dropout"})
+    t.defaults = {alpha: 32, adapted: layers, **t.defaults}
+    return shared.lora(t, KEYS._replace(rank=rank, alpha=alpha, adapted=adapted, kept_out=out), modules)
+
+
+def _loss(t: Translation) -> None:
+    """Form and averaging of the loss."""
+    old, mode = f"{ACTOR}use_token_level_loss", t.value(LOSS)
+    key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
+    average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
+    unused(t, [LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
+    if average not in (*AVERAGES, "token-sum"):
+        refuse(t, key, f"no average of a loss like {average}", f"Read are {', '.join(AVERAGES)}.")
+    if mode in ("gspo", "sapo"):
+        level = {"grpo.importance_sampling_level": "sequence"} if mode == "gspo" else {}
+        targets = {"grpo.loss_type": "grpo" if mode == "gspo" else "sapo", **level}
+        t.converted(LOSS, targets, f"averaged per sequence, whatever {key} says")
+        t.inert(key, f"{mode} averages per sequence")
+        if on(t.value(f"{ACTOR}use_kl_loss")) and average != "seq-mean-token-mean":
+            t.changes(key, {}, f"verl averages KL by {average} beside {mode}, TRL per sequence")
+        if mode == "sapo":
+            shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
+        return
+    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
+    kind, note = _average(t, average, mode == "cispo")
+    t.verdict("changes meaning" if note else "same", key, {"grpo.loss_type": kind}, note)
+
+
+def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
+    """TRL's `loss_type` for an averaging, and what differs."""
+    assert t.batch is not None
+    kind = "cispo" if is_cispo else AVERAGES.get(average, "dapo")
+    is_legacy, source, micro = on(t.value(LEGACY)), t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
+    if average == "token-mean" and not is_legacy:
+        return kind, shared.uneven(t)
+    if average == "token-mean":
+        is_like = not is_cispo and not on(t.value(DYNAMIC))
+        each = "as many completions as fit" if on(t.value(DYNAMIC)) else f"{source} completions"
+        here = f"of {micro}" if is_like else "of the optimizer step"
+        note = f"verl averages over the tokens of each micro batch of {each}, TRL over those {here}"
+        return ("bnpo" if is_like else kind), "" if is_like and micro == source else note
+    if is_cispo or average not in AVERAGES:
+        return kind, f"verl averages by {average}, TRL's {kind} over tokens"
+    if kind == "dr_grpo" and (is_legacy or t.value(f"{ACTOR}loss_scale_factor")):
+        what = "the micro batch" if is_legacy else "its loss_scale_factor"
+        return kind, f"verl's gradient is larger by a constant factor, from {what}: only max_grad_norm feels it"
+    return kind, ""
+
+
+def _correction(t: Translation) -> None:
+    """Correction of the difference between the engine's log-probs and the trainer's."""
+    level, cap, old = f"{CORRECTION}rollout_is", f"{CORRECTION}rollout_is_threshold", f"{ACTOR}tis_imp_ratio_cap"
+    kind, limit = t.value(level), t.value(cap)
+    if positive(t, old):
+        level, kind, limit = old, "token", t.value(old)
+    if kind not in ("token", "sequence"):
+        t.converted(level, {"grpo.vllm_importance_sampling_correction": False}, "off, where TRL's default is on")
+        return
+    low, _, high = str(limit).rpartition("_")
+    prefix = "grpo.vllm_importance_sampling_"
+    values = {f"{prefix}clip_max": float(high), **({f"{prefix}clip_min": float(low)} if low else {})}
+    t.converted(level, {f"{prefix}mode": f"{kind}_{'mask' if low else 'truncate'}", **values}, "")
+    unused(t, [cap], f"{level} says it")
+
+
+def _optimizer(t: Translation) -> None:
+    others = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
+    schedule = next((key for key in others if t.value(key) is not None and not t.given(KEYS.schedule)), KEYS.schedule)
+    shared.schedule(t, KEYS._replace(schedule=schedule))
+    shared.betas(t, f"{OPTIM}betas")
+    if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
+        t.inert(f"{OPTIM}optimizer", "AdamW")
+
+
+def _engine(t: Translation, is_lora: bool) -> None:
+    shared.engine(t, KEYS)
+    name, sleep = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine"
+    t.speed(f"{ROLLOUT}name", f"vLLM generates here{'' if name == 'vllm' else f', not {name}'}")
+    level = {"vllm.enable_sleep_mode": True, "vllm.sleep_level": 1 if is_lora else 2} if on(t.value(sleep)) else {}
+    note = "its memory is the trainer's while weights are trained" if level else "it keeps its memory"
+    t.speed(sleep, note, level)
+    prefix, known = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
+    engine = {rest: value for rest, value in shared.below(t, prefix).items() if value is not None}
+    shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in known})
+    if on(engine.get("disable_mm_preprocessor_cache")):
+        t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
+    for prefix, target in KWARGS.items():
+        shared.renamed(t, {prefix + rest: f"{target}.{rest}" for rest in shared.below(t, prefix)})
+
+
+def _without_engine(t: Translation) -> None:
+    """transformers' own generation in the place of vLLM."""
+    t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
+    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.targets)]:
+        del t.rows[key]
+        unused(t, [key], "of an engine, and transformers generates")
+    t.converted(f"{ROLLOUT}name", {"grpo.use_vllm": False}, "transformers generates")
+
+
+def _data(t: Translation) -> None:
+    shared.prompts(t, KEYS)
+    columns = {"ground_truth": "reward_model.ground_truth"}
+    for ours, key in (("prompt", "prompt_key"), ("images", "image_key"), ("data_source", "reward_fn_key")):
+        columns |= {ours: str(t.value(f"data.{key}"))} if t.value(f"data.{key}") != ours else {}
+        t.inert(f"data.{key}", f"the column {t.value(f'data.{key}')}")
+    shared.files(t, KEYS, {"columns": columns})
+    validation = f"{ROLLOUT}val_kwargs."
+    sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
+    sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))
+    greedy = {"temperature": (f"{validation}do_sample", 0)}
+    shared.evaluation(t, KEYS, sampling if on(t.value(f"{validation}do_sample")) else greedy, f"{validation}n")
+    drawn = "subsample" if on(t.value("data.shuffle")) else "max_samples"
+    for key, target in (("data.train_max_samples", drawn), ("data.val_max_samples", "max_eval_samples")):
+        if positive(t, key):
+            t.same(key, f"data.{target}")
+        unused(t, {key} - t.rows.keys(), "all rows")
+    if on(t.value(f"{MODEL}custom_chat_template")):
+        t.same(f"{MODEL}custom_chat_template", "model.chat_template")
+    if on(t.value(f"{FILTER}enable")):
+        most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
+        note = f"verl compares {metric}, and ends after so many generations; here the whole reward, and goes on"
+        t.changes(f"{FILTER}enable", {"resample.max_rounds": most if most > 1 else 10}, note)
+
+
+def _rewards(t: Translation) -> None:
+    """The user's function by an adapter, or verl's own by `data_source`; and the penalty of long completions."""
+    place = next((key for key in FUNCTIONS if t.value(f"{key}path")), None)
+    if place:
+        function = str(t.value(f"{place}name") or "compute_score")
+        arguments = shared.below(t, f"{place}reward_kwargs.")
+        items = [shared.reward(t, "verl", f"{place}path", str(t.value(f"{place}path")), function, arguments)]
+        unused(t, [f"{place}name", *(f"{place}reward_kwargs.{name}" for name in arguments)], "in the adapter")
+    else:
+        items = [{"name": "grpo_autotune.interop.adapters.formulas:verl_by_data_source"}]
+        note = "verl's own rewards by a row's data_source: here are those of gsm8k and geometry3k"
+        t.changes("data.reward_fn_key", {"rewards": list(items)}, note)
+    for key in filter(t.given, MANAGERS):
+        is_plain = t.value(key) in ("naive", "dapo", "batch", "prime", None)
+        (t.inert if is_plain else t.dropped)(key, "how the function is called")
+    for buffer in BUFFERS:
+        if on(t.value(f"{buffer}enable")) and positive(t, f"{buffer}len"):
+            longest, factor = shared.count(t, KEYS.longest_completion), float(t.number(f"{buffer}penalty_factor") or 0)
+            items.append(overlong_penalty(longest, int(t.number(f"{buffer}len")), factor))
+            t.converted(f"{buffer}enable", {"rewards": items}, "a reward of its own, added to the others")
+            unused(t, [f"{buffer}len", f"{buffer}penalty_factor"], f"of {buffer}enable")
+    t.set("rewards", items)

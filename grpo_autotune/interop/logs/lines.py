@@ -1,0 +1,193 @@
+"""Rows of flat numbers out of a log of any format, one after the other, whatever the size of the file."""
+
+import ast
+import csv
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_autotune.console import say
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.units import duration, percent
+
+LONGEST = 1 << 20
+"""Bytes of a line that are read at once; a longer one counts as several."""
+TELL_S = 3.0
+SCREEN = re.compile(rb"step:\d|\{['\"]|(?:it/s|s/it)[\],]|wandb: +\S")
+"""Bytes of a line that may open a row: nothing else is looked at."""
+NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^(?:\x1b\[[0-9;]*m)*\(\w+ pid=\d+(?:, ip=[\d.]+)?\)(?:\x1b\[[0-9;]*m)* ?")
+"""Colours, and the prefix that Ray puts in front of a worker's line."""
+VERL = re.compile(r"(?:^|\s)step:(\d+) - (?=\S+:)")
+BAR = re.compile(
+    r"(?:^|\]|Train[^:%|]*:)\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[(?:(\d+):)?(\d+):(\d+)<[^\]]*?(?:it/s|s/it)[^\]]*\]"
+)
+WANDB = re.compile(r"wandb: +(\S+) +(-?\d\S*)$")
+DICT = re.compile(r"\{(?=[^{}]*'(?:loss|reward|train_runtime)':)'[^{}]*\}")
+TORN = "lines that are torn"
+NEXT, LAST = "(the next)", "(the last)"
+"""Keys of a row without a number of its own: a Trainer's dictionary on a console, W&B's summary at the end."""
+LONG = (("key", "metric", "name", "metric_name"), ("value", "metric_value"))
+
+
+class Row(NamedTuple):
+    """Numbers that were logged at once, by the framework's own names."""
+
+    line: int  # of the file, from 1; of a JSON list its entry
+    values: dict[str, Any]
+
+
+def rows(path: Path, skipped: Counter[str]) -> Iterator[Row]:
+    """The rows of a file; what looks like one and cannot be read is counted in `skipped`."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16).decode("utf-8", "replace").lstrip("\ufeff \r\n")
+    first = head.partition("\n")[0]
+    row = _json(first)
+    if path.suffix != ".jsonl" and re.match(r'\{\s*"|\[\s*\{', head) and (row is None or "log_history" in row):
+        return _entries(path)
+    titles = {title.lower() for title in first.split(",")}
+    if path.suffix == ".csv" or (len(titles) > 2 and {"step", "_step"} & titles):
+        return _table(path)
+    return _console(path, skipped)
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings with their keys joined by `/`; lists are left out."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, above if key == "data" and not above else f"{above}{key}/")
+        elif not isinstance(value, list):
+            values[f"{above}{key}"] = value
+    return values
+
+
+def _json(text: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _entries(path: Path) -> Iterator[Row]:
+    """A JSON document: `trainer_state.json`, or a list of rows."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as problem:
+        what, fix = "this JSON is torn or no JSON", "Take the file that the run wrote, whole."
+        raise ConfigError(f"{what} ({problem})", where=str(path), fix=fix) from problem
+    entries = data.get("log_history", [data]) if isinstance(data, dict) else data
+    for number, entry in enumerate(entries if isinstance(entries, list) else [], start=1):
+        if isinstance(entry, dict):
+            yield Row(number, flat(entry))
+
+
+def _table(path: Path) -> Iterator[Row]:
+    """A CSV with a column for each key, or with a line for each value."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(line.replace("\0", "") for line in file)
+        try:
+            lines = ((reader.line_num, row) for row in reader)
+            by_name = {str(name).lower(): name for name in reader.fieldnames or []}
+            key, value = (next((by_name[name] for name in names if name in by_name), None) for names in LONG)
+            if key is None or value is None or "step" not in by_name:
+                yield from (Row(line, {k: v for k, v in row.items() if v and k}) for line, row in lines)
+                return
+            step, when = by_name["step"], by_name.get("timestamp", by_name["step"])
+            for line, row in sorted(lines, key=lambda cell: _order(cell[1].get(when))):
+                yield Row(line, {"step": row[step], str(row[key]): row[value]})
+        except csv.Error as problem:
+            raise ConfigError(f"no table that can be read ({problem})", where=str(path)) from problem
+
+
+def _order(text: Any) -> tuple[float, str]:
+    """A key to sort times by, numbers or dates."""
+    try:
+        return float(text), ""
+    except (TypeError, ValueError):
+        return 0.0, str(text)
+
+
+def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
+    """Lines as a terminal or a logger wrote them: verl's, dictionaries of a Trainer, JSON, progress bars."""
+    for line, text in _joined(_pieces(path)):
+        if text.startswith('{"'):
+            row = _json(text)
+            if row is not None:
+                yield Row(line, flat(row))
+            elif re.search(r'"(?:\w*step|loss|timing_s)\b', text):  # else a model may have said it
+                skipped[TORN] += 1
+        elif match := VERL.search(text):
+            pairs = (part.strip().rpartition(":") for part in text[match.end() :].split(" - "))
+            yield Row(line, {"step": match[1]} | {key: value.split(" ")[0] for key, _, value in pairs if key})
+        elif text.startswith("wandb:"):
+            summary = {m[1]: m[2] for part in text.split("\n") if (m := WANDB.match(part))}
+            yield Row(line, {LAST: True} | summary)
+        else:
+            yield from _of_trainer(line, text, skipped)
+
+
+def _of_trainer(line: int, text: str, skipped: Counter[str]) -> Iterator[Row]:
+    for bar in BAR.finditer(text):
+        hours, minutes, rest = (int(part or 0) for part in bar.groups()[2:])
+        yield Row(line, {"step": bar[1], f"tqdm/{bar[2]}": 3600 * hours + 60 * minutes + rest})
+    for match in DICT.finditer(text):
+        words = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", re.sub(r"(?<=: )-?(?:nan|inf)\b", "None", match[0]))
+        try:
+            row = ast.literal_eval(words)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            skipped[TORN] += 1
+        else:
+            yield Row(line, {NEXT: True} | row)
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, split where a progress bar wrote over itself, with a word of progress now and then."""
+    size, done, begun = path.stat().st_size, 0, time.monotonic()
+    told = begun
+    with path.open("rb") as file:
+        line = 0
+        while raw := file.readline(LONGEST):
+            line, done = line + 1, done + len(raw)
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                left = duration((told - begun) * (size / done - 1.0))
+                say(f"{path.name}: {percent(done / size)} read, about {left} left")
+            for piece in raw.rstrip(b"\r\n").split(b"\r"):
+                yield line, piece
+
+
+def _joined(pieces: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
+    """Lines that may hold a row, each with what a narrow terminal or a printer put on the lines below it."""
+    at, whole, last, width = 0, "", "", 0
+    for line, raw in pieces:
+        if not whole and not SCREEN.search(raw):
+            continue
+        text = NOISE.sub("", NOISE.sub("", raw.decode("utf-8", "replace")))
+        if whole and len(whole) < LONGEST and (glue := _continues(whole, text, last, width)) is not None:
+            whole, last = whole + glue + text, text
+            continue
+        if whole:
+            yield at, whole
+        at, whole, last, width = (line, text, text, len(text)) if SCREEN.search(raw) else (0, "", "", 0)
+    if whole:
+        yield at, whole
+
+
+def _continues(whole: str, text: str, last: str, width: int) -> str | None:
+    """The text between a row and the next line of it; None where that line is none of it."""
+    if whole.startswith("wandb:"):
+        return "\n" if text.startswith("wandb:") else None
+    if VERL.search(text) or "{'" in text:
+        return None
+    if VERL.search(whole):
+        parts = re.sub(r"^\s*(?:- )?|\s+-?\s*$", "", text).split(" - ")
+        wrapped = len(parts) > 1 or text.lstrip().startswith("- ") or (text and width - 2 <= len(last) <= width)
+        fits = not any(" " in part for part in parts) and all(":" in part for part in parts[1:-1])
+        bare = whole.endswith(" -") or (text.startswith("- ") and not whole.endswith(" "))
+        return (" " if bare else "") if wrapped and fits else None
+    return "" if "{'" in whole and "}" not in whole[whole.rindex("{'") :] and whole.count("'") < 400 else None

@@ -1,0 +1,147 @@
+"""The steps of a log: rows put together by step, with what of them is of use."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.interop.logs.lines import LAST, NEXT, Row, rows
+from grpo_autotune.interop.logs.timers import RAY, TRL, Part, TrlTimers
+
+MOST_STEPS = 20_000
+"""Steps that are kept, the last ones."""
+COUNTERS = (
+    *("train/global_step", "training/global_step", "global_step/max_steps", "iteration", "step", "global_step"),
+    *("Step", "_step"),
+)
+"""Keys that may number a step; of several in a row the first one here counts."""
+SPEEDS = ("train_speed(s/it)", "train_speed(iter/s)")
+FACTS = {
+    "prompt tokens, mean": ("prompt_length/mean",),
+    "completion tokens, mean": ("response_length/mean", "completions/mean_length", "completion_length"),
+    "completion tokens, longest": ("response_length/max", "completions/max_length"),
+    "completions cut off": ("response_length/clip_ratio", "completions/clipped_ratio"),
+    "groups of equal rewards": ("frac_reward_zero_std",),
+    "reward, mean": ("reward", "reward/overall", "critic/score/mean", "critic/rewards/mean"),
+    "KL": ("kl", "actor/kl_loss"),
+    "tokens": ("perf/total_num_tokens",),
+    "tokens per second and GPU": ("perf/throughput",),
+    "most memory, GiB": ("memory(GiB)", "perf/max_memory_allocated_gb", "actor/perf/max_memory_allocated_gb"),
+}
+"""Quantity -> keys of the frameworks that log it, any one of them."""
+READ = {key for keys in FACTS.values() for key in keys} | {*SPEEDS, "step_time", "perf/time_per_step", "train_runtime"}
+NOT_A_NUMBER = "values that are no finite number"
+
+
+class LoggedSteps:
+    """The steps of one file in their order: values, the line that each begins on, and rows of TRL's timers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[int, dict[str, float]] = {}
+        self.lines: dict[int, int] = {}
+        self.parts: dict[int, list[Part]] = {}
+        self.bars: dict[str, dict[int, tuple[float, int]]] = {}  # progress bar by its total: step -> seconds, line
+        self.skipped: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self._timers, self._last, self._rows = TrlTimers(), 0, 0
+        self._first_row: float | None = None
+        self._last_row = 0.0
+        for row in rows(path, self.skipped):
+            self._take(row)
+        missing = self._first_row is not None and self._last_row - self._first_row >= 1.02 * self._rows
+        if self._timers.seen and (missing or self._timers.collapsed or not self.parts):
+            self.parts = {}
+            self.warnings.append(
+                "rows are missing or were put together (a panel's export, or W&B without a commit for each), so the "
+                "timers do not add up to a step: export the whole history"
+            )
+
+    def _take(self, row: Row) -> None:
+        values = self._of_use(row.values)
+        if bar := next((key for key in values if key.startswith("tqdm/")), None):
+            self.bars.setdefault(bar, {})[int(row.values["step"])] = values[bar], row.line
+            return
+        self._rows += 1
+        if (place := number(row.values.get("_step"))) is not None:
+            self._first_row, self._last_row = place if self._first_row is None else self._first_row, place
+        timed = {key: values.pop(key) for key in [*values] if key.startswith(TRL)}
+        self._timers.add(timed)
+        step = None if timed and "train/global_step" not in row.values else self._number_of(row)
+        if step is None or not values:
+            self.skipped["rows without a step, or with nothing of use"] += not timed
+            return
+        if step < self._last:
+            self._go_back(step, row.line)
+        if step not in self.values:
+            before = next(reversed(self.values), 0)
+            parts = self._timers.take(step - before, values.get("step_time"), kl="kl" in values)
+            if parts and (before or step == 1):  # else it is not known how many steps the timers are of
+                self.parts[step] = parts
+        self._last = step
+        self.values.setdefault(step, {}).update(values)
+        self.lines.setdefault(step, row.line)
+        if len(self.values) > MOST_STEPS:
+            self._forget(next(iter(self.values)))
+            self.skipped[f"steps before the last {MOST_STEPS}"] += 1
+
+    def _go_back(self, step: int, line: int) -> None:
+        """A resumed run, or another one behind the first: what it does again is dropped."""
+        dropped = [known for known in self.values if known >= step]
+        for known in dropped:
+            self._forget(known)
+        self.skipped["steps of an earlier run"] += len(dropped)
+        self.warnings.append(f"line {line}: step numbers go back from {self._last} to {step}: the later run counts")
+        self._last = step - 1
+
+    def _forget(self, step: int) -> None:
+        del self.values[step], self.lines[step]
+        self.parts.pop(step, None)
+
+    def _number_of(self, row: Row) -> int | None:
+        key = next((key for key in COUNTERS if key in row.values), None)
+        if key is None:
+            return self._last + 1 if NEXT in row.values else max(1, self._last) if LAST in row.values else None
+        at = number(str(row.values[key]).partition("/")[0])
+        return None if at is None else int(at)
+
+    def _of_use(self, values: Mapping[str, Any]) -> dict[str, float]:
+        read = {}
+        for key, value in values.items():
+            name = _name(key)
+            if name not in READ and not name.startswith((RAY, TRL, "tqdm/", "fully_async/")):
+                if name == "elapsed_time" and (spent := _clock(str(value))) is not None:
+                    read[name] = spent
+            elif (as_number := number(value)) is not None:
+                read[name] = as_number
+            else:
+                self.skipped[NOT_A_NUMBER] += 1
+        return read
+
+
+def number(value: Any) -> float | None:
+    """A value as a finite number, with or without numpy's name around it; None for all else."""
+    match = re.fullmatch(r"(?:np\.\w+|tensor)\((.*)\)", value) if isinstance(value, str) else None
+    try:
+        finite = float(match[1] if match else value)
+    except (TypeError, ValueError):
+        return None
+    return finite if math.isfinite(finite) else None
+
+
+def _name(key: str) -> str:
+    """The framework's own name of a key, without what a tracker or a panel puts in front of it."""
+    for mark in (TRL, RAY):
+        if mark in key:
+            key = key[key.index(mark) :]
+            return "" if key.endswith(("__MIN", "__MAX")) else key
+    return key.rpartition(" - ")[2].removeprefix("metrics.").removeprefix("train/")
+
+
+def _clock(text: str) -> float | None:
+    """Seconds of `1h 2m 3s`, as ms-swift writes them."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.findall(r"(\d+)([dhms])", text)
+    return float(sum(int(count) * units[unit] for count, unit in parts)) if parts else None

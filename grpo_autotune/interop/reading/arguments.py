@@ -1,0 +1,114 @@
+"""Command lines as settings: Hydra's and OmegaConf's overrides, and the options of HfArgumentParser.
+
+Both keep a value's type as far as its text tells: numbers, true and false, lists, mappings, and Hydra's word for None.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from grpo_autotune.interop.reading.words import Word
+from grpo_autotune.interop.source import Setting
+
+OVERRIDE = re.compile(r"(?P<how>\+\+|\+|~|)(?P<key>[A-Za-z_$][\w./@$:-]*)(?:=(?P<value>.*))?", re.DOTALL)
+NUMBER = re.compile(r"[+-]?(\d[\d_]*|(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][+-]?\d+)?)")
+TOKEN = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[\]{},:]|(?:\\.|\$\{[^}]*\}|[^\[\]{},:'"\\])+)""")
+WORDS: Mapping[str, Any] = {"null": None, "true": True, "false": False}
+
+
+def overrides(words: Iterable[Word]) -> dict[str, Setting]:
+    """Settings of Hydra's overrides: `a.b=c`, `+a=c`, `++a=c`, and `~a`, which leaves None. A later one wins, and a
+    mapping is taken apart into its keys. Words that are no override are left out."""
+    settings: dict[str, Setting] = {}
+    for word in words:
+        match = OVERRIDE.fullmatch(word.text)
+        if match and (match["value"] is not None or match["how"] == "~"):
+            value = None if match["how"] == "~" else hydra_value(match["value"])
+            settings |= flat(match["key"].replace("/", "."), word.setting(value, f"{match['how']}{match['key']}="))
+    return settings
+
+
+def flat(key: str, setting: Setting) -> dict[str, Setting]:
+    """A setting, or one for each key of its mapping, names joined by dots."""
+    if not isinstance(setting.value, dict) or not setting.value:
+        return {key: setting}
+    parts = [flat(f"{key}.{name}", Setting(value, setting.line, setting.file)) for name, value in setting.value.items()]
+    return {name: inner for part in parts for name, inner in part.items()}
+
+
+def hydra_value(text: str) -> Any:
+    """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, its word for
+    None, else text
+    as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
+    tokens = TOKEN.findall(text)
+    if text[:1] not in "[{'\"" or "".join(tokens).replace(" ", "") != text.replace(" ", ""):
+        return scalar(text.strip(), WORDS)
+    try:
+        value = _parsed(tokens)
+    except (IndexError, ValueError):
+        return text
+    return text if tokens else value
+
+
+def _parsed(tokens: list[str]) -> Any:
+    token = tokens.pop(0).strip()
+    if token not in ("[", "{"):
+        quoted = token[:1] in ("'", '"')
+        return re.sub(r"\\(['\"])", r"\1", token[1:-1]) if quoted else scalar(token, WORDS)
+    items: list[Any] = []
+    while tokens[0] not in ("]", "}"):
+        items.append(_parsed(tokens))
+        if token == "{" and tokens.pop(0) == ":":
+            items[-1] = (items[-1], _parsed(tokens))
+        if tokens[0] == ",":
+            tokens.pop(0)
+    tokens.pop(0)
+    return dict(items) if token == "{" else items
+
+
+def options(words: Iterable[Word]) -> tuple[dict[str, Setting], list[Word]]:
+    """Settings of HfArgumentParser's options, and the words before the first of them. `--a b`, `--a=b`, `--a` alone
+    for true, `--no_a` for false, several words as a list, JSON as a mapping or list; `-` in a name is `_`."""
+    settings: dict[str, Setting] = {}
+    first: list[Word] = []
+    option, values = None, first
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word.text):
+            name, equals, value = word.text.partition("=")
+            written = word.written and word.written.partition("=")[2]
+            option, values = replace(word, text=name), [Word(value, word.line, written)] if equals else []
+        else:
+            values.append(word)
+        if option is not None:
+            settings |= _option(option, values)
+    return settings, first
+
+
+def _option(option: Word, words: list[Word]) -> dict[str, Setting]:
+    name = option.text.lstrip("-").replace("-", "_")
+    if not words:
+        off = name.startswith("no_") and name != "no_cuda"
+        return {name.removeprefix("no_") if off else name: Setting(not off, option.line)}
+    values = [option_value(word.text) for word in words]
+    written = " ".join(word.written or word.text for word in words) if any(word.written for word in words) else None
+    return {name: Setting(values[0] if len(values) == 1 else values, option.line or words[0].line, text=written)}
+
+
+def option_value(text: str) -> Any:
+    """The value of an option: true or false, a number, JSON, else text."""
+    if text[:1] in ("{", "["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return scalar(text, {"true": True, "false": False})
+
+
+def scalar(text: str, words: Mapping[str, Any]) -> Any:
+    """A number, one of the words (in any case), or the text."""
+    if NUMBER.fullmatch(text):
+        kind: Callable[[str], Any] = int if re.fullmatch(r"[+-]?[\d_]+", text) else float
+        return kind(text) if not re.match(r"[+-]?0\d", text) else text
+    return words.get(text.lower(), text)

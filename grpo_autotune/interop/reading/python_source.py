@@ -1,0 +1,243 @@
+"""Python scripts and notebooks, read and never run: the arguments of the calls that configure a training.
+
+An argument's value is a literal, or simple arithmetic on literals and on names that one was assigned to; of anything
+else the source text is kept, as value and as text of its `Setting`.
+"""
+
+import ast
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.source import Setting
+
+PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
+OPERATORS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right),
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
+}  # fmt: skip
+MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
+MOST_LEFT_OUT = 20
+WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a script. Arguments without a name are "0", "1" and so on."""
+
+    name: str  # as written: `GRPOConfig`, `FastVisionModel.from_pretrained`
+    arguments: dict[str, Setting]
+    line: int
+
+
+@dataclass
+class Script:
+    """The calls of a script or notebook, and all else that is read of it."""
+
+    calls: list[Call] = field(default_factory=list)
+    imports: set[str] = field(default_factory=set)  # packages, without their parts
+    environment: dict[str, Setting] = field(default_factory=dict)  # what it puts into `os.environ`
+    pins: dict[str, str] = field(default_factory=dict)  # package -> version, of its `pip install` lines
+    docstring: range | None = None  # its lines, from 1
+    warnings: list[str] = field(default_factory=list)
+
+    def called(self, pattern: str) -> list[Call]:
+        """Calls whose whole name matches a regular expression, in the order of their lines."""
+        return [call for call in self.calls if re.fullmatch(pattern, call.name)]
+
+
+def calls(path: Path, environment: Mapping[str, str] | None = None) -> list[Call]:
+    """The calls of a script or notebook."""
+    return read(path, environment).calls
+
+
+def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
+    """All of a script or notebook; `environment` is what `os.environ` gives it. ConfigError if it is no Python."""
+    text = text_of(path)
+    script = Script(pins=dict(PIN.findall(text)))
+    names: dict[str, Any] = {}
+    for cell, source in cells(path, text):
+        tree, left_out = parsed(source, f"{path.name}, {cell}" if cell else path.name)
+        script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
+        if ast.get_docstring(tree) and script.docstring is None:
+            script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
+        _Reader(script, cell, names, environment or {}).visit(tree)
+    return script
+
+
+def parsed(source: str, where: str) -> tuple[ast.Module, list[str]]:
+    """The tree of a source without the statements that are no Python (of this version), and their lines."""
+    lines, left_out = source.split("\n"), list[str]()
+    while True:
+        try:
+            return ast.parse("\n".join(lines)), left_out
+        except (SyntaxError, RecursionError, ValueError) as error:
+            line = min(getattr(error, "lineno", None) or 0, len(lines))
+            if not line or len(left_out) >= MOST_LEFT_OUT:
+                raise ConfigError("this Python cannot be read", where=f"{where}, line {line}") from None
+            starts = [n for n, text in enumerate(lines) if re.match(r"[A-Za-z@]", text)]
+            start = max((n for n in starts if n < line), default=0)
+            end = min((n for n in starts if n >= line), default=len(lines))
+            left_out.append(f"{start + 1} to {end}")
+            lines[start:end] = [""] * (end - start)
+            if not any(lines):
+                raise ConfigError("this is no Python", where=where) from None
+
+
+def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
+    """Name and source of each cell of code; a script is one, without a name."""
+    if path.suffix != ".ipynb":
+        yield None, text
+        return
+    try:
+        cells = json.loads(text)["cells"]
+        sources = ["".join(cell["source"]) if cell["cell_type"] == "code" else "" for cell in cells]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("this is no notebook", where=path.name) from None
+    for number, source in enumerate(sources, 1):
+        if not re.match(r"%%(bash|sh|writefile|html|javascript|script)", source):
+            yield f"cell {number:0{len(str(len(sources)))}}", MAGIC.sub(_blank, source)
+
+
+def _blank(magic: re.Match[str]) -> str:
+    """A statement that does nothing, and as many lines as the notebook's command."""
+    return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
+
+
+class Unknown(str):
+    """Source text of an expression whose value is not known before the script runs."""
+
+
+class _Reader(ast.NodeVisitor):
+    """Calls in the order of their lines, with the names that are known there."""
+
+    def __init__(self, script: Script, cell: str | None, names: dict[str, Any], environment: Mapping[str, str]) -> None:
+        self.script, self.cell, self.names, self.environment = script, cell, names, environment
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.script.imports |= {alias.name.partition(".")[0] for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self.script.imports.add((node.module or "").partition(".")[0])
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            self.assign(target, node.value)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.generic_visit(node)
+        if node.value is not None:
+            self.assign(node.target, node.value)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.generic_visit(node)
+        self.names.pop(ast.unparse(node.target), None)
+
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """A name for a value or a call; an attribute of a call's result is one more argument."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, its_value in zip(target.elts, value.elts, strict=True):
+                self.assign(one, its_value)
+            return
+        name = ast.unparse(target)
+        call = self.names.get(name.partition(".")[0])
+        variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
+        if variable:
+            self.script.environment[variable[1]] = self.setting(value)
+        elif isinstance(target, ast.Attribute) and isinstance(call, Call):
+            call.arguments[target.attr] = self.setting(value)
+        else:
+            made = [call for call in self.script.calls if isinstance(value, ast.Call) and call.line == value.lineno]
+            known = self.value(value)
+            self.names[name] = made[-1] if made and isinstance(known, Unknown) else known
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        arguments = {str(place): self.setting(value) for place, value in enumerate(node.args)}
+        for keyword in node.keywords:
+            spread = self.value(keyword.value) if keyword.arg is None else None
+            if keyword.arg:
+                arguments[keyword.arg] = self.setting(keyword.value)
+            elif isinstance(spread, dict):
+                arguments |= {str(key): Setting(_plain(value), node.lineno, self.cell) for key, value in spread.items()}
+        self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
+
+    def setting(self, node: ast.expr) -> Setting:
+        """A value, and its source text unless that says the same."""
+        value, written = _plain(self.value(node)), ast.unparse(node)
+        try:
+            literal = ast.literal_eval(node) is not ...
+        except WRONG:
+            literal = False
+        return Setting(value, node.lineno, self.cell, None if literal else written)
+
+    def value(self, node: ast.expr) -> Any:
+        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
+        unknown = Unknown(ast.unparse(node))
+        if isinstance(node, ast.Name):
+            value = self.names.get(node.id, unknown)
+            return self.given(node.id, unknown) if isinstance(value, Call | Unknown) else value
+        if isinstance(node, ast.List | ast.Tuple):
+            return [self.value(item) for item in node.elts]
+        if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            return dict(zip(keys, [self.value(item) for item in node.values], strict=True))
+        if isinstance(node, ast.BinOp | ast.UnaryOp):
+            sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
+            return self.computed(OPERATORS.get(type(node.op)), [self.value(side) for side in sides], unknown)
+        if isinstance(node, ast.JoinedStr):
+            whole = [part for part in node.values if isinstance(part, ast.FormattedValue) and not part.format_spec]
+            parts = [part.value if part in whole else part for part in node.values]
+            return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
+        if isinstance(node, ast.Call):
+            return self.called(node, unknown)
+        return node.value if isinstance(node, ast.Constant) else unknown
+
+    def given(self, name: str, unknown: Unknown) -> Any:
+        """A name that the script leaves open, by the environment."""
+        text = self.environment.get(name)
+        try:
+            return unknown if text is None else ast.literal_eval(text)
+        except (*WRONG, SyntaxError):
+            return text
+
+    def called(self, node: ast.Call, unknown: Unknown) -> Any:
+        """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
+        name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
+        if name == "dict" and not given:
+            return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
+        if name in ("os.environ.get", "os.getenv"):
+            return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
+        return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
+
+    def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
+        if function is None or any(isinstance(part, Unknown) for part in given):
+            return unknown
+        try:
+            return function(*given)
+        except WRONG:
+            return unknown
+
+
+def _times(left: Any, right: Any) -> Any:
+    """A product of numbers; one with a text or list may fill the memory."""
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise TypeError
+    return left * right
+
+
+def _plain(value: Any) -> Any:
+    """The value with the text of what is not known in it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return (
+        [_plain(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, str) else value
+    )

@@ -1,0 +1,394 @@
+"""Shell scripts, evaluated in a safe subset of bash and never run: the commands that a script would start.
+
+Variables, arrays, arithmetic, `case`, `if`, `for`, functions and here-documents are followed; no command is. Where a
+branch depends on the machine, it is the one of a machine with NVIDIA GPUs.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from tree_sitter import Node
+
+from grpo_autotune.interop.reading import arithmetic, marks
+from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
+from grpo_autotune.interop.reading.words import Word
+
+NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
+ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
+LONGEST_VALUE = 1_000_000
+MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
+NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that the script would start, with the variables it is given."""
+
+    words: list[Word]
+    environment: dict[str, Word]
+    line: int
+
+
+@dataclass
+class Shell:
+    """The commands of a script, and the files that it writes."""
+
+    commands: list[Command] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # here-documents, by the name they are written to
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Ended(Exception):
+    """The script ends here."""
+
+
+class _Returned(Exception):
+    """The function ends here."""
+
+
+def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
+    """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
+    ("1"), which fill what the script leaves to them, as in bash."""
+    given = dict(environment or {})
+    last = max((int(key) for key in given if key.isdigit()), default=0)
+    positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
+    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
+    evaluation.exported |= given.keys()
+    with suppress(_Ended, _Returned):
+        evaluation.run(evaluation.tree)
+    evaluation.result.warnings[:0] = _cut_commands(text, evaluation.tree)
+    return evaluation.result
+
+
+class _Evaluation:
+    """One script on its way."""
+
+    def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
+        source, self.tree = parsed(text)
+        self.variables, self.expand = variables, Expansion(source, variables, line)
+        self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
+        for error in [node for node in _within(self.tree) if node.type == "ERROR"][:1]:
+            self.warn(error, "this shell is not understood; what follows may be read wrongly")
+
+    def warn(self, node: Node, what: str) -> None:
+        text = f"line {self.expand.line(node.start_byte)}: {what}"
+        if text not in self.result.warnings:
+            self.result.warnings.append(text)
+
+    def run(self, node: Node) -> bool | None:
+        """Follow a statement. True or false as it succeeds, None if only a run can tell."""
+        self.variables.steps += 1
+        if self.variables.steps > MOST_STEPS:
+            self.warn(node, "the script goes on without end; nothing is read from here on")
+            raise _Ended
+        handler = HANDLERS.get(node.type)
+        return handler(self, node) if handler else self.each(node.named_children)
+
+    def each(self, nodes: list[Node]) -> bool | None:
+        last: bool | None = True
+        for node in nodes:
+            last = self.run(node)
+        return last
+
+    def assignment(self, node: Node) -> bool:
+        name, value = node.child_by_field_name("name"), node.child_by_field_name("value")
+        key, adds = re.split(r"\W", self.expand.raw(node))[0], any(child.type == "+=" for child in node.children)
+        if re.search(rf"\$\{{?{key}\b(?![:=?+-])", self.expand.raw(node)):
+            self.variables.values.setdefault(key, "")
+        if value is not None and value.type == "array":
+            items = [item for item in value.named_children if item.type != "comment"]
+            words = [word for item in items for word in self.expand.fields(item)]
+            self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
+        elif name is not None and name.type == "variable_name":
+            text = self.expand.text(value)
+            self.variables.values[key] = (self.variables.text(key) or "") + text if adds else text
+        if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
+            self.warn(node, f"{key} grows without end; nothing is read from here on")
+            raise _Ended
+        return True
+
+    def declaration(self, node: Node) -> bool:
+        for child in node.named_children:
+            if child.type == "variable_assignment":
+                self.assignment(child)
+            if self.expand.raw(node).startswith("export"):
+                self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
+        return True
+
+    def command(self, node: Node) -> bool | None:
+        words = [word for child in _fields(node, "name", "argument") for word in self.expand.fields(child)]
+        texts = [marks.shown(word.text) for word in words]
+        if not words:
+            return True
+        if texts[0] in BUILTINS:
+            return BUILTINS[texts[0]](self, node, words[1:])
+        if script := _inner_script(texts):
+            return self.inside(script, self.expand.line(node.start_byte))
+        if texts[0] in self.functions:
+            return self.called(self.functions[texts[0]], words[1:])
+        values = {key: self.variables.text(key) for key in self.exported}
+        for child in node.named_children:
+            if child.type == "variable_assignment":
+                name = self.expand.raw(child).partition("=")[0]
+                values[name] = self.expand.text(child.child_by_field_name("value"))
+        given = {key: Field(text).word() for key, text in values.items() if text is not None}
+        self.result.commands.append(Command([w.word() for w in words], given, self.expand.line(node.start_byte)))
+        return True
+
+    def called(self, body: Node, words: list[Field]) -> bool | None:
+        """A function, with its own arguments."""
+        if self.depth == DEEPEST:
+            return None
+        outer = self.variables.positional, self.variables.called
+        self.variables.positional, self.variables.called = words, True
+        self.depth += 1
+        try:
+            return self.run(body)
+        except _Returned:
+            return True
+        finally:
+            self.variables.positional, self.variables.called = outer
+            self.depth -= 1
+
+    def inside(self, script: str, line: int) -> bool | None:
+        """A script in a text: of `eval` or `bash -c`."""
+        inner = _Evaluation(script, self.variables, line)
+        inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
+        return inner.run(inner.tree) if self.depth < DEEPEST else None
+
+    def defined(self, node: Node) -> bool:
+        name, body = node.child_by_field_name("name"), node.child_by_field_name("body")
+        if name is not None and body is not None:
+            self.functions[self.expand.raw(name)] = body
+        return True
+
+    def ended(self, node: Node, words: list[Field]) -> bool:
+        """`exit`: at the top the script ends; a branch may not be the one that is taken, and is read on."""
+        if node.parent is not None and node.parent.type == "program":
+            raise _Ended
+        self.warn(node, "the script may end here; it is read on")
+        return False
+
+    def returned(self, node: Node, words: list[Field]) -> bool:
+        raise _Returned
+
+    def shifted(self, node: Node, words: list[Field]) -> bool:
+        count = marks.plain(words[0].text) if words else "1"
+        del self.variables.positional[: int(count) if count.isdigit() else 1]
+        return True
+
+    def set(self, node: Node, words: list[Field]) -> bool:
+        if words and marks.plain(words[0].text) == "--":
+            self.variables.positional = words[1:]
+        return True
+
+    def sourced(self, node: Node, words: list[Field]) -> bool:
+        self.warn(node, f"`{_shorter(self.expand.raw(node))}` is not read")
+        return True
+
+    def unset(self, node: Node) -> bool:
+        for child in node.named_children:
+            self.variables.values.pop(self.expand.raw(child), None)
+        return True
+
+    def redirected(self, node: Node) -> bool | None:
+        """A statement with redirections; a here-document of `cat` or `tee` is kept as the file that it becomes."""
+        parts = {part.type: part for part in _within(node) if part.type.startswith(("heredoc", "file_redirect"))}
+        body = self.expand.raw(node.named_children[0]).split()
+        if "heredoc_body" not in parts or body[0] not in ("cat", "tee"):
+            return self.run(node.named_children[0])
+        text, start = parts["heredoc_body"], self.expand.raw(parts["heredoc_start"])
+        place = parts["file_redirect"].child_by_field_name("destination") if "file_redirect" in parts else None
+        name = marks.shown(self.expand.text(place)) or body[-1]
+        self.result.files[name] = self.expand.raw(text) if start[0] in "'\"\\" else marks.shown(self.expand.text(text))
+        return True
+
+    def chain(self, node: Node) -> bool | None:
+        """`a && b` and `a || b`; a command succeeds, a test that only a run can tell fails."""
+        state = self.run(node.named_children[0])
+        wanted = any(child.type == "&&" for child in node.children)
+        return self.run(node.named_children[-1]) if bool(state) == wanted else state
+
+    def negated(self, node: Node) -> bool | None:
+        state = self.run(node.named_children[-1])
+        return None if state is None else not state
+
+    def branch(self, node: Node) -> bool | None:
+        """`if`, with `elif` and `else`."""
+        for conditions, body in _clauses(node):
+            if not conditions or self.holds(conditions):
+                return self.each(body)
+        return True
+
+    def holds(self, conditions: list[Node]) -> bool:
+        """The condition of an `if`; a command in it is not run, so it holds if it asks for NVIDIA's GPUs."""
+        states = [self.run(child) if child.type in TESTS else None for child in conditions]
+        if states[-1] is not None:
+            return states[-1]
+        text = " ".join(self.expand.raw(child) for child in conditions)
+        guess = bool(NVIDIA.search(text)) and not text.startswith("!")
+        self.warn(conditions[0], f"`if {_shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
+        return guess
+
+    def test(self, node: Node) -> bool | None:
+        """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
+        if node.children[0].type == "((":
+            with suppress(arithmetic.Unknown):
+                return bool(self.expand.computed(self.expand.raw(node)[2:-2]))
+            return None
+        if node.type != "test_command":
+            return self.each(node.named_children)
+        return self.truth(node.named_children[0], node.children[0].type == "[[") if node.named_children else False
+
+    def truth(self, node: Node, pattern: bool) -> bool | None:
+        """The truth of an expression; `pattern` if `=` compares with one."""
+        first, last = (node.named_children or [node])[0], (node.named_children or [node])[-1]
+        operator = node.child_by_field_name("operator")
+        sign = self.expand.raw(operator) if operator is not None else ""
+        if node.type == "parenthesized_expression":
+            return self.truth(first, pattern)
+        if node.type == "unary_expression" and sign == "!":
+            state = self.truth(last, pattern)
+            return None if state is None else not state
+        if node.type == "unary_expression":
+            return {"-z": not self.tested(last), "-n": bool(self.tested(last))}.get(sign)
+        if node.type != "binary_expression":
+            return bool(self.tested(node))
+        if sign in ("&&", "-a", "||", "-o"):
+            state = self.truth(first, pattern)
+            return self.truth(last, pattern) if bool(state) == (sign in ("&&", "-a")) else state
+        left, right = self.tested(first), self.tested(last)
+        if sign in ("=", "==", "!="):
+            return self.alike(first, left, right, pattern) == (sign != "!=")
+        with suppress(arithmetic.Unknown, KeyError):
+            return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
+        return None
+
+    def tested(self, node: Node) -> str:
+        """A text in a test: nothing for a variable that nothing sets."""
+        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
+        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
+        return "" if unset else text
+
+    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
+        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
+        if not marks.is_unknown(left):
+            return fnmatchcase(left, right) if pattern else left == right
+        same = bool(NVIDIA.fullmatch(right))
+        self.warn(
+            node,
+            f"`{_shorter(self.expand.raw(node))}` depends on the machine: taken as {'' if same else 'not '}{right}",
+        )
+        return same
+
+    def case(self, node: Node) -> bool | None:
+        """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
+        subject = node.named_children[0]
+        text = marks.plain(self.expand.text(subject))
+        for item in [child for child in node.named_children if child.type == "case_item"]:
+            patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
+            if marks.is_unknown(text):
+                patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
+            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
+            if fits and marks.is_unknown(text):
+                self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
+            if fits:
+                return self.each([c for c in item.named_children if c not in _fields(item, "value", "termination")])
+        return True
+
+    def loop(self, node: Node) -> bool | None:
+        variable, body = node.child_by_field_name("variable"), node.child_by_field_name("body")
+        words = [word for value in _fields(node, "value") for word in self.expand.fields(value)]
+        for word in words[:MOST_TURNS] if variable is not None and body is not None else ():
+            self.variables.values[self.expand.raw(variable)] = word.text  # type: ignore[arg-type]
+            self.run(body)  # type: ignore[arg-type]
+        return True
+
+    def skipped(self, node: Node) -> bool:
+        if not (node.type == "while_statement" and self.run(node.named_children[0]) is False):
+            self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is not followed")
+        return True
+
+    def subshell(self, node: Node) -> bool | None:
+        outer = dict(self.variables.values)
+        try:
+            return self.each(node.named_children)
+        finally:
+            self.variables.values.clear()
+            self.variables.values |= outer
+
+
+HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
+    "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
+    "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
+    "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
+    "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
+    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.skipped, "subshell": _Evaluation.subshell,
+    "c_style_for_statement": _Evaluation.skipped, "compound_statement": _Evaluation.test,
+    "comment": lambda none, node: True,
+}  # fmt: skip
+BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
+    "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
+    "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
+    ":": lambda *none: True,
+}  # fmt: skip
+TESTS = ("test_command", "list", "negated_command", "compound_statement")
+
+
+def _within(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _within(child)
+
+
+def _fields(node: Node, *names: str) -> list[Node]:
+    return [child for place, child in enumerate(node.children) if node.field_name_for_child(place) in names]
+
+
+def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
+    """Conditions and statements of each branch of an `if`; `else` has no condition."""
+    clauses: list[tuple[list[Node], list[Node]]] = []
+    part = 0
+    for child in node.children:
+        for inner in child.children if child.type in ("elif_clause", "else_clause") else [child]:
+            if inner.type in ("if", "elif", "else"):
+                clauses.append(([], []))
+            part = {"if": 0, "elif": 0, "else": 1, "then": 1}.get(inner.type, part)
+            if inner.is_named and inner.type != "comment":
+                clauses[-1][part].append(inner)
+    return clauses
+
+
+def _inner_script(words: list[str]) -> str | None:
+    """The script that `eval` or `bash -c` is given."""
+    if words[0] == "eval":
+        return " ".join(words[1:])
+    shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
+    return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
+
+
+def _shorter(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _cut_commands(text: str, tree: Node) -> list[str]:
+    """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
+    lines, warnings = text.splitlines(), []
+    source = text.encode()
+    comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
+    for number in range(1, len(lines)):
+        after_more = lines[number - 1].endswith("\\") and number - 1 not in comments
+        comment = number in comments and after_more and lines[number].lstrip().startswith("#")
+        if not comment and (number in comments or not re.search(r"(^|[^\\])\\[ \t]+$", lines[number])):
+            continue
+        start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
+        end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
+        if names := [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]:
+            what = "a comment" if comment else "a space behind the backslash"
+            lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
+            warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
+    return warnings

@@ -1,0 +1,116 @@
+"""YAML and JSON as settings with their lines, Hydra's `defaults` beside the file, and OmegaConf's interpolations."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.source import Setting
+
+MOST_SETTINGS = 20_000
+INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as OmegaConf reads it: `1e-6` is a number."""
+
+
+FLOAT = r"^(?:[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.nan)$"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(FLOAT), list("-+0123456789."))
+
+
+def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Setting]:
+    """Settings of a YAML or JSON text, names joined by dots; those of a later document win. `nested=False` leaves
+    mappings inside as values, as in frameworks whose keys are flat. ConfigError, `name` and line named, for a text
+    that cannot be read or holds no mapping."""
+    loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
+    settings: dict[str, Setting] = {}
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigError("this holds no settings (no mapping of keys to values)", where=name)
+            settings |= dict(islice(_leaves(loader, node, "", nested), MOST_SETTINGS))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = name if mark is None else f"{name}, line {mark.line + 1}"
+        raise ConfigError(f"this YAML cannot be read: {getattr(error, 'problem', error)}", where=where) from None
+    except (RecursionError, ValueError, TypeError) as error:
+        raise ConfigError(f"this YAML cannot be read: {error}", where=name) from None
+    return settings
+
+
+def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str, nested: bool) -> Iterator[tuple[str, Setting]]:
+    loader.flatten_mapping(node)
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value if isinstance(key_node, yaml.ScalarNode) else '?'}"
+        if nested and isinstance(value_node, yaml.MappingNode) and value_node.value:
+            yield from _leaves(loader, value_node, f"{key}.", nested)
+        else:
+            yield key, Setting(loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1)
+
+
+def with_defaults(
+    settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()
+) -> tuple[dict[str, Setting], str | None]:
+    """Settings over those of the files of Hydra's `defaults` list, which lie beside `path`, and the name of one that
+    does not: the framework's own."""
+    listed = settings.pop("defaults", None)
+    base: dict[str, Setting] = {}
+    missing = None
+    for entry in listed.value if listed is not None and isinstance(listed.value, list) else ():
+        group, name = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
+        group, _, package = str(group).removeprefix("override ").removeprefix("optional ").partition("@")
+        if name == "_self_" or not isinstance(name, str):
+            continue
+        file = path.parent / group / f"{name.removesuffix('.yaml')}.yaml"
+        if not file.is_file() or file in (path, *within):
+            missing = missing or (None if group else name)
+            continue
+        inner, _ = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
+        place = package or group.replace("/", ".")
+        prefix = "" if place in ("", "_global_", "_here_") else f"{place}."
+        base |= {f"{prefix}{key}": replace(setting, file=setting.file or file.name) for key, setting in inner.items()}
+    return base | settings, missing
+
+
+def resolved(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, Setting]:
+    """Settings with OmegaConf's interpolations put in, `${data.max_prompt_length}` and `${oc.env:NAME,default}`; those
+    that nothing in the file answers stay as they are written."""
+    if not any("${" in str(setting.value) for setting in settings.values()):
+        return dict(settings)
+    return {key: _resolved(key, setting, settings, environment) for key, setting in settings.items()}
+
+
+def _resolved(
+    key: str, setting: Setting, settings: Mapping[str, Setting], environment: Mapping[str, str], depth: int = 0
+) -> Setting:
+    value = setting.value
+    if not isinstance(value, str) or "${" not in value or depth > 20:
+        return setting
+
+    def answer(match: re.Match[str]) -> Any:
+        name = match[1].strip()
+        if name.startswith("oc.env:"):
+            variable, comma, default = name.removeprefix("oc.env:").partition(",")
+            known = default if comma else match[0]
+            return yaml.load(environment.get(variable.strip(), known), _Loader)
+        up = len(name) - len(name.lstrip("."))
+        place = ".".join([*key.split(".")[:-up], name.lstrip(".")]) if up else name
+        if place not in settings:
+            return match[0]
+        return _resolved(place, settings[place], settings, environment, depth + 1).value
+
+    whole = INTERPOLATION.fullmatch(value)
+    value = answer(whole) if whole else INTERPOLATION.sub(lambda match: str(answer(match)), value)
+    return replace(setting, value=value, text=setting.text or setting.value)

@@ -1,0 +1,66 @@
+"""An imported configuration as YAML for people: its sections in the order of a configuration, and the reasons behind
+the keys that are not obvious."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.yaml_text import write_yaml
+from grpo_autotune.errors import printable
+from grpo_autotune.records.imported import Imported, titled
+
+WIDTH = 110
+"""Characters of a line; a comment that does not fit behind its key stands above it."""
+
+
+def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
+    """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
+    `imported.config`."""
+    sections = {
+        name: _ordered(name, imported.config[name]) for name in RunConfig.model_fields if name in imported.config
+    }
+    head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
+
+
+def _ordered(name: str, section: Any) -> Any:
+    """A section's keys in the order of their fields, where it has fields; others stay as they are."""
+    fields = [*getattr(RunConfig.model_fields[name].annotation, "model_fields", ())]
+    if not isinstance(section, dict) or not fields:
+        return section
+    return {key: section[key] for key in [*(key for key in fields if key in section), *(section.keys() - set(fields))]}
+
+
+def _head(imported: Imported) -> Iterator[str]:
+    version = printable(f"{titled(imported.framework, imported.version)} ({imported.version_from})")
+    yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
+    ranks = imported.world_size
+    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.batch['ranks']}."
+
+
+def commented(text: str, comments: Mapping[str, str]) -> str:
+    """YAML text of mappings, each comment behind the value of its key path, or above it where it does not fit."""
+    lines = text.split("\n")
+    places = {path: (start, end) for path, start, end in _places(yaml.compose(text))}
+    for path in sorted(comments.keys() & places.keys(), key=lambda path: places[path], reverse=True):
+        start, end = places[path]
+        comment = printable(comments[path])
+        line, indent = lines[start], len(lines[start]) - len(lines[start].lstrip())
+        if start == end and len(line) + len(comment) + 4 <= WIDTH:
+            lines[start] = f"{line}  # {comment}"
+        else:
+            wrapped = textwrap.wrap(comment, WIDTH - indent - 2, break_long_words=False)
+            lines[start:start] = [f"{' ' * indent}# {part}" for part in wrapped]
+    return "\n".join(lines)
+
+
+def _places(node: Any, above: str = "") -> Iterator[tuple[str, int, int]]:
+    """Each key path with the line of its key and the last one of its value; a section's own line is its last."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        path, line = f"{above}{key.value}", key.start_mark.line
+        is_block = not isinstance(value, yaml.ScalarNode) and not value.flow_style
+        yield path, line, line if is_block else value.end_mark.line
+        yield from _places(value, f"{path}.")

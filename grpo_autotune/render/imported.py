@@ -1,0 +1,130 @@
+"""An imported configuration as text for a terminal, each setting of the source by its line; and a probe's split of
+what another framework's timers hold together."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict, titled
+from grpo_autotune.records.report import Report
+from grpo_autotune.render.text import as_text, section
+from grpo_autotune.units import listing, percent, seconds
+
+STYLES: dict[Verdict, str] = {
+    "changes meaning": "bold yellow", "no equivalent": "bold red", "converted": "cyan", "speed only": "dim",
+}  # fmt: skip
+MOST_OF_VALUE = 120
+"""Characters that are shown of a value."""
+LONG = 40
+"""Characters above which the same words are not said twice."""
+
+
+def render_imported(imported: Imported, width: int, *, colour: bool = False) -> str:
+    """The table by line, the defaults that had to be written out, counts, and warnings."""
+    return as_text(_parts(imported), width, colour=colour)
+
+
+def _parts(imported: Imported) -> Iterator[RenderableType]:
+    name = titled(imported.framework, imported.version)
+    yield Text(f"{imported.file}: {name} ({imported.version_from})")
+    yield Text(batch_line(imported))
+    for line in imported.warnings:
+        yield Text(f"\nWARNING: {line}", style="bold red")
+    given = [row for row in imported.rows if row.line is not None]
+    defaults = [row for row in imported.rows if row.line is None]
+    yield from _block("What the file says, by line", given)
+    yield from _block(f"Defaults of {name} that had to be written out", defaults)
+    yield from section("In short", list(summary_lines(imported)))
+
+
+def batch_line(imported: Imported) -> str:
+    """The batch in words."""
+    batch, steps, ranks = imported.batch, imported.steps_per_rollout, imported.world_size
+    per_rollout = f"{steps:g} per rollout" if steps >= 1 else f"one for {1 / steps:g} rollouts"
+    return (
+        f"Batch: {batch['prompts']} prompts x {batch['num_generations']} completions per rollout; optimizer steps of "
+        f"{batch['completions']} completions, {per_rollout}; written for {ranks} process{'es' * (ranks > 1)}"
+    )
+
+
+def _block(title: str, rows: list[ImportedRow]) -> Iterator[RenderableType]:
+    if not rows:
+        return
+    yield Text(f"\n{title}", style="bold")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    with_lines = any(row.line is not None for row in rows)
+    if with_lines:
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    said: dict[str, str] = {}
+    for row in rows:
+        cells = [Text(row.verdict, style=STYLES.get(row.verdict, "")), _sentence(row, said)]
+        table.add_row(*([place_of(row)] if with_lines else []), *cells)
+    yield Padding(table, (0, 0, 0, 1))
+
+
+def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
+    """`key = value -> targets`, and the note; of either, what an earlier row has said is named by that row."""
+    becomes = ", ".join(
+        path if value == row.value and len(row.targets) == 1 else f"{path}: {_value(value)}"
+        for path, value in row.targets.items()
+    )
+    target, note = (f"as {said[words]}" if words in said else words for words in (becomes, row.note))
+    said |= {words: said.get(words, named(row)) for words in (becomes, row.note) if len(words) > LONG}
+    text = Text(f"{row.key} = {_value(row.value)}", overflow="fold")
+    text.append(f" -> {target}" if target else "", style="bold")
+    if not note or note == target:
+        return text
+    return text.append(f" ({note})" if row.verdict == "same" or note != row.note else f"\n{note}", style="dim")
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it, cut where it is long."""
+    plain = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(plain.split())
+    return text if len(text) <= MOST_OF_VALUE else f"{text[: MOST_OF_VALUE - 4]} ..."
+
+
+def summary_lines(imported: Imported) -> Iterator[str]:
+    """Counts of the verdicts; for those after which something else may be learned, where they stand."""
+    counts = Counter(row.verdict for row in imported.rows)
+    yield listing([f"{count} {verdict}" for verdict, count in counts.most_common()])
+    for verdict in STRICT:
+        rows = [row for row in imported.rows if row.verdict == verdict]
+        if rows:
+            yield f"{verdict}: {', '.join(dict.fromkeys(map(named, rows)))}"
+
+
+def place_of(row: ImportedRow) -> str:
+    """The line of a setting, the file or cell in front where it is not the imported one."""
+    return f"{row.file}:{row.line}" if row.file else str(row.line)
+
+
+def named(row: ImportedRow) -> str:
+    """A setting's line in a sentence; the key of a default."""
+    return row.key if row.line is None else place_of(row) if row.file else f"line {row.line}"
+
+
+LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}
+"""Framework -> its timer around the whole training pass; the others have none, and so no split of one."""
+
+
+def split_lines(report: Report, framework: str) -> Iterator[str]:
+    """The training pass by forward, backward and optimizer, as measured here."""
+    stages = {stage.name: stage for stage in report.stages}
+    parts = {part.name: part.self_s for part in stages["policy_logprob"].parts} if "policy_logprob" in stages else {}
+    pieces = {"forward": parts.get("training_forward", 0.0)}
+    pieces |= {name: stages[name].self_s for name in ("backward", "optimizer") if name in stages}
+    whole = sum(pieces.values())
+    if whole > 0:
+        name = f"{titled(framework)}'s {LUMPS[framework]}" if framework in LUMPS else "The training pass"
+        shares = ", ".join(f"{percent(piece / whole)} {part}" for part, piece in pieces.items())
+        yield f"{name} holds {shares}: {seconds(whole)} of a step of {seconds(report.step_s)}."
+        yield f"That is TRL on this machine, with the imported batch; {titled(framework)} itself was not measured."

@@ -1,0 +1,128 @@
+"""From the steps of another framework's log to a report: what they sum to, what the log's own arithmetic says."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from grpo_autotune.advice.logged import advice, bound
+from grpo_autotune.interop.logs.clock import Timed, timed
+from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
+from grpo_autotune.interop.logs.timers import LEFT_OVER, RAY
+from grpo_autotune.probe.breakdown import half_quartile_range
+from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
+
+SILENT = ("/min", "num_preempted", "slowest", "ratio")
+"""In keys of timers that are no seconds, or say nothing that others do not."""
+STATES: dict[int, State] = {0: "unknown", 1: "known"}
+WHOLE = 0.01
+"""Share by which a count that was recovered may miss a whole number."""
+
+
+def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
+    """The report of a log; `batch`, the six numbers of the configuration, is held against what the log says of them.
+    ConfigError where it has no step, or no seconds."""
+    log = LoggedSteps(path)
+    times = timed(log)
+    steps = list(times.seconds)
+    seconds = list(times.seconds.values())
+    step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
+    stages = _stages(times, step_s)
+    facts = dict([*_facts(log, steps), *_recovered(log, steps)])
+    if "reward, mean" not in facts:
+        log.warnings.append("no reward in this log: it may be of another kind of training than GRPO")
+    report = LogReport(
+        file=str(path), framework=times.framework, counted=times.counted, whole=times.whole, step_s=step_s,
+        step_spread_s=half_quartile_range(seconds), steps=steps, lines=[log.lines[step] for step in steps],
+        step_seconds=seconds, stages=stages, facts=facts,
+        absent=[atom for atom in ATOMS if not any(atom in row.holds for row in stages)],
+        beside=_beside(log, steps, stages), checks=list(_checks(facts, batch)) if batch else [],
+        skipped={reason: count for reason, count in log.skipped.items() if count}, warnings=log.warnings, bound="",
+    )  # fmt: skip
+    return report.model_copy(update={"bound": bound(report), "verdict": advice(report)})
+
+
+def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
+    """A row for each name that a timer of any step has, the longest first; they sum to the step."""
+    total = math.fsum(times.seconds.values())
+    by_name: dict[str, dict[int, float]] = {}
+    holds: dict[str, dict[str, None]] = {}
+    keys: dict[str, dict[str, None]] = {}
+    for step in times.seconds:
+        for part in times.parts.get(step, ()):
+            if part.name not in by_name:
+                by_name[part.name] = dict.fromkeys(times.seconds, 0.0)
+            by_name[part.name][step] += part.seconds
+            holds.setdefault(part.name, {}).update(dict.fromkeys(part.holds))
+            keys.setdefault(part.name, {}).update(dict.fromkeys(part.keys))
+    rows = [
+        LoggedStage(
+            name=name, state=STATES.get(len(holds[name]), "lumped"), holds=list(holds[name]),
+            keys=list(keys[name]), share=(share := math.fsum(spent.values()) / total), self_s=share * step_s,
+            spread=half_quartile_range(list(spent.values())), per_step_s=list(spent.values()),
+        )
+        for name, spent in by_name.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row.self_s)
+
+
+def _means(log: LoggedSteps, steps: Iterable[int], keys: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """Mean of each key over the steps that have it; over all where the steps are a progress bar's."""
+    used = [log.values[step] for step in steps if step in log.values] or [*log.values.values()]
+    for key in keys:
+        if read := [values[key] for values in used if key in values]:
+            yield key, statistics.fmean(read)
+
+
+def _facts(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
+    for name, keys in FACTS.items():
+        for key, value in [*_means(log, steps, keys)][:1]:
+            yield name, LoggedFact(value=value, key=key)
+
+
+def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> dict[str, LoggedFact]:
+    """Means of the timers that no row of the step is made of."""
+    used = {key.removeprefix("-") for row in stages for key in row.keys} | {RAY + key for key in ("step", *LEFT_OVER)}
+    keys = {key: None for step in steps for key in log.values.get(step, {}) if key.startswith(RAY)}
+    kept = [key for key in keys if key not in used and not any(word in key for word in SILENT)]
+    return {key.removeprefix(RAY): LoggedFact(value=mean, key=key) for key, mean in _means(log, steps, kept)}
+
+
+def _recovered(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
+    """Completions per step and GPUs from each line's tokens, lengths and throughput: the median, if it is whole."""
+    for name, (key, ratio) in RECOVERED.items():
+        read = [ratio(log.values[step]) for step in steps if step in log.values]
+        count = statistics.median([value for value in read if value] or [0.0])
+        if count and abs(count - round(count)) <= WHOLE * count:
+            yield name, LoggedFact(value=round(count), key=key)
+
+
+def _completions(values: Mapping[str, float]) -> float:
+    row = values.get("prompt_length/mean", 0.0) + values.get("response_length/mean", 0.0)
+    return values.get("perf/total_num_tokens", 0.0) / row if row else 0.0
+
+
+def _gpus(values: Mapping[str, float]) -> float:
+    work = values.get("perf/time_per_step", 0.0) * values.get("perf/throughput", 0.0)
+    return values.get("perf/total_num_tokens", 0.0) / work if work else 0.0
+
+
+RECOVERED: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
+    "completions per step": ("perf/total_num_tokens / (prompt_length/mean + response_length/mean)", _completions),
+    "GPUs": ("perf/total_num_tokens / (perf/time_per_step x perf/throughput)", _gpus),
+}
+
+
+def _checks(facts: Mapping[str, LoggedFact], batch: Mapping[str, float]) -> Iterator[str]:
+    """The configuration's numbers against those that the log recovers."""
+    ranks = round(batch["ranks"])
+    wanted = {"completions per step": round(batch["prompts"] * batch["num_generations"]), "GPUs": ranks}
+    for name, given in wanted.items():
+        if name not in facts:
+            yield f"{name}: {given} in the configuration, and nothing in the log to hold it against"
+            continue
+        seen = round(facts[name].value)
+        word = "as in the log" if seen == given else f"the log has {seen}: it is not the configuration of this run"
+        if name == "GPUs" and seen != given and seen % given == 0:
+            word = f"the log has {seen}, {seen // given} for each of the configuration's data-parallel ranks"
+        yield f"{name}: {given} in the configuration, {word}"

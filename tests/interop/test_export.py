@@ -1,0 +1,136 @@
+"""Tuned values in the user's own text: imported again, it has them, and nothing else has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.importing import import_file
+from grpo_autotune.interop.writing.export import Original, export
+from tests.support.tuned import tuned_values
+
+VERL = """#!/bin/bash
+# GRPO on our cluster
+set -x
+GROUP=${GROUP:-8}
+ENGINE=(
+    actor_rollout_ref.rollout.name=vllm
+    actor_rollout_ref.rollout.gpu_memory_utilization=0.6   # leaves room
+    actor_rollout_ref.rollout.n=$GROUP
+)
+python3 -m verl.trainer.main_ppo \\
+    algorithm.adv_estimator=grpo \\
+    data.train_files=train.parquet \\
+    data.train_batch_size=${BATCH:-64} \\
+    data.max_response_length=512 \\
+    actor_rollout_ref.model.path=Qwen/Qwen2.5-1.5B-Instruct \\
+    actor_rollout_ref.actor.ppo_mini_batch_size=32 \\
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \\
+    actor_rollout_ref.actor.use_kl_loss=True \\
+    actor_rollout_ref.actor.kl_loss_coef=0.001 \\
+    "${ENGINE[@]}" \\
+    trainer.n_gpus_per_node=4 \\
+    trainer.save_freq=10 \\
+    trainer.nnodes=1 "$@"
+"""
+EASYR1 = """# our settings
+data:
+  train_files: train.parquet
+  rollout_batch_size: 64     # prompts
+  max_response_length: 512
+algorithm:
+  adv_estimator: grpo
+  disable_kl: false
+  use_kl_loss: true
+  kl_coef: 1.0e-2
+worker:
+  actor:
+    global_batch_size: 32
+    micro_batch_size_per_device_for_update: 8   # completions
+    model: {model_path: Qwen/Qwen2.5-1.5B-Instruct}
+  rollout:
+    n: 8
+    gpu_memory_utilization: 0.6
+  reward:
+    reward_function: ./r1v.py:compute_score
+trainer:
+  n_gpus_per_node: 4
+  nnodes: 1
+  save_freq: 10
+"""
+SWIFT = """MAX_PIXELS=262144 \\
+NPROC_PER_NODE=4 \\
+swift rlhf \\
+    --rlhf_type grpo \\
+    --model Qwen/Qwen2.5-1.5B-Instruct \\
+    --dataset train.jsonl \\
+    --reward_funcs accuracy \\
+    --use_vllm true --vllm_mode colocate \\
+    --num_generations 8 \\
+    --per_device_train_batch_size 8 \\
+    --gradient_accumulation_steps 8 \\
+    --steps_per_generation 16 \\
+    --vllm_gpu_memory_utilization 0.6 \\
+    --beta 0.001
+"""
+TRL = """# trl grpo --config this
+model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
+dataset_name: org/data
+reward_funcs: [think_format_reward]
+num_generations: 8   # G
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 32
+steps_per_generation: 64
+use_vllm: true
+vllm_gpu_memory_utilization: 0.6
+beta: 0.001
+"""
+FILES = {"run_verl.sh": VERL, "easyr1.yaml": EASYR1, "run_swift.sh": SWIFT, "trl.yaml": TRL}
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ranks=st.sampled_from([1, 2, 4]),
+    knobs=st.fixed_dictionaries(
+        {},
+        optional={
+            "grpo.num_generations": st.sampled_from([4, 8, 16]),
+            "grpo.per_device_train_batch_size": st.sampled_from([1, 2, 4, 8, 16]),
+            "grpo.num_iterations": st.sampled_from([1, 2]),
+            "grpo.beta": st.sampled_from([0.001, 0.02]),
+            "grpo.max_completion_length": st.sampled_from([256, 512]),
+            "grpo.gradient_checkpointing": st.booleans(),
+            "vllm.gpu_memory_utilization": st.sampled_from([0.3, 0.6]),
+        },
+    ),
+)
+def test_an_exported_file_imports_to_the_tuned_values(
+    name: str, ranks: int, knobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("export") / name
+    path.write_text(FILES[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(ranks))
+        config = import_file(path, world_size=ranks).finished().config
+        try:
+            tuned = tuned_values(config, knobs)
+        except ConfigError:
+            assume(False)
+        exported = export(tuned, Original(path))
+        assert not exported.lost and path.read_text() == FILES[name] and list(path.parent.iterdir()) == [path]
+        path.write_text(exported.text)
+        again = RunConfig.from_dict(import_file(path, world_size=ranks).finished().config)
+        wanted = RunConfig.from_dict({key: value for key, value in tuned.items() if key != "receipt"})
+    for section in ("model", "peft", "data", "rewards"):
+        assert getattr(again, section) == getattr(wanted, section)
+    longest = {"max_model_len": None}  # follows the completions where the source says so
+    assert again.vllm.model_copy(update=longest) == wanted.vllm.model_copy(update=longest)
+    assert again.grpo == wanted.grpo
+    body = [line for line in exported.text.splitlines() if not line.startswith("# ")]
+    assert len(body) <= len(FILES[name].splitlines()) + 8

@@ -1,0 +1,96 @@
+"""Python scripts and notebooks: arguments of calls with their lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.reading import python_source
+from grpo_autotune.interop.source import Setting
+
+SCRIPT = '''"""Docs."""
+import os
+from trl import GRPOConfig, GRPOTrainer
+P, total = 256, 1024
+total += 1
+total = 1024
+n = 2 * 4 - 1
+name = f"run-{n}"
+common = dict(lr=1e-5, n=n)
+os.environ["MAX_PIXELS"] = "100"
+args = GRPOConfig(
+    "out",
+    beta=0.0,
+    max_completion_length=total - P if P else 1,
+    warmup=total - n,
+    run_name=name,
+    path=os.environ.get("OUT", "here"),
+    secret=os.environ["X"],
+    **common,
+)
+args.epochs = n
+trainer = GRPOTrainer(model, args=args, reward_funcs=[right, "accuracy", lambda x: 1], spec=f"{n:03d}")
+'''
+
+
+def test_arguments_with_values_lines_and_source(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(SCRIPT)
+    script = python_source.read(file, {"OUT": "there"})
+    (config,) = script.called("GRPOConfig")
+    assert config.arguments == {
+        "0": Setting("out", 12), "beta": Setting(0.0, 13),
+        "max_completion_length": Setting("total - P if P else 1", 14, text="total - P if P else 1"),
+        "warmup": Setting(1017, 15, text="total - n"), "run_name": Setting("run-7", 16, text="name"),
+        "path": Setting("there", 17, text="os.environ.get('OUT', 'here')"),
+        "secret": Setting("os.environ['X']", 18, text="os.environ['X']"),
+        "lr": Setting(1e-5, 11), "n": Setting(7, 11), "epochs": Setting(7, 21, text="n"),
+    }  # fmt: skip
+    (trainer,) = script.called("GRPOTrainer")
+    assert trainer.arguments["reward_funcs"].value == ["right", "accuracy", "lambda x: 1"]
+    assert trainer.arguments["spec"].value == "f'{n:03d}'"
+    assert script.imports == {"os", "trl"} and script.environment == {"MAX_PIXELS": Setting("100", 10)}
+    assert script.docstring == range(1, 2)
+
+
+def test_what_is_not_known_is_no_plain_text_of_another_kind(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text("x = f()\ny = x\nGRPOConfig(a=y, b=[x, 1], c={'k': x}, d='z' * 10**9)\n")
+    values = {name: setting.value for name, setting in python_source.calls(file)[-1].arguments.items()}
+    assert values == {"a": "y", "b": ["x", 1], "c": {"k": "x"}, "d": "'z' * 10 ** 9"}
+    assert all(type(value) in (str, list, dict) for value in values.values())
+
+
+def test_a_notebook_by_cells(tmp_path: Path) -> None:
+    sources = [
+        ["%%bash\n", "pip install nothing\n"],
+        ["!pip install unsloth \\\n", "    trl==0.22.2\n", "if True:\n", "    !pip install x\n", "n = 4"],
+        ["%time\n", "c = GRPOConfig(num_generations=n)"],
+        ["x = 'a\n", "d = GRPOConfig(num_generations=2)\n"],
+    ]
+    cells = [{"cell_type": "code", "source": source} for source in sources]
+    file = tmp_path / "a.ipynb"
+    file.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["# a"]}, *cells]}))
+    script = python_source.read(file)
+    assert [call.arguments["num_generations"] for call in script.called("GRPOConfig")] == [
+        Setting(4, 2, "cell 4", "n"), Setting(2, 2, "cell 5"),
+    ]  # fmt: skip
+    assert script.pins == {"trl": "0.22.2"}
+    assert script.warnings == ["cell 5, lines 1 to 1 are not read: no Python"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.py", "((((\n" * 30), ("a.ipynb", "{}"), ("a.ipynb", "x")])
+def test_what_is_no_python_is_one_line(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"no Python|no notebook"):
+        python_source.read(tmp_path / name)
+
+
+def test_the_environment_gives_a_name_that_is_left_open(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("N = f()\nGRPOConfig(n=N, m=N * 2, k=OPEN, s=TEXT)\n")
+    arguments = python_source.calls(file, {"N": "4", "OPEN": "1e-3", "TEXT": "a/b"})[-1].arguments
+    assert {name: setting.value for name, setting in arguments.items()} == {"n": 4, "m": 8, "k": 1e-3, "s": "a/b"}
