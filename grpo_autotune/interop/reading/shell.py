@@ -380,8 +380,8 @@ def _cut_commands(text: str, tree: Node) -> list[str]:
     lines, warnings = text.splitlines(), []
     source = text.encode()
     comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
-    for number in range(1, len(lines)):
-        after_more = lines[number - 1].endswith("\\") and number - 1 not in comments
+    for number in range(len(lines)):
+        after_more = number > 0 and lines[number - 1].endswith("\\") and number - 1 not in comments
         alone = number in comments and lines[number].lstrip().startswith("#")
         comment = alone and after_more
         if not comment and (alone or not re.search(r"(^|[^\\])\\[ \t]+(#.*)?$", lines[number])):
