@@ -45,7 +45,8 @@ def argv_of_bash(script: Path, folder: Path, environment: dict[str, str], argume
             commands.append([])
         else:
             commands[-1].append(word)
-    return [[word.replace(str(work), ".") for word in words] for words in commands[:-1]]
+    spaces = " "  # of a backslash before a space, which is no argument to anybody
+    return [[word.replace(str(work), ".") for word in words if word != spaces] for words in commands[:-1]]
 
 
 UNKNOWN = re.compile(r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`|\$\{?\w+[^}\s]*\}?", re.DOTALL)

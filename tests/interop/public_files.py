@@ -7,12 +7,10 @@ As a script it prints a line for each: `python tests/interop/public_files.py [WO
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,29 +60,30 @@ def listed() -> list[Public]:
     ]  # fmt: skip
 
 
+def small_files(repository: str, commit: str, endings: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each small file with such an ending; a mirror may lack the large ones."""
+    for line in git(repository, "ls-tree", "-r", "-z", "-l", commit).decode().split("\0")[:-1]:
+        facts, _, name = line.partition("\t")
+        kind, size = facts.split()[1::2]
+        if kind == "blob" and name.rpartition(".")[2] in endings and size.isdigit() and int(size) < LARGEST:
+            yield name, git(repository, "show", f"{commit}:{name}")
+
+
 def scripts() -> Iterator[tuple[str, str]]:
     """Name and text of every shell script of the mirrors, at their newest commits."""
     for folder in sorted(Path(os.environ["GRPO_AUTOTUNE_MIRRORS"]).glob("*/repo")):
-        repository = folder.parent.name
-        archive = git(repository, "archive", "HEAD")
-        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            for member in files:
-                if member.isfile() and member.name.endswith((".sh", ".slurm")):
-                    content = files.extractfile(member)
-                    assert content is not None
-                    yield f"{repository}:{member.name}", content.read().decode()
+        for name, content in small_files(folder.parent.name, "HEAD", ("sh", "slurm")):
+            yield f"{folder.parent.name}:{name}", content.decode(errors="replace")
 
 
 @cache
 def checked_out(repository: str, commit: str) -> Path:
     """A folder with the configurations of a commit; other files are added as they are asked for."""
     folder = Path(tempfile.mkdtemp())
-    for line in git(repository, "ls-tree", "-r", "-z", "-l", commit).decode().split("\0")[:-1]:
-        (*_, size), name = line.partition("\t")[0].split(), line.partition("\t")[2]
-        if name.rpartition(".")[2] in BESIDE and size.isdigit() and int(size) < LARGEST:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(git(repository, "show", f"{commit}:{name}"))
+    for name, content in small_files(repository, commit, BESIDE):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return folder
 
 

@@ -380,10 +380,11 @@ def _cut_commands(text: str, tree: Node) -> list[str]:
     lines, warnings = text.splitlines(), []
     source = text.encode()
     comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
-    for number in range(1, len(lines)):
-        after_more = lines[number - 1].endswith("\\") and number - 1 not in comments
-        comment = number in comments and after_more and lines[number].lstrip().startswith("#")
-        if not comment and (number in comments or not re.search(r"(^|[^\\])\\[ \t]+$", lines[number])):
+    for number in range(len(lines)):
+        after_more = number > 0 and lines[number - 1].endswith("\\") and number - 1 not in comments
+        alone = number in comments and lines[number].lstrip().startswith("#")
+        comment = alone and after_more
+        if not comment and (alone or not re.search(r"(^|[^\\])\\[ \t]+(#.*)?$", lines[number])):
             continue
         start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
         end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
