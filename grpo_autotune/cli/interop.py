@@ -65,7 +65,7 @@ def import_(
             imported = import_config(file, **how, world_size=ranks, out=out, as_json=json_ and not probe)
         if imported is None:
             return 1
-        return probed(str(out or "grpo.yaml"), imported.framework, as_json=json_) if probe else 0
+        return probed(str(out or "grpo.yaml"), imported.source, as_json=json_) if probe else 0
 
     return action
 

@@ -76,15 +76,15 @@ class Translation:
 
     def changes(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
         """The nearest there is: what differs, and how much."""
-        self.verdict("changes meaning", key, targets, note, comment)
+        self.verdict("changes", key, targets, note, comment)
 
     def dropped(self, key: str, note: str) -> None:
         """No equivalent: what would be needed."""
-        self.verdict("no equivalent", key, {}, note)
+        self.verdict("none", key, {}, note)
 
     def speed(self, key: str, note: str, targets: Mapping[str, Any] | None = None) -> None:
         """Changes seconds and memory alone."""
-        self.verdict("speed only", key, targets or {}, note)
+        self.verdict("speed", key, targets or {}, note)
 
     def inert(self, key: str, note: str) -> None:
         """Has no effect in the source as it stands, so leaving it out is the same."""
@@ -102,8 +102,8 @@ class Translation:
             self.set(path, value, comment)
         setting = given or Setting(self.defaults.get(key))
         self.rows[key] = ImportedRow(
-            line=setting.line, file=setting.file, key=key, value=setting.value, verdict=verdict,
-            targets=dict(targets), note=note,
+            line=setting.line, file=setting.file, key=key, value=setting.value, kind=verdict,
+            to=dict(targets), why=note,
         )  # fmt: skip
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
@@ -153,10 +153,10 @@ class Translation:
         if self.batch is None:
             raise ConfigError("no batch size", where=self.source.path.name)
         rows = sorted(self.rows.values(), key=lambda row: (row.line is None, row.file or "", row.line or 0, row.key))
-        numbers = {name: int(value) for name, value in vars(self.batch).items()}
+        numbers = {letter: int(value) for letter, value in zip("GPCEDm", vars(self.batch).values(), strict=True)}
         return Imported(
-            file=str(self.source.path), framework=self.source.framework, version=self.version,
-            version_from=self.version_from, world_size=self.world_size or self.batch.ranks, batch=numbers,
+            file=str(self.source.path), source=self.source.framework, version=self.version,
+            version_from=self.version_from, world_size=self.world_size or self.batch.ranks, numbers=numbers,
             steps_per_rollout=self.batch.steps_per_rollout, rows=rows, warnings=self.warnings,
             config=nested(self.values), files=self.files,
         )  # fmt: skip

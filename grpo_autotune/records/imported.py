@@ -10,11 +10,14 @@ from grpo_autotune.records.report import Advice
 SCHEMA: Final = "grpo-autotune/imported/1"
 EXPORTED: Final = "grpo-autotune/exported/1"
 
-Verdict = Literal["same", "converted", "changes meaning", "no equivalent", "speed only"]
+Verdict = Literal["same", "converted", "changes", "none", "speed"]
 """A setting means the same here; the same in another unit or another key; something else, said what and how much;
 nothing, so it was dropped; or it changes seconds and memory alone."""
 
-STRICT: tuple[Verdict, ...] = ("changes meaning", "no equivalent")
+VERDICTS: dict[Verdict, str] = {"changes": "changes meaning", "none": "no equivalent", "speed": "speed only"}
+"""Verdict -> its words, where they differ."""
+
+STRICT: tuple[Verdict, ...] = ("changes", "none")
 """Verdicts after which the imported run may learn something else."""
 
 
@@ -38,9 +41,9 @@ class ImportedRow(Frozen):
     file: str | None = None  # name of the file, where it is not the imported one
     key: str  # the framework's own
     value: Any  # secrets replaced by `***`
-    verdict: Verdict
-    targets: dict[str, Any] = {}  # key path of a `RunConfig` -> its value
-    note: str = ""  # the arithmetic, the size of the difference, or what would be needed
+    kind: Verdict
+    to: dict[str, Any] = {}  # key path of a `RunConfig` -> its value
+    why: str = ""  # the arithmetic, the size of the difference, or what would be needed
 
 
 class Imported(Document):
@@ -48,11 +51,11 @@ class Imported(Document):
 
     schema_: Literal["grpo-autotune/imported/1"] = Field(default=SCHEMA, alias="schema")
     file: str
-    framework: str  # as `--from` has it: `verl`, `ms-swift`
+    source: str  # the framework, as `--from` has it: `verl`, `ms-swift`
     version: str  # version whose defaults were taken
     version_from: str  # why that one: `--source-version`, the file's own pin, or that it was assumed
     world_size: int  # training processes that the result is written for
-    batch: dict[str, int]  # the six numbers of `interop.batch.SixNumbers`
+    numbers: dict[str, int]  # G, P, C, E, D and m of `interop.batch.SixNumbers`
     steps_per_rollout: float  # optimizer steps for each rollout
     rows: list[ImportedRow]  # by line, defaults last
     warnings: list[str]

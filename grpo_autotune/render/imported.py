@@ -11,13 +11,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict, titled
+from grpo_autotune.records.imported import STRICT, VERDICTS, Imported, ImportedRow, Verdict, titled
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.text import as_text, section
 from grpo_autotune.units import listing, percent, seconds
 
 STYLES: dict[Verdict, str] = {
-    "changes meaning": "bold yellow", "no equivalent": "bold red", "converted": "cyan", "speed only": "dim",
+    "changes": "bold yellow", "none": "bold red", "converted": "cyan", "speed": "dim",
 }  # fmt: skip
 MOST_OF_VALUE = 120
 """Characters that are shown of a value."""
@@ -31,7 +31,7 @@ def render_imported(imported: Imported, width: int, *, colour: bool = False) -> 
 
 
 def _parts(imported: Imported) -> Iterator[RenderableType]:
-    name = titled(imported.framework, imported.version)
+    name = titled(imported.source, imported.version)
     yield Text(f"{imported.file}: {name} ({imported.version_from})")
     yield Text(batch_line(imported))
     for line in imported.warnings:
@@ -45,11 +45,11 @@ def _parts(imported: Imported) -> Iterator[RenderableType]:
 
 def batch_line(imported: Imported) -> str:
     """The batch in words."""
-    batch, steps, ranks = imported.batch, imported.steps_per_rollout, imported.world_size
+    numbers, steps, ranks = imported.numbers, imported.steps_per_rollout, imported.world_size
     per_rollout = f"{steps:g} per rollout" if steps >= 1 else f"one for {1 / steps:g} rollouts"
     return (
-        f"Batch: {batch['prompts']} prompts x {batch['num_generations']} completions per rollout; optimizer steps of "
-        f"{batch['completions']} completions, {per_rollout}; written for {ranks} process{'es' * (ranks > 1)}"
+        f"Batch: {numbers['P']} prompts x {numbers['G']} completions per rollout; optimizer steps of "
+        f"{numbers['C']} completions, {per_rollout}; written for {ranks} process{'es' * (ranks > 1)}"
     )
 
 
@@ -65,7 +65,7 @@ def _block(title: str, rows: list[ImportedRow]) -> Iterator[RenderableType]:
     table.add_column()
     said: dict[str, str] = {}
     for row in rows:
-        cells = [Text(row.verdict, style=STYLES.get(row.verdict, "")), _sentence(row, said)]
+        cells = [Text(VERDICTS.get(row.kind, row.kind), style=STYLES.get(row.kind, "")), _sentence(row, said)]
         table.add_row(*([place_of(row)] if with_lines else []), *cells)
     yield Padding(table, (0, 0, 0, 1))
 
@@ -73,16 +73,16 @@ def _block(title: str, rows: list[ImportedRow]) -> Iterator[RenderableType]:
 def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
     """`key = value -> targets`, and the note; of either, what an earlier row has said is named by that row."""
     becomes = ", ".join(
-        path if value == row.value and len(row.targets) == 1 else f"{path}: {_value(value)}"
-        for path, value in row.targets.items()
+        path if value == row.value and len(row.to) == 1 else f"{path}: {_value(value)}"
+        for path, value in row.to.items()
     )
-    target, note = (f"as {said[words]}" if words in said else words for words in (becomes, row.note))
-    said |= {words: said.get(words, named(row)) for words in (becomes, row.note) if len(words) > LONG}
+    target, note = (f"as {said[words]}" if words in said else words for words in (becomes, row.why))
+    said |= {words: said.get(words, named(row)) for words in (becomes, row.why) if len(words) > LONG}
     text = Text(f"{row.key} = {_value(row.value)}", overflow="fold")
     text.append(f" -> {target}" if target else "", style="bold")
     if not note or note == target:
         return text
-    return text.append(f" ({note})" if row.verdict == "same" or note != row.note else f"\n{note}", style="dim")
+    return text.append(f" ({note})" if row.kind == "same" or note != row.why else f"\n{note}", style="dim")
 
 
 def _value(value: Any) -> str:
@@ -94,12 +94,12 @@ def _value(value: Any) -> str:
 
 def summary_lines(imported: Imported) -> Iterator[str]:
     """Counts of the verdicts; for those after which something else may be learned, where they stand."""
-    counts = Counter(row.verdict for row in imported.rows)
-    yield listing([f"{count} {verdict}" for verdict, count in counts.most_common()])
+    counts = Counter(row.kind for row in imported.rows)
+    yield listing([f"{count} {VERDICTS.get(kind, kind)}" for kind, count in counts.most_common()])
     for verdict in STRICT:
-        rows = [row for row in imported.rows if row.verdict == verdict]
+        rows = [row for row in imported.rows if row.kind == verdict]
         if rows:
-            yield f"{verdict}: {', '.join(dict.fromkeys(map(named, rows)))}"
+            yield f"{VERDICTS[verdict]}: {', '.join(dict.fromkeys(map(named, rows)))}"
 
 
 def place_of(row: ImportedRow) -> str:

@@ -19,8 +19,8 @@ WHOLE = 0.01
 """Share by which a count that was recovered may miss a whole number."""
 
 
-def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
-    """The report of a log; `batch`, the six numbers of the configuration, is held against what the log says of them.
+def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogReport:
+    """The report of a log; `numbers`, the six numbers of the configuration, is held against what the log says of them.
     ConfigError where it has no step, or no seconds."""
     log = LoggedSteps(path)
     times = timed(log)
@@ -36,7 +36,7 @@ def read_log(path: Path, batch: Mapping[str, float] | None = None) -> LogReport:
         step_spread_s=half_quartile_range(seconds), steps=steps, lines=[log.lines[step] for step in steps],
         step_seconds=seconds, stages=stages, facts=facts,
         absent=[atom for atom in ATOMS if not any(atom in row.holds for row in stages)],
-        beside=_beside(log, steps, stages), checks=list(_checks(facts, batch)) if batch else [],
+        beside=_beside(log, steps, stages), checks=list(_checks(facts, numbers)) if numbers else [],
         skipped={reason: count for reason, count in log.skipped.items() if count}, warnings=log.warnings, bound="",
     )  # fmt: skip
     return report.model_copy(update={"bound": bound(report), "verdict": advice(report)})
@@ -113,10 +113,10 @@ RECOVERED: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
 }
 
 
-def _checks(facts: Mapping[str, LoggedFact], batch: Mapping[str, float]) -> Iterator[str]:
+def _checks(facts: Mapping[str, LoggedFact], numbers: Mapping[str, float]) -> Iterator[str]:
     """The configuration's numbers against those that the log recovers."""
-    ranks = round(batch["ranks"])
-    wanted = {"completions per step": round(batch["prompts"] * batch["num_generations"]), "GPUs": ranks}
+    ranks = round(numbers["D"])
+    wanted = {"completions per step": round(numbers["P"] * numbers["G"]), "GPUs": ranks}
     for name, given in wanted.items():
         if name not in facts:
             yield f"{name}: {given} in the configuration, and nothing in the log to hold it against"

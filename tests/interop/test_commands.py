@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line(folder: Path, capfd: Any, words: list[str], line:
 
 
 def test_a_value_that_we_refuse_is_told_by_the_line_of_the_source() -> None:
-    row = ImportedRow(line=7, key="trainer.beta", value=-1, verdict="same", targets={"grpo.num_generations": 1})
+    row = ImportedRow(line=7, key="trainer.beta", value=-1, kind="same", to={"grpo.num_generations": 1})
     config = {
         "model": {"name_or_path": "m"},
         "data": {"path": "d"},
@@ -147,7 +147,7 @@ def test_a_value_that_we_refuse_is_told_by_the_line_of_the_source() -> None:
         "grpo": {"num_generations": 1},
     }
     imported = Imported(
-        file="run.sh", framework="verl", version="2026", version_from="assumed", world_size=1, batch={"ranks": 1},
+        file="run.sh", source="verl", version="2026", version_from="assumed", world_size=1, numbers={"D": 1},
         steps_per_rollout=1.0, rows=[row], warnings=[], config=config,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"run.sh, line 7: trainer.beta: must be at least 2") as caught:

@@ -38,7 +38,7 @@ def test_the_batch_of_the_shipped_example() -> None:
     grpo = outcome.config["grpo"]
     keys = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     assert [grpo[key] for key in keys] == [5, 1, 80, 320]
-    assert (outcome.world_size, outcome.batch["prompts"], outcome.steps_per_rollout) == (8, 512, 4)
+    assert (outcome.world_size, outcome.numbers["P"], outcome.steps_per_rollout) == (8, 512, 4)
 
 
 KL = {"algorithm.use_kl_loss": True, "algorithm.kl_penalty": "low_var_kl", "algorithm.kl_coef": 0.01}
@@ -83,7 +83,7 @@ def test_a_setting_as_trl_has_it(values: dict[str, Any], path: str, expected: An
 
 def test_kl_in_the_reward_is_lost_by_default_and_said() -> None:
     lost = row(imported({}), "algorithm.use_kl_loss")
-    assert lost.verdict == "no equivalent" and "weight 0.001" in lost.note
+    assert lost.kind == "none" and "weight 0.001" in lost.why
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_kl_in_the_reward_is_lost_by_default_and_said() -> None:
     ],
 )
 def test_what_changes_meaning(values: dict[str, Any], key: str) -> None:
-    assert row(imported(values), key).verdict == "changes meaning"
+    assert row(imported(values), key).kind == "changes"
 
 
 def test_a_built_in_reward_of_early_2025() -> None:
     outcome = imported(EARLY | {"worker.reward.reward_function": None, "worker.reward.compute_score": "math"})
-    assert row(outcome, "worker.reward.compute_score").verdict == "changes meaning"
+    assert row(outcome, "worker.reward.compute_score").kind == "changes"
 
 
 def test_names_and_defaults_of_early_2025() -> None:
@@ -158,5 +158,5 @@ def test_a_script_without_its_yaml_takes_the_shipped_values(tmp_path: Path) -> N
         "python3 -m verl.trainer.main config=examples/config.yaml worker.actor.model.model_path=org/model\n"
     )
     outcome = import_file(script).finished()
-    assert outcome.config["grpo"]["beta"] == 0.01 and outcome.batch["num_generations"] == 5
+    assert outcome.config["grpo"]["beta"] == 0.01 and outcome.numbers["G"] == 5
     assert any("EasyR1's examples/config.yaml" in warning for warning in outcome.warnings)

@@ -334,13 +334,13 @@ def test_only_the_last_steps_are_kept(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_the_configuration_is_held_against_batch_and_gpus(tmp_path: Path) -> None:
-    same = {"prompts": 8, "num_generations": 8, "ranks": 4}
+    same = {"P": 8, "G": 8, "D": 4}
     report = read(tmp_path, FORMS["console"][1], batch=same)
     assert report.checks == [
         "completions per step: 64 in the configuration, as in the log",
         "GPUs: 4 in the configuration, the log has 8, 2 for each of the configuration's data-parallel ranks",
     ]
-    other = read(tmp_path, FORMS["console"][1], batch=same | {"prompts": 16, "ranks": 3})
+    other = read(tmp_path, FORMS["console"][1], batch=same | {"P": 16, "D": 3})
     assert all("it is not the configuration of this run" in check for check in other.checks)
 
 

@@ -83,8 +83,8 @@ def test_accelerate_says_processes_and_zero(tmp_path) -> None:
         "stage3_gather_16bit_weights_on_model_save": True,
     }  # fmt: skip
     table = {row.key: row for row in result.rows}
-    assert all(row.verdict != "no equivalent" for row in result.rows)
-    assert table["launch.mixed_precision"].note == "the run's own bf16 or fp16 wins"
+    assert all(row.kind != "none" for row in result.rows)
+    assert table["launch.mixed_precision"].why == "the run's own bf16 or fp16 wins"
     assert "deepspeed" not in launched(tmp_path, ACCELERATE, world_size=1).config["grpo"]
 
 

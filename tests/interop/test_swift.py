@@ -143,7 +143,7 @@ def test_version_that_only_knew_a_key(tmp_path) -> None:
     old, newest = (imported(tmp_path, command(**{key: "full"})) for key in ("train_type", "tuner_type"))
     assert (old.version, newest.version) == ("3.12", "4.5")
     assert "peft" not in old.config and old.config["grpo"]["learning_rate"] == 1e-5
-    assert rows(old)["train_type"].verdict == "same"
+    assert rows(old)["train_type"].kind == "same"
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_each_key_has_its_verdict(tmp_path) -> None:
     table = rows(result)
     assert [row.line for row in result.rows if row.line] == sorted(row.line for row in result.rows if row.line)
     assert all(key in table for key in keys)
-    known = {key: row.verdict for key, row in table.items() if row.note.startswith("not a key")}
-    assert known == {"made_up": "no equivalent"}
-    verdicts = {key: table[key].verdict for key in keys}
-    assert [key for key, verdict in verdicts.items() if verdict == "changes meaning"] == [
+    known = {key: row.kind for key, row in table.items() if row.why.startswith("not a key")}
+    assert known == {"made_up": "none"}
+    verdicts = {key: table[key].kind for key in keys}
+    assert [key for key, verdict in verdicts.items() if verdict == "changes"] == [
         "dynamic_sample", "max_resample_times", "vllm_engine_kwargs", "rollout_importance_sampling_mode",
     ]  # fmt: skip
     config = result.config
@@ -215,7 +215,7 @@ def test_data_sets_and_images(tmp_path) -> None:
 def test_evaluation_needs_held_out_rows(tmp_path) -> None:
     """Swift evaluates wherever it has data to, as often as it saves, in whole groups."""
     off = imported(tmp_path, command(eval_steps=5, eval_strategy="steps"))
-    assert rows(off)["eval_steps"].targets == {} and "eval_strategy" not in off.config["grpo"]
+    assert rows(off)["eval_steps"].to == {} and "eval_strategy" not in off.config["grpo"]
     grpo = imported(
         tmp_path, command(val_dataset="held.jsonl", save_steps=7, num_generations=16, gradient_accumulation_steps=2)
     ).config["grpo"]
@@ -254,7 +254,7 @@ def test_rewards_of_a_plugin(tmp_path) -> None:
     assert overlong["params"] == {"max_completion_len": 512, "soft_punish_cache": 64} and overlong["weight"] == 1.0
     assert mine["weight"] == 0.5 and f"{mine['name'].partition(':')[0]}.py" in result.files
     assert "plugins/mine.py" in next(iter(result.files.values()))
-    assert rows(result)["reward_funcs"].verdict == "converted"
+    assert rows(result)["reward_funcs"].kind == "converted"
 
 
 @pytest.mark.parametrize("program", ["swift rlhf", "megatron rlhf"])

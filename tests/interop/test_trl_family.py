@@ -99,12 +99,12 @@ def test_batch_of_a_worked_example(example: str, tmp_path: Path, monkeypatch: py
     grpo = record.config["grpo"]
     assert expected == (
         grpo["num_generations"], record.world_size, grpo["per_device_train_batch_size"],
-        grpo["gradient_accumulation_steps"], grpo["steps_per_generation"], record.batch["prompts"],
+        grpo["gradient_accumulation_steps"], grpo["steps_per_generation"], record.numbers["P"],
         record.steps_per_rollout,
     )  # fmt: skip
     plan = batch_plan(grpo)
-    assert plan.completions_per_step == record.batch["completions"]
-    assert plan.prompts_per_generation == record.batch["prompts"]
+    assert plan.completions_per_step == record.numbers["C"]
+    assert plan.prompts_per_generation == record.numbers["P"]
 
 
 @given(
@@ -189,16 +189,16 @@ def test_release_that_is_none(version: str, fails: str) -> None:
         ("lora_r", 64, "same", {}),  # inert: use_peft is off
         ("vllm_gpu_memory_utilization", 0.5, "same", {}),  # inert: vLLM is off
         ("dataset_test_split", "dev", "same", {}),  # inert: no evaluation
-        ("hub_model_id", "me/it", "no equivalent", {}),
-        ("load_in_8bit", True, "no equivalent", {}),
-        ("no_such_key", 1, "no equivalent", {}),
+        ("hub_model_id", "me/it", "none", {}),
+        ("load_in_8bit", True, "none", {}),
+        ("no_such_key", 1, "none", {}),
         ("output_dir", "$(pwd)/runs/it", "converted", {"output.dir": "runs/it"}),
-        ("ds3_gather_for_generation", False, "speed only", {}),
+        ("ds3_gather_for_generation", False, "speed", {}),
     ],
 )
 def test_verdict_of_a_key(key: str, value: Any, verdict: str, targets: dict[str, Any]) -> None:
     one = row(of_trl({key: value}), key)
-    assert (one.verdict, one.targets) == (verdict, targets)
+    assert (one.kind, one.to) == (verdict, targets)
     assert one.line == len(TRL) + 1
 
 
@@ -217,7 +217,7 @@ def test_adapter_of_a_command_line() -> None:
 def test_commas_between_layers_are_part_of_their_names() -> None:
     record = of_trl({"use_peft": True, "lora_target_modules": ["q_proj,", "v_proj"]})
     one = row(record, "lora_target_modules")
-    assert one.verdict == "changes meaning" and one.targets == {"peft.target_modules": ["q_proj", "v_proj"]}
+    assert one.kind == "changes" and one.to == {"peft.target_modules": ["q_proj", "v_proj"]}
     assert "['v_proj'] alone" in record.warnings[-1]
 
 
@@ -286,7 +286,7 @@ def test_vlm_r1_ignores_what_its_trainer_never_reads(monkeypatch: pytest.MonkeyP
     record = imported(vlm_r1.translate(source("vlm-r1", settings, {"nproc_per_node": 8}), None, None), monkeypatch)
     grpo = record.config["grpo"]
     assert (grpo["top_k"], grpo["loss_type"], grpo["steps_per_generation"]) == (50, "grpo", 1)
-    assert "temperature" not in grpo and row(record, "temperature").verdict == "same"
+    assert "temperature" not in grpo and row(record, "temperature").kind == "same"
     assert all("weight" not in item for item in record.config["rewards"])
     assert record.config["peft"]["target_modules"] == "all-linear"
     assert record.config["model"]["freeze_vision_tower"] is True
@@ -301,7 +301,7 @@ def test_vlm_r1_adapter_without_named_layers(monkeypatch: pytest.MonkeyPatch) ->
     settings = {**BASE, "use_peft": True, "lora_r": 64}
     record = imported(vlm_r1.translate(source("vlm-r1", settings, {"nproc_per_node": 8}), None, None), monkeypatch)
     assert record.config["peft"]["target_modules"] == "all-linear" and record.config["peft"]["r"] == 64
-    assert row(record, "lora_target_modules").verdict == "changes meaning"
+    assert row(record, "lora_target_modules").kind == "changes"
     whole = vlm_r1.translate(source("vlm-r1", BASE, {"nproc_per_node": 8}), None, None).finished()
     assert "peft" not in whole.config
 
@@ -347,7 +347,7 @@ def test_open_r1_rewards_by_name() -> None:
     names = [item["name"] for item in record.config["rewards"]]
     assert names == ["regex", "cosine_scaled_reward", "open_r1_rewards:cf_code"]
     assert record.config["rewards"][1]["params"]["max_len"] == 2000
-    assert row(record, "reward_funcs").verdict == "changes meaning"
+    assert row(record, "reward_funcs").kind == "changes"
     module = record.files["open_r1_rewards.py"]
     assert "code_eval_test_batch_size=-1" in module and ast.parse(module)
     assert record.config["data"]["columns"] == {"prompt": "problem"}
@@ -397,7 +397,7 @@ def test_unsloth_script(tmp_path: Path) -> None:
     path = tmp_path / "some_GRPO.py"
     path.write_text(SCRIPT)
     record = imported(import_file(path))
-    assert (record.framework, record.version, record.batch["completions"]) == ("unsloth", "TRL 0.22.2", 8)
+    assert (record.source, record.version, record.numbers["C"]) == ("unsloth", "TRL 0.22.2", 8)
     grpo = record.config["grpo"]
     assert (grpo["epsilon_high"], grpo["mask_truncated_completions"], grpo["min_p"]) == (0.28, True, 0.1)
     assert (grpo["max_completion_length"], grpo["beta"], grpo["learning_rate"]) == (768, 0.001, 5e-5)
@@ -408,7 +408,7 @@ def test_unsloth_script(tmp_path: Path) -> None:
     data = record.config["data"]
     assert (data["path"], data["name"], data["image_size"]) == ("some/data", "main", 512)
     assert (data["max_prompt_tokens"], data["prompt_overflow"]) == (256, "filter")
-    assert row(record, "unsloth_num_chunks").verdict == "speed only"
+    assert row(record, "unsloth_num_chunks").kind == "speed"
 
 
 def test_rewards_of_a_script_are_copied_with_what_they_use(tmp_path: Path) -> None:
@@ -460,12 +460,12 @@ def test_a_command_takes_data_and_rewards_of_its_program(tmp_path: Path) -> None
         trl.translate(one, None, None)
 
 
-@pytest.mark.parametrize(("version", "verdict"), [("1.8.0", "changes meaning"), ("1.9.0", "same")])
+@pytest.mark.parametrize(("version", "verdict"), [("1.8.0", "changes"), ("1.9.0", "same")])
 def test_token_loss_before_one_window(version: str, verdict: str) -> None:
     settings = {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2}
     one = row(of_trl(settings, version), "loss_type")
-    assert one.verdict == verdict
-    assert ("2 times as large" in one.note) == (verdict != "same")
+    assert one.kind == verdict
+    assert ("2 times as large" in one.why) == (verdict != "same")
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_batches_of_public_scripts(values: dict[str, Any], world_size: int | Non
     grpo = outcome.config["grpo"]
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     found = (grpo["num_generations"], outcome.world_size, *(grpo[key] for key in keys))
-    assert (*found, outcome.batch["prompts"], outcome.steps_per_rollout) == expected
+    assert (*found, outcome.numbers["P"], outcome.steps_per_rollout) == expected
 
 
 KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
@@ -142,21 +142,19 @@ def test_tensor_parallel_groups_fit_into_the_processes() -> None:
     ("version", "values", "loss", "verdict"),
     [
         ("2026.8", {"data.train_batch_size": 128}, "dapo", None),  # as TRL's default: no row
-        ("2026.8", {}, "dapo", "changes meaning"),
+        ("2026.8", {}, "dapo", "changes"),
         ("2026.1", {}, "bnpo", "same"),
         ("2026.1", {"trainer.use_legacy_worker_impl": "disable", "data.train_batch_size": 128}, "dapo", None),
-        ("2026.1", TOKENS, "dapo", "changes meaning"),
-        ("2025", {f"{ACTOR}ppo_micro_batch_size_per_gpu": 7}, "bnpo", "changes meaning"),
+        ("2026.1", TOKENS, "dapo", "changes"),
+        ("2025", {f"{ACTOR}ppo_micro_batch_size_per_gpu": 7}, "bnpo", "changes"),
         ("2025", {f"{ACTOR}loss_agg_mode": "seq-mean-token-mean"}, "grpo", "same"),
-        ("2025", {f"{ACTOR}loss_agg_mode": "seq-mean-token-sum-norm"}, "dr_grpo", "changes meaning"),
+        ("2025", {f"{ACTOR}loss_agg_mode": "seq-mean-token-sum-norm"}, "dr_grpo", "changes"),
     ],
 )
 def test_the_average_of_the_loss(version: str, values: dict[str, Any], loss: str, verdict: str | None) -> None:
     outcome = imported(values, version)
     assert outcome.config["grpo"].get("loss_type", "dapo") == loss
-    assert [row.verdict for row in outcome.rows if row.key == f"{ACTOR}loss_agg_mode"] == [verdict] * (
-        verdict is not None
-    )
+    assert [row.kind for row in outcome.rows if row.key == f"{ACTOR}loss_agg_mode"] == [verdict] * (verdict is not None)
 
 
 def test_the_oldest_average() -> None:
@@ -243,11 +241,11 @@ def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
 
 def test_what_is_lost_is_said_by_line_and_what_is_off_is_not() -> None:
     outcome = imported({"algorithm.use_kl_in_reward": True, f"{ROLLOUT}ignore_eos": False, f"{ACTOR}unheard_of": 3})
-    assert row(outcome, "algorithm.use_kl_in_reward").verdict == "no equivalent"
+    assert row(outcome, "algorithm.use_kl_in_reward").kind == "none"
     beside = imported(KL | {f"{ACTOR}policy_loss.loss_mode": "gspo"})
-    assert row(beside, f"{ACTOR}loss_agg_mode").verdict == "changes meaning"
-    assert row(outcome, f"{ROLLOUT}ignore_eos").verdict == "same"
-    assert row(outcome, f"{ACTOR}unheard_of").note.startswith("not a key that is known")
+    assert row(beside, f"{ACTOR}loss_agg_mode").kind == "changes"
+    assert row(outcome, f"{ROLLOUT}ignore_eos").kind == "same"
+    assert row(outcome, f"{ACTOR}unheard_of").why.startswith("not a key that is known")
 
 
 SCRIPT = """\
@@ -271,7 +269,7 @@ def test_a_script_from_its_text_to_a_configuration(tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(SCRIPT)
     outcome = import_file(script, environment={"N": "8"}).finished()
-    assert (outcome.framework, outcome.batch["num_generations"], outcome.batch["micro_batch"]) == ("verl", 8, 16)
+    assert (outcome.source, outcome.numbers["G"], outcome.numbers["m"]) == ("verl", 8, 16)
     assert row(outcome, "data.train_batch_size").line == 5
     assert outcome.config["data"]["path"] == "~/data/train.parquet"
 
@@ -284,5 +282,5 @@ def test_a_copy_of_the_trainers_yaml(tmp_path: Path) -> None:
         "  rollout: {n: 8, prompt_length: '${data.max_prompt_length}'}\nalgorithm: {adv_estimator: grpo}\n"
     )
     outcome = import_file(file).finished()
-    assert outcome.config["grpo"]["learning_rate"] == 1e-5 and outcome.batch["prompts"] == 1024
+    assert outcome.config["grpo"]["learning_rate"] == 1e-5 and outcome.numbers["P"] == 1024
     assert row(outcome, f"{ROLLOUT}prompt_length").value == 100

@@ -31,7 +31,7 @@ def test_comments_leave_the_values_alone(tree: dict[str, Any], data: Any) -> Non
 
 def imported(config: dict[str, Any]) -> Imported:
     return Imported(
-        file="run.sh", framework="verl", version="2026", version_from="assumed", world_size=8, batch={"ranks": 8},
+        file="run.sh", source="verl", version="2026", version_from="assumed", world_size=8, numbers={"D": 8},
         steps_per_rollout=4.0, rows=[], warnings=[], config=config,
     )  # fmt: skip
 

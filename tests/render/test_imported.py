@@ -12,12 +12,12 @@ from grpo_autotune.render.imported import render_imported, split_lines
 from grpo_autotune.report.files import load_report
 
 ROOT = Path(__file__).parents[2]
-BATCH = {"num_generations": 5, "prompts": 512, "completions": 640, "passes": 1, "ranks": 8, "micro_batch": 10}
+SIX = {"G": 5, "P": 512, "C": 640, "E": 1, "D": 8, "m": 10}
 
 
 def row(line: int | None, key: str, value: Any, verdict: Any, targets: dict[str, Any], *rest: Any) -> ImportedRow:
     note, file = (*rest, *("", None)[len(rest) :])
-    return ImportedRow(line=line, file=file, key=key, value=value, verdict=verdict, targets=targets, note=note)
+    return ImportedRow(line=line, file=file, key=key, value=value, kind=verdict, to=targets, why=note)
 
 
 NUMBERS = {"grpo.num_generations": 5, "grpo.steps_per_generation": 32}
@@ -26,15 +26,15 @@ ROWS = [
     row(4, "data.train_batch_size", 512, "converted", NUMBERS, "512 x 5"),
     row(5, "actor_rollout_ref.actor.ppo_mini_batch_size", 128, "converted", NUMBERS, "512 x 5"),
     row(6, "data.max_response_length", 2048, "same", {"grpo.max_completion_length": 2048}),
-    row(7, "trainer.logger", ["console"], "no equivalent", {}, "the console has no counterpart"),
-    row(9, "data.truncation", "left", "changes meaning", {"data.prompt_overflow": "left"}, "images kept", "base.yaml"),
+    row(7, "trainer.logger", ["console"], "none", {}, "the console has no counterpart"),
+    row(9, "data.truncation", "left", "changes", {"data.prompt_overflow": "left"}, "images kept", "base.yaml"),
     row(None, "actor_rollout_ref.actor.optim.weight_decay", 0.01, "same", {"grpo.weight_decay": 0.01}),
 ]  # fmt: skip
 
 
 def table(width: int) -> str:
     imported = Imported(
-        file="run.sh", framework="verl", version="2026", version_from="assumed", world_size=8, batch=BATCH,
+        file="run.sh", source="verl", version="2026", version_from="assumed", world_size=8, numbers=SIX,
         steps_per_rollout=4.0, rows=ROWS, warnings=["line 2 cuts the command"], config={},
     )  # fmt: skip
     return render_imported(imported, width)
@@ -58,7 +58,7 @@ def test_every_value_can_be_read_at_any_width(width: int) -> None:
     text = table(width)
     assert max(map(len, text.splitlines())) <= width
     joined = "".join(text.split())
-    assert all(row.key in joined and str(row.note).replace(" ", "") in joined for row in ROWS)
+    assert all(row.key in joined and str(row.why).replace(" ", "") in joined for row in ROWS)
 
 
 def test_the_split_sums_to_the_training_pass() -> None:

@@ -36,7 +36,7 @@ def import_config(
     imported = translation.finished()
     text = yaml_text(imported, translation.comments)
     check(imported, text, str(target))
-    lost = [row for row in imported.rows if row.verdict in STRICT] if strict else []
+    lost = [row for row in imported.rows if row.kind in STRICT] if strict else []
     if not lost:
         _write(target, text, imported.files)
     width = max(NARROWEST, shutil.get_terminal_size((100, 24)).columns)
@@ -58,7 +58,7 @@ def check(imported: Imported, text: str, where: str) -> None:
     try:
         RunConfig.from_dict(parse_yaml(text, where))
     except ConfigError as error:
-        row = next((row for row in imported.rows if error.where in row.targets), None)
+        row = next((row for row in imported.rows if error.where in row.to), None)
         source = f", {named(row)}: {row.key}" if row else ""
         fix = f"Report this file: the importer wrote what {error.where} refuses."
         raise ConfigError(error.what, where=f"{imported.file}{source}", fix=fix) from error

@@ -17,12 +17,12 @@ def import_log(path: Path, *, out: Path | None = None, config: Path | None = Non
     a file without steps or seconds."""
     if not path.is_file():
         raise ConfigError("a folder is no log" if path.exists() else "there is no such file", where=str(path))
-    batch = None
+    numbers = None
     if config is not None:
         from grpo_autotune.interop.importing import import_file
 
-        batch = import_file(config).finished().batch
-    report = read_log(path, batch)
+        numbers = import_file(config).finished().numbers
+    report = read_log(path, numbers)
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     show(text if as_json else render_log(report))
     if out is not None and out.suffix == ".html":

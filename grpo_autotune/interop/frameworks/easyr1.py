@@ -92,14 +92,14 @@ FAST = {f"{ROLLOUT}{name}": f"vllm.{name}"
 
 WORDS = shared.words(
     {
-        ("speed only", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
+        ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
             "actor.fsdp. actor.offload. actor.strategy ref. hybrid_engine",
-        ("speed only", "TRL pads a micro batch to its longest completion"): "actor.padding_free",
-        ("speed only", "a micro batch of the source holds more completions where they are short"):
+        ("speed", "TRL pads a micro batch to its longest completion"): "actor.padding_free",
+        ("speed", "a micro batch of the source holds more completions where they are short"):
             "actor.dynamic_batching",
-        ("speed only", "passes without gradient use per_device_train_batch_size"):
+        ("speed", "passes without gradient use per_device_train_batch_size"):
             "actor.micro_batch_size_per_device_for_experience",
-        ("speed only", "no part of what is learned"):
+        ("speed", "no part of what is learned"):
             "trainer. rollout. reward. actor.use_torch_compile data.val_batch_size data.mini_rollout_batch_size "
             "data.filter_overlong_prompts_workers data.return_raw_",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
@@ -109,11 +109,11 @@ WORDS = shared.words(
         ("same", "the source sets it when it starts"): "optim.training_steps",
         ("same", "the file under these settings"): "config",
         ("same", "rows with videos are not read here"): "data.video_",
-        ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
-        ("no equivalent", "the model's own is taken"): "model.override_config. model.tokenizer_path",
-        ("no equivalent", "checkpoints hold the optimizer, so that training can go on"): "trainer.save_model_only",
-        ("no equivalent", "grpo-autotune eval evaluates alone"): "trainer.val_only",
-        ("no equivalent", "grpo-autotune train --resume, of its own checkpoints"): "trainer.load_checkpoint_path",
+        ("none", "completions end at the end token"): "rollout.ignore_eos",
+        ("none", "the model's own is taken"): "model.override_config. model.tokenizer_path",
+        ("none", "checkpoints hold the optimizer, so that training can go on"): "trainer.save_model_only",
+        ("none", "grpo-autotune eval evaluates alone"): "trainer.val_only",
+        ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.load_checkpoint_path",
     },
     {**dict.fromkeys(("actor", "rollout", "ref", "critic", "reward", "hybrid_engine"), "worker."),
      **dict.fromkeys(("model", "optim"), ACTOR)},
@@ -138,7 +138,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     shared.cadence(t, keys)
     shared.naming(t, keys)
     shared.renamed(t, SAME)
-    shared.renamed(t, FAST, "speed only")
+    shared.renamed(t, FAST, "speed")
     shared.explain(t, WORDS)
     return t
 
@@ -212,7 +212,7 @@ def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
         shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{ours}" for sign, ours in signs})
     level = {"grpo.importance_sampling_level": "sequence"} if kind.startswith("gspo") else {}
     t.converted(LOSS, {"grpo.loss_type": form, **level}, "")
-    t.verdict("changes meaning" if note else "same", AVERAGE, {"grpo.loss_type": form}, note)
+    t.verdict("changes" if note else "same", AVERAGE, {"grpo.loss_type": form}, note)
 
 
 def _kl(t: Translation, is_early: bool) -> None:

@@ -82,7 +82,7 @@ def explain(t: Translation, notes: Mapping[str, tuple[Verdict, str]]) -> None:
         starts = [start for start in notes if key == start or (start[-1] in "._@" and key.startswith(start))]
         if starts:
             verdict, note = notes[max(starts, key=len)]
-            is_off = verdict == "no equivalent" and not on(t.value(key))
+            is_off = verdict == "none" and not on(t.value(key))
             t.verdict("same" if is_off else verdict, key, {}, "off" if is_off else note)
 
 

@@ -109,34 +109,34 @@ _KEYS: tuple[tuple[Verdict, str, str], ...] = (
         remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
         log_rollout_offpolicy_metrics freeze_aligner"""),
     ("same", "the batch says it", "NNODES"),
-    ("speed only", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
-    ("speed only", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
-    ("speed only", "chosen here by itself", """
+    ("speed", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
+    ("speed", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
+    ("speed", "chosen here by itself", """
         vllm_max_lora_rank vllm_data_parallel_size vllm_use_async_engine vllm_disable_custom_all_reduce
         move_model_batches enable_flattened_weight_sync gc_collect_after_offload use_logits_to_keep
         vit_gradient_checkpointing ds3_gather_for_generation zero_hpz_partition_size experts_impl"""),
-    ("speed only", "Megatron's", """
+    ("speed", "Megatron's", """
         offload_bridge sequence_parallel attention_backend recompute_granularity recompute_method
         recompute_num_layers recompute_modules gradient_accumulation_fusion cross_entropy_loss_fusion
         moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap expert_model_parallel_size
         expert_tensor_parallel_size optimizer_cpu_offload use_precision_aware_optimizer overlap_grad_reduce
         overlap_param_gather use_distributed_optimizer manual_gc"""),
     ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
-    ("speed only", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
-    ("no equivalent", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
-    ("no equivalent", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
-    ("no equivalent", "a step trains on completions of the step before there", "async_generate"),
-    ("no equivalent", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
-    ("no equivalent", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
-    ("no equivalent", "of the model's parts, only the vision tower can be frozen", """
+    ("speed", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
+    ("none", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
+    ("none", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
+    ("none", "a step trains on completions of the step before there", "async_generate"),
+    ("none", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
+    ("none", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
+    ("none", "of the model's parts, only the vision tower can be frozen", """
         freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters"""),
-    ("no equivalent", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
-    ("no equivalent", "one learning rate for all weights", "vit_lr aligner_lr"),
-    ("no equivalent", "CHORD's loss of supervised answers is left out", """
+    ("none", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
+    ("none", "one learning rate for all weights", "vit_lr aligner_lr"),
+    ("none", "CHORD's loss of supervised answers is left out", """
         chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function chord_mu_warmup_steps
         chord_mu_decay_steps chord_mu_peak chord_mu_valley"""),
-    ("no equivalent", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
-    ("no equivalent", "experts take all their tokens here", "moe_expert_capacity_factor"),
+    ("none", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
+    ("none", "experts take all their tokens here", "moe_expert_capacity_factor"),
 )  # fmt: skip
 VERDICTS = {key: (verdict, note) for verdict, note, keys in _KEYS for key in keys.split()}
 """What becomes of a key that no function looks at, where it is on."""

@@ -95,7 +95,7 @@ def _adapter(to: Translation) -> None:
             to.same("adapters", "model.adapter", trained[0])
             to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
         return
-    verdict: Verdict = "same" if kind in ("lora", "lora_llm") else "changes meaning"
+    verdict: Verdict = "same" if kind in ("lora", "lora_llm") else "changes"
     to.verdict(verdict, "tuner_type", {}, "a peft section" if verdict == "same" else f"LoRA instead of {kind}")
     for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *keys]):
         value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
@@ -188,7 +188,7 @@ def _rewards(to: Translation) -> None:
             raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
     for item, weight in zip(items, weights, strict=False):
         item["weight"] = float(weight)
-    to.verdict("changes meaning" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
+    to.verdict("changes" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
     for key in (*settings, "reward_weights", *(["external_plugins"] if to.files else [])):
         to.converted(key, {}, "in rewards") if to.given(key) else None
     if plugins and not to.files:
@@ -348,7 +348,7 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         inside = mapping(value)
         lost = ", ".join(sorted(inside.keys() - engine_names()))
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
-        to.verdict("changes meaning" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
+        to.verdict("changes" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
     elif name in engine_names() and key not in swift_keys.VERDICTS:
         to.same(key, f"vllm.{name}", mapping(value) or value)
 
@@ -361,4 +361,4 @@ def _correction(to: Translation, mode: str) -> None:
     notes = [product] if mode.startswith("sequence") else []
     notes += [weighted] if to.value("beta") else []
     for key in ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold"):
-        to.verdict("changes meaning" if notes else "converted", key, targets, "; ".join(notes))
+        to.verdict("changes" if notes else "converted", key, targets, "; ".join(notes))

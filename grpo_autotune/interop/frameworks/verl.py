@@ -103,7 +103,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     shared.cadence(t, KEYS)
     shared.naming(t, KEYS)
     shared.renamed(t, SAME)
-    shared.renamed(t, FAST, "speed only")
+    shared.renamed(t, FAST, "speed")
     if t.value(f"{ROLLOUT}name") == "hf":
         _without_engine(t)
     shared.explain(t, WORDS)
@@ -215,7 +215,7 @@ def _loss(t: Translation) -> None:
         return
     t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
     kind, note = _average(t, average, mode == "cispo")
-    t.verdict("changes meaning" if note else "same", key, {"grpo.loss_type": kind}, note)
+    t.verdict("changes" if note else "same", key, {"grpo.loss_type": kind}, note)
 
 
 def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
@@ -283,7 +283,7 @@ def _engine(t: Translation, is_lora: bool) -> None:
 def _without_engine(t: Translation) -> None:
     """transformers' own generation in the place of vLLM."""
     t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
-    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.targets)]:
+    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.to)]:
         del t.rows[key]
         unused(t, [key], "of an engine, and transformers generates")
     t.converted(f"{ROLLOUT}name", {"grpo.use_vllm": False}, "transformers generates")

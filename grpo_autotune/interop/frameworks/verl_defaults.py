@@ -82,32 +82,32 @@ FAST: Mapping[str, str] = {
 
 WORDS = words(
     {
-        ("speed only", "TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once"):
+        ("speed", "TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once"):
             "model.use_remove_padding actor.use_remove_padding actor.use_prefix_grouper actor.pad_to_length",
-        ("speed only", "another kernel for the same numbers"):
+        ("speed", "another kernel for the same numbers"):
             "model.use_fused_kernels model.fused_kernel_options. model.use_liger model.tiled_mlp. actor.entropy_ "
             "actor.use_fused_kernels actor.use_torch_compile model.enable_activation_offload",
-        ("speed only", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
+        ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
             "actor.strategy actor.fsdp_config. actor.fsdp_size actor.megatron. actor.veomni. actor.engine. "
             "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight "
             "ref.fsdp_config. ref.megatron. ref.veomni. ref.strategy ref.ulysses_sequence_parallel_size",
-        ("speed only", "passes without gradient use per_device_train_batch_size"): "ref. rollout.log_prob_",
-        ("speed only", "the engine runs inside the training processes"):
+        ("speed", "passes without gradient use per_device_train_batch_size"): "ref. rollout.log_prob_",
+        ("speed", "the engine runs inside the training processes"):
             "rollout.mode rollout.data_parallel_size rollout.expert_parallel_size rollout.pipeline_model_parallel_size "
             "rollout.moe_tensor_parallel_size rollout.checkpoint_engine. rollout.nnodes rollout.n_gpus_per_node "
             "rollout.multi_stage_wake_up rollout.disable_log_stats rollout.skip_tokenizer_init rollout.trace. "
             "rollout.seed rollout.prometheus. rollout.profiler. rollout.scheduling_policy rollout.over_sample_rate "
             "rollout.agent. rollout.dtype rollout.layered_summon rollout.engine_kwargs. rollout.swap_space "
             "rollout.chat_scheduler",
-        ("speed only", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
-        ("speed only", "no part of what is learned"):
+        ("speed", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
+        ("speed", "no part of what is learned"):
             "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
             "data.val_batch_size data.dataloader_num_workers data.gen_batch_size actor.checkpoint. ray_kwargs. "
             "actor.calculate_entropy ray_init. transfer_queue. hydra. defaults actor_rollout_ref.nccl_timeout skip.",
-        ("speed only", "the run folder is output.dir"): "trainer.default_local_dir",
-        ("speed only", "grpo-autotune train --resume"): "trainer.resume_mode",
-        ("speed only", "the tracker's own variable, such as WANDB_PROJECT"): "trainer.project_name",
-        ("speed only", "how a reward is called"):
+        ("speed", "the run folder is output.dir"): "trainer.default_local_dir",
+        ("speed", "grpo-autotune train --resume"): "trainer.resume_mode",
+        ("speed", "the tracker's own variable, such as WANDB_PROJECT"): "trainer.project_name",
+        ("speed", "how a reward is called"):
             "reward. reward_model. custom_reward_function. reward_manager.",
         ("same", "TRL shuffles the completions of a rollout as well"): "actor.shuffle actor.data_loader_seed",
         ("same", "the source sets it when it starts"):
@@ -127,22 +127,22 @@ WORDS = words(
         ("same", "the model's processor knows it"): "data.image_patch_size",
         ("same", "for the source's own code"): "data.return_ data.trust_remote_code",
         ("same", "rows with videos or sound are not read here"): "data.video_key data.audio_key",
-        ("no equivalent", "KL in the reward: TRL has it in the loss alone (grpo.beta)"): "algorithm.use_kl_in_reward",
-        ("no equivalent", "a row's experts in the rollout are not replayed in training"):
+        ("none", "KL in the reward: TRL has it in the loss alone (grpo.beta)"): "algorithm.use_kl_in_reward",
+        ("none", "a row's experts in the rollout are not replayed in training"):
             "actor.router_replay.mode actor.megatron.router_replay.mode actor.veomni.router_replay.mode "
             "rollout.enable_rollout_routing_replay",
-        ("no equivalent", "the router's loss is that of the model's own configuration"):
+        ("none", "the router's loss is that of the model's own configuration"):
             "actor.megatron.override_transformer_config.moe_aux_loss_coeff "
             "actor.megatron.override_transformer_config.moe_z_loss_coeff",
-        ("no equivalent", "TRL's AdamW has no such setting"): "optim. actor.qat.",
-        ("no equivalent", "completions end at the end token"): "rollout.ignore_eos",
-        ("no equivalent", "grpo-autotune eval evaluates alone"): "trainer.val_only",
-        ("no equivalent", "grpo-autotune train --resume, of its own checkpoints"): "trainer.resume_from_path",
-        ("no equivalent", "the model's own configuration holds"):
+        ("none", "TRL's AdamW has no such setting"): "optim. actor.qat.",
+        ("none", "completions end at the end token"): "rollout.ignore_eos",
+        ("none", "grpo-autotune eval evaluates alone"): "trainer.val_only",
+        ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.resume_from_path",
+        ("none", "the model's own configuration holds"):
             "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib model.mtp. "
             "data.tokenizer",
-        ("no equivalent", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
-        ("no equivalent", "TRL corrects by importance weights alone"):
+        ("none", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
+        ("none", "TRL corrects by importance weights alone"):
             "algorithm.rollout_correction.rollout_rs algorithm.rollout_correction.rollout_rs_threshold "
             "algorithm.rollout_correction.bypass_mode algorithm.rollout_correction.rollout_is_batch_normalize",
     },

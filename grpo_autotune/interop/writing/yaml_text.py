@@ -35,10 +35,10 @@ def _ordered(name: str, section: Any) -> Any:
 
 
 def _head(imported: Imported) -> Iterator[str]:
-    version = printable(f"{titled(imported.framework, imported.version)} ({imported.version_from})")
+    version = printable(f"{titled(imported.source, imported.version)} ({imported.version_from})")
     yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
     ranks = imported.world_size
-    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.batch['ranks']}."
+    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.numbers['D']}."
 
 
 def commented(text: str, comments: Mapping[str, str]) -> str:
