@@ -23,6 +23,8 @@ from grpo_autotune.rollout.server.command import SERVER_MODULE
 from tests.support.real_model import real_model
 from tests.support.training import text_config
 
+pytestmark = pytest.mark.long
+
 START_LIMIT_S = 240.0
 SUCCESS = re.compile(r"vllm:request_success_total\b")
 KEY = "local-judge-4f1c"

@@ -62,6 +62,7 @@ def test_trials_share_a_server_of_their_own(
     assert [(tmp_path / "trials" / f"000{n}" / SERVER_LOG).exists() for n in range(2)] == [True, False]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_server_gives_the_trainers_log_probs(served: Callable[[str], Path], tmp_path: Path) -> None:
     """Llama, which `test_serve_vllm` and the test above leave out."""

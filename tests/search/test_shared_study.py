@@ -107,6 +107,7 @@ def timed(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: Path) -> None:
     first = machine(database, tmp_path / "a", "hang")
     wait_for(tmp_path / "a" / "hanging", first)

@@ -262,6 +262,7 @@ def test_two_processes_have_the_kl_and_weights_of_one(tiny: Tiny, tmp_path: Path
         assert same == pytest.approx(line, rel=1e-3)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_the_controller_goes_on(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
