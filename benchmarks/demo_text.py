@@ -1,14 +1,16 @@
 """How far a real language model learns to add: held-out accuracy of `make demo-text`, over several seeds.
 
-    python -m benchmarks.demo_text [SEEDS]
+    python -m benchmarks.demo_text [SEEDS] [--resume]
 
-Each seed is one call of `grpo-autotune train examples/arithmetic.yaml` in a process of its own, timed from its start to
-its end. An accuracy is the share of 128 questions, none of them in a training row, whose sampled answer is right, with
-Wilson's interval; the gain's interval is Student's over seeds.
+`--resume` goes on behind the seeds that the JSON holds. Each seed is one call of `grpo-autotune train
+examples/arithmetic.yaml` in a process of its own, timed from its start to its end. An accuracy is the share of 128
+questions, none of them in a training row, whose sampled answer is right, with Wilson's interval; the gain's interval
+is Student's over seeds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,24 +23,30 @@ from typing import Any
 
 from scipy.stats import binomtest, sem, t
 
-from benchmarks.result import CONFIDENCE, write
+from benchmarks.result import CONFIDENCE, FOLDER, write
 from examples.arithmetic import additions
 from examples.smollm2 import ROOT, model_folder
 
-SEEDS = 3
 CONFIG = "examples/arithmetic.yaml"
 METRIC = "eval_rewards/numeric_match/mean"
 
 
 def main() -> None:
-    """Train once a seed, and write `docs/benchmarks/demo_text.json`."""
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else SEEDS
+    """Train once a seed, and write `docs/benchmarks/demo_text.json` after each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seeds", nargs="?", type=int, default=3)
+    parser.add_argument("--resume", action="store_true")
+    asked = parser.parse_args()
     model_folder()
-    rows = []
-    for seed in range(seeds):
+    rows = json.loads((FOLDER / "demo_text.json").read_text())["rows"] if asked.resume else []
+    for seed in range(len(rows), asked.seeds):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(_run(seed, Path(folder) / "run"))
-        sys.stdout.write(f"{rows[-1]}\n")
+        sys.stdout.write(f"{summarised(rows)}\n")
+
+
+def summarised(rows: list[dict[str, Any]]) -> Path:
+    """Write the JSON: accuracies as means over seeds, and the minutes of each seed's whole command."""
     measures = {
         "held_out_accuracy_before": [row["curve"][0]["accuracy"] for row in rows],
         "held_out_accuracy_after": [row["curve"][-1]["accuracy"] for row in rows],
@@ -46,8 +54,7 @@ def main() -> None:
         "minutes": [row["wall_s"] / 60 for row in rows],
     }
     ratios = {name: _mean(values) for name, values in measures.items()}
-    path = write("demo_text", "python -m benchmarks.demo_text", rows, ratios)
-    sys.stdout.write(f"{ratios}\n{path}\n")
+    return write("demo_text", "python -m benchmarks.demo_text", rows, ratios)
 
 
 def _run(seed: int, run: Path) -> dict[str, Any]:
