@@ -52,6 +52,10 @@ def import_(
 
         with refusal_told():
             is_training = is_file(file) and is_log(file)
+        idle = {"--strict": strict, "--probe": probe} if is_training else {"--config": against}
+        for option in (option for option, value in idle.items() if value):
+            what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
+            raise ConfigError(what, where=option)
         if is_training:
             from grpo_autotune.commands.interop.log import import_log
 
