@@ -127,11 +127,14 @@ def test_files_beside_the_configuration_are_not_written_over(folder: Path, capfd
         (["trl.yaml", "--env", "A"], "--env A: not of the form NAME=VALUE"),
         (["trl.yaml", "--from", "varl"], "varl"),
         (["nothing.yaml"], "nothing.yaml: cannot be read"),
+        (["trl.yaml", "--out", "sub"], "grpo-autotune: sub: cannot be written (Is a directory)"),
+        (["trl.yaml", "--out", "./trl.yaml"], "--out trl.yaml: this is the file to import"),
         (["trl.yaml", "--config", "trl.yaml"], "trl.yaml is a configuration, which --config does nothing for"),
         (["trl.yaml", "--world-size", "0"], "greater than or equal to 1"),
     ],
 )
 def test_a_mistake_is_one_line(folder: Path, capfd: Any, words: list[str], line: str) -> None:
+    (folder / "sub").mkdir()
     before = sorted(folder.iterdir())
     assert main(["import", *words]) == 2
     told = capfd.readouterr().err
@@ -192,17 +195,8 @@ def test_a_secret_is_written_to_the_users_file_alone(folder: Path, capfd: Any) -
 
 def test_a_script_gets_a_patch(folder: Path, capfd: Any) -> None:
     changed = [{"key": "grpo.per_device_train_batch_size", "after": 4}]
-    assert (
-        main(
-            [
-                "export",
-                tuned(folder, changed, per_device_train_batch_size=4, gradient_accumulation_steps=2),
-                "--to",
-                "train.py",
-            ]
-        )
-        == 0
-    )
+    name = tuned(folder, changed, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert main(["export", name, "--to", "train.py"]) == 0
     told = capfd.readouterr()
     assert "-size = 8\n+size = 4\n" in told.out and "+    gradient_accumulation_steps=2," in told.out
     assert "This is a patch" in told.err and (folder / "train.py").read_text() == SCRIPT

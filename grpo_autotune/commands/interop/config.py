@@ -81,7 +81,7 @@ def _write(target: Path, text: str, beside: Mapping[str, str]) -> None:
     except OSError as error:
         for path in made:
             path.unlink(missing_ok=True)
-        raise ConfigError(f"cannot be written ({error.strerror})", where=str(error.filename or target)) from error
+        raise ConfigError(f"cannot be written ({error.strerror})", where=str(path)) from error
 
 
 def _next(imported: Imported, target: Path) -> Iterator[str]:
@@ -90,11 +90,8 @@ def _next(imported: Imported, target: Path) -> Iterator[str]:
     beside = f", with {', '.join(imported.files)} beside it" if imported.files else ""
     apart = imported.files and target.parent.resolve() != Path.cwd()
     modules = f"PYTHONPATH={shlex.quote(str(target.parent))} " if apart else ""
-    alone, train = (
-        ("", "grpo-autotune")
-        if ranks == 1
-        else (f"WORLD_SIZE={ranks} ", f"torchrun --nproc-per-node {ranks} -m grpo_autotune")
-    )
+    alone = f"WORLD_SIZE={ranks} " if ranks > 1 else ""
+    train = f"torchrun --nproc-per-node {ranks} -m grpo_autotune" if ranks > 1 else "grpo-autotune"
     yield f"Wrote {target}{beside}. Next:"
     yield f"  {modules}{alone}grpo-autotune doctor {target}"
     yield f"  {modules}{train} probe {target}"
