@@ -206,6 +206,11 @@ def test_a_script_gets_a_patch(folder: Path, capfd: Any) -> None:
     ("values", "line"),
     [
         ({"grpo": {}}, "no receipt says which keys were tuned"),
+        ({"grpo": {}, "receipt": {"machine": "m"}}, "receipt.hardware: this key is required and is missing"),
+        (
+            {"grpo": {"gradient_accumulation_steps": 0}, "receipt": RECEIPT},
+            "grpo.gradient_accumulation_steps of the tuned file: a whole number of at least 1 is needed",
+        ),
         (
             {"grpo": {"per_device_train_batch_size": 3}, "receipt": RECEIPT},
             "its 3 completions per process are no part of",

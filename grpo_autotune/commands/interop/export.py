@@ -21,7 +21,8 @@ def export_tuned(
     """Write the original's text with the tuned values to `out`, else to standard output; only where `out` is the
     original is it written over. ConfigError where the tuned file has no receipt, or the values cannot be said there."""
     values = parse_yaml(read_source(tuned), str(tuned))
-    if not isinstance(values, dict) or not isinstance(values.get("receipt"), dict):
+    sections = [values.get(name, {}) for name in ("grpo", "model", "receipt")] if isinstance(values, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections) or not sections[-1]:
         fix = "Export a tuned.yaml that `grpo-autotune search` wrote."
         raise ConfigError("no receipt says which keys were tuned", where=str(tuned), fix=fix)
     exported = export(values, Original(to, framework, version, environment), world_size)

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.config.messages import from_validation
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.importing import import_file
@@ -54,6 +57,7 @@ class Original:
         """The same with another text, for a while in a file beside it, where what it names is found."""
         draft = self.path.with_name(f".{self.path.stem}.{os.urandom(4).hex()}{self.path.suffix}")
         try:
+            draft.touch(0o600)  # the text may hold secrets
             draft.write_text(text, encoding="utf-8")
         except OSError as error:
             what = f"the result cannot be read again there ({error.strerror})"
@@ -76,7 +80,11 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     Raises:
         ConfigError: Where the file cannot be imported, or the tuned batch not be said in it.
     """
-    receipt = Receipt.model_validate(tuned["receipt"])
+    try:
+        receipt = Receipt.model_validate(tuned["receipt"])
+    except ValidationError as error:
+        wrong = from_validation(error, ())
+        raise ConfigError(wrong.what, where=f"receipt.{wrong.where}", fix="Export what a search wrote.") from error
     before, raw = original.translated(ranks), original.read()
     side, framework, path = framework_of(raw), raw.framework, original.path
     numbers = tuned_numbers(tuned, receipt, before, ranks)
@@ -179,6 +187,9 @@ def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translatio
     source = _numbers(before)
     given: dict[str, Any] = {name: grpo_keys()[name].default_value() for name in (*TRL_BATCH, "generation_batch_size")}
     given |= tuned.get("grpo") or {}
+    for name in (name for name, value in given.items() if name in TRL_BATCH and value is not None):
+        if not isinstance(given[name], int) or given[name] < 1:
+            raise ConfigError("a whole number of at least 1 is needed", where=f"grpo.{name} of the tuned file")
     group, micro, accumulation = (
         given[name] for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
     )
