@@ -136,7 +136,7 @@ def test_a_micro_batch_of_tokens_may_follow_the_length(tmp_path: Path) -> None:
 def test_what_the_framework_cannot_do_is_told_of_the_users_file(tmp_path: Path) -> None:
     text = TRL.replace("# trl grpo", "# trl==0.17.0")
     with pytest.raises(ConfigError, match=r"trl.yaml: with the tuned batch .* no whole number of groups") as caught:
-        exported(tmp_path, "trl.yaml", text, {"grpo.num_generations": 16})
+        exported(tmp_path, "trl.yaml", text, {"grpo.per_device_train_batch_size": 1, "grpo.num_generations": 16})
     assert "/." not in str(caught.value)
 
 

@@ -30,8 +30,6 @@ from grpo_autotune.records.receipt import Receipt
 
 PROMPTS = "prompts_per_step"
 """The one thing that a search tunes and that is no key: distinct prompts per optimizer step."""
-BY_HAND = "this file does not show where: set %s by hand"
-IDLE = "%s has no effect in this file"
 OTHER = "Export into the file that was imported, or say with --world-size how many processes it was tuned on."
 
 
@@ -97,10 +95,11 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     for change in receipt.changed:
         if change.key == PROMPTS or change.key.removeprefix("grpo.") in TRL_BATCH:
             continue
-        why = draft.set_all(values_of(side, change.key, change.after))
+        values = values_of(side, change.key, change.after)
+        none = WHY.get(change.key, f"{titled(framework)} has no key for it")
+        why = draft.set_all(values) if values else none
         if why:
-            words = WHY.get(change.key, why.format(titled(framework)))
-            lost.append(LostKey(key=change.key, value=change.after, why=words))
+            lost.append(LostKey(key=change.key, value=change.after, why=why))
     measured = measured_line(receipt, framework)
     return Exported(
         original=str(path), framework=framework, kind="patch" if is_patch(path) else "file", keys=draft.keys,
@@ -148,20 +147,21 @@ class _Draft:
         return text is not None
 
     def set_all(self, values: Mapping[str, Any]) -> str:
-        """Set the keys of one tuned value, or none of them; the reason for that, in which `{}` is the framework."""
-        kept = self.text, self.keys
-        why = "" if values else "{} has no key for it"
-        for key in (key for key, value in values.items() if not self.set(key, value)):
-            why = BY_HAND % key.lstrip("+")
-        if not why and self.text != kept[0]:
+        """Set the keys of one tuned value, or none of them; the reason for that."""
+        kept = self.text, self.keys, self.values
+        why = ""
+        failed = [key.lstrip("+") for key, value in values.items() if not self.set(key, value)]
+        if failed:
+            why = f"this file does not show where: set {failed[0]} by hand"
+        elif self.text != kept[0]:
             try:
-                imported = self.imported().values
+                self.values = self.imported().values
             except ConfigError as error:
-                imported, why = self.values, error.what
-            why = why or ("" if imported != self.values else IDLE % ", ".join(key.lstrip("+") for key in values))
-            self.values = imported
+                why = error.what
+            if self.values == kept[2]:
+                why = why or f"{', '.join(key.lstrip('+') for key in values)} has no effect in this file"
         if why:
-            self.text, self.keys = kept
+            self.text, self.keys, self.values = kept
         return why
 
     def check(self, numbers: SixNumbers) -> None:
