@@ -123,7 +123,7 @@ class _Draft:
         self.values: Mapping[str, Any] = before.values
 
     def settings(self, text: str) -> dict[str, Any] | None:
-        """What a text says; None if it cannot be read."""
+        """Settings of a text, key -> value; None if it cannot be read."""
         with suppress(ConfigError), self.original.holding(text) as draft:
             return {key: setting.value for key, setting in draft.read().settings.items()}
         return None

@@ -41,7 +41,7 @@ def _is_crlf(text: str) -> bool:
 
 
 def finished(path: Path, text: str, keys: Sequence[ExportedKey], measured: str) -> str:
-    """What is written: of a program a patch; else the text below a comment (JSON has none), with the byte order mark
+    """Text to write: of a program a patch; else the text below a comment (JSON has none), with the byte order mark
     and the ends of lines that the file has."""
     if is_patch(path):
         return patch(path, text)
