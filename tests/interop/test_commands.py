@@ -160,7 +160,10 @@ def test_a_value_that_we_refuse_is_told_by_the_line_of_the_source() -> None:
 
 
 def test_an_export_goes_to_standard_output_or_to_the_file_that_is_named(folder: Path, capfd: Any) -> None:
-    changed = [{"key": "grpo.per_device_train_batch_size", "after": 4}, {"key": "speedups", "after": "auto"}]
+    changed: list[dict[str, Any]] = [
+        {"key": "grpo.per_device_train_batch_size", "after": 4},
+        {"key": "speedups", "after": "auto"},
+    ]
     values = {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     words = ["export", tuned(folder, changed, **values), "--to", "trl.yaml"]
     assert main(words) == 0

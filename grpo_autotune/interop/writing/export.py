@@ -120,7 +120,7 @@ class _Draft:
         self.original, self.before, self.raw, self.ranks = original, before, raw, ranks
         self.text = plain_text(original.path)
         self.keys: list[ExportedKey] = []
-        self.values: Mapping[str, Any] = before.values
+        self.values = before.values
 
     def settings(self, text: str) -> dict[str, Any] | None:
         """Settings of a text, key -> value; None if it cannot be read."""
