@@ -19,7 +19,7 @@ Version = Annotated[
     str | None, typer.Option("--source-version", metavar="V", help="Its version, which decides the defaults.")
 ]
 Env = Annotated[
-    list[str] | None, typer.Option("--env", metavar="K=V", help="A variable of the shell that ran the script.")
+    list[str] | None, typer.Option("--env", metavar="K=V", help="A variable of the script, or an argument by number.")
 ]
 
 
@@ -52,6 +52,12 @@ def import_(
 
         with refusal_told():
             is_training = is_file(file) and is_log(file)
+            if out is not None and file.exists() and out.exists() and out.samefile(file):
+                raise ConfigError("this is the file to import", where=f"--out {out}", fix="Name another one.")
+        idle = {"--strict": strict, "--probe": probe} if is_training else {"--config": against}
+        for option in (option for option, value in idle.items() if value):
+            what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
+            raise ConfigError(what, where=option)
         if is_training:
             from grpo_autotune.commands.interop.log import import_log
 

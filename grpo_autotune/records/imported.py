@@ -92,6 +92,7 @@ class Exported(Document):
     keys: list[ExportedKey]
     lost: list[LostKey]
     measured: str  # where the values were measured, and that it was not in that framework
+    warnings: list[str] = []
     text: str
 
 

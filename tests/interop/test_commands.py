@@ -127,10 +127,14 @@ def test_files_beside_the_configuration_are_not_written_over(folder: Path, capfd
         (["trl.yaml", "--env", "A"], "--env A: not of the form NAME=VALUE"),
         (["trl.yaml", "--from", "varl"], "varl"),
         (["nothing.yaml"], "nothing.yaml: cannot be read"),
+        (["trl.yaml", "--out", "sub"], "grpo-autotune: sub: cannot be written (Is a directory)"),
+        (["trl.yaml", "--out", "./trl.yaml"], "--out trl.yaml: this is the file to import"),
+        (["trl.yaml", "--config", "trl.yaml"], "trl.yaml is a configuration, which --config does nothing for"),
         (["trl.yaml", "--world-size", "0"], "greater than or equal to 1"),
     ],
 )
 def test_a_mistake_is_one_line(folder: Path, capfd: Any, words: list[str], line: str) -> None:
+    (folder / "sub").mkdir()
     before = sorted(folder.iterdir())
     assert main(["import", *words]) == 2
     told = capfd.readouterr().err
@@ -156,7 +160,10 @@ def test_a_value_that_we_refuse_is_told_by_the_line_of_the_source() -> None:
 
 
 def test_an_export_goes_to_standard_output_or_to_the_file_that_is_named(folder: Path, capfd: Any) -> None:
-    changed = [{"key": "grpo.per_device_train_batch_size", "after": 4}, {"key": "speedups", "after": "auto"}]
+    changed: list[dict[str, Any]] = [
+        {"key": "grpo.per_device_train_batch_size", "after": 4},
+        {"key": "speedups", "after": "auto"},
+    ]
     values = {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     words = ["export", tuned(folder, changed, **values), "--to", "trl.yaml"]
     assert main(words) == 0
@@ -172,6 +179,13 @@ def test_an_export_goes_to_standard_output_or_to_the_file_that_is_named(folder: 
     assert (folder / "trl.yaml").read_text() == told.out
 
 
+def test_values_of_another_model_are_told(folder: Path, capfd: Any) -> None:
+    name = tuned(folder, [], num_generations=8, per_device_train_batch_size=16)
+    (folder / name).write_text((folder / name).read_text() + "model: {name_or_path: other}\n")
+    assert main(["export", name, "--to", "trl.yaml"]) == 0
+    assert "tuned for other, and the file trains Qwen/Qwen2.5-1.5B-Instruct" in capfd.readouterr().err
+
+
 def test_a_secret_is_written_to_the_users_file_alone(folder: Path, capfd: Any) -> None:
     (folder / "trl.yaml").write_text(f"{TRL}hub_token: hf_abcdefghijklmnopqrst\n")
     words = ["export", tuned(folder, [], num_generations=8, per_device_train_batch_size=16), "--to", "trl.yaml"]
@@ -184,17 +198,8 @@ def test_a_secret_is_written_to_the_users_file_alone(folder: Path, capfd: Any) -
 
 def test_a_script_gets_a_patch(folder: Path, capfd: Any) -> None:
     changed = [{"key": "grpo.per_device_train_batch_size", "after": 4}]
-    assert (
-        main(
-            [
-                "export",
-                tuned(folder, changed, per_device_train_batch_size=4, gradient_accumulation_steps=2),
-                "--to",
-                "train.py",
-            ]
-        )
-        == 0
-    )
+    name = tuned(folder, changed, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert main(["export", name, "--to", "train.py"]) == 0
     told = capfd.readouterr()
     assert "-size = 8\n+size = 4\n" in told.out and "+    gradient_accumulation_steps=2," in told.out
     assert "This is a patch" in told.err and (folder / "train.py").read_text() == SCRIPT
@@ -204,6 +209,11 @@ def test_a_script_gets_a_patch(folder: Path, capfd: Any) -> None:
     ("values", "line"),
     [
         ({"grpo": {}}, "no receipt says which keys were tuned"),
+        ({"grpo": {}, "receipt": {"machine": "m"}}, "receipt.hardware: this key is required and is missing"),
+        (
+            {"grpo": {"gradient_accumulation_steps": 0}, "receipt": RECEIPT},
+            "grpo.gradient_accumulation_steps of the tuned file: a whole number of at least 1 is needed",
+        ),
         (
             {"grpo": {"per_device_train_batch_size": 3}, "receipt": RECEIPT},
             "its 3 completions per process are no part of",
@@ -215,6 +225,31 @@ def test_a_tuned_file_that_does_not_belong_here(folder: Path, capfd: Any, values
     assert main(["export", "tuned.yaml", "--to", "trl.yaml", "--out", "new.yaml"]) == 2
     told = capfd.readouterr().err
     assert line in told and told.count("\n") == 1 and not (folder / "new.yaml").exists()
+
+
+def test_an_exported_file_has_the_line_ends_and_the_rights_of_the_original(folder: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (folder / "trl.yaml").write_bytes(mark + TRL.replace("\n", "\r\n").encode())
+    (folder / "trl.yaml").chmod(0o740)
+    changed = [{"key": "grpo.beta", "after": 0.01}]
+    name = tuned(folder, changed, num_generations=8, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert main(["export", name, "--to", "trl.yaml", "--out", "out.yaml"]) == 0
+    written = (folder / "out.yaml").read_bytes()
+    assert written.startswith(mark + b"# Tuned by") and written.count(b"\n") == written.count(b"\r\n")
+    assert b"\r\nbeta: 0.01\r\n" in written and (folder / "out.yaml").stat().st_mode & 0o777 == 0o740
+
+
+def test_a_patch_is_not_written_over_the_program(folder: Path, capfd: Any) -> None:
+    name = tuned(folder, [{"key": "grpo.beta", "after": 0.01}], gradient_accumulation_steps=1)
+    assert main(["export", name, "--to", "train.py", "--out", "./train.py"]) == 2
+    assert "train.py: the patch would replace the program" in capfd.readouterr().err
+    assert (folder / "train.py").read_text() == SCRIPT
+
+
+def test_modules_elsewhere_are_named_in_the_next_commands(folder: Path, capfd: Any) -> None:
+    (folder / "a b").mkdir()
+    assert main(["import", "easyr1.yaml", "--out", "a b/grpo.yaml"]) == 0
+    assert "PYTHONPATH='a b' grpo-autotune doctor" in capfd.readouterr().err
 
 
 @pytest.mark.slow

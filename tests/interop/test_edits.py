@@ -81,6 +81,19 @@ def test_options_are_changed_or_appended(key: str, value: Any, lines: list[str])
 
 
 @pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("n: &g 8  # G\nm: 3\n", "n: &g 4  # G\nm: 3\n"),
+        ("m: &g 8\nn: *g   # G\n", "m: &g 8\nn: 4   # G\n"),
+        ("a: {m: &g 8, n: *g, k: 1}\n", "a: {m: &g 8, n: 4, k: 1}\n"),
+    ],
+)
+def test_anchors_stay_and_aliases_are_replaced(text: str, after: str) -> None:
+    key = "a.n" if text.startswith("a") else "n"
+    assert next(edits(Path("x.yaml"), text, key, 4, "trl")) == after
+
+
+@pytest.mark.parametrize(
     ("key", "value", "lines"),
     [
         ("num_generations", 4, ["- G = 8", "+ G = 4"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.writing.export import Original, export
+from grpo_autotune.records.imported import Exported
 from tests.support.tuned import tuned_values
 
 VERL = """#!/bin/bash
@@ -93,8 +95,53 @@ beta: 0.001
 FILES = {"run_verl.sh": VERL, "easyr1.yaml": EASYR1, "run_swift.sh": SWIFT, "trl.yaml": TRL}
 
 
+def exported(folder: Path, name: str, text: str, knobs: dict[str, Any]) -> Exported:
+    (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        tuned = tuned_values(import_file(folder / name, world_size=4).finished().config, knobs)
+    return export(tuned, Original(folder / name), 4)
+
+
+def test_a_key_without_effect_is_not_written(tmp_path: Path) -> None:
+    text = SWIFT.replace("colocate", "server --vllm_server_host h --vllm_server_port 1")
+    done = exported(tmp_path, "run.sh", text, {"vllm.gpu_memory_utilization": 0.3, "grpo.beta": 0.02})
+    assert [lost.why for lost in done.lost] == ["vllm_gpu_memory_utilization has no effect in this file"]
+    assert "utilization 0.6" in done.text and [key.key for key in done.keys] == ["beta"]
+
+
+def test_processes_that_share_a_sequence_train_on_one_batch(tmp_path: Path) -> None:
+    text = SWIFT.replace("--beta", "--sequence_parallel_size 2 --beta")
+    done = exported(tmp_path, "run.sh", text, {"grpo.per_device_train_batch_size": 4})
+    assert {key.key: (key.before, key.after) for key in done.keys} == {
+        "per_device_train_batch_size": (8, 4), "gradient_accumulation_steps": (8, 16), "steps_per_generation": (16, 32),
+    }  # fmt: skip
+
+
+def test_a_warm_up_of_rollouts_stays_as_many_steps(tmp_path: Path) -> None:
+    text = VERL.replace(
+        "    data.train_files", "    actor_rollout_ref.actor.optim.lr_warmup_steps=6 \\\n    data.train_files"
+    )
+    done = exported(tmp_path, "run.sh", text, {"grpo.num_iterations": 2})
+    assert {key.key: key.after for key in done.keys}["actor_rollout_ref.actor.optim.lr_warmup_steps"] == 3
+
+
+def test_a_micro_batch_of_tokens_may_follow_the_length(tmp_path: Path) -> None:
+    text = VERL.replace("ppo_micro_batch_size_per_gpu=8", "use_dynamic_bsz=True actor_rollout_ref.actor."
+                        "ppo_max_token_len_per_gpu=1100")  # fmt: skip
+    done = exported(tmp_path, "run.sh", text, {"grpo.max_completion_length": 64})
+    assert [key.key for key in done.keys] == ["data.max_response_length"]
+
+
+def test_what_the_framework_cannot_do_is_told_of_the_users_file(tmp_path: Path) -> None:
+    text = TRL.replace("# trl grpo", "# trl==0.17.0")
+    with pytest.raises(ConfigError, match=r"trl.yaml: with the tuned batch .* no whole number of groups") as caught:
+        exported(tmp_path, "trl.yaml", text, {"grpo.per_device_train_batch_size": 1, "grpo.num_generations": 16})
+    assert "/." not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ranks=st.sampled_from([1, 2, 4]),
     knobs=st.fixed_dictionaries(
@@ -122,9 +169,9 @@ def test_an_exported_file_imports_to_the_tuned_values(
             tuned = tuned_values(config, knobs)
         except ConfigError:
             assume(False)
-        exported = export(tuned, Original(path))
-        assert not exported.lost and path.read_text() == FILES[name] and list(path.parent.iterdir()) == [path]
-        path.write_text(exported.text)
+        done = export(tuned, Original(path))
+        assert not done.lost and path.read_text() == FILES[name] and list(path.parent.iterdir()) == [path]
+        path.write_text(done.text)
         again = RunConfig.from_dict(import_file(path, world_size=ranks).finished().config)
         wanted = RunConfig.from_dict({key: value for key, value in tuned.items() if key != "receipt"})
     for section in ("model", "peft", "data", "rewards"):
@@ -132,5 +179,5 @@ def test_an_exported_file_imports_to_the_tuned_values(
     longest = {"max_model_len": None}  # follows the completions where the source says so
     assert again.vllm.model_copy(update=longest) == wanted.vllm.model_copy(update=longest)
     assert again.grpo == wanted.grpo
-    body = [line for line in exported.text.splitlines() if not line.startswith("# ")]
+    body = [line for line in done.text.splitlines() if not line.startswith("# ")]
     assert len(body) <= len(FILES[name].splitlines()) + 8

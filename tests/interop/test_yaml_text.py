@@ -44,5 +44,8 @@ def test_sections_stand_in_their_order_and_comments_behind_their_keys() -> None:
     assert [line.partition(":")[0] for line in lines if line[0].isalpha()] == ["model", "rewards", "grpo"]
     assert lines[0].startswith("# Imported by grpo-autotune from run.sh, verl 2026 (assumed).")
     assert "  beta: 0.04  # k3" in lines and "rewards:  # choose" in lines
+    extra = {f"vllm.{name}": 1 for name in ("z", "b", "y", "a", "max_num_seqs")}
+    section = yaml_text(imported(nested(extra)), {}).splitlines()[-5:]
+    assert section == ["  max_num_seqs: 1", "  z: 1", "  b: 1", "  y: 1", "  a: 1"]
     at = lines.index("  loss_type: dapo")
     assert lines[at - 1].startswith("  # word") and max(map(len, lines)) <= WIDTH

@@ -1,8 +1,9 @@
 """`grpo-autotune import`: another framework's configuration as a YAML of ours, and what became of each setting."""
 
 import os
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig
@@ -80,18 +81,21 @@ def _write(target: Path, text: str, beside: Mapping[str, str]) -> None:
     except OSError as error:
         for path in made:
             path.unlink(missing_ok=True)
-        raise ConfigError(f"cannot be written ({error.strerror})", where=str(error.filename or target)) from error
+        raise ConfigError(f"cannot be written ({error.strerror})", where=str(path)) from error
 
 
-def _next(imported: Imported, target: Path) -> list[str]:
+def _next(imported: Imported, target: Path) -> Iterator[str]:
     """Lines on what was written and what to do with it."""
     ranks = imported.world_size
     beside = f", with {', '.join(imported.files)} beside it" if imported.files else ""
-    lines = [f"Wrote {target}{beside}. Next:"]
-    if ranks == 1:
-        return [*lines, f"  grpo-autotune doctor {target}", f"  grpo-autotune probe {target}"]
-    train = f"torchrun --nproc-per-node {ranks} -m grpo_autotune"
-    return [
-        *lines, f"  WORLD_SIZE={ranks} grpo-autotune doctor {target}", f"  {train} probe {target}",
-        "It is for that many processes: import with --world-size 1 to run the same batch on one GPU.",
-    ]  # fmt: skip
+    apart = imported.files and target.parent.resolve() != Path.cwd()
+    modules = f"PYTHONPATH={shlex.quote(str(target.parent))} " if apart else ""
+    alone = f"WORLD_SIZE={ranks} " if ranks > 1 else ""
+    train = f"torchrun --nproc-per-node {ranks} -m grpo_autotune" if ranks > 1 else "grpo-autotune"
+    yield f"Wrote {target}{beside}. Next:"
+    yield f"  {modules}{alone}grpo-autotune doctor {target}"
+    yield f"  {modules}{train} probe {target}"
+    if apart:
+        yield "Modules are looked for in the folder that a command is started in, and in PYTHONPATH."
+    if ranks > 1:
+        yield "It is for that many processes: import with --world-size 1 to run the same batch on one GPU."

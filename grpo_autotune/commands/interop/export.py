@@ -1,12 +1,13 @@
 """`grpo-autotune export`: values that a search tuned, in the file that the run was imported from."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from grpo_autotune.config.sources import read_source
 from grpo_autotune.config.yaml_text import parse_yaml
-from grpo_autotune.console import say, show
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.console import say, show, warn
+from grpo_autotune.errors import ConfigError, printable
 from grpo_autotune.files import write_whole
 from grpo_autotune.interop.redact import hidden_text
 from grpo_autotune.interop.writing.export import Original, export
@@ -20,13 +21,19 @@ def export_tuned(
     """Write the original's text with the tuned values to `out`, else to standard output; only where `out` is the
     original is it written over. ConfigError where the tuned file has no receipt, or the values cannot be said there."""
     values = parse_yaml(read_source(tuned), str(tuned))
-    if not isinstance(values, dict) or not isinstance(values.get("receipt"), dict):
+    sections = [values.get(name, {}) for name in ("grpo", "model", "receipt")] if isinstance(values, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections) or not sections[-1]:
         fix = "Export a tuned.yaml that `grpo-autotune search` wrote."
         raise ConfigError("no receipt says which keys were tuned", where=str(tuned), fix=fix)
     exported = export(values, Original(to, framework, version, environment), world_size)
     if out is not None:
+        if exported.kind == "patch" and out.exists() and out.samefile(to):
+            fix = "Name another file with --out."
+            raise ConfigError("the patch would replace the program", where=str(out), fix=fix)
         try:
             write_whole(out, exported.text)
+            if exported.kind == "file":
+                shutil.copymode(to, out)
         except OSError as error:
             raise ConfigError(f"cannot be written ({error.strerror})", where=str(out)) from error
     shown = hidden_text(exported.text)
@@ -36,6 +43,8 @@ def export_tuned(
         show(shown.removesuffix("\n"))
     if shown != exported.text and (as_json or out is None):
         say("Secrets of the file are shown as ***: --out writes them as they are.")
+    for line in exported.warnings:
+        warn(printable(line))
     for line in _summary(exported, out):
         say(line)
     return 0

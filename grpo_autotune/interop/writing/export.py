@@ -7,12 +7,15 @@ the edited text again: the key has to have its value, and no other key may have 
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from grpo_autotune.config.foreign_keys import grpo_keys
+from grpo_autotune.config.messages import from_validation
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.importing import import_file
@@ -20,14 +23,14 @@ from grpo_autotune.interop.recognise import read_source
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 from grpo_autotune.interop.writing.edits import edits
-from grpo_autotune.interop.writing.finish import headed, is_patch, measured_line, patch
+from grpo_autotune.interop.writing.finish import finished, is_patch, measured_line, plain_text
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
 from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, titled
 from grpo_autotune.records.receipt import Receipt
 
 PROMPTS = "prompts_per_step"
 """The one thing that a search tunes and that is no key: distinct prompts per optimizer step."""
-BY_HAND = "this file does not show where: set {} by hand"
+OTHER = "Export into the file that was imported, or say with --world-size how many processes it was tuned on."
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,17 @@ class Original:
     def read(self) -> Source:
         return read_source(self.path, self.framework, self.environment)
 
-    def translated(self) -> Translation:
-        """The file for its own processes."""
-        return import_file(self.path, framework=self.framework, version=self.version, environment=self.environment)
+    def translated(self, ranks: int | None) -> Translation:
+        """The file for its own processes; for `ranks` where it does not say how many those are."""
+        how: Any = {"framework": self.framework, "version": self.version, "environment": self.environment}
+        return import_file(self.path, world_size=ranks, **how)
 
     @contextmanager
     def holding(self, text: str) -> Iterator["Original"]:
         """The same with another text, for a while in a file beside it, where what it names is found."""
         draft = self.path.with_name(f".{self.path.stem}.{os.urandom(4).hex()}{self.path.suffix}")
         try:
+            draft.touch(0o600)  # the text may hold secrets
             draft.write_text(text, encoding="utf-8")
         except OSError as error:
             what = f"the result cannot be read again there ({error.strerror})"
@@ -73,42 +78,108 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     Raises:
         ConfigError: Where the file cannot be imported, or the tuned batch not be said in it.
     """
-    receipt = Receipt.model_validate(tuned["receipt"])
-    before = original.translated()
-    raw = original.read()
-    side, framework = framework_of(raw), raw.framework
+    try:
+        receipt = Receipt.model_validate(tuned["receipt"])
+    except ValidationError as error:
+        wrong = from_validation(error, ())
+        raise ConfigError(wrong.what, where=f"receipt.{wrong.where}", fix="Export what a search wrote.") from error
+    before, raw = original.translated(ranks), original.read()
+    side, framework, path = framework_of(raw), raw.framework, original.path
     numbers = tuned_numbers(tuned, receipt, before, ranks)
-    batch = _batch_values(side, before, numbers)
-    wanted = {key: (value, key) for key, value in batch.items()}
-    lost: dict[str, LostKey] = {}
+    draft = _Draft(original, before, raw, ranks)
+    for key, value in _batch_values(side, before, numbers).items():
+        if not draft.set(key, value):
+            raise ConfigError(f"{key} cannot be set to {value} here", where=str(path), fix="Set it by hand.")
+    draft.check(numbers)
+    lost = []
     for change in receipt.changed:
-        values = values_of(side, change.key, change.after)
-        wanted |= {key: (value, change.key) for key, value in values.items()}
-        if not values and change.key != PROMPTS and change.key.removeprefix("grpo.") not in TRL_BATCH:
-            why = WHY.get(change.key, f"{titled(framework)} has no key for it")
-            lost[change.key] = LostKey(key=change.key, value=change.after, why=why)
-    text = edited = original.path.read_text(encoding="utf-8")
-    keys = []
-    for key, (value, reason) in wanted.items():
-        name = key.lstrip("+")
-        old = raw.settings[name].value if name in raw.settings else before.value(name)
-        if old == value:
+        if change.key == PROMPTS or change.key.removeprefix("grpo.") in TRL_BATCH:
             continue
-        changed = _with(original, edited, key, value, framework)
-        if changed is not None:
-            edited = changed
-            keys.append(ExportedKey(key=name, before=old, after=value))
-        elif key in batch:
-            raise ConfigError(f"{name} cannot be set to {value} here", where=str(original.path), fix="Set it by hand.")
-        else:
-            lost[reason] = LostKey(key=reason, value=value, why=BY_HAND.format(name))
-    _check(original, edited, numbers)
+        values = values_of(side, change.key, change.after)
+        none = WHY.get(change.key, f"{titled(framework)} has no key for it")
+        why = draft.set_all(values) if values else none
+        if why:
+            lost.append(LostKey(key=change.key, value=change.after, why=why))
     measured = measured_line(receipt, framework)
-    whole = patch(original.path, text, edited) if is_patch(original.path) else edited
     return Exported(
-        original=str(original.path), framework=framework, kind="patch" if is_patch(original.path) else "file",
-        keys=keys, lost=[*lost.values()], measured=measured, text=headed(whole, keys, measured, original.path),
+        original=str(path), framework=framework, kind="patch" if is_patch(path) else "file", keys=draft.keys,
+        lost=lost, measured=measured, warnings=_of_another_model(tuned, before),
+        text=finished(path, draft.text, draft.keys, measured),
     )  # fmt: skip
+
+
+def _of_another_model(tuned: Mapping[str, Any], before: Translation) -> list[str]:
+    theirs, ours = before.values.get("model.name_or_path"), (tuned.get("model") or {}).get("name_or_path")
+    return [f"these values were tuned for {ours}, and the file trains {theirs}"] if ours and ours != theirs else []
+
+
+class _Draft:
+    """The user's text on its way. An edit is taken if the text reads with the key set and all others as before."""
+
+    def __init__(self, original: Original, before: Translation, raw: Source, ranks: int | None) -> None:
+        self.original, self.before, self.raw, self.ranks = original, before, raw, ranks
+        self.text = plain_text(original.path)
+        self.keys: list[ExportedKey] = []
+        self.values = before.values
+
+    def settings(self, text: str) -> dict[str, Any] | None:
+        """Settings of a text, key -> value; None if it cannot be read."""
+        with suppress(ConfigError), self.original.holding(text) as draft:
+            return {key: setting.value for key, setting in draft.read().settings.items()}
+        return None
+
+    def imported(self) -> Translation:
+        """The text as it stands, imported; ConfigError where it cannot be."""
+        with self.original.holding(self.text) as draft:
+            return draft.translated(self.ranks)
+
+    def set(self, key: str, value: Any) -> bool:
+        """Set a key; False where no edit does."""
+        name, says = key.lstrip("+"), self.raw.settings
+        old = says[name].value if name in says else self.before.value(name)
+        if old == value:
+            return True
+        wanted = (self.settings(self.text) or {}) | {name: value}
+        candidates = edits(self.original.path, self.text, key, value, self.raw.framework)
+        text = next((text for text in candidates if self.settings(text) == wanted), None)
+        if text is not None:
+            self.text, self.keys = text, [*self.keys, ExportedKey(key=name, before=old, after=value)]
+        return text is not None
+
+    def set_all(self, values: Mapping[str, Any]) -> str:
+        """Set the keys of one tuned value, or none of them; the reason for that."""
+        kept = self.text, self.keys, self.values
+        why = ""
+        failed = [key.lstrip("+") for key, value in values.items() if not self.set(key, value)]
+        if failed:
+            why = f"this file does not show where: set {failed[0]} by hand"
+        elif self.text != kept[0]:
+            try:
+                self.values = self.imported().values
+            except ConfigError as error:
+                why = error.what
+            if self.values == kept[2]:
+                why = why or f"{', '.join(key.lstrip('+') for key in values)} has no effect in this file"
+        if why:
+            self.text, self.keys, self.values = kept
+        return why
+
+    def check(self, numbers: SixNumbers) -> None:
+        """ConfigError where the text's batch, imported, is not the tuned one. The micro batch changes seconds alone,
+        and follows from the length of completions where a file counts tokens."""
+        where, fix = str(self.original.path), "This version of the framework cannot be told: nothing was written."
+        try:
+            after = self.imported()
+        except ConfigError as error:
+            what = f"with the tuned batch it cannot be imported: {error.what}"
+            raise ConfigError(what, where=where, fix=fix) from error
+        read, self.values = _numbers(after), after.values
+        if replace(read, ranks=1, micro_batch=1) != replace(numbers, ranks=1, micro_batch=1):
+            words = (
+                f"{six.prompts} prompts x {six.num_generations}, steps of {six.completions} and {six.passes} passes"
+                for six in (read, numbers)
+            )
+            raise ConfigError("imported again it has {}; tuned were {}".format(*words), where=where, fix=fix)
 
 
 def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translation, ranks: int | None) -> SixNumbers:
@@ -116,23 +187,25 @@ def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translatio
     source = _numbers(before)
     given: dict[str, Any] = {name: grpo_keys()[name].default_value() for name in (*TRL_BATCH, "generation_batch_size")}
     given |= tuned.get("grpo") or {}
+    for name in (name for name, value in given.items() if name in TRL_BATCH and value is not None):
+        if not isinstance(given[name], int) or given[name] < 1:
+            raise ConfigError("a whole number of at least 1 is needed", where=f"grpo.{name} of the tuned file")
     group, micro, accumulation = (
         given[name] for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
     )
     prompts = next((change.after for change in receipt.changed if change.key == PROMPTS), None)
     completions = source.completions if prompts is None else prompts * group
-    if ranks is None and completions % (micro * accumulation):
-        what = (
-            f"its {micro * accumulation} completions per process are no part of the {completions} of an optimizer step "
-            f"of {before.source.path.name}"
-        )
-        fix = "Export into the file that was imported, or say with --world-size how many processes it was tuned on."
-        raise ConfigError(what, where="the tuned file", fix=fix)
-    ranks = ranks or completions // (micro * accumulation)
+    process = micro * accumulation
+    if ranks is None and completions % process:
+        step = f"the {completions} of an optimizer step of {before.source.path.name}"
+        what = f"its {process} completions per process are no part of {step}"
+        raise ConfigError(what, where="the tuned file", fix=OTHER)
+    ranks = ranks or completions // process
     rollout = given["generation_batch_size"] or micro * ranks * (given["steps_per_generation"] or accumulation)
-    return SixNumbers(
-        group, rollout // group, micro * accumulation * ranks, given["num_iterations"], source.ranks, micro
-    )
+    if rollout % group:
+        what = f"its rollout of {rollout} completions is no whole number of groups of {group}"
+        raise ConfigError(what, where="the tuned file", fix=OTHER)
+    return SixNumbers(group, rollout // group, process * ranks, given["num_iterations"], source.ranks, micro)
 
 
 def _numbers(translation: Translation) -> SixNumbers:
@@ -145,12 +218,13 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     """The framework's batch keys that have other values than before, and what counts in rollouts where a rollout has
     another number of optimizer steps."""
     old, where = _numbers(before), before.source.path.name
-    trl, trl_before = numbers.on(numbers.ranks, where), old.on(old.ranks, where)
+    ranks = old.ranks * (before.number("sequence_parallel_size") or 1)
+    trl, trl_before = numbers.on(ranks, where), old.on(ranks, where)
     values = {
         key: value(numbers, trl) for key, value in side.batch.items() if value(numbers, trl) != value(old, trl_before)
     }
     for key in (key for key, value in values.items() if value != int(value)):
-        what = f"an optimizer step of {numbers.completions} completions is no whole number of what it counts"
+        what = f"the tuned batch makes it {values[key]:g}, and it counts whole ones"
         raise ConfigError(what, where=f"{where}: {key}")
     values = {key: int(value) for key, value in values.items()}
     if "steps_per_generation" in values and before.given("generation_batch_size"):
@@ -163,35 +237,3 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     return values | {
         key: max(1, round(count * ratio)) for key, count in counts.items() if isinstance(count, int) and count > 0
     }
-
-
-def _with(original: Original, text: str, key: str, value: Any, framework: str) -> str | None:
-    """The text with one key set; None where no edit makes it read so, and all others as before."""
-    name = key.lstrip("+")
-    with original.holding(text) as draft:
-        wanted = _plain(draft.read()) | {name: value}
-    for candidate in edits(original.path, text, key, value, framework):
-        with original.holding(candidate) as draft:
-            try:
-                if _plain(draft.read()) == wanted:
-                    return candidate
-            except ConfigError:  # an edit in the wrong place
-                continue
-    return None
-
-
-def _plain(source: Source) -> dict[str, Any]:
-    return {key: setting.value for key, setting in source.settings.items()}
-
-
-def _check(original: Original, text: str, numbers: SixNumbers) -> None:
-    """Import the result; ConfigError where its batch is not the tuned one."""
-    with original.holding(text) as draft:
-        read = _numbers(draft.translated())
-    where = str(original.path)
-    if (read.on(read.ranks, where), read.prompts) != (numbers.on(numbers.ranks, where), numbers.prompts):
-        what = (
-            f"imported again it has {read.prompts} prompts x {read.num_generations} and steps of {read.completions}, "
-            f"tuned were {numbers.prompts} x {numbers.num_generations} and {numbers.completions}"
-        )
-        raise ConfigError(what, where=where, fix="This version of the framework cannot be told: nothing was written.")

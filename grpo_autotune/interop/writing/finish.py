@@ -30,21 +30,38 @@ def measured_line(receipt: Receipt, framework: str) -> str:
     )
 
 
-def patch(path: Path, before: str, after: str) -> str:
+def plain_text(path: Path) -> str:
+    """A file's text without a byte order mark, its lines ended as here."""
+    raw = path.read_bytes().decode("utf-8-sig")
+    return raw.replace("\r\n", "\n") if _is_crlf(raw) else raw
+
+
+def _is_crlf(text: str) -> bool:
+    return text.count("\r\n") == text.count("\n") > 0
+
+
+def finished(path: Path, text: str, keys: Sequence[ExportedKey], measured: str) -> str:
+    """Text to write: of a program a patch; else the text below a comment (JSON has none), with the byte order mark
+    and the ends of lines that the file has."""
+    if is_patch(path):
+        return patch(path, text)
+    raw = path.read_bytes().decode()
+    mark = "\ufeff" if raw.startswith("\ufeff") else ""
+    if keys and path.suffix.lower() != ".json":
+        text = headed(text, f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}")
+    return mark + (text.replace("\n", "\r\n") if _is_crlf(raw) else text)
+
+
+def patch(path: Path, text: str) -> str:
     """The difference as a unified diff; of a notebook, that of its code."""
-    old, new = (code_of(text) if path.suffix == ".ipynb" else text for text in (before, after))
+    old, new = (code_of(text) if path.suffix == ".ipynb" else text for text in (plain_text(path), text))
     names = f"a/{path.name}", f"b/{path.name}"
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")
-    return "\n".join(lines) + "\n"
+    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")) + "\n"
 
 
-def headed(text: str, keys: Sequence[ExportedKey], measured: str, path: Path) -> str:
-    """The text below a comment; JSON, which has none, and a text without a change as it is."""
-    if not keys or path.suffix.lower() == ".json":
-        return text
-    words = f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}"
-    head = "".join(
-        f"# {line}\n" for line in textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
-    )
+def headed(text: str, words: str) -> str:
+    """The text below a comment, and that below the name of a shell."""
+    wrapped = textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
+    head = "".join(f"# {line}\n" for line in wrapped)
     first, newline, rest = text.partition("\n")
     return f"{first}{newline}{head}{rest}" if first.startswith("#!") else head + text

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from grpo_autotune.interop.writing.spans import replaced
+from grpo_autotune.interop.writing.shell_edits import replaced
 
 CONFIG = re.compile(r"\w*(Config|Arguments)")
 """Calls that a missing argument may be added to."""

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import tree_sitter_bash
 from tree_sitter import Language, Node, Parser
 
-from grpo_autotune.interop.writing.spans import replaced
-
 OVERRIDE, OPTION = "{key}={value}", "--{key} {value}"
 """How a program takes a key: Hydra and OmegaConf; HfArgumentParser."""
 ARGUMENTS = ("word", "string", "raw_string", "concatenation", "number", "simple_expansion", "expansion")
 DEEPEST = 8
+
+
+def replaced(data: bytes, span: tuple[int, int], words: str) -> str:
+    """UTF-8 text with the bytes of a span replaced."""
+    return (data[: span[0]] + words.encode() + data[span[1] :]).decode()
 
 
 def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:

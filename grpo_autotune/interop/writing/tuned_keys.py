@@ -63,7 +63,9 @@ VERL = Framework(
         "model.attn_implementation": "+actor_rollout_ref.model.override_config.attn_implementation",
         "peft.r": "actor_rollout_ref.model.lora_rank",
     },
-    rollouts=("trainer.total_training_steps", "trainer.save_freq", "trainer.test_freq"),
+    rollouts=(
+        "trainer.total_training_steps", "trainer.save_freq", "trainer.test_freq", f"{ACTOR}optim.lr_warmup_steps",
+    ),
     micro=f"{ACTOR}ppo_micro_batch_size_per_gpu",
     fixed={f"{ACTOR}use_dynamic_bsz": False},
 )  # fmt: skip
@@ -86,7 +88,9 @@ EASYR1 = Framework(
         "data.image_size": lambda side: {"data.max_pixels": side * side},
         "peft.r": "worker.actor.model.lora.rank",
     },
-    rollouts=("trainer.max_steps", "trainer.save_freq", "trainer.val_freq"),
+    rollouts=(
+        "trainer.max_steps", "trainer.save_freq", "trainer.val_freq", "worker.actor.optim.lr_warmup_steps",
+    ),
     micro="worker.actor.micro_batch_size_per_device_for_update",
     fixed={"worker.actor.dynamic_batching": False},
 )  # fmt: skip

@@ -1,8 +1,11 @@
 """A key of a YAML or JSON text given another value, all other characters left as they are."""
 
+import re
 from collections.abc import Iterator
 
 import yaml
+
+MARK = re.compile(r"\s*:\s+(?:(?P<alias>\*[^\s,\]}]+)|&\S+\s+)")
 
 
 def yaml_edits(text: str, key: str, value: str) -> Iterator[str]:
@@ -11,17 +14,20 @@ def yaml_edits(text: str, key: str, value: str) -> Iterator[str]:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     names = key.lstrip("+").split(".")
     while isinstance(node, yaml.MappingNode) and node.value:
-        inner = {name.value: content for name, content in node.value}
+        inner = {name.value: (name, content) for name, content in node.value}
         joined = next((count for count in range(len(names), 0, -1) if ".".join(names[:count]) in inner), 0)
         if joined == 0:
             yield _added(text, node, names, value)
             return
-        child, names = inner[".".join(names[:joined])], names[joined:]
+        (name, child), names = inner[".".join(names[:joined])], names[joined:]
         if not names:
-            end = child.end_mark.index
-            while end > child.start_mark.index and text[end - 1].isspace():
+            start, end = child.start_mark.index, child.end_mark.index
+            mark = MARK.match(text, name.end_mark.index)
+            if mark is not None:  # an alias stands for a value elsewhere; an anchor stays
+                start, end = mark.span("alias") if mark["alias"] else (mark.end(), end)
+            while end > start and text[end - 1].isspace():
                 end -= 1  # a block ends where the next key begins
-            yield text[: child.start_mark.index] + value + text[end:]
+            yield text[:start] + value + text[end:]
             return
         node = child
 

@@ -31,7 +31,10 @@ def _ordered(name: str, section: Any) -> Any:
     fields = [*getattr(RunConfig.model_fields[name].annotation, "model_fields", ())]
     if not isinstance(section, dict) or not fields:
         return section
-    return {key: section[key] for key in [*(key for key in fields if key in section), *(section.keys() - set(fields))]}
+    return {
+        key: section[key]
+        for key in sorted(section, key=lambda key: fields.index(key) if key in fields else len(fields))
+    }
 
 
 def _head(imported: Imported) -> Iterator[str]:
