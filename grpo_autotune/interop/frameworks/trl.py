@@ -118,17 +118,21 @@ def _token_loss(to: Translation, key: str) -> None:
 
 
 def _whole(to: Translation) -> None:
-    """The evaluation's split, and the check that there is data."""
-    is_evaluated = to.values.get("grpo.eval_strategy", "no") != "no"
-    if (
-        is_evaluated
-        and not trl_script.is_script(to.source)
-        and not to.values.keys() & {"data.eval_split", "data.split_ratio"}
+    """The evaluation's split, and the check that there are data and a model."""
+    is_open = not to.values.keys() & {"data.eval_split", "data.split_ratio"}
+    if is_open and to.values.get("grpo.eval_strategy", "no") != "no":
+        if trl_script.is_script(to.source):
+            note = "the script's own code makes the held-out rows: off until data.eval_split or eval_path names some"
+            to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
+        else:
+            to.set("data.eval_split", "test", "TRL's default")
+    for path, kind, key in (
+        ("data.path", "data set", "dataset_name"),
+        ("model.name_or_path", "model", "model_name_or_path"),
     ):
-        to.set("data.eval_split", "test", "TRL's default")
-    if not to.values.get("data.path"):
-        fix = "Name one (dataset_name); save what a program builds to a file first."
-        raise ConfigError("no data set is named that can be loaded", where=to.source.path.name, fix=fix)
+        if not to.values.get(path):
+            fix = f"Name one ({key}); save what a program builds first."
+            raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
 
 
 def _zero(path: str) -> str | dict[str, Any]:
@@ -200,8 +204,10 @@ def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any
     """The same items with the weights of `reward_weights`. ConfigError where there are no items."""
     weights = listed(to.value("reward_weights"))
     if not items:
-        fix = "Name a function: --reward_funcs accuracy_reward. A reward model is to be called by one."
-        raise ConfigError("no reward function", where=to.source.path.name, fix=fix)
+        named = to.value("reward_funcs")
+        what = f"no reward function: only a run can tell what {named} is" if named else "no reward function"
+        fix = "Name functions of a module (reward_funcs: [module.function]). A reward model is to be called by one."
+        raise ConfigError(what, where=to.where("reward_funcs") if named else to.source.path.name, fix=fix)
     if weights and len(weights) != len(items):
         what = f"{len(weights)} weights for {len(items)} rewards"
         raise ConfigError(what, where=to.where("reward_weights"), fix="Give one weight for each reward.")

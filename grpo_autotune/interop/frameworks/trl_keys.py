@@ -90,11 +90,13 @@ def _plain(to: Translation, key: str, setting: Setting | None) -> None:
     if target is None:
         return to.dropped(key, SAID[key]) if key in SAID else None
     if setting is not None and unknown(setting):
-        return to.dropped(key, RUNS)
+        is_switch = key in ("bf16", "fp16") and re.search(r"is_(bf16|bfloat16)_supported", value)
+        return to.inert(key, "bf16 where the GPU has it, as by default") if is_switch else to.dropped(key, RUNS)
     if value is None and setting is not None and not (known and known.allows(None)):
         return to.inert(key, "null: the default")
     if known is not None and not known.allows(value):
         fix = f"Accepted: {known.accepted()}."
+        fix += " Give the variable behind it with --env NAME=VALUE." * ("$" in str(value))
         raise ConfigError(f"{value!r} is not accepted", where=to.where(key), fix=fix)
     return to.same(key, target, value)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
 from grpo_autotune.interop.frameworks.trl import translated
-from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed, unknown
 from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -35,6 +35,8 @@ SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of an Unsloth script or notebook, which trains in one process."""
     source = _sampled(trl_script.unified(source))
+    if (dtype := source.settings.get("dtype")) is not None and (dtype.value is None or unknown(dtype)):
+        source = replace(source, settings={**source.settings, "dtype": replace(dtype, value="bfloat16")})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
     over = {**OVER, "use_vllm": bool(values.get("fast_inference"))}
