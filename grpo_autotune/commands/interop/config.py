@@ -88,6 +88,8 @@ def _next(imported: Imported, target: Path) -> list[str]:
     ranks = imported.world_size
     beside = f", with {', '.join(imported.files)} beside it" if imported.files else ""
     lines = [f"Wrote {target}{beside}. Next:"]
+    if beside and target.parent != Path():  # modules of rewards are looked for in the current folder
+        lines, target = [*lines, f"  cd {target.parent}"], Path(target.name)
     if ranks == 1:
         return [*lines, f"  grpo-autotune doctor {target}", f"  grpo-autotune probe {target}"]
     train = f"torchrun --nproc-per-node {ranks} -m grpo_autotune"

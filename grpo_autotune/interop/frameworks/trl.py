@@ -13,7 +13,7 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
-from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, Handler, listed, settle
+from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, SHELL, Handler, listed, settle, speed
 from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -98,12 +98,12 @@ def _given(source: Source, key: str) -> Any:
 def _of_release(number: Version) -> dict[str, Handler]:
     """Keys that meant something else in an old release."""
     kernels = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
-    liger: dict[str, Handler] = {"use_liger_kernel": lambda to, key: to.speed(key, kernels)}
-    sampled: dict[str, Handler] = {
-        "top_k": lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))
+    odd: dict[str, tuple[Version, Handler]] = {
+        "use_liger_kernel": ((0, 28), speed(kernels)),
+        "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
+        "loss_type": ((1, 9), _token_loss),
     }
-    loss: dict[str, Handler] = {"loss_type": _token_loss} if number < (1, 9) else {}
-    return {**(liger if number < (0, 28) else {}), **(sampled if number < (0, 16) else {}), **loss}
+    return {key: handler for key, (since, handler) in odd.items() if number < since}
 
 
 def _token_loss(to: Translation, key: str) -> None:
@@ -143,17 +143,21 @@ def _zero(path: str) -> str | dict[str, Any]:
 
 
 def _data(to: Translation, key: str) -> None:
-    note = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+    code = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+    note = code if _is_code(to, key) else SHELL if "$" in str(to.value(key)) else ""
+    comment = "rows as they are published" if note == code else ""
+    to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
+
+
+def _is_code(to: Translation, key: str) -> bool:
+    """True for a setting that a Python program makes."""
     setting = to.source.settings.get(key)
-    if trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py")):
-        to.changes(key, {"data.path": to.value(key)}, note, comment="rows as they are published")
-    else:
-        to.same(key, "data.path")
+    return trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
 
 
 def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
-    ranks = accelerate.processes(to) or _torchrun(to) or to.number("num_processes") or usual or to.world_size
+    ranks = accelerate.processes(to) or to.number("num_processes") or usual or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1
@@ -177,18 +181,9 @@ def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, u
     to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
 
 
-def _torchrun(to: Translation) -> int | None:
-    """Processes that torchrun starts, on all nodes."""
-    launch = {name.replace("-", "_"): setting.value for name, setting in to.source.launch.items()}
-    per_node, nodes = launch.get("nproc_per_node"), launch.get("nnodes", 1)
-    return per_node * (nodes if isinstance(nodes, int) else 1) if isinstance(per_node, int) else None
-
-
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
-    names = listed(to.value("reward_funcs"))
-    setting = to.source.settings.get("reward_funcs")
-    is_code = trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
+    names, is_code = listed(to.value("reward_funcs")), _is_code(to, "reward_funcs")
     return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
 
 

@@ -57,6 +57,7 @@ SPEED = {
 }  # fmt: skip
 HUB = "nothing is published: push the trained folder yourself"
 RUNS = "only a run of the program can tell its value: set it by hand"
+SHELL = "the shell builds it: write what it gives"
 
 
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
@@ -98,6 +99,8 @@ def _plain(to: Translation, key: str, setting: Setting | None) -> None:
         fix = f"Accepted: {known.accepted()}."
         fix += " Give the variable behind it with --env NAME=VALUE." * ("$" in str(value))
         raise ConfigError(f"{value!r} is not accepted", where=to.where(key), fix=fix)
+    if "$" in str(value) and target in ("model.name_or_path", "data.path"):
+        return to.changes(key, {target: value}, SHELL)
     return to.same(key, target, value)
 
 
