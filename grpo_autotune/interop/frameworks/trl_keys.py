@@ -63,19 +63,14 @@ SHELL = "the shell builds it: write what it gives"
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
     gets none. ConfigError, by line, for a value that TRL refuses."""
-    setting = to.source.settings.get(key)
     missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    why = missing or (INERT.get(key) if key not in handlers else None)
-    if why:
-        inert(why)(to, key)
-    elif key in handlers:
-        handlers[key](to, key)
+    handler = inert(missing) if missing else handlers.get(key)
+    if handler is not None:
+        handler(to, key)
     elif key.startswith(("hub_", "push_to_hub")):
         to.dropped(key, HUB)
-    elif key in SPEED:
-        to.speed(key, SPEED[key])
     else:
-        _plain(to, key, setting)
+        _plain(to, key)
 
 
 def _met(to: Translation, needed: str, wanted: Any) -> bool:
@@ -83,10 +78,9 @@ def _met(to: Translation, needed: str, wanted: Any) -> bool:
     return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
-def _plain(to: Translation, key: str, setting: Setting | None) -> None:
+def _plain(to: Translation, key: str) -> None:
     target = PLACES.get(key) or (f"grpo.{key}" if key in grpo_keys() else MOVED.get(key))
-    known = grpo_keys().get(key)
-    value = to.value(key)
+    known, setting, value = grpo_keys().get(key), to.source.settings.get(key), to.value(key)
     value = SPELLINGS.get(key, {}).get(str(value), value)
     if target is None:
         return to.dropped(key, SAID[key]) if key in SAID else None
@@ -248,6 +242,7 @@ def _quantized(to: Translation, key: str) -> None:
 
 
 HANDLERS: dict[str, Handler] = {
+    **{key: inert(why) for key, why in INERT.items()}, **{key: speed(why) for key, why in SPEED.items()},
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,

@@ -7,7 +7,6 @@ module of their own beside the configuration.
 import ast
 import builtins
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,11 +60,8 @@ def with_program(source: Source) -> Source:
     path = program(source)
     if path is None or is_script(source) or "reward_funcs" in source.settings:
         return source
-    counted: Counter[str] = Counter()
-    inside: dict[str, Setting] = {}
-    for call in python_source.read(path).called(r"(.*\.)?(GRPOTrainer|load_dataset)"):
-        counted[call.name] += 1
-        inside |= {f"{call.name}({counted[call.name]}).{key}": one for key, one in call.arguments.items()}
+    calls = enumerate(python_source.read(path).called(r"(.*\.)?(GRPOTrainer|load_dataset)"))
+    inside = {f"{call.name}({number}).{key}": one for number, call in calls for key, one in call.arguments.items()}
     made = unified(replace(source, settings=inside)).settings
     if not isinstance(getattr(made.get("reward_funcs"), "value", None), list):
         return source

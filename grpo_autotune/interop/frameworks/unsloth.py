@@ -107,11 +107,6 @@ def _completion(to: Translation, key: str) -> None:
         to.same(key, "grpo.max_completion_length")
 
 
-def _engine_memory(to: Translation, key: str) -> None:
-    note = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
-    to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, note)
-
-
 def _towers(to: Translation, key: str) -> None:
     if key == "finetune_vision_layers":
         to.same(key, "model.freeze_vision_tower", not to.value(key))
@@ -121,16 +116,16 @@ def _towers(to: Translation, key: str) -> None:
         to.changes(key, {}, "name the layers in peft.target_modules")
 
 
-def _checkpointing(to: Translation, key: str) -> None:
-    targets = {"grpo.gradient_checkpointing": bool(to.value(key))}
-    to.speed(key, "Unsloth's kind moves activations to the host", targets)
-
-
+SHARED = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(TOWERS, _towers),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
-    "vllm_gpu_memory_utilization": inert("from_pretrained says it"), "gpu_memory_utilization": _engine_memory,
-    "max_completion_length": _completion, "use_gradient_checkpointing": _checkpointing,
+    "vllm_gpu_memory_utilization": inert("from_pretrained says it"),
+    "gpu_memory_utilization": lambda to, key: to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, SHARED),
+    "max_completion_length": _completion,
+    "use_gradient_checkpointing": lambda to, key: to.speed(
+        key, "Unsloth's kind moves activations to the host", {"grpo.gradient_checkpointing": bool(to.value(key))}
+    ),
     "load_in_8bit": off("there is no 8-bit base here"), "load_in_16bit": inert("as here"),
     "load_in_fp8": off("there is no fp8 base here: weights stay in bfloat16"), "loftq_config": off("no LoftQ here"),
     "full_finetuning": inert("the peft section"), "vllm_sampling_params": inert("its arguments have rows"),
