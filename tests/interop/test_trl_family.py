@@ -366,7 +366,7 @@ from vllm import SamplingParams
 longest, whole = 256, 1024
 model, tokenizer = FastVisionModel.from_pretrained(
     model_name="unsloth/some-VL", max_seq_length=whole, load_in_4bit=True, fast_inference=True,
-    gpu_memory_utilization=0.8,
+    gpu_memory_utilization=0.8, dtype=None,
 )
 model = FastVisionModel.get_peft_model(model, finetune_vision_layers=False, r=16, lora_alpha=16)
 dataset = load_dataset("some/other", split="cot")
@@ -387,6 +387,7 @@ sampling = SamplingParams(min_p=0.1, top_k=-1, stop=[tokenizer.eos_token])
 args = GRPOConfig(
     vllm_sampling_params=sampling, num_generations=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
     max_prompt_length=longest, max_completion_length=whole - longest, loss_type="dapo", unsloth_num_chunks=-1,
+    bf16=is_bfloat16_supported(), fp16=not is_bfloat16_supported(),
 )
 trainer = GRPOTrainer(model=model, args=args, train_dataset=dataset, reward_funcs=[format_reward])
 later = SamplingParams(temperature=0.1)
@@ -409,6 +410,8 @@ def test_unsloth_script(tmp_path: Path) -> None:
     assert (data["path"], data["name"], data["image_size"]) == ("some/data", "main", 512)
     assert (data["max_prompt_tokens"], data["prompt_overflow"]) == (256, "filter")
     assert row(record, "unsloth_num_chunks").kind == "speed"
+    assert record.config["model"]["dtype"] == "bfloat16"
+    assert row(record, "bf16").kind == row(record, "fp16").kind == "same"
 
 
 def test_rewards_of_a_script_are_copied_with_what_they_use(tmp_path: Path) -> None:
@@ -422,16 +425,79 @@ def test_rewards_of_a_script_are_copied_with_what_they_use(tmp_path: Path) -> No
     assert "tokenizer" not in record.files["some_grpo_rewards.py"]
 
 
-def test_a_name_that_only_a_run_has_is_told(tmp_path: Path) -> None:
+LONG = """
+import argparse
+from datasets import load_dataset
+from my.rewards import fancy as good
+import my.more as more
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.rewards import accuracy_reward
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--learning-rate", "-l", type=float, default=2e-6)
+parser.add_argument("--base", default="m")
+args = parser.parse_args()
+CALLS = 0
+tokenizer = load()
+
+
+class Judge:
+    def __call__(self, completions, **columns):
+        return [tokenizer(text) for text in completions]
+
+
+def main():
+    from re import search
+
+    def inner(completions, **columns):
+        global CALLS
+        CALLS += 1
+        return [float(CALLS) if search("x", text) else 0.0 for text in completions]
+
+    SFTTrainer(args.base, train_dataset=load_dataset("first", "cot"), peft_config=LoraConfig(r=4, lora_dropout=0.1))
+    rows = load_dataset("json", data_files={"train": "rows.jsonl"}, split=["train", "validation"])
+    test = load_dataset("d", split="test")
+    config = GRPOConfig(learning_rate=args.learning_rate, eval_strategy="steps")
+    functions = [inner, good, more.second, accuracy_reward, Judge(), lambda completions, **columns: [0.0]]
+    peft_config = LoraConfig(r=8)
+    GRPOTrainer(args.base, functions, args=config, train_dataset=rows[0], eval_dataset=test, peft_config=peft_config)
+    load_dataset("later", split="test")
+"""
+
+
+def test_a_program_with_two_trainers_and_options(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
-    path.write_text(
-        "from trl import GRPOConfig, GRPOTrainer\nfrom datasets import load_dataset\n"
-        "tokenizer = load()\n\n\ndef score(completions, **columns):\n"
-        "    return [tokenizer(c) for c in completions]\n\n\n"
-        "GRPOTrainer('m', reward_funcs=score, train_dataset=load_dataset('d'), args=GRPOConfig(max_steps=3))\n"
-    )
-    translation = import_file(path)
-    assert any("uses tokenizer" in warning for warning in translation.warnings)
+    path.write_text(LONG)
+    record = imported(import_file(path))
+    assert record.config["data"] == {"path": "rows.jsonl", "split": "train"}
+    assert record.config["peft"] == {"r": 8}
+    assert record.config["grpo"]["learning_rate"] == 2e-6 and record.config["model"]["name_or_path"] == "m"
+    assert row(record, "eval_strategy").kind == "changes"
+    assert [item["name"] for item in record.config["rewards"]] == [
+        "train_rewards:inner", "my.rewards:fancy", "my.more:second", "accuracy_reward", "train_rewards:reward_5",
+        "train_rewards:reward_6",
+    ]  # fmt: skip
+    assert any("uses tokenizer" in warning for warning in record.warnings)
+    names: dict[str, Any] = {}
+    exec(record.files["train_rewards.py"], names)
+    assert [names["inner"](["x", "y"]) for _ in range(2)] == [[1.0, 0.0], [2.0, 0.0]]
+    assert names["reward_6"](["a"]) == [0.0] and isinstance(names["reward_5"], names["Judge"])
+
+
+@pytest.mark.parametrize(
+    ("text", "fails"),
+    [
+        ("def go(found): GRPOTrainer('m', found, args=GRPOConfig(), train_dataset=load_dataset('d'))", "what found is"),
+        ("GRPOTrainer(x, len, args=GRPOConfig(), train_dataset=load_dataset('d'))", "no reward"),
+        ("GRPOTrainer(x, a, args=GRPOConfig(), train_dataset=load_dataset('d'))\ndef a(completions): 0", "no model"),
+    ],
+)
+def test_a_program_without_what_is_needed(text: str, fails: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(f"from trl import GRPOConfig, GRPOTrainer\n{text}")
+    with pytest.raises(ConfigError, match=fails):
+        import_file(path)
 
 
 PROGRAM = """

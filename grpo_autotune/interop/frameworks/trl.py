@@ -13,7 +13,7 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
-from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, Handler, listed, settle
+from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, SHELL, Handler, listed, settle, speed
 from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -98,12 +98,12 @@ def _given(source: Source, key: str) -> Any:
 def _of_release(number: Version) -> dict[str, Handler]:
     """Keys that meant something else in an old release."""
     kernels = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
-    liger: dict[str, Handler] = {"use_liger_kernel": lambda to, key: to.speed(key, kernels)}
-    sampled: dict[str, Handler] = {
-        "top_k": lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))
+    odd: dict[str, tuple[Version, Handler]] = {
+        "use_liger_kernel": ((0, 28), speed(kernels)),
+        "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
+        "loss_type": ((1, 9), _token_loss),
     }
-    loss: dict[str, Handler] = {"loss_type": _token_loss} if number < (1, 9) else {}
-    return {**(liger if number < (0, 28) else {}), **(sampled if number < (0, 16) else {}), **loss}
+    return {key: handler for key, (since, handler) in odd.items() if number < since}
 
 
 def _token_loss(to: Translation, key: str) -> None:
@@ -118,17 +118,21 @@ def _token_loss(to: Translation, key: str) -> None:
 
 
 def _whole(to: Translation) -> None:
-    """The evaluation's split, and the check that there is data."""
-    is_evaluated = to.values.get("grpo.eval_strategy", "no") != "no"
-    if (
-        is_evaluated
-        and not trl_script.is_script(to.source)
-        and not to.values.keys() & {"data.eval_split", "data.split_ratio"}
+    """The evaluation's split, and the check that there are data and a model."""
+    is_open = not to.values.keys() & {"data.eval_split", "data.split_ratio"}
+    if is_open and to.values.get("grpo.eval_strategy", "no") != "no":
+        if trl_script.is_script(to.source):
+            note = "the script's own code makes the held-out rows: off until data.eval_split or eval_path names some"
+            to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
+        else:
+            to.set("data.eval_split", "test", "TRL's default")
+    for path, kind, key in (
+        ("data.path", "data set", "dataset_name"),
+        ("model.name_or_path", "model", "model_name_or_path"),
     ):
-        to.set("data.eval_split", "test", "TRL's default")
-    if not to.values.get("data.path"):
-        fix = "Name one (dataset_name); save what a program builds to a file first."
-        raise ConfigError("no data set is named that can be loaded", where=to.source.path.name, fix=fix)
+        if not to.values.get(path):
+            fix = f"Name one ({key}); save what a program builds first."
+            raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
 
 
 def _zero(path: str) -> str | dict[str, Any]:
@@ -139,17 +143,21 @@ def _zero(path: str) -> str | dict[str, Any]:
 
 
 def _data(to: Translation, key: str) -> None:
-    note = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+    code = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+    note = code if _is_code(to, key) else SHELL if "$" in str(to.value(key)) else ""
+    comment = "rows as they are published" if note == code else ""
+    to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
+
+
+def _is_code(to: Translation, key: str) -> bool:
+    """True for a setting that a Python program makes."""
     setting = to.source.settings.get(key)
-    if trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py")):
-        to.changes(key, {"data.path": to.value(key)}, note, comment="rows as they are published")
-    else:
-        to.same(key, "data.path")
+    return trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
 
 
 def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
-    ranks = accelerate.processes(to) or _torchrun(to) or to.number("num_processes") or usual or to.world_size
+    ranks = accelerate.processes(to) or to.number("num_processes") or usual or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1
@@ -173,18 +181,9 @@ def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, u
     to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
 
 
-def _torchrun(to: Translation) -> int | None:
-    """Processes that torchrun starts, on all nodes."""
-    launch = {name.replace("-", "_"): setting.value for name, setting in to.source.launch.items()}
-    per_node, nodes = launch.get("nproc_per_node"), launch.get("nnodes", 1)
-    return per_node * (nodes if isinstance(nodes, int) else 1) if isinstance(per_node, int) else None
-
-
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
-    names = listed(to.value("reward_funcs"))
-    setting = to.source.settings.get("reward_funcs")
-    is_code = trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
+    names, is_code = listed(to.value("reward_funcs")), _is_code(to, "reward_funcs")
     return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
 
 
@@ -200,8 +199,10 @@ def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any
     """The same items with the weights of `reward_weights`. ConfigError where there are no items."""
     weights = listed(to.value("reward_weights"))
     if not items:
-        fix = "Name a function: --reward_funcs accuracy_reward. A reward model is to be called by one."
-        raise ConfigError("no reward function", where=to.source.path.name, fix=fix)
+        named = to.value("reward_funcs")
+        what = f"no reward function: only a run can tell what {named} is" if named else "no reward function"
+        fix = "Name functions of a module (reward_funcs: [module.function]). A reward model is to be called by one."
+        raise ConfigError(what, where=to.where("reward_funcs") if named else to.source.path.name, fix=fix)
     if weights and len(weights) != len(items):
         what = f"{len(weights)} weights for {len(items)} rewards"
         raise ConfigError(what, where=to.where("reward_weights"), fix="Give one weight for each reward.")

@@ -57,24 +57,20 @@ SPEED = {
 }  # fmt: skip
 HUB = "nothing is published: push the trained folder yourself"
 RUNS = "only a run of the program can tell its value: set it by hand"
+SHELL = "the shell builds it: write what it gives"
 
 
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
     gets none. ConfigError, by line, for a value that TRL refuses."""
-    setting = to.source.settings.get(key)
     missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    why = missing or (INERT.get(key) if key not in handlers else None)
-    if why:
-        inert(why)(to, key)
-    elif key in handlers:
-        handlers[key](to, key)
+    handler = inert(missing) if missing else handlers.get(key)
+    if handler is not None:
+        handler(to, key)
     elif key.startswith(("hub_", "push_to_hub")):
         to.dropped(key, HUB)
-    elif key in SPEED:
-        to.speed(key, SPEED[key])
     else:
-        _plain(to, key, setting)
+        _plain(to, key)
 
 
 def _met(to: Translation, needed: str, wanted: Any) -> bool:
@@ -82,20 +78,23 @@ def _met(to: Translation, needed: str, wanted: Any) -> bool:
     return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
-def _plain(to: Translation, key: str, setting: Setting | None) -> None:
+def _plain(to: Translation, key: str) -> None:
     target = PLACES.get(key) or (f"grpo.{key}" if key in grpo_keys() else MOVED.get(key))
-    known = grpo_keys().get(key)
-    value = to.value(key)
+    known, setting, value = grpo_keys().get(key), to.source.settings.get(key), to.value(key)
     value = SPELLINGS.get(key, {}).get(str(value), value)
     if target is None:
         return to.dropped(key, SAID[key]) if key in SAID else None
     if setting is not None and unknown(setting):
-        return to.dropped(key, RUNS)
+        is_switch = key in ("bf16", "fp16") and re.search(r"is_(bf16|bfloat16)_supported", value)
+        return to.inert(key, "bf16 where the GPU has it, as by default") if is_switch else to.dropped(key, RUNS)
     if value is None and setting is not None and not (known and known.allows(None)):
         return to.inert(key, "null: the default")
     if known is not None and not known.allows(value):
         fix = f"Accepted: {known.accepted()}."
+        fix += " Give the variable behind it with --env NAME=VALUE." * ("$" in str(value))
         raise ConfigError(f"{value!r} is not accepted", where=to.where(key), fix=fix)
+    if "$" in str(value) and target in ("model.name_or_path", "data.path"):
+        return to.changes(key, {target: value}, SHELL)
     return to.same(key, target, value)
 
 
@@ -243,6 +242,7 @@ def _quantized(to: Translation, key: str) -> None:
 
 
 HANDLERS: dict[str, Handler] = {
+    **{key: inert(why) for key, why in INERT.items()}, **{key: speed(why) for key, why in SPEED.items()},
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,

@@ -5,6 +5,7 @@ module of their own beside the configuration.
 """
 
 import ast
+import builtins
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,15 +17,14 @@ from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
-PLACE = re.compile(r"(?P<call>.+?)(\((?P<number>\d+)\))?\.(?P<argument>\w+)")
-MODEL = {"0": "model_name_or_path", "model_name": "model_name_or_path", "torch_dtype": "dtype",
-         "pretrained_model_name_or_path": "model_name_or_path", "revision": "model_revision"}  # fmt: skip
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type", "bias": "lora_bias",
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
 NAMES: Mapping[str, Mapping[str, str]] = {
-    r"(.*\.)?LoraConfig": LORA,
-    r".*get_peft_model": LORA,
-    r".*\.from_pretrained": MODEL,
+    r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
+    r".*\.from_pretrained": {
+        "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
+        "pretrained_model_name_or_path": "model_name_or_path", "torch_dtype": "dtype",
+    },
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
     r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
@@ -32,13 +32,13 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
 """Call -> its arguments in the names of TRL's command line; the others keep theirs."""
-LAST = ("load_dataset", "GRPOTrainer", "get_peft_model")
-"""Of several calls, the one that counts is the last; of the others, such as of a model, the first."""
+FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")
+"""Of several such calls the first counts, of others the last; what follows the trainer is for another purpose."""
 OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
            "model", "device_map", "quantization_config", "reward_processing_classes", "optimizers")  # fmt: skip
 """Arguments that hand over what other calls made."""
-
-
+FILES = ("json", "csv", "parquet")
+"""First argument of `load_dataset` where `data_files` names the data."""
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
 
 
@@ -60,57 +60,140 @@ def with_program(source: Source) -> Source:
     path = program(source)
     if path is None or is_script(source) or "reward_funcs" in source.settings:
         return source
-    calls = python_source.read(path).called(r"(.*\.)?(GRPOTrainer|load_dataset)")
-    made = unified(replace(source, settings={f"{c.name}.{key}": s for c in calls for key, s in c.arguments.items()}))
+    calls = enumerate(python_source.read(path).called(r"(.*\.)?(GRPOTrainer|load_dataset)"))
+    inside = {f"{call.name}({number}).{key}": one for number, call in calls for key, one in call.arguments.items()}
+    made = unified(replace(source, settings=inside)).settings
+    if not isinstance(getattr(made.get("reward_funcs"), "value", None), list):
+        return source
     wanted = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", *MANY_TURNS)
-    inside = {key: replace(s, file=path.name) for key, s in made.settings.items() if key in wanted}
-    is_known = isinstance(getattr(inside.get("reward_funcs"), "value", None), list)
-    return replace(source, settings={**inside, **source.settings}) if is_known else source
+    named = {key: replace(one, file=path.name) for key, one in made.items() if key in wanted}
+    return replace(source, settings={**named, **source.settings})
 
 
 def unified(source: Source) -> Source:
-    """The source with the arguments of calls under the names of TRL's command line."""
-    settings: dict[str, Setting] = {}
-    is_over = False
+    """The source with the arguments of calls under the names of TRL's command line: of several calls of a kind those of
+    one, whole."""
+    groups: dict[str, dict[str, Setting]] = {}
     for key, setting in source.settings.items():
-        place = PLACE.fullmatch(key)
-        call = place["call"] if place else ""
-        is_made = bool(re.search(r"from_pretrained|SamplingParams|^(.*\.)?resize$", call))
+        groups.setdefault(key.rpartition(".")[0], {})[key] = setting
+    plain: dict[str, Setting] = {}
+    chosen: dict[str, dict[str, Setting]] = {}
+    trained = _training_data(source) if sum("load_dataset" in call for call in groups) > 1 else []
+    is_over = False
+    for group, members in groups.items():
+        call = re.sub(r"\(\d+\)$", "", group)
+        kind = next((pattern for pattern in NAMES if re.fullmatch(pattern, call)), None)
+        is_late = is_over
         is_over = is_over or call.endswith("GRPOTrainer")
-        if is_made and (is_over or (call == "SamplingParams" and "vllm_sampling_params" not in source.settings)):
+        if kind is None:
+            is_unused = call == "SamplingParams" and (is_late or "vllm_sampling_params" not in source.settings)
+            plain |= {} if is_unused else members
             continue
-        names = next((names for pattern, names in NAMES.items() if re.fullmatch(pattern, call)), None)
-        if place is None or names is None:
-            settings[key] = setting
-            continue
-        name = names.get(place["argument"], place["argument"])
-        is_text = not (isinstance(setting.value, str) and setting.text == setting.value)
-        if (name == "model_name_or_path" and not is_text) or name in OBJECTS or name.isdecimal():
-            continue
-        if name not in settings or call.endswith(LAST):
-            settings[name] = setting
-    return replace(source, settings=settings)
+        if trained and call.endswith("load_dataset"):
+            is_late = not any(
+                one.file == file and one.line in lines for one in members.values() for file, lines in trained
+            )
+        named = dict(_named(NAMES[kind], members))
+        if (
+            named
+            and not (is_late and not call.endswith("GRPOTrainer"))
+            and (kind not in chosen or not call.endswith(FIRST))
+        ):
+            chosen[kind] = named
+    made = {key: setting for named in chosen.values() for key, setting in named.items()}
+    return _with_options(replace(source, settings={**_from_files(made), **plain}))
+
+
+def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
+    """Arguments of a call that say something, under their names here."""
+    for key, setting in members.items():
+        name = names.get(argument := key.rpartition(".")[2], argument)
+        is_code = isinstance(setting.value, str) and setting.text == setting.value
+        if not (name == "model_name_or_path" and is_code) and name not in OBJECTS and not name.isdecimal():
+            yield name, setting
+
+
+def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings with the file that a builder of `datasets` reads, and of several splits the first."""
+    split, files = made.get("dataset_train_split"), made.get("data_files")
+    if split is not None and isinstance(split.value, list):
+        made["dataset_train_split"] = replace(split, value=split.value[0])
+    if files is not None and getattr(made.get("dataset_name"), "value", None) in FILES:
+        value = files.value.get("train") if isinstance(files.value, dict) else files.value
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, str):
+            made["dataset_name"] = replace(files, value=value)
+            del made["data_files"]
+    return made
+
+
+def _training_data(source: Source) -> list[tuple[str | None, range]]:
+    """Places of the `load_dataset` calls that the trainer's data come from, by the names that were assigned to."""
+    path = program(source)
+    nodes = [] if path is None else [(cell, node) for cell, tree in _trees(path) for node in ast.walk(tree)]
+    made: dict[str, list[tuple[str | None, ast.AST]]] = {}
+    todo: list[tuple[str | None, ast.AST]] = []
+    for cell, node in nodes:
+        if isinstance(node, ast.Assign | ast.FunctionDef):
+            for name in _defined(node):
+                made.setdefault(name, []).append((cell, node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("GRPOTrainer"):
+            todo = [(cell, word.value) for word in node.keywords if word.arg == "train_dataset"]
+    places: list[tuple[str | None, range]] = []
+    while todo:
+        cell, part = todo.pop()
+        for node in ast.walk(part):
+            if isinstance(node, ast.Name):
+                todo += made.pop(node.id, [])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_dataset"):
+                places.append((cell, range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+    return places
+
+
+def _with_options(source: Source) -> Source:
+    """The source with the defaults of a script's own options (`args.lr`, of argparse) as values."""
+    path = program(source)
+    text = "" if path is None or not is_script(source) else text_of(path)
+    roots = re.findall(r"\b(\w+)\b[^=\n]*=.*\.parse_(?:known_)?args\(", text)
+    if path is None or not roots:
+        return source
+    script = python_source.read(path)
+    options = {
+        str(name.value).lstrip("-").replace("-", "_"): call.arguments["default"].value
+        for call in script.called(r".*\.add_argument") if "default" in call.arguments
+        for key, name in call.arguments.items() if key.isdecimal()
+    }  # fmt: skip
+    made = [call.arguments for call in script.called(r".*(from_pretrained|GRPOTrainer)")]
+    models = [given[key] for given in made for key in ("0", "model", "model_name") if key in given]
+    wanted = ({"model_name_or_path": models[0]} if models else {}) | dict(source.settings)
+    asked = {key: one for key, one in wanted.items() if one.text == one.value}
+    parts = {key: str(one.value).partition(".") for key, one in asked.items()}
+    known = {
+        key: replace(asked[key], value=options[option])
+        for key, (root, _, option) in parts.items() if root in roots and option in options
+    }  # fmt: skip
+    told = [f"{', '.join(known)}: by the defaults of the script's options, as it is not run"] if known else []
+    return replace(source, settings={**source.settings, **known}, warnings=(*source.warnings, *told))
 
 
 def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     """Items of `rewards` for functions of a script: TRL's own and imported ones by their module, those that the script
-    defines in a module that is written beside the configuration."""
+    makes in a module that is written beside the configuration."""
     path = program(to.source)
     if path is None:
         return []
     script = _Functions(path)
     items, wanted = [], []
     module = re.sub(r"[\W_]+", "_", path.stem).strip("_").lower() + "_rewards"
-    for name in map(str, names):
-        origin = script.imported.get(name)
+    for number, text in enumerate(map(str, names), 1):
+        origin, name = script.origin(text), script.made(text, f"reward_{number}")
         if origin:
-            known = origin.startswith("trl.rewards")
-            items.append({"name": name if known else f"{origin}:{name}"})
-        elif name in script.statements:
+            items.append({"name": origin.partition(":")[2] if origin.startswith("trl.rewards") else origin})
+        elif name:
             wanted.append(name)
             items.append({"name": f"{module}:{name}"})
         else:
-            to.warnings.append(f"{to.where('reward_funcs')}: {name} is made where only a run can tell; it is left out")
+            to.warnings.append(f"{to.where('reward_funcs')}: {text} is made where only a run can tell; it is left out")
     if wanted:
         text, missing = script.module(wanted)
         to.files[f"{module}.py"] = text
@@ -119,23 +202,41 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     return items
 
 
+def _trees(path: Path) -> Iterator[tuple[str | None, ast.Module]]:
+    """The cells of a script or notebook."""
+    return ((cell, python_source.parsed(text, path.name)[0]) for cell, text in python_source.cells(path, text_of(path)))
+
+
 class _Functions:
-    """The statements at the top of a script, by the names that they define."""
+    """The statements of a script, outside of functions and in the one that trains, by the names that they define."""
 
     def __init__(self, path: Path) -> None:
-        cells = python_source.cells(path, text_of(path))
-        self.body = [node for _, source in cells for node in python_source.parsed(source, path.name)[0].body]
-        self.statements: dict[str, list[ast.stmt]] = {}
-        self.imports: dict[str, ast.stmt] = {}
-        self.imported: dict[str, str] = {}  # name -> its module, of `from module import name`
-        for statement in self.body:
-            for name in _defined(statement):
-                if isinstance(statement, ast.Import | ast.ImportFrom):
-                    self.imports[name] = statement
-                    if isinstance(statement, ast.ImportFrom) and statement.module:
-                        self.imported[name] = statement.module
-                else:
-                    self.statements.setdefault(name, []).append(statement)
+        self.body = [statement for _, tree in _trees(path) for statement in _flat(tree.body)]
+        self.statements: dict[str, ast.stmt] = {name: one for one in self.body for name in _defined(one)}
+
+    def origin(self, text: str) -> str:
+        """`module:function` of an imported one, else empty."""
+        name, _, attribute = text.rpartition(".")
+        statement = self.statements.get(name or attribute)
+        for alias in statement.names if isinstance(statement, ast.Import | ast.ImportFrom) else ():
+            if (alias.asname or alias.name) == (name or attribute):
+                whole = [getattr(statement, "module", None), alias.name, attribute if name else None]
+                parts = ".".join(part for part in whole if part).rpartition(".")
+                return f"{parts[0]}:{parts[2]}" if parts[0] else ""
+        return ""
+
+    def made(self, text: str, name: str) -> str:
+        """The name of a function of the script; of a call or a lambda, the `name` that it is given. Else empty."""
+        node = ast.parse(text, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id if node.id in self.statements else ""
+        if not (
+            isinstance(node, ast.Lambda) or (isinstance(node, ast.Call) and _used(node.func) <= {*self.statements})
+        ):
+            return ""
+        self.statements[name] = ast.parse(f"{name} = {text}").body[0]
+        self.body.append(self.statements[name])
+        return name
 
     def module(self, names: list[str]) -> tuple[str, list[str]]:
         """The text of a module with these functions and all that they use, and the names that are not to be had."""
@@ -144,20 +245,31 @@ class _Functions:
         todo, met = list(names), set(names)
         while todo:
             name = todo.pop()
-            definitions = self.statements.get(name, [])[-1:] or [self.imports[name]] * (name in self.imports)
-            if definitions and not _runs(definitions[0]):
-                kept.add(id(definitions[0]))
-                used = [used for used in _used(definitions[0]) if used in self.statements or used in self.imports]
-                todo += [one for one in used if one not in met]
-                met |= set(used)
-            else:
+            statement = self.statements.get(name)
+            if statement is None or (name not in names and _runs(statement)):
                 missing.append(name)
-        ordered = [node for node in self.body if id(node) in kept]
-        ordered.sort(key=lambda node: not isinstance(node, ast.Import | ast.ImportFrom))
-        return "\n\n\n".join(ast.unparse(node) for node in ordered) + "\n", sorted(missing)
+                continue
+            kept.add(id(statement))
+            used = _used(statement) - met
+            todo += sorted(used)
+            met |= used
+        parts = [node for node in self.body if id(node) in kept]
+        imports = [ast.unparse(node) for node in parts if isinstance(node, ast.Import | ast.ImportFrom)]
+        others = [ast.unparse(node) for node in parts if not isinstance(node, ast.Import | ast.ImportFrom)]
+        return "\n\n\n".join(["\n".join(imports), *others] if imports else others) + "\n", sorted(missing)
 
 
-def _defined(statement: ast.stmt) -> Iterator[str]:
+def _flat(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements with those inside of `if`, `with` and `try`, and of a function that trains."""
+    for statement in body:
+        yield statement
+        is_block = isinstance(statement, ast.If | ast.With | ast.Try)
+        if is_block or (isinstance(statement, ast.FunctionDef) and "GRPOTrainer(" in ast.unparse(statement)):
+            for part in ("body", "orelse", "finalbody"):
+                yield from _flat(getattr(statement, part, ()))
+
+
+def _defined(statement: ast.AST) -> Iterator[str]:
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield statement.name
     elif isinstance(statement, ast.Import | ast.ImportFrom):
@@ -168,13 +280,16 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
         )
 
 
-def _used(statement: ast.stmt) -> set[str]:
-    """Names that a statement reads from around it; those that a function makes itself are its own."""
-    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    local = {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-        local |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    return {node.id for node in names if isinstance(node.ctx, ast.Load)} - local
+def _used(statement: ast.AST) -> set[str]:
+    """Names that a statement reads from around it; those that it makes itself are its own, unless `global`."""
+    nodes = list(ast.walk(statement))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    shared = {name for node in nodes if isinstance(node, ast.Global | ast.Nonlocal) for name in node.names}
+    local = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {"__name__", *dir(builtins)}
+    local |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {getattr(node, "name", None) or "" for node in nodes if not isinstance(node, ast.alias)}
+    local |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    return ({node.id for node in names} - local) | shared
 
 
 def _runs(statement: ast.stmt) -> bool:

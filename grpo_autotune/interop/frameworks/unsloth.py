@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
 from grpo_autotune.interop.frameworks.trl import translated
-from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed, unknown
 from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -35,6 +35,8 @@ SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of an Unsloth script or notebook, which trains in one process."""
     source = _sampled(trl_script.unified(source))
+    if (dtype := source.settings.get("dtype")) is not None and (dtype.value is None or unknown(dtype)):
+        source = replace(source, settings={**source.settings, "dtype": replace(dtype, value="bfloat16")})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
     over = {**OVER, "use_vllm": bool(values.get("fast_inference"))}
@@ -105,11 +107,6 @@ def _completion(to: Translation, key: str) -> None:
         to.same(key, "grpo.max_completion_length")
 
 
-def _engine_memory(to: Translation, key: str) -> None:
-    note = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
-    to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, note)
-
-
 def _towers(to: Translation, key: str) -> None:
     if key == "finetune_vision_layers":
         to.same(key, "model.freeze_vision_tower", not to.value(key))
@@ -119,16 +116,16 @@ def _towers(to: Translation, key: str) -> None:
         to.changes(key, {}, "name the layers in peft.target_modules")
 
 
-def _checkpointing(to: Translation, key: str) -> None:
-    targets = {"grpo.gradient_checkpointing": bool(to.value(key))}
-    to.speed(key, "Unsloth's kind moves activations to the host", targets)
-
-
+SHARED = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(TOWERS, _towers),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
-    "vllm_gpu_memory_utilization": inert("from_pretrained says it"), "gpu_memory_utilization": _engine_memory,
-    "max_completion_length": _completion, "use_gradient_checkpointing": _checkpointing,
+    "vllm_gpu_memory_utilization": inert("from_pretrained says it"),
+    "gpu_memory_utilization": lambda to, key: to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, SHARED),
+    "max_completion_length": _completion,
+    "use_gradient_checkpointing": lambda to, key: to.speed(
+        key, "Unsloth's kind moves activations to the host", {"grpo.gradient_checkpointing": bool(to.value(key))}
+    ),
     "load_in_8bit": off("there is no 8-bit base here"), "load_in_16bit": inert("as here"),
     "load_in_fp8": off("there is no fp8 base here: weights stay in bfloat16"), "loftq_config": off("no LoftQ here"),
     "full_finetuning": inert("the peft section"), "vllm_sampling_params": inert("its arguments have rows"),

@@ -11,7 +11,7 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.r1_v import LIMITS
 from grpo_autotune.interop.frameworks.trl import translated, weighted
-from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, listed, off, speed
+from grpo_autotune.interop.frameworks.trl_keys import SHELL, Handler, inert, listed, off, speed
 from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -55,7 +55,9 @@ def {name}(completions, solution, **columns):
 
 def _files(to: Translation, key: str) -> None:
     """Files and image folders, each a list with colons: one data set, or a mixture that has each row once."""
-    paths, folders = (str(to.value(name) or "").split(":") for name in ("data_file_paths", "image_folders"))
+    given = to.value("image_folders")
+    paths = str(to.value("data_file_paths")).split(":")
+    folders = given.split(":") if isinstance(given, str) else [""]  # a flag without its value is true
     if len(folders) != len(paths):
         what = f"{len(paths)} data files and {len(folders)} image folders"
         raise ConfigError(what, where=to.where(key), fix="Give one folder for each file.")
@@ -64,13 +66,13 @@ def _files(to: Translation, key: str) -> None:
         {"path": path, "columns": TURNS, "prompt_template": template, **({"image_root": folder} if folder else {})}
         for path, folder in zip(paths, folders, strict=True)
     ]
-    if len(parts) == 1:
-        to.converted(key, {f"data.{name}": value for name, value in parts[0].items()}, "the turns as columns")
-        return
     names = [f"{PurePosixPath(part['path']).stem}_{place}" for place, part in enumerate(parts, 1)]
-    to.converted(
-        key, {"data.path": "mixture", "data.mix": dict(zip(names, parts, strict=True))}, "joined, each row once"
-    )
+    targets, note = {"path": "mixture", "mix": dict(zip(names, parts, strict=True))}, "joined, each row once"
+    if len(parts) == 1:
+        targets, note = parts[0], "the turns as columns"
+    is_open = "$" in f"{paths}{folders}"
+    targets = {f"data.{name}": value for name, value in targets.items()}
+    to.verdict("changes" if is_open else "converted", key, targets, SHELL if is_open else note)
 
 
 def _frozen(to: Translation, key: str) -> None:
