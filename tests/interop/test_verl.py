@@ -8,6 +8,7 @@ import pytest
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.importing import import_file
+from grpo_autotune.interop.source import Setting
 from grpo_autotune.records.imported import Imported
 from tests.support.imported import row, source, translated, value_at
 
@@ -85,6 +86,8 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{ROLLOUT}top_k": -1}, "grpo.top_k", 0),
         ({f"{ROLLOUT}top_k": 50}, "grpo.top_k", 50),
         ({}, "grpo.lr_scheduler_type", "constant"),
+        ({"model_engine": "veomni"}, "grpo.lr_scheduler_type", "cosine"),
+        ({f"{ACTOR}optim.lr_decay_style": "linear"}, "grpo.lr_scheduler_type", "linear"),
         ({f"{ACTOR}optim.lr_warmup_steps": 10}, "grpo.warmup_steps", 40),
         ({f"{ACTOR}optim.lr_warmup_steps_ratio": 0.1}, "grpo.warmup_steps", 0.1),
         ({f"{ACTOR}optim.lr_warmup_steps_ratio": 0.1}, "grpo.lr_scheduler_type", "constant_with_warmup"),
@@ -98,6 +101,9 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({"trainer.test_freq": 5}, "grpo.eval_steps", 20),
         ({"trainer.test_freq": 5}, "grpo.eval_on_start", True),
         ({"trainer.test_freq": 5}, "eval_sampling.temperature", 0),
+        ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.temperature": 0.7}, "eval_sampling.temperature", 0.7),
+        ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.temperature": 0.7, f"{ACTOR}optim.warmup_style": "constant"},
+         "eval_sampling.temperature", 0),
         ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.n": 16}, "grpo.per_device_eval_batch_size", 16),
         ({}, "grpo.vllm_importance_sampling_correction", False),
         ({"algorithm.rollout_correction.rollout_is": "token"}, "grpo.vllm_importance_sampling_mode", "token_truncate"),
@@ -225,6 +231,31 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     assert one["eval"] == {"test": {"path": "a/test.parquet"}, "b_test": {"path": "b/test.parquet"}}
 
 
+@pytest.mark.parametrize(
+    ("values", "version", "key", "kind"),
+    [
+        ({}, "2025.3", "algorithm.kl_ctrl.kl_coef", "none"),
+        ({"actor_rollout_ref.hybrid_engine": False}, None, "actor_rollout_ref.hybrid_engine", "none"),
+        ({"trainer.total_training_steps": 100, "trainer.total_epochs": 1}, None, "trainer.total_epochs", "changes"),
+        ({f"{FILTER}enable": True}, "2025", f"{FILTER}enable", "same"),
+        ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "none"),
+        ({f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "same"),
+        ({f"{ACTOR}torchtitan.tensor_parallel_size": 2}, None, f"{ACTOR}torchtitan.tensor_parallel_size", "speed"),
+    ],
+)
+def test_verdicts(values: dict[str, Any], version: str | None, key: str, kind: str) -> None:
+    read = source("verl", BASE | values, program="verl.trainer.main_ppo")
+    assert row(translated(read, version).finished(), key).kind == kind
+
+
+def test_defaults_and_rollouts_of_older_versions() -> None:
+    assert value_at(imported({}, "2025.3").config, "grpo.entropy_coef") == 0.001
+    fetched = {"data.gen_batch_size": 1024}
+    assert [imported(fetched, version).numbers["P"] for version in ("2026.1", "2026.8")] == [1024, 512]
+    read = source("verl", BASE, environment={"VLLM_ATTENTION_BACKEND": Setting("XFORMERS", 1)})
+    assert translated(read).finished().version == "2025"
+
+
 def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
     buffer = "reward_model.reward_kwargs.overlong_buffer_cfg."
     outcome = imported(
@@ -232,11 +263,12 @@ def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
             "custom_reward_function.path": "own.py", "custom_reward_function.name": "score",
             "custom_reward_function.reward_kwargs.scale": 2, "reward_model.reward_manager": "dapo",
             f"{buffer}enable": True, f"{buffer}len": 128, f"{buffer}penalty_factor": 0.5,
+            "reward_model.reward_kwargs.max_resp_len": 400,
         }
     )  # fmt: skip
     own, penalty = outcome.config["rewards"]
     assert own == {"name": "verl_score:score"} and "{'scale': 2}" in outcome.files["verl_score.py"]
-    assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 512, "soft_punish_cache": 128}
+    assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 400, "soft_punish_cache": 128}
 
 
 def test_what_is_lost_is_said_by_line_and_what_is_off_is_not() -> None:

@@ -135,7 +135,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
         t.same(f"{ROLLOUT}limit_images", "vllm.limit_mm_per_prompt.image")
     _data(t, keys)
     _reward(t)
-    shared.cadence(t, keys)
+    shared.cadence(t, keys, ends_early=is_early)
     shared.naming(t, keys)
     shared.renamed(t, SAME)
     shared.renamed(t, FAST, "speed")

@@ -197,6 +197,8 @@ def schedule(t: Translation, keys: Keys) -> None:
     if kind == "cosine":
         values = {"grpo.lr_scheduler_type": "cosine_with_min_lr" if least else "cosine"}
         values |= {"grpo.lr_scheduler_kwargs": {"min_lr_rate": least}} if least else {}
+    if kind in ("cosine", "linear"):
+        values = values if kind == "cosine" else {"grpo.lr_scheduler_type": kind}
         t.converted(keys.schedule, values, "TRL moves it with each optimizer step, the source once per rollout")
     elif kind == "constant":
         t.converted(keys.schedule, values, "TRL's default falls to 0")
@@ -214,11 +216,14 @@ def betas(t: Translation, key: str) -> None:
     t.converted(key, {"grpo.adam_beta1": first, "grpo.adam_beta2": second}, "")
 
 
-def cadence(t: Translation, keys: Keys) -> None:
+def cadence(t: Translation, keys: Keys, ends_early: bool) -> None:
     """The end of training, where a limit on steps goes before epochs, and checkpoints."""
     if positive(t, keys.steps):
         rollouts(t, keys.steps, {}, "grpo.max_steps")
-        t.inert(keys.epochs, f"{keys.steps} goes before it")
+        if ends_early and t.given(keys.epochs):
+            note = f"the source ends with whichever comes first, here with {keys.steps}"
+            t.changes(keys.epochs, {}, note)
+        unused(t, {keys.epochs} - t.rows.keys(), f"{keys.steps} goes before it")
     else:
         t.same(keys.epochs, "grpo.num_train_epochs", note="the source drops the prompts that fill no rollout")
         t.inert(keys.steps, "not set: the epochs hold")
