@@ -70,7 +70,7 @@ class Translation:
         """The setting under another name with the same meaning; `value` where its spelling differs."""
         self.verdict("same", key, {target: self.value(key) if value is None else value}, note, comment)
 
-    def converted(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+    def converted(self, key: str, targets: Mapping[str, Any], note: str = "", comment: str = "") -> None:
         """The same meaning, by arithmetic or in several keys."""
         self.verdict("converted", key, targets, note, comment)
 

@@ -11,24 +11,18 @@ from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
+from grpo_autotune.interop.frameworks import verl_defaults as known
 from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
 from grpo_autotune.interop.frameworks.verl_defaults import (
     ACTOR,
-    CHANGED,
     CORRECTION,
-    FAST,
     FILTER,
     FSDP,
     LEGACY,
-    MARKS,
     MODEL,
-    NEWEST,
     OPTIM,
-    RELEASES,
     ROLLOUT,
-    SAME,
-    WORDS,
-)  # fmt: skip
+)
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -82,21 +76,22 @@ MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj"
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    t = Translation(source, {**NEWEST, **CHANGED[name], **_engine_defaults(source)}, name, reason, world_size)
+    defaults = {**known.NEWEST, **known.CHANGED[name], **_engine_defaults(source)}
+    t = Translation(source, defaults, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
     old = f"{ACTOR}clip_ratio"
     low, high = (key if t.value(key) is not None else old for key in (KEYS.low, KEYS.high))
     shared.clipping(t, KEYS._replace(low=low, high=high), FORMS[t.value(LOSS)], t.value(LOSS) == "vanilla")
-    unused(t, {old} - t.rows.keys(), "verl ignores it, as clip_ratio_low and clip_ratio_high are not null")
+    unused(t, [old], "verl ignores it, as clip_ratio_low and clip_ratio_high are not null")
     _loss(t)
     shared.kl(t, f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
     if name == "2025.3" and not on(t.value(f"{ACTOR}use_kl_loss")) and t.number("algorithm.kl_ctrl.kl_coef"):
         t.dropped("algorithm.kl_ctrl.kl_coef", "KL in the reward, as use_kl_loss is off: TRL has it in the loss alone")
-    by_deviation = on(t.value("algorithm.norm_adv_by_std_in_grpo"))
-    scale, note = ("group", shared.EPSILON) if by_deviation else ("none", "")
-    t.same("algorithm.norm_adv_by_std_in_grpo", "grpo.scale_rewards", scale, note)
+    by_deviation = "algorithm.norm_adv_by_std_in_grpo"
+    scale = ("group", shared.EPSILON) if on(t.value(by_deviation)) else ("none", "")
+    t.same(by_deviation, "grpo.scale_rewards", *scale)
     _correction(t)
     _optimizer(t)
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
@@ -107,29 +102,29 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _rewards(t)
     shared.cadence(t, KEYS, ends_early=True)
     shared.naming(t, KEYS)
-    shared.renamed(t, SAME)
-    shared.renamed(t, FAST, "speed")
+    shared.renamed(t, known.SAME)
+    shared.renamed(t, known.FAST, "speed")
     if t.value(f"{ROLLOUT}name") == "hf":
         _without_engine(t)
-    shared.explain(t, WORDS)
+    shared.explain(t, known.WORDS)
     return t
 
 
 def chosen(source: Source, version: str | None) -> tuple[str, str]:
     """The row of `CHANGED` for a version, a release number or the file's own keys, and why it was taken."""
     pin = version or source.hints.get("verl")
-    if pin in CHANGED:
+    if pin in known.CHANGED:
         return str(pin), "--source-version"
     if pin:
         release = tuple(int(part) for part in re.findall(r"\d+", pin)[:2])
         if not re.fullmatch(r"v?0\.\d.*", pin):
-            fix = f"Known: {', '.join(CHANGED)}, or a release such as 0.7."
+            fix = f"Known: {', '.join(known.CHANGED)}, or a release such as 0.7."
             raise ConfigError(f"{pin!r} is no version of verl", where="--source-version", fix=fix)
-        return next(name for end, name in RELEASES if release < end), f"release {pin}"
+        return next(name for end, name in known.RELEASES if release < end), f"release {pin}"
     if (source.program or "").startswith("recipe.dapo.src"):
         return "2025.3", f"it starts {source.program}"
     variables = [f"{name}={setting.value}" for name, setting in source.environment.items()]
-    for name, marks in MARKS:
+    for name, marks in known.MARKS:
         starts = tuple(mark for mark in marks.split() if mark[-1] == ".")
         places = (*source.settings, *variables)
         mark = next((key for key in places if key in marks.split() or key.startswith(starts)), None)
@@ -166,16 +161,15 @@ def _check(t: Translation) -> None:
         t.dropped("trainer.v1.trainer_mode", OLDER)
     if not on(t.value("actor_rollout_ref.hybrid_engine", True)):
         t.dropped("actor_rollout_ref.hybrid_engine", OLDER)
-    unused(t, {"actor_rollout_ref.hybrid_engine"} - t.rows.keys(), "trainer and engine share the GPUs")
+    unused(t, ["actor_rollout_ref.hybrid_engine"], "trainer and engine share the GPUs")
 
 
 def _batch(t: Translation) -> None:
     """The micro batch as completions: as given, or those of full length that fit into a budget of tokens."""
     sequence = next((key for key in SEQUENCE_SHARDS if t.given(key)), SEQUENCE_SHARDS[0])
     ranks = shared.devices(t, KEYS, [sequence, *filter(t.given, MODEL_SHARDS)])
-    budget, each, total = (
-        f"{ACTOR}ppo_{name}" for name in ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
-    )
+    names = ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
+    budget, each, total = (f"{ACTOR}ppo_{name}" for name in names)
     if on(t.value(DYNAMIC)):
         longest = shared.count(t, KEYS.longest_prompt) + shared.count(t, KEYS.longest_completion)
         tokens = shared.count(t, budget)
@@ -187,8 +181,8 @@ def _batch(t: Translation) -> None:
         if size is None:
             refuse(t, each, "no size of a micro batch, which verl needs as well")
         micro, note = max(1, int(size) // (ranks if used == [total] else 1)), ""
-    note_of_others = f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}"
-    unused(t, {budget, each, total, DYNAMIC} - {*used}, note_of_others)
+    others = {budget, each, total, DYNAMIC} - {*used}
+    unused(t, others, f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}")
     prompts, fetched = KEYS.prompts, "data.gen_batch_size"
     if t.version in ("2025", "2026.1") and t.value(fetched) is not None and not _is_filtering(t):
         prompts = fetched
@@ -214,9 +208,8 @@ def _lora(t: Translation) -> bool:
         megatrons = shared.below(t, f"{MODEL}lora.").keys() - {"merge"}
         unused(t, (f"{MODEL}lora.{name}" for name in megatrons), "Megatron's LoRA, which is off")
         return shared.lora(t, KEYS, t.value(KEYS.adapted))
-    rank, alpha, adapted, out = (
-        f"{MODEL}lora.{name}" for name in ("rank", "alpha", "target_modules", "exclude_modules")
-    )
+    names = ("rank", "alpha", "target_modules", "exclude_modules")
+    rank, alpha, adapted, out = (f"{MODEL}lora.{name}" for name in names)
     layers = t.value(adapted) or list(MEGATRON_LAYERS)
     modules = [name for layer in layers for name in MEGATRON_LAYERS.get(layer, layer).split()]
     shared.renamed(t, {f"{MODEL}lora.dropout": "peft.lora_dropout"})
@@ -242,7 +235,7 @@ def _loss(t: Translation) -> None:
         if mode == "sapo":
             shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
         return
-    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
+    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {})
     kind, note = _average(t, average, mode == "cispo")
     t.verdict("changes" if note else "same", key, {"grpo.loss_type": kind}, note)
 
@@ -337,9 +330,7 @@ def _data(t: Translation) -> None:
     for key, target in (("data.train_max_samples", drawn), ("data.val_max_samples", "max_eval_samples")):
         if positive(t, key):
             t.same(key, f"data.{target}")
-        unused(t, {key} - t.rows.keys(), "all rows")
-    if on(t.value(f"{MODEL}custom_chat_template")):
-        t.same(f"{MODEL}custom_chat_template", "model.chat_template")
+        unused(t, [key], "all rows")
     if _is_filtering(t):
         most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
         note = f"verl compares {metric}, and ends after so many generations; here the whole reward, and goes on"

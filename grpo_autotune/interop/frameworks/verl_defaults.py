@@ -44,8 +44,12 @@ CHANGED: Mapping[str, Mapping[str, Any]] = {
     "2026.8": {},
     "2026.1": {LEGACY: "auto"},
     "2025": {LEGACY: "auto", f"{ROLLOUT}enforce_eager": True, f"{ROLLOUT}max_num_seqs": 1024},
-    "2025.3": {LEGACY: "auto", f"{ACTOR}clip_ratio_c": None, f"{ACTOR}entropy_coeff": 0.001,
-               "algorithm.kl_ctrl.kl_coef": 0.001},
+    "2025.3": {
+        LEGACY: "auto",
+        f"{ACTOR}clip_ratio_c": None,
+        f"{ACTOR}entropy_coeff": 0.001,
+        "algorithm.kl_ctrl.kl_coef": 0.001,
+    },
 }
 """Version -> defaults that differ from the newest."""
 RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
@@ -66,6 +70,7 @@ MARKS = (
 SAME: Mapping[str, str] = {
     f"{MODEL}path": "model.name_or_path", f"{MODEL}trust_remote_code": "model.trust_remote_code",
     f"{MODEL}override_config.attn_implementation": "model.attn_implementation",
+    f"{MODEL}custom_chat_template": "model.chat_template",
     f"{MODEL}enable_gradient_checkpointing": "grpo.gradient_checkpointing", f"{OPTIM}lr": "grpo.learning_rate",
     f"{ACTOR}freeze_vision_tower": "model.freeze_vision_tower", f"{ACTOR}entropy_coeff": "grpo.entropy_coef",
     f"{ACTOR}grad_clip": "grpo.max_grad_norm", f"{OPTIM}clip_grad": "grpo.max_grad_norm",
@@ -105,14 +110,15 @@ WORDS = words(
         ("speed", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
         ("speed", "no part of what is learned"):
             "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
-            "data.val_batch_size data.validation_shuffle data.dataloader_num_workers data.gen_batch_size actor.checkpoint. ray_kwargs. "
-            "actor.calculate_entropy ray_init. transfer_queue. hydra. defaults actor_rollout_ref.nccl_timeout skip.",
+            "data.val_batch_size data.validation_shuffle data.dataloader_num_workers data.gen_batch_size skip. "
+            "actor.calculate_entropy actor.checkpoint. ray_kwargs. ray_init. transfer_queue. hydra. defaults "
+            "actor_rollout_ref.nccl_timeout",
         ("speed", "the run folder is output.dir"): "trainer.default_local_dir",
         ("speed", "grpo-autotune train --resume"): "trainer.resume_mode",
         ("speed", "the tracker's own variable, such as WANDB_PROJECT"): "trainer.project_name",
         ("speed", "how a reward is called"):
             "reward. reward_model. custom_reward_function. reward_manager.",
-        ("same", "TRL shuffles the completions of a rollout as well"): "actor.shuffle actor.data_loader_seed",
+        ("same", "TRL shuffles the completions of each rollout"): "actor.shuffle actor.data_loader_seed",
         ("same", "the source sets it when it starts"):
             "optim.total_training_steps rollout.prompt_length rollout.response_length",
         ("same", "the engine's weights come from the trainer before the first rollout"): "rollout.load_format",
