@@ -17,6 +17,7 @@ from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.reading.beside import beside
 from grpo_autotune.interop.translation import Translation
 from grpo_autotune.records.imported import Verdict
+from grpo_autotune.units import plural
 
 Keys = namedtuple(
     "Keys",
@@ -109,7 +110,8 @@ def devices(t: Translation, keys: Keys, shards: Sequence[str]) -> int:
         refuse(t, next(filter(t.given, shards)), f"{gpus} GPUs cannot be divided into groups of {share}")
     for key in filter(t.given, shards):
         if positive(t, key) > 1:
-            t.speed(key, f"TRL splits no sequence and no model: {gpus} GPUs are {gpus // share} data-parallel ranks")
+            ranks = plural(gpus // share, "data-parallel rank")
+            t.speed(key, f"TRL splits no sequence and no model: {plural(gpus, 'GPU')} are {ranks}")
         else:
             t.inert(key, "nothing is split")
     return gpus // share
@@ -175,9 +177,9 @@ def uneven(t: Translation) -> str:
 
 def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str) -> None:
     """A setting counted in rollouts, as optimizer steps in `step_key`, beside fixed `targets`."""
-    count, per_rollout = t.number(key), 1.0 if t.batch is None else t.batch.steps_per_rollout
-    note = f"{count:g} rollouts x {per_rollout:g} optimizer steps per rollout"
-    t.converted(key, {**targets, step_key: t.steps(count)}, note)
+    assert t.batch is not None
+    note = f"{t.number(key):g} rollouts x {t.batch.steps_per_rollout:g} optimizer steps per rollout"
+    t.converted(key, {**targets, step_key: t.steps(t.number(key))}, note)
 
 
 def schedule(t: Translation, keys: Keys) -> None:

@@ -130,7 +130,7 @@ WORDS = words(
         ("same", "goes with the schedule"): "optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio",
         ("same", "verl reads it under `actor.`"): "actor.policy_loss.tau_",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
-        ("same", "KL in the reward, which has its own row"): "algorithm.kl_ctrl. algorithm.kl_penalty",
+        ("same", "of KL in the reward alone"): "algorithm.kl_ctrl. algorithm.kl_penalty",
         ("same", "the model's processor knows it"): "data.image_patch_size",
         ("same", "for the source's own code"): "data.return_ data.trust_remote_code",
         ("same", "rows with videos or sound are not read here"): "data.video_key data.audio_key",
