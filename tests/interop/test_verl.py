@@ -81,6 +81,9 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{ACTOR}loss_agg_mode": "seq-mean-token-sum-norm"}, "grpo.loss_type", "dr_grpo"),
         ({f"{ROLLOUT}top_k": -1}, "grpo.top_k", 0),
         ({f"{ROLLOUT}top_k": 50}, "grpo.top_k", 50),
+        ({f"{ROLLOUT}repetition_penalty": 1.1}, "grpo.repetition_penalty", None),
+        ({f"{ROLLOUT}repetition_penalty": 1.1, f"{ACTOR}optim.warmup_style": "constant"}, "grpo.repetition_penalty",
+         1.1),
         ({}, "grpo.lr_scheduler_type", "constant"),
         ({"model_engine": "veomni"}, "grpo.lr_scheduler_type", "cosine"),
         ({f"{ACTOR}optim.lr_decay_style": "linear"}, "grpo.lr_scheduler_type", "linear"),
@@ -219,6 +222,7 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     values = {"data.train_files": "['a/train.parquet', 'b/train.parquet']", "trainer.test_freq": 5}
     data = imported(values | {"data.val_files": ["a/test.parquet", "b/test.parquet"]}).config["data"]
     columns = {"ground_truth": "reward_model.ground_truth"}
+    assert data["mix"]["train"]["columns"] is not data["mix"]["b_train"]["columns"]
     assert data["mix"] == {
         "train": {"path": "a/train.parquet", "columns": columns, "eval_path": "a/test.parquet"},
         "b_train": {"path": "b/train.parquet", "columns": columns, "eval_path": "b/test.parquet"},
@@ -260,13 +264,13 @@ def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
     outcome = imported(
         {
             "custom_reward_function.path": "own.py", "custom_reward_function.name": "score",
-            "custom_reward_function.reward_kwargs.scale": 2, "reward_model.reward_manager": "dapo",
+            "custom_reward_function.reward_kwargs.scale.right": 2, "reward_model.reward_manager": "dapo",
             f"{buffer}enable": True, f"{buffer}len": 128, f"{buffer}penalty_factor": 0.5,
             "reward_model.reward_kwargs.max_resp_len": 400,
         }
     )  # fmt: skip
     own, penalty = outcome.config["rewards"]
-    assert own == {"name": "verl_score:score"} and "{'scale': 2}" in outcome.files["verl_score.py"]
+    assert own == {"name": "verl_score:score"} and "{'scale': {'right': 2}}" in outcome.files["verl_score.py"]
     assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 400, "soft_punish_cache": 128}
 
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.module import adapter
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.reading.beside import beside
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural
 
@@ -337,7 +338,7 @@ def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
         one = {f"data.eval_{key}": value for key, value in held[0].items()} if len(held) == 1 else {}
         values: dict[str, Any] = one or ({"data.eval": _named(held)} if held else {})
     else:
-        parts = {name: {**place, **shared} for name, place in _named(train).items()}
+        parts = {name: {**place, **deepcopy(shared)} for name, place in _named(train).items()}
         for part, place in zip(parts.values(), held, strict=False):
             part |= {f"eval_{key}": value for key, value in place.items()}
         values = {"data.mix": parts}
@@ -372,7 +373,7 @@ def reward(
 ) -> dict[str, Any]:
     """The item of `rewards` that calls the user's function by an adapter, whose file is added."""
     file = beside(t.source.path, path)
-    made = adapter(style, str(file or path), function, arguments)
+    made = adapter(style, str(file or path), function, nested(arguments))
     t.files[made.name] = made.text
     note = f"called unchanged by {made.name}" + ("" if file else f"; {path} is not here: correct its path there")
     t.converted(key, {"rewards": [made.reward]}, note)

@@ -288,14 +288,18 @@ def _optimizer(t: Translation) -> None:
 
 def _engine(t: Translation, is_lora: bool) -> None:
     shared.engine(t, KEYS)
-    name, sleep = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine"
+    name, sleep, repetition = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine", f"{ROLLOUT}repetition_penalty"
+    if t.version in known.LOOPS:
+        unused(t, [repetition], "verl's agent loop samples with 1, whatever it says")
+    else:
+        shared.renamed(t, {repetition: "grpo.repetition_penalty"})
     t.speed(f"{ROLLOUT}name", f"vLLM generates here{'' if name == 'vllm' else f', not {name}'}")
     level = {"vllm.enable_sleep_mode": True, "vllm.sleep_level": 1 if is_lora else 2} if on(t.value(sleep)) else {}
     note = "its memory is the trainer's while weights are trained" if level else "it keeps its memory"
     t.speed(sleep, note, level)
-    prefix, known = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
+    prefix, names = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
     engine = {rest: value for rest, value in shared.below(t, prefix).items() if value is not None}
-    shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in known})
+    shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in names})
     if on(engine.get("disable_mm_preprocessor_cache")):
         t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
     for prefix, target in KWARGS.items():
@@ -321,7 +325,7 @@ def _data(t: Translation) -> None:
     validation = f"{ROLLOUT}val_kwargs."
     sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
     sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))
-    if t.version in ("2026.1", "2026.8"):  # its agent loop, which does not read do_sample
+    if t.version in known.LOOPS:
         sampling = sampling if positive(t, f"{validation}temperature") else {"temperature": sampling["temperature"]}
     elif not on(t.value(f"{validation}do_sample")):
         sampling = {"temperature": (f"{validation}do_sample", 0)}

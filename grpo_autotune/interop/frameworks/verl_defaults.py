@@ -54,6 +54,8 @@ CHANGED: Mapping[str, Mapping[str, Any]] = {
 """Version -> defaults that differ from the newest."""
 RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
 """First release that is too new for a version."""
+LOOPS = ("2026.1", "2026.8")
+"""Versions whose agent loop fixes the penalty of repetition, and reads of `val_kwargs` temperature, top_p and top_k."""
 
 MARKS = (
     ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
@@ -75,7 +77,7 @@ SAME: Mapping[str, str] = {
     f"{ACTOR}freeze_vision_tower": "model.freeze_vision_tower", f"{ACTOR}entropy_coeff": "grpo.entropy_coef",
     f"{ACTOR}grad_clip": "grpo.max_grad_norm", f"{OPTIM}clip_grad": "grpo.max_grad_norm",
     f"{OPTIM}weight_decay": "grpo.weight_decay", f"{ROLLOUT}temperature": "grpo.temperature",
-    f"{ROLLOUT}top_p": "grpo.top_p", f"{ROLLOUT}repetition_penalty": "grpo.repetition_penalty",
+    f"{ROLLOUT}top_p": "grpo.top_p",
     f"{ROLLOUT}quantization": "vllm.quantization", f"{ROLLOUT}max_model_len": "vllm.max_model_len",
     f"{ROLLOUT}limit_images": "vllm.limit_mm_per_prompt.image", "data.shuffle": "grpo.shuffle_dataset",
     "data.seed": "grpo.seed",
