@@ -70,7 +70,7 @@ class Translation:
         """The setting under another name with the same meaning; `value` where its spelling differs."""
         self.verdict("same", key, {target: self.value(key) if value is None else value}, note, comment)
 
-    def converted(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+    def converted(self, key: str, targets: Mapping[str, Any], note: str = "", comment: str = "") -> None:
         """The same meaning, by arithmetic or in several keys."""
         self.verdict("converted", key, targets, note, comment)
 
@@ -118,28 +118,24 @@ class Translation:
         decides = keys if isinstance(keys, Mapping) else {}
         keys = list(keys)
         ranks = self.world_size or batch.ranks
-        keys_of_trl = batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0])))
+        trl = vars(batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0]))))
         self.batch, self.world_size = batch, ranks
         processes = "1 process" if ranks == 1 else f"{ranks} processes"
         arithmetic = (
             f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
             f"{batch.completions} per optimizer step"
         )
+        share = f"{processes} / {trl['per_device_train_batch_size']}"
         comments = {
             "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
-            "gradient_accumulation_steps": f"{batch.completions} completions per step / {processes} / "
-            f"{keys_of_trl.per_device_train_batch_size}",
-            "steps_per_generation": f"{batch.rollout} completions per rollout / {processes} / "
-            f"{keys_of_trl.per_device_train_batch_size}",
+            "gradient_accumulation_steps": f"{batch.completions} completions per step / {share}",
+            "steps_per_generation": f"{batch.rollout} completions per rollout / {share}",
         }
-        values = {f"grpo.{name}": value for name, value in vars(keys_of_trl).items()}
-        for name, comment in comments.items():
-            self.comments[f"grpo.{name}"] = comment
+        for name, value in trl.items():
+            self.set(f"grpo.{name}", value, comments.get(name, ""))
         for key in keys:
-            targets = {path: values[path] for path in (f"grpo.{name}" for name in decides.get(key, vars(keys_of_trl)))}
+            targets = {f"grpo.{name}": trl[name] for name in decides.get(key, trl)}
             self.converted(key, targets, "; ".join(part for part in (arithmetic, note) if part))
-        for path, value in values.items():
-            self.set(path, value)
 
     def steps(self, count: float) -> int | float:
         """Rollouts of the source as optimizer steps, which TRL counts; a share below 1 and -1 stay."""

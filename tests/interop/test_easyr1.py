@@ -9,6 +9,7 @@ import pytest
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.importing import import_file
+from grpo_autotune.interop.translation import nested
 from grpo_autotune.records.imported import Imported
 from tests.support.imported import row, source, translated, value_at
 
@@ -108,12 +109,8 @@ def test_names_and_defaults_of_early_2025() -> None:
     outcome = imported(EARLY)
     grpo = outcome.config["grpo"]
     assert (outcome.version, grpo["beta"], grpo["num_train_epochs"], grpo["eval_steps"]) == ("2025.2", 0.02, 3, 20)
-    assert (grpo["loss_type"], grpo["entropy_coef"], grpo["epsilon_high"], "delta" in grpo) == (
-        "bnpo",
-        1e-3,
-        0.2,
-        False,
-    )
+    found = (grpo["loss_type"], grpo["entropy_coef"], grpo["epsilon_high"], "delta" in grpo)
+    assert found == ("bnpo", 1e-3, 0.2, False)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +125,6 @@ def test_names_and_defaults_of_early_2025() -> None:
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         translated(source("easyr1", BASE | values))
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *sections, key = path.split(".")
-        here = tree
-        for name in sections:
-            here = here.setdefault(name, {})
-        here[key] = value
-    return tree
 
 
 def test_the_json_that_a_run_leaves_with_a_template_and_a_reward_beside_it(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.importing import import_file
+from grpo_autotune.interop.source import Setting
 from grpo_autotune.records.imported import Imported
 from tests.support.imported import row, source, translated, value_at
 
@@ -47,11 +48,7 @@ MEGATRON = {f"{ACTOR}megatron.tensor_model_parallel_size": 2, f"{ACTOR}megatron.
         ({}, None, (5, 8, 10, 8, 32, 512, 4)),
         (DAPO, None, (16, 16, 1, 32, 512, 512, 16)),
         (MEGATRON, None, (5, 2, 10, 32, 128, 512, 4)),
-        (
-            {f"{ACTOR}ppo_micro_batch_size_per_gpu": None, f"{ACTOR}ppo_micro_batch_size": 80},
-            None,
-            (5, 8, 10, 8, 32, 512, 4),
-        ),
+        (OF_ALL_RANKS, None, (5, 8, 10, 8, 32, 512, 4)),
     ],
 )
 def test_batches_of_public_scripts(values: dict[str, Any], world_size: int | None, expected: tuple[int, ...]) -> None:
@@ -84,7 +81,12 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{ACTOR}loss_agg_mode": "seq-mean-token-sum-norm"}, "grpo.loss_type", "dr_grpo"),
         ({f"{ROLLOUT}top_k": -1}, "grpo.top_k", 0),
         ({f"{ROLLOUT}top_k": 50}, "grpo.top_k", 50),
+        ({f"{ROLLOUT}repetition_penalty": 1.1}, "grpo.repetition_penalty", None),
+        ({f"{ROLLOUT}repetition_penalty": 1.1, f"{ACTOR}optim.warmup_style": "constant"}, "grpo.repetition_penalty",
+         1.1),
         ({}, "grpo.lr_scheduler_type", "constant"),
+        ({"model_engine": "veomni"}, "grpo.lr_scheduler_type", "cosine"),
+        ({f"{ACTOR}optim.lr_decay_style": "linear"}, "grpo.lr_scheduler_type", "linear"),
         ({f"{ACTOR}optim.lr_warmup_steps": 10}, "grpo.warmup_steps", 40),
         ({f"{ACTOR}optim.lr_warmup_steps_ratio": 0.1}, "grpo.warmup_steps", 0.1),
         ({f"{ACTOR}optim.lr_warmup_steps_ratio": 0.1}, "grpo.lr_scheduler_type", "constant_with_warmup"),
@@ -98,6 +100,9 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({"trainer.test_freq": 5}, "grpo.eval_steps", 20),
         ({"trainer.test_freq": 5}, "grpo.eval_on_start", True),
         ({"trainer.test_freq": 5}, "eval_sampling.temperature", 0),
+        ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.temperature": 0.7}, "eval_sampling.temperature", 0.7),
+        ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.temperature": 0.7, f"{ACTOR}optim.warmup_style": "constant"},
+         "eval_sampling.temperature", 0),
         ({"trainer.test_freq": 5, f"{ROLLOUT}val_kwargs.n": 16}, "grpo.per_device_eval_batch_size", 16),
         ({}, "grpo.vllm_importance_sampling_correction", False),
         ({"algorithm.rollout_correction.rollout_is": "token"}, "grpo.vllm_importance_sampling_mode", "token_truncate"),
@@ -217,6 +222,7 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     values = {"data.train_files": "['a/train.parquet', 'b/train.parquet']", "trainer.test_freq": 5}
     data = imported(values | {"data.val_files": ["a/test.parquet", "b/test.parquet"]}).config["data"]
     columns = {"ground_truth": "reward_model.ground_truth"}
+    assert data["mix"]["train"]["columns"] is not data["mix"]["b_train"]["columns"]
     assert data["mix"] == {
         "train": {"path": "a/train.parquet", "columns": columns, "eval_path": "a/test.parquet"},
         "b_train": {"path": "b/train.parquet", "columns": columns, "eval_path": "b/test.parquet"},
@@ -225,27 +231,51 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     assert one["eval"] == {"test": {"path": "a/test.parquet"}, "b_test": {"path": "b/test.parquet"}}
 
 
+@pytest.mark.parametrize(
+    ("values", "version", "key", "kind"),
+    [
+        ({}, "2025.3", "algorithm.kl_ctrl.kl_coef", "none"),
+        ({"algorithm.use_kl_in_reward": True}, None, "algorithm.use_kl_in_reward", "none"),
+        (KL | {f"{ACTOR}policy_loss.loss_mode": "gspo"}, None, f"{ACTOR}loss_agg_mode", "changes"),
+        ({f"{ROLLOUT}ignore_eos": False}, None, f"{ROLLOUT}ignore_eos", "same"),
+        ({"actor_rollout_ref.hybrid_engine": False}, None, "actor_rollout_ref.hybrid_engine", "none"),
+        ({"trainer.total_training_steps": 100, "trainer.total_epochs": 1}, None, "trainer.total_epochs", "changes"),
+        ({f"{FILTER}enable": True}, "2025", f"{FILTER}enable", "same"),
+        ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "none"),
+        ({f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "same"),
+        ({f"{ACTOR}torchtitan.tensor_parallel_size": 2}, None, f"{ACTOR}torchtitan.tensor_parallel_size", "speed"),
+    ],
+)
+def test_verdicts(values: dict[str, Any], version: str | None, key: str, kind: str) -> None:
+    read = source("verl", BASE | values, program="verl.trainer.main_ppo")
+    assert row(translated(read, version).finished(), key).kind == kind
+
+
+def test_defaults_and_rollouts_of_older_versions() -> None:
+    assert value_at(imported({}, "2025.3").config, "grpo.entropy_coef") == 0.001
+    fetched = {"data.gen_batch_size": 1024}
+    assert [imported(fetched, version).numbers["P"] for version in ("2026.1", "2026.8")] == [1024, 512]
+    read = source("verl", BASE, environment={"VLLM_ATTENTION_BACKEND": Setting("XFORMERS", 1)})
+    assert translated(read).finished().version == "2025"
+
+
 def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
     buffer = "reward_model.reward_kwargs.overlong_buffer_cfg."
     outcome = imported(
         {
             "custom_reward_function.path": "own.py", "custom_reward_function.name": "score",
-            "custom_reward_function.reward_kwargs.scale": 2, "reward_model.reward_manager": "dapo",
+            "custom_reward_function.reward_kwargs.scale.right": 2, "reward_model.reward_manager": "dapo",
             f"{buffer}enable": True, f"{buffer}len": 128, f"{buffer}penalty_factor": 0.5,
+            "reward_model.reward_kwargs.max_resp_len": 400,
         }
     )  # fmt: skip
     own, penalty = outcome.config["rewards"]
-    assert own == {"name": "verl_score:score"} and "{'scale': 2}" in outcome.files["verl_score.py"]
-    assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 512, "soft_punish_cache": 128}
+    assert own == {"name": "verl_score:score"} and "{'scale': {'right': 2}}" in outcome.files["verl_score.py"]
+    assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 400, "soft_punish_cache": 128}
 
 
-def test_what_is_lost_is_said_by_line_and_what_is_off_is_not() -> None:
-    outcome = imported({"algorithm.use_kl_in_reward": True, f"{ROLLOUT}ignore_eos": False, f"{ACTOR}unheard_of": 3})
-    assert row(outcome, "algorithm.use_kl_in_reward").kind == "none"
-    beside = imported(KL | {f"{ACTOR}policy_loss.loss_mode": "gspo"})
-    assert row(beside, f"{ACTOR}loss_agg_mode").kind == "changes"
-    assert row(outcome, f"{ROLLOUT}ignore_eos").kind == "same"
-    assert row(outcome, f"{ACTOR}unheard_of").why.startswith("not a key that is known")
+def test_a_key_that_nobody_knows_is_said() -> None:
+    assert row(imported({f"{ACTOR}unheard_of": 3}), f"{ACTOR}unheard_of").why.startswith("not a key that is known")
 
 
 SCRIPT = """\

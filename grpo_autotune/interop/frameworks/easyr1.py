@@ -135,7 +135,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
         t.same(f"{ROLLOUT}limit_images", "vllm.limit_mm_per_prompt.image")
     _data(t, keys)
     _reward(t)
-    shared.cadence(t, keys)
+    shared.cadence(t, keys, ends_early=is_early)
     shared.naming(t, keys)
     shared.renamed(t, SAME)
     shared.renamed(t, FAST, "speed")
@@ -211,7 +211,7 @@ def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
         signs = (("positive", "pos"), ("negative", "neg"))
         shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{ours}" for sign, ours in signs})
     level = {"grpo.importance_sampling_level": "sequence"} if kind.startswith("gspo") else {}
-    t.converted(LOSS, {"grpo.loss_type": form, **level}, "")
+    t.converted(LOSS, {"grpo.loss_type": form, **level})
     t.verdict("changes" if note else "same", AVERAGE, {"grpo.loss_type": form}, note)
 
 
@@ -221,8 +221,7 @@ def _kl(t: Translation, is_early: bool) -> None:
         t.converted("algorithm.disable_kl", {"grpo.beta": 0.0}, "no reference model")
         unused(t, keys, "without effect, as algorithm.disable_kl is on")
     elif not on(t.value(keys[0])) and t.number(reward):
-        note = f"KL in the reward, weight {t.number(reward):g}: TRL has it in the loss alone (grpo.beta)"
-        t.dropped(keys[0], note)
+        t.dropped(keys[0], f"KL in the reward, weight {t.number(reward):g}: TRL has it in the loss alone (grpo.beta)")
     else:
         shared.kl(t, *keys)
 
@@ -260,7 +259,7 @@ def _template(t: Translation, key: str, target: str, note: str) -> str | None:
         return str(file)
     if on(named):
         t.dropped(key, f"{named} is not here: put its text into {target}; until then it is left out")
-    unused(t, {key} - t.rows.keys(), "not set")
+    unused(t, [key], "not set")
     return None
 
 
@@ -268,16 +267,13 @@ def _reward(t: Translation) -> None:
     """The user's function, or the name of one that early versions had."""
     key, arguments = "worker.reward.reward_function", shared.below(t, "worker.reward.reward_function_kwargs.")
     if not on(t.value(key)) and t.given("worker.reward.compute_score"):
-        note = (
-            "EasyR1's own of then: 0.9 for the right answer, by mathruler, and 0.1 for the form; here 1, by math-verify"
-        )
+        note = "EasyR1's own: 0.9 for the right answer, by mathruler, and 0.1 for the form; here 1, by math-verify"
         reward = {"name": "accuracy_reward", "params": {"column": "ground_truth"}}
         t.changes("worker.reward.compute_score", {"rewards": [reward]}, note)
         return
     if not on(t.value(key)):
         refuse(t, key, "no file of a reward function", "Name it there as FILE:FUNCTION.")
-    path, _, function = (
-        str(t.value(key)).rpartition(":") if ":" in str(t.value(key)) else (str(t.value(key)), "", "main")
-    )
+    named = str(t.value(key))
+    path, _, function = named.rpartition(":") if ":" in named else (named, "", "main")
     shared.reward(t, "easyr1", key, path, function, arguments)
     unused(t, [f"worker.reward.reward_function_kwargs.{name}" for name in arguments], "in the adapter")

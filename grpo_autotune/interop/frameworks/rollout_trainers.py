@@ -8,6 +8,7 @@ import math
 import re
 from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
@@ -15,8 +16,9 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.module import adapter
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.reading.beside import beside
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import Translation, nested
 from grpo_autotune.records.imported import Verdict
+from grpo_autotune.units import plural
 
 Keys = namedtuple(
     "Keys",
@@ -60,9 +62,9 @@ def count(t: Translation, key: str) -> int:
 
 
 def unused(t: Translation, keys: Iterable[str], note: str) -> None:
-    """Settings of the file without effect."""
+    """Settings of the file without effect, of those that have no verdict yet."""
     for key in keys:
-        if t.given(key):
+        if t.given(key) and key not in t.rows:
             t.inert(key, note)
 
 
@@ -109,7 +111,8 @@ def devices(t: Translation, keys: Keys, shards: Sequence[str]) -> int:
         refuse(t, next(filter(t.given, shards)), f"{gpus} GPUs cannot be divided into groups of {share}")
     for key in filter(t.given, shards):
         if positive(t, key) > 1:
-            t.speed(key, f"TRL splits no sequence and no model: {gpus} GPUs are {gpus // share} data-parallel ranks")
+            ranks = plural(gpus // share, "data-parallel rank")
+            t.speed(key, f"TRL splits no sequence and no model: {plural(gpus, 'GPU')} are {ranks}")
         else:
             t.inert(key, "nothing is split")
     return gpus // share
@@ -120,9 +123,9 @@ def batch(t: Translation, keys: Keys, micro: int, ranks: int, micro_keys: Iterab
     group, prompts, mini, passes = (count(t, key) for key in (keys.group, keys.prompts, keys.mini, keys.passes))
     if mini > prompts:
         refuse(t, keys.mini, f"{mini} prompts per optimizer step, of a rollout of {prompts}: the framework refuses it")
-    names = {keys.group: ["num_generations"], keys.prompts: ["steps_per_generation"], keys.passes: ["num_iterations"]}
-    names |= {keys.mini: ["gradient_accumulation_steps"], keys.nodes: [], keys.gpus: []}
-    names |= {key: ["per_device_train_batch_size"] for key in micro_keys}
+    names = {keys.group: ["num_generations"], keys.prompts: ["steps_per_generation"], keys.passes: ["num_iterations"],
+             keys.mini: ["gradient_accumulation_steps"], keys.nodes: [], keys.gpus: [],
+             **{key: ["per_device_train_batch_size"] for key in micro_keys}}  # fmt: skip
     t.set_batch(SixNumbers(group, prompts, mini * group, passes, ranks, micro), names, note)
 
 
@@ -133,11 +136,9 @@ def kl(t: Translation, switch: str, coefficient: str, estimator: str) -> None:
         unused(t, (coefficient, estimator), f"without effect, as {switch} is off")
         return
     beta, kind = t.number(coefficient), t.value(estimator)
-    t.same(
-        coefficient, "grpo.beta", beta, "" if beta else "the source runs a reference model for nothing, TRL does not"
-    )
-    note = "TRL's default multiplies KL by the importance ratio"
-    t.converted(switch, {"grpo.use_bias_correction_kl": False}, note)
+    idle = "" if beta else "the source runs a reference model for nothing, TRL does not"
+    t.same(coefficient, "grpo.beta", beta, idle)
+    t.converted(switch, {"grpo.use_bias_correction_kl": False}, "TRL's default multiplies KL by the importance ratio")
     if kind in K3:
         t.inert(estimator, "TRL's estimator; the source also clamps it to 10 per token")
     else:
@@ -160,7 +161,7 @@ def clipping(t: Translation, keys: Keys, form: str, has_dual: bool) -> None:
         t.same(keys.high, "grpo.epsilon_high")
     if has_dual and form == "clip" and t.value(keys.dual) is not None:
         t.same(keys.dual, "grpo.delta", float(t.number(keys.dual)), "bounds the ratio where the advantage is negative")
-    unused(t, {keys.dual} - t.rows.keys(), "without effect in this loss")
+    unused(t, [keys.dual], "without effect in this loss")
 
 
 def uneven(t: Translation) -> str:
@@ -177,9 +178,9 @@ def uneven(t: Translation) -> str:
 
 def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str) -> None:
     """A setting counted in rollouts, as optimizer steps in `step_key`, beside fixed `targets`."""
-    count, per_rollout = t.number(key), 1.0 if t.batch is None else t.batch.steps_per_rollout
-    note = f"{count:g} rollouts x {per_rollout:g} optimizer steps per rollout"
-    t.converted(key, {**targets, step_key: t.steps(count)}, note)
+    assert t.batch is not None
+    note = f"{t.number(key):g} rollouts x {t.batch.steps_per_rollout:g} optimizer steps per rollout"
+    t.converted(key, {**targets, step_key: t.steps(t.number(key))}, note)
 
 
 def schedule(t: Translation, keys: Keys) -> None:
@@ -194,9 +195,13 @@ def schedule(t: Translation, keys: Keys) -> None:
         unused(t, [keys.warmup_steps], "not above 0: the share holds")
     is_warm = bool(steps or positive(t, keys.warmup_ratio))
     values: dict[str, Any] = {"grpo.lr_scheduler_type": "constant_with_warmup" if is_warm else "constant"}
-    if kind == "cosine":
-        values = {"grpo.lr_scheduler_type": "cosine_with_min_lr" if least else "cosine"}
-        values |= {"grpo.lr_scheduler_kwargs": {"min_lr_rate": least}} if least else {}
+    if kind in ("cosine", "linear"):
+        values = {"grpo.lr_scheduler_type": kind}
+        if kind == "cosine" and least:
+            values = {
+                "grpo.lr_scheduler_type": "cosine_with_min_lr",
+                "grpo.lr_scheduler_kwargs": {"min_lr_rate": least},
+            }
         t.converted(keys.schedule, values, "TRL moves it with each optimizer step, the source once per rollout")
     elif kind == "constant":
         t.converted(keys.schedule, values, "TRL's default falls to 0")
@@ -214,21 +219,23 @@ def betas(t: Translation, key: str) -> None:
     t.converted(key, {"grpo.adam_beta1": first, "grpo.adam_beta2": second}, "")
 
 
-def cadence(t: Translation, keys: Keys) -> None:
+def cadence(t: Translation, keys: Keys, ends_early: bool) -> None:
     """The end of training, where a limit on steps goes before epochs, and checkpoints."""
     if positive(t, keys.steps):
         rollouts(t, keys.steps, {}, "grpo.max_steps")
-        t.inert(keys.epochs, f"{keys.steps} goes before it")
+        if ends_early and t.given(keys.epochs):
+            t.changes(keys.epochs, {}, f"the source ends with whichever comes first, here with {keys.steps}")
+        unused(t, [keys.epochs], f"{keys.steps} goes before it")
     else:
         t.same(keys.epochs, "grpo.num_train_epochs", note="the source drops the prompts that fill no rollout")
-        t.inert(keys.steps, "not set: the epochs hold")
+        unused(t, [keys.steps], "not set: the epochs hold")
     if positive(t, keys.save):
         rollouts(t, keys.save, {"grpo.save_strategy": "steps"}, "grpo.save_steps")
     else:
         t.converted(keys.save, {"grpo.save_strategy": "no"}, "no checkpoints")
     if positive(t, keys.keep):
         t.same(keys.keep, "grpo.save_total_limit")
-    unused(t, {keys.keep} - t.rows.keys(), "no limit")
+    unused(t, [keys.keep], "no limit")
 
 
 def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any]], group_key: str) -> None:
@@ -238,7 +245,7 @@ def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any
         unused(t, (keys.val, group_key, *(key for key, _ in sampling.values())), "nothing is evaluated")
         if on(t.value(keys.val_first)):
             t.speed(keys.val_first, "the one evaluation before training is left out, as there is no other")
-        unused(t, {keys.val_first} - t.rows.keys(), "off")
+        unused(t, [keys.val_first], "off")
         return
     group, micro = int(t.number(group_key) or 1), t.values["grpo.per_device_train_batch_size"]
     rollouts(t, keys.val, {"grpo.eval_strategy": "steps"}, "grpo.eval_steps")
@@ -295,10 +302,8 @@ def engine(t: Translation, keys: Keys) -> None:
     t.same(keys.memory, "vllm.gpu_memory_utilization", note="of the whole GPU")
     wanted, ranks = count(t, keys.parallel), t.world_size or 1
     fits = math.gcd(wanted, ranks)
-    note = (
-        "" if fits == wanted else f"groups of {wanted} there, which do not divide the number of processes here, {ranks}"
-    )
-    t.speed(keys.parallel, note, {"vllm.tensor_parallel_size": fits})
+    note = f"groups of {wanted} there, which do not divide the number of processes here, {ranks}"
+    t.speed(keys.parallel, "" if fits == wanted else note, {"vllm.tensor_parallel_size": fits})
     t.same(keys.top_k, "grpo.top_k", positive(t, keys.top_k), "all tokens" if not positive(t, keys.top_k) else "")
 
 
@@ -317,9 +322,8 @@ def prompts(t: Translation, keys: Keys) -> None:
     if cut in ("error", "left"):
         t.same(keys.overflow, "data.prompt_overflow")
     else:
-        t.changes(
-            keys.overflow, {"data.prompt_overflow": "error"}, f"no prompt is cut on the {cut} here: it is an error"
-        )
+        note = f"no prompt is cut on the {cut} here: it is an error"
+        t.changes(keys.overflow, {"data.prompt_overflow": "error"}, note)
 
 
 def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
@@ -333,18 +337,18 @@ def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
         t.converted(keys.train_files, {f"data.{key}": value for key, value in {**train[0], **shared}.items()}, "")
         one = {f"data.eval_{key}": value for key, value in held[0].items()} if len(held) == 1 else {}
         values: dict[str, Any] = one or ({"data.eval": _named(held)} if held else {})
-        lost = 0
     else:
-        parts = {name: {**place, **shared} for name, place in _named(train).items()}
+        parts = {name: {**place, **deepcopy(shared)} for name, place in _named(train).items()}
         for part, place in zip(parts.values(), held, strict=False):
             part |= {f"eval_{key}": value for key, value in place.items()}
-        values, lost = {"data.mix": parts}, max(0, len(held) - len(train))
+        values = {"data.mix": parts}
         t.converted(keys.train_files, {"data.path": "several files", **values}, "each row once per epoch")
-    if lost:
+    lost = len(held) - len(train) if len(train) > 1 else 0
+    if lost > 0:
         t.changes(keys.val_files, values, f"a held-out file for each training file: the last {lost} are left out")
     elif held:
         t.converted(keys.val_files, values, "")
-    unused(t, {keys.val_files} - t.rows.keys(), "nothing is evaluated")
+    unused(t, [keys.val_files], "nothing is evaluated")
 
 
 def _paths(value: Any) -> list[dict[str, str]]:
@@ -369,7 +373,7 @@ def reward(
 ) -> dict[str, Any]:
     """The item of `rewards` that calls the user's function by an adapter, whose file is added."""
     file = beside(t.source.path, path)
-    made = adapter(style, str(file or path), function, arguments)
+    made = adapter(style, str(file or path), function, nested(arguments))
     t.files[made.name] = made.text
     note = f"called unchanged by {made.name}" + ("" if file else f"; {path} is not here: correct its path there")
     t.converted(key, {"rewards": [made.reward]}, note)

@@ -4,30 +4,25 @@ Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (
 """
 
 import re
+from typing import Any
 
 from grpo_autotune.config.sections.vllm import ENGINE_FIXED
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
+from grpo_autotune.interop.frameworks import verl_defaults as known
 from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
 from grpo_autotune.interop.frameworks.verl_defaults import (
     ACTOR,
-    CHANGED,
     CORRECTION,
-    FAST,
     FILTER,
     FSDP,
     LEGACY,
-    MARKS,
     MODEL,
-    NEWEST,
     OPTIM,
-    RELEASES,
     ROLLOUT,
-    SAME,
-    WORDS,
-)  # fmt: skip
+)
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -49,9 +44,11 @@ AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode
 TURNS = f"{ROLLOUT}multi_turn."
 SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
                    f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
-                   f"{ACTOR}engine.cp")  # fmt: skip
+                   f"{ACTOR}torchtitan.context_parallel_size", f"{ACTOR}engine.cp")  # fmt: skip
 MODEL_SHARDS = (f"{ACTOR}megatron.tensor_model_parallel_size", f"{ACTOR}megatron.pipeline_model_parallel_size",
+                f"{ACTOR}torchtitan.tensor_parallel_size", f"{ACTOR}torchtitan.pipeline_parallel_size",
                 f"{ACTOR}engine.tp", f"{ACTOR}engine.pp")  # fmt: skip
+OLDER = "rollouts of older weights beside training: TRL takes turns"
 OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")
 """Of verl's programs, those that train something else or in another order."""
 SEVERAL_TURNS = "rollouts of several turns and tools are not read"
@@ -79,19 +76,22 @@ MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj"
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    t = Translation(source, {**NEWEST, **CHANGED[name]}, name, reason, world_size)
+    defaults = {**known.NEWEST, **known.CHANGED[name], **_engine_defaults(source)}
+    t = Translation(source, defaults, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
     old = f"{ACTOR}clip_ratio"
     low, high = (key if t.value(key) is not None else old for key in (KEYS.low, KEYS.high))
     shared.clipping(t, KEYS._replace(low=low, high=high), FORMS[t.value(LOSS)], t.value(LOSS) == "vanilla")
-    unused(t, {old} - t.rows.keys(), "verl ignores it, as clip_ratio_low and clip_ratio_high are not null")
+    unused(t, [old], "verl ignores it, as clip_ratio_low and clip_ratio_high are not null")
     _loss(t)
     shared.kl(t, f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
-    by_deviation = on(t.value("algorithm.norm_adv_by_std_in_grpo"))
-    scale, note = ("group", shared.EPSILON) if by_deviation else ("none", "")
-    t.same("algorithm.norm_adv_by_std_in_grpo", "grpo.scale_rewards", scale, note)
+    if name == "2025.3" and not on(t.value(f"{ACTOR}use_kl_loss")) and t.number("algorithm.kl_ctrl.kl_coef"):
+        t.dropped("algorithm.kl_ctrl.kl_coef", "KL in the reward, as use_kl_loss is off: TRL has it in the loss alone")
+    by_deviation = "algorithm.norm_adv_by_std_in_grpo"
+    scale = ("group", shared.EPSILON) if on(t.value(by_deviation)) else ("none", "")
+    t.same(by_deviation, "grpo.scale_rewards", *scale)
     _correction(t)
     _optimizer(t)
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
@@ -100,35 +100,44 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _engine(t, is_lora)
     _data(t)
     _rewards(t)
-    shared.cadence(t, KEYS)
+    shared.cadence(t, KEYS, ends_early=True)
     shared.naming(t, KEYS)
-    shared.renamed(t, SAME)
-    shared.renamed(t, FAST, "speed")
+    shared.renamed(t, known.SAME)
+    shared.renamed(t, known.FAST, "speed")
     if t.value(f"{ROLLOUT}name") == "hf":
         _without_engine(t)
-    shared.explain(t, WORDS)
+    shared.explain(t, known.WORDS)
     return t
 
 
 def chosen(source: Source, version: str | None) -> tuple[str, str]:
     """The row of `CHANGED` for a version, a release number or the file's own keys, and why it was taken."""
     pin = version or source.hints.get("verl")
-    if pin in CHANGED:
+    if pin in known.CHANGED:
         return str(pin), "--source-version"
     if pin:
         release = tuple(int(part) for part in re.findall(r"\d+", pin)[:2])
         if not re.fullmatch(r"v?0\.\d.*", pin):
-            fix = f"Known: {', '.join(CHANGED)}, or a release such as 0.7."
+            fix = f"Known: {', '.join(known.CHANGED)}, or a release such as 0.7."
             raise ConfigError(f"{pin!r} is no version of verl", where="--source-version", fix=fix)
-        return next(name for end, name in RELEASES if release < end), f"release {pin}"
+        return next(name for end, name in known.RELEASES if release < end), f"release {pin}"
     if (source.program or "").startswith("recipe.dapo.src"):
         return "2025.3", f"it starts {source.program}"
-    for name, marks in MARKS:
+    variables = [f"{name}={setting.value}" for name, setting in source.environment.items()]
+    for name, marks in known.MARKS:
         starts = tuple(mark for mark in marks.split() if mark[-1] == ".")
-        mark = next((key for key in source.settings if key in marks.split() or key.startswith(starts)), None)
+        places = (*source.settings, *variables)
+        mark = next((key for key in places if key in marks.split() or key.startswith(starts)), None)
         if mark is not None:
-            return name, f"it has the key {mark}"
+            return name, f"it has {'' if mark in variables else 'the key '}{mark}"
     return "2026.8", "assumed, as no key tells; --source-version says another"
+
+
+def _engine_defaults(source: Source) -> dict[str, Any]:
+    """The optimizer of some engines has another default than that of FSDP."""
+    places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
+    engines = {str(source.settings[key].value) for key in places if key in source.settings}
+    return {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}
 
 
 def _check(t: Translation) -> None:
@@ -149,16 +158,18 @@ def _check(t: Translation) -> None:
     if str(t.value(LOSS)) not in FORMS:
         refuse(t, LOSS, f"TRL has no loss like {t.value(LOSS)}", f"Read are {', '.join(FORMS)}.")
     if t.value("trainer.v1.trainer_mode", "sync") != "sync":
-        t.dropped("trainer.v1.trainer_mode", "rollouts of older weights beside training: TRL takes turns")
+        t.dropped("trainer.v1.trainer_mode", OLDER)
+    if not on(t.value("actor_rollout_ref.hybrid_engine", True)):
+        t.dropped("actor_rollout_ref.hybrid_engine", OLDER)
+    unused(t, ["actor_rollout_ref.hybrid_engine"], "trainer and engine share the GPUs")
 
 
 def _batch(t: Translation) -> None:
     """The micro batch as completions: as given, or those of full length that fit into a budget of tokens."""
     sequence = next((key for key in SEQUENCE_SHARDS if t.given(key)), SEQUENCE_SHARDS[0])
     ranks = shared.devices(t, KEYS, [sequence, *filter(t.given, MODEL_SHARDS)])
-    budget, each, total = (
-        f"{ACTOR}ppo_{name}" for name in ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
-    )
+    names = ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "micro_batch_size")
+    budget, each, total = (f"{ACTOR}ppo_{name}" for name in names)
     if on(t.value(DYNAMIC)):
         longest = shared.count(t, KEYS.longest_prompt) + shared.count(t, KEYS.longest_completion)
         tokens = shared.count(t, budget)
@@ -170,9 +181,19 @@ def _batch(t: Translation) -> None:
         if size is None:
             refuse(t, each, "no size of a micro batch, which verl needs as well")
         micro, note = max(1, int(size) // (ranks if used == [total] else 1)), ""
-    note_of_others = f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}"
-    unused(t, {budget, each, total, DYNAMIC} - {*used}, note_of_others)
-    shared.batch(t, KEYS, micro, ranks, used, note)
+    others = {budget, each, total, DYNAMIC} - {*used}
+    unused(t, others, f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}")
+    prompts, fetched = KEYS.prompts, "data.gen_batch_size"
+    if t.version in ("2025", "2026.1") and t.value(fetched) is not None and not _is_filtering(t):
+        prompts = fetched
+        unused(t, [KEYS.prompts], f"{fetched} goes before it, as no group is filtered")
+    shared.batch(t, KEYS._replace(prompts=prompts), micro, ranks, used, note)
+
+
+def _is_filtering(t: Translation) -> bool:
+    """True if groups without a difference are drawn again, which only the recipes of some versions can."""
+    is_plain = t.version in ("2025", "2026.1") and (t.source.program or "").endswith("verl.trainer.main_ppo")
+    return on(t.value(f"{FILTER}enable")) and not is_plain
 
 
 def _lora(t: Translation) -> bool:
@@ -184,10 +205,11 @@ def _lora(t: Translation) -> bool:
         unused(t, (KEYS.rank, KEYS.alpha, KEYS.adapted, KEYS.kept_out), "the adapter's own configuration holds")
         return True
     if not positive(t, f"{MODEL}lora.rank"):
+        megatrons = shared.below(t, f"{MODEL}lora.").keys() - {"merge"}
+        unused(t, (f"{MODEL}lora.{name}" for name in megatrons), "Megatron's LoRA, which is off")
         return shared.lora(t, KEYS, t.value(KEYS.adapted))
-    rank, alpha, adapted, out = (
-        f"{MODEL}lora.{name}" for name in ("rank", "alpha", "target_modules", "exclude_modules")
-    )
+    names = ("rank", "alpha", "target_modules", "exclude_modules")
+    rank, alpha, adapted, out = (f"{MODEL}lora.{name}" for name in names)
     layers = t.value(adapted) or list(MEGATRON_LAYERS)
     modules = [name for layer in layers for name in MEGATRON_LAYERS.get(layer, layer).split()]
     shared.renamed(t, {f"{MODEL}lora.dropout": "peft.lora_dropout"})
@@ -213,7 +235,7 @@ def _loss(t: Translation) -> None:
         if mode == "sapo":
             shared.renamed(t, {f"{ACTOR}tau_{sign}": f"grpo.sapo_temperature_{sign}" for sign in ("pos", "neg")})
         return
-    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {}, "")
+    t.converted(LOSS, {"grpo.loss_type": "cispo"} if mode == "cispo" else {})
     kind, note = _average(t, average, mode == "cispo")
     t.verdict("changes" if note else "same", key, {"grpo.loss_type": kind}, note)
 
@@ -266,14 +288,18 @@ def _optimizer(t: Translation) -> None:
 
 def _engine(t: Translation, is_lora: bool) -> None:
     shared.engine(t, KEYS)
-    name, sleep = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine"
+    name, sleep, repetition = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine", f"{ROLLOUT}repetition_penalty"
+    if t.version in known.LOOPS:
+        unused(t, [repetition], "verl's agent loop samples with 1, whatever it says")
+    else:
+        shared.renamed(t, {repetition: "grpo.repetition_penalty"})
     t.speed(f"{ROLLOUT}name", f"vLLM generates here{'' if name == 'vllm' else f', not {name}'}")
     level = {"vllm.enable_sleep_mode": True, "vllm.sleep_level": 1 if is_lora else 2} if on(t.value(sleep)) else {}
     note = "its memory is the trainer's while weights are trained" if level else "it keeps its memory"
     t.speed(sleep, note, level)
-    prefix, known = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
+    prefix, names = f"{ROLLOUT}engine_kwargs.vllm.", NAMES - ENGINE_FIXED.keys()
     engine = {rest: value for rest, value in shared.below(t, prefix).items() if value is not None}
-    shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in known})
+    shared.renamed(t, {f"{prefix}{rest}": f"vllm.{rest}" for rest in engine if rest.partition(".")[0] in names})
     if on(engine.get("disable_mm_preprocessor_cache")):
         t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
     for prefix, target in KWARGS.items():
@@ -299,16 +325,17 @@ def _data(t: Translation) -> None:
     validation = f"{ROLLOUT}val_kwargs."
     sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
     sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))
-    greedy = {"temperature": (f"{validation}do_sample", 0)}
-    shared.evaluation(t, KEYS, sampling if on(t.value(f"{validation}do_sample")) else greedy, f"{validation}n")
+    if t.version in known.LOOPS:
+        sampling = sampling if positive(t, f"{validation}temperature") else {"temperature": sampling["temperature"]}
+    elif not on(t.value(f"{validation}do_sample")):
+        sampling = {"temperature": (f"{validation}do_sample", 0)}
+    shared.evaluation(t, KEYS, sampling, f"{validation}n")
     drawn = "subsample" if on(t.value("data.shuffle")) else "max_samples"
     for key, target in (("data.train_max_samples", drawn), ("data.val_max_samples", "max_eval_samples")):
         if positive(t, key):
             t.same(key, f"data.{target}")
-        unused(t, {key} - t.rows.keys(), "all rows")
-    if on(t.value(f"{MODEL}custom_chat_template")):
-        t.same(f"{MODEL}custom_chat_template", "model.chat_template")
-    if on(t.value(f"{FILTER}enable")):
+        unused(t, [key], "all rows")
+    if _is_filtering(t):
         most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
         note = f"verl compares {metric}, and ends after so many generations; here the whole reward, and goes on"
         t.changes(f"{FILTER}enable", {"resample.max_rounds": most if most > 1 else 10}, note)
@@ -331,8 +358,10 @@ def _rewards(t: Translation) -> None:
         (t.inert if is_plain else t.dropped)(key, "how the function is called")
     for buffer in BUFFERS:
         if on(t.value(f"{buffer}enable")) and positive(t, f"{buffer}len"):
-            longest, factor = shared.count(t, KEYS.longest_completion), float(t.number(f"{buffer}penalty_factor") or 0)
+            limit = f"{buffer.rpartition('overlong_buffer')[0]}max_resp_len"
+            longest = shared.count(t, limit if t.value(limit) is not None else KEYS.longest_completion)
+            factor = float(t.number(f"{buffer}penalty_factor") or 0)
             items.append(overlong_penalty(longest, int(t.number(f"{buffer}len")), factor))
             t.converted(f"{buffer}enable", {"rewards": items}, "a reward of its own, added to the others")
-            unused(t, [f"{buffer}len", f"{buffer}penalty_factor"], f"of {buffer}enable")
+            unused(t, [f"{buffer}len", f"{buffer}penalty_factor", limit], f"of {buffer}enable")
     t.set("rewards", items)

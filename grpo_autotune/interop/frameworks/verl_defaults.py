@@ -44,11 +44,18 @@ CHANGED: Mapping[str, Mapping[str, Any]] = {
     "2026.8": {},
     "2026.1": {LEGACY: "auto"},
     "2025": {LEGACY: "auto", f"{ROLLOUT}enforce_eager": True, f"{ROLLOUT}max_num_seqs": 1024},
-    "2025.3": {LEGACY: "auto", f"{ACTOR}clip_ratio_c": None},
+    "2025.3": {
+        LEGACY: "auto",
+        f"{ACTOR}clip_ratio_c": None,
+        f"{ACTOR}entropy_coeff": 0.001,
+        "algorithm.kl_ctrl.kl_coef": 0.001,
+    },
 }
 """Version -> defaults that differ from the newest."""
 RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
 """First release that is too new for a version."""
+LOOPS = ("2026.1", "2026.8")
+"""Versions whose agent loop fixes the penalty of repetition, and reads of `val_kwargs` temperature, top_p and top_k."""
 
 MARKS = (
     ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
@@ -56,19 +63,21 @@ MARKS = (
                "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
     ("2026.1", f"{LEGACY} reward_manager. data.sampler. data.datagen. {ROLLOUT}skip_rollout"),
     ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler "
-             f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size"),
+             f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size "
+             "VLLM_ATTENTION_BACKEND=XFORMERS"),
     ("2026.1", "reward_model. custom_reward_function."),
 )  # fmt: skip
-"""Keys, or beginnings of keys, that only such a version has; the first that a file has decides."""
+"""Keys, beginnings of keys, or variables that only such a version has; the first that a file has decides."""
 
 SAME: Mapping[str, str] = {
     f"{MODEL}path": "model.name_or_path", f"{MODEL}trust_remote_code": "model.trust_remote_code",
     f"{MODEL}override_config.attn_implementation": "model.attn_implementation",
+    f"{MODEL}custom_chat_template": "model.chat_template",
     f"{MODEL}enable_gradient_checkpointing": "grpo.gradient_checkpointing", f"{OPTIM}lr": "grpo.learning_rate",
     f"{ACTOR}freeze_vision_tower": "model.freeze_vision_tower", f"{ACTOR}entropy_coeff": "grpo.entropy_coef",
     f"{ACTOR}grad_clip": "grpo.max_grad_norm", f"{OPTIM}clip_grad": "grpo.max_grad_norm",
     f"{OPTIM}weight_decay": "grpo.weight_decay", f"{ROLLOUT}temperature": "grpo.temperature",
-    f"{ROLLOUT}top_p": "grpo.top_p", f"{ROLLOUT}repetition_penalty": "grpo.repetition_penalty",
+    f"{ROLLOUT}top_p": "grpo.top_p",
     f"{ROLLOUT}quantization": "vllm.quantization", f"{ROLLOUT}max_model_len": "vllm.max_model_len",
     f"{ROLLOUT}limit_images": "vllm.limit_mm_per_prompt.image", "data.shuffle": "grpo.shuffle_dataset",
     "data.seed": "grpo.seed",
@@ -89,6 +98,7 @@ WORDS = words(
             "actor.use_fused_kernels actor.use_torch_compile model.enable_activation_offload",
         ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
             "actor.strategy actor.fsdp_config. actor.fsdp_size actor.megatron. actor.veomni. actor.engine. "
+            "actor.torchtitan. ref.torchtitan. actor.automodel. ref.automodel. "
             "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight "
             "ref.fsdp_config. ref.megatron. ref.veomni. ref.strategy ref.ulysses_sequence_parallel_size",
         ("speed", "passes without gradient use per_device_train_batch_size"): "ref. rollout.log_prob_",
@@ -102,14 +112,15 @@ WORDS = words(
         ("speed", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
         ("speed", "no part of what is learned"):
             "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
-            "data.val_batch_size data.dataloader_num_workers data.gen_batch_size actor.checkpoint. ray_kwargs. "
-            "actor.calculate_entropy ray_init. transfer_queue. hydra. defaults actor_rollout_ref.nccl_timeout skip.",
+            "data.val_batch_size data.validation_shuffle data.dataloader_num_workers data.gen_batch_size skip. "
+            "actor.calculate_entropy actor.checkpoint. ray_kwargs. ray_init. transfer_queue. hydra. defaults "
+            "actor_rollout_ref.nccl_timeout",
         ("speed", "the run folder is output.dir"): "trainer.default_local_dir",
         ("speed", "grpo-autotune train --resume"): "trainer.resume_mode",
         ("speed", "the tracker's own variable, such as WANDB_PROJECT"): "trainer.project_name",
         ("speed", "how a reward is called"):
             "reward. reward_model. custom_reward_function. reward_manager.",
-        ("same", "TRL shuffles the completions of a rollout as well"): "actor.shuffle actor.data_loader_seed",
+        ("same", "TRL shuffles the completions of each rollout"): "actor.shuffle actor.data_loader_seed",
         ("same", "the source sets it when it starts"):
             "optim.total_training_steps rollout.prompt_length rollout.response_length",
         ("same", "the engine's weights come from the trainer before the first rollout"): "rollout.load_format",
@@ -119,11 +130,9 @@ WORDS = words(
         ("same", "evaluation's sampling"): "rollout.val_kwargs.",
         ("same", "one turn, sampled"): "rollout.multi_turn. rollout.do_sample",
         ("same", "goes with the schedule"): "optim.num_cycles optim.zero_indexed_step optim.min_lr_ratio",
-        ("same", "Megatron's LoRA, which is off"): "model.lora.",
         ("same", "verl reads it under `actor.`"): "actor.policy_loss.tau_",
-        ("same", "trainer and engine share the GPUs"): "actor_rollout_ref.hybrid_engine",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
-        ("same", "KL in the reward, which has its own row"): "algorithm.kl_ctrl. algorithm.kl_penalty",
+        ("same", "of KL in the reward alone"): "algorithm.kl_ctrl. algorithm.kl_penalty",
         ("same", "the model's processor knows it"): "data.image_patch_size",
         ("same", "for the source's own code"): "data.return_ data.trust_remote_code",
         ("same", "rows with videos or sound are not read here"): "data.video_key data.audio_key",
@@ -139,8 +148,10 @@ WORDS = words(
         ("none", "grpo-autotune eval evaluates alone"): "trainer.val_only",
         ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.resume_from_path",
         ("none", "the model's own configuration holds"):
-            "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib model.mtp. "
+            "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib "
             "data.tokenizer",
+        ("none", "Megatron's LoRA alone has it"): "model.lora.",
+        ("none", "TRL trains no heads that predict several tokens"): "model.mtp.",
         ("none", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
         ("none", "TRL corrects by importance weights alone"):
             "algorithm.rollout_correction.rollout_rs algorithm.rollout_correction.rollout_rs_threshold "
