@@ -43,13 +43,12 @@ def timed(log: LoggedSteps) -> Timed:
         seconds = _differences({step: spent for step, (spent, _) in longest.items()})
         result = Timed("a progress bar", "step of the bar", whole, seconds)
     elif "train_runtime" in keys:
-        step, spent = next(iter(_of(log, "train_runtime").items()))
-        result = Timed("TRL", "optimizer step", f"train_runtime / {step} steps", {step: spent / max(1, step)})
+        result = _of_runtime(log)
     else:
         result = Timed("", "", "", {})
     if not result.seconds:
         what = f"no seconds in the {len(log.values)} steps of this log" if log.values else "no training step in it"
-        fix = "TRL logs step_time since 0.26; verl, EasyR1 and ms-swift log seconds: docs/interop.md lists the files."
+        fix = "Read are logs of verl, EasyR1, ms-swift and TRL since 0.26 (step_time): docs/interop.md lists the files."
         raise ConfigError(what, where=str(log.path), fix=fix)
     first, *rest = result.seconds
     usual = statistics.median if result.counted == "rollout" else max  # not every optimizer step generates
@@ -60,7 +59,15 @@ def timed(log: LoggedSteps) -> Timed:
 
 
 def _of(log: LoggedSteps, key: str) -> dict[int, float]:
-    return {step: values[key] for step, values in log.values.items() if key in values}
+    return {step: values[key] for step, values in log.values.items() if values.get(key, 0.0) > 0.0}
+
+
+def _of_runtime(log: LoggedSteps) -> Timed:
+    """The mean of a whole run; a console's rows, which may stand for many steps each, do not count its steps."""
+    step, spent = next(iter(_of(log, "train_runtime").items()), (0, 0.0))
+    rate = log.values[step].get("train_steps_per_second", 0.0) if step else 0.0
+    steps = step if abs(spent * rate - step) <= 1.0 + 0.0005 * spent else round(spent * rate)
+    return Timed("TRL", "optimizer step", f"train_runtime / {steps} steps", {step: spent / steps} if steps else {})
 
 
 def _of_ray(log: LoggedSteps, keys: Iterable[str]) -> Timed:
@@ -80,7 +87,7 @@ def _of_ray(log: LoggedSteps, keys: Iterable[str]) -> Timed:
     idle_s = statistics.median(left) if left else 0.0
     split = {step: ray_parts(values, idle_s) for step, values in steps.items()}
     result.parts = {step: parts for step, parts in split.items() if parts}
-    _keep(log, result, "steps whose timers hold more seconds than they do")
+    _keep(log, result, "steps whose timers hold more seconds than they do, or are no numbers")
     return result
 
 
