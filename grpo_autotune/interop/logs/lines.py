@@ -3,7 +3,6 @@
 import ast
 import csv
 import gzip
-import io
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
@@ -46,11 +45,10 @@ class Row(NamedTuple):
 def opened(path: Path) -> TextIO:
     """The text of a file in UTF-8 or UTF-16, unpacked where it is gzip's; lines end as they are in it."""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    file = gzip.open(path) if packed else path.open("rb")
-    return io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig", errors="replace", newline="\n")
+        reader: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with reader(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return cast(TextIO, reader(path, "rt", encoding=encoding, errors="replace", newline="\n"))
 
 
 def rows(path: Path, skipped: Counter[str]) -> Iterator[Row]:
@@ -115,18 +113,11 @@ def _table(path: Path, separator: str) -> Iterator[Row]:
                 yield from (Row(line, {k: v for k, v in row.items() if v and k}) for line, row in cells)
                 return
             step, when = by_name["step"], by_name.get("timestamp", by_name["step"])
-            for line, row in sorted(cells, key=lambda cell: _order(cell[1].get(when))):
+            at = [(str(row[when]), line, row) for line, row in cells]  # numbers or dates, whose longer ones are later
+            for _, line, row in sorted(at, key=lambda cell: (len(cell[0].partition(".")[0]), *cell[:2])):
                 yield Row(line, {"step": row[step], str(row[key]): row[value]})
         except csv.Error as problem:
             raise ConfigError(f"no table that can be read ({problem})", where=str(path)) from problem
-
-
-def _order(text: Any) -> tuple[float, str]:
-    """A key to sort times by, numbers or dates."""
-    try:
-        return float(text), ""
-    except (TypeError, ValueError):
-        return 0.0, str(text)
 
 
 def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:

@@ -1,7 +1,6 @@
 """A log told from a configuration by what is in the file."""
 
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from grpo_autotune.interop.logs.lines import opened
@@ -17,12 +16,11 @@ LOOKED_AT = 64 << 20
 
 def is_log(path: Path) -> bool:
     """True for a file with marks of a training's log, or named as one; False for one named as a configuration."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith(CONFIGURATIONS):
+    if path.suffix in CONFIGURATIONS:
         return False
-    if name.endswith((".log", ".jsonl", ".csv", ".tsv", ".out")):
+    if path.suffix in (".log", ".jsonl", ".csv", ".tsv", ".out", ".gz"):
         return True
-    with suppress(EOFError), opened(path) as file:
+    with opened(path) as file:
         done, tail = 0, ""
         while done < LOOKED_AT and (chunk := file.read(1 << 20)):
             if MARKS.search(tail + chunk):

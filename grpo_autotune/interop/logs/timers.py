@@ -19,8 +19,8 @@ ALONE = {
     "reward": ("reward", "reward"),
     "update_actor": (TRAINING_PASS, "policy_logprob.training_forward", "backward", "optimizer", "sync_wait"),
     "update_weights": ("weight_sync", "weight_sync", "engine"),
-    "values": ("values", "the critic's values"),
-    "update_critic": ("update_critic", "the critic's training"),
+    "values": ("critic's values", "critic's values"),
+    "update_critic": ("critic's training", "critic's training"),
 }
 """Timer of verl or EasyR1 -> its row, and the stages that it holds."""
 LEFT_OVER = {"start_profile", "stop_profile", "dump_rollout_generations"}
