@@ -32,11 +32,9 @@ FACTS = {
     "most memory, GiB": ("memory(GiB)", "perf/max_memory_allocated_gb", "actor/perf/max_memory_allocated_gb"),
 }
 """Quantity -> keys of the frameworks that log it, any one of them."""
-READ = (
-    {key for keys in FACTS.values() for key in keys}
-    | {*SPEEDS, "step_time", "perf/time_per_step"}
-    | {*("train_runtime", "train_steps_per_second")}
-)
+READ = {key for keys in FACTS.values() for key in keys} | {
+    *(*SPEEDS, "step_time", "perf/time_per_step", "train_runtime", "train_steps_per_second")
+}
 NOT_A_NUMBER = "values that are no finite number"
 
 
