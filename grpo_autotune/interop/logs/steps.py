@@ -120,12 +120,13 @@ class LoggedSteps:
             if name not in READ and not name.startswith((RAY, TRL, "tqdm/", "fully_async/")):
                 if name == "elapsed_time" and (spent := _clock(str(value))) is not None:
                     read[name] = spent
-            elif (as_number := number(value)) is not None and (as_number >= 0.0 or not name.startswith(RAY)):
+                continue
+            timer = name.startswith(RAY) and name.count("/") == 1
+            if (as_number := number(value)) is not None and not (timer and as_number < 0.0):
                 read[name] = as_number
             else:
                 self.skipped[NOT_A_NUMBER] += 1
-                if name.startswith(RAY) and name.count("/") == 1:
-                    read[TORN_TIMER] = 1.0
+                read |= {TORN_TIMER: 1.0} if timer else {}
         return read
 
 
