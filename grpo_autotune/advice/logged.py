@@ -1,6 +1,9 @@
 """The bound and the advice of another framework's log: a rule speaks where its evidence is in the log."""
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.records.report import Advice, Kind
@@ -46,36 +49,33 @@ def bound(report: LogReport) -> str:
 
 def advice(report: LogReport) -> list[Advice]:
     """Advice that the log gives reason for, most seconds first."""
-    entries = []
+    ranked = sorted([*_of_rows(report), *_of_facts(report)], key=lambda entry: -entry[0])
+    none: Any = dict.fromkeys(("predicted_saving", "predicted_share", "ceiling"))
+    return [Advice(kind=kind, text=text, stages=stages, changes=[], **none) for _, kind, text, *stages in ranked]
+
+
+def _of_rows(report: LogReport) -> Iterator[tuple[Any, ...]]:
+    """Share of the step, kind of advice, its text, and the stage."""
     for row in report.stages:
-        least, kind, sentence = RULES.get(row.name, (2.0, "exact", ""))
+        least, kind, sentence = RULES.get(row.name, (math.inf, "", ""))
         if row.share >= least:
-            text = f"{row.name}, {seconds(row.self_s)} ({percent(row.share)}): {sentence}."
-            entries.append((row.share, _entry(text, kind, [row.name])))
+            yield row.share, kind, f"{row.name}, {seconds(row.self_s)} ({percent(row.share)}): {sentence}.", row.name
+
+
+def _of_facts(report: LogReport) -> Iterator[tuple[Any, ...]]:
+    """The same of rewards and lengths."""
+    facts = defaultdict(float, {name: fact.value for name, fact in report.facts.items()})
+    cut, dead = facts["completions cut off"], facts["groups of equal rewards"]
+    mean, longest = facts["completion tokens, mean"], facts["completion tokens, longest"]
     generation = next((row.share for row in report.stages if row.name == "generation"), 0.0)
-    entries += [(generation, _entry(text, "learning", ["generation"])) for text in _of_lengths(report, generation)]
-    dead = report.facts.get("groups of equal rewards")
-    if dead is not None and dead.value >= MANY_DEAD:
-        text = f"{percent(dead.value)} of the groups had equal rewards and taught nothing: larger groups, or prompts "
-        entries.append((0.0, _entry(f"{text}that succeed now and then, make a step worth more.", "learning", [])))
-    return [entry for _, entry in sorted(entries, key=lambda pair: -pair[0])]
-
-
-def _of_lengths(report: LogReport, generation: float) -> Iterator[str]:
-    facts = {name: fact.value for name, fact in report.facts.items()}
     part = f"generation is {percent(generation)} of the step, and " if generation else ""
-    cut = facts.get("completions cut off", 0.0)
     if cut >= MANY_TRUNCATED:
         ways = "a higher limit lets them end, a prompt or a reward for short answers makes them shorter"
-        yield f"{part}{percent(cut)} of the completions were cut off: {ways}."
-    mean, longest = facts.get("completion tokens, mean", 0.0), facts.get("completion tokens, longest", 0.0)
+        yield generation, "learning", f"{part}{percent(cut)} of the completions were cut off: {ways}.", "generation"
     if generation >= GENERATES and mean and longest >= LONG_TAIL * mean:
-        yield (
-            f"{part}the longest completion has {amount(longest)} tokens where the mean has {amount(mean)}: all wait "
-            "for it, so a lower limit saves time at the price of completions that are cut off."
-        )
-
-
-def _entry(text: str, kind: Kind, stages: list[str]) -> Advice:
-    return Advice(text=text, kind=kind, predicted_saving=None, predicted_share=None, ceiling=None, stages=stages,
-                  changes=[])  # fmt: skip
+        text = f"{part}the longest completion has {amount(longest)} tokens where the mean has {amount(mean)}: all wait "
+        text += "for it, so a lower limit saves time at the price of completions that are cut off."
+        yield generation, "learning", text, "generation"
+    if dead >= MANY_DEAD:
+        text = f"{percent(dead)} of the groups had equal rewards and taught nothing: larger groups, or prompts "
+        yield 0.0, "learning", f"{text}that succeed now and then, make a step worth more."

@@ -57,7 +57,7 @@ def _load(name: str) -> Run | LogRun:
     place = _place(name)
     if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE):
         with place.open("rb") as file:
-            imported = LOG_SCHEMA.encode() in file.read(100)
+            imported = LOG_SCHEMA.rpartition("/")[0].encode() in file.read(100)
         if imported:
             again = {"absent": "", "written_by": "", "again": "Import the log again."}
             return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))

@@ -1,14 +1,16 @@
 """From the steps of another framework's log to a report: what they sum to, what the log's own arithmetic says."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from grpo_autotune.advice.logged import advice, bound
 from grpo_autotune.interop.logs.clock import Timed, timed
 from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
-from grpo_autotune.interop.logs.timers import LEFT_OVER, RAY
+from grpo_autotune.interop.logs.timers import LEFT_OVER, RAY, Part
 from grpo_autotune.probe.breakdown import half_quartile_range
 from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
 
@@ -45,24 +47,21 @@ def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogRepor
 def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
     """A row for each name that a timer of any step has, the longest first; they sum to the step."""
     total = math.fsum(times.seconds.values())
-    by_name: dict[str, dict[int, float]] = {}
-    holds: dict[str, dict[str, None]] = {}
-    keys: dict[str, dict[str, None]] = {}
+    by_name: dict[str, dict[int, list[Part]]] = {}
     for step in times.seconds:
         for part in times.parts.get(step, ()):
-            if part.name not in by_name:
-                by_name[part.name] = dict.fromkeys(times.seconds, 0.0)
-            by_name[part.name][step] += part.seconds
-            holds.setdefault(part.name, {}).update(dict.fromkeys(part.holds))
-            keys.setdefault(part.name, {}).update(dict.fromkeys(part.keys))
-    rows = [
-        LoggedStage(
-            name=name, state=STATES.get(len(holds[name]), "lumped"), holds=list(holds[name]),
-            keys=list(keys[name]), share=(share := math.fsum(spent.values()) / total), self_s=share * step_s,
-            spread=half_quartile_range(list(spent.values())), per_step_s=list(spent.values()),
-        )
-        for name, spent in by_name.items()
-    ]  # fmt: skip
+            by_name.setdefault(part.name, {}).setdefault(step, []).append(part)
+    rows = []
+    for name, steps in by_name.items():
+        parts = list(itertools.chain(*steps.values()))
+        holds = list(dict.fromkeys(stage for part in parts for stage in part.holds))
+        per_step_s = [math.fsum(part.seconds for part in steps.get(step, ())) for step in times.seconds]
+        share = math.fsum(per_step_s) / total
+        rows.append(LoggedStage(
+            name=name, state=STATES.get(len(holds), "lumped"), holds=holds, share=share, self_s=share * step_s,
+            keys=list(dict.fromkeys(key for part in parts for key in part.keys)),
+            spread=half_quartile_range(per_step_s), per_step_s=per_step_s,
+        ))  # fmt: skip
     return sorted(rows, key=lambda row: -row.self_s)
 
 
@@ -90,26 +89,25 @@ def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> di
 
 def _recovered(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
     """Completions per step and GPUs from each line's tokens, lengths and throughput: the median, if it is whole."""
-    for name, (key, ratio) in RECOVERED.items():
-        read = [ratio(log.values[step]) for step in steps if step in log.values]
-        count = statistics.median([value for value in read if value] or [0.0])
+    for name, (key, factors) in RECOVERED.items():
+        read = []
+        for values in (log.values.get(step, {}) for step in steps):
+            with suppress(KeyError, ZeroDivisionError):
+                read.append(values["perf/total_num_tokens"] / factors(values))
+        count = statistics.median(read or [0.0])
         if count and abs(count - round(count)) <= WHOLE * count:
-            yield name, LoggedFact(value=round(count), key=key)
-
-
-def _completions(values: Mapping[str, float]) -> float:
-    row = values.get("prompt_length/mean", 0.0) + values.get("response_length/mean", 0.0)
-    return values.get("perf/total_num_tokens", 0.0) / row if row else 0.0
-
-
-def _gpus(values: Mapping[str, float]) -> float:
-    work = values.get("perf/time_per_step", 0.0) * values.get("perf/throughput", 0.0)
-    return values.get("perf/total_num_tokens", 0.0) / work if work else 0.0
+            yield name, LoggedFact(value=round(count), key=f"perf/total_num_tokens / ({key})")
 
 
 RECOVERED: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
-    "completions per step": ("perf/total_num_tokens / (prompt_length/mean + response_length/mean)", _completions),
-    "GPUs": ("perf/total_num_tokens / (perf/time_per_step x perf/throughput)", _gpus),
+    "completions per step": (
+        "prompt_length/mean + response_length/mean",
+        lambda values: values["prompt_length/mean"] + values["response_length/mean"],
+    ),
+    "GPUs": (
+        "perf/time_per_step x perf/throughput",
+        lambda values: values["perf/time_per_step"] * values["perf/throughput"],
+    ),
 }
 
 

@@ -78,3 +78,16 @@ def test_a_timer_of_somebodys_own_stands_for_what_is_absent(tmp_path: Path) -> N
     rows = pair(verl(tmp_path / "a.log"), verl(tmp_path / "b.log", **own)).rows
     assert next(row for row in rows if "my_rollout" in row.name).before_s > 50.0
     assert not [row.name for row in rows if row.after_s == 0.0]
+
+
+def test_a_critic_is_a_row_of_its_own(tmp_path: Path) -> None:
+    critic = logs.TIMED | {"values": 5.0, "update_critic": 28.0}
+    rows = {row.name: row.after_s for row in pair(verl(tmp_path / "a.log"), verl(tmp_path / "b.log", **critic)).rows}
+    assert rows["critic's training"] == pytest.approx(28.0, rel=0.05)
+    assert rows["other"] < 1.0
+
+
+def test_a_report_of_another_version_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"schema": "grpo-autotune/log/2", "whole": "timing_s/step"}')
+    with pytest.raises(ConfigError, match="log/2"):
+        pair(verl(tmp_path / "a.log"), str(tmp_path / "a.json"))

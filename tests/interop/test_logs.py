@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import re
 import tracemalloc
 from pathlib import Path
@@ -36,7 +38,8 @@ def shares(report: LogReport) -> dict[str, float]:
 
 VERL = [logs.verl_step(step, scale) for step, scale in enumerate(SCALES, start=1)]
 CONSOLE = [logs.in_ray(logs.verl_line(step, metrics)) for step, metrics in enumerate(VERL, start=1)]
-FORMS: dict[str, tuple[str, str]] = {
+TABLE = logs.table({"Step": n, **row} for n, row in enumerate(VERL, start=1))
+FORMS: dict[str, tuple[str, str | bytes]] = {
     "console": ("run.log", "\n".join(["some noise - of: others", *CONSOLE, "Traceback"])),
     "three decimals": ("run.log", "\n".join(logs.verl_line(n, row, digits=3) for n, row in enumerate(VERL, start=1))),
     "a terminal of 100 columns": (
@@ -63,7 +66,13 @@ FORMS: dict[str, tuple[str, str]] = {
             for key in VERL[0] for step, value in ((n, row[key]) for n, row in enumerate(VERL, start=1))
         ),
     ),
-    "a list of JSON": ("run.json", json.dumps([{"step": n, **row} for n, row in enumerate(VERL, start=1)])),
+    "a list of JSON": ("run.jsonl", json.dumps([{"step": n, **row} for n, row in enumerate(VERL, start=1)])),
+    "semicolons and decimal commas": ("run.csv", TABLE.replace(",", ";").replace(".", ",")),
+    "tabs": ("run.tsv", TABLE.replace(",", "\t")),
+    "quotes": ("table", re.sub(r"[^,\r\n]+", r'"\g<0>"', TABLE)),
+    "thousands": ("run.log", "\n".join(re.sub(r"num_tokens:\d+", "num_tokens:25,600", line) for line in CONSOLE)),
+    "UTF-16": ("run.log", "\n".join(CONSOLE).encode("utf-16")),
+    "gzip": ("run.log.gz", gzip.compress("\r\n".join(CONSOLE).encode())),
 }  # fmt: skip
 
 
@@ -226,6 +235,8 @@ def test_timers_of_trl_are_nested_by_the_order_in_which_they_end(tmp_path: Path)
         report = read(tmp_path, text, name)
         assert shares(report) == pytest.approx(expected)
         assert report.absent == ["data", "tools", "optimizer", "log_save_eval"]
+    later = read(tmp_path, logs.jsonl(exported[5:]))  # the first step's timers may be missing
+    assert (later.steps, shares(later)) == ([2, 3], pytest.approx(expected))
     alone = [{"_step": at, **row} for at, row in enumerate(row for n in (1, 2) for row in logs.trl_rows(n, old=False))]
     assert "policy_logprob" not in shares(read(tmp_path, logs.jsonl(alone)))  # with a KL, one pass is the reference's
 
@@ -237,6 +248,20 @@ def test_timers_of_which_rows_are_missing_are_not_added_up(tmp_path: Path) -> No
     for report in (sampled, read(tmp_path, logs.jsonl(together))):
         assert (report.stages, report.step_s) == ([], 20.0)
         assert "export the whole history" in report.warnings[0]
+
+
+def test_the_rows_of_a_console_do_not_count_the_steps_of_its_runtime(tmp_path: Path) -> None:
+    rows = [{"loss": 0.1, "epoch": 0.1 * n} for n in range(1, 6)]
+    last = {"train_runtime": 1000.0, "train_steps_per_second": 0.05, "train_loss": 0.1}
+    report = read(tmp_path, "\n".join(map(str, [*rows, last])))
+    assert (report.step_s, report.whole) == (20.0, "train_runtime / 50 steps")
+
+
+def test_what_is_left_of_a_packed_file_is_read(tmp_path: Path) -> None:
+    packed = gzip.compress(random.Random(1).randbytes(1 << 16) + "\n".join(["", *CONSOLE * 20]).encode(), 0)
+    report = read(tmp_path, packed[:-3000], "run.gz")
+    assert "cut off" in report.warnings[-1]
+    assert is_log(tmp_path / "run.gz")
 
 
 def test_a_progress_bar_is_the_last_resort(tmp_path: Path) -> None:
@@ -265,13 +290,18 @@ def test_bad_values_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     torn, full = CONSOLE[4][: len(CONSOLE[4]) * 2 // 3], [*CONSOLE[:3], CONSOLE[3].replace(":50.0", ":nan")]
     validation = logs.in_ray("step:0 - val-core/gsm8k/reward/mean@1:0.5")
     report = read(tmp_path, "\n".join([validation, *full, '{"step": 7, "timing_s/step": 9', torn]))
-    assert report.steps == [1, 2, 3, 4]
+    assert report.steps == [1, 2, 3]
     assert report.skipped["lines that are torn"] == 1
     assert report.skipped["steps without seconds of the whole (validation alone, or torn)"] == 1
     assert report.skipped[steps.NOT_A_NUMBER] == 1
+    assert shares(report)["generation"] > 49.0  # the step of which it is no number is left out
     over = logs.verl_line(6, logs.verl_step(6) | {"timing_s/step": 40.0})
-    report = read(tmp_path, "\n".join([*CONSOLE, over]))
-    assert report.skipped["steps whose timers hold more seconds than they do"] == 1
+    below = logs.verl_line(7, logs.verl_step(7) | {"timing_s/gen": -50.0})
+    nothing = logs.verl_line(8, dict.fromkeys(VERL[0], 0.0) | {"training/global_step": 8})
+    report = read(tmp_path, "\n".join([*CONSOLE, over, below, nothing]))
+    assert (report.steps, report.skipped["steps whose timers hold more seconds than they do, or are no numbers"]) == (
+        [1, 2, 3, 4, 5], 2
+    )  # fmt: skip
 
 
 def test_a_first_step_that_warms_up_is_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Seconds of each step of a log, and the rows that they are made of, by what its framework writes."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from grpo_autotune.errors import ConfigError
@@ -28,28 +28,10 @@ class Timed:
 def timed(log: LoggedSteps) -> Timed:
     """The seconds of a log's steps; ConfigError where it has no step, or no seconds."""
     keys = {key for values in log.values.values() for key in values}
-    if any(key.startswith(RAY) for key in keys):
-        result = _of_ray(log, keys)
-    elif log.parts:
-        result = _of_timers(log)
-    elif keys & {*SPEEDS}:
-        result = Timed("ms-swift", "optimizer step", "train_speed, times steps, less the entry before", _of_speed(log))
-    elif "step_time" in keys:
-        result = Timed("TRL", "optimizer step", "step_time", _of(log, "step_time"))
-    elif bars := [bar for bar in log.bars.values() if len(bar) >= LEAST_BAR]:
-        longest = max(bars, key=lambda bar: max(spent for spent, _ in bar.values()))
-        whole = "the clock of the progress bar, of whole seconds, less the entry before"
-        log.lines = {step: line for step, (_, line) in longest.items()}
-        seconds = _differences({step: spent for step, (spent, _) in longest.items()})
-        result = Timed("a progress bar", "step of the bar", whole, seconds)
-    elif "train_runtime" in keys:
-        step, spent = next(iter(_of(log, "train_runtime").items()))
-        result = Timed("TRL", "optimizer step", f"train_runtime / {step} steps", {step: spent / max(1, step)})
-    else:
-        result = Timed("", "", "", {})
-    if not result.seconds:
+    result = next(filter(None, (kind(log, keys) for kind in KINDS)), None)
+    if result is None or not result.seconds:
         what = f"no seconds in the {len(log.values)} steps of this log" if log.values else "no training step in it"
-        fix = "TRL logs step_time since 0.26; verl, EasyR1 and ms-swift log seconds: docs/interop.md lists the files."
+        fix = "Read are logs of verl, EasyR1, ms-swift and TRL since 0.26 (step_time): docs/interop.md lists the files."
         raise ConfigError(what, where=str(log.path), fix=fix)
     first, *rest = result.seconds
     usual = statistics.median if result.counted == "rollout" else max  # not every optimizer step generates
@@ -60,14 +42,16 @@ def timed(log: LoggedSteps) -> Timed:
 
 
 def _of(log: LoggedSteps, key: str) -> dict[int, float]:
-    return {step: values[key] for step, values in log.values.items() if key in values}
+    return {step: values[key] for step, values in log.values.items() if values.get(key, 0.0) > 0.0}
 
 
-def _of_ray(log: LoggedSteps, keys: Iterable[str]) -> Timed:
+def _of_ray(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    if not any(key.startswith(RAY) for key in keys):
+        return None
     whole = f"{RAY}step"
     seconds = _of(log, "perf/time_per_step") | _of(log, whole)
     log.skipped["steps without seconds of the whole (validation alone, or torn)"] += len(log.values) - len(seconds)
-    framework = "EasyR1" if {f"{RAY}old", f"{RAY}validation"} & {*keys} else "verl"
+    framework = "EasyR1" if {f"{RAY}old", f"{RAY}validation"} & keys else "verl"
     result = Timed(framework, "rollout", whole, seconds)
     if is_async(keys):
         log.warnings.append(
@@ -80,11 +64,13 @@ def _of_ray(log: LoggedSteps, keys: Iterable[str]) -> Timed:
     idle_s = statistics.median(left) if left else 0.0
     split = {step: ray_parts(values, idle_s) for step, values in steps.items()}
     result.parts = {step: parts for step, parts in split.items() if parts}
-    _keep(log, result, "steps whose timers hold more seconds than they do")
+    _keep(log, result, "steps whose timers hold more seconds than they do, or are no numbers")
     return result
 
 
-def _of_timers(log: LoggedSteps) -> Timed:
+def _of_timers(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    if not log.parts:
+        return None
     seconds, whole = _of(log, "step_time"), "step_time"
     if not seconds:
         seconds, whole = {step: sum(p.seconds for p in parts) for step, parts in log.parts.items()}, "timers of TRL"
@@ -106,7 +92,7 @@ def _keep(log: LoggedSteps, result: Timed, reason: str) -> None:
     log.skipped[reason] += len(lost)
 
 
-def _of_speed(log: LoggedSteps) -> dict[int, float]:
+def _of_speed(log: LoggedSteps, keys: set[str]) -> Timed | None:
     """Mean speeds since the start as seconds of each step in between; a resumed run starts at its own step."""
     elapsed: dict[int, float] = {}
     start, begun = 0, 0
@@ -120,7 +106,35 @@ def _of_speed(log: LoggedSteps) -> dict[int, float]:
             start = max(0, round(counted_from))
         begun = begun if elapsed else start
         elapsed[step] = (step - start) * each
-    return _differences(elapsed, begun)
+    whole = "train_speed, times steps, less the entry before"
+    return Timed("ms-swift", "optimizer step", whole, _differences(elapsed, begun)) if keys & {*SPEEDS} else None
+
+
+def _of_step_time(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    return Timed("TRL", "optimizer step", "step_time", _of(log, "step_time")) if "step_time" in keys else None
+
+
+def _of_bars(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    bars = [bar for bar in log.bars.values() if len(bar) >= LEAST_BAR]
+    if not bars:
+        return None
+    longest = max(bars, key=lambda bar: max(spent for spent, _ in bar.values()))
+    log.lines = {step: line for step, (_, line) in longest.items()}
+    seconds = _differences({step: spent for step, (spent, _) in longest.items()})
+    whole = "the clock of the progress bar, of whole seconds, less the entry before"
+    return Timed("a progress bar", "step of the bar", whole, seconds)
+
+
+def _of_runtime(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    """The mean of a whole run; a console's rows, which may stand for many steps each, do not count its steps."""
+    step, spent = next(iter(_of(log, "train_runtime").items()), (0, 0.0))
+    rate = log.values[step].get("train_steps_per_second", 0.0) if step else 0.0
+    steps = step if abs(spent * rate - step) <= 1.0 + 0.0005 * spent else round(spent * rate)
+    return Timed("TRL", "optimizer step", f"train_runtime / {steps} steps", {step: spent / steps}) if steps else None
+
+
+KINDS = (_of_ray, _of_timers, _of_speed, _of_step_time, _of_bars, _of_runtime)
+"""Where seconds come from, the best first."""
 
 
 def _differences(elapsed: Mapping[int, float], start: int = 0) -> dict[int, float]:

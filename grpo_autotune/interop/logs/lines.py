@@ -2,23 +2,25 @@
 
 import ast
 import csv
+import gzip
 import json
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.units import duration, percent
 
 LONGEST = 1 << 20
-"""Bytes of a line that are read at once; a longer one counts as several."""
+"""Characters of a line that are read at once; a longer one counts as several."""
 TELL_S = 3.0
-SCREEN = re.compile(rb"step:\d|\{['\"]|(?:it/s|s/it)[\],]|wandb: +\S")
-"""Bytes of a line that may open a row: nothing else is looked at."""
+SCREEN = re.compile(r"step:\d|\{['\"]|(?:it/s|s/it)[\],]|wandb: +\S")
+"""What a line has in it that may open a row: no other is looked at."""
 NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^(?:\x1b\[[0-9;]*m)*\(\w+ pid=\d+(?:, ip=[\d.]+)?\)(?:\x1b\[[0-9;]*m)* ?")
 """Colours, and the prefix that Ray puts in front of a worker's line."""
 VERL = re.compile(r"(?:^|\s)step:(\d+) - (?=\S+:)")
@@ -40,17 +42,28 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+def opened(path: Path) -> TextIO:
+    """The text of a file in UTF-8 or UTF-16, unpacked where it is gzip's; lines end as they are in it."""
+    with path.open("rb") as file:
+        reader: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with reader(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return cast(TextIO, reader(path, "rt", encoding=encoding, errors="replace", newline="\n"))
+
+
 def rows(path: Path, skipped: Counter[str]) -> Iterator[Row]:
     """The rows of a file; what looks like one and cannot be read is counted in `skipped`."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16).decode("utf-8", "replace").lstrip("\ufeff \r\n")
+    with opened(path) as file:
+        head = file.read(1 << 16).lstrip()
     first = head.partition("\n")[0]
     row = _json(first)
-    if path.suffix != ".jsonl" and re.match(r'\{\s*"|\[\s*\{', head) and (row is None or "log_history" in row):
+    lines_of_json = path.suffix == ".jsonl" or (row is not None and "log_history" not in row)
+    if re.match(r'\[\s*\{\s*"', head) or (re.match(r'\{\s*"', head) and not lines_of_json):
         return _entries(path)
-    titles = {title.lower() for title in first.split(",")}
-    if path.suffix == ".csv" or (len(titles) > 2 and {"step", "_step"} & titles):
-        return _table(path)
+    separator = max(",;\t", key=first.count)
+    titles = {title.strip(' "\r').lower() for title in first.split(separator)}
+    if path.suffix in (".csv", ".tsv") or (len(titles) > 2 and {"step", "_step"} & titles):
+        return _table(path, separator)
     return _console(path, skipped)
 
 
@@ -76,7 +89,8 @@ def _json(text: str) -> dict[str, Any] | None:
 def _entries(path: Path) -> Iterator[Row]:
     """A JSON document: `trainer_state.json`, or a list of rows."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        with opened(path) as file:
+            data = json.load(file)
     except (ValueError, RecursionError) as problem:
         what, fix = "this JSON is torn or no JSON", "Take the file that the run wrote, whole."
         raise ConfigError(f"{what} ({problem})", where=str(path), fix=fix) from problem
@@ -86,30 +100,24 @@ def _entries(path: Path) -> Iterator[Row]:
             yield Row(number, flat(entry))
 
 
-def _table(path: Path) -> Iterator[Row]:
-    """A CSV with a column for each key, or with a line for each value."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(line.replace("\0", "") for line in file)
+def _table(path: Path, separator: str) -> Iterator[Row]:
+    """A CSV with a column for each key, or with a line for each value; decimal commas where semicolons part them."""
+    with opened(path) as file:
+        lines = (line.replace(",", ".") for line in file) if separator == ";" else file
+        reader = csv.DictReader(lines, delimiter=separator)
         try:
-            lines = ((reader.line_num, row) for row in reader)
+            cells = ((reader.line_num, row) for row in reader)
             by_name = {str(name).lower(): name for name in reader.fieldnames or []}
             key, value = (next((by_name[name] for name in names if name in by_name), None) for names in LONG)
             if key is None or value is None or "step" not in by_name:
-                yield from (Row(line, {k: v for k, v in row.items() if v and k}) for line, row in lines)
+                yield from (Row(line, {k: v for k, v in row.items() if v and k}) for line, row in cells)
                 return
             step, when = by_name["step"], by_name.get("timestamp", by_name["step"])
-            for line, row in sorted(lines, key=lambda cell: _order(cell[1].get(when))):
+            at = [(str(row[when]), line, row) for line, row in cells]  # numbers or dates, whose longer ones are later
+            for _, line, row in sorted(at, key=lambda cell: (len(cell[0].partition(".")[0]), *cell[:2])):
                 yield Row(line, {"step": row[step], str(row[key]): row[value]})
         except csv.Error as problem:
             raise ConfigError(f"no table that can be read ({problem})", where=str(path)) from problem
-
-
-def _order(text: Any) -> tuple[float, str]:
-    """A key to sort times by, numbers or dates."""
-    try:
-        return float(text), ""
-    except (TypeError, ValueError):
-        return 0.0, str(text)
 
 
 def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
@@ -145,29 +153,28 @@ def _of_trainer(line: int, text: str, skipped: Counter[str]) -> Iterator[Row]:
             yield Row(line, {NEXT: True} | row)
 
 
-def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
+def _pieces(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, split where a progress bar wrote over itself, with a word of progress now and then."""
-    size, done, begun = path.stat().st_size, 0, time.monotonic()
-    told = begun
-    with path.open("rb") as file:
-        line = 0
-        while raw := file.readline(LONGEST):
-            line, done = line + 1, done + len(raw)
+    size, begun = path.stat().st_size, time.monotonic()
+    told, line = begun, 0
+    with opened(path) as file:
+        while text := file.readline(LONGEST):
+            line += 1
             if time.monotonic() - told > TELL_S:
-                told = time.monotonic()
+                told, done = time.monotonic(), os.lseek(file.fileno(), 0, os.SEEK_CUR)
                 left = duration((told - begun) * (size / done - 1.0))
                 say(f"{path.name}: {percent(done / size)} read, about {left} left")
-            for piece in raw.rstrip(b"\r\n").split(b"\r"):
+            for piece in text.rstrip("\r\n").split("\r"):
                 yield line, piece
 
 
-def _joined(pieces: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
+def _joined(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     """Lines that may hold a row, each with what a narrow terminal or a printer put on the lines below it."""
     at, whole, last, width = 0, "", "", 0
     for line, raw in pieces:
         if not whole and not SCREEN.search(raw):
             continue
-        text = NOISE.sub("", NOISE.sub("", raw.decode("utf-8", "replace")))
+        text = NOISE.sub("", NOISE.sub("", raw))
         if whole and len(whole) < LONGEST and (glue := _continues(whole, text, last, width)) is not None:
             whole, last = whole + glue + text, text
             continue

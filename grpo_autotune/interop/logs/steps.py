@@ -2,13 +2,14 @@
 
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.interop.logs.lines import LAST, NEXT, Row, rows
-from grpo_autotune.interop.logs.timers import RAY, TRL, Part, TrlTimers
+from grpo_autotune.interop.logs.timers import RAY, TORN_TIMER, TRL, Part, TrlTimers
 
 MOST_STEPS = 20_000
 """Steps that are kept, the last ones."""
@@ -31,7 +32,9 @@ FACTS = {
     "most memory, GiB": ("memory(GiB)", "perf/max_memory_allocated_gb", "actor/perf/max_memory_allocated_gb"),
 }
 """Quantity -> keys of the frameworks that log it, any one of them."""
-READ = {key for keys in FACTS.values() for key in keys} | {*SPEEDS, "step_time", "perf/time_per_step", "train_runtime"}
+READ = {key for keys in FACTS.values() for key in keys} | {
+    *(*SPEEDS, "step_time", "perf/time_per_step", "train_runtime", "train_steps_per_second")
+}
 NOT_A_NUMBER = "values that are no finite number"
 
 
@@ -49,8 +52,11 @@ class LoggedSteps:
         self._timers, self._last, self._rows = TrlTimers(), 0, 0
         self._first_row: float | None = None
         self._last_row = 0.0
-        for row in rows(path, self.skipped):
-            self._take(row)
+        try:
+            for row in rows(path, self.skipped):
+                self._take(row)
+        except (EOFError, zlib.error):
+            self.warnings.append("the packed file is cut off: what comes before is read")
         missing = self._first_row is not None and self._last_row - self._first_row >= 1.02 * self._rows
         if self._timers.seen and (missing or self._timers.collapsed or not self.parts):
             self.parts = {}
@@ -78,7 +84,7 @@ class LoggedSteps:
         if step not in self.values:
             before = next(reversed(self.values), 0)
             parts = self._timers.take(step - before, values.get("step_time"), kl="kl" in values)
-            if parts and (before or step == 1):  # else it is not known how many steps the timers are of
+            if parts and (before or (step == 1 and not self._first_row)):  # else some of its timers may be missing
                 self.parts[step] = parts
         self._last = step
         self.values.setdefault(step, {}).update(values)
@@ -114,18 +120,23 @@ class LoggedSteps:
             if name not in READ and not name.startswith((RAY, TRL, "tqdm/", "fully_async/")):
                 if name == "elapsed_time" and (spent := _clock(str(value))) is not None:
                     read[name] = spent
-            elif (as_number := number(value)) is not None:
+                continue
+            timer = name.startswith(RAY) and name.count("/") == 1
+            if (as_number := number(value)) is not None and not (timer and as_number < 0.0):
                 read[name] = as_number
             else:
                 self.skipped[NOT_A_NUMBER] += 1
+                read |= {TORN_TIMER: 1.0} if timer else {}
         return read
 
 
 def number(value: Any) -> float | None:
-    """A value as a finite number, with or without numpy's name around it; None for all else."""
-    match = re.fullmatch(r"(?:np\.\w+|tensor)\((.*)\)", value) if isinstance(value, str) else None
+    """A value as a finite number, without numpy's name around it and commas between thousands; None for all else."""
+    if isinstance(value, str):
+        value = re.sub(r"^(?:np\.\w+|tensor)\((.*)\)$", r"\1", value)
+        value = value.replace(",", "") if re.match(r"-?\d{1,3}(,\d{3})+(\.|$)", value) else value
     try:
-        finite = float(match[1] if match else value)
+        finite = float(value)
     except (TypeError, ValueError):
         return None
     return finite if math.isfinite(finite) else None

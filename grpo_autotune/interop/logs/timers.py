@@ -19,6 +19,8 @@ ALONE = {
     "reward": ("reward", "reward"),
     "update_actor": (TRAINING_PASS, "policy_logprob.training_forward", "backward", "optimizer", "sync_wait"),
     "update_weights": ("weight_sync", "weight_sync", "engine"),
+    "values": ("critic's values", "critic's values"),
+    "update_critic": ("critic's training", "critic's training"),
 }
 """Timer of verl or EasyR1 -> its row, and the stages that it holds."""
 LEFT_OVER = {"start_profile", "stop_profile", "dump_rollout_generations"}
@@ -26,6 +28,8 @@ INSIDE = {"step", "gen", "generate_sequences", "reshard", "adv"} | OCCASIONS | L
 OVERLAP = ("param_sync", "wait_for_enough_samples", "generate_async", "sync_rollout_weights", "switch_")
 """Timers of asynchronous trainers: their stages run beside each other, so nothing adds up to a step."""
 LEAST_WAIT = 0.01
+TORN_TIMER = "(torn)"
+"""Key of a step of which a timer is no number, or below zero."""
 
 
 class Part(NamedTuple):
@@ -63,7 +67,7 @@ def ray_parts(values: Mapping[str, float], idle_s: float) -> list[Part] | None:
     taken = tuple(f"-{key}" for part in parts for key in part.keys)
     rest = step_s - sum(part.seconds for part in parts)
     parts.append(Part("other", ("other",), (f"{RAY}step", *taken), max(0.0, rest)))
-    return parts if room >= 0.0 else None
+    return parts if room >= 0.0 and TORN_TIMER not in values else None
 
 
 def _generation(timers: Mapping[str, float]) -> Iterator[Part]:
