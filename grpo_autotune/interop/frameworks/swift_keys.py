@@ -19,7 +19,8 @@ DEFAULTS: dict[str, Any] = {
     "sequence_parallel_size": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95,
     "max_grad_norm": 1.0, "num_train_epochs": 3, "logging_steps": 5, "save_strategy": "steps", "save_steps": 500,
     "gradient_checkpointing": True, "tuner_type": "lora", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05,
-    "target_modules": "all-linear", "freeze_vit": True, "vllm_gpu_memory_utilization": 0.9, "dataset_shuffle": True,
+    "target_modules": "all-linear", "freeze_vit": True, "freeze_aligner": True,
+    "vllm_gpu_memory_utilization": 0.9, "dataset_shuffle": True,
     "vllm_tensor_parallel_size": 1, "max_resample_times": 3, "repetition_n_grams": 3, "repetition_max_penalty": -1.0,
     "cosine_min_len_value_wrong": -0.5, "cosine_max_len_value_wrong": 0.0, "cosine_min_len_value_correct": 1.0,
     "cosine_max_len_value_correct": 0.5,
@@ -31,16 +32,19 @@ MEGATRON: dict[str, Any] = {
 }  # fmt: skip
 """Defaults of `megatron rlhf` and Ray that differ, or are its own."""
 OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("4.1", {"top_k": 50, "top_p": 0.9}),
+    ("4.0.3", {"top_k": 50, "top_p": 0.9}),
     ("3.7", {"gradient_accumulation_steps": None}),  # as many as make 16 completions
     ("3.6", {"split_dataset_ratio": 0.01}),
     ("3.5", {"num_infer_workers": 1}),  # GPUs of the engine on each node, beside those of the trainer
-    ("3.3", {"adam_beta2": 0.999, "loss_type": "bnpo"}),
-    ("3.3", {"cosine_min_len_value_wrong": 0.0, "cosine_max_len_value_wrong": -0.5}),
+    ("3.4", {"loss_type": "bnpo"}),
+    ("3.2.2", {"adam_beta2": 0.999, "cosine_min_len_value_wrong": 0.0, "cosine_max_len_value_wrong": -0.5}),
 )
 """Defaults before a version."""
-VERSION_OF = {"sft_type": "3.2", "train_type": "3.12"}
-"""Key -> the last version that knew it."""
+VERSION_OF = {
+    "sft_type": "3.2", "mini_batch_size": "3.3", "use_lmdeploy": "3.4", "num_infer_workers": "3.4",
+    "vllm_device": "3.4", "train_type": "3.12",
+}  # fmt: skip
+"""Key -> the last version that heeded it, the earliest first."""
 
 RENAMED = {
     "train_type": "tuner_type", "sft_type": "tuner_type", "custom_register_path": "external_plugins",
@@ -60,6 +64,13 @@ PIXELS = {
 """Variables that limit images, and pixels of their unit (a token of Qwen3-VL; swift/model/models/qwen.py)."""
 ENVIRONMENT = (*PIXELS, "NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_HF")
 
+PEFT = {
+    "lora_rank": "peft.r", "lora_alpha": "peft.lora_alpha", "lora_dropout": "peft.lora_dropout",
+    "target_modules": "peft.target_modules", "target_regex": "peft.target_modules",
+    "target_parameters": "peft.target_parameters", "modules_to_save": "peft.modules_to_save",
+    "lora_bias": "peft.bias", "use_rslora": "peft.use_rslora", "use_dora": "peft.use_dora",
+}  # fmt: skip
+LISTS = ("target_modules", "target_parameters", "modules_to_save")
 SAME = {
     "model_revision": "model.revision", "torch_dtype": "model.dtype", "output_dir": "output.dir",
     "data_seed": "data.seed", "max_pixels": "data.max_pixels", "overlong_filter": "grpo.mask_truncated_completions",
@@ -68,22 +79,17 @@ SAME = {
     "off_policy_sequence_mask_delta": "grpo.off_policy_mask_threshold", "vllm_server_host": "vllm.server_host",
     "vllm_server_base_url": "vllm.server_base_url", "vllm_server_port": "vllm.server_port",
     "vllm_server_timeout": "vllm.server_timeout", "vllm_server_group_port": "vllm.group_port",
+    "structured_outputs_regex": "grpo.vllm_structured_outputs_regex",
+    **{key: f"grpo.{key}" for key in (
+        "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type",
+        "weight_decay", "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy",
+        "save_steps", "gradient_checkpointing",
+    )},
 }  # fmt: skip
-"""The same under our name. Other keys of TRL, transformers and vLLM pass through under their own."""
-PLAIN = (
-    "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type",
-    "weight_decay", "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy", "save_steps",
-    "gradient_checkpointing",
-)  # fmt: skip
-"""Keys of `grpo` whose defaults differ between versions, or from TRL's."""
-PEFT = {
-    "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules",
-    "target_regex": "target_modules", "target_parameters": "target_parameters", "modules_to_save": "modules_to_save",
-    "lora_bias": "bias", "use_rslora": "use_rslora", "use_dora": "use_dora",
-}  # fmt: skip
+"""The same under our name, or under TRL's with another default. Other keys of TRL, transformers and vLLM pass through
+under their own."""
 FIXED = {"quant_method": "bnb", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 """How `model.load_in_4bit` loads."""
-LISTS = ("target_modules", "target_parameters", "modules_to_save")
 
 REFUSED = {
     "multi_turn_scheduler": "rollouts of several turns", "multi_turn_func": "rollouts of several turns",
@@ -100,7 +106,8 @@ _TEMPLATE = "the model folder's chat template is used; model.chat_template gives
 _KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("same", "nothing that the run depends on", """
         rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict
-        dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
+        dataset_num_proc load_from_cache_file streaming
+        completion_length_limit_scope lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
         no_load_optim no_load_rng ENV save_safetensors merge_lora model_type task_type max_shard_size max_turns
         reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
         logging_dir hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy
@@ -137,6 +144,17 @@ _KEYS: tuple[tuple[Verdict, str, str], ...] = (
         chord_mu_decay_steps chord_mu_peak chord_mu_valley"""),
     ("none", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
     ("none", "experts take all their tokens here", "moe_expert_capacity_factor"),
+    ("none", "AdamW takes its place", "optimizer"),
+    ("none", "a mixture takes its parts as they are", "interleave_prob stopping_strategy"),
+    ("none", "adapters begin as peft makes them", "init_weights init_strategy lora_dtype"),
+    ("none", "the schedule is that of all steps, from a rate of 0", "lr_decay_iters lr_warmup_init"),
+    ("none", "each of them is one backward pass there, and their gradients are added", "mini_batch_size"),
 )  # fmt: skip
 VERDICTS = {key: (verdict, note) for verdict, note, keys in _KEYS for key in keys.split()}
 """What becomes of a key that no function looks at, where it is on."""
+BEGINNINGS = (
+    (("ENV.", "model_kwargs."), "a variable of the process, and no setting"),
+    (("teacher", "swanlab_", "fipo_", "real_", "rlsd_", "sdar_", "rollout.", "train."),
+     "without effect as the file stands"),
+)  # fmt: skip
+"""Beginnings of other keys that change nothing."""
