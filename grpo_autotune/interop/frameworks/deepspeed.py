@@ -34,8 +34,8 @@ ALONE = "One process has nothing to share: dropped"
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """ConfigError: alone, such a file says nothing of what is trained."""
-    what = "a DeepSpeed configuration says how GPUs share the work, and not what is trained"
-    fix = f"Import the configuration of the training, or write grpo.deepspeed: {source.path.name} into your own."
+    what = f"a configuration of {source.framework} says how processes share the work, and not what is trained"
+    fix = "Import the configuration or the script of the training that goes with it."
     raise ConfigError(what, where=str(source.path), fix=fix)
 
 

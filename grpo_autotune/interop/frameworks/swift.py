@@ -64,9 +64,9 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
         if key in swift_keys.ENVIRONMENT
     }
     for key, setting in source.settings.items():
-        nested = key in (*GROUPS, *VARIABLES) and isinstance(setting.value, Mapping)
-        inside = {f"{key}.{name}": value for name, value in setting.value.items()} if nested else {key: setting.value}
-        given |= {name: replace(setting, value=value) for name, value in inside.items()}
+        inside = swift_run.mapping(setting.value) if key in (*GROUPS, *VARIABLES) else {}
+        parts = {f"{key}.{name}": replace(setting, value=value) for name, value in inside.items()}
+        given |= parts or {key: setting}
     settings: dict[str, Setting] = {}
     names: dict[str, str] = {}
     for path in sorted(given, key=lambda path: _newest(path) != path):  # swift reads `max_new_tokens` first

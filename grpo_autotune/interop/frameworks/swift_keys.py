@@ -58,10 +58,12 @@ RENAMED = {
 }  # fmt: skip
 """Older names, and Megatron's, for a key."""
 PIXELS = {
-    "MAX_PIXELS": ("data.max_pixels", 1), "IMAGE_MAX_TOKEN_NUM": ("data.max_pixels", 32 * 32),
-    "MIN_PIXELS": ("data.min_pixels", 1), "IMAGE_MIN_TOKEN_NUM": ("data.min_pixels", 32 * 32),
+    "MAX_PIXELS": "data.max_pixels", "IMAGE_MAX_TOKEN_NUM": "data.max_pixels", "MIN_PIXELS": "data.min_pixels",
+    "IMAGE_MIN_TOKEN_NUM": "data.min_pixels",
 }  # fmt: skip
-"""Variables that limit images, and pixels of their unit (a token of Qwen3-VL; swift/model/models/qwen.py)."""
+"""Variables that limit images, in pixels or in tokens."""
+PATCHES_OF_28 = r"(?i)qwen-?2(\.5)?-?(vl|omni)"
+"""Models with tokens of 28 x 28 pixels; the others have 32 x 32 (swift/model/models/qwen.py)."""
 ENVIRONMENT = (*PIXELS, "NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_HF")
 
 PEFT = {
@@ -79,7 +81,7 @@ SAME = {
     "off_policy_sequence_mask_delta": "grpo.off_policy_mask_threshold", "vllm_server_host": "vllm.server_host",
     "vllm_server_base_url": "vllm.server_base_url", "vllm_server_port": "vllm.server_port",
     "vllm_server_timeout": "vllm.server_timeout", "vllm_server_group_port": "vllm.group_port",
-    "structured_outputs_regex": "grpo.vllm_structured_outputs_regex",
+    "structured_outputs_regex": "vllm.structured_outputs_regex",
     **{key: f"grpo.{key}" for key in (
         "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type",
         "weight_decay", "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy",
@@ -99,6 +101,12 @@ REFUSED = {
 }  # fmt: skip
 LOSSES = {"grpo": False, "bnpo": False, "dr_grpo": False, "sapo": False, "dapo": True, "cispo": True}
 """Losses that TRL has by the same formula -> True where the tokens of a whole rollout divide it."""
+NEARLY = {
+    "overlong_filter": "tokens that are left out still divide the loss there, and do not here",
+    "top_entropy_quantile": "the threshold is that of one rank's micro batch there, and of all ranks' here",
+    "off_policy_sequence_mask_delta": "sequences that are left out keep their KL term here",
+}
+"""What differs in a part of the loss."""
 VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|minicpm-?[vo]|pixtral|paligemma"
 """Names of models that see images."""
 

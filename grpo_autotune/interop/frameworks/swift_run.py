@@ -18,12 +18,12 @@ from grpo_autotune.interop.translation import Translation
 OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
 """swift's columns -> ours, where they differ."""
 ENGINE = (
-    "sleep_level", "rollout.gpus", "rollout_importance_sampling_mode", "rollout_importance_sampling_threshold",
+    "sleep_level", "rollout.gpus", "structured_outputs_regex", "rollout_importance_sampling_mode",
+    "rollout_importance_sampling_threshold",
 )  # fmt: skip
 """Keys of the engine beside those that begin with `vllm_`."""
 OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
 """Beginnings of settings that rewards read."""
-HELD_OUT = "the first of them, all its rows"
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
 ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
 """Beginnings of names that are paths, or ids of the Hugging Face hub."""
@@ -34,9 +34,11 @@ def translate(to: Translation) -> None:
     for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
         part(to)
     for key, target in swift_keys.SAME.items():
-        value = to.value(key)
-        if key not in to.rows and value not in (None, []):
-            to.same(key, target, words(value)[0])
+        values = words(to.value(key))
+        if key not in to.rows and values not in ([None], []):
+            to.verdict("changes", key, {target: values[0]}, "the first alone") if values[1:] else to.same(
+                key, target, values[0]
+            )
 
 
 def words(value: Any) -> list[Any]:
@@ -64,7 +66,8 @@ def _model(to: Translation) -> None:
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
     elif to.given("freeze_vit"):
         to.inert("freeze_vit", "taken for a text model")
-    if sees and bool(to.value("freeze_aligner")) != bool(to.value("freeze_vit")):
+    everything = to.value("tuner_type") == "full" or "all-linear" in words(to.value("target_modules"))
+    if sees and everything and bool(to.value("freeze_aligner")) != bool(to.value("freeze_vit")):
         to.dropped("freeze_aligner", "the projector goes with the vision tower: trained with it, or frozen with it")
     if to.value("torch_dtype") in ("float16", "float32") and not to.given("bf16"):
         to.set("grpo.fp16", True, "swift's for weights in float16 or float32")
@@ -100,7 +103,10 @@ def _adapter(to: Translation) -> None:
     if kind == "lora_llm" and not (to.value("freeze_vit") and to.value("freeze_aligner")):
         note = "LoRA in the vision tower too, all of whose weights are trained there"
     to.verdict("changes" if note else "same", "tuner_type", {}, note or "a peft section")
-    for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *given]):
+    targets = "target_regex" if "target_regex" in given else "target_modules"  # swift reads the expression alone
+    if targets != "target_modules" in given:
+        to.inert(given.pop(given.index("target_modules")), "target_regex wins")
+    for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", targets, *given]):
         value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
         value = "all-linear" if key == "target_modules" and "all-linear" in value else value
         to.same(key, swift_keys.PEFT[key], value)
@@ -128,10 +134,12 @@ def _data(to: Translation) -> None:
         everywhere("columns", "columns", ours, "swift's are theirs: ours; here ours: theirs")
     if held := words(to.value("val_dataset") or []):
         part = next(_parts(str(held[0]), False))
-        whole = len(held) == 1 and part.keys() == {"path"}
+        note = "" if len(held) == 1 and part.keys() == {"path"} else "the first of them, all its rows"
         targets = {f"{next(iter(sets))}.eval_path": part["path"]}
-        to.verdict("converted" if whole else "changes", "val_dataset", targets, "" if whole else HELD_OUT)
-    elif ratio := to.value("split_dataset_ratio"):
+        to.verdict("changes" if note else "converted", "val_dataset", targets, note)
+    elif (ratio := to.value("split_dataset_ratio")) and _evaluates(to) == "no":
+        to.verdict("same", "split_dataset_ratio", {}, "nothing is evaluated, so nothing is held out")
+    elif ratio:
         everywhere("split_dataset_ratio", "split_ratio", ratio)
     if to.value("system"):
         text = str(to.value("system")).replace("\\n", "\n")
@@ -155,9 +163,11 @@ def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
 
 def _prompts(to: Translation) -> None:
     """Lengths of prompts, and sizes of images."""
-    for key, (target, unit) in swift_keys.PIXELS.items():
+    edge = 28 if re.search(swift_keys.PATCHES_OF_28, str(to.value("model"))) else 32
+    for key, target in swift_keys.PIXELS.items():
         if to.given(key):
-            to.converted(key, {target: to.number(key) * unit}, "the processor rounds to whole patches there as here")
+            pixels = to.number(key) * (edge**2 if key.endswith("TOKEN_NUM") else 1)
+            to.converted(key, {target: pixels}, "the processor rounds to whole patches there as here")
     if to.value("max_length"):
         to.same("max_length", "data.max_prompt_tokens", note="of the prompt alone, with GRPO")
         cuts = to.value("truncation_strategy") == "left"
@@ -180,6 +190,8 @@ def _rewards(to: Translation) -> None:
     for key in ("cosine_max_len", "soft_max_length"):
         arguments[key] = arguments.get(key) or to.value("max_completion_length")
     weights, items, notes, read = words(to.value("reward_weights", [])), [], [], set[str]()
+    if "soft_overlong" in names and not to.value("soft_cache_length"):
+        raise ConfigError("soft_overlong needs soft_cache_length, there too", where=to.where("reward_funcs"))
     for name in names:
         known = NAMED.get(("swift", name))
         if known is not None and known.name:
@@ -232,16 +244,9 @@ def _loss(to: Translation) -> None:
         to.converted("scale_rewards", target, "with 1e-8 there, and 1e-4 here, added to a standard deviation")
     else:
         to.same("scale_rewards", "grpo.scale_rewards", scale)
-    for key, differs, note in (
-        ("overlong_filter", swift_keys.LOSSES[kind], "tokens that are left out still divide the loss there only"),
-        (
-            "top_entropy_quantile",
-            to.number("top_entropy_quantile", 1.0) < 1,
-            "the threshold is of each rank's micro batch",
-        ),
-        ("off_policy_sequence_mask_delta", beta, "sequences that are left out keep their KL term here"),
-    ):
-        if differs and to.value(key):
+    differs = (swift_keys.LOSSES[kind], to.number("top_entropy_quantile", 1.0) < 1, beta)
+    for differing, (key, note) in zip(differs, swift_keys.NEARLY.items(), strict=True):
+        if differing and to.value(key):
             to.changes(key, {swift_keys.SAME.get(key, f"grpo.{key}"): to.value(key)}, note)
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
@@ -288,8 +293,12 @@ def _schedule(to: Translation) -> None:
         to.inert("num_train_epochs", "max_steps wins")
 
 
+def _evaluates(to: Translation) -> Any:
+    return to.value("eval_strategy") or to.value("save_strategy")
+
+
 def _evaluation(to: Translation) -> None:
-    strategy = to.value("eval_strategy") or to.value("save_strategy")
+    strategy = _evaluates(to)
     if strategy == "no" or not (to.value("val_dataset") or to.value("split_dataset_ratio")):
         for key in to.source.settings:
             if re.match(r"(per_device_eval|eval_|num_generations_eval)", key):
@@ -307,14 +316,13 @@ def _evaluation(to: Translation) -> None:
 def _engine(to: Translation) -> None:
     """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
     keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
-    if to.value("use_lmdeploy"):
-        to.speed("use_lmdeploy", "vLLM instead", {"grpo.use_vllm": True})
-    elif not to.value("use_vllm"):
+    if not (to.value("use_vllm") or to.value("use_lmdeploy")):
         for key in keys:
             to.inert(key, "without vLLM")
         return
-    else:
-        to.same("use_vllm", "grpo.use_vllm", True)
+    other = bool(to.value("use_lmdeploy"))
+    key, note = ("use_lmdeploy", "vLLM instead") if other else ("use_vllm", "")
+    to.verdict("speed" if other else "same", key, {"grpo.use_vllm": True}, note)
     _correction(to)
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
     apart = 0 if server else _own_gpus(to)
@@ -350,8 +358,8 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         return
     if at_server != name.startswith("server_"):
         to.inert(key, "a server has options of its own" if at_server else "no such server")
-    elif key == "vllm_server_port":
-        to.same(key, swift_keys.SAME[key], int(words(value)[0]))
+    elif key == "vllm_server_port" and not isinstance(value, list):
+        to.same(key, "vllm.server_port", to.number(key))
     elif key == "sleep_level":
         to.same(key, "vllm.sleep_level") if value else to.inert(key, "no sleep")
     elif key == "vllm_enable_lora":
