@@ -116,14 +116,10 @@ def _refuse(to: Translation) -> None:
     for key, what in swift_keys.REFUSED.items():
         if to.given(key) and to.value(key):
             raise ConfigError(f"{what}: this is not read", where=to.where(key), fix=fix)
-    for key, legal in (
-        ("rlhf_type", ["grpo"]),
-        ("advantage_estimator", ["grpo"]),
-        ("loss_type", list(swift_keys.LOSSES)),
-    ):
+    for key, legal in swift_keys.READ.items():
         if to.value(key, "dpo") not in legal:
-            fix = f"Read here: {', '.join(legal)}."
-            raise ConfigError(f"{to.value(key, 'dpo')} is not GRPO as TRL has it", where=to.where(key), fix=fix)
+            what = f"{to.value(key, 'dpo')} is not GRPO as TRL has it"
+            raise ConfigError(what, where=to.where(key), fix=f"Read here: {', '.join(legal)}.")
     if not to.value("reward_funcs"):
         what = "no reward function: an environment or a teacher scores, and that is not read"
         raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
@@ -194,16 +190,14 @@ def _sharding(to: Translation, megatron: bool) -> None:
 
 def _rest(to: Translation, key: str) -> None:
     """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
-    value, foreign = to.value(key), None if key in swift_keys.VERDICTS else grpo_keys().get(key)
+    value, known = to.value(key), swift_keys.verdict_of(key)
+    foreign = None if known else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):
         to.same(key, f"grpo.{key}")
     elif key.startswith(OVERRULED):
         to.inert(key, "another name of it wins")
     elif value in (None, False, [], ""):
         to.inert(key, "off")
-    elif key in swift_keys.VERDICTS:
-        verdict, note = swift_keys.VERDICTS[key]
-        to.verdict(verdict, key, {}, note)
     else:
-        note = next((note for prefixes, note in swift_keys.BEGINNINGS if key.startswith(prefixes)), None)
-        to.dropped(key, UNKNOWN) if note is None else to.inert(key, note)
+        verdict, note = known or ("none", UNKNOWN)
+        to.verdict(verdict, key, {}, note)

@@ -5,6 +5,7 @@ swift/trainers/arguments.py, swift/rlhf_trainers/{arguments,args_mixin,grpo_trai
 swift/megatron/arguments/megatron_args.py.
 """
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from grpo_autotune.records.imported import Verdict
@@ -101,6 +102,8 @@ REFUSED = {
 }  # fmt: skip
 LOSSES = {"grpo": False, "bnpo": False, "dr_grpo": False, "sapo": False, "dapo": True, "cispo": True}
 """Losses that TRL has by the same formula -> True where the tokens of a whole rollout divide it."""
+READ = {"rlhf_type": ["grpo"], "advantage_estimator": ["grpo"], "loss_type": list(LOSSES)}
+"""Values of a key that are GRPO as TRL has it."""
 NEARLY = {
     "overlong_filter": "tokens that are left out still divide the loss there, and do not here",
     "top_entropy_quantile": "the threshold is that of one rank's micro batch there, and of all ranks' here",
@@ -110,20 +113,19 @@ NEARLY = {
 VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|minicpm-?[vo]|pixtral|paligemma"
 """Names of models that see images."""
 
-_TEMPLATE = "the model folder's chat template is used; model.chat_template gives another"
-_KEYS: tuple[tuple[Verdict, str, str], ...] = (
+KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("same", "nothing that the run depends on", """
-        rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict
-        dataset_num_proc load_from_cache_file streaming
-        completion_length_limit_scope lazy_tokenize ddp_timeout finetune no_save_optim no_save_rng
-        no_load_optim no_load_rng ENV save_safetensors merge_lora model_type task_type max_shard_size max_turns
+        rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
+        dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_* no_load_* ENV merge_lora
+        save_safetensors model_type task_type max_shard_size max_turns completion_length_limit_scope swanlab_*
         reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
-        logging_dir hub_token swanlab_token swanlab_project swanlab_exp_name log_entropy
-        wandb_project wandb_exp_name tensorboard_dir"""),
+        logging_dir hub_token log_entropy wandb_project wandb_exp_name tensorboard_dir"""),
     ("same", "as here", """
         remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
         log_rollout_offpolicy_metrics freeze_aligner"""),
     ("same", "the batch says it", "NNODES"),
+    ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
+    ("same", "a variable of the process, and no setting", "ENV.* model_kwargs.*"),
     ("speed", "the trainer stays on the GPU while the engine runs", "offload_model offload_optimizer"),
     ("speed", "TRL pads; the speed-ups leave most of it out", "padding_free packing"),
     ("speed", "chosen here by itself", """
@@ -131,25 +133,22 @@ _KEYS: tuple[tuple[Verdict, str, str], ...] = (
         move_model_batches enable_flattened_weight_sync gc_collect_after_offload use_logits_to_keep
         vit_gradient_checkpointing ds3_gather_for_generation zero_hpz_partition_size experts_impl"""),
     ("speed", "Megatron's", """
-        offload_bridge sequence_parallel attention_backend recompute_granularity recompute_method
-        recompute_num_layers recompute_modules gradient_accumulation_fusion cross_entropy_loss_fusion
-        moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap expert_model_parallel_size
-        expert_tensor_parallel_size optimizer_cpu_offload use_precision_aware_optimizer overlap_grad_reduce
-        overlap_param_gather use_distributed_optimizer manual_gc"""),
-    ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),
+        offload_bridge sequence_parallel attention_backend recompute_* gradient_accumulation_fusion overlap_*
+        cross_entropy_loss_fusion moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap manual_gc optimizer_*
+        expert_model_parallel_size expert_tensor_parallel_size use_precision_aware_optimizer
+        use_distributed_optimizer"""),
     ("speed", "GPUs of the engine", "vllm_device num_infer_workers lmdeploy_device"),
     ("none", "--resume goes on from a checkpoint of grpo-autotune", "resume_from_checkpoint"),
-    ("none", _TEMPLATE, "template agent_template response_prefix preserve_thinking"),
+    ("none", "the model folder's chat template is used; model.chat_template gives another",
+     "template agent_template response_prefix preserve_thinking"),
     ("none", "a step trains on completions of the step before there", "async_generate"),
     ("none", "a server may roll out several turns; here it is one", "vllm_server_pass_dataset"),
     ("none", "the KL term is in the loss here, not in the reward", "kl_in_reward"),
-    ("none", "of the model's parts, only the vision tower can be frozen", """
-        freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters"""),
+    ("none", "of the model's parts, only the vision tower can be frozen",
+     "freeze_llm freeze_parameters* trainable_parameters*"),
     ("none", "4 bits of bitsandbytes alone", "quant_bits hqq_axis"),
     ("none", "one learning rate for all weights", "vit_lr aligner_lr"),
-    ("none", "CHORD's loss of supervised answers is left out", """
-        chord_sft_dataset chord_sft_per_device_train_batch_size chord_enable_phi_function chord_mu_warmup_steps
-        chord_mu_decay_steps chord_mu_peak chord_mu_valley"""),
+    ("none", "CHORD's loss of supervised answers is left out", "chord_*"),
     ("none", "this term of the loss is left out", "sdar_loss_coef advantage_reweight moe_aux_loss_coeff"),
     ("none", "experts take all their tokens here", "moe_expert_capacity_factor"),
     ("none", "AdamW takes its place", "optimizer"),
@@ -157,12 +156,12 @@ _KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("none", "adapters begin as peft makes them", "init_weights init_strategy lora_dtype"),
     ("none", "the schedule is that of all steps, from a rate of 0", "lr_decay_iters lr_warmup_init"),
     ("none", "each of them is one backward pass there, and their gradients are added", "mini_batch_size"),
+    ("same", "without effect as the file stands", "teacher* fipo_* real_* rlsd_* sdar_* rollout.* train.*"),
 )  # fmt: skip
-VERDICTS = {key: (verdict, note) for verdict, note, keys in _KEYS for key in keys.split()}
-"""What becomes of a key that no function looks at, where it is on."""
-BEGINNINGS = (
-    (("ENV.", "model_kwargs."), "a variable of the process, and no setting"),
-    (("teacher", "swanlab_", "fipo_", "real_", "rlsd_", "sdar_", "rollout.", "train."),
-     "without effect as the file stands"),
-)  # fmt: skip
-"""Beginnings of other keys that change nothing."""
+"""What becomes of a key that no function looks at, where it is on; the first that fits is it."""
+
+
+def verdict_of(key: str) -> tuple[Verdict, str] | None:
+    """The verdict of such a key, and its note."""
+    fits = ((verdict, note) for verdict, note, names in KEYS for name in names.split() if fnmatchcase(key, name))
+    return next(fits, None)

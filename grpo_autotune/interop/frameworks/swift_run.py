@@ -369,7 +369,7 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         lost = ", ".join(sorted(inside.keys() - engine_names()))
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
-    elif name in engine_names() and key not in swift_keys.VERDICTS:
+    elif name in engine_names() and swift_keys.verdict_of(key) is None:
         to.same(key, f"vllm.{name}", mapping(value) or value)
 
 
