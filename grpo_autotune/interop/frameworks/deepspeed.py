@@ -62,14 +62,8 @@ def zero(
 
 def apply(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
     """Verdicts of the setting `key`, which names DeepSpeed's configuration, and of the settings of its file
-    (`with_file`, with `PREFIX`). Call it when all else is set.
-
-    Args:
-        to: The translation.
-        key: The framework's setting.
-        config: The configuration, or the path of one that is not at hand.
-        adapter: True if the base weights are not trained.
-    """
+    (`with_file`, with `PREFIX`). Call it when all else is set, with the configuration or the path of one that is not at
+    hand; `adapter` is true if the base weights are not trained."""
     file = {name.removeprefix(PREFIX): to.value(name) for name in to.source.settings if name.startswith(PREFIX)}
     values = file or (_flat(config) if isinstance(config, Mapping) else {})
     for name, value in values.items():

@@ -82,15 +82,19 @@ SAME = {
     "off_policy_sequence_mask_delta": "grpo.off_policy_mask_threshold", "vllm_server_host": "vllm.server_host",
     "vllm_server_base_url": "vllm.server_base_url", "vllm_server_port": "vllm.server_port",
     "vllm_server_timeout": "vllm.server_timeout", "vllm_server_group_port": "vllm.group_port",
-    "structured_outputs_regex": "vllm.structured_outputs_regex",
+    "structured_outputs_regex": "vllm.structured_outputs_regex", "attn_impl": "model.attn_implementation",
     **{key: f"grpo.{key}" for key in (
         "loss_type", "temperature", "top_p", "max_completion_length", "importance_sampling_level", "lr_scheduler_type",
         "weight_decay", "adam_beta2", "max_grad_norm", "num_train_epochs", "logging_steps", "save_strategy",
-        "save_steps", "gradient_checkpointing",
+        "save_steps", "gradient_checkpointing", "scale_rewards", "top_k",
     )},
 }  # fmt: skip
 """The same under our name, or under TRL's with another default. Other keys of TRL, transformers and vLLM pass through
 under their own."""
+SPELLED: dict[str, dict[Any, Any]] = {
+    "attn_impl": {"flash_attn": "flash_attention_2"}, "scale_rewards": {True: "group", False: "none"}, "top_k": {-1: 0},
+}  # fmt: skip
+"""Values that are spelled otherwise."""
 FIXED = {"quant_method": "bnb", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 """How `model.load_in_4bit` loads."""
 

@@ -36,9 +36,8 @@ def translate(to: Translation) -> None:
     for key, target in swift_keys.SAME.items():
         values = words(to.value(key))
         if key not in to.rows and values not in ([None], []):
-            to.verdict("changes", key, {target: values[0]}, "the first alone") if values[1:] else to.same(
-                key, target, values[0]
-            )
+            value, more = swift_keys.SPELLED.get(key, {}).get(values[0], values[0]), values[1:]
+            to.verdict("changes" if more else "same", key, {target: value}, "the first alone" if more else "")
 
 
 def words(value: Any) -> list[Any]:
@@ -72,9 +71,6 @@ def _model(to: Translation) -> None:
     if to.value("torch_dtype") in ("float16", "float32") and not to.given("bf16"):
         to.set("grpo.fp16", True, "swift's for weights in float16 or float32")
         to.set("grpo.bf16", False)
-    if to.given("attn_impl"):
-        kernel = {"flash_attn": "flash_attention_2"}.get(to.value("attn_impl"), to.value("attn_impl"))
-        to.same("attn_impl", "model.attn_implementation", kernel)
     if to.value("quant_bits") == 4 and to.value("quant_method", "bnb") == "bnb":
         to.same("quant_bits", "model.load_in_4bit", True)
     for key in filter(to.given, swift_keys.FIXED):
@@ -141,15 +137,13 @@ def _data(to: Translation) -> None:
         to.verdict("same", "split_dataset_ratio", {}, "nothing is evaluated, so nothing is held out")
     elif ratio:
         everywhere("split_dataset_ratio", "split_ratio", ratio)
-    if to.value("system"):
-        text = str(to.value("system")).replace("\\n", "\n")
+    if text := str(to.value("system") or "").replace("\\n", "\n"):
         path = beside(to.source.path, text) if text.endswith(".txt") else None
-        if path is not None:
-            everywhere("system", "system_prompt", text_of(path), f"the text of {path.name}")
-        elif text.endswith(".txt"):
+        if path is None and text.endswith(".txt"):
             to.dropped("system", "the file is not at hand: its text belongs into data.system_prompt")
         else:
-            everywhere("system", "system_prompt", text)
+            note = f"the text of {path.name}" if path else ""
+            everywhere("system", "system_prompt", text_of(path) if path else text, note)
 
 
 def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
@@ -238,12 +232,9 @@ def _loss(to: Translation) -> None:
     if to.value("importance_sampling_level") == "sequence_token":
         note = "the same gradient, as all tokens of a completion have one advantage (arXiv 2507.18071, section 4.3)"
         to.converted("importance_sampling_level", {"grpo.importance_sampling_level": "sequence"}, note)
-    scale = {True: "group", False: "none", None: "group"}.get(to.value("scale_rewards"), to.value("scale_rewards"))
-    if scale == "gdpo":
+    if to.value("scale_rewards") == "gdpo":
         target = {"grpo.multi_objective_aggregation": "normalize_then_sum"}
         to.converted("scale_rewards", target, "with 1e-8 there, and 1e-4 here, added to a standard deviation")
-    else:
-        to.same("scale_rewards", "grpo.scale_rewards", scale)
     differs = (swift_keys.LOSSES[kind], to.number("top_entropy_quantile", 1.0) < 1, beta)
     for differing, (key, note) in zip(differs, swift_keys.NEARLY.items(), strict=True):
         if differing and to.value(key):
@@ -265,13 +256,12 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 
 
 def _sampling(to: Translation) -> None:
-    to.same("top_k", "grpo.top_k", max(0, to.number("top_k")), "" if to.number("top_k") > 0 else "every token")
-    if stop := [word for word in words(to.value("stop_words", [])) if word]:
-        if to.value("use_vllm"):
-            note = "a completion that ends so has no end token, and counts as truncated here"
-            to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
-        else:
-            to.dropped("stop_words", "needs grpo.use_vllm")
+    stop = [word for word in words(to.value("stop_words", [])) if word]
+    if stop and to.value("use_vllm"):
+        note = "a completion that ends so has no end token, and counts as truncated here"
+        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
+    elif stop:
+        to.dropped("stop_words", "needs grpo.use_vllm")
 
 
 def _schedule(to: Translation) -> None:
