@@ -316,6 +316,25 @@ def test_rewards_of_a_plugin(tmp_path) -> None:
     assert rows(result)["reward_funcs"].kind == "converted"
 
 
+def test_plugins_that_register_a_reward(tmp_path) -> None:
+    """It is the one that names it; where none is at hand, the table says that the first is taken."""
+    text = command(reward_funcs="mine", external_plugins="model.py rewards.py")
+    unsure = imported(tmp_path, text)
+    (tmp_path / "model.py").write_text("register()\n")
+    (tmp_path / "rewards.py").write_text("orms['mine'] = Mine\n")
+    sure = imported(tmp_path, text)
+    assert [rows(result)["external_plugins"].kind for result in (unsure, sure)] == ["changes", "converted"]
+    assert "model.py" in unsure.files["swift_mine.py"] and "rewards.py" in sure.files["swift_mine.py"]
+
+
+def test_older_names_of_megatron(tmp_path) -> None:
+    keys = {"log_interval": 7, "save_interval": 9, "num_workers": 2, "save": "out", "use_vllm": "true"}
+    result = imported(tmp_path, command("megatron rlhf", **keys))
+    assert result.version == "3.12" and result.config["output"]["dir"] == "out"
+    said = ("logging_steps", "save_steps", "dataloader_num_workers")
+    assert [result.config["grpo"][key] for key in said] == [7, 9, 2]
+
+
 @pytest.mark.parametrize("program", ["swift rlhf", "megatron rlhf"])
 def test_master_weights(tmp_path, program) -> None:
     """Weights that ZeRO or Megatron keeps in 32 bits stay so on one process, where ZeRO is dropped."""

@@ -43,7 +43,7 @@ OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
 """Defaults before a version."""
 VERSION_OF = {
     "sft_type": "3.2", "mini_batch_size": "3.3", "use_lmdeploy": "3.4", "num_infer_workers": "3.4",
-    "vllm_device": "3.4", "train_type": "3.12",
+    "vllm_device": "3.4", "train_type": "3.12", "log_interval": "3.12", "save_interval": "3.12", "num_workers": "3.12",
 }  # fmt: skip
 """Key -> the last version that heeded it, the earliest first."""
 
@@ -55,7 +55,8 @@ RENAMED = {
     # Megatron's
     "lr": "learning_rate", "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio",
     "lr_warmup_iters": "warmup_steps", "clip_grad": "max_grad_norm", "adam_eps": "adam_epsilon",
-    "train_iters": "max_steps",
+    "train_iters": "max_steps", "log_interval": "logging_steps", "save_interval": "save_steps",
+    "eval_interval": "eval_steps", "num_workers": "dataloader_num_workers", "save": "output_dir",
 }  # fmt: skip
 """Older names, and Megatron's, for a key."""
 PIXELS = {
@@ -121,8 +122,8 @@ KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("same", "nothing that the run depends on", """
         rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
         dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_* no_load_* ENV merge_lora
-        save_safetensors model_type task_type max_shard_size max_turns completion_length_limit_scope swanlab_*
-        reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
+        save_safetensors load_safetensors model_type task_type max_shard_size max_turns completion_length_limit_scope
+        swanlab_* reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
         logging_dir hub_token log_entropy wandb_project wandb_exp_name tensorboard_dir"""),
     ("same", "as here", """
         remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator

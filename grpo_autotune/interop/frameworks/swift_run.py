@@ -184,6 +184,7 @@ def _rewards(to: Translation) -> None:
     for key in ("cosine_max_len", "soft_max_length"):
         arguments[key] = arguments.get(key) or to.value("max_completion_length")
     weights, items, notes, read = words(to.value("reward_weights", [])), [], [], set[str]()
+    unsure = False
     if "soft_overlong" in names and not to.value("soft_cache_length"):
         raise ConfigError("soft_overlong needs soft_cache_length, there too", where=to.where("reward_funcs"))
     for name in names:
@@ -193,7 +194,9 @@ def _rewards(to: Translation) -> None:
             read |= {*known.settings.values()}
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            made = adapter("swift", _plugin(to, plugins, name), name, arguments)
+            plugin = _plugin(to, plugins, name)
+            unsure |= plugin is None and len(plugins) > 1
+            made = adapter("swift", plugin or plugins[0], name, arguments)
             to.files[made.name] = made.text
             items.append(dict(made.reward))
         else:
@@ -211,13 +214,14 @@ def _rewards(to: Translation) -> None:
         to.converted(key, {}, "in rewards")
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
+    elif unsure:
+        to.changes("external_plugins", {}, "they are not at hand: the first is taken to register the rewards")
 
 
-def _plugin(to: Translation, plugins: list[str], name: str) -> str:
-    """The plugin that names a reward; the first where none is at hand."""
-    files = {plugin: beside(to.source.path, plugin) for plugin in plugins[1:]}
-    naming = (plugin for plugin, file in files.items() if file is not None and name in text_of(file))
-    return next(naming, plugins[0])
+def _plugin(to: Translation, plugins: list[str], name: str) -> str | None:
+    """The plugin at hand that names a reward."""
+    files = {plugin: beside(to.source.path, plugin) for plugin in plugins}
+    return next((plugin for plugin, file in files.items() if file is not None and name in text_of(file)), None)
 
 
 def _loss(to: Translation) -> None:
