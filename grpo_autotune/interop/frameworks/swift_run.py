@@ -35,7 +35,7 @@ def translate(to: Translation) -> None:
         part(to)
     for key, target in swift_keys.SAME.items():
         values = words(to.value(key))
-        if key not in to.rows and values not in ([None], []):
+        if key not in to.rows and values not in ([None], []) and not isinstance(values[0], Mapping | list):
             value, more = swift_keys.SPELLED.get(key, {}).get(values[0], values[0]), values[1:]
             to.verdict("changes" if more else "same", key, {target: value}, "the first alone" if more else "")
 
