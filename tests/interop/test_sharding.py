@@ -58,15 +58,28 @@ def test_values_of_the_run_leave_deepspeed(tmp_path) -> None:
     assert kept["zero_optimization"] == ZERO["zero_optimization"]
     assert {kept[key] for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping")} == {"auto"}
     assert kept["bf16"] == {"enabled": "auto"} and not {"optimizer", "scheduler"} & kept.keys()
+    overruled = {row.key: row.kind for row in result.rows if "which is taken" in row.why}
+    assert overruled == dict.fromkeys(("learning_rate", "adam_beta2", "lr_scheduler_type"), "changes")
     files = {row.key: row.file for row in result.rows if row.key.startswith("deepspeed.")}
     assert set(files.values()) == {"ds.json"} and "deepspeed.optimizer.params.lr" in files
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("lora", None), ("full", "float32")])
-def test_one_process_shares_nothing(tmp_path, kind, dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more", "dtype", "why"),
+    [
+        ("lora", "zero3_offload", None, "moved off the GPU"),
+        ("full", "zero3", "float32", "32-bit"),
+        ("full", "zero2 --torch_dtype float16", "float32", "32-bit"),
+        ("lora", "away.json", None, "not at hand"),
+    ],
+)
+def test_one_process_shares_nothing(tmp_path, kind, more, dtype, why) -> None:
     """The weights of a full training stay in 32 bits, as ZeRO keeps them."""
-    result = imported(tmp_path, start="swift rlhf", kind=kind, more="--deepspeed zero3_offload")
+    result = imported(tmp_path, start="swift rlhf", kind=kind, more=f"--deepspeed {more}")
+    row = next(row for row in result.rows if row.key == "deepspeed")
     assert "deepspeed" not in result.config["grpo"] and result.config["model"].get("dtype") == dtype
+    assert why in row.why and (row.kind == "changes") == ("away" in more)
+    assert result.config["grpo"].get("fp16", False) == ("float16" in more)
 
 
 def test_deepspeed_that_is_not_at_hand_keeps_its_path(tmp_path) -> None:

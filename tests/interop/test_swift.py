@@ -1,11 +1,13 @@
 """ms-swift's configurations: batches, defaults of versions, and what each key becomes."""
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +33,13 @@ def imported(folder: Path, text: str, name: str = "run.sh", **how: Any) -> Impor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(result.world_size))
         RunConfig.from_dict(result.config)
+    for row in result.rows:
+        assert {path: value_of(result.config, path) for path in row.to} == row.to, row
     return result
+
+
+def value_of(config: dict[str, Any], path: str) -> Any:
+    return reduce(lambda section, key: section[key], path.split("."), config)
 
 
 def rows(result: Imported) -> dict[str, Any]:
@@ -131,7 +139,8 @@ def test_worked_examples(tmp_path, text, name, numbers) -> None:
         ("4.5", "adam_beta2", 0.95), ("3.2", "adam_beta2", None), ("4.5", "weight_decay", 0.1),
         ("4.5", "lr_scheduler_type", "cosine"), ("4.5", "learning_rate", 1e-4),
         ("4.5", "gradient_accumulation_steps", 1), ("3.6", "gradient_accumulation_steps", 2),
-        ("3.2", "steps_per_generation", 1),
+        ("3.2", "steps_per_generation", 1), ("3.3", "steps_per_generation", 1), ("3.3", "loss_type", "bnpo"),
+        ("3.2.2", "adam_beta2", 0.95), ("4.0", "top_k", 50), ("4.0.4", "top_k", None),
     ],
 )  # fmt: skip
 def test_defaults_of_versions(tmp_path, version, key, value) -> None:
@@ -139,11 +148,20 @@ def test_defaults_of_versions(tmp_path, version, key, value) -> None:
     assert imported(tmp_path, command(), version=version).config["grpo"].get(key) == value
 
 
-def test_version_that_only_knew_a_key(tmp_path) -> None:
-    old, newest = (imported(tmp_path, command(**{key: "full"})) for key in ("train_type", "tuner_type"))
-    assert (old.version, newest.version) == ("3.12", "4.5")
-    assert "peft" not in old.config and old.config["grpo"]["learning_rate"] == 1e-5
-    assert rows(old)["train_type"].kind == "same"
+@pytest.mark.parametrize(
+    ("key", "version"), [("train_type", "3.12"), ("tuner_type", "4.5"), ("num_infer_workers", "3.4")]
+)
+def test_version_that_only_heeded_a_key(tmp_path, key, version) -> None:
+    result = imported(tmp_path, command(**{"tuner_type": "full", key: 8 if key.startswith("num") else "full"}))
+    assert result.version == version and rows(result)[key].kind in ("same", "speed")
+    assert "peft" not in result.config and result.config["grpo"]["learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(("version", "steps"), [("3.3", 1), ("3.4", 2)])
+def test_sleep_took_the_accumulation_away(tmp_path, version, steps) -> None:
+    keys = {"use_vllm": "true", "num_infer_workers": 8, "sleep_level": 1, "gradient_accumulation_steps": 2}
+    result = imported(tmp_path, command(**keys), version=version)
+    assert result.config["grpo"]["gradient_accumulation_steps"] == steps
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,8 @@ def test_version_that_only_knew_a_key(tmp_path) -> None:
         ({"reward_funcs": None}, "no reward function"), ({"reward_funcs": "toolbench"}, "toolbench"),
         ({"num_generations": 3}, "whole groups of 3"), ({"num_generations": 1}, "one completion"),
         ({"per_device_train_batch_size": "$(nproc)"}, "a number is needed"), ({"model": None}, "no model"),
-        ({"dataset": None}, "no dataset"),
+        ({"dataset": None}, "no dataset"), ({"reward_weights": "1 2"}, "2 weights of 1 rewards"),
+        ({"reward_funcs": "soft_overlong"}, "needs soft_cache_length"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path, keys, words) -> None:
@@ -212,6 +231,46 @@ def test_data_sets_and_images(tmp_path) -> None:
     assert "freeze_vision_tower" not in imported(tmp_path, command()).config["model"]
 
 
+def row_of(folder: Path, key: str, **keys: Any) -> tuple[str, dict[str, Any]]:
+    row = rows(imported(folder, command(**keys)))[key]
+    return row.kind, row.to
+
+
+VISION, SERVER = {"model": "org/Qwen2.5-VL-3B"}, {"use_vllm": "true", "vllm_mode": "server"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "row"),
+    [
+        ({"repetition_penalty": 1.1}, ("same", {"grpo.repetition_penalty": 1.1})),
+        ({"cosine_max_len": 9}, ("same", {})),
+        ({"ref_model": "org/Other"}, ("none", {})),
+        ({"freeze_aligner": "false", **VISION}, ("none", {})),
+        ({"freeze_aligner": "false", "target_modules": "q_proj", **VISION}, ("same", {})),
+        ({"tuner_type": "lora_llm", **VISION}, ("same", {})),
+        ({"tuner_type": "lora_llm", "freeze_vit": "false", **VISION}, ("changes", {})),
+        ({"vllm_server_host": "a b", **SERVER}, ("changes", {"vllm.server_host": "a"})),
+        ({"structured_outputs_regex": "a+"}, ("same", {})),
+        ({"val_dataset": "a.jsonl"}, ("converted", {"data.eval_path": "a.jsonl"})),
+        ({"val_dataset": "a.jsonl#9"}, ("changes", {"data.eval_path": "a.jsonl"})),
+        ({"split_dataset_ratio": 0.1, "eval_strategy": "no"}, ("same", {})),
+        ({"target_modules": "q_proj", "target_regex": "m.*q_proj"}, ("same", {})),
+        ({"max_completion_length": 9, "max_new_tokens": 7, "response_length": 8}, ("same", {})),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_rows_of_single_keys(tmp_path, keys, row) -> None:
+    assert row_of(tmp_path, next(iter(keys)), **keys) == row
+
+
+def test_variables_of_a_yaml(tmp_path) -> None:
+    """They may be JSON, and those that are no settings have no effect."""
+    text = yaml.safe_dump({**NEEDED, "ENV": {"NPROC_PER_NODE": 8, "OTHER": 1}, "model_kwargs": '{"max_pixels": 784}'})
+    result = imported(tmp_path, text, "run.yaml")
+    assert result.config["data"]["max_pixels"] == 784 and result.world_size == 8
+    assert rows(result)["ENV.OTHER"].kind == "same"
+
+
 def test_evaluation_needs_held_out_rows(tmp_path) -> None:
     """Swift evaluates wherever it has data to, as often as it saves, in whole groups."""
     off = imported(tmp_path, command(eval_steps=5, eval_strategy="steps"))
@@ -255,6 +314,25 @@ def test_rewards_of_a_plugin(tmp_path) -> None:
     assert mine["weight"] == 0.5 and f"{mine['name'].partition(':')[0]}.py" in result.files
     assert "plugins/mine.py" in next(iter(result.files.values()))
     assert rows(result)["reward_funcs"].kind == "converted"
+
+
+def test_plugins_that_register_a_reward(tmp_path) -> None:
+    """It is the one that names it; where none is at hand, the table says that the first is taken."""
+    text = command(reward_funcs="mine", external_plugins="model.py rewards.py")
+    unsure = imported(tmp_path, text)
+    (tmp_path / "model.py").write_text("register()\n")
+    (tmp_path / "rewards.py").write_text("orms['mine'] = Mine\n")
+    sure = imported(tmp_path, text)
+    assert [rows(result)["external_plugins"].kind for result in (unsure, sure)] == ["changes", "converted"]
+    assert "model.py" in unsure.files["swift_mine.py"] and "rewards.py" in sure.files["swift_mine.py"]
+
+
+def test_older_names_of_megatron(tmp_path) -> None:
+    keys = {"log_interval": 7, "save_interval": 9, "num_workers": 2, "save": "out", "use_vllm": "true"}
+    result = imported(tmp_path, command("megatron rlhf", **keys))
+    assert result.version == "3.12" and result.config["output"]["dir"] == "out"
+    said = ("logging_steps", "save_steps", "dataloader_num_workers")
+    assert [result.config["grpo"][key] for key in said] == [7, 9, 2]
 
 
 @pytest.mark.parametrize("program", ["swift rlhf", "megatron rlhf"])

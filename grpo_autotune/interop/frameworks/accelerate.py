@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks import deepspeed
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -11,15 +10,7 @@ from grpo_autotune.interop.translation import Translation
 PREFIX = "launch."
 ZERO = f"{PREFIX}deepspeed_config."
 FSDP = f"{PREFIX}fsdp_config."
-
-
-def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
-    """ConfigError: alone, such a file says nothing of what is trained."""
-    what = "a configuration of accelerate says how processes are started, and not what is trained"
-    fix = (
-        "Import the training configuration or script that goes with it; accelerate launch --config_file takes this one."
-    )
-    raise ConfigError(what, where=str(source.path), fix=fix)
+translate = deepspeed.translate
 
 
 def with_launch(source: Source) -> Source:

@@ -34,8 +34,8 @@ ALONE = "One process has nothing to share: dropped"
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """ConfigError: alone, such a file says nothing of what is trained."""
-    what = "a DeepSpeed configuration says how GPUs share the work, and not what is trained"
-    fix = f"Import the configuration of the training, or write grpo.deepspeed: {source.path.name} into your own."
+    what = f"a configuration of {source.framework} says how processes share the work, and not what is trained"
+    fix = "Import the configuration or the script of the training that goes with it."
     raise ConfigError(what, where=str(source.path), fix=fix)
 
 
@@ -62,51 +62,54 @@ def zero(
 
 def apply(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
     """Verdicts of the setting `key`, which names DeepSpeed's configuration, and of the settings of its file
-    (`with_file`, with `PREFIX`). Call it when all else is set.
-
-    Args:
-        to: The translation.
-        key: The framework's setting.
-        config: The configuration, or the path of one that is not at hand.
-        adapter: True if the base weights are not trained.
-    """
-    file = [name for name in to.source.settings if name.startswith(PREFIX)]
-    inline = _flat(config) if isinstance(config, Mapping) else {}
-    values = {name.removeprefix(PREFIX): to.value(name) for name in file} or inline
-    said = {f"grpo.{ours}": value for name in RUN for ours, value in _run_keys(name, values.get(name))}
-    for name in file:
-        ours = {f"grpo.{ours}": value for ours, value in _run_keys(name.removeprefix(PREFIX), to.value(name))}
-        if ours:
-            to.converted(name, ours, "in the run's own keys: DeepSpeed's would win over them")
-        elif name == f"{PREFIX}optimizer.type" and to.value(name) not in ("Adam", "AdamW"):
-            to.changes(name, {}, "AdamW takes its place")
-        else:
-            to.speed(name, "the run's" if name.removeprefix(PREFIX) in (*BATCH, *RUN) else "how GPUs share the work")
-    for path, value in said.items():
-        to.set(path, value, "of the DeepSpeed configuration")
+    (`with_file`, with `PREFIX`). Call it when all else is set, with the configuration or the path of one that is not at
+    hand; `adapter` is true if the base weights are not trained."""
+    file = {name.removeprefix(PREFIX): to.value(name) for name in to.source.settings if name.startswith(PREFIX)}
+    values = file or (_flat(config) if isinstance(config, Mapping) else {})
+    for name, value in values.items():
+        _say(to, name, value, in_file=name in file)
     if (to.world_size or 1) > 1:
         kept = {name: "auto" if name in (*BATCH, *RUN) else value for name, value in values.items()}
         kept = {name: value for name, value in kept.items() if name.partition(".")[0] not in BLOCKS}
         note = "values that are not auto must equal the run's, or transformers stops"
         to.speed(key, note, {"grpo.deepspeed": nested(kept) if kept else config})
-    elif adapter or to.values.get("model.dtype") == "float32" or to.values.get("grpo.fp16"):
-        to.speed(key, ALONE)
-    else:
-        to.converted(key, master_weights(to), f"{ALONE}; ZeRO keeps 32-bit weights beside the bfloat16 ones, as here")
+        return
+    moved = any("offload" in name and value in ("cpu", "nvme") for name, value in values.items())
+    master = {} if adapter or to.values.get("model.dtype") == "float32" else master_weights(to)
+    notes = {
+        ALONE: True, "what it moved off the GPU stays there": moved,
+        "ZeRO keeps 32-bit weights beside the 16-bit ones, as here": master,
+        "the file is not at hand: what it says of the run is lost": not values,
+    }  # fmt: skip
+    note = "; ".join(text for text, holds in notes.items() if holds)
+    to.verdict("converted" if values and master else "speed" if values else "changes", key, master, note)
 
 
 def master_weights(to: Translation) -> dict[str, Any]:
-    """Targets that train weights in 32 bits and compute in bfloat16, as frameworks with master weights do: updates at a
-    small learning rate vanish in bfloat16 weights."""
-    engine = {"vllm.dtype": "bfloat16"} if to.values.get("grpo.use_vllm") else {}
-    return {"model.dtype": "float32", "grpo.bf16": True, **engine}
+    """Targets that train weights in 32 bits and compute in 16, as frameworks with master weights do: updates at a small
+    learning rate vanish in bfloat16 weights."""
+    flag, kind = ("fp16", "float16") if to.values.get("grpo.fp16") else ("bf16", "bfloat16")
+    engine = {"vllm.dtype": kind} if to.values.get("grpo.use_vllm") else {}
+    return {"model.dtype": "float32", f"grpo.{flag}": True, **engine}
 
 
-def _run_keys(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Keys of `grpo`, with their values, that one of DeepSpeed's keys stands for; none where it is `auto`."""
-    value = SCHEDULES.get(str(value)) if name == "scheduler.type" else value
-    values = value if isinstance(value, list) else [value]
-    return [] if value in (None, "auto") else list(zip(RUN.get(name, ()), values, strict=False))
+def _say(to: Translation, name: str, value: Any, *, in_file: bool) -> None:
+    """Set the run's keys by one of DeepSpeed's, and give it its verdict where it stands in a file."""
+    key, value = PREFIX + name, SCHEDULES.get(str(value)) if name == "scheduler.type" else value
+    parts = [] if value in (None, "auto") else value if isinstance(value, list) else [value]
+    ours = {f"grpo.{path}": part for path, part in zip(RUN.get(name, ()), parts, strict=False)}
+    for path, part in ours.items():
+        for other in [other for other, row in to.rows.items() if row.to.get(path, part) != part]:
+            to.changes(other, {}, f"the DeepSpeed configuration says {part}, which is taken; transformers stops there")
+        to.set(path, part, "of the DeepSpeed configuration")
+    if not in_file:
+        return
+    if ours:
+        to.converted(key, ours, "in the run's own keys: DeepSpeed's would win over them")
+    elif name == "optimizer.type" and value not in ("Adam", "AdamW"):
+        to.changes(key, {}, "AdamW takes its place")
+    else:
+        to.speed(key, "the run's" if name in (*BATCH, *RUN) else "how GPUs share the work")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

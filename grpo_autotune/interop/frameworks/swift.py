@@ -16,7 +16,7 @@ from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import accelerate, deepspeed, swift_keys, swift_run
 from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import UNKNOWN, Translation
 
 _ZERO_3 = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
 PRESETS = {
@@ -64,24 +64,26 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
         if key in swift_keys.ENVIRONMENT
     }
     for key, setting in source.settings.items():
-        if key in (*GROUPS, *VARIABLES) and isinstance(setting.value, Mapping):
-            inside = {f"{key}.{name}": replace(setting, value=value) for name, value in setting.value.items()}
-            given |= inside
-        else:
-            given[key] = setting
+        inside = swift_run.mapping(setting.value) if key in (*GROUPS, *VARIABLES) else {}
+        parts = {f"{key}.{name}": replace(setting, value=value) for name, value in inside.items()}
+        given |= parts or {key: setting}
     settings: dict[str, Setting] = {}
     names: dict[str, str] = {}
-    for path, setting in given.items():
-        group, _, inner = path.partition(".")
-        name = inner if group in GROUPS[:2] and inner != "gpus" else inner.upper() if group in VARIABLES else path
-        name = swift_keys.RENAMED.get(name, name)
-        if name != path and name in given:  # swift reads `max_new_tokens` first
-            settings[OVERRULED + name], names[OVERRULED + name] = given[name], name
-        elif OVERRULED + name in settings:
-            continue
-        settings[name] = setting
-        names[name] = path
+    for path in sorted(given, key=lambda path: _newest(path) != path):  # swift reads `max_new_tokens` first
+        name = _newest(path)
+        if name in settings:
+            settings[OVERRULED + names[name]], names[OVERRULED + names[name]] = settings[name], names[name]
+        settings[name], names[name] = given[path], path
     return replace(source, settings=settings), names
+
+
+def _newest(path: str) -> str:
+    """The newest name of a setting, for its name in the file, with the mapping that it lies in before it."""
+    group, _, inner = path.partition(".")
+    if group in VARIABLES and inner:
+        return inner.upper() if inner.upper() in swift_keys.ENVIRONMENT else path
+    name = inner if group in GROUPS[:2] and inner not in ("", "gpus") else path
+    return swift_keys.RENAMED.get(name, name)
 
 
 def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:
@@ -95,7 +97,7 @@ def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tu
 
 def _before(version: str, other: str) -> bool:
     """True for an earlier version; ConfigError where it is none."""
-    first, second = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version, other))
+    first, second = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (version, other))
     if not first:
         raise ConfigError(f"{version!r} is no version", where="--source-version", fix="Example: 3.8.")
     return first < second
@@ -114,14 +116,10 @@ def _refuse(to: Translation) -> None:
     for key, what in swift_keys.REFUSED.items():
         if to.given(key) and to.value(key):
             raise ConfigError(f"{what}: this is not read", where=to.where(key), fix=fix)
-    for key, legal in (
-        ("rlhf_type", ["grpo"]),
-        ("advantage_estimator", ["grpo"]),
-        ("loss_type", list(swift_keys.LOSSES)),
-    ):
+    for key, legal in swift_keys.READ.items():
         if to.value(key, "dpo") not in legal:
-            fix = f"Read here: {', '.join(legal)}."
-            raise ConfigError(f"{to.value(key, 'dpo')} is not GRPO as TRL has it", where=to.where(key), fix=fix)
+            what = f"{to.value(key, 'dpo')} is not GRPO as TRL has it"
+            raise ConfigError(what, where=to.where(key), fix=f"Read here: {', '.join(legal)}.")
     if not to.value("reward_funcs"):
         what = "no reward function: an environment or a teacher scores, and that is not read"
         raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
@@ -140,11 +138,13 @@ def _batch(to: Translation, megatron: bool, version: str) -> None:
         note = "steps_per_generation counts global batches"
     else:
         shared, micro = to.number("sequence_parallel_size"), to.number("per_device_train_batch_size")
-        steps = to.number("gradient_accumulation_steps") or max(1, math.ceil(16 / micro / world))
+        early = _before(version, "3.4")
+        sleeps = early and to.value("use_vllm") and to.number("sleep_level") and not to.value("async_generate")
+        steps = 1 if sleeps else to.number("gradient_accumulation_steps") or max(1, math.ceil(16 / micro / world))
         completions = micro * world * steps
-        rollout = micro * world * (to.number("steps_per_generation") or (1 if _before(version, "3.3") else steps))
+        rollout = micro * world * (to.number("steps_per_generation") or (1 if early else steps))
         keys += ["per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel_size"]
-        note = f"{micro} x {world} processes x {steps}"
+        note = f"{micro} x {world} processes x {steps}{', as it has to be with sleep_level' if sleeps else ''}"
     rollout = to.number("generation_batch_size") or rollout
     for count, parts, what, key in (
         (world, shared, "processes", keys[-1]),
@@ -161,10 +161,10 @@ def _batch(to: Translation, megatron: bool, version: str) -> None:
 def _processes(to: Translation) -> tuple[int, list[str]]:
     """Processes that train, and the settings that say so: Ray's, the launcher's, else swift's own variables."""
     counts = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
-    if to.given("CUDA_VISIBLE_DEVICES"):
-        spread = not counts and "," in str(to.value("CUDA_VISIBLE_DEVICES")) and not to.given("train.gpus")
-        to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
     launched = to.number("train.gpus") if to.given("train.gpus") else accelerate.processes(to)
+    if to.given("CUDA_VISIBLE_DEVICES"):
+        spread = not counts and launched is None and "," in str(to.value("CUDA_VISIBLE_DEVICES"))
+        to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
     if launched is None:
         return math.prod(map(to.number, counts)), counts
     for key in counts:
@@ -190,15 +190,14 @@ def _sharding(to: Translation, megatron: bool) -> None:
 
 def _rest(to: Translation, key: str) -> None:
     """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
-    value, foreign = to.value(key), None if key in swift_keys.VERDICTS else grpo_keys().get(key)
+    value, known = to.value(key), swift_keys.verdict_of(key)
+    foreign = None if known else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):
         to.same(key, f"grpo.{key}")
     elif key.startswith(OVERRULED):
-        to.inert(key, "an older name of it wins")
+        to.inert(key, "another name of it wins")
     elif value in (None, False, [], ""):
         to.inert(key, "off")
-    elif key in swift_keys.VERDICTS:
-        verdict, note = swift_keys.VERDICTS[key]
+    else:
+        verdict, note = known or ("none", UNKNOWN)
         to.verdict(verdict, key, {}, note)
-    elif key.startswith(("teacher", "swanlab_", "fipo_", "real_", "rlsd_", "sdar_", "rollout.", "train.")):
-        to.inert(key, "without effect as the file stands")

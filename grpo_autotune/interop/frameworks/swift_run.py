@@ -14,15 +14,19 @@ from grpo_autotune.interop.adapters.named import NAMED
 from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
-from grpo_autotune.records.imported import Verdict
 
 OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
 """swift's columns -> ours, where they differ."""
 ENGINE = (
-    "sleep_level", "rollout.gpus", "rollout_importance_sampling_mode", "rollout_importance_sampling_threshold",
+    "sleep_level", "rollout.gpus", "structured_outputs_regex", "rollout_importance_sampling_mode",
+    "rollout_importance_sampling_threshold",
 )  # fmt: skip
 """Keys of the engine beside those that begin with `vllm_`."""
+OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
+"""Beginnings of settings that rewards read."""
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
+ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
+"""Beginnings of names that are paths, or ids of the Hugging Face hub."""
 
 
 def translate(to: Translation) -> None:
@@ -30,12 +34,10 @@ def translate(to: Translation) -> None:
     for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
         part(to)
     for key, target in swift_keys.SAME.items():
-        value = to.value(key)
-        if key not in to.rows and value not in (None, []):
-            to.same(key, target, words(value)[0])
-    for key in swift_keys.PLAIN:
-        if key not in to.rows and to.value(key) is not None:
-            to.same(key, f"grpo.{key}")
+        values = words(to.value(key))
+        if key not in to.rows and values not in ([None], []) and not isinstance(values[0], Mapping | list):
+            value, more = swift_keys.SPELLED.get(key, {}).get(values[0], values[0]), values[1:]
+            to.verdict("changes" if more else "same", key, {target: value}, "the first alone" if more else "")
 
 
 def words(value: Any) -> list[Any]:
@@ -63,50 +65,53 @@ def _model(to: Translation) -> None:
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
     elif to.given("freeze_vit"):
         to.inert("freeze_vit", "taken for a text model")
+    everything = to.value("tuner_type") == "full" or "all-linear" in words(to.value("target_modules"))
+    if sees and everything and bool(to.value("freeze_aligner")) != bool(to.value("freeze_vit")):
+        to.dropped("freeze_aligner", "the projector goes with the vision tower: trained with it, or frozen with it")
     if to.value("torch_dtype") in ("float16", "float32") and not to.given("bf16"):
         to.set("grpo.fp16", True, "swift's for weights in float16 or float32")
         to.set("grpo.bf16", False)
-    if to.given("attn_impl"):
-        kernel = {"flash_attn": "flash_attention_2"}.get(to.value("attn_impl"), to.value("attn_impl"))
-        to.same("attn_impl", "model.attn_implementation", kernel)
     if to.value("quant_bits") == 4 and to.value("quant_method", "bnb") == "bnb":
         to.same("quant_bits", "model.load_in_4bit", True)
-    for key, ours in swift_keys.FIXED.items():
-        if to.given(key):
-            to.inert(key, "as here") if to.value(key) == ours else to.changes(key, {}, f"{ours} here")
-    if to.given("freeze_aligner") and sees and to.value("freeze_aligner") != to.value("freeze_vit"):
-        to.dropped("freeze_aligner", "the projector goes with the vision tower")
+    for key in filter(to.given, swift_keys.FIXED):
+        ours = swift_keys.FIXED[key]
+        to.inert(key, "as here") if to.value(key) == ours else to.changes(key, {}, f"{ours} here")
 
 
 def _elsewhere(to: Translation, *names: str) -> str:
     on_hub = to.value("use_hf") is True or str(to.value("USE_HF")) in ("1", "true", "True")
-    return "" if on_hub or all(name.startswith(("/", ".", "~", "$")) or ".json" in name for name in names) else HUB
+    return "" if on_hub or all(re.match(ELSEWHERE, name) for name in names) else HUB
 
 
 def _adapter(to: Translation) -> None:
-    kind, keys = to.value("tuner_type"), [key for key in swift_keys.PEFT if to.given(key)]
+    kind, given = to.value("tuner_type"), [*filter(to.given, swift_keys.PEFT)]
     trained = words(to.value("adapters", []))
+    if trained:
+        reference = "adapter" if to.value("ref_adapters") else "base"
+        to.same("adapters", "model.adapter", trained[0])
+        to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
     if trained or kind == "full":
-        for key in ("tuner_type", *keys):
-            note = "the adapter's own configuration holds" if trained else "the whole model is trained"
-            to.inert(key, note) if to.given(key) else None
-        if trained:
-            reference = "adapter" if to.value("ref_adapters") else "base"
-            to.same("adapters", "model.adapter", trained[0])
-            to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
+        note = "the adapter's own configuration holds" if trained else "the whole model is trained"
+        for key in filter(to.given, ("tuner_type", *given)):
+            to.inert(key, note)
         return
-    verdict: Verdict = "same" if kind in ("lora", "lora_llm") else "changes"
-    to.verdict(verdict, "tuner_type", {}, "a peft section" if verdict == "same" else f"LoRA instead of {kind}")
-    for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", "target_modules", *keys]):
+    note = "" if kind in ("lora", "lora_llm") else f"LoRA instead of {kind}"
+    if kind == "lora_llm" and not (to.value("freeze_vit") and to.value("freeze_aligner")):
+        note = "LoRA in the vision tower too, all of whose weights are trained there"
+    to.verdict("changes" if note else "same", "tuner_type", {}, note or "a peft section")
+    targets = "target_regex" if "target_regex" in given else "target_modules"  # swift reads the expression alone
+    if targets != "target_modules" in given:
+        to.inert(given.pop(given.index("target_modules")), "target_regex wins")
+    for key in dict.fromkeys(["lora_rank", "lora_alpha", "lora_dropout", targets, *given]):
         value = words(to.value(key)) if key in swift_keys.LISTS else to.value(key)
         value = "all-linear" if key == "target_modules" and "all-linear" in value else value
-        to.same(key, f"peft.{swift_keys.PEFT[key]}", value)
+        to.same(key, swift_keys.PEFT[key], value)
 
 
 def _data(to: Translation) -> None:
-    """The data sets: one, or the parts of a mixture, each of which has the keys of `_everywhere`."""
-    shuffled = bool(to.value("dataset_shuffle"))
-    parts = [part for text in words(to.value("dataset", [])) for part in _parts(str(text), shuffled)]
+    """The data sets: one, or the parts of a mixture, each of which has the keys of `everywhere`."""
+    named = [str(text) for text in words(to.value("dataset", []))]
+    parts = [part for text in named for part in _parts(text, bool(to.value("dataset_shuffle")))]
     if not parts:
         raise ConfigError("no dataset", where=to.where("dataset"), fix="Give --dataset.")
     stems = [re.sub(r"\W", "_", PurePosixPath(part["path"]).stem) for part in parts]
@@ -114,48 +119,55 @@ def _data(to: Translation) -> None:
     sets = mixed if len(parts) > 1 else {"data": parts[0]}
     targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
     title = {"data.path": "mixture"} if len(parts) > 1 else {}
-    to.converted("dataset", title | targets, _elsewhere(to, *(part["path"] for part in parts)))
+    to.converted("dataset", title | targets, _elsewhere(to, *named))
     to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
+
+    def everywhere(key: str, name: str, value: Any, note: str = "") -> None:
+        to.converted(key, {f"{place}.{name}": value for place in sets}, note)
+
     if columns := mapping(to.value("columns")):
         ours = {OURS.get(swifts, swifts): theirs for theirs, swifts in columns.items()}
-        to.converted("columns", _everywhere(sets, "columns", ours), "swift's are theirs: ours; here ours: theirs")
-    if to.value("val_dataset"):
-        held = next(_parts(str(words(to.value("val_dataset"))[0]), False))
-        to.converted("val_dataset", _everywhere(sets, "eval_path", held["path"]), "the first of them, all its rows")
-    elif to.value("split_dataset_ratio"):
-        to.converted("split_dataset_ratio", _everywhere(sets, "split_ratio", to.value("split_dataset_ratio")), "")
-    if to.value("system"):
-        text = str(to.value("system")).replace("\\n", "\n")
+        everywhere("columns", "columns", ours, "swift's are theirs: ours; here ours: theirs")
+    if held := words(to.value("val_dataset") or []):
+        part = next(_parts(str(held[0]), False))
+        note = "" if len(held) == 1 and part.keys() == {"path"} else "the first of them, all its rows"
+        targets = {f"{next(iter(sets))}.eval_path": part["path"]}
+        to.verdict("changes" if note else "converted", "val_dataset", targets, note)
+    elif (ratio := to.value("split_dataset_ratio")) and _evaluates(to) == "no":
+        to.verdict("same", "split_dataset_ratio", {}, "nothing is evaluated, so nothing is held out")
+    elif ratio:
+        everywhere("split_dataset_ratio", "split_ratio", ratio)
+    if text := str(to.value("system") or "").replace("\\n", "\n"):
         path = beside(to.source.path, text) if text.endswith(".txt") else None
-        if text.endswith(".txt") and path is None:
+        if path is None and text.endswith(".txt"):
             to.dropped("system", "the file is not at hand: its text belongs into data.system_prompt")
         else:
-            note = "" if path is None else f"the text of {path.name}"
-            to.converted("system", _everywhere(sets, "system_prompt", text if path is None else text_of(path)), note)
+            note = f"the text of {path.name}" if path else ""
+            everywhere("system", "system_prompt", text_of(path) if path else text, note)
 
 
 def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
     """The parts of `HF::path:subset/subset#rows` (swift/dataset/dataset_syntax.py)."""
     match = re.fullmatch(r"(?:(?i:hf|ms)::)?(?P<path>[^#:]+)(?::(?P<sets>[^#]+))?(?:#(?P<rows>\d+))?", text)
     path, subsets, rows = match.group("path", "sets", "rows") if match else (text, None, None)
+    limit = {"subsample" if shuffled else "max_samples": int(rows)} if rows else {}
     for subset in subsets.split("/") if subsets else [None]:
-        limit = {"subsample" if shuffled else "max_samples": int(rows)} if rows else {}
         yield {"path": path.strip(), **({"name": subset.strip()} if subset else {}), **limit}
-
-
-def _everywhere(sets: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    return {f"{place}.{key}": value for place in sets}
 
 
 def _prompts(to: Translation) -> None:
     """Lengths of prompts, and sizes of images."""
-    for key, (target, unit) in swift_keys.PIXELS.items():
+    edge = 28 if re.search(swift_keys.PATCHES_OF_28, str(to.value("model"))) else 32
+    for key, target in swift_keys.PIXELS.items():
         if to.given(key):
-            to.converted(key, {target: to.number(key) * unit}, "the processor rounds to whole patches there as here")
+            pixels = to.number(key) * (edge**2 if key.endswith("TOKEN_NUM") else 1)
+            to.converted(key, {target: pixels}, "the processor rounds to whole patches there as here")
     if to.value("max_length"):
         to.same("max_length", "data.max_prompt_tokens", note="of the prompt alone, with GRPO")
         cuts = to.value("truncation_strategy") == "left"
-        note = "a prompt with an image is not cut here: it stops the run" if cuts else "swift takes another row instead"
+        sees = "model.freeze_vision_tower" in to.values
+        note = "a prompt with an image is not cut here: it stops the run" if sees else ""
+        note = note if cuts else "swift takes another row instead"
         to.converted("truncation_strategy", {"data.prompt_overflow": "left" if cuts else "filter"}, note)
     elif to.given("truncation_strategy"):
         to.inert("truncation_strategy", "without max_length")
@@ -165,41 +177,51 @@ def _prompts(to: Translation) -> None:
 
 def _rewards(to: Translation) -> None:
     """Rewards by name: swift's, and those of the user's plugin, which an adapter calls."""
-    names, plugins = words(to.value("reward_funcs")), words(to.value("external_plugins", []))
-    settings = [
-        key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(r"(cosine|repetition|soft)_", key)
-    ]
+    names = [str(name) for name in words(to.value("reward_funcs"))]
+    plugins = [str(name) for name in words(to.value("external_plugins", []))]
+    settings = [key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(OF_REWARDS, key)]
     arguments = {key: to.value(key) for key in settings}
     for key in ("cosine_max_len", "soft_max_length"):
         arguments[key] = arguments.get(key) or to.value("max_completion_length")
-    weights, items, notes = words(to.value("reward_weights", [])), [], []
-    for name in map(str, names):
+    weights, items, notes, read = words(to.value("reward_weights", [])), [], [], set[str]()
+    unsure = False
+    if "soft_overlong" in names and not to.value("soft_cache_length"):
+        raise ConfigError("soft_overlong needs soft_cache_length, there too", where=to.where("reward_funcs"))
+    for name in names:
         known = NAMED.get(("swift", name))
         if known is not None and known.name:
             items.append(known.item(arguments))
+            read |= {*known.settings.values()}
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            made = adapter("swift", _plugin(to, list(map(str, plugins)), name), name, arguments)
+            plugin = _plugin(to, plugins, name)
+            unsure |= plugin is None and len(plugins) > 1
+            made = adapter("swift", plugin or plugins[0], name, arguments)
             to.files[made.name] = made.text
             items.append(dict(made.reward))
         else:
             what = f"the reward {name} of ms-swift has no counterpart"
             fix = "Write it as a function (docs/rewards.md), or name the plugin that registers it: external_plugins."
             raise ConfigError(what, where=to.where("reward_funcs"), fix=fix)
+    if weights and len(weights) != len(items):
+        raise ConfigError(f"{len(weights)} weights of {len(items)} rewards", where=to.where("reward_weights"))
     for item, weight in zip(items, weights, strict=False):
         item["weight"] = float(weight)
     to.verdict("changes" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
-    for key in (*settings, "reward_weights", *(["external_plugins"] if to.files else [])):
-        to.converted(key, {}, "in rewards") if to.given(key) else None
+    for key in filter(to.given, settings):
+        to.converted(key, {}, "in rewards") if to.files or key in read else to.inert(key, "no reward reads it")
+    for key in filter(to.given, ("reward_weights", "external_plugins")):
+        to.converted(key, {}, "in rewards")
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
+    elif unsure:
+        to.changes("external_plugins", {}, "they are not at hand: the first is taken to register the rewards")
 
 
-def _plugin(to: Translation, plugins: list[str], name: str) -> str:
-    """The plugin that names a reward; the first where none is at hand."""
-    files = {plugin: beside(to.source.path, plugin) for plugin in plugins[1:]}
-    naming = (plugin for plugin, file in files.items() if file is not None and name in text_of(file))
-    return next(naming, plugins[0])
+def _plugin(to: Translation, plugins: list[str], name: str) -> str | None:
+    """The plugin at hand that names a reward."""
+    files = {plugin: beside(to.source.path, plugin) for plugin in plugins}
+    return next((plugin for plugin, file in files.items() if file is not None and name in text_of(file)), None)
 
 
 def _loss(to: Translation) -> None:
@@ -207,27 +229,20 @@ def _loss(to: Translation) -> None:
     to.same("beta", "grpo.beta", beta)
     if beta:
         to.set("grpo.use_bias_correction_kl", False, "swift does not multiply the KL term by the ratio")
+    if beta and to.value("ref_model", to.value("model")) != to.value("model"):
+        to.dropped("ref_model", "the reference is the model before training")
     if to.batch is not None and swift_keys.LOSSES[kind]:
         _same_clipping(to, kind, to.batch.rollout // (to.batch.ranks * to.batch.micro_batch))
     if to.value("importance_sampling_level") == "sequence_token":
         note = "the same gradient, as all tokens of a completion have one advantage (arXiv 2507.18071, section 4.3)"
         to.converted("importance_sampling_level", {"grpo.importance_sampling_level": "sequence"}, note)
-    scale = {True: "group", False: "none", None: "group"}.get(to.value("scale_rewards"), to.value("scale_rewards"))
-    if scale == "gdpo":
+    if to.value("scale_rewards") == "gdpo":
         target = {"grpo.multi_objective_aggregation": "normalize_then_sum"}
         to.converted("scale_rewards", target, "with 1e-8 there, and 1e-4 here, added to a standard deviation")
-    else:
-        to.same("scale_rewards", "grpo.scale_rewards", scale)
-    if to.value("overlong_filter") and swift_keys.LOSSES[kind]:
-        note = "tokens that are left out still divide the loss there, and do not here"
-        to.changes("overlong_filter", {"grpo.mask_truncated_completions": True}, note)
-    if to.value("top_entropy_quantile", 1.0) < 1:
-        note = "the threshold is that of one rank's micro batch there, and of all ranks' here"
-        to.changes("top_entropy_quantile", {"grpo.top_entropy_quantile": to.value("top_entropy_quantile")}, note)
-    if beta and to.given("off_policy_sequence_mask_delta"):
-        note = "sequences that are left out keep their KL term here"
-        target = {"grpo.off_policy_mask_threshold": to.number("off_policy_sequence_mask_delta")}
-        to.changes("off_policy_sequence_mask_delta", target, note)
+    differs = (swift_keys.LOSSES[kind], to.number("top_entropy_quantile", 1.0) < 1, beta)
+    for differing, (key, note) in zip(differs, swift_keys.NEARLY.items(), strict=True):
+        if differing and to.value(key):
+            to.changes(key, {swift_keys.SAME.get(key, f"grpo.{key}"): to.value(key)}, note)
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
         note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
@@ -245,13 +260,12 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 
 
 def _sampling(to: Translation) -> None:
-    to.same("top_k", "grpo.top_k", max(0, to.number("top_k")), "" if to.number("top_k") > 0 else "every token")
-    if stop := [word for word in words(to.value("stop_words", [])) if word]:
-        if to.value("use_vllm"):
-            note = "a completion that ends so has no end token, and counts as truncated here"
-            to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
-        else:
-            to.dropped("stop_words", "needs grpo.use_vllm")
+    stop = [word for word in words(to.value("stop_words", [])) if word]
+    if stop and to.value("use_vllm"):
+        note = "a completion that ends so has no end token, and counts as truncated here"
+        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
+    elif stop:
+        to.dropped("stop_words", "needs grpo.use_vllm")
 
 
 def _schedule(to: Translation) -> None:
@@ -273,8 +287,12 @@ def _schedule(to: Translation) -> None:
         to.inert("num_train_epochs", "max_steps wins")
 
 
+def _evaluates(to: Translation) -> Any:
+    return to.value("eval_strategy") or to.value("save_strategy")
+
+
 def _evaluation(to: Translation) -> None:
-    strategy = to.value("eval_strategy") or to.value("save_strategy")
+    strategy = _evaluates(to)
     if strategy == "no" or not (to.value("val_dataset") or to.value("split_dataset_ratio")):
         for key in to.source.settings:
             if re.match(r"(per_device_eval|eval_|num_generations_eval)", key):
@@ -292,17 +310,14 @@ def _evaluation(to: Translation) -> None:
 def _engine(to: Translation) -> None:
     """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
     keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
-    if to.value("use_lmdeploy"):
-        to.speed("use_lmdeploy", "vLLM instead", {"grpo.use_vllm": True})
-    elif not to.value("use_vllm"):
+    if not (to.value("use_vllm") or to.value("use_lmdeploy")):
         for key in keys:
             to.inert(key, "without vLLM")
         return
-    else:
-        to.same("use_vllm", "grpo.use_vllm", True)
-    to.set("grpo.vllm_importance_sampling_correction", False, "off in swift; TRL's is on, and costs a pass")
-    if mode := to.value("rollout_importance_sampling_mode"):
-        _correction(to, str(mode))
+    other = bool(to.value("use_lmdeploy"))
+    key, note = ("use_lmdeploy", "vLLM instead") if other else ("use_vllm", "")
+    to.verdict("speed" if other else "same", key, {"grpo.use_vllm": True}, note)
+    _correction(to)
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
     apart = 0 if server else _own_gpus(to)
     if server:
@@ -333,13 +348,12 @@ def _own_gpus(to: Translation) -> int:
 
 def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
     name, value = key.removeprefix("vllm_"), to.value(key)
-    if name.startswith("server_") and name != "server_pass_dataset":
-        if not at_server:
-            to.inert(key, "no such server")
-        elif key == "vllm_server_port":
-            to.same(key, swift_keys.SAME[key], to.number(key))
-    elif at_server and name != "server_pass_dataset":
-        to.inert(key, "a server has options of its own")
+    if name == "server_pass_dataset":
+        return
+    if at_server != name.startswith("server_"):
+        to.inert(key, "a server has options of its own" if at_server else "no such server")
+    elif key == "vllm_server_port" and not isinstance(value, list):
+        to.same(key, "vllm.server_port", to.number(key))
     elif key == "sleep_level":
         to.same(key, "vllm.sleep_level") if value else to.inert(key, "no sleep")
     elif key == "vllm_enable_lora":
@@ -349,16 +363,20 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
         lost = ", ".join(sorted(inside.keys() - engine_names()))
         targets = {f"vllm.{name}": part for name, part in inside.items() if name in engine_names()}
         to.verdict("changes" if lost else "converted", key, targets, f"not known here: {lost}" if lost else "")
-    elif name in engine_names() and key not in swift_keys.VERDICTS:
+    elif name in engine_names() and swift_keys.verdict_of(key) is None:
         to.same(key, f"vllm.{name}", mapping(value) or value)
 
 
-def _correction(to: Translation, mode: str) -> None:
-    prefix, limit = "grpo.vllm_importance_sampling_", to.number("rollout_importance_sampling_threshold")
+def _correction(to: Translation) -> None:
+    """Correction for the engine's own probabilities; without it, no row."""
+    prefix, mode = "grpo.vllm_importance_sampling_", str(to.value("rollout_importance_sampling_mode") or "")
+    if not mode:
+        to.set(f"{prefix}correction", False, "off in swift; TRL's is on, and costs a pass")
+        return
+    limit = to.number("rollout_importance_sampling_threshold")
     targets = {f"{prefix}correction": True, f"{prefix}mode": mode, f"{prefix}clip_max": limit}
     product = "a sequence's ratio is the geometric mean of its tokens' there, and their product here"
-    weighted = "the KL term is weighted there as well"
     notes = [product] if mode.startswith("sequence") else []
-    notes += [weighted] if to.value("beta") else []
+    notes += ["the KL term is weighted there as well"] if to.value("beta") else []
     for key in ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold"):
         to.verdict("changes" if notes else "converted", key, targets, "; ".join(notes))
