@@ -150,7 +150,7 @@ def test_warnings_of_what_is_lost_or_not_read() -> None:
     assert "lines 2 to 3" in evaluate("python3 a \\  # note\n b=1 \\\n --c=2\n").warnings[0]
     assert evaluate("python3 a \\\n # the end\n\npython3 b\n").warnings == []
     assert "is not read" in evaluate("source conf.sh\n").warnings[0]
-    assert "not followed" in evaluate("while true; do python3 a; done\n").warnings[0]
+    assert "followed once" in evaluate("while true; do python3 a; done\n").warnings[0]
     assert "not understood" in evaluate("python3 --x <a> <b>\n").warnings[0]
     usage = 'if [ $# -lt 1 ]; then echo usage; exit 1; fi\npython3 "$1"\n'
     assert commands(usage)[-1] == ["python3", "$1"] and "may end here" in evaluate(usage).warnings[0]

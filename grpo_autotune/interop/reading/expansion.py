@@ -126,7 +126,7 @@ class Expansion:
         """A node's text: white space that is in no quotes splits it."""
         sign, raw = marks.at(self.line(node.start_byte)), self.raw(node)
         if node.type in ("simple_expansion", "expansion"):
-            return self.parameter(node, quoted)
+            return sign + self.parameter(node, quoted)
         if node.type in ("command_substitution", "process_substitution", "arithmetic_expansion"):
             return sign + self.substituted(raw)
         if node.type == "raw_string":
@@ -229,10 +229,31 @@ class Expansion:
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:
             return self.variables.text(name)
+        member = self.variables.values.get(self.member(name, index))
+        if isinstance(member, str):
+            return member
         try:
             return self.variables.list(name)[self.computed(index)].text
         except (arithmetic.Unknown, IndexError):
             return self.variables.text(name) if name == "BASH_SOURCE" else None
+
+    def member(self, name: str, index: str) -> str:
+        """The variable that a word of an array is, if its index is a name."""
+        value = re.sub(r"\$\{?(\w+)\}?", lambda match: marks.plain(self.variables.text(match[1]) or match[0]), index)
+        return f"{name}[{value.strip(chr(34) + chr(39))}]"
+
+    def put(self, name: str, index: str | None, text: str) -> None:
+        """Set a variable, or a word of an array."""
+        words = self.variables.list(name) if index is not None else []
+        try:
+            place = self.computed(index) if index is not None else -1
+        except arithmetic.Unknown:
+            place = -1
+        if 0 <= place <= len(words):
+            words[place : place + 1] = [Field(text)]
+            self.variables.values[name] = words
+        else:
+            self.variables.values[name if index is None else self.member(name, index)] = text
 
     def sliced(self, name: str, rest: str) -> list[Field]:
         words = self.variables.list(name)
@@ -254,7 +275,9 @@ class Expansion:
         if sign[0] in "#%":
             return _trimmed(text, sign, pattern)
         if sign[0] == "/":
-            return re.sub(re.sub(r"\\[zZ]$", "", translate(pattern)), lambda _: to, text, count=int(sign == "/"))
+            start, end = pattern[:1] == "#", pattern[:1] == "%"
+            wanted = re.sub(r"\\[zZ]$", "", translate(pattern[start or end :]))
+            return re.sub("^" * start + wanted + "$" * end, lambda _: to, text, count=int(sign == "/"))
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]

@@ -19,7 +19,7 @@ from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right),
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
@@ -51,11 +51,6 @@ class Script:
     def called(self, pattern: str) -> list[Call]:
         """Calls whose whole name matches a regular expression, in the order of their lines."""
         return [call for call in self.calls if re.fullmatch(pattern, call.name)]
-
-
-def calls(path: Path, environment: Mapping[str, str] | None = None) -> list[Call]:
-    """The calls of a script or notebook."""
-    return read(path, environment).calls
 
 
 def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
@@ -227,17 +222,10 @@ class _Reader(ast.NodeVisitor):
             return unknown
 
 
-def _times(left: Any, right: Any) -> Any:
-    """A product of numbers; one with a text or list may fill the memory."""
-    if not isinstance(left, int | float) or not isinstance(right, int | float):
-        raise TypeError
-    return left * right
-
-
 def _plain(value: Any) -> Any:
     """The value with the text of what is not known in it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return (
-        [_plain(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, str) else value
-    )
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value

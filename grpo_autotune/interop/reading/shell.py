@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from tree_sitter import Node
 
@@ -21,6 +22,10 @@ ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\
 LONGEST_VALUE = 1_000_000
 MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
+MEMBER = re.compile(r"\W*\[([^\]]+)\]=(.*)", re.DOTALL)
+ASSIGNS = re.compile(r"\s*(\w+)\s*(?:([+-])\2|([-+*/%]?)=(?!=)(.*))\s*", re.DOTALL)
+JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))
+"""Words between the parts of a test, the loosest first, and the truth of a part that decides the whole."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class _Returned(Exception):
     """The function ends here."""
 
 
+class _Left(Exception):
+    """This turn of a loop ends here; with "break" the loop."""
+
+
 def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
     ("1"), which fill what the script leaves to them, as in bash."""
@@ -57,7 +66,7 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
     evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
     evaluation.exported |= given.keys()
-    with suppress(_Ended, _Returned):
+    with suppress(_Ended, _Returned, _Left):
         evaluation.run(evaluation.tree)
     evaluation.result.warnings[:0] = _cut_commands(text, evaluation.tree)
     return evaluation.result
@@ -70,6 +79,7 @@ class _Evaluation:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
+        self.outer: dict[str, Any] = {}  # of a function's own variables, what they are outside it
         for error in [node for node in _within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
@@ -102,20 +112,28 @@ class _Evaluation:
             items = [item for item in value.named_children if item.type != "comment"]
             words = [word for item in items for word in self.expand.fields(item)]
             self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
-        elif name is not None and name.type == "variable_name":
-            text = self.expand.text(value)
-            self.variables.values[key] = (self.variables.text(key) or "") + text if adds else text
+            for match in filter(None, (MEMBER.fullmatch(marks.shown(word.text)) for word in words)):
+                self.variables.values[f"{key}[{match[1]}]"] = match[2]
+        elif name is not None:
+            index = name.child_by_field_name("index")
+            written = None if index is None else self.expand.raw(index)
+            before = self.expand.indexed(key, written) if adds else None
+            self.expand.put(key, written, (before or "") + self.expand.text(value))
         if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
             self.warn(node, f"{key} grows without end; nothing is read from here on")
             raise _Ended
         return True
 
     def declaration(self, node: Node) -> bool:
+        kind = node.children[0].type
         for child in node.named_children:
+            name = re.split(r"\W", self.expand.raw(child))[0]
+            if self.depth and kind in ("local", "declare", "typeset") and child.type.startswith("variable"):
+                self.outer.setdefault(name, self.variables.values.pop(name, None))
             if child.type == "variable_assignment":
                 self.assignment(child)
-            if self.expand.raw(node).startswith("export"):
-                self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
+            if kind == "export":
+                self.exported.add(name)
         return True
 
     def command(self, node: Node) -> bool | None:
@@ -142,15 +160,18 @@ class _Evaluation:
         """A function, with its own arguments."""
         if self.depth == DEEPEST:
             return None
-        outer = self.variables.positional, self.variables.called
-        self.variables.positional, self.variables.called = words, True
+        outer = self.variables.positional, self.variables.called, self.outer
+        self.variables.positional, self.variables.called, self.outer = words, True, {}
         self.depth += 1
         try:
             return self.run(body)
         except _Returned:
             return True
         finally:
-            self.variables.positional, self.variables.called = outer
+            for name in self.outer:
+                self.variables.values.pop(name, None)
+            self.variables.values |= {name: value for name, value in self.outer.items() if value is not None}
+            self.variables.positional, self.variables.called, self.outer = outer
             self.depth -= 1
 
     def inside(self, script: str, line: int) -> bool | None:
@@ -225,7 +246,7 @@ class _Evaluation:
 
     def holds(self, conditions: list[Node]) -> bool:
         """The condition of an `if`; a command in it is not run, so it holds if it asks for NVIDIA's GPUs."""
-        states = [self.run(child) if child.type in TESTS else None for child in conditions]
+        states = [self.run(child) if self.expand.raw(child).startswith(TESTS) else None for child in conditions]
         if states[-1] is not None:
             return states[-1]
         text = " ".join(self.expand.raw(child) for child in conditions)
@@ -236,33 +257,49 @@ class _Evaluation:
     def test(self, node: Node) -> bool | None:
         """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
-            with suppress(arithmetic.Unknown):
-                return bool(self.expand.computed(self.expand.raw(node)[2:-2]))
-            return None
+            return self.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":
             return self.each(node.named_children)
-        return self.truth(node.named_children[0], node.children[0].type == "[[") if node.named_children else False
+        return self.truth([part for child in node.children[1:-1] for part in _parts(child)], node.children[0].type)
 
-    def truth(self, node: Node, pattern: bool) -> bool | None:
-        """The truth of an expression; `pattern` if `=` compares with one."""
-        first, last = (node.named_children or [node])[0], (node.named_children or [node])[-1]
-        operator = node.child_by_field_name("operator")
-        sign = self.expand.raw(operator) if operator is not None else ""
-        if node.type == "parenthesized_expression":
-            return self.truth(first, pattern)
-        if node.type == "unary_expression" and sign == "!":
-            state = self.truth(last, pattern)
+    def counted(self, expression: str) -> bool | None:
+        """True unless an arithmetic expression is 0; None if it is not known. It may set a variable."""
+        match = ASSIGNS.fullmatch(re.sub(r"^\s*(\+\+|--)(\w+)", r"\2\1", expression))
+        if match:
+            name, one, sign, value = match.groups()
+            expression = f"{name}{one}1" if one else f"{name}{sign}({value})" if sign else value
+        with suppress(arithmetic.Unknown):
+            number = self.expand.computed(expression)
+            if match:
+                self.variables.values[name] = str(number)
+            return bool(number)
+        return None
+
+    def truth(self, nodes: list[Node], bracket: str = "[") -> bool | None:
+        """The truth of a test's words; in `[[` texts compare with patterns."""
+        signs = [self.expand.raw(node) for node in nodes]
+        for joints, decides in JOINTS:
+            places = [n for n, sign in enumerate(signs) if sign in joints and signs[:n].count("(") == signs[:n].count(")")]
+            if places:
+                state = self.truth(nodes[: places[0]], bracket)
+                return state if bool(state) == decides else self.truth(nodes[places[0] + 1 :], bracket)
+        if signs[:1] == ["!"]:
+            state = self.truth(nodes[1:], bracket)
             return None if state is None else not state
-        if node.type == "unary_expression":
-            return {"-z": not self.tested(last), "-n": bool(self.tested(last))}.get(sign)
-        if node.type != "binary_expression":
-            return bool(self.tested(node))
-        if sign in ("&&", "-a", "||", "-o"):
-            state = self.truth(first, pattern)
-            return self.truth(last, pattern) if bool(state) == (sign in ("&&", "-a")) else state
-        left, right = self.tested(first), self.tested(last)
+        if signs[:1] == ["("]:
+            return self.truth(nodes[1:-1], bracket)
+        if len(nodes) == 2:
+            return {"-z": not self.tested(nodes[1]), "-n": bool(self.tested(nodes[1]))}.get(signs[0])
+        return self.compared(nodes, signs[1], bracket == "[[") if len(nodes) == 3 else bool(nodes and self.tested(nodes[0]))
+
+    def compared(self, nodes: list[Node], sign: str, pattern: bool) -> bool | None:
+        left, right = self.tested(nodes[0]), self.tested(nodes[2])
         if sign in ("=", "==", "!="):
-            return self.alike(first, left, right, pattern) == (sign != "!=")
+            return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
+        if sign in ("=~", "<", ">"):
+            if marks.is_unknown(left + right):
+                return None
+            return bool(re.search(self.expand.raw(nodes[2]), left)) if sign == "=~" else (left < right) == (sign == "<")
         with suppress(arithmetic.Unknown, KeyError):
             return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
         return None
@@ -299,18 +336,43 @@ class _Evaluation:
                 return self.each([c for c in item.named_children if c not in _fields(item, "value", "termination")])
         return True
 
-    def loop(self, node: Node) -> bool | None:
-        variable, body = node.child_by_field_name("variable"), node.child_by_field_name("body")
-        words = [word for value in _fields(node, "value") for word in self.expand.fields(value)]
-        for word in words[:MOST_TURNS] if variable is not None and body is not None else ():
-            self.variables.values[self.expand.raw(variable)] = word.text  # type: ignore[arg-type]
-            self.run(body)  # type: ignore[arg-type]
+    def loop(self, node: Node) -> bool:
+        """A loop; where only a run can tell how often it turns, it is followed once."""
+        (body,) = _fields(node, "body")
+        for _, state in zip(range(MOST_TURNS), self.conditions(node), strict=False):
+            if state is None:
+                self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is followed once")
+            if state is False:
+                break
+            try:
+                self.run(body)
+            except _Left as left:
+                state = None if left.args[0] == "break" else state
+            if state is None:
+                break
         return True
 
-    def skipped(self, node: Node) -> bool:
-        if not (node.type == "while_statement" and self.run(node.named_children[0]) is False):
-            self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is not followed")
-        return True
+    def conditions(self, node: Node) -> Iterator[bool | None]:
+        """True for each turn of a loop, then false."""
+        text = self.expand.raw(node)
+        if node.type == "for_statement":
+            for word in [word for value in _fields(node, "value") for word in self.expand.fields(value)]:
+                self.variables.values[self.expand.raw(_fields(node, "variable")[0])] = word.text
+                yield True
+        elif node.type == "c_style_for_statement":
+            start, goes_on, then = text.partition("((")[2].partition("))")[0].split(";")
+            self.counted(start)
+            while True:
+                yield self.counted(goes_on)
+                self.counted(then)
+        while node.type == "while_statement":
+            state = self.run(node.named_children[0])
+            known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
+            yield state == text.startswith("while") if known else None
+
+    def left(self, node: Node, words: list[Field]) -> bool:
+        """`break` and `continue`."""
+        raise _Left(self.expand.raw(node).split()[0])
 
     def subshell(self, node: Node) -> bool | None:
         outer = dict(self.variables.values)
@@ -326,22 +388,34 @@ HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
     "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
-    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.skipped, "subshell": _Evaluation.subshell,
-    "c_style_for_statement": _Evaluation.skipped, "compound_statement": _Evaluation.test,
+    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "subshell": _Evaluation.subshell,
+    "c_style_for_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
     "comment": lambda none, node: True,
 }  # fmt: skip
 BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
     "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
     "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
-    ":": lambda *none: True,
+    ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
+    "test": lambda self, node, words: self.truth(_fields(node, "argument")),
+    "let": lambda self, node, words: [self.counted(marks.plain(word.text)) for word in words][-1],
 }  # fmt: skip
-TESTS = ("test_command", "list", "negated_command", "compound_statement")
+TESTS = ("[", "((", "! [", "test ", "true", "false")
+"""Beginnings of a condition that is evaluated, and not guessed."""
 
 
 def _within(node: Node) -> Iterator[Node]:
     yield node
     for child in node.children:
         yield from _within(child)
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    """The words of a test."""
+    if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
+        yield node
+        return
+    for child in node.children:
+        yield from _parts(child)
 
 
 def _fields(node: Node, *names: str) -> list[Node]:
