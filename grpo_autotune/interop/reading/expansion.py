@@ -5,6 +5,7 @@ What is not known here is kept as it is written: a command's output, and variabl
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 
@@ -18,6 +19,7 @@ PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)
 PARAMETER = re.compile(r"\$\{?([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
 OPERATOR = re.compile(r":?[-=+?]|##|#|%%|%|//|/|,,|,|\^\^|\^|:")
+NAME = re.compile(r"\$\{?(\w+)\}?")
 MISSING = re.compile(marks.UNKNOWN + r"\$\{?(\w+)")
 ARRAY = re.compile(r'"\$(?:\{(\w+)(\[@\])\}|\{?(@)\}?)"')
 
@@ -229,7 +231,7 @@ class Expansion:
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:
             return self.variables.text(name)
-        member = self.variables.values.get(self.member(name, index))
+        member = self.variables.values.get(f"{name}[{self.filled(index)}]")
         if isinstance(member, str):
             return member
         try:
@@ -237,23 +239,18 @@ class Expansion:
         except (arithmetic.Unknown, IndexError):
             return self.variables.text(name) if name == "BASH_SOURCE" else None
 
-    def member(self, name: str, index: str) -> str:
-        """The variable that a word of an array is, if its index is a name."""
-        value = re.sub(r"\$\{?(\w+)\}?", lambda match: marks.plain(self.variables.text(match[1]) or match[0]), index)
-        return f"{name}[{value.strip(chr(34) + chr(39))}]"
+    def filled(self, text: str) -> str:
+        """A text with the values of its variables."""
+        return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
 
     def put(self, name: str, index: str | None, text: str) -> None:
-        """Set a variable, or a word of an array."""
-        words = self.variables.list(name) if index is not None else []
-        try:
-            place = self.computed(index) if index is not None else -1
-        except arithmetic.Unknown:
-            place = -1
-        if 0 <= place <= len(words):
-            words[place : place + 1] = [Field(text)]
-            self.variables.values[name] = words
-        else:
-            self.variables.values[name if index is None else self.member(name, index)] = text
+        """Set a variable, or a word of an array: by number in it, by any other index as a variable of its own."""
+        words = self.variables.list(name)
+        with suppress(arithmetic.Unknown):
+            if index is not None and 0 <= (place := self.computed(index)) <= len(words):
+                self.variables.values[name] = [*words[:place], Field(text), *words[place + 1 :]]
+                return
+        self.variables.values[name if index is None else f"{name}[{self.filled(index)}]"] = text
 
     def sliced(self, name: str, rest: str) -> list[Field]:
         words = self.variables.list(name)
@@ -266,9 +263,8 @@ class Expansion:
     def changed(self, value: str, sign: str, rest: str) -> str | None:
         """A value by `#`, `%`, `/`, `,`, `^` or `:`; None where only a run can tell."""
         text = marks.plain(value)
-        name = re.compile(r"\$\{?(\w+)\}?")
-        pattern = name.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), rest)
-        pattern, _, to = re.sub("[\"']", "", pattern).replace("\\/", "\0").partition("/" if sign[0] == "/" else "\0\0")
+        pattern = re.sub("[\"']", "", self.filled(rest)).replace("\\/", "\0")
+        pattern, _, to = pattern.partition("/" if sign[0] == "/" else "\0\0")
         pattern, to = (re.sub(r"\\(?=.)", "", part).replace("\0", "/") for part in (pattern, to))
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None

@@ -8,24 +8,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from tree_sitter import Node
 
-from grpo_autotune.interop.reading import arithmetic, marks
+from grpo_autotune.interop.reading import marks
+from grpo_autotune.interop.reading.cut import cut_commands, within
 from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
+from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
 from grpo_autotune.interop.reading.words import Word
 
-NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
-ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
 LONGEST_VALUE = 1_000_000
 MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
-NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 MEMBER = re.compile(r"\W*\[([^\]]+)\]=(.*)", re.DOTALL)
-ASSIGNS = re.compile(r"\s*(\w+)\s*(?:([+-])\2|([-+*/%]?)=(?!=)(.*))\s*", re.DOTALL)
-JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))
-"""Words between the parts of a test, the loosest first, and the truth of a part that decides the whole."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     evaluation.exported |= given.keys()
     with suppress(_Ended, _Returned, _Left):
         evaluation.run(evaluation.tree)
-    evaluation.result.warnings[:0] = _cut_commands(text, evaluation.tree)
+    evaluation.result.warnings[:0] = cut_commands(text, evaluation.tree)
     return evaluation.result
 
 
@@ -78,9 +73,10 @@ class _Evaluation:
     def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
+        self.truth = Truth(self.expand, self.warn)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
         self.outer: dict[str, Any] = {}  # of a function's own variables, what they are outside it
-        for error in [node for node in _within(self.tree) if node.type == "ERROR"][:1]:
+        for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
     def warn(self, node: Node, what: str) -> None:
@@ -207,7 +203,7 @@ class _Evaluation:
         return True
 
     def sourced(self, node: Node, words: list[Field]) -> bool:
-        self.warn(node, f"`{_shorter(self.expand.raw(node))}` is not read")
+        self.warn(node, f"`{shorter(self.expand.raw(node))}` is not read")
         return True
 
     def unset(self, node: Node) -> bool:
@@ -217,7 +213,7 @@ class _Evaluation:
 
     def redirected(self, node: Node) -> bool | None:
         """A statement with redirections; a here-document of `cat` or `tee` is kept as the file that it becomes."""
-        parts = {part.type: part for part in _within(node) if part.type.startswith(("heredoc", "file_redirect"))}
+        parts = {part.type: part for part in within(node) if part.type.startswith(("heredoc", "file_redirect"))}
         body = self.expand.raw(node.named_children[0]).split()
         if "heredoc_body" not in parts or body[0] not in ("cat", "tee"):
             return self.run(node.named_children[0])
@@ -251,75 +247,16 @@ class _Evaluation:
             return states[-1]
         text = " ".join(self.expand.raw(child) for child in conditions)
         guess = bool(NVIDIA.search(text)) and not text.startswith("!")
-        self.warn(conditions[0], f"`if {_shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
+        self.warn(conditions[0], f"`if {shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
         return guess
 
     def test(self, node: Node) -> bool | None:
         """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
-            return self.counted(self.expand.raw(node)[2:-2])
+            return self.truth.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":
             return self.each(node.named_children)
-        return self.truth([part for child in node.children[1:-1] for part in _parts(child)], node.children[0].type)
-
-    def counted(self, expression: str) -> bool | None:
-        """True unless an arithmetic expression is 0; None if it is not known. It may set a variable."""
-        match = ASSIGNS.fullmatch(re.sub(r"^\s*(\+\+|--)(\w+)", r"\2\1", expression))
-        if match:
-            name, one, sign, value = match.groups()
-            expression = f"{name}{one}1" if one else f"{name}{sign}({value})" if sign else value
-        with suppress(arithmetic.Unknown):
-            number = self.expand.computed(expression)
-            if match:
-                self.variables.values[name] = str(number)
-            return bool(number)
-        return None
-
-    def truth(self, nodes: list[Node], bracket: str = "[") -> bool | None:
-        """The truth of a test's words; in `[[` texts compare with patterns."""
-        signs = [self.expand.raw(node) for node in nodes]
-        for joints, decides in JOINTS:
-            places = [n for n, sign in enumerate(signs) if sign in joints and signs[:n].count("(") == signs[:n].count(")")]
-            if places:
-                state = self.truth(nodes[: places[0]], bracket)
-                return state if bool(state) == decides else self.truth(nodes[places[0] + 1 :], bracket)
-        if signs[:1] == ["!"]:
-            state = self.truth(nodes[1:], bracket)
-            return None if state is None else not state
-        if signs[:1] == ["("]:
-            return self.truth(nodes[1:-1], bracket)
-        if len(nodes) == 2:
-            return {"-z": not self.tested(nodes[1]), "-n": bool(self.tested(nodes[1]))}.get(signs[0])
-        return self.compared(nodes, signs[1], bracket == "[[") if len(nodes) == 3 else bool(nodes and self.tested(nodes[0]))
-
-    def compared(self, nodes: list[Node], sign: str, pattern: bool) -> bool | None:
-        left, right = self.tested(nodes[0]), self.tested(nodes[2])
-        if sign in ("=", "==", "!="):
-            return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
-        if sign in ("=~", "<", ">"):
-            if marks.is_unknown(left + right):
-                return None
-            return bool(re.search(self.expand.raw(nodes[2]), left)) if sign == "=~" else (left < right) == (sign == "<")
-        with suppress(arithmetic.Unknown, KeyError):
-            return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
-        return None
-
-    def tested(self, node: Node) -> str:
-        """A text in a test: nothing for a variable that nothing sets."""
-        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
-        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
-        return "" if unset else text
-
-    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
-        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
-        if not marks.is_unknown(left):
-            return fnmatchcase(left, right) if pattern else left == right
-        same = bool(NVIDIA.fullmatch(right))
-        self.warn(
-            node,
-            f"`{_shorter(self.expand.raw(node))}` depends on the machine: taken as {'' if same else 'not '}{right}",
-        )
-        return same
+        return self.truth.of([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
 
     def case(self, node: Node) -> bool | None:
         """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
@@ -329,7 +266,7 @@ class _Evaluation:
             patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
             if marks.is_unknown(text):
                 patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
-            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
+            fits = [pattern for pattern in patterns if self.truth.alike(subject, text, pattern)]
             if fits and marks.is_unknown(text):
                 self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
             if fits:
@@ -341,7 +278,7 @@ class _Evaluation:
         (body,) = _fields(node, "body")
         for _, state in zip(range(MOST_TURNS), self.conditions(node), strict=False):
             if state is None:
-                self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is followed once")
+                self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is followed once")
             if state is False:
                 break
             try:
@@ -361,10 +298,10 @@ class _Evaluation:
                 yield True
         elif node.type == "c_style_for_statement":
             start, goes_on, then = text.partition("((")[2].partition("))")[0].split(";")
-            self.counted(start)
+            self.truth.counted(start)
             while True:
-                yield self.counted(goes_on)
-                self.counted(then)
+                yield self.truth.counted(goes_on)
+                self.truth.counted(then)
         while node.type == "while_statement":
             state = self.run(node.named_children[0])
             known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
@@ -396,26 +333,11 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
     "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
     ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
-    "test": lambda self, node, words: self.truth(_fields(node, "argument")),
-    "let": lambda self, node, words: [self.counted(marks.plain(word.text)) for word in words][-1],
+    "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
+    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1],
 }  # fmt: skip
 TESTS = ("[", "((", "! [", "test ", "true", "false")
 """Beginnings of a condition that is evaluated, and not guessed."""
-
-
-def _within(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _within(child)
-
-
-def _parts(node: Node) -> Iterator[Node]:
-    """The words of a test."""
-    if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
-        yield node
-        return
-    for child in node.children:
-        yield from _parts(child)
 
 
 def _fields(node: Node, *names: str) -> list[Node]:
@@ -442,28 +364,3 @@ def _inner_script(words: list[str]) -> str | None:
         return " ".join(words[1:])
     shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
     return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
-
-
-def _shorter(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def _cut_commands(text: str, tree: Node) -> list[str]:
-    """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
-    lines, warnings = text.splitlines(), []
-    source = text.encode()
-    comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
-    for number in range(len(lines)):
-        after_more = number > 0 and lines[number - 1].endswith("\\") and number - 1 not in comments
-        alone = number in comments and lines[number].lstrip().startswith("#")
-        comment = alone and after_more
-        if not comment and (alone or not re.search(r"(^|[^\\])\\[ \t]+(#.*)?$", lines[number])):
-            continue
-        start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
-        end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
-        if names := [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]:
-            what = "a comment" if comment else "a space behind the backslash"
-            lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
-            warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
-    return warnings

@@ -111,7 +111,7 @@ def _resolved(
         up = len(name) - len(name.lstrip("."))
         place = ".".join([*key.split(".")[:-up], name.lstrip(".")]) if up else name
         if place not in settings:
-            return default
+            return match[0] if any(key.startswith(f"{place}.") for key in settings) else default
         return _resolved(place, settings[place], settings, environment, depth + 1).value
 
     whole = INTERPOLATION.fullmatch(value)
