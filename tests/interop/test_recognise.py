@@ -164,6 +164,16 @@ def test_a_loop_over_one_command(tmp_path: Path) -> None:
     assert read.settings["n"].value == 4 and read.warnings == ("line 2 trains 2 times; the first is read",)
 
 
+def test_a_loop_without_end(tmp_path: Path) -> None:
+    text = "while true; do\n trl grpo --beta 1\n sleep 5\ndone\n"
+    assert source(tmp_path, "run.sh", text).settings == {"beta": Setting(1, 2)}
+
+
+def test_a_script_of_many_programs_is_one_short_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"e\.py \(line 5\) and 2 more"):
+        source(tmp_path, "run.sh", "".join(f"python3 {name}.py\n" for name in "abcdefg"))
+
+
 def test_hydra_names_a_yaml_beside(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "defaults:\n  - ppo_trainer\n  - _self_\nactor_rollout_ref: {rollout: {n: 4}}\n"

@@ -131,9 +131,36 @@ class _Reader(ast.NodeVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         self.visit_Assign(node)
 
+    def visit_If(self, node: ast.If) -> None:
+        """The branch that is taken; where that is not known both, and a name that they leave different is unknown."""
+        test = self.value(node.test)
+        self.visit(node.test)
+        before, ends = dict(self.names), list[dict[str, Any]]()
+        for branch in (node.body, node.orelse) if isinstance(test, Unknown) else (node.body if test else node.orelse,):
+            self.names.clear()
+            self.names |= before
+            for statement in branch:
+                self.visit(statement)
+            ends.append(dict(self.names))
+        for name in ends[0].keys() & ends[-1].keys():
+            self.names[name] = ends[0][name] if ends[0][name] == ends[-1][name] else Unknown(name)
+        self.names |= {name: value for name, value in ends[0].items() if name not in ends[-1]}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """A function: its arguments are not known, and its names are its own."""
+        outer = dict(self.names)
+        self.names |= {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        self.generic_visit(node)
+        self.names.clear()
+        self.names |= outer
+
+    def visit_For(self, node: ast.For) -> None:
+        self.names |= {part.id: Unknown(part.id) for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        self.generic_visit(node)
+
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.generic_visit(node)
-        self.names.pop(ast.unparse(node.target), None)
+        self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         """A name for a value or a call; an attribute of a call's result is one more argument."""
@@ -146,6 +173,8 @@ class _Reader(ast.NodeVisitor):
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
+        elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
+            self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
         elif isinstance(target, ast.Attribute) and isinstance(call, Call):
             call.arguments[target.attr] = self.setting(value)
         else:
@@ -160,8 +189,12 @@ class _Reader(ast.NodeVisitor):
             spread = self.value(keyword.value) if keyword.arg is None else None
             if keyword.arg:
                 arguments[keyword.arg] = self.setting(keyword.value)
-            elif isinstance(spread, dict):
+            elif not isinstance(spread, dict):
+                arguments[f"**{ast.unparse(keyword.value)}"] = self.setting(keyword.value)
+            else:
                 arguments |= {str(key): Setting(_plain(value), node.lineno, self.cell) for key, value in spread.items()}
+        if isinstance(node.func, ast.Attribute) and isinstance(self.value(node.func.value), dict | list):
+            self.names.pop(ast.unparse(node.func.value), None)  # `update`, `append`
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
 
     def setting(self, node: ast.expr) -> Setting:
