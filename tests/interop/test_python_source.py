@@ -67,14 +67,14 @@ def test_what_is_not_known_is_no_plain_text_of_another_kind(tmp_path: Path) -> N
 def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
     file = tmp_path / "train.py"
     file.write_text(
-        "n, m, k, d = 8, 4, 2, {'a': 1}\nif fast():\n    n = 2\nif False:\n    m = 5\nk *= 2\nd['b'] = 2\ne = dict(d)\n"
+        "n, m, k, d = 8, 4, 2, {'a': 1}\nif fast():\n    n, d['a'] = 2, 3\nif False:\n    m = 5\nk *= 2\nd['b'] = 2\n"
         "def main(m):\n    GRPOConfig(m=m)\nfor i in x:\n    GRPOConfig(i=i)\n"
         "GRPOConfig(n=n, m=m, k=k, **d)\nd.update(c=3)\nGRPOConfig(**d)\n"
     )
     values = [
         {name: s.value for name, s in call.arguments.items()} for call in python_source.read(file).called("GRPO.*")
     ]
-    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "a": 1, "b": 2}, {"**d": "d"}]
+    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "a": "a", "b": 2}, {"**d": "d"}]
 
 
 def test_a_notebook_by_cells(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ SCRIPTS = {
     "space": "python3 a \\\n --b 1 \\ \n --c 2\n",
     "inner": 'C="python3 -m x --a 1"\neval "$C --b 2"\n$C --c "3 4"\n',
     "exit": "python3 a\nexit 0\npython3 b\n",
-    "local": 'f() { local n=4; python3 $n; }; n=8; f; python3 $n\n',
+    "local": 'f() { local n=$n$m; local m; python3 $n ${m-none}; }; n=8; m=1; f; python3 $n\n',
     "members": 'declare -A M=([x]=1); M[y]=2; A=(a b); A[1]=c; k=y; python3 ${M[x]} ${M[$k]} "${A[@]}"\n',
     "counts": 'n=1; ((n+=2)); ((n++)); let m=n*2; python3 $n $m; for ((i=0; i < 3; i++)); do python3 $i; done\n',
     "turns": 'i=0; until [ $i -ge 9 ]; do ((i++)); [ $i = 2 ] && continue; [ $i -gt 3 ] && break; python3 $i; done\n',

@@ -142,9 +142,7 @@ class _Reader(ast.NodeVisitor):
             for statement in branch:
                 self.visit(statement)
             ends.append(dict(self.names))
-        for name in ends[0].keys() & ends[-1].keys():
-            self.names[name] = ends[0][name] if ends[0][name] == ends[-1][name] else Unknown(name)
-        self.names |= {name: value for name, value in ends[0].items() if name not in ends[-1]}
+        self.names |= {name: _either(value, ends[-1].get(name, value), name) for name, value in ends[0].items()}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         """A function: its arguments are not known, and its names are its own."""
@@ -192,7 +190,9 @@ class _Reader(ast.NodeVisitor):
             elif not isinstance(spread, dict):
                 arguments[f"**{ast.unparse(keyword.value)}"] = self.setting(keyword.value)
             else:
-                arguments |= {str(key): Setting(_plain(value), node.lineno, self.cell) for key, value in spread.items()}
+                for key, value in spread.items():
+                    text = str(value) if isinstance(value, Unknown) else None
+                    arguments[str(key)] = Setting(_plain(value), node.lineno, self.cell, text)
         if isinstance(node.func, ast.Attribute) and isinstance(self.value(node.func.value), dict | list):
             self.names.pop(ast.unparse(node.func.value), None)  # `update`, `append`
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
@@ -252,6 +252,13 @@ class _Reader(ast.NodeVisitor):
             return function(*given)
         except WRONG:
             return unknown
+
+
+def _either(one: Any, other: Any, name: str) -> Any:
+    """The value of a name, or of each key of its mapping, that two branches give it."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _either(one.get(key, ...), other.get(key, ...), str(key)) for key in one | other}
+    return one if one == other else Unknown(name)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from tree_sitter import Node
 
@@ -75,7 +74,7 @@ class _Evaluation:
         self.variables, self.expand = variables, Expansion(source, variables, line)
         self.truth = Truth(self.expand, self.warn)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
-        self.outer: dict[str, Any] = {}  # of a function's own variables, what they are outside it
+        self.local = set[str]()  # names of a function's own variables
         for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
@@ -124,10 +123,12 @@ class _Evaluation:
         kind = node.children[0].type
         for child in node.named_children:
             name = re.split(r"\W", self.expand.raw(child))[0]
-            if self.depth and kind in ("local", "declare", "typeset") and child.type.startswith("variable"):
-                self.outer.setdefault(name, self.variables.values.pop(name, None))
+            if kind in ("local", "declare", "typeset"):
+                self.local.add(name)
             if child.type == "variable_assignment":
                 self.assignment(child)
+            elif kind == "local":
+                self.variables.values.pop(name, None)
             if kind == "export":
                 self.exported.add(name)
         return True
@@ -156,18 +157,18 @@ class _Evaluation:
         """A function, with its own arguments."""
         if self.depth == DEEPEST:
             return None
-        outer = self.variables.positional, self.variables.called, self.outer
-        self.variables.positional, self.variables.called, self.outer = words, True, {}
+        outer, before = (self.variables.positional, self.variables.called, self.local), dict(self.variables.values)
+        self.variables.positional, self.variables.called, self.local = words, True, set()
         self.depth += 1
         try:
             return self.run(body)
         except _Returned:
             return True
         finally:
-            for name in self.outer:
+            for name in self.local:
                 self.variables.values.pop(name, None)
-            self.variables.values |= {name: value for name, value in self.outer.items() if value is not None}
-            self.variables.positional, self.variables.called, self.outer = outer
+            self.variables.values |= {name: before[name] for name in self.local & before.keys()}
+            self.variables.positional, self.variables.called, self.local = outer
             self.depth -= 1
 
     def inside(self, script: str, line: int) -> bool | None:
