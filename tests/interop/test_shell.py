@@ -181,7 +181,8 @@ def test_variables_that_a_command_is_given() -> None:
         "python3 $(( 9**99999999 )) $((1/0)) $((1<<999999999))\n",
         "x=$((y)); y=$((x))\npython3 $x\n", "A=(1 2)\npython3 ${A[9]} ${A[-1]} ${A[x]}\n", "exit\n", "return\n",
         "}\n;;\n", "for i in {1..999999999}; do for j in {1..99999999}; do python3; done; done\n", "\x00\x01",
-        "a=" + "(" * 500,
+        "a=" + "(" * 500, "[[ a =~ [ ]]\n[[ a =~ *( ]]\n", "let\nbreak\n", "for ((;;)); do python3; done",
+        "while", "for ((a)); do x; done", "for ((", "[ ( ]; [ ! ]; [ a b c d ]; test; [[ ]]", "declare\nlocal\n",
         "if " * 300, "$(" * 300, "X=x; " + "X=$X$X; " * 60,
     ],
 )  # fmt: skip

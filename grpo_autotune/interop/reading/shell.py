@@ -276,14 +276,14 @@ class _Evaluation:
 
     def loop(self, node: Node) -> bool:
         """A loop; where only a run can tell how often it turns, it is followed once."""
-        (body,) = _fields(node, "body")
-        for _, state in zip(range(MOST_TURNS), self.conditions(node), strict=False):
+        body = node.child_by_field_name("body")
+        for _, state in zip(range(MOST_TURNS if body else 0), self.conditions(node), strict=False):
             if state is None:
                 self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is followed once")
             if state is False:
                 break
             try:
-                self.run(body)
+                self.each([body] if body else [])
             except _Left as left:
                 state = None if left.args[0] == "break" else state
             if state is None:
@@ -295,13 +295,13 @@ class _Evaluation:
         text = self.expand.raw(node)
         if node.type == "for_statement":
             for word in [word for value in _fields(node, "value") for word in self.expand.fields(value)]:
-                self.variables.values[self.expand.raw(_fields(node, "variable")[0])] = word.text
+                self.variables.values |= {self.expand.raw(name): word.text for name in _fields(node, "variable")}
                 yield True
         elif node.type == "c_style_for_statement":
-            start, goes_on, then = text.partition("((")[2].partition("))")[0].split(";")
+            start, goes_on, then, *_ = [*text.partition("((")[2].partition("))")[0].split(";"), "", ""]
             self.truth.counted(start)
             while True:
-                yield self.truth.counted(goes_on)
+                yield self.truth.counted(goes_on) if goes_on.strip() else None
                 self.truth.counted(then)
         while node.type == "while_statement":
             state = self.run(node.named_children[0])
@@ -335,7 +335,7 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
     ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
     "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
-    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1],
+    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1:] == [True],
 }  # fmt: skip
 TESTS = ("[", "((", "! [", "test ", "true", "false")
 """Beginnings of a condition that is evaluated, and not guessed."""

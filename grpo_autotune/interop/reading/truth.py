@@ -52,9 +52,14 @@ class Truth:
         if sign in ("=", "==", "!="):
             return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
         if sign in ("=~", "<", ">"):
-            if marks.is_unknown(left + right):
-                return None
-            return bool(re.search(self.expand.raw(nodes[2]), left)) if sign == "=~" else (left < right) == (sign == "<")
+            with suppress(re.error):
+                holds = (
+                    bool(re.search(self.expand.raw(nodes[2]), left))
+                    if sign == "=~"
+                    else (left < right) == (sign == "<")
+                )
+                return None if marks.is_unknown(left + right) else holds
+            return None
         with suppress(arithmetic.Unknown, KeyError):
             return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
         return None
