@@ -50,8 +50,9 @@ SCRIPTS = {
     "members": 'declare -A M=([x]=1); M[y]=2; A=(a b); A[1]=c; k=y; python3 ${M[x]} ${M[$k]} "${A[@]}"\n',
     "counts": 'n=1; ((n+=2)); ((n++)); let m=n*2; python3 $n $m; for ((i=0; i < 3; i++)); do python3 $i; done\n',
     "turns": 'i=0; until [ $i -ge 9 ]; do ((i++)); [ $i = 2 ] && continue; [ $i -gt 3 ] && break; python3 $i; done\n',
-    "tests": 'true || a=0; if true; then a=1; fi; if test 3 -gt 2; then b=1; fi; [[ a1 =~ ^a[[:digit:]]$ ]] && c=1; x=5\n'
-    'h="p q"; [ $x -ge 5 -a $x -le 9 ] && d=1; [[ $h == *" "* ]] && e=1; [[ $h < a ]] || f=1; python3 $a $b $c $d $e $f\n',
+    "tests": 'true || a=0; if true; then a=1; fi; if test 3 -gt 2; then b=1; fi; [[ a1 =~ ^a[[:digit:]]$ ]] && c=1\n'
+    'x=5; h="p q"; [ $x -ge 5 -a $x -le 9 ] && d=1; [[ $h == *" "* ]] && e=1; [[ $h < a ]] || f=1\n'
+    "python3 $a $b $c $d $e $f\n",
     "set": 'set -e\nset -- x "y z"\npython3 "$1" "$2" "$@"\n',
     "unicode": "m=模型\npython3 name=$m 'ü'  # äöü\n",
     "crowd": 'python3 a=$(( 1 +\n 2 )) b="x\ny"\n',

@@ -9,4 +9,4 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True,
         defer_build=True,
-    )
+    )  # fmt: skip
