@@ -80,6 +80,7 @@ CALLS = re.compile(
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")
 """Arguments that only hand on what another call made."""
 LONGEST_SCRIPT = 2_000_000
+MOST_NAMED = 5
 
 
 def read_source(path: Path, framework: str | None = None, environment: Mapping[str, str] | None = None) -> Source:
@@ -97,15 +98,12 @@ def _of_yaml(path: Path, text: str, framework: str | None, environment: Mapping[
     settings = yaml_settings(text, path.name)
     framework = framework or recognised(settings, path)
     hints = dict(PIN.findall(text))
-    variables = {name: setting for name, setting in settings.items() if name.startswith("env.")}
-    if framework not in NESTED:
-        settings = yaml_settings(text, path.name, nested=False)
-    settings, missing = with_defaults(settings, path)
+    given = {name.removeprefix("env."): setting for name, setting in settings.items() if name.startswith("env.")}
+    flat = settings if framework in NESTED else yaml_settings(text, path.name, nested=False)
+    settings, missing = with_defaults(flat, path)
     if missing:
         hints["config"] = missing
-    settings = resolved(settings, environment)
-    given = {name.removeprefix("env."): setting for name, setting in variables.items()}
-    return Source(framework, path, settings, environment=given, hints=hints)
+    return Source(framework, path, resolved(settings, environment), environment=given, hints=hints)
 
 
 def recognised(keys: Iterable[str], path: Path) -> str:
@@ -195,23 +193,21 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
 def started(launch: Launch) -> str | None:
     """The framework of a command's program; "?" where several have it, None for no training."""
     for name, program, argument in PROGRAMS:
+        spelled = (re.sub(r"(?<=\w)-", "_", word.text.partition("=")[0]) + "=" for word in launch.arguments)
         if re.fullmatch(program, launch.program) and (
-            not argument or any(re.match(argument, _spelled(word.text)) for word in launch.arguments)
+            not argument or any(re.match(argument, word) for word in spelled)
         ):
             return name
     return None
 
 
-def _spelled(option: str) -> str:
-    return "--" + option[2:].replace("-", "_") if option.startswith("--") else option
-
-
 def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:
     """The reason why a script holds no training."""
-    names = ", ".join(dict.fromkeys(f"{launch.program} (line {launch.line})" for launch in launches))
+    names = dict.fromkeys(f"{launch.program} (line {launch.line})" for launch in launches)
     if names:
-        what = f"no GRPO training of a framework that is known; it starts {names}"
-        return ConfigError(what, where=path.name)
+        rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        named = f"{', '.join(list(names)[:MOST_NAMED])}{rest}"
+        return ConfigError(f"no GRPO training of a framework that is known; it starts {named}", where=path.name)
     fix = f"Name the script or the YAML of a GRPO run of {', '.join(FRAMEWORKS[:-2])}."
     return ConfigError("no command that trains, and no configuration, is in this file", where=path.name, fix=fix)
 

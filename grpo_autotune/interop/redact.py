@@ -16,9 +16,9 @@ NAME = re.compile(
 """Names of variables and keys, whole, whose text nobody is shown: `prompt_key` and `pad_token` are not among them."""
 TEXT = re.compile(
     r"(?P<before>://[^/\s:@]*:)[^/\s@]+(?=@)"
-    r"|(?P<named>(?i:(?:api|access|auth|secret)[_-]?key|password|passwd|secret|bearer|[A-Z_]*_TOKEN)[\"']?\s*[=:\s]\s*[\"']?)"
+    r"|(?P<named>(?i:(?:api|access|auth|secret)[_-]?key|password|passwd|secret|bearer|[A-Z_]*_TOKEN|(?:--|[?&])token|login\((?:key|token))[\"']?\s*[=:\s]\s*[\"']?)"
     r"(?![$<{*])[^\s\"',;&]{6,}"
-    r"|\b(?:hf_|sk-|ghp_|github_pat_|AKIA|xox[bp]-|glpat-|nvapi-)[\w-]{12,}"
+    r"|\b(?:hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[bp]-|glpat-|nvapi-|eyJ[\w-]+\.)[\w-]{12,}|(?<=https://)[\w-]{16,}(?=@)"
 )
 HEX = re.compile(r"\b[0-9a-f]{40}\b")
 """A key of Weights & Biases; or a commit, where the name says so."""

@@ -59,9 +59,22 @@ def test_arguments_with_values_lines_and_source(tmp_path: Path) -> None:
 def test_what_is_not_known_is_no_plain_text_of_another_kind(tmp_path: Path) -> None:
     file = tmp_path / "train.py"
     file.write_text("x = f()\ny = x\nGRPOConfig(a=y, b=[x, 1], c={'k': x}, d='z' * 10**9)\n")
-    values = {name: setting.value for name, setting in python_source.calls(file)[-1].arguments.items()}
+    values = {name: setting.value for name, setting in python_source.read(file).calls[-1].arguments.items()}
     assert values == {"a": "y", "b": ["x", 1], "c": {"k": "x"}, "d": "'z' * 10 ** 9"}
     assert all(type(value) in (str, list, dict) for value in values.values())
+
+
+def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "n, m, k, d = 8, 4, 2, {'a': 1}\nif fast():\n    n, d['a'] = 2, 3\nif False:\n    m = 5\nk *= 2\nd['b'] = 2\n"
+        "def main(m):\n    GRPOConfig(m=m)\nfor i in x:\n    GRPOConfig(i=i)\n"
+        "GRPOConfig(n=n, m=m, k=k, **d)\nd.update(c=3)\nGRPOConfig(**d)\n"
+    )
+    values = [
+        {name: s.value for name, s in call.arguments.items()} for call in python_source.read(file).called("GRPO.*")
+    ]
+    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "a": "a", "b": 2}, {"**d": "d"}]
 
 
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
@@ -92,5 +105,5 @@ def test_what_is_no_python_is_one_line(tmp_path: Path, name: str, text: str) -> 
 def test_the_environment_gives_a_name_that_is_left_open(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text("N = f()\nGRPOConfig(n=N, m=N * 2, k=OPEN, s=TEXT)\n")
-    arguments = python_source.calls(file, {"N": "4", "OPEN": "1e-3", "TEXT": "a/b"})[-1].arguments
+    arguments = python_source.read(file, {"N": "4", "OPEN": "1e-3", "TEXT": "a/b"}).calls[-1].arguments
     assert {name: setting.value for name, setting in arguments.items()} == {"n": 4, "m": 8, "k": 1e-3, "s": "a/b"}

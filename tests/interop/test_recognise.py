@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.importing import FRAMEWORKS as MODULES
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.recognise import FRAMEWORKS, read_source
 from grpo_autotune.interop.source import Setting, Source
@@ -164,6 +164,16 @@ def test_a_loop_over_one_command(tmp_path: Path) -> None:
     assert read.settings["n"].value == 4 and read.warnings == ("line 2 trains 2 times; the first is read",)
 
 
+def test_a_loop_without_end(tmp_path: Path) -> None:
+    text = "while true; do\n trl grpo --beta 1\n sleep 5\ndone\n"
+    assert source(tmp_path, "run.sh", text).settings == {"beta": Setting(1, 2)}
+
+
+def test_a_script_of_many_programs_is_one_short_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"e\.py \(line 5\) and 2 more"):
+        source(tmp_path, "run.sh", "".join(f"python3 {name}.py\n" for name in "abcdefg"))
+
+
 def test_hydra_names_a_yaml_beside(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "defaults:\n  - ppo_trainer\n  - _self_\nactor_rollout_ref: {rollout: {n: 4}}\n"
@@ -195,8 +205,11 @@ def test_a_command_in_a_docstring(tmp_path: Path) -> None:
     assert read.framework == "trl" and read.settings == {"num_generations": Setting(4, 7)}
 
 
-def test_every_framework_has_a_module() -> None:
-    assert set(MODULES) == set(FRAMEWORKS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_framework_has_a_module(tmp_path: Path, framework: str) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\n")
+    with suppress(ConfigError):
+        import_file(tmp_path / "run.yaml", framework=framework)
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ HEX = "0123456789abcdef0123456789abcdef01234567"
         ("hub_token", "x"), ("trainer.api_key", "x"), ("token", "x"), ("swanlab_token", "x"), ("note", f"key {HEX}"),
         ("x", "hf_abcdefghijklmnop"), ("x", "sk-proj-abcdefghijkl"), ("x", "--api_key=abcdefgh rest"),
         ("x", "https://me:sesame99@host/x"), ("x", "Authorization: Bearer abcdefgh1234"),
-        ("x", "export WANDB_TOKEN=abcdefgh"), ("env", {"OPENAI_API_KEY": "abc"}), ("x", ["ok", "ghp_abcdefghijklmno"]),
+        ("x", "export WANDB_TOKEN=abcdefgh"), ("x", "git clone https://abcdefghijklmnop@host/x"),
+        ("x", "wandb.login(key='abcdefgh')"), ("x", "hf auth login --token abcdefgh"),
+        ("env", {"OPENAI_API_KEY": "abc"}), ("x", ["ok", "ghp_abcdefghijklmno"]),
     ],
 )  # fmt: skip
 def test_a_secret_is_hidden(key: str, value: object) -> None:

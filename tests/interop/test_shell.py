@@ -26,7 +26,7 @@ SCRIPTS = {
     "arithmetic": 'n=3; m="$((n*2))"\npython3 $((n + m)) $(( (n+1) * -m / 4 )) $((7/2)) $((-7%3)) '
     '$((n>2?10:20)) $((2**10)) ${X:-$(((n + 1) * 2))} "a$((n))b" $((0x1f+010)) $((!n)) $((n==3&&m<9))\n',
     "strings": 's=/a/b/model.tar.gz; l=ABC\npython3 ${s##*/} ${s%.*} ${s%%.*} ${s#*/} ${s/a/X} ${l,,} ${s:1:3} ${#s} '
-    '${l/B/-} "${s//\\//_}" ${l,} ${s: -2}\n',
+    '${l/B/-} "${s//\\//_}" ${l,} ${s: -2} ${l/#A/z} ${l/%B/z} ${l/%C/z}\n',
     "quotes": "a=\"x  'y'\"; b='$a \"q\"'\n"
     "python3 $a \"$a\" \"$b\" 'it'\\''s' \"a\\\"b\\$c\\n\" $'t\\tq' \"\" '' x\"\"y a\\\nb\n",
     "lines": 'O="--lr 1 \\\n --beta 2\n --c=3"\nO="$O --d"\npython3 $O "$O"\n',
@@ -46,6 +46,13 @@ SCRIPTS = {
     "space": "python3 a \\\n --b 1 \\ \n --c 2\n",
     "inner": 'C="python3 -m x --a 1"\neval "$C --b 2"\n$C --c "3 4"\n',
     "exit": "python3 a\nexit 0\npython3 b\n",
+    "local": 'f() { local n=$n$m; local m; python3 $n ${m-none}; }; n=8; m=1; f; python3 $n\n',
+    "members": 'declare -A M=([x]=1); M[y]=2; A=(a b); A[1]=c; k=y; python3 ${M[x]} ${M[$k]} "${A[@]}"\n',
+    "counts": 'n=1; ((n+=2)); ((n++)); let m=n*2; python3 $n $m; for ((i=0; i < 3; i++)); do python3 $i; done\n',
+    "turns": 'i=0; until [ $i -ge 9 ]; do ((i++)); [ $i = 2 ] && continue; [ $i -gt 3 ] && break; python3 $i; done\n',
+    "tests": 'true || a=0; if true; then a=1; fi; if test 3 -gt 2; then b=1; fi; [[ a1 =~ ^a[[:digit:]]$ ]] && c=1\n'
+    'x=5; h="p q"; [ $x -ge 5 -a $x -le 9 ] && d=1; [[ $h == *" "* ]] && e=1; [[ $h < a ]] || f=1\n'
+    "python3 $a $b $c $d $e $f\n",
     "set": 'set -e\nset -- x "y z"\npython3 "$1" "$2" "$@"\n',
     "unicode": "m=模型\npython3 name=$m 'ü'  # äöü\n",
     "crowd": 'python3 a=$(( 1 +\n 2 )) b="x\ny"\n',
@@ -150,7 +157,8 @@ def test_warnings_of_what_is_lost_or_not_read() -> None:
     assert "lines 2 to 3" in evaluate("python3 a \\  # note\n b=1 \\\n --c=2\n").warnings[0]
     assert evaluate("python3 a \\\n # the end\n\npython3 b\n").warnings == []
     assert "is not read" in evaluate("source conf.sh\n").warnings[0]
-    assert "not followed" in evaluate("while true; do python3 a; done\n").warnings[0]
+    assert "followed once" in evaluate("while true; do python3 a; done\n").warnings[0]
+    assert evaluate("python3 $1\n").commands[0].words[1].line == 1
     assert "not understood" in evaluate("python3 --x <a> <b>\n").warnings[0]
     usage = 'if [ $# -lt 1 ]; then echo usage; exit 1; fi\npython3 "$1"\n'
     assert commands(usage)[-1] == ["python3", "$1"] and "may end here" in evaluate(usage).warnings[0]
@@ -174,7 +182,8 @@ def test_variables_that_a_command_is_given() -> None:
         "python3 $(( 9**99999999 )) $((1/0)) $((1<<999999999))\n",
         "x=$((y)); y=$((x))\npython3 $x\n", "A=(1 2)\npython3 ${A[9]} ${A[-1]} ${A[x]}\n", "exit\n", "return\n",
         "}\n;;\n", "for i in {1..999999999}; do for j in {1..99999999}; do python3; done; done\n", "\x00\x01",
-        "a=" + "(" * 500,
+        "a=" + "(" * 500, "[[ a =~ [ ]]\n[[ a =~ *( ]]\n", "let\nbreak\n", "for ((;;)); do python3; done",
+        "while", "for ((a)); do x; done", "for ((", "[ ( ]; [ ! ]; [ a b c d ]; test; [[ ]]", "declare\nlocal\n",
         "if " * 300, "$(" * 300, "X=x; " + "X=$X$X; " * 60,
     ],
 )  # fmt: skip

@@ -77,12 +77,14 @@ def test_defaults_that_name_each_other_end(tmp_path: Path) -> None:
 def test_interpolations() -> None:
     settings = yaml_settings(
         "data:\n  p: 512\n  q: ${data.p}\n  rel: ${.p}\n  text: 'n${data.p}'\nenv: ${oc.env:N,2e-3}\n"
-        "home: ${oc.env:H}\nloop: ${loop}\nother: ${data.none}\nsum: ${eval:1+1}\n",
+        "home: ${oc.env:H}\nloop: ${loop}\nother: ${data.none}\nsum: ${eval:1+1}\n"
+        "one: ${oc.select:data.p,4}\ntwo: ${oc.select:none,4}\nmap: ${oc.select:data,null}\n",
         "x",
     )
     values = {key: setting.value for key, setting in resolved(settings, {"H": "7"}).items()}
     assert values == {
         "data.p": 512, "data.q": 512, "data.rel": 512, "data.text": "n512", "env": 2e-3, "home": 7, "loop": "${loop}",
-        "other": "${data.none}", "sum": "${eval:1+1}",
+        "other": "${data.none}", "sum": "${eval:1+1}", "one": 512, "two": 4,
+        "map": "${oc.select:data,null}",
     }  # fmt: skip
     assert resolved(settings, {})["data.q"] == Setting(512, 3, text="${data.p}")

@@ -7,5 +7,6 @@ class Section(BaseModel):
     """Base of every section: immutable, unknown keys fail, and no value is converted to another type."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True,
+        defer_build=True,
+    )  # fmt: skip

@@ -5,6 +5,7 @@ What is not known here is kept as it is written: a command's output, and variabl
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 
@@ -18,6 +19,7 @@ PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)
 PARAMETER = re.compile(r"\$\{?([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
 OPERATOR = re.compile(r":?[-=+?]|##|#|%%|%|//|/|,,|,|\^\^|\^|:")
+NAME = re.compile(r"\$\{?(\w+)\}?")
 MISSING = re.compile(marks.UNKNOWN + r"\$\{?(\w+)")
 ARRAY = re.compile(r'"\$(?:\{(\w+)(\[@\])\}|\{?(@)\}?)"')
 
@@ -126,7 +128,7 @@ class Expansion:
         """A node's text: white space that is in no quotes splits it."""
         sign, raw = marks.at(self.line(node.start_byte)), self.raw(node)
         if node.type in ("simple_expansion", "expansion"):
-            return self.parameter(node, quoted)
+            return sign + self.parameter(node, quoted)
         if node.type in ("command_substitution", "process_substitution", "arithmetic_expansion"):
             return sign + self.substituted(raw)
         if node.type == "raw_string":
@@ -229,10 +231,26 @@ class Expansion:
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:
             return self.variables.text(name)
+        member = self.variables.values.get(f"{name}[{self.filled(index)}]")
+        if isinstance(member, str):
+            return member
         try:
             return self.variables.list(name)[self.computed(index)].text
         except (arithmetic.Unknown, IndexError):
             return self.variables.text(name) if name == "BASH_SOURCE" else None
+
+    def filled(self, text: str) -> str:
+        """A text with the values of its variables."""
+        return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
+
+    def put(self, name: str, index: str | None, text: str) -> None:
+        """Set a variable, or a word of an array: by number in it, by any other index as a variable of its own."""
+        words = self.variables.list(name)
+        with suppress(arithmetic.Unknown):
+            if index is not None and 0 <= (place := self.computed(index)) <= len(words):
+                self.variables.values[name] = [*words[:place], Field(text), *words[place + 1 :]]
+                return
+        self.variables.values[name if index is None else f"{name}[{self.filled(index)}]"] = text
 
     def sliced(self, name: str, rest: str) -> list[Field]:
         words = self.variables.list(name)
@@ -245,16 +263,17 @@ class Expansion:
     def changed(self, value: str, sign: str, rest: str) -> str | None:
         """A value by `#`, `%`, `/`, `,`, `^` or `:`; None where only a run can tell."""
         text = marks.plain(value)
-        name = re.compile(r"\$\{?(\w+)\}?")
-        pattern = name.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), rest)
-        pattern, _, to = re.sub("[\"']", "", pattern).replace("\\/", "\0").partition("/" if sign[0] == "/" else "\0\0")
+        pattern = re.sub("[\"']", "", self.filled(rest)).replace("\\/", "\0")
+        pattern, _, to = pattern.partition("/" if sign[0] == "/" else "\0\0")
         pattern, to = (re.sub(r"\\(?=.)", "", part).replace("\0", "/") for part in (pattern, to))
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None
         if sign[0] in "#%":
             return _trimmed(text, sign, pattern)
         if sign[0] == "/":
-            return re.sub(re.sub(r"\\[zZ]$", "", translate(pattern)), lambda _: to, text, count=int(sign == "/"))
+            start, end = pattern[:1] == "#", pattern[:1] == "%"
+            wanted = re.sub(r"\\[zZ]$", "", translate(pattern[start or end :]))
+            return re.sub("^" * start + wanted + "$" * end, lambda _: to, text, count=int(sign == "/"))
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]

@@ -19,7 +19,7 @@ from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: _times(left, right),
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
@@ -51,11 +51,6 @@ class Script:
     def called(self, pattern: str) -> list[Call]:
         """Calls whose whole name matches a regular expression, in the order of their lines."""
         return [call for call in self.calls if re.fullmatch(pattern, call.name)]
-
-
-def calls(path: Path, environment: Mapping[str, str] | None = None) -> list[Call]:
-    """The calls of a script or notebook."""
-    return read(path, environment).calls
 
 
 def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
@@ -127,19 +122,43 @@ class _Reader(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         self.script.imports.add((node.module or "").partition(".")[0])
 
-    def visit_Assign(self, node: ast.Assign) -> None:
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
         self.generic_visit(node)
-        for target in node.targets:
-            self.assign(target, node.value)
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if node.value is not None:
+                self.assign(target, node.value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.visit_Assign(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        """The branch that is taken; where that is not known both, and a name that they leave different is unknown."""
+        test = self.value(node.test)
+        self.visit(node.test)
+        before, ends = dict(self.names), list[dict[str, Any]]()
+        for branch in (node.body, node.orelse) if isinstance(test, Unknown) else (node.body if test else node.orelse,):
+            self.names.clear()
+            self.names |= before
+            for statement in branch:
+                self.visit(statement)
+            ends.append(dict(self.names))
+        self.names |= {name: _either(value, ends[-1].get(name, value), name) for name, value in ends[0].items()}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """A function: its arguments are not known, and its names are its own."""
+        outer = dict(self.names)
+        self.names |= {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
         self.generic_visit(node)
-        if node.value is not None:
-            self.assign(node.target, node.value)
+        self.names.clear()
+        self.names |= outer
+
+    def visit_For(self, node: ast.For) -> None:
+        self.names |= {part.id: Unknown(part.id) for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.generic_visit(node)
-        self.names.pop(ast.unparse(node.target), None)
+        self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         """A name for a value or a call; an attribute of a call's result is one more argument."""
@@ -152,6 +171,8 @@ class _Reader(ast.NodeVisitor):
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
+        elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
+            self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
         elif isinstance(target, ast.Attribute) and isinstance(call, Call):
             call.arguments[target.attr] = self.setting(value)
         else:
@@ -166,8 +187,14 @@ class _Reader(ast.NodeVisitor):
             spread = self.value(keyword.value) if keyword.arg is None else None
             if keyword.arg:
                 arguments[keyword.arg] = self.setting(keyword.value)
-            elif isinstance(spread, dict):
-                arguments |= {str(key): Setting(_plain(value), node.lineno, self.cell) for key, value in spread.items()}
+            elif not isinstance(spread, dict):
+                arguments[f"**{ast.unparse(keyword.value)}"] = self.setting(keyword.value)
+            else:
+                for key, value in spread.items():
+                    text = str(value) if isinstance(value, Unknown) else None
+                    arguments[str(key)] = Setting(_plain(value), node.lineno, self.cell, text)
+        if isinstance(node.func, ast.Attribute) and isinstance(self.value(node.func.value), dict | list):
+            self.names.pop(ast.unparse(node.func.value), None)  # `update`, `append`
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
 
     def setting(self, node: ast.expr) -> Setting:
@@ -227,17 +254,17 @@ class _Reader(ast.NodeVisitor):
             return unknown
 
 
-def _times(left: Any, right: Any) -> Any:
-    """A product of numbers; one with a text or list may fill the memory."""
-    if not isinstance(left, int | float) or not isinstance(right, int | float):
-        raise TypeError
-    return left * right
+def _either(one: Any, other: Any, name: str) -> Any:
+    """The value of a name, or of each key of its mapping, that two branches give it."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _either(one.get(key, ...), other.get(key, ...), str(key)) for key in one | other}
+    return one if one == other else Unknown(name)
 
 
 def _plain(value: Any) -> Any:
     """The value with the text of what is not known in it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return (
-        [_plain(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, str) else value
-    )
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value

@@ -8,19 +8,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from tree_sitter import Node
 
-from grpo_autotune.interop.reading import arithmetic, marks
+from grpo_autotune.interop.reading import marks
+from grpo_autotune.interop.reading.cut import cut_commands, within
 from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
+from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
 from grpo_autotune.interop.reading.words import Word
 
-NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
-ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
 LONGEST_VALUE = 1_000_000
 MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
-NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
+MEMBER = re.compile(r"\W*\[([^\]]+)\]=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,10 @@ class _Returned(Exception):
     """The function ends here."""
 
 
+class _Left(Exception):
+    """This turn of a loop ends here; with "break" the loop."""
+
+
 def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
     ("1"), which fill what the script leaves to them, as in bash."""
@@ -57,9 +60,9 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
     evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
     evaluation.exported |= given.keys()
-    with suppress(_Ended, _Returned):
+    with suppress(_Ended, _Returned, _Left):
         evaluation.run(evaluation.tree)
-    evaluation.result.warnings[:0] = _cut_commands(text, evaluation.tree)
+    evaluation.result.warnings[:0] = cut_commands(text, evaluation.tree)
     return evaluation.result
 
 
@@ -69,8 +72,10 @@ class _Evaluation:
     def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
+        self.truth = Truth(self.expand, self.warn)
         self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
-        for error in [node for node in _within(self.tree) if node.type == "ERROR"][:1]:
+        self.local = set[str]()  # names of a function's own variables
+        for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
     def warn(self, node: Node, what: str) -> None:
@@ -102,20 +107,30 @@ class _Evaluation:
             items = [item for item in value.named_children if item.type != "comment"]
             words = [word for item in items for word in self.expand.fields(item)]
             self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
-        elif name is not None and name.type == "variable_name":
-            text = self.expand.text(value)
-            self.variables.values[key] = (self.variables.text(key) or "") + text if adds else text
+            for match in filter(None, (MEMBER.fullmatch(marks.shown(word.text)) for word in words)):
+                self.variables.values[f"{key}[{match[1]}]"] = match[2]
+        elif name is not None:
+            index = name.child_by_field_name("index")
+            written = None if index is None else self.expand.raw(index)
+            before = self.expand.indexed(key, written) if adds else None
+            self.expand.put(key, written, (before or "") + self.expand.text(value))
         if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
             self.warn(node, f"{key} grows without end; nothing is read from here on")
             raise _Ended
         return True
 
     def declaration(self, node: Node) -> bool:
+        kind = node.children[0].type
         for child in node.named_children:
+            name = re.split(r"\W", self.expand.raw(child))[0]
+            if kind in ("local", "declare", "typeset"):
+                self.local.add(name)
             if child.type == "variable_assignment":
                 self.assignment(child)
-            if self.expand.raw(node).startswith("export"):
-                self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
+            elif kind == "local":
+                self.variables.values.pop(name, None)
+            if kind == "export":
+                self.exported.add(name)
         return True
 
     def command(self, node: Node) -> bool | None:
@@ -142,15 +157,18 @@ class _Evaluation:
         """A function, with its own arguments."""
         if self.depth == DEEPEST:
             return None
-        outer = self.variables.positional, self.variables.called
-        self.variables.positional, self.variables.called = words, True
+        outer, before = (self.variables.positional, self.variables.called, self.local), dict(self.variables.values)
+        self.variables.positional, self.variables.called, self.local = words, True, set()
         self.depth += 1
         try:
             return self.run(body)
         except _Returned:
             return True
         finally:
-            self.variables.positional, self.variables.called = outer
+            for name in self.local:
+                self.variables.values.pop(name, None)
+            self.variables.values |= {name: before[name] for name in self.local & before.keys()}
+            self.variables.positional, self.variables.called, self.local = outer
             self.depth -= 1
 
     def inside(self, script: str, line: int) -> bool | None:
@@ -186,7 +204,7 @@ class _Evaluation:
         return True
 
     def sourced(self, node: Node, words: list[Field]) -> bool:
-        self.warn(node, f"`{_shorter(self.expand.raw(node))}` is not read")
+        self.warn(node, f"`{shorter(self.expand.raw(node))}` is not read")
         return True
 
     def unset(self, node: Node) -> bool:
@@ -196,7 +214,7 @@ class _Evaluation:
 
     def redirected(self, node: Node) -> bool | None:
         """A statement with redirections; a here-document of `cat` or `tee` is kept as the file that it becomes."""
-        parts = {part.type: part for part in _within(node) if part.type.startswith(("heredoc", "file_redirect"))}
+        parts = {part.type: part for part in within(node) if part.type.startswith(("heredoc", "file_redirect"))}
         body = self.expand.raw(node.named_children[0]).split()
         if "heredoc_body" not in parts or body[0] not in ("cat", "tee"):
             return self.run(node.named_children[0])
@@ -225,64 +243,21 @@ class _Evaluation:
 
     def holds(self, conditions: list[Node]) -> bool:
         """The condition of an `if`; a command in it is not run, so it holds if it asks for NVIDIA's GPUs."""
-        states = [self.run(child) if child.type in TESTS else None for child in conditions]
+        states = [self.run(child) if self.expand.raw(child).startswith(TESTS) else None for child in conditions]
         if states[-1] is not None:
             return states[-1]
         text = " ".join(self.expand.raw(child) for child in conditions)
         guess = bool(NVIDIA.search(text)) and not text.startswith("!")
-        self.warn(conditions[0], f"`if {_shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
+        self.warn(conditions[0], f"`if {shorter(text)}` depends on the machine: taken as {str(guess).lower()}")
         return guess
 
     def test(self, node: Node) -> bool | None:
         """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
-            with suppress(arithmetic.Unknown):
-                return bool(self.expand.computed(self.expand.raw(node)[2:-2]))
-            return None
+            return self.truth.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":
             return self.each(node.named_children)
-        return self.truth(node.named_children[0], node.children[0].type == "[[") if node.named_children else False
-
-    def truth(self, node: Node, pattern: bool) -> bool | None:
-        """The truth of an expression; `pattern` if `=` compares with one."""
-        first, last = (node.named_children or [node])[0], (node.named_children or [node])[-1]
-        operator = node.child_by_field_name("operator")
-        sign = self.expand.raw(operator) if operator is not None else ""
-        if node.type == "parenthesized_expression":
-            return self.truth(first, pattern)
-        if node.type == "unary_expression" and sign == "!":
-            state = self.truth(last, pattern)
-            return None if state is None else not state
-        if node.type == "unary_expression":
-            return {"-z": not self.tested(last), "-n": bool(self.tested(last))}.get(sign)
-        if node.type != "binary_expression":
-            return bool(self.tested(node))
-        if sign in ("&&", "-a", "||", "-o"):
-            state = self.truth(first, pattern)
-            return self.truth(last, pattern) if bool(state) == (sign in ("&&", "-a")) else state
-        left, right = self.tested(first), self.tested(last)
-        if sign in ("=", "==", "!="):
-            return self.alike(first, left, right, pattern) == (sign != "!=")
-        with suppress(arithmetic.Unknown, KeyError):
-            return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
-        return None
-
-    def tested(self, node: Node) -> str:
-        """A text in a test: nothing for a variable that nothing sets."""
-        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
-        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
-        return "" if unset else text
-
-    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
-        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
-        if not marks.is_unknown(left):
-            return fnmatchcase(left, right) if pattern else left == right
-        same = bool(NVIDIA.fullmatch(right))
-        self.warn(
-            node,
-            f"`{_shorter(self.expand.raw(node))}` depends on the machine: taken as {'' if same else 'not '}{right}",
-        )
-        return same
+        return self.truth.of([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
 
     def case(self, node: Node) -> bool | None:
         """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
@@ -292,25 +267,50 @@ class _Evaluation:
             patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
             if marks.is_unknown(text):
                 patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
-            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
+            fits = [pattern for pattern in patterns if self.truth.alike(subject, text, pattern)]
             if fits and marks.is_unknown(text):
                 self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
             if fits:
                 return self.each([c for c in item.named_children if c not in _fields(item, "value", "termination")])
         return True
 
-    def loop(self, node: Node) -> bool | None:
-        variable, body = node.child_by_field_name("variable"), node.child_by_field_name("body")
-        words = [word for value in _fields(node, "value") for word in self.expand.fields(value)]
-        for word in words[:MOST_TURNS] if variable is not None and body is not None else ():
-            self.variables.values[self.expand.raw(variable)] = word.text  # type: ignore[arg-type]
-            self.run(body)  # type: ignore[arg-type]
+    def loop(self, node: Node) -> bool:
+        """A loop; where only a run can tell how often it turns, it is followed once."""
+        body = node.child_by_field_name("body")
+        for _, state in zip(range(MOST_TURNS if body else 0), self.conditions(node), strict=False):
+            if state is None:
+                self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is followed once")
+            if state is False:
+                break
+            try:
+                self.each([body] if body else [])
+            except _Left as left:
+                state = None if left.args[0] == "break" else state
+            if state is None:
+                break
         return True
 
-    def skipped(self, node: Node) -> bool:
-        if not (node.type == "while_statement" and self.run(node.named_children[0]) is False):
-            self.warn(node, f"a loop (`{_shorter(self.expand.raw(node))}`) is not followed")
-        return True
+    def conditions(self, node: Node) -> Iterator[bool | None]:
+        """True for each turn of a loop, then false."""
+        text = self.expand.raw(node)
+        if node.type == "for_statement":
+            for word in [word for value in _fields(node, "value") for word in self.expand.fields(value)]:
+                self.variables.values |= {self.expand.raw(name): word.text for name in _fields(node, "variable")}
+                yield True
+        elif node.type == "c_style_for_statement":
+            start, goes_on, then, *_ = [*text.partition("((")[2].partition("))")[0].split(";"), "", ""]
+            self.truth.counted(start)
+            while True:
+                yield self.truth.counted(goes_on) if goes_on.strip() else None
+                self.truth.counted(then)
+        while node.type == "while_statement":
+            state = self.run(node.named_children[0])
+            known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
+            yield state == text.startswith("while") if known else None
+
+    def left(self, node: Node, words: list[Field]) -> bool:
+        """`break` and `continue`."""
+        raise _Left(self.expand.raw(node).split()[0])
 
     def subshell(self, node: Node) -> bool | None:
         outer = dict(self.variables.values)
@@ -326,22 +326,19 @@ HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
     "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
-    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.skipped, "subshell": _Evaluation.subshell,
-    "c_style_for_statement": _Evaluation.skipped, "compound_statement": _Evaluation.test,
+    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "subshell": _Evaluation.subshell,
+    "c_style_for_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
     "comment": lambda none, node: True,
 }  # fmt: skip
 BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
     "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
     "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
-    ":": lambda *none: True,
+    ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
+    "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
+    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1:] == [True],
 }  # fmt: skip
-TESTS = ("test_command", "list", "negated_command", "compound_statement")
-
-
-def _within(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _within(child)
+TESTS = ("[", "((", "! [", "test ", "true", "false")
+"""Beginnings of a condition that is evaluated, and not guessed."""
 
 
 def _fields(node: Node, *names: str) -> list[Node]:
@@ -368,28 +365,3 @@ def _inner_script(words: list[str]) -> str | None:
         return " ".join(words[1:])
     shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
     return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
-
-
-def _shorter(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def _cut_commands(text: str, tree: Node) -> list[str]:
-    """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
-    lines, warnings = text.splitlines(), []
-    source = text.encode()
-    comments = {source.count(b"\n", 0, node.start_byte) for node in _within(tree) if node.type == "comment"}
-    for number in range(len(lines)):
-        after_more = number > 0 and lines[number - 1].endswith("\\") and number - 1 not in comments
-        alone = number in comments and lines[number].lstrip().startswith("#")
-        comment = alone and after_more
-        if not comment and (alone or not re.search(r"(^|[^\\])\\[ \t]+(#.*)?$", lines[number])):
-            continue
-        start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
-        end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
-        if names := [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]:
-            what = "a comment" if comment else "a space behind the backslash"
-            lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
-            warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
-    return warnings

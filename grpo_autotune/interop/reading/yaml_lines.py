@@ -85,8 +85,8 @@ def with_defaults(
 
 
 def resolved(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, Setting]:
-    """Settings with OmegaConf's interpolations put in, `${data.max_prompt_length}` and `${oc.env:NAME,default}`; those
-    that nothing in the file answers stay as they are written."""
+    """Settings with OmegaConf's interpolations put in, `${data.max_prompt_length}`, `${oc.env:NAME,default}` and
+    `${oc.select:KEY,default}`; those that nothing in the file answers stay as they are written."""
     if not any("${" in str(setting.value) for setting in settings.values()):
         return dict(settings)
     return {key: _resolved(key, setting, settings, environment) for key, setting in settings.items()}
@@ -101,14 +101,17 @@ def _resolved(
 
     def answer(match: re.Match[str]) -> Any:
         name = match[1].strip()
-        if name.startswith("oc.env:"):
-            variable, comma, default = name.removeprefix("oc.env:").partition(",")
-            known = default if comma else match[0]
-            return yaml.load(environment.get(variable.strip(), known), _Loader)
+        resolver, _, rest = name.partition(":")
+        default: Any = match[0]
+        if resolver in ("oc.env", "oc.select"):
+            name, comma, text = (part.strip() for part in rest.partition(","))
+            default = yaml.load(text, _Loader) if comma else match[0]
+        if resolver == "oc.env":
+            return yaml.load(environment[name], _Loader) if name in environment else default
         up = len(name) - len(name.lstrip("."))
         place = ".".join([*key.split(".")[:-up], name.lstrip(".")]) if up else name
         if place not in settings:
-            return match[0]
+            return match[0] if any(key.startswith(f"{place}.") for key in settings) else default
         return _resolved(place, settings[place], settings, environment, depth + 1).value
 
     whole = INTERPOLATION.fullmatch(value)
