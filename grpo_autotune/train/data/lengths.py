@@ -50,7 +50,7 @@ def within_limit(
     sizes, counts = _counted[key]
     beyond = [row for row, count in enumerate(counts) if count > limit]
     if data.prompt_overflow == "left":
-        wrap(ClassSlot(processor, "__call__"), _cutting(limit), INNER)
+        wrap(ClassSlot(processor, "__call__"), _cutting(getattr(processor, "tokenizer", processor), limit), INNER)
     if not beyond:
         return rows
     refused = beyond if data.prompt_overflow == "error" else [row for row in beyond if sizes[row]]
@@ -71,7 +71,8 @@ def within_limit(
     if data.prompt_overflow == "left":
         return rows
     if len(beyond) == len(rows):
-        raise DataError("no prompt is short enough", where=where, fix="Raise data.max_prompt_tokens.")
+        told = f"no prompt is short enough: the shortest has {min(counts)} tokens"
+        raise DataError(told, where=where, fix="Raise data.max_prompt_tokens.")
     return rows.select(sorted(set(range(len(rows))) - set(beyond)))
 
 
@@ -137,12 +138,16 @@ def _processed(row: Mapping[str, Any], processor: Any, options: Mapping[str, Any
     return len(inputs["input_ids"][0])
 
 
-def _cutting(limit: int) -> Callable[..., Any]:
-    """A layer on a tokenizer or processor, which then keeps the last tokens of a text (its `truncation_side`)."""
+def _cutting(tokenizer: Any, limit: int) -> Callable[..., Any]:
+    """A layer on a tokenizer or its processor, which then keeps the last tokens of a text (its `truncation_side`)."""
 
     def cut(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("truncation") == WHOLE:
             return call_next(*args, **kwargs)
-        return call_next(*args, **{**kwargs, "truncation": True, "max_length": limit})
+        try:
+            return call_next(*args, **{**kwargs, "truncation": True, "max_length": limit})
+        finally:
+            if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+                backend.no_truncation()  # which a checkpoint's tokenizer.json would have from then on
 
     return cut
