@@ -1,6 +1,7 @@
 """Templates that a configuration gives as text or as a file: both are text from then on, so that what a run stores
 needs no such file."""
 
+import re
 import string
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def prompt_template_text(value: str | None) -> str | None:
 def is_jinja(template: str) -> bool:
     """True for a prompt template in Jinja: one with `{%`, with `{#`, or with `{{ }}` and without a column in single
     braces, which as a format string would give each row the same prompt, or none."""
-    if "{%" in template or "{#" in template:
+    if re.search(r"(?<!{){[%#]", template):
         return True
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template)]

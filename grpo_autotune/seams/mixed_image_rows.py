@@ -5,13 +5,16 @@ batch wholly of such rows it hands the model image tensors of no rows, which its
 row has an empty list of images, a generation wholly of them has tensors of no images, and the model gets none of those.
 
 Several processes add up the gradients of all trained weights, and wait for those of a tower that has seen no image on
-one of them: such a micro batch is given a blank image whose features are multiplied by zero.
+one of them: such a micro batch is given a blank image whose features are multiplied by zero. And a process whose rows
+all have an empty list of images takes part where TRL gathers those of the others.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, Next, wrap
+from grpo_autotune.seams.stored_images import image_columns
+from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, models_of
 
 PATCHES, GRID = "pixel_values", "image_grid_thw"
@@ -25,6 +28,9 @@ def mend(trainer: Any) -> list[Handle]:
     if GRID not in getattr(getattr(processor, "image_processor", None), "model_input_names", ()):
         return []
     handles = [wrap(ClassSlot(processor, "__call__"), _process, INNER)]
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if trainer.accelerator.num_processes > 1 and image_columns(columns):
+        handles += wrap_seams(trainer, rollout=_rollout)
     for model in models_of(trainer):
         backbone = base_of(model).base_model
         handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
@@ -49,6 +55,12 @@ def _process(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
     inputs = call_next(*args, **{**kwargs, "images": None})
     inputs[PATCHES], inputs[GRID] = torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
     return inputs
+
+
+def _rollout(call_next: Next, /, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Images None for each row where this process has none: TRL gathers them from the processes that have some."""
+    *others, images, of_tools = call_next(prompts, *args, **kwargs)
+    return *others, [None] * len(prompts) if images is None else images, of_tools
 
 
 def _forward(trainer: Any, backbone: Any) -> Layer:

@@ -22,6 +22,7 @@ from trl.trainer.utils import RepeatSampler
 from grpo_autotune.config.sections.sampled import Resample
 from grpo_autotune.records.probe import ResampleFacts
 from grpo_autotune.seams.layers import INNER, Next
+from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.seams.table import PREPARE_INPUTS, wrap_rows, wrap_seams
 from grpo_autotune.speedups.batches.skip_dead import living_rows
 from grpo_autotune.units import plural
@@ -31,6 +32,8 @@ CARRIED = "resample"
 
 Row = tuple[Any, ...]
 """A row: its data, prompt, prompt ids, completion ids, completion, log-probs, images, and what rewards log of it."""
+IMAGES = 6
+"""Place of the images in a row."""
 
 
 class Resampling:
@@ -76,7 +79,7 @@ class Resampling:
             return call_next(prompts, *args, **kwargs)
         rows, rewards_NF = self._round(call_next, prompts)
         lives_P, rounds, begin = self._lives(rewards_NF), 1, time.perf_counter()
-        kept, sums = rewards_NF.clone(), [self._mean(rewards_NF)]
+        kept, sums, pictured = rewards_NF.clone(), [self._mean(rewards_NF)], any(row[IMAGES] for row in rows)
         while not lives_P.all() and rounds < self._wish.max_rounds:
             inputs[:] = self._draw(len(inputs))
             prompts[:] = prompts_of(inputs)
@@ -84,14 +87,15 @@ class Resampling:
             rounds, came_P = rounds + 1, self._lives(rewards_NF)
             sums.append(self._mean(rewards_NF))
             places, sources = (~lives_P).nonzero().flatten().tolist(), came_P.nonzero().flatten().tolist()
-            moves = [pair for groups in zip(places, sources, strict=False) for pair in self._rows_of(*groups)]
+            pairs, group = zip(places, sources, strict=False), self._trainer.num_generations
+            moves = [(place * group + n, source * group + n) for place, source in pairs for n in range(group)]
             self._move(moves, further, rows)
             for place, source in moves:
                 kept[place] = rewards_NF[source]
             lives_P = self._lives(kept)
         self._note(rounds, lives_P, sums, time.perf_counter() - begin)
         self._rewards_NF = kept
-        return self._chosen(rows, inputs, prompts)
+        return self._chosen(rows, inputs, prompts, pictured=pictured)
 
     def _round(self, call_next: Next, prompts: list[Any]) -> tuple[list[Row], torch.Tensor]:
         """Completions of this process's prompts, row by row, and the rewards of all processes' (N, F)."""
@@ -99,10 +103,9 @@ class Resampling:
         prompt_ids, ids, _, completions, logprobs, _, images, _ = call_next(prompts)
         rewards_NF = trainer._calculate_rewards(self._inputs, prompts, completions, ids)
         nothing = [None] * len(inputs)
-        logged = [
-            {name: values[row] for name, values in trainer._pending_extra_logs.items()} for row in range(len(ids))
-        ]
-        trainer._pending_extra_logs.clear()
+        extra = trainer._pending_extra_logs
+        logged = [{name: values[row] for name, values in extra.items()} for row in range(len(ids))]
+        extra.clear()
         columns = (inputs, prompts, prompt_ids, ids, completions, logprobs or nothing, images or nothing, logged)
         return list(zip(*columns, strict=True)), rewards_NF
 
@@ -119,31 +122,27 @@ class Resampling:
         weighted_NF = rewards_NF * self._trainer.reward_weights.to(rewards_NF)
         return float(weighted_NF.nansum(dim=1)[~rewards_NF.isnan().all(dim=1)].mean())
 
-    def _rows_of(self, place: int, source: int) -> list[tuple[int, int]]:
-        """Rows of all processes in two groups, pair by pair."""
-        group = self._trainer.num_generations
-        return [(place * group + member, source * group + member) for member in range(group)]
-
     def _move(self, moves: Sequence[tuple[int, int]], further: Sequence[Row], rows: list[Row]) -> None:
         """Put rows of a further round into their places, on whichever process these are."""
-        first, count = self._trainer.accelerator.process_index * len(rows), len(rows)
-        sent = {place: further[source - first] for place, source in moves if 0 <= source - first < count}
+        first = self._trainer.accelerator.process_index * len(rows)
+        mine = range(first, first + len(rows))
+        sent = {place: further[source - first] for place, source in moves if source in mine}
         if self._trainer.accelerator.num_processes > 1:
-            abroad = {place: row for place, row in sent.items() if not 0 <= place - first < count}
+            abroad = {place: row for place, row in sent.items() if place not in mine}
             for others in gather_object([abroad]):
                 sent |= others
-        for place, row in sent.items():
-            if 0 <= place - first < count:
-                rows[place - first] = row
+        for place in sent.keys() & set(mine):
+            rows[place - first] = sent[place]
 
-    def _chosen(self, rows: list[Row], inputs: list[Any], prompts: list[Any]) -> tuple[Any, ...]:
-        """The chosen rows as TRL's `_generate` returns them; the lists that TRL goes on with hold them, too."""
+    def _chosen(self, rows: list[Row], inputs: list[Any], prompts: list[Any], *, pictured: bool) -> tuple[Any, ...]:
+        """The chosen rows as TRL's `_generate` returns them; the lists that TRL goes on with hold them, too. Where the
+        first rows were `pictured` TRL would take their images if it were given none."""
         data, texts, prompt_ids, ids, completions, logprobs, images, logged = map(list, zip(*rows, strict=True))
         inputs[:], prompts[:] = data, texts
         for name in dict.fromkeys(name for row in logged for name in row):
             self._trainer._pending_extra_logs[name].extend(row.get(name) for row in logged)
-        some = [None if all(value is None for value in column) else column for column in (logprobs, images)]
-        return prompt_ids, ids, None, completions, some[0], {}, some[1], []
+        given = logprobs if any(logprobs) else None
+        return prompt_ids, ids, None, completions, given, {}, images if pictured or any(images) else None, []
 
     def _note(self, rounds: int, lives_P: torch.Tensor, means: Sequence[float], seconds: float) -> None:
         """Log a rollout, and say it once where the rounds were not enough."""
@@ -182,12 +181,9 @@ class Resampling:
 def prompts_of(rows: Sequence[Any]) -> list[Any]:
     """Prompts with the images of their rows in them, as `_generate_and_score_completions` makes them (TRL 1.16)."""
     prompts = [row["prompt"] for row in rows]
-    if "images" in rows[0]:
-        images = [row.get("images") for row in rows]
-    elif "image" in rows[0]:
-        images = [None if row.get("image") is None else [row["image"]] for row in rows]
-    else:
+    if not image_columns(rows[0]):
         return prompts
+    images = [row["images"] if "images" in row else row["image"] and [row["image"]] for row in rows]
     if all(some == [] for some in images):
         return prompts
     return [prepare_multimodal_messages(prompt, images=some) for prompt, some in zip(prompts, images, strict=True)]

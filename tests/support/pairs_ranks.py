@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "qwen3_vl",
         "lora": False,
         "names": ["skip_dead", "images_once", "patch_embed"],
-        "without_image": (0, 1),
+        "without_image": (2, 3),
     },
     "adapters": {"kind": "qwen3_vl", "lora": True, "names": "auto"},
     "whole groups": {
@@ -55,7 +55,8 @@ def rows_of(kind: str, without_image: Sequence[int] = ()) -> list[dict[str, Any]
     for n in range(4):
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": f"What is {n}?"}], "answer": str(n)}
         if kind.endswith("vl"):
-            row["image"] = None if n in without_image else Image.new("RGB", (56, 56), (60 * n, 90, 120))
+            image = Image.new("RGB", (56, 56), (60 * n, 90, 120))
+            row |= {"images": [] if n in without_image else [image]} if without_image else {"image": image}
         rows.append(row)
     return rows
 

@@ -144,6 +144,8 @@ def test_the_trainers_own_tokens_are_cut_and_its_rows_filtered(tiny: Tiny, tmp_p
     trainer = build_trainer(text_config(tiny("qwen3"), tmp_path, changes))
     ids = GRPOTrainer._tokenize_prompts(trainer, trainer.train_dataset["prompt"][:])[0]
     assert {len(one) for one in ids} == {9} and len(trainer.eval_dataset) == 8
+    trainer.processing_class.save_pretrained(tmp_path / "saved")  # where others would be cut, too
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] is None
     changes["data"] = {"max_prompt_tokens": 9}
     with pytest.raises(DataError, match="no prompt is short enough"):
         build_trainer(text_config(tiny("qwen3"), tmp_path, changes))
@@ -170,7 +172,10 @@ def test_images_are_shrunk_and_enlarged_to_an_area(tmp_path: Path) -> None:
     assert [image.size for image in rows["image"]] == [(80, 40), (50, 200), (64, 64)]
     rows = load(path, image_size=40, min_pixels=3_200)
     assert [image.size for image in rows["image"]] == [(80, 40), (29, 115), (57, 57)]
-    assert "min_pixels: more than data.max_pixels 5" in problem(ConfigError, path, max_pixels=5, min_pixels=9)
+    told = "data.min_pixels: 9 is more than max_pixels 5"
+    assert told in problem(ConfigError, path, max_pixels=5, min_pixels=9)
+    mix = {"a": {"path": str(path), "min_pixels": 9}}
+    assert told.replace("data", "data.mix.a") in problem(ConfigError, path, mix=mix, max_pixels=5)
 
 
 # verl's parquet
@@ -207,6 +212,8 @@ def test_a_jinja_template_is_text_or_a_file(tmp_path: Path) -> None:
         prompts = load(path, columns=columns, prompt_template=given_as)["prompt"]
         assert prompts[0][0]["content"] == r"Which digit is shown? Put it in \boxed{}."
         assert prompts[1][0]["content"].endswith(r"\boxed{}. Think.")
+    asked = "\\text{{%}} {prompt}"
+    assert load(path, prompt_template=asked)["prompt"][0][0]["content"] == "\\text{%} Which digit is shown? "
     (tmp_path / "set.j2").write_text("{answer} in a set")
     assert load(path, prompt_template=str(tmp_path / "set.j2"))["prompt"][0][0]["content"] == "{answer} in a set"
 
@@ -218,11 +225,17 @@ def test_a_jinja_template_is_text_or_a_file(tmp_path: Path) -> None:
         ("{{ prompts }}", "data.prompt_template: the data has no column prompts"),
         ("{{ prompt.__class__.__mro__ }}", "data.prompt_template: does not fit row 0: access to attribute '__class__'"),
         ("{{ answer.gold.value }}", "data.prompt_template: does not fit row 0: "),
+        ("{{ hint }}", "data.prompt_template: does not fit row 0: a column that it names is empty there"),
+        (
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            "data.prompt_template: does not fit row 0: ",
+        ),
         ("gone.jinja", "data.prompt_template: cannot read gone.jinja: No such file"),
     ],
 )
 def test_a_jinja_template_that_does_not_fit(template: str, told: str, tmp_path: Path) -> None:
-    assert problem(ConfigError, lines(tmp_path), prompt_template=template).startswith(told)
+    rows = [{**row, "hint": None} for row in ROWS]
+    assert problem(ConfigError, lines(tmp_path, rows), prompt_template=template).startswith(told)
 
 
 def test_a_chat_template_reaches_what_is_saved(tiny: Tiny, tmp_path: Path) -> None:

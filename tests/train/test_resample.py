@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -105,6 +106,24 @@ def test_pictures_and_what_rewards_log_stay_with_their_rows(tiny: Tiny, tmp_path
         assert len(set(output["image_grid_thw"][:, 2].tolist())) == 1
     (table,) = (tmp_path / "run" / "checkpoints" / "completions").iterdir()
     assert pandas.read_parquet(table)["seen_answer"].tolist() == watched[0].rollouts[-1][0]
+
+
+@pytest.mark.parametrize("with_picture", [0, 1])
+def test_chosen_rows_may_have_no_picture_and_those_they_replace_one(
+    with_picture: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Odd answers never live; rows of one kind have a picture."""
+    changes = {"resample": {}, "rewards": [{"name": "tests.support.resample_ranks:lively"}]}
+    config = picture_config(tiny("qwen3_vl"), tmp_path, changes, max_steps=2, gradient_accumulation_steps=1)
+    rows = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
+    kept = [row if int(row["answer"]) % 2 == with_picture else {**row, "image": None} for row in rows]
+    Path(config.data.path).write_text("\n".join(map(json.dumps, kept)))
+    watched: list[Watched] = []
+    run_training(config, tmp_path / "run", prepare=lambda trainer: watched.append(Watched(trainer)))
+    assert len(watched[0].rollouts) == 2
+    for answers, _, output in watched[0].rollouts:
+        assert {int(answer) % 2 for answer in answers} == {0}
+        assert output["num_images"] == [1 - with_picture] * GROUP
 
 
 @pytest.mark.slow

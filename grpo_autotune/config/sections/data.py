@@ -76,8 +76,7 @@ class Source(Section):
         if self.subsample is not None and self.subsample >= 1 and self.subsample % 1:
             what = f"{self.subsample} is neither a number of rows nor a share below 1"
             raise ConfigError(what, where="data.subsample")
-        if self.max_pixels is not None and self.min_pixels is not None and self.min_pixels > self.max_pixels:
-            raise ConfigError(f"more than data.max_pixels {self.max_pixels}", where="data.min_pixels")
+        _check_area(self.max_pixels, self.min_pixels, "data.min_pixels")
         return self
 
 
@@ -128,6 +127,9 @@ class DataSection(Source):
                 raise ConfigError(
                     "the data sets of a mixture have this key, each its own", where=f"data.{key}", fix=fix
                 )
+        for name, part in self.mix.items():
+            area = self.max_pixels or part.max_pixels, self.min_pixels or part.min_pixels
+            _check_area(*area, f"data.mix.{name}.min_pixels")
         if self.eval and (self.split_ratio, self.eval_path, self.eval_split) != (None, None, None):
             raise ConfigError(
                 "it takes the place of data.eval_path, data.eval_split and data.split_ratio", where="data.eval"
@@ -136,6 +138,11 @@ class DataSection(Source):
             if not name or one == HeldOut():
                 raise ConfigError("a set needs a name, and a path or a split", where=f"data.eval.{name}")
         return self
+
+
+def _check_area(most: int | None, least: int | None, where: str) -> None:
+    if most is not None and least is not None and least > most:
+        raise ConfigError(f"{least} is more than max_pixels {most}", where=where)
 
 
 IMAGE_LIMITS = ("image_size", "max_pixels", "min_pixels")

@@ -40,38 +40,38 @@ def within_limit(
     """Rows of data `where` whose prompts, with these options of the chat template, have at most
     `data.max_prompt_tokens` tokens; with `prompt_overflow: left` all of them, the processor cutting text from then on.
     DataError, which names the row, as `prompt_overflow` has it, and where no row is left."""
-    limit = data.max_prompt_tokens
+    limit, overflow = data.max_prompt_tokens, data.prompt_overflow
     if limit is None:
         return rows
-    key = (rows._fingerprint, str(getattr(processor, "tokenizer", processor)), processor.chat_template, repr(options))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    key = (rows._fingerprint, str(tokenizer), processor.chat_template, repr(options))
     if key not in _counted:
         sizes = image_sizes(rows)
         _counted[key] = sizes, prompt_tokens(rows, processor, options, sizes)
     sizes, counts = _counted[key]
+    if overflow == "left":
+        wrap(ClassSlot(processor, "__call__"), _cutting(tokenizer, limit), INNER)
     beyond = [row for row, count in enumerate(counts) if count > limit]
-    if data.prompt_overflow == "left":
-        wrap(ClassSlot(processor, "__call__"), _cutting(limit), INNER)
-    if not beyond:
-        return rows
-    refused = beyond if data.prompt_overflow == "error" else [row for row in beyond if sizes[row]]
-    if refused and data.prompt_overflow != "filter":
-        why = ", and one with an image is not cut" if data.prompt_overflow == "left" else ""
+    refused = [row for row in beyond if overflow == "error" or (overflow == "left" and sizes[row])]
+    if refused:
+        why = ", and one with an image is not cut" if overflow == "left" else ""
         raise DataError(
             f"its prompt has {counts[refused[0]]} tokens, more than data.max_prompt_tokens {limit}{why} "
             f"({plural(len(refused), 'such row')})",
             where=f"{where}, row {refused[0]}",
             fix="Shorten it, raise the limit, or set data.prompt_overflow: filter.",
         )
-    longest = max(beyond, key=counts.__getitem__)
-    done = "cut from the left" if data.prompt_overflow == "left" else "left out"
-    say(
-        f"{where}: {len(beyond)} of {len(rows)} prompts have more than {limit} tokens (data.max_prompt_tokens), up to "
-        f"{counts[longest]} (row {longest}): {done}"
-    )
-    if data.prompt_overflow == "left":
+    if beyond:
+        longest, done = max(beyond, key=counts.__getitem__), "cut from the left" if overflow == "left" else "left out"
+        say(
+            f"{where}: {len(beyond)} of {len(rows)} prompts have more than {plural(limit, 'token')} "
+            f"(data.max_prompt_tokens), up to {counts[longest]} (row {longest}): {done}"
+        )
+    if overflow == "left" or not beyond:
         return rows
     if len(beyond) == len(rows):
-        raise DataError("no prompt is short enough", where=where, fix="Raise data.max_prompt_tokens.")
+        told = f"no prompt is short enough: the shortest has {min(counts)} tokens"
+        raise DataError(told, where=where, fix="Raise data.max_prompt_tokens.")
     return rows.select(sorted(set(range(len(rows))) - set(beyond)))
 
 
@@ -137,12 +137,16 @@ def _processed(row: Mapping[str, Any], processor: Any, options: Mapping[str, Any
     return len(inputs["input_ids"][0])
 
 
-def _cutting(limit: int) -> Callable[..., Any]:
-    """A layer on a tokenizer or processor, which then keeps the last tokens of a text (its `truncation_side`)."""
+def _cutting(tokenizer: Any, limit: int) -> Callable[..., Any]:
+    """A layer on a tokenizer or its processor, which then keeps the last tokens of a text (its `truncation_side`)."""
 
     def cut(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("truncation") == WHOLE:
             return call_next(*args, **kwargs)
-        return call_next(*args, **{**kwargs, "truncation": True, "max_length": limit})
+        try:
+            return call_next(*args, **{**kwargs, "truncation": True, "max_length": limit})
+        finally:
+            if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+                backend.no_truncation()  # which a checkpoint's tokenizer.json would have from then on
 
     return cut

@@ -50,7 +50,7 @@ def mixed(parts: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
     aligned = []
     for name, rows in parts.items():
         for key in set(unlike) & set(rows.column_names):
-            rows = _with(rows, as_json(rows[key][:], key))
+            rows = datasets.concatenate_datasets([rows.remove_columns(key), as_json(rows[key][:], key)], axis=1)
         if lists and IMAGE_COLUMNS[0] in rows.column_names:
             rows = _in_lists(rows)
         aligned.append(rows.add_column(NAME, [name] * len(rows)))
@@ -72,10 +72,6 @@ def in_proportion(data: DataSection, rows: datasets.Dataset, say: Callable[[str]
     told = (f"{taken[name]} of {name} ({counts[name]} rows)" for name in data.mix)
     say(f"an epoch of {data.path}: {', '.join(told)}")
     return rows.select(order)
-
-
-def _with(rows: datasets.Dataset, column: datasets.Dataset) -> datasets.Dataset:
-    return datasets.concatenate_datasets([rows.remove_columns(column.column_names), column], axis=1)
 
 
 def _in_lists(rows: datasets.Dataset) -> datasets.Dataset:

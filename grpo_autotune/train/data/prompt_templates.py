@@ -11,8 +11,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from grpo_autotune.config.template_text import is_jinja
 from grpo_autotune.errors import ConfigError
 
-NOT_FIT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError)
-"""Errors that a template raises on a row."""
+NOT_FIT = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
+    jinja2.TemplateError,
+)
+"""Errors that a template raises, on a row or before."""
 
 Render = Callable[[Mapping[str, Any]], str]
 
@@ -24,19 +27,24 @@ def compiled(template: str, where: str) -> tuple[Collection[str], Render]:
         return _jinja(template, where)
 
     def render(cells: Mapping[str, Any]) -> str:
-        if None in cells.values():
-            raise ValueError("a column that it names is empty there")
-        return template.format(**cells)
+        return template.format(**{name: _shown(cell) for name, cell in cells.items()})
 
     return _fields(template, where), render
 
 
+def _shown(cell: Any) -> Any:
+    """A value that goes into a prompt; ValueError for None, which would be shown as `None`."""
+    if cell is None:
+        raise ValueError("a column that it names is empty there")
+    return cell
+
+
 def _jinja(template: str, where: str) -> tuple[Collection[str], Render]:
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_shown)
     try:
         names = sorted(meta.find_undeclared_variables(environment.parse(template)))
         return names, environment.from_string(template).render
-    except jinja2.TemplateError as error:
+    except NOT_FIT as error:
         line = getattr(error, "lineno", None)
         told = f"no Jinja template{f', line {line}' if line else ''}: {error}"
         raise ConfigError(told, where=where, fix="Columns stand in double braces: {{ question }}.") from error
