@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
+import textwrap
 import types
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -123,6 +128,19 @@ def markdown() -> str:
     )
 
 
+@cache
+def described(section: type[BaseModel]) -> dict[str, str]:
+    """The text under each field of a section in its source, those of its bases included."""
+    bases = [described(base) for base in reversed(section.__bases__) if issubclass(base, BaseModel)]
+    texts = {key: text for inherited in bases for key, text in inherited.items()}
+    if getattr(sys.modules[section.__module__], section.__name__, None) is section:  # not one that is made of a table
+        body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+        for field, text in pairwise(getattr(body, "body", [])):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
+    return texts
+
+
 def _section(name: str, section: type[BaseModel], introduction: str | None = None) -> Iterator[str]:
     yield f"## `{name}`\n"
     yield f"{introduction or section.__doc__}\n"
@@ -130,7 +148,7 @@ def _section(name: str, section: type[BaseModel], introduction: str | None = Non
     yield "|---|---|---|---|"
     for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        yield f"| `{key}` | {_accepts(field)} | {default} | {' '.join((field.description or '').split())} |"
+        yield f"| `{key}` | {_accepts(field)} | {default} | {' '.join(described(section).get(key, '').split())} |"
     yield ""
 
 
@@ -152,7 +170,7 @@ def _engine() -> Iterator[str]:
 def _speedups() -> Iterator[str]:
     yield "## `speedups`\n"
     field = RunConfig.model_fields["speedups"]
-    yield f"{field.description} Default: `{field.default}`.\n"
+    yield f"{described(RunConfig)['speedups']} Default: `{field.default}`.\n"
     yield "| speed-up | option | accepts | default |"
     yield "|---|---|---|---|"
     for name, options in OPTIONS.items():
@@ -163,7 +181,7 @@ def _speedups() -> Iterator[str]:
     for name in ("speedups_check", "on_oom", "on_oom_allow"):
         yield f"## `{name}`\n"
         field = RunConfig.model_fields[name]
-        yield f"{field.description} Default: `{field.default}`.\n"
+        yield f"{described(RunConfig)[name]} Default: `{field.default}`.\n"
 
 
 def _monitors() -> Iterator[str]:
@@ -174,7 +192,7 @@ def _monitors() -> Iterator[str]:
     for name, item in MonitorsSection().items_on().items():
         keys = (f"`{key}: {_yaml(value)}`" if value else f"`{key}`" for key, value in item)
         yield f"| `{name}` | {', '.join(keys)} |"
-    yield f"| `command` | {' '.join((MonitorsSection.model_fields['command'].description or '').split())} |\n"
+    yield f"| `command` | {' '.join(described(MonitorsSection)['command'].split())} |\n"
     yield "`steps` is a whole number, `action` one of `tell`, `checkpoint`, `stop` and, of `loss_spike` alone,"
     yield "`skip_step`; all others are numbers above 0.\n"
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from grpo_autotune.config.foreign_keys import wrong_type
 from grpo_autotune.config.sections.section import Section
@@ -27,24 +27,18 @@ MONITORS: dict[str, tuple[dict[str, Any], str, str]] = {
 """Monitor -> its keys and their defaults (0: not known, and so not watched), its unit, and the remedy."""
 
 
-class _Made(Section, use_attribute_docstrings=False):
-    """Base of sections that are made of a table: looking for docstrings of theirs takes longer than all else here."""
-
-
 def _monitor(name: str) -> Any:
     """The section of a monitor, and its default; a step that hangs can neither be stopped nor saved."""
     keys: dict[str, Any] = {k: (type(n), Field(n, ge=0, gt=0 if n else None)) for k, n in MONITORS[name][0].items()}
     if name != "stall":
         more = ("skip_step",) if name == "loss_spike" else ()
         keys["action"] = (Literal[("tell", "checkpoint", "stop", *more)], "tell")
-    section = create_model(name, __base__=_Made, **keys)
+    section = create_model(name, __base__=Section, **keys)
     return section | None, section()
 
 
-class MonitorsSection(create_model("Rules", __base__=_Made, **{name: _monitor(name) for name in MONITORS})):  # type: ignore[misc]
+class MonitorsSection(create_model("Rules", __base__=Section, **{name: _monitor(name) for name in MONITORS})):  # type: ignore[misc]
     """Rules over what a training logs, each by name: a mapping of its keys, or `false`. `none` turns all off."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     command: str | None = None
     """Shell command that gets each alert as JSON on standard input; it has 30 seconds, and training goes on."""
