@@ -18,7 +18,9 @@ if (
 ):  # a shell's background job: the commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("thorough", max_examples=500)
+settings.register_profile("untimed", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile("untimed")
 
 SLOW_FIXTURES = {"tiny", "quick_model"}
 """A test that asks for one of these trains or loads a model, and is marked `slow`."""
