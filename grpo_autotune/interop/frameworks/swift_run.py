@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -47,10 +48,8 @@ def words(value: Any) -> list[Any]:
 
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping, of which a command line has the JSON."""
-    try:
+    with suppress(json.JSONDecodeError):
         value = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        value = {}
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -251,9 +250,8 @@ def _loss(to: Translation) -> None:
 
 
 def _same_clipping(to: Translation, kind: str, factor: int) -> None:
-    """Both are divided by a rollout's tokens; swift's Trainer also by the accumulation, and TRL takes the optimizer
-    step's share of the tokens: TRL's gradient is larger by the micro steps of a rollout. Adam feels that in its epsilon
-    alone, clipping of the norm does."""
+    """TRL divides by the optimizer step's share of a rollout's tokens, swift by all of them and the accumulation: TRL's
+    gradient is larger by the micro steps of a rollout, which clipping feels, and Adam in its epsilon alone."""
     note = f"the gradient of {kind} is 1/{factor} of TRL's there ({factor} micro steps per rollout)"
     for key, usual in (("max_grad_norm", 1.0), ("adam_epsilon", 1e-8)) if factor > 1 else ():
         to.converted(key, {f"grpo.{key}": (to.number(key) or usual) * factor}, note, note)

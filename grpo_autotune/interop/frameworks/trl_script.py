@@ -39,12 +39,19 @@ OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokeniz
 """Arguments that hand over what other calls made."""
 FILES = ("json", "csv", "parquet")
 """First argument of `load_dataset` where `data_files` names the data."""
+LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
+"""Calls that cost nothing."""
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
 
 
 def is_script(source: Source) -> bool:
     """True for a Python script or notebook, whose calls are the settings."""
     return source.path.suffix in (".py", ".ipynb") and source.program in (None, source.path.name)
+
+
+def unknown(setting: Setting) -> bool:
+    """True for a value that only a run of its program can tell."""
+    return isinstance(setting.value, str) and setting.text == setting.value
 
 
 def program(source: Source) -> Path | None:
@@ -108,8 +115,7 @@ def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator
     """Arguments of a call that say something, under their names here."""
     for key, setting in members.items():
         name = names.get(argument := key.rpartition(".")[2], argument)
-        is_code = isinstance(setting.value, str) and setting.text == setting.value
-        if not (name == "model_name_or_path" and is_code) and name not in OBJECTS and not name.isdecimal():
+        if not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS and not name.isdecimal():
             yield name, setting
 
 
@@ -295,7 +301,4 @@ def _used(statement: ast.AST) -> set[str]:
 def _runs(statement: ast.stmt) -> bool:
     """True for an assignment that calls more than a pattern's compiler: it would load a model or data."""
     calls = [ast.unparse(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)]
-    light = re.compile(
-        r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))"
-    )
-    return isinstance(statement, ast.Assign | ast.AnnAssign) and not all(light.fullmatch(call) for call in calls)
+    return isinstance(statement, ast.Assign | ast.AnnAssign) and not all(map(LIGHT.fullmatch, calls))

@@ -41,6 +41,7 @@ KEYS = Keys(
     overflow="data.truncation",
 )  # fmt: skip
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
+OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
 TURNS = f"{ROLLOUT}multi_turn."
 SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
                    f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
@@ -278,9 +279,8 @@ def _correction(t: Translation) -> None:
 
 
 def _optimizer(t: Translation) -> None:
-    others = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
-    schedule = next((key for key in others if t.value(key) is not None and not t.given(KEYS.schedule)), KEYS.schedule)
-    shared.schedule(t, KEYS._replace(schedule=schedule))
+    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
+    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
     shared.betas(t, f"{OPTIM}betas")
     if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
         t.inert(f"{OPTIM}optimizer", "AdamW")

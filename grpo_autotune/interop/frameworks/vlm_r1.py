@@ -101,10 +101,8 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     """The translation of a VLM-R1 command."""
     from_files = "data_file_paths" in source.settings
     unread = {key: why for key, why in UNREAD.items() if from_files or key != "dataset_name"}
-    return translated(
-        source, choose(source, version, "0.17.0"), world_size, over=OVER, unread=unread, rewards=_rewards,
-        handlers=HANDLERS,
-    )  # fmt: skip
+    release = choose(source, version, "0.17.0")
+    return translated(source, release, world_size, over=OVER, unread=unread, rewards=_rewards, handlers=HANDLERS)
 
 
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
