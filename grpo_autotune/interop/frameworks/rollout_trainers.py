@@ -321,6 +321,13 @@ def prompts(t: Translation, keys: Keys) -> None:
         t.changes(keys.overflow, {"data.prompt_overflow": "error"}, note)
 
 
+def columns(t: Translation, names: Mapping[str, str]) -> dict[str, str]:
+    """Our name of a column -> the source's, where it is another: `names` are the keys of the data that say it."""
+    for name in names.values():
+        t.inert(f"data.{name}", f"the column {t.value(f'data.{name}')}")
+    return {ours: str(t.value(f"data.{name}")) for ours, name in names.items() if t.value(f"data.{name}") != ours}
+
+
 def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
     """Training files and held-out ones, each read with the `shared` keys of the data section; several are a mixture
     without weights, in which each row comes once per epoch."""

@@ -79,10 +79,9 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
 def _newest(path: str) -> str:
     """The newest name of a setting, for its name in the file, with the mapping that it lies in before it."""
     group, _, inner = path.partition(".")
-    if group in VARIABLES:
-        return inner.upper() if inner.upper() in swift_keys.ENVIRONMENT else path
+    is_variable = group in VARIABLES and inner.upper() in swift_keys.ENVIRONMENT
     name = inner if group in GROUPS[:2] and inner not in ("", "gpus") else path
-    return swift_keys.RENAMED.get(name, name)
+    return inner.upper() if is_variable else swift_keys.RENAMED.get(name, name)
 
 
 def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:

@@ -25,6 +25,7 @@ ENGINE = (
 """Keys of the engine beside those that begin with `vllm_`."""
 OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
 """Beginnings of settings that rewards read."""
+UNENDED = "a completion that ends so has no end token, and counts as truncated here"
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
 ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
 """Beginnings of names that are paths, or ids of the Hugging Face hub."""
@@ -260,8 +261,7 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 def _sampling(to: Translation) -> None:
     stop = [word for word in words(to.value("stop_words", [])) if word]
     if stop and to.value("use_vllm"):
-        note = "a completion that ends so has no end token, and counts as truncated here"
-        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
+        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, UNENDED)
     elif stop:
         to.dropped("stop_words", "needs grpo.use_vllm")
 

@@ -126,13 +126,10 @@ def _whole(to: Translation) -> None:
             to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
         else:
             to.set("data.eval_split", "test", "TRL's default")
-    for path, kind, key in (
-        ("data.path", "data set", "dataset_name"),
-        ("model.name_or_path", "model", "model_name_or_path"),
-    ):
-        if not to.values.get(path):
-            fix = f"Name one ({key}); save what a program builds first."
-            raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
+    needed = {"data.path": ("data set", "dataset_name"), "model.name_or_path": ("model", "model_name_or_path")}
+    for kind, key in (names for path, names in needed.items() if not to.values.get(path)):
+        fix = f"Name one ({key}); save what a program builds first."
+        raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
 
 
 def _zero(path: str) -> str | dict[str, Any]:
@@ -206,6 +203,4 @@ def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any
     if weights and len(weights) != len(items):
         what = f"{len(weights)} weights for {len(items)} rewards"
         raise ConfigError(what, where=to.where("reward_weights"), fix="Give one weight for each reward.")
-    return (
-        [{**item, "weight": float(weight)} for item, weight in zip(items, weights, strict=True)] if weights else items
-    )
+    return [{**item, "weight": float(weight)} for item, weight in zip(items, weights, strict=False)] or items

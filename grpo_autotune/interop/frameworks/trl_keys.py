@@ -59,7 +59,6 @@ MODEL_INIT = {
     "attn_implementation": "model.attn_implementation", "trust_remote_code": "model.trust_remote_code",
 }  # fmt: skip
 """Arguments of `from_pretrained` -> key paths."""
-HUB = "nothing is published: push the trained folder yourself"
 RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
 
@@ -68,18 +67,17 @@ def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
     gets none. ConfigError, by line, for a value that TRL refuses."""
     missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    handler = inert(missing) if missing else handlers.get(key)
-    if handler is not None:
-        handler(to, key)
-    elif key.startswith(("hub_", "push_to_hub")):
-        to.dropped(key, HUB)
-    else:
-        _plain(to, key)
+    usual = _published if key.startswith(("hub_", "push_to_hub")) else _plain
+    (inert(missing) if missing else handlers.get(key, usual))(to, key)
 
 
 def _met(to: Translation, needed: str, wanted: Any) -> bool:
     value = to.value(needed)
     return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _published(to: Translation, key: str) -> None:
+    to.dropped(key, "nothing is published: push the trained folder yourself")
 
 
 def _plain(to: Translation, key: str) -> None:

@@ -97,15 +97,11 @@ def unified(source: Source) -> Source:
             plain |= {} if is_unused else members
             continue
         if trained and call.endswith("load_dataset"):
-            is_late = not any(
-                one.file == file and one.line in lines for one in members.values() for file, lines in trained
-            )
+            places = [(one.file, one.line) for one in members.values()]
+            is_late = not any(file == cell and line in lines for file, line in places for cell, lines in trained)
         named = dict(_named(NAMES[kind], members))
-        if (
-            named
-            and not (is_late and not call.endswith("GRPOTrainer"))
-            and (kind not in chosen or not call.endswith(FIRST))
-        ):
+        is_of_training = call.endswith("GRPOTrainer") or not is_late
+        if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
             chosen[kind] = named
     made = {key: setting for named in chosen.values() for key, setting in named.items()}
     return _with_options(replace(source, settings={**_from_files(made), **plain}))
@@ -236,9 +232,8 @@ class _Functions:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id if node.id in self.statements else ""
-        if not (
-            isinstance(node, ast.Lambda) or (isinstance(node, ast.Call) and _used(node.func) <= {*self.statements})
-        ):
+        is_known = isinstance(node, ast.Call) and _used(node.func) <= {*self.statements}
+        if not (is_known or isinstance(node, ast.Lambda)):
             return ""
         self.statements[name] = ast.parse(f"{name} = {text}").body[0]
         self.body.append(self.statements[name])

@@ -119,10 +119,8 @@ def _module(to: Translation, names: list[str]) -> str:
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
     origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
     if to.value("is_reward_customized_from_vlm_module"):
-        origin, made = (
-            f"open_r1.vlm_modules import {vlm}",
-            f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})",
-        )
+        origin = f"open_r1.vlm_modules import {vlm}"
+        made = f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})"
     method = str(to.value("reward_method") or "default").partition(":")[0]
     functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
     return MODULE_TEXT.format(origin=origin, method=method) + "".join(functions)
