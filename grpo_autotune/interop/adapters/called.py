@@ -98,10 +98,9 @@ class Called:
 
 def text_of(completion: Any) -> str:
     """A completion as text: plain, or of the assistant's last message."""
-    if isinstance(completion, str):
-        return completion
-    content = [turn.get("content") for turn in completion if turn.get("role", "assistant") == "assistant"][-1:]
-    parts = content[0] if content else ""
+    turns = [{"content": completion}] if isinstance(completion, str) else completion
+    contents = [turn.get("content") for turn in turns if turn.get("role", "assistant") == "assistant"]
+    parts = contents[-1] if contents else ""
     return parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts or ())
 
 
@@ -109,8 +108,7 @@ def _number(result: Any) -> float | None:
     """A score: alone, the first of several values, or under verl's or EasyR1's name for it."""
     if isinstance(result, Mapping):
         result = result["score"] if "score" in result else result["overall"]
-    if isinstance(result, list | tuple):
-        result = result[0]
+    result = result[0] if isinstance(result, list | tuple) else result
     return None if result is None else float(result)
 
 

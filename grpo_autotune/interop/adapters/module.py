@@ -26,11 +26,7 @@ else:
 '''
 
 STYLES: dict[str, tuple[str, dict[str, str], str]] = {
-    "verl": (
-        "verl",
-        {"ground_truth": "reward_model.ground_truth"},
-        "ground_truth, data_source, extra_info=None, ",
-    ),
+    "verl": ("verl", {"ground_truth": "reward_model.ground_truth"}, "ground_truth, data_source, extra_info=None, "),
     "easyr1": ("EasyR1", {"ground_truth": "answer"}, "ground_truth, "),
     "swift": ("ms-swift", {}, ""),
 }

@@ -14,14 +14,11 @@ translate = deepspeed.translate
 
 
 def with_launch(source: Source) -> Source:
-    """The source with the launcher's options under `PREFIX`, over those of accelerate's file, and with the settings of
-    the DeepSpeed file that this one names."""
+    """The source with the launcher's options under `PREFIX`, over accelerate's file, and with its DeepSpeed file."""
     options = {PREFIX + key: setting for key, setting in source.launch.items() if key != "config_file"}
     source = replace(source, settings={**options, **source.settings})
-    if (named := source.launch.get("config_file")) is not None:
-        source = deepspeed.with_file(source, named.value, PREFIX)
-    file = source.settings.get(f"{ZERO}deepspeed_config_file")
-    return source if file is None else deepspeed.with_file(source, file.value, deepspeed.PREFIX)
+    source = deepspeed.with_file(source, source.launch.get("config_file"), PREFIX)
+    return deepspeed.with_file(source, source.settings.get(f"{ZERO}deepspeed_config_file"), deepspeed.PREFIX)
 
 
 def processes(to: Translation) -> int | None:
@@ -41,10 +38,11 @@ def apply(to: Translation, *, adapter: bool) -> None:
             to.speed(key, "how processes are started and share the work")
     if (stage := to.value(f"{ZERO}zero_stage")) is not None:
         names = {"optimizer": "offload_optimizer_device", "parameters": "offload_param_device"}
-        devices = {ours: str(to.value(f"{ZERO}{name}") or "none") for ours, name in names.items()}
-        whole = {"stage3_gather_16bit_weights_on_model_save": True} if to.value(f"{ZERO}zero3_save_16bit_model") else {}
+        options: dict[str, Any] = {ours: str(to.value(f"{ZERO}{name}") or "none") for ours, name in names.items()}
+        if to.value(f"{ZERO}zero3_save_16bit_model"):
+            options["stage3_gather_16bit_weights_on_model_save"] = True
         clip = {"gradient_clipping": to.value(f"{ZERO}gradient_clipping", "auto")}
-        deepspeed.apply(to, f"{ZERO}zero_stage", deepspeed.zero(int(stage), whole, **devices) | clip, adapter=adapter)
+        deepspeed.apply(to, f"{ZERO}zero_stage", deepspeed.zero(int(stage), **options) | clip, adapter=adapter)
     elif to.given(f"{ZERO}deepspeed_config_file"):
         deepspeed.apply(to, f"{ZERO}deepspeed_config_file", to.value(f"{ZERO}deepspeed_config_file"), adapter=adapter)
     elif to.value(f"{PREFIX}distributed_type") == "FSDP":
@@ -62,8 +60,6 @@ def fully_sharded(to: Translation, key: str, options: dict[str, Any]) -> None:
 
 def _precision(to: Translation, key: str) -> None:
     """bf16 and fp16 of the run win over the launcher's (transformers/training_args.py); TRL's default is bf16."""
-    value = str(to.value(key))
     if to.given("bf16") or to.given("fp16") or to.value("bf16") is None:
-        to.inert(key, "the run's own bf16 or fp16 wins")
-    else:
-        to.converted(key, {f"grpo.{name}": value == name for name in ("bf16", "fp16")}, "")
+        return to.inert(key, "the run's own bf16 or fp16 wins")
+    return to.converted(key, {f"grpo.{name}": str(to.value(key)) == name for name in ("bf16", "fp16")})

@@ -7,13 +7,12 @@ run and becomes `auto`; the rest, ZeRO above all, stays DeepSpeed's. One process
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.reading.yaml_lines import yaml_settings
-from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation, nested
 
 PREFIX = "deepspeed."
@@ -39,9 +38,9 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     raise ConfigError(what, where=str(source.path), fix=fix)
 
 
-def with_file(source: Source, named: object, prefix: str) -> Source:
-    """The source with the settings of a YAML or JSON file that it names, where that is at hand; its own win."""
-    path = beside(source.path, named) if isinstance(named, str) and named else None
+def with_file(source: Source, setting: Setting | None, prefix: str) -> Source:
+    """The source with the settings of the YAML or JSON file that one names, where that is at hand; its own win."""
+    path = beside(source.path, setting.value) if setting and isinstance(setting.value, str) else None
     if path is None:
         return source
     inside = yaml_settings(text_of(path), path.name)
@@ -49,11 +48,8 @@ def with_file(source: Source, named: object, prefix: str) -> Source:
     return replace(source, settings={**settings, **source.settings})
 
 
-def zero(
-    stage: int, more: Mapping[str, Any] = MappingProxyType({}), *, optimizer: str = "none", parameters: str = "none"
-) -> dict[str, Any]:
-    """DeepSpeed's configuration for a stage of ZeRO, with `more` of its keys, and the devices to which states are moved
-    (`none`, `cpu`)."""
+def zero(stage: int, *, optimizer: str = "none", parameters: str = "none", **more: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration for a stage of ZeRO, the devices (`none`, `cpu`) of states, and `more` of its keys."""
     moved = {"offload_optimizer": optimizer, "offload_param": parameters}
     places = {key: {"device": device, "pin_memory": True} for key, device in moved.items() if device != "none"}
     numbers: dict[str, Any] = dict.fromkeys((*BATCH, "gradient_clipping"), "auto")

@@ -230,12 +230,8 @@ def _data(t: Translation, keys: Keys) -> None:
     shared.prompts(t, keys)
     template = _template(t, "data.format_prompt", "data.prompt_template", "its `content` is the column of the prompt")
     _template(t, "data.override_chat_template", "model.chat_template", "")
-    columns: dict[str, str] = {}
-    for ours, name in (("content" if template else "prompt", "prompt_key"), ("images", "image_key")):
-        columns |= {ours: str(t.value(f"data.{name}"))} if t.value(f"data.{name}") != ours else {}
-    columns["ground_truth"] = str(t.value("data.answer_key"))
-    for name in ("prompt_key", "image_key", "answer_key"):
-        t.inert(f"data.{name}", f"the column {t.value(f'data.{name}')}")
+    names = {"content" if template else "prompt": "prompt_key", "images": "image_key", "ground_truth": "answer_key"}
+    columns = {**shared.columns(t, names), "ground_truth": str(t.value("data.answer_key"))}
     shared.files(t, keys, {"columns": columns, **({"prompt_template": template} if template else {})})
     if template and "data.mix" in t.values:
         t.values.pop("data.prompt_template")

@@ -23,6 +23,17 @@ NAMES = (
     "ioi_code", "cf_code", "code_format", "tag_count", "soft_overlong_punishment",
 )  # fmt: skip
 MODULE = "open_r1_rewards"
+MODULE_TEXT = '''"""Reward functions of open-r1, as its recipe has them."""
+
+from types import SimpleNamespace
+
+from open_r1.rewards import get_reward_funcs
+
+{names} = get_reward_funcs(
+    SimpleNamespace(
+{arguments}    )
+)
+'''
 PUBLISHED = ("benchmarks", "callbacks", "hub_model_revision", "overwrite_hub_revision", "wandb_run_group")
 
 
@@ -61,8 +72,4 @@ def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
 
 def _module(names: list[str], settings: dict[str, Any]) -> str:
     arguments = "".join(f"        {key}={value!r},\n" for key, value in {"reward_funcs": names, **settings}.items())
-    return (
-        '"""Reward functions of open-r1, as its recipe has them."""\n\nfrom types import SimpleNamespace\n\n'
-        f"from open_r1.rewards import get_reward_funcs\n\n{', '.join(names)}{',' * (len(names) == 1)} = "
-        f"get_reward_funcs(\n    SimpleNamespace(\n{arguments}    )\n)\n"
-    )
+    return MODULE_TEXT.format(names=", ".join(names) + "," * (len(names) == 1), arguments=arguments)

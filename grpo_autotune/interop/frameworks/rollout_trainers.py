@@ -34,8 +34,19 @@ REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}
 K3 = ("low_var_kl", "k3")
 """Names of TRL's estimator of KL (Schulman 2020)."""
 EPSILON = "the source adds 1e-6 to the deviation, TRL 1e-4: 0.02 % at a deviation of 0.5"
-WIDE = "float32 weights cost 4 bytes each; in bfloat16 the updates of a small learning rate round to nothing"
-NARROW = "frozen weights are bfloat16 in the arithmetic either way; the adapter's stay in float32"
+HALVES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
+WIDE: tuple[dict[str, Any], str] = (
+    {"model.dtype": "float32", "grpo.bf16": True},
+    "float32 weights cost 4 bytes each; in bfloat16 the updates of a small learning rate round to nothing",
+)
+NARROW: tuple[dict[str, Any], str] = (
+    {"model.dtype": "bfloat16"},
+    "frozen weights are bfloat16 in the arithmetic either way; the adapter's stay in float32",
+)
+UNEVEN = (
+    "TRL divides by the tokens of the rollout's average step, the source by the step's own: a step's gradient "
+    "differs by about {:.0f} % where lengths spread as widely as their mean"
+)
 
 
 def refuse(t: Translation, key: str, what: str, fix: str | None = None) -> NoReturn:
@@ -70,11 +81,8 @@ def unused(t: Translation, keys: Iterable[str], note: str) -> None:
 
 def words(groups: Mapping[tuple[Verdict, str], str], prefixes: Mapping[str, str]) -> dict[str, tuple[Verdict, str]]:
     """Verdict and note of each name in `groups`, whose first part is replaced as `prefixes` say."""
-    return {
-        prefixes.get(name.partition(".")[0], "") + name: what
-        for what, names in groups.items()
-        for name in names.split()
-    }
+    named = ((what, name) for what, names in groups.items() for name in names.split())
+    return {prefixes.get(name.partition(".")[0], "") + name: what for what, name in named}
 
 
 def explain(t: Translation, notes: Mapping[str, tuple[Verdict, str]]) -> None:
@@ -90,10 +98,9 @@ def explain(t: Translation, notes: Mapping[str, tuple[Verdict, str]]) -> None:
 
 def renamed(t: Translation, targets: Mapping[str, str], verdict: Verdict = "same") -> None:
     """Settings with the same meaning under another name, where they have a value."""
+    unused(t, [key for key in targets if t.value(key) is None], "not set")
     for key, target in targets.items():
-        if t.value(key) is None:
-            unused(t, [key], "not set")
-        elif verdict == "same" or t.given(key):
+        if t.value(key) is not None and (verdict == "same" or t.given(key)):
             t.verdict(verdict, key, {target: t.value(key)})
 
 
@@ -169,11 +176,7 @@ def uneven(t: Translation) -> str:
     assert t.batch is not None
     if t.values["grpo.steps_per_generation"] == t.values["grpo.gradient_accumulation_steps"]:
         return ""
-    spread = 100 / math.sqrt(t.batch.completions)
-    return (
-        "TRL divides by the tokens of the rollout's average step, the source by the step's own: a step's gradient "
-        f"differs by about {spread:.0f} % where lengths spread as widely as their mean"
-    )
+    return UNEVEN.format(100 / math.sqrt(t.batch.completions))
 
 
 def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str) -> None:
@@ -196,12 +199,9 @@ def schedule(t: Translation, keys: Keys) -> None:
     is_warm = bool(steps or positive(t, keys.warmup_ratio))
     values: dict[str, Any] = {"grpo.lr_scheduler_type": "constant_with_warmup" if is_warm else "constant"}
     if kind in ("cosine", "linear"):
-        values = {"grpo.lr_scheduler_type": kind}
-        if kind == "cosine" and least:
-            values = {
-                "grpo.lr_scheduler_type": "cosine_with_min_lr",
-                "grpo.lr_scheduler_kwargs": {"min_lr_rate": least},
-            }
+        has_floor = kind == "cosine" and least
+        values = {"grpo.lr_scheduler_type": "cosine_with_min_lr" if has_floor else kind}
+        values |= {"grpo.lr_scheduler_kwargs": {"min_lr_rate": least}} if has_floor else {}
         t.converted(keys.schedule, values, "TRL moves it with each optimizer step, the source once per rollout")
     elif kind == "constant":
         t.converted(keys.schedule, values, "TRL's default falls to 0")
@@ -215,8 +215,7 @@ def betas(t: Translation, key: str) -> None:
     values = t.value(key)
     if not isinstance(values, list) or [type(value) for value in values] != [float, float]:
         refuse(t, key, f"two numbers are needed, and the file says {values}")
-    first, second = values
-    t.converted(key, {"grpo.adam_beta1": first, "grpo.adam_beta2": second}, "")
+    t.converted(key, {"grpo.adam_beta1": values[0], "grpo.adam_beta2": values[1]})
 
 
 def cadence(t: Translation, keys: Keys, ends_early: bool) -> None:
@@ -286,13 +285,9 @@ def lora(t: Translation, keys: Keys, modules: Any) -> bool:
 
 def weights(t: Translation, key: str, is_lora: bool) -> None:
     """Type of the trained weights: float32 with bfloat16 arithmetic, unless the file says otherwise."""
-    kind = str(t.value(key) or "fp32").lower()
-    if kind in ("bf16", "bfloat16", "fp16", "float16"):
-        t.same(key, "model.dtype", "bfloat16" if "b" in kind else "float16")
-    elif is_lora:
-        t.converted(key, {"model.dtype": "bfloat16"}, NARROW)
-    else:
-        t.converted(key, {"model.dtype": "float32", "grpo.bf16": True}, WIDE)
+    if kind := HALVES.get(str(t.value(key)).lower()):
+        return t.same(key, "model.dtype", kind)
+    return t.converted(key, *(NARROW if is_lora else WIDE))
 
 
 def engine(t: Translation, keys: Keys) -> None:
@@ -324,6 +319,13 @@ def prompts(t: Translation, keys: Keys) -> None:
     else:
         note = f"no prompt is cut on the {cut} here: it is an error"
         t.changes(keys.overflow, {"data.prompt_overflow": "error"}, note)
+
+
+def columns(t: Translation, names: Mapping[str, str]) -> dict[str, str]:
+    """Our name of a column -> the source's, where it is another: `names` are the keys of the data that say it."""
+    for name in names.values():
+        t.inert(f"data.{name}", f"the column {t.value(f'data.{name}')}")
+    return {ours: str(t.value(f"data.{name}")) for ours, name in names.items() if t.value(f"data.{name}") != ours}
 
 
 def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:

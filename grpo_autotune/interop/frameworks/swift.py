@@ -18,12 +18,12 @@ from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import UNKNOWN, Translation
 
-_ZERO_3 = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
+_ZERO_3: dict[str, Any] = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
 PRESETS = {
     **{f"zero{stage}": deepspeed.zero(stage) for stage in (0, 1, 2)},
     "zero2_offload": deepspeed.zero(2, optimizer="cpu"),
-    "zero3": deepspeed.zero(3, _ZERO_3),
-    "zero3_offload": deepspeed.zero(3, _ZERO_3, optimizer="cpu", parameters="cpu"),
+    "zero3": deepspeed.zero(3, **_ZERO_3),
+    "zero3_offload": deepspeed.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
 """DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -55,8 +55,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 def prepared(source: Source) -> tuple[Source, dict[str, str]]:
     """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
     settings among these. Second, the newest name of a setting -> its name in the file."""
-    if "deepspeed" in source.settings:
-        source = deepspeed.with_file(source, source.settings["deepspeed"].value, deepspeed.PREFIX)
+    source = deepspeed.with_file(source, source.settings.get("deepspeed"), deepspeed.PREFIX)
     source = accelerate.with_launch(source)
     given = {
         key: replace(setting, value=option_value(str(setting.value)))
@@ -80,17 +79,15 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
 def _newest(path: str) -> str:
     """The newest name of a setting, for its name in the file, with the mapping that it lies in before it."""
     group, _, inner = path.partition(".")
-    if group in VARIABLES and inner:
-        return inner.upper() if inner.upper() in swift_keys.ENVIRONMENT else path
+    is_variable = group in VARIABLES and inner.upper() in swift_keys.ENVIRONMENT
     name = inner if group in GROUPS[:2] and inner not in ("", "gpus") else path
-    return swift_keys.RENAMED.get(name, name)
+    return inner.upper() if is_variable else swift_keys.RENAMED.get(name, name)
 
 
 def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:
     """The version to take defaults of, and the reason."""
-    pinned = source.hints.get("ms-swift")
-    if wanted or pinned:
-        return (wanted, "--source-version") if wanted else (str(pinned), "pinned in the file")
+    if version := wanted or source.hints.get("ms-swift"):
+        return version, "--source-version" if wanted else "pinned in the file"
     old = next((key for key in swift_keys.VERSION_OF if key in names.values()), None)
     return (swift_keys.VERSION_OF[old], f"the last that knows {old}") if old else (swift_keys.NEWEST, "assumed")
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ ENGINE = (
 """Keys of the engine beside those that begin with `vllm_`."""
 OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
 """Beginnings of settings that rewards read."""
+UNENDED = "a completion that ends so has no end token, and counts as truncated here"
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
 ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
 """Beginnings of names that are paths, or ids of the Hugging Face hub."""
@@ -47,10 +49,8 @@ def words(value: Any) -> list[Any]:
 
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping, of which a command line has the JSON."""
-    try:
+    with suppress(json.JSONDecodeError):
         value = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        value = {}
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -251,9 +251,8 @@ def _loss(to: Translation) -> None:
 
 
 def _same_clipping(to: Translation, kind: str, factor: int) -> None:
-    """Both are divided by a rollout's tokens; swift's Trainer also by the accumulation, and TRL takes the optimizer
-    step's share of the tokens: TRL's gradient is larger by the micro steps of a rollout. Adam feels that in its epsilon
-    alone, clipping of the norm does."""
+    """TRL divides by the optimizer step's share of a rollout's tokens, swift by all of them and the accumulation: TRL's
+    gradient is larger by the micro steps of a rollout, which clipping feels, and Adam in its epsilon alone."""
     note = f"the gradient of {kind} is 1/{factor} of TRL's there ({factor} micro steps per rollout)"
     for key, usual in (("max_grad_norm", 1.0), ("adam_epsilon", 1e-8)) if factor > 1 else ():
         to.converted(key, {f"grpo.{key}": (to.number(key) or usual) * factor}, note, note)
@@ -262,8 +261,7 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 def _sampling(to: Translation) -> None:
     stop = [word for word in words(to.value("stop_words", [])) if word]
     if stop and to.value("use_vllm"):
-        note = "a completion that ends so has no end token, and counts as truncated here"
-        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, note)
+        to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, UNENDED)
     elif stop:
         to.dropped("stop_words", "needs grpo.use_vllm")
 

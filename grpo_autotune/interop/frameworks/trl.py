@@ -64,7 +64,7 @@ def translated(
     number, name, why = release
     said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
     named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
-    said = said if named is None else deepspeed.with_file(said, _given(said, named), "deepspeed.")
+    said = said if named is None else deepspeed.with_file(said, said.settings.get(named), deepspeed.PREFIX)
     read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
@@ -97,24 +97,24 @@ def _given(source: Source, key: str) -> Any:
 
 def _of_release(number: Version) -> dict[str, Handler]:
     """Keys that meant something else in an old release."""
-    kernels = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
-    odd: dict[str, tuple[Version, Handler]] = {
-        "use_liger_kernel": ((0, 28), speed(kernels)),
-        "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
-        "loss_type": ((1, 9), _token_loss),
-    }
-    return {key: handler for key, (since, handler) in odd.items() if number < since}
+    return {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
 
 
 def _token_loss(to: Translation, key: str) -> None:
     """TRL before 1.9 divides the token losses by the tokens of a whole rollout, later ones by those of a step."""
-    grpo = to.values
-    factor = grpo["grpo.steps_per_generation"] / grpo["grpo.gradient_accumulation_steps"]
-    if to.value(key) in ("dapo", "cispo") and factor != 1:
-        note = f"gradients are {factor:g} times as large here, which clipping (max_grad_norm) feels and Adam does not"
-        to.changes(key, {"grpo.loss_type": to.value(key)}, note)
-    else:
-        to.same(key, "grpo.loss_type")
+    factor = to.values["grpo.steps_per_generation"] / to.values["grpo.gradient_accumulation_steps"]
+    differs = to.value(key) in ("dapo", "cispo") and factor != 1
+    note = f"gradients are {factor:g} times as large here, which clipping (max_grad_norm) feels and Adam does not"
+    to.verdict("changes" if differs else "same", key, {"grpo.loss_type": to.value(key)}, note if differs else "")
+
+
+KERNELS = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
+OF_RELEASE: dict[str, tuple[Version, Handler]] = {
+    "use_liger_kernel": ((0, 28), speed(KERNELS)),
+    "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
+    "loss_type": ((1, 9), _token_loss),
+}
+"""Key -> the release that gave it today's meaning, and what to do before that."""
 
 
 def _whole(to: Translation) -> None:
@@ -126,13 +126,10 @@ def _whole(to: Translation) -> None:
             to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
         else:
             to.set("data.eval_split", "test", "TRL's default")
-    for path, kind, key in (
-        ("data.path", "data set", "dataset_name"),
-        ("model.name_or_path", "model", "model_name_or_path"),
-    ):
-        if not to.values.get(path):
-            fix = f"Name one ({key}); save what a program builds first."
-            raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
+    needed = {"data.path": ("data set", "dataset_name"), "model.name_or_path": ("model", "model_name_or_path")}
+    for kind, key in (names for path, names in needed.items() if not to.values.get(path)):
+        fix = f"Name one ({key}); save what a program builds first."
+        raise ConfigError(f"no {kind} is named that can be loaded", where=to.source.path.name, fix=fix)
 
 
 def _zero(path: str) -> str | dict[str, Any]:
@@ -206,6 +203,4 @@ def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any
     if weights and len(weights) != len(items):
         what = f"{len(weights)} weights for {len(items)} rewards"
         raise ConfigError(what, where=to.where("reward_weights"), fix="Give one weight for each reward.")
-    return (
-        [{**item, "weight": float(weight)} for item, weight in zip(items, weights, strict=True)] if weights else items
-    )
+    return [{**item, "weight": float(weight)} for item, weight in zip(items, weights, strict=False)] or items

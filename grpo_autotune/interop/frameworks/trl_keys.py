@@ -9,8 +9,7 @@ from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.renamed_keys import MOVED, SAID
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS
-from grpo_autotune.interop.source import Setting
+from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
 from grpo_autotune.interop.translation import Translation
 
 Handler = Callable[[Translation, str], None]
@@ -55,7 +54,11 @@ SPEED = {
     "gradient_checkpointing_use_reentrant": "the kind of checkpointing", "dataset_streaming": "data is loaded whole",
     "dataset_num_proc": "processes that prepare data",
 }  # fmt: skip
-HUB = "nothing is published: push the trained folder yourself"
+MODEL_INIT = {
+    "dtype": "model.dtype", "torch_dtype": "model.dtype", "revision": "model.revision",
+    "attn_implementation": "model.attn_implementation", "trust_remote_code": "model.trust_remote_code",
+}  # fmt: skip
+"""Arguments of `from_pretrained` -> key paths."""
 RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
 
@@ -64,18 +67,17 @@ def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
     gets none. ConfigError, by line, for a value that TRL refuses."""
     missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    handler = inert(missing) if missing else handlers.get(key)
-    if handler is not None:
-        handler(to, key)
-    elif key.startswith(("hub_", "push_to_hub")):
-        to.dropped(key, HUB)
-    else:
-        _plain(to, key)
+    usual = _published if key.startswith(("hub_", "push_to_hub")) else _plain
+    (inert(missing) if missing else handlers.get(key, usual))(to, key)
 
 
 def _met(to: Translation, needed: str, wanted: Any) -> bool:
     value = to.value(needed)
     return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _published(to: Translation, key: str) -> None:
+    to.dropped(key, "nothing is published: push the trained folder yourself")
 
 
 def _plain(to: Translation, key: str) -> None:
@@ -98,11 +100,6 @@ def _plain(to: Translation, key: str) -> None:
     return to.same(key, target, value)
 
 
-def unknown(setting: Setting) -> bool:
-    """True for a value that only a run of its program can tell."""
-    return isinstance(setting.value, str) and setting.text == setting.value
-
-
 def listed(value: Any) -> list[Any]:
     """A value as a list: one item is often written without."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
@@ -120,13 +117,10 @@ def _dtype(to: Translation, key: str) -> None:
 
 
 def _model_init(to: Translation, key: str) -> None:
-    names = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision",
-             "attn_implementation": "attn_implementation", "trust_remote_code": "trust_remote_code"}  # fmt: skip
     given = to.value(key) if isinstance(to.value(key), dict) else {}
-    kept = {f"model.{names[name]}": value for name, value in given.items() if name in names}
-    if "model.dtype" in kept:
-        kept["model.dtype"] = str(kept["model.dtype"]).removeprefix("torch.")
-    lost = ", ".join(name for name in given if name not in names)
+    kept = {MODEL_INIT[name]: value for name, value in given.items() if name in MODEL_INIT}
+    kept |= {"model.dtype": str(kept["model.dtype"]).removeprefix("torch.")} if "model.dtype" in kept else {}
+    lost = ", ".join(name for name in given if name not in MODEL_INIT)
     (to.changes if lost else to.converted)(key, kept, f"no place for {lost}" if lost else "the model section")
 
 
@@ -184,10 +178,9 @@ def _prompt_limit(to: Translation, key: str) -> None:
 def _engine_place(to: Translation, key: str) -> None:
     """`vllm_mode`: in the training processes, a server's, or (before 0.16) a GPU of its own."""
     if to.value(key) == "device":
-        to.speed(key, "the engine has a GPU of its own: a server that the run starts", {"vllm.server_gpus": 1})
-    else:
-        is_server = to.value(key) == "server"
-        to.same(key, "vllm.mode", comment="start the server first: trl vllm-serve" if is_server else "")
+        return to.speed(key, "the engine has a GPU of its own: a server that the run starts", {"vllm.server_gpus": 1})
+    comment = "start the server first: trl vllm-serve" if to.value(key) == "server" else ""
+    return to.same(key, "vllm.mode", comment=comment)
 
 
 def _output(to: Translation, key: str) -> None:

@@ -39,12 +39,19 @@ OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokeniz
 """Arguments that hand over what other calls made."""
 FILES = ("json", "csv", "parquet")
 """First argument of `load_dataset` where `data_files` names the data."""
+LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
+"""Calls that cost nothing."""
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
 
 
 def is_script(source: Source) -> bool:
     """True for a Python script or notebook, whose calls are the settings."""
     return source.path.suffix in (".py", ".ipynb") and source.program in (None, source.path.name)
+
+
+def unknown(setting: Setting) -> bool:
+    """True for a value that only a run of its program can tell."""
+    return isinstance(setting.value, str) and setting.text == setting.value
 
 
 def program(source: Source) -> Path | None:
@@ -90,15 +97,11 @@ def unified(source: Source) -> Source:
             plain |= {} if is_unused else members
             continue
         if trained and call.endswith("load_dataset"):
-            is_late = not any(
-                one.file == file and one.line in lines for one in members.values() for file, lines in trained
-            )
+            places = [(one.file, one.line) for one in members.values()]
+            is_late = not any(file == cell and line in lines for file, line in places for cell, lines in trained)
         named = dict(_named(NAMES[kind], members))
-        if (
-            named
-            and not (is_late and not call.endswith("GRPOTrainer"))
-            and (kind not in chosen or not call.endswith(FIRST))
-        ):
+        is_of_training = call.endswith("GRPOTrainer") or not is_late
+        if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
             chosen[kind] = named
     made = {key: setting for named in chosen.values() for key, setting in named.items()}
     return _with_options(replace(source, settings={**_from_files(made), **plain}))
@@ -108,8 +111,7 @@ def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator
     """Arguments of a call that say something, under their names here."""
     for key, setting in members.items():
         name = names.get(argument := key.rpartition(".")[2], argument)
-        is_code = isinstance(setting.value, str) and setting.text == setting.value
-        if not (name == "model_name_or_path" and is_code) and name not in OBJECTS and not name.isdecimal():
+        if not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS and not name.isdecimal():
             yield name, setting
 
 
@@ -230,9 +232,8 @@ class _Functions:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id if node.id in self.statements else ""
-        if not (
-            isinstance(node, ast.Lambda) or (isinstance(node, ast.Call) and _used(node.func) <= {*self.statements})
-        ):
+        is_known = isinstance(node, ast.Call) and _used(node.func) <= {*self.statements}
+        if not (is_known or isinstance(node, ast.Lambda)):
             return ""
         self.statements[name] = ast.parse(f"{name} = {text}").body[0]
         self.body.append(self.statements[name])
@@ -295,7 +296,4 @@ def _used(statement: ast.AST) -> set[str]:
 def _runs(statement: ast.stmt) -> bool:
     """True for an assignment that calls more than a pattern's compiler: it would load a model or data."""
     calls = [ast.unparse(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)]
-    light = re.compile(
-        r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))"
-    )
-    return isinstance(statement, ast.Assign | ast.AnnAssign) and not all(light.fullmatch(call) for call in calls)
+    return isinstance(statement, ast.Assign | ast.AnnAssign) and not all(map(LIGHT.fullmatch, calls))

@@ -79,7 +79,6 @@ def choose(source: Source, asked: str | None, pinned: str | None = None) -> tupl
 def by_keys(keys: Collection[str]) -> tuple[str, str]:
     """The newest release that has all the keys, and the key that decides."""
     for release, names in LAST_WITH.items():
-        for key in names.split():
-            if key in keys:
-                return release, f"assumed: the last release with the key {key} (--source-version)"
+        if key := next((name for name in names.split() if name in keys), None):
+            return release, f"assumed: the last release with the key {key} (--source-version)"
     return f"{NEWEST[0]}.{NEWEST[1]}", "assumed, as nothing in the file tells (--source-version)"

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
 from grpo_autotune.interop.frameworks.trl import translated
-from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed, unknown
+from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed
 from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -27,7 +27,7 @@ OVER = {
 MEMORY = ("unsloth_num_chunks", "unsloth_grpo_mini_batch", "unsloth_logit_chunk_multiplier", "max_lora_rank",
           "offload_embedding", "device_map_planner_kwargs", "unsloth_vllm_standby", "float8_kv_cache",
           "disable_log_stats", "random_state", "use_exact_model_name")  # fmt: skip
-TOWERS = ("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
+LAYERS = ("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
 BATCH = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
 SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 
@@ -35,7 +35,7 @@ SAMPLING = ("min_p", "top_p", "top_k", "temperature", "repetition_penalty")
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of an Unsloth script or notebook, which trains in one process."""
     source = _sampled(trl_script.unified(source))
-    if (dtype := source.settings.get("dtype")) is not None and (dtype.value is None or unknown(dtype)):
+    if (dtype := source.settings.get("dtype")) is not None and (dtype.value is None or trl_script.unknown(dtype)):
         source = replace(source, settings={**source.settings, "dtype": replace(dtype, value="bfloat16")})
     values = {**OVER, **{key: setting.value for key, setting in source.settings.items()}}
     release = choose(source, version)
@@ -92,33 +92,30 @@ def _stop(to: Translation, key: str) -> None:
     """Texts that end a completion, where they are known."""
     setting = to.source.settings[key]
     if setting.value and setting.text is None and to.value("use_vllm"):
-        to.converted(key, {"grpo.generation_kwargs": {"stop": setting.value}}, "passed to the engine")
-    else:
-        to.changes(key, {}, "the model's own end of a turn ends a completion")
+        return to.converted(key, {"grpo.generation_kwargs": {"stop": setting.value}}, "passed to the engine")
+    return to.changes(key, {}, "the model's own end of a turn ends a completion")
 
 
 def _completion(to: Translation, key: str) -> None:
     """The limit of a completion, often what a measured longest prompt leaves of `max_seq_length`."""
     whole = to.value("max_seq_length")
     if isinstance(to.value(key), str) and isinstance(whole, int):
-        note = "max_seq_length, from which the script takes the longest prompt that it meets"
-        to.changes(key, {"grpo.max_completion_length": whole}, note)
-    else:
-        to.same(key, "grpo.max_completion_length")
+        return to.changes(key, {"grpo.max_completion_length": whole}, REST)
+    return to.same(key, "grpo.max_completion_length")
 
 
-def _towers(to: Translation, key: str) -> None:
-    if key == "finetune_vision_layers":
-        to.same(key, "model.freeze_vision_tower", not to.value(key))
-    elif to.value(key) is True:
+def _layers(to: Translation, key: str) -> None:
+    if to.value(key) is True:
         to.inert(key, "all of them, as by default")
     else:
         to.changes(key, {}, "name the layers in peft.target_modules")
 
 
+REST = "max_seq_length, from which the script takes the longest prompt that it meets"
 SHARED = "Unsloth shares the engine's weights with training; here both hold them: lower it where memory ends"
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(TOWERS, _towers),
+    **dict.fromkeys(MEMORY, speed("Unsloth's own memory and speed")), **dict.fromkeys(LAYERS, _layers),
+    "finetune_vision_layers": lambda to, key: to.same(key, "model.freeze_vision_tower", not to.value(key)),
     "fast_inference": lambda to, key: to.converted(key, {"grpo.use_vllm": bool(to.value(key))}, "vLLM in the process"),
     "vllm_gpu_memory_utilization": inert("from_pretrained says it"),
     "gpu_memory_utilization": lambda to, key: to.changes(key, {"vllm.gpu_memory_utilization": to.value(key)}, SHARED),

@@ -13,16 +13,7 @@ from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
 from grpo_autotune.interop.frameworks import verl_defaults as known
 from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
-from grpo_autotune.interop.frameworks.verl_defaults import (
-    ACTOR,
-    CORRECTION,
-    FILTER,
-    FSDP,
-    LEGACY,
-    MODEL,
-    OPTIM,
-    ROLLOUT,
-)
+from grpo_autotune.interop.frameworks.verl_defaults import ACTOR, CORRECTION, FILTER, FSDP, MODEL, OPTIM, ROLLOUT
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -41,6 +32,7 @@ KEYS = Keys(
     overflow="data.truncation",
 )  # fmt: skip
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
+OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
 TURNS = f"{ROLLOUT}multi_turn."
 SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
                    f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
@@ -143,8 +135,7 @@ def _engine_defaults(source: Source) -> dict[str, Any]:
 def _check(t: Translation) -> None:
     program, estimator = t.source.program or "", t.value("algorithm.adv_estimator")
     if OTHER_PROGRAMS.search(program.lower()):
-        what = f"{program} does not train by GRPO as verl.trainer.main_ppo does"
-        raise ConfigError(what, where=t.source.path.name)
+        raise ConfigError(f"{program} does not train by GRPO as verl.trainer.main_ppo does", where=t.source.path.name)
     if estimator not in ("grpo", "grpo_vectorized"):
         is_default = "" if t.given("algorithm.adv_estimator") else ", verl's default,"
         what = f"advantages by {estimator}{is_default} are not GRPO's"
@@ -222,7 +213,7 @@ def _loss(t: Translation) -> None:
     old, mode = f"{ACTOR}use_token_level_loss", t.value(LOSS)
     key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
     average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
-    unused(t, [LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
+    unused(t, [known.LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
     if average not in (*AVERAGES, "token-sum"):
         refuse(t, key, f"no average of a loss like {average}", f"Read are {', '.join(AVERAGES)}.")
     if mode in ("gspo", "sapo"):
@@ -244,7 +235,8 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
     """TRL's `loss_type` for an averaging, and what differs."""
     assert t.batch is not None
     kind = "cispo" if is_cispo else AVERAGES.get(average, "dapo")
-    is_legacy, source, micro = on(t.value(LEGACY)), t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
+    source, micro = t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
+    is_legacy = on(t.value(known.LEGACY))
     if average == "token-mean" and not is_legacy:
         return kind, shared.uneven(t)
     if average == "token-mean":
@@ -278,9 +270,8 @@ def _correction(t: Translation) -> None:
 
 
 def _optimizer(t: Translation) -> None:
-    others = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
-    schedule = next((key for key in others if t.value(key) is not None and not t.given(KEYS.schedule)), KEYS.schedule)
-    shared.schedule(t, KEYS._replace(schedule=schedule))
+    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
+    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
     shared.betas(t, f"{OPTIM}betas")
     if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
         t.inert(f"{OPTIM}optimizer", "AdamW")
@@ -317,11 +308,8 @@ def _without_engine(t: Translation) -> None:
 
 def _data(t: Translation) -> None:
     shared.prompts(t, KEYS)
-    columns = {"ground_truth": "reward_model.ground_truth"}
-    for ours, key in (("prompt", "prompt_key"), ("images", "image_key"), ("data_source", "reward_fn_key")):
-        columns |= {ours: str(t.value(f"data.{key}"))} if t.value(f"data.{key}") != ours else {}
-        t.inert(f"data.{key}", f"the column {t.value(f'data.{key}')}")
-    shared.files(t, KEYS, {"columns": columns})
+    columns = shared.columns(t, {"prompt": "prompt_key", "images": "image_key", "data_source": "reward_fn_key"})
+    shared.files(t, KEYS, {"columns": {"ground_truth": "reward_model.ground_truth", **columns}})
     validation = f"{ROLLOUT}val_kwargs."
     sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
     sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))

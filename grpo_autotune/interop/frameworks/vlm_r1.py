@@ -101,10 +101,8 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     """The translation of a VLM-R1 command."""
     from_files = "data_file_paths" in source.settings
     unread = {key: why for key, why in UNREAD.items() if from_files or key != "dataset_name"}
-    return translated(
-        source, choose(source, version, "0.17.0"), world_size, over=OVER, unread=unread, rewards=_rewards,
-        handlers=HANDLERS,
-    )  # fmt: skip
+    release = choose(source, version, "0.17.0")
+    return translated(source, release, world_size, over=OVER, unread=unread, rewards=_rewards, handlers=HANDLERS)
 
 
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
@@ -121,10 +119,8 @@ def _module(to: Translation, names: list[str]) -> str:
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
     origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
     if to.value("is_reward_customized_from_vlm_module"):
-        origin, made = (
-            f"open_r1.vlm_modules import {vlm}",
-            f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})",
-        )
+        origin = f"open_r1.vlm_modules import {vlm}"
+        made = f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})"
     method = str(to.value("reward_method") or "default").partition(":")[0]
     functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
     return MODULE_TEXT.format(origin=origin, method=method) + "".join(functions)
