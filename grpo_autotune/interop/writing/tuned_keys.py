@@ -161,9 +161,8 @@ def framework_of(source: Source) -> Framework:
     """The side of a source's framework; Megatron and Ray in ms-swift have other names for the batch."""
     if source.framework == "ms-swift" and source.settings.keys() & {"global_batch_size", "micro_batch_size"}:
         return MEGATRON
-    if source.path.suffix in (".py", ".ipynb"):
-        return UNSLOTH if source.framework == "unsloth" else SCRIPT
-    return FRAMEWORKS.get(source.framework, TRL)
+    script = UNSLOTH if source.framework == "unsloth" else SCRIPT
+    return script if source.path.suffix in (".py", ".ipynb") else FRAMEWORKS.get(source.framework, TRL)
 
 
 def values_of(side: Framework, key: str, value: Any) -> Mapping[str, Any]:
