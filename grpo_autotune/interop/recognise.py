@@ -188,13 +188,9 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
 
 def started(launch: Launch) -> str | None:
     """The framework of a command's program; "?" where several have it, None for no training."""
-    for name, program, argument in PROGRAMS:
-        spelled = (re.sub(r"(?<=\w)-", "_", word.text.partition("=")[0]) + "=" for word in launch.arguments)
-        if re.fullmatch(program, launch.program) and (
-            not argument or any(re.match(argument, word) for word in spelled)
-        ):
-            return name
-    return None
+    spelled = ["", *(re.sub(r"(?<=\w)-", "_", word.text.partition("=")[0]) + "=" for word in launch.arguments)]
+    fits = [(name, argument) for name, program, argument in PROGRAMS if re.fullmatch(program, launch.program)]
+    return next((name for name, argument in fits if any(re.match(argument, word) for word in spelled)), None)
 
 
 def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:

@@ -167,9 +167,7 @@ def framework_of(source: Source) -> Framework:
 
 def values_of(side: Framework, key: str, value: Any) -> Mapping[str, Any]:
     """A tuned key in the framework's keys; nothing where it has none, and for those of the batch."""
-    section, _, name = key.partition(".")
-    if key.removeprefix("grpo.") in TRL_BATCH:
-        return {}
-    shared = name if section == "grpo" and name in grpo_keys() and "num_generations" in side.batch else None
-    target = side.keys.get(key, shared)
+    name = key.removeprefix("grpo.")
+    shared = name if name != key and name in grpo_keys() and "num_generations" in side.batch else None
+    target = None if name in TRL_BATCH else side.keys.get(key, shared)
     return {} if target is None else {target: value} if isinstance(target, str) else target(value)
