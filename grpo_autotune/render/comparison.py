@@ -1,12 +1,11 @@
 """A comparison of runs as text for a terminal and as a page, from the comparison alone."""
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.comparison import Comparison, Pair, RatioRow
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, sections, table_of
 from grpo_autotune.units import amount, percent, plural, seconds
 
 MEANING = (
@@ -21,7 +20,7 @@ def render_comparison(comparison: Comparison, width: int = 100) -> str:
     parts: list[RenderableType] = []
     for pair in comparison.pairs:
         parts += [*map(Text, _warnings(pair)), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
-        parts += [part for title, lines in _notes(pair).items() for part in section(title, lines)] + [Text("")]
+        parts += [*sections(_notes(pair)), Text("")]
     return as_text([*parts, Text(MEANING.format(sure=percent(comparison.confidence)))], width, colour=False)
 
 
@@ -70,8 +69,7 @@ def _change(row: RatioRow) -> str:
 
 def _table(pair: Pair) -> Table:
     """The step and every stage that ran in either, the longest first."""
-    table = Table("stage", "baseline", "", "run", "change", "verdict", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[1].justify = table.columns[3].justify = "right"
+    table = table_of("stage", "baseline", "", "run", "change", "verdict", right=("baseline", "run"))
     for row in pair.rows:
         table.add_row(row.name, seconds(row.before_s), "->", seconds(row.after_s), _change(row), row.word)
     return table
@@ -79,8 +77,6 @@ def _table(pair: Pair) -> Table:
 
 def _notes(pair: Pair) -> dict[str, list[str]]:
     """Title -> lines of what stands below the table."""
-    facts = {
-        name: ["unknown" if value is None else amount(value) for value in both] for name, both in pair.facts.items()
-    }
+    facts = {name: ["unknown" if n is None else amount(n) for n in both] for name, both in pair.facts.items()}
     notes = {"Beside the seconds": facts, "Changed keys": pair.changed}
     return {title: [f"{name}: {old} -> {new}" for name, (old, new) in both.items()] for title, both in notes.items()}
