@@ -64,7 +64,8 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
-"""Framework, whole name of the program, and beginning of one of its arguments; the first that fits is it."""
+"""Framework, whole name of the program, and beginning of one of its arguments ("" of any, or of none); the first that
+fits is it."""
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
     "nemo-rl": "a run of NeMo-RL, which is not read yet",

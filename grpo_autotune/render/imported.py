@@ -94,8 +94,8 @@ def _value(value: Any) -> str:
 
 def summary_lines(imported: Imported) -> Iterator[str]:
     """Counts of the verdicts; for those after which something else may be learned, where they stand."""
-    counts = Counter(VERDICTS.get(row.kind, row.kind) for row in imported.rows).most_common()
-    yield listing([f"{count} {words}" for words, count in counts])
+    counts = Counter(VERDICTS.get(row.kind, row.kind) for row in imported.rows)
+    yield listing([f"{count} {words}" for words, count in counts.most_common()])
     for verdict in STRICT:
         if names := dict.fromkeys(named(row) for row in imported.rows if row.kind == verdict):
             yield f"{VERDICTS[verdict]}: {', '.join(names)}"

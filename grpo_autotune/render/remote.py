@@ -27,14 +27,12 @@ def remote_parts(report: Report) -> tuple[list[str], list[Table]]:
     return [line], [_table({one.name: one for one in report.remote})]
 
 
-def render_sweep(calls: Sequence[RemoteCalls], source: str) -> str:
+def render_sweep(settings: Sequence[RemoteCalls], source: str) -> str:
     """A table for each reward, with a column for each number of calls at once."""
     parts: list[RenderableType] = [Text(f"Rewards of {source}, without a model and with caches off")]
-    for name in dict.fromkeys(one.name for one in calls):
-        parts += [
-            Text(f"\n{name}"),
-            _table({str(c.concurrency): c for c in calls if c.name == name}, "calls at once"),
-        ]
+    for name in dict.fromkeys(one.name for one in settings):
+        columns = {f"{one.concurrency}": one for one in settings if one.name == name}
+        parts += [Text(f"\n{name}"), _table(columns, "calls at once")]
     return as_text(parts, 120, colour=False)
 
 

@@ -98,8 +98,8 @@ def half_width(run: Report | ProbeRecord, name: str, cycles: list[float], confid
     of their mean, normal for the drift, to which comes what is lost with the share that other processes took."""
     on_gpu, others = run.trainer.device != "cpu" and name not in ON_HOST, run.others
     taken = 0.0 if others is None else (others.gpu_percent or 0.0) / 100.0 if on_gpu else others.cores / others.of
-    least = DRIFT_GPU if on_gpu else DRIFT_CPU
-    return half_interval(cycles, math.hypot(least, math.log(1.0 - min(taken, 0.9))), confidence)
+    least = math.hypot(DRIFT_GPU if on_gpu else DRIFT_CPU, math.log(1.0 - min(taken, 0.9)))
+    return half_interval(cycles, least, confidence)
 
 
 def half_interval(cycles: list[float], least: float, confidence: float) -> float:

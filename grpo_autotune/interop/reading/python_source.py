@@ -199,12 +199,10 @@ class _Reader(ast.NodeVisitor):
 
     def setting(self, node: ast.expr) -> Setting:
         """A value, and its source text unless that says the same."""
-        value, written = _plain(self.value(node)), ast.unparse(node)
-        try:
-            literal = ast.literal_eval(node) is not ...
-        except WRONG:
-            literal = False
-        return Setting(value, node.lineno, self.cell, None if literal else written)
+        written: str | None = ast.unparse(node)
+        with suppress(*WRONG):
+            written = written if ast.literal_eval(node) is ... else None
+        return Setting(_plain(self.value(node)), node.lineno, self.cell, written)
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
