@@ -18,9 +18,8 @@ MEANING = (
 def render_comparison(comparison: Comparison, width: int = 100) -> str:
     """The comparison as text for a terminal of `width` columns."""
     parts: list[RenderableType] = []
-    for pair in comparison.pairs:
-        parts += [*map(Text, _warnings(pair)), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
-        parts += [*sections(_notes(pair)), Text("")]
+    for p in comparison.pairs:
+        parts += [*map(Text, _verdict(comparison.baseline, p)), Text(""), _table(p), *sections(_notes(p)), Text("")]
     return as_text([*parts, Text(MEANING.format(sure=percent(comparison.confidence)))], width, colour=False)
 
 
@@ -39,22 +38,19 @@ def comparison_page(comparison: Comparison) -> str:
     picture = draw.picture("One step", "A bar for each run, split by stage", chart, table)
     sections = [Section("runs", "Where a step goes", [picture])]
     for number, pair in enumerate(pairs, start=1):
-        verdict = Lines([*_warnings(pair), _verdict(base, pair)], strong=True)
+        verdict = Lines(_verdict(base, pair), strong=True)
         below = [Lines(lines, title=title) for title, lines in _notes(pair).items() if lines]
         sections += [Section(f"run-{number}", f"{pair.run} against {base}", [verdict, from_rich(_table(pair)), *below])]
     words = Lines([MEANING.format(sure=percent(comparison.confidence))])
     return render_page(f"{base} compared", [*sections, Section("meaning", "How to read it", [words])])
 
 
-def _warnings(pair: Pair) -> list[str]:
-    return [f"Before you compare: {sentence}." for sentence in [*pair.apart, *pair.differences]]
-
-
-def _verdict(base: str, pair: Pair) -> str:
-    """One run's seconds per step against the baseline's, and one of the three words."""
+def _verdict(base: str, pair: Pair) -> list[str]:
+    """The warnings; then one run's seconds per step against the baseline's, and one of the three words."""
     row, (before, after) = pair.rows[0], pair.steps
     times = f"step {seconds(row.before_s)} -> {seconds(row.after_s)}  change {_change(row)}  {row.word}"
-    return f"{base} -> {pair.run}: {times} ({plural(before, 'step')} and {plural(after, 'step')})"
+    warnings = [f"Before you compare: {sentence}." for sentence in [*pair.apart, *pair.differences]]
+    return [*warnings, f"{base} -> {pair.run}: {times} ({plural(before, 'step')} and {plural(after, 'step')})"]
 
 
 def _change(row: RatioRow) -> str:
