@@ -64,7 +64,8 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
-"""Framework, whole name of the program, and beginning of one of its arguments; the first that fits is it."""
+"""Framework, whole name of the program, and beginning of one of its arguments ("" of any, or of none); the first that
+fits is it."""
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
     "nemo-rl": "a run of NeMo-RL, which is not read yet",
@@ -84,14 +85,11 @@ MOST_NAMED = 5
 
 
 def read_source(path: Path, framework: str | None = None, environment: Mapping[str, str] | None = None) -> Source:
-    """A file as the settings of its framework, secrets taken out. ConfigError for one of no framework, of several, or
-    of one that is not read; `framework` decides where the file does not tell, and `environment` is what a script is
-    started with."""
+    """A file as its framework's settings, without secrets; `framework` decides where the file does not tell, a script
+    has this `environment`. ConfigError for a file of no framework, of several, or of one that is not read."""
     if framework is not None and framework not in FRAMEWORKS:
         raise ConfigError(f"no framework {framework!r}", where="--from", fix=f"One of: {', '.join(FRAMEWORKS)}.")
-    text = text_of(path)
-    reader = READERS.get(path.suffix.lower(), _of_shell)
-    return redacted(reader(path, text, framework, environment or {}))
+    return redacted(READERS.get(path.suffix.lower(), _of_shell)(path, text_of(path), framework, environment or {}))
 
 
 def _of_yaml(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
@@ -157,8 +155,7 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
 def _command_in(text: str, places: range) -> str:
     """The first command of a script's docstring, on its own lines; the rest of the script is left out."""
     lines = text.splitlines()
-    starts = [n for n in places if re.match(r"\s*(accelerate launch|torchrun|python3?|trl) ", lines[n - 1])]
-    start = starts[0] if starts else 0
+    start = next((n for n in places if re.match(r"\s*(accelerate launch|torchrun|python3?|trl) ", lines[n - 1])), 0)
     stop = next((n for n in range(start, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), start)
     return "\n" * (start - 1) + "\n".join(lines[start - 1 : stop]) if start else ""
 
@@ -192,13 +189,9 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
 
 def started(launch: Launch) -> str | None:
     """The framework of a command's program; "?" where several have it, None for no training."""
-    for name, program, argument in PROGRAMS:
-        spelled = (re.sub(r"(?<=\w)-", "_", word.text.partition("=")[0]) + "=" for word in launch.arguments)
-        if re.fullmatch(program, launch.program) and (
-            not argument or any(re.match(argument, word) for word in spelled)
-        ):
-            return name
-    return None
+    spelled = ["", *(re.sub(r"(?<=\w)-", "_", word.text.partition("=")[0]) + "=" for word in launch.arguments)]
+    fits = [(name, argument) for name, program, argument in PROGRAMS if re.fullmatch(program, launch.program)]
+    return next((name for name, argument in fits if any(re.match(argument, word) for word in spelled)), None)
 
 
 def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:

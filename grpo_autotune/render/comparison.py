@@ -1,12 +1,11 @@
 """A comparison of runs as text for a terminal and as a page, from the comparison alone."""
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.comparison import Comparison, Pair, RatioRow
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, sections, table_of
 from grpo_autotune.units import amount, percent, plural, seconds
 
 MEANING = (
@@ -19,9 +18,8 @@ MEANING = (
 def render_comparison(comparison: Comparison, width: int = 100) -> str:
     """The comparison as text for a terminal of `width` columns."""
     parts: list[RenderableType] = []
-    for pair in comparison.pairs:
-        parts += [*map(Text, _warnings(pair)), Text(_verdict(comparison.baseline, pair)), Text(""), _table(pair)]
-        parts += [part for title, lines in _notes(pair).items() for part in section(title, lines)] + [Text("")]
+    for p in comparison.pairs:
+        parts += [*map(Text, _verdict(comparison.baseline, p)), Text(""), _table(p), *sections(_notes(p)), Text("")]
     return as_text([*parts, Text(MEANING.format(sure=percent(comparison.confidence)))], width, colour=False)
 
 
@@ -40,22 +38,19 @@ def comparison_page(comparison: Comparison) -> str:
     picture = draw.picture("One step", "A bar for each run, split by stage", chart, table)
     sections = [Section("runs", "Where a step goes", [picture])]
     for number, pair in enumerate(pairs, start=1):
-        verdict = Lines([*_warnings(pair), _verdict(base, pair)], strong=True)
+        verdict = Lines(_verdict(base, pair), strong=True)
         below = [Lines(lines, title=title) for title, lines in _notes(pair).items() if lines]
         sections += [Section(f"run-{number}", f"{pair.run} against {base}", [verdict, from_rich(_table(pair)), *below])]
     words = Lines([MEANING.format(sure=percent(comparison.confidence))])
     return render_page(f"{base} compared", [*sections, Section("meaning", "How to read it", [words])])
 
 
-def _warnings(pair: Pair) -> list[str]:
-    return [f"Before you compare: {sentence}." for sentence in [*pair.apart, *pair.differences]]
-
-
-def _verdict(base: str, pair: Pair) -> str:
-    """One run's seconds per step against the baseline's, and one of the three words."""
+def _verdict(base: str, pair: Pair) -> list[str]:
+    """The warnings; then one run's seconds per step against the baseline's, and one of the three words."""
     row, (before, after) = pair.rows[0], pair.steps
     times = f"step {seconds(row.before_s)} -> {seconds(row.after_s)}  change {_change(row)}  {row.word}"
-    return f"{base} -> {pair.run}: {times} ({plural(before, 'step')} and {plural(after, 'step')})"
+    warnings = [f"Before you compare: {sentence}." for sentence in [*pair.apart, *pair.differences]]
+    return [*warnings, f"{base} -> {pair.run}: {times} ({plural(before, 'step')} and {plural(after, 'step')})"]
 
 
 def _change(row: RatioRow) -> str:
@@ -70,8 +65,7 @@ def _change(row: RatioRow) -> str:
 
 def _table(pair: Pair) -> Table:
     """The step and every stage that ran in either, the longest first."""
-    table = Table("stage", "baseline", "", "run", "change", "verdict", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[1].justify = table.columns[3].justify = "right"
+    table = table_of("stage", "baseline", "", "run", "change", "verdict", right=("baseline", "run"))
     for row in pair.rows:
         table.add_row(row.name, seconds(row.before_s), "->", seconds(row.after_s), _change(row), row.word)
     return table
@@ -79,8 +73,6 @@ def _table(pair: Pair) -> Table:
 
 def _notes(pair: Pair) -> dict[str, list[str]]:
     """Title -> lines of what stands below the table."""
-    facts = {
-        name: ["unknown" if value is None else amount(value) for value in both] for name, both in pair.facts.items()
-    }
+    facts = {name: ["unknown" if n is None else amount(n) for n in both] for name, both in pair.facts.items()}
     notes = {"Beside the seconds": facts, "Changed keys": pair.changed}
     return {title: [f"{name}: {old} -> {new}" for name, (old, new) in both.items()] for title, both in notes.items()}

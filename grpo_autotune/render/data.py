@@ -4,14 +4,12 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.data import DataView, ShownRow
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, section, table_of
 from grpo_autotune.units import amount, listing, plural
 
 MOST, MOST_OF_VALUE = 800, 200
@@ -35,7 +33,7 @@ def _parts(view: DataView, *, full: bool) -> Iterator[RenderableType]:
         title = f"Row {row.row}, {plural(view.prompt_tokens[row.row], 'token')}"
         yield from section(title, [*_row(row, full=full), f"scores of the reference: {_scores(view, row.row)}"])
     yield Text("\nThe reference answers as completions", style="bold")
-    table = Table("reward", "reads", "scored", "rows", "mean", "least", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = table_of("reward", "reads", "scored", "rows", "mean", "least")
     for one in view.rewards:
         scores = [score for score in one.scores.values() if score is not None]
         figures = [amount(statistics.fmean(scores)), amount(min(scores))] if scores else []

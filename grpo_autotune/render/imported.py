@@ -94,12 +94,11 @@ def _value(value: Any) -> str:
 
 def summary_lines(imported: Imported) -> Iterator[str]:
     """Counts of the verdicts; for those after which something else may be learned, where they stand."""
-    counts = Counter(row.kind for row in imported.rows)
-    yield listing([f"{count} {VERDICTS.get(kind, kind)}" for kind, count in counts.most_common()])
+    counts = Counter(VERDICTS.get(row.kind, row.kind) for row in imported.rows)
+    yield listing([f"{count} {words}" for words, count in counts.most_common()])
     for verdict in STRICT:
-        rows = [row for row in imported.rows if row.kind == verdict]
-        if rows:
-            yield f"{VERDICTS[verdict]}: {', '.join(dict.fromkeys(map(named, rows)))}"
+        if names := dict.fromkeys(named(row) for row in imported.rows if row.kind == verdict):
+            yield f"{VERDICTS[verdict]}: {', '.join(names)}"
 
 
 def place_of(row: ImportedRow) -> str:

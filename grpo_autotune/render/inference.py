@@ -1,12 +1,10 @@
 """The summary of completions as text for a terminal."""
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.inference import Inference, Score
-from grpo_autotune.render.text import as_text
+from grpo_autotune.render.text import as_text, table_of
 from grpo_autotune.units import amount, percent
 
 
@@ -23,9 +21,8 @@ def render_inference(inference: Inference, width: int = 100) -> str:
         f"sampling: {'greedy' if settings.greedy else sampled}",
         f"file: {inference.out}",
     ]
-    table = Table("reward", "branch", "mean", "interval", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("prompts", "completions", "failed", "truncated"):
-        table.add_column(name, justify="right")
+    counts = ("prompts", "completions", "failed", "truncated")
+    table = table_of("reward", "branch", "mean", "interval", *counts, right=counts)
     for score in inference.scores:
         table.add_row(*_cells(score))
     meaning = f"Interval of the mean at {percent(inference.confidence)}, over prompts."

@@ -1,12 +1,14 @@
 """A report of another framework's log as text for a terminal and as a page, from the report alone."""
 
+from collections.abc import Iterator
+
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.imported import LogReport
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, sections
 from grpo_autotune.units import amount, listing, percent, plural, seconds
 
 BAR_CELLS = 16
@@ -15,13 +17,9 @@ LEFT = ("what the others leave of the step",)
 
 def render_log(report: LogReport, width: int = 100) -> str:
     """The report as text for a terminal of `width` columns."""
-    parts: list[RenderableType] = [Text(line) for line in _header(report)]
-    parts += [Text(f"\nWARNING: {line}") for line in report.warnings]
-    if report.stages:
-        parts += [Text(""), stage_table(report)]
-    for title, lines in _notes(report).items():
-        parts += section(title, lines)
-    return as_text(parts, width, colour=False)
+    head = [*_header(report), *(f"\nWARNING: {line}" for line in report.warnings)]
+    table: list[RenderableType] = [Text(""), stage_table(report)] if report.stages else []
+    return as_text([*map(Text, head), *table, *sections(_notes(report))], width, colour=False)
 
 
 def log_page(report: LogReport) -> str:
@@ -37,7 +35,7 @@ def log_page(report: LogReport) -> str:
     return render_page(
         title,
         [
-            Section("summary", "In short", [*head, Lines(_header(report))]),
+            Section("summary", "In short", [*head, Lines(list(_header(report)))]),
             Section("step", "Where a step goes", split),
             Section("stages", "Stages", table),
             Section("notes", "What the log says, and what it does not", notes),
@@ -60,13 +58,11 @@ def stage_table(report: LogReport) -> Table:
     return table
 
 
-def _header(report: LogReport) -> list[str]:
+def _header(report: LogReport) -> Iterator[str]:
     used = f"{plural(len(report.steps), 'step')} used, {report.steps[0]} to {report.steps[-1]}"
+    yield f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({report.middle}; {used})"
     spot = f"lines {report.lines[0]} to {report.lines[-1]} of {report.file}"
-    return [
-        f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({report.middle}; {used})",
-        f"Read from {spot}: seconds by its own clock, from {report.whole}",
-    ]
+    yield f"Read from {spot}: seconds by its own clock, from {report.whole}"
 
 
 def _notes(report: LogReport) -> dict[str, list[str]]:

@@ -56,11 +56,8 @@ def picture(title: str, words: str, chart: Any, table: Table, note: str = "") ->
 
 def chart_of(rows: Iterable[dict[str, Any]], height: int = 150, width: int = NARROW) -> Any:
     """A chart on clean rows: those with a number that is not finite are left out, texts are as a page shows them."""
-    clean = [
-        {key: datum(value) if isinstance(value, str) else value for key, value in row.items()}
-        for row in rows
-        if all(math.isfinite(value) for value in row.values() if isinstance(value, int | float))
-    ]
+    finite = (row for row in rows if all(math.isfinite(n) for n in row.values() if isinstance(n, int | float)))
+    clean = [{key: datum(value) if isinstance(value, str) else value for key, value in row.items()} for row in finite]
     return alt.Chart(alt.InlineData(values=clean)).properties(width=width, height=height)
 
 

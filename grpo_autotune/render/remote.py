@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.rewards import CallTimes, RemoteCalls
-from grpo_autotune.render.text import as_text
+from grpo_autotune.render.text import as_text, table_of
 from grpo_autotune.units import amount, percent, seconds
 
 LEFT_OUT = {"name", "batches", "calls", "batch_s", "tokens_in", "tokens_out", "cost", "place"}
@@ -39,7 +38,7 @@ def render_sweep(settings: Sequence[RemoteCalls], source: str) -> str:
 
 def _table(columns: Mapping[str, RemoteCalls], title: str = "") -> Table:
     """The keys of `report.json` in words; a row of nothing is left out."""
-    table = Table(title, *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = table_of(title, *columns)
     for key in (key for key in RemoteCalls.model_fields if key not in LEFT_OUT):
         values = [getattr(one, key) for one in columns.values()]
         words = "predicted step" if key == "step_s" else key.removesuffix("_s").replace("_", " ")

@@ -5,17 +5,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from grpo_autotune.records.search import Candidate, Contribution, Guard, ParetoRow, SearchReport
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, section, table_of
 from grpo_autotune.units import hms, percent, plural, seconds, size
 
 MOST_ROWS = 8
+EACH = (
+    "Each: the winner's speed over its speed with that change alone taken back; where these multiply to more than the "
+    "gain, its parts in proportion. What is predicted shares the rest."
+)
 
 
 def render_search(report: SearchReport, width: int = 100, *, colour: bool = False) -> str:
@@ -119,17 +122,12 @@ def gain_lines(report: SearchReport) -> Iterator[str]:
 
 def how_contributions(report: SearchReport) -> str:
     """The meaning of the contributions, and how far they are from the whole gain."""
-    text = (
-        "Each: the winner's speed over its speed with that change alone taken back; where these multiply to more than "
-        "the gain, its parts in proportion. What is predicted shares the rest."
-    )
-    return f"{text} Together they bring x {report.together:.2f} more." if report.together > 1.02 else text
+    return EACH + (f" Together they bring x {report.together:.2f} more." if report.together > 1.02 else "")
 
 
 def contribution_table(rows: list[Contribution]) -> Table:
     """A row for each change of the winner."""
-    table = Table("change", "kind", "brings", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[2].justify = "right"
+    table = table_of("change", "kind", "brings", "", right=("brings",))
     for row in rows:
         brings = "" if row.factor is None else f"x {row.factor:.2f}"
         if row.low is not None and row.high is not None:
@@ -141,9 +139,7 @@ def contribution_table(rows: list[Contribution]) -> Table:
 
 def pareto_table(report: SearchReport) -> Table:
     """A row for each combination that is shown."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("speed", "reward", "memory", "changes"):
-        table.add_column(title, justify="left" if title == "changes" else "right")
+    table = table_of("speed", "reward", "memory", "changes", right=("speed", "reward", "memory"))
     for row in shown(report):
         reward = "not measured" if row.reward_difference is None else f"{row.reward_difference:+.3f}"
         reward = "the same" if row.reward_difference == 0.0 else reward
@@ -162,18 +158,16 @@ def shown(report: SearchReport) -> list[ParetoRow]:
 
 def failure_lines(report: SearchReport) -> Iterator[str]:
     """A line for each way in which trials failed."""
-    failed = [row for row in report.trials if row.status != "ok"]
-    for status, count in Counter(row.status for row in failed).most_common():
-        first = next(row for row in failed if row.status == status)
-        numbers = ", ".join(str(row.number) for row in failed if row.status == status)
-        yield f"{status} ({count}): trial {numbers}; the first: {first.why or 'no reason given'}"
+    for status, count in Counter(row.status for row in report.trials if row.status != "ok").most_common():
+        failed = [row for row in report.trials if row.status == status]
+        numbers = ", ".join(str(row.number) for row in failed)
+        yield f"{status} ({count}): trial {numbers}; the first: {failed[0].why or 'no reason given'}"
 
 
 def error_lines(report: SearchReport) -> Iterator[str]:
     """A line for each stage of the models, and the load meanwhile."""
-    for stage, error in report.model_error.items():
-        off = f"off by {percent(error.median)} at the median, {percent(error.p90)} at p90"
-        yield f"{stage}: {off} ({plural(error.n, 'trial')})"
+    for stage, e in report.model_error.items():
+        yield f"{stage}: off by {percent(e.median)} at the median, {percent(e.p90)} at p90 ({plural(e.n, 'trial')})"
     if report.others is not None:
         yield f"meanwhile {report.others.words} (in the middle one of the trials)"
 

@@ -29,8 +29,7 @@ class SearchView:
         self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._printed_trial: int | None = None
-        self._printed_s = 0.0
-        self._printed_reasons = set[str]()
+        self._printed_s, self._printed_reasons = 0.0, set[str]()
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -75,12 +74,10 @@ def panel(state: SearchProgress) -> list[str]:
 
 def plain_line(state: SearchProgress) -> str:
     """The same in one line."""
-    parts = [_left(state), _trial(state)]
-    if state.baseline_step_s is not None:
-        parts.append(f"best x {state.speedup:.2f}, own {seconds(state.baseline_step_s)} per step")
-    if state.step_error is not None:
-        parts.append(f"models off by {percent(state.step_error)}")
-    return " | ".join(parts)
+    own_s, error = state.baseline_step_s, state.step_error
+    best = [] if own_s is None else [f"best x {state.speedup:.2f}, own {seconds(own_s)} per step"]
+    models = [] if error is None else [f"models off by {percent(error)}"]
+    return " | ".join([_left(state), _trial(state), *best, *models])
 
 
 def _left(state: SearchProgress) -> str:

@@ -58,8 +58,7 @@ def header_lines(report: Report) -> list[str]:
 def _timed(report: Report) -> str:
     """The steps, or whole cycles of generating and reusing, that the step's seconds are the median of."""
     count, cycle = len(report.steps), report.cycle
-    cycles = count // cycle
-    if cycle > 1 and cycles:
+    if cycle > 1 and (cycles := count // cycle):
         return f"median of {cycles} cycles of {cycle} steps" if cycles > 1 else f"mean of one cycle of {cycle} steps"
     return f"median of {count} steps" if count > 1 else "one step"
 
@@ -73,9 +72,8 @@ def _model(report: Report) -> str:
 
 
 def _batch(report: Report) -> str:
-    t = report.trainer
-    many = "micro batch" if t.gradient_accumulation_steps == 1 else "micro batches"
-    micro = f"{t.gradient_accumulation_steps} {many} of {t.per_device_train_batch_size}"
+    t, passes = report.trainer, report.trainer.gradient_accumulation_steps
+    micro = f"{passes} micro batch{'' if passes == 1 else 'es'} of {t.per_device_train_batch_size}"
     ranks = f" on each of {t.world_size} ranks" if t.world_size > 1 else ""
     reuse = f"; each generated batch serves {report.cycle} steps" if report.cycle > 1 else ""
     return f"{t.rows} completions per step ({micro}{ranks}), {t.num_generations} completions per prompt{reuse}"
@@ -83,12 +81,10 @@ def _batch(report: Report) -> str:
 
 def _machine(report: Report) -> str:
     machine = report.machine or {}
-    gpus = machine.get("gpus") or []
     cpu = f"{machine.get('cpu') or 'CPU'}, {plural(machine['cores'], 'core')}" if machine else ""
     memory = f", {size(machine['memory_bytes'])} memory" if machine.get("memory_bytes") else ""
-    cards = listing([f"{gpu['name']} ({size(gpu['memory_bytes'])})" for gpu in gpus]) if gpus else ""
-    known = "; ".join(text for text in (cards, cpu + memory) if text) or "not known"
-    return f"{known}; the model is on {report.trainer.device}"
+    cards = listing([f"{gpu['name']} ({size(gpu['memory_bytes'])})" for gpu in machine.get("gpus") or []])
+    return f"{'; '.join(filter(None, (cards, cpu + memory))) or 'not known'}; the model is on {report.trainer.device}"
 
 
 def _count(number: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from grpo_autotune.records.alerts import outcome
@@ -20,6 +20,12 @@ from grpo_autotune.units import percent, seconds, size
 BAR_CELLS = 16
 LEAST_PART_SHARE = 0.005
 EVEN_RANKS = 1.02
+TITLES = {
+    "exact": "What to change: same learning (each line predicted for that change alone)",
+    "learning": "What to change: alters what is learned, so check the reward (each line for that change alone)",
+}
+"""Kind of advice -> the title above it."""
+NOTHING = "Nothing: no change that this tool knows is predicted to save one percent of the step."
 
 
 def render(report: Report, width: int = 100, *, colour: bool = False) -> str:
@@ -117,24 +123,15 @@ def rank_table(report: Report) -> Table:
 
 
 def _verdict(report: Report) -> Iterator[RenderableType]:
-    titles = {
-        "exact": "What to change: same learning (each line predicted for that change alone)",
-        "learning": "What to change: alters what is learned, so check the reward (each line for that change alone)",
-    }
-    for kind, title in titles.items():
-        yield from _advice(title, [advice for advice in report.verdict if advice.kind == kind])
-    if not report.verdict:
-        text = "Nothing: no change that this tool knows is predicted to save one percent of the step."
-        yield from section("What to change", [text])
+    for kind, title in TITLES.items():
+        if entries := [advice for advice in report.verdict if advice.kind == kind]:
+            yield Text(f"\n{title}", style="bold")
+            yield Padding(_numbered(entries), (0, 0, 0, 1))
+    yield from section("What to change", [] if report.verdict else [NOTHING])
 
 
-def _advice(title: str, entries: list[Advice]) -> Iterator[RenderableType]:
-    if entries:
-        yield Text(f"\n{title}", style="bold")
-    table = Table.grid(padding=(0, 1))
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
+def _numbered(entries: list[Advice]) -> Table:
+    table = Table.grid(Column(justify="right", no_wrap=True), Column(), padding=(0, 1))
     for number, advice in enumerate(entries, start=1):
         table.add_row(f"{number}.", Text(advice.text))
-    if entries:
-        yield Padding(table, (0, 0, 0, 1))
+    return table

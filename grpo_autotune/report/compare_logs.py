@@ -126,8 +126,7 @@ def _common(sets: list[frozenset[str]]) -> list[frozenset[str]]:
     """The finest groups that no set lies across."""
     groups: list[frozenset[str]] = []
     for atoms in sets:
-        touching = [group for group in groups if group & atoms]
-        groups = [group for group in groups if not group & atoms] + [atoms.union(*touching)]
+        groups = [g for g in groups if not g & atoms] + [atoms.union(*(g for g in groups if g & atoms))]
     return groups
 
 

@@ -17,9 +17,8 @@ def without_secrets(value: Any, key: str = "") -> Any:
     """The value of a key with "(not shown)" for each secret in it, however deep."""
     if isinstance(value, Mapping):
         return {name: without_secrets(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(inner, key) for inner in value]
-    return "(not shown)" if value and isinstance(value, str) and SECRET.search(key) else value
+    shown = "(not shown)" if value and isinstance(value, str) and SECRET.search(key) else value
+    return [without_secrets(inner, key) for inner in value] if isinstance(value, list) else shown
 
 
 def settings(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:

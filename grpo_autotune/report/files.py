@@ -79,6 +79,5 @@ def _said(value: Any) -> Any:
     """The text of messages, and of the parts of one; numbers to four places."""
     if isinstance(value, list):
         return " ".join(filter(None, map(_said, value)))
-    if isinstance(value, dict):
-        return _said(value.get("content") or value.get("text"))
-    return round(value, 4) if isinstance(value, float) else value
+    plain = round(value, 4) if isinstance(value, float) else value
+    return _said(value.get("content") or value.get("text")) if isinstance(value, dict) else plain

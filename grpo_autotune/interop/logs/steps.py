@@ -5,6 +5,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,16 @@ def number(value: Any) -> float | None:
     if isinstance(value, str):
         value = re.sub(r"^(?:np\.\w+|tensor)\((.*)\)$", r"\1", value)
         value = value.replace(",", "") if re.match(r"-?\d{1,3}(,\d{3})+(\.|$)", value) else value
-    try:
-        finite = float(value)
-    except (TypeError, ValueError):
-        return None
-    return finite if math.isfinite(finite) else None
+    with suppress(TypeError, ValueError):
+        return finite if math.isfinite(finite := float(value)) else None
+    return None
 
 
 def _name(key: str) -> str:
     """The framework's own name of a key, without what a tracker or a panel puts in front of it."""
     for mark in (TRL, RAY):
         if mark in key:
-            key = key[key.index(mark) :]
-            return "" if key.endswith(("__MIN", "__MAX")) else key
+            return "" if key.endswith(("__MIN", "__MAX")) else key[key.index(mark) :]
     return key.rpartition(" - ")[2].removeprefix("metrics.").removeprefix("train/")
 
 

@@ -6,6 +6,7 @@ Both keep a value's type as far as its text tells: numbers, true and false, list
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +41,7 @@ def flat(key: str, setting: Setting) -> dict[str, Setting]:
 
 def hydra_value(text: str) -> Any:
     """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, its word for
-    None, else text
-    as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
+    None, else text as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
     tokens = TOKEN.findall(text)
     if text[:1] not in "[{'\"" or "".join(tokens).replace(" ", "") != text.replace(" ", ""):
         return scalar(text.strip(), WORDS)
@@ -99,10 +99,8 @@ def _option(option: Word, words: list[Word]) -> dict[str, Setting]:
 def option_value(text: str) -> Any:
     """The value of an option: true or false, a number, JSON, else text."""
     if text[:1] in ("{", "["):
-        try:
+        with suppress(json.JSONDecodeError):
             return json.loads(text)
-        except json.JSONDecodeError:
-            return text
     return scalar(text, {"true": True, "false": False})
 
 

@@ -163,8 +163,7 @@ class Expansion:
             if "\n" in match[0]:
                 line += not self.only_line
                 return ("" if match[1] else "\n") + marks.at(line + 1)
-            kept = quoted and match[1] not in '$`"\\'
-            return match[0] if kept else match[1] if quoted else marks.quoted(match[1])
+            return marks.quoted(match[1]) if not quoted else match[1] if match[1] in '$`"\\' else match[0]
 
         written, text, begin = self.source[start:end].decode(), "", 0
         for place, close in arithmetics(written):
@@ -254,8 +253,7 @@ class Expansion:
 
     def sliced(self, name: str, rest: str) -> list[Field]:
         words = self.variables.list(name)
-        bounds = re.fullmatch(r":\s*(\d+)(?::(\d+))?", rest)
-        if bounds is None:
+        if not (bounds := re.fullmatch(r":\s*(\d+)(?::(\d+))?", rest)):
             return words
         start = max(0, int(bounds[1]) - (name == "@"))
         return words[start : start + int(bounds[2]) if bounds[2] else None]

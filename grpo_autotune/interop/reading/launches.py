@@ -52,8 +52,6 @@ def launched(command: Command) -> Launch | None:
 
 def _launch(command: Command, program: str, arguments: Sequence[Word], before: Sequence[Word]) -> Launch:
     environment = {name: word.setting(word.text) for name, word in command.environment.items()}
-    for word in before:
-        if match := VARIABLE.fullmatch(word.text):
-            environment[match[1]] = word.setting(match[2], f"{match[1]}=")
+    environment |= {m[1]: word.setting(m[2], f"{m[1]}=") for word in before if (m := VARIABLE.fullmatch(word.text))}
     given, _ = options(word for word in before if word.text not in ("--", "-m", *LAUNCHERS))
     return Launch(command.line, program, arguments, given, environment)

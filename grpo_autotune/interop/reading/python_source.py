@@ -9,6 +9,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,10 @@ class _Reader(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         """A function: its arguments are not known, and its names are its own."""
-        outer = dict(self.names)
-        self.names |= {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        outer = self.names
+        self.names = outer | {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
         self.generic_visit(node)
-        self.names.clear()
-        self.names |= outer
+        self.names = outer
 
     def visit_For(self, node: ast.For) -> None:
         self.names |= {part.id: Unknown(part.id) for part in ast.walk(node.target) if isinstance(part, ast.Name)}
@@ -199,12 +199,10 @@ class _Reader(ast.NodeVisitor):
 
     def setting(self, node: ast.expr) -> Setting:
         """A value, and its source text unless that says the same."""
-        value, written = _plain(self.value(node)), ast.unparse(node)
-        try:
-            literal = ast.literal_eval(node) is not ...
-        except WRONG:
-            literal = False
-        return Setting(value, node.lineno, self.cell, None if literal else written)
+        written: str | None = ast.unparse(node)
+        with suppress(*WRONG):
+            written = written if ast.literal_eval(node) is ... else None
+        return Setting(_plain(self.value(node)), node.lineno, self.cell, written)
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
@@ -231,10 +229,9 @@ class _Reader(ast.NodeVisitor):
     def given(self, name: str, unknown: Unknown) -> Any:
         """A name that the script leaves open, by the environment."""
         text = self.environment.get(name)
-        try:
+        with suppress(*WRONG, SyntaxError):
             return unknown if text is None else ast.literal_eval(text)
-        except (*WRONG, SyntaxError):
-            return text
+        return text
 
     def called(self, node: ast.Call, unknown: Unknown) -> Any:
         """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
@@ -246,12 +243,10 @@ class _Reader(ast.NodeVisitor):
         return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        if function is None or any(isinstance(part, Unknown) for part in given):
-            return unknown
-        try:
-            return function(*given)
-        except WRONG:
-            return unknown
+        if function is not None and not any(isinstance(part, Unknown) for part in given):
+            with suppress(*WRONG):
+                return function(*given)
+        return unknown
 
 
 def _either(one: Any, other: Any, name: str) -> Any:
@@ -265,6 +260,5 @@ def _plain(value: Any) -> Any:
     """The value with the text of what is not known in it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
+    plain = str(value) if isinstance(value, str) else value
+    return [_plain(item) for item in value] if isinstance(value, list) else plain

@@ -313,12 +313,11 @@ class _Evaluation:
         raise _Left(self.expand.raw(node).split()[0])
 
     def subshell(self, node: Node) -> bool | None:
-        outer = dict(self.variables.values)
+        outer, self.variables.values = self.variables.values, dict(self.variables.values)
         try:
             return self.each(node.named_children)
         finally:
-            self.variables.values.clear()
-            self.variables.values |= outer
+            self.variables.values = outer
 
 
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {

@@ -4,7 +4,7 @@ What only a run can tell is None, or as it is on a machine with NVIDIA's GPUs.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 
@@ -93,13 +93,11 @@ class Truth:
         return same
 
 
-def parts(node: Node) -> Iterator[Node]:
+def parts(node: Node) -> list[Node]:
     """The words of a test."""
     if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
-        yield node
-        return
-    for child in node.children:
-        yield from parts(child)
+        return [node]
+    return [part for child in node.children for part in parts(child)]
 
 
 def shorter(text: str, most: int = 60) -> str:

@@ -90,7 +90,7 @@ def _replacing(
 def _appended(data: bytes, command: Node, words: str) -> str:
     """The words at a command's end, in front of `"$@"`; on a line of their own where the command has several."""
     last = command.named_children[-1]
-    if (last.text or b"") in (b'"$@"', b"$@", b'"${@}"'):
+    if last.text in (b'"$@"', b"$@", b'"${@}"'):
         return replaced(data, (last.start_byte, last.start_byte), f"{words} ")
     lines = " \\\n    " if command.end_point.row > command.start_point.row else " "
     return replaced(data, (last.end_byte, last.end_byte), f"{lines}{words}")

@@ -161,16 +161,13 @@ def framework_of(source: Source) -> Framework:
     """The side of a source's framework; Megatron and Ray in ms-swift have other names for the batch."""
     if source.framework == "ms-swift" and source.settings.keys() & {"global_batch_size", "micro_batch_size"}:
         return MEGATRON
-    if source.path.suffix in (".py", ".ipynb"):
-        return UNSLOTH if source.framework == "unsloth" else SCRIPT
-    return FRAMEWORKS.get(source.framework, TRL)
+    script = UNSLOTH if source.framework == "unsloth" else SCRIPT
+    return script if source.path.suffix in (".py", ".ipynb") else FRAMEWORKS.get(source.framework, TRL)
 
 
 def values_of(side: Framework, key: str, value: Any) -> Mapping[str, Any]:
     """A tuned key in the framework's keys; nothing where it has none, and for those of the batch."""
-    section, _, name = key.partition(".")
-    if key.removeprefix("grpo.") in TRL_BATCH:
-        return {}
-    shared = name if section == "grpo" and name in grpo_keys() and "num_generations" in side.batch else None
-    target = side.keys.get(key, shared)
+    name = key.removeprefix("grpo.")
+    shared = name if name != key and name in grpo_keys() and "num_generations" in side.batch else None
+    target = None if name in TRL_BATCH else side.keys.get(key, shared)
     return {} if target is None else {target: value} if isinstance(target, str) else target(value)

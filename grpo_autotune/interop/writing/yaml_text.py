@@ -19,22 +19,15 @@ WIDTH = 110
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
     """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
     `imported.config`."""
-    sections = {
-        name: _ordered(name, imported.config[name]) for name in RunConfig.model_fields if name in imported.config
-    }
+    sections = {key: _ordered(key, imported.config[key]) for key in RunConfig.model_fields if key in imported.config}
     head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
 
 
 def _ordered(name: str, section: Any) -> Any:
     """A section's keys in the order of their fields, where it has fields; others stay as they are."""
-    fields = [*getattr(RunConfig.model_fields[name].annotation, "model_fields", ())]
-    if not isinstance(section, dict) or not fields:
-        return section
-    return {
-        key: section[key]
-        for key in sorted(section, key=lambda key: fields.index(key) if key in fields else len(fields))
-    }
+    fields = getattr(RunConfig.model_fields[name].annotation, "model_fields", ())
+    return {key: section[key] for key in fields if key in section} | section if isinstance(section, dict) else section
 
 
 def _head(imported: Imported) -> Iterator[str]:
@@ -64,6 +57,5 @@ def _places(node: Any, above: str = "") -> Iterator[tuple[str, int, int]]:
     """Each key path with the line of its key and the last one of its value; a section's own line is its last."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         path, line = f"{above}{key.value}", key.start_mark.line
-        is_block = not isinstance(value, yaml.ScalarNode) and not value.flow_style
-        yield path, line, line if is_block else value.end_mark.line
+        yield path, line, value.end_mark.line if isinstance(value, yaml.ScalarNode) or value.flow_style else line
         yield from _places(value, f"{path}.")
