@@ -243,6 +243,7 @@ FAILED: list[tuple[Any, Callable[[World], Any], str]] = [
     (inputs.data, lambda w: w.rows.clear(), "empty"),
     (inputs.answers, answered(*["none"] * 99), "numeric_match cannot read 100% of answer in 99 rows (row 0: 'none')"),
     (inputs.tokenizer, lambda w: w.write("tokenizer_config.json", pad_token=None, eos_token=None), "neither a padding"),
+    (inputs.lengths, lambda w: w.values["data"].update(max_prompt_tokens=2, prompt_overflow="error"), "row 0"),
     (inputs.template, rewritten("{{ raise_exception('no system') }}"), "no system"),
     (inputs.template, lambda w: (w.model / "chat_template.jinja").unlink(), "has no chat template"),
     (surroundings.disk, occupied, "cannot be written: "),
@@ -413,7 +414,7 @@ def test_doctor_with_a_configuration_and_without(
     world.findings()
     (tmp_path / "grpo.yaml").write_text(RunConfig.from_dict(world.values).to_yaml())
     code, healthy = doctor()
-    assert code == 0 and {finding["status"] for finding in healthy.values()} == {"ok"} and len(healthy) == 16
+    assert code == 0 and {finding["status"] for finding in healthy.values()} == {"ok"} and len(healthy) == 17
     code, broken = doctor("grpo.yaml", "--set", "data.path=nowhere.jsonl")
     assert code == 3 and "there is no file or folder nowhere.jsonl" in broken["configuration"]["detail"]
     assert "data" not in broken  # it is the same mistake

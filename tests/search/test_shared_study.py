@@ -139,4 +139,5 @@ def test_another_configuration_does_not_join(database: str) -> None:
     from grpo_autotune.search.study import Axes, Study
 
     with opened(database) as storage, pytest.raises(ConfigError, match="another configuration"):
-        Study(storage, Axes.of({"grpo.beta": (0.0, 0.1)}), "other", where="--storage")
+        for configuration in ("one", "other"):
+            Study(storage, Axes.of({"grpo.beta": (0.0, 0.1)}), configuration, where="--storage")
