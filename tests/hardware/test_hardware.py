@@ -129,6 +129,7 @@ def test_rates_follow_from_the_clock() -> None:
     assert ceilings.copy_rate("cpu", 1000, ticking(0.25)) == 8000.0
 
 
+@pytest.mark.long
 def test_sides_grow_while_products_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "LARGEST_SIDE", 512)
     found = ceilings.matrix_rate("cpu", "bfloat16", ticking(0.005), ticking(1.0))

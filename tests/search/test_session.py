@@ -495,6 +495,7 @@ def test_rewards_are_compared_on_as_many_prompts_as_there_is_time_for(monkeypatc
     assert asked == [32, 32, 8, 32]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_noise_is_not_sold_as_speed(tmp_path: Path) -> None:
     config = user_config().to_dict()

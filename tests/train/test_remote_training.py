@@ -24,6 +24,7 @@ def service(url: str, **item: Any) -> dict[str, Any]:
     return {"name": "service", "params": params, "deadline_s": 5.0, **item}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("speedups", ["none", ["reward_overlap", "skip_dead"]])
 def test_fifty_steps(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: Any, speedups: Any) -> None:
     from grpo_autotune.train.rewards.remote import batch
