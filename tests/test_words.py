@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo_autotune.cli.main import app
+
 PACKAGE = Path(__file__).parent.parent / "grpo_autotune"
 
 OPENING = re.compile(r"(What|Where|Whether|How|Which|When|Who|Whose|Why|Does|Do|Is|Are|May|Can|That)\b")
@@ -26,6 +28,10 @@ RATE = re.compile(rf"(\b({COUNTED})|\}}) an? ({UNIT})\b", re.IGNORECASE)
 NULL = re.compile(r"\bnull\b")
 LOCALS = {"found", "own", "there"}
 CLASSES = {"Seen", "Given", "Asked", "Standing", "Lab", "Book", "Kept", "Told", "Wanted", "Known"}
+
+COMMAND = re.compile(r"grpo-autotune ([a-z]+)\b")
+COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+"""A command that a message names is there."""
 
 parsed = cache(ast.parse)
 
@@ -64,11 +70,16 @@ def names(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
+def commands(source: str) -> Iterator[tuple[int, str]]:
+    for line, text in enumerate(source.splitlines(), 1):
+        yield from ((line, name) for name in COMMAND.findall(text) if name not in COMMANDS)
+
+
 def speaks_yaml(path: Path) -> bool:
     return path.is_relative_to(PACKAGE / "config") or path == PACKAGE / "records" / "receipt.py"
 
 
-@pytest.mark.parametrize("rule", [openings, rates, nulls, names], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [openings, rates, nulls, names, commands], ids=lambda rule: rule.__name__)
 def test_rule_of_words(rule) -> None:
     broken = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {words}"
@@ -90,6 +101,7 @@ def test_rule_of_words(rule) -> None:
         (nulls, '"""Seconds; null without steps."""', '"""Seconds; None without steps."""'),
         (names, "for own in rows:\n    pass", "print(own)"),
         (names, "if (found := 1):\n    pass", "self.found = 1"),
+        (commands, "'grpo-autotune evaluate does it'", "'grpo-autotune infer does it'"),
         (names, "class Seen:\n    pass", "class Sight:\n    pass"),
     ],
 )

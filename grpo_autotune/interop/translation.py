@@ -159,7 +159,7 @@ class Translation:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Key paths as mappings inside each other, in the order of a configuration's sections."""
+    """Key paths as mappings inside each other."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *sections, key = path.split(".")

@@ -42,7 +42,7 @@ def test_sections_stand_in_their_order_and_comments_behind_their_keys() -> None:
     text = yaml_text(imported(nested(values)), comments)
     lines = text.splitlines()
     assert [line.partition(":")[0] for line in lines if line[0].isalpha()] == ["model", "rewards", "grpo"]
-    assert lines[0].startswith("# Imported by grpo-autotune from run.sh, verl 2026 (assumed).")
+    assert lines[0].startswith("# By grpo-autotune import, from run.sh, verl 2026 (assumed).")
     assert "  beta: 0.04  # k3" in lines and "rewards:  # choose" in lines
     extra = {f"vllm.{name}": 1 for name in ("z", "b", "y", "a", "max_num_seqs")}
     section = yaml_text(imported(nested(extra)), {}).splitlines()[-5:]

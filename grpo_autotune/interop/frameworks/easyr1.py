@@ -112,7 +112,7 @@ WORDS = shared.words(
         ("none", "completions end at the end token"): "rollout.ignore_eos",
         ("none", "the model's own is taken"): "model.override_config. model.tokenizer_path",
         ("none", "checkpoints hold the optimizer, so that training can go on"): "trainer.save_model_only",
-        ("none", "grpo-autotune eval evaluates alone"): "trainer.val_only",
+        ("none", "grpo-autotune infer evaluates alone"): "trainer.val_only",
         ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.load_checkpoint_path",
     },
     {**dict.fromkeys(("actor", "rollout", "ref", "critic", "reward", "hybrid_engine"), "worker."),

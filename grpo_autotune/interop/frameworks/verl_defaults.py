@@ -145,7 +145,7 @@ WORDS = words(
             "actor.megatron.override_transformer_config.moe_z_loss_coeff",
         ("none", "TRL's AdamW has no such setting"): "optim. actor.qat.",
         ("none", "completions end at the end token"): "rollout.ignore_eos",
-        ("none", "grpo-autotune eval evaluates alone"): "trainer.val_only",
+        ("none", "grpo-autotune infer evaluates alone"): "trainer.val_only",
         ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.resume_from_path",
         ("none", "the model's own configuration holds"):
             "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib "

@@ -32,7 +32,7 @@ def _ordered(name: str, section: Any) -> Any:
 
 def _head(imported: Imported) -> Iterator[str]:
     version = printable(f"{titled(imported.source, imported.version)} ({imported.version_from})")
-    yield f"Imported by grpo-autotune from {printable(imported.file)}, {version}."
+    yield f"By grpo-autotune import, from {printable(imported.file)}, {version}."
     ranks = imported.world_size
     yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.numbers['D']}."
 
