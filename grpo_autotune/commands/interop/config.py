@@ -43,7 +43,8 @@ def import_config(
     width = max(NARROWEST, shutil.get_terminal_size((100, 24)).columns)
     show(imported.model_dump_json(indent=2) if as_json else render_imported(imported, width))
     if lost:
-        first = f"{lost[0].key} ({named(lost[0])}) is the first of {plural(len(lost), 'setting')} whose meaning is lost"
+        place = "a default" if lost[0].line is None else named(lost[0])
+        first = f"{lost[0].key} ({place}) is the first of {plural(len(lost), 'setting')} whose meaning is lost"
         complain(f"grpo-autotune: --strict: {first}; nothing was written", everywhere=False)
         return None
     for line in _next(imported, target):
