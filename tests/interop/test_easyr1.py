@@ -146,3 +146,8 @@ def test_a_script_without_its_yaml_takes_the_shipped_values(tmp_path: Path) -> N
     outcome = import_file(script).finished()
     assert outcome.config["grpo"]["beta"] == 0.01 and outcome.numbers["G"] == 5
     assert any("EasyR1's examples/config.yaml" in warning for warning in outcome.warnings)
+
+
+@pytest.mark.parametrize("section", ["trainer", "worker.rollout", "worker.reward", "worker.actor"])
+def test_a_key_that_nobody_knows_is_said(section: str) -> None:
+    assert row(imported({f"{section}.unheard_of": 3}), f"{section}.unheard_of").kind == "none"

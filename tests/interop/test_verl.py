@@ -274,8 +274,9 @@ def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
     assert penalty["weight"] == 0.5 and penalty["params"] == {"max_completion_len": 400, "soft_punish_cache": 128}
 
 
-def test_a_key_that_nobody_knows_is_said() -> None:
-    assert row(imported({f"{ACTOR}unheard_of": 3}), f"{ACTOR}unheard_of").why.startswith("not a key that is known")
+@pytest.mark.parametrize("key", [f"{ACTOR}unheard_of", "trainer.unheard_of"])
+def test_a_key_that_nobody_knows_is_said(key: str) -> None:
+    assert row(imported({key: 3}), key).why.startswith("not a key that is known")
 
 
 SCRIPT = """\

@@ -99,8 +99,15 @@ WORDS = shared.words(
             "actor.dynamic_batching",
         ("speed", "passes without gradient use per_device_train_batch_size"):
             "actor.micro_batch_size_per_device_for_experience",
+        ("speed", "the run folder is output.dir"): "trainer.save_checkpoint_path",
+        ("speed", "the engine's room for images follows from the data"): "rollout.limit_images",
         ("speed", "no part of what is learned"):
-            "trainer. rollout. reward. actor.use_torch_compile data.val_batch_size data.mini_rollout_batch_size "
+            "trainer.val_generations_to_log trainer.val_generations_to_log_to_wandb trainer.ray_timeline "
+            "trainer.find_last_checkpoint trainer.remove_previous_ckpt trainer.del_local_ckpt_after_load "
+            "trainer.project_name trainer.save_limit trainer.balance_batch trainer.default_hdfs_dir "
+            "rollout.name rollout.dtype rollout.seed rollout.disable_ rollout.free_cache_engine "
+            "rollout.trust_remote_code reward.num_cpus reward.reward_type reward.skip_special_tokens "
+            "actor.use_torch_compile data.val_batch_size data.mini_rollout_batch_size "
             "data.filter_overlong_prompts_workers data.return_raw_",
         ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
         ("same", "goes with algorithm.online_filtering"): "algorithm.filter_ trainer.max_try_make_batch",

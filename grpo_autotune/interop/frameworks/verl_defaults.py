@@ -111,7 +111,12 @@ WORDS = words(
             "rollout.chat_scheduler",
         ("speed", "grpo-autotune probe measures"): "actor.profiler. global_profiler.",
         ("speed", "no part of what is learned"):
-            "trainer. model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
+            "trainer.balance_batch trainer.default_hdfs_dir trainer.del_local_ckpt_after_load trainer.device "
+            "trainer.esi_redundant_time trainer.log_val_generations trainer.val_generations_to_log_to_wandb "
+            "trainer.max_actor_ckpt_to_keep trainer.max_critic_ckpt_to_keep trainer.ray_ trainer.npu_profile. "
+            "trainer.remove_previous_ckpt_in_save trainer.rollout_data_dir trainer.validation_data_dir "
+            "trainer.use_legacy_worker_impl trainer.use_v1 trainer.v1. trainer.profile_ trainer.nccl_timeout "
+            "model.use_shm model.lora.merge data.use_shm data.filter_overlong_prompts_workers "
             "data.val_batch_size data.validation_shuffle data.dataloader_num_workers data.gen_batch_size skip. "
             "actor.calculate_entropy actor.checkpoint. ray_kwargs. ray_init. transfer_queue. hydra. defaults "
             "actor_rollout_ref.nccl_timeout",
