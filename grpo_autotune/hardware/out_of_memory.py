@@ -49,8 +49,13 @@ FAULT = re.compile(
     rf"(?:CUDA driver error: |CUDA Error: |CUDA error: |HIP error: |Triton Error \[CUDA\]: )(?:{'|'.join(FAULTS)})\b"
 )
 
-ENDED_ITSELF = re.compile(rb"^Error out of memory at line \d+ in file \S+$", re.MULTILINE)
-"""The last words of bitsandbytes, which ends the process by `exit(1)` where CUDA has no memory (csrc/ops.cuh)."""
+ENDED_ITSELF = re.compile(
+    rb"^(Error out of memory at line \d+ in file \S+|memory allocation of \d+ bytes failed|"
+    rb"terminate called after throwing an instance of 'std::bad_alloc')$",
+    re.MULTILINE,
+)
+"""Last words of what ends its process for want of memory: bitsandbytes by `exit(1)` (csrc/ops.cuh), Rust's allocator
+(std::alloc::handle_alloc_error) and the C++ runtime (libstdc++, vterminate.cc) by `abort()`."""
 
 LAST_WORDS = 4096
 """Bytes at the end of a log in which they stand."""

@@ -96,8 +96,8 @@ def ending_of_exit(code: int, memory_kills: bool, log: Path | None = None) -> En
     """Classify the end of a process without an outcome by its exit code (negative: the signal that ended it), by
     whether the kernel has killed for memory since the trial began, and by its log: a library that ends its process for
     want of memory says so in its last line."""
-    if code > 0 and log is not None and ended_for_memory(log):
-        return Ending("oom", f"ended itself, as memory on the GPU ran out; see {LOG_FILE}")
+    if (code > 0 or code == -signal.SIGABRT) and log is not None and ended_for_memory(log):
+        return Ending("oom", f"ended itself, as memory ran out; see {LOG_FILE}")
     status, why = next((status, why) for applies, status, why in BY_EXIT if applies(code, memory_kills))
     return Ending(status, why.format(how=exit_words(code)))
 

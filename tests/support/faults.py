@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from trl import GRPOTrainer
 
@@ -66,10 +65,9 @@ def fills_the_disk(completion_ids: list[list[int]], **columns: Any) -> list[floa
     return _fine(completion_ids)
 
 
-def squeezed_model() -> str:
-    """A model function: the folder `FAULTY_MODEL`, and hardly any memory to load it into."""
-    limit = psutil.Process().memory_info().vms + (4 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+def model_that_asks_too_much() -> str:
+    """A model function: the folder `FAULTY_MODEL`, but for memory that it cannot have."""
+    torch.empty(TOO_MUCH, dtype=torch.uint8)
     return os.environ["FAULTY_MODEL"]
 
 

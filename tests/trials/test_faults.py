@@ -52,7 +52,7 @@ def test_memory_that_runs_out_at_the_start(
     attempt: Callable[..., TrialOutcome], tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULTY_MODEL", str(tiny("qwen3")))
-    outcome = attempt(model="tests.support.faults:squeezed_model")
+    outcome = attempt(model="tests.support.faults:model_that_asks_too_much")
     assert outcome.status == "oom", outcome.why
     assert outcome.record is None and outcome.startup_s is None
 
@@ -101,8 +101,17 @@ def test_endings_without_an_outcome(code: int, out_of_memory: bool, status: str)
     assert ending.status == status and ending.why
 
 
-def test_a_library_that_ends_the_process_for_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "last", "status"),
+    [
+        (1, "Error out of memory at line 543 in file /src/csrc/ops.cu", "oom"),
+        (-11, "Error out of memory at line 543 in file /src/csrc/ops.cu", "crashed"),
+        (-6, "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc", "oom"),
+        (-6, "memory allocation of 65536 bytes failed", "oom"),
+        (-6, "terminate called after throwing an instance of 'c10::Error'", "crashed"),
+    ],
+)
+def test_a_library_that_ends_the_process_for_memory(tmp_path: Path, code: int, last: str, status: str) -> None:
     log = tmp_path / "log.txt"
-    log.write_text("Error out of memory at line 543 in file /src/csrc/ops.cu\n")
-    assert ending_of_exit(1, False, log).status == "oom"
-    assert ending_of_exit(-11, False, log).status == "crashed"
+    log.write_text(f"step 3\n{last}\n")
+    assert ending_of_exit(code, False, log).status == status
