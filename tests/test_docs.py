@@ -32,7 +32,18 @@ from tools.pages import FILES, PARTS, with_parts
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-FOLDERS = ("grpo_autotune", "benchmarks", "docs", "examples", "profiles", "tests", "tests_scale", "tests_vllm", "tools", ".ci")
+FOLDERS = (
+    "grpo_autotune",
+    "benchmarks",
+    "docs",
+    "examples",
+    "profiles",
+    "tests",
+    "tests_scale",
+    "tests_vllm",
+    "tools",
+    ".ci",
+)
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PROGRAM, MODULE = "grpo-autotune", ["-m", "grpo_autotune"]
 LEFT_ALONE = {"cd", "mkdir", "source", "vllm"}
