@@ -1,8 +1,8 @@
 """A search while it runs: a live panel on a terminal, a plain line now and then elsewhere."""
 
 import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from grpo_autotune.records.probe import STAGE_WORDS
-from grpo_autotune.records.search import SearchProgress
+from grpo_autotune.records.search import SearchProgress, UnderWay
 from grpo_autotune.records.trial import Progress
 from grpo_autotune.render.search import changes, value_text
 from grpo_autotune.units import hms, percent, seconds
@@ -28,7 +28,7 @@ class SearchView:
         self._console, self._clock = console, clock
         self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        self._printed_trial: int | None = None
+        self._printed_trials = set[int]()
         self._printed_s, self._printed_reasons = 0.0, set[str]()
 
     def __enter__(self) -> Self:
@@ -49,22 +49,26 @@ class SearchView:
             self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
             return
         number, now = state.trial.number, self._clock()
-        if number != self._printed_trial or now - self._printed_s >= PLAIN_EVERY_S:
-            self._printed_trial, self._printed_s = number, now
+        if number not in self._printed_trials or now - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_trials.add(number)
+            self._printed_s = now
             self.say(plain_line(state))
-            for row in state.skipped:
-                if row.why not in self._printed_reasons:
-                    self._printed_reasons.add(row.why)
-                    self.say(f"not run: {row.count} combinations, {row.why}")
+            reasons = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
+            for why, line in (reasons | dict(zip(state.said, state.said, strict=True))).items():
+                if why not in self._printed_reasons:
+                    self._printed_reasons.add(why)
+                    self.say(line)
 
 
 def panel(state: SearchProgress) -> list[str]:
     """The lines of the live view."""
-    lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
+    lines = [f"Search  {_left(state)}, {state.done} trials done"]
+    lines += [f"now     {line}" for line in [_trial(state), *map(_other_trial, state.beside)]]
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
         lines.append(f"own     {seconds(state.baseline_step_s)} per step")
         lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
+    lines += [f"lost    {line}" for line in state.said[-MOST_SKIPPED:]]
     for row in state.skipped[:MOST_SKIPPED]:
         lines.append(f"skipped {row.count}: {row.why}")
     if state.step_error is not None:
@@ -77,7 +81,8 @@ def plain_line(state: SearchProgress) -> str:
     own_s, error = state.baseline_step_s, state.step_error
     best = [] if own_s is None else [f"best x {state.speedup:.2f}, own {seconds(own_s)} per step"]
     models = [] if error is None else [f"models off by {percent(error)}"]
-    return " | ".join([_left(state), _trial(state), *best, *models])
+    others = [f"trial {one.number} on {one.place} beside it" for one in state.beside]
+    return " | ".join([_left(state), _trial(state), *others, *best, *models])
 
 
 def _left(state: SearchProgress) -> str:
@@ -90,11 +95,21 @@ def _trial(state: SearchProgress) -> str:
     """The trial under way, its stage, and its changes cut to a line's end."""
     trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
-    stage = "" if progress is None else f"; {_stage(progress)}"
-    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
-    if len(text) > SHORT:
-        text = f"{text[: SHORT - 3]}..."
-    return f"{name}: {text or 'your own configuration'}{stage}"
+    name += "" if trial.place is None else f" on {trial.place}"
+    return f"{name}: {_changes_cut(state.changed)}{_after(progress)}"
+
+
+def _other_trial(trial: UnderWay) -> str:
+    return f"trial {trial.number} on {trial.place}: {_changes_cut(trial.changed)}{_after(trial.progress)}"
+
+
+def _changes_cut(changed: Mapping[str, Any]) -> str:
+    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in changed.items())
+    return f"{text[: SHORT - 3]}..." if len(text) > SHORT else text or "your own configuration"
+
+
+def _after(progress: Progress | None) -> str:
+    return "" if progress is None else f"; {_stage(progress)}"
 
 
 def _stage(progress: Progress) -> str:
