@@ -10,6 +10,8 @@ from grpo_autotune.render.probe_page import machine_sections
 from grpo_autotune.report.configuration import tuned_diff
 from grpo_autotune.units import percent, plural, seconds, size
 
+CHANGES = "changes, or reason"
+
 
 def search_title(report: SearchReport) -> str:
     """The heading of the page."""
@@ -79,7 +81,7 @@ def _trials(report: SearchReport) -> Iterator[Block]:
          t.why or text.changes({k: v for k, v in t.knobs.items() if k in knobs and v != knobs[k]}, knobs))
         for t in report.trials
     ]  # fmt: skip
-    columns = (*"trial purpose by on status".split(), "per step", "predicted", "memory", "took", "changes, or reason")
+    columns = ("trial", "purpose", "by", "on", "status", "per step", "predicted", "memory", "took", CHANGES)
     colour = draw.coloured("status", rows, draw.STATUS_COLOURS)
     chart = draw.lanes(rows, "minutes of trials", colour, draw.WIDTH - 60)
     failed = sum(trial.status != "ok" for trial in report.trials)

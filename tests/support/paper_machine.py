@@ -124,11 +124,13 @@ class PaperTrials:
         self.random = np.random.default_rng(0)
         self.specs: list[TrialSpec] = []
         self.closed = False
+        self.beside = self.most_beside = self.beside_one_alone = 0  # trials of workers that are under way
 
     def clock(self) -> float:
         return self.now
 
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome:
+        self.beside_one_alone += self.beside
         folder = self._begun(spec, watch)
         outcome = self.act(spec) or self._measured(spec)
         self.now += outcome.elapsed_s
@@ -209,8 +211,13 @@ class PaperWorker:
         folder = self.trials._begun(spec, watch)
         outcome = self.trials.act(spec) or self.trials._measured(spec, self.slower)
         until_s = self.trials.now + outcome.elapsed_s
-        while self.trials.now < until_s:
-            yield
+        self.trials.beside += 1
+        self.trials.most_beside = max(self.trials.most_beside, self.trials.beside)
+        try:
+            while self.trials.now < until_s:
+                yield
+        finally:
+            self.trials.beside -= 1
         (folder / "outcome.json").write_text(outcome.model_dump_json())
         return outcome
 
