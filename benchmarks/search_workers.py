@@ -68,7 +68,7 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
         first = set(sorted(os.sched_getaffinity(0))[:cores])
         subprocess.run(
             [sys.executable, *words, "--run-dir", str(place.path)],
-            check=True, stdout=sys.stderr, preexec_fn=lambda: os.sched_setaffinity(0, first),  # noqa: PLW1509
+            check=True, stdout=sys.stderr, preexec_fn=lambda: os.sched_setaffinity(0, first),
         )  # fmt: skip
     report = load_search(place.path)
     trials, minutes = _middle(place, report)

@@ -79,7 +79,4 @@ def _gpus_name(names: list[str]) -> str:
 
 
 def _cores_name(cores: list[int]) -> str:
-    if len(cores) == 1:
-        return f"core {cores[0]}"
-    whole = cores[-1] - cores[0] == len(cores) - 1
-    return f"cores {cores[0]}-{cores[-1]}" if whole else f"cores {','.join(map(str, cores))}"
+    return f"core {cores[0]}" if len(cores) == 1 else f"cores {cores[0]}-{cores[-1]}"

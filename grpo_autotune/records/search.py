@@ -112,15 +112,6 @@ class ParetoRow(Frozen):
     peak_bytes: int | None
 
 
-class UnderWay(NamedTuple):
-    """A trial of one of several workers."""
-
-    number: int
-    place: str  # part of the machine that it is on
-    changed: dict[str, Any]  # its knobs that differ from the user's
-    progress: Progress | None = None
-
-
 class SearchProgress(NamedTuple):
     """State of a running search, for the live view."""
 
@@ -138,7 +129,6 @@ class SearchProgress(NamedTuple):
     speedup: float = 1.0  # the best's score over that of the user's configuration
     # median relative error of the predicted seconds per step; None until a prediction was checked
     step_error: float | None = None
-    beside: list[UnderWay] = []  # the trials of the other workers
     said: list[str] = []  # what befell workers so far, a sentence each
 
 

@@ -1,8 +1,8 @@
 """A search while it runs: a live panel on a terminal, a plain line now and then elsewhere."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from grpo_autotune.records.probe import STAGE_WORDS
-from grpo_autotune.records.search import SearchProgress, UnderWay
+from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Progress
 from grpo_autotune.render.search import changes, value_text
 from grpo_autotune.units import hms, percent, seconds
@@ -28,7 +28,7 @@ class SearchView:
         self._console, self._clock = console, clock
         self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        self._printed_trials = set[int]()
+        self._printed_trials, self._now = set[int](), dict[str | None, str]()  # the latter by place
         self._printed_s, self._printed_reasons = 0.0, set[str]()
 
     def __enter__(self) -> Self:
@@ -45,25 +45,29 @@ class SearchView:
 
     def show(self, state: SearchProgress) -> None:
         self.tell(state)
+        place = state.trial.place
+        beside = {} if place is None else {other: line for other, line in self._now.items() if other is not None}
+        self._now = {**beside, place: _trial(state)}
         if self._live is not None:
-            self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
+            lines = panel(state, list(self._now.values()))
+            self._live.update(Padding(Group(*map(Text, lines)), (0, 1)), refresh=True)
             return
         number, now = state.trial.number, self._clock()
         if number not in self._printed_trials or now - self._printed_s >= PLAIN_EVERY_S:
             self._printed_trials.add(number)
             self._printed_s = now
             self.say(plain_line(state))
-            reasons = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
-            for why, line in (reasons | dict(zip(state.said, state.said, strict=True))).items():
+            lines = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
+            for why, line in {**lines, **dict.fromkeys(state.said)}.items():
                 if why not in self._printed_reasons:
                     self._printed_reasons.add(why)
-                    self.say(line)
+                    self.say(line or why)
 
 
-def panel(state: SearchProgress) -> list[str]:
-    """The lines of the live view."""
+def panel(state: SearchProgress, now: Sequence[str] = ()) -> list[str]:
+    """The lines of the live view; `now` has one for the trial of each worker."""
     lines = [f"Search  {_left(state)}, {state.done} trials done"]
-    lines += [f"now     {line}" for line in [_trial(state), *map(_other_trial, state.beside)]]
+    lines += [f"now     {line}" for line in now or [_trial(state)]]
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
         lines.append(f"own     {seconds(state.baseline_step_s)} per step")
@@ -81,8 +85,7 @@ def plain_line(state: SearchProgress) -> str:
     own_s, error = state.baseline_step_s, state.step_error
     best = [] if own_s is None else [f"best x {state.speedup:.2f}, own {seconds(own_s)} per step"]
     models = [] if error is None else [f"models off by {percent(error)}"]
-    others = [f"trial {one.number} on {one.place} beside it" for one in state.beside]
-    return " | ".join([_left(state), _trial(state), *others, *best, *models])
+    return " | ".join([_left(state), _trial(state), *best, *models])
 
 
 def _left(state: SearchProgress) -> str:
@@ -95,21 +98,12 @@ def _trial(state: SearchProgress) -> str:
     """The trial under way, its stage, and its changes cut to a line's end."""
     trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
-    name += "" if trial.place is None else f" on {trial.place}"
-    return f"{name}: {_changes_cut(state.changed)}{_after(progress)}"
-
-
-def _other_trial(trial: UnderWay) -> str:
-    return f"trial {trial.number} on {trial.place}: {_changes_cut(trial.changed)}{_after(trial.progress)}"
-
-
-def _changes_cut(changed: Mapping[str, Any]) -> str:
-    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in changed.items())
-    return f"{text[: SHORT - 3]}..." if len(text) > SHORT else text or "your own configuration"
-
-
-def _after(progress: Progress | None) -> str:
-    return "" if progress is None else f"; {_stage(progress)}"
+    name += f" on {trial.place}" if trial.place else ""
+    stage = "" if progress is None else f"; {_stage(progress)}"
+    text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
+    if len(text) > SHORT:
+        text = f"{text[: SHORT - 3]}..."
+    return f"{name}: {text or 'your own configuration'}{stage}"
 
 
 def _stage(progress: Progress) -> str:

@@ -16,7 +16,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.records.probe import OtherLoad, cycle_means
-from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow, UnderWay
+from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow
 from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.folder import SearchFolder, State
@@ -75,7 +75,6 @@ class TrialLog:
     ) -> None:
         self.task, self.budget = task, budget
         self._runner, self._view, self._workers = runner, view, dict(workers or {})
-        self._under_way: dict[str, UnderWay] = {}
         self.said: list[str] = []  # what befell workers, a sentence each
         self.costs = Costs(warm=task.script is None)
         self.rows: list[TrialRow] = []
@@ -99,8 +98,8 @@ class TrialLog:
 
     def progress(self, spec: TrialSpec) -> SearchProgress:
         """State of the search at the start of a trial."""
-        state = SearchProgress(self.budget.left_s, self.budget.total_s, spec, len(self.rows), self.skipped)
-        return state._replace(said=self.said)
+        done = len(self.rows)
+        return SearchProgress(self.budget.left_s, self.budget.total_s, spec, done, self.skipped, said=self.said)
 
     def run(
         self, spec: TrialSpec, state: SearchProgress, watch: Callable[[Progress], None] = lambda progress: None
@@ -120,20 +119,13 @@ class TrialLog:
         """The same of a trial on a place, to be resumed beside others; of one on none it is run at once."""
         if spec.place is None:
             return self.run(spec, state)
-        self._under_way[spec.place] = UnderWay(spec.number, spec.place, state.changed)
         self._show(state)
         outcome = yield from self._workers[spec.place].start(spec, partial(self._show, state))
-        del self._under_way[spec.place]
         self.save_state()
         return outcome
 
     def _show(self, state: SearchProgress, progress: Progress | None = None) -> None:
-        if (mine := self._under_way.get(state.trial.place or "")) is not None:
-            self._under_way[mine.place] = mine._replace(progress=progress)
-        beside = [one for place, one in self._under_way.items() if place != state.trial.place]
-        self._view.show(
-            state._replace(left_s=self.budget.left_s, done=len(self.rows), progress=progress, beside=beside)
-        )
+        self._view.show(state._replace(left_s=self.budget.left_s, done=len(self.rows), progress=progress))
 
     def race(
         self, specs: Sequence[TrialSpec], state: SearchProgress, *, rounds: int, deadline_s: float
@@ -155,13 +147,9 @@ class TrialLog:
         completions per step are given."""
         self.notes |= set(outcome.notes)
         self.limit_memory(outcome.most_bytes)
-        if (
-            outcome.record is not None
-            and outcome.record.others is not None
-            and spec.source != "race"
-            and not spec.place
-        ):
-            self.others.append(outcome.record.others)
+        others = None if outcome.record is None else outcome.record.others
+        if others is not None and spec.source != "race" and spec.place is None:
+            self.others.append(others)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
         step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         row = TrialRow(
