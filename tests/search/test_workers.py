@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from grpo_autotune.commands import search as commands
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.places import Place
@@ -21,6 +23,7 @@ from grpo_autotune.render.search import render_search
 from grpo_autotune.render.search_live import SearchView, panel
 from grpo_autotune.render.search_page import search_sections
 from grpo_autotune.search.session import search
+from tests.support.nvml import Card, with_gpus
 from tests.support.paper_machine import (
     GIB,
     MACHINE,
@@ -45,7 +48,7 @@ class Paper:
         self.trials = PaperTrials(folder, lengths=[[3, 4]], **trials)
         self.workers: list[PaperWorker] = []
 
-    def search(self, budget_s: float = 300.0, places: tuple[Place, ...] = PLACES, **more: Any) -> SearchReport:
+    def search(self, budget_s: float = 200.0, places: tuple[Place, ...] = PLACES, **more: Any) -> SearchReport:
         def worker(folder: Path, place: Place) -> PaperWorker:
             self.workers.append(self.trials.worker(SLOWER[place.name]))
             return self.workers[-1]
@@ -202,3 +205,22 @@ def test_workers_share_no_server(tmp_path: Path) -> None:
     served = RunConfig.from_dict({**config, "vllm": {"mode": "server"}})
     with pytest.raises(ConfigError, match="several workers cannot share a vLLM server"):
         Paper(tmp_path).search(config=served)
+
+
+def test_on_gpus_what_runs_alone_has_the_first_place_and_a_trial_the_smallest_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def instead(config: RunConfig, **more: Any) -> SimpleNamespace:
+        asked.update(more)
+        return SimpleNamespace(ended="budget")
+
+    with_gpus(monkeypatch, Card(), Card(memory_bytes=40 * GIB), visible="1,0")
+    monkeypatch.setattr(commands, "search", instead)
+    monkeypatch.setattr(commands, "keep_page", lambda folder: None)
+    commands.search_config(user_config(), "auto", run_dir=tmp_path)
+    first, second = asked["places"]
+    assert (first.gpus, second.gpus) == (("1",), ("0",))
+    assert [gpu.memory_bytes for gpu in asked["machine"].gpus] == [40 * GIB]
+    assert asked["runner"](tmp_path) is asked["worker"](tmp_path, first) is not asked["worker"](tmp_path, second)
