@@ -25,12 +25,11 @@ def search_config(config: RunConfig, workers: str, *, run_dir: Path, **asked: An
     there is no room for so many workers."""
     set_environment()
     machine, processes = detect(), config.batch.processes
-    if config.grpo.get("use_cpu"):
-        machine = machine.model_copy(update={"gpus": ()})
-    places = divide(machine, workers, processes)
+    gpus = () if config.grpo.get("use_cpu") else machine.gpus
+    places = divide(machine.model_copy(update={"gpus": gpus}), workers, processes)
     if places:  # a trial sees so many GPUs, and has to fit onto the smallest
-        gpus = sorted(machine.gpus, key=lambda gpu: gpu.memory_bytes)[:processes]
-        machine = machine.model_copy(update={"gpus": tuple(gpus)})
+        smallest = sorted(gpus, key=lambda gpu: gpu.memory_bytes)[:processes]
+        machine = machine.model_copy(update={"gpus": tuple(smallest)})
 
     @cache
     def worker(folder: Path, place: Place) -> Runner:
