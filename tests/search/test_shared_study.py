@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -159,6 +160,15 @@ def test_two_machines_of_two_workers_measure_no_combination_twice(database: str,
     for folder in folders:
         rows = json.loads((folder / "search.json").read_text())["trials"]
         assert {row["place"] for row in rows} == {None, "core 0", "core 1"}
+
+
+@pytest.mark.slow
+def test_machines_that_start_together_open_an_empty_database(database: str) -> None:
+    with opened_schema(database, "empty"), ThreadPoolExecutor(4) as pool:
+        url = f"{database}?options=-csearch_path%3Dempty"
+        for storage in [future.result() for future in [pool.submit(shared_storage, url) for _ in range(4)]]:
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 @pytest.mark.slow
