@@ -25,6 +25,10 @@ from grpo_autotune.search.storage import shared_storage
 ROOT = Path(__file__).parents[2]
 
 
+REPEATS = ("race", "revert", "again", "alone", "shared")
+"""Sources of trials that measure what was measured before, here or on another machine."""
+
+
 def binaries() -> Path | None:
     """The newest PostgreSQL's folder of programs; Debian keeps them off the path."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
@@ -113,7 +117,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def timed(folder: Path) -> list[str]:
     rows = json.loads((folder / "search.json").read_text())["trials"]
-    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in ("race", "revert", "again")]
+    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in REPEATS]
     return [json.dumps(row["knobs"], sort_keys=True) for row in found]
 
 
