@@ -4,10 +4,12 @@ TRL's loss is a function of the log-probs and entropies of a micro batch, and th
 summed. So the micro batches of a window wait until the last of them: what each asks of the model is recorded, log-probs
 and entropies come from one pass over several, and TRL's own `compute_loss` runs on each with its rows of them. Every
 divisor, clipping and metric is that of TRL's micro batch, whatever the loss type; the sum of the losses goes backward.
-With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it.
+With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it; under
+DeepSpeed and FSDP, where every pass is one for all ranks, two micro batches go together where they do on all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from grpo_autotune.speedups.batches.passes import Part, planned
 from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
 from grpo_autotune.speedups.conditions import MICRO_BATCH, active_noise, foreign_hook, in_parts
+from grpo_autotune.seams.ranks import any_of, backward_in_step, most
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, None]
@@ -83,9 +86,7 @@ def _rows_apart(trainer: Any) -> str | None:
 
 
 def _loop(trainer: Any) -> str | None:
-    args, accelerator = trainer.args, trainer.accelerator
-    if accelerator.state.deepspeed_plugin is not None:
-        return "DeepSpeed counts backward passes (grpo.deepspeed)"
+    args = trainer.args
     if (reason := in_parts(trainer)) is not None:
         return reason
     if "lomo" in str(args.optim):
@@ -96,6 +97,18 @@ def _loop(trainer: Any) -> str | None:
 
 
 _RULES: tuple[Callable[[Any], str | None], ...] = (_window, _whole_groups, _terms, _rows_apart, _loop)
+
+
+@contextmanager
+def _step_goes_on(state: Any) -> Iterator[None]:
+    """Inside it, accelerate takes no backward pass for the last of an optimizer step, which is DeepSpeed's sign to make
+    it."""
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(before)
 
 
 class _Recorded(Exception):
@@ -113,8 +126,9 @@ class Merging(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._groups = groups_of(trainer)
-        self._check = SelfCheck(self)
+        self._check = SelfCheck(self, any_of(trainer, backward_in_step))
         self.held: list[Batch] = []  # micro batches that wait
+        self._given: dict[str, Any] = {}  # to the backward passes that were left out
         self._last, self._state = -1, trainer.state
         self._waits = self._records = False
         self._answers: list[Scores] = []
@@ -150,7 +164,10 @@ class Merging(Installed):
     def backward(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Nothing for a micro batch that waits."""
         waits, self._waits = self._waits, False
-        return None if waits else call_next(*args, **kwargs)
+        if not waits:
+            return call_next(*args, **kwargs)
+        self._given = kwargs
+        return None
 
     def scores(
         self, call_next: Next, /, model: Any, ids_BT: Any, mask_BT: Any, width_C: int, *args: Any, **kwargs: Any
@@ -180,9 +197,9 @@ class Merging(Installed):
 
         gone: torch.Tensor = held[0]["advantages"].new_zeros(())
         for members in early:
-            with accelerator.no_sync(model):
+            with accelerator.no_sync(model), _step_goes_on(accelerator.gradient_state):
                 loss = loss_of_pass(members)
-                accelerator.backward(loss)
+                accelerator.backward(loss, **self._given)
             gone += loss.detach()
         return loss_of_pass(last) + gone
 
@@ -208,8 +225,20 @@ class Merging(Installed):
             shared=any(row.name == "shared_prefix" and row.on for row in table),
             by_launches=held[0]["advantages"].is_cuda,
         )
+        passes = self._on_all_ranks(passes, len(held))
         merged = next((members for members in passes if len(members) > 1), None)
         return passes if merged and self._agrees(model, [asked[index] for index in merged]) else alone
+
+    def _on_all_ranks(self, passes: list[list[int]], count: int) -> list[list[int]]:
+        """The passes, cut wherever a rank in step begins one: parts of a pass fit where the whole does."""
+        first = {members[0] for members in passes}
+        begins = most([index in first for index in range(count)], self.trainer, backward_in_step(self.trainer))
+        cut: list[list[int]] = []
+        for index in range(count):
+            if begins[index]:
+                cut.append([])
+            cut[-1].append(index)
+        return cut
 
     def _agrees(self, model: Any, asked: list[Request]) -> bool:
         """True if a micro batch scores the same by itself as in the pass; compared once."""
