@@ -5,13 +5,15 @@ batch wholly of such rows it hands the model image tensors of no rows, which its
 row has an empty list of images, a generation wholly of them has tensors of no images, and the model gets none of those.
 
 Several processes add up the gradients of all trained weights, and wait for those of a tower that has seen no image on
-one of them: such a micro batch is given a blank image whose features are multiplied by zero. And a process whose rows
+one of them; a sharded tower, trained or not, runs on all of them or on none. So such a micro batch, and the prompts of
+such a generation, are given a blank image whose features are multiplied by zero. And a process whose rows
 all have an empty list of images takes part where TRL gathers those of the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grpo_autotune.seams.fully_sharded import gathers
 from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, Next, wrap
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.seams.table import wrap_seams
@@ -70,7 +72,7 @@ def _forward(trainer: Any, backbone: Any) -> Layer:
     def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         kwargs = without_empty(kwargs)
         outputs = call_next(*args, **kwargs)
-        if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):
+        if waited_for and kwargs.get(PATCHES) is None and (_is_trained(tower) or _is_shared(tower, kwargs)):
             outputs.last_hidden_state = outputs.last_hidden_state + _nothing(tower)
         return outputs
 
@@ -81,6 +83,11 @@ def _is_trained(tower: Any) -> bool:
     import torch
 
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
+
+
+def _is_shared(tower: Any, kwargs: Mapping[str, Any]) -> bool:
+    past = kwargs.get("past_key_values")  # beyond the prompt no rank has images
+    return gathers(tower) and not (past is not None and past.get_seq_length())
 
 
 def _nothing(tower: Any) -> Any:
