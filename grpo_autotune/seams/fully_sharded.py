@@ -54,7 +54,7 @@ def whole(tensor: Any) -> Any:
 
 
 def mend(model: Any) -> None:
-    """Have all ranks generate together, and the loss find the output layer gathered; call it once `model` is sharded."""
+    """Have all ranks generate together, and the loss find the output layer gathered, once `model` is sharded."""
     base = base_of(model)
     if next(units(model), None) is None or getattr(base, "_is_fsdp_managed_module", False):
         return

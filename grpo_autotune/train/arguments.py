@@ -17,7 +17,7 @@ from trl.trainer import grpo_trainer
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
-from grpo_autotune.config.sections.fsdp import KEYS, USE, WHERE, asked, variable
+from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
@@ -127,7 +127,7 @@ def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
     """Write FSDP2, where it is asked for, in transformers' keys, and in accelerate's variables as its launcher does:
     what lies on the CPU needs a process group of its own, which is made before transformers reads its keys."""
     options, note = asked(keys, LAUNCHED)
-    for name in (USE, *map(variable, KEYS)):
+    for name in (USE, *VARIABLES.values()):
         os.environ.pop(name, None)
     os.environ.update(LAUNCHED)
     if options is None:
@@ -145,7 +145,7 @@ def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
     os.environ[USE] = "true"
     for name, value in options.items():
         words = ",".join(value) if isinstance(value, list) else str(value)
-        os.environ[variable(name)] = words.lower() if isinstance(value, bool) else words
+        os.environ[VARIABLES[name]] = words.lower() if isinstance(value, bool) else words
     if options.get("activation_checkpointing"):
         keys["gradient_checkpointing"] = False
         notes.append(f"{WHERE}.activation_checkpointing takes the place of grpo.gradient_checkpointing")

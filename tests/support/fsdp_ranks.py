@@ -1,5 +1,5 @@
-"""`torchrun -m tests.support.fsdp_ranks CONFIG=FOLDER...` trains each configuration in a folder, one after another; with
-`CONFIG=FOLDER+` it goes on there. With FSDP2 on CPU processes (`tests.support.fsdp_cpu`)."""
+"""`torchrun -m tests.support.fsdp_ranks CONFIG=FOLDER...`: each configuration trained in a folder, one after another
+(`CONFIG=FOLDER+`: gone on with there), with FSDP2 on CPU processes (`tests.support.fsdp_cpu`)."""
 
 from __future__ import annotations
 
