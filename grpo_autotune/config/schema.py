@@ -21,6 +21,7 @@ from grpo_autotune.config.sampling import check_eval_sampling, check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection, check_choice
 from grpo_autotune.config.sections.data import DataSection
+from grpo_autotune.config.sections.fsdp import check_fsdp
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.config.sections.output import OutputSection
@@ -115,6 +116,7 @@ class RunConfig(Section):
                 raise ConfigError("no meaning beside grpo.advantages rank", where=f"grpo.{key}", fix="Remove it.")
         batch_plan(grpo)
         check_sampling(grpo)
+        check_fsdp(grpo)
         return grpo
 
     @field_validator("peft")

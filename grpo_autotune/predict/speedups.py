@@ -12,7 +12,7 @@ from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.speedups.base import SERVED, kernel_name
 from grpo_autotune.speedups.selection import selections
 
-ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp")
+ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp", "fsdp_config")
 """Keys of `grpo` under which micro batches are not merged (`speedups/batches/merge_passes.py`)."""
 
 

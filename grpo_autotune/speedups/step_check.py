@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
@@ -166,16 +167,14 @@ def _leaves(trainer: Any, weights: list[nn.Parameter]) -> list[nn.Parameter]:
     """The tensors of `weights` that get gradients: under FSDP 2 these are not the shards, and all ranks gather them."""
     if not trainer.is_fsdp_enabled:
         return weights
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     leaves: dict[int, nn.Parameter] = {}
-    for module in trainer.model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            whole = (weight for weight in trainer.model.parameters() if not isinstance(weight, DTensor))
-            leaves |= {id(weight): weight for weight in whole if weight.requires_grad}
-            module.reshard()
+    for unit in units(trainer.model):
+        unit.unshard()
+        whole = (weight for weight in trainer.model.parameters() if not isinstance(weight, DTensor))
+        leaves |= {id(weight): weight for weight in whole if weight.requires_grad}
+        unit.reshard()
     return list(leaves.values())
 
 

@@ -17,6 +17,7 @@ from trl.trainer import grpo_trainer
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
+from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
@@ -25,6 +26,8 @@ from grpo_autotune.runs.choose import STRATEGIES, mode_of
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
+LAUNCHED = {name: value for name, value in os.environ.items() if name == USE or name.startswith("FSDP_")}
+"""Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def grpo_arguments(
     """Build the arguments: the user's keys verbatim, then what follows from them and from this machine; `overrides` win
     over everything (a probe's `max_steps`, for instance). ConfigError where TRL or transformers refuses a value."""
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
-    notes = _without_accelerator(keys)
+    notes = [*_without_accelerator(keys), *_fully_sharded(keys, config)]
     keys["trust_remote_code"] = config.model.trust_remote_code
     if config.model.revision is not None:  # TRL loads a reference model by name: the same revision, then
         keys["model_init_kwargs"] = {"revision": config.model.revision}
@@ -118,6 +121,38 @@ def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
     if sharded or on_host:
         return {"device_map": None} if sharded or processes > 1 else {}
     return {"device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+
+
+def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
+    """Write FSDP2, where it is asked for, in transformers' keys, and in accelerate's variables as its launcher does:
+    what lies on the CPU needs a process group of its own, which is made before transformers reads its keys."""
+    options, note = asked(keys, LAUNCHED)
+    for name in (USE, *VARIABLES.values()):
+        os.environ.pop(name, None)
+    os.environ.update(LAUNCHED)
+    if options is None:
+        return []
+    if config.batch.processes == 1:
+        fix = "Start several: torchrun --nproc-per-node N -m grpo_autotune train ..."
+        raise ConfigError("one process has nobody to share the weights with", where=WHERE, fix=fix)
+    if options.get("activation_checkpointing") and (config.lora or {}).get("lora_dropout"):
+        what = (
+            "accelerate computes a layer again without the random numbers of its dropout, so that gradients are wrong"
+        )
+        fix = "Set it to false (grpo.gradient_checkpointing does the same), or peft.lora_dropout to 0."
+        raise ConfigError(what, where=f"{WHERE}.activation_checkpointing", fix=fix)
+    notes = [] if note is None else [note]
+    os.environ[USE] = "true"
+    for name, value in options.items():
+        words = ",".join(value) if isinstance(value, list) else str(value)
+        os.environ[VARIABLES[name]] = words.lower() if isinstance(value, bool) else words
+    if options.get("activation_checkpointing"):
+        keys["gradient_checkpointing"] = False
+        notes.append(f"{WHERE}.activation_checkpointing takes the place of grpo.gradient_checkpointing")
+    if config.lora is None:  # else each rank would hold the gradients of all weights until the last micro batch
+        keys.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
+    keys.update(fsdp=True, fsdp_config={**options})
+    return notes
 
 
 def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
 from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
-from grpo_autotune.seams import mixed_image_rows
+from grpo_autotune.seams import fully_sharded, mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.train.advantages import put_ranks_on
@@ -155,7 +155,9 @@ def build_trainer(
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
-    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
+    with (
+        phase("trainer"), as_config_errors("grpo"), unlocked_engine(config), fully_sharded.reference_by_layers()
+    ):  # fmt: skip
         trainer = ResumableTrainer(
             model=model,
             reward_funcs=functions,
@@ -166,6 +168,8 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    if trainer.is_fsdp_enabled:
+        fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
