@@ -143,20 +143,19 @@ class Gradients:
         for weight in weights:
             weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
             weight.register_post_accumulate_grad_hook(self._take)
+            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
+            sampled = len(range(0, size, _distance(size)))
+            self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)
 
     def _take(self, weight: torch.Tensor) -> None:
-        sample, before = _sample(weight.grad), self._taken.get(id(weight))
-        self._taken[id(weight)] = sample if before is None else before + sample
+        assert weight.grad is not None
+        flat = weight.grad.detach().flatten()
+        self._taken[id(weight)] += flat[:: _distance(len(flat))]
         weight.grad = None
 
     def found(self) -> torch.Tensor:
         """A sample of each weight's, zeros where it got none."""
-        device = self._weights[0].device
-        sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in self._weights]  # ZeRO 3 has emptied some
-        return torch.cat([
-            taken if (taken := self._taken.get(id(weight))) is not None else _sample(torch.zeros(size, device=device))
-            for weight, size in zip(self._weights, sizes, strict=True)
-        ])
+        return torch.cat(list(self._taken.values()))
 
     def put_back(self) -> None:
         for weight, (gradient, hooks) in zip(self._weights, self._before, strict=True):
@@ -228,9 +227,8 @@ def _of_no_package(cls: type) -> bool:
     return "-packages" not in (getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
 
 
-def _sample(gradient: Any) -> torch.Tensor:
-    flat = gradient.detach().flatten()
-    return flat[:: len(flat) // SAMPLE | 1].float()  # an odd distance comes to all columns
+def _distance(size: int) -> int:
+    return size // SAMPLE | 1  # odd: it comes to all columns
 
 
 def _kind(batch: Batch) -> Hashable:

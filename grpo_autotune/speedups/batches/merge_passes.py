@@ -17,6 +17,7 @@ from torch import nn
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.ranks import any_of, backward_in_step, most
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
@@ -26,7 +27,6 @@ from grpo_autotune.speedups.batches.passes import Part, planned
 from grpo_autotune.speedups.batches.request import Request, joined, rows_of
 from grpo_autotune.speedups.batches.rows import Batch
 from grpo_autotune.speedups.conditions import MICRO_BATCH, active_noise, foreign_hook, in_parts
-from grpo_autotune.seams.ranks import any_of, backward_in_step, most
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, None]

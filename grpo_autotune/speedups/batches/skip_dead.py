@@ -20,11 +20,11 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.loss import DIVISORS
+from grpo_autotune.seams.ranks import sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
 from grpo_autotune.speedups.conditions import GENERATION, LOSS, active_noise, in_parts
-from grpo_autotune.seams.ranks import sharded
 
 ROUNDING = 2.0 * torch.finfo(torch.float32).eps
 """What one more reward function may add to max - min of a group whose weighted sums are equal, relative to the sizes of

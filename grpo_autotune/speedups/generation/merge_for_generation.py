@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, Next
+from grpo_autotune.seams.ranks import sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
 from grpo_autotune.speedups.generation.weights import Replacement, replaced
-from grpo_autotune.seams.ranks import sharded
 from grpo_autotune.speedups.selfcheck import SelfCheck
 
 CHECKED_ROWS = 4
@@ -43,7 +43,7 @@ class MergeForGeneration:
         if trainer.use_transformers_continuous_batching:
             return "grpo.use_transformers_continuous_batching casts the model's weights"
         if sharded(trainer) and (trainer.is_fsdp_enabled or not trainer.args.ds3_gather_for_generation):
-            return "FSDP, or ZeRO 3 without grpo.ds3_gather_for_generation: no rank has whole weights to add an adapter to"
+            return "FSDP, or ZeRO 3 without grpo.ds3_gather_for_generation: no rank has whole weights to merge into"
         if trainer.args.torch_compile:
             return "a compiled model would be compiled again for every generation (grpo.torch_compile)"
         if (dropout := active_dropout(trainer.model)) is not None:

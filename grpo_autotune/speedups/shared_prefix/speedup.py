@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
+from grpo_autotune.seams.ranks import any_of, forward_in_step, most
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -23,7 +24,6 @@ from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.batches.rows import widened
 from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden
-from grpo_autotune.seams.ranks import any_of, forward_in_step, most
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
@@ -215,7 +215,8 @@ class _SharedPrefix(Installed):
             return check.passed
         alone = self.trainer.accelerator.unwrap_model(model)
         text = base_of(alone).config.get_text_config()
-        dtype, relative = getattr(torch, compute_dtype(self.trainer)), getattr(text, "rope_parameters", None) is not None
+        dtype = getattr(torch, compute_dtype(self.trainer))
+        relative = getattr(text, "rope_parameters", None) is not None  # else a column is a position
         if batch is None or rows is None:
             with without_dropout(alone):
                 return check.run(one_row, one_row, dtype, "log-probs", one_row if relative else None)
@@ -233,7 +234,7 @@ class _SharedPrefix(Installed):
             return self._shared(alone, batch, rows, False, self.forms.watching)[0]
 
         with without_dropout(alone):
-            return check.run(plain, shared, dtype, "log-probs", wider if relative else None)  # else a column counts
+            return check.run(plain, shared, dtype, "log-probs", wider if relative else None)
 
     def _shared(
         self,
