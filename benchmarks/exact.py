@@ -10,8 +10,8 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
 processes. *Sharded*: ten steps on two processes that share weights or gradients by ZeRO and FSDP2, against plain TRL on
-two such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than the tolerance. Models are those of the tests (two layers,
-float32).
+two such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
+the tolerance. Models are those of the tests (two layers, float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
 orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under

@@ -30,6 +30,11 @@ def backward_in_step(trainer: Any) -> bool:
     return bool(several and (trainer.is_fsdp_enabled or trainer.accelerator.state.deepspeed_plugin is not None))
 
 
+def syncs_each_pass(accelerator: Any) -> bool:
+    """True where transformers' loop is told not to wait for the last micro batch of a step."""
+    return bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+
+
 def most(numbers: Sequence[int], trainer: Any, in_step: bool) -> list[int]:
     """The largest of each number over all ranks, which must all ask; this rank's own where they are not `in_step`."""
     if not in_step:

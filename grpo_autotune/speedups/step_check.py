@@ -22,6 +22,7 @@ from torch import nn
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.ranks import syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -126,7 +127,7 @@ class StepCheck(Installed):
                 one.fell_back = reason
             gradients.put_back()
             if self.trainer.is_fsdp_enabled:
-                model.set_requires_gradient_sync(accelerator.sync_gradients)
+                model.set_requires_gradient_sync(accelerator.sync_gradients or syncs_each_pass(accelerator))
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
         state.size = state.size or float(found.square().mean().sqrt()) or 1.0
         return torch.cat([found / state.size, others * math.sqrt(len(found) / len(others))])

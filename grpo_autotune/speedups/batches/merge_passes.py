@@ -9,7 +9,7 @@ DeepSpeed and FSDP, where every pass is one for all ranks, two micro batches go 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
-from grpo_autotune.seams.ranks import any_of, backward_in_step, most
+from grpo_autotune.seams.ranks import any_of, backward_in_step, most, syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
@@ -100,13 +100,15 @@ _RULES: tuple[Callable[[Any], str | None], ...] = (_window, _whole_groups, _term
 
 
 @contextmanager
-def _step_goes_on(state: Any) -> Iterator[None]:
-    """Inside it, accelerate takes no backward pass for the last of an optimizer step, which is DeepSpeed's sign to make
-    it."""
-    before = state.sync_gradients
+def _step_goes_on(accelerator: Any, model: Any) -> Iterator[None]:
+    """Inside it, no backward pass is the last of an optimizer step: gradients are added up between ranks where
+    transformers' loop has it so (`Trainer._run_epoch`), and DeepSpeed, which accelerate tells, makes no step."""
+    state = accelerator.gradient_state
+    before, each = state.sync_gradients, accelerator.state.deepspeed_plugin or syncs_each_pass(accelerator)
     state._set_sync_gradients(False)
     try:
-        yield
+        with nullcontext() if each else accelerator.no_sync(model):
+            yield
     finally:
         state._set_sync_gradients(before)
 
@@ -197,7 +199,7 @@ class Merging(Installed):
 
         gone: torch.Tensor = held[0]["advantages"].new_zeros(())
         for members in early:
-            with accelerator.no_sync(model), _step_goes_on(accelerator.gradient_state):
+            with _step_goes_on(accelerator, model):
                 loss = loss_of_pass(members)
                 accelerator.backward(loss, **self._given)
             gone += loss.detach()
