@@ -31,8 +31,9 @@ def backward_in_step(trainer: Any) -> bool:
 
 
 def syncs_each_pass(accelerator: Any) -> bool:
-    """True where transformers' loop is told not to wait for the last micro batch of a step."""
-    return bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+    """True where ranks in step add up gradients in each backward pass, and not in the last of a step alone."""
+    each = accelerator.is_fsdp2 and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    return bool(each or accelerator.state.deepspeed_plugin is not None)
 
 
 def most(numbers: Sequence[int], trainer: Any, in_step: bool) -> list[int]:

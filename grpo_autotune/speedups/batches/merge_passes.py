@@ -104,10 +104,10 @@ def _step_goes_on(accelerator: Any, model: Any) -> Iterator[None]:
     """Inside it, no backward pass is the last of an optimizer step: gradients are added up between ranks where
     transformers' loop has it so (`Trainer._run_epoch`), and DeepSpeed, which accelerate tells, makes no step."""
     state = accelerator.gradient_state
-    before, each = state.sync_gradients, accelerator.state.deepspeed_plugin or syncs_each_pass(accelerator)
+    before = state.sync_gradients
     state._set_sync_gradients(False)
     try:
-        with nullcontext() if each else accelerator.no_sync(model):
+        with nullcontext() if syncs_each_pass(accelerator) else accelerator.no_sync(model):
             yield
     finally:
         state._set_sync_gradients(before)
