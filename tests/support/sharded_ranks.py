@@ -166,7 +166,6 @@ def main(models: str, out: str, steps: str, *words: str) -> None:
     for word in words:
         sharding, _, case = word.partition("=")
         found[word] = compared(Path(models), Path(out), sharding, CASES[case], steps=int(steps))
-        sys.stderr.write(f"{word}: {json.dumps(found[word])}\n")
     (Path(out) / f"rank{RANK}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()  # else its threads may still run when the process ends, which aborts it
