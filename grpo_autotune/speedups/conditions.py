@@ -55,7 +55,7 @@ def _key(name: str, module: nn.Module) -> str:
 def in_parts(trainer: Any) -> str | None:
     """The key by which every rank or device must run the same modules, in words; None where each may run its own."""
     if trainer.is_fsdp_enabled:
-        return "FSDP shards the model (grpo.fsdp): all ranks must run the same modules"
+        return "FSDP shards the model (grpo.fsdp_config): all ranks must run the same modules"
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         return "DeepSpeed ZeRO 3 shards the model (grpo.deepspeed): all ranks must run the same modules"
