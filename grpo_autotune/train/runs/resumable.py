@@ -315,7 +315,7 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
 
 
 def check_fsdp_files(checkpoint: Path, plugin: Any) -> None:
-    """ConfigError for a checkpoint whose weights and optimizer lie otherwise than FSDP (None: without it) reads them."""
+    """ConfigError for a checkpoint whose weights and optimizer lie otherwise than FSDP, None without it, reads them."""
     saved = [kind for kind, name in FSDP_FILES.items() if (checkpoint / name).exists()]
     if saved != ([] if plugin is None else [plugin.state_dict_type.name]):
         how = f"with grpo.fsdp_config {{state_dict_type: {saved[0]}}}" if saved else "without grpo.fsdp_config"
