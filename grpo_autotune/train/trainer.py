@@ -27,6 +27,7 @@ from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
+    check_deepspeed,
     grpo_arguments,
     suppress_image_token,
     unlocked_engine,
@@ -166,6 +167,7 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
@@ -239,6 +241,7 @@ def run_training(
         if not signum and not by_monitor:
             draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
             trainer.save_model(str(draft))
+            trainer.accelerator.wait_for_everyone()  # ranks save their parts
             if trainer.is_world_process_zero():
                 shutil.rmtree(folder.model, ignore_errors=True)
                 draft.rename(folder.model)

@@ -24,8 +24,10 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
+from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.seams.sharding import check_sharded
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
@@ -269,6 +271,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (sharding := check_sharded(self._trainer)) is not None:
+            say(str(sharding))
         self._trainer.restore_losses()
         if 0 < state.max_steps <= state.global_step:
             raise NothingLeft
