@@ -22,8 +22,8 @@ def free_port() -> str:
 def launch(
     *words: str, processes: int = 2, env: Mapping[str, str] | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m WORDS` (a module and its arguments) on so many processes over gloo, with DeepSpeed's CPU accelerator;
-    their output as text. `env` is added to this process's environment."""
+    """`torchrun -m WORDS` (a module and its arguments) on so many processes over gloo, with DeepSpeed's accelerator for
+    CPUs; their output as text. `env` is added to this process's environment."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     return started([*command, "--master_port", free_port(), "-m", *words], env=env, cwd=cwd)
 

@@ -1,7 +1,7 @@
 """`grpo.deepspeed`: DeepSpeed's own keys as a mapping or a JSON file, or the name of a ZeRO stage with good defaults.
 
-A name (`zero2`, or `{name: zero2, ...}`) stands for what the pages of transformers and DeepSpeed advise; DeepSpeed's own
-keys beside a name win over it. What is `auto` comes from the `grpo` section.
+A name (`zero2`, or `{name: zero2, ...}`) stands for what the pages of transformers and DeepSpeed advise; keys beside a
+name, DeepSpeed's own, win over it. What is `auto` comes from the `grpo` section.
 """
 
 import json
@@ -52,9 +52,7 @@ def deepspeed_keys(value: str | Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"there is no {name}", where=WHERE, fix=fix)
         given = _over({**BESIDE, "zero_optimization": {**OF_ALL, **ZERO[name], **_offloaded(name, offload)}}, given)
     elif offload is not None:
-        raise ConfigError(
-            "goes with a name", where=f"{WHERE}.offload", fix="Write zero_optimization.offload_optimizer."
-        )
+        raise ConfigError("goes with a name", where=f"{WHERE}.offload", fix=f"Names: {', '.join(ZERO)}.")
     zero = given.get("zero_optimization")
     if not isinstance(zero, Mapping):
         fix = f"Write it as DeepSpeed has it, or a name: {', '.join(ZERO)}."
@@ -66,8 +64,8 @@ def deepspeed_keys(value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_deepspeed_file(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Plain values of a configuration, with the content of the JSON file that `grpo.deepspeed` names, so that what a run
-    stores needs no such file. Its path starts from `folder`, the configuration's, or else from the current one."""
+    """Plain values of a configuration, with the content of the JSON file that `grpo.deepspeed` names: what a run stores
+    needs no such file. Its path starts from `folder`, the configuration's, or else from the current one."""
     grpo = values.get("grpo")
     named = grpo.get("deepspeed") if isinstance(grpo, Mapping) else None
     if not isinstance(grpo, Mapping) or not isinstance(named, str) or named in ZERO or not _is_place(named):
@@ -96,9 +94,8 @@ def _offloaded(name: str, offload: Any) -> dict[str, Any]:
     if offload in (None, "none"):
         return {}
     if offload != "cpu":
-        raise ConfigError(
-            f"{offload} is not offered", where=f"{WHERE}.offload", fix="Write cpu, or DeepSpeed's own keys."
-        )
+        fix = "Write cpu, or DeepSpeed's own keys."
+        raise ConfigError(f"{offload} is not offered", where=f"{WHERE}.offload", fix=fix)
     return {"offload_optimizer": TO_CPU, **({"offload_param": TO_CPU} if name == "zero3" else {})}
 
 

@@ -49,6 +49,7 @@ from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.train.runs.reshard import fit_checkpoint
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
 from grpo_autotune.units import duration
@@ -225,6 +226,8 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
+    if start.checkpoint is not None:
+        fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     Measures(trainer)

@@ -28,6 +28,7 @@ from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
 from grpo_autotune.seams.sharding import check_sharded
+from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
@@ -131,6 +132,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        settle(self, Path(checkpoint))
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
         path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
