@@ -25,6 +25,8 @@ _SHARDED_OPTIMIZER = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")
 """Folders that DeepSpeed and FSDP write in place of `optimizer.pt`."""
 
 WHOLE = "no sharding"
+FSDP_FILES = {"FULL_STATE_DICT": "pytorch_model_fsdp.bin", "SHARDED_STATE_DICT": "pytorch_model_fsdp_0"}
+"""`state_dict_type` of FSDP -> what accelerate writes for it."""
 WEIGHTS_ONLY = "it holds weights without the optimizer's state (grpo.save_only_model)"
 """The flaw of a checkpoint that is whole but for what training needs to go on."""
 
@@ -55,7 +57,7 @@ def seal(folder: Path, world_size: int) -> None:
 class SavedBy(NamedTuple):
     """The processes that saved a checkpoint, and how they shared the model."""
 
-    kind: str  # `WHOLE`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP`
+    kind: str  # `WHOLE`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP (FULL_STATE_DICT)`
     processes: int  # 1 where nothing tells
 
 
@@ -65,7 +67,8 @@ def saved_by(folder: Path) -> SavedBy:
     if parts := list(folder.glob("global_step*/*_optim_states.pt")):
         whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
         return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
-    return SavedBy("FSDP" if _sharded(folder) else WHOLE, told)
+    of_fsdp = (f"FSDP ({kind})" for kind, name in FSDP_FILES.items() if (folder / name).exists())
+    return SavedBy(next(of_fsdp, WHOLE), told)
 
 
 def set_aside(checkpoint: Checkpoint) -> Path:

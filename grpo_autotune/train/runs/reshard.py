@@ -25,7 +25,9 @@ def fit_checkpoint(trainer: Any, folder: Path) -> None:
     """Make a checkpoint ready for the processes of this run, on all of them; ConfigError where it cannot be."""
     saved, plugin = saved_by(folder), trainer.accelerator.state.deepspeed_plugin
     stage = None if plugin is None else plugin.zero_stage
-    here = f"ZeRO-{'3' if stage == 3 else '1 or 2'}" if stage else "FSDP" if trainer.is_fsdp_enabled else WHOLE
+    here = f"ZeRO-{'3' if stage == 3 else '1 or 2'}" if stage else WHOLE
+    if trainer.is_fsdp_enabled:
+        here = f"FSDP ({trainer.accelerator.state.fsdp_plugin.state_dict_type.name})"
     if saved.kind != here:
         raise ConfigError(
             f"this checkpoint was saved under {saved.kind}, and the run is under {here}, which cannot read its state",

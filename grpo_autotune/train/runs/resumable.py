@@ -27,7 +27,7 @@ from trl.trainer.utils import (
 )
 
 from grpo_autotune.console import say
-from grpo_autotune.errors import ConfigError, TrainingError
+from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
 from grpo_autotune.seams.fully_sharded import mend
 from grpo_autotune.seams.sharding import check_sharded
@@ -36,9 +36,6 @@ from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
 """Weights of a reference model that follows the policy (`sync_ref_model`)."""
-
-FSDP_FILES = {"FULL_STATE_DICT": "pytorch_model_fsdp.bin", "SHARDED_STATE_DICT": "pytorch_model_fsdp_0"}
-"""`state_dict_type` -> what accelerate writes for it into a checkpoint."""
 
 BROKEN_SAMPLING = "probability tensor contains either `inf`, `nan` or element < 0"
 """What `torch.multinomial` says about the probabilities of a model whose weights ran away."""
@@ -119,7 +116,6 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             plugin.state_dict_type = kind
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_fsdp_files(Path(resume_from_checkpoint), getattr(self.accelerator.state, "fsdp_plugin", None))
         if is_peft_model(self.model) or self._sharded():
             self._load_adapter(resume_from_checkpoint, model)
         else:
@@ -318,14 +314,6 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         if self._trainer.must_end or (request is not None and request.agreed):
             control.should_save = control.should_save or request is not None  # a trial saves nothing
             control.should_training_stop = True
-
-
-def check_fsdp_files(checkpoint: Path, plugin: Any) -> None:
-    """ConfigError for a checkpoint whose weights and optimizer lie otherwise than FSDP, None without it, reads them."""
-    saved = [kind for kind, name in FSDP_FILES.items() if (checkpoint / name).exists()]
-    if saved != ([] if plugin is None else [plugin.state_dict_type.name]):
-        how = f"with grpo.fsdp_config {{state_dict_type: {saved[0]}}}" if saved else "without grpo.fsdp_config"
-        raise ConfigError(f"this checkpoint was saved {how}", where=str(checkpoint), fix="Go on with it as it was.")
 
 
 def in_parts(rollouts: list[dict[str, Any]] | None, parts: int) -> list[dict[str, Any]] | None:
