@@ -1,4 +1,4 @@
-"""FSDP2 (torch's `fully_shard`, by accelerate) under TRL: what it shards, and what the libraries leave undone there.
+"""FSDP2 (torch's `fully_shard`, by accelerate) under TRL: its units, and what the libraries leave undone there.
 
 - transformers' `generate` lets no rank stop before all are done where it has sharded the model itself; accelerate's
   sharding it does not see, and the rank that is done leaves the others in a gather that never ends.
@@ -10,29 +10,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_autotune.errors import ConfigError, nearest_hint
 from grpo_autotune.seams.trainer_access import base_of
-
-
-class Sharded(NamedTuple):
-    """What FSDP2 has made of a model."""
-
-    units: int  # modules that gather their weights by themselves
-    parts: int  # weights of which each rank holds a part, in elements of the whole
-    copies: int  # weights that every rank holds whole, in elements
-
-
-def sharded(model: Any) -> Sharded:
-    """Count what `fully_shard` shards of a model, between two steps; all zero but `copies` for one that it has not."""
-    from torch.distributed.tensor import DTensor
-
-    parts = copies = 0
-    for weight in model.parameters():
-        of_all = isinstance(weight, DTensor)
-        parts, copies = parts + of_all * weight.numel(), copies + (not of_all) * weight.numel()
-    return Sharded(sum(1 for _ in units(model)), parts, copies)
 
 
 def units(model: Any) -> Iterator[Any]:

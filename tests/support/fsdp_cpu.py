@@ -26,7 +26,8 @@ def allow() -> None:
 
     def state(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if self.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.FSDP):
+        known = self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP)
+        if not (known and kwargs.get("_from_accelerator")):
             return
         kind = DistributedType.MULTI_CPU if fsdp_plugin is None else DistributedType.FSDP
         self._shared_state["fsdp_plugin"] = fsdp_plugin

@@ -17,15 +17,13 @@ from tests.support.fsdp_cpu import allow
 
 def facts(trainer: Any) -> dict[str, Any]:
     """What a trained model is in parts of, without what a forward has gathered."""
-    from grpo_autotune.seams import fully_sharded
+    from grpo_autotune.seams.fully_sharded import units
+    from grpo_autotune.seams.sharding import sharding_of
 
-    for unit in fully_sharded.units(trainer.model):
+    for unit in units(trainer.model):
         unit.reshard()
-    return {
-        **fully_sharded.sharded(trainer.model)._asdict(),
-        "kinds": sorted({type(unit).__name__ for unit in fully_sharded.units(trainer.model)}),
-        "asked": os.environ.get("ACCELERATE_USE_FSDP", ""),
-    }
+    kinds = sorted({type(unit).__name__ for unit in units(trainer.model)})
+    return {"kinds": kinds, "held": getattr(sharding_of(trainer), "parameters", 1.0)}
 
 
 def main(*pairs: str) -> None:
