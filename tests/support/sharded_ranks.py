@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,10 @@ def compared(
 
 def main(models: str, out: str, steps: str, *words: str) -> None:
     allow()
+    if any(word.startswith("zero") for word in words):
+        import deepspeed  # ZeRO-3 shards a model as it is loaded, and transformers begins without DeepSpeed on a CPU
+
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=PATIENCE))
     found = {}
     for word in words:
         sharding, _, case = word.partition("=")
