@@ -9,7 +9,7 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
-processes. *Sharded*: ten steps on two processes that share weights or gradients by ZeRO and FSDP2, against plain TRL on
+processes. *Sharded*: five steps on two processes that share weights or gradients by ZeRO and FSDP2, against plain TRL on
 two such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
 the tolerance. Models are those of the tests (two layers, float32).
 
@@ -207,12 +207,12 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
 
 def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each way to share and each case of `tests.support.sharded_ranks`, of the first process."""
-    cases = {name: case for name, case in CASES.items() if case["kind"] in options.architectures}
+    cases = {name: CASES[name] for name in options.cases if CASES[name]["kind"] in options.architectures}
     for kind in {case["kind"] for case in cases.values()}:
         models.of(kind)
-    for sharding in SHARDINGS:
+    for sharding in options.shardings:
         words = [f"{sharding}={name}" for name in cases]
-        on_two_processes("tests.support.sharded_ranks", str(models.folder), str(models.folder), "10", *words)
+        on_two_processes("tests.support.sharded_ranks", str(models.folder), str(models.folder), "5", *words)
         told = json.loads((models.folder / "rank0.json").read_text(encoding="utf-8"))
         for name, case in cases.items():
             found = told[f"{sharding}={name}"]
@@ -284,8 +284,8 @@ def judged(ratios: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, flo
             yield name, value["median"], value["median"] <= ratios[f"{name}_of_autocast"]["median"]
 
 
-def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The command of the file that there is, and its rows of the skipped parts.
+def written(skipped: list[str], shardings: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The command of the file that there is, and its rows of the skipped parts, and of other ways to share.
 
     Raises:
         ValueError: There is none, or it was measured with other versions.
@@ -296,7 +296,8 @@ def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
     before = json.loads(path.read_text())
     if before["versions"] != versions():
         raise ValueError(f"{path} was measured with other versions: {before['versions']}, here {versions()}")
-    return before["command"], [row for row in before["rows"] if row["part"] in skipped]
+    other = [row for row in before["rows"] if row.get("sharding", shardings[0]) not in shardings]
+    return before["command"], other + [row for row in before["rows"] if row["part"] in skipped and row not in other]
 
 
 def main() -> int:
@@ -311,13 +312,15 @@ def main() -> int:
     parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix", "shared_prefix=split"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("--shardings", nargs="+", choices=list(SHARDINGS), default=["zero2", "zero3", "fsdp2"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["text", "mixed", "mixed, tower trained"])
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
     command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"
     rows: list[dict[str, Any]] = []
     if options.merge:
         try:
-            first, rows = written(options.skip)
+            first, rows = written(options.skip, options.shardings)
         except ValueError as error:
             parser.error(f"--merge: {error}")
         command = f"{first} && {command}"

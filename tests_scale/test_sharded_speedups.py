@@ -1,4 +1,4 @@
-"""Speed-ups on two processes that share weights or gradients: what plain TRL learns there, and nobody waits for ever."""
+"""Speed-ups on two processes that share weights or gradients: they learn what plain TRL does, and nobody waits."""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ class StepCheck(Installed):
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
         trainer = self.trainer
         unused = trainer.optimizer, trainer.ref_model, trainer.train_dataset, trainer.eval_dataset, trainer.reward_funcs
+        leaves = _leaves(trainer)  # and of no weight is more gathered than its part
         state = State([*map(vars, (trainer, trainer.state, *self._parts)), window], unused)
+        state.weights = leaves or state.weights
         state.size = 0.0 if lives else math.inf
         text = base_of(trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
@@ -105,8 +107,7 @@ class StepCheck(Installed):
         self, state: "State", model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
     ) -> torch.Tensor:
         """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
-        accelerator, weights = self.trainer.accelerator, _leaves(self.trainer, state.weights)
-        gradients = Gradients(weights)
+        accelerator, gradients = self.trainer.accelerator, Gradients(state.weights)
         fell_back = [one.fell_back for one in self._parts]
         for one in self._parts if plain else ():
             one.fell_back = "being compared"
@@ -163,10 +164,8 @@ class Gradients:
             weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
 
 
-def _leaves(trainer: Any, weights: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The tensors of `weights` that get gradients: under FSDP 2 these are not the shards, and all ranks gather them."""
-    if not trainer.is_fsdp_enabled:
-        return weights
+def _leaves(trainer: Any) -> list[nn.Parameter]:
+    """The tensors that get gradients under FSDP 2, which are not the shards: all ranks gather them, unit by unit."""
     from torch.distributed.tensor import DTensor
 
     leaves: dict[int, nn.Parameter] = {}
