@@ -9,8 +9,8 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
-processes. *Sharded*: five steps on two processes that share weights or gradients by ZeRO and FSDP2, against plain TRL on
-two such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
+processes. *Sharded*: five steps on two processes that share weights or gradients by ZeRO or FSDP2, and plain TRL on two
+such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
 the tolerance. Models are those of the tests (two layers, float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two

@@ -118,8 +118,8 @@ class StepCheck(Installed):
             with torch.enable_grad(), accelerator.no_sync(model):
                 loss = loss_of(dict(window[-1]))
                 accelerator.backward(loss)
-            found = accelerator.gather(gradients.found())
-            drawn = torch.rand(1, device=found.device), torch.rand(1).to(found.device)
+            sampled = accelerator.gather(gradients.sample())
+            drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
         finally:
             self._trying = False
             fell_back = fell_back if plain else [one.fell_back for one in self._parts]
@@ -130,8 +130,8 @@ class StepCheck(Installed):
             if self.trainer.is_fsdp_enabled:
                 model.set_requires_gradient_sync(accelerator.sync_gradients or syncs_each_pass(accelerator))
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
-        state.size = state.size or float(found.square().mean().sqrt()) or 1.0
-        return torch.cat([found / state.size, others * math.sqrt(len(found) / len(others))])
+        state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
+        return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
 
 
 class Gradients:
@@ -155,7 +155,7 @@ class Gradients:
         self._taken[id(weight)] += flat[:: _distance(len(flat))]
         weight.grad = None
 
-    def found(self) -> torch.Tensor:
+    def sample(self) -> torch.Tensor:
         """A sample of each weight's, zeros where it got none."""
         return torch.cat(list(self._taken.values()))
 

@@ -158,13 +158,13 @@ class _SharedPrefix(Installed):
             )
             if batch is None or rows is None or not passed:
                 self.passes["plain"] += 1
-                found = call_next(model, ids_BW, mask_BW, width_C, **given)
+                scores_of_all = call_next(model, ids_BW, mask_BW, width_C, **given)
             else:
-                found = self._shared_scores(model, batch, rows, given.get("compute_entropy", False))
+                scores_of_all = self._shared_scores(model, batch, rows, given.get("compute_entropy", False))
             with torch.no_grad():
                 for _ in range(most_passes - passes if passed else 0):
                     one_row()
-            return found
+            return scores_of_all
 
         return scores
 
