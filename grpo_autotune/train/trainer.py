@@ -20,13 +20,14 @@ from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
 from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
-from grpo_autotune.seams import mixed_image_rows
+from grpo_autotune.seams import fully_sharded, mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
+    check_deepspeed,
     grpo_arguments,
     suppress_image_token,
     unlocked_engine,
@@ -48,6 +49,7 @@ from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.train.runs.reshard import fit_checkpoint
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
 from grpo_autotune.units import duration
@@ -155,7 +157,9 @@ def build_trainer(
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
-    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
+    with (
+        phase("trainer"), as_config_errors("grpo"), unlocked_engine(config), fully_sharded.reference_by_layers()
+    ):  # fmt: skip
         trainer = ResumableTrainer(
             model=model,
             reward_funcs=functions,
@@ -166,6 +170,9 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    if trainer.is_fsdp_enabled:
+        fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
+    check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
@@ -223,6 +230,8 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
+    if start.checkpoint is not None:
+        fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     Measures(trainer)
@@ -239,6 +248,7 @@ def run_training(
         if not signum and not by_monitor:
             draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
             trainer.save_model(str(draft))
+            trainer.accelerator.wait_for_everyone()  # ranks save their parts
             if trainer.is_world_process_zero():
                 shutil.rmtree(folder.model, ignore_errors=True)
                 draft.rename(folder.model)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from grpo_autotune.config.sections.fsdp import of_file
 from grpo_autotune.interop.frameworks import deepspeed
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
@@ -51,9 +52,11 @@ def apply(to: Translation, *, adapter: bool) -> None:
 
 
 def fully_sharded(to: Translation, key: str, options: dict[str, Any]) -> None:
-    """The verdict of `key`, which asks for FSDP with these options (transformers strips a prefix `fsdp_`)."""
+    """The verdict of `key`, which asks for FSDP with these options of accelerate's file."""
     if (to.world_size or 1) > 1:
-        to.speed(key, "FSDP", {"grpo.fsdp": "full_shard auto_wrap", "grpo.fsdp_config": options})
+        options = of_file(options)
+        own = {"grpo.gradient_checkpointing": False} if options.get("activation_checkpointing") else {}
+        to.speed(key, "FSDP2", {"grpo.fsdp_config": options, **own})
     else:
         to.speed(key, deepspeed.ALONE)
 

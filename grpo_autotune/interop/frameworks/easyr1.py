@@ -92,7 +92,7 @@ FAST = {f"{ROLLOUT}{name}": f"vllm.{name}"
 
 WORDS = shared.words(
     {
-        ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
+        ("speed", "where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs"):
             "actor.fsdp. actor.offload. actor.strategy ref. hybrid_engine",
         ("speed", "TRL pads a micro batch to its longest completion"): "actor.padding_free",
         ("speed", "a micro batch of the source holds more completions where they are short"):

@@ -96,7 +96,7 @@ WORDS = words(
         ("speed", "another kernel for the same numbers"):
             "model.use_fused_kernels model.fused_kernel_options. model.use_liger model.tiled_mlp. actor.entropy_ "
             "actor.use_fused_kernels actor.use_torch_compile model.enable_activation_offload",
-        ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
+        ("speed", "where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs"):
             "actor.strategy actor.fsdp_config. actor.fsdp_size actor.megatron. actor.veomni. actor.engine. "
             "actor.torchtitan. ref.torchtitan. actor.automodel. ref.automodel. "
             "actor.model_engine model_engine actor@ ref@ optim.override_optimizer_config. actor.load_weight "

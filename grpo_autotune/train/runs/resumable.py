@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
@@ -24,8 +26,12 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
+from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.seams.fully_sharded import mend
+from grpo_autotune.seams.sharding import check_sharded
+from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
@@ -99,6 +105,16 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             seal(folder, self.args.world_size)
             rotate_checkpoints(str(folder.parent), limit, self.best_checkpoint or self.state.best_model_checkpoint)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers does; what is not part of a checkpoint in one piece, whatever FSDP's checkpoints are."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = getattr(plugin, "state_dict_type", None)
+        if plugin is not None:
+            plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        super().save_model(output_dir, _internal_call)
+        if plugin is not None:
+            plugin.state_dict_type = kind
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_peft_model(self.model) or self._sharded():
             self._load_adapter(resume_from_checkpoint, model)
@@ -129,6 +145,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        settle(self, Path(checkpoint))
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
         path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
@@ -246,16 +263,19 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
                 torch.randperm(self._train_sampler.num_samples, generator=generator)
 
     def _save_reference(self, folder: Path) -> None:
-        if self._reference_moves() and self.args.should_save:
-            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_FILE)
+        if self._reference_moves():
+            weights = self.accelerator.get_state_dict(self.ref_model)  # gathered by all ranks where it is sharded
+            if self.args.should_save:
+                torch.save(weights, folder / REFERENCE_FILE)
 
     def _load_reference(self, folder: Path) -> None:
         if self._reference_moves() and (folder / REFERENCE_FILE).is_file():
             weights = torch.load(folder / REFERENCE_FILE, map_location="cpu", weights_only=True, mmap=True)
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
 
     def _reference_moves(self) -> bool:
-        return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not self.is_deepspeed_enabled)
 
     def _sharded(self) -> bool:
         """True if weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
@@ -269,6 +289,9 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mend(self._trainer.model)
+        if (sharding := check_sharded(self._trainer)) is not None:
+            say(str(sharding))
         self._trainer.restore_losses()
         if 0 < state.max_steps <= state.global_step:
             raise NothingLeft
