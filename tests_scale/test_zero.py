@@ -53,7 +53,7 @@ def close(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Adapters and whole models under DDP and all stages; a ZeRO-2 run that stopped and went on, a ZeRO-3 run killed."""
+    """Adapters and whole models under DDP and every stage; a ZeRO-2 run stopped and resumed, a ZeRO-3 run killed."""
     place, plan = tmp_path_factory.mktemp("zero"), []
     model = tiny("qwen3")
     for full, stages in ((False, STAGES), (True, {**STAGES, "zero3": NOT_GATHERED})):
