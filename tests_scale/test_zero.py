@@ -31,7 +31,7 @@ def values(model: Path, folder: Path, deepspeed: Any = None, *, full: bool = Fal
     changes = {"peft": None} if full else {}
     rate = {"learning_rate": 1e-3} if full else {}
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    return text_config(model, folder, changes, **small, **rate, **sharding, **grpo).to_dict()
+    return text_config(model, folder, changes, **{**small, **rate, **sharding, **grpo}).to_dict()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
