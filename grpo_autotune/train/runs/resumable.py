@@ -275,7 +275,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
 
     def _reference_moves(self) -> bool:
-        return bool(self.args.sync_ref_model and self.ref_model is not None and not self.is_deepspeed_enabled)
+        """True for a reference model that follows the policy; under ZeRO 3 DeepSpeed has it in parts."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        in_parts = plugin is not None and plugin.zero_stage == 3
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not in_parts)
 
     def _sharded(self) -> bool:
         """True if weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
