@@ -59,6 +59,8 @@ def numbers(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
     return load_file(file), [{key: line[key] for key in keys if key in line} for line in log_lines(folder)]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A full fine-tune whose output layer is a unit of its own, with images on one of the processes alone, and LoRA:
     as plain DDP has them; each goes on from the middle as it would have gone on."""

@@ -112,10 +112,10 @@ def _of_words(words: Any) -> dict[str, Any]:
 
 
 def _launched(environ: Mapping[str, str]) -> dict[str, Any]:
-    found = {"version": "1"} | {name: environ[key] for name, key in VARIABLES.items() if environ.get(key)}
-    if found.get("auto_wrap_policy") != "SIZE_BASED_WRAP":
-        found.pop("min_num_params", None)  # accelerate always sends it
-    return checked(found, "accelerate launch, fsdp_config")
+    launched = {"version": "1"} | {name: environ[key] for name, key in VARIABLES.items() if environ.get(key)}
+    if launched.get("auto_wrap_policy") != "SIZE_BASED_WRAP":
+        launched.pop("min_num_params", None)  # accelerate always sends it
+    return checked(launched, "accelerate launch, fsdp_config")
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

@@ -55,8 +55,8 @@ def fully_sharded(to: Translation, key: str, options: dict[str, Any]) -> None:
     """The verdict of `key`, which asks for FSDP with these options of accelerate's file."""
     if (to.world_size or 1) > 1:
         options = of_file(options)
-        own = {"grpo.gradient_checkpointing": False} if options.get("activation_checkpointing") else {}
-        to.speed(key, "FSDP2", {"grpo.fsdp_config": options, **own})
+        checkpointing = {"grpo.gradient_checkpointing": False} if options.get("activation_checkpointing") else {}
+        to.speed(key, "FSDP2", {"grpo.fsdp_config": options, **checkpointing})
     else:
         to.speed(key, deepspeed.ALONE)
 

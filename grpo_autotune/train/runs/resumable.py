@@ -29,7 +29,7 @@ from trl.trainer.utils import (
 from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
-from grpo_autotune.seams.fully_sharded import mend
+from grpo_autotune.seams.fully_sharded import mend, whole
 from grpo_autotune.seams.sharding import check_sharded
 from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
@@ -82,7 +82,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             raise self._not_finite("the model's probabilities are not finite numbers") from error
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self.grad_norm = super()._clip_grad_norm(model)
+        self.grad_norm = whole(super()._clip_grad_norm(model))
         return self.grad_norm
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
