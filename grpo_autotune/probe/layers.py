@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.facts import ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.probe.stages import APART
@@ -21,6 +22,7 @@ class Observer(Protocol):
 
     trainer: Any
     recorder: SpanRecorder
+    collectives: Collectives
     watched: bool
     fidelity: FidelityMeter
     engine: EngineMeter
@@ -51,12 +53,13 @@ def install(probe: Observer) -> list[Handle]:
         "chat_template": _prompt_layer,
         "prepare_messages": _prompt_layer,
         "log_save_evaluate": _step_end_layer,
+        "backward": _backward_layer,
     }
     handles = wrap_rows(probe.trainer, [(row, special.get(row.key, _timed_layer)(probe, row)) for row in TABLE])
     try:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
-        handles += [*_counters(probe), *probe.engine.install()]
+        handles += [*_counters(probe), *probe.engine.install(), *probe.collectives.install()]
         if not probe.watched:
             handles += probe.fidelity.install()
     except BaseException:
@@ -220,6 +223,16 @@ def _step_end_layer(probe: Observer, row: Seam) -> Layer:
         return result
 
     return step_end
+
+
+def _backward_layer(probe: Observer, row: Seam) -> Layer:
+    timed, collectives = _timed_layer(probe, row), probe.collectives
+
+    def backward(call_next: Next, /, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        collectives.begin_backward(loss)
+        return timed(call_next, loss, *args, **kwargs)
+
+    return backward
 
 
 def _counters(probe: Observer) -> list[Handle]:

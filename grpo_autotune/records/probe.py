@@ -247,6 +247,26 @@ class RankTimings(Frozen):
     stages: dict[str, float]
 
 
+class Sharding(Frozen):
+    """What ranks share of a training, and what of it lies in the host's memory beside a GPU."""
+
+    name: str  # ZeRO-1, ZeRO-2, ZeRO-3, FSDP2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    parameter_bytes: int | None = (
+        None  # of the parameters on this rank between two passes, counted; None where predicted
+    )
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's; FSDP2 shares as much as stage 3."""
+        return int(self.name.removeprefix("ZeRO-")) if self.by_deepspeed else 3
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self.name.startswith("ZeRO")
+
+
 class TrainerFacts(Frozen):
     """Facts of the trainer as it ran, which may differ from its YAML.
 
@@ -285,6 +305,7 @@ class TrainerFacts(Frozen):
     device_room_bytes: int | None = None
     train_rows: int | None = None  # of the data set, and of the held-out ones together; None where they are streamed
     held_out_rows: int | None = None
+    sharding: Sharding | None = None  # None where each rank holds everything
 
     @property
     def rows(self) -> int:
