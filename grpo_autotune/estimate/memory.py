@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from grpo_autotune.estimate.cost import WorkFacts
 from grpo_autotune.estimate.passes import Batch, Training, square_grid
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.estimate.sharding import Shares
+from grpo_autotune.estimate.sharding import WHOLE, Shares
 from grpo_autotune.estimate.vision_shapes import VisionShape
 
 TILE_TOKENS, TILE_VOCAB = 4096, 32768
@@ -70,7 +70,7 @@ class Sizes:
     feature_limit: float = 0.0
     pixel_bytes: float = PIXEL_BYTES  # bytes of a number of the image processor's output where the model runs
     weight_copies: float = 0.0  # bytes of weights in other forms while `generate` runs
-    shares: Shares = Shares()  # what this rank holds of parameters, gradients and optimizer state
+    shares: Shares = WHOLE  # what this rank holds of parameters, gradients and optimizer state
     gathers_all: bool = False  # whether sharded parameters are all gathered while completions are written
 
     @property

@@ -1,10 +1,10 @@
 """Bytes that a rank holds and moves where N ranks share what a training keeps.
 
-ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): each rank holds an Nth of the optimizer's state from stage 1 on, of the
-gradients from stage 2 on, of the parameters in stage 3 (section 5). Plain data parallelism and stages 1 and 2 send and
-receive each gradient twice a step (reduced, and gathered as a gradient or a parameter); stage 3 gathers parameters before
-each pass over them instead (section 7). Frozen parameters are shared and gathered like others, and have no gradient.
-FSDP2's `fully_shard` is stage 3.
+ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): each rank holds an Nth of the optimizer's state from stage 1 on, of
+the gradients from stage 2 on, of the parameters in stage 3 (section 5). Plain data parallelism and stages 1 and 2 send
+and receive each gradient twice per step (reduced, and gathered as a gradient or a parameter); stage 3 gathers
+parameters before each pass over them instead (section 7). Frozen parameters are shared and gathered like others, and
+have no gradient. FSDP2's `fully_shard` is stage 3.
 """
 
 from typing import NamedTuple
@@ -24,10 +24,13 @@ class Shares(NamedTuple):
     optimizer: float = 1.0
 
 
+WHOLE = Shares()
+
+
 def shares_of(sharding: Sharding | None, ranks: int, *, on_gpu: bool) -> Shares:
     """Parts that one of so many ranks holds between two passes."""
     if sharding is None:
-        return Shares()
+        return WHOLE
     stage, part = sharding.stage, 1.0 / ranks
     held = Shares(part if stage > 2 else 1.0, part if stage > 1 else 1.0, part if stage > 0 else 1.0)
     if on_gpu and sharding.offload_parameters:

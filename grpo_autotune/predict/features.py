@@ -136,8 +136,16 @@ def _scores(load: Workload, shape: ModelShape, passes: float) -> Features:
 
 
 def _sync_wait(load: Workload, rates: Rates) -> Features:
-    """One rank pays for the calls; several wait for work that differs, however a step is split into calls."""
-    return {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
+    """One rank pays for the calls; several wait for work that differs, however a step is split into calls, and those
+    that share a model send its parts."""
+    counts = {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
+    return counts if load.trainer.sharding is None else counts | {"moved": load.moved}
+
+
+def _optimizer(load: Workload, rates: Rates) -> Features:
+    sharding = load.trainer.sharding
+    ranks = load.trainer.world_size if sharding is not None and sharding.stage > 0 else 1
+    return {"calls": 1.0, "parameters": load.facts.training.trainable / ranks}
 
 
 def _data(load: Workload, rates: Rates) -> Features:
@@ -173,7 +181,7 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "old_policy": _old_policy,
     "reference_logprob": _reference,
     "backward": _backward,
-    "optimizer": lambda load, rates: {"calls": 1.0, "parameters": load.facts.training.trainable},
+    "optimizer": _optimizer,
     "data": _data,
     "prompt": _prompt,
     "tools": _reward,

@@ -16,8 +16,11 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import NothingSucceeded
+from grpo_autotune.estimate.cost import ADAM_VALUES_MOVED
+from grpo_autotune.estimate.engine import FLOAT_BYTES
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
+from grpo_autotune.knobs.sharding import ZERO_KNOBS
 from grpo_autotune.predict.calls import longest_s
 from grpo_autotune.predict.features import PARTS, Rates, features
 from grpo_autotune.predict.memory import PeakFit, PeakObservation, increment
@@ -36,6 +39,14 @@ CPU_FLOPS_PER_BYTE = 8.0
 
 GPU_FLOPS_PER_BYTE = 250.0
 """The same for a card that the table of GPUs does not know; those of the last five years lie between 150 and 350."""
+
+LINK_BYTES_S = {"cuda": 2.5e10, "cpu": 1e9}
+"""Bytes that a rank is assumed to send where no probe measured it: over PCIe 4.0 with 16 lanes (31.5 GB/s by its
+specification), and by gloo between processes of one host. Links of GPUs are up to 20 times as fast, networks slower."""
+HOST_BYTES_S = 5e10
+"""Memory bandwidth of a host that is assumed for one rank's optimizer: a quarter of eight channels of DDR5-4800."""
+UNKNOWN_SPREAD = 1.0
+"""Relative standard deviation of what follows from such a rate: its interval is a factor of several to either side."""
 
 LEAST_S = 1e-9
 """A part of fewer seconds per step teaches nothing: no clock tells them apart."""
@@ -204,6 +215,9 @@ class Models:
             later_s = load.generations * (longest_s(remote, config) - longest_s(remote, self.base))
             parts["reward"] = max(min(mean, load.generations * math.fsum(plain)), mean + later_s), spread
         workers, seen = load.trainer.dataloader_num_workers, (outcome.record for _, outcome in self.outcomes)
+        for part in SHARED:
+            if part in parts and (part, family(config, part)) not in self._fits:
+                parts[part] = self._shared(part, load, parts[part])
         if "data" in parts and workers and not any(one.trainer.dataloader_num_workers for one in seen if one):
             parts["data"] = self._beside(workers, parts)
         return parts
@@ -216,6 +230,24 @@ class Models:
         hidden = loading - max(0.0, loading / workers - rest)
         busy = 0.0 if self._on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
         return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
+
+    def _shared(self, part: str, load: Workload, guess: tuple[float, float]) -> tuple[float, float]:
+        """First guess of a part where ranks share a training in a way that no trial had: what other bytes take between
+        ranks, at the rate that was measured where parameters were sent, else at an assumed one; and an optimizer that
+        begins to work on the host, by the values that it moves in its memory."""
+        base, sharding = self._load(self.base), load.trainer.sharding
+        before = base.trainer.sharding
+        if sharding is None or before is None or sharding == before:
+            return guess
+        measured = part_seconds(self.record.timings).get(part, 0.0)
+        if part == "optimizer":
+            begins = self._on_gpu and sharding.offload_optimizer and not before.offload_optimizer
+            moved = ADAM_VALUES_MOVED * FLOAT_BYTES * load.facts.training.trainable / load.trainer.world_size
+            return (guess[0] + moved / HOST_BYTES_S, UNKNOWN_SPREAD) if begins else guess
+        known = before.stage > 2 and measured > 0.0
+        rate = base.moved / measured if known else LINK_BYTES_S["cuda" if self._on_gpu else "cpu"]
+        seconds = max(0.0, measured + (load.moved - base.moved) / rate)
+        return seconds, STRANGE_SPREAD if known else UNKNOWN_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
@@ -262,6 +294,8 @@ class Models:
 
 BUSY_STAGES = ("generation", "policy_logprob", "reference_logprob", "backward")
 """Stages that loader workers share the cores with."""
+SHARED = ("sync_wait", "optimizer")
+"""Parts of a step that depend on how ranks share it."""
 PASSES = ("old_policy", "reference_logprob")
 """Passes without gradients: what the training forward taught prices them until one was timed."""
 
@@ -281,10 +315,11 @@ def place_of(config: RunConfig, load: Workload) -> Place:
 
 def family(config: RunConfig, part: str = "") -> str:
     """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not, and for
-    rewards the same numbers of calls at once."""
+    rewards the same numbers of calls at once, for what ranks share the same stage and devices."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     lanes = [item.concurrency for item in config.rewards] if part == "reward" else ""
-    return f"{config.speedups}, {'compiled' if compiled else 'eager'}{lanes}"
+    shared = list(knobs_of(config, ZERO_KNOBS).values()) if part in SHARED and config.grpo.get("deepspeed") else ""
+    return f"{config.speedups}, {'compiled' if compiled else 'eager'}{lanes}{shared}"
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:

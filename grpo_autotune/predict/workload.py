@@ -20,14 +20,16 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
-from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
+from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes, weight_bytes
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.estimate.sharding import MASTER_BYTES, Moved, moved_bytes, shares_of
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
+from grpo_autotune.knobs.sharding import OFFLOAD_OPTIMIZER, OFFLOAD_PARAMETERS, STAGE
 from grpo_autotune.predict.speedups import effective, tower_is_kept, weight_copies
-from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
+from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Sharding, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import FEATURE_BYTES
 from grpo_autotune.speedups.batches.passes import Part, Row, planned
@@ -56,6 +58,7 @@ class Workload:
     speedups: frozenset[str]  # those that are asked for and that this setting lets work
     merged: float = 1.0  # micro batches of a training pass
     waves: float = 1.0  # how often the completions of a generation take turns in the engine
+    moved: float = 0.0  # bytes that a rank which shares a model sends in an optimizer step
     wakes: bool = True  # whether the engine is put to sleep and woken, where the probe's was
 
 
@@ -92,12 +95,23 @@ def workload(
     prompts = plan.micro_batch * plan.accumulation / plan.num_generations
     batches = 1 if "images_once" in chosen(config.speedups) else plan.accumulation  # TRL loads one every micro step
     rows_loaded = float(plan.micro_batch * plan.steps_per_generation * batches)
+    sharding, ranks = trainer.sharding, trainer.world_size
+    gathers_all = sharding is not None and sharding.name == "ZeRO-3" and not trainer.use_vllm
+    gathers_all = gathers_all and bool(config.grpo.get("ds3_gather_for_generation", True))
+    generations = plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
+    gathers = Moved(
+        facts.passes,
+        facts.passes / facts.iterations * (facts.old_policy + facts.reference),
+        generations * (1.0 if gathers_all or trainer.use_vllm else facts.longest_completion),
+    )
+    training = facts.training
+    parameters = trainer.parameters * training.weight_bytes if shape is None else weight_bytes(shape, training)
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
         image_tokens=image_max,
         eager=trainer.attn_implementation == "eager",
-        moments_bytes=_moments_bytes(config, facts),
+        moments_bytes=_moments_bytes(config, facts, sharding),
         reference_model=trainer.has_ref_model and trainer.beta != 0,
         engine_bytes=_engine_bytes(config, machine, record, shape, longest_prompt + completion, worst_case=worst_case),
         engine_sleeps=engine.sleep_level(config) > 0,
@@ -107,6 +121,8 @@ def workload(
         feature_limit=FEATURE_BYTES,
         pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
         weight_copies=0.0 if shape is None else weight_copies(shape, facts.training, speedups, on_gpu=on_gpu),
+        shares=shares_of(sharding, ranks, on_gpu=on_gpu),
+        gathers_all=gathers_all,
     )
     return Workload(
         shape=shape,
@@ -115,10 +131,11 @@ def workload(
         trainer=trainer,
         pixels=pixels,
         rows_loaded=rows_loaded,
-        generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
+        generations=generations,
         speedups=speedups,
         merged=_merged(plan, facts, longest_prompt + completion, speedups, trainer.device),
         waves=engine.waves(config),
+        moved=moved_bytes(sharding, ranks, parameters, training.trainable * training.trainable_bytes, gathers),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
 
@@ -235,11 +252,22 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
         update["peft"] = {**facts.peft, "r": rank}
     if config.speedups != base.speedups:
         update["speedups"] = chosen(config.speedups)
+    update["sharding"] = _sharding(config, base, facts.sharding)
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None
         update["model_config_json"] = {**facts.model_config_json, "quantization_config": quantization}
     return facts.model_copy(update=update)
+
+
+def _sharding(config: RunConfig, base: RunConfig, probed: Sharding | None) -> Sharding | None:
+    """The parts that ranks share under `config`."""
+    stage = _turned(config, base, STAGE)
+    update: dict[str, Any] = {"name": f"ZeRO-{stage}", "parameter_bytes": None} if stage is not None else {}
+    for name, key in (("offload_optimizer", OFFLOAD_OPTIMIZER), ("offload_parameters", OFFLOAD_PARAMETERS)):
+        if (device := _turned(config, base, key)) is not None:
+            update[name] = device != "none"
+    return probed.model_copy(update=update) if probed is not None else None
 
 
 def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:
@@ -276,7 +304,9 @@ def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool
     return parts if aligned[0] == aligned[1] and config.use_vllm == base.use_vllm else None
 
 
-def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
+def _moments_bytes(config: RunConfig, facts: WorkFacts, sharding: Sharding | None) -> float:
+    if sharding is not None and sharding.by_deepspeed:
+        return MASTER_BYTES
     optim = str(config.grpo.get("optim") or "")
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
 

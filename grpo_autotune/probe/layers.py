@@ -1,5 +1,6 @@
 """The probe's layers on TRL's seams: most only time a call, a few also read its arguments and its result."""
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from grpo_autotune.probe.stages import APART
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter
 from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, Next, take_off, wrap
-from grpo_autotune.seams.table import TABLE, Seam, reward_slots, wrap_rows
+from grpo_autotune.seams.table import DEEPSPEED_STEP, TABLE, Seam, reward_slots, wrap_rows
 
 
 class Observer(Protocol):
@@ -60,6 +61,9 @@ def install(probe: Observer) -> list[Handle]:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
         handles += [*_counters(probe), *probe.engine.install(), *probe.collectives.install()]
+        if (engine := sys.modules.get(DEEPSPEED_STEP.owner)) is not None:
+            slot = AttributeSlot(engine.DeepSpeedEngine, DEEPSPEED_STEP.attribute)
+            handles.append(wrap(slot, _timed_layer(probe, DEEPSPEED_STEP)))
         if not probe.watched:
             handles += probe.fidelity.install()
     except BaseException:

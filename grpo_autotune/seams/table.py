@@ -156,6 +156,9 @@ def _owner(trainer: Any, path: str) -> Any:
     return owner
 
 
+DEEPSPEED_STEP = Seam("deepspeed_step", "optimizer", "deepspeed.runtime.engine", "step", "step")
+"""DeepSpeed's engine updates the weights within accelerate's `backward`, and there is no engine before training."""
+
 PREPARE_INPUTS = Seam("prepare_inputs", "", "trainer", "_prepare_inputs")
 """Around TRL's shuffle and split: these are functions of a module, and tell no trainer from another."""
 
