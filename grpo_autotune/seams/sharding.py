@@ -12,8 +12,8 @@ SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSD
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
 
 MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
-"""Attributes with a rank's part of the float32 weights, which the optimizer's state goes with, in DeepSpeed's optimizers
-for ZeRO-1 and 2, for ZeRO-3, and for bfloat16 with ZeRO-1 (deepspeed/runtime, 0.19)."""
+"""Attributes with a rank's part of the float32 weights, which the optimizer's state goes with, in DeepSpeed's
+optimizers for ZeRO-1 and 2, for ZeRO-3, and for bfloat16 with ZeRO-1 (deepspeed/runtime, 0.19)."""
 
 
 class Sharding(NamedTuple):

@@ -1,8 +1,8 @@
 """A checkpoint of ranks that shared a model, for a run that shares it in another way or not at all.
 
-Under ZeRO another number of processes goes on by DeepSpeed's universal checkpoint: the parts put together by rank 0, and
-gone once they are read. Another kind of sharding cannot read the optimizer's state, and transformers would go on without
-it and without a word.
+Under ZeRO another number of processes goes on by DeepSpeed's universal checkpoint: the parts put together by rank 0,
+and removed once they are read. Another kind of sharding cannot read the optimizer's state, and transformers would go on
+without it and without a word.
 """
 
 import io
