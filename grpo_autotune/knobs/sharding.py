@@ -4,8 +4,6 @@ They change where numbers are kept and who sends them, and nothing that is compu
 """
 
 import copy
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
@@ -13,69 +11,57 @@ from grpo_autotune.config.zero import ZERO, deepspeed_keys
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs.context import KnobContext
 
-SECTION = "grpo.deepspeed"
-STAGE = f"{SECTION}.zero_optimization.stage"
-OFFLOAD_OPTIMIZER = f"{SECTION}.zero_optimization.offload_optimizer.device"
-OFFLOAD_PARAMETERS = f"{SECTION}.zero_optimization.offload_param.device"
-ZERO_KNOBS = (STAGE, OFFLOAD_OPTIMIZER, OFFLOAD_PARAMETERS)
-STAGES = (1, 2, 3)
+SECTION = "grpo.deepspeed.zero_optimization."
+STAGE = f"{SECTION}stage"
+OFFLOAD_OPTIMIZER, OFFLOAD_PARAMETERS = f"{SECTION}offload_optimizer.device", f"{SECTION}offload_param.device"
+ZERO_KNOBS = {
+    STAGE: "a higher stage keeps less on each rank; in stage 3 parameters are sent before every pass over them",
+    OFFLOAD_OPTIMIZER: "the optimizer's state is kept and updated on the host; gradients go there, and weights back",
+    OFFLOAD_PARAMETERS: "parameters are kept on the host, and go to the GPU before every pass over them",
+}
+"""Key -> why it matters."""
 
 
-def current(key: str, config: RunConfig) -> Any:
+def zero_value(key: str, config: RunConfig) -> Any:
     """The user's own value, DeepSpeed's default where it is left out; None without `grpo.deepspeed`."""
     asked = config.grpo.get("deepspeed")
-    if not asked:
-        return None
-    value: Any = deepspeed_keys(asked)
-    for name in key.removeprefix(f"{SECTION}.").split("."):
+    value: Any = deepspeed_keys(asked)["zero_optimization"] if asked else None
+    for name in key.removeprefix(SECTION).split(".") if asked else ():
         value = (value or {}).get(name)
-    return value or (0 if key == STAGE else "none")
+    return value if value or not asked else 0 if key == STAGE else "none"
 
 
-def stages(context: KnobContext, own: int | None) -> tuple[int, ...]:
-    """The three stages, the user's own first, where several ranks train by DeepSpeed."""
-    return (own, *(n for n in STAGES if n != own)) if own and context.config.batch.processes > 1 else ()
+def zero_values(key: str, context: KnobContext, own: Any) -> tuple[Any, ...]:
+    """The user's own, and the other stages where there are several ranks, or the other device beside a GPU."""
+    usable = context.config.batch.processes > 1 if key == STAGE else context.gpus
+    others = (1, 2, 3) if key == STAGE else ("none", "cpu")
+    return (own, *(value for value in others if value != own)) if own is not None and usable else ()
 
 
-def devices(context: KnobContext, own: str | None) -> tuple[str, ...]:
-    """The GPU and the host, the user's own first, where a GPU trains by DeepSpeed."""
-    return (own, "none" if own == "cpu" else "cpu") if own is not None and context.gpus else ()
-
-
-def stage_rule(context: KnobContext, value: Any) -> str | None:
-    """Parameters are shared in stage 3, which packed weights cannot be."""
+def zero_rule(key: str, context: KnobContext, value: Any) -> str | None:
+    """A stage is 1, 2 or 3; parameters are shared in stage 3, where packed weights cannot be."""
     config = context.config
-    if value not in STAGES:
-        return f"{STAGE} {value} is none of 1, 2 and 3"
-    if value == 3 and config.model.load_in_4bit:
-        return f"{STAGE} 3 shares no weights in 4 bits (model.load_in_4bit)"
-    if value < 3 and current(OFFLOAD_PARAMETERS, config) != "none":
-        return f"{OFFLOAD_PARAMETERS} {current(OFFLOAD_PARAMETERS, config)} needs stage 3"
-    return None
-
-
-def device_rule(context: KnobContext, value: Any, *, key: str) -> str | None:
-    """There is a host beside a GPU; parameters are on neither in whole before stage 3."""
-    if value == "cpu" and context.gpus == 0:
+    if key == STAGE and value not in (1, 2, 3):
+        return f"{key} {value} is none of 1, 2 and 3"
+    if key == STAGE and value == 3 and config.model.load_in_4bit:
+        return f"{key} 3 shares no weights in 4 bits (model.load_in_4bit)"
+    if value == "cpu" and not context.gpus:
         return f"{key} cpu saves nothing without a GPU"
-    if key == OFFLOAD_PARAMETERS and value != "none" and current(STAGE, context.config) != 3:
-        return f"{key} {value} needs stage 3"
+    if zero_value(STAGE, config) != 3 and zero_value(OFFLOAD_PARAMETERS, config) not in (None, "none"):
+        return f"{OFFLOAD_PARAMETERS} needs stage 3"
     return None
 
 
-RULES = {STAGE: stage_rule} | {key: partial(device_rule, key=key) for key in ZERO_KNOBS[1:]}
-
-
-def turned(asked: str | Mapping[str, Any] | None, key: str, value: Any) -> str | dict[str, Any]:
-    """`grpo.deepspeed` with a knob at another value: the name of a stage stays a name, whatever else is written out.
-    Raises `ConfigError` where there is none to turn."""
+def turned(asked: Any, key: str, value: Any) -> Any:
+    """`grpo.deepspeed` with a knob at another value: a stage's name stays a name, anything else is written out.
+    Raises `ConfigError` where there is none."""
     if not asked:
         raise ConfigError("there is no grpo.deepspeed", where=key, fix="Leave this knob out.")
-    if isinstance(asked, str) and asked in ZERO and key == STAGE:
+    if key == STAGE and asked in list(ZERO):
         return f"zero{value}"
     keys = copy.deepcopy(deepspeed_keys(asked))
-    at, *rest = key.removeprefix(f"{SECTION}.zero_optimization.").split(".")
+    name, *below = key.removeprefix(SECTION).split(".")
     zero = keys["zero_optimization"]
-    zero[at] = {**(zero.get(at) or {}), rest[0]: value} if rest else value
+    zero[name] = {**(zero.get(name) or {}), below[0]: value} if below else value
     keys["zero_optimization"] = {**ZERO.get(f"zero{zero['stage']}", {}), **zero}
     return keys

@@ -13,8 +13,9 @@ from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_key
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
-from grpo_autotune.knobs import engine, engine_knobs, rules, sharding, values
+from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext
+from grpo_autotune.knobs.sharding import ZERO_KNOBS, zero_rule, zero_value, zero_values
 
 Kind = Literal["exact", "learning"]
 
@@ -131,12 +132,8 @@ TABLE = (
            why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),
-    *(Knob(key, "exact", sharding.stages if key == sharding.STAGE else sharding.devices, sharding.RULES[key],
-           partial(sharding.current, key), why=why) for key, why in zip(sharding.ZERO_KNOBS, (
-        "a higher stage keeps less on each rank; from 3 on parameters are sent for every pass over them",
-        "the optimizer's state lies in the host's memory, where it is updated, and gradients and weights go there "
-        "and back",
-        "parameters lie in the host's memory, and go to the GPU for every pass over them"), strict=True)),
+    *(Knob(key, "exact", partial(zero_values, key), partial(zero_rule, key), partial(zero_value, key), why=why)
+      for key, why in ZERO_KNOBS.items()),
     Knob("speedups", "exact", values.speed_ups,
          why="work that TRL does twice is done once"),
     Knob("vllm.kv_cache_dtype", "learning", engine_knobs.eight_bits, engine_knobs.cache_type_rule, searched=False,

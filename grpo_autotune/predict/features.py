@@ -139,13 +139,12 @@ def _sync_wait(load: Workload, rates: Rates) -> Features:
     """One rank pays for the calls; several wait for work that differs, however a step is split into calls, and those
     that share a model send its parts."""
     counts = {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
-    return counts if load.trainer.sharding is None else counts | {"moved": load.moved}
+    return counts if load.trainer.sharding is None else counts | {"sent": load.sent["sync_wait"]}
 
 
 def _optimizer(load: Workload, rates: Rates) -> Features:
     sharding = load.trainer.sharding
-    ranks = load.trainer.world_size if sharding is not None and sharding.stage > 0 else 1
-    return {"calls": 1.0, "parameters": load.facts.training.trainable / ranks}
+    return {"calls": 1.0, "parameters": load.facts.training.trainable / (sharding.ranks if sharding else 1)}
 
 
 def _data(load: Workload, rates: Rates) -> Features:

@@ -16,8 +16,6 @@ import numpy as np
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import NothingSucceeded
-from grpo_autotune.estimate.cost import ADAM_VALUES_MOVED
-from grpo_autotune.estimate.engine import FLOAT_BYTES
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.sharding import ZERO_KNOBS
@@ -43,8 +41,8 @@ GPU_FLOPS_PER_BYTE = 250.0
 LINK_BYTES_S = {"cuda": 2.5e10, "cpu": 1e9}
 """Bytes that a rank is assumed to send where no probe measured it: over PCIe 4.0 with 16 lanes (31.5 GB/s by its
 specification), and by gloo between processes of one host. Links of GPUs are up to 20 times as fast, networks slower."""
-HOST_BYTES_S = 5e10
-"""Memory bandwidth of a host that is assumed for one rank's optimizer: a quarter of eight channels of DDR5-4800."""
+FEW_TIMES = 4.0
+"""Times the bytes that were sent, up to which these tell the rate: few bytes take the time of their calls."""
 UNKNOWN_SPREAD = 1.0
 """Relative standard deviation of what follows from such a rate: its interval is a factor of several to either side."""
 
@@ -232,22 +230,15 @@ class Models:
         return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
 
     def _shared(self, part: str, load: Workload, guess: tuple[float, float]) -> tuple[float, float]:
-        """First guess of a part where ranks share a training in a way that no trial had: what other bytes take between
-        ranks, at the rate that was measured where parameters were sent, else at an assumed one; and an optimizer that
-        begins to work on the host, by the values that it moves in its memory."""
-        base, sharding = self._load(self.base), load.trainer.sharding
-        before = base.trainer.sharding
-        if sharding is None or before is None or sharding == before:
-            return guess
+        """First guess of a part where ranks share a training in a way that no trial had: the probe's seconds, and what
+        other bytes take, by the rate of those that it sent or, where they are far more, by an assumed one."""
+        before, after = self._load(self.base).sent.get(part, 0.0), load.sent.get(part, 0.0)
         measured = part_seconds(self.record.timings).get(part, 0.0)
-        if part == "optimizer":
-            begins = self._on_gpu and sharding.offload_optimizer and not before.offload_optimizer
-            moved = ADAM_VALUES_MOVED * FLOAT_BYTES * load.facts.training.trainable / load.trainer.world_size
-            return (guess[0] + moved / HOST_BYTES_S, UNKNOWN_SPREAD) if begins else guess
-        known = before.stage > 2 and measured > 0.0
-        rate = base.moved / measured if known else LINK_BYTES_S["cuda" if self._on_gpu else "cpu"]
-        seconds = max(0.0, measured + (load.moved - base.moved) / rate)
-        return seconds, STRANGE_SPREAD if known else UNKNOWN_SPREAD
+        if not measured or not after or before == after:
+            return guess
+        if after < FEW_TIMES * before:
+            return measured * after / before, STRANGE_SPREAD * max(1.0, before / after)
+        return measured + (after - before) / LINK_BYTES_S["cuda" if self._on_gpu else "cpu"], UNKNOWN_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""

@@ -8,7 +8,7 @@ square law on the grid of tokens.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
-from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes, weight_bytes
+from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.estimate.sharding import MASTER_BYTES, Moved, moved_bytes, shares_of
+from grpo_autotune.estimate.sharding import MASTER_BYTES, sent_bytes, shares_of
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
-from grpo_autotune.knobs.sharding import OFFLOAD_OPTIMIZER, OFFLOAD_PARAMETERS, STAGE
+from grpo_autotune.knobs.sharding import ZERO_KNOBS
 from grpo_autotune.predict.speedups import effective, tower_is_kept, weight_copies
 from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Sharding, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
@@ -58,7 +58,8 @@ class Workload:
     speedups: frozenset[str]  # those that are asked for and that this setting lets work
     merged: float = 1.0  # micro batches of a training pass
     waves: float = 1.0  # how often the completions of a generation take turns in the engine
-    moved: float = 0.0  # bytes that a rank which shares a model sends in an optimizer step
+    # bytes that a rank which shares a model sends in an optimizer step, by stage
+    sent: Mapping[str, float] = field(default_factory=dict)
     wakes: bool = True  # whether the engine is put to sleep and woken, where the probe's was
 
 
@@ -95,17 +96,10 @@ def workload(
     prompts = plan.micro_batch * plan.accumulation / plan.num_generations
     batches = 1 if "images_once" in chosen(config.speedups) else plan.accumulation  # TRL loads one every micro step
     rows_loaded = float(plan.micro_batch * plan.steps_per_generation * batches)
-    sharding, ranks = trainer.sharding, trainer.world_size
-    gathers_all = sharding is not None and sharding.name == "ZeRO-3" and not trainer.use_vllm
-    gathers_all = gathers_all and bool(config.grpo.get("ds3_gather_for_generation", True))
+    sharding, by_token = trainer.sharding, config.grpo.get("ds3_gather_for_generation") is False
+    gathers_all = sharding is not None and sharding.name == "ZeRO-3" and not by_token
+    gathers = 1.0 if gathers_all or trainer.use_vllm else facts.longest_completion
     generations = plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
-    gathers = Moved(
-        facts.passes,
-        facts.passes / facts.iterations * (facts.old_policy + facts.reference),
-        generations * (1.0 if gathers_all or trainer.use_vllm else facts.longest_completion),
-    )
-    training = facts.training
-    parameters = trainer.parameters * training.weight_bytes if shape is None else weight_bytes(shape, training)
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
@@ -121,7 +115,7 @@ def workload(
         feature_limit=FEATURE_BYTES,
         pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
         weight_copies=0.0 if shape is None else weight_copies(shape, facts.training, speedups, on_gpu=on_gpu),
-        shares=shares_of(sharding, ranks, on_gpu=on_gpu),
+        shares=shares_of(sharding, on_gpu=on_gpu),
         gathers_all=gathers_all,
     )
     return Workload(
@@ -135,7 +129,7 @@ def workload(
         speedups=speedups,
         merged=_merged(plan, facts, longest_prompt + completion, speedups, trainer.device),
         waves=engine.waves(config),
-        moved=moved_bytes(sharding, ranks, parameters, training.trainable * training.trainable_bytes, gathers),
+        sent=sent_bytes(sharding, facts, trainer.parameters * facts.training.weight_bytes, generations * gathers),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
 
@@ -262,11 +256,10 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
 
 def _sharding(config: RunConfig, base: RunConfig, probed: Sharding | None) -> Sharding | None:
     """The parts that ranks share under `config`."""
-    stage = _turned(config, base, STAGE)
-    update: dict[str, Any] = {"name": f"ZeRO-{stage}", "parameter_bytes": None} if stage is not None else {}
-    for name, key in (("offload_optimizer", OFFLOAD_OPTIMIZER), ("offload_parameters", OFFLOAD_PARAMETERS)):
-        if (device := _turned(config, base, key)) is not None:
-            update[name] = device != "none"
+    stage, *devices = (_turned(config, base, key) for key in ZERO_KNOBS)
+    update: dict[str, Any] = {"name": f"ZeRO-{stage}", "parameter_bytes": None} if stage else {}
+    named = zip(("offload_optimizer", "offload_parameters"), devices, strict=True)
+    update |= {name: device != "none" for name, device in named if device is not None}
     return probed.model_copy(update=update) if probed is not None else None
 
 
@@ -305,7 +298,7 @@ def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool
 
 
 def _moments_bytes(config: RunConfig, facts: WorkFacts, sharding: Sharding | None) -> float:
-    if sharding is not None and sharding.by_deepspeed:
+    if sharding is not None and sharding.name != "FSDP2":
         return MASTER_BYTES
     optim = str(config.grpo.get("optim") or "")
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)

@@ -2,8 +2,8 @@
 
 A collective that Python starts is a method of `ProcessGroup`, and whoever needs its result waits in `Work.wait`: ZeRO,
 FSDP2 and torch's functions come down to these two. DDP's reducer is C++ and waits in a callback of autograd, after the
-last gradient. On CUDA it is the stream that waits, which marks on the computing stream time; a collective on another
-stream takes nothing until the computing stream waits for that stream, or for an event that was recorded on it.
+last gradient. On CUDA the stream waits, which marks on the computing stream time; a collective on another stream takes
+nothing until the computing stream waits for that stream, or for an event that was recorded on it.
 """
 
 import re
@@ -21,13 +21,8 @@ from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.seams.layers import AttributeSlot, Handle, Layer, Next, wrap
 
-WAITING = "sync_wait"
 GATHERED, REDUCED, EXCHANGED, UNKNOWN = "gather_parameters", "reduce_gradients", "exchange", ""
-KINDS = {
-    "_?all_?gather": GATHERED,
-    "_?(all_?)?reduce": REDUCED,
-    "broadcast|barrier|gather|scatter|all_?to_?all": EXCHANGED,
-}
+KINDS = {"_?all_?gather": GATHERED, "_?(all_?)?reduce": REDUCED, "broadcast|barrier|gather|scatter|all_?to": EXCHANGED}
 """Beginning of a method of `ProcessGroup` (versions of torch differ in the rest) -> part of `sync_wait`."""
 
 WHERE = {
@@ -38,28 +33,25 @@ WHERE = {
 
 
 class Collectives:
-    """Layers on what the ranks of one trainer do together."""
+    """Layers on what the ranks of one trainer do together; they hold nothing of it."""
 
     def __init__(self, recorder: SpanRecorder, trainer: Any) -> None:
         self._recorder, self._trainer = recorder, trainer
-        # kinds of works under way and of events behind them, and of what was last begun on streams beside the computing
+        # kinds of works under way, of events, and of what was last begun on streams beside the computing one
         self._kinds: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._streams: dict[Any, str] = {}
         self._computing = None if recorder.timer is None else torch.cuda.current_stream()
 
     def install(self) -> list[Handle]:
-        """Put the layers on, which hold nothing of this; none where there is one rank."""
+        """Put the layers on; none where there is one rank."""
         if self._trainer.accelerator.num_processes == 1:
             return []
-        methods = (
-            (name, next((k for word, k in KINDS.items() if re.match(word, name)), None)) for name in vars(ProcessGroup)
-        )
-        rows: list[tuple[Any, str, Callable[..., Any]]] = [
-            *((ProcessGroup, name, partial(Collectives._begin, kind=kind)) for name, kind in methods if kind),
-            (Work, "wait", Collectives._wait),
-            (functional, "wait_tensor", Collectives._wait),
-            (dist, "_broadcast_coalesced", partial(Collectives._begin, kind=EXCHANGED)),  # of DDP's buffers
-        ]
+        begin, rows = Collectives._begin, list[tuple[Any, str, Callable[..., Any]]]()
+        for beginning, kind in KINDS.items():
+            names = [name for name in vars(ProcessGroup) if re.match(beginning, name)]
+            rows += [(ProcessGroup, name, partial(begin, kind=kind)) for name in names]
+        rows.append((dist, "_broadcast_coalesced", partial(begin, kind=EXCHANGED)))  # of DDP's buffers
+        rows += [(Work, "wait", Collectives._wait), (functional, "wait_tensor", Collectives._wait)]
         if self._computing is not None:
             waits = ("wait_stream", "wait_event", "synchronize")
             rows += [(torch.cuda.Stream, name, Collectives._wait_on_stream) for name in waits]
@@ -75,16 +67,14 @@ class Collectives:
 
     def _reduced(self) -> None:
         if self._recorder.inside("backward"):
-            self._recorder.begin(WAITING, REDUCED)
+            self._recorder.begin("sync_wait", REDUCED)
 
     def _while_alive(self, method: Callable[..., Any]) -> Layer:
         alive = weakref.ref(self)
 
         def layer(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-            one = alive()
-            return (
-                call_next(*args, **kwargs) if one is None else method(one, partial(call_next, *args, **kwargs), *args)
-            )
+            call = partial(call_next, *args, **kwargs)
+            return call() if (one := alive()) is None else method(one, call, *args)
 
         return layer
 
@@ -99,10 +89,10 @@ class Collectives:
 
     def _wait_on_stream(self, call: Next, /, stream: Any, awaited: Any = None) -> Any:
         """The wait of a stream for another one or an event, or the host's for this one (`synchronize`)."""
-        known = self._streams if awaited is None or isinstance(awaited, torch.cuda.Stream) else self._kinds
-        kind = known.get(stream if awaited is None else awaited)
+        source = stream if awaited is None else awaited
+        kind = (self._streams if isinstance(source, torch.cuda.Stream) else self._kinds).get(source)
         computes = awaited is None or stream == self._computing
-        return call() if kind is None or not computes else self._timed(kind, call)
+        return self._timed(kind, call) if kind is not None and computes else call()
 
     def _record(self, call: Next, /, stream: Any, *args: Any) -> Any:
         event = call()
@@ -113,20 +103,17 @@ class Collectives:
     def _timed(self, kind: str, call: Next) -> Any:
         """Call in a span, in the thread of the step or, while that waits for it, of the backward pass; without one
         inside another wait, vLLM, a save or an evaluation."""
-        recorder = self._recorder
-        within = recorder.current()
-        if within is None or within.stage == WAITING or recorder.inside(APART):
+        recorder, trainer = self._recorder, self._trainer
+        stage = span.stage if (span := recorder.current()) is not None else "sync_wait"
+        if stage == "sync_wait" or recorder.inside(APART) or (stage == "generation" and trainer.use_vllm):
             return call()
         if not (recorder.on_main_thread() or recorder.inside("backward")):
-            return call()
-        if within.stage == "generation" and self._trainer.use_vllm:
             return call()
         if self._computing is not None and (stream := torch.cuda.current_stream()) != self._computing:
             self._streams[stream] = kind
             return call()
-        kinds = WHERE if kind == UNKNOWN else [kind]
-        part = next((kind for kind in kinds if within.stage in WHERE.get(kind, ())), EXCHANGED)
-        span = recorder.begin(WAITING, part)
+        part = next((one for one in WHERE if kind in (one, UNKNOWN) and stage in WHERE[one]), EXCHANGED)
+        span = recorder.begin("sync_wait", part)
         try:
             return call()
         finally:

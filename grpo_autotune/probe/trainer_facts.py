@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo_autotune.hardware import package_version
 from grpo_autotune.hardware.device import DeviceRoom
-from grpo_autotune.records.probe import Sharding, TrainerFacts
+from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.seams.sharding import numbers_of, sharding_of
 from grpo_autotune.seams.trainer_access import SPEED_UPS, base_of, compute_dtype
 
@@ -63,7 +63,7 @@ def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
         device_room_bytes=room.usable if room is not None else None,
         train_rows=_rows(trainer.train_dataset),
         held_out_rows=_rows(trainer.eval_dataset),
-        sharding=_sharding(trainer),
+        sharding=sharding_of(trainer),
     )
 
 
@@ -77,26 +77,6 @@ def _elements(parameter: Any) -> int:
     """Weights a parameter stands for: a 4-bit parameter packs two into a byte, and `quant_state` has their shape."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else numbers_of(parameter)[1]
-
-
-def _sharding(trainer: Any) -> Sharding | None:
-    """The parts that ranks share, and the bytes of parameters on this one, counted from its own parts of them."""
-    shared, state = sharding_of(trainer), trainer.accelerator.state
-    if shared is None:
-        return None
-    plugin, fsdp = state.deepspeed_plugin, getattr(state, "fsdp_plugin", None)
-    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
-    on_host = fsdp is not None and bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload))
-
-    def offloads(key: str) -> bool:
-        return on_host or (zero.get(key) or {}).get("device") not in (None, "none")
-
-    return Sharding(
-        name=shared.name,
-        offload_optimizer=offloads("offload_optimizer"),
-        offload_parameters=offloads("offload_param"),
-        parameter_bytes=sum(numbers_of(one)[0] * one.element_size() for one in trainer.model.parameters()),
-    )
 
 
 def _peft_of(model: Any) -> dict[str, Any] | None:

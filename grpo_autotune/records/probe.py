@@ -11,7 +11,7 @@ from typing import Any
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
-from grpo_autotune.units import plural
+from grpo_autotune.units import percent, plural
 
 STAGE_WORDS = {
     "generation": "generation",
@@ -248,23 +248,26 @@ class RankTimings(Frozen):
 
 
 class Sharding(Frozen):
-    """What ranks share of a training, and what of it lies in the host's memory beside a GPU."""
+    """How much of a training one rank holds."""
 
     name: str  # ZeRO-1, ZeRO-2, ZeRO-3, FSDP2
-    offload_optimizer: bool = False
+    ranks: int
+    parameters: float  # share of the model's numbers on this rank between two uses
+    optimizer: float  # share of the trained numbers whose optimizer state is on this rank
+    parameter_bytes: int | None = None  # of this rank's parameters, as counted; None where that is predicted
+    offload_optimizer: bool = False  # whether the optimizer's state, or parameters, are kept by the host beside a GPU
     offload_parameters: bool = False
-    parameter_bytes: int | None = (
-        None  # of the parameters on this rank between two passes, counted; None where predicted
-    )
 
     @property
     def stage(self) -> int:
         """ZeRO's; FSDP2 shares as much as stage 3."""
-        return int(self.name.removeprefix("ZeRO-")) if self.by_deepspeed else 3
+        return int(self.name.removeprefix("ZeRO-")) if self.name.startswith("ZeRO-") else 3
 
-    @property
-    def by_deepspeed(self) -> bool:
-        return self.name.startswith("ZeRO")
+    def __str__(self) -> str:
+        if self.ranks == 1:
+            return f"{self.name} in one process, which holds everything"
+        held = f"{percent(self.parameters)} of the parameters and {percent(self.optimizer)} of the optimizer's state"
+        return f"{self.name} over {self.ranks} processes: each holds {held}"
 
 
 class TrainerFacts(Frozen):
