@@ -17,7 +17,7 @@ MASTER_BYTES = 12.0
 
 
 class Shares(NamedTuple):
-    """What one rank holds between two passes, as shares of the whole; 0 for what the host keeps beside a GPU."""
+    """One rank's part between two passes, as shares of the whole; 0 for what the host keeps beside a GPU."""
 
     parameters: float = 1.0
     gradients: float = 1.0

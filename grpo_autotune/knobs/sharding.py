@@ -57,7 +57,7 @@ def turned(asked: Any, key: str, value: Any) -> Any:
     Raises `ConfigError` where there is none."""
     if not asked:
         raise ConfigError("there is no grpo.deepspeed", where=key, fix="Leave this knob out.")
-    if key == STAGE and asked in list(ZERO):
+    if key == STAGE and isinstance(asked, str) and {asked, f"zero{value}"} <= ZERO.keys():
         return f"zero{value}"
     keys = copy.deepcopy(deepspeed_keys(asked))
     name, *below = key.removeprefix(SECTION).split(".")

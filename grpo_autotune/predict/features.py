@@ -142,11 +142,6 @@ def _sync_wait(load: Workload, rates: Rates) -> Features:
     return counts if load.trainer.sharding is None else counts | {"sent": load.sent["sync_wait"]}
 
 
-def _optimizer(load: Workload, rates: Rates) -> Features:
-    sharding = load.trainer.sharding
-    return {"calls": 1.0, "parameters": load.facts.training.trainable / (sharding.ranks if sharding else 1)}
-
-
 def _data(load: Workload, rates: Rates) -> Features:
     rows, suffix = load.rows_loaded, "@workers" if load.trainer.dataloader_num_workers else ""
     pixels = rows * load.facts.images * (load.pixels + IMAGE_PIXELS)
@@ -180,7 +175,7 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "old_policy": _old_policy,
     "reference_logprob": _reference,
     "backward": _backward,
-    "optimizer": _optimizer,
+    "optimizer": lambda load, rates: {"calls": 1.0, "parameters": load.facts.training.trainable},
     "data": _data,
     "prompt": _prompt,
     "tools": _reward,

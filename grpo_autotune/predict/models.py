@@ -229,10 +229,14 @@ class Models:
         busy = 0.0 if self._on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
         return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
 
+    @cached_property
+    def _sent(self) -> Mapping[str, float]:
+        return self._load(self.base).sent
+
     def _shared(self, part: str, load: Workload, guess: tuple[float, float]) -> tuple[float, float]:
         """First guess of a part where ranks share a training in a way that no trial had: the probe's seconds, and what
         other bytes take, by the rate of those that it sent or, where they are far more, by an assumed one."""
-        before, after = self._load(self.base).sent.get(part, 0.0), load.sent.get(part, 0.0)
+        before, after = self._sent.get(part, 0.0), load.sent.get(part, 0.0)
         measured = part_seconds(self.record.timings).get(part, 0.0)
         if not measured or not after or before == after:
             return guess

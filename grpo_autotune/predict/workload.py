@@ -246,7 +246,7 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
         update["peft"] = {**facts.peft, "r": rank}
     if config.speedups != base.speedups:
         update["speedups"] = chosen(config.speedups)
-    update["sharding"] = _sharding(config, base, facts.sharding)
+    update["sharding"] = _sharding(config, facts.sharding)
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None
@@ -254,13 +254,13 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
     return facts.model_copy(update=update)
 
 
-def _sharding(config: RunConfig, base: RunConfig, probed: Sharding | None) -> Sharding | None:
-    """The parts that ranks share under `config`."""
-    stage, *devices = (_turned(config, base, key) for key in ZERO_KNOBS)
-    update: dict[str, Any] = {"name": f"ZeRO-{stage}", "parameter_bytes": None} if stage else {}
-    named = zip(("offload_optimizer", "offload_parameters"), devices, strict=True)
-    update |= {name: device != "none" for name, device in named if device is not None}
-    return probed.model_copy(update=update) if probed is not None else None
+def _sharding(config: RunConfig, probed: Sharding | None) -> Sharding | None:
+    """The parts that ranks share under `config`, which tells where it asks for DeepSpeed; else what the probe saw."""
+    if probed is None or not config.grpo.get("deepspeed"):
+        return probed
+    stage, optimizer, parameters = (knobs_of(config, ZERO_KNOBS)[key] for key in ZERO_KNOBS)
+    update = {"offload_optimizer": optimizer != "none", "offload_parameters": parameters != "none"}
+    return probed.model_copy(update={"name": f"ZeRO-{stage}", **update})
 
 
 def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
-from grpo_autotune.units import percent, plural
+from grpo_autotune.units import plural
 
 STAGE_WORDS = {
     "generation": "generation",
@@ -248,26 +248,21 @@ class RankTimings(Frozen):
 
 
 class Sharding(Frozen):
-    """How much of a training one rank holds."""
+    """One rank's part of a training that several share."""
 
     name: str  # ZeRO-1, ZeRO-2, ZeRO-3, FSDP2
     ranks: int
     parameters: float  # share of the model's numbers on this rank between two uses
     optimizer: float  # share of the trained numbers whose optimizer state is on this rank
-    parameter_bytes: int | None = None  # of this rank's parameters, as counted; None where that is predicted
-    offload_optimizer: bool = False  # whether the optimizer's state, or parameters, are kept by the host beside a GPU
+    parameter_bytes: int | None = None  # of this rank's parameters between two uses, as counted
+    # whether the optimizer's state, or parameters, are kept by the host beside a GPU; set where that is predicted
+    offload_optimizer: bool = False
     offload_parameters: bool = False
 
     @property
     def stage(self) -> int:
         """ZeRO's; FSDP2 shares as much as stage 3."""
         return int(self.name.removeprefix("ZeRO-")) if self.name.startswith("ZeRO-") else 3
-
-    def __str__(self) -> str:
-        if self.ranks == 1:
-            return f"{self.name} in one process, which holds everything"
-        held = f"{percent(self.parameters)} of the parameters and {percent(self.optimizer)} of the optimizer's state"
-        return f"{self.name} over {self.ranks} processes: each holds {held}"
 
 
 class TrainerFacts(Frozen):

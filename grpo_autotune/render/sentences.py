@@ -50,6 +50,8 @@ def header_lines(report: Report) -> list[str]:
         meaning = rates.useless or "those in groups whose rewards differ, less one per group"
         lines.append(f"{useful} useful completions/s ({meaning})")
     facts = [f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
+    if "sharding" in report.runtime:
+        facts.append(f"Sharing: {report.runtime['sharding']}")
     if report.trainer.speedups:
         facts.append(f"Speed-ups: {', '.join(report.trainer.speedups)}")
     return [*lines, "", *facts]

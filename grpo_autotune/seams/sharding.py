@@ -3,10 +3,10 @@ did not come about is an error, since libraries fall back to whole copies withou
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_autotune.errors import EnvironmentProblem
-from grpo_autotune.records.probe import Sharding
+from grpo_autotune.units import percent
 
 SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 """Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
@@ -14,6 +14,21 @@ SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSD
 MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """Attributes with a rank's part of the float32 weights, which the optimizer's state goes with, in DeepSpeed's
 optimizers for ZeRO-1 and 2, for ZeRO-3, and for bfloat16 with ZeRO-1 (deepspeed/runtime, 0.19)."""
+
+
+class Sharding(NamedTuple):
+    """How much of a model one rank holds."""
+
+    name: str  # ZeRO-3, FSDP2
+    ranks: int
+    parameters: float  # share of the model's numbers on this rank between two uses
+    optimizer: float  # share of the trained numbers whose optimizer state is on this rank
+
+    def __str__(self) -> str:
+        if self.ranks == 1:
+            return f"{self.name} in one process, which holds everything"
+        held = f"{percent(self.parameters)} of the parameters and {percent(self.optimizer)} of the optimizer's state"
+        return f"{self.name} over {self.ranks} processes: each holds {held}"
 
 
 def asked_for(keys: Any) -> str | None:
@@ -41,23 +56,7 @@ def sharding_of(trainer: Any) -> Sharding | None:
         name = "FSDP2"
     else:
         return None
-    state = trainer.accelerator.state
-    plugin, fsdp = state.deepspeed_plugin, getattr(state, "fsdp_plugin", None)
-    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
-    on_host = fsdp is not None and bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload))
-    offloads = [
-        on_host or (zero.get(key) or {}).get("device") not in (None, "none")
-        for key in ("offload_optimizer", "offload_param")
-    ]
-    return Sharding(
-        name=name,
-        ranks=trainer.accelerator.num_processes,
-        parameters=parameters,
-        optimizer=optimizer,
-        parameter_bytes=sum(numbers_of(weight)[0] * weight.element_size() for weight in model.parameters()),
-        offload_optimizer=offloads[0],
-        offload_parameters=offloads[1],
-    )
+    return Sharding(name, trainer.accelerator.num_processes, parameters, optimizer)
 
 
 def sharding_fact(trainer: Any) -> dict[str, str]:
