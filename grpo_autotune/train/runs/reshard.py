@@ -33,7 +33,7 @@ def fit_checkpoint(trainer: Any, folder: Path) -> None:
             fix="Resume as it was saved, or `grpo-autotune merge` it and train that: the optimizer's state is lost.",
         )
     if stage and saved.processes != trainer.args.world_size:
-        say(f"{folder.name} was saved by {saved.processes} processes and is read by {trainer.args.world_size}")
+        say(f"{folder.name} was saved at world size {saved.processes} and is read at {trainer.args.world_size}")
         if trainer.is_world_process_zero():
             _put_together(folder)
         trainer.accelerator.wait_for_everyone()
