@@ -38,7 +38,7 @@ def shares_of(sharding: Sharding | None, *, on_gpu: bool) -> Shares:
 
 
 def sent_bytes(sharding: Sharding | None, facts: WorkFacts, parameters: float, gathers: float) -> dict[str, float]:
-    """Bytes that a rank sends per optimizer step, by stage of the step, where all `parameters` (bytes) are gathered so
+    """Bytes that a rank sends per optimizer step, by what is predicted, where all `parameters` (bytes) are gathered so
     often for generation. A ring sends (N - 1) / N of what it shares. Gradients and weights of an optimizer on the host
     cross the bus, and its values the host's memory."""
     if sharding is None:
@@ -50,4 +50,4 @@ def sent_bytes(sharding: Sharding | None, facts: WorkFacts, parameters: float, g
     reduced = trained * (passes if sharding.stage > 1 else 1) + (trained if sharding.stage < 3 else 0.0)
     on_host = (2 + ADAM_VALUES_MOVED) * trained * part * sharding.offload_optimizer
     between = (1.0 - part) * (gathered + reduced) + part * gathered * sharding.offload_parameters
-    return {"sync_wait": between, "optimizer": on_host}
+    return {"collectives": between, "optimizer": on_host}

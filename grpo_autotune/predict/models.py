@@ -289,8 +289,10 @@ class Models:
 
 BUSY_STAGES = ("generation", "policy_logprob", "reference_logprob", "backward")
 """Stages that loader workers share the cores with."""
-SHARED = ("sync_wait", "optimizer")
+SHARED = ("collectives", "optimizer")
 """Parts of a step that depend on how ranks share it."""
+COLLECTIVES = ("gather_parameters", "reduce_gradients")
+"""Parts of `sync_wait` that are predicted by themselves, as `collectives`."""
 PASSES = ("old_policy", "reference_logprob")
 """Passes without gradients: what the training forward taught prices them until one was timed."""
 
@@ -324,11 +326,14 @@ def stage_seconds(timings: StageTimings) -> dict[str, float]:
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
-    """The same by the names of `features.PARTS`: the policy's passes apart."""
+    """The same by the names of `features.PARTS`: the policy's passes apart, and collectives."""
     medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
     for row in timings.stages:
         if row.name == "policy_logprob":
             medians |= {part: _median(values, timings.cycle) for part, values in row.parts.items()}
+        if row.name == "sync_wait":
+            sent = math.fsum(_median(row.parts.get(part, []), timings.cycle) for part in COLLECTIVES)
+            medians |= {"collectives": sent, "sync_wait": max(0.0, medians["sync_wait"] - sent)}
     return {part: seconds for part, seconds in medians.items() if part in PARTS}
 
 
@@ -336,6 +341,8 @@ def reported_seconds(timings: StageTimings) -> dict[str, float]:
     """The same as a report's table tells them: what the probe alone has measured is predicted from these numbers."""
     breakdown = break_down(timings)
     parts = {part: s for (stage, part), s in breakdown.parts_s.items() if stage == "policy_logprob"}
+    parts["collectives"] = math.fsum(breakdown.parts_s.get(("sync_wait", part), 0.0) for part in COLLECTIVES)
+    parts["sync_wait"] = breakdown.self_s.get("sync_wait", 0.0) - parts["collectives"]
     return {part: s for part, s in (breakdown.self_s | parts).items() if part in PARTS}
 
 

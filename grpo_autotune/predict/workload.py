@@ -58,7 +58,7 @@ class Workload:
     speedups: frozenset[str]  # those that are asked for and that this setting lets work
     merged: float = 1.0  # micro batches of a training pass
     waves: float = 1.0  # how often the completions of a generation take turns in the engine
-    # bytes that a rank which shares a model sends in an optimizer step, by stage
+    # bytes that a rank which shares a model sends in an optimizer step, by part of `features.PARTS`
     sent: Mapping[str, float] = field(default_factory=dict)
     wakes: bool = True  # whether the engine is put to sleep and woken, where the probe's was
 

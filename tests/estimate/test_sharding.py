@@ -58,10 +58,10 @@ def test_stage_3_sends_half_as_much_again_as_data_parallelism() -> None:
     """Section 7: twice the parameters up to stage 2, three times in stage 3, for a step of one pass."""
     facts = replace(load(None).facts, old_policy=False, reference=False, passes=1)
     trained = facts.training.trainable * facts.training.trainable_bytes
-    sent = {n: sent_bytes(sharded(n), facts, trained, 0.0)["sync_wait"] / (trained * 63 / 64) for n in range(4)}
+    sent = {n: sent_bytes(sharded(n), facts, trained, 0.0)["collectives"] / (trained * 63 / 64) for n in range(4)}
     assert sent == pytest.approx({0: 2.0, 1: 2.0, 2: 2.0, 3: 3.0})
     four = replace(facts, passes=4)
-    sent = {n: sent_bytes(sharded(n), four, trained, 1.0)["sync_wait"] / (trained * 63 / 64) for n in (1, 2, 3)}
+    sent = {n: sent_bytes(sharded(n), four, trained, 1.0)["collectives"] / (trained * 63 / 64) for n in (1, 2, 3)}
     assert sent == pytest.approx({1: 2.0, 2: 5.0, 3: 4 * 3 + 1})  # gradients of every pass; and for generation once
 
 
@@ -72,7 +72,7 @@ def test_an_adapter_on_shards_sends_frozen_weights_and_keeps_no_state_of_them() 
     assert held[1].moments == pytest.approx(10_000_000 * 12 / 2)
     assert held[3].gradients == pytest.approx(held[0].gradients / 2) and held[1].gradients == held[0].gradients
     assert held[3].activations == held[0].activations
-    assert three.sent["sync_wait"] > 40 * one.sent["sync_wait"] > 0.0 and plain.sent == {}
+    assert three.sent["collectives"] > 40 * one.sent["collectives"] > 0.0 and plain.sent == {}
 
 
 def test_a_pass_over_shards_gathers_a_layer_and_generation_all() -> None:
@@ -82,5 +82,5 @@ def test_a_pass_over_shards_gathers_a_layer_and_generation_all() -> None:
     assert parts.copies == pytest.approx(weight_bytes(SHAPE, training) / 2)  # the other rank's half
     by_token = load(sharded(3, 2), ds3_gather_for_generation=False)
     assert memory(SHAPE, by_token.facts, by_token.sizes).copies == 0.0
-    assert by_token.sent["sync_wait"] > three.sent["sync_wait"]
+    assert by_token.sent["collectives"] > three.sent["collectives"]
     assert memory(SHAPE, load(sharded(2, 2)).facts, load(sharded(2, 2)).sizes).gathered == 0.0

@@ -1,12 +1,14 @@
 """What ranks do together is told apart from the work of the stage that it happens in.
 
-One process is a group of its own over gloo: collectives, DDP and `fully_shard` run as they do with more.
+One process is a group of its own over gloo, in which collectives and DDP run as they do with more; `fully_shard`, which
+sends nothing then, has a group whose other rank is torch's stand-in.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.distributed_c10d import ProcessGroup, Work
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.spans import SpanRecorder
@@ -28,10 +31,17 @@ from tests.probe.test_spans import Clock
 GATHER, REDUCE, EXCHANGE = "gather_parameters", "reduce_gradients", "exchange"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+@pytest.fixture
+def ranks() -> int:
+    return 1
+
+
+@pytest.fixture(autouse=True)
+def group(ranks: int, tmp_path: Path) -> Iterator[None]:
+    if ranks == 1:
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     yield
     dist.destroy_process_group()
 
@@ -64,7 +74,7 @@ def watched() -> Iterator[Watched]:
 
 
 def gather(**options: Any) -> Any:
-    return dist.all_gather_into_tensor(torch.zeros(2), torch.ones(2), **options)
+    return dist.all_gather([torch.zeros(2)], torch.ones(2), **options)
 
 
 def test_a_collective_is_named_by_what_it_moves_and_where(watched: Watched) -> None:
@@ -72,7 +82,7 @@ def test_a_collective_is_named_by_what_it_moves_and_where(watched: Watched) -> N
     with span("policy_logprob"):
         gather()
     with span("backward"):
-        dist.reduce_scatter_tensor(torch.zeros(2), torch.ones(2))
+        dist.reduce_scatter(torch.zeros(2), [torch.ones(2)])
         dist.all_reduce(torch.ones(2))
     with span("optimizer"):
         gather()
@@ -140,8 +150,9 @@ def test_ddp_waits_for_its_gradients_at_the_end_of_the_backward_pass() -> None:
     assert watched.seen() == [("backward", REDUCE)]
 
 
-def test_fsdp2_gathers_before_each_pass_and_reduces_after_it() -> None:
-    mesh = dist.init_device_mesh("cpu", (1,))
+@pytest.mark.parametrize("ranks", [2])
+def test_fsdp2_gathers_before_each_pass_and_reduces_after_it(ranks: int) -> None:
+    mesh = dist.init_device_mesh("cpu", (ranks,))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     for layer in model:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
