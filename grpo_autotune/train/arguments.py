@@ -131,7 +131,6 @@ def check_deepspeed(plugin: Any) -> None:
     the engine once the model is loaded. `plugin` is accelerate's, None without DeepSpeed."""
     if plugin is None:
         return
-    from deepspeed import comm
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 
     settings = plugin.hf_ds_config
@@ -144,8 +143,6 @@ def check_deepspeed(plugin: Any) -> None:
     except ValidationError as error:
         told = from_validation(error, list(DeepSpeedZeroConfig.model_fields))
         raise ConfigError(told.what, where=f"grpo.deepspeed.zero_optimization.{told.where}", fix=told.fix) from error
-    if not comm.is_initialized():  # by accelerate on GPUs alone, and ZeRO-3 shares the model as it is loaded
-        comm.init_distributed(auto_mpi_discovery=False)
 
 
 def _in_a_group() -> None:
