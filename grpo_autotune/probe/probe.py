@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
+from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector, forget
 from grpo_autotune.probe.gauges import gauges_for, ranges_for
@@ -76,6 +77,7 @@ class Probe:
         self.profiles = profile and timer is not None
         self.warmup = self.cycle * (1 + self.profiles) if warmup is None else warmup
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge, ranges=ranges_for(trainer.args.device))
+        self.collectives = Collectives(self.recorder, trainer)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
         self.remote = {n: one.remote for n, one in enumerate(trainer.reward_funcs) if hasattr(one, "remote")}

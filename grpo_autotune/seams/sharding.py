@@ -50,7 +50,7 @@ def sharding_of(trainer: Any) -> Sharding | None:
     if hasattr(engine := trainer.model_wrapped, "zero_optimization_stage"):
         kept = [getattr(engine.optimizer, name, ()) for name in MASTER_WEIGHTS]
         here = sum(weight.numel() for parts in kept for weight in parts)
-        name, whole = f"ZeRO-{int(engine.zero_optimization_stage())}", sum(_numbers(weight)[1] for weight in trained)
+        name, whole = f"ZeRO-{int(engine.zero_optimization_stage())}", sum(numbers_of(weight)[1] for weight in trained)
         optimizer = min(1.0, here / whole) if here and whole else optimizer
     elif any(hasattr(weight, "to_local") for weight in trained):
         name = "FSDP2"
@@ -82,11 +82,11 @@ def check_sharded(trainer: Any) -> Sharding | None:
 
 
 def _share(weights: Iterable[Any]) -> float:
-    held = [_numbers(weight) for weight in weights]
+    held = [numbers_of(weight) for weight in weights]
     return sum(here for here, _ in held) / max(1, sum(whole for _, whole in held))
 
 
-def _numbers(weight: Any) -> tuple[int, int]:
+def numbers_of(weight: Any) -> tuple[int, int]:
     """Numbers of a weight that are on this rank, and all of them; ZeRO-3 keeps small ones whole (`ds_persist`)."""
     if hasattr(weight, "ds_tensor"):
         return (weight.ds_numel if weight.ds_persist else weight.ds_tensor.numel()), weight.ds_numel
