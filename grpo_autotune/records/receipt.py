@@ -43,6 +43,8 @@ class Receipt(_Part):
     """Versions of the packages."""
     runtime: dict[str, str] = {}
     """Of a GPU: driver, CUDA, cuDNN, NCCL, Triton, power limit, allocator, and the order of attention kernels."""
+    processes: int = 1
+    """Training processes that it was measured with."""
     step_s: float
     """Median seconds of an optimizer step."""
     step_s_low: float

@@ -1,0 +1,14 @@
+#!/bin/bash
+# A search with one trial at a time on each of 4 GPUs: sbatch examples/slurm/search.sh grpo.yaml runs/grpo/search
+#SBATCH --job-name=grpo-search
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=03:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+
+srun grpo-autotune search "${1:-grpo.yaml}" --run-dir "${2:-runs/grpo/search}" \
+  --workers auto --budget 2h30m --resume auto
