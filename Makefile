@@ -91,7 +91,8 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"
 
-test-scale: .venv-scale/.installed ## run the tests of training on several processes with DeepSpeed, in an environment of its own
+# AFTER: a target to wait for where several are made at once
+test-scale: .venv-scale/.installed | $(AFTER) ## run the tests of training on several processes with DeepSpeed, in an environment of its own
 	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -50,7 +50,7 @@ FLOORS = {
         ("messages",),
         ("sections",),
         ("batch", "places", "reward_arguments", "sampling", "sources", "yaml_text"),
-        ("registry_file",),
+        ("registry_file", "zero"),
         ("schema",),
         ("packages",),
     ),

@@ -32,6 +32,7 @@ from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.sources import read_source, resolve_source
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
+from grpo_autotune.config.zero import deepspeed_keys, with_deepspeed_file
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
@@ -120,6 +121,8 @@ class RunConfig(Section):
                 raise ConfigError("no meaning beside grpo.advantages rank", where=f"grpo.{key}", fix="Remove it.")
         batch_plan(grpo)
         check_sampling(grpo)
+        if grpo.get("deepspeed"):
+            deepspeed_keys(grpo["deepspeed"])
         return grpo
 
     @field_validator("peft")
@@ -257,7 +260,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     values = _mapping(parse_yaml(read_source(path), label), label)
     for item in overrides:
         override(values, item)
-    values = with_named_data(values, path.parent)
+    values = with_deepspeed_file(with_named_data(values, path.parent), path.parent)
     output = values.get("output") or {}
     if isinstance(output, dict) and output.get("name") is None:
         values["output"] = {**output, "name": path.stem}

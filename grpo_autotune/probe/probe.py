@@ -37,6 +37,7 @@ from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.layers import AttributeSlot, Next, take_off, wrap
+from grpo_autotune.seams.sharding import sharding_fact
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, image_tokens
 from grpo_autotune.units import duration
@@ -212,7 +213,7 @@ class Probe:
             ranks=self._ranks(timings),
             device_memory=DeviceMemory(**DEVICE_MEMORY.facts()) if self.recorder.timer is not None else None,
             versions=versions(),
-            runtime=runtime_facts(self.trainer.args.device),
+            runtime=runtime_facts(self.trainer.args.device) | sharding_fact(self.trainer),
         )
 
     def _around_train(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +25,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARDED_OPTIMIZER = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")
 """Folders that DeepSpeed and FSDP write in place of `optimizer.pt`."""
 
+WHOLE = "no sharding"
 WEIGHTS_ONLY = "it holds weights without the optimizer's state (grpo.save_only_model)"
 """The flaw of a checkpoint that is whole but for what training needs to go on."""
 
@@ -59,6 +60,22 @@ def batch_of(folder: Path) -> tuple[int, list[int]]:
     where it has no marker of ours."""
     batch = (_read_json(folder / MARKER) or {}).get("batch", {})
     return batch.get("completions", 0), batch.get("processes", [])
+
+
+class SavedBy(NamedTuple):
+    """The processes that saved a checkpoint, and how they shared the model."""
+
+    kind: str  # `WHOLE`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP`
+    processes: int  # 1 where nothing tells
+
+
+def saved_by(folder: Path) -> SavedBy:
+    """What the files of a checkpoint tell of the processes that saved it."""
+    told = (_read_json(folder / MARKER) or {}).get("world_size", 1)
+    if parts := list(folder.glob("global_step*/*_optim_states.pt")):
+        whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
+        return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
+    return SavedBy("FSDP" if _sharded(folder) else WHOLE, told)
 
 
 def set_aside(checkpoint: Checkpoint) -> Path:

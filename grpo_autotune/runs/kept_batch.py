@@ -36,7 +36,7 @@ def with_kept_batch(config: RunConfig, folder: RunFolder, say: Callable[[str], N
             fix=_remedy(plan, completions),
         )
     say(
-        f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (what is sampled for them is drawn anew)"
+        f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (their answers are drawn anew)"
     )
     return config.model_copy(update={"grpo": {**config.grpo, **keys}})
 

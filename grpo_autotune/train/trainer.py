@@ -29,6 +29,7 @@ from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
+    check_deepspeed,
     grpo_arguments,
     suppress_image_token,
     unlocked_engine,
@@ -50,6 +51,7 @@ from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.train.runs.reshard import fit_checkpoint
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
 from grpo_autotune.units import duration
@@ -168,6 +170,7 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
@@ -227,6 +230,8 @@ def run_training(
     trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
+    if start.checkpoint is not None:
+        fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     Measures(trainer)
@@ -244,6 +249,7 @@ def run_training(
         if not signum and not by_monitor:
             draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
             trainer.save_model(str(draft))
+            trainer.accelerator.wait_for_everyone()  # ranks save their parts
             if trainer.is_world_process_zero():
                 shutil.rmtree(folder.model, ignore_errors=True)
                 draft.rename(folder.model)

@@ -50,7 +50,7 @@ def test_accumulation_takes_the_change(
     assert {key: changed.grpo[key] for key in kept} == kept
     assert changed.batch.completions_per_step == earlier.completions_per_step
     assert changed.batch.generation_batch == earlier.generation_batch
-    assert len(said) == 1 and f"{before} rank" in said[0] and "drawn anew" in said[0]
+    assert len(said) == 1 and f"{before} rank" in said[0] and "answers are drawn anew" in said[0]
     assert with_kept_batch(changed, folder, said.append) is changed  # it says so once
 
 

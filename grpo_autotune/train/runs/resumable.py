@@ -24,8 +24,11 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
+from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.seams.sharding import check_sharded
+from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
@@ -132,6 +135,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        settle(self, Path(checkpoint))
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
         path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
@@ -272,6 +276,8 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (sharding := check_sharded(self._trainer)) is not None:
+            say(str(sharding))
         self._trainer.restore_losses()
         if 0 < state.max_steps <= state.global_step:
             raise NothingLeft

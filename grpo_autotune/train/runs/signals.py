@@ -17,8 +17,8 @@ from typing import Any
 from grpo_autotune.processes.ending import ENDING
 
 REPEAT_S, FORWARD_S = 0.5, 10.0
-"""Seconds within which two of a kind are one wish, Ctrl-C or another: a launcher forwards what a terminal, or Slurm, has
-sent to all processes already."""
+"""Seconds within which two of a kind are one wish, Ctrl-C or another: a launcher forwards what a terminal, or Slurm,
+has sent to all processes already."""
 
 
 class StopRequest:
