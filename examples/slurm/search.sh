@@ -4,11 +4,12 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-gpu=8
+#SBATCH --cpus-per-task=32
 #SBATCH --time=03:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
 
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job
 srun grpo-autotune search "${1:-grpo.yaml}" --run-dir "${2:-runs/grpo/search}" \
   --workers auto --budget 2h30m --resume auto

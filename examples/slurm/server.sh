@@ -2,40 +2,32 @@
 # A vLLM server on the first of 3 nodes, training on the others: sbatch examples/slurm/server.sh grpo.yaml runs/grpo
 #SBATCH --job-name=grpo-server
 #SBATCH --nodes=3
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-gpu=8
+#SBATCH --cpus-per-task=8
 #SBATCH --time=08:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=USR1@120
 
 config=${1:-grpo.yaml} run=${2:-runs/grpo}
-hosts=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 server=(--set vllm.mode=server --set "vllm.server_base_url=http://${hosts[0]}:8000" --set vllm.server_timeout=900)
+export MASTER_ADDR=${hosts[1]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job
 export TMPDIR=$PWD/$run/tmp # on the disk that all nodes share: adapters reach the server through it
 mkdir -p "$TMPDIR"
 
-stop() { stopped=yes; kill -USR1 "$step"; } # 120 s before the time limit: a checkpoint after the step under way
-trap stop USR1
-
-srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" \
+# The server ends with the job: the signals that stop the training would end it within the step under way.
+srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" bash -c 'trap "" TERM USR1; setsid --wait "$@"' - \
   grpo-autotune serve "$config" --out "$run" "${server[@]}" &
-serving=$!
-srun --nodes=2 --ntasks=2 --exclude="${hosts[0]}" --kill-on-bad-exit=1 torchrun \
-  --nnodes 2 --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-  --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-$SLURM_RESTART_COUNT" \
-  --rdzv-endpoint "${hosts[1]}:$((20000 + SLURM_JOB_ID % 20000))" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 110 \
-  -m grpo_autotune train "$config" --out "$run" --resume auto "${server[@]}" &
-step=$!
-wait "$step"; code=$?
-if [ -n "$stopped" ]; then # the trap ended that wait
-  wait "$step"; code=$?
-fi
-kill "$serving"
 
-if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID" # goes on from the checkpoint
-fi
-exit "$code"
+srun --nodes=2 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --exclude="${hosts[0]}" --wait=60 bash -c '
+  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  exec grpo-autotune train "$@"' - "$config" --out "$run" --resume auto "${server[@]}"
+code=$?
+
+case $code in
+  138 | 140 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # stopped with a checkpoint, from which the job goes on
+esac
+exit $code

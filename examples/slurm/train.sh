@@ -2,33 +2,26 @@
 # Training on 2 nodes of 4 GPUs: sbatch examples/slurm/train.sh grpo.yaml runs/grpo
 #SBATCH --job-name=grpo
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-gpu=8
+#SBATCH --cpus-per-task=8
 #SBATCH --time=08:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=USR1@120
 
-config=${1:-grpo.yaml} run=${2:-runs/grpo}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job
 
-stop() { stopped=yes; kill -USR1 "$step"; } # 120 s before the time limit: a checkpoint after the step under way
-trap stop USR1
+# Each task of srun is a rank: signals reach it, and its exit code reaches this script.
+srun --wait=60 bash -c '
+  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  exec grpo-autotune train "$0" --out "$1" --resume auto' "${1:-grpo.yaml}" "${2:-runs/grpo}"
+code=$?
 
-srun --kill-on-bad-exit=1 torchrun \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-  --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-$SLURM_RESTART_COUNT" \
-  --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 20000))" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 110 \
-  -m grpo_autotune train "$config" --out "$run" --resume auto &
-step=$!
-wait "$step"; code=$?
-if [ -n "$stopped" ]; then # the trap ended that wait
-  wait "$step"; code=$?
-fi
-
-if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID" # goes on from the checkpoint
-fi
-exit "$code"
+case $code in
+  138 | 140 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # stopped with a checkpoint, from which the job goes on
+esac
+exit $code
