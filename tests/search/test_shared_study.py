@@ -88,6 +88,17 @@ def opened(url: str) -> Iterator[RDBStorage]:
         storage.engine.dispose()
 
 
+@contextmanager
+def opened_schema(url: str, name: str) -> Iterator[None]:
+    """A schema of the database, empty, for a study of its own."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+        yield
+        connection.execute(f"DROP SCHEMA {name} CASCADE")
+
+
 def machine(url: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.support.study_worker", url, str(folder), "400", *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -131,6 +142,23 @@ def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: P
     assert retried in timed(tmp_path / "b"), "the other machine ran it"
     own = json.loads((tmp_path / "b" / "search.json").read_text())["baseline"]["number"]
     assert own is not None, "each machine measures its own baseline"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_machines_of_two_workers_measure_no_combination_twice(database: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    url = f"{database}?options=-csearch_path%3Dtwo"
+    with opened_schema(database, "two"):
+        machines = [machine(url, folder, "workers") for folder in folders]
+        for process in machines:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+    names = [name for folder in folders for name in timed(folder)]
+    assert len(names) == len(set(names)) + 1, "each machine measures its own baseline, and nothing else twice"
+    for folder in folders:
+        rows = json.loads((folder / "search.json").read_text())["trials"]
+        assert {row["place"] for row in rows} == {None, "core 0", "core 1"}
 
 
 @pytest.mark.slow
