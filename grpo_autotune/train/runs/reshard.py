@@ -32,8 +32,11 @@ def fit_checkpoint(trainer: Any, folder: Path) -> None:
             where=str(folder),
             fix="Resume as it was saved, or `grpo-autotune merge` it and train that: the optimizer's state is lost.",
         )
+    if trainer.args.sync_ref_model and trainer.ref_model is not None and here not in (WHOLE, "ZeRO-1 or 2"):
+        what = f"the reference model that followed the policy is in no checkpoint under {here}"
+        raise ConfigError(what, where="grpo.sync_ref_model", fix="Begin anew under ZeRO-1 or 2 to be able to resume.")
     if stage and saved.processes != trainer.args.world_size:
-        say(f"{folder.name} was saved by {saved.processes} processes and is read by {trainer.args.world_size}")
+        say(f"{folder.name} was saved at world size {saved.processes} and is read at {trainer.args.world_size}")
         if trainer.is_world_process_zero():
             _put_together(folder)
         trainer.accelerator.wait_for_everyone()

@@ -262,7 +262,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
 
     def _reference_moves(self) -> bool:
-        return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
+        """True for a reference model that follows the policy, and that each rank has whole."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        in_parts = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not in_parts)
 
     def _sharded(self) -> bool:
         """True if weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
