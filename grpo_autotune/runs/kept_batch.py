@@ -35,9 +35,7 @@ def with_kept_batch(config: RunConfig, folder: RunFolder, say: Callable[[str], N
             where="grpo.gradient_accumulation_steps",
             fix=_remedy(plan, completions),
         )
-    say(
-        f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (their answers are drawn anew)"
-    )
+    say(f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (their answers are drawn anew)")
     return config.model_copy(update={"grpo": {**config.grpo, **keys}})
 
 
