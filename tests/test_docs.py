@@ -171,13 +171,11 @@ def check_own_command(words: list[str], page: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "slurm").glob("*.sh")), ids=lambda path: path.stem)
 def test_slurm_scripts_call_commands_that_there_are(path: Path) -> None:
     lines = path.read_text().replace("\\\n", " ").splitlines()
-    called = [
-        re.split(r"grpo[-_]autotune ", line)[1] for line in lines if re.match(r" *srun .*grpo[-_]autotune ", line)
-    ]
+    called = [match[1] for line in lines if (match := re.search(r"\b(?:srun|exec) .*grpo[-_]autotune ([^']+)", line))]
     assert called
     for words in map(shlex.split, called):
         own = [word for word in words[1:] if word != "&" and not word.startswith("${server")]
-        assert COMMANDS[words[0]].make_context(words[0], own).params["config"]
+        assert COMMANDS[words[0]].make_context(words[0], own)
 
 
 def check_extras(words: str) -> None:

@@ -43,10 +43,11 @@ SlurmdParameters=config_overrides
 KillWait=30
 MinJobAge=3600
 GresTypes=gpu
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=64 RealMemory=1000 Gres=gpu:4
+{nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000 Gres=gpu:4"
 
 
 def wanting() -> str | None:
@@ -99,17 +100,19 @@ class Slurm:
 def slurm(folder: Path, *, nodes: int = 2, proctrack: str = "proctrack/linuxproc") -> Iterator[Slurm]:
     """Start one with so many nodes, and end it with all that it runs."""
     host, first = socket.gethostname().partition(".")[0], free_ports(nodes + 1)
+    names = [host, *(f"{host}-{number}" for number in range(2, nodes + 1))]  # the first is the one that jobs look up
+    lines = [NODE.format(name=name, host=host, port=first + at) for at, name in enumerate(names, 1)]
     (folder / "state").mkdir(parents=True)
-    settings = {"host": host, "folder": folder, "nodes": nodes, "proctrack": proctrack}
-    ports = {"port": first, "first": first + 1, "last": first + nodes}
-    (folder / "slurm.conf").write_text(CONF.format(**settings, **ports), encoding="utf-8")
-    (folder / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File=/dev/tty[0-3]\n", encoding="utf-8")
+    settings = {"host": host, "folder": folder, "nodes": "\n".join(lines), "proctrack": proctrack, "port": first}
+    (folder / "slurm.conf").write_text(CONF.format(**settings), encoding="utf-8")
+    gpus = "".join(f"NodeName={name} Name=gpu File=/dev/tty[0-3]\n" for name in names)
+    (folder / "gres.conf").write_text(gpus, encoding="utf-8")
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     environment = {**os.environ, "PATH": path(), "SLURM_CONF": str(folder / "slurm.conf")}
     places = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     daemons = [["munged", "--force", *(f"--{name}={folder}/munge.{end}" for name, end in places.items())]]
-    daemons += [["slurmctld", "-c"], *(["slurmd", "-N", f"n{number}"] for number in range(1, nodes + 1))]
+    daemons += [["slurmctld", "-c"], *(["slurmd", "-N", name] for name in names)]
     try:
         for words in daemons:
             subprocess.run(words, env=environment, check=True, capture_output=True)
