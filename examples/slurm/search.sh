@@ -13,3 +13,9 @@
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job
 srun grpo-autotune search "${1:-grpo.yaml}" --run-dir "${2:-runs/grpo/search}" \
   --workers auto --budget 2h30m --resume auto
+code=$?
+
+case $code in
+  138 | 140 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # stopped within its budget, with which the job goes on
+esac
+exit $code

@@ -22,7 +22,7 @@ mkdir -p "$TMPDIR"
 srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" bash -c 'trap "" TERM USR1; setsid --wait "$@"' - \
   grpo-autotune serve "$config" --out "$run" "${server[@]}" &
 
-srun --nodes=2 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --exclude="${hosts[0]}" --wait=60 bash -c '
+srun --nodes=2 --ntasks=$((2 * SLURM_NTASKS_PER_NODE)) --exclude="${hosts[0]}" --wait=60 bash -c '
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
   exec grpo-autotune train "$@"' - "$config" --out "$run" --resume auto "${server[@]}"
 code=$?

@@ -55,8 +55,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
         watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
             warn(sentence)
-        if config.receipt and not resume and (sentence := other_batch(config, config.receipt.processes)):
-            warn(sentence)
+        if config.receipt and not resume and (told := other_batch(config, config.receipt.processes)):
+            warn(told)
 
         def prepare(trainer: Any) -> None:
             ladder.begin(trainer)
