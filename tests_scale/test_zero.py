@@ -17,8 +17,9 @@ from grpo_autotune.runs.checkpoints import saved_by, survey
 from tests.support.training import log_lines, text_config
 from tests_scale.runs import train_all
 
-EXACT = 1e-5
-"""Largest difference of a weight or a loss: float32 sums in another order, through five steps of Adam."""
+EXACT = 5e-5
+"""Largest difference of a weight after four steps of Adam at a rate of 0.01, and of a logged number: float32 sums in
+another order."""
 
 Tiny = Callable[[str], Path]
 STAGES: dict[str, Any] = {"ddp": None, "zero1": "zero1", "zero2": "zero2", "zero3": {"name": "zero3"}}
@@ -39,8 +40,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    assert a.keys() ^ b.keys() <= {"lm_head.weight"}  # tied: DeepSpeed saves it under both names
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() & b.keys())
 
 
 def numbers(folder: Path) -> list[list[float]]:

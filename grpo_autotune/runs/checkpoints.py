@@ -70,7 +70,7 @@ class SavedBy(NamedTuple):
 
 
 def saved_by(folder: Path) -> SavedBy:
-    """What the files of a checkpoint tell of the processes that saved it."""
+    """The processes that saved a checkpoint, as its files tell."""
     told = (_read_json(folder / MARKER) or {}).get("world_size", 1)
     if parts := list(folder.glob("global_step*/*_optim_states.pt")):
         whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))

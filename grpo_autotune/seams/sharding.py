@@ -1,5 +1,5 @@
-"""What the ranks of a training share, read off the prepared trainer: a run says it, and sharding that was asked for and
-did not come about is an error, since libraries fall back to whole copies without a word."""
+"""Sharding of a training, read off the prepared trainer: a run says what its ranks share, and sharding that was asked
+for and did not come about is an error, since libraries fall back to whole copies without a word."""
 
 import os
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ optimizers for ZeRO-1 and 2, for ZeRO-3, and for bfloat16 with ZeRO-1 (deepspeed
 
 
 class Sharding(NamedTuple):
-    """How much of a model one rank holds."""
+    """Shares of a model that one rank holds."""
 
     name: str  # ZeRO-3, FSDP2
     ranks: int
@@ -44,7 +44,7 @@ def asked_for(keys: Any) -> str | None:
 
 
 def sharding_of(trainer: Any) -> Sharding | None:
-    """What this rank holds of a trainer whose model is prepared; None where every rank holds all of it, unasked."""
+    """Shares on this rank of a trainer whose model is prepared; None where every rank holds all of it, unasked."""
     model, trained = trainer.model, [weight for weight in trainer.model.parameters() if weight.requires_grad]
     parameters, optimizer = _share(model.parameters()), _share(trained)
     if hasattr(engine := trainer.model_wrapped, "zero_optimization_stage"):
@@ -66,8 +66,8 @@ def sharding_fact(trainer: Any) -> dict[str, str]:
 
 
 def check_sharded(trainer: Any) -> Sharding | None:
-    """What is shared of a trainer whose model is prepared; EnvironmentProblem where something was to be, is not, and
-    there is more than one process."""
+    """Shares on this rank, as `sharding_of`; EnvironmentProblem where something was to be shared, is not, and there is
+    more than one process."""
     asked, shared = asked_for(trainer.args), sharding_of(trainer)
     ranks = trainer.accelerator.num_processes
     if asked is None or ranks == 1 or (shared is not None and (shared.optimizer < 1 or shared.name == "ZeRO-0")):

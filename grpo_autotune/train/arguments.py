@@ -131,11 +131,14 @@ def check_deepspeed(plugin: Any) -> None:
     the engine once the model is loaded. `plugin` is accelerate's, None without DeepSpeed."""
     if plugin is None:
         return
+    from deepspeed import init_distributed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 
+    if torch.distributed.is_initialized():  # on a CPU by accelerate, and DeepSpeed would take itself for one of one
+        init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = plugin.hf_ds_config
     for mismatch in getattr(settings, "mismatches", ()):
-        ours, theirs = re.findall(r"(?:ds|hf) (\S+)=", mismatch)
+        ours, theirs = re.findall(r"\b(?:ds|hf) ([^\s=]+)", mismatch)
         fix = f"Write auto there, or remove one of the two: {mismatch.removeprefix('- ')}."
         raise ConfigError(f"differs from grpo.{theirs}", where=f"grpo.deepspeed.{ours}", fix=fix)
     try:

@@ -57,6 +57,7 @@ def test_gpus_without_a_process_are_told_and_left_alone(
         """TRL's arguments as they are where one process sees eight GPUs."""
 
         model_init_kwargs: Any = None
+        deepspeed_plugin: Any = None
         use_vllm = True
         _n_gpu = 8
 
