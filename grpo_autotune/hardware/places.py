@@ -51,8 +51,8 @@ def divide(machine: Machine, workers: str, processes: int = 1) -> tuple[Place, .
     order, of the GPUs that CUDA shows this process, else of its cores. None for one worker, which has the machine as it
     is. ConfigError for what is no number of workers, and for more than there is room for."""
     names = names_of_gpus(len(machine.gpus))
-    unit, there = ("GPU", len(names)) if names else ("core", machine.cores)
-    most, fitting = there // processes, there // (processes if names else processes * LEAST_CORES)
+    unit, count_here = ("GPU", len(names)) if names else ("core", machine.cores)
+    most, fitting = count_here // processes, count_here // (processes if names else processes * LEAST_CORES)
     count = max(1, fitting) if workers == "auto" else int(workers) if workers.isdecimal() else 0
     if count < 1:
         what, fix = f"{workers!r} is not a number of workers", "Give 1 or more, or auto."
@@ -61,14 +61,14 @@ def divide(machine: Machine, workers: str, processes: int = 1) -> tuple[Place, .
         return ()
     if count > most:
         each = "" if processes == 1 else f" of {processes} processes each"
-        what = f"{count} workers{each} need {plural(count * processes, unit)}, and there are {there}"
+        what = f"{count} workers{each} need {plural(count * processes, unit)}, and there are {count_here}"
         fix = f"Give at most {most}, or auto." if most else f"Start fewer processes (WORLD_SIZE is {processes})."
         raise ConfigError(what, where="--workers", fix=fix)
     if names:
         groups = (names[at : at + processes] for at in range(0, count * processes, processes))
         return tuple(Place(_gpus_name(group), gpus=tuple(group)) for group in groups)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(there))
-    each_has = there // count
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(count_here))
+    each_has = count_here // count
     parts = (cores[at : at + each_has] for at in range(0, count * each_has, each_has))
     return tuple(Place(_cores_name(part), cores=tuple(part), share=1.0 / count) for part in parts)
 

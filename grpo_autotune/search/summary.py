@@ -189,7 +189,7 @@ def _workers(evaluator: Evaluator) -> Iterator[str]:
         )
     if places:
         device = places[0].name if places[0].gpus else "the whole machine"
-        yield f"Probe, rewards, worst case, race and ablation ran alone on {device}, as the leaders did once more."
+        yield f"Probe, rewards, worst case, race and ablation ran alone on {device}; leaders, too, as time was left."
     yield from evaluator.log.said
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -98,19 +100,23 @@ def test_a_workers_process_has_its_place_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     before = os.sched_getaffinity(0)
     core = max(before)
-    worker = Worker(tmp_path, tmp_path / "log", 1, Place("core", cores=(core,)))
-    try:
+    with started(tmp_path, Place("core", cores=(core,))) as process:
         assert os.sched_getaffinity(0) == before
+        assert process.cpu_affinity() == [core] and process.environ()["OMP_NUM_THREADS"] == "1"
+    with started(tmp_path, Place("GPU 3", gpus=("3",))) as process:
+        assert set(process.cpu_affinity()) == before and process.environ()["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@contextmanager
+def started(folder: Path, place: Place) -> Iterator[psutil.Process]:
+    """The process of a worker, behind its guardian, once both are there."""
+    worker = Worker(folder, folder / "log", 1, place)
+    try:
         deadline = time.monotonic() + 30.0
         while not (children := psutil.Process(worker.pid).children()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert children[0].cpu_affinity() == [core] == psutil.Process(worker.pid).cpu_affinity()
-        assert children[0].environ()["OMP_NUM_THREADS"] == "1"
+        while "child.worker" not in " ".join(children[0].cmdline()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield children[0]
     finally:
         worker.end()
-    on_gpus = Worker(tmp_path, tmp_path / "log", 1, Place("GPU 3", gpus=("3",)))
-    try:
-        assert psutil.Process(on_gpus.pid).environ()["CUDA_VISIBLE_DEVICES"] == "3"
-        assert set(psutil.Process(on_gpus.pid).cpu_affinity()) == before
-    finally:
-        on_gpus.end()

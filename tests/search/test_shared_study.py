@@ -162,6 +162,20 @@ def test_two_machines_of_two_workers_measure_no_combination_twice(database: str,
 
 
 @pytest.mark.slow
+def test_machines_that_start_together_open_an_empty_database(database: str) -> None:
+    with opened_schema(database, "empty"):
+        url = f"{database}?options=-csearch_path%3Dempty"
+        opens = f"from grpo_autotune.search.storage import shared_storage; shared_storage({url!r})"
+        opening = [
+            subprocess.Popen([sys.executable, "-c", opens], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        for process in opening:
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+
+
+@pytest.mark.slow
 def test_another_configuration_does_not_join(database: str) -> None:
     from grpo_autotune.errors import ConfigError
     from grpo_autotune.search.study import Axes, Study

@@ -17,6 +17,7 @@ from grpo_autotune.commands import search as commands
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.places import Place
+from grpo_autotune.knobs import TABLE
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.search import render_search
@@ -37,6 +38,10 @@ from tests.support.paper_machine import (
 
 SLOWER = {"core 0": 1.3, "core 1": 1.9}
 PLACES = tuple(Place(name, cores=(number,), share=0.5) for number, name in enumerate(SLOWER))
+LEFT_OUT: dict[str, Any] = dict.fromkeys(row.key for row in TABLE)
+EXACT = {"grpo.per_device_train_batch_size": [2, 4, 8, 16], "grpo.gradient_checkpointing": [True, False]}
+SMALL = user_config(knobs=LEFT_OUT | EXACT)
+WITH_REWARDS = user_config(knobs=LEFT_OUT | EXACT | {"data.image_size": [512, 256]})
 ROOMY = MACHINE.model_copy(update={"memory_bytes": 32 * GIB})
 
 
@@ -53,7 +58,7 @@ class Paper:
             self.workers.append(self.trials.worker(SLOWER[place.name]))
             return self.workers[-1]
 
-        more = {"config": user_config(), "machine": ROOMY, **more}
+        more = {"config": SMALL, "machine": ROOMY, **more}
         return search(
             **more,
             budget_s=budget_s,
@@ -71,7 +76,7 @@ class Paper:
 
 def test_workers_find_what_one_finds_and_what_decides_runs_alone(tmp_path: Path) -> None:
     one, two = Paper(tmp_path / "one"), Paper(tmp_path / "two")
-    single, report = one.search(places=()), two.search()
+    single, report = (paper.search(places=places, config=WITH_REWARDS) for paper, places in ((one, ()), (two, PLACES)))
     assert report.best.raced and report.best.speedup >= 0.97 * single.best.speedup
     assert {row.place for row in report.trials if row.purpose != "timed" or row.source in ("race", "revert")} == {None}
     assert two.trials.most_beside == 2 and two.trials.beside_one_alone == 0
