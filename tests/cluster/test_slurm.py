@@ -31,7 +31,7 @@ def late(completion_ids, **columns):
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(slurm.wanting() is not None, reason=str(slurm.wanting())),
 ]
 
