@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_autotune.cli.app import Action, app, load, print_reports
-from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, Set, Steps
+from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, ResumesAuto, Set, Steps
 from grpo_autotune.console import as_warning, is_first_rank, output_aside, say, show
 
 
@@ -44,7 +44,7 @@ def probe(
     return action
 
 
-@app.command()
+@app.command(cls=ResumesAuto)
 def search(
     config: Config = None,
     budget: Annotated[
@@ -93,10 +93,12 @@ def search(
     return action
 
 
-@app.command()
+@app.command(cls=ResumesAuto)
 def train(
     config: Config = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; begin where there is none (auto).")
+    ] = False,
     out: Out = None,
     set_: Set = None,
 ) -> Action:

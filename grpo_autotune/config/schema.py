@@ -37,6 +37,7 @@ from grpo_autotune.config.zero import deepspeed_keys, with_deepspeed_file
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
+StopSignal = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
 Consent = Literal["micro_batch", "image_size", "lora_rank", "num_generations", "max_completion_length"]
 
 OWNED_ELSEWHERE = {
@@ -89,6 +90,10 @@ class RunConfig(Section):
     speedups_check: Literal["auto", "always"] = "auto"
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""
+    stop_signals: list[StopSignal] = ["SIGTERM", "SIGUSR1", "SIGUSR2"]
+    """Signals that end training as Ctrl-C does: after the step, evaluation or save under way, on all ranks, with a
+    checkpoint and exit code 128 + its number; `SIGHUP` and `SIGXCPU` may be added. One that is left out ends it at once
+    ([clusters](scale.md#signals))."""
     on_oom: Literal["stop", "ladder"] = "stop"
     """What `train` does where memory runs out: `stop`, or `ladder`: go on from the newest checkpoint, in a new process,
     with a setting that needs less memory and learns the same ([the rungs](troubleshooting.md#out-of-memory))."""

@@ -8,6 +8,7 @@ it counts as whole when what a resumed run loads from it opens.
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +48,20 @@ def survey(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(saved, reverse=True)]
 
 
-def seal(folder: Path, world_size: int) -> None:
-    """Write the marker: every file below `folder` with its size in bytes, and the number of processes that wrote it."""
+def seal(folder: Path, world_size: int, completions: int, earlier: Iterable[int] = ()) -> None:
+    """Write the marker: every file below `folder` with its size in bytes, the number of processes that wrote it, and
+    the batch: its completions per step, and the numbers of processes that had it, `earlier` ones of the run too."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(MARKER, None)
-    write_whole(folder / MARKER, json.dumps({"world_size": world_size, "files": files}, indent=1))
+    batch = {"completions": completions, "processes": sorted({*earlier, world_size})}
+    write_whole(folder / MARKER, json.dumps({"world_size": world_size, "batch": batch, "files": files}, indent=1))
+
+
+def batch_of(folder: Path) -> tuple[int, list[int]]:
+    """Completions per step of the run that saved a checkpoint, and the numbers of processes that it has had; 0 and none
+    where it has no marker of ours."""
+    batch = (_read_json(folder / MARKER) or {}).get("batch", {})
+    return batch.get("completions", 0), batch.get("processes", [])
 
 
 class SavedBy(NamedTuple):

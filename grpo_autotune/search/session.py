@@ -21,6 +21,7 @@ from grpo_autotune.hardware import Machine, detect
 from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.predict.models import Models
+from grpo_autotune.processes.ending import signal_of
 from grpo_autotune.records.search import Ended, SearchReport
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.acquisition import Pool, Ranking, rank
@@ -86,11 +87,11 @@ class Session:
                 self._log.rest()
                 self._measure_shared()
                 self._finish()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             self._crew.give_up()
             if not self._board.has_baseline:
                 raise
-            self._ended, self._why_ended = "interrupted", "stopped by Ctrl-C"
+            self._ended, self._why_ended = "interrupted", f"stopped by {signal_of(error)[1]}"
         finally:
             self._log.close()
             self._study.close()

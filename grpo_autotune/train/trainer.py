@@ -1,6 +1,7 @@
 """From a `RunConfig` to a `GRPOTrainer`, and from there to a trained model in a run folder."""
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from grpo_autotune.hardware.device import memory_share
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
+from grpo_autotune.runs.checkpoints import batch_of
 from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
 from grpo_autotune.seams import fully_sharded, mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
@@ -206,7 +208,7 @@ def run_training(
     grpo_overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train in a run folder until the end, or until Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop.
+    """Train in a run folder until the end, or until Ctrl-C or one of `stop_signals` asks for a stop.
 
     Args, beside those of `build_trainer`:
         resume: Go on at the newest whole checkpoint there; from the beginning where there is none yet.
@@ -224,6 +226,8 @@ def run_training(
     start = find_start(folder, resume)
     overrides = {**(grpo_overrides or {}), "output_dir": str(folder.checkpoints)}
     trainer = build_trainer(config, phase=phase, grpo_overrides=overrides, callbacks=callbacks, say=say)
+    if start.checkpoint is not None:
+        trainer.earlier_processes = batch_of(start.checkpoint.path)[1]
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
@@ -242,7 +246,8 @@ def run_training(
     if prepare is not None:
         prepare(trainer)
     begun = time.monotonic()
-    with StopRequest() as trainer.stop_request, closing(trainer.monitors):
+    signals = [signal.Signals[name] for name in config.stop_signals]
+    with StopRequest(signals) as trainer.stop_request, closing(trainer.monitors):
         signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
         by_monitor = not signum and trainer.monitors.is_stopped and trainer.state.global_step < trainer.state.max_steps
         if not signum and not by_monitor:

@@ -58,6 +58,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         self.monitors: Any = None  # callback of a training in a run folder
         self.evaluations: Any = None  # the same
         self.resampling: Any = None  # layers of `resample`, where it is asked for
+        self.earlier_processes: list[int] = []  # numbers of them that this run had for the same batch
         self.best_checkpoint: str | None = None  # stays, beside transformers' own best
         self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
@@ -102,7 +103,9 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self._save_reference(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder, self.args.world_size)
+            micro, accumulation, _ = self._batch()
+            completions = micro * accumulation * self.args.world_size
+            seal(folder, self.args.world_size, completions, self.earlier_processes)
             rotate_checkpoints(str(folder.parent), limit, self.best_checkpoint or self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
