@@ -12,8 +12,7 @@ from grpo_autotune.units import amount, percent, seconds
 MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2
 """Shares of groups of equal rewards, and of completions that were cut off, from which they are worth a word."""
 GENERATES = 0.3
-LONG_TAIL = 3.0
-"""Times the mean: a longest completion from which the others wait for few."""
+LONG_TAIL = 3.0  # times the mean: a longest completion from which the others wait for few
 RULES: dict[str, tuple[float, Kind, str]] = {
     TRAINING_PASS: (
         0.3, "exact",

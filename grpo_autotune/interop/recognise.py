@@ -19,10 +19,9 @@ from grpo_autotune.interop.reading.yaml_lines import resolved, with_defaults, ya
 from grpo_autotune.interop.redact import redacted
 from grpo_autotune.interop.source import Setting, Source
 
-FRAMEWORKS: Final = (
+FRAMEWORKS: Final = (  # names of `--from`
     "verl", "easyr1", "ms-swift", "trl", "open-r1", "vlm-r1", "r1-v", "unsloth", "deepspeed", "accelerate",
 )  # fmt: skip
-"""Names of `--from`."""
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")
 """Frameworks whose keys lie inside each other; those of the others are flat, with mappings as values."""
 KEYS: Final[Mapping[str, Sequence[str]]] = {
@@ -73,11 +72,10 @@ UNREAD: Final = {
     "llama-factory": "a run of LLaMA-Factory, which has no GRPO",
     "?": "this starts the program of open-r1, of R1-V or of VLM-R1, and does not tell which",
 }
-CALLS = re.compile(
+CALLS = re.compile(  # calls of a script that say something about its training
     r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|load_dataset|SamplingParams|get_peft_model|resize)"
     r"|(\w*Fast\w+|AutoModel\w*|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
-"""Calls of a script that say something about its training."""
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")
 """Arguments that only hand on what another call made."""
 LONGEST_SCRIPT = 2_000_000

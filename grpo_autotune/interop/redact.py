@@ -20,8 +20,7 @@ TEXT = re.compile(
     r"(?![$<{*])[^\s\"',;&]{6,}"
     r"|\b(?:hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[bp]-|glpat-|nvapi-|eyJ[\w-]+\.)[\w-]{12,}|(?<=https://)[\w-]{16,}(?=@)"
 )
-HEX = re.compile(r"\b[0-9a-f]{40}\b")
-"""A key of Weights & Biases; or a commit, where the name says so."""
+HEX = re.compile(r"\b[0-9a-f]{40}\b")  # a key of Weights & Biases; or a commit, where the name says so
 
 
 def redacted(source: Source) -> Source:

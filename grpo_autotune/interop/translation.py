@@ -34,12 +34,9 @@ class Translation:
         self.version, self.version_from, self.world_size = version, version_from, world_size
         self.warnings = list(source.warnings)
         self.rows: dict[str, ImportedRow] = {}
-        self.values: dict[str, Any] = {}
-        """Key path of a `RunConfig` -> value."""
-        self.comments: dict[str, str] = {}
-        """Key path -> what stands behind it in the YAML."""
-        self.files: dict[str, str] = {}
-        """Files to write beside the configuration, name -> text."""
+        self.values: dict[str, Any] = {}  # key path of a `RunConfig` -> value
+        self.comments: dict[str, str] = {}  # key path -> what stands behind it in the YAML
+        self.files: dict[str, str] = {}  # files to write beside the configuration, name -> text
         self.batch: SixNumbers | None = None
 
     def given(self, key: str) -> bool:

@@ -17,15 +17,13 @@ nothing, so it was dropped; or it changes seconds and memory alone."""
 VERDICTS: dict[Verdict, str] = {"changes": "changes meaning", "none": "no equivalent", "speed": "speed only"}
 """Verdict -> its words, where they differ."""
 
-STRICT: tuple[Verdict, ...] = ("changes", "none")
-"""Verdicts after which the imported run may learn something else."""
+STRICT: tuple[Verdict, ...] = ("changes", "none")  # verdicts after which the imported run may learn something else
 
 
-TITLES = {
+TITLES = {  # name of a framework as its authors write it, where that differs
     "easyr1": "EasyR1", "trl": "TRL", "vlm-r1": "VLM-R1", "r1-v": "R1-V", "unsloth": "Unsloth",
     "deepspeed": "DeepSpeed", "accelerate": "Accelerate",
 }  # fmt: skip
-"""Name of a framework as its authors write it, where that differs."""
 
 
 def titled(framework: str, version: str = "") -> str:
@@ -99,11 +97,10 @@ class Exported(Document):
 LOG_SCHEMA: Final = "grpo-autotune/log/1"
 TRAINING_PASS = "training pass"
 """Row of the training forward, backward and optimizer together, where a log has one timer for them."""
-ATOMS = (
+ATOMS = (  # stages and parts of stages that a log can tell or keep to itself; `other` is what is left
     *("generation", "policy_logprob.old_policy", "policy_logprob.training_forward", "reference_logprob", "reward"),
     *("backward", "data", "prompt", "tools", "weight_sync", "engine", "sync_wait", "optimizer", "log_save_eval"),
 )
-"""Stages and parts of stages that a log can tell or keep to itself; `other` is what is left."""
 State = Literal["known", "lumped", "unknown"]
 """Lumped: one timer holds several stages, and nobody can tell them apart. Unknown: a timer of somebody's own."""
 

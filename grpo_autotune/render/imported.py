@@ -19,10 +19,8 @@ from grpo_autotune.units import listing, percent, seconds
 STYLES: dict[Verdict, str] = {
     "changes": "bold yellow", "none": "bold red", "converted": "cyan", "speed": "dim",
 }  # fmt: skip
-MOST_OF_VALUE = 120
-"""Characters that are shown of a value."""
-LONG = 40
-"""Characters above which the same words are not said twice."""
+MOST_OF_VALUE = 120  # characters that are shown of a value
+LONG = 40  # characters above which the same words are not said twice
 
 
 def render_imported(imported: Imported, width: int, *, colour: bool = False) -> str:

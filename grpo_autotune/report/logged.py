@@ -17,8 +17,7 @@ from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogRe
 SILENT = ("/min", "num_preempted", "slowest", "ratio")
 """In keys of timers that are no seconds, or say nothing that others do not."""
 STATES: dict[int, State] = {0: "unknown", 1: "known"}
-WHOLE = 0.01
-"""Share by which a count that was recovered may miss a whole number."""
+WHOLE = 0.01  # share by which a count that was recovered may miss a whole number
 
 
 def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogReport:

@@ -23,8 +23,7 @@ class ORM:
         self.args = args
 
 
-ORMS: dict[str, Any] = {}
-"""Rewards that plugins have registered, by name."""
+ORMS: dict[str, Any] = {}  # rewards that plugins have registered, by name
 KNOWN = {"ORM": ORM, "AsyncORM": ORM, "orms": ORMS, "get_logger": lambda *name, **how: logging.getLogger("swift")}
 
 

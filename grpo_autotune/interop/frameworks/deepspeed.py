@@ -17,17 +17,15 @@ from grpo_autotune.interop.translation import Translation, nested
 
 PREFIX = "deepspeed."
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-RUN: dict[str, tuple[str, ...]] = {
+RUN: dict[str, tuple[str, ...]] = {  # DeepSpeed's key -> the keys of `grpo` that say the same
     "gradient_clipping": ("max_grad_norm",), "bf16.enabled": ("bf16",), "fp16.enabled": ("fp16",),
     "optimizer.params.lr": ("learning_rate",), "optimizer.params.betas": ("adam_beta1", "adam_beta2"),
     "optimizer.params.eps": ("adam_epsilon",), "optimizer.params.weight_decay": ("weight_decay",),
     "scheduler.type": ("lr_scheduler_type",), "scheduler.params.warmup_max_lr": ("learning_rate",),
     "scheduler.params.warmup_num_steps": ("warmup_steps",),
 }  # fmt: skip
-"""DeepSpeed's key -> the keys of `grpo` that say the same."""
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-BLOCKS = ("optimizer", "scheduler")
-"""Blocks that would win over the keys of the run, and are left out."""
+BLOCKS = ("optimizer", "scheduler")  # blocks that would win over the keys of the run, and are left out
 ALONE = "One process has nothing to share: dropped"
 
 

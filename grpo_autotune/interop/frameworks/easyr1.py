@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "trainer.n_gpus_per_node": 8, "trainer.max_try_make_batch": 20, "trainer.val_freq": -1,
     "trainer.val_before_train": True, "trainer.save_freq": -1, "trainer.save_limit": -1,
 }  # fmt: skip
-SHIPPED: dict[str, Any] = {
+SHIPPED: dict[str, Any] = {  # what examples/config.yaml sets otherwise: for a script beside which it does not lie
     "data.train_files": "hiyouga/math12k@train", "data.val_files": "hiyouga/math12k@test", "data.prompt_key": "problem",
     "data.max_prompt_length": 2048, "data.max_response_length": 2048, "algorithm.use_kl_loss": True,
     "algorithm.kl_penalty": "low_var_kl", "algorithm.kl_coef": 1e-2, f"{ACTOR}global_batch_size": 128, MICRO: 1,
@@ -60,20 +60,18 @@ SHIPPED: dict[str, Any] = {
     "data.format_prompt": "./examples/format_prompt/math.jinja",
     "worker.reward.reward_function": "./examples/reward_function/math.py:compute_score",
 }  # fmt: skip
-"""What examples/config.yaml sets otherwise: for a script beside which it does not lie."""
 
 KL = ("algorithm.use_kl_loss", "algorithm.kl_coef", "algorithm.kl_penalty")
 OLD_KL = (f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
 OLD_KEYS = {"epochs": "trainer.total_episodes", "val": "trainer.test_freq", "low": f"{ACTOR}clip_ratio",
             "high": f"{ACTOR}clip_ratio", "warmup_ratio": f"{OPTIM}lr_warmup_steps_ratio",
             "schedule": f"{OPTIM}warmup_style"}  # fmt: skip
-EARLY: dict[str, Any] = {
+EARLY: dict[str, Any] = {  # defaults of 02/2025 that differ, under its names
     "algorithm.adv_estimator": "gae", **dict(zip(OLD_KL, (True, 1e-3, "low_var_kl"), strict=True)),
     **dict(zip(OLD_KEYS.values(), (10, -1, 0.2, 0.2, 0.0, "constant"), strict=True)), f"{ACTOR}entropy_coeff": 1e-3,
     f"{ACTOR}clip_ratio_dual": None, f"{ROLLOUT}gpu_memory_utilization": 0.5, MICRO: None,
     "data.filter_overlong_prompts": False,
 }  # fmt: skip
-"""Defaults of 02/2025 that differ, under its names."""
 EARLY_MARKS = (*OLD_KL, "trainer.total_episodes", "trainer.test_freq", "worker.reward.compute_score")
 
 SAME = {

@@ -10,14 +10,13 @@ from grpo_autotune.interop.frameworks.trl_versions import choose
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-REWARDS = {
+REWARDS = {  # settings of its reward functions, with their defaults
     "cosine_min_value_wrong": 0.0, "cosine_max_value_wrong": -0.5, "cosine_min_value_correct": 0.5,
     "cosine_max_value_correct": 1.0, "cosine_max_len": 1000, "repetition_n_grams": 3, "repetition_max_penalty": -1.0,
     "code_language": "python", "code_eval_test_batch_size": 1, "code_eval_scoring_mode": "weighted_sum",
     "parallel_code_exec_per_proc": 2, "code_provider": "e2b", "ioi_provider": "piston", "e2b_router_url": None,
     "morph_router_url": None, "max_completion_len": 16384, "soft_punish_cache": 4096, "enforce_same_language": False,
 }  # fmt: skip
-"""Settings of its reward functions, with their defaults."""
 NAMES = (
     "accuracy", "format", "reasoning_steps", "cosine", "repetition_penalty", "length", "code", "binary_code",
     "ioi_code", "cf_code", "code_format", "tag_count", "soft_overlong_punishment",

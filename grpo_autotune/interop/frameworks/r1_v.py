@@ -14,8 +14,7 @@ from grpo_autotune.interop.translation import Translation
 TEMPLATE = (
     "{problem}  Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 )
-LIMITS = {"max_pixels": 12845056, "min_pixels": 3136}
-"""Limits of an image by default, in VLM-R1 too."""
+LIMITS = {"max_pixels": 12845056, "min_pixels": 3136}  # limits of an image by default, in VLM-R1 too
 NAMES = ("top_p", "top_k", "reward_weights", "torch_dtype", "max_prompt_length")
 UNREAD = dict.fromkeys(NAMES, "R1-V's trainer never reads it")
 

@@ -20,19 +20,16 @@ from grpo_autotune.interop.translation import Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural
 
-Keys = namedtuple(
+Keys = namedtuple(  # one framework's names
     "Keys",
     "group prompts mini passes nodes gpus low high dual warmup_steps warmup_ratio schedule least_rate epochs steps "
     "save keep val val_first logger run rank alpha adapted kept_out parallel memory top_k longest_prompt "
     "longest_completion filter_prompts overflow train_files val_files",
     defaults=("data.train_files", "data.val_files"),
 )
-"""One framework's names."""
 
-REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}
-"""Loggers that transformers has as well."""
-K3 = ("low_var_kl", "k3")
-"""Names of TRL's estimator of KL (Schulman 2020)."""
+REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}  # loggers that transformers has as well
+K3 = ("low_var_kl", "k3")  # names of TRL's estimator of KL (Schulman 2020)
 EPSILON = "the source adds 1e-6 to the deviation, TRL 1e-4: 0.02 % at a deviation of 0.5"
 HALVES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 WIDE: tuple[dict[str, Any], str] = (

@@ -27,12 +27,9 @@ PRESETS = {
 }
 """DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
-GROUPS = ("train", "rollout", "teacher")
-"""Roles of Ray's YAML, each with keys of its own."""
-OVERRULED = "overruled."
-"""Beginning of keys that are given under another name as well, which wins."""
-VARIABLES = ("ENV", "model_kwargs")
-"""Mappings whose keys are variables of the process."""
+GROUPS = ("train", "rollout", "teacher")  # roles of Ray's YAML, each with keys of its own
+OVERRULED = "overruled."  # beginning of keys that are given under another name as well, which wins
+VARIABLES = ("ENV", "model_kwargs")  # mappings whose keys are variables of the process
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:

@@ -16,13 +16,11 @@ from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading.beside import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
-OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
-"""swift's columns -> ours, where they differ."""
-ENGINE = (
+OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}  # swift's columns -> ours, where they differ
+ENGINE = (  # keys of the engine beside those that begin with `vllm_`
     "sleep_level", "rollout.gpus", "structured_outputs_regex", "rollout_importance_sampling_mode",
     "rollout_importance_sampling_threshold",
 )  # fmt: skip
-"""Keys of the engine beside those that begin with `vllm_`."""
 OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
 """Beginnings of settings that rewards read."""
 UNENDED = "a completion that ends so has no end token, and counts as truncated here"

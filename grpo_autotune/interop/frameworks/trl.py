@@ -29,13 +29,12 @@ BATCH = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
     "generation_batch_size", "num_iterations",
 )  # fmt: skip
-REWARDS: dict[str, dict[str, Any]] = {
+REWARDS: dict[str, dict[str, Any]] = {  # names of `trl grpo --reward_funcs` -> items of `rewards` (trl/scripts/grpo.py)
     **{name: {"name": name} for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")},
     "get_soft_overlong_punishment": {
         "name": "soft_overlong_punishment", "params": {"max_completion_len": 1280, "soft_punish_cache": 256},
     },
 }  # fmt: skip
-"""Names of `trl grpo --reward_funcs` -> items of `rewards` (trl/scripts/grpo.py)."""
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:

@@ -13,7 +13,7 @@ from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
 from grpo_autotune.interop.translation import Translation
 
 Handler = Callable[[Translation, str], None]
-PLACES = {
+PLACES = {  # key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`
     **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
     "model_name_or_path": "model.name_or_path", "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code", "load_in_4bit": "model.load_in_4bit",
@@ -23,12 +23,10 @@ PLACES = {
     "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
     "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
 }  # fmt: skip
-"""Key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`."""
-SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
+SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the same as it is written here
     "scale_rewards": {"True": "group", "False": "none"}, "top_k": {"None": 0, "-1": 0},
     "eval_strategy": {"False": "no"}, "evaluation_strategy": {"False": "no"},
 }  # fmt: skip
-"""Key -> a value as text -> the same as it is written here."""
 NEEDS: tuple[tuple[str, str, Any, str], ...] = (
     (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
     (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
@@ -54,11 +52,10 @@ SPEED = {
     "gradient_checkpointing_use_reentrant": "the kind of checkpointing", "dataset_streaming": "data is loaded whole",
     "dataset_num_proc": "processes that prepare data",
 }  # fmt: skip
-MODEL_INIT = {
+MODEL_INIT = {  # arguments of `from_pretrained` -> key paths
     "dtype": "model.dtype", "torch_dtype": "model.dtype", "revision": "model.revision",
     "attn_implementation": "model.attn_implementation", "trust_remote_code": "model.trust_remote_code",
 }  # fmt: skip
-"""Arguments of `from_pretrained` -> key paths."""
 RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
 

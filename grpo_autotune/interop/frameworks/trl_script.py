@@ -37,8 +37,7 @@ FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")
 OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
            "model", "device_map", "quantization_config", "reward_processing_classes", "optimizers")  # fmt: skip
 """Arguments that hand over what other calls made."""
-FILES = ("json", "csv", "parquet")
-"""First argument of `load_dataset` where `data_files` names the data."""
+FILES = ("json", "csv", "parquet")  # first argument of `load_dataset` where `data_files` names the data
 LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
 """Calls that cost nothing."""
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")

@@ -15,12 +15,11 @@ from grpo_autotune.interop.source import Source
 Version = tuple[int, int]
 FIRST, NEWEST = (0, 14), (1, 16)
 
-LAST_WITH = {
+LAST_WITH = {  # release -> the keys that it is the last to have
     "0.17": "vllm_device vllm_dtype vllm_max_model_len vllm_enable_prefix_caching",
     "0.26": "torch_dtype gradient_checkpointing_use_reentrant wandb_log_unique_prompts",
     "0.27": "max_prompt_length vllm_guided_decoding_regex use_liger_loss",
 }
-"""Release -> the keys that it is the last to have."""
 
 DEFAULTS: Mapping[str, Mapping[Version, Any]] = {
     "per_device_train_batch_size": {(0, 14): 1, (0, 15): 8},

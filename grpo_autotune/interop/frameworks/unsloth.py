@@ -14,7 +14,7 @@ from grpo_autotune.interop.frameworks.trl_versions import Version, choose
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
-OVER = {
+OVER = {  # defaults over those of TRL
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 8, "learning_rate": 5e-5,
     "weight_decay": 0.001, "warmup_ratio": 0.1, "seed": 3407, "optim": "adamw_8bit", "logging_steps": 1,
     "per_device_eval_batch_size": 4, "loss_type": "bnpo", "beta": 0.001, "top_k": 0, "vllm_mode": "colocate",
@@ -23,7 +23,6 @@ OVER = {
     "lora_r": 16, "lora_alpha": 16,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }  # fmt: skip
-"""Defaults over those of TRL."""
 MEMORY = ("unsloth_num_chunks", "unsloth_grpo_mini_batch", "unsloth_logit_chunk_multiplier", "max_lora_rank",
           "offload_embedding", "device_map_planner_kwargs", "unsloth_vllm_standby", "float8_kv_cache",
           "disable_log_stats", "random_state", "use_exact_model_name")  # fmt: skip

@@ -51,13 +51,12 @@ BUFFERS = ("reward.reward_kwargs.overlong_buffer_cfg.", "reward_model.reward_kwa
            "reward_model.overlong_buffer.", "custom_reward_function.overlong_buffer.")  # fmt: skip
 KWARGS = {"data.apply_chat_template_kwargs.": "grpo.chat_template_kwargs",
           "data.mm_processor_kwargs.": "vllm.mm_processor_kwargs"}  # fmt: skip
-REFUSED = {
+REFUSED = {  # settings that make it something else
     **dict.fromkeys((f"{TURNS}enable", f"{TURNS}tool_config_path", f"{TURNS}interaction_config_path"), SEVERAL_TURNS),
     **dict.fromkeys(("reward_model.enable", "reward.reward_model.enable"), SERVED),
     "distillation.enabled": "distillation is another loss than GRPO's",
     "algorithm.use_pf_ppo": "PF-PPO draws its batch in another way than GRPO",
 }
-"""Settings that make it something else."""
 AVERAGES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo",
             "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
 FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}

@@ -40,7 +40,7 @@ NEWEST: dict[str, Any] = {
     "custom_reward_function.name": "compute_score", LEGACY: "disable",
 }  # fmt: skip
 
-CHANGED: Mapping[str, Mapping[str, Any]] = {
+CHANGED: Mapping[str, Mapping[str, Any]] = {  # version -> defaults that differ from the newest
     "2026.8": {},
     "2026.1": {LEGACY: "auto"},
     "2025": {LEGACY: "auto", f"{ROLLOUT}enforce_eager": True, f"{ROLLOUT}max_num_seqs": 1024},
@@ -51,13 +51,12 @@ CHANGED: Mapping[str, Mapping[str, Any]] = {
         "algorithm.kl_ctrl.kl_coef": 0.001,
     },
 }
-"""Version -> defaults that differ from the newest."""
 RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
 """First release that is too new for a version."""
 LOOPS = ("2026.1", "2026.8")
 """Versions whose agent loop fixes the penalty of repetition, and reads of `val_kwargs` temperature, top_p and top_k."""
 
-MARKS = (
+MARKS = (  # keys, beginnings of keys, or variables that only such a version has; the first that a file has decides
     ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
     ("2026.8", "trainer.use_v1 trainer.v1. reward. distillation. transfer_queue. model_engine data.audio_key "
                "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
@@ -67,7 +66,6 @@ MARKS = (
              "VLLM_ATTENTION_BACKEND=XFORMERS"),
     ("2026.1", "reward_model. custom_reward_function."),
 )  # fmt: skip
-"""Keys, beginnings of keys, or variables that only such a version has; the first that a file has decides."""
 
 SAME: Mapping[str, str] = {
     f"{MODEL}path": "model.name_or_path", f"{MODEL}trust_remote_code": "model.trust_remote_code",
@@ -82,14 +80,13 @@ SAME: Mapping[str, str] = {
     f"{ROLLOUT}limit_images": "vllm.limit_mm_per_prompt.image", "data.shuffle": "grpo.shuffle_dataset",
     "data.seed": "grpo.seed",
 }  # fmt: skip
-FAST: Mapping[str, str] = {
+FAST: Mapping[str, str] = {  # settings of the engine that change seconds alone
     f"{ROLLOUT}{name}": f"vllm.{name}" for name in (
         "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager",
         "cudagraph_capture_sizes")
 }  # fmt: skip
-"""Settings of the engine that change seconds alone."""
 
-WORDS = words(
+WORDS = words(  # key, or beginning of keys, -> verdict and note, where nothing else was said
     {
         ("speed", "TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once"):
             "model.use_remove_padding actor.use_remove_padding actor.use_prefix_grouper actor.pad_to_length",
@@ -164,4 +161,3 @@ WORDS = words(
     },
     {"optim": f"{ACTOR}", **dict.fromkeys(("actor", "model", "rollout", "ref"), "actor_rollout_ref.")},
 )  # fmt: skip
-"""Key, or beginning of keys, -> verdict and note, where nothing else was said."""

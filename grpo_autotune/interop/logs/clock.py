@@ -8,10 +8,8 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs.steps import SPEEDS, LoggedSteps
 from grpo_autotune.interop.logs.timers import OCCASIONS, RAY, Part, is_async, ray_parts
 
-WARM = 1.5
-"""Times the others' median (of optimizer steps, their longest): a first step that takes longer is left out."""
-LEAST_BAR = 5
-"""Looks at a progress bar below which it is one of loading something."""
+WARM = 1.5  # times the others' median (of optimizer steps, their longest): a first step that takes longer is left out
+LEAST_BAR = 5  # looks at a progress bar below which it is one of loading something
 
 
 @dataclass

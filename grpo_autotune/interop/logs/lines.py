@@ -16,8 +16,7 @@ from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.units import duration, percent
 
-LONGEST = 1 << 20
-"""Characters of a line that are read at once; a longer one counts as several."""
+LONGEST = 1 << 20  # characters of a line that are read at once; a longer one counts as several
 TELL_S = 3.0
 SCREEN = re.compile(r"step:\d|\{['\"]|(?:it/s|s/it)[\],]|wandb: +\S")
 """What a line has in it that may open a row: no other is looked at."""

@@ -10,8 +10,7 @@ MARKS = re.compile(
     r"\{'loss': |[\d.]+(?:s/it|it/s)[\],]|\bstep_time,|,step_time\b"
 )
 CONFIGURATIONS = (".yaml", ".yml", ".sh", ".bash", ".py", ".ipynb", ".toml")
-LOOKED_AT = 64 << 20
-"""Characters of a file that are looked through for a mark."""
+LOOKED_AT = 64 << 20  # characters of a file that are looked through for a mark
 
 
 def is_log(path: Path) -> bool:

@@ -12,15 +12,13 @@ from typing import Any
 from grpo_autotune.interop.logs.lines import LAST, NEXT, Row, rows
 from grpo_autotune.interop.logs.timers import RAY, TORN_TIMER, TRL, Part, TrlTimers
 
-MOST_STEPS = 20_000
-"""Steps that are kept, the last ones."""
-COUNTERS = (
+MOST_STEPS = 20_000  # steps that are kept, the last ones
+COUNTERS = (  # keys that may number a step; of several in a row the first one here counts
     *("train/global_step", "training/global_step", "global_step/max_steps", "iteration", "step", "global_step"),
     *("Step", "_step"),
 )
-"""Keys that may number a step; of several in a row the first one here counts."""
 SPEEDS = ("train_speed(s/it)", "train_speed(iter/s)")
-FACTS = {
+FACTS = {  # quantity -> keys of the frameworks that log it, any one of them
     "prompt tokens, mean": ("prompt_length/mean",),
     "completion tokens, mean": ("response_length/mean", "completions/mean_length", "completion_length"),
     "completion tokens, longest": ("response_length/max", "completions/max_length"),
@@ -32,7 +30,6 @@ FACTS = {
     "tokens per second and GPU": ("perf/throughput",),
     "most memory, GiB": ("memory(GiB)", "perf/max_memory_allocated_gb", "actor/perf/max_memory_allocated_gb"),
 }
-"""Quantity -> keys of the frameworks that log it, any one of them."""
 READ = {key for keys in FACTS.values() for key in keys} | {
     *(*SPEEDS, "step_time", "perf/time_per_step", "train_runtime", "train_steps_per_second")
 }

@@ -11,7 +11,7 @@ TRL = "profiling/Time taken: "
 SLACK, ROUNDED_S = 0.001, 0.002
 """Share of a step, and seconds of rounding to three decimals, by which timers may exceed the step that holds them."""
 OCCASIONS = {"save_checkpoint", "testing", "validation"}
-ALONE = {
+ALONE = {  # timer of verl or EasyR1 -> its row, and the stages that it holds
     "old_log_prob": ("policy_logprob", "policy_logprob.old_policy"),
     "old": ("policy_logprob", "policy_logprob.old_policy"),
     "ref": ("reference_logprob", "reference_logprob"),
@@ -22,14 +22,12 @@ ALONE = {
     "values": ("critic's values", "critic's values"),
     "update_critic": ("critic's training", "critic's training"),
 }
-"""Timer of verl or EasyR1 -> its row, and the stages that it holds."""
 LEFT_OVER = {"start_profile", "stop_profile", "dump_rollout_generations"}
 INSIDE = {"step", "gen", "generate_sequences", "reshard", "adv"} | OCCASIONS | LEFT_OVER | set(ALONE)
 OVERLAP = ("param_sync", "wait_for_enough_samples", "generate_async", "sync_rollout_weights", "switch_")
 """Timers of asynchronous trainers: their stages run beside each other, so nothing adds up to a step."""
 LEAST_WAIT = 0.01
-TORN_TIMER = "(torn)"
-"""Key of a step of which a timer is no number, or below zero."""
+TORN_TIMER = "(torn)"  # key of a step of which a timer is no number, or below zero
 
 
 class Part(NamedTuple):
@@ -137,7 +135,7 @@ class TrlTimers:
         return [Part(*(TRL_ROWS | TRL_REST)[label], max(0.0, each)) for label, each in seconds.items()]
 
 
-TRL_NAMES = {
+TRL_NAMES = {  # method -> label; each reward's own name is inside `_calculate_rewards`
     **dict.fromkeys((f"transformers.generate{how}" for how in ("", "_batch", "_paged")), "gen"),
     **dict.fromkeys(("vLLM.generate", "generate"), "gen"),
     **dict.fromkeys(("sync_weights", "_move_model_to_vllm"), "sync"),
@@ -145,7 +143,6 @@ TRL_NAMES = {
     "_prepare_inputs": "prepare",
     "compute_loss": "loss",
 }
-"""Method -> label; each reward's own name is inside `_calculate_rewards`."""
 _PASS = "_get_per_token_logps*"
 TRL_ROWS: dict[str, TrlRow] = {
     "gen": ("generation", ("generation",), ("*generate",)),
@@ -156,10 +153,9 @@ TRL_ROWS: dict[str, TrlRow] = {
     "passes": ("log-prob passes", ("policy_logprob.old_policy", "reference_logprob"), (_PASS,)),
     "forward": ("training forward", ("policy_logprob.training_forward",), (_PASS,)),
 }
-TRL_REST: dict[str, TrlRow] = {
+TRL_REST: dict[str, TrlRow] = {  # label -> row, stages, and keys (behind `profiling/Time taken: GRPOTrainer.`)
     "prompt": ("prompt", ("prompt", "engine", "sync_wait"), ("_prepare_inputs", "-what is inside")),
     "fused": ("training forward", ("policy_logprob.training_forward",), ("compute_loss",)),
     "left": ("other", ("other",), ("compute_loss", f"-{_PASS}")),
     "backward": ("backward", ("backward",), ("step_time", "-_prepare_inputs", "-compute_loss")),
 }
-"""Label -> row, stages, and keys (behind `profiling/Time taken: GRPOTrainer.`)."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 
 TOKEN = re.compile(r"\s*(0[xX][0-9a-fA-F]+|\d+|[A-Za-z_]\w*|\*\*|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%<>&|^!~?:()])")
-INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {
+INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {  # operator -> how strongly it binds, and what it does
     "||": (1, lambda a, b: bool(a) or bool(b)), "&&": (2, lambda a, b: bool(a) and bool(b)), "|": (3, operator.or_),
     "^": (4, operator.xor), "&": (5, operator.and_), "==": (6, operator.eq), "!=": (6, operator.ne),
     "<": (7, operator.lt), ">": (7, operator.gt), "<=": (7, operator.le), ">=": (7, operator.ge),
@@ -14,7 +14,6 @@ INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {
     "/": (10, lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)),
     "%": (10, lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1)), "**": (11, lambda a, b: a ** min(b, 64)),
 }  # fmt: skip
-"""Operator -> how strongly it binds, and what it does."""
 PREFIX: Mapping[str, Callable[[int], int]] = {
     "-": operator.neg, "+": operator.pos, "!": operator.not_, "~": operator.invert,
 }  # fmt: skip

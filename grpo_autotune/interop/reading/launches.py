@@ -9,11 +9,10 @@ from grpo_autotune.interop.reading.shell import Command
 from grpo_autotune.interop.reading.words import Word
 from grpo_autotune.interop.source import Setting
 
-RUNNERS = re.compile(
+RUNNERS = re.compile(  # first words of a command that may start a training
     r"(.*/)?(python[\d.]*|torchrun|accelerate|deepspeed|uv|srun|ray|nohup|env|exec|time|sudo|conda|poetry|mpirun|numactl"
     r"|timeout|pdsh|xvfb-run|swift|megatron|trl|rl|llamafactory-cli)|\$.*"
 )
-"""First words of a command that may start a training."""
 PROGRAMS = re.compile(r"(.*/)?(swift|megatron|trl|llamafactory-cli|rl)|\$\(which (swift|trl)\)")
 """Programs with a subcommand or arguments of their own, instead of a Python file or module."""
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")

@@ -336,8 +336,7 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
     "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1:] == [True],
 }  # fmt: skip
-TESTS = ("[", "((", "! [", "test ", "true", "false")
-"""Beginnings of a condition that is evaluated, and not guessed."""
+TESTS = ("[", "((", "! [", "test ", "true", "false")  # beginnings of a condition that is evaluated, and not guessed
 
 
 def _fields(node: Node, *names: str) -> list[Node]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from grpo_autotune.interop.writing.shell_edits import replaced
 
-CONFIG = re.compile(r"\w*(Config|Arguments)")
-"""Calls that a missing argument may be added to."""
+CONFIG = re.compile(r"\w*(Config|Arguments)")  # calls that a missing argument may be added to
 
 
 def python_edits(text: str, key: str, value: str) -> Iterator[str]:

@@ -14,8 +14,7 @@ from grpo_autotune.interop.source import Source
 
 Numbers = Callable[[SixNumbers, TrlBatch], Any]
 """A batch key's value, from the six numbers and TRL's keys on the source's own processes."""
-Target = str | Callable[[Any], Mapping[str, Any]]
-"""A key of the framework, or several with their values."""
+Target = str | Callable[[Any], Mapping[str, Any]]  # a key of the framework, or several with their values
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
 
@@ -147,14 +146,12 @@ R1_V = TRL._replace(
 SCRIPT = TRL._replace(keys={key: name for key, name in TRL.keys.items() if key.startswith("vllm.")})
 """Of a program: its `GRPOConfig` alone; the model and the adapter are made elsewhere in it."""
 UNSLOTH = SCRIPT._replace(keys={**SCRIPT.keys, "grpo.gradient_checkpointing": None})
-FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V}
-"""By name; all others have TRL's keys."""
-WHY = {
+FRAMEWORKS = {"verl": VERL, "easyr1": EASYR1, "ms-swift": SWIFT, "r1-v": R1_V}  # by name; all others have TRL's keys
+WHY = {  # key path -> why it is lost where a framework has no key for it
     "speedups": "a speed-up of grpo-autotune, which trains with TRL",
     "data.image_size": "no key of this framework limits images: resize them in the data, or in its code",
     "vllm.weight_sync": "it decides itself how weights reach the engine",
 }
-"""Key path -> why it is lost where a framework has no key for it."""
 
 
 def framework_of(source: Source) -> Framework:

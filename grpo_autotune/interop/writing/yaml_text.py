@@ -12,8 +12,7 @@ from grpo_autotune.config.yaml_text import write_yaml
 from grpo_autotune.errors import printable
 from grpo_autotune.records.imported import Imported, titled
 
-WIDTH = 110
-"""Characters of a line; a comment that does not fit behind its key stands above it."""
+WIDTH = 110  # characters of a line; a comment that does not fit behind its key stands above it
 
 
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
