@@ -62,7 +62,6 @@ def _of_rows(report: LogReport) -> Iterator[tuple[Any, ...]]:
 
 
 def _of_facts(report: LogReport) -> Iterator[tuple[Any, ...]]:
-    """The same of rewards and lengths."""
     facts = defaultdict(float, {name: fact.value for name, fact in report.facts.items()})
     cut, dead = facts["completions cut off"], facts["groups of equal rewards"]
     mean, longest = facts["completion tokens, mean"], facts["completion tokens, longest"]

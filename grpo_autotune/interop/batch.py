@@ -27,7 +27,6 @@ class SixNumbers:
 
     @property
     def rollout(self) -> int:
-        """Completions of a rollout, over all ranks."""
         return self.prompts * self.num_generations
 
     @property

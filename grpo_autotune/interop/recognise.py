@@ -159,7 +159,6 @@ def _command_in(text: str, places: range) -> str:
 
 
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
-    """The one GRPO command of a script."""
     if len(text) > LONGEST_SCRIPT:
         raise ConfigError("too long for a script, and of no other format that is read", where=path.name)
     script = evaluate(text, path.name, environment)
@@ -193,7 +192,6 @@ def started(launch: Launch) -> str | None:
 
 
 def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:
-    """The reason why a script holds no training."""
     names = dict.fromkeys(f"{launch.program} (line {launch.line})" for launch in launches)
     if names:
         rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
@@ -232,7 +230,6 @@ def _of_launch(
 def _config_of(
     framework: str, settings: Mapping[str, Setting], given: Mapping[str, Setting], first: Sequence[Word]
 ) -> str | None:
-    """The YAML that a command reads."""
     if framework == "verl":
         values = [given[key].value if key in given else "" for key in ("config_path", "config_name")]
         folder, name = (str(value[0] if isinstance(value, list) else value) for value in values)

@@ -40,7 +40,6 @@ class Translation:
         self.batch: SixNumbers | None = None
 
     def given(self, key: str) -> bool:
-        """True if the user's file sets the key."""
         return key in self.source.settings
 
     def value(self, key: str, fallback: Any = None) -> Any:

@@ -84,7 +84,6 @@ def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
 
 
 def _value(value: Any) -> str:
-    """A value as YAML has it, cut where it is long."""
     plain = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(plain.split())
     return text if len(text) <= MOST_OF_VALUE else f"{text[: MOST_OF_VALUE - 4]} ..."

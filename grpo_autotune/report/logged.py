@@ -111,7 +111,6 @@ RECOVERED: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
 
 
 def _checks(facts: Mapping[str, LoggedFact], numbers: Mapping[str, float]) -> Iterator[str]:
-    """The configuration's numbers against those that the log recovers."""
     ranks = round(numbers["D"])
     wanted = {"completions per step": round(numbers["P"] * numbers["G"]), "GPUs": ranks}
     for name, given in wanted.items():

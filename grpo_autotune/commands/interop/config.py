@@ -86,7 +86,6 @@ def _write(target: Path, text: str, beside: Mapping[str, str]) -> None:
 
 
 def _next(imported: Imported, target: Path) -> Iterator[str]:
-    """Lines on what was written and what to do with it."""
     ranks = imported.world_size
     beside = f", with {', '.join(imported.files)} beside it" if imported.files else ""
     apart = imported.files and target.parent.resolve() != Path.cwd()

@@ -53,7 +53,6 @@ class Called:
         self.is_async = any(map(inspect.iscoroutinefunction, (called, type(called).__call__)))
 
     def __call__(self, **batch: Any) -> list[float | None]:
-        """The scores of a batch, B values."""
         whole, args, keys = self._calls(batch, list(map(text_of, batch["completions"])))
         results = [self._function(*one, **more, **self._arguments) for one, more in zip(args, keys, strict=True)]
         return list(map(_number, results[0] if whole else results))
@@ -105,7 +104,6 @@ def text_of(completion: Any) -> str:
 
 
 def _number(result: Any) -> float | None:
-    """A score: alone, the first of several values, or under verl's or EasyR1's name for it."""
     if isinstance(result, Mapping):
         result = result["score"] if "score" in result else result["overall"]
     result = result[0] if isinstance(result, list | tuple) else result
@@ -113,7 +111,6 @@ def _number(result: Any) -> float | None:
 
 
 def _made(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """The reward that a class makes, as ms-swift does, of its training arguments."""
     parameters = inspect.signature(cls).parameters.values()
     takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
     return cls(args=SimpleNamespace(**arguments)) if takes else cls()

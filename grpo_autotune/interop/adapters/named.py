@@ -18,7 +18,6 @@ class Named:
     note: str = ""  # what differs; of one that is not here, what would be needed
 
     def item(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The item of `rewards`, with what the framework's `arguments` say."""
         given = {ours: arguments[theirs] for ours, theirs in self.settings.items() if arguments.get(theirs) is not None}
         params = {**self.params, **given}
         return {"name": self.name, **({"params": params} if params else {})}

@@ -178,7 +178,6 @@ def _batch(t: Translation, keys: Keys) -> None:
 
 
 def _weights(t: Translation, keys: Keys) -> None:
-    """The trained weights, and their optimizer."""
     modules = t.value(keys.adapted)
     if isinstance(modules, str) and modules != "all-linear":
         modules = [name.strip() for name in modules.split(",")]
@@ -252,7 +251,6 @@ def _data(t: Translation, keys: Keys) -> None:
 
 
 def _template(t: Translation, key: str, target: str, note: str) -> str | None:
-    """A file of Jinja, if it lies beside the source."""
     named = t.value(key)
     file = beside(t.source.path, str(named)) if on(named) else None
     if file is not None:
@@ -265,7 +263,6 @@ def _template(t: Translation, key: str, target: str, note: str) -> str | None:
 
 
 def _reward(t: Translation) -> None:
-    """The user's function, or the name of one that early versions had."""
     key, arguments = "worker.reward.reward_function", shared.below(t, "worker.reward.reward_function_kwargs.")
     if not on(t.value(key)) and t.given("worker.reward.compute_score"):
         note = "EasyR1's own: 0.9 for the right answer, by mathruler, and 0.1 for the form; here 1, by math-verify"

@@ -82,7 +82,6 @@ def _newest(path: str) -> str:
 
 
 def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:
-    """The version to take defaults of, and the reason."""
     if version := wanted or source.hints.get("ms-swift"):
         return version, "--source-version" if wanted else "pinned in the file"
     old = next((key for key in swift_keys.VERSION_OF if key in names.values()), None)
@@ -90,7 +89,6 @@ def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tu
 
 
 def _before(version: str, other: str) -> bool:
-    """True for an earlier version; ConfigError where it is none."""
     first, second = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (version, other))
     if not first:
         raise ConfigError(f"{version!r} is no version", where="--source-version", fix="Example: 3.8.")
@@ -105,7 +103,6 @@ def _defaults(version: str, megatron: bool) -> dict[str, Any]:
 
 
 def _refuse(to: Translation) -> None:
-    """ConfigError for a way of training that is not read."""
     fix = "Import a configuration without it."
     for key, what in swift_keys.REFUSED.items():
         if to.given(key) and to.value(key):
@@ -167,7 +164,6 @@ def _processes(to: Translation) -> tuple[int, list[str]]:
 
 
 def _sharding(to: Translation, megatron: bool) -> None:
-    """DeepSpeed, FSDP and accelerate; Megatron's optimizer, which always keeps weights in 32 bits."""
     adapter = to.value("tuner_type") != "full"
     if named := to.value("deepspeed"):
         deepspeed.apply(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)

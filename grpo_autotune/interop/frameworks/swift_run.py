@@ -154,7 +154,6 @@ def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
 
 
 def _prompts(to: Translation) -> None:
-    """Lengths of prompts, and sizes of images."""
     edge = 28 if re.search(swift_keys.PATCHES_OF_28, str(to.value("model"))) else 32
     for key, target in swift_keys.PIXELS.items():
         if to.given(key):
@@ -217,7 +216,6 @@ def _rewards(to: Translation) -> None:
 
 
 def _plugin(to: Translation, plugins: list[str], name: str) -> str | None:
-    """The plugin at hand that names a reward."""
     files = {plugin: beside(to.source.path, plugin) for plugin in plugins}
     return next((plugin for plugin, file in files.items() if file is not None and name in text_of(file)), None)
 
@@ -304,7 +302,6 @@ def _evaluation(to: Translation) -> None:
 
 
 def _engine(to: Translation) -> None:
-    """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
     keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
     if not (to.value("use_vllm") or to.value("use_lmdeploy")):
         for key in keys:
@@ -364,7 +361,6 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
 
 
 def _correction(to: Translation) -> None:
-    """Correction for the engine's own probabilities; without it, no row."""
     prefix, mode = "grpo.vllm_importance_sampling_", str(to.value("rollout_importance_sampling_mode") or "")
     if not mode:
         to.set(f"{prefix}correction", False, "off in swift; TRL's is on, and costs a pass")

@@ -95,7 +95,6 @@ def _given(source: Source, key: str) -> Any:
 
 
 def _of_release(number: Version) -> dict[str, Handler]:
-    """Keys that meant something else in an old release."""
     return {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
 
 
@@ -117,7 +116,6 @@ OF_RELEASE: dict[str, tuple[Version, Handler]] = {
 
 
 def _whole(to: Translation) -> None:
-    """The evaluation's split, and the check that there are data and a model."""
     is_open = not to.values.keys() & {"data.eval_split", "data.split_ratio"}
     if is_open and to.values.get("grpo.eval_strategy", "no") != "no":
         if trl_script.is_script(to.source):
@@ -146,7 +144,6 @@ def _data(to: Translation, key: str) -> None:
 
 
 def _is_code(to: Translation, key: str) -> bool:
-    """True for a setting that a Python program makes."""
     setting = to.source.settings.get(key)
     return trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
 

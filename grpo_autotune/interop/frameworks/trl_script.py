@@ -115,7 +115,6 @@ def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator
 
 
 def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings with the file that a builder of `datasets` reads, and of several splits the first."""
     split, files = made.get("dataset_train_split"), made.get("data_files")
     if split is not None and isinstance(split.value, list):
         made["dataset_train_split"] = replace(split, value=split.value[0])
@@ -204,7 +203,6 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _trees(path: Path) -> Iterator[tuple[str | None, ast.Module]]:
-    """The cells of a script or notebook."""
     return ((cell, python_source.parsed(text, path.name)[0]) for cell, text in python_source.cells(path, text_of(path)))
 
 
@@ -227,7 +225,6 @@ class _Functions:
         return ""
 
     def made(self, text: str, name: str) -> str:
-        """The name of a function of the script; of a call or a lambda, the `name` that it is given. Else empty."""
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id if node.id in self.statements else ""

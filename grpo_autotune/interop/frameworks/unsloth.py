@@ -88,7 +88,6 @@ def _sampled(source: Source) -> Source:
 
 
 def _stop(to: Translation, key: str) -> None:
-    """Texts that end a completion, where they are known."""
     setting = to.source.settings[key]
     if setting.value and setting.text is None and to.value("use_vllm"):
         return to.converted(key, {"grpo.generation_kwargs": {"stop": setting.value}}, "passed to the engine")

@@ -208,7 +208,6 @@ def _lora(t: Translation) -> bool:
 
 
 def _loss(t: Translation) -> None:
-    """Form and averaging of the loss."""
     old, mode = f"{ACTOR}use_token_level_loss", t.value(LOSS)
     key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
     average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
@@ -231,7 +230,6 @@ def _loss(t: Translation) -> None:
 
 
 def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
-    """TRL's `loss_type` for an averaging, and what differs."""
     assert t.batch is not None
     kind = "cispo" if is_cispo else AVERAGES.get(average, "dapo")
     source, micro = t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
@@ -297,7 +295,6 @@ def _engine(t: Translation, is_lora: bool) -> None:
 
 
 def _without_engine(t: Translation) -> None:
-    """transformers' own generation in the place of vLLM."""
     t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
     for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.to)]:
         del t.rows[key]

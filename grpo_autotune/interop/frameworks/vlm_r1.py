@@ -114,7 +114,6 @@ def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
 
 
 def _module(to: Translation, names: list[str]) -> str:
-    """The text of that module."""
     model = str(to.value("model_name_or_path")).lower()
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
     origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"

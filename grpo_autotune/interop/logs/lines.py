@@ -86,7 +86,6 @@ def _json(text: str) -> dict[str, Any] | None:
 
 
 def _entries(path: Path) -> Iterator[Row]:
-    """A JSON document: `trainer_state.json`, or a list of rows."""
     try:
         with opened(path) as file:
             data = json.load(file)

@@ -147,7 +147,6 @@ def _name(key: str) -> str:
 
 
 def _clock(text: str) -> float | None:
-    """Seconds of `1h 2m 3s`, as ms-swift writes them."""
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     parts = re.findall(r"(\d+)([dhms])", text)
     return float(sum(int(count) * units[unit] for count, unit in parts)) if parts else None

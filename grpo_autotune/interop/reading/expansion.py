@@ -60,7 +60,6 @@ class Field:
     written: str | None = None
 
     def word(self) -> Word:
-        """The word as a program receives it."""
         text, missing = marks.shown(self.text), tuple(MISSING.findall(marks.plain(self.text)))
         return Word(text, marks.line_of(self.text), None if self.written == text else self.written, missing)
 
@@ -81,7 +80,6 @@ class Variables:
         return value if isinstance(value, list) else [Field(value)]
 
     def text(self, name: str) -> str | None:
-        """A variable as one text, of an array its first word; None if nothing sets it."""
         if name == "#":
             return str(len(self.positional))
         if name in ("@", "*"):
@@ -100,19 +98,15 @@ class Expansion:
         self.source, self.variables, self.only_line = source, variables, line
 
     def line(self, byte: int) -> int:
-        """Number of the line that a byte is in."""
         return self.only_line or self.source.count(b"\n", 0, byte) + 1
 
     def raw(self, node: Node) -> str:
-        """The node as it is written."""
         return self.source[node.start_byte : node.end_byte].decode()
 
     def text(self, node: Node | None) -> str:
-        """A node as one text, as in an assignment."""
         return "" if node is None else marks.stored(self.expanded(node))
 
     def fields(self, node: Node) -> list[Field]:
-        """A node as the words it becomes."""
         raw = self.raw(node)
         array = ARRAY.fullmatch(raw)
         if array:
@@ -187,7 +181,6 @@ class Expansion:
         return arithmetic.evaluate(marks.plain(text), self.operand)
 
     def operand(self, name: str) -> str | None:
-        """The text of a name in arithmetic."""
         text = self.variables.text(name)
         return text and marks.plain(text)
 
@@ -239,7 +232,6 @@ class Expansion:
             return self.variables.text(name) if name == "BASH_SOURCE" else None
 
     def filled(self, text: str) -> str:
-        """A text with the values of its variables."""
         return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
 
     def put(self, name: str, index: str | None, text: str) -> None:

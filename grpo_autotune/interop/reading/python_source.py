@@ -50,7 +50,6 @@ class Script:
     warnings: list[str] = field(default_factory=list)
 
     def called(self, pattern: str) -> list[Call]:
-        """Calls whose whole name matches a regular expression, in the order of their lines."""
         return [call for call in self.calls if re.fullmatch(pattern, call.name)]
 
 
@@ -103,7 +102,6 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
 
 
 def _blank(magic: re.Match[str]) -> str:
-    """A statement that does nothing, and as many lines as the notebook's command."""
     return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
 
 
@@ -227,14 +225,12 @@ class _Reader(ast.NodeVisitor):
         return node.value if isinstance(node, ast.Constant) else unknown
 
     def given(self, name: str, unknown: Unknown) -> Any:
-        """A name that the script leaves open, by the environment."""
         text = self.environment.get(name)
         with suppress(*WRONG, SyntaxError):
             return unknown if text is None else ast.literal_eval(text)
         return text
 
     def called(self, node: ast.Call, unknown: Unknown) -> Any:
-        """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
         name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
         if name == "dict" and not given:
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
@@ -250,14 +246,12 @@ class _Reader(ast.NodeVisitor):
 
 
 def _either(one: Any, other: Any, name: str) -> Any:
-    """The value of a name, or of each key of its mapping, that two branches give it."""
     if isinstance(one, dict) and isinstance(other, dict):
         return {key: _either(one.get(key, ...), other.get(key, ...), str(key)) for key in one | other}
     return one if one == other else Unknown(name)
 
 
 def _plain(value: Any) -> Any:
-    """The value with the text of what is not known in it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     plain = str(value) if isinstance(value, str) else value

@@ -154,7 +154,6 @@ class _Evaluation:
         return True
 
     def called(self, body: Node, words: list[Field]) -> bool | None:
-        """A function, with its own arguments."""
         if self.depth == DEEPEST:
             return None
         outer, before = (self.variables.positional, self.variables.called, self.local), dict(self.variables.values)
@@ -235,7 +234,6 @@ class _Evaluation:
         return None if state is None else not state
 
     def branch(self, node: Node) -> bool | None:
-        """`if`, with `elif` and `else`."""
         for conditions, body in _clauses(node):
             if not conditions or self.holds(conditions):
                 return self.each(body)
@@ -260,7 +258,6 @@ class _Evaluation:
         return self.truth.of([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
 
     def case(self, node: Node) -> bool | None:
-        """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
         subject = node.named_children[0]
         text = marks.plain(self.expand.text(subject))
         for item in [child for child in node.named_children if child.type == "case_item"]:
@@ -309,7 +306,6 @@ class _Evaluation:
             yield state == text.startswith("while") if known else None
 
     def left(self, node: Node, words: list[Field]) -> bool:
-        """`break` and `continue`."""
         raise _Left(self.expand.raw(node).split()[0])
 
     def subshell(self, node: Node) -> bool | None:
@@ -344,7 +340,6 @@ def _fields(node: Node, *names: str) -> list[Node]:
 
 
 def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
-    """Conditions and statements of each branch of an `if`; `else` has no condition."""
     clauses: list[tuple[list[Node], list[Node]]] = []
     part = 0
     for child in node.children:
@@ -358,7 +353,6 @@ def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
 
 
 def _inner_script(words: list[str]) -> str | None:
-    """The script that `eval` or `bash -c` is given."""
     if words[0] == "eval":
         return " ".join(words[1:])
     shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))

@@ -46,7 +46,6 @@ class Original:
         return read_source(self.path, self.framework, self.environment)
 
     def translated(self, ranks: int | None) -> Translation:
-        """The file for its own processes; for `ranks` where it does not say how many those are."""
         how: Any = {"framework": self.framework, "version": self.version, "environment": self.environment}
         return import_file(self.path, world_size=ranks, **how)
 
@@ -123,18 +122,15 @@ class _Draft:
         self.values = before.values
 
     def settings(self, text: str) -> dict[str, Any] | None:
-        """Settings of a text, key -> value; None if it cannot be read."""
         with suppress(ConfigError), self.original.holding(text) as draft:
             return {key: setting.value for key, setting in draft.read().settings.items()}
         return None
 
     def imported(self) -> Translation:
-        """The text as it stands, imported; ConfigError where it cannot be."""
         with self.original.holding(self.text) as draft:
             return draft.translated(self.ranks)
 
     def set(self, key: str, value: Any) -> bool:
-        """Set a key; False where no edit does."""
         name, says = key.lstrip("+"), self.raw.settings
         old = says[name].value if name in says else self.before.value(name)
         if old == value:

@@ -44,7 +44,6 @@ def _walk(node: Node) -> Iterator[Node]:
 
 
 def _assignments(root: Node) -> dict[str, list[Node]]:
-    """Name of each variable -> nodes of the values it is given, the last one first."""
     values: dict[str, list[Node]] = {}
     for node in _walk(root):
         target, value = (node.child_by_field_name(field) for field in ("name", "value"))
@@ -65,7 +64,6 @@ def _values(data: bytes, items: list[Node], place: int, item: Node, name: str) -
 
 
 def _bare(data: bytes, node: Node) -> tuple[int, int]:
-    """Bytes of a node without its quotes."""
     quoted = data[node.start_byte : node.start_byte + 1] in (b'"', b"'")
     return node.start_byte + quoted, node.end_byte - quoted
 
