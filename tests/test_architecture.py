@@ -57,7 +57,6 @@ FLOORS = {
     "interop": (
         ("source", "batch", "redact"),
         ("reading", "translation"),
-        ("recognise",),
         ("adapters", "logs"),
         ("frameworks",),
         ("importing",),

@@ -48,7 +48,7 @@ def import_(
 
     def action() -> int:
         from grpo_autotune.files import is_file, refusal_told
-        from grpo_autotune.interop.logs.recognise import is_log
+        from grpo_autotune.interop.logs.lines import is_log
 
         with refusal_told():
             is_training = is_file(file) and is_log(file)
@@ -94,7 +94,7 @@ def export(
     """Write the values that a search tuned into a copy of the file that the run was imported from."""
 
     def action() -> int:
-        from grpo_autotune.commands.interop.export import export_tuned
+        from grpo_autotune.commands.interop.config import export_tuned
 
         how: Any = {"framework": from_, "version": version, "environment": environment(env)}
         return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)

@@ -29,3 +29,17 @@ class Source:
     program: str | None = None  # module or script that is started: `verl.trainer.main_ppo`, `src/open_r1/grpo.py`
     hints: Mapping[str, str] = field(default_factory=dict)  # versions that the file pins: `trl` -> `0.22.2`
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Word:
+    """One argument as a program receives it."""
+
+    text: str
+    line: int | None = None
+    written: str | None = None  # as in the file, where that differs: `${BATCH:-512}`
+    missing: tuple[str, ...] = ()  # variables in it that nothing sets
+
+    def setting(self, value: Any, prefix: str = "") -> Setting:
+        """The value that this word gives; `prefix` is what stands before the value in the word, such as `lr=`."""
+        return Setting(value, self.line, text=self.written and self.written.removeprefix(prefix))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from grpo_autotune.commands.interop.log import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs import lines, steps
-from grpo_autotune.interop.logs.recognise import is_log
+from grpo_autotune.interop.logs.lines import is_log
 from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.report.logged import read_log
 from tests.support import logs
@@ -400,6 +400,6 @@ def test_the_command_prints_writes_json_and_draws_a_page(tmp_path: Path, capsys)
 
 
 def _printed(report: LogReport) -> str:
-    from grpo_autotune.render.logged import render_log
+    from grpo_autotune.render.imported import render_log
 
     return render_log(report, 400)

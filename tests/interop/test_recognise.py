@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.importing import import_file
-from grpo_autotune.interop.recognise import FRAMEWORKS, read_source
+from grpo_autotune.interop.importing import FRAMEWORKS, import_file, read_source
 from grpo_autotune.interop.source import Setting, Source
 
 OPEN_R1 = "accelerate launch --num_processes=7 src/open_r1/grpo.py"

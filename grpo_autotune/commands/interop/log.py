@@ -6,7 +6,7 @@ from pathlib import Path
 from grpo_autotune.console import say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import refusal_told, write_whole
-from grpo_autotune.render.logged import render_log
+from grpo_autotune.render.imported import render_log
 from grpo_autotune.report.logged import read_log
 
 
@@ -27,7 +27,7 @@ def import_log(path: Path, *, out: Path | None = None, config: Path | None = Non
     show(text if as_json else render_log(report))
     if out is not None and out.suffix == ".html":
         from grpo_autotune.commands.page import save_page
-        from grpo_autotune.render.logged import log_page
+        from grpo_autotune.render.imported import log_page
 
         say(f"Saved: {save_page(out, log_page(report))}")
     elif out is not None:

@@ -1,20 +1,70 @@
 """Reward functions of other frameworks, called by TRL: their files stay as they are.
 
 TRL gives a reward the lists of a batch of B: `completions` (texts, or messages), `completion_ids`, and one for each
-column. A style makes of them the arguments of one call for all, or of a call for each completion.
+column. A style makes of them the arguments of one call for all, or of a call for each completion. A plugin of ms-swift
+imports names of it, also where it is not installed: its base classes and registries are here; anything else of `swift`
+can be named, subclassed and filled, so that a plugin with schedulers beside its rewards is imported.
 """
 
 import asyncio
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.adapters.swift_names import ORMS, provide_swift
+
+
+class ORM:
+    """Base of rewards, sync and async ones."""
+
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        self.args = args
+
+
+ORMS: dict[str, Any] = {}  # rewards that plugins have registered, by name
+KNOWN = {"ORM": ORM, "AsyncORM": ORM, "orms": ORMS, "get_logger": lambda *name, **how: logging.getLogger("swift")}
+
+
+def provide_swift() -> None:
+    """Make `import swift` possible in this process, where ms-swift is not installed."""
+    if "swift" not in sys.modules and importlib.util.find_spec("swift") is None:
+        sys.meta_path.append(_Finder())
+
+
+class _Absent(dict[Any, Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        what = f"a plugin calls {type(self).__name__} of ms-swift, of which only the base of rewards is here"
+        fix = "Install ms-swift, or put the reward into a file of its own."
+        raise ConfigError(what, where="rewards", fix=fix)
+
+    __call__ = __init__
+
+
+class _Swift(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        absent: Any = type(name, (_Absent,), {})
+        return KNOWN[name] if name in KNOWN else (absent if name[0].isupper() else absent.__new__(absent))
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "swift" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Swift(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        return None
+
 
 Batch = Mapping[str, Any]
 Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.adapters.module import adapter
+from grpo_autotune.interop.adapters.named import adapter
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.reading.beside import beside
 from grpo_autotune.interop.translation import Translation, nested

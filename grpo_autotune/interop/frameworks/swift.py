@@ -13,17 +13,17 @@ from typing import Any
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.frameworks import accelerate, deepspeed, swift_keys, swift_run
+from grpo_autotune.interop.frameworks import sharding, swift_keys, swift_run
 from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import UNKNOWN, Translation
 
 _ZERO_3: dict[str, Any] = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
 PRESETS = {
-    **{f"zero{stage}": deepspeed.zero(stage) for stage in (0, 1, 2)},
-    "zero2_offload": deepspeed.zero(2, optimizer="cpu"),
-    "zero3": deepspeed.zero(3, **_ZERO_3),
-    "zero3_offload": deepspeed.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
+    **{f"zero{stage}": sharding.zero(stage) for stage in (0, 1, 2)},
+    "zero2_offload": sharding.zero(2, optimizer="cpu"),
+    "zero3": sharding.zero(3, **_ZERO_3),
+    "zero3_offload": sharding.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
 """DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -52,8 +52,8 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 def prepared(source: Source) -> tuple[Source, dict[str, str]]:
     """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
     settings among these. Second, the newest name of a setting -> its name in the file."""
-    source = deepspeed.with_file(source, source.settings.get("deepspeed"), deepspeed.PREFIX)
-    source = accelerate.with_launch(source)
+    source = sharding.with_file(source, source.settings.get("deepspeed"), sharding.PREFIX)
+    source = sharding.with_launch(source)
     given = {
         key: replace(setting, value=option_value(str(setting.value)))
         for key, setting in source.environment.items()
@@ -152,7 +152,7 @@ def _batch(to: Translation, megatron: bool, version: str) -> None:
 def _processes(to: Translation) -> tuple[int, list[str]]:
     """Processes that train, and the settings that say so: Ray's, the launcher's, else swift's own variables."""
     counts = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
-    launched = to.number("train.gpus") if to.given("train.gpus") else accelerate.processes(to)
+    launched = to.number("train.gpus") if to.given("train.gpus") else sharding.processes(to)
     if to.given("CUDA_VISIBLE_DEVICES"):
         spread = not counts and launched is None and "," in str(to.value("CUDA_VISIBLE_DEVICES"))
         to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
@@ -166,16 +166,16 @@ def _processes(to: Translation) -> tuple[int, list[str]]:
 def _sharding(to: Translation, megatron: bool) -> None:
     adapter = to.value("tuner_type") != "full"
     if named := to.value("deepspeed"):
-        deepspeed.apply(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)
+        sharding.apply_deepspeed(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)
     if to.value("fsdp"):
-        accelerate.fully_sharded(to, "fsdp", FSDP_2)
-    accelerate.apply(to, adapter=adapter)
+        sharding.fully_sharded(to, "fsdp", FSDP_2)
+    sharding.apply_launch(to, adapter=adapter)
     if megatron and not adapter:
         note = "Megatron keeps 32-bit weights beside the bfloat16 ones"
-        to.converted("use_distributed_optimizer", deepspeed.master_weights(to), note)
+        to.converted("use_distributed_optimizer", sharding.master_weights(to), note)
     if "torch_dtype" in to.rows and to.values["model.dtype"] != to.value("torch_dtype"):
         note = "the type of computing: weights are kept in 32 bits"
-        to.converted("torch_dtype", deepspeed.master_weights(to), note)
+        to.converted("torch_dtype", sharding.master_weights(to), note)
 
 
 def _rest(to: Translation, key: str) -> None:

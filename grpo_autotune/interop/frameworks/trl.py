@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
+from grpo_autotune.interop.frameworks import sharding, trl_script
 from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, SHELL, Handler, listed, settle, speed
 from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
 from grpo_autotune.interop.source import Source
@@ -61,9 +61,9 @@ def translated(
         ranks: Training processes where the launcher does not tell.
     """
     number, name, why = release
-    said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
+    said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
     named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
-    said = said if named is None else deepspeed.with_file(said, said.settings.get(named), deepspeed.PREFIX)
+    said = said if named is None else sharding.with_file(said, said.settings.get(named), sharding.PREFIX)
     read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
@@ -78,12 +78,12 @@ def translated(
         is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
         if key in to.rows or (key not in read.settings and is_silent):
             continue
-        if key != named and not key.startswith((accelerate.PREFIX, "deepspeed.")):
+        if key != named and not key.startswith((sharding.LAUNCH, "deepspeed.")):
             settle(to, key, table)
     _whole(to)
-    accelerate.apply(to, adapter=bool(to.value("use_peft")))
+    sharding.apply_launch(to, adapter=bool(to.value("use_peft")))
     if named is not None:
-        deepspeed.apply(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
+        sharding.apply_deepspeed(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
     to.source = said
     for key in said.settings.keys() & unread.keys():
         to.inert(key, unread[key])
@@ -133,7 +133,7 @@ def _zero(path: str) -> str | dict[str, Any]:
     """DeepSpeed's plain configuration for a file that is not at hand, where its name tells the stage of ZeRO."""
     name = re.search(r"zero_?([123])[^/]*$", path)
     offload = "cpu" if "offload" in path.rpartition("/")[2] else "none"
-    return path if name is None or Path(path).is_file() else deepspeed.zero(int(name[1]), optimizer=offload)
+    return path if name is None or Path(path).is_file() else sharding.zero(int(name[1]), optimizer=offload)
 
 
 def _data(to: Translation, key: str) -> None:
@@ -150,7 +150,7 @@ def _is_code(to: Translation, key: str) -> bool:
 
 def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
-    ranks = accelerate.processes(to) or to.number("num_processes") or usual or to.world_size
+    ranks = sharding.processes(to) or to.number("num_processes") or usual or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1

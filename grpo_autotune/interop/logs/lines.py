@@ -1,4 +1,4 @@
-"""Rows of flat numbers out of a log of any format, one after the other, whatever the size of the file."""
+"""A log told from a configuration, and its rows of flat numbers, one after the other, whatever the size of the file."""
 
 import ast
 import csv
@@ -15,6 +15,29 @@ from typing import Any, NamedTuple, TextIO, cast
 from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.units import duration, percent
+
+MARKS = re.compile(
+    r"timing_s[/\"]|profiling/Time taken|train_speed\((?:s/it|iter/s)\)|\"log_history\"|['\"]step_time['\"]|"
+    r"\{'loss': |[\d.]+(?:s/it|it/s)[\],]|\bstep_time,|,step_time\b"
+)
+CONFIGURATIONS = (".yaml", ".yml", ".sh", ".bash", ".py", ".ipynb", ".toml")
+LOOKED_AT = 64 << 20  # characters of a file that are looked through for a mark
+
+
+def is_log(path: Path) -> bool:
+    """True for a file with marks of a training's log, or named as one; False for one named as a configuration."""
+    if path.suffix in CONFIGURATIONS:
+        return False
+    if path.suffix in (".log", ".jsonl", ".csv", ".tsv", ".out", ".gz"):
+        return True
+    with opened(path) as file:
+        done, tail = 0, ""
+        while done < LOOKED_AT and (chunk := file.read(1 << 20)):
+            if MARKS.search(tail + chunk):
+                return True
+            done, tail = done + len(chunk), chunk[-64:]
+    return False
+
 
 LONGEST = 1 << 20  # characters of a line that are read at once; a longer one counts as several
 TELL_S = 3.0

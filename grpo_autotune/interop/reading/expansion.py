@@ -13,7 +13,7 @@ import tree_sitter_bash
 from tree_sitter import Language, Node, Parser
 
 from grpo_autotune.interop.reading import arithmetic, marks
-from grpo_autotune.interop.reading.words import Word
+from grpo_autotune.interop.source import Word
 
 PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)

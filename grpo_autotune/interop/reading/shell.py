@@ -15,7 +15,7 @@ from grpo_autotune.interop.reading import marks
 from grpo_autotune.interop.reading.cut import cut_commands, within
 from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
 from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
-from grpo_autotune.interop.reading.words import Word
+from grpo_autotune.interop.source import Word
 
 LONGEST_VALUE = 1_000_000
 MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
