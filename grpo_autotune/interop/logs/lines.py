@@ -17,8 +17,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.units import duration, percent
 
 MARKS = re.compile(
-    r"timing_s[/\"]|profiling/Time taken|train_speed\((?:s/it|iter/s)\)|\"log_history\"|['\"]step_time['\"]|"
-    r"\{'loss': |[\d.]+(?:s/it|it/s)[\],]|\bstep_time,|,step_time\b"
+    r"timing_s[/\"]|train_speed\((?:s/it|iter/s)\)|\"log_history\"|['\"]step_time['\"]|\{'loss': |step_time,|,step_time"
 )
 CONFIGURATIONS = (".yaml", ".yml", ".sh", ".bash", ".py", ".ipynb", ".toml")
 LOOKED_AT = 64 << 20  # characters of a file that are looked through for a mark
@@ -41,19 +40,14 @@ def is_log(path: Path) -> bool:
 
 LONGEST = 1 << 20  # characters of a line that are read at once; a longer one counts as several
 TELL_S = 3.0
-SCREEN = re.compile(r"step:\d|\{['\"]|(?:it/s|s/it)[\],]|wandb: +\S")
+SCREEN = re.compile(r"step:\d|\{['\"]")
 """What a line has in it that may open a row: no other is looked at."""
 NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^(?:\x1b\[[0-9;]*m)*\(\w+ pid=\d+(?:, ip=[\d.]+)?\)(?:\x1b\[[0-9;]*m)* ?")
 """Colours, and the prefix that Ray puts in front of a worker's line."""
 VERL = re.compile(r"(?:^|\s)step:(\d+) - (?=\S+:)")
-BAR = re.compile(
-    r"(?:^|\]|Train[^:%|]*:)\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[(?:(\d+):)?(\d+):(\d+)<[^\]]*?(?:it/s|s/it)[^\]]*\]"
-)
-WANDB = re.compile(r"wandb: +(\S+) +(-?\d\S*)$")
 DICT = re.compile(r"\{(?=[^{}]*'(?:loss|reward|train_runtime)':)'[^{}]*\}")
 TORN = "lines that are torn"
-NEXT, LAST = "(the next)", "(the last)"
-"""Keys of a row without a number of its own: a Trainer's dictionary on a console, W&B's summary at the end."""
+NEXT = "(the next)"  # key of a row without a number of its own: a Trainer's dictionary on a console
 LONG = (("key", "metric", "name", "metric_name"), ("value", "metric_value"))
 
 
@@ -142,7 +136,7 @@ def _table(path: Path, separator: str) -> Iterator[Row]:
 
 
 def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
-    """Lines as a terminal or a logger wrote them: verl's, dictionaries of a Trainer, JSON, progress bars."""
+    """Lines as a terminal or a logger wrote them: verl's, dictionaries of a Trainer, JSON."""
     for line, text in _joined(_pieces(path)):
         if text.startswith('{"'):
             row = _json(text)
@@ -153,17 +147,11 @@ def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
         elif match := VERL.search(text):
             pairs = (part.strip().rpartition(":") for part in text[match.end() :].split(" - "))
             yield Row(line, {"step": match[1]} | {key: value.split(" ")[0] for key, _, value in pairs if key})
-        elif text.startswith("wandb:"):
-            summary = {m[1]: m[2] for part in text.split("\n") if (m := WANDB.match(part))}
-            yield Row(line, {LAST: True} | summary)
         else:
             yield from _of_trainer(line, text, skipped)
 
 
 def _of_trainer(line: int, text: str, skipped: Counter[str]) -> Iterator[Row]:
-    for bar in BAR.finditer(text):
-        hours, minutes, rest = (int(part or 0) for part in bar.groups()[2:])
-        yield Row(line, {"step": bar[1], f"tqdm/{bar[2]}": 3600 * hours + 60 * minutes + rest})
     for match in DICT.finditer(text):
         words = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", re.sub(r"(?<=: )-?(?:nan|inf)\b", "None", match[0]))
         try:
@@ -208,8 +196,6 @@ def _joined(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 def _continues(whole: str, text: str, last: str, width: int) -> str | None:
     """The text between a row and the next line of it; None where that line is none of it."""
-    if whole.startswith("wandb:"):
-        return "\n" if text.startswith("wandb:") else None
     if VERL.search(text) or "{'" in text:
         return None
     if VERL.search(whole):

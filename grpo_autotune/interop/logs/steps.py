@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.interop.logs.lines import LAST, NEXT, Row, rows
-from grpo_autotune.interop.logs.timers import RAY, TORN_TIMER, TRL, Part, TrlTimers
+from grpo_autotune.interop.logs.lines import NEXT, Row, rows
 
+RAY = "timing_s/"
+TORN_TIMER = "(torn)"  # key of a step of which a timer is no number, or below zero
 MOST_STEPS = 20_000  # steps that are kept, the last ones
 COUNTERS = (  # keys that may number a step; of several in a row the first one here counts
     *("train/global_step", "training/global_step", "global_step/max_steps", "iteration", "step", "global_step"),
@@ -37,53 +38,28 @@ NOT_A_NUMBER = "values that are no finite number"
 
 
 class LoggedSteps:
-    """The steps of one file in their order: values, the line that each begins on, and rows of TRL's timers."""
+    """The steps of one file in their order: values, and the line that each begins on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: dict[int, dict[str, float]] = {}
         self.lines: dict[int, int] = {}
-        self.parts: dict[int, list[Part]] = {}
-        self.bars: dict[str, dict[int, tuple[float, int]]] = {}  # progress bar by its total: step -> seconds, line
         self.skipped: Counter[str] = Counter()
         self.warnings: list[str] = []
-        self._timers, self._last, self._rows = TrlTimers(), 0, 0
-        self._first_row: float | None = None
-        self._last_row = 0.0
+        self._last = 0
         try:
             for row in rows(path, self.skipped):
                 self._take(row)
         except (EOFError, zlib.error):
             self.warnings.append("the packed file is cut off: what comes before is read")
-        missing = self._first_row is not None and self._last_row - self._first_row >= 1.02 * self._rows
-        if self._timers.seen and (missing or self._timers.collapsed or not self.parts):
-            self.parts = {}
-            self.warnings.append(
-                "rows are missing or were put together (a panel's export, or W&B without a commit for each), so the "
-                "timers do not add up to a step: export the whole history"
-            )
 
     def _take(self, row: Row) -> None:
-        values = self._of_use(row.values)
-        if bar := next((key for key in values if key.startswith("tqdm/")), None):
-            self.bars.setdefault(bar, {})[int(row.values["step"])] = values[bar], row.line
-            return
-        self._rows += 1
-        if (place := number(row.values.get("_step"))) is not None:
-            self._first_row, self._last_row = place if self._first_row is None else self._first_row, place
-        timed = {key: values.pop(key) for key in [*values] if key.startswith(TRL)}
-        self._timers.add(timed)
-        step = None if timed and "train/global_step" not in row.values else self._number_of(row)
+        values, step = self._of_use(row.values), self._number_of(row)
         if step is None or not values:
-            self.skipped["rows without a step, or with nothing of use"] += not timed
+            self.skipped["rows without a step, or with nothing of use"] += 1
             return
         if step < self._last:
             self._go_back(step, row.line)
-        if step not in self.values:
-            before = next(reversed(self.values), 0)
-            parts = self._timers.take(step - before, values.get("step_time"), kl="kl" in values)
-            if parts and (before or (step == 1 and not self._first_row)):  # else some of its timers may be missing
-                self.parts[step] = parts
         self._last = step
         self.values.setdefault(step, {}).update(values)
         self.lines.setdefault(step, row.line)
@@ -102,12 +78,11 @@ class LoggedSteps:
 
     def _forget(self, step: int) -> None:
         del self.values[step], self.lines[step]
-        self.parts.pop(step, None)
 
     def _number_of(self, row: Row) -> int | None:
         key = next((key for key in COUNTERS if key in row.values), None)
         if key is None:
-            return self._last + 1 if NEXT in row.values else max(1, self._last) if LAST in row.values else None
+            return self._last + 1 if NEXT in row.values else None
         at = number(str(row.values[key]).partition("/")[0])
         return None if at is None else int(at)
 
@@ -115,7 +90,7 @@ class LoggedSteps:
         read = {}
         for key, value in values.items():
             name = _name(key)
-            if name not in READ and not name.startswith((RAY, TRL, "tqdm/", "fully_async/")):
+            if name not in READ and not name.startswith((RAY, "fully_async/")):
                 if name == "elapsed_time" and (spent := _clock(str(value))) is not None:
                     read[name] = spent
                 continue
@@ -140,9 +115,8 @@ def number(value: Any) -> float | None:
 
 def _name(key: str) -> str:
     """The framework's own name of a key, without what a tracker or a panel puts in front of it."""
-    for mark in (TRL, RAY):
-        if mark in key:
-            return "" if key.endswith(("__MIN", "__MAX")) else key[key.index(mark) :]
+    if RAY in key:
+        return "" if key.endswith(("__MIN", "__MAX")) else key[key.index(RAY) :]
     return key.rpartition(" - ")[2].removeprefix("metrics.").removeprefix("train/")
 
 
