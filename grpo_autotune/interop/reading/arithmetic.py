@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
-TOKEN = re.compile(r"\s*(0[xX][0-9a-fA-F]+|\d+|[A-Za-z_]\w*|\*\*|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%<>&|^!~?:()])")
+TOKEN = re.compile(r"\s*(\d+|[A-Za-z_]\w*|\*\*|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%<>&|^!~()])")
 INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {  # operator -> how strongly it binds, and what it does
     "||": (1, lambda a, b: bool(a) or bool(b)), "&&": (2, lambda a, b: bool(a) and bool(b)), "|": (3, operator.or_),
     "^": (4, operator.xor), "&": (5, operator.and_), "==": (6, operator.eq), "!=": (6, operator.ne),
@@ -42,7 +42,7 @@ def evaluate(text: str, value_of: Callable[[str], str | None], depth: int = 0) -
                 raise Unknown(closed)
             return value
         if token[0].isdigit():
-            return int(token, 16) if token[:2] in ("0x", "0X") else int(token, 8) if token[0] == "0" else int(token)
+            return int(token, 8) if token[0] == "0" else int(token)
         known = value_of(token) if token.isidentifier() else None
         if known is None:
             raise Unknown(token)
@@ -53,10 +53,6 @@ def evaluate(text: str, value_of: Callable[[str], str | None], depth: int = 0) -
         while tokens and INFIX.get(tokens[0], (-1,))[0] > least:
             strength, function = INFIX[tokens.pop(0)]
             value = int(function(value, expression(strength - (strength == 11))))
-        if least == 0 and tokens[:1] == ["?"]:
-            tokens.pop(0)
-            yes, _, no = expression(0), tokens.pop(0), expression(0)
-            return yes if value else no
         return value
 
     try:

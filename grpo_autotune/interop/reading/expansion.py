@@ -5,7 +5,6 @@ What is not known here is kept as it is written: a command's output, and variabl
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 
@@ -17,7 +16,7 @@ from grpo_autotune.interop.source import Word
 
 PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)
-PARAMETER = re.compile(r"\$\{?([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
+PARAMETER = re.compile(r"\$\{?(#?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
 OPERATOR = re.compile(r":?[-=+?]|##|#|%%|%|//|/|,,|,|\^\^|\^|:")
 NAME = re.compile(r"\$\{?(\w+)\}?")
 MISSING = re.compile(marks.UNKNOWN + r"\$\{?(\w+)")
@@ -71,7 +70,6 @@ class Variables:
     values: dict[str, str | list[Field]] = field(default_factory=dict)
     positional: list[Field] = field(default_factory=list)
     script: str = "script.sh"
-    called: bool = False  # in a function, where an argument that is not given is empty
     steps: int = 0
 
     def list(self, name: str) -> list[Field]:
@@ -87,8 +85,7 @@ class Variables:
         if name in ("0", "BASH_SOURCE"):
             return self.script
         words = self.positional[int(name) - 1 : int(name)] if name.isdigit() else self.list(name)
-        empty = self.called if name.isdigit() else isinstance(self.values.get(name), list)
-        return words[0].text if words else "" if empty else None
+        return words[0].text if words else "" if isinstance(self.values.get(name), list) else None
 
 
 class Expansion:
@@ -129,12 +126,8 @@ class Expansion:
             return marks.quoted(
                 re.sub("^|\n", lambda m: m[0] + marks.at(self.line(node.start_byte)), raw[1:-1], count=1)
             )
-        if node.type == "ansi_c_string":
-            return sign + marks.quoted(raw[2:-1].encode().decode("unicode_escape"))
         if node.type in ("string", "translated_string"):
             return marks.quoted("") + self.between(node, node.start_byte + raw.index('"') + 1, node.end_byte - 1, True)
-        if node.type == "brace_expression" and (ends := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", raw)):
-            return " ".join(map(str, range(int(ends[1]), min(int(ends[2]), int(ends[1]) + 100) + 1)))
         return self.between(node, node.start_byte, node.end_byte, quoted)
 
     def between(self, node: Node, start: int, end: int, quoted: bool) -> str:
@@ -196,7 +189,6 @@ class Expansion:
         value = self.indexed(name, index)
         if prefix == "#" and raw.startswith("${"):
             return str(len(self.variables.list(name)) if many else len(marks.shown(value or "")))
-        value = self.variables.text(marks.plain(value or "")) if prefix == "!" else value
         set_ = value is not None and bool(marks.plain(value) or not rest.startswith(":"))
         kind = sign[0][-1] if sign and sign[0].lstrip(":") in tuple("-=+?") else ""
         if kind in tuple("-=+") and sign is not None and set_ == (kind == "+"):
@@ -210,7 +202,7 @@ class Expansion:
         if value is None:
             return "" if many else marks.kept(raw)
         if many:
-            texts = [word.text for word in self.sliced(name, rest)]
+            texts = [word.text for word in self.variables.list(name)]
             apart = quoted and index != "*"
             joined = " ".join(map(marks.quoted, texts) if apart else texts)
             return marks.quoted(joined) if quoted and not apart else joined
@@ -223,9 +215,6 @@ class Expansion:
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:
             return self.variables.text(name)
-        member = self.variables.values.get(f"{name}[{self.filled(index)}]")
-        if isinstance(member, str):
-            return member
         try:
             return self.variables.list(name)[self.computed(index)].text
         except (arithmetic.Unknown, IndexError):
@@ -234,24 +223,8 @@ class Expansion:
     def filled(self, text: str) -> str:
         return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
 
-    def put(self, name: str, index: str | None, text: str) -> None:
-        """Set a variable, or a word of an array: by number in it, by any other index as a variable of its own."""
-        words = self.variables.list(name)
-        with suppress(arithmetic.Unknown):
-            if index is not None and 0 <= (place := self.computed(index)) <= len(words):
-                self.variables.values[name] = [*words[:place], Field(text), *words[place + 1 :]]
-                return
-        self.variables.values[name if index is None else f"{name}[{self.filled(index)}]"] = text
-
-    def sliced(self, name: str, rest: str) -> list[Field]:
-        words = self.variables.list(name)
-        if not (bounds := re.fullmatch(r":\s*(\d+)(?::(\d+))?", rest)):
-            return words
-        start = max(0, int(bounds[1]) - (name == "@"))
-        return words[start : start + int(bounds[2]) if bounds[2] else None]
-
     def changed(self, value: str, sign: str, rest: str) -> str | None:
-        """A value by `#`, `%`, `/`, `,`, `^` or `:`; None where only a run can tell."""
+        """A value by `#`, `%`, `/`, `,` or `^`; None where only a run can tell."""
         text = marks.plain(value)
         pattern = re.sub("[\"']", "", self.filled(rest)).replace("\\/", "\0")
         pattern, _, to = pattern.partition("/" if sign[0] == "/" else "\0\0")
@@ -267,11 +240,7 @@ class Expansion:
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]
-        bounds = [part.strip() for part in pattern.split(":")]
-        if not all(re.fullmatch(r"-?\d+", part) for part in bounds):
-            return None
-        begin = int(bounds[0])
-        return text[begin:][: int(bounds[1])] if len(bounds) > 1 else text[begin:]
+        return None
 
 
 def _trimmed(text: str, sign: str, pattern: str) -> str:

@@ -1,7 +1,7 @@
 """Shell scripts, evaluated in a safe subset of bash and never run: the commands that a script would start.
 
-Variables, arrays, arithmetic, `case`, `if`, `for`, functions and here-documents are followed; no command is. Where a
-branch depends on the machine, it is the one of a machine with NVIDIA GPUs.
+Variables, arrays, arithmetic, `case`, `if`, `for`, `while` and here-documents are followed, and functions once, where
+they are defined; no command is. Where a branch depends on the machine, it is that of a machine with NVIDIA GPUs.
 """
 
 import re
@@ -17,9 +17,7 @@ from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables,
 from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
 from grpo_autotune.interop.source import Word
 
-LONGEST_VALUE = 1_000_000
-MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
-MEMBER = re.compile(r"\W*\[([^\]]+)\]=(.*)", re.DOTALL)
+LONGEST_VALUE, MOST_TURNS, MOST_STEPS, DEEPEST = 1_000_000, 100, 20_000, 20
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,6 @@ class _Ended(Exception):
     """The script ends here."""
 
 
-class _Returned(Exception):
-    """The function ends here."""
-
-
-class _Left(Exception):
-    """This turn of a loop ends here; with "break" the loop."""
-
-
 def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
     ("1"), which fill what the script leaves to them, as in bash."""
@@ -60,7 +50,7 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
     evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
     evaluation.exported |= given.keys()
-    with suppress(_Ended, _Returned, _Left):
+    with suppress(_Ended):
         evaluation.run(evaluation.tree)
     evaluation.result.warnings[:0] = cut_commands(text, evaluation.tree)
     return evaluation.result
@@ -73,8 +63,7 @@ class _Evaluation:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
         self.truth = Truth(self.expand, self.warn)
-        self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
-        self.local = set[str]()  # names of a function's own variables
+        self.result, self.exported, self.depth = Shell(), set[str](), 0
         for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
@@ -107,30 +96,20 @@ class _Evaluation:
             items = [item for item in value.named_children if item.type != "comment"]
             words = [word for item in items for word in self.expand.fields(item)]
             self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
-            for match in filter(None, (MEMBER.fullmatch(marks.shown(word.text)) for word in words)):
-                self.variables.values[f"{key}[{match[1]}]"] = match[2]
         elif name is not None:
-            index = name.child_by_field_name("index")
-            written = None if index is None else self.expand.raw(index)
-            before = self.expand.indexed(key, written) if adds else None
-            self.expand.put(key, written, (before or "") + self.expand.text(value))
+            before = self.variables.text(key) if adds else None
+            self.variables.values[key] = (before or "") + self.expand.text(value)
         if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
             self.warn(node, f"{key} grows without end; nothing is read from here on")
             raise _Ended
         return True
 
     def declaration(self, node: Node) -> bool:
-        kind = node.children[0].type
         for child in node.named_children:
-            name = re.split(r"\W", self.expand.raw(child))[0]
-            if kind in ("local", "declare", "typeset"):
-                self.local.add(name)
             if child.type == "variable_assignment":
                 self.assignment(child)
-            elif kind == "local":
-                self.variables.values.pop(name, None)
-            if kind == "export":
-                self.exported.add(name)
+            if node.children[0].type == "export":
+                self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
         return True
 
     def command(self, node: Node) -> bool | None:
@@ -142,8 +121,6 @@ class _Evaluation:
             return BUILTINS[texts[0]](self, node, words[1:])
         if script := _inner_script(texts):
             return self.inside(script, self.expand.line(node.start_byte))
-        if texts[0] in self.functions:
-            return self.called(self.functions[texts[0]], words[1:])
         values = {key: self.variables.text(key) for key in self.exported}
         for child in node.named_children:
             if child.type == "variable_assignment":
@@ -153,34 +130,11 @@ class _Evaluation:
         self.result.commands.append(Command([w.word() for w in words], given, self.expand.line(node.start_byte)))
         return True
 
-    def called(self, body: Node, words: list[Field]) -> bool | None:
-        if self.depth == DEEPEST:
-            return None
-        outer, before = (self.variables.positional, self.variables.called, self.local), dict(self.variables.values)
-        self.variables.positional, self.variables.called, self.local = words, True, set()
-        self.depth += 1
-        try:
-            return self.run(body)
-        except _Returned:
-            return True
-        finally:
-            for name in self.local:
-                self.variables.values.pop(name, None)
-            self.variables.values |= {name: before[name] for name in self.local & before.keys()}
-            self.variables.positional, self.variables.called, self.local = outer
-            self.depth -= 1
-
     def inside(self, script: str, line: int) -> bool | None:
         """A script in a text: of `eval` or `bash -c`."""
         inner = _Evaluation(script, self.variables, line)
         inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
         return inner.run(inner.tree) if self.depth < DEEPEST else None
-
-    def defined(self, node: Node) -> bool:
-        name, body = node.child_by_field_name("name"), node.child_by_field_name("body")
-        if name is not None and body is not None:
-            self.functions[self.expand.raw(name)] = body
-        return True
 
     def ended(self, node: Node, words: list[Field]) -> bool:
         """`exit`: at the top the script ends; a branch may not be the one that is taken, and is read on."""
@@ -189,17 +143,9 @@ class _Evaluation:
         self.warn(node, "the script may end here; it is read on")
         return False
 
-    def returned(self, node: Node, words: list[Field]) -> bool:
-        raise _Returned
-
     def shifted(self, node: Node, words: list[Field]) -> bool:
         count = marks.plain(words[0].text) if words else "1"
         del self.variables.positional[: int(count) if count.isdigit() else 1]
-        return True
-
-    def set(self, node: Node, words: list[Field]) -> bool:
-        if words and marks.plain(words[0].text) == "--":
-            self.variables.positional = words[1:]
         return True
 
     def sourced(self, node: Node, words: list[Field]) -> bool:
@@ -277,13 +223,9 @@ class _Evaluation:
         for _, state in zip(range(MOST_TURNS if body else 0), self.conditions(node), strict=False):
             if state is None:
                 self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is followed once")
-            if state is False:
-                break
-            try:
+            if state is not False:
                 self.each([body] if body else [])
-            except _Left as left:
-                state = None if left.args[0] == "break" else state
-            if state is None:
+            if not state:
                 break
         return True
 
@@ -294,43 +236,25 @@ class _Evaluation:
             for word in [word for value in _fields(node, "value") for word in self.expand.fields(value)]:
                 self.variables.values |= {self.expand.raw(name): word.text for name in _fields(node, "variable")}
                 yield True
-        elif node.type == "c_style_for_statement":
-            start, goes_on, then, *_ = [*text.partition("((")[2].partition("))")[0].split(";"), "", ""]
-            self.truth.counted(start)
-            while True:
-                yield self.truth.counted(goes_on) if goes_on.strip() else None
-                self.truth.counted(then)
         while node.type == "while_statement":
             state = self.run(node.named_children[0])
             known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
             yield state == text.startswith("while") if known else None
 
-    def left(self, node: Node, words: list[Field]) -> bool:
-        raise _Left(self.expand.raw(node).split()[0])
-
-    def subshell(self, node: Node) -> bool | None:
-        outer, self.variables.values = self.variables.values, dict(self.variables.values)
-        try:
-            return self.each(node.named_children)
-        finally:
-            self.variables.values = outer
-
 
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
-    "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
+    "command": _Evaluation.command, "unset_command": _Evaluation.unset,
     "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
-    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "subshell": _Evaluation.subshell,
-    "c_style_for_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
+    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
     "comment": lambda none, node: True,
 }  # fmt: skip
 BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
-    "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
-    "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
-    ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
+    **dict.fromkeys(("true", ":", "set", "return", "break", "continue"), lambda *none: True),
+    "exit": _Evaluation.ended, "shift": _Evaluation.shifted, "source": _Evaluation.sourced, ".": _Evaluation.sourced,
+    "false": lambda *none: False,
     "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
-    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1:] == [True],
 }  # fmt: skip
 TESTS = ("[", "((", "! [", "test ", "true", "false")  # beginnings of a condition that is evaluated, and not guessed
 

@@ -15,7 +15,6 @@ from grpo_autotune.interop.reading.expansion import Expansion
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
-CLASSES = {"digit": "0-9", "alpha": "A-Za-z", "alnum": "A-Za-z0-9", "space": r"\s", "upper": "A-Z", "lower": "a-z"}
 ASSIGNS = re.compile(r"\s*(\w+)\s*(?:([+-])\2|([-+*/%]?)=(?!=)(.*))\s*", re.DOTALL)
 JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))
 """Words between the parts of a test, the loosest first, and the truth of a part that decides the whole."""
@@ -52,14 +51,9 @@ class Truth:
         left, right = self.tested(nodes[0]), "".join(self.tested(node) for node in nodes[2:])
         if sign in ("=", "==", "!="):
             return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
-        if marks.is_unknown(left + right) and sign in ("=~", "<", ">"):
-            return None
-        if sign in ("<", ">"):
-            return (left < right) == (sign == "<")
         if sign == "=~":
-            expression = re.sub(r"\[:(\w+):\]", lambda match: CLASSES.get(match[1], ""), self.expand.raw(nodes[2]))
             with suppress(re.error):
-                return bool(re.search(expression, left))
+                return None if marks.is_unknown(left + right) else bool(re.search(self.expand.raw(nodes[2]), left))
         with suppress(arithmetic.Unknown, KeyError):
             return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
         return None
