@@ -12,10 +12,9 @@ from typing import Final
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading import python_source
 from grpo_autotune.interop.reading.arguments import Launch, launched, options, overrides
-from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.files import beside, resolved, text_of, with_defaults, yaml_settings
 from grpo_autotune.interop.reading.python_source import PIN
 from grpo_autotune.interop.reading.shell import Shell, evaluate
-from grpo_autotune.interop.reading.yaml_lines import resolved, with_defaults, yaml_settings
 from grpo_autotune.interop.redact import redacted
 from grpo_autotune.interop.source import Setting, Source, Word
 from grpo_autotune.interop.translation import Translation

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.yaml_lines import resolved, with_defaults, yaml_settings
+from grpo_autotune.interop.reading.files import resolved, with_defaults, yaml_settings
 from grpo_autotune.interop.source import Setting
 
 

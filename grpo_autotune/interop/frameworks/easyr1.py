@@ -8,7 +8,7 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
 from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
-from grpo_autotune.interop.reading.beside import beside
+from grpo_autotune.interop.reading.files import beside
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 

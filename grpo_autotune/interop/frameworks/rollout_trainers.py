@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import adapter
 from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.reading.beside import beside
+from grpo_autotune.interop.reading.files import beside
 from grpo_autotune.interop.translation import Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural

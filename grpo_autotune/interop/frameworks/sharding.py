@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.beside import beside, text_of
-from grpo_autotune.interop.reading.yaml_lines import yaml_settings
+from grpo_autotune.interop.reading.files import beside, text_of, yaml_settings
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation, nested
 

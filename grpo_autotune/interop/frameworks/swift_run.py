@@ -12,7 +12,7 @@ from grpo_autotune.config.sections.vllm import engine_names
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import NAMED, adapter
 from grpo_autotune.interop.frameworks import swift_keys
-from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
 OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}  # swift's columns -> ours, where they differ

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.interop.reading import python_source
-from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.reading.files import text_of
 from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
