@@ -95,13 +95,10 @@ def read_source(path: Path, framework: str | None = None, environment: Mapping[s
 def _of_yaml(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
     settings = yaml_settings(text, path.name)
     framework = framework or recognised(settings, path)
-    hints = dict(PIN.findall(text))
     given = {name.removeprefix("env."): setting for name, setting in settings.items() if name.startswith("env.")}
     flat = settings if framework in NESTED else yaml_settings(text, path.name, nested=False)
-    settings, missing = with_defaults(flat, path)
-    if missing:
-        hints["config"] = missing
-    return Source(framework, path, resolved(settings, environment), environment=given, hints=hints)
+    settings = resolved(with_defaults(flat, path), environment)
+    return Source(framework, path, settings, environment=given, hints=dict(PIN.findall(text)))
 
 
 def recognised(keys: Iterable[str], path: Path) -> str:
@@ -206,14 +203,13 @@ def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:
 def _of_launch(
     path: Path, framework: str, launch: Launch, script: Shell, hints: dict[str, str], environment: Mapping[str, str]
 ) -> Source:
-    """A command's settings over those of the YAML that it names; `config` among the hints is one not at hand."""
+    """A command's settings over those of the YAML that it names."""
     given, first = options(launch.arguments)
     settings = overrides(launch.arguments) if framework in NESTED else given
     warnings = list(script.warnings)
     if file := _config_of(framework, settings, given, first):
         base = _named(path, file, framework, script)
         if base is None:
-            hints["config"] = file
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
     missing = {name: word.line for word in launch.arguments for name in word.missing}
@@ -249,7 +245,7 @@ def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Se
     if place is None:
         return None
     settings = yaml_settings(text_of(place) if text is None else text, name, nested=framework in NESTED)
-    settings, _ = with_defaults(settings, place)
+    settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}
 
 

@@ -50,16 +50,6 @@ DEFAULTS: dict[str, Any] = {
     "trainer.n_gpus_per_node": 8, "trainer.max_try_make_batch": 20, "trainer.val_freq": -1,
     "trainer.val_before_train": True, "trainer.save_freq": -1, "trainer.save_limit": -1,
 }  # fmt: skip
-SHIPPED: dict[str, Any] = {  # what examples/config.yaml sets otherwise: for a script beside which it does not lie
-    "data.train_files": "hiyouga/math12k@train", "data.val_files": "hiyouga/math12k@test", "data.prompt_key": "problem",
-    "data.max_prompt_length": 2048, "data.max_response_length": 2048, "algorithm.use_kl_loss": True,
-    "algorithm.kl_penalty": "low_var_kl", "algorithm.kl_coef": 1e-2, f"{ACTOR}global_batch_size": 128, MICRO: 1,
-    f"{MODEL}model_path": "Qwen/Qwen2.5-7B-Instruct", f"{MODEL}trust_remote_code": False, f"{ROLLOUT}n": 5,
-    f"{LORA}exclude_modules": ".*visual.*", f"{VALIDATION}temperature": 0.6, f"{VALIDATION}top_p": 0.95,
-    "trainer.val_freq": 5, "trainer.save_freq": 5, "trainer.save_limit": 3,
-    "data.format_prompt": "./examples/format_prompt/math.jinja",
-    "worker.reward.reward_function": "./examples/reward_function/math.py:compute_score",
-}  # fmt: skip
 
 KL = ("algorithm.use_kl_loss", "algorithm.kl_coef", "algorithm.kl_penalty")
 OLD_KL = (f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
@@ -156,13 +146,8 @@ def _resolved(source: Source, version: str | None, world_size: int | None) -> tu
     mark = next((key for key in EARLY_MARKS if key in source.settings), None)
     is_early = version == "2025.2" if version else mark is not None
     reason = "--source-version" if version else f"it has the key {mark}" if mark else "assumed, as no key tells"
-    lacks_base = "config" in source.hints
-    defaults = DEFAULTS | (EARLY if is_early else SHIPPED if lacks_base else {})
-    t = Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size)
-    if lacks_base:
-        values = "of the classes" if is_early else "of EasyR1's examples/config.yaml"
-        t.warnings.append(f"for what the file leaves out, the values {values} are assumed")
-    return t, is_early
+    defaults = DEFAULTS | (EARLY if is_early else {})
+    return Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size), is_early
 
 
 def _batch(t: Translation, keys: Keys) -> None:

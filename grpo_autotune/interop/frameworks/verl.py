@@ -60,8 +60,6 @@ REFUSED = {  # settings that make it something else
 AVERAGES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo",
             "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
 FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}
-MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj", "linear_fc1": "gate_proj up_proj",
-                   "linear_fc2": "down_proj"}  # fmt: skip
 
 
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
@@ -95,8 +93,6 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     shared.naming(t, KEYS)
     shared.renamed(t, known.SAME)
     shared.renamed(t, known.FAST, "speed")
-    if t.value(f"{ROLLOUT}name") == "hf":
-        _without_engine(t)
     shared.explain(t, known.WORDS)
     return t
 
@@ -187,7 +183,7 @@ def _is_filtering(t: Translation) -> bool:
 
 
 def _lora(t: Translation) -> bool:
-    """LoRA of FSDP, which may go on from an adapter, or Megatron's, whose layers have other names."""
+    """LoRA of FSDP, which may go on from an adapter."""
     start = f"{MODEL}lora_adapter_path"
     if on(t.value(start)):
         note = "goes on from it; the reference is the base model, as in verl"
@@ -197,14 +193,7 @@ def _lora(t: Translation) -> bool:
     if not positive(t, f"{MODEL}lora.rank"):
         megatrons = shared.below(t, f"{MODEL}lora.").keys() - {"merge"}
         unused(t, (f"{MODEL}lora.{name}" for name in megatrons), "Megatron's LoRA, which is off")
-        return shared.lora(t, KEYS, t.value(KEYS.adapted))
-    names = ("rank", "alpha", "target_modules", "exclude_modules")
-    rank, alpha, adapted, out = (f"{MODEL}lora.{name}" for name in names)
-    layers = t.value(adapted) or list(MEGATRON_LAYERS)
-    modules = [name for layer in layers for name in MEGATRON_LAYERS.get(layer, layer).split()]
-    shared.renamed(t, {f"{MODEL}lora.dropout": "peft.lora_dropout"})
-    t.defaults = {alpha: 32, adapted: layers, **t.defaults}
-    return shared.lora(t, KEYS._replace(rank=rank, alpha=alpha, adapted=adapted, kept_out=out), modules)
+    return shared.lora(t, KEYS, t.value(KEYS.adapted))
 
 
 def _loss(t: Translation) -> None:
@@ -292,14 +281,6 @@ def _engine(t: Translation, is_lora: bool) -> None:
         t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
     for prefix, target in KWARGS.items():
         shared.renamed(t, {prefix + rest: f"{target}.{rest}" for rest in shared.below(t, prefix)})
-
-
-def _without_engine(t: Translation) -> None:
-    t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
-    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.to)]:
-        del t.rows[key]
-        unused(t, [key], "of an engine, and transformers generates")
-    t.converted(f"{ROLLOUT}name", {"grpo.use_vllm": False}, "transformers generates")
 
 
 def _data(t: Translation) -> None:

@@ -152,7 +152,7 @@ WORDS = words(  # key, or beginning of keys, -> verdict and note, where nothing 
         ("none", "the model's own configuration holds"):
             "model.override_config. model.tokenizer_path model.hf_config_path model.external_lib "
             "data.tokenizer",
-        ("none", "Megatron's LoRA alone has it"): "model.lora.",
+        ("none", "Megatron's LoRA is not read: set a peft section by hand"): "model.lora.",
         ("none", "TRL trains no heads that predict several tokens"): "model.mtp.",
         ("none", "data in code: write the rows to a file"): "data.custom_cls. data.sampler. data.datagen.",
         ("none", "TRL corrects by importance weights alone"):

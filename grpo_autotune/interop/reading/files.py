@@ -1,5 +1,5 @@
-"""Files as text, those that another one names, and YAML and JSON as settings with their lines, Hydra's `defaults` beside
-the file, and OmegaConf's interpolations."""
+"""Files as text, those that another one names, and YAML and JSON as settings with their lines, with Hydra's `defaults`
+beside the file and OmegaConf's interpolations."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -101,14 +101,10 @@ def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str, nested: bool) 
             yield key, Setting(loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1)
 
 
-def with_defaults(
-    settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()
-) -> tuple[dict[str, Setting], str | None]:
-    """Settings over those of the files of Hydra's `defaults` list, which lie beside `path`, and the name of one that
-    does not: the framework's own."""
+def with_defaults(settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()) -> dict[str, Setting]:
+    """Settings over those of the files of Hydra's `defaults` list that lie beside `path`."""
     listed = settings.pop("defaults", None)
     base: dict[str, Setting] = {}
-    missing = None
     for entry in listed.value if listed is not None and isinstance(listed.value, list) else ():
         group, name = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
         group, _, package = str(group).removeprefix("override ").removeprefix("optional ").partition("@")
@@ -116,13 +112,12 @@ def with_defaults(
             continue
         file = path.parent / group / f"{name.removesuffix('.yaml')}.yaml"
         if not file.is_file() or file in (path, *within):
-            missing = missing or (None if group else name)
             continue
-        inner, _ = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
+        inner = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
         place = package or group.replace("/", ".")
         prefix = "" if place in ("", "_global_", "_here_") else f"{place}."
         base |= {f"{prefix}{key}": replace(setting, file=setting.file or file.name) for key, setting in inner.items()}
-    return base | settings, missing
+    return base | settings
 
 
 def resolved(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, Setting]:
