@@ -6,7 +6,6 @@ dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_t
 
 import math
 import re
-from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import PurePosixPath
@@ -15,18 +14,11 @@ from typing import Any, NoReturn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import adapter
 from grpo_autotune.interop.batch import SixNumbers
+from grpo_autotune.interop.frameworks.rollout_words import FAST, SAME, Keys, spelled, words_of
 from grpo_autotune.interop.reading.files import beside
 from grpo_autotune.interop.translation import Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural
-
-Keys = namedtuple(  # one framework's names
-    "Keys",
-    "group prompts mini passes nodes gpus low high dual warmup_steps warmup_ratio schedule least_rate epochs steps "
-    "save keep val val_first logger run rank alpha adapted kept_out parallel memory top_k longest_prompt "
-    "longest_completion filter_prompts overflow train_files val_files",
-    defaults=("data.train_files", "data.val_files"),
-)
 
 REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}  # loggers that transformers has as well
 K3 = ("low_var_kl", "k3")  # names of TRL's estimator of KL (Schulman 2020)
@@ -76,15 +68,13 @@ def unused(t: Translation, keys: Iterable[str], note: str) -> None:
             t.inert(key, note)
 
 
-def words(groups: Mapping[tuple[Verdict, str], str], prefixes: Mapping[str, str]) -> dict[str, tuple[Verdict, str]]:
-    """Verdict and note of each name in `groups`, whose first part is replaced as `prefixes` say."""
-    named = ((what, name) for what, names in groups.items() for name in names.split())
-    return {prefixes.get(name.partition(".")[0], "") + name: what for what, name in named}
-
-
-def explain(t: Translation, notes: Mapping[str, tuple[Verdict, str]]) -> None:
-    """Verdicts on what the file sets and nothing else was said of: by key, or by what a key begins with. What has no
-    equivalent and is switched off is the same."""
+def explain(t: Translation) -> None:
+    """Verdicts by the tables, on keys with the same meaning first, then on what the file sets and nothing else was said
+    of: by key, or by what a key begins with. What has no equivalent and is switched off is the same."""
+    framework = t.source.framework
+    renamed(t, spelled(framework, SAME[framework]))
+    renamed(t, spelled(framework, {f"rollout.{name}": f"vllm.{name}" for name in FAST[framework].split()}), "speed")
+    notes = words_of(framework)
     for key in t.source.settings.keys() - t.rows.keys():
         starts = [start for start in notes if key == start or (start[-1] in "._@" and key.startswith(start))]
         if starts:

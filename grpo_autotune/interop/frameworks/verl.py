@@ -1,6 +1,7 @@
 """verl: shell scripts with Hydra's overrides, and copies of its ppo_trainer.yaml.
 
-Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (from 0.8).
+Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (from 0.8). Defaults were read in
+verl/trainer/config at 03150d4, 4e9586a, b178a3c and 1dda039.
 """
 
 import re
@@ -11,26 +12,66 @@ from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
-from grpo_autotune.interop.frameworks import verl_defaults as known
-from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
-from grpo_autotune.interop.frameworks.verl_defaults import ACTOR, CORRECTION, FILTER, FSDP, MODEL, OPTIM, ROLLOUT
+from grpo_autotune.interop.frameworks.rollout_trainers import on, positive, refuse, unused
+from grpo_autotune.interop.frameworks.rollout_words import keys_of, spelled
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-KEYS = Keys(
-    group=f"{ROLLOUT}n", prompts="data.train_batch_size", mini=f"{ACTOR}ppo_mini_batch_size",
-    passes=f"{ACTOR}ppo_epochs", nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low",
-    high=f"{ACTOR}clip_ratio_high", dual=f"{ACTOR}clip_ratio_c", warmup_steps=f"{OPTIM}lr_warmup_steps",
-    warmup_ratio=f"{OPTIM}lr_warmup_steps_ratio", schedule=f"{OPTIM}lr_scheduler_type",
-    least_rate=f"{OPTIM}min_lr_ratio", epochs="trainer.total_epochs", steps="trainer.total_training_steps",
-    save="trainer.save_freq", keep="trainer.max_actor_ckpt_to_keep", val="trainer.test_freq",
-    val_first="trainer.val_before_train", logger="trainer.logger", run="trainer.experiment_name",
-    rank=f"{MODEL}lora_rank", alpha=f"{MODEL}lora_alpha", adapted=f"{MODEL}target_modules",
-    kept_out=f"{MODEL}exclude_modules", parallel=f"{ROLLOUT}tensor_model_parallel_size", top_k=f"{ROLLOUT}top_k",
-    memory=f"{ROLLOUT}gpu_memory_utilization", longest_prompt="data.max_prompt_length",
-    longest_completion="data.max_response_length", filter_prompts="data.filter_overlong_prompts",
-    overflow="data.truncation",
+ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{name}." for name in ("actor", "model", "rollout"))
+OPTIM, FSDP = f"{ACTOR}optim.", f"{ACTOR}fsdp_config."
+CORRECTION, FILTER = "algorithm.rollout_correction.", "algorithm.filter_groups."
+LEGACY = "trainer.use_legacy_worker_impl"
+"""Workers that average a loss over a micro batch, not over the optimizer step's completions."""
+
+KEYS = keys_of("verl")
+NEWEST: dict[str, Any] = spelled("verl", {  # defaults that matter
+    "data.train_files": "~/data/rlhf/gsm8k/train.parquet", "data.val_files": "~/data/rlhf/gsm8k/test.parquet",
+    "data.train_batch_size": 1024, "data.max_prompt_length": 512, "data.max_response_length": 512,
+    "data.filter_overlong_prompts": False, "data.truncation": "error", "data.shuffle": True,
+    "data.prompt_key": "prompt", "data.image_key": "images", "data.reward_fn_key": "data_source",
+    "algorithm.adv_estimator": "gae", "algorithm.norm_adv_by_std_in_grpo": True, "algorithm.use_kl_in_reward": False,
+    "algorithm.rollout_correction.rollout_is": None, "algorithm.rollout_correction.rollout_is_threshold": 2.0,
+    "model.path": "~/models/deepseek-llm-7b-chat", "model.enable_gradient_checkpointing": True, "model.lora_rank": 0,
+    "model.lora_alpha": 16, "model.target_modules": "all-linear", "actor.ppo_mini_batch_size": 256,
+    "actor.ppo_max_token_len_per_gpu": 16384, "actor.use_dynamic_bsz": False, "actor.ppo_epochs": 1,
+    "actor.clip_ratio": 0.2, "actor.clip_ratio_low": 0.2, "actor.clip_ratio_high": 0.2, "actor.clip_ratio_c": 3.0,
+    "actor.loss_agg_mode": "token-mean", "actor.policy_loss.loss_mode": "vanilla", "actor.tau_pos": 1.0,
+    "actor.tau_neg": 1.05, "actor.entropy_coeff": 0, "actor.use_kl_loss": False, "actor.kl_loss_coef": 0.001,
+    "actor.kl_loss_type": "low_var_kl", "actor.grad_clip": 1.0, "actor.fsdp_config.model_dtype": "fp32",
+    "optim.lr": 1e-6, "optim.weight_decay": 0.01, "optim.betas": [0.9, 0.999], "optim.lr_warmup_steps": -1,
+    "optim.lr_warmup_steps_ratio": 0.0, "optim.lr_scheduler_type": "constant", "optim.min_lr_ratio": 0.0,
+    "rollout.n": 1, "rollout.name": "vllm", "rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": -1,
+    "rollout.gpu_memory_utilization": 0.5, "rollout.tensor_model_parallel_size": 2, "rollout.free_cache_engine": True,
+    "rollout.val_kwargs.n": 1, "rollout.val_kwargs.temperature": 0, "rollout.val_kwargs.do_sample": False,
+    "rollout.val_kwargs.top_p": 1.0, "rollout.val_kwargs.top_k": -1, "trainer.nnodes": 1, "trainer.n_gpus_per_node": 8,
+    "trainer.total_epochs": 30, "trainer.save_freq": -1, "trainer.test_freq": -1, "trainer.val_before_train": True,
+    "trainer.logger": ["console", "wandb"], "custom_reward_function.name": "compute_score",
+    LEGACY: "disable",
+})  # fmt: skip
+CHANGED: dict[str, dict[str, Any]] = {  # version -> defaults that differ from the newest
+    "2026.8": {},
+    "2026.1": {LEGACY: "auto"},
+    "2025": {LEGACY: "auto", f"{ROLLOUT}enforce_eager": True, f"{ROLLOUT}max_num_seqs": 1024},
+    "2025.3": {
+        LEGACY: "auto", f"{ACTOR}clip_ratio_c": None, f"{ACTOR}entropy_coeff": 1e-3, "algorithm.kl_ctrl.kl_coef": 1e-3,
+    },
+}  # fmt: skip
+RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
+"""First release that is too new for a version."""
+LOOPS = ("2026.1", "2026.8")
+"""Versions whose agent loop fixes the penalty of repetition, and reads of `val_kwargs` temperature, top_p and top_k."""
+
+MARKS = (  # keys, beginnings of keys, or variables that only such a version has; the first that a file has decides
+    ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
+    ("2026.8", "trainer.use_v1 trainer.v1. reward. distillation. transfer_queue. model_engine data.audio_key "
+               "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
+    ("2026.1", f"{LEGACY} reward_manager. data.sampler. data.datagen. {ROLLOUT}skip_rollout"),
+    ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler "
+             f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size "
+             "VLLM_ATTENTION_BACKEND=XFORMERS"),
+    ("2026.1", "reward_model. custom_reward_function."),
 )  # fmt: skip
+
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
 OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
 TURNS = f"{ROLLOUT}multi_turn."
@@ -65,7 +106,7 @@ FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    defaults = {**known.NEWEST, **known.CHANGED[name], **_engine_defaults(source)}
+    defaults = {**NEWEST, **CHANGED[name], **_engine_defaults(source)}
     t = Translation(source, defaults, name, reason, world_size)
     _check(t)
     _batch(t)
@@ -91,27 +132,25 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _rewards(t)
     shared.cadence(t, KEYS, ends_early=True)
     shared.naming(t, KEYS)
-    shared.renamed(t, known.SAME)
-    shared.renamed(t, known.FAST, "speed")
-    shared.explain(t, known.WORDS)
+    shared.explain(t)
     return t
 
 
 def chosen(source: Source, version: str | None) -> tuple[str, str]:
     """The row of `CHANGED` for a version, a release number or the file's own keys, and why it was taken."""
     pin = version or source.hints.get("verl")
-    if pin in known.CHANGED:
+    if pin in CHANGED:
         return str(pin), "--source-version"
     if pin:
         release = tuple(int(part) for part in re.findall(r"\d+", pin)[:2])
         if not re.fullmatch(r"v?0\.\d.*", pin):
-            fix = f"Known: {', '.join(known.CHANGED)}, or a release such as 0.7."
+            fix = f"Known: {', '.join(CHANGED)}, or a release such as 0.7."
             raise ConfigError(f"{pin!r} is no version of verl", where="--source-version", fix=fix)
-        return next(name for end, name in known.RELEASES if release < end), f"release {pin}"
+        return next(name for end, name in RELEASES if release < end), f"release {pin}"
     if (source.program or "").startswith("recipe.dapo.src"):
         return "2025.3", f"it starts {source.program}"
     variables = [f"{name}={setting.value}" for name, setting in source.environment.items()]
-    for name, marks in known.MARKS:
+    for name, marks in MARKS:
         starts = tuple(mark for mark in marks.split() if mark[-1] == ".")
         places = (*source.settings, *variables)
         mark = next((key for key in places if key in marks.split() or key.startswith(starts)), None)
@@ -200,7 +239,7 @@ def _loss(t: Translation) -> None:
     old, mode = f"{ACTOR}use_token_level_loss", t.value(LOSS)
     key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
     average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
-    unused(t, [known.LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
+    unused(t, [LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
     if average not in (*AVERAGES, "token-sum"):
         refuse(t, key, f"no average of a loss like {average}", f"Read are {', '.join(AVERAGES)}.")
     if mode in ("gspo", "sapo"):
@@ -222,7 +261,7 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
     assert t.batch is not None
     kind = "cispo" if is_cispo else AVERAGES.get(average, "dapo")
     source, micro = t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
-    is_legacy = on(t.value(known.LEGACY))
+    is_legacy = on(t.value(LEGACY))
     if average == "token-mean" and not is_legacy:
         return kind, shared.uneven(t)
     if average == "token-mean":
@@ -266,7 +305,7 @@ def _optimizer(t: Translation) -> None:
 def _engine(t: Translation, is_lora: bool) -> None:
     shared.engine(t, KEYS)
     name, sleep, repetition = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine", f"{ROLLOUT}repetition_penalty"
-    if t.version in known.LOOPS:
+    if t.version in LOOPS:
         unused(t, [repetition], "verl's agent loop samples with 1, whatever it says")
     else:
         shared.renamed(t, {repetition: "grpo.repetition_penalty"})
@@ -290,7 +329,7 @@ def _data(t: Translation) -> None:
     validation = f"{ROLLOUT}val_kwargs."
     sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
     sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))
-    if t.version in known.LOOPS:
+    if t.version in LOOPS:
         sampling = sampling if positive(t, f"{validation}temperature") else {"temperature": sampling["temperature"]}
     elif not on(t.value(f"{validation}do_sample")):
         sampling = {"temperature": (f"{validation}do_sample", 0)}
