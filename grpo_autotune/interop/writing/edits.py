@@ -17,6 +17,8 @@ import tree_sitter_bash
 import yaml
 from tree_sitter import Language, Node, Parser
 
+from grpo_autotune.interop.reading.shell import within
+
 MARK = re.compile(r"\s*:\s+(?:(?P<alias>\*[^\s,\]}]+)|&\S+\s+)")
 
 
@@ -71,24 +73,18 @@ def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:
     root = Parser(Language(tree_sitter_bash.language())).parse(data).root_node
     assigned = _assignments(root)
     name = re.escape(key.lstrip("+")).replace("_", "[_-]") if form == OPTION else re.escape(key.lstrip("+"))
-    for holder in reversed([node for node in _walk(root) if node.type in ("array", "command")]):
+    for holder in reversed([node for node in within(root) if node.type in ("array", "command")]):
         items = [node for node in holder.named_children if node.type in ARGUMENTS]
         for place, item in enumerate(items):
             for span in _values(data, items, place, item, name):
                 yield from _replacing(data, span, value, assigned)
-    for command in sorted((node for node in _walk(root) if node.type == "command"), key=lambda node: -node.end_byte):
+    for command in sorted((node for node in within(root) if node.type == "command"), key=lambda node: -node.end_byte):
         yield _appended(data, command, form.format(key=key, value=value))
-
-
-def _walk(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.named_children:
-        yield from _walk(child)
 
 
 def _assignments(root: Node) -> dict[str, list[Node]]:
     values: dict[str, list[Node]] = {}
-    for node in _walk(root):
+    for node in within(root):
         target, value = (node.child_by_field_name(field) for field in ("name", "value"))
         if node.type == "variable_assignment" and target is not None and value is not None:
             values.setdefault((target.text or b"").decode(), []).insert(0, value)
@@ -170,24 +166,6 @@ def python_edits(text: str, key: str, value: str) -> Iterator[str]:
             yield replaced(data, (start, start), f"{key}={value},{pad}")
 
 
-def notebook_edits(text: str, key: str, value: str) -> Iterator[str]:
-    """The same for a notebook, cell by cell."""
-    for number, cell in enumerate(json.loads(text)["cells"]):
-        if cell["cell_type"] == "code":
-            source = "".join(cell["source"])
-            kept = re.sub(r"(?m)^(\s*)([!%?])(.*)$", r"\1pass  # \2\3", source)
-            for edited in python_edits(kept, key, value):
-                notebook = json.loads(text)
-                notebook["cells"][number]["source"] = re.sub(r"(?m)^(\s*)pass  # ([!%?].*)$", r"\1\2", edited)
-                yield json.dumps(notebook, indent=1, ensure_ascii=False)
-
-
-def code_of(text: str) -> str:
-    """The code of a notebook, cell below cell."""
-    cells = json.loads(text)["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-
-
 HYDRA = ("verl", "easyr1")
 
 
@@ -200,7 +178,7 @@ def edits(path: Path, text: str, key: str, value: Any, framework: str) -> Iterat
     if kind == ".json":
         return yaml_edits(text, key, json.dumps(value))
     if kind in (".py", ".ipynb"):
-        return (python_edits if kind == ".py" else notebook_edits)(text, name, repr(value))
+        return python_edits(text, name, repr(value))
     if framework not in HYDRA:
         return shell_edits(text, key, shlex.quote(plain), OPTION)
     return shell_edits(text, key, str(value) if isinstance(value, bool) else shlex.quote(plain), OVERRIDE)

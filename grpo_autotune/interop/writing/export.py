@@ -23,7 +23,7 @@ from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.importing import import_file, read_source
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
-from grpo_autotune.interop.writing.edits import code_of, edits
+from grpo_autotune.interop.writing.edits import edits
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
 from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, titled
 from grpo_autotune.records.receipt import Receipt
@@ -67,17 +67,9 @@ class Original:
 
 
 def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = None) -> Exported:
-    """The original's text with the tuned values.
-
-    Args:
-        tuned: Plain values of a configuration with a receipt.
-        original: The file that it was imported from.
-        ranks: Processes that it was tuned on; None to take them from the completions per optimizer step, which a search
-            keeps.
-
-    Raises:
-        ConfigError: Where the file cannot be imported, or the tuned batch not be said in it.
-    """
+    """The original's text with the tuned values of a configuration with a receipt, which was tuned on so many `ranks`;
+    None to take them from the completions per optimizer step, which a search keeps. ConfigError where the file cannot
+    be imported, or the tuned batch not be said in it."""
     try:
         receipt = Receipt.model_validate(tuned["receipt"])
     except ValidationError as error:
@@ -97,8 +89,7 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
             continue
         values = values_of(side, change.key, change.after)
         none = WHY.get(change.key, f"{titled(framework)} has no key for it")
-        why = draft.set_all(values) if values else none
-        if why:
+        if why := draft.set_all(values) if values else none:
             lost.append(LostKey(key=change.key, value=change.after, why=why))
     measured = measured_line(receipt, framework)
     return Exported(
@@ -187,9 +178,7 @@ def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translatio
     for name in (name for name, value in given.items() if name in TRL_BATCH and value is not None):
         if not isinstance(given[name], int) or given[name] < 1:
             raise ConfigError("a whole number of at least 1 is needed", where=f"grpo.{name} of the tuned file")
-    group, micro, accumulation = (
-        given[name] for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
-    )
+    group, micro, accumulation, *_ = (given[name] for name in TRL_BATCH)
     prompts = next((change.after for change in receipt.changed if change.key == PROMPTS), None)
     completions = source.completions if prompts is None else prompts * group
     process = micro * accumulation
@@ -217,13 +206,13 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     old, where = _numbers(before), before.source.path.name
     ranks = old.ranks * (before.number("sequence_parallel_size") or 1)
     trl, trl_before = numbers.on(ranks, where), old.on(ranks, where)
-    values = {
-        key: value(numbers, trl) for key, value in side.batch.items() if value(numbers, trl) != value(old, trl_before)
-    }
-    for key in (key for key, value in values.items() if value != int(value)):
-        what = f"the tuned batch makes it {values[key]:g}, and it counts whole ones"
-        raise ConfigError(what, where=f"{where}: {key}")
-    values = {key: int(value) for key, value in values.items()}
+    values = {}
+    for key, number in side.batch.items():
+        if (value := number(numbers, trl)) != number(old, trl_before):
+            values[key] = int(value)
+            if value != values[key]:
+                what = f"the tuned batch makes it {value:g}, and it counts whole ones"
+                raise ConfigError(what, where=f"{where}: {key}")
     if "steps_per_generation" in values and before.given("generation_batch_size"):
         values["generation_batch_size"] = numbers.rollout
         del values["steps_per_generation"]
@@ -236,12 +225,9 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     }
 
 
-WIDTH = 108
-
-
 def is_patch(path: Path) -> bool:
     """True of programs, which nobody edits but their author."""
-    return path.suffix.lower() in (".py", ".ipynb")
+    return path.suffix.lower() == ".py"
 
 
 def measured_line(receipt: Receipt, framework: str) -> str:
@@ -266,27 +252,15 @@ def _is_crlf(text: str) -> bool:
 
 
 def finished(path: Path, text: str, keys: Sequence[ExportedKey], measured: str) -> str:
-    """Text to write: of a program a patch; else the text below a comment (JSON has none), with the byte order mark
-    and the ends of lines that the file has."""
+    """Text to write: of a program a unified diff; else the text below a comment (JSON has none), with the byte order
+    mark and the ends of lines that the file has."""
     if is_patch(path):
-        return patch(path, text)
+        before, after = plain_text(path).splitlines(), text.splitlines()
+        return "\n".join(difflib.unified_diff(before, after, f"a/{path.name}", f"b/{path.name}", lineterm="")) + "\n"
     raw = path.read_bytes().decode()
-    mark = "\ufeff" if raw.startswith("\ufeff") else ""
     if keys and path.suffix.lower() != ".json":
-        text = headed(text, f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}")
-    return mark + (text.replace("\n", "\r\n") if _is_crlf(raw) else text)
-
-
-def patch(path: Path, text: str) -> str:
-    """The difference as a unified diff; of a notebook, that of its code."""
-    old, new = (code_of(text) if path.suffix == ".ipynb" else text for text in (plain_text(path), text))
-    names = f"a/{path.name}", f"b/{path.name}"
-    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")) + "\n"
-
-
-def headed(text: str, words: str) -> str:
-    """The text below a comment, and that below the name of a shell."""
-    wrapped = textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)
-    head = "".join(f"# {line}\n" for line in wrapped)
-    first, newline, rest = text.partition("\n")
-    return f"{first}{newline}{head}{rest}" if first.startswith("#!") else head + text
+        words = f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}"
+        wrapped = textwrap.wrap(words, 108, break_long_words=False, break_on_hyphens=False)
+        first, newline, rest = text.partition("\n") if text.startswith("#!") else ("", "", text)
+        text = f"{first}{newline}{''.join(f'# {line}{chr(10)}' for line in wrapped)}{rest}"
+    return "\ufeff" * raw.startswith("\ufeff") + (text.replace("\n", "\r\n") if _is_crlf(raw) else text)
