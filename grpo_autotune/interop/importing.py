@@ -22,8 +22,10 @@ from grpo_autotune.interop.translation import Translation
 FRAMEWORKS: Final = (  # names of `--from`
     "verl", "easyr1", "ms-swift", "trl", "open-r1", "vlm-r1", "r1-v", "unsloth", "deepspeed", "accelerate",
 )  # fmt: skip
-MODULES: Final = {"ms-swift": "swift", "deepspeed": "sharding", "accelerate": "sharding"}
-"""Framework -> its module, where that has another name."""
+MODULES: Final = {  # framework -> its module, where that has another name
+    "ms-swift": "swift", **dict.fromkeys(("deepspeed", "accelerate"), "sharding"),
+    **dict.fromkeys(("open-r1", "r1-v", "vlm-r1"), "trl_family"),
+}  # fmt: skip
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")
 """Frameworks whose keys lie inside each other; those of the others are flat, with mappings as values."""
 KEYS: Final[Mapping[str, Sequence[str]]] = {
@@ -262,6 +264,6 @@ def import_file(
     """A file read, as `read_source` does, and translated by the module of its framework in `interop/frameworks/`, with
     the defaults of a `version` (None: the file's, or the latest known), for `world_size` processes (None: its own)."""
     source = read_source(path, framework, environment)
-    name = MODULES.get(source.framework, source.framework.replace("-", "_"))
+    name = MODULES.get(source.framework, source.framework)
     translation: Translation = import_module(f"{__package__}.frameworks.{name}").translate(source, version, world_size)
     return translation

@@ -103,7 +103,7 @@ def unified(source: Source) -> Source:
         if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
             chosen[kind] = named
     made = {key: setting for named in chosen.values() for key, setting in named.items()}
-    return _with_options(replace(source, settings={**_from_files(made), **plain}))
+    return replace(source, settings={**_from_files(made), **plain})
 
 
 def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
@@ -148,32 +148,6 @@ def _training_data(source: Source) -> list[tuple[str | None, range]]:
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_dataset"):
                 places.append((cell, range(node.lineno, (node.end_lineno or node.lineno) + 1)))
     return places
-
-
-def _with_options(source: Source) -> Source:
-    """The source with the defaults of a script's own options (`args.lr`, of argparse) as values."""
-    path = program(source)
-    text = "" if path is None or not is_script(source) else text_of(path)
-    roots = re.findall(r"\b(\w+)\b[^=\n]*=.*\.parse_(?:known_)?args\(", text)
-    if path is None or not roots:
-        return source
-    script = python_source.read(path)
-    options = {
-        str(name.value).lstrip("-").replace("-", "_"): call.arguments["default"].value
-        for call in script.called(r".*\.add_argument") if "default" in call.arguments
-        for key, name in call.arguments.items() if key.isdecimal()
-    }  # fmt: skip
-    made = [call.arguments for call in script.called(r".*(from_pretrained|GRPOTrainer)")]
-    models = [given[key] for given in made for key in ("0", "model", "model_name") if key in given]
-    wanted = ({"model_name_or_path": models[0]} if models else {}) | dict(source.settings)
-    asked = {key: one for key, one in wanted.items() if one.text == one.value}
-    parts = {key: str(one.value).partition(".") for key, one in asked.items()}
-    known = {
-        key: replace(asked[key], value=options[option])
-        for key, (root, _, option) in parts.items() if root in roots and option in options
-    }  # fmt: skip
-    told = [f"{', '.join(known)}: by the defaults of the script's options, as it is not run"] if known else []
-    return replace(source, settings={**source.settings, **known}, warnings=(*source.warnings, *told))
 
 
 def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,219 @@
+"""open-r1, R1-V and VLM-R1: TRL with rewards, data and trainers of their own.
+
+open-r1 is TRL 0.18 with rewards by name, mixtures and a prompt column (`src/open_r1/{configs,rewards,grpo}.py`). R1-V
+and its forks, which differ in prompt and rewards, have trainers of their own on TRL 0.14, whose batch sizes count
+prompts (`src/r1-v/src/open_r1/{grpo.py,trainer/}` of saccharomycetes/R1-V and zihui-debug/R1-V). VLM-R1 has a trainer
+with the batch sizes of TRL 0.17 (`src/open-r1-multimodal/src/open_r1/`), which samples at temperature 1 with
+transformers' own `top_k` of 50 whatever the command says, sums rewards without weights, cuts no prompt, chooses the
+adapter's layers itself, and has a loss that is always GRPO's, mean by sequence.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.adapters.named import NAMED
+from grpo_autotune.interop.frameworks.trl import translated, weighted
+from grpo_autotune.interop.frameworks.trl_keys import SHELL, Handler, inert, listed, off, speed
+from grpo_autotune.interop.frameworks.trl_versions import choose
+from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import Translation
+
+OPEN_R1_REWARDS = {  # settings of its reward functions, with their defaults
+    "cosine_min_value_wrong": 0.0, "cosine_max_value_wrong": -0.5, "cosine_min_value_correct": 0.5,
+    "cosine_max_value_correct": 1.0, "cosine_max_len": 1000, "repetition_n_grams": 3, "repetition_max_penalty": -1.0,
+    "code_language": "python", "code_eval_test_batch_size": 1, "code_eval_scoring_mode": "weighted_sum",
+    "parallel_code_exec_per_proc": 2, "code_provider": "e2b", "ioi_provider": "piston", "e2b_router_url": None,
+    "morph_router_url": None, "max_completion_len": 16384, "soft_punish_cache": 4096, "enforce_same_language": False,
+}  # fmt: skip
+OPEN_R1_NAMES = (
+    "accuracy", "format", "reasoning_steps", "cosine", "repetition_penalty", "length", "code", "binary_code",
+    "ioi_code", "cf_code", "code_format", "tag_count", "soft_overlong_punishment",
+)  # fmt: skip
+OPEN_R1_TEXT = '''"""Reward functions of open-r1, as its recipe has them."""
+
+from types import SimpleNamespace
+
+from open_r1.rewards import get_reward_funcs
+
+{names} = get_reward_funcs(
+    SimpleNamespace(
+{arguments}    )
+)
+'''
+PUBLISHED = ("benchmarks", "callbacks", "hub_model_revision", "overwrite_hub_revision", "wandb_run_group")
+OPEN_R1_HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(PUBLISHED, off("what open-r1 does after a checkpoint: publish, evaluate, log")),
+    **dict.fromkeys(OPEN_R1_REWARDS, inert("a setting of its rewards")),
+}
+
+
+def _open_r1(source: Source, version: str | None, world_size: int | None) -> Translation:
+    return translated(
+        source, choose(source, version, "0.18.0"), world_size, over={"dataset_prompt_column": "prompt"},
+        rewards=_of_open_r1, handlers=OPEN_R1_HANDLERS,
+    )  # fmt: skip
+
+
+def _of_open_r1(to: Translation) -> tuple[list[dict[str, Any]], str]:
+    """Its functions as they are known here; the others by open-r1's own `get_reward_funcs`, in a module beside it."""
+    names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format", "tag_count"]
+    wrong = next((name for name in names if name not in OPEN_R1_NAMES), None)
+    if wrong:
+        fix = f"Known: {', '.join(OPEN_R1_NAMES)}."
+        raise ConfigError(f"open-r1 has no reward {wrong}", where=to.where("reward_funcs"), fix=fix)
+    settings = {key: to.value(key, default) for key, default in OPEN_R1_REWARDS.items()}
+    known = {name: NAMED["open-r1", name] for name in names if ("open-r1", name) in NAMED}
+    items = {name: reward.item(settings) for name, reward in known.items() if reward.name}
+    others = [name for name in names if name not in items]
+    if others:
+        given = {"reward_funcs": others, **settings}
+        arguments = "".join(f"        {key}={value!r},\n" for key, value in given.items())
+        left = ", ".join(others) + "," * (len(others) == 1)
+        to.files["open_r1_rewards.py"] = OPEN_R1_TEXT.format(names=left, arguments=arguments)
+        to.warnings.append(f"{', '.join(others)}: open-r1's own, by open_r1_rewards.py: have open-r1 installed")
+    notes = [f"{name}: {reward.note}" for name, reward in known.items() if reward.name and reward.note]
+    return weighted(to, [items.get(name) or {"name": f"open_r1_rewards:{name}"} for name in names]), "; ".join(notes)
+
+
+R1_V_TEMPLATE = (
+    "{problem}  Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
+)
+LIMITS = {"max_pixels": 12845056, "min_pixels": 3136}  # limits of an image by default, in VLM-R1 too
+R1_V_UNREAD = dict.fromkeys(
+    ("top_p", "top_k", "reward_weights", "torch_dtype", "max_prompt_length"), "R1-V's trainer never reads it"
+)
+
+
+def _r1_v(source: Source, version: str | None, world_size: int | None) -> Translation:
+    engine = "use_vllm" in source.settings and source.settings["use_vllm"].value is True
+    fixed = {"top_k": 0} if engine else {"top_k": 50, "temperature": 1.0}
+    to = translated(
+        source, ((0, 14), "TRL 0.14.0", "the version that R1-V pins"), world_size,
+        over={**LIMITS, **fixed, "max_prompt_length": None},
+        unread=R1_V_UNREAD if engine else {**R1_V_UNREAD, "temperature": "R1-V's trainer samples at 1 without vLLM"},
+        rewards=_of_r1_v,
+    )  # fmt: skip
+    to.set("data.prompt_template", R1_V_TEMPLATE, "of the column `problem`; forks have others")
+    return to
+
+
+def _of_r1_v(to: Translation) -> tuple[list[dict[str, Any]], str]:
+    names = listed(to.value("reward_funcs")) or ["accuracy", "format"]
+    to.warnings.append("the rewards are R1-V's own, open_r1.grpo: have its src folder on PYTHONPATH")
+    return weighted(to, [{"name": f"open_r1.grpo:{name}_reward"} for name in names]), ""
+
+
+VLM_R1_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",
+         "use_vllm", "vllm_device", "vllm_gpu_memory_utilization", "vllm_max_model_len",
+         "torch_dtype", "dataset_name", "sync_ref_model", "loss_type", "scale_rewards")  # fmt: skip
+VLM_R1_UNREAD = dict.fromkeys(VLM_R1_NAMES, "VLM-R1's trainer takes it and never reads it")
+VLM_R1_OVER = {
+    **LIMITS, "temperature": 1.0, "top_k": 50, "loss_type": "grpo", "max_prompt_length": None, "dtype": "bfloat16",
+    "beta": 0.04, "use_vllm": False, "freeze_vision_modules": False, "lora_target_modules": "all-linear",
+}  # fmt: skip
+ASKING = (
+    " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
+    "</answer> tags."
+)
+TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}
+"""Kind of task -> the prompt of the Qwen models (`vlm_modules/qwen_module.py`)."""
+MODULES = {"qwen": "Qwen2VLModule", "internvl": "InvernVLModule", "glm": "GLMVModule"}
+TURNS = {"problem": "conversations.0.value", "solution": "conversations.1.value"}
+IN_REWARDS = "in the rewards' module"
+VLM_R1_TEXT = '''"""Reward functions of VLM-R1, called as its trainer calls them; needs its src folder on PYTHONPATH."""
+
+from {origin}
+
+METHOD = {method!r}
+
+
+def wrapped(solution):
+    texts = [str(one).replace("<answer>", "").replace("</answer>", "").strip() for one in solution]
+    return [f"<answer> {{text}} </answer>" for text in texts]
+'''
+FUNCTION = """
+
+def {name}(completions, solution, **columns):
+    methods = {{"accu_reward_method": [METHOD] * len(solution), **columns}}
+    return {made}(completions=completions, solution=wrapped(solution), **methods)
+"""
+
+
+def _vlm_files(to: Translation, key: str) -> None:
+    """Files and image folders, each a list with colons: one data set, or a mixture that has each row once."""
+    given = to.value("image_folders")
+    paths = str(to.value("data_file_paths")).split(":")
+    folders = given.split(":") if isinstance(given, str) else [""]  # a flag without its value is true
+    if len(folders) != len(paths):
+        what = f"{len(paths)} data files and {len(folders)} image folders"
+        raise ConfigError(what, where=to.where(key), fix="Give one folder for each file.")
+    template = TEMPLATES.get(str(to.value("task_type")), f"{{problem}}{ASKING}")
+    parts: list[dict[str, Any]] = [
+        {"path": path, "columns": TURNS, "prompt_template": template, **({"image_root": folder} if folder else {})}
+        for path, folder in zip(paths, folders, strict=True)
+    ]
+    names = [f"{PurePosixPath(part['path']).stem}_{place}" for place, part in enumerate(parts, 1)]
+    targets, note = {"path": "mixture", "mix": dict(zip(names, parts, strict=True))}, "joined, each row once"
+    if len(parts) == 1:
+        targets, note = parts[0], "the turns as columns"
+    is_open = "$" in f"{paths}{folders}"
+    targets = {f"data.{name}": value for name, value in targets.items()}
+    to.verdict("changes" if is_open else "converted", key, targets, SHELL if is_open else note)
+
+
+def _vlm_frozen(to: Translation, key: str) -> None:
+    """An adapter is never on the vision modules, so that nothing of them trains."""
+    adapter = bool(to.value("use_peft"))
+    note = "an adapter leaves the vision modules alone" if adapter else ""
+    to.same(key, "model.freeze_vision_tower", True if adapter else None, note)
+
+
+def _vlm_layers(to: Translation, key: str) -> None:
+    note = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"
+    to.changes(key, {"peft.target_modules": "all-linear"}, note)
+
+
+VLM_R1_HANDLERS: dict[str, Handler] = {
+    "data_file_paths": _vlm_files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
+    "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
+    "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None),
+    "freeze_vision_modules": _vlm_frozen, "lora_target_modules": _vlm_layers,
+    "max_anyres_num": off("tiles of InternVL: the model's own number holds"),
+    "arrow_cache_dir": speed("a folder of caches"),
+}  # fmt: skip
+
+
+def _vlm_r1(source: Source, version: str | None, world_size: int | None) -> Translation:
+    from_files = "data_file_paths" in source.settings
+    unread = {key: why for key, why in VLM_R1_UNREAD.items() if from_files or key != "dataset_name"}
+    release = choose(source, version, "0.17.0")
+    return translated(
+        source, release, world_size, over=VLM_R1_OVER, unread=unread, rewards=_of_vlm_r1, handlers=VLM_R1_HANDLERS
+    )
+
+
+def _of_vlm_r1(to: Translation) -> tuple[list[dict[str, Any]], str]:
+    """VLM-R1's own functions, in a module beside the configuration that gives them the columns they read."""
+    names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
+    to.files["vlm_r1_rewards.py"] = _module(to, names)
+    to.warnings.append("the rewards are VLM-R1's own, by vlm_r1_rewards.py: have its src folder on PYTHONPATH")
+    return weighted(to, [{"name": f"vlm_r1_rewards:{name}"} for name in names]), ""
+
+
+def _module(to: Translation, names: list[str]) -> str:
+    model = str(to.value("model_name_or_path")).lower()
+    vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
+    origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
+    if to.value("is_reward_customized_from_vlm_module"):
+        origin = f"open_r1.vlm_modules import {vlm}"
+        made = f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})"
+    method = str(to.value("reward_method") or "default").partition(":")[0]
+    functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
+    return VLM_R1_TEXT.format(origin=origin, method=method) + "".join(functions)
+
+
+def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
+    """The translation of a recipe or a command of one of them."""
+    of_framework = {"open-r1": _open_r1, "r1-v": _r1_v, "vlm-r1": _vlm_r1}[source.framework]
+    return of_framework(source, version, world_size)
