@@ -87,8 +87,8 @@ MOST_NAMED = 5
 
 
 def read_source(path: Path, framework: str | None = None, environment: Mapping[str, str] | None = None) -> Source:
-    """A file as its framework's settings, without secrets; `framework` decides where the file does not tell, a script
-    has this `environment`. ConfigError for a file of no framework, of several, or of one that is not read."""
+    """A file as its framework's settings, without secrets; `framework` decides where the file does not tell.
+    ConfigError for a file of no framework, of several, or of one that is not read."""
     if framework is not None and framework not in FRAMEWORKS:
         raise ConfigError(f"no framework {framework!r}", where="--from", fix=f"One of: {', '.join(FRAMEWORKS)}.")
     return redacted(READERS.get(path.suffix.lower(), _of_shell)(path, text_of(path), framework, environment or {}))
@@ -124,8 +124,7 @@ def _of_toml(path: Path, text: str, framework: str | None, environment: Mapping[
 
 
 def _of_python(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
-    """A script's settings: `GRPOConfig`'s under their own names, those of other calls behind the call's name, such as
-    `FastVisionModel.get_peft_model.r`; a second call of a name is `load_dataset(2)`."""
+    """A script's settings; those of other calls than `GRPOConfig` as `get_peft_model.r`, or `load_dataset(2).path`."""
     script = python_source.read(path, environment)
     configs = script.called(r"(.*\.)?GRPOConfig")
     if not configs:
@@ -261,8 +260,7 @@ def import_file(
     path: Path, *, framework: str | None = None, version: str | None = None, world_size: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Translation:  # fmt: skip
-    """A file read, as `read_source` does, and translated by the module of its framework in `interop/frameworks/`, with
-    the defaults of a `version` (None: the file's, or the latest known), for `world_size` processes (None: its own)."""
+    """A file read and translated, with a `version`'s defaults, for `world_size` processes (None: the file's own)."""
     source = read_source(path, framework, environment)
     name = MODULES.get(source.framework, source.framework)
     translation: Translation = import_module(f"{__package__}.frameworks.{name}").translate(source, version, world_size)

@@ -18,8 +18,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Source:
-    """The settings of one file, before any default is filled in. Keys are the framework's own, nested ones joined by
-    dots; of several settings of a key the last one is here, as the framework would have it."""
+    """The settings of one file, without defaults, by the framework's own keys, nested ones joined by dots."""
 
     framework: str
     path: Path

@@ -18,14 +18,8 @@ UNKNOWN = "not a key that is known of this framework: dropped"
 
 
 class Translation:
-    """Rows and values that gather while a framework's module reads a source.
-
-    Args:
-        source: What the file says.
-        defaults: The framework's defaults, key -> value, of the version that the file was written for.
-        version: That version, and `version_from` the reason to take it.
-        world_size: Training processes that the result is for; None for the source's own.
-    """
+    """Rows and values that gather while a framework's module reads a `source` with the `defaults` of its `version`
+    (taken for the reason `version_from`), for `world_size` training processes; None for the source's own."""
 
     def __init__(
         self, source: Source, defaults: Mapping[str, Any], version: str, version_from: str, world_size: int | None
@@ -48,8 +42,7 @@ class Translation:
         return self.defaults.get(key, fallback) if setting is None else setting.value
 
     def number(self, key: str, fallback: Any = None) -> Any:
-        """The same, a number for sure (or None): ConfigError by line for a value such as a shell's
-        `$(nproc)` that is only known where the script runs."""
+        """The same, a number (or None): ConfigError by line for what only a run can tell, such as `$(nproc)`."""
         value = self.value(key, fallback)
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
             return value
@@ -110,7 +103,7 @@ class Translation:
 
     def set_batch(self, batch: SixNumbers, keys: Iterable[str], note: str = "") -> None:
         """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from, as a
-        mapping with the names of those keys that each one decides."""
+        mapping with the names of TRL's that each one decides."""
         decides = keys if isinstance(keys, Mapping) else {}
         keys = list(keys)
         ranks = self.world_size or batch.ranks

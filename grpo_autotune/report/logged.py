@@ -25,8 +25,8 @@ RECOVERED = {  # quantity -> what a step's tokens are divided by
 
 
 def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogReport:
-    """The report of a log; `numbers`, the six numbers of the configuration, is held against what the log says of them.
-    ConfigError where it has no step, or no seconds."""
+    """The report of a log, with `numbers` of the configuration held against it. ConfigError where it has no step, or no
+    seconds."""
     log = LoggedSteps(path)
     times = timed(log)
     steps = list(times.seconds)

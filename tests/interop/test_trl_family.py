@@ -16,7 +16,7 @@ from grpo_autotune.config.batch import batch_plan
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks import trl, trl_family, trl_versions, unsloth
+from grpo_autotune.interop.frameworks import trl, trl_family, trl_keys, unsloth
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -148,7 +148,7 @@ def test_defaults_of_a_release_are_written_where_trl_differs(version: str) -> No
 
 
 def test_the_newest_release_has_the_installed_defaults() -> None:
-    newest = trl_versions.defaults(trl_versions.NEWEST)
+    newest = trl_keys.defaults(trl_keys.NEWEST)
     differing = {
         name: (newest[name], key.default_value())
         for name, key in grpo_keys().items()

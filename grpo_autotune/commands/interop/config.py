@@ -1,5 +1,4 @@
-"""`grpo-autotune import` and `export`: another framework's configuration as a YAML of ours, and what became of each
-setting; and values that a search tuned, in the file that the run was imported from."""
+"""`grpo-autotune import` and `export`: another framework's configuration as a YAML of ours, tuned values back in it."""
 
 import os
 import shlex
@@ -28,9 +27,8 @@ def import_config(
     path: Path, *, framework: str | None, version: str | None, world_size: int | None, environment: Mapping[str, str],
     out: Path | None, strict: bool, as_json: bool,
 ) -> Imported | None:  # fmt: skip
-    """Import a file, print its table or (`as_json`) its record, and write the YAML with what belongs beside it: to
-    `out`, else to a `grpo.yaml` that is not there yet. None where `strict` is asked for and a setting loses its
-    meaning; nothing is written then. ConfigError where the file cannot be imported or the result not be written."""
+    """Import a file, print its table or its record, and write the YAML to `out`, else to a new `grpo.yaml`. None where
+    `strict` is asked for and a setting loses its meaning. ConfigError where it cannot be imported or written."""
     target = out or Path(DEFAULT_FILE)
     if out is None and target.exists():
         raise ConfigError("it is there already", where=str(target), fix="Name the file to write with --out.")
@@ -56,8 +54,7 @@ def import_config(
 
 
 def check(imported: Imported, text: str, where: str) -> None:
-    """Judge the configuration for the processes it was written for; ConfigError by the source's line where it is
-    refused, which is a fault of the importer."""
+    """Judge the result for its processes; ConfigError by the source's line where it is refused: our fault."""
     kept = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(imported.world_size)
     try:
@@ -108,8 +105,8 @@ def export_tuned(
     tuned: Path, to: Path, *, out: Path | None, framework: str | None, version: str | None,
     environment: Mapping[str, str], world_size: int | None, as_json: bool,
 ) -> int:  # fmt: skip
-    """Write the original's text with the tuned values to `out`, else to standard output; only where `out` is the
-    original is it written over. ConfigError where the tuned file has no receipt, or the values cannot be said there."""
+    """Write the original's text with the tuned values to `out`, else to standard output. ConfigError where the tuned
+    file has no receipt, or the values cannot be said there."""
     values = parse_yaml(read_source(tuned), str(tuned))
     sections = [values.get(name, {}) for name in ("grpo", "model", "receipt")] if isinstance(values, dict) else [None]
     if not all(isinstance(section, dict) for section in sections) or not sections[-1]:

@@ -12,9 +12,8 @@ from grpo_autotune.report.logged import read_log
 
 @refusal_told()
 def import_log(path: Path, *, out: Path | None = None, config: Path | None = None, as_json: bool = False) -> int:
-    """Print the report of the log, or its JSON, and write it to `out`: as a page where that ends in `.html`, else as
-    JSON. `config`, of any framework, is held against batch and GPUs of the log. Returns the exit code; ConfigError for
-    a file without steps or seconds."""
+    """Print the report of the log, or its JSON, and write it to `out`: a page where that ends in `.html`, else JSON;
+    `config` is held against it. Returns the exit code; ConfigError for a file without steps or seconds."""
     if not path.is_file():
         raise ConfigError("a folder is no log" if path.exists() else "there is no such file", where=str(path))
     numbers = None

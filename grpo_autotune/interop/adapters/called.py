@@ -1,9 +1,8 @@
 """Reward functions of other frameworks, called by TRL: their files stay as they are.
 
 TRL gives a reward the lists of a batch of B: `completions` (texts, or messages), `completion_ids`, and one for each
-column. A style makes of them the arguments of one call for all, or of a call for each completion. A plugin of ms-swift
-imports names of it, also where it is not installed: its base classes and registries are here; anything else of `swift`
-can be named, subclassed and filled, so that a plugin with schedulers beside its rewards is imported.
+column. A style makes of them the arguments of one call for all, or of a call for each completion. What a plugin of
+ms-swift imports of it is here where it is not installed: bases and registries, and names without a function.
 """
 
 import asyncio
@@ -72,16 +71,9 @@ Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]
 
 
 class Called:
-    """A function of the Python file `path`, which starts from the folder of the file `beside`.
-
-    Args:
-        style: Framework that it was written for, a key of `module.STYLES`.
-        function: Its name, or for ms-swift that in the plugin's registry.
-        arguments: Further keyword arguments; for a class of ms-swift the attributes of its `args`.
-
-    Raises:
-        ConfigError: There is no such file or function, or the file needs what is not installed.
-    """
+    """A function of the Python file `path` (from the folder of the file `beside`) or of ms-swift's registry, written
+    for a `style` of `named.STYLES`, with further keyword `arguments`; a class of ms-swift has them in its `args`.
+    ConfigError where there is no such file or function, or the file needs what is not installed."""
 
     def __init__(self, style: str, path: str, function: str, arguments: Mapping[str, Any], beside: str) -> None:
         file = Path(beside).absolute().parent / Path(path).expanduser()

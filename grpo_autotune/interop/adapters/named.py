@@ -76,8 +76,7 @@ swift/rewards/orm.py at 3602360)."""
 
 
 def overlong_penalty(longest: int, buffer: int, factor: float = 1.0) -> dict[str, Any]:
-    """verl's overlong buffer (its reward manager `dapo`), in tokens, as a reward: 0 up to `longest - buffer`, falling
-    to -`factor` at `longest`."""
+    """verl's overlong buffer, in tokens: 0 up to `longest - buffer`, falling to -`factor` at `longest`."""
     params = {"max_completion_len": longest, "soft_punish_cache": buffer}
     return {"name": "soft_overlong_punishment", "weight": factor, "params": params}
 
@@ -118,9 +117,8 @@ class Adapter:
 
 
 def adapter(style: str, path: str, function: str, arguments: Mapping[str, Any] | None = None) -> Adapter:
-    """The adapter of a `function` of the Python file `path` (from the configuration's folder), or of an ms-swift
-    plugin's registered name; the framework's configuration gives it further `arguments`, for a plugin's class the
-    settings that it finds in `args`. ConfigError for a style that is not known."""
+    """The adapter of a `function` of the file `path` (from the configuration's folder) or of ms-swift's registry, which
+    is given further `arguments`. ConfigError for a style that is not known."""
     if style not in STYLES:
         raise ConfigError(f"no style of rewards {style}", where="style", fix=nearest_hint(style, STYLES))
     framework, columns, named = STYLES[style]

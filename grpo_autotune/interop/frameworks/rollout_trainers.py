@@ -1,7 +1,6 @@
 """The common part of verl and EasyR1, its fork: a step is a rollout, sizes are prompts, and losses have other names.
 
-Each function gives verdicts on a few settings, whose keys come from a framework's `Keys`. Sources: core_algos.py,
-dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_trainer.py.
+Sources: core_algos.py, dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_trainer.py.
 """
 
 import math
@@ -69,8 +68,8 @@ def unused(t: Translation, keys: Iterable[str], note: str) -> None:
 
 
 def explain(t: Translation) -> None:
-    """Verdicts by the tables, on keys with the same meaning first, then on what the file sets and nothing else was said
-    of: by key, or by what a key begins with. What has no equivalent and is switched off is the same."""
+    """Verdicts by the tables: of keys with the same meaning, then of what nothing else was said of, by key or by what
+    it begins with. What has no equivalent and is switched off is the same."""
     framework = t.source.framework
     renamed(t, spelled(framework, SAME[framework]))
     renamed(t, spelled(framework, {f"rollout.{name}": f"vllm.{name}" for name in FAST[framework].split()}), "speed")
@@ -225,8 +224,7 @@ def cadence(t: Translation, keys: Keys, ends_early: bool) -> None:
 
 
 def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any]], group_key: str) -> None:
-    """Evaluation: how often, how many completions of a prompt, and by which sampling (name in `eval_sampling` -> key
-    and value)."""
+    """Evaluation: how often, how many completions, and by which sampling (name in `eval_sampling` -> key, value)."""
     if not positive(t, keys.val):
         unused(t, (keys.val, group_key, *(key for key, _ in sampling.values())), "nothing is evaluated")
         if on(t.value(keys.val_first)):
@@ -316,8 +314,7 @@ def columns(t: Translation, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
-    """Training files and held-out ones, each read with the `shared` keys of the data section; several are a mixture
-    without weights, in which each row comes once per epoch."""
+    """Training files and held-out ones, each read with the `shared` keys of the data section; several are a mixture."""
     train = _paths(t.value(keys.train_files))
     held = _paths(t.value(keys.val_files)) if positive(t, keys.val) else []
     if not train:

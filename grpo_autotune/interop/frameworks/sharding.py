@@ -54,9 +54,8 @@ def zero(stage: int, *, optimizer: str = "none", parameters: str = "none", **mor
 
 
 def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
-    """Verdicts of the setting `key`, which names DeepSpeed's configuration, and of the settings of its file
-    (`with_file`, with `PREFIX`). Call it when all else is set, with the configuration or the path of one that is not at
-    hand; `adapter` is true if the base weights are not trained."""
+    """Verdicts of the setting `key`, which names DeepSpeed's `config` (or the path of one that is not at hand), and of
+    its file's, when all else is set; `adapter` is true if the base weights are not trained."""
     file = {name.removeprefix(PREFIX): to.value(name) for name in to.source.settings if name.startswith(PREFIX)}
     values = file or (_flat(config) if isinstance(config, Mapping) else {})
     for name, value in values.items():
@@ -79,8 +78,7 @@ def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) ->
 
 
 def master_weights(to: Translation) -> dict[str, Any]:
-    """Targets that train weights in 32 bits and compute in 16, as frameworks with master weights do: updates at a small
-    learning rate vanish in bfloat16 weights."""
+    """Targets that train weights in 32 bits and compute in 16: small updates vanish in bfloat16 weights."""
     flag, kind = ("fp16", "float16") if to.values.get("grpo.fp16") else ("bf16", "bfloat16")
     engine = {"vllm.dtype": kind} if to.values.get("grpo.use_vllm") else {}
     return {"model.dtype": "float32", f"grpo.{flag}": True, **engine}

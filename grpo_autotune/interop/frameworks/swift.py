@@ -33,8 +33,7 @@ VARIABLES = ("ENV", "model_kwargs")  # mappings whose keys are variables of the 
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
-    """Verdicts of all of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
-    that are not read: several turns, environments, reward models."""
+    """Verdicts of all of ms-swift's settings. ConfigError for a way of training that is not read."""
     source, names = prepared(source)
     megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings
     version, reason = _version(source, names, version)
@@ -50,8 +49,7 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 
 
 def prepared(source: Source) -> tuple[Source, dict[str, str]]:
-    """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
-    settings among these. Second, the newest name of a setting -> its name in the file."""
+    """The source under the newest names, with the files that it names, and the newest name of a setting -> its own."""
     source = sharding.with_file(source, source.settings.get("deepspeed"), sharding.PREFIX)
     source = sharding.with_launch(source)
     given = {

@@ -13,8 +13,19 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import sharding, trl_script
-from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, SHELL, Handler, listed, settle, speed
-from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
+from grpo_autotune.interop.frameworks.trl_keys import (
+    DEFAULTS,
+    HANDLERS,
+    NEWEST,
+    SHELL,
+    Handler,
+    Version,
+    choose,
+    defaults,
+    listed,
+    settle,
+    speed,
+)
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -47,19 +58,9 @@ def translated(
     over: Mapping[str, Any] | None = None, unread: Mapping[str, str] | None = None, rewards: Rewards | None = None,
     handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None, ranks: int | None = None,
 ) -> Translation:  # fmt: skip
-    """A configuration of TRL or of a framework built on it.
-
-    Args:
-        source: What the file says.
-        release: TRL's release, as `trl_versions.choose` gives it.
-        world_size: As `Translation` has it.
-        over: Defaults of the framework over TRL's.
-        unread: Keys that the framework's trainer takes and never reads, and why; `over` has what it does instead.
-        rewards: The framework's rewards; TRL's names otherwise.
-        handlers: What the framework's own keys become, over `HANDLERS`.
-        micro: Completions per device where the framework changes their number, and how.
-        ranks: Training processes where the launcher does not tell.
-    """
+    """A configuration of TRL or of a framework on it: its defaults `over` TRL's, keys that its trainer takes and never
+    reads and why (`unread`), its `rewards`, what its own keys become (`handlers`), completions per device where it
+    changes their number and how (`micro`), and training processes where the launcher does not tell (`ranks`)."""
     number, name, why = release
     said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
     named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)

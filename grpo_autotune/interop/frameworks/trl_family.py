@@ -1,11 +1,9 @@
 """open-r1, R1-V and VLM-R1: TRL with rewards, data and trainers of their own.
 
-open-r1 is TRL 0.18 with rewards by name, mixtures and a prompt column (`src/open_r1/{configs,rewards,grpo}.py`). R1-V
-and its forks, which differ in prompt and rewards, have trainers of their own on TRL 0.14, whose batch sizes count
-prompts (`src/r1-v/src/open_r1/{grpo.py,trainer/}` of saccharomycetes/R1-V and zihui-debug/R1-V). VLM-R1 has a trainer
-with the batch sizes of TRL 0.17 (`src/open-r1-multimodal/src/open_r1/`), which samples at temperature 1 with
-transformers' own `top_k` of 50 whatever the command says, sums rewards without weights, cuts no prompt, chooses the
-adapter's layers itself, and has a loss that is always GRPO's, mean by sequence.
+open-r1 is TRL 0.18 with rewards by name, mixtures and a prompt column. R1-V (saccharomycetes/R1-V, zihui-debug/R1-V)
+has a trainer on TRL 0.14, whose batch sizes count prompts. VLM-R1's, with the batch sizes of TRL 0.17, samples at
+temperature 1 with `top_k` 50 whatever the command says, sums rewards without weights, cuts no prompt, chooses the
+adapter's layers itself, and has a loss that is always GRPO's, mean by sequence. All are read in `src/open_r1/`.
 """
 
 from pathlib import PurePosixPath
@@ -14,8 +12,7 @@ from typing import Any
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import NAMED
 from grpo_autotune.interop.frameworks.trl import translated, weighted
-from grpo_autotune.interop.frameworks.trl_keys import SHELL, Handler, inert, listed, off, speed
-from grpo_autotune.interop.frameworks.trl_versions import choose
+from grpo_autotune.interop.frameworks.trl_keys import SHELL, Handler, choose, inert, listed, off, speed
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 

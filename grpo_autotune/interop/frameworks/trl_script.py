@@ -1,8 +1,5 @@
-"""Python scripts around `GRPOTrainer`: their calls in the names of TRL's command line, and their own reward functions.
-
-A script is never imported, as that would train. Its reward functions are copied, with what they use of it, into a
-module of their own beside the configuration.
-"""
+"""Python scripts around `GRPOTrainer`: their calls in the names of TRL's command line, and their own reward functions,
+which are copied, with what they use, into a module beside the configuration: importing a script would train."""
 
 import ast
 import builtins
@@ -77,8 +74,7 @@ def with_program(source: Source) -> Source:
 
 
 def unified(source: Source) -> Source:
-    """The source with the arguments of calls under the names of TRL's command line: of several calls of a kind those of
-    one, whole."""
+    """Arguments of calls under the names of TRL's command line: of several calls of a kind those of one."""
     groups: dict[str, dict[str, Setting]] = {}
     for key, setting in source.settings.items():
         groups.setdefault(key.rpartition(".")[0], {})[key] = setting
@@ -151,8 +147,7 @@ def _training_data(source: Source) -> list[tuple[str | None, range]]:
 
 
 def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
-    """Items of `rewards` for functions of a script: TRL's own and imported ones by their module, those that the script
-    makes in a module that is written beside the configuration."""
+    """Items of `rewards` for functions of a script: imported ones by their module, its own in one that is written."""
     path = program(to.source)
     if path is None:
         return []
@@ -210,7 +205,7 @@ class _Functions:
         return name
 
     def module(self, names: list[str]) -> tuple[str, list[str]]:
-        """The text of a module with these functions and all that they use, and the names that are not to be had."""
+        """The text of a module with these functions and all that they use, and names that are not to be had."""
         kept: set[int] = set()
         missing: list[str] = []
         todo, met = list(names), set(names)

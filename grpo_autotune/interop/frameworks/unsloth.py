@@ -9,8 +9,7 @@ from typing import Any
 
 from grpo_autotune.interop.frameworks import trl_script
 from grpo_autotune.interop.frameworks.trl import translated
-from grpo_autotune.interop.frameworks.trl_keys import Handler, inert, off, speed
-from grpo_autotune.interop.frameworks.trl_versions import Version, choose
+from grpo_autotune.interop.frameworks.trl_keys import Handler, Version, choose, inert, off, speed
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
@@ -63,8 +62,7 @@ def _micro_batch(values: Mapping[str, Any], release: Version) -> tuple[int, str]
 
 
 def _sampled(source: Source) -> Source:
-    """The source with the arguments of the `SamplingParams` that `vllm_sampling_params` names, which override the plain
-    keys; those of calls for other purposes are left out."""
+    """The source with the arguments of the `SamplingParams` that `vllm_sampling_params` names, over plain keys."""
     named = source.settings.get("vllm_sampling_params")
     calls: dict[str, dict[str, Setting]] = {}
     settings: dict[str, Setting] = {}

@@ -1,5 +1,4 @@
-"""Seconds of each step of a log, and the rows that they are made of, by what its framework writes: the stages that each
-timer of verl or EasyR1 holds, and what is left when they are taken off."""
+"""Seconds of each step of a log, and the rows that they are made of: stages that each timer of verl or EasyR1 holds."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,8 +47,7 @@ def is_async(keys: Iterable[str]) -> bool:
 
 def ray_parts(values: Mapping[str, float], idle_s: float) -> list[Part] | None:
     """The rows of a step of verl or EasyR1, `other` last, which sum to `timing_s/step`; None where its timers hold
-    more than it. Saving and evaluating count where the step has room for them beside `idle_s`, the seconds that steps
-    without leave over."""
+    more. Saving and evaluating count where the step has room for them beside `idle_s`, the others' rest."""
     timers = {key.removeprefix(RAY): spent for key, spent in values.items() if key.startswith(RAY)}
     step_s, parts = timers["step"], [*_generation(timers)]
     parts += [Part(ALONE[k][0], ALONE[k][1:], (RAY + k,), spent) for k, spent in timers.items() if k in ALONE]

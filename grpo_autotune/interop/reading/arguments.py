@@ -69,7 +69,7 @@ WORDS: Mapping[str, Any] = {"null": None, "true": True, "false": False}
 
 def overrides(words: Iterable[Word]) -> dict[str, Setting]:
     """Settings of Hydra's overrides: `a.b=c`, `+a=c`, `++a=c`, and `~a`, which leaves None. A later one wins, and a
-    mapping is taken apart into its keys. Words that are no override are left out."""
+    mapping is taken apart into its keys."""
     settings: dict[str, Setting] = {}
     for word in words:
         match = OVERRIDE.fullmatch(word.text)
@@ -88,8 +88,7 @@ def flat(key: str, setting: Setting) -> dict[str, Setting]:
 
 
 def hydra_value(text: str) -> Any:
-    """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, its word for
-    None, else text as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
+    """The value of an override by Hydra's grammar; text as it stands where that refuses it, such as `$(nproc)`."""
     tokens = TOKEN.findall(text)
     if text[:1] not in "[{'\"" or "".join(tokens).replace(" ", "") != text.replace(" ", ""):
         return scalar(text.strip(), WORDS)

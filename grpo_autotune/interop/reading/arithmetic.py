@@ -25,8 +25,7 @@ class Unknown(Exception):
 
 
 def evaluate(text: str, value_of: Callable[[str], str | None], depth: int = 0) -> int:
-    """The value of an expression without expansions; `value_of` a name is a text that is one again. `Unknown` if it is
-    no number."""
+    """The value of an expression; `value_of` a name is a text that is one again. `Unknown` if it is no number."""
     tokens = TOKEN.findall(text)
     if "".join(tokens) != "".join(text.split()) or depth > DEEPEST:
         raise Unknown(text)

@@ -24,8 +24,7 @@ ARRAY = re.compile(r'"\$(?:\{(\w+)(\[@\])\}|\{?(@)\}?)"')
 
 
 def parsed(text: str) -> tuple[bytes, Node]:
-    """A script and its tree. The grammar does not know arithmetic everywhere (`${V:-$((a * b))}`), so the tree has a
-    plain word in the place of each."""
+    """A script and its tree, where a plain word stands for each arithmetic: the grammar does not know all."""
     source = text.rstrip("\\ \t\n").encode() + b"\n"
     masked = bytearray(source)
     for start, end in arithmetics(source.decode("latin-1")):
@@ -167,8 +166,7 @@ class Expansion:
             return marks.kept(raw)
 
     def computed(self, expression: str) -> int:
-        """The value of an arithmetic expression, in which expansions are as in double quotes; `Unknown` if it is not
-        known."""
+        """The value of an arithmetic expression, expanded as in double quotes; `Unknown` if it is not known."""
         source, tree = parsed('x="' + expression.replace('"', "") + '"')
         text = Expansion(source, self.variables, 1).text(tree.named_children[0].child_by_field_name("value"))
         return arithmetic.evaluate(marks.plain(text), self.operand)

@@ -19,8 +19,7 @@ SUBSTITUTION = re.compile(r"(\$\((?:[^()]|\([^()]*\))*\)|\$\{?\w+\}?)/?")
 
 
 def beside(path: Path, named: str) -> Path | None:
-    """The file that `path` means by `named`: the name as it stands, else its last parts in the folder of `path` or
-    one above, the longest that exist. None if there is none."""
+    """The file that `path` means by `named`: that, or its last parts in the folder of `path` or one above; or None."""
     known = SUBSTITUTION.sub("", named)
     parts = PurePosixPath(known).parts
     folders = [path.absolute().parent, *path.absolute().parents[1:5]]
@@ -71,9 +70,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(FLOAT), list
 
 
 def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Setting]:
-    """Settings of a YAML or JSON text, names joined by dots; those of a later document win. `nested=False` leaves
-    mappings inside as values, as in frameworks whose keys are flat. ConfigError, `name` and line named, for a text
-    that cannot be read or holds no mapping."""
+    """Settings of a YAML or JSON text, names joined by dots, or with `nested=False` mappings as values; those of a
+    later document win. ConfigError, `name` and line named, for a text that cannot be read."""
     loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
     settings: dict[str, Setting] = {}
     try:
@@ -121,8 +119,7 @@ def with_defaults(settings: dict[str, Setting], path: Path, within: tuple[Path, 
 
 
 def resolved(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, Setting]:
-    """Settings with OmegaConf's interpolations put in, `${data.max_prompt_length}`, `${oc.env:NAME,default}` and
-    `${oc.select:KEY,default}`; those that nothing in the file answers stay as they are written."""
+    """Settings with OmegaConf's interpolations put in (`${a.b}`, `oc.env`, `oc.select`) where the file has them."""
     if not any("${" in str(setting.value) for setting in settings.values()):
         return dict(settings)
     return {key: _resolved(key, setting, settings, environment) for key, setting in settings.items()}

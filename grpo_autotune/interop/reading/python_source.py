@@ -1,7 +1,6 @@
 """Python scripts and notebooks, read and never run: the arguments of the calls that configure a training.
 
-An argument's value is a literal, or simple arithmetic on literals and on names that one was assigned to; of anything
-else the source text is kept, as value and as text of its `Setting`.
+A value is a literal, or simple arithmetic on literals and on names that one was assigned to; else the source text.
 """
 
 import ast

@@ -42,8 +42,7 @@ class _Ended(Exception):
 
 
 def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
-    """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
-    ("1"), which fill what the script leaves to them, as in bash."""
+    """The commands of a script; `environment` is what it is started with: variables, and its arguments by number."""
     given = dict(environment or {})
     last = max((int(key) for key in given if key.isdigit()), default=0)
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]

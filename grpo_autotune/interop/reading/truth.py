@@ -1,7 +1,4 @@
-"""The truth of the shell's tests: `[ ... ]`, `[[ ... ]]`, `test` and `(( ... ))`.
-
-What only a run can tell is None, or as it is on a machine with NVIDIA's GPUs.
-"""
+"""The truth of the shell's tests: `[ ... ]`, `[[ ... ]]`, `test` and `(( ... ))`; None where only a run can tell."""
 
 import re
 from collections.abc import Callable

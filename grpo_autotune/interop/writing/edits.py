@@ -1,8 +1,7 @@
 """A key of a file given another value: every way to do it, by the file's kind, the closest to the user's text first.
 
-A value is replaced where it stands: in YAML and JSON in its place, in a shell script in the argument or array item, in
-the assignment of the variable that the argument names, or in a default (`${V:-x}`), in Python in the call or behind the
-name in it. Else the key is added. Whether an edit does what it should is for the reader of such files to say.
+A value is replaced where it stands: in YAML in its place, in a shell script in the argument, array item, variable or
+default (`${V:-x}`), in Python in the call or behind the name in it. Else the key is added.
 """
 
 import ast
@@ -23,8 +22,7 @@ MARK = re.compile(r"\s*:\s+(?:(?P<alias>\*[^\s,\]}]+)|&\S+\s+)")
 
 
 def yaml_edits(text: str, key: str, value: str) -> Iterator[str]:
-    """The text with the key set, its names joined by dots or nested: the value replaced, else the key put in front of
-    the others of the innermost mapping that there is."""
+    """The text with the key set, its names joined by dots or nested, or in front of others in the innermost mapping."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     names = key.lstrip("+").split(".")
     while isinstance(node, yaml.MappingNode) and node.value:

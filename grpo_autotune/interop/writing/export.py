@@ -67,9 +67,8 @@ class Original:
 
 
 def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = None) -> Exported:
-    """The original's text with the tuned values of a configuration with a receipt, which was tuned on so many `ranks`;
-    None to take them from the completions per optimizer step, which a search keeps. ConfigError where the file cannot
-    be imported, or the tuned batch not be said in it."""
+    """The original's text with the tuned values of a configuration with a receipt, tuned on `ranks` processes (None: by
+    the completions per step). ConfigError where the file cannot be imported, or the tuned batch not be said in it."""
     try:
         receipt = Receipt.model_validate(tuned["receipt"])
     except ValidationError as error:
@@ -153,8 +152,7 @@ class _Draft:
         return why
 
     def check(self, numbers: SixNumbers) -> None:
-        """ConfigError where the text's batch, imported, is not the tuned one. The micro batch changes seconds alone,
-        and follows from the length of completions where a file counts tokens."""
+        """ConfigError where the text's batch, imported, is not the tuned one. The micro batch changes seconds alone."""
         where, fix = str(self.original.path), "This version of the framework cannot be told: nothing was written."
         try:
             after = self.imported()
@@ -201,8 +199,7 @@ def _numbers(translation: Translation) -> SixNumbers:
 
 
 def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> dict[str, Any]:
-    """The framework's batch keys that have other values than before, and what counts in rollouts where a rollout has
-    another number of optimizer steps."""
+    """Batch keys that have other values than before, and what counts in rollouts where these have other steps."""
     old, where = _numbers(before), before.source.path.name
     ranks = old.ranks * (before.number("sequence_parallel_size") or 1)
     trl, trl_before = numbers.on(ranks, where), old.on(ranks, where)
@@ -252,8 +249,7 @@ def _is_crlf(text: str) -> bool:
 
 
 def finished(path: Path, text: str, keys: Sequence[ExportedKey], measured: str) -> str:
-    """Text to write: of a program a unified diff; else the text below a comment (JSON has none), with the byte order
-    mark and the ends of lines that the file has."""
+    """Text to write: of a program a unified diff, else the text below a comment (JSON has none), its line ends kept."""
     if is_patch(path):
         before, after = plain_text(path).splitlines(), text.splitlines()
         return "\n".join(difflib.unified_diff(before, after, f"a/{path.name}", f"b/{path.name}", lineterm="")) + "\n"

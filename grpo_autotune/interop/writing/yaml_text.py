@@ -1,5 +1,4 @@
-"""An imported configuration as YAML for people: its sections in the order of a configuration, and the reasons behind
-the keys that are not obvious."""
+"""An imported configuration as YAML for people, with the reasons behind the keys that are not obvious."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,7 @@ WIDTH = 110  # characters of a line; a comment that does not fit behind its key 
 
 
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
-    """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
-    `imported.config`."""
+    """The YAML, with a head that says where it comes from, and `comments` by key path."""
     sections = {key: _ordered(key, imported.config[key]) for key in RunConfig.model_fields if key in imported.config}
     head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
