@@ -448,14 +448,14 @@ def main():
 
     def inner(completions, **columns):
         global CALLS
-        CALLS += 1
+        CALLS += 1 if completions else tokenizer()
         return [float(CALLS) if search("x", text) else 0.0 for text in completions]
 
     SFTTrainer("m", train_dataset=load_dataset("first", "cot"), peft_config=LoraConfig(r=4, lora_dropout=0.1))
     rows = load_dataset("json", data_files={"train": "rows.jsonl"}, split=["train", "validation"])
     test = load_dataset("d", split="test")
     config = GRPOConfig(learning_rate=2e-6, eval_strategy="steps")
-    functions = [inner, good, more.second, accuracy_reward, Judge(), lambda completions, **columns: [0.0]]
+    functions = [inner, good, more.second, accuracy_reward]
     peft_config = LoraConfig(r=8)
     GRPOTrainer("m", functions, args=config, train_dataset=rows[0], eval_dataset=test, peft_config=peft_config)
     load_dataset("later", split="test")
@@ -471,14 +471,12 @@ def test_a_program_with_two_trainers(tmp_path: Path) -> None:
     assert record.config["grpo"]["learning_rate"] == 2e-6 and record.config["model"]["name_or_path"] == "m"
     assert row(record, "eval_strategy").kind == "changes"
     assert [item["name"] for item in record.config["rewards"]] == [
-        "train_rewards:inner", "my.rewards:fancy", "my.more:second", "accuracy_reward", "train_rewards:reward_5",
-        "train_rewards:reward_6",
+        "train_rewards:inner", "my.rewards:fancy", "my.more:second", "accuracy_reward",
     ]  # fmt: skip
     assert any("uses tokenizer" in warning for warning in record.warnings)
     names: dict[str, Any] = {}
     exec(record.files["train_rewards.py"], names)
     assert [names["inner"](["x", "y"]) for _ in range(2)] == [[1.0, 0.0], [2.0, 0.0]]
-    assert names["reward_6"](["a"]) == [0.0] and isinstance(names["reward_5"], names["Judge"])
 
 
 @pytest.mark.parametrize(

@@ -154,13 +154,12 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     script = _Functions(path)
     items, wanted = [], []
     module = re.sub(r"[\W_]+", "_", path.stem).strip("_").lower() + "_rewards"
-    for number, text in enumerate(map(str, names), 1):
-        origin, name = script.origin(text), script.made(text, f"reward_{number}")
-        if origin:
+    for text in map(str, names):
+        if origin := script.origin(text):
             items.append({"name": origin.partition(":")[2] if origin.startswith("trl.rewards") else origin})
-        elif name:
-            wanted.append(name)
-            items.append({"name": f"{module}:{name}"})
+        elif text in script.statements:
+            wanted.append(text)
+            items.append({"name": f"{module}:{text}"})
         else:
             to.warnings.append(f"{to.where('reward_funcs')}: {text} is made where only a run can tell; it is left out")
     if wanted:
@@ -192,17 +191,6 @@ class _Functions:
                 parts = ".".join(part for part in whole if part).rpartition(".")
                 return f"{parts[0]}:{parts[2]}" if parts[0] else ""
         return ""
-
-    def made(self, text: str, name: str) -> str:
-        node = ast.parse(text, mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id if node.id in self.statements else ""
-        is_known = isinstance(node, ast.Call) and _used(node.func) <= {*self.statements}
-        if not (is_known or isinstance(node, ast.Lambda)):
-            return ""
-        self.statements[name] = ast.parse(f"{name} = {text}").body[0]
-        self.body.append(self.statements[name])
-        return name
 
     def module(self, names: list[str]) -> tuple[str, list[str]]:
         """The text of a module with these functions and all that they use, and names that are not to be had."""

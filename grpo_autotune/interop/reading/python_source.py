@@ -130,31 +130,37 @@ class _Reader(ast.NodeVisitor):
         self.visit_Assign(node)
 
     def visit_If(self, node: ast.If) -> None:
-        """The branch that is taken; where that is not known both, and a name that they leave different is unknown."""
+        """The branch that is taken; where that is not known both, and the names that they set are unknown."""
         test = self.value(node.test)
         self.visit(node.test)
-        before, ends = dict(self.names), list[dict[str, Any]]()
-        for branch in (node.body, node.orelse) if isinstance(test, Unknown) else (node.body if test else node.orelse,):
-            self.names.clear()
-            self.names |= before
-            for statement in branch:
-                self.visit(statement)
-            ends.append(dict(self.names))
-        self.names |= {name: _either(value, ends[-1].get(name, value), name) for name, value in ends[0].items()}
+        for statement in (
+            [*node.body, *node.orelse] if isinstance(test, Unknown) else node.body if test else node.orelse
+        ):
+            self.visit(statement)
+        if isinstance(test, Unknown):
+            self.forget(*(part for one in ast.walk(node) if isinstance(one, ast.Assign) for part in one.targets))
+
+    def forget(self, *nodes: ast.AST) -> None:
+        """Names and arguments of a tree are not known from here on."""
+        parts = [part for node in nodes for part in ast.walk(node)]
+        names = [
+            part.id if isinstance(part, ast.Name) else part.arg
+            for part in parts
+            if isinstance(part, ast.Name | ast.arg)
+        ]
+        self.names |= {name: Unknown(name) for name in names}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """A function: its arguments are not known, and its names are its own."""
-        outer = self.names
-        self.names = outer | {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        outer, self.names = self.names, dict(self.names)
+        self.forget(node.args)
         self.generic_visit(node)
         self.names = outer
 
     def visit_For(self, node: ast.For) -> None:
-        self.names |= {part.id: Unknown(part.id) for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        self.forget(node.target)
         self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.generic_visit(node)
         self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -242,12 +248,6 @@ class _Reader(ast.NodeVisitor):
             with suppress(*WRONG):
                 return function(*given)
         return unknown
-
-
-def _either(one: Any, other: Any, name: str) -> Any:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: _either(one.get(key, ...), other.get(key, ...), str(key)) for key in one | other}
-    return one if one == other else Unknown(name)
 
 
 def _plain(value: Any) -> Any:
