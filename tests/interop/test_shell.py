@@ -43,7 +43,7 @@ SCRIPTS = {
     'cat <<\'EOF\' > d.yaml\na: $N\nEOF\npython3 --config c.yaml\n',
     "cut": "python3 a \\\n  --b 1 \\\n# --c 2 \\\n  --d 3 \\\n  --e 4\npython3 next\n",
     "space": "python3 a \\\n --b 1 \\ \n --c 2\n",
-    "inner": 'C="python3 -m x --a 1"\n$C --c "3 4"\n',
+    "inner": 'C="python3 -m x --a 1"\neval "$C --b 2"\n$C --c "3 4"\n',
     "exit": "python3 a\nexit 0\npython3 b\n",
     "counts": 'n=1; ((n+=2)); ((n++)); i=0; until [ $i -ge 3 ]; do ((i++)); python3 $i $n; done\n',
     "tests": 'true || a=0; if true; then a=1; fi; if test 3 -gt 2; then b=1; fi; [[ a1 =~ ^a[0-9]$ ]] && c=1\n'

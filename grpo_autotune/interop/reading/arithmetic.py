@@ -1,21 +1,19 @@
-"""The shell's arithmetic, `$(( ... ))`, in whole numbers and with C's operators."""
+"""The shell's arithmetic, `$(( ... ))`, in whole numbers, by Python's grammar."""
 
+import ast
 import operator
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
-TOKEN = re.compile(r"\s*(\d+|[A-Za-z_]\w*|\*\*|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%<>&|^!~()])")
-INFIX: Mapping[str, tuple[int, Callable[[int, int], int]]] = {  # operator -> how strongly it binds, and what it does
-    "||": (1, lambda a, b: bool(a) or bool(b)), "&&": (2, lambda a, b: bool(a) and bool(b)), "|": (3, operator.or_),
-    "^": (4, operator.xor), "&": (5, operator.and_), "==": (6, operator.eq), "!=": (6, operator.ne),
-    "<": (7, operator.lt), ">": (7, operator.gt), "<=": (7, operator.le), ">=": (7, operator.ge),
-    "<<": (8, lambda a, b: a << b % 64), ">>": (8, lambda a, b: a >> b % 64), "+": (9, operator.add),
-    "-": (9, operator.sub), "*": (10, operator.mul),
-    "/": (10, lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)),
-    "%": (10, lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1)), "**": (11, lambda a, b: a ** min(b, 64)),
-}  # fmt: skip
-PREFIX: Mapping[str, Callable[[int], int]] = {
-    "-": operator.neg, "+": operator.pos, "!": operator.not_, "~": operator.invert,
+SIGNS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: lambda a, b: a ** min(b, 64),
+    ast.Div: lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1),
+    ast.Mod: lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1), ast.LShift: lambda a, b: a << b % 64,
+    ast.RShift: lambda a, b: a >> b % 64, ast.BitOr: operator.or_, ast.BitXor: operator.xor, ast.BitAnd: operator.and_,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.Gt: operator.gt, ast.LtE: operator.le,
+    ast.GtE: operator.ge, ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
+    ast.Invert: operator.invert, ast.And: lambda *values: all(values), ast.Or: lambda *values: any(values),
 }  # fmt: skip
 DEEPEST = 20
 
@@ -26,38 +24,25 @@ class Unknown(Exception):
 
 def evaluate(text: str, value_of: Callable[[str], str | None], depth: int = 0) -> int:
     """The value of an expression; `value_of` a name is a text that is one again. `Unknown` if it is no number."""
-    tokens = TOKEN.findall(text)
-    if "".join(tokens) != "".join(text.split()) or depth > DEEPEST:
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Name(id=name) if depth < DEEPEST and (known := value_of(name)) is not None:
+                return evaluate(known, value_of, depth + 1)
+            case ast.UnaryOp(op=sign, operand=one):
+                return int(SIGNS[type(sign)](value(one)))
+            case ast.BinOp(left=one, op=sign, right=other) | ast.Compare(left=one, ops=[sign], comparators=[other]):
+                return int(SIGNS[type(sign)](value(one), value(other)))
+            case ast.BoolOp(op=sign, values=values):
+                return int(SIGNS[type(sign)](*map(value, values)))
         raise Unknown(text)
 
-    def operand() -> int:
-        token = tokens.pop(0)
-        if token in PREFIX:
-            return int(PREFIX[token](operand()))
-        if token == "(":
-            value = expression(0)
-            closed = tokens.pop(0)
-            if closed != ")":
-                raise Unknown(closed)
-            return value
-        if token[0].isdigit():
-            return int(token, 8) if token[0] == "0" else int(token)
-        known = value_of(token) if token.isidentifier() else None
-        if known is None:
-            raise Unknown(token)
-        return evaluate(known, value_of, depth + 1)
-
-    def expression(least: int) -> int:
-        value = operand()
-        while tokens and INFIX.get(tokens[0], (-1,))[0] > least:
-            strength, function = INFIX[tokens.pop(0)]
-            value = int(function(value, expression(strength - (strength == 11))))
-        return value
-
+    words = re.sub(r"!(?!=)", " not ", " ".join(text.split()).replace("&&", " and ").replace("||", " or "))
     try:
-        value = expression(0) if tokens else 0
-    except (IndexError, ValueError, ArithmeticError):
+        if not re.fullmatch(r"[\w\s()+*/%<>=!&|^~-]*", text):
+            raise Unknown(text)
+        return value(ast.parse(re.sub(r"\b0+(?=\d)", "0o", words).strip() or "0", mode="eval").body)
+    except (SyntaxError, KeyError, ValueError, ArithmeticError, RecursionError, MemoryError):
         raise Unknown(text) from None
-    if tokens:
-        raise Unknown(text)
-    return value

@@ -16,7 +16,7 @@ from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables,
 from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
 from grpo_autotune.interop.source import Word
 
-LONGEST_VALUE, MOST_TURNS, MOST_STEPS = 1_000_000, 100, 20_000
+LONGEST_VALUE, MOST_TURNS, MOST_STEPS, DEEPEST = 1_000_000, 100, 20_000, 20
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
 class _Evaluation:
     """One script on its way."""
 
-    def __init__(self, text: str, variables: Variables) -> None:
+    def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
-        self.variables, self.expand = variables, Expansion(source, variables)
+        self.variables, self.expand = variables, Expansion(source, variables, line)
         self.truth = Truth(self.expand, self.warn)
-        self.result, self.exported = Shell(), set[str]()
+        self.result, self.exported, self.depth = Shell(), set[str](), 0
         for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
@@ -117,6 +117,10 @@ class _Evaluation:
             return True
         if texts[0] in BUILTINS:
             return BUILTINS[texts[0]](self, node, words[1:])
+        if (script := _inner_script(texts)) and self.depth < DEEPEST:
+            inner = _Evaluation(script, self.variables, self.expand.line(node.start_byte))
+            inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
+            return inner.run(inner.tree)
         values = {key: self.variables.text(key) for key in self.exported}
         for child in node.named_children:
             if child.type == "variable_assignment":
@@ -264,6 +268,14 @@ def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
             if inner.is_named and inner.type != "comment":
                 clauses[-1][part].append(inner)
     return clauses
+
+
+def _inner_script(words: list[str]) -> str | None:
+    """The script that `eval` or `bash -c` is given."""
+    if words[0] == "eval":
+        return " ".join(words[1:])
+    shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
+    return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
 
 
 ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
