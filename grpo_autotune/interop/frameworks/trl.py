@@ -63,8 +63,9 @@ def translated(
     changes their number and how (`micro`), and training processes where the launcher does not tell (`ranks`)."""
     number, name, why = release
     said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
-    named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
-    said = said if named is None else sharding.with_file(said, said.settings.get(named), sharding.PREFIX)
+    files = {key: str(said.settings[key].value) for key in ("deepspeed", "accelerate_config") if key in said.settings}
+    named = next((key for key, file in files.items() if "zero" in file), None)
+    said = said if named is None else sharding.with_file(said, said.settings[named], sharding.PREFIX)
     read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
@@ -74,7 +75,8 @@ def translated(
     items, differs = (rewards or _rewards)(to)
     (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
     newest = defaults(NEWEST)
-    table = {**HANDLERS, "dataset_name": _data, **_of_release(number), **(handlers or {})}
+    older = {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
+    table = {**HANDLERS, "dataset_name": _data, **older, **(handlers or {})}
     for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
         is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
         if key in to.rows or (key not in read.settings and is_silent):
@@ -84,19 +86,11 @@ def translated(
     _whole(to)
     sharding.apply_launch(to, adapter=bool(to.value("use_peft")))
     if named is not None:
-        sharding.apply_deepspeed(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
+        sharding.apply_deepspeed(to, named, _zero(files[named]), adapter=bool(to.value("use_peft")))
     to.source = said
     for key in said.settings.keys() & unread.keys():
         to.inert(key, unread[key])
     return to
-
-
-def _given(source: Source, key: str) -> Any:
-    return source.settings[key].value if key in source.settings else None
-
-
-def _of_release(number: Version) -> dict[str, Handler]:
-    return {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
 
 
 def _token_loss(to: Translation, key: str) -> None:
@@ -170,23 +164,20 @@ def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, u
     if rollout % group:
         what = f"a rollout of {rollout} completions is no whole number of groups of {group}"
         raise ConfigError(what, where=to.where("num_generations"), fix="Say how many processes train: --world-size.")
-    passes = to.number("num_iterations")
-    batch = SixNumbers(group, rollout // group, micro * ranks * accumulation, passes, ranks, micro)
+    completions, passes = micro * ranks * accumulation, to.number("num_iterations")
+    batch = SixNumbers(group, rollout // group, completions, passes, ranks, micro)
     to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
 
 
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
-    names, is_code = listed(to.value("reward_funcs")), _is_code(to, "reward_funcs")
-    return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
-
-
-def _reward(to: Translation, name: str) -> dict[str, Any]:
-    module, _, function = name.rpartition(".")
-    if name not in REWARDS and not module:
+    names = [str(name) for name in listed(to.value("reward_funcs"))]
+    if _is_code(to, "reward_funcs"):
+        return weighted(to, trl_script.rewards(to, names)), ""
+    if wrong := next((name for name in names if name not in REWARDS and "." not in name), None):
         fix = f"Known: {', '.join(REWARDS)}, or module.function."
-        raise ConfigError(f"TRL has no reward {name}", where=to.where("reward_funcs"), fix=fix)
-    return {"name": f"{module}:{function}", **REWARDS.get(name, {})}
+        raise ConfigError(f"TRL has no reward {wrong}", where=to.where("reward_funcs"), fix=fix)
+    return weighted(to, [REWARDS.get(name, {"name": ":".join(name.rsplit(".", 1))}) for name in names]), ""
 
 
 def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -60,8 +60,7 @@ def defaults(version: Version) -> dict[str, Any]:
 
 
 def choose(source: Source, asked: str | None, pinned: str | None = None) -> tuple[Version, str, str]:
-    """The release that a source was written for, its name, and why it is taken: `asked` for, in the file's own pins,
-    `pinned` by its framework, or the newest that has all keys of the file. ConfigError for one without GRPO."""
+    """The release that a source was written for, its name, and why it is taken. ConfigError for one without GRPO."""
     hint = source.hints.get("trl")
     name, why = (
         (asked, "--source-version") if asked
@@ -72,7 +71,7 @@ def choose(source: Source, asked: str | None, pinned: str | None = None) -> tupl
     parts = (name or "").lstrip("v").split(".")
     if not all(part.isdecimal() for part in parts[:2]):
         raise ConfigError(f"{name!r} is no version of TRL", where="--source-version", fix="Such as 0.17.0 or 1.16.0.")
-    version = (int(parts[0]), int(parts[1]) if len(parts) > 1 else 0)
+    version = (int(parts[0]), int(parts[1]) if parts[1:] else 0)
     if version < FIRST:
         raise ConfigError(f"TRL {name} has no GRPO", where=source.path.name, fix="The first that has it is 0.14.")
     if version > NEWEST:
@@ -105,7 +104,7 @@ SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the 
 }  # fmt: skip
 NEEDS: tuple[tuple[str, str, Any, str], ...] = (
     (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
-    (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
+    (r"vllm_(server_.*|group_port)", "vllm_mode", ("server",), "the engine is not a server's"),
     (r"vllm_(gpu_memory|tensor_parallel)\w+", "vllm_mode", ("colocate", "device"), "a server has its own"),
     (r"vllm_importance_sampling_(mode|cap|clip\w+)", "vllm_importance_sampling_correction", True, "no correction"),
     (r"lora_.*|use_(rslora|dora)", "use_peft", True, "without use_peft the whole model is trained"),
@@ -138,18 +137,13 @@ SHELL = "the shell builds it: write what it gives"
 
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """The verdict of a key by its needs, a handler, or its kind; none if not known. ConfigError if TRL refuses it."""
-    missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    usual = _published if key.startswith(("hub_", "push_to_hub")) else _plain
-    (inert(missing) if missing else handlers.get(key, usual))(to, key)
-
-
-def _met(to: Translation, needed: str, wanted: Any) -> bool:
-    value = to.value(needed)
-    return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
-
-
-def _published(to: Translation, key: str) -> None:
-    to.dropped(key, "nothing is published: push the trained folder yourself")
+    for pattern, needed, wanted, why in NEEDS:
+        value = to.value(needed)
+        if re.fullmatch(pattern, key) and not (value if wanted is True else value in wanted):
+            return to.inert(key, why)
+    if key.startswith(("hub_", "push_to_hub")) and key not in handlers:
+        return to.dropped(key, "nothing is published: push the trained folder yourself")
+    return handlers.get(key, _plain)(to, key)
 
 
 def _plain(to: Translation, key: str) -> None:
@@ -227,9 +221,8 @@ def _mixture(to: Translation, key: str) -> None:
 
 def _warmup(to: Translation, key: str) -> None:
     if not to.number(key) or to.number("warmup_steps", 0):
-        to.inert(key, "warmup_steps wins over it" if to.number(key) else "no warm-up")
-    else:
-        to.converted(key, {"grpo.warmup_steps": to.number(key)}, "below 1 it is a share of all steps")
+        return to.inert(key, "warmup_steps wins over it" if to.number(key) else "no warm-up")
+    return to.converted(key, {"grpo.warmup_steps": to.number(key)}, "below 1 it is a share of all steps")
 
 
 def _prompt_limit(to: Translation, key: str) -> None:
@@ -278,11 +271,6 @@ def _many_turns(to: Translation, key: str) -> None:
     raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
 
 
-def _column(to: Translation, key: str) -> None:
-    column = to.value(key)
-    to.converted(key, {} if column == "prompt" else {"data.columns.prompt": column}, "the prompt's column")
-
-
 def off(why: str) -> Handler:
     """The verdict of a key that is as here where it is off, and has no equivalent where it is on."""
     return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
@@ -290,7 +278,7 @@ def off(why: str) -> Handler:
 
 def inert(why: str) -> Handler:
     """The verdict of a key without an effect of its own."""
-    return lambda to, key: to.inert(key, why) if to.given(key) else None
+    return lambda to, key: to.inert(key, why)
 
 
 def speed(why: str) -> Handler:
@@ -299,11 +287,7 @@ def speed(why: str) -> Handler:
 
 
 def _quantized(to: Translation, key: str) -> None:
-    """NF4 with double quantization is the one kind of 4 bits here."""
-    if to.value(key) in (True, "nf4"):
-        to.inert(key, "as here")
-    else:
-        to.changes(key, {}, SAID["bnb_4bit_quant_type"])
+    to.inert(key, "as here") if to.value(key) in (True, "nf4") else to.changes(key, {}, SAID["bnb_4bit_quant_type"])
 
 
 HANDLERS: dict[str, Handler] = {
@@ -311,7 +295,9 @@ HANDLERS: dict[str, Handler] = {
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
-    "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": _column,
+    "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": lambda to, key: to.converted(
+        key, {} if to.value(key) == "prompt" else {"data.columns.prompt": to.value(key)}, "the prompt's column"
+    ),
     "output_dir": _output, "resize": _resize, "warmup_ratio": _warmup, "max_prompt_length": _prompt_limit,
     "vllm_mode": _engine_place, "ignore_bias_buffers": off("for broken biases of old models under DDP"),
     **dict.fromkeys(MANY_TURNS, _many_turns),
