@@ -55,7 +55,7 @@ FLOORS = {
         ("packages",),
     ),
     "interop": (
-        ("source", "batch", "redact"),
+        ("source", "batch"),
         ("reading", "translation"),
         ("adapters", "logs"),
         ("frameworks",),

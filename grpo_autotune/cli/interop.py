@@ -59,7 +59,7 @@ def import_(
             what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
             raise ConfigError(what, where=option)
         if is_training:
-            from grpo_autotune.commands.interop.log import import_log
+            from grpo_autotune.commands.interop.config import import_log
 
             return import_log(file, out=out, config=against, as_json=json_)
         from grpo_autotune.commands.interop.config import import_config

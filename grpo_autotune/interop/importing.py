@@ -15,8 +15,7 @@ from grpo_autotune.interop.reading.arguments import Launch, launched, options, o
 from grpo_autotune.interop.reading.files import beside, resolved, text_of, with_defaults, yaml_settings
 from grpo_autotune.interop.reading.python_source import PIN
 from grpo_autotune.interop.reading.shell import Shell, evaluate
-from grpo_autotune.interop.redact import redacted
-from grpo_autotune.interop.source import Setting, Source, Word
+from grpo_autotune.interop.source import Setting, Source, Word, redacted
 from grpo_autotune.interop.translation import Translation
 
 FRAMEWORKS: Final = (  # names of `--from`

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_autotune.commands.interop.log import import_log
+from grpo_autotune.commands.interop.config import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.logs import lines, steps
 from grpo_autotune.interop.logs.lines import is_log

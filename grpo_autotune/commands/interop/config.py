@@ -1,5 +1,6 @@
-"""`grpo-autotune import` and `export`: another framework's configuration as a YAML of ours, tuned values back in it."""
+"""`grpo-autotune import` and `export`: files of other frameworks into ours, and tuned values back into them."""
 
+import json
 import os
 import shlex
 import shutil
@@ -11,13 +12,14 @@ from grpo_autotune.config.sources import DEFAULT_FILE, read_source
 from grpo_autotune.config.yaml_text import parse_yaml
 from grpo_autotune.console import complain, say, show, warn
 from grpo_autotune.errors import ConfigError, printable
-from grpo_autotune.files import write_whole
+from grpo_autotune.files import refusal_told, write_whole
 from grpo_autotune.interop.importing import import_file
-from grpo_autotune.interop.redact import hidden_text
+from grpo_autotune.interop.source import hidden_text
 from grpo_autotune.interop.writing.export import Original, export
 from grpo_autotune.interop.writing.yaml_text import yaml_text
 from grpo_autotune.records.imported import STRICT, Exported, Imported
-from grpo_autotune.render.imported import named, render_imported
+from grpo_autotune.render.imported import named, render_imported, render_log
+from grpo_autotune.report.logged import read_log
 from grpo_autotune.units import plural
 
 NARROWEST = 60
@@ -148,3 +150,28 @@ def _summary(exported: Exported, out: Path | None) -> Iterator[str]:
     yield exported.measured
     if out is not None:
         yield f"Wrote {out}"
+
+
+@refusal_told()
+def import_log(path: Path, *, out: Path | None = None, config: Path | None = None, as_json: bool = False) -> int:
+    """Print the report of the log, or its JSON, and write it to `out`: a page where that ends in `.html`, else JSON;
+    `config` is held against it. Returns the exit code; ConfigError for a file without steps or seconds."""
+    if not path.is_file():
+        raise ConfigError("a folder is no log" if path.exists() else "there is no such file", where=str(path))
+    numbers = None
+    if config is not None:
+        from grpo_autotune.interop.importing import import_file
+
+        numbers = import_file(config).finished().numbers
+    report = read_log(path, numbers)
+    text = json.dumps(report.model_dump(mode="json"), indent=2)
+    show(text if as_json else render_log(report))
+    if out is not None and out.suffix == ".html":
+        from grpo_autotune.commands.page import save_page
+        from grpo_autotune.render.imported import log_page
+
+        say(f"Saved: {save_page(out, log_page(report))}")
+    elif out is not None:
+        write_whole(out, text + "\n")
+        say(f"Saved: {out}")
+    return 0

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from tree_sitter import Node
 
-from grpo_autotune.interop.reading import arithmetic, marks
-from grpo_autotune.interop.reading.expansion import Expansion
+from grpo_autotune.interop.reading import marks
+from grpo_autotune.interop.reading.expansion import Expansion, Unknown, evaluated
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
@@ -51,8 +51,8 @@ class Truth:
         if sign == "=~":
             with suppress(re.error):
                 return None if marks.is_unknown(left + right) else bool(re.search(self.expand.raw(nodes[2]), left))
-        with suppress(arithmetic.Unknown, KeyError):
-            return bool(arithmetic.evaluate(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
+        with suppress(Unknown, KeyError):
+            return bool(evaluated(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
         return None
 
     def counted(self, expression: str) -> bool | None:
@@ -61,7 +61,7 @@ class Truth:
         if match:
             name, one, sign, value = match.groups()
             expression = f"{name}{one}1" if one else f"{name}{sign}({value})" if sign else value
-        with suppress(arithmetic.Unknown):
+        with suppress(Unknown):
             number = self.expand.computed(expression)
             if match:
                 self.expand.variables.values[name] = str(number)
