@@ -59,11 +59,13 @@ class Translation:
         """The setting under another name with the same meaning; `value` where its spelling differs."""
         self.verdict("same", key, {target: self.value(key) if value is None else value}, note, comment)
 
-    def converted(self, key: str, targets: Mapping[str, Any], note: str = "", comment: str = "") -> None:
+    def converted(
+        self, key: str | Iterable[str], targets: Mapping[str, Any], note: str = "", comment: str = ""
+    ) -> None:
         """The same meaning, by arithmetic or in several keys."""
         self.verdict("converted", key, targets, note, comment)
 
-    def changes(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+    def changes(self, key: str | Iterable[str], targets: Mapping[str, Any], note: str, comment: str = "") -> None:
         """The nearest there is: what differs, and how much."""
         self.verdict("changes", key, targets, note, comment)
 
@@ -75,25 +77,23 @@ class Translation:
         """Changes seconds and memory alone."""
         self.verdict("speed", key, targets or {}, note)
 
-    def inert(self, key: str, note: str) -> None:
-        """Has no effect in the source as it stands, so leaving it out is the same."""
+    def inert(self, key: str | Iterable[str], note: str) -> None:
+        """Without effect in the source as it stands, so leaving it out is the same."""
         self.verdict("same", key, {}, note)
 
     def verdict(
-        self, verdict: Verdict, key: str, targets: Mapping[str, Any], note: str = "", comment: str = ""
+        self, verdict: Verdict, keys: str | Iterable[str], targets: Mapping[str, Any], note: str = "", comment: str = ""
     ) -> None:
-        """Record what becomes of a setting, and set the target keys. A default that TRL shares leaves no trace."""
-        given = self.source.settings.get(key)
+        """Record what becomes of settings, and set the target keys. A default that TRL shares leaves no trace."""
         shared = not any(_differs(path, value) for path, value in targets.items())
-        if given is None and shared and verdict not in STRICT:
-            return
-        for path, value in targets.items():
-            self.set(path, value, comment)
-        setting = given or Setting(self.defaults.get(key))
-        self.rows[key] = ImportedRow(
-            line=setting.line, file=setting.file, key=key, value=setting.value, kind=verdict,
-            to=dict(targets), why=note,
-        )  # fmt: skip
+        for key in [keys] if isinstance(keys, str) else keys:
+            if not self.given(key) and shared and verdict not in STRICT:
+                continue
+            for path, value in targets.items():
+                self.set(path, value, comment)
+            setting = self.source.settings.get(key) or Setting(self.defaults.get(key))
+            row = {"line": setting.line, "file": setting.file, "key": key, "value": setting.value, "why": note}
+            self.rows[key] = ImportedRow(kind=verdict, to=dict(targets), **row)
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
         """Set a key of the result that no single setting stands for."""
@@ -109,12 +109,9 @@ class Translation:
         ranks = self.world_size or batch.ranks
         trl = vars(batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0]))))
         self.batch, self.world_size = batch, ranks
-        processes = "1 process" if ranks == 1 else f"{ranks} processes"
-        arithmetic = (
-            f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
-            f"{batch.completions} per optimizer step"
-        )
-        share = f"{processes} / {trl['per_device_train_batch_size']}"
+        made = f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout"
+        arithmetic = f"{made}, {batch.completions} per optimizer step"
+        share = f"{ranks} process{'es' * (ranks > 1)} / {trl['per_device_train_batch_size']}"
         comments = {
             "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
             "gradient_accumulation_steps": f"{batch.completions} completions per step / {share}",

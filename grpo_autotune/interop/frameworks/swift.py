@@ -156,8 +156,7 @@ def _processes(to: Translation) -> tuple[int, list[str]]:
         to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
     if launched is None:
         return math.prod(map(to.number, counts)), counts
-    for key in counts:
-        to.inert(key, "the launcher says it")
+    to.inert(counts, "the launcher says it")
     return launched, ["train.gpus"] if to.given("train.gpus") else []
 
 

@@ -30,7 +30,7 @@ ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
 
 def translate(to: Translation) -> None:
     """Verdicts of all settings but the batch and how GPUs share the work, which come before and after."""
-    for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
+    for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _schedule, _evaluation, _engine):
         part(to)
     for key, target in swift_keys.SAME.items():
         values = words(to.value(key))
@@ -60,7 +60,7 @@ def _model(to: Translation) -> None:
     if sees:
         note = "taken for a model that sees images; its frozen tower gets no adapters either"
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
-    elif to.given("freeze_vit"):
+    else:
         to.inert("freeze_vit", "taken for a text model")
     everything = to.value("tuner_type") == "full" or "all-linear" in words(to.value("target_modules"))
     if sees and everything and bool(to.value("freeze_aligner")) != bool(to.value("freeze_vit")):
@@ -89,8 +89,7 @@ def _adapter(to: Translation) -> None:
         to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
     if trained or kind == "full":
         note = "the adapter's own configuration holds" if trained else "the whole model is trained"
-        for key in filter(to.given, ("tuner_type", *given)):
-            to.inert(key, note)
+        to.inert(("tuner_type", *given), note)
         return
     note = "" if kind in ("lora", "lora_llm") else f"LoRA instead of {kind}"
     if kind == "lora_llm" and not (to.value("freeze_vit") and to.value("freeze_aligner")):
@@ -165,7 +164,7 @@ def _prompts(to: Translation) -> None:
         note = "a prompt with an image is not cut here: it stops the run" if sees else ""
         note = note if cuts else "swift takes another row instead"
         to.converted("truncation_strategy", {"data.prompt_overflow": "left" if cuts else "filter"}, note)
-    elif to.given("truncation_strategy"):
+    else:
         to.inert("truncation_strategy", "without max_length")
     if to.value("enable_thinking") is not None:
         to.same("enable_thinking", "grpo.chat_template_kwargs", {"enable_thinking": to.value("enable_thinking")})
@@ -190,7 +189,8 @@ def _rewards(to: Translation) -> None:
             read |= {*known.settings.values()}
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            plugin = _plugin(to, plugins, name)
+            files = [(plugin, beside(to.source.path, plugin)) for plugin in plugins]
+            plugin = next((plugin for plugin, file in files if file is not None and name in text_of(file)), None)
             unsure |= plugin is None and len(plugins) > 1
             made = adapter("swift", plugin or plugins[0], name, arguments)
             to.files[made.name] = made.text
@@ -206,17 +206,11 @@ def _rewards(to: Translation) -> None:
     to.verdict("changes" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
     for key in filter(to.given, settings):
         to.converted(key, {}, "in rewards") if to.files or key in read else to.inert(key, "no reward reads it")
-    for key in filter(to.given, ("reward_weights", "external_plugins")):
-        to.converted(key, {}, "in rewards")
+    to.converted(("reward_weights", "external_plugins"), {}, "in rewards")
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
     elif unsure:
         to.changes("external_plugins", {}, "they are not at hand: the first is taken to register the rewards")
-
-
-def _plugin(to: Translation, plugins: list[str], name: str) -> str | None:
-    files = {plugin: beside(to.source.path, plugin) for plugin in plugins}
-    return next((plugin for plugin, file in files.items() if file is not None and name in text_of(file)), None)
 
 
 def _loss(to: Translation) -> None:
@@ -241,8 +235,7 @@ def _loss(to: Translation) -> None:
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
         note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
-        for key in ("dynamic_sample", "max_resample_times"):
-            to.changes(key, {"resample.max_rounds": rounds}, note)
+        to.changes(("dynamic_sample", "max_resample_times"), {"resample.max_rounds": rounds}, note)
 
 
 def _same_clipping(to: Translation, kind: str, factor: int) -> None:
@@ -253,27 +246,24 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
         to.converted(key, {f"grpo.{key}": (to.number(key) or usual) * factor}, note, note)
 
 
-def _sampling(to: Translation) -> None:
+def _schedule(to: Translation) -> None:
+    """The end of completions, and that of training on its way."""
     stop = [word for word in words(to.value("stop_words", [])) if word]
     if stop and to.value("use_vllm"):
         to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, UNENDED)
     elif stop:
         to.dropped("stop_words", "needs grpo.use_vllm")
-
-
-def _schedule(to: Translation) -> None:
     usual = 1e-5 if to.value("tuner_type") == "full" else 1e-4
     rate, least, ratio = to.number("learning_rate") or usual, to.number("min_lr"), to.number("warmup_ratio")
     to.same("learning_rate", "grpo.learning_rate", rate)
     if ratio:
         to.converted("warmup_ratio", {"grpo.warmup_steps": ratio}, "below 1 it is a share of all steps")
-    elif to.given("warmup_ratio"):
+    else:
         to.inert("warmup_ratio", "no warm-up")
     if least:
         falls = {"grpo.lr_scheduler_type": "cosine_with_min_lr", "grpo.lr_scheduler_kwargs": {"min_lr": least}}
         targets = falls if least < rate else {"grpo.lr_scheduler_type": "constant_with_warmup"}
-        for key in ("lr_scheduler_type", "min_lr"):
-            to.converted(key, targets, f"from {rate:g} to {least:g}")
+        to.converted(("lr_scheduler_type", "min_lr"), targets, f"from {rate:g} to {least:g}")
     if to.value("lr_scheduler_type") in ("WSD", "inverse-square-root"):
         to.changes("lr_scheduler_type", {"grpo.lr_scheduler_type": "constant_with_warmup"}, "the rate stays")
     if to.given("max_steps") and to.given("num_train_epochs"):
@@ -287,9 +277,8 @@ def _evaluates(to: Translation) -> Any:
 def _evaluation(to: Translation) -> None:
     strategy = _evaluates(to)
     if strategy == "no" or not (to.value("val_dataset") or to.value("split_dataset_ratio")):
-        for key in to.source.settings:
-            if re.match(r"(per_device_eval|eval_|num_generations_eval)", key):
-                to.inert(key, "nothing is evaluated")
+        evaluating = r"(per_device_eval|eval_|num_generations_eval)"
+        to.inert([key for key in to.source.settings if re.match(evaluating, key)], "nothing is evaluated")
         return
     to.verdict("same", "eval_strategy", {"grpo.eval_strategy": strategy})
     if strategy == "steps":
@@ -303,15 +292,18 @@ def _evaluation(to: Translation) -> None:
 def _engine(to: Translation) -> None:
     keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
     if not (to.value("use_vllm") or to.value("use_lmdeploy")):
-        for key in keys:
-            to.inert(key, "without vLLM")
+        to.inert(keys, "without vLLM")
         return
     other = bool(to.value("use_lmdeploy"))
     key, note = ("use_lmdeploy", "vLLM instead") if other else ("use_vllm", "")
     to.verdict("speed" if other else "same", key, {"grpo.use_vllm": True}, note)
     _correction(to)
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
-    apart = 0 if server else _own_gpus(to)
+    workers = int(to.number("num_infer_workers") or 0)  # before 3.5: GPUs beside the trainer's
+    apart = workers if to.batch is not None and workers < to.batch.ranks else 0
+    if to.given("rollout.gpus"):
+        apart = 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
+    apart = 0 if server else apart
     if server:
         note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
         to.converted("vllm_mode", {"vllm.mode": "server"}, note)
@@ -328,14 +320,6 @@ def _engine(to: Translation) -> None:
     for key in keys:
         if key not in to.rows and to.value(key) is not None:
             _engine_key(to, key, at_server=server)
-
-
-def _own_gpus(to: Translation) -> int:
-    """GPUs that the engine has for itself: of Ray's group, and before 3.5 those beside the trainer's."""
-    if to.given("rollout.gpus"):
-        return 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
-    workers = int(to.number("num_infer_workers") or 0)
-    return workers if to.batch is not None and workers < to.batch.ranks else 0
 
 
 def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
@@ -369,5 +353,5 @@ def _correction(to: Translation) -> None:
     product = "a sequence's ratio is the geometric mean of its tokens' there, and their product here"
     notes = [product] if mode.startswith("sequence") else []
     notes += ["the KL term is weighted there as well"] if to.value("beta") else []
-    for key in ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold"):
-        to.verdict("changes" if notes else "converted", key, targets, "; ".join(notes))
+    keys = ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold")
+    to.verdict("changes" if notes else "converted", keys, targets, "; ".join(notes))
