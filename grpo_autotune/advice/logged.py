@@ -14,21 +14,13 @@ MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2
 GENERATES = 0.3
 LONG_TAIL = 3.0  # times the mean: a longest completion from which the others wait for few
 RULES: dict[str, tuple[float, Kind, str]] = {
-    TRAINING_PASS: (
-        0.3, "exact",
-        "this one timer holds the forward, the backward and the optimizer, and the log cannot tell which: "
-        "`grpo-autotune import CONFIG --probe` measures them apart",
-    ),
+    TRAINING_PASS: (0.3, "exact", "this one timer holds the forward, the backward and the optimizer, and the log "
+                    "cannot tell which: `grpo-autotune import CONFIG --probe` measures them apart"),
     "backward": (0.4, "exact", "the gradients: sharing prompts within a group, and a larger micro batch, shorten them"),
-    "reference_logprob": (
-        0.05, "learning",
-        "a KL coefficient of 0 needs no reference pass (it changes learning); at most this is saved",
-    ),
-    "policy_logprob": (
-        0.05, "learning",
-        "the old policy's pass is needed only where a rollout serves several optimizer steps or another engine's "
-        "samples are weighed; at most this is saved",
-    ),
+    "reference_logprob": (0.05, "learning", "a KL coefficient of 0 needs no reference pass (it changes learning); at "
+                          "most this is saved"),
+    "policy_logprob": (0.05, "learning", "the old policy's pass is needed only where a rollout serves several "
+                       "optimizer steps or another engine's samples are weighed; at most this is saved"),
     "reward": (0.1, "exact", "nothing else runs meanwhile: score in parallel, or beside the log-prob passes"),
     "weight_sync": (0.1, "exact", "with LoRA, pushing the adapter alone moves far less than merged weights"),
     "log_save_eval": (0.1, "exact", "save and evaluate less often"),

@@ -3,7 +3,7 @@ the translation by the module of that framework."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -90,7 +90,13 @@ def read_source(path: Path, framework: str | None = None, environment: Mapping[s
     ConfigError for a file of no framework, of several, or of one that is not read."""
     if framework is not None and framework not in FRAMEWORKS:
         raise ConfigError(f"no framework {framework!r}", where="--from", fix=f"One of: {', '.join(FRAMEWORKS)}.")
-    return redacted(READERS.get(path.suffix.lower(), _of_shell)(path, text_of(path), framework, environment or {}))
+    text, kind = text_of(path), path.suffix.lower()
+    if kind == ".toml":
+        name = recognised([f"{section}." for section in re.findall(r"(?m)^\[+([\w.]+)", text)], path)
+        raise ConfigError(f"{name} has no configuration in TOML", where=path.name)
+    yaml, python = kind in (".yaml", ".yml", ".json"), kind in (".py", ".ipynb")
+    reader = _of_yaml if yaml else _of_python if python else _of_shell
+    return redacted(reader(path, text, framework, environment or {}))
 
 
 def _of_yaml(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
@@ -115,11 +121,6 @@ def recognised(keys: Iterable[str], path: Path) -> str:
     if fits[0] in UNREAD:
         raise ConfigError(UNREAD[fits[0]], where=path.name)
     return fits[0]
-
-
-def _of_toml(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
-    name = recognised([f"{section}." for section in re.findall(r"(?m)^\[+([\w.]+)", text)], path)
-    raise ConfigError(f"{name} has no configuration in TOML", where=path.name)
 
 
 def _of_python(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
@@ -173,7 +174,12 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
         fix = "Leave one of them in a copy of the file, or name one's framework with --from."
         raise ConfigError(f"{len(trainings)} commands that train, on lines {lines}", where=path.name, fix=fix)
     if not trainings:
-        raise _nothing(path, launches)
+        names = list(dict.fromkeys(f"{launch.program} (line {launch.line})" for launch in launches))
+        rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        what = f"no GRPO training of a framework that is known; it starts {', '.join(names[:MOST_NAMED])}{rest}"
+        fix = f"Name the script or the YAML of a GRPO run of {', '.join(FRAMEWORKS[:-2])}."
+        none = "no command that trains, and no configuration, is in this file"
+        raise ConfigError(what if names else none, where=path.name, fix=None if names else fix)
     ((line, (name, same)),) = trainings.items()
     if name in UNREAD:
         which = "Name one with --from." if name == "?" else None
@@ -190,16 +196,6 @@ def started(launch: Launch) -> str | None:
     return next((name for name, argument in fits if any(re.match(argument, word) for word in spelled)), None)
 
 
-def _nothing(path: Path, launches: Sequence[Launch]) -> ConfigError:
-    names = dict.fromkeys(f"{launch.program} (line {launch.line})" for launch in launches)
-    if names:
-        rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        named = f"{', '.join(list(names)[:MOST_NAMED])}{rest}"
-        return ConfigError(f"no GRPO training of a framework that is known; it starts {named}", where=path.name)
-    fix = f"Name the script or the YAML of a GRPO run of {', '.join(FRAMEWORKS[:-2])}."
-    return ConfigError("no command that trains, and no configuration, is in this file", where=path.name, fix=fix)
-
-
 def _of_launch(
     path: Path, framework: str, launch: Launch, script: Shell, hints: dict[str, str], environment: Mapping[str, str]
 ) -> Source:
@@ -212,10 +208,8 @@ def _of_launch(
         if base is None:
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
-    missing = {name: word.line for word in launch.arguments for name in word.missing}
-    warnings += [
-        f"line {line}: {name} is set nowhere; give it with --env {name}=VALUE" for name, line in missing.items()
-    ]
+    for name, line in {name: word.line for word in launch.arguments for name in word.missing}.items():
+        warnings.append(f"line {line}: {name} is set nowhere; give it with --env {name}=VALUE")
     if framework in NESTED:
         values = {name: str(setting.value) for name, setting in launch.environment.items()}
         settings = resolved(settings, {**environment, **values})
@@ -247,12 +241,6 @@ def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Se
     settings = yaml_settings(text_of(place) if text is None else text, name, nested=framework in NESTED)
     settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}
-
-
-READERS: Final[Mapping[str, Callable[[Path, str, str | None, Mapping[str, str]], Source]]] = {
-    ".yaml": _of_yaml, ".yml": _of_yaml, ".json": _of_yaml, ".py": _of_python, ".ipynb": _of_python, ".toml": _of_toml,
-}  # fmt: skip
-"""Ending of a file's name -> its reader; any other is a shell script."""
 
 
 def import_file(

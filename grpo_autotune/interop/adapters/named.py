@@ -36,40 +36,29 @@ _SANDBOX = "it runs programs in a sandbox: write an async reward that does (docs
 
 NAMED: dict[tuple[str, str], Named] = {
     ("open-r1", "accuracy"): Named("accuracy_reward", note=f"{MATH_VERIFY}its options for malformed LaTeX differ"),
-    ("open-r1", "format"): Named(
-        "regex", {"pattern": r"\A<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>(?m:$)"}
-    ),
+    ("open-r1", "format"): Named("regex", {"pattern": r"\A<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>(?m:$)"}),
     ("open-r1", "tag_count"): Named(f"{FORMULAS}:tag_count"),
     ("open-r1", "reasoning_steps"): Named(f"{FORMULAS}:reasoning_steps"),
     ("open-r1", "repetition_penalty"): Named(f"{FORMULAS}:repetition_of_words", settings=_REPETITION),
     ("open-r1", "cosine"): Named(
-        "cosine_scaled_reward",
-        {"max_len": 1000},
+        "cosine_scaled_reward", {"max_len": 1000},
         {"max_len": "cosine_max_len", **{name: f"cosine_{name}" for name in _LENGTHS}},
-        "its length is in tokens here, and in characters there: divide cosine_max_len by about 4",
-    ),
+        "its length is in tokens here, and in characters there: divide cosine_max_len by about 4"),
     ("open-r1", "soft_overlong_punishment"): Named("soft_overlong_punishment", settings=_OVERLONG),
     ("open-r1", "length"): Named(note="it compares lengths over the whole batch, right answers apart"),
     **{("open-r1", name): Named(note=_SANDBOX) for name in ("code", "binary_code", "ioi_code", "cf_code")},
     ("swift", "accuracy"): Named(
         "accuracy_reward", note=f"{MATH_VERIFY}the answer is not taken out of <answer> first, and a reference that "
-        "cannot be read gives no score instead of 0"
-    ),
+        "cannot be read gives no score instead of 0"),
     ("swift", "format"): Named("regex", {"pattern": r"\A<think>.*?</think>\s*<answer>.*?</answer>\Z"}),
-    ("swift", "react_format"): Named(
-        "regex", {"pattern": r"\A<think>.*?</think>\s*Action:.*?Action Input:.*?(?m:$)"}
-    ),
+    ("swift", "react_format"): Named("regex", {"pattern": r"\A<think>.*?</think>\s*Action:.*?Action Input:.*?(?m:$)"}),
     ("swift", "cosine"): Named(
-        "cosine_scaled_reward",
-        dict(zip(_LENGTHS, (-0.5, 0.0, 0.5, 1.0), strict=True)),
+        "cosine_scaled_reward", dict(zip(_LENGTHS, (-0.5, 0.0, 0.5, 1.0), strict=True)),
         {"max_len": "cosine_max_len", **{a: f"cosine_{b}" for a, b in zip(_LENGTHS, _SWIFT_LENGTHS, strict=True)}},
-        "right and wrong are told by math-verify as TRL calls it; cosine_max_len is max_completion_length by default",
-    ),
+        "right and wrong are told by math-verify as TRL calls it; cosine_max_len is max_completion_length by default"),
     ("swift", "repetition"): Named(f"{FORMULAS}:repetition_of_words", settings=_REPETITION),
-    ("swift", "soft_overlong"): Named(
-        "soft_overlong_punishment",
-        settings={"max_completion_len": "soft_max_length", "soft_punish_cache": "soft_cache_length"},
-    ),
+    ("swift", "soft_overlong"): Named("soft_overlong_punishment", settings={
+        "max_completion_len": "soft_max_length", "soft_punish_cache": "soft_cache_length"}),
 }  # fmt: skip
 """Framework and the reward's name there -> the reward here (open-r1 src/open_r1/rewards.py at 1416fa0, ms-swift
 swift/rewards/orm.py at 3602360)."""

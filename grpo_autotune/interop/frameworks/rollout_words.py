@@ -9,14 +9,10 @@ from typing import Any, cast
 from grpo_autotune.records.imported import Verdict
 
 PREFIXES: Mapping[str, Mapping[str, str]] = {
-    "verl": {
-        "optim": "actor_rollout_ref.actor.",
-        **dict.fromkeys(("actor", "model", "rollout", "ref"), "actor_rollout_ref."),
-    },
-    "easyr1": {
-        **dict.fromkeys(("actor", "rollout", "ref", "critic", "reward", "hybrid_engine"), "worker."),
-        **dict.fromkeys(("model", "optim"), "worker.actor."),
-    },
+    "verl": dict.fromkeys(("actor", "model", "rollout", "ref"), "actor_rollout_ref.")
+    | {"optim": "actor_rollout_ref.actor."},
+    "easyr1": dict.fromkeys(("actor", "rollout", "ref", "critic", "reward", "hybrid_engine"), "worker.")
+    | {"model": "worker.actor.", "optim": "worker.actor."},
 }
 Keys = namedtuple(  # one framework's names; those at the end are the same in both
     "Keys",
