@@ -85,7 +85,8 @@ class Translation:
         self, verdict: Verdict, keys: str | Iterable[str], targets: Mapping[str, Any], note: str = "", comment: str = ""
     ) -> None:
         """Record what becomes of settings, and set the target keys. A default that TRL shares leaves no trace."""
-        shared = not any(_differs(path, value) for path, value in targets.items())
+        known = [(grpo_keys().get(path.removeprefix("grpo.")) if path[:5] == "grpo." else None) for path in targets]
+        shared = all(k and k.default_value() == value for k, value in zip(known, targets.values(), strict=True))
         for key in [keys] if isinstance(keys, str) else keys:
             if not self.given(key) and shared and verdict not in STRICT:
                 continue
@@ -154,10 +155,3 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             here = here.setdefault(name, {})
         here[key] = value
     return tree
-
-
-def _differs(path: str, value: Any) -> bool:
-    """True unless TRL has the same default."""
-    section, _, name = path.partition(".")
-    key = grpo_keys().get(name) if section == "grpo" else None
-    return key is None or key.default_value() != value

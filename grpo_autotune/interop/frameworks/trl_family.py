@@ -166,16 +166,13 @@ def _vlm_frozen(to: Translation, key: str) -> None:
     to.same(key, "model.freeze_vision_tower", True if adapter else None, note)
 
 
-def _vlm_layers(to: Translation, key: str) -> None:
-    note = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"
-    to.changes(key, {"peft.target_modules": "all-linear"}, note)
-
-
+LAYERS = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"
 VLM_R1_HANDLERS: dict[str, Handler] = {
     "data_file_paths": _vlm_files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
     "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
     "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None),
-    "freeze_vision_modules": _vlm_frozen, "lora_target_modules": _vlm_layers,
+    "freeze_vision_modules": _vlm_frozen,
+    "lora_target_modules": lambda to, key: to.changes(key, {"peft.target_modules": "all-linear"}, LAYERS),
     "max_anyres_num": off("tiles of InternVL: the model's own number holds"),
     "arrow_cache_dir": speed("a folder of caches"),
 }  # fmt: skip
@@ -193,12 +190,6 @@ def _vlm_r1(source: Source, version: str | None, world_size: int | None) -> Tran
 def _of_vlm_r1(to: Translation) -> tuple[list[dict[str, Any]], str]:
     """VLM-R1's own functions, in a module beside the configuration that gives them the columns they read."""
     names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
-    to.files["vlm_r1_rewards.py"] = _module(to, names)
-    to.warnings.append("the rewards are VLM-R1's own, by vlm_r1_rewards.py: have its src folder on PYTHONPATH")
-    return weighted(to, [{"name": f"vlm_r1_rewards:{name}"} for name in names]), ""
-
-
-def _module(to: Translation, names: list[str]) -> str:
     model = str(to.value("model_name_or_path")).lower()
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
     origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
@@ -207,7 +198,9 @@ def _module(to: Translation, names: list[str]) -> str:
         made = f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})"
     method = str(to.value("reward_method") or "default").partition(":")[0]
     functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
-    return VLM_R1_TEXT.format(origin=origin, method=method) + "".join(functions)
+    to.files["vlm_r1_rewards.py"] = VLM_R1_TEXT.format(origin=origin, method=method) + "".join(functions)
+    to.warnings.append("the rewards are VLM-R1's own, by vlm_r1_rewards.py: have its src folder on PYTHONPATH")
+    return weighted(to, [{"name": f"vlm_r1_rewards:{name}"} for name in names]), ""
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:

@@ -101,10 +101,8 @@ def _completion(to: Translation, key: str) -> None:
 
 
 def _layers(to: Translation, key: str) -> None:
-    if to.value(key) is True:
-        to.inert(key, "all of them, as by default")
-    else:
-        to.changes(key, {}, "name the layers in peft.target_modules")
+    named = "name the layers in peft.target_modules"
+    to.inert(key, "all of them, as by default") if to.value(key) is True else to.changes(key, {}, named)
 
 
 REST = "max_seq_length, from which the script takes the longest prompt that it meets"

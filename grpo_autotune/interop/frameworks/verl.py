@@ -106,8 +106,10 @@ FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    defaults = {**NEWEST, **CHANGED[name], **_engine_defaults(source)}
-    t = Translation(source, defaults, name, reason, world_size)
+    places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
+    engines = {str(source.settings[key].value) for key in places if key in source.settings}
+    schedule = {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}  # other optimizers than FSDP's
+    t = Translation(source, {**NEWEST, **CHANGED[name], **schedule}, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
@@ -123,7 +125,11 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     scale = ("group", shared.EPSILON) if on(t.value(by_deviation)) else ("none", "")
     t.same(by_deviation, "grpo.scale_rewards", *scale)
     _correction(t)
-    _optimizer(t)
+    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
+    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
+    shared.betas(t, f"{OPTIM}betas")
+    if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
+        t.inert(f"{OPTIM}optimizer", "AdamW")
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
     if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
         t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
@@ -157,13 +163,6 @@ def chosen(source: Source, version: str | None) -> tuple[str, str]:
         if mark is not None:
             return name, f"it has {'' if mark in variables else 'the key '}{mark}"
     return "2026.8", "assumed, as no key tells; --source-version says another"
-
-
-def _engine_defaults(source: Source) -> dict[str, Any]:
-    """The optimizer of some engines has another default than that of FSDP."""
-    places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
-    engines = {str(source.settings[key].value) for key in places if key in source.settings}
-    return {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}
 
 
 def _check(t: Translation) -> None:
@@ -292,14 +291,6 @@ def _correction(t: Translation) -> None:
     values = {f"{prefix}clip_max": float(high), **({f"{prefix}clip_min": float(low)} if low else {})}
     t.converted(level, {f"{prefix}mode": f"{kind}_{'mask' if low else 'truncate'}", **values}, "")
     unused(t, [cap], f"{level} says it")
-
-
-def _optimizer(t: Translation) -> None:
-    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
-    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
-    shared.betas(t, f"{OPTIM}betas")
-    if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
-        t.inert(f"{OPTIM}optimizer", "AdamW")
 
 
 def _engine(t: Translation, is_lora: bool) -> None:

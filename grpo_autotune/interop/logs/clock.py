@@ -103,7 +103,7 @@ class Timed:
 def timed(log: LoggedSteps) -> Timed:
     """The seconds of a log's steps; ConfigError where it has no step, or no seconds."""
     keys = {key for values in log.values.values() for key in values}
-    kinds = (_of_ray, _of_speed, _of_step_time, _of_runtime)  # where seconds come from, the best first
+    kinds = (_of_ray, _of_speed, _of_trl)  # where seconds come from, the best first
     result = next(filter(None, (kind(log, keys) for kind in kinds)), None)
     if result is None or not result.seconds:
         what = f"no seconds in the {len(log.values)} steps of this log" if log.values else "no training step in it"
@@ -167,12 +167,10 @@ def _of_speed(log: LoggedSteps, keys: set[str]) -> Timed | None:
     return Timed("ms-swift", "optimizer step", whole, seconds) if keys & {*SPEEDS} else None
 
 
-def _of_step_time(log: LoggedSteps, keys: set[str]) -> Timed | None:
-    return Timed("TRL", "optimizer step", "step_time", _of(log, "step_time")) if "step_time" in keys else None
-
-
-def _of_runtime(log: LoggedSteps, keys: set[str]) -> Timed | None:
-    """The mean of a whole run; a console's rows, which may stand for many steps each, do not count its steps."""
+def _of_trl(log: LoggedSteps, keys: set[str]) -> Timed | None:
+    """Each step's own, or the mean of a whole run, whose rows of a console may stand for many steps each."""
+    if "step_time" in keys:
+        return Timed("TRL", "optimizer step", "step_time", _of(log, "step_time"))
     step, spent = next(iter(_of(log, "train_runtime").items()), (0, 0.0))
     rate = log.values[step].get("train_steps_per_second", 0.0) if step else 0.0
     steps = step if abs(spent * rate - step) <= 1.0 + 0.0005 * spent else round(spent * rate)

@@ -58,23 +58,19 @@ class LoggedSteps:
         if step is None or not values:
             self.skipped["rows without a step, or with nothing of use"] += 1
             return
-        if step < self._last:
-            self._go_back(step, row.line)
+        if step < self._last:  # a resumed run, or another one behind the first: what it does again is dropped
+            dropped = [known for known in self.values if known >= step]
+            for known in dropped:
+                self._forget(known)
+            self.skipped["steps of an earlier run"] += len(dropped)
+            what = f"step numbers go back from {self._last} to {step}: the later run counts"
+            self.warnings.append(f"line {row.line}: {what}")
         self._last = step
         self.values.setdefault(step, {}).update(values)
         self.lines.setdefault(step, row.line)
         if len(self.values) > MOST_STEPS:
             self._forget(next(iter(self.values)))
             self.skipped[f"steps before the last {MOST_STEPS}"] += 1
-
-    def _go_back(self, step: int, line: int) -> None:
-        """A resumed run, or another one behind the first: what it does again is dropped."""
-        dropped = [known for known in self.values if known >= step]
-        for known in dropped:
-            self._forget(known)
-        self.skipped["steps of an earlier run"] += len(dropped)
-        self.warnings.append(f"line {line}: step numbers go back from {self._last} to {step}: the later run counts")
-        self._last = step - 1
 
     def _forget(self, step: int) -> None:
         del self.values[step], self.lines[step]

@@ -275,7 +275,11 @@ class Expansion:
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None
         if sign[0] in "#%":
-            return _trimmed(text, sign, pattern)
+            front, cuts = sign[0] == "#", range(len(text) + 1)
+            cuts = cuts if sign in ("#", "%%") else cuts[::-1]
+            fits = (cut for cut in cuts if fnmatchcase(text[:cut] if front else text[cut:], pattern))
+            cut = next(fits, 0 if front else len(text))
+            return text[cut:] if front else text[:cut]
         if sign[0] == "/":
             start, end = pattern[:1] == "#", pattern[:1] == "%"
             wanted = re.sub(r"\\[zZ]$", "", translate(pattern[start or end :]))
@@ -284,11 +288,3 @@ class Expansion:
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]
         return None
-
-
-def _trimmed(text: str, sign: str, pattern: str) -> str:
-    """The text without the shortest or longest beginning or end that matches."""
-    cuts = list(range(len(text) + 1)) if sign in ("#", "%%") else list(range(len(text), -1, -1))
-    front = sign[0] == "#"
-    cut = next((cut for cut in cuts if fnmatchcase(text[:cut] if front else text[cut:], pattern)), None)
-    return text if cut is None else text[cut:] if front else text[:cut]

@@ -97,11 +97,10 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
         raise ConfigError("this is no notebook", where=path.name) from None
     for number, source in enumerate(sources, 1):
         if not re.match(r"%%(bash|sh|writefile|html|javascript|script)", source):
-            yield f"cell {number:0{len(str(len(sources)))}}", MAGIC.sub(_blank, source)
-
-
-def _blank(magic: re.Match[str]) -> str:
-    return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
+            yield (
+                f"cell {number:0{len(str(len(sources)))}}",
+                MAGIC.sub(lambda m: f"{m[1]}pass" + "\n" * m[0].count("\n"), source),
+            )
 
 
 class Unknown(str):

@@ -169,10 +169,6 @@ class _Evaluation:
         wanted = any(child.type == "&&" for child in node.children)
         return self.run(node.named_children[-1]) if bool(state) == wanted else state
 
-    def negated(self, node: Node) -> bool | None:
-        state = self.run(node.named_children[-1])
-        return None if state is None else not state
-
     def branch(self, node: Node) -> bool | None:
         for conditions, body in _clauses(node):
             if not conditions or self.holds(conditions):
@@ -239,7 +235,9 @@ class _Evaluation:
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
     "command": _Evaluation.command, "unset_command": _Evaluation.unset,
-    "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
+    "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain,
+    "negated_command": lambda self, node: {None: None, True: False, False: True}[self.run(node.named_children[-1])],
+
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
     "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
     "comment": lambda none, node: True,

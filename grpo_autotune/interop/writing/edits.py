@@ -69,7 +69,11 @@ def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:
     """Texts of the script with the key set, one edit each."""
     data = text.encode()
     root = Parser(Language(tree_sitter_bash.language())).parse(data).root_node
-    assigned = _assignments(root)
+    assigned: dict[str, list[Node]] = {}  # variable -> nodes of the values it is given, the last one first
+    for node in within(root):
+        target, given = (node.child_by_field_name(field) for field in ("name", "value"))
+        if node.type == "variable_assignment" and target is not None and given is not None:
+            assigned.setdefault((target.text or b"").decode(), []).insert(0, given)
     name = re.escape(key.lstrip("+")).replace("_", "[_-]") if form == OPTION else re.escape(key.lstrip("+"))
     for holder in reversed([node for node in within(root) if node.type in ("array", "command")]):
         items = [node for node in holder.named_children if node.type in ARGUMENTS]
@@ -78,15 +82,6 @@ def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:
                 yield from _replacing(data, span, value, assigned)
     for command in sorted((node for node in within(root) if node.type == "command"), key=lambda node: -node.end_byte):
         yield _appended(data, command, form.format(key=key, value=value))
-
-
-def _assignments(root: Node) -> dict[str, list[Node]]:
-    values: dict[str, list[Node]] = {}
-    for node in within(root):
-        target, value = (node.child_by_field_name(field) for field in ("name", "value"))
-        if node.type == "variable_assignment" and target is not None and value is not None:
-            values.setdefault((target.text or b"").decode(), []).insert(0, value)
-    return values
 
 
 def _values(data: bytes, items: list[Node], place: int, item: Node, name: str) -> Iterator[tuple[int, int]]:

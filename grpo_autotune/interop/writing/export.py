@@ -91,16 +91,13 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
         if why := draft.set_all(values) if values else none:
             lost.append(LostKey(key=change.key, value=change.after, why=why))
     measured = measured_line(receipt, framework)
+    theirs, ours = before.values.get("model.name_or_path"), (tuned.get("model") or {}).get("name_or_path")
+    other = f"these values were tuned for {ours}, and the file trains {theirs}"
     return Exported(
         original=str(path), framework=framework, kind="patch" if is_patch(path) else "file", keys=draft.keys,
-        lost=lost, measured=measured, warnings=_of_another_model(tuned, before),
+        lost=lost, measured=measured, warnings=[other] if ours and ours != theirs else [],
         text=finished(path, draft.text, draft.keys, measured),
     )  # fmt: skip
-
-
-def _of_another_model(tuned: Mapping[str, Any], before: Translation) -> list[str]:
-    theirs, ours = before.values.get("model.name_or_path"), (tuned.get("model") or {}).get("name_or_path")
-    return [f"these values were tuned for {ours}, and the file trains {theirs}"] if ours and ours != theirs else []
 
 
 class _Draft:

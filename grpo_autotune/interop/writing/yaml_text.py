@@ -16,22 +16,19 @@ WIDTH = 110  # characters of a line; a comment that does not fit behind its key 
 
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
     """The YAML, with a head that says where it comes from, and `comments` by key path."""
-    sections = {key: _ordered(key, imported.config[key]) for key in RunConfig.model_fields if key in imported.config}
-    head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
-    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
-
-
-def _ordered(name: str, section: Any) -> Any:
-    """A section's keys in the order of their fields, where it has fields; others stay as they are."""
-    fields = getattr(RunConfig.model_fields[name].annotation, "model_fields", ())
-    return {key: section[key] for key in fields if key in section} | section if isinstance(section, dict) else section
-
-
-def _head(imported: Imported) -> Iterator[str]:
+    sections: dict[str, Any] = {}
+    for name in (name for name in RunConfig.model_fields if name in imported.config):
+        section, fields = imported.config[name], getattr(RunConfig.model_fields[name].annotation, "model_fields", ())
+        is_mapping = isinstance(section, dict)
+        sections[name] = {key: section[key] for key in fields if key in section} | section if is_mapping else section
     version = printable(f"{titled(imported.source, imported.version)} ({imported.version_from})")
-    yield f"By grpo-autotune import, from {printable(imported.file)}, {version}."
-    ranks = imported.world_size
-    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.numbers['D']}."
+    ranks = f"{imported.world_size} process{'es' * (imported.world_size > 1)}"
+    words = (
+        f"By grpo-autotune import, from {printable(imported.file)}, {version}. Batch sizes are for {ranks}; the source "
+    )
+    words += f"has {imported.numbers['D']}."
+    head = textwrap.wrap(words, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
 
 
 def commented(text: str, comments: Mapping[str, str]) -> str:
