@@ -15,8 +15,9 @@ from grpo_autotune.records.stored import read_stored
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.compare import Run, compare
+from grpo_autotune.report.compare_logs import LogRun, compare_logs
 from grpo_autotune.report.files import LOG_FILE, REPORT_FILE
-from grpo_autotune.report.logged import LogRun, compare_logs, read_log
+from grpo_autotune.report.logged import read_log
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, read_record
 
 

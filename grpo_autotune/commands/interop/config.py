@@ -18,8 +18,7 @@ from grpo_autotune.interop.source import hidden_text
 from grpo_autotune.interop.writing.export import Original, export
 from grpo_autotune.interop.writing.yaml_text import yaml_text
 from grpo_autotune.records.imported import STRICT, Exported, Imported
-from grpo_autotune.render.imported import named, render_imported, render_log
-from grpo_autotune.report.logged import read_log
+from grpo_autotune.render.imported import named, render_imported
 from grpo_autotune.units import plural
 
 NARROWEST = 60
@@ -158,18 +157,14 @@ def import_log(path: Path, *, out: Path | None = None, config: Path | None = Non
     `config` is held against it. Returns the exit code; ConfigError for a file without steps or seconds."""
     if not path.is_file():
         raise ConfigError("a folder is no log" if path.exists() else "there is no such file", where=str(path))
-    numbers = None
-    if config is not None:
-        from grpo_autotune.interop.importing import import_file
+    from grpo_autotune.commands.page import save_page
+    from grpo_autotune.render.imported import log_page, render_log
+    from grpo_autotune.report.logged import read_log
 
-        numbers = import_file(config).finished().numbers
-    report = read_log(path, numbers)
+    report = read_log(path, None if config is None else import_file(config).finished().numbers)
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     show(text if as_json else render_log(report))
     if out is not None and out.suffix == ".html":
-        from grpo_autotune.commands.page import save_page
-        from grpo_autotune.render.imported import log_page
-
         say(f"Saved: {save_page(out, log_page(report))}")
     elif out is not None:
         write_whole(out, text + "\n")

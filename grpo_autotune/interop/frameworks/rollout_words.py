@@ -40,7 +40,7 @@ KEYS = {
         "model.lora.target_modules", "model.lora.exclude_modules", "rollout.tensor_parallel_size",
     ),
 }  # fmt: skip
-SAME: Mapping[str, Mapping[str, str]] = {
+SAME: Mapping[str, Mapping[str, str]] = {  # settings with the same meaning under another name
     "verl": {
         "model.path": "model.name_or_path", "model.trust_remote_code": "model.trust_remote_code",
         "model.override_config.attn_implementation": "model.attn_implementation",
@@ -64,13 +64,11 @@ SAME: Mapping[str, Mapping[str, str]] = {
         **{f"data.{name}": f"data.{name}" for name in ("max_pixels", "min_pixels", "system_prompt")},
     },
 }  # fmt: skip
-"""Settings with the same meaning under another name."""
-FAST = {
+FAST = {  # settings of the rollout that change seconds alone, and are vLLM's own
     "verl": "max_num_batched_tokens max_num_seqs enable_prefix_caching enable_chunked_prefill enforce_eager "
             "cudagraph_capture_sizes",
     "easyr1": "max_num_batched_tokens max_num_seqs enforce_eager enable_chunked_prefill",
 }  # fmt: skip
-"""Settings of the rollout that change seconds alone, and are vLLM's own."""
 WORDS_OF_BOTH = """
 speed | where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs | actor.strategy
 speed | no part of what is learned | trainer.balance_batch .default_hdfs_dir .del_local_ckpt_after_load
@@ -79,7 +77,7 @@ same | PPO's, without effect with grpo | critic. trainer.critic_warmup algorithm
 none | completions end at the end token | rollout.ignore_eos
 none | grpo-autotune infer evaluates alone | trainer.val_only
 """
-WORDS = {
+WORDS = {  # verdict, note, and keys or beginnings of keys, where nothing else was said; `.b` behind `a.c` is `a.b`
     "verl": """
 speed | TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once |
     model.use_remove_padding actor.use_remove_padding .use_prefix_grouper .pad_to_length
@@ -156,7 +154,6 @@ none | checkpoints hold the optimizer, so that training can go on | trainer.save
 none | grpo-autotune train --resume, of its own checkpoints | trainer.load_checkpoint_path
 """,
 }
-"""Verdict, note, and keys or beginnings of keys, where nothing else was said; `.b` behind `a.c` is `a.b`."""
 
 
 def spelled(framework: str, table: Mapping[str, Any]) -> dict[str, Any]:

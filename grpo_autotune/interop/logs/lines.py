@@ -40,8 +40,7 @@ def is_log(path: Path) -> bool:
 
 LONGEST = 1 << 20  # characters of a line that are read at once; a longer one counts as several
 TELL_S = 3.0
-SCREEN = re.compile(r"step:\d|\{['\"]")
-"""What a line has in it that may open a row: no other is looked at."""
+SCREEN = re.compile(r"step:\d|\{['\"]")  # what a line has in it that may open a row: no other is looked at
 NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^(?:\x1b\[[0-9;]*m)*\(\w+ pid=\d+(?:, ip=[\d.]+)?\)(?:\x1b\[[0-9;]*m)* ?")
 """Colours, and the prefix that Ray puts in front of a worker's line."""
 VERL = re.compile(r"(?:^|\s)step:(\d+) - (?=\S+:)")
