@@ -9,11 +9,10 @@ from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.records.report import Advice, Kind
 from grpo_autotune.units import amount, percent, seconds
 
-MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2
-"""Shares of groups of equal rewards, and of completions that were cut off, from which they are worth a word."""
+MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2  # shares of groups and completions from which they are worth a word
 GENERATES = 0.3
 LONG_TAIL = 3.0  # times the mean: a longest completion from which the others wait for few
-RULES: dict[str, tuple[float, Kind, str]] = {
+RULES: dict[str, tuple[float, Kind, str]] = {  # row -> least share of the step, kind of advice, and its sentence
     TRAINING_PASS: (0.3, "exact", "this one timer holds the forward, the backward and the optimizer, and the log "
                     "cannot tell which: `grpo-autotune import CONFIG --probe` measures them apart"),
     "backward": (0.4, "exact", "the gradients: sharing prompts within a group, and a larger micro batch, shorten them"),
@@ -25,7 +24,6 @@ RULES: dict[str, tuple[float, Kind, str]] = {
     "weight_sync": (0.1, "exact", "with LoRA, pushing the adapter alone moves far less than merged weights"),
     "log_save_eval": (0.1, "exact", "save and evaluate less often"),
 }  # fmt: skip
-"""Row -> least share of the step, kind of advice, and the sentence behind the row's seconds."""
 
 
 def bound(report: LogReport) -> str:

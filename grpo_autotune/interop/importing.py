@@ -25,9 +25,8 @@ MODULES: Final = {  # framework -> its module, where that has another name
     "ms-swift": "swift", **dict.fromkeys(("deepspeed", "accelerate"), "sharding"),
     **dict.fromkeys(("open-r1", "r1-v", "vlm-r1"), "trl_family"),
 }  # fmt: skip
-NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")
-"""Frameworks whose keys lie inside each other; those of the others are flat, with mappings as values."""
-KEYS: Final[Mapping[str, Sequence[str]]] = {
+NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whose keys lie inside each other
+KEYS: Final[Mapping[str, Sequence[str]]] = {  # framework -> beginnings of keys that it has, all of them; the first wins
     "easyr1": (r"worker\.(actor|rollout)\.", r"(data|algorithm|trainer)\."),
     "verl": (r"actor_rollout_ref\.",),
     "ms-swift": (r"rlhf_type$",),
@@ -45,9 +44,8 @@ KEYS: Final[Mapping[str, Sequence[str]]] = {
     ),
     "trl": (r"(model_name_or_path|output_dir)$", r"(num_generations|reward_funcs|max_completion_length|beta)\b"),
 }
-"""Framework -> beginnings of keys that its YAML or JSON has, all of them; the first that fits is it."""
 TRAINERS: Final = ("easyr1", "verl", "ms-swift", "nemo-rl")
-PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (
+PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (  # framework, program, start of an argument; first wins
     ("easyr1", r"verl\.trainer\.main|.*verl/trainer/main\.py", ""),
     ("easyr1", r".*", r"worker\.(actor|rollout)\."),
     ("verl", r"(verl|recipe)\..*\bmain\w*|.*main_(ppo|dapo)\w*\.py", r"[+~]*[\w.]+=|--config"),
@@ -66,8 +64,6 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
-"""Framework, whole name of the program, and beginning of one of its arguments ("" of any, or of none); the first that
-fits is it."""
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
     "nemo-rl": "a run of NeMo-RL, which is not read yet",
@@ -79,8 +75,7 @@ CALLS = re.compile(  # calls of a script that say something about its training
     r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|load_dataset|SamplingParams|get_peft_model|resize)"
     r"|(\w*Fast\w+|AutoModel\w*|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
-PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")
-"""Arguments that only hand on what another call made."""
+PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 

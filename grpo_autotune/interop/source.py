@@ -46,12 +46,11 @@ class Word:
 
 
 HIDDEN = "***"
-NAME = re.compile(
+NAME = re.compile(  # names of variables and keys, whole, whose text nobody is shown: not `prompt_key` and `pad_token`
     r"(?!.*(MAX|MIN|NUM|PAD|EOS|BOS|IMAGE|VIDEO|PROMPT|ANSWER|DATA|FN)_?(KEY|TOKEN))[A-Z0-9_]*(KEY|TOKEN|AUTH)"
     r"|(?i:.*(secret|passw(or)?d|credential).*|token"
     r"|(.*[._-])?(api|access|auth|private|hub|hf|wandb|swanlab|login|openai|judge)_?(key|token))s?"
 )
-"""Names of variables and keys, whole, whose text nobody is shown: `prompt_key` and `pad_token` are not among them."""
 TEXT = re.compile(
     r"(?P<before>://[^/\s:@]*:)[^/\s@]+(?=@)"
     r"|(?P<named>(?i:(?:api|access|auth|secret)[_-]?key|password|passwd|secret|bearer|[A-Z_]*_TOKEN|(?:--|[?&])token|login\((?:key|token))[\"']?\s*[=:\s]\s*[\"']?)"

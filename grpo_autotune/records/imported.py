@@ -95,14 +95,12 @@ class Exported(Document):
 
 
 LOG_SCHEMA: Final = "grpo-autotune/log/1"
-TRAINING_PASS = "training pass"
-"""Row of the training forward, backward and optimizer together, where a log has one timer for them."""
+TRAINING_PASS = "training pass"  # the training forward, backward and optimizer in one timer
 ATOMS = (  # stages and parts of stages that a log can tell or keep to itself; `other` is what is left
     *("generation", "policy_logprob.old_policy", "policy_logprob.training_forward", "reference_logprob", "reward"),
     *("backward", "data", "prompt", "tools", "weight_sync", "engine", "sync_wait", "optimizer", "log_save_eval"),
 )
-State = Literal["known", "lumped", "unknown"]
-"""Lumped: one timer holds several stages, and nobody can tell them apart. Unknown: a timer of somebody's own."""
+State = Literal["known", "lumped", "unknown"]  # lumped: one timer of several stages; unknown: somebody's own
 
 
 class LoggedStage(Frozen):

@@ -109,8 +109,7 @@ def named(row: ImportedRow) -> str:
     return row.key if row.line is None else place_of(row) if row.file else f"line {row.line}"
 
 
-LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}
-"""Framework -> its timer around the whole training pass; the others have none, and so no split of one."""
+LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}  # framework -> its timer around the training pass
 
 
 def split_lines(report: Report, framework: str) -> Iterator[str]:

@@ -13,8 +13,7 @@ from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
 from grpo_autotune.probe.breakdown import half_quartile_range
 from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
 
-SILENT = ("/min", "num_preempted", "slowest", "ratio")
-"""In keys of timers that are no seconds, or say nothing that others do not."""
+SILENT = ("/min", "num_preempted", "slowest", "ratio")  # no seconds, or nothing that others do not say
 STATES: dict[int, State] = {0: "unknown", 1: "known"}
 WHOLE = 0.01  # share by which a count that was recovered may miss a whole number
 

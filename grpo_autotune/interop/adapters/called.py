@@ -66,8 +66,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 Batch = Mapping[str, Any]
-Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]
-"""True if one call is for the whole batch; positional arguments of each call; those by name."""
+Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]  # one call for all? arguments by place; by name
 
 
 class Called:

@@ -87,12 +87,11 @@ else:
         return _called(completions=completions, completion_ids=completion_ids, {given}**others)
 '''
 
-STYLES: dict[str, tuple[str, dict[str, str], str]] = {
+STYLES: dict[str, tuple[str, dict[str, str], str]] = {  # style -> framework, columns, those by name
     "verl": ("verl", {"ground_truth": "reward_model.ground_truth"}, "ground_truth, data_source, extra_info=None, "),
     "easyr1": ("EasyR1", {"ground_truth": "answer"}, "ground_truth, "),
     "swift": ("ms-swift", {}, ""),
 }
-"""Style -> framework, columns of its data by our names, and the columns that the module takes by name."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import UNKNOWN, Translation
 
 _ZERO_3: dict[str, Any] = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
-PRESETS = {
+PRESETS = {  # DeepSpeed's configurations by swift's names (swift/config; prefetch: swift/rlhf_trainers/arguments.py)
     **{f"zero{stage}": sharding.zero(stage) for stage in (0, 1, 2)},
     "zero2_offload": sharding.zero(2, optimizer="cpu"),
     "zero3": sharding.zero(3, **_ZERO_3),
     "zero3_offload": sharding.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
-"""DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 GROUPS = ("train", "rollout", "teacher")  # roles of Ray's YAML, each with keys of its own
 OVERRULED = "overruled."  # beginning of keys that are given under another name as well, which wins

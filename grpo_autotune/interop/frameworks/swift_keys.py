@@ -59,8 +59,7 @@ PIXELS = {  # variables that limit images, in pixels or in tokens
     "MAX_PIXELS": "data.max_pixels", "IMAGE_MAX_TOKEN_NUM": "data.max_pixels", "MIN_PIXELS": "data.min_pixels",
     "IMAGE_MIN_TOKEN_NUM": "data.min_pixels",
 }  # fmt: skip
-PATCHES_OF_28 = r"(?i)qwen-?2(\.5)?-?(vl|omni)"
-"""Models with tokens of 28 x 28 pixels; the others have 32 x 32 (swift/model/models/qwen.py)."""
+PATCHES_OF_28 = r"(?i)qwen-?2(\.5)?-?(vl|omni)"  # models with tokens of 28 x 28 pixels; others have 32 x 32
 ENVIRONMENT = (*PIXELS, "NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_HF")
 
 PEFT = {
@@ -101,8 +100,7 @@ REFUSED = {
 }  # fmt: skip
 LOSSES = {"grpo": False, "bnpo": False, "dr_grpo": False, "sapo": False, "dapo": True, "cispo": True}
 """Losses that TRL has by the same formula -> True where the tokens of a whole rollout divide it."""
-READ = {"rlhf_type": ["grpo"], "advantage_estimator": ["grpo"], "loss_type": list(LOSSES)}
-"""Values of a key that are GRPO as TRL has it."""
+READ = {"rlhf_type": ["grpo"], "advantage_estimator": ["grpo"], "loss_type": list(LOSSES)}  # values that TRL has too
 NEARLY = {  # what differs in a part of the loss
     "overlong_filter": "tokens that are left out still divide the loss there, and do not here",
     "top_entropy_quantile": "the threshold is that of one rank's micro batch there, and of all ranks' here",
@@ -111,7 +109,7 @@ NEARLY = {  # what differs in a part of the loss
 VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|minicpm-?[vo]|pixtral|paligemma"
 """Names of models that see images."""
 
-KEYS: tuple[tuple[Verdict, str, str], ...] = (
+KEYS: tuple[tuple[Verdict, str, str], ...] = (  # a key's fate where it is on; the first that fits is it
     ("same", "nothing that the run depends on", """
         rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
         dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_* no_load_* ENV merge_lora
@@ -156,7 +154,6 @@ KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("none", "each of them is one backward pass there, and their gradients are added", "mini_batch_size"),
     ("same", "without effect as the file stands", "teacher* fipo_* real_* rlsd_* sdar_* rollout.* train.*"),
 )  # fmt: skip
-"""What becomes of a key that no function looks at, where it is on; the first that fits is it."""
 
 
 def verdict_of(key: str) -> tuple[Verdict, str] | None:

@@ -20,12 +20,10 @@ ENGINE = (  # keys of the engine beside those that begin with `vllm_`
     "sleep_level", "rollout.gpus", "structured_outputs_regex", "rollout_importance_sampling_mode",
     "rollout_importance_sampling_threshold",
 )  # fmt: skip
-OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
-"""Beginnings of settings that rewards read."""
+OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"  # settings that rewards read
 UNENDED = "a completion that ends so has no end token, and counts as truncated here"
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
-ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
-"""Beginnings of names that are paths, or ids of the Hugging Face hub."""
+ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"  # paths, or ids of the Hugging Face hub
 
 
 def translate(to: Translation) -> None:

@@ -29,8 +29,7 @@ from grpo_autotune.interop.frameworks.trl_keys import (
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]
-"""Makes the items of `rewards`, and says what differs from the source's."""
+Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]  # items of `rewards`, and what differs
 
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
@@ -102,12 +101,11 @@ def _token_loss(to: Translation, key: str) -> None:
 
 
 KERNELS = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
-OF_RELEASE: dict[str, tuple[Version, Handler]] = {
+OF_RELEASE: dict[str, tuple[Version, Handler]] = {  # key -> the release of today's meaning, and what to do before that
     "use_liger_kernel": ((0, 28), speed(KERNELS)),
     "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
     "loss_type": ((1, 9), _token_loss),
 }
-"""Key -> the release that gave it today's meaning, and what to do before that."""
 
 
 def _whole(to: Translation) -> None:

@@ -113,8 +113,7 @@ ASKING = (
     " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
     "</answer> tags."
 )
-TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}
-"""Kind of task -> the prompt of the Qwen models (`vlm_modules/qwen_module.py`)."""
+TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}  # of the Qwen models, by task
 MODULES = {"qwen": "Qwen2VLModule", "internvl": "InvernVLModule", "glm": "GLMVModule"}
 TURNS = {"problem": "conversations.0.value", "solution": "conversations.1.value"}
 IN_REWARDS = "in the rewards' module"

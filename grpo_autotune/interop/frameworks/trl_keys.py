@@ -26,7 +26,7 @@ LAST_WITH = {  # release -> the keys that it is the last to have
     "0.27": "max_prompt_length vllm_guided_decoding_regex use_liger_loss",
 }
 
-DEFAULTS: Mapping[str, Mapping[Version, Any]] = {
+DEFAULTS: Mapping[str, Mapping[Version, Any]] = {  # key -> release -> its default from there on; others never changed
     "per_device_train_batch_size": {(0, 14): 1, (0, 15): 8},
     "gradient_accumulation_steps": {(0, 14): 8, (0, 15): 1},
     "max_prompt_length": {(0, 14): 512, (0, 26): None},
@@ -48,7 +48,6 @@ DEFAULTS: Mapping[str, Mapping[Version, Any]] = {
     "bf16": {(0, 14): False, (0, 19): None},
     "logging_steps": {(0, 14): 500, (0, 19): 10},
 }
-"""Key -> release -> its default from there on; keys that are not here always had the installed TRL's."""
 
 
 def defaults(version: Version) -> dict[str, Any]:
@@ -102,7 +101,7 @@ SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the 
     "scale_rewards": {"True": "group", "False": "none"}, "top_k": {"None": 0, "-1": 0},
     "eval_strategy": {"False": "no"}, "evaluation_strategy": {"False": "no"},
 }  # fmt: skip
-NEEDS: tuple[tuple[str, str, Any, str], ...] = (
+NEEDS: tuple[tuple[str, str, Any, str], ...] = (  # keys, the key they need and its value, and what is said without it
     (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
     (r"vllm_(server_.*|group_port)", "vllm_mode", ("server",), "the engine is not a server's"),
     (r"vllm_(gpu_memory|tensor_parallel)\w+", "vllm_mode", ("colocate", "device"), "a server has its own"),
@@ -113,7 +112,6 @@ NEEDS: tuple[tuple[str, str, Any, str], ...] = (
     (r"bnb_4bit_\w+|use_bnb_nested_quant", "load_in_4bit", True, "4 bits are off"),
     (r"dataset_test_split", "eval_strategy", ("steps", "epoch"), "evaluation is off"),
 )
-"""Pattern of keys, the key they need and its value (true: any that is not 0), and what is said without it."""
 INERT = {
     "use_peft": "the peft section", "resume_from_checkpoint": "go on with the option --resume",
     "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",

@@ -16,7 +16,7 @@ from grpo_autotune.interop.translation import Translation
 
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type", "bias": "lora_bias",
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
-NAMES: Mapping[str, Mapping[str, str]] = {
+NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names of TRL's command line
     r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
     r".*\.from_pretrained": {
         "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
@@ -28,9 +28,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     r"(.*\.)?BitsAndBytesConfig": {},
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
-"""Call -> its arguments in the names of TRL's command line; the others keep theirs."""
-FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")
-"""Of several such calls the first counts, of others the last; what follows the trainer is for another purpose."""
+FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")  # of several such calls the first counts, else the last
 OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
            "model", "device_map", "quantization_config", "reward_processing_classes", "optimizers")  # fmt: skip
 """Arguments that hand over what other calls made."""

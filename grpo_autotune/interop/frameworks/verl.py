@@ -20,8 +20,7 @@ from grpo_autotune.interop.translation import Translation
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{name}." for name in ("actor", "model", "rollout"))
 OPTIM, FSDP = f"{ACTOR}optim.", f"{ACTOR}fsdp_config."
 CORRECTION, FILTER = "algorithm.rollout_correction.", "algorithm.filter_groups."
-LEGACY = "trainer.use_legacy_worker_impl"
-"""Workers that average a loss over a micro batch, not over the optimizer step's completions."""
+LEGACY = "trainer.use_legacy_worker_impl"  # workers whose loss is the mean of a micro batch, not of the step
 
 KEYS = keys_of("verl")
 NEWEST: dict[str, Any] = spelled("verl", {  # defaults that matter
@@ -56,10 +55,8 @@ CHANGED: dict[str, dict[str, Any]] = {  # version -> defaults that differ from t
         LEGACY: "auto", f"{ACTOR}clip_ratio_c": None, f"{ACTOR}entropy_coeff": 1e-3, "algorithm.kl_ctrl.kl_coef": 1e-3,
     },
 }  # fmt: skip
-RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))
-"""First release that is too new for a version."""
-LOOPS = ("2026.1", "2026.8")
-"""Versions whose agent loop fixes the penalty of repetition, and reads of `val_kwargs` temperature, top_p and top_k."""
+RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))  # first that is too new
+LOOPS = ("2026.1", "2026.8")  # versions whose agent loop fixes repetition_penalty and reads part of `val_kwargs`
 
 MARKS = (  # keys, beginnings of keys, or variables that only such a version has; the first that a file has decides
     ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
@@ -82,8 +79,7 @@ MODEL_SHARDS = (f"{ACTOR}megatron.tensor_model_parallel_size", f"{ACTOR}megatron
                 f"{ACTOR}torchtitan.tensor_parallel_size", f"{ACTOR}torchtitan.pipeline_parallel_size",
                 f"{ACTOR}engine.tp", f"{ACTOR}engine.pp")  # fmt: skip
 OLDER = "rollouts of older weights beside training: TRL takes turns"
-OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")
-"""Of verl's programs, those that train something else or in another order."""
+OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")  # verl's, for something else
 SEVERAL_TURNS = "rollouts of several turns and tools are not read"
 SERVED = "a reward model that verl serves is not read; write a judge or service reward by hand"
 FUNCTIONS = ("reward.custom_reward_function.", "custom_reward_function.")

@@ -10,8 +10,7 @@ from grpo_autotune.interop.logs.steps import RAY, SPEEDS, TORN_TIMER, LoggedStep
 from grpo_autotune.records.imported import TRAINING_PASS
 
 WARM = 1.5  # times the others' median (of optimizer steps, their longest): a first step that takes longer is left out
-SLACK, ROUNDED_S = 0.001, 0.002
-"""Share of a step, and seconds of rounding to three decimals, by which timers may exceed the step that holds them."""
+SLACK, ROUNDED_S = 0.001, 0.002  # share of a step, and seconds of rounding, by which timers may exceed it
 OCCASIONS = {"save_checkpoint", "testing", "validation"}
 ALONE = {  # timer of verl or EasyR1 -> its row, and the stages that it holds
     "old_log_prob": ("policy_logprob", "policy_logprob.old_policy"),

@@ -14,8 +14,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.source import Setting
 
 MOST_BYTES = 20_000_000
-SUBSTITUTION = re.compile(r"(\$\((?:[^()]|\([^()]*\))*\)|\$\{?\w+\}?)/?")
-"""Parts of a path that only a run of a script can tell."""
+SUBSTITUTION = re.compile(r"(\$\((?:[^()]|\([^()]*\))*\)|\$\{?\w+\}?)/?")  # known when a script runs
 
 
 def beside(path: Path, named: str) -> Path | None:

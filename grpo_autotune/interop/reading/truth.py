@@ -13,8 +13,7 @@ from grpo_autotune.interop.reading.expansion import Expansion, Unknown, evaluate
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 ASSIGNS = re.compile(r"\s*(\w+)\s*(?:([+-])\2|([-+*/%]?)=(?!=)(.*))\s*", re.DOTALL)
-JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))
-"""Words between the parts of a test, the loosest first, and the truth of a part that decides the whole."""
+JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
 
 
 class Truth:

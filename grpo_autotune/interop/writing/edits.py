@@ -54,8 +54,7 @@ def _added(text: str, mapping: yaml.MappingNode, names: list[str], value: str) -
     return f"{text[: first.index]}{f'{chr(10)}'.join(lines).lstrip()} {value}\n{indents[0]}{text[first.index :]}"
 
 
-OVERRIDE, OPTION = "{key}={value}", "--{key} {value}"
-"""How a program takes a key: Hydra and OmegaConf; HfArgumentParser."""
+OVERRIDE, OPTION = "{key}={value}", "--{key} {value}"  # of Hydra and OmegaConf; of HfArgumentParser
 ARGUMENTS = ("word", "string", "raw_string", "concatenation", "number", "simple_expansion", "expansion")
 DEEPEST = 8
 

@@ -29,8 +29,7 @@ from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, title
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.units import seconds
 
-PROMPTS = "prompts_per_step"
-"""The one thing that a search tunes and that is no key: distinct prompts per optimizer step."""
+PROMPTS = "prompts_per_step"  # distinct prompts per optimizer step: the one thing that is tuned and no key
 OTHER = "Export into the file that was imported, or say with --world-size how many processes it was tuned on."
 
 

@@ -13,8 +13,7 @@ from grpo_autotune.interop.batch import SixNumbers, TrlBatch
 from grpo_autotune.interop.frameworks.rollout_words import keys_of
 from grpo_autotune.interop.source import Source
 
-Numbers = Callable[[SixNumbers, TrlBatch], Any]
-"""A batch key's value, from the six numbers and TRL's keys on the source's own processes."""
+Numbers = Callable[[SixNumbers, TrlBatch], Any]  # a batch key's value, from the six numbers and TRL's keys
 Target = str | Callable[[Any], Mapping[str, Any]]  # a key of the framework, or several with their values
 
 
