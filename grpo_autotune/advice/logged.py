@@ -44,7 +44,6 @@ def advice(report: LogReport) -> list[Advice]:
 
 
 def _of_rows(report: LogReport) -> Iterator[tuple[Any, ...]]:
-    """Share of the step, kind of advice, its text, and the stage."""
     for row in report.stages:
         least, kind, sentence = RULES.get(row.name, (math.inf, "", ""))
         if row.share >= least:

@@ -194,7 +194,6 @@ def started(launch: Launch) -> str | None:
 def _of_launch(
     path: Path, framework: str, launch: Launch, script: Shell, hints: dict[str, str], environment: Mapping[str, str]
 ) -> Source:
-    """A command's settings over those of the YAML that it names."""
     given, first = options(launch.arguments)
     settings = overrides(launch.arguments) if framework in NESTED else given
     warnings = list(script.warnings)

@@ -50,7 +50,6 @@ class Translation:
         raise ConfigError(f"a number is needed, and the file says {value!r}", where=self.where(key), fix=fix)
 
     def where(self, key: str) -> str:
-        """A setting's place, for an error message."""
         setting = self.source.settings.get(key, Setting(None))
         file = setting.file or self.source.path.name
         return f"{file}: {key}" if setting.line is None else f"{file}, line {setting.line}: {key}"
@@ -97,7 +96,6 @@ class Translation:
             self.rows[key] = ImportedRow(kind=verdict, to=dict(targets), **row)
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
-        """Set a key of the result that no single setting stands for."""
         self.values[path] = value
         if comment:
             self.comments[path] = comment

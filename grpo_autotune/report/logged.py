@@ -68,7 +68,6 @@ def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
 
 
 def _means(log: LoggedSteps, steps: Iterable[int], keys: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """Mean of each key over the steps that have it."""
     for key in keys:
         if read := [log.values[step][key] for step in steps if key in log.values[step]]:
             yield key, statistics.fmean(read)
@@ -81,7 +80,6 @@ def _facts(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact
 
 
 def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> dict[str, LoggedFact]:
-    """Means of the timers that no row of the step is made of."""
     used = {key.removeprefix("-") for row in stages for key in row.keys} | {RAY + key for key in ("step", *LEFT_OVER)}
     keys = {key: None for step in steps for key in log.values[step] if key.startswith(RAY)}
     kept = [key for key in keys if key not in used and not any(word in key for word in SILENT)]

@@ -74,7 +74,6 @@ def translate(source: Source, version: str | None = None, world_size: int | None
 
 
 def _resolved(source: Source, version: str | None, world_size: int | None) -> tuple[Translation, bool]:
-    """The translation with the defaults of a version, and whether that is the early one."""
     if version not in (None, "2025.2", "2026.7"):
         what = f"{version!r} is no version of EasyR1"
         raise ConfigError(what, where="--source-version", fix="Known: 2025.2, 2026.7.")

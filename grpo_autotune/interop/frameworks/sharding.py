@@ -85,7 +85,6 @@ def master_weights(to: Translation) -> dict[str, Any]:
 
 
 def _say(to: Translation, name: str, value: Any, *, in_file: bool) -> None:
-    """Set the run's keys by one of DeepSpeed's, and give it its verdict where it stands in a file."""
     key, value = PREFIX + name, SCHEDULES.get(str(value)) if name == "scheduler.type" else value
     parts = [] if value in (None, "auto") else value if isinstance(value, list) else [value]
     ours = {f"grpo.{path}": part for path, part in zip(RUN.get(name, ()), parts, strict=False)}

@@ -175,7 +175,6 @@ def _sharding(to: Translation, megatron: bool) -> None:
 
 
 def _rest(to: Translation, key: str) -> None:
-    """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
     value, known = to.value(key), swift_keys.verdict_of(key)
     foreign = None if known else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):

@@ -169,7 +169,6 @@ def _prompts(to: Translation) -> None:
 
 
 def _rewards(to: Translation) -> None:
-    """Rewards by name: swift's, and those of the user's plugin, which an adapter calls."""
     names = [str(name) for name in words(to.value("reward_funcs"))]
     plugins = [str(name) for name in words(to.value("external_plugins", []))]
     settings = [key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(OF_REWARDS, key)]
@@ -245,7 +244,6 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
 
 
 def _schedule(to: Translation) -> None:
-    """The end of completions, and that of training on its way."""
     stop = [word for word in words(to.value("stop_words", [])) if word]
     if stop and to.value("use_vllm"):
         to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, UNENDED)

@@ -168,7 +168,6 @@ def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, u
 
 
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
-    """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
     names = [str(name) for name in listed(to.value("reward_funcs"))]
     if _is_code(to, "reward_funcs"):
         return weighted(to, trl_script.rewards(to, names)), ""

@@ -187,7 +187,6 @@ def _vlm_r1(source: Source, version: str | None, world_size: int | None) -> Tran
 
 
 def _of_vlm_r1(to: Translation) -> tuple[list[dict[str, Any]], str]:
-    """VLM-R1's own functions, in a module beside the configuration that gives them the columns they read."""
     names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
     model = str(to.value("model_name_or_path")).lower()
     vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")

@@ -101,7 +101,6 @@ def unified(source: Source) -> Source:
 
 
 def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
-    """Arguments of a call that say something, under their names here."""
     for key, setting in members.items():
         name = names.get(argument := key.rpartition(".")[2], argument)
         if not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS and not name.isdecimal():
@@ -191,7 +190,6 @@ class _Functions:
         return ""
 
     def module(self, names: list[str]) -> tuple[str, list[str]]:
-        """The text of a module with these functions and all that they use, and names that are not to be had."""
         kept: set[int] = set()
         missing: list[str] = []
         todo, met = list(names), set(names)

@@ -217,7 +217,6 @@ def _is_filtering(t: Translation) -> bool:
 
 
 def _lora(t: Translation) -> bool:
-    """LoRA of FSDP, which may go on from an adapter."""
     start = f"{MODEL}lora_adapter_path"
     if on(t.value(start)):
         note = "goes on from it; the reference is the base model, as in verl"
@@ -274,7 +273,6 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
 
 
 def _correction(t: Translation) -> None:
-    """Correction of the difference between the engine's log-probs and the trainer's."""
     level, cap, old = f"{CORRECTION}rollout_is", f"{CORRECTION}rollout_is_threshold", f"{ACTOR}tis_imp_ratio_cap"
     kind, limit = t.value(level), t.value(cap)
     if positive(t, old):
@@ -333,7 +331,6 @@ def _data(t: Translation) -> None:
 
 
 def _rewards(t: Translation) -> None:
-    """The user's function by an adapter, or verl's own by `data_source`; and the penalty of long completions."""
     place = next((key for key in FUNCTIONS if t.value(f"{key}path")), None)
     if place:
         function = str(t.value(f"{place}name") or "compute_score")

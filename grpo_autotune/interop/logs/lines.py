@@ -135,7 +135,6 @@ def _table(path: Path, separator: str) -> Iterator[Row]:
 
 
 def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
-    """Lines as a terminal or a logger wrote them: verl's, dictionaries of a Trainer, JSON."""
     for line, text in _joined(_pieces(path)):
         if text.startswith('{"'):
             row = _json(text)

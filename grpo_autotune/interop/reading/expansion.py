@@ -117,7 +117,6 @@ class Variables:
     steps: int = 0
 
     def list(self, name: str) -> list[Field]:
-        """A variable as the words of an array."""
         value = self.positional if name in ("@", "*") else self.values.get(name, [])
         return value if isinstance(value, list) else [Field(value)]
 
@@ -204,7 +203,6 @@ class Expansion:
         return marks.quoted(text) if quoted and text else text
 
     def substituted(self, raw: str) -> str:
-        """Arithmetic, or a command as it is written."""
         try:
             return str(self.computed(raw[3:-2])) if raw.startswith("$((") and raw.endswith("))") else marks.kept(raw)
         except Unknown:
@@ -253,7 +251,6 @@ class Expansion:
         return marks.kept(raw) if text is None else marks.quoted(text) if quoted else text
 
     def indexed(self, name: str, index: str | None) -> str | None:
-        """A variable, or a word of an array; None if nothing sets it."""
         if index in ("@", "*") or name in ("@", "*"):
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:

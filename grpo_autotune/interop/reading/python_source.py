@@ -200,7 +200,6 @@ class _Reader(ast.NodeVisitor):
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
 
     def setting(self, node: ast.expr) -> Setting:
-        """A value, and its source text unless that says the same."""
         written: str | None = ast.unparse(node)
         with suppress(*WRONG):
             written = written if ast.literal_eval(node) is ... else None

@@ -55,8 +55,6 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
 
 
 class _Evaluation:
-    """One script on its way."""
-
     def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
@@ -269,7 +267,6 @@ def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
 
 
 def _inner_script(words: list[str]) -> str | None:
-    """The script that `eval` or `bash -c` is given."""
     if words[0] == "eval":
         return " ".join(words[1:])
     shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))

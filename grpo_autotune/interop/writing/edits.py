@@ -84,7 +84,6 @@ def shell_edits(text: str, key: str, value: str, form: str) -> Iterator[str]:
 
 
 def _values(data: bytes, items: list[Node], place: int, item: Node, name: str) -> Iterator[tuple[int, int]]:
-    """Byte spans of the values that an argument gives a key, quotes left out."""
     words = data[item.start_byte : item.end_byte].decode()
     inside = re.fullmatch(rf"(?s)([\"']?)(?:\+{{0,2}}|--){name}=([\"']?)(?P<value>.*)\2\1", words)
     if inside is not None:

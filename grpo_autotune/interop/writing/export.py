@@ -51,7 +51,6 @@ class Original:
 
     @contextmanager
     def holding(self, text: str) -> Iterator["Original"]:
-        """The same with another text, for a while in a file beside it, where what it names is found."""
         draft = self.path.with_name(f".{self.path.stem}.{os.urandom(4).hex()}{self.path.suffix}")
         try:
             draft.touch(0o600)  # the text may hold secrets

@@ -28,7 +28,6 @@ class Framework(NamedTuple):
 
 
 def _engine(prefix: str, names: str, **others: str) -> dict[str, Target]:
-    """Engine keys under a prefix, those of another name by keyword."""
     return {f"vllm.{name}": prefix + others.get(name, name) for name in (*names.split(), *others)}
 
 
