@@ -37,7 +37,7 @@ SCRIPTS = {
     'python3 $b $c $d $e $f "${E[@]}"\n',
     "for": 'for i in 1 2 "3 4"; do python3 --i $i; done\nfor i in 1 2 3; do L="$L $i"; done\npython3 $L\n',
     "functions": 'f() {\npython3 a --b 1\n}\nf\n',
-    "environment": 'export A=1 B\nB=2\nC=3 D="x y" python3 a\nunset A\npython3 c $B\n',
+    "environment": 'export A=1 B\nB=2\nC=3 D="x y" python3 a\npython3 c $B\n',
     "runs": "nohup torchrun --nproc_per_node=8 a.py --x 1 > log 2>&1 &\nwait\nswift rlhf --y 2 | tee log\n",
     "here": 'N=4\ncat > c.yaml <<EOF\na: $N\nb: ${N}0\nEOF\n'
     'cat <<\'EOF\' > d.yaml\na: $N\nEOF\npython3 --config c.yaml\n',
@@ -45,7 +45,7 @@ SCRIPTS = {
     "space": "python3 a \\\n --b 1 \\ \n --c 2\n",
     "inner": 'C="python3 -m x --a 1"\neval "$C --b 2"\n$C --c "3 4"\n',
     "exit": "python3 a\nexit 0\npython3 b\n",
-    "counts": 'n=1; ((n+=2)); ((n++)); i=0; until [ $i -ge 3 ]; do ((i++)); python3 $i $n; done\n',
+    "counts": 'i=0; until [ $i -ge 3 ]; do i=$((i+1)); python3 $i; done\n',
     "tests": 'true || a=0; if true; then a=1; fi; if test 3 -gt 2; then b=1; fi; [[ a1 =~ ^a[0-9]$ ]] && c=1\n'
     'x=5; h="p q"; [ $x -ge 5 -a $x -le 9 ] && d=1; [[ $h == *" "* ]] && e=1;\n'
     "python3 $a $b $c $d $e\n",

@@ -113,7 +113,6 @@ class Variables:
 
     values: dict[str, str | list[Field]] = field(default_factory=dict)
     positional: list[Field] = field(default_factory=list)
-    script: str = "script.sh"
     steps: int = 0
 
     def list(self, name: str) -> list[Field]:
@@ -125,8 +124,6 @@ class Variables:
             return str(len(self.positional))
         if name in ("@", "*"):
             return " ".join(word.text for word in self.positional)
-        if name in ("0", "BASH_SOURCE"):
-            return self.script
         words = self.positional[int(name) - 1 : int(name)] if name.isdigit() else self.list(name)
         return words[0].text if words else "" if isinstance(self.values.get(name), list) else None
 
@@ -258,7 +255,7 @@ class Expansion:
         try:
             return self.variables.list(name)[self.computed(index)].text
         except (Unknown, IndexError):
-            return self.variables.text(name) if name == "BASH_SOURCE" else None
+            return None
 
     def filled(self, text: str) -> str:
         return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)

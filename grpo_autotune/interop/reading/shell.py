@@ -46,7 +46,7 @@ def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] 
     given = dict(environment or {})
     last = max((int(key) for key in given if key.isdigit()), default=0)
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
-    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
+    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional))
     evaluation.exported |= given.keys()
     with suppress(_Ended):
         evaluation.run(evaluation.tree)
@@ -144,11 +144,6 @@ class _Evaluation:
         self.warn(node, f"`{shorter(self.expand.raw(node))}` is not read")
         return True
 
-    def unset(self, node: Node) -> bool:
-        for child in node.named_children:
-            self.variables.values.pop(self.expand.raw(child), None)
-        return True
-
     def redirected(self, node: Node) -> bool | None:
         """A statement with redirections; a here-document of `cat` or `tee` is kept as the file that it becomes."""
         parts = {part.type: part for part in within(node) if part.type.startswith(("heredoc", "file_redirect"))}
@@ -232,7 +227,7 @@ class _Evaluation:
 
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
-    "command": _Evaluation.command, "unset_command": _Evaluation.unset,
+    "command": _Evaluation.command,
     "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain,
     "negated_command": lambda self, node: {None: None, True: False, False: True}[self.run(node.named_children[-1])],
 

@@ -12,7 +12,6 @@ from grpo_autotune.interop.reading.expansion import Expansion, Unknown, evaluate
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
-ASSIGNS = re.compile(r"\s*(\w+)\s*(?:([+-])\2|([-+*/%]?)=(?!=)(.*))\s*", re.DOTALL)
 JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
 
 
@@ -55,16 +54,9 @@ class Truth:
         return None
 
     def counted(self, expression: str) -> bool | None:
-        """True unless an arithmetic expression is 0; None if it is not known. It may set a variable."""
-        match = ASSIGNS.fullmatch(re.sub(r"^\s*(\+\+|--)(\w+)", r"\2\1", expression))
-        if match:
-            name, one, sign, value = match.groups()
-            expression = f"{name}{one}1" if one else f"{name}{sign}({value})" if sign else value
+        """True unless an arithmetic expression is 0; None if it is not known."""
         with suppress(Unknown):
-            number = self.expand.computed(expression)
-            if match:
-                self.expand.variables.values[name] = str(number)
-            return bool(number)
+            return bool(self.expand.computed(expression))
         return None
 
     def tested(self, node: Node) -> str:
