@@ -156,7 +156,7 @@ def _command_in(text: str, places: range) -> str:
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
     if len(text) > LONGEST_SCRIPT:
         raise ConfigError("too long for a script, and of no other format that is read", where=path.name)
-    script = evaluate(text, path.name, environment)
+    script = evaluate(text, environment)
     launches = [launch for command in script.commands if (launch := launched(command))]
     trainings: dict[int, tuple[str, list[Launch]]] = {}
     for launch in launches:

@@ -147,8 +147,3 @@ class LogReport(Document):
     warnings: list[str] = []
     bound: str
     verdict: list[Advice] = []
-
-    @property
-    def middle(self) -> str:
-        """The word for `step_s`."""
-        return "median" if self.counted == "rollout" else "mean"

@@ -174,8 +174,9 @@ def stage_table(report: LogReport) -> Table:
 
 
 def _header(report: LogReport) -> Iterator[str]:
+    middle = "median" if report.counted == "rollout" else "mean"
     used = f"{plural(len(report.steps), 'step')} used, {report.steps[0]} to {report.steps[-1]}"
-    yield f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({report.middle}; {used})"
+    yield f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({middle}; {used})"
     spot = f"lines {report.lines[0]} to {report.lines[-1]} of {report.file}"
     yield f"Read from {spot}: seconds by its own clock, from {report.whole}"
 

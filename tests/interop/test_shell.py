@@ -25,8 +25,7 @@ SCRIPTS = {
     '${B:-"a b"} ${B:-a b} "${B:-$A}" ${1:-vllm} ${A:?no} x${E}y $E\n',
     "arithmetic": 'n=3; m="$((n*2))"\npython3 $((n + m)) $(( (n+1) * -m / 4 )) $((7/2)) $((-7%3)) '
     '$((2**10)) ${X:-$(((n + 1) * 2))} "a$((n))b" $((31+010)) $((!n)) $((n==3&&m<9))\n',
-    "strings": 's=/a/b/model.tar.gz; l=ABC\npython3 ${s##*/} ${s%.*} ${s%%.*} ${s#*/} ${s/a/X} ${l,,} ${#s} '
-    '${l/B/-} "${s//\\//_}" ${l,} ${l/#A/z} ${l/%B/z} ${l/%C/z}\n',
+    "strings": 's=/a/b/model.tar.gz; l=ABC\npython3 ${s##*/} ${s%.*} ${s%%.*} ${s#*/} ${l,,} ${#s} ${l,}\n',
     "quotes": "a=\"x  'y'\"; b='$a \"q\"'\n"
     "python3 $a \"$a\" \"$b\" 'it'\\''s' \"a\\\"b\\$c\\n\" \"\" '' x\"\"y a\\\nb\n",
     "lines": 'O="--lr 1 \\\n --beta 2\n --c=3"\nO="$O --d"\npython3 $O "$O"\n',

@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase, translate
+from fnmatch import fnmatchcase
 from typing import Any
 
 import tree_sitter_bash
@@ -261,11 +261,8 @@ class Expansion:
         return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
 
     def changed(self, value: str, sign: str, rest: str) -> str | None:
-        """A value by `#`, `%`, `/`, `,` or `^`; None where only a run can tell."""
-        text = marks.plain(value)
-        pattern = re.sub("[\"']", "", self.filled(rest)).replace("\\/", "\0")
-        pattern, _, to = pattern.partition("/" if sign[0] == "/" else "\0\0")
-        pattern, to = (re.sub(r"\\(?=.)", "", part).replace("\0", "/") for part in (pattern, to))
+        """A value by `#`, `%`, `,` or `^`; None where only a run can tell."""
+        text, pattern = marks.plain(value), re.sub(r"[\"']|\\(?=.)", "", self.filled(rest))
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None
         if sign[0] in "#%":
@@ -274,10 +271,6 @@ class Expansion:
             fits = (cut for cut in cuts if fnmatchcase(text[:cut] if front else text[cut:], pattern))
             cut = next(fits, 0 if front else len(text))
             return text[cut:] if front else text[:cut]
-        if sign[0] == "/":
-            start, end = pattern[:1] == "#", pattern[:1] == "%"
-            wanted = re.sub(r"\\[zZ]$", "", translate(pattern[start or end :]))
-            return re.sub("^" * start + wanted + "$" * end, lambda _: to, text, count=int(sign == "/"))
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]

@@ -41,7 +41,7 @@ class _Ended(Exception):
     """The script ends here."""
 
 
-def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
+def evaluate(text: str, environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script; `environment` is what it is started with: variables, and its arguments by number."""
     given = dict(environment or {})
     last = max((int(key) for key in given if key.isdigit()), default=0)
