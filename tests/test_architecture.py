@@ -55,7 +55,7 @@ FLOORS = {
         ("packages",),
     ),
     "interop": (
-        ("source", "batch"),
+        ("source",),
         ("reading", "translation"),
         ("adapters", "logs"),
         ("frameworks",),

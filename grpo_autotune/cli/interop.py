@@ -48,7 +48,7 @@ def import_(
 
     def action() -> int:
         from grpo_autotune.files import is_file, refusal_told
-        from grpo_autotune.interop.logs.lines import is_log
+        from grpo_autotune.interop.logs.steps import is_log
 
         with refusal_told():
             is_training = is_file(file) and is_log(file)

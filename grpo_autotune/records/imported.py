@@ -53,7 +53,7 @@ class Imported(Document):
     version: str  # version whose defaults were taken
     version_from: str  # why that one: `--source-version`, the file's own pin, or that it was assumed
     world_size: int  # training processes that the result is written for
-    numbers: dict[str, int]  # G, P, C, E, D and m of `interop.batch.SixNumbers`
+    numbers: dict[str, int]  # G, P, C, E, D and m of `interop.translation.SixNumbers`
     steps_per_rollout: float  # optimizer steps for each rollout
     rows: list[ImportedRow]  # by line, defaults last
     warnings: list[str]

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import easyr1, verl
 from grpo_autotune.interop.source import Setting, Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 from tests.support.imported import source
 
 ACTOR, ROLLOUT, EASY = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "worker.actor."

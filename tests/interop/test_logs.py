@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from grpo_autotune.commands.interop.config import import_log
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.logs import lines, steps
-from grpo_autotune.interop.logs.lines import is_log
+from grpo_autotune.interop.logs import steps
+from grpo_autotune.interop.logs.steps import is_log
 from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.report.logged import read_log
 from tests.support import logs
@@ -308,7 +308,7 @@ def test_a_configuration_is_no_log(tmp_path: Path) -> None:
 
 
 def test_a_large_console_takes_little_memory(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(lines, "TELL_S", 0.0)
+    monkeypatch.setattr(steps, "TELL_S", 0.0)
     noise = ("x" * 300 + " - of: nobody\n") * 800
     text = noise + "y" * (1 << 23) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
     (tmp_path / "run.log").write_text(text)

@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import adapter
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks.rollout_words import FAST, SAME, Keys, spelled, words_of
 from grpo_autotune.interop.reading.files import beside
-from grpo_autotune.interop.translation import Translation, nested
+from grpo_autotune.interop.translation import SixNumbers, Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural
 

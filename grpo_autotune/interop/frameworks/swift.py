@@ -12,11 +12,10 @@ from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import sharding, swift_keys, swift_run
 from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
-from grpo_autotune.interop.translation import UNKNOWN, Translation
+from grpo_autotune.interop.translation import UNKNOWN, SixNumbers, Translation
 
 _ZERO_3: dict[str, Any] = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
 PRESETS = {  # DeepSpeed's configurations by swift's names (swift/config; prefetch: swift/rlhf_trainers/arguments.py)

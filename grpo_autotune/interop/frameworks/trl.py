@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.frameworks import sharding, trl_script
 from grpo_autotune.interop.frameworks.trl_keys import (
     DEFAULTS,
@@ -27,7 +26,7 @@ from grpo_autotune.interop.frameworks.trl_keys import (
     speed,
 )
 from grpo_autotune.interop.source import Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 
 Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]  # items of `rewards`, and what differs
 

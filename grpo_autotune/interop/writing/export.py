@@ -19,10 +19,9 @@ from pydantic import ValidationError
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.messages import from_validation
 from grpo_autotune.errors import ConfigError, printable
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.importing import import_file, read_source
 from grpo_autotune.interop.source import Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 from grpo_autotune.interop.writing.edits import edits
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
 from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, titled

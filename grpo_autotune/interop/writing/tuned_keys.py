@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
-from grpo_autotune.interop.batch import SixNumbers, TrlBatch
 from grpo_autotune.interop.frameworks.rollout_words import keys_of
 from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.translation import SixNumbers, TrlBatch
 
 Numbers = Callable[[SixNumbers, TrlBatch], Any]  # a batch key's value, from the six numbers and TRL's keys
 Target = str | Callable[[Any], Mapping[str, Any]]  # a key of the framework, or several with their values
