@@ -23,7 +23,7 @@ FRAMEWORKS: Final = (  # names of `--from`
 )  # fmt: skip
 MODULES: Final = {  # framework -> its module, where that has another name
     "ms-swift": "swift", **dict.fromkeys(("deepspeed", "accelerate"), "sharding"),
-    **dict.fromkeys(("open-r1", "r1-v", "vlm-r1"), "trl_family"),
+    **dict.fromkeys(("open-r1", "r1-v", "vlm-r1", "unsloth"), "trl_family"),
 }  # fmt: skip
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whose keys lie inside each other
 KEYS: Final[Mapping[str, Sequence[str]]] = {  # framework -> beginnings of keys that it has, all of them; the first wins

@@ -16,7 +16,7 @@ from grpo_autotune.config.batch import batch_plan
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks import trl, trl_family, trl_keys, unsloth
+from grpo_autotune.interop.frameworks import trl, trl_family, trl_keys
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -69,11 +69,11 @@ BATCHES = {
         {"nproc_per_node": 2}, (8, 2, 8, 2, 1, 2, 0.5),
     ),
     "Unsloth": (
-        unsloth, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_generations": 2}, {},
+        "unsloth", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_generations": 2}, {},
         (2, 1, 2, 1, 1, 1, 1.0),
     ),
     "Unsloth, whole groups over the accumulation": (
-        unsloth, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 4}, {},
+        "unsloth", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 4}, {},
         (4, 1, 1, 4, 4, 1, 1.0),
     ),
     "TRL, two nodes": (
@@ -91,9 +91,9 @@ BATCHES = {
 def test_batch_of_a_worked_example(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, settings, launch, expected = BATCHES[example]
     framework, module = (kind, trl_family) if isinstance(kind, str) else ("x", kind)
-    rewards = {"reward_funcs": ["accuracy_reward"]} if module in (trl, unsloth) else {}
-    rewards |= {"lora_r": 16} if module is unsloth else {}
-    path = tmp_path / ("train.py" if module is unsloth else "grpo.yaml")
+    rewards = {"reward_funcs": ["accuracy_reward"]} if kind in (trl, "unsloth") else {}
+    rewards |= {"lora_r": 16} if kind == "unsloth" else {}
+    path = tmp_path / ("train.py" if kind == "unsloth" else "grpo.yaml")
     path.write_text("from trl.rewards import accuracy_reward")
     translation = module.translate(source(framework, {**BASE, **rewards, **settings}, launch, path=path), None, None)
     record = imported(translation, monkeypatch)
