@@ -8,14 +8,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from tree_sitter import Node
 
 from grpo_autotune.interop.reading import marks
-from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
-from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
+from grpo_autotune.interop.reading.expansion import Expansion, Field, Unknown, Variables, evaluated, parsed
 from grpo_autotune.interop.source import Word
 
+NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
+NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
+JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
 LONGEST_VALUE, MOST_TURNS, MOST_STEPS, DEEPEST = 1_000_000, 100, 20_000, 20
 
 
@@ -58,7 +61,6 @@ class _Evaluation:
     def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
-        self.truth = Truth(self.expand, self.warn)
         self.result, self.exported, self.depth = Shell(), set[str](), 0
         for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
@@ -181,10 +183,10 @@ class _Evaluation:
     def test(self, node: Node) -> bool | None:
         """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
-            return self.truth.counted(self.expand.raw(node)[2:-2])
+            return self.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":
             return self.each(node.named_children)
-        return self.truth.of([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
+        return self.truth([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
 
     def case(self, node: Node) -> bool | None:
         subject = node.named_children[0]
@@ -193,7 +195,7 @@ class _Evaluation:
             patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
             if marks.is_unknown(text):
                 patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
-            fits = [pattern for pattern in patterns if self.truth.alike(subject, text, pattern)]
+            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
             if fits and marks.is_unknown(text):
                 self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
             if fits:
@@ -224,6 +226,59 @@ class _Evaluation:
             known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
             yield state == text.startswith("while") if known else None
 
+    def truth(self, nodes: list[Node], bracket: str = "[") -> bool | None:
+        """The truth of a test's words; in `[[` texts compare with patterns."""
+        signs = [self.expand.raw(node) for node in nodes]
+        for joints, decides in JOINTS:
+            level = (
+                n for n, sign in enumerate(signs) if signs[:n].count("(") == signs[:n].count(")") and sign in joints
+            )
+            if (place := next(level, None)) is not None:
+                state = self.truth(nodes[:place], bracket)
+                return state if bool(state) == decides else self.truth(nodes[place + 1 :], bracket)
+        if signs[:1] == ["!"]:
+            state = self.truth(nodes[1:], bracket)
+            return None if state is None else not state
+        if signs[:1] == ["("]:
+            return self.truth(nodes[1:-1], bracket)
+        if len(nodes) == 2:
+            return {"-z": not self.tested(nodes[1]), "-n": bool(self.tested(nodes[1]))}.get(signs[0])
+        if len(nodes) > 2:
+            return self.compared(nodes, signs[1], bracket == "[[")
+        return bool(nodes and self.tested(nodes[0]))
+
+    def compared(self, nodes: list[Node], sign: str, pattern: bool) -> bool | None:
+        left, right = self.tested(nodes[0]), "".join(self.tested(node) for node in nodes[2:])
+        if sign in ("=", "==", "!="):
+            return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
+        if sign == "=~":
+            with suppress(re.error):
+                return None if marks.is_unknown(left + right) else bool(re.search(self.expand.raw(nodes[2]), left))
+        with suppress(Unknown, KeyError):
+            return bool(evaluated(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
+        return None
+
+    def counted(self, expression: str) -> bool | None:
+        """True unless an arithmetic expression is 0; None if it is not known."""
+        with suppress(Unknown):
+            return bool(self.expand.computed(expression))
+        return None
+
+    def tested(self, node: Node) -> str:
+        """A text in a test: nothing for a variable that nothing sets."""
+        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
+        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
+        return "" if unset else text
+
+    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
+        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
+        if not marks.is_unknown(left):
+            return fnmatchcase(left, right) if pattern else left == right
+        same = bool(NVIDIA.fullmatch(right))
+        taken = right if same else f"not {right}"
+        self.warn(node, f"`{shorter(self.expand.raw(node))}` depends on the machine: taken as {taken}")
+        return same
+
 
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
@@ -239,7 +294,7 @@ BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] 
     **dict.fromkeys(("true", ":", "set", "return", "break", "continue"), lambda *none: True),
     "exit": _Evaluation.ended, "shift": _Evaluation.shifted, "source": _Evaluation.sourced, ".": _Evaluation.sourced,
     "false": lambda *none: False,
-    "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
+    "test": lambda self, node, words: self.truth(_fields(node, "argument")),
 }  # fmt: skip
 TESTS = ("[", "((", "! [", "test ", "true", "false")  # beginnings of a condition that is evaluated, and not guessed
 
@@ -296,3 +351,16 @@ def cut_commands(text: str, tree: Node) -> list[str]:
             lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
             warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
     return warnings
+
+
+def parts(node: Node) -> list[Node]:
+    """The words of a test."""
+    if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
+        return [node]
+    return [part for child in node.children for part in parts(child)]
+
+
+def shorter(text: str, most: int = 60) -> str:
+    """The text on one line, for a warning."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
