@@ -35,7 +35,11 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
     source, names = prepared(source)
     megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings
     version, reason = _version(source, names, version)
-    to = Translation(source, _defaults(version, megatron), version, reason, world_size)
+    defaults = dict(swift_keys.DEFAULTS)
+    for before, values in swift_keys.OLDER:
+        defaults |= values if _before(version, before) else {}
+    defaults |= swift_keys.MEGATRON if megatron else {}
+    to = Translation(source, defaults, version, reason, world_size)
     _refuse(to)
     _batch(to, megatron, version)
     swift_run.translate(to)
@@ -50,11 +54,8 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
     """The source under the newest names, with the files that it names, and the newest name of a setting -> its own."""
     source = sharding.with_file(source, source.settings.get("deepspeed"), sharding.PREFIX)
     source = sharding.with_launch(source)
-    given = {
-        key: replace(setting, value=option_value(str(setting.value)))
-        for key, setting in source.environment.items()
-        if key in swift_keys.ENVIRONMENT
-    }
+    variables = {key: one for key, one in source.environment.items() if key in swift_keys.ENVIRONMENT}
+    given = {key: replace(one, value=option_value(str(one.value))) for key, one in variables.items()}
     for key, setting in source.settings.items():
         inside = swift_run.mapping(setting.value) if key in (*GROUPS, *VARIABLES) else {}
         parts = {f"{key}.{name}": replace(setting, value=value) for name, value in inside.items()}
@@ -89,13 +90,6 @@ def _before(version: str, other: str) -> bool:
     if not first:
         raise ConfigError(f"{version!r} is no version", where="--source-version", fix="Example: 3.8.")
     return first < second
-
-
-def _defaults(version: str, megatron: bool) -> dict[str, Any]:
-    defaults = dict(swift_keys.DEFAULTS)
-    for before, values in swift_keys.OLDER:
-        defaults |= values if _before(version, before) else {}
-    return {**defaults, **(swift_keys.MEGATRON if megatron else {})}
 
 
 def _refuse(to: Translation) -> None:

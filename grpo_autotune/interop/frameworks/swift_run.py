@@ -112,8 +112,7 @@ def _data(to: Translation) -> None:
     mixed = {f"data.mix.{stem}_{number}": part for number, (stem, part) in enumerate(zip(stems, parts, strict=True), 1)}
     sets = mixed if len(parts) > 1 else {"data": parts[0]}
     targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
-    title = {"data.path": "mixture"} if len(parts) > 1 else {}
-    to.converted("dataset", title | targets, _elsewhere(to, *named))
+    to.converted("dataset", {"data.path": "mixture", **targets} if parts[1:] else targets, _elsewhere(to, *named))
     to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
 
     def everywhere(key: str, name: str, value: Any, note: str = "") -> None:

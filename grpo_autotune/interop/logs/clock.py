@@ -126,8 +126,8 @@ def _of_ray(log: LoggedSteps, keys: set[str]) -> Timed | None:
     whole = f"{RAY}step"
     seconds = _of(log, "perf/time_per_step") | _of(log, whole)
     log.skipped["steps without seconds of the whole (validation alone, or torn)"] += len(log.values) - len(seconds)
-    framework = "EasyR1" if {f"{RAY}old", f"{RAY}validation"} & keys else "verl"
-    result = Timed(framework, "rollout", whole, seconds)
+    is_easyr1 = {f"{RAY}old", f"{RAY}validation"} & keys
+    result = Timed("EasyR1" if is_easyr1 else "verl", "rollout", whole, seconds)
     if is_async(keys):
         what = "an asynchronous trainer's stages run beside each other: its timers are printed as they are"
         log.warnings.append(what)

@@ -102,8 +102,7 @@ def hydra_value(text: str) -> Any:
 def _parsed(tokens: list[str]) -> Any:
     token = tokens.pop(0).strip()
     if token not in ("[", "{"):
-        quoted = token[:1] in ("'", '"')
-        return re.sub(r"\\(['\"])", r"\1", token[1:-1]) if quoted else scalar(token, WORDS)
+        return re.sub(r"\\(['\"])", r"\1", token[1:-1]) if token[:1] in ("'", '"') else scalar(token, WORDS)
     items: list[Any] = []
     while tokens[0] not in ("]", "}"):
         items.append(_parsed(tokens))
