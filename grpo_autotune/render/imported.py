@@ -188,7 +188,11 @@ def _notes(report: LogReport) -> dict[str, list[str]]:
     absent = ", ".join(report.absent) if report.stages else "every stage"
     absent += f" (or inside {listing(strange)})" if strange else ""
     beside = [f"{name}: {seconds(fact.value)}" for name, fact in report.beside.items()]
-    facts = [f"{name}: {_quantity(name, fact.value)} ({fact.key})" for name, fact in report.facts.items()]
+    shares = ("completions cut off", "groups of equal rewards")
+    facts = [
+        f"{name}: {(percent if name in shares else amount)(fact.value)} ({fact.key})"
+        for name, fact in report.facts.items()
+    ]
     notes = {
         "What bounds it": [report.bound],
         "Lumped: one timer, and nobody can tell apart": lumps,
@@ -202,7 +206,3 @@ def _notes(report: LogReport) -> dict[str, list[str]]:
         "What to change": [advice.text for advice in report.verdict],
     }
     return {title: lines for title, lines in notes.items() if lines}
-
-
-def _quantity(name: str, value: float) -> str:
-    return percent(value) if name in ("completions cut off", "groups of equal rewards") else amount(value)

@@ -32,7 +32,11 @@ def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogRepor
     seconds = list(times.seconds.values())
     step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
     stages = _stages(times, step_s)
-    facts = dict([*_facts(log, steps), *_recovered(log, steps)])
+    facts: dict[str, LoggedFact] = {}
+    for name, keys in FACTS.items():
+        for key, value in [*_means(log, steps, keys)][:1]:
+            facts[name] = LoggedFact(value=value, key=key)
+    facts |= dict(_recovered(log, steps))
     if "reward, mean" not in facts:
         log.warnings.append("no reward in this log: it may be of another kind of training than GRPO")
     report = LogReport(
@@ -71,12 +75,6 @@ def _means(log: LoggedSteps, steps: Iterable[int], keys: Iterable[str]) -> Itera
     for key in keys:
         if read := [log.values[step][key] for step in steps if key in log.values[step]]:
             yield key, statistics.fmean(read)
-
-
-def _facts(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
-    for name, keys in FACTS.items():
-        for key, value in [*_means(log, steps, keys)][:1]:
-            yield name, LoggedFact(value=value, key=key)
 
 
 def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> dict[str, LoggedFact]:

@@ -31,12 +31,6 @@ ORMS: dict[str, Any] = {}  # rewards that plugins have registered, by name
 KNOWN = {"ORM": ORM, "AsyncORM": ORM, "orms": ORMS, "get_logger": lambda *name, **how: logging.getLogger("swift")}
 
 
-def provide_swift() -> None:
-    """Make `import swift` possible in this process, where ms-swift is not installed."""
-    if "swift" not in sys.modules and importlib.util.find_spec("swift") is None:
-        sys.meta_path.append(_Finder())
-
-
 class _Absent(dict[Any, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         what = f"a plugin calls {type(self).__name__} of ms-swift, of which only the base of rewards is here"
@@ -76,8 +70,8 @@ class Called:
 
     def __init__(self, style: str, path: str, function: str, arguments: Mapping[str, Any], beside: str) -> None:
         file = Path(beside).absolute().parent / Path(path).expanduser()
-        if style == "swift":
-            provide_swift()
+        if style == "swift" and "swift" not in sys.modules and importlib.util.find_spec("swift") is None:
+            sys.meta_path.append(_Finder())
         module = _imported(file)
         registered = getattr(module, "orms", ORMS) if style == "swift" else {}
         called: Any = registered.get(function) or getattr(module, function, None)
@@ -86,7 +80,12 @@ class Called:
             raise ConfigError(f"{file} has no {function}", where=beside, fix=f"It has {', '.join(known)}.")
         self._arguments: Mapping[str, Any] = arguments
         if inspect.isclass(called):
-            called, self._arguments = _made(called, arguments), {}
+            takes = [
+                one.name == "args" or one.kind is one.VAR_KEYWORD
+                for one in inspect.signature(called).parameters.values()
+            ]
+            called = called(args=SimpleNamespace(**arguments)) if any(takes) else called()
+            self._arguments = {}
         self._function: Callable[..., Any] = called
         self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
         self._sequential = getattr(module, "REWARD_TYPE", "batch") == "sequential"
@@ -149,12 +148,6 @@ def _number(result: Any) -> float | None:
         result = result["score"] if "score" in result else result["overall"]
     result = result[0] if isinstance(result, list | tuple) else result
     return None if result is None else float(result)
-
-
-def _made(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    parameters = inspect.signature(cls).parameters.values()
-    takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
-    return cls(args=SimpleNamespace(**arguments)) if takes else cls()
 
 
 def _imported(file: Path) -> ModuleType:

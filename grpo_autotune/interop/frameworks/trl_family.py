@@ -163,10 +163,9 @@ def _vlm_files(to: Translation, key: str) -> None:
 
 
 def _vlm_frozen(to: Translation, key: str) -> None:
-    """An adapter is never on the vision modules, so that nothing of them trains."""
-    adapter = bool(to.value("use_peft"))
-    note = "an adapter leaves the vision modules alone" if adapter else ""
-    to.same(key, "model.freeze_vision_tower", True if adapter else None, note)
+    if to.value("use_peft"):
+        return to.same(key, "model.freeze_vision_tower", True, "an adapter leaves the vision modules alone")
+    return to.same(key, "model.freeze_vision_tower")
 
 
 LAYERS = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"

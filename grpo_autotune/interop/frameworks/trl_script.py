@@ -92,19 +92,16 @@ def unified(source: Source) -> Source:
         if trained and call.endswith("load_dataset"):
             places = [(one.file, one.line) for one in members.values()]
             is_late = not any(file == cell and line in lines for file, line in places for cell, lines in trained)
-        named = dict(_named(NAMES[kind], members))
+        named = {}
+        for argument, setting in ((key.rpartition(".")[2], setting) for key, setting in members.items()):
+            name = NAMES[kind].get(argument, argument)
+            is_said = not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS
+            named |= {name: setting} if is_said and not name.isdecimal() else {}
         is_of_training = call.endswith("GRPOTrainer") or not is_late
         if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
             chosen[kind] = named
     made = {key: setting for named in chosen.values() for key, setting in named.items()}
     return replace(source, settings={**_from_files(made), **plain})
-
-
-def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
-    for key, setting in members.items():
-        name = names.get(argument := key.rpartition(".")[2], argument)
-        if not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS and not name.isdecimal():
-            yield name, setting
 
 
 def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:

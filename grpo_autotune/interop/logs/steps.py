@@ -150,18 +150,12 @@ def _console(path: Path, skipped: Counter[str]) -> Iterator[Row]:
             pairs = (part.strip().rpartition(":") for part in text[match.end() :].split(" - "))
             yield Row(line, {"step": match[1]} | {key: value.split(" ")[0] for key, _, value in pairs if key})
         else:
-            yield from _of_trainer(line, text, skipped)
-
-
-def _of_trainer(line: int, text: str, skipped: Counter[str]) -> Iterator[Row]:
-    for match in DICT.finditer(text):
-        words = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", re.sub(r"(?<=: )-?(?:nan|inf)\b", "None", match[0]))
-        try:
-            row = ast.literal_eval(words)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            skipped[TORN] += 1
-        else:
-            yield Row(line, {NEXT: True} | row)
+            for match in DICT.finditer(text):
+                words = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", re.sub(r"(?<=: )-?(?:nan|inf)\b", "None", match[0]))
+                try:
+                    yield Row(line, {NEXT: True} | ast.literal_eval(words))
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    skipped[TORN] += 1
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, str]]:
