@@ -149,8 +149,8 @@ class Translation:
             for path, value in targets.items():
                 self.set(path, value, comment)
             setting = self.source.settings.get(key) or Setting(self.defaults.get(key))
-            row = {"line": setting.line, "file": setting.file, "key": key, "value": setting.value, "why": note}
-            self.rows[key] = ImportedRow(kind=verdict, to=dict(targets), **row)
+            place: dict[str, Any] = {"line": setting.line, "file": setting.file, "key": key, "value": setting.value}
+            self.rows[key] = ImportedRow(kind=verdict, to=dict(targets), why=note, **place)
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
         self.values[path] = value

@@ -92,7 +92,7 @@ def unified(source: Source) -> Source:
         if trained and call.endswith("load_dataset"):
             places = [(one.file, one.line) for one in members.values()]
             is_late = not any(file == cell and line in lines for file, line in places for cell, lines in trained)
-        named = {}
+        named: dict[str, Setting] = {}
         for argument, setting in ((key.rpartition(".")[2], setting) for key, setting in members.items()):
             name = NAMES[kind].get(argument, argument)
             is_said = not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS

@@ -197,7 +197,7 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     old, where = _numbers(before), before.source.path.name
     ranks = old.ranks * (before.number("sequence_parallel_size") or 1)
     trl, trl_before = numbers.on(ranks, where), old.on(ranks, where)
-    values = {}
+    values: dict[str, Any] = {}
     for key, number in side.batch.items():
         if (value := number(numbers, trl)) != number(old, trl_before):
             values[key] = int(value)
