@@ -110,6 +110,8 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
          "grpo.vllm_importance_sampling_clip_min", 0.5),
         ({}, "vllm.tensor_parallel_size", 2),
         ({}, "vllm.sleep_level", 2),
+        ({f"{ROLLOUT}name": "hf"}, "grpo.use_vllm", False),
+        ({f"{ROLLOUT}name": "hf", f"{ROLLOUT}gpu_memory_utilization": 0.4}, "vllm", None),
         ({f"{MODEL}lora_rank": 64}, "vllm.sleep_level", 1),
         ({f"{ROLLOUT}free_cache_engine": False}, "vllm.enable_sleep_mode", None),
         ({}, "model.dtype", "float32"),

@@ -69,6 +69,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _reward(t)
     shared.cadence(t, keys, ends_early=is_early)
     shared.naming(t, keys)
+    shared.by_name(t)
     shared.explain(t)
     return t
 

@@ -53,13 +53,17 @@ def unused(t: Translation, keys: Iterable[str], note: str) -> None:
             t.inert(key, note)
 
 
-def explain(t: Translation) -> None:
-    """Verdicts by the tables: of keys with the same meaning, then of what nothing else was said of, by key or by what
-    it begins with. What has no equivalent and is switched off is the same."""
+def by_name(t: Translation) -> None:
+    """Verdicts on keys with the same meaning under another name, and on those of the engine that change seconds."""
     framework = t.source.framework
     renamed(t, spelled(framework, SAME[framework]))
     renamed(t, spelled(framework, {f"rollout.{name}": f"vllm.{name}" for name in FAST[framework].split()}), "speed")
-    notes = words_of(framework)
+
+
+def explain(t: Translation) -> None:
+    """Verdicts by the tables on what the file sets and nothing else was said of: by key, or by what it begins with.
+    What has no equivalent and is switched off is the same."""
+    notes = words_of(t.source.framework)
     for key in t.source.settings.keys() - t.rows.keys():
         starts = [start for start in notes if key == start or (start[-1] in "._@" and key.startswith(start))]
         if starts:

@@ -134,6 +134,9 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _rewards(t)
     shared.cadence(t, KEYS, ends_early=True)
     shared.naming(t, KEYS)
+    shared.by_name(t)
+    if t.value(f"{ROLLOUT}name") == "hf":
+        _without_engine(t)
     shared.explain(t)
     return t
 
@@ -305,6 +308,14 @@ def _engine(t: Translation, is_lora: bool) -> None:
         t.speed(f"{prefix}disable_mm_preprocessor_cache", "its name today", {"vllm.mm_processor_cache_gb": 0})
     for prefix, target in KWARGS.items():
         shared.renamed(t, {prefix + rest: f"{target}.{rest}" for rest in shared.below(t, prefix)})
+
+
+def _without_engine(t: Translation) -> None:
+    t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
+    for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.to)]:
+        del t.rows[key]
+        unused(t, [key], "of an engine, and transformers generates")
+    t.converted(f"{ROLLOUT}name", {"grpo.use_vllm": False}, "transformers generates")
 
 
 def _data(t: Translation) -> None:
