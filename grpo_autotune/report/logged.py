@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo_autotune.advice.logged import advice, bound
-from grpo_autotune.interop.logs.clock import LEFT_OVER, RAY, Part, Timed, timed
-from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
+from grpo_autotune.interop.logs.clock import LEFT_OVER, Part, Timed, timed
+from grpo_autotune.interop.logs.steps import FACTS, RAY, LoggedSteps
 from grpo_autotune.probe.breakdown import half_quartile_range
 from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
 

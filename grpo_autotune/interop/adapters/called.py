@@ -84,7 +84,8 @@ class Called:
                 one.name == "args" or one.kind is one.VAR_KEYWORD
                 for one in inspect.signature(called).parameters.values()
             ]
-            called = called(args=SimpleNamespace(**arguments)) if any(takes) else called()
+            made: Any = called
+            called = made(args=SimpleNamespace(**arguments)) if any(takes) else made()
             self._arguments = {}
         self._function: Callable[..., Any] = called
         self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
