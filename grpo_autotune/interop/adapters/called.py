@@ -80,12 +80,10 @@ class Called:
             raise ConfigError(f"{file} has no {function}", where=beside, fix=f"It has {', '.join(known)}.")
         self._arguments: Mapping[str, Any] = arguments
         if inspect.isclass(called):
-            takes = [
-                one.name == "args" or one.kind is one.VAR_KEYWORD
-                for one in inspect.signature(called).parameters.values()
-            ]
             made: Any = called
-            called = made(args=SimpleNamespace(**arguments)) if any(takes) else made()
+            parameters = inspect.signature(made).parameters.values()
+            takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
+            called = made(args=SimpleNamespace(**arguments)) if takes else made()
             self._arguments = {}
         self._function: Callable[..., Any] = called
         self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
