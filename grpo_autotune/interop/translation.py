@@ -99,7 +99,6 @@ class Translation:
         return self.defaults.get(key, fallback) if setting is None else setting.value
 
     def number(self, key: str, fallback: Any = None) -> Any:
-        """The same, a number (or None): ConfigError by line for what only a run can tell, such as `$(nproc)`."""
         value = self.value(key, fallback)
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
             return value

@@ -140,7 +140,6 @@ def _data(to: Translation) -> None:
 
 
 def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
-    """The parts of `HF::path:subset/subset#rows` (swift/dataset/dataset_syntax.py)."""
     match = re.fullmatch(r"(?:(?i:hf|ms)::)?(?P<path>[^#:]+)(?::(?P<sets>[^#]+))?(?:#(?P<rows>\d+))?", text)
     path, subsets, rows = match.group("path", "sets", "rows") if match else (text, None, None)
     limit = {"subsample" if shuffled else "max_samples": int(rows)} if rows else {}

@@ -181,7 +181,6 @@ class _Evaluation:
         return guess
 
     def test(self, node: Node) -> bool | None:
-        """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
             return self.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":

@@ -116,7 +116,6 @@ def _replacing(
 
 
 def _appended(data: bytes, command: Node, words: str) -> str:
-    """The words at a command's end, in front of `"$@"`; on a line of their own where the command has several."""
     last = command.named_children[-1]
     if last.text in (b'"$@"', b"$@", b'"${@}"'):
         return replaced(data, (last.start_byte, last.start_byte), f"{words} ")
