@@ -55,9 +55,8 @@ FLOORS = {
         ("packages",),
     ),
     "interop": (
-        ("source", "batch", "redact"),
+        ("source",),
         ("reading", "translation"),
-        ("recognise",),
         ("adapters", "logs"),
         ("frameworks",),
         ("importing",),

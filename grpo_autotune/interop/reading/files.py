@@ -1,17 +1,56 @@
-"""YAML and JSON as settings with their lines, Hydra's `defaults` beside the file, and OmegaConf's interpolations."""
+"""Files as text, those that another one names, and YAML and JSON as settings with their lines, with Hydra's `defaults`
+beside the file and OmegaConf's interpolations."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.beside import text_of
 from grpo_autotune.interop.source import Setting
+
+MOST_BYTES = 20_000_000
+SUBSTITUTION = re.compile(r"(\$\((?:[^()]|\([^()]*\))*\)|\$\{?\w+\}?)/?")  # known when a script runs
+
+
+def beside(path: Path, named: str) -> Path | None:
+    """The file that `path` means by `named`: that, or its last parts in the folder of `path` or one above; or None."""
+    known = SUBSTITUTION.sub("", named)
+    parts = PurePosixPath(known).parts
+    folders = [path.absolute().parent, *path.absolute().parents[1:5]]
+    ends = [Path(*parts[start:]) for start in range(len(parts))]
+    candidates = [Path(known).expanduser(), *(folder / end for end in ends for folder in folders)]
+    try:
+        return next((file for file in candidates if file.is_file()), None)
+    except (OSError, ValueError):  # no name of a file
+        return None
+
+
+def text_of(path: Path) -> str:
+    """The text of a configuration. ConfigError for a file that is missing, empty, huge, or no text."""
+    if path.is_dir():
+        raise ConfigError("this is a folder", where=str(path), fix="Name the file in it.")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"more than {MOST_BYTES // 10**6} MB: no configuration is that long", where=str(path))
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ConfigError("this is no text, but a program or data", where=str(path))
+    if not text.strip():
+        raise ConfigError("the file is empty", where=str(path))
+    return text.replace("\r\n", "\n")
+
 
 MOST_SETTINGS = 20_000
 INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
@@ -30,9 +69,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(FLOAT), list
 
 
 def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Setting]:
-    """Settings of a YAML or JSON text, names joined by dots; those of a later document win. `nested=False` leaves
-    mappings inside as values, as in frameworks whose keys are flat. ConfigError, `name` and line named, for a text
-    that cannot be read or holds no mapping."""
+    """Settings of a YAML or JSON text, names joined by dots, or with `nested=False` mappings as values; those of a
+    later document win. ConfigError, `name` and line named, for a text that cannot be read."""
     loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
     settings: dict[str, Setting] = {}
     try:
@@ -60,14 +98,10 @@ def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str, nested: bool) 
             yield key, Setting(loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1)
 
 
-def with_defaults(
-    settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()
-) -> tuple[dict[str, Setting], str | None]:
-    """Settings over those of the files of Hydra's `defaults` list, which lie beside `path`, and the name of one that
-    does not: the framework's own."""
+def with_defaults(settings: dict[str, Setting], path: Path, within: tuple[Path, ...] = ()) -> dict[str, Setting]:
+    """Settings over those of the files of Hydra's `defaults` list that lie beside `path`."""
     listed = settings.pop("defaults", None)
     base: dict[str, Setting] = {}
-    missing = None
     for entry in listed.value if listed is not None and isinstance(listed.value, list) else ():
         group, name = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
         group, _, package = str(group).removeprefix("override ").removeprefix("optional ").partition("@")
@@ -75,18 +109,16 @@ def with_defaults(
             continue
         file = path.parent / group / f"{name.removesuffix('.yaml')}.yaml"
         if not file.is_file() or file in (path, *within):
-            missing = missing or (None if group else name)
             continue
-        inner, _ = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
+        inner = with_defaults(yaml_settings(text_of(file), file.name), file, (path, *within))
         place = package or group.replace("/", ".")
         prefix = "" if place in ("", "_global_", "_here_") else f"{place}."
         base |= {f"{prefix}{key}": replace(setting, file=setting.file or file.name) for key, setting in inner.items()}
-    return base | settings, missing
+    return base | settings
 
 
 def resolved(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, Setting]:
-    """Settings with OmegaConf's interpolations put in, `${data.max_prompt_length}`, `${oc.env:NAME,default}` and
-    `${oc.select:KEY,default}`; those that nothing in the file answers stay as they are written."""
+    """Settings with OmegaConf's interpolations put in (`${a.b}`, `oc.env`, `oc.select`) where the file has them."""
     if not any("${" in str(setting.value) for setting in settings.values()):
         return dict(settings)
     return {key: _resolved(key, setting, settings, environment) for key, setting in settings.items()}

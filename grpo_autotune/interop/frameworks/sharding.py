@@ -1,6 +1,6 @@
-"""DeepSpeed's configuration beside that of a framework.
+"""Configurations of DeepSpeed and accelerate (`accelerate launch --config_file`) beside that of a framework.
 
-transformers stops where a value in it that is not `auto` differs from its own arguments
+transformers stops where a value in DeepSpeed's that is not `auto` differs from its own arguments
 (transformers/integrations/deepspeed.py, `trainer_config_process`). So what it says of the run goes into the keys of the
 run and becomes `auto`; the rest, ZeRO above all, stays DeepSpeed's. One process has nothing to share, and does without.
 """
@@ -9,25 +9,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from grpo_autotune.config.sections.fsdp import of_file
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.beside import beside, text_of
-from grpo_autotune.interop.reading.yaml_lines import yaml_settings
+from grpo_autotune.interop.reading.files import beside, text_of, yaml_settings
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation, nested
 
 PREFIX = "deepspeed."
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-RUN: dict[str, tuple[str, ...]] = {
+RUN: dict[str, tuple[str, ...]] = {  # DeepSpeed's key -> the keys of `grpo` that say the same
     "gradient_clipping": ("max_grad_norm",), "bf16.enabled": ("bf16",), "fp16.enabled": ("fp16",),
     "optimizer.params.lr": ("learning_rate",), "optimizer.params.betas": ("adam_beta1", "adam_beta2"),
     "optimizer.params.eps": ("adam_epsilon",), "optimizer.params.weight_decay": ("weight_decay",),
     "scheduler.type": ("lr_scheduler_type",), "scheduler.params.warmup_max_lr": ("learning_rate",),
     "scheduler.params.warmup_num_steps": ("warmup_steps",),
 }  # fmt: skip
-"""DeepSpeed's key -> the keys of `grpo` that say the same."""
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-BLOCKS = ("optimizer", "scheduler")
-"""Blocks that would win over the keys of the run, and are left out."""
+BLOCKS = ("optimizer", "scheduler")  # blocks that would win over the keys of the run, and are left out
 ALONE = "One process has nothing to share: dropped"
 
 
@@ -56,10 +54,9 @@ def zero(stage: int, *, optimizer: str = "none", parameters: str = "none", **mor
     return {**numbers, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage, **places, **more}}
 
 
-def apply(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
-    """Verdicts of the setting `key`, which names DeepSpeed's configuration, and of the settings of its file
-    (`with_file`, with `PREFIX`). Call it when all else is set, with the configuration or the path of one that is not at
-    hand; `adapter` is true if the base weights are not trained."""
+def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
+    """Verdicts of the setting `key`, which names DeepSpeed's `config` (or the path of one that is not at hand), and of
+    its file's, when all else is set; `adapter` is true if the base weights are not trained."""
     file = {name.removeprefix(PREFIX): to.value(name) for name in to.source.settings if name.startswith(PREFIX)}
     values = file or (_flat(config) if isinstance(config, Mapping) else {})
     for name, value in values.items():
@@ -82,15 +79,13 @@ def apply(to: Translation, key: str, config: Any, *, adapter: bool) -> None:
 
 
 def master_weights(to: Translation) -> dict[str, Any]:
-    """Targets that train weights in 32 bits and compute in 16, as frameworks with master weights do: updates at a small
-    learning rate vanish in bfloat16 weights."""
+    """Targets that train weights in 32 bits and compute in 16: small updates vanish in bfloat16 weights."""
     flag, kind = ("fp16", "float16") if to.values.get("grpo.fp16") else ("bf16", "bfloat16")
     engine = {"vllm.dtype": kind} if to.values.get("grpo.use_vllm") else {}
     return {"model.dtype": "float32", f"grpo.{flag}": True, **engine}
 
 
 def _say(to: Translation, name: str, value: Any, *, in_file: bool) -> None:
-    """Set the run's keys by one of DeepSpeed's, and give it its verdict where it stands in a file."""
     key, value = PREFIX + name, SCHEDULES.get(str(value)) if name == "scheduler.type" else value
     parts = [] if value in (None, "auto") else value if isinstance(value, list) else [value]
     ours = {f"grpo.{path}": part for path, part in zip(RUN.get(name, ()), parts, strict=False)}
@@ -112,3 +107,62 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     parts = (_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
              for name, value in config.items())  # fmt: skip
     return {path: value for part in parts for path, value in part.items()}
+
+
+LAUNCH = "launch."
+ZERO = f"{LAUNCH}deepspeed_config."
+FSDP = f"{LAUNCH}fsdp_config."
+
+
+def with_launch(source: Source) -> Source:
+    """The source with the launcher's options under `LAUNCH`, over accelerate's file, and with its DeepSpeed file."""
+    options = {LAUNCH + key: setting for key, setting in source.launch.items() if key != "config_file"}
+    source = replace(source, settings={**options, **source.settings})
+    source = with_file(source, source.launch.get("config_file"), LAUNCH)
+    return with_file(source, source.settings.get(f"{ZERO}deepspeed_config_file"), PREFIX)
+
+
+def processes(to: Translation) -> int | None:
+    """Training processes by the launcher: of `accelerate launch`, its option or its file, or of torchrun."""
+    if to.given(f"{LAUNCH}nproc_per_node"):
+        return int(to.number(f"{LAUNCH}nproc_per_node") * (to.number(f"{LAUNCH}nnodes") or 1))
+    count = to.number(f"{LAUNCH}num_processes")
+    return None if count is None else int(count)
+
+
+def apply_launch(to: Translation, *, adapter: bool) -> None:
+    """Verdicts of the launcher's settings. Call it when all else is set; `adapter` as in `apply_deepspeed`."""
+    for key in [key for key in to.source.settings if key.startswith(LAUNCH)]:
+        if key == f"{LAUNCH}mixed_precision":
+            _precision(to, key)
+        else:
+            to.speed(key, "how processes are started and share the work")
+    if (stage := to.value(f"{ZERO}zero_stage")) is not None:
+        names = {"optimizer": "offload_optimizer_device", "parameters": "offload_param_device"}
+        options: dict[str, Any] = {ours: str(to.value(f"{ZERO}{name}") or "none") for ours, name in names.items()}
+        if to.value(f"{ZERO}zero3_save_16bit_model"):
+            options["stage3_gather_16bit_weights_on_model_save"] = True
+        clip = {"gradient_clipping": to.value(f"{ZERO}gradient_clipping", "auto")}
+        apply_deepspeed(to, f"{ZERO}zero_stage", zero(int(stage), **options) | clip, adapter=adapter)
+    elif to.given(f"{ZERO}deepspeed_config_file"):
+        apply_deepspeed(to, f"{ZERO}deepspeed_config_file", to.value(f"{ZERO}deepspeed_config_file"), adapter=adapter)
+    elif to.value(f"{LAUNCH}distributed_type") == "FSDP":
+        sharing = {key.removeprefix(FSDP): to.value(key) for key in to.source.settings if key.startswith(FSDP)}
+        fully_sharded(to, f"{LAUNCH}distributed_type", sharing)
+
+
+def fully_sharded(to: Translation, key: str, options: dict[str, Any]) -> None:
+    """The verdict of `key`, which asks for FSDP with these options of accelerate's file."""
+    if (to.world_size or 1) > 1:
+        options = of_file(options)
+        checkpointing = {"grpo.gradient_checkpointing": False} if options.get("activation_checkpointing") else {}
+        to.speed(key, "FSDP2", {"grpo.fsdp_config": options, **checkpointing})
+    else:
+        to.speed(key, ALONE)
+
+
+def _precision(to: Translation, key: str) -> None:
+    """bf16 and fp16 of the run win over the launcher's (transformers/training_args.py); TRL's default is bf16."""
+    if to.given("bf16") or to.given("fp16") or to.value("bf16") is None:
+        return to.inert(key, "the run's own bf16 or fp16 wins")
+    return to.converted(key, {f"grpo.{name}": str(to.value(key)) == name for name in ("bf16", "fp16")})
